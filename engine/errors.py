@@ -1,0 +1,19 @@
+"""Every error that gigamorph raises on purpose: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class GigamorphError(Exception):
+    """Base of all errors raised by gigamorph; the command line prints it as one line and exits with 2."""
+
+
+class UnsupportedError(GigamorphError):
+    """The network holds something that cannot be computed exactly tile by tile."""
+
+
+class BudgetError(GigamorphError):
+    """No tile fits the memory budget."""
+
+
+class DataError(GigamorphError):
+    """An image, table or weights file cannot be used; the message names the file."""

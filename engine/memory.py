@@ -1,0 +1,92 @@
+"""Byte counts: parse and print them, and read how much memory this process holds."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .errors import GigamorphError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(size: int | float | str) -> int:
+    """Bytes from a number or a text such as ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
+
+    Raises:
+        GigamorphError: if the text is no size, or the size is not positive.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", size.lower())
+        if not match or match[2] not in _UNITS:
+            raise GigamorphError(f"memory size {size!r} is not understood; write it like 4GiB, 800MiB or 6GB")
+        size = float(match[1]) * _UNITS[match[2]]
+    if size <= 0:
+        raise GigamorphError(f"memory size {size} must be positive")
+    return int(size)
+
+
+def format_bytes(size: float) -> str:
+    """``"1.50 GiB"``: three significant digits, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
+    return f"{size:.{digits}f} {unit}"
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def used_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes in use now: the allocator's figure on a GPU, the resident set of this process otherwise."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        return _status("VmRSS")
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device | str = "cpu") -> int:
+    """The largest figure of `used_bytes` since the process started or `reset_peak` was called."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: torch.device | str = "cpu") -> None:
+    """Start `peak_bytes` anew (on Linux and on CUDA; elsewhere the peak is that of the whole process)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that a step may still take on this device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 8 * 2**30

@@ -1,0 +1,30 @@
+"""Shared by all tests: threads, the missing torchvision operator on CPU-only installs, and the real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# A CUDA build of torchvision on a CPU build of torch lacks this operator and cannot be imported (nor timm or
+# lightning after it). Defining it makes the import succeed; nothing here calls it.
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+except ImportError:
+    pass
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real mammograms and tables, or skip."""
+    folder = Path(os.environ.get("GIGAMORPH_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data: set GIGAMORPH_REAL_DATA")
+    return folder
