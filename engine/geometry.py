@@ -1,0 +1,176 @@
+"""Integer algebra of one image axis: what a block of new rows makes computable, and which rows must be kept.
+
+Rows and columns obey the same rules and are treated alike, one axis at a time. An axis of `size` is cut into steps
+(tiles); after step i the first `frontier[i]` indices of a value are known. An op reads its input through an `Access`:
+output index o needs input indices first(o) .. last(o). Then
+
+    frontier of the output = the number of outputs whose inputs are all known, or all of them once the input is complete
+    kept of a value        = the first index that any consumer still has to read in its next block
+
+and the rows [kept, frontier) are the carry (design: the halo-carry scan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Access(Protocol):
+    """How one output axis reads one input axis. All methods are monotone in their argument."""
+
+    size_in: int
+    size_out: int
+
+    def ready(self, frontier: int) -> int:
+        """Number of outputs computable from the first `frontier` inputs."""
+        ...
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        """Half-open range of inputs that the outputs [lo, hi) read, clipped to the axis; hi > lo."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Output o reads inputs o*stride - pad + dilation*t for t in 0 .. kernel-1; what falls outside is padding.
+
+    `pad` is the padding before the axis and may be negative (a crop). Convolution, pooling, padding, cropping and
+    strided slicing are all windows; a pointwise op is the window with kernel 1, stride 1, pad 0.
+    """
+
+    size_in: int
+    size_out: int
+    kernel: int = 1
+    stride: int = 1
+    pad: int = 0
+    dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """Extent of the dilated kernel minus one."""
+        return self.dilation * (self.kernel - 1)
+
+    def ready(self, frontier: int) -> int:
+        if frontier >= self.size_in:
+            return self.size_out
+        if frontier <= 0:
+            return 0
+        return min(max((frontier + self.pad - self.reach - 1) // self.stride + 1, 0), self.size_out)
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        start = min(max(lo * self.stride - self.pad, 0), self.size_in)
+        return start, max(start, min((hi - 1) * self.stride - self.pad + self.reach + 1, self.size_in))
+
+    def padding(self, lo: int, hi: int) -> tuple[int, int]:
+        """Rows of padding before and after the clipped input range of the outputs [lo, hi)."""
+        return (
+            max(0, self.pad - lo * self.stride),
+            max(0, (hi - 1) * self.stride - self.pad + self.reach + 1 - self.size_in),
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        return self.size_in == self.size_out and (self.kernel, self.stride, self.pad) == (1, 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Output o reads the single input index sources[o]; sources never decreases (nearest upsampling)."""
+
+    size_in: int
+    size_out: int
+    sources: tuple[int, ...]
+
+    def ready(self, frontier: int) -> int:
+        if frontier >= self.size_in:
+            return self.size_out
+        lo, hi = 0, self.size_out
+        while lo < hi:  # first output whose source is not known yet
+            middle = (lo + hi) // 2
+            if self.sources[middle] < frontier:
+                lo = middle + 1
+            else:
+                hi = middle
+        return lo
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        return self.sources[lo], self.sources[hi - 1] + 1
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+
+def same(size: int) -> Window:
+    """The access of a pointwise op."""
+    return Window(size, size)
+
+
+@dataclass(frozen=True)
+class AxisSchedule:
+    """Frontiers and carries of every value along one axis.
+
+    `frontier[v][i]` indices of value v are known after step i; `kept[v][i]` is the first index that is still needed
+    when step i begins. Step i computes the block [frontier[v][i-1], frontier[v][i]).
+    """
+
+    steps: int
+    frontier: Mapping[int, Sequence[int]]
+    kept: Mapping[int, Sequence[int]]
+
+    def block(self, value: int, step: int) -> tuple[int, int]:
+        """The indices of `value` that become known in `step` (may be empty)."""
+        known = self.frontier[value]
+        return (known[step - 1] if step else 0), known[step]
+
+    def carry_in(self, value: int, step: int) -> tuple[int, int]:
+        """The indices of `value` that are handed to `step` from earlier ones."""
+        known = self.frontier[value][step - 1] if step else 0
+        return min(self.kept[value][step], known), known
+
+    def carry_out(self, value: int, step: int) -> tuple[int, int]:
+        """The indices of `value` that `step` hands on."""
+        known = self.frontier[value][step]
+        if step + 1 == self.steps:
+            return known, known
+        return min(self.kept[value][step + 1], known), known
+
+
+def schedule_axis(
+    tile: int,
+    source: int,
+    size: int,
+    reads: Iterable[tuple[Sequence[int], Sequence[tuple[int, Access]]]],
+) -> AxisSchedule:
+    """Run the frontier rule over a program for one axis.
+
+    Args:
+        tile: number of image indices in a step.
+        source: value number of the image.
+        size: size of the image along this axis.
+        reads: for every local op in order: its output values and (input value, access) pairs.
+    """
+    steps = max(1, -(-size // tile))
+    frontier: dict[int, list[int]] = {source: [min(size, (i + 1) * tile) for i in range(steps)]}
+    sizes: dict[int, int] = {source: size}
+    consumers: dict[int, list[tuple[int, Access]]] = {source: []}
+    for outputs, inputs in reads:
+        for out in outputs:
+            sizes[out] = inputs[0][1].size_out
+            frontier[out] = [min(access.ready(frontier[v][i]) for v, access in inputs) for i in range(steps)]
+            consumers[out] = []
+        for value, access in inputs:
+            consumers[value].append((outputs[0], access))
+    kept: dict[int, list[int]] = {}
+    for value, users in consumers.items():
+        kept[value] = []
+        for step in range(steps):
+            need = sizes[value]
+            for user, access in users:
+                done = frontier[user][step - 1] if step else 0
+                if done < access.size_out:
+                    need = min(need, access.span(done, done + 1)[0])
+            kept[value].append(need)
+    return AxisSchedule(steps, frontier, kept)

@@ -1,0 +1,215 @@
+"""What a rule says about one recorded op, and the table of rules.
+
+A value of the program is a *map* (it has the two image axes) or a *small* (it has not). An op on maps is
+
+- `Local`:     maps and smalls -> map; the output block at any place needs an input window around it, nothing else;
+- `Reduction`: map -> small; a sum (or maximum) over the image, so tiles contribute one after the other;
+- `Whole`:     needs its map input in one piece (a flatten before a classifier, an adaptive pooling grid).
+
+A rule looks at one `Op` and returns one of these, or raises `Refusal`. There is no default: an op without a rule is
+refused, never assumed to be pointwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..geometry import Access, same
+from ..trace import Op, Program, bind
+
+Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
+Span = tuple[int, int]
+
+
+class Refusal(Exception):
+    """Why an op cannot be computed exactly tile by tile; `graph.py` adds the module and raises the public error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Where an op's output block lies in the whole output, and how much padding its input windows still lack.
+
+    `rows` and `cols` are half-open ranges of the output map; `pad` is (top, bottom, left, right) to be added to the
+    input before a kernel without padding gives exactly this block.
+    """
+
+    rows: Span
+    cols: Span
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+Env = Mapping[int, Tensor]
+Run = Callable[[Env, Block], tuple[Tensor, ...]]
+
+
+@dataclass(slots=True)
+class Local:
+    """One op computed block by block.
+
+    `reads` gives, for each map input, the accesses along height and width; `axes` the image axes of each output.
+    `fill` is the padding value where the op pads a window (the scan may then hand it a window padded already).
+    `shares` says that outputs may be views of an input. `once` makes a small that is drawn once per step (a channel
+    dropout's mask) and is given to `run` under the number `drawn`.
+    """
+
+    op: Op
+    reads: dict[int, tuple[Access, Access]]
+    axes: tuple[Axes, ...]
+    run: Run
+    fill: float | None = None
+    random: bool = False
+    once: Callable[[torch.dtype, torch.device], Tensor] | None = None
+    drawn: int | None = None
+
+
+@dataclass(slots=True)
+class Reduction:
+    """A reduction over the whole image, `kind` "sum" or "max", divided by `count`.
+
+    `partial(block)` reduces one block (differentiably); `shape_like` gives it the form that stock PyTorch returns.
+    """
+
+    op: Op
+    value: int
+    kind: str
+    count: int
+    dims: tuple[int, ...]
+    keepdim: bool
+    first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
+
+
+@dataclass(slots=True)
+class Whole:
+    """An op that ordinary PyTorch runs on the assembled maps."""
+
+    op: Op
+
+
+@dataclass
+class Maps:
+    """The maps known so far while rules are applied in program order."""
+
+    program: Program
+    axes: dict[int, Axes] = field(default_factory=dict)
+
+    def __contains__(self, value: int) -> bool:
+        return value in self.axes
+
+    def shape(self, value: int) -> torch.Size:
+        return self.program.values[value].shape
+
+    def size(self, value: int) -> tuple[int, int]:
+        """Height and width of a map."""
+        h, w = self.axes[value]
+        shape = self.shape(value)
+        return shape[h], shape[w]
+
+    def inputs(self, op: Op) -> list[int]:
+        """The map inputs of an op."""
+        return [v for v in op.inputs if v in self.axes]
+
+    def pointwise(self, value: int) -> tuple[Access, Access]:
+        height, width = self.size(value)
+        return same(height), same(width)
+
+
+Rule = Callable[[Op, Maps], Local | Reduction | Whole]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the ops of these names (in-place forms with a trailing underscore included)."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"two rules for '{name}'")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def find_rule(name: str) -> Rule | None:
+    """The rule of an op, found by its name or, for in-place forms, by the name without the underscore."""
+    if name in RULES:
+        return RULES[name]
+    if name.endswith("_") and not name.endswith("__"):
+        return RULES.get(name[:-1])
+    return None
+
+
+def arguments(op: Op, names: str, **defaults: Any) -> dict[str, Any]:
+    """The arguments of a call by name, whichever way they were spelt.
+
+    Args:
+        names: positional order, separated by blanks.
+        defaults: values of those that may be left out.
+    """
+    order = names.split()
+    given = dict(zip(order, op.args, strict=False))
+    given.update(op.kwargs)
+    return {**{name: defaults.get(name) for name in order}, **defaults, **given}
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """An int, or one or two ints in a sequence, as (height, width)."""
+    if isinstance(value, int):
+        return value, value
+    value = tuple(value)
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def need_nchw(op: Op, maps: Maps, value: int) -> None:
+    """Refuse maps whose image axes are not the last two of four."""
+    if len(maps.shape(value)) != 4 or maps.axes[value] != (2, 3):
+        raise Refusal(f"'{op.name}' is applied across the image axes of a permuted map")
+
+
+def out_of_place(op: Op) -> Callable[..., Any]:
+    """The op's function without its in-place effect, with the result's dtype kept as in-place calls keep it."""
+    if op.kwargs.get("out") is not None:
+        raise Refusal(f"'{op.name}' writes to out=; drop that argument")
+    if op.name.endswith("_") and not op.name.endswith("__"):
+        name = op.name[:-1]
+        plain = getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(F, name, None)
+        if plain is None:
+            raise Refusal(f"'{op.name}' has no out-of-place form")
+
+        def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return plain(first, *args, **kwargs).to(first.dtype)
+
+        return call
+    return op.func
+
+
+def plain_kwargs(op: Op) -> dict[str, Any]:
+    """The keyword arguments with `inplace` switched off."""
+    return {k: False if k == "inplace" else v for k, v in op.kwargs.items()}
+
+
+def replay(op: Op) -> Run:
+    """Run the recorded call on the block as it stands."""
+    func, kwargs = out_of_place(op), plain_kwargs(op)
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        result = func(*bind(op.args, env), **bind(kwargs, env))
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    return run
+
+
+def dimensions(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    """Dimensions counted from the front; None means all of them."""
+    if dims is None:
+        return tuple(range(rank))
+    if isinstance(dims, int):
+        dims = (dims,)
+    dims = tuple(dims) or tuple(range(rank))
+    return tuple(d % rank for d in dims)

@@ -1,0 +1,196 @@
+"""Rules of ops that read a window around each output: convolution, pooling, nearest upsampling.
+
+Along each axis, output o reads inputs o*stride - padding + dilation*t, t = 0 .. kernel-1. A block's input window is
+given without the rows that lie outside the image; `Block.pad` says how many of them are missing on each side. Even
+padding is left to the op itself, uneven padding (a tile at one border) is added first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..geometry import Gather, Window
+from ..trace import Op, bind
+from .base import Block, Env, Local, Maps, Reduction, Refusal, Whole, arguments, need_nchw, pair, rule
+
+
+def _windows(
+    maps: Maps, op: Op, value: int, kernel: tuple[int, int], stride: tuple[int, int],
+    pad: tuple[int, int], dilation: tuple[int, int],
+) -> tuple[Window, Window]:  # fmt: skip
+    size_in = maps.size(value)
+    shape = maps.shape(op.outputs[0])
+    size_out = (shape[-2], shape[-1])
+    return (
+        Window(size_in[0], size_out[0], kernel[0], stride[0], pad[0], dilation[0]),
+        Window(size_in[1], size_out[1], kernel[1], stride[1], pad[1], dilation[1]),
+    )
+
+
+def split_padding(pad: tuple[int, int, int, int]) -> tuple[tuple[int, int], list[int]]:
+    """Padding as (even part that the op adds itself, uneven part for F.pad in its order)."""
+    top, bottom, left, right = pad
+    rows = top if top == bottom else 0
+    cols = left if left == right else 0
+    return (rows, cols), [left - cols, right - cols, top - rows, bottom - rows]
+
+
+@rule("conv2d")
+def conv2d(op: Op, maps: Maps) -> Local:
+    given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
+    value, weight = given["input"].value, given["weight"].value
+    if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
+        raise Refusal("'conv2d' takes its weights from the image")
+    need_nchw(op, maps, value)
+    kernel = pair(maps.shape(weight)[-2:])
+    stride, dilation = pair(given["stride"]), pair(given["dilation"])
+    padding = given["padding"]
+    if padding == "same":  # the odd row of an even kernel comes after
+        pad = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+    else:
+        pad = (0, 0) if padding == "valid" else pair(padding)
+    bias, groups = given["bias"], given["groups"]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        even, uneven = split_padding(block.pad)
+        if any(uneven):
+            x = F.pad(x, uneven)
+        return (F.conv2d(x, env[weight], bind(bias, env), stride, even, dilation, groups),)
+
+    return Local(op, {value: _windows(maps, op, value, kernel, stride, pad, dilation)}, ((2, 3),), run, fill=0.0)
+
+
+@rule("max_pool2d", "max_pool2d_with_indices")
+def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
+    given = arguments(
+        op, "input kernel_size stride padding dilation ceil_mode return_indices",
+        padding=0, dilation=1, ceil_mode=False, return_indices=False,
+    )  # fmt: skip
+    value = given["input"].value
+    need_nchw(op, maps, value)
+    if given["return_indices"] or len(op.outputs) > 1:
+        raise Refusal("max-pooling that returns indices (unpooling) is not possible tile by tile")
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    pad, dilation = pair(given["padding"]), pair(given["dilation"])
+    if kernel == maps.size(value) and pad == (0, 0) and dilation == (1, 1):
+        return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        even, uneven = split_padding(block.pad)
+        if even[0] > kernel[0] // 2 or even[1] > kernel[1] // 2:
+            even, uneven = (0, 0), [block.pad[2], block.pad[3], block.pad[0], block.pad[1]]
+        if any(uneven):
+            x = F.pad(x, uneven, value=-math.inf)
+        return (F.max_pool2d(x, kernel, stride, even, dilation),)
+
+    reads = {value: _windows(maps, op, value, kernel, stride, pad, dilation)}
+    return Local(op, reads, ((2, 3),), run, fill=-math.inf)
+
+
+def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> Tensor:
+    """How many elements PyTorch counts in the pooling windows of the outputs [lo, hi) along one axis."""
+    start = torch.arange(lo, hi) * access.stride - access.pad
+    end = (start + access.kernel).clamp(max=access.size_in + pad)
+    if not include_pad:
+        start, end = start.clamp(min=0), end.clamp(max=access.size_in)
+    return end - start
+
+
+@rule("avg_pool2d")
+def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
+    given = arguments(
+        op, "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
+        padding=0, ceil_mode=False, count_include_pad=True,
+    )  # fmt: skip
+    value = given["input"].value
+    need_nchw(op, maps, value)
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    pad, include, divisor = pair(given["padding"]), given["count_include_pad"], given["divisor_override"]
+    if kernel == maps.size(value) and pad == (0, 0):
+        return Reduction(op, value, "sum", divisor or math.prod(kernel), (2, 3), True)
+    height, width = _windows(maps, op, value, kernel, stride, pad, (1, 1))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        if divisor is None:
+            rows = _pool_counts(height, pad[0], *block.rows, include)
+            cols = _pool_counts(width, pad[1], *block.cols, include)
+            plain = bool((rows == kernel[0]).all()) and bool((cols == kernel[1]).all())
+        else:
+            plain, rows, cols = True, torch.empty(0), torch.empty(0)
+        top, bottom, left, right = block.pad
+        if any(block.pad):
+            x = F.pad(x, [left, right, top, bottom])
+        if plain:
+            return (F.avg_pool2d(x, kernel, stride, divisor_override=divisor),)
+        counts = (rows[:, None] * cols[None, :]).to(device=x.device, dtype=x.dtype)
+        return (F.avg_pool2d(x, kernel, stride, divisor_override=1) / counts,)
+
+    return Local(op, {value: (height, width)}, ((2, 3),), run, fill=0.0)
+
+
+@rule("adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
+def adaptive_pool2d(op: Op, maps: Maps) -> Reduction | Whole:
+    value = op.inputs[0]
+    need_nchw(op, maps, value)
+    size = maps.shape(op.outputs[0])[-2:]
+    if tuple(size) != (1, 1) or len(op.outputs) > 1:
+        return Whole(op)
+    if "avg" in op.name:
+        return Reduction(op, value, "sum", math.prod(maps.size(value)), (2, 3), True)
+    return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
+
+
+def _sources(op: Op, size_in: int, size_out: int, axis: int) -> tuple[int, ...]:
+    """The input index of every output of a nearest upsampling, read off PyTorch itself."""
+    given = arguments(op, "input size scale_factor mode align_corners recompute_scale_factor antialias", mode="nearest")
+    ramp = torch.arange(size_in, dtype=torch.float64).reshape(1, 1, -1, 1)
+    scale = given["scale_factor"]
+    kwargs: dict[str, object] = {"mode": given["mode"]}
+    if given["size"] is not None:
+        kwargs["size"] = (size_out, 1)
+    else:
+        factors = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+        kwargs |= {"scale_factor": (factors[axis], 1.0), "recompute_scale_factor": given["recompute_scale_factor"]}
+    return tuple(F.interpolate(ramp, **kwargs).flatten().to(torch.int64).tolist())  # pyright: ignore
+
+
+@rule("interpolate", "upsample", "upsample_nearest")
+def interpolate(op: Op, maps: Maps) -> Local:
+    value = op.inputs[0]
+    need_nchw(op, maps, value)
+    mode = arguments(op, "input size scale_factor mode", mode="nearest")["mode"]
+    if mode not in ("nearest", "nearest-exact"):
+        raise Refusal(f"upsampling with mode='{mode}' is not possible yet; use mode='nearest'")
+    size_in, shape = maps.size(value), maps.shape(op.outputs[0])
+    rows, cols = (
+        Gather(size_in[axis], shape[2 + axis], _sources(op, size_in[axis], shape[2 + axis], axis)) for axis in (0, 1)
+    )
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        x = _repeat(x, 2, rows, block.rows)
+        return (_repeat(x, 3, cols, block.cols),)
+
+    return Local(op, {value: (rows, cols)}, ((2, 3),), run)
+
+
+def _repeat(x: Tensor, dim: int, access: Gather, span: tuple[int, int]) -> Tensor:
+    """Copy each input row as often as the outputs of `span` read it."""
+    start, end = access.span(*span)
+    sources = access.sources[span[0] : span[1]]
+    counts = [0] * (end - start)
+    for source in sources:
+        counts[source - start] += 1
+    if all(count == 1 for count in counts):
+        return x
+    repeats = torch.tensor(counts, device=x.device)
+    return torch.repeat_interleave(x, repeats, dim, output_size=len(sources))

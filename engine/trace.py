@@ -1,0 +1,318 @@
+"""Capture: run the unmodified forward once on fake tensors of the true image size and write down every call.
+
+The result is one flat list of API-level calls (`torch.nn.functional.conv2d`, `Tensor.add`, ...) in single-assignment
+form: each tensor is a numbered value, in-place calls give a new number. Nothing of the model is changed, moved or
+computed; parameters are replaced by fake twins at the moment a call uses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value's number, standing where a tensor stood among the arguments of a call."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Value:
+    """What is known of one tensor of the program: its shape and dtype at the captured image size."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    name: str | None = None  # parameter or buffer name
+    constant: Tensor | None = None  # a tensor that the model holds as a plain attribute
+
+
+@dataclass(slots=True)
+class Op:
+    """One recorded call. `args` and `kwargs` hold `Ref`s in place of tensors."""
+
+    func: Callable[..., Any]
+    name: str  # the last part of its public name, e.g. "conv2d", "add_", "__getitem__"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    mutated: tuple[int, ...]  # inputs that the call wrote to
+    module: str  # path of the module that made the call
+    autocast: tuple[bool, torch.dtype] | None = None  # where it differs from the state the forward began in
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.module or 'the model'}"
+
+
+@dataclass
+class Program:
+    """The recorded forward."""
+
+    image: int
+    ops: list[Op] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    output: Any = None  # the forward's result with Refs in place of tensors
+
+
+def refs(tree: Any) -> list[int]:
+    """Numbers of all values in a tree of arguments, in order."""
+    return [leaf.value for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
+
+
+def bind(tree: Any, env: Any) -> Any:
+    """The tree with every `Ref` replaced by `env[number]`."""
+    return tree_map(lambda leaf: env[leaf.value] if isinstance(leaf, Ref) else leaf, tree)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, device: torch.device):
+        self.fake = fake
+        self.device = device
+        self.program = Program(image=0)
+        self.names: dict[int, str] = {}
+        for name, tensor in [
+            *model.named_buffers(remove_duplicate=False),
+            *model.named_parameters(remove_duplicate=False),
+        ]:
+            self.names[id(tensor)] = name
+        self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
+        self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
+        self.alive: list[Any] = []  # ids stay unique only while their objects live
+        self.storages: dict[int, set[int]] = {}  # storage -> values that look at it
+        self.stale: dict[int, str] = {}  # values whose storage was written through another name
+        self.path: list[str] = []
+        self.entry_autocast = self._autocast()
+
+    def _autocast(self) -> tuple[bool, torch.dtype]:
+        kind = self.device.type
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def new_value(self, tensor: Tensor, name: str | None = None, constant: Tensor | None = None) -> int:
+        values = self.program.values
+        number = len(values)
+        values.append(Value(tensor.shape, tensor.dtype, tensor.device, name, constant))
+        self.numbers[id(tensor)] = number
+        self.alive.append(tensor)
+        self.storages.setdefault(tensor.untyped_storage()._cdata, set()).add(number)
+        return number
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        """The fake tensor that stands for `tensor`; itself if it was made during the capture."""
+        if id(tensor) in self.numbers:
+            return tensor
+        if id(tensor) in self.twins:
+            return self.twins[id(tensor)]
+        if self.fake.is_our_fake(tensor):
+            raise UnsupportedError(
+                f"{self.where()} uses a tensor that was made outside of any recorded call (a scripted or compiled "
+                "part?); give the plain eager module"
+            )
+        twin = self.fake.from_tensor(tensor, static_shapes=True)
+        self.alive.append(tensor)
+        self.twins[id(tensor)] = twin
+        name = self.names.get(id(tensor))
+        self.new_value(twin, name, None if name else tensor)
+        return twin
+
+    def where(self) -> str:
+        return f"module '{self.path[-1]}'" if self.path and self.path[-1] else "the model"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        args, kwargs = tree_map(lambda a: self._twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        before = [(t, t._version) for t in tensors]
+        result = func(*args, **kwargs)
+        outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
+        written = [t for t, version in before if t._version != version]
+        fresh = [r for r in outputs if id(r) not in self.numbers or any(r is w for w in written)]
+        if not fresh and not written:
+            return result  # a host read (shape, dtype, ...) or the very object that came in
+        self._refuse_leaks(func)
+        self._record(func, args, kwargs, outputs, written)
+        return result
+
+    def _record(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor], written: list[Tensor]) -> None:
+        as_ref = lambda a: Ref(self.numbers[id(a)]) if isinstance(a, Tensor) else a  # noqa: E731
+        ref_args, ref_kwargs = tree_map(as_ref, (args, kwargs))
+        inputs = tuple(dict.fromkeys(refs((ref_args, ref_kwargs))))
+        name = (resolve_name(func) or getattr(func, "__name__", repr(func))).removesuffix(".__get__").rsplit(".", 1)[-1]
+        where = self.where()
+        for number in inputs:
+            if number in self.stale:
+                raise UnsupportedError(
+                    f"{where} reads a tensor in '{name}' after it was changed in place through another view "
+                    f"({self.stale[number]}); write that change out of place"
+                )
+        mutated = tuple(dict.fromkeys(self.numbers[id(w)] for w in written))
+        numbers = []
+        for tensor in dict.fromkeys([*outputs, *written]):
+            if id(tensor) in self.numbers and not any(tensor is w for w in written):
+                numbers.append(self.numbers[id(tensor)])
+                continue
+            if any(tensor is w for w in written):
+                mates = self.storages.get(tensor.untyped_storage()._cdata, set())
+                for mate in mates - {self.numbers[id(tensor)]}:
+                    self.stale[mate] = f"'{name}' in {where}"
+                mates.clear()
+            numbers.append(self.new_value(tensor, self._name_of(tensor)))
+        state = self._autocast()
+        self.program.ops.append(
+            Op(
+                func=func,
+                name=name,
+                args=ref_args,
+                kwargs=ref_kwargs,
+                inputs=inputs,
+                outputs=tuple(numbers),
+                mutated=mutated,
+                module=self.path[-1] if self.path else "",
+                autocast=None if state == self.entry_autocast else state,
+            )
+        )
+
+    def _name_of(self, tensor: Tensor) -> str | None:
+        number = self.numbers.get(id(tensor))
+        return None if number is None else self.program.values[number].name
+
+    def _refuse_leaks(self, func: Any) -> None:
+        # TorchScript runs in C++ and shows only the Python pieces of the fake kernels: a garbage program, no error.
+        frame = sys._getframe(2)
+        for _ in range(12):
+            if frame is None:
+                return
+            if frame.f_code.co_filename.endswith(("_subclasses/fake_tensor.py", "_subclasses/fake_impls.py")):
+                raise UnsupportedError(
+                    f"{self.where()} runs TorchScript, whose calls cannot be seen; give the plain eager module"
+                )
+            frame = frame.f_back
+
+    def finish(self, result: Any) -> Program:
+        def as_ref(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            number = self.numbers.get(id(self._twin(leaf)))
+            assert number is not None
+            if number in self.stale:
+                raise UnsupportedError(
+                    f"the model returns a tensor that was changed in place through another view "
+                    f"({self.stale[number]}); write that change out of place"
+                )
+            return Ref(number)
+
+        self.program.output = tree_map(as_ref, result)
+        if not refs(self.program.output):
+            raise UnsupportedError(
+                f"the model returns a {type(result).__name__} without tensors that can be seen; "
+                "return a tensor, or a tuple, list or dict of tensors"
+            )
+        return self.program
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep `path` equal to the stack of modules whose forward is running."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        path.append(names.get(id(module), type(module).__name__))
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        path.pop()
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _refuse_custom_functions(recorder: _Recorder) -> Iterator[None]:
+    """A custom autograd.Function would be recorded by its forward alone and lose its own backward."""
+
+    def apply(cls: type, *_args: Any, **_kwargs: Any) -> Any:
+        raise UnsupportedError(
+            f"{recorder.where()} calls the custom autograd.Function '{cls.__name__}', whose backward cannot be "
+            "recorded; use the plain PyTorch form of it"
+        )
+
+    original = torch.autograd.Function.__dict__.get("apply")
+    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        if original is None:
+            del torch.autograd.Function.apply
+        else:
+            torch.autograd.Function.apply = original
+
+
+def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Program:
+    """Record `model.forward` on an image batch.
+
+    Args:
+        model: the network, in the training or evaluation mode that is to be recorded.
+        shape: (N, C, H, W) of the image batch; any size, nothing of it is allocated.
+        dtype: dtype of the image as the network gets it.
+        device: device of the image; on a machine without it the fake tensors still carry it.
+
+    Raises:
+        UnsupportedError: for TorchScript, custom autograd functions, Python random numbers, data-dependent control
+            flow and reads of tensors that were changed through a view.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(f"module '{name}' is TorchScript; give the plain eager module")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise UnsupportedError(f"module '{name}' is lazy; run the model once before")
+    device = torch.device(device)
+    fake = FakeTensorMode(allow_non_fake_inputs=False)
+    recorder = _Recorder(model, fake, device)
+    dice = random.getstate(), np.random.get_state()
+    with torch.no_grad(), fake, enable_python_dispatcher():
+        image = torch.empty(shape, dtype=dtype, device=device)
+        recorder.program.image = recorder.new_value(image)
+        with _module_paths(model, recorder.path), _refuse_custom_functions(recorder), recorder:
+            try:
+                result = model.forward(image)
+            except (
+                torch._subclasses.fake_tensor.DataDependentOutputException,
+                torch._subclasses.fake_tensor.DynamicOutputShapeException,
+            ) as error:
+                raise UnsupportedError(
+                    f"{recorder.where()} takes a Python value or a shape from the image ({error.func}); "  # pyright: ignore
+                    "such data-dependent control flow cannot be recorded"
+                ) from error
+        program = recorder.finish(result)
+    state = np.random.get_state()
+    if random.getstate() != dice[0] or any(
+        not np.array_equal(a, b)
+        for a, b in zip(state, dice[1], strict=True)  # pyright: ignore
+    ):
+        raise UnsupportedError(
+            "the model's forward draws Python or numpy random numbers, so it is another program at each call; "
+            "draw them with torch"
+        )
+    return program
