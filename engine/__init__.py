@@ -1,0 +1,19 @@
+"""The engine: ConvNets on images of any size, exactly, in the memory you have."""
+
+from .accelerate import Accelerated, accelerate
+from .errors import BudgetError, DataError, GigamorphError, UnsupportedError
+from .pixels import open_pixels
+from .plan import Plan
+from .scan import TileEvent
+
+__all__ = [
+    "Accelerated",
+    "BudgetError",
+    "DataError",
+    "GigamorphError",
+    "Plan",
+    "TileEvent",
+    "UnsupportedError",
+    "accelerate",
+    "open_pixels",
+]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
 from .errors import GigamorphError
 from .graph import Draw, Graph, build_graph
@@ -16,8 +17,7 @@ from .memory import parse_bytes
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, choose
 from .scan import Autocast, Scan, Sweep, TileEvent
-from .trace import Op, bind, capture, refs
-from torch.utils._pytree import tree_map
+from .trace import Op, bind, capture
 
 _CAST_BY_AUTOCAST = frozenset({"conv2d", "linear"})
 _REMEMBERED = 16  # image sizes whose program and plan are kept
@@ -165,7 +165,9 @@ class Accelerated(nn.Module):
         env = self._bind_state(graph)
         _run(graph, graph.prelude, env, device)
         smalls = [_cast_for(graph, v, env[v], scan.autocast) for v in graph.smalls]
-        if torch.is_grad_enabled() and (any(s.requires_grad for s in smalls) or (image is not None and image.requires_grad)):
+        if torch.is_grad_enabled() and (
+            any(s.requires_grad for s in smalls) or (image is not None and image.requires_grad)
+        ):
             results = _ScanFunction.apply(scan, image, *smalls)
         else:
             with torch.no_grad():

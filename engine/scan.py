@@ -217,17 +217,21 @@ class Tile:
             return Compose.apply(self.anchor, tensor, layout, sinks), missing
         return layout.compose(tensor), missing
 
+    def reads(self, local: Local, value: int) -> Rect:
+        """The rectangle of `value` that an op reads in this tile."""
+        top, bottom, left, right = self.sweep.block(local.op.outputs[0], self.i, self.j)
+        height, width = local.reads[value]
+        return (*height.span(top, bottom), *width.span(left, right))
+
     def run(self, local: Local) -> tuple[Tensor, ...]:
         """The output blocks of one op in this tile."""
-        rows, cols = (
-            self.sweep.rows.block(local.op.outputs[0], self.i),
-            self.sweep.cols.block(local.op.outputs[0], self.j),
-        )
+        output = local.op.outputs[0]
+        rows, cols = self.sweep.rows.block(output, self.i), self.sweep.cols.block(output, self.j)
         pad = (0, 0, 0, 0)
         env = self.smalls
         windows = []
         for value, (height, width) in local.reads.items():
-            rect = (*height.span(*rows), *width.span(*cols))
+            rect = self.reads(local, value)
             if isinstance(height, Window) and isinstance(width, Window):
                 pad = (*height.padding(*rows), *width.padding(*cols))
             tensor, missing = self.window(value, rect, pad, local.fill)
