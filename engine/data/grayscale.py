@@ -1,0 +1,179 @@
+"""The DICOM grey-scale pipeline as one integer table from stored values to grey levels (PS3.3 C.11, PS3.4 N.2).
+
+Stored value -> sign -> modality LUT -> one VOI transformation -> inversion of MONOCHROME1; padding is black at the end.
+A table has an entry for each of the 2^BitsStored stored values, so the whole pipeline is exact and costs one gather.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+
+from ..errors import DataError
+
+
+def build_table(ds: Dataset, *, voi: str, frame: int, for_display: bool, name: str) -> tuple[np.ndarray, int]:
+    """Grey level of every stored value, and the level that means white.
+
+    voi: "auto" (first VOI LUT, else first window, else the full range), "none" (full range), "window:I" or "lut:I".
+    The table is indexed by the BitsStored bits of a pixel, so negative stored values lie in its upper half.
+    Returns uint16 (2^BitsStored,) and the full level. `DataError` where the header contradicts itself.
+    """
+    bits = int(ds.BitsStored)
+    stored = np.arange(2**bits, dtype=np.int64)
+    signed = bool(ds.get("PixelRepresentation", 0))
+    if signed:
+        stored = np.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
+    values = _modality(ds, stored, frame, name)
+    if not for_display and voi == "auto":  # the VOI module is forbidden there, so what stands there means nothing
+        voi = "none"
+    grey, full = _voi(ds, values, voi, frame, bits, name)
+    if ds.PhotometricInterpretation == "MONOCHROME1":
+        grey = full - grey
+    grey = np.where(_padding(ds, stored, bits), 0, grey)
+    return grey.astype(np.uint16), full
+
+
+def padding_patterns(ds: Dataset) -> np.ndarray | None:
+    """bool (2^BitsStored,): which bit patterns are background; None if the file declares no padding."""
+    if ds.get("PixelPaddingValue") is None:
+        return None
+    bits = int(ds.BitsStored)
+    stored = np.arange(2**bits, dtype=np.int64)
+    if ds.get("PixelRepresentation", 0):
+        stored = np.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
+    return _padding(ds, stored, bits)
+
+
+def _padding(ds: Dataset, stored: np.ndarray, bits: int) -> np.ndarray:
+    first = ds.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(stored.shape, bool)
+    last = ds.get("PixelPaddingRangeLimit")
+    limits = [int(first), int(first if last is None else last)]
+    if ds.get("PixelRepresentation", 0):  # written with an unsigned VR now and then
+        limits = [value - 2**16 if value >= 2**15 else value for value in limits]
+    else:
+        limits = [value + 2**16 if value < 0 else value for value in limits]
+    return (stored >= min(limits)) & (stored <= max(limits))
+
+
+def functional_group(ds: Dataset, sequence: str, frame: int) -> Dataset:
+    """The item of a functional group that holds for a frame: its own, else the shared one, else the top level."""
+    per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
+    groups = [per_frame[frame]] if frame < len(per_frame) else []
+    groups += list(ds.get("SharedFunctionalGroupsSequence") or [])
+    for group in groups:
+        if group.get(sequence):
+            return group[sequence].value[0]
+    return ds
+
+
+def _modality(ds: Dataset, stored: np.ndarray, frame: int, name: str) -> np.ndarray:
+    group = functional_group(ds, "PixelValueTransformationSequence", frame)
+    if ds.get("ModalityLUTSequence"):
+        data, first, _ = _lut(ds, ds.ModalityLUTSequence[0], bool(ds.get("PixelRepresentation", 0)), name)
+        return data[np.clip(stored - first, 0, len(data) - 1)]
+    slope, intercept = _number(group.get("RescaleSlope"), 1.0), _number(group.get("RescaleIntercept"), 0.0)
+    if slope == 0:
+        raise DataError(f"{name}: RescaleSlope is 0, which makes every pixel equal; correct the header")
+    if (slope, intercept) == (1.0, 0.0):
+        return stored
+    return stored * slope + intercept
+
+
+def _voi(
+    ds: Dataset, values: np.ndarray, voi: str, frame: int, bits: int, name: str
+) -> tuple[np.ndarray, int]:  # grey levels, full level
+    group = functional_group(ds, "FrameVOILUTSequence", frame)
+    luts = list(group.get("VOILUTSequence") or [])
+    centers, widths = _numbers(group.get("WindowCenter")), _numbers(group.get("WindowWidth"))
+    windows = list(zip(centers, widths, strict=False))
+    kind, index = _choice(voi, len(luts), len(windows), name)
+    full = 2**bits - 1
+    if kind == "lut":
+        signed = bool(values.min() < 0)
+        data, first, full = _lut(ds, luts[index], signed, name)
+        return data[np.clip(np.rint(values).astype(np.int64) - first, 0, len(data) - 1)], full
+    if kind == "window":
+        function = str(group.get("VOILUTFunction") or "LINEAR").upper()
+        fraction = _window(values, *windows[index], function, name)
+        # A window is a continuous function, and a narrow one on few levels would show steps: as many levels as 16 bits
+        # hold, but a multiple of the stored ones, so that a window over the full range stays exact.
+        full *= (2**16 - 1) // full
+        return np.rint(fraction * full).astype(np.int64), full
+    low, high = float(values.min()), float(values.max())
+    return np.rint((values - low) * (full / (high - low) if high > low else 0.0)).astype(np.int64), full
+
+
+def _choice(voi: str, luts: int, windows: int, name: str) -> tuple[str, int]:
+    if voi == "auto":
+        return ("lut", 0) if luts else ("window", 0) if windows else ("none", 0)
+    if voi == "none":
+        return "none", 0
+    kind, _, number = voi.partition(":")
+    if kind not in ("lut", "window") or not number.isdecimal():
+        raise DataError(f"voi={voi!r} is not 'auto', 'none', 'window:I' or 'lut:I'")
+    count = luts if kind == "lut" else windows
+    if int(number) >= count:
+        raise DataError(f"{name}: voi={voi!r} is wanted, but the file has {count} of these; use voi='auto'")
+    return kind, int(number)
+
+
+def _window(values: np.ndarray, center: float, width: float, function: str, name: str) -> np.ndarray:
+    """Grey as a fraction of the output range (PS3.3 C.11.2.1.2 and .3)."""
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise DataError(f"{name}: VOILUTFunction {function!r} is unknown; choose another grey scale with voi='none'")
+    if width < 1 if function == "LINEAR" else width <= 0:
+        raise DataError(f"{name}: WindowWidth {width:g} is not allowed; choose another grey scale with voi='none'")
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    if width == 0:
+        return np.where(values <= center, 0.0, 1.0)
+    return np.clip((values - center) / width + 0.5, 0, 1)
+
+
+def _lut(ds: Dataset, item: Dataset, signed: bool, name: str) -> tuple[np.ndarray, int, int]:
+    """Entries, first mapped value and full output level of a modality or VOI LUT."""
+    descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
+    if descriptor is None or len(descriptor) != 3 or data is None:
+        raise DataError(f"{name}: has a LUT without descriptor or data; choose another grey scale with voi='none'")
+    count, first, bits = (int(value) for value in descriptor)
+    count = count % 2**16 or 2**16  # 0 stands for 65536
+    if signed and first >= 2**15:
+        first -= 2**16
+    elif not signed and first < 0:
+        first += 2**16
+    entries = _entries(ds, data, count)
+    if len(entries) != count:
+        raise DataError(f"{name}: a LUT has {len(entries)} entries, {count} declared; use voi='none' or another LUT")
+    # Real files declare fewer bits than their entries have.
+    return entries, first, 2 ** max(bits, int(entries.max()).bit_length()) - 1
+
+
+def _entries(ds: Dataset, data: Any, count: int) -> np.ndarray:
+    """LUTData as int64: words (US, or OW as bytes) or, where there are half as many, bytes packed in words."""
+    order = "<" if getattr(ds, "original_encoding", (None, True))[1] else ">"
+    if not isinstance(data, bytes | bytearray):
+        words = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
+        if len(words) == count or len(words) != (count + 1) // 2:
+            return words
+        data = words.astype("<u2").tobytes()
+        return np.frombuffer(data, np.uint8)[:count].astype(np.int64)
+    if len(data) >= 2 * count:
+        return np.frombuffer(data, f"{order}u2", count).astype(np.int64)
+    return np.frombuffer(data, np.uint8)[:count].astype(np.int64)
+
+
+def _number(value: Any, default: float) -> float:
+    return default if value is None or value == "" else float(value)
+
+
+def _numbers(value: Any) -> list[float]:
+    if value is None or value == "":
+        return []
+    return [float(v) for v in value] if hasattr(value, "__iter__") and not isinstance(value, str) else [float(value)]

@@ -1,0 +1,385 @@
+"""The DICOM reader on real mammograms, on synthetic files of every lossless syntax, and on damaged ones."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels import apply_voi_lut, apply_windowing
+from pydicom.sequence import Sequence
+from pydicom.uid import UID
+
+from gigamorph.engine.data.dicom import DicomPixels, read_info
+from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.pixels import open_pixels
+
+Write = Callable[..., Path]
+JPEG = "1.2.840.10008.1.2.4."
+# Damaged headers make pydicom warn before we raise.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+EXPLICIT, BIG, DEFLATED, RLE = (f"1.2.840.10008.1.2{end}" for end in (".1", ".2", ".1.99", ".5"))
+SYNTAXES = [
+    *("1.2.840.10008.1.2", EXPLICIT, BIG, DEFLATED, RLE),
+    *(JPEG + end for end in ("57", "70", "80", "81", "90", "91", "201")),
+]
+
+
+def whole(source) -> np.ndarray:
+    _, height, width = source.shape
+    return source.read(0, height, 0, width).numpy()[0]
+
+
+def picture(bits: int, shape: tuple[int, ...] = (37, 53), seed: int = 0) -> np.ndarray:
+    """Smooth and noisy parts, with the least and the largest value."""
+    rng = np.random.default_rng(seed)
+    pixels = np.linspace(0, 2**bits - 1, int(np.prod(shape))).reshape(shape)
+    pixels[..., 10:20, :] = rng.integers(0, 2**bits, pixels[..., 10:20, :].shape)
+    return pixels.astype(np.uint8 if bits <= 8 else np.uint16)
+
+
+# ---------------------------------------------------------------------------------------------- real files
+
+
+def test_ge_mammogram_header(real_data: Path) -> None:
+    info = read_info(real_data / "dicom" / "mg_ge_jpeg_lossless.dcm")
+    assert (info.laterality, info.view, info.orientation) == ("R", "MLO", ("P", "FL"))
+    assert info.spacing == pytest.approx((0.0941, 0.0941), abs=1e-4)
+    assert (info.rows, info.columns, info.bits_stored) == (3062, 2394, 12)
+    assert info.is_mammogram
+    assert not info.for_processing
+
+
+def test_ge_mammogram_lut_and_sigmoid_window_agree(real_data: Path) -> None:
+    path = real_data / "dicom" / "mg_ge_jpeg_lossless.dcm"
+    for index in range(3):  # NORMAL, HARDER, SOFTER, stored once as a LUT and once as a sigmoid window
+        lut, window = whole(open_pixels(path, voi=f"lut:{index}")), whole(open_pixels(path, voi=f"window:{index}"))
+        assert np.abs(lut - window).mean() * 4095 < 1
+        assert 0.5 < lut.max() <= 1
+    # The default is the first LUT: what pydicom makes of it, on breast pixels.
+    ds = dcmread(path)
+    expected = apply_voi_lut(DicomPixels(path).read(0, 3062, 0, 2394)[0], ds, index=0)
+    padding = DicomPixels(path).read(0, 3062, 0, 2394)[0] <= 30
+    got = whole(open_pixels(path, flip=False))
+    np.testing.assert_allclose(got[~padding] * 4095, expected[~padding], atol=1e-3)
+
+
+def test_ge_mammogram_padding_is_black_and_chest_wall_left(real_data: Path) -> None:
+    path = real_data / "dicom" / "mg_ge_jpeg_lossless.dcm"
+    stored = DicomPixels(path)
+    assert stored.flips() == (True, False)
+    raw = stored.read(0, 3062, 0, 2394)[0]
+    assert ((raw >= 0) & (raw <= 30)).mean() == pytest.approx(0.680, abs=0.0005)
+    shown = whole(open_pixels(path))
+    assert np.all(shown[:, ::-1][raw <= 30] == 0)
+    assert shown[:, :100].mean() > 0.2
+    assert shown[:, -100:].mean() < 0.01
+    np.testing.assert_array_equal(whole(open_pixels(path, flip=False)), shown[:, ::-1])
+    # The side that the pixels tell is the side that the header tells.
+    assert stored._breast_is_right()
+
+
+def test_film_is_the_same_in_both_codecs(real_data: Path) -> None:
+    films = [
+        whole(open_pixels(real_data / "dicom" / f"mg_film_{codec}.dcm"))
+        for codec in ("jpeg2000", "jpeg_extended_12bit")
+    ]
+    assert films[0].shape == films[1].shape == (4664, 3064)
+    assert np.corrcoef(films[0].ravel()[::11], films[1].ravel()[::11])[0, 1] > 0.9998
+    assert np.abs(films[0] - films[1]).mean() * 4095 < 20
+
+
+def test_tomosynthesis_needs_a_frame_and_finds_its_window(real_data: Path) -> None:
+    path = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
+    with pytest.raises(DataError, match=r"dbt_4frames.*4 frames"):
+        open_pixels(path)
+    with pytest.raises(DataError, match="frame 4"):
+        open_pixels(path, frame=4)
+    assert read_info(path).laterality == "L"
+    frames = [DicomPixels(path, frame=frame) for frame in range(4)]
+    pixels = [frame.read(0, 128, 0, 128) for frame in frames]
+    np.testing.assert_array_equal(np.concatenate(pixels), dcmread(path).pixel_array)
+    # Window 512/512 of the shared functional groups, which a look at the top level misses.
+    shown = whole(open_pixels(path, frame=2, flip=False))
+    window = np.clip((pixels[2][0] - 511.5) / 511 + 0.5, 0, 1)
+    np.testing.assert_allclose(shown, np.where(pixels[2][0] <= 4, 0, window), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- every syntax
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_lossless_syntaxes_are_bit_exact(write_dicom: Write, syntax: str, bits: int) -> None:
+    pixels = picture(bits)
+    path = write_dicom(pixels, syntax, bits)
+    source = open_pixels(path)
+    np.testing.assert_array_equal(source.stored.read(0, 37, 0, 53)[0], pixels)
+    expected = (pixels / (2**bits - 1)).astype(np.float32)
+    np.testing.assert_array_equal(whole(source), expected)
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again.read(5, 21, 7, 50)[0], expected[5:21, 7:50])
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_frames_of_every_syntax(write_dicom: Write, syntax: str) -> None:
+    pixels = picture(12, (3, 37, 53))
+    path = write_dicom(pixels, syntax)
+    for frame in range(3):
+        np.testing.assert_array_equal(DicomPixels(path, frame=frame).read(0, 37, 0, 53)[0], pixels[frame])
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, BIG, RLE, JPEG + "70"])
+def test_signed_pixels_and_garbage_above_the_high_bit(write_dicom: Write, syntax: str) -> None:
+    values = np.arange(-2048, 2048, dtype=np.int16).reshape(64, 64)
+    garbage = np.uint16(0xA000 if syntax != JPEG + "70" else 0)
+    patterns = (values.view(np.uint16) & 0x0FFF) | garbage
+    path = write_dicom(patterns, syntax, bits=12, PixelRepresentation=1)
+    np.testing.assert_allclose(whole(open_pixels(path)), (values + 2048) / 4095, atol=1e-6)
+    shifted = ((values.view(np.uint16) & 0x0FFF) << 2) | np.uint16(0xC003 if syntax != JPEG + "70" else 0)
+    if syntax != JPEG + "70":
+        path = write_dicom(shifted, syntax, bits=12, PixelRepresentation=1, HighBit=13)
+        np.testing.assert_allclose(whole(open_pixels(path)), (values + 2048) / 4095, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- grey scale
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize(("center", "width"), [(2000.0, 900.0), (100.5, 2.0), (2048.0, 4096.0), (-50.0, 10000.0)])
+def test_windows_agree_with_pydicom(write_dicom: Write, function: str, center: float, width: float) -> None:
+    pixels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    path = write_dicom(pixels, WindowCenter=center, WindowWidth=width, VOILUTFunction=function)
+    expected = apply_windowing(pixels, dcmread(path)) / 4095
+    np.testing.assert_allclose(whole(open_pixels(path)), expected, atol=1 / 65535)
+
+
+def test_order_of_operations(write_dicom: Write) -> None:
+    """Modality, then window, then inversion, then padding."""
+    pixels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    elements = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 1000, "WindowWidth": 2001}
+    elements |= {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 3900, "PhotometricInterpretation": "MONOCHROME1"}
+    shown = whole(open_pixels(write_dicom(pixels, **elements)))
+    window = np.clip((2.0 * pixels - 1000 - 999.5) / 2000 + 0.5, 0, 1)
+    expected = np.where((pixels >= 3900) & (pixels <= 4000), 0, 1 - window)
+    np.testing.assert_allclose(shown, expected, atol=1e-5)
+
+
+def lut_item(entries: np.ndarray, first: int, bits: int) -> Dataset:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [len(entries) % 65536, first, bits])
+    item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
+    return item
+
+
+def test_voi_lut_goes_before_windows_and_is_clamped(write_dicom: Write) -> None:
+    pixels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    entries = (np.arange(1000) ** 2 // 1000).astype(np.uint16)  # 0 to 998: 10 bits
+    elements = {
+        "VOILUTSequence": Sequence([lut_item(entries, 500, 10)]),
+        "WindowCenter": [9, 99],
+        "WindowWidth": [2, 3],
+    }
+    path = write_dicom(pixels, **elements)
+    expected = entries[np.clip(pixels.astype(int) - 500, 0, 999)] / 1023
+    np.testing.assert_allclose(whole(open_pixels(path)), expected, atol=1e-6)
+    second = np.clip((pixels - 98.5) / 2 + 0.5, 0, 1)
+    np.testing.assert_allclose(whole(open_pixels(path, voi="window:1")), second, atol=1e-5)
+    np.testing.assert_allclose(whole(open_pixels(path, voi="none")), pixels / 4095, atol=1e-6)
+    for voi, message in [("window:2", "has 2"), ("lut:1", "has 1"), ("bright", "is not"), ("lut:x", "is not")]:
+        with pytest.raises(DataError, match=message):
+            open_pixels(path, voi=voi)
+
+
+def test_voi_lut_with_bytes_and_with_too_few_bits_declared(write_dicom: Write) -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [256, 0, 8])
+    item.add_new("LUTData", "OW", bytes(range(255, -1, -1)))
+    path = write_dicom(pixels, bits=8, VOILUTSequence=Sequence([item]))
+    np.testing.assert_allclose(whole(open_pixels(path)), 1 - pixels / 255, atol=1e-6)
+    wide = lut_item(np.arange(256) * 16, 0, 8)
+    path = write_dicom(pixels, bits=8, VOILUTSequence=Sequence([wide]))
+    np.testing.assert_allclose(whole(open_pixels(path)), pixels * 16.0 / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("elements", "message"),
+    [
+        ({"WindowCenter": 9, "WindowWidth": 0}, "WindowWidth 0"),
+        ({"WindowCenter": 9, "WindowWidth": 9, "VOILUTFunction": "CUBIC"}, "CUBIC"),
+        ({"RescaleSlope": 0, "RescaleIntercept": 1}, "RescaleSlope"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "RGB"),
+        ({"BitsStored": 20}, "20 bits of 16"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.2.1"}, "For Processing"),
+        ({"PresentationIntentType": "FOR PROCESSING"}, "For Processing"),
+    ],
+)
+def test_headers_that_cannot_be_right(write_dicom: Write, elements: dict, message: str) -> None:
+    path = write_dicom(picture(12), **elements)
+    with pytest.raises(DataError, match=message) as error:
+        open_pixels(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_for_processing_on_demand_ignores_windows(write_dicom: Write) -> None:
+    pixels = picture(12)
+    path = write_dicom(pixels, PresentationIntentType="FOR PROCESSING", WindowCenter=9, WindowWidth=9)
+    shown = whole(open_pixels(path, for_processing=True))
+    np.testing.assert_allclose(shown, pixels / 4095, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize(
+    ("orientation", "flips"),
+    [
+        (["A", "R"], (False, False)),
+        (["P", "L"], (True, False)),
+        (["P", "FL"], (True, False)),
+        (["A", "H"], (False, True)),
+        (["P", "HL"], (True, True)),
+    ],
+)
+def test_orientation(write_dicom: Write, orientation: list[str], flips: tuple[bool, bool]) -> None:
+    pixels = picture(12)
+    path = write_dicom(pixels, PatientOrientation=orientation)
+    source = open_pixels(path)
+    assert source.stored.flips() == flips
+    expected = pixels[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1] / np.float32(4095)
+    np.testing.assert_allclose(whole(source), expected, atol=1e-6)
+    np.testing.assert_array_equal(source.read(3, 20, 4, 50)[0], whole(source)[3:20, 4:50])
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("padding", [None, 5])
+def test_chest_wall_is_found_without_orientation(write_dicom: Write, inverted: bool, padding: int | None) -> None:
+    pixels = np.full((300, 101), 5 if not inverted else 4095, np.uint16)
+    pixels[40:280, 60:] = 2000
+    elements = {"PatientOrientation": None, "PhotometricInterpretation": f"MONOCHROME{1 if inverted else 2}"}
+    if padding is not None:
+        elements["PixelPaddingValue"] = 4095 if inverted else 5
+    path = write_dicom(pixels, **elements)
+    assert open_pixels(path).stored.flips() == (True, False)
+    other = write_dicom(np.ascontiguousarray(pixels[:, ::-1]), **elements)
+    assert open_pixels(other).stored.flips() == (False, False)
+
+
+def test_other_modalities_are_not_flipped(write_dicom: Write) -> None:
+    path = write_dicom(
+        picture(12), Modality="DX", SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1", PatientOrientation=["P", "F"]
+    )
+    assert open_pixels(path).stored.flips() == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        ({"ImageLaterality": "L", "ViewPosition": "MLO"}, ("L", "MLO")),
+        ({"Laterality": "R", "ViewPosition": "cc "}, ("R", "CC")),
+        ({"SeriesDescription": "R MLO"}, ("R", "MLO")),
+        ({"ViewPosition": "LCC"}, ("L", "CC")),
+        ({}, (None, None)),
+    ],
+)
+def test_laterality_and_view(write_dicom: Write, elements: dict, expected: tuple) -> None:
+    info = read_info(write_dicom(picture(12), **elements))
+    assert (info.laterality, info.view) == expected
+
+
+@pytest.mark.parametrize(("code", "view"), [("R-10226", "MLO"), ("399162004", "CC"), ("R-10224", "ML")])
+def test_view_by_code(write_dicom: Write, code: str, view: str) -> None:
+    item = Dataset()
+    item.CodeValue = code
+    assert read_info(write_dicom(picture(12), ViewCodeSequence=Sequence([item]))).view == view
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_truncated_anywhere_is_an_error_that_names_the_file(write_dicom: Write, syntax: str) -> None:
+    path = write_dicom(picture(12), syntax)
+    data = path.read_bytes()
+    cut = path.with_name("cut.dcm")
+    places = sorted({*range(0, len(data), max(1, len(data) // 97)), len(data) - 1, len(data) - 9})
+    for place in places:
+        cut.write_bytes(data[:place])
+        if syntax == DEFLATED and place == len(data) - 1:
+            # The last byte only makes the length even; the image is whole without it.
+            np.testing.assert_array_equal(whole(open_pixels(cut)), whole(open_pixels(path)))
+            continue
+        with pytest.raises(DataError) as error:
+            whole(open_pixels(cut))
+        assert str(cut) in str(error.value), place
+        assert "\n" not in str(error.value), place
+
+
+@pytest.mark.parametrize("where", [0.02, 0.3, 0.6, 0.99])
+def test_truncated_real_files(real_data: Path, tmp_path: Path, where: float) -> None:
+    for path in sorted((real_data / "dicom").iterdir()):
+        data = path.read_bytes()
+        cut = tmp_path / path.name
+        cut.write_bytes(data[: int(len(data) * where)])
+        frame = 0 if path.name.startswith("dbt") else None
+        with pytest.raises(DataError, match=path.name):
+            open_pixels(cut, frame=frame).read(0, 10, 0, 10)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(syntax=st.sampled_from(SYNTAXES), seed=st.integers(0, 2**32 - 1))
+def test_flipped_bytes_never_crash(write_dicom: Write, syntax: str, seed: int) -> None:
+    """Damage inside may decode to something, but to an image of the right shape, or it is a DataError."""
+    path = write_dicom(picture(12), syntax)
+    data = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    for place in rng.integers(0, len(data), 5):
+        data[place] = rng.integers(256)
+    path.write_bytes(bytes(data))
+    try:
+        source = open_pixels(path, frame=0)
+        _, height, width = source.shape
+        # A damaged size that still fits the file may be anything; only reads of what it claims count.
+        assert whole(source).shape == (height, width)
+    except DataError as error:
+        assert str(path) in str(error)
+
+
+def test_not_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "report.dcm"
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = UID(EXPLICIT)
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID = "1.2.840.10008.5.1.4.1.1.88.11", "1.2.3", "P1"
+    ds.save_as(path, enforce_file_format=True)
+    with pytest.raises(DataError, match=r"report\.dcm: has no Rows"):
+        open_pixels(path)
+
+
+def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    table = write_phantoms(tmp_path, patients=2, height=256, width=192, fractions=(0.5, 0.5, 0.0))
+    path = sorted((table.parent / "images").iterdir())[0]
+    source = open_pixels(path)
+    source.read(0, 10, 0, 10)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match="truncated"):
+        source.read(200, 256, 0, 192)
+
+
+def test_jpeg_2000_that_claims_another_size_is_not_decoded(write_dicom: Write) -> None:
+    path = write_dicom(picture(12), JPEG + "90")
+    data = bytearray(path.read_bytes())
+    size = data.index(b"\xff\x4f\xff\x51") + 12  # Ysiz
+    assert int.from_bytes(data[size : size + 4], "big") == 37
+    data[size] = 3  # 50 million rows
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="not 37 x 53"):
+        whole(open_pixels(path))

@@ -1,0 +1,169 @@
+"""Tables: csv files and folders, and every way in which they can be wrong."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from gigamorph.engine.data.tables import missing_files, read_table
+from gigamorph.engine.errors import DataError
+
+HEADER = "image_path,label,patient_id,split\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "img").mkdir()
+    for name in ("a.png", "b.png", "c.dcm"):
+        (tmp_path / "img" / name).write_bytes(b"x")
+    return tmp_path
+
+
+def write(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    (folder / "t.csv").write_bytes(text.encode(encoding))
+    return folder / "t.csv"
+
+
+def test_csv(folder: Path) -> None:
+    text = "image_path,label,patient_id,split,laterality,view,age\nimg/a.png,0,P1,train,left,cc,50\n\n"
+    path = write(folder, text + f"{folder}/img/b.png , 1,P2, Test ,R,MLO,\nimg/c.dcm,1,P3,validation,,,60\n")
+    table = read_table(path)
+    assert table.classes == ["0", "1"]
+    assert [record.path for record in table.records] == [folder / "img" / n for n in ("a.png", "b.png", "c.dcm")]
+    assert [record.label for record in table.records] == [0, 1, 1]
+    assert [record.patient_id for record in table.records] == ["P1", "P2", "P3"]
+    assert [record.split for record in table.records] == ["train", "test", "val"]
+    assert [record.laterality for record in table.records] == ["L", "R", None]
+    assert [record.view for record in table.records] == ["CC", "MLO", None]
+    assert [record.extra for record in table.records] == [{"age": "50"}, {"age": ""}, {"age": "60"}]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_dialects_of_csv(folder: Path, separator: str, encoding: str, end: str) -> None:
+    rows = [["image_path", "label", "patient_id"], ['"img/a.png\n"', "benign", "Müller"], ["img/b.png", "malign", "P2"]]
+    path = write(folder, "".join(separator.join(row) + end for row in rows), encoding)
+    table = read_table(path)
+    assert table.classes == ["benign", "malign"]
+    assert [record.label for record in table.records] == [0, 1]
+    assert [record.patient_id for record in table.records] == ["Müller", "P2"]
+    assert {record.split for record in table.records} == {None}
+    assert table.records[0].path == folder / "img" / "a.png"
+
+
+def test_classes_of_a_trained_model_number_the_labels(folder: Path) -> None:
+    path = write(folder, HEADER + "img/a.png,benign,P1,\n")
+    assert read_table(path, classes=["malign", "benign"]).records[0].label == 1
+    with pytest.raises(DataError, match=r"line 2: label 'benign' is none of the classes malign, normal"):
+        read_table(path, classes=["malign", "normal"])
+
+
+def test_table_to_predict_needs_paths_only(folder: Path) -> None:
+    table = read_table(write(folder, "image_path,age\nimg/a.png,5\nimg/c.dcm,6\n"), labels=False)
+    assert [record.label for record in table.records] == [-1, -1]
+    assert table.classes == []
+    assert len({record.patient_id for record in table.records}) == 2
+    assert len(read_table(folder / "img", labels=False).records) == 3
+
+
+def test_single_class_of_zeros_and_ones(folder: Path) -> None:
+    assert read_table(write(folder, HEADER + "img/a.png,1,P1,\n")).classes == ["0", "1"]
+    many = "".join(f"img/{name},{label},P{label},\n" for label, name in enumerate(["a.png", "b.png", "c.dcm"]))
+    assert read_table(write(folder, HEADER + many)).classes == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        (HEADER, "holds no images"),
+        ("path,label,patient_id\nimg/a.png,0,P1\n", "column image_path is missing; it has path, label, patient_id"),
+        ("image_path\nimg/a.png\n", "column label, patient_id is missing"),
+        ("image_path,label,patient_id,label\nimg/a.png,0,P1,0\n", "column label is there twice"),
+        (HEADER + "img/a.png,0,P1\n", "line 2: has 3 cells, the header 4"),
+        (HEADER + "img/a.png,0,P1,train\n,0,P1,train\n", "line 3: image_path is empty"),
+        (HEADER + "img/a.png,,P1,train\n", "line 2: label is empty"),
+        (HEADER + "img/a.png,0,,train\n", "line 2: patient_id is empty"),
+        (HEADER + "img/a.png,0,P1,holdout\n", "line 2: split 'holdout' is none of train, val, test"),
+        (HEADER + "img/a.png,0,P1,\nimg/a.png,1,P1,\n", "line 3: a.png is already in line 2"),
+        (HEADER + "img/a.png,0,P1,\nimg/b.png,3,P2,\n", "labels 0, 3 leave out 1, 2"),
+        (HEADER + "img/z.png,0,P1,\nimg/b.png,1,P2,\n", "1 of 2 images do not exist: .*z.png"),
+        (HEADER + '"img/a.png,0,P1,\n', "is not a csv file"),
+        ("image_path,label,patient_id,laterality\nimg/a.png,0,P1,both\n", "laterality 'both' is neither L nor R"),
+    ],
+)
+def test_wrong_tables(folder: Path, text: str, message: str) -> None:
+    path = write(folder, text)
+    with pytest.raises(DataError, match=message) as error:
+        read_table(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_among_a_thousand(folder: Path) -> None:
+    for number in range(1000):
+        (folder / "img" / f"{number}.png").touch()
+    rows = "".join(f"img/{number}.png,{number % 2},P{number},train\n" for number in range(1000))
+    path = write(folder, HEADER + rows)
+    assert len(read_table(path).records) == 1000
+    (folder / "img" / "537.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 1000 images do not exist: .*537\.png"):
+        read_table(path)
+    records = read_table(path, check_files=False).records
+    assert missing_files(records) == [folder / "img" / "537.png"]
+    for number in range(5):
+        (folder / "img" / f"{number}.png").unlink()
+    with pytest.raises(DataError, match=r"6 of 1000 images do not exist: .*0\.png, .*1\.png, .*2\.png, \.\.\."):
+        read_table(path)
+
+
+def test_other_encoding_and_binary(folder: Path) -> None:
+    with pytest.raises(DataError, match="UTF-8"):
+        read_table(write(folder, HEADER + "img/Müller.png,0,P1,\n", encoding="latin-1"))
+    (folder / "t.csv").write_bytes(gzip.compress(HEADER.encode()))
+    with pytest.raises(DataError, match=r"t\.csv"):
+        read_table(folder / "t.csv")
+    with pytest.raises(DataError, match="no such file"):
+        read_table(folder / "absent.csv")
+
+
+def test_folder_per_class(tmp_path: Path) -> None:
+    for name in ("benign/1.png", "benign/P7/2.dcm", "benign/P7/3.dcm", "malign/1.png", "malign/.hidden.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "malign" / "notes.txt").touch()
+    table = read_table(tmp_path)
+    assert table.classes == ["benign", "malign"]
+    assert [(record.path.name, record.label) for record in table.records] == [
+        ("1.png", 0),
+        ("2.dcm", 0),
+        ("3.dcm", 0),
+        ("1.png", 1),
+    ]
+    patients = [record.patient_id for record in table.records]
+    assert patients[1] == patients[2] == "P7"
+    assert len(set(patients)) == 3  # benign/1.png and malign/1.png are two patients
+    (tmp_path / "malign" / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        read_table(tmp_path / "malign" / "empty")
+
+
+def test_folder_per_split_and_class(tmp_path: Path) -> None:
+    for name in ("train/0/a.png", "train/1/b.png", "val/1/c.png", "test/0/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    records = {record.path.name: record for record in read_table(tmp_path).records}
+    assert {name: (record.split, record.label) for name, record in records.items()} == {
+        "a.png": ("train", 0),
+        "b.png": ("train", 1),
+        "c.png": ("val", 1),
+        "d.png": ("test", 0),
+    }
+
+
+def test_real_table_says_which_columns_it_lacks(real_data: Path) -> None:
+    path = real_data / "tables" / "mass_case_description_test_set.csv"
+    with pytest.raises(DataError, match=r"column image_path, label is missing; it has patient_id, breast_density"):
+        read_table(path)

@@ -1,0 +1,382 @@
+"""Pixel sources: every format and layout, regions against the whole, memory, damage."""
+
+import json
+import pickle
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gigamorph.engine.data import tiff
+from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.pixels import Normalize, PixelBatch, PixelSource, as_batch, open_pixels
+
+GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
+COLOUR = np.random.default_rng(1).integers(0, 256, (101, 77, 3), dtype=np.uint8)
+SMOOTH = np.linspace(-1, 2, 151 * 117).reshape(151, 117)
+
+
+def planes(array: np.ndarray) -> np.ndarray:
+    """What a source of this array is expected to deliver."""
+    full = np.float32(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else np.float32(1)
+    array = array.astype(np.float32) / full
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _npy(array: np.ndarray) -> Callable[[Path], Path]:
+    def write(path: Path) -> Path:
+        np.save(path.with_suffix(".npy"), array)
+        return path.with_suffix(".npy")
+
+    return write
+
+
+def _png(array: np.ndarray) -> Callable[[Path], Path]:
+    def write(path: Path) -> Path:
+        path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(array)))
+        return path
+
+    return write
+
+
+def _tiff(array: np.ndarray, **options) -> Callable[[Path], Path]:
+    def write(path: Path) -> Path:
+        tifffile.imwrite(path, array, **options)
+        return path
+
+    return write
+
+
+def _dicom(path: Path) -> Path:
+    write_phantoms(path, patients=2, height=160, width=120, fractions=(0.5, 0.5, 0.0))
+    return sorted(path.glob("images/*.dcm"))[0]
+
+
+RGB = {"photometric": "rgb"}
+KINDS: dict[str, tuple[np.ndarray | None, Callable[[Path], Path] | np.ndarray | torch.Tensor]] = {
+    "npy": (planes(GREY), _npy(GREY)),
+    "npy big endian": (planes(GREY), _npy(GREY.astype(">u2"))),
+    "npy fortran": (planes(GREY), _npy(np.asfortranarray(GREY))),
+    "npy float64": (planes(SMOOTH), _npy(SMOOTH)),
+    "npy float16": (planes(SMOOTH.astype(np.float16)), _npy(SMOOTH.astype(np.float16))),
+    "npy bool": (planes(GREY % 2 == 0), _npy(GREY % 2 == 0)),
+    "npy HWC": (planes(COLOUR), _npy(COLOUR)),
+    "npy CHW": (planes(COLOUR), _npy(COLOUR.transpose(2, 0, 1).copy())),
+    "npy HWC fortran": (planes(COLOUR), _npy(np.asfortranarray(COLOUR))),
+    "npy HW1": (planes(GREY), _npy(GREY[:, :, None])),
+    "png 16 bit": (planes(GREY), _png(GREY)),
+    "png 8 bit": (planes(COLOUR[..., 0]), _png(COLOUR[..., 0])),
+    "png colour": (planes(COLOUR), _png(COLOUR)),
+    "png alpha": (planes(COLOUR), _png(np.dstack([COLOUR, COLOUR[..., :1]]))),
+    "tiff": (planes(GREY), _tiff(GREY)),
+    "tiff big endian": (planes(GREY), _tiff(GREY, byteorder=">")),
+    "tiff big": (planes(GREY), _tiff(GREY, bigtiff=True, tile=(32, 64), compression="zlib")),
+    "tiff strips": (planes(GREY), _tiff(GREY, rowsperstrip=17, compression="lzw", predictor=True)),
+    "tiff strips big endian": (planes(GREY), _tiff(GREY, rowsperstrip=7, compression="zlib", byteorder=">")),
+    "tiff tiles": (planes(GREY), _tiff(GREY, tile=(32, 48))),
+    "tiff tiles zlib": (planes(GREY), _tiff(GREY, tile=(32, 48), compression="zlib", predictor=True)),
+    "tiff tiles zstd": (planes(GREY), _tiff(GREY, tile=(48, 32), compression="zstd")),
+    "tiff tiles jpeg 2000": (planes(GREY), _tiff(GREY, tile=(64, 64), compression="jpeg2000")),
+    "tiff float": (planes(SMOOTH.astype(np.float32)), _tiff(SMOOTH.astype(np.float32), tile=(32, 32))),
+    "tiff white is zero": (1 - planes(GREY), _tiff(GREY, photometric="miniswhite", tile=(64, 64))),
+    "tiff colour": (planes(COLOUR), _tiff(COLOUR, **RGB)),
+    "tiff colour tiles": (planes(COLOUR), _tiff(COLOUR, **RGB, tile=(32, 32), compression="zlib")),
+    "tiff colour planes": (planes(COLOUR), _tiff(COLOUR.transpose(2, 0, 1).copy(), **RGB, planarconfig="separate")),
+    "tiff colour planes tiles": (
+        planes(COLOUR),
+        _tiff(COLOUR.transpose(2, 0, 1).copy(), **RGB, planarconfig="separate", tile=(32, 32), compression="zlib"),
+    ),
+    "tiff alpha": (planes(COLOUR), _tiff(np.dstack([COLOUR, COLOUR[..., :1]]), **RGB, tile=(32, 32))),
+    "dicom": (None, _dicom),
+    "array": (planes(GREY), GREY),
+    "array HWC": (planes(COLOUR), COLOUR),
+    "array int16": (planes(SMOOTH.astype(np.int16) * 9999), SMOOTH.astype(np.int16) * 9999),
+    "array not contiguous": (planes(GREY[::-1, ::2]), GREY[::-1, ::2]),
+    "tensor": (planes(SMOOTH), torch.from_numpy(SMOOTH)),
+    "tensor uint8": (planes(COLOUR), torch.from_numpy(COLOUR)),
+    "tensor bfloat16": (
+        torch.from_numpy(SMOOTH).bfloat16().float().numpy()[None],
+        torch.from_numpy(SMOOTH).bfloat16(),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[np.ndarray, PixelSource]]:
+    """Every kind of source, with all that it is expected to deliver."""
+    folder = tmp_path_factory.mktemp("sources")
+    found = {}
+    for number, (kind, (expected, make)) in enumerate(KINDS.items()):
+        source = open_pixels(make(folder / str(number)) if callable(make) else make)
+        _, height, width = source.shape
+        found[kind] = (source.read(0, height, 0, width).numpy() if expected is None else expected, source)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_image(sources: dict, kind: str) -> None:
+    expected, source = sources[kind]
+    assert isinstance(source, PixelSource)
+    assert source.shape == expected.shape
+    whole = source.read(0, source.shape[1], 0, source.shape[2])
+    assert whole.dtype == torch.float32
+    assert whole.is_contiguous()
+    np.testing.assert_allclose(whole.numpy(), expected, atol=2e-7)
+    assert whole.std() > 0.05
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_regions_equal_the_whole(sources: dict, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    _, source = sources[kind]
+    channels, height, width = source.shape
+    whole = source.read(0, height, 0, width)
+    top, bottom = sorted(data.draw(st.tuples(*[st.integers(0, height)] * 2)))
+    left, right = sorted(data.draw(st.tuples(*[st.integers(0, width)] * 2)))
+    fresh = pickle.loads(pickle.dumps(source)) if data.draw(st.booleans()) else source
+    region = fresh.read(top, bottom, left, right)
+    assert region.shape == (channels, bottom - top, right - left)
+    assert torch.equal(region, whole[:, top:bottom, left:right])
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_flip_channels_and_normalisation(sources: dict, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    expected, source = sources[kind]
+    channels = data.draw(st.sampled_from([len(expected), 3]))
+    mean = data.draw(st.lists(st.floats(-1, 1), min_size=channels, max_size=channels))
+    std = data.draw(st.lists(st.floats(0.1, 3), min_size=channels, max_size=channels))
+    flip = data.draw(st.booleans())
+    other = type(source)(source.stored, normalize=Normalize(tuple(mean), tuple(std)), flip=flip, channels=channels)
+    assert other.shape == (channels, *source.shape[1:])
+    _, height, width = source.shape
+    plain = type(source)(source.stored, flip=False).read(0, height, 0, width).numpy()
+    wanted = (np.repeat(plain, channels // len(plain), 0) - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+    wanted = wanted[:, :, ::-1] if flip else wanted
+    region = other.read(7, height - 3, 5, width - 9)
+    np.testing.assert_allclose(region.numpy(), wanted[:, 7 : height - 3, 5 : width - 9], atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_is_the_callers_own(sources: dict, kind: str) -> None:
+    _, source = sources[kind]
+    first = source.read(3, 20, 5, 30)
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(source.read(3, 20, 5, 30), kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outside_is_refused(sources: dict, kind: str) -> None:
+    _, source = sources[kind]
+    _, height, width = source.shape
+    for region in [(-1, 5, 0, 5), (0, height + 1, 0, 5), (0, 5, 3, 2), (0, 5, 0, width + 1)]:
+        with pytest.raises(ValueError, match="are not in"):
+            source.read(*region)
+
+
+@pytest.mark.parametrize("kind", ["npy", "tiff tiles zlib", "png 16 bit", "dicom"])
+def test_threads(sources: dict, kind: str) -> None:
+    _, source = sources[kind]
+    source = pickle.loads(pickle.dumps(source))  # nothing open or decoded yet
+    _, height, width = source.shape
+    regions = [(y, min(y + 30, height), x, min(x + 25, width)) for y in range(0, height, 9) for x in range(0, width, 7)]
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda region: source.read(*region), regions))
+    whole = source.read(0, height, 0, width)
+    for (top, bottom, left, right), part in zip(regions, parts, strict=True):
+        assert torch.equal(part, whole[:, top:bottom, left:right])
+
+
+def test_memmap_pickles_as_its_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", GREY)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    source = open_pixels(mapped)
+    assert len(pickle.dumps(source)) < 2000
+    assert source.name == str(tmp_path / "a.npy")
+    np.testing.assert_array_equal(source.read(3, 50, 7, 90).numpy(), planes(GREY)[:, 3:50, 7:90])
+    part = open_pixels(mapped[10:60, 20:80])  # not the whole file: read as an array
+    np.testing.assert_array_equal(part.read(3, 40, 7, 50).numpy(), planes(GREY)[:, 13:50, 27:70])
+
+
+def test_grey_from_colour(tmp_path: Path) -> None:
+    (tmp_path / "grey.png").write_bytes(imagecodecs.png_encode(np.dstack([COLOUR[..., 0]] * 3)))
+    (tmp_path / "colour.png").write_bytes(imagecodecs.png_encode(COLOUR))
+    source = open_pixels(tmp_path / "grey.png", channels=1)
+    assert source.shape == (1, 101, 77)
+    np.testing.assert_array_equal(source.read(0, 101, 0, 77).numpy(), planes(COLOUR[..., 0]))
+    with pytest.raises(DataError, match=r"colour\.png: is a colour image"):
+        open_pixels(tmp_path / "colour.png", channels=1).read(0, 101, 0, 77)
+
+
+def test_normalize_survives_json_and_refuses_nonsense() -> None:
+    normalize = Normalize((0.1, 0.2, 0.3), (1, 2, 3))
+    assert Normalize.from_dict(json.loads(json.dumps(normalize.to_dict()))) == normalize
+    for mean, std in [((0.0,), (0.0,)), ((0.0, 1.0), (1.0,)), ((), ()), ((float("nan"),), (1.0,))]:
+        with pytest.raises(DataError):
+            Normalize(mean, std)
+    with pytest.raises(DataError, match="2 values for 1 channels"):
+        open_pixels(GREY, normalize=Normalize((0, 0), (1, 1)))
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 2), (7,), (2, 3, 4, 5), (2, 9, 9), (0, 5)])
+def test_shapes_that_are_no_image(shape: tuple[int, ...]) -> None:
+    for image in (np.zeros(shape), torch.zeros(shape)):
+        with pytest.raises(DataError, match=r"is not \(H, W\)"):
+            open_pixels(image)
+
+
+def test_batch() -> None:
+    sources = [open_pixels(GREY), open_pixels(GREY, flip=True)]
+    batch = as_batch(sources)
+    assert isinstance(batch, PixelBatch)
+    assert batch.shape == (2, 1, 151, 117)
+    region = batch.read(3, 20, 5, 30)
+    assert torch.equal(region, torch.stack([source.read(3, 20, 5, 30) for source in sources]))
+    assert as_batch(batch) is batch
+    single = as_batch(sources[0])
+    assert isinstance(single, PixelBatch)
+    assert single.shape == (1, 1, 151, 117)
+    tensor = torch.zeros(2, 3, 4, 5)
+    assert as_batch(tensor) is tensor
+    with pytest.raises(DataError, match=r"151.*101.*same batch|101.*151.*same batch"):
+        as_batch([sources[0], open_pixels(COLOUR)])
+    for wrong in ([], [tensor], GREY, "x.png", None):
+        with pytest.raises(DataError):
+            as_batch(wrong)  # pyright: ignore[reportArgumentType]
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+import numpy as np, torch
+from gigamorph.engine.pixels import open_pixels
+torch.set_num_threads(1)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+source = open_pixels(sys.argv[1])
+source.read(0, 8, 0, 8)
+before = peak()
+height, width = source.shape[1:]
+for top in range(0, height, height // 8):
+    for left in range(0, width, 512):
+        source.read(top, top + 512, left, left + 512)
+print(peak() - before, height * width)
+"""
+
+
+def growth(path: Path) -> tuple[int, int]:
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    grown, pixels = run.stdout.split()
+    return int(grown), int(pixels)
+
+
+@pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
+def test_gigapixel_npy_is_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "giga.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(32768, 32768))  # sparse: takes no disk
+    grown, pixels = growth(path)
+    assert pixels == 2**30
+    assert grown < 50 * 2**20
+
+
+@pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
+def test_tiff_keeps_a_bounded_part(tmp_path: Path) -> None:
+    path = tmp_path / "large.tif"
+    blank = np.zeros((1024, 1024), np.uint16)
+    tifffile.imwrite(
+        path, (blank for _ in range(256)), shape=(16384, 16384), dtype=np.uint16, tile=(1024, 1024), compression="zlib"
+    )
+    grown, pixels = growth(path)
+    assert pixels * 2 == 512 * 2**20
+    assert grown < tiff.CACHE_BYTES + 50 * 2**20
+
+
+def test_tiff_decodes_only_what_is_touched(tmp_path: Path) -> None:
+    path = tmp_path / "t.tif"
+    tifffile.imwrite(path, GREY, tile=(16, 16), compression="zlib")
+    source = open_pixels(path)
+    source.read(20, 30, 33, 47)
+    assert list(source.stored._cache) == [1 * 8 + 2]
+    source.read(31, 33, 47, 49)
+    assert set(source.stored._cache) == {10, 11, 18, 19}
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("npy", "png", "tiff"))])
+def test_truncated_files_are_errors_that_name_the_file(tmp_path: Path, kind: str) -> None:
+    make = KINDS[kind][1]
+    assert callable(make)
+    path = make(tmp_path / "whole")
+    data = path.read_bytes()
+    cut = tmp_path / "cut"
+    reference = open_pixels(path)
+    _, height, width = reference.shape
+    whole = reference.read(0, height, 0, width)
+    refused = 0
+    places = sorted({*range(0, len(data), max(1, len(data) // 60)), len(data) - 1})
+    for place in places:
+        cut.write_bytes(data[:place])
+        try:
+            read = open_pixels(cut).read(0, height, 0, width)
+        except DataError as error:
+            assert str(cut) in str(error), place
+            assert "\n" not in str(error), place
+            refused += 1
+        else:
+            # What is lost then is nothing that holds pixels: the end mark of a PNG, a directory's last bytes.
+            assert torch.equal(read, whole), place
+            assert place > 0.9 * len(data)
+    assert refused >= len(places) - 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "is empty"), (b"hello" * 99, "not a DICOM"), (b"\x93NUMPY\x01\0", "damaged .npy")]
+)
+def test_unknown_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.dcm"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        open_pixels(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.png: cannot be read \(No such file"):
+        open_pixels(tmp_path / "absent.png")
+    with pytest.raises(DataError, match="Is a directory"):
+        open_pixels(tmp_path)
+
+
+def test_arrays_that_are_no_pixels(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.zeros((4, 4), complex))
+    np.save(tmp_path / "o.npy", np.array([[{}, 1], [2, 3]], dtype=object), allow_pickle=True)
+    for name in ("c.npy", "o.npy"):
+        with pytest.raises(DataError, match=rf"{name}: holds"):
+            open_pixels(tmp_path / name)
+    with pytest.raises(DataError, match="holds complex128"):
+        open_pixels(np.zeros((4, 4), complex))
+
+
+def test_real_chest_film(real_data: Path) -> None:
+    source = open_pixels(real_data / "nih_chest_xray.png")
+    whole = source.read(0, source.shape[1], 0, source.shape[2])
+    assert source.shape[0] == 1
+    assert 0.9 < whole.max() <= 1
+    assert 0.2 < whole.mean() < 0.8
