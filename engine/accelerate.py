@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from .backend import fold_batch_norm, work_in_place
 from .errors import GigamorphError
-from .graph import Draw, Graph, build_graph
+from .graph import Graph, Small, build_graph
 from .memory import parse_bytes
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, choose
@@ -126,8 +127,11 @@ class Accelerated(nn.Module):
             self._programs.move_to_end(key)
             return self._programs[key]
         graph = build_graph(capture(self._network, shape, dtype, device))
+        fold_batch_norm(graph)
         plan = choose(graph, self.memory_budget, self.tile, training, self.carries)
-        self._programs[key] = graph, Sweep(graph, plan.tile), plan
+        sweep = Sweep(graph, plan.tile)
+        work_in_place(graph, set(sweep.carried))
+        self._programs[key] = graph, sweep, plan
         if len(self._programs) > _REMEMBERED:
             self._programs.popitem(last=False)
         return self._programs[key]
@@ -199,12 +203,12 @@ def _cast_for(graph: Graph, value: int, small: Tensor, autocast: Autocast) -> Te
     return small.to(autocast.dtype) if set(users) <= _CAST_BY_AUTOCAST else small
 
 
-def _run(graph: Graph, ops: Sequence[Op | Draw], env: dict[int, Tensor], device: torch.device) -> None:
+def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device: torch.device) -> None:
     """Run small ops in program order with ordinary autograd."""
     values = graph.program.values
     for op in ops:
-        if isinstance(op, Draw):
-            env[op.output] = op.make(values[op.like].dtype, device)
+        if isinstance(op, Small):
+            env.update(zip(op.outputs, op.run(env), strict=True))
             continue
         # A map that is only asked for its dtype and device is stood in for by an empty tensor.
         maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in graph.maps.inputs(op) if v not in env}

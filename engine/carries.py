@@ -15,6 +15,7 @@ others are added to the gradients of the carries, which the tiles above and to t
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -35,18 +36,33 @@ def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
     return tensor.narrow(axes[0], top, bottom - top).narrow(axes[1], left, right - left)
 
 
-def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> Tensor:
-    """An uninitialised map with the dtype, device and memory order of `pattern` and another height and width."""
-    shape = list(pattern.shape)
-    shape[axes[0]], shape[axes[1]] = height, width
-    order = sorted(range(pattern.dim()), key=lambda d: (-pattern.stride(d), d))
-    if pattern.dim() == 4 and pattern.is_contiguous(memory_format=torch.channels_last) and pattern.shape[1] > 1:
-        order = [0, 2, 3, 1]
-    dense = torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device)
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions from the slowest to the fastest in memory."""
+    if tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1:
+        return [0, 2, 3, 1]  # PyTorch reads "channels last" off the strides, of dimensions of size one too
+    return sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d) if tensor.shape[d] > 1 else -math.inf, d))
+
+
+def _unpermute(dense: Tensor, order: list[int]) -> Tensor:
     inverse = [0] * len(order)
     for position, d in enumerate(order):
         inverse[d] = position
     return dense.permute(inverse)
+
+
+def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> Tensor:
+    """An uninitialised map with the dtype, device and memory order of `pattern` and another height and width."""
+    shape = list(pattern.shape)
+    shape[axes[0]], shape[axes[1]] = height, width
+    order = memory_order(pattern)
+    return _unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
+
+
+def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:
+    """A map of zeros with `part` at `rect`."""
+    whole = empty_like_layout(part, axes, height, width).zero_()
+    cut(whole, axes, rect).copy_(part)
+    return whole
 
 
 @dataclass(slots=True)
@@ -116,10 +132,21 @@ class Compose(torch.autograd.Function):
         target, source = layout.block
         part = cut(inner, layout.axes, target)
         if part.shape != ctx.block_shape:
-            whole = part.new_zeros(ctx.block_shape)
-            cut(whole, layout.axes, source).copy_(part)
-            part = whole
+            part = put_back(part, layout.axes, source, *(ctx.block_shape[axis] for axis in layout.axes))
         return None, part, None, None
+
+
+class Crop(torch.autograd.Function):
+    """A part of a block; autograd's own slicing would return its gradient in another memory order."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, axes: Axes, rect: Rect):
+        ctx.where = axes, rect, block.shape[axes[0]], block.shape[axes[1]]
+        return cut(block, axes, rect)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return put_back(grads[0], *ctx.where), None, None
 
 
 class HandOn(torch.autograd.Function):
@@ -128,7 +155,7 @@ class HandOn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None]):
         ctx.add = add
-        return block.view_as(block)
+        return block.narrow(0, 0, block.shape[0])  # not view_as: that forgets the memory order of a batch of one
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
@@ -160,7 +187,7 @@ class CarryStore:
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             return host.copy_(tensor, non_blocking=True), tensor.device
         assert self._file is not None
-        order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
+        order = memory_order(tensor)
         dense = tensor.permute(order).contiguous().cpu()
         offset = self._file.seek(0, os.SEEK_END)
         self._file.write(memoryview(dense.reshape(-1).view(torch.uint8).numpy()))
@@ -177,7 +204,4 @@ class CarryStore:
         dense = torch.empty(shape, dtype=dtype)
         self._file.seek(offset)
         self._file.readinto(memoryview(dense.reshape(-1).view(torch.uint8).numpy()))
-        inverse = [0] * len(order)
-        for position, d in enumerate(order):
-            inverse[d] = position
-        return dense.permute(inverse).to(device)
+        return _unpermute(dense, order).to(device)

@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .ops import Local, Maps, Reduction, Refusal, Whole, find_rule
+from .ops import Env, Local, Maps, Reduction, Refusal, Whole, find_rule
 from .trace import Op, Program, refs
 
 # Calls that read a map only for its dtype and device.
@@ -25,12 +24,15 @@ _LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_te
 
 
 @dataclass(slots=True)
-class Draw:
-    """A small that the sweep needs and that is drawn once per step."""
+class Small:
+    """A computation on smalls that is not a recorded call; it runs once per step, before the sweep.
 
-    make: Callable[[torch.dtype, torch.device], Tensor]
-    like: int  # the value whose dtype and device it takes
-    output: int
+    `run` gets the tensors of `inputs` by value number and returns those of `outputs`.
+    """
+
+    run: Callable[[Env], tuple[Tensor, ...]]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Graph:
 
     program: Program
     maps: Maps
-    prelude: list[Op | Draw] = field(default_factory=list)
+    prelude: list[Op | Small] = field(default_factory=list)
     locals: list[Local] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
@@ -48,7 +50,18 @@ class Graph:
 
     @property
     def image(self) -> int:
+        """The value number of the image."""
         return self.program.image
+
+    def apply_rule(self, op: Op) -> Local | Reduction | Whole:
+        """What the rule of an op says; its refusal becomes an error that names the module."""
+        rule = find_rule(op.name)
+        if rule is None:
+            raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
+        try:
+            return rule(op, self.maps)
+        except Refusal as reason:
+            raise _refuse(op, str(reason)) from None
 
 
 def _live_ops(program: Program) -> list[Op]:
@@ -63,9 +76,23 @@ def _live_ops(program: Program) -> list[Op]:
     return live[::-1]
 
 
+def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> Small:
+    """A small that is drawn once per step, with the dtype and device of another value."""
+    value = program.values[like]
+    return Small(lambda _env: (make(value.dtype, value.device),), (), (output,))
+
+
 def _refuse(op: Op, reason: str) -> UnsupportedError:
     where = f"module '{op.module}'" if op.module else "the model"
     return UnsupportedError(f"{where}: {reason}")
+
+
+def _refuse_feedback(op: Op) -> UnsupportedError:
+    return _refuse(
+        op,
+        f"'{op.name}' needs a result over the whole image in the middle of the network (squeeze-and-excite or the "
+        "like), which is not possible yet; use a network whose only such step is the last pooling",
+    )
 
 
 def build_graph(program: Program) -> Graph:
@@ -88,28 +115,23 @@ def build_graph(program: Program) -> Graph:
             else:
                 graph.prelude.append(op)
             continue
-        rule = find_rule(op.name)
-        if rule is None:
-            raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
         if op.autocast is not None:
             raise _refuse(op, f"'{op.name}' runs in an autocast region of its own; put autocast around the whole model")
         if any(program.values[v].name for v in op.mutated):
             raise _refuse(op, f"'{op.name}' writes the image's values into a parameter or buffer")
         try:
-            kind = rule(op, maps)
-        except Refusal as reason:
-            raise _refuse(op, str(reason)) from None
+            kind = graph.apply_rule(op)
+        except UnsupportedError:
+            if late & set(op.inputs):
+                raise _refuse_feedback(op) from None
+            raise
         if isinstance(kind, Local):
             if late & set(op.inputs):
-                raise _refuse(
-                    op,
-                    f"'{op.name}' needs a result over the whole image in the middle of the network (squeeze-and-excite "
-                    "or the like), which is not possible yet; use a network whose only such step is the last pooling",
-                )
+                raise _refuse_feedback(op)
             if kind.once is not None:
                 kind.drawn = len(program.values)
                 program.values.append(program.values[op.inputs[0]])
-                graph.prelude.append(Draw(kind.once, op.inputs[0], kind.drawn))
+                graph.prelude.append(_draw(program, kind.once, op.inputs[0], kind.drawn))
                 used[kind.drawn] = None
             used.update(dict.fromkeys(v for v in op.inputs if v not in maps))
             for output, axes in zip(op.outputs, kind.axes, strict=True):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .carries import CarryStore, Compose, HandOn, Layout, Rect, cut, empty_like_layout
+from .carries import CarryStore, Compose, Crop, HandOn, Layout, Rect, cut, empty_like_layout
 from .geometry import AxisSchedule, Window, schedule_axis
 from .graph import Graph
 from .ops import Block, Local, Reduction
@@ -186,7 +186,8 @@ class Tile:
         if _area(inside) == _area(rect):
             tensor = self.blocks[value]
             if inside != block:
-                tensor = cut(tensor, sweep.axes(value), _shift(inside, block[0], block[2]))
+                part = sweep.axes(value), _shift(inside, block[0], block[2])
+                tensor = Crop.apply(tensor, *part) if tensor.requires_grad else cut(tensor, *part)
             return tensor, pad
         return self._compose(value, rect, above, left, inside, block, pad, fill)
 

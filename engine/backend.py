@@ -1,0 +1,163 @@
+"""Which implementation runs an op: rewrites of a graph that leave its function as it is and make it faster or smaller.
+
+`fold_batch_norm`: a frozen BatchNorm behind a convolution is a factor and an offset per output channel,
+
+    bn(conv(x, w, b)) = conv(x, w*s, (b - mean)*s + beta),   s = gamma / sqrt(var + eps)
+
+so the sweep runs one convolution with the folded weights, which are computed once per step by ordinary autograd; the
+gradients of w, gamma and beta come out of the gradients of the folded weights. Neither the convolution's raw output
+nor a normalised copy of it exists any more.
+
+`work_in_place`: an activation or a residual sum overwrites its input where nothing else will read that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graph import Graph, Small
+from .ops import Block, Env, Local
+from .ops.base import arguments
+from .trace import Op, Ref, Value
+
+_MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear"})
+
+
+def _plain(name: str) -> str:
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _readers(graph: Graph) -> dict[int, list[Local]]:
+    readers: dict[int, list[Local]] = {}
+    for local in graph.locals:
+        for value in local.reads:
+            readers.setdefault(value, []).append(local)
+    return readers
+
+
+def _private(graph: Graph) -> set[int]:
+    """Maps that local ops alone look at."""
+    public = {r.value for r in graph.reductions} | set(graph.stored)
+    return {v for local in graph.locals for v in local.op.outputs} - public
+
+
+def fold_batch_norm(graph: Graph) -> None:
+    """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
+    readers, private = _readers(graph), _private(graph)
+    makers = {local.op.outputs[0]: local for local in graph.locals if local.op.name == "conv2d"}
+    dropped: set[int] = set()
+    for norm in list(graph.locals):
+        if norm.op.name != "batch_norm":
+            continue
+        given = arguments(norm.op, "input running_mean running_var weight bias training momentum eps", eps=1e-5)
+        raw = given["input"].value
+        conv = makers.get(raw)
+        if conv is None or raw not in private or len(readers[raw]) != 1:
+            continue
+        dropped.add(id(norm))
+        _fold(graph, conv, norm, given)
+    graph.locals = [local for local in graph.locals if id(local) not in dropped]
+    graph.smalls = list(dict.fromkeys(v for local in graph.locals for v in _smalls(graph, local)))
+
+
+def _smalls(graph: Graph, local: Local) -> list[int]:
+    drawn = [] if local.drawn is None else [local.drawn]
+    return [v for v in local.op.inputs if v not in graph.maps] + drawn
+
+
+def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None:
+    values = graph.program.values
+    own = arguments(conv.op, "input weight bias stride padding dilation groups")
+    weight, bias = own["weight"].value, None if own["bias"] is None else own["bias"].value
+    mean, var = given["running_mean"].value, given["running_var"].value
+    gamma = None if given["weight"] is None else given["weight"].value
+    beta = None if given["bias"] is None else given["bias"].value
+    folded_weight, folded_bias = len(values), len(values) + 1
+    values.append(values[weight])
+    values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))
+    eps = given["eps"]
+
+    def fold(env: Env) -> tuple[Tensor, Tensor]:
+        w = env[weight]
+        wide = torch.promote_types(w.dtype, torch.float32)
+        scale = torch.rsqrt(env[var].to(wide) + eps)
+        if gamma is not None:
+            scale = scale * env[gamma].to(wide)
+        offset = -env[mean].to(wide)
+        if bias is not None:
+            offset = offset + env[bias].to(wide)
+        offset = offset * scale
+        if beta is not None:
+            offset = offset + env[beta].to(wide)
+        return (w.to(wide) * scale.reshape(-1, 1, 1, 1)).to(w.dtype), offset.to(w.dtype)
+
+    inputs = tuple(v for v in (weight, bias, mean, var, gamma, beta) if v is not None)
+    graph.prelude.append(Small(fold, inputs, (folded_weight, folded_bias)))
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    kwargs = {
+        **{n: own[n] for n in names if own[n] is not None},
+        "weight": Ref(folded_weight),
+        "bias": Ref(folded_bias),
+    }
+    op = replace(
+        conv.op,
+        args=(),
+        kwargs=kwargs,
+        inputs=(own["input"].value, folded_weight, folded_bias),
+        outputs=norm.op.outputs,
+    )
+    again = graph.apply_rule(op)
+    assert isinstance(again, Local)
+    conv.op, conv.run, conv.axes, conv.reads = op, again.run, again.axes, again.reads
+
+
+def work_in_place(graph: Graph, carried: set[int]) -> None:
+    """Let ReLU and residual sums overwrite an input that nothing else reads and that no later tile needs.
+
+    Args:
+        carried: values of which rows or columns are handed to later tiles.
+    """
+    readers, private = _readers(graph), _private(graph)
+    fresh = {v for local in graph.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}
+
+    def free(value: int, op: Op) -> bool:
+        same = graph.program.values[value], graph.program.values[op.outputs[0]]
+        return (
+            value in fresh
+            and value in private
+            and value not in carried
+            and len(readers[value]) == 1
+            and same[0].shape == same[1].shape
+            and same[0].dtype == same[1].dtype
+        )
+
+    for local in graph.locals:
+        op, name = local.op, _plain(local.op.name)
+        operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
+        if name == "relu" and operands and free(operands[0], op):
+            local.run = _relu_in_place(operands[0])
+        elif name == "add" and len(operands) == 2 and operands[0] != operands[1] and "alpha" not in op.kwargs:
+            for target, other in (operands, operands[::-1]):
+                if free(target, op) and other in graph.maps:
+                    local.run = _add_in_place(target, other)
+                    break
+
+
+def _relu_in_place(value: int):
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        return (torch.relu(x) if x._is_view() else torch.relu_(x),)
+
+    return run
+
+
+def _add_in_place(target: int, other: int):
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        x, y = env[target], env[other]
+        return (x + y if x._is_view() else x.add_(y),)
+
+    return run
