@@ -17,10 +17,9 @@ from .graph import Graph, Small, build_graph
 from .memory import parse_bytes
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, choose
-from .scan import Autocast, Scan, Sweep, TileEvent
+from .scan import Autocast, Scan, Sweep, TileEvent, cast_dtype
 from .trace import Op, bind, capture
 
-_CAST_BY_AUTOCAST = frozenset({"conv2d", "linear"})
 _REMEMBERED = 16  # image sizes whose program and plan are kept
 
 
@@ -42,7 +41,7 @@ class _ScanFunction(torch.autograd.Function):
         ctx.image = None if image is None else (image.shape, image.dtype, image.device)
         ctx.save_for_backward(*smalls)
         ctx.set_materialize_grads(False)
-        return scan.forward(smalls, keep=True)
+        return scan.forward(smalls, ctx.needs_input_grad[2:], ctx.needs_input_grad[1])
 
     @staticmethod
     @once_differentiable
@@ -51,8 +50,13 @@ class _ScanFunction(torch.autograd.Function):
         if ctx.image is not None and ctx.needs_input_grad[1]:
             shape, dtype, device = ctx.image
             image_grad = torch.zeros(shape, dtype=dtype, device=device)
-        smalls = ctx.saved_tensors
-        return None, image_grad, *ctx.scan.backward(smalls, ctx.needs_input_grad[2:], image_grad, grads)
+        smalls = ctx.saved_tensors  # raises if one was changed in place since the forward
+        sums = ctx.scan.backward(grads, image_grad)
+        results = []
+        for value, small, wanted in zip(ctx.scan.sweep.graph.smalls, smalls, ctx.needs_input_grad[2:], strict=True):
+            total = sums.pop(value, None) if wanted else None
+            results.append(torch.zeros_like(small) if wanted and total is None else total)
+        return None, image_grad, *results
 
 
 class Accelerated(nn.Module):
@@ -165,17 +169,17 @@ class Accelerated(nn.Module):
             any(p.requires_grad for p in self.parameters()) or (image is not None and image.requires_grad)
         )
         graph, sweep, plan = self._program(tuple(pixels.shape), dtype, device, training)
-        scan = Scan(sweep, pixels, device, dtype, plan.carries, self.on_tile)
+        scan = Scan(sweep, pixels, device, dtype, plan.carries, plan.retained, self.on_tile)
         env = self._bind_state(graph)
         _run(graph, graph.prelude, env, device)
-        smalls = [_cast_for(graph, v, env[v], scan.autocast) for v in graph.smalls]
+        smalls = [env[v].to(cast_dtype(graph, v, env[v].dtype, scan.autocast)) for v in graph.smalls]
         if torch.is_grad_enabled() and (
             any(s.requires_grad for s in smalls) or (image is not None and image.requires_grad)
         ):
             results = _ScanFunction.apply(scan, image, *smalls)
         else:
             with torch.no_grad():
-                results = scan.forward(smalls, keep=False)
+                results = scan.forward(smalls)
         for reduction, value in zip(graph.reductions, results, strict=False):
             env[reduction.op.outputs[0]] = value
         env.update(zip(graph.stored, results[len(graph.reductions) :], strict=True))
@@ -193,14 +197,6 @@ class Accelerated(nn.Module):
             elif value.constant is not None:
                 env[number] = value.constant
         return env
-
-
-def _cast_for(graph: Graph, value: int, small: Tensor, autocast: Autocast) -> Tensor:
-    """Cast a weight once per step where autocast would cast it in every tile."""
-    if not autocast.enabled or small.dtype != torch.float32 or small.device.type != autocast.device:
-        return small
-    users = [local.op.name for local in graph.locals if value in local.op.inputs]
-    return small.to(autocast.dtype) if set(users) <= _CAST_BY_AUTOCAST else small
 
 
 def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device: torch.device) -> None:

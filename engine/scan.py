@@ -13,7 +13,7 @@ every gradient once; nothing is recomputed in an overlap.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ from .carries import CarryStore, Compose, Crop, HandOn, Layout, Rect, cut, empty
 from .geometry import AxisSchedule, Window, schedule_axis
 from .graph import Graph
 from .ops import Block, Local, Reduction
+
+_CAST_BY_AUTOCAST = frozenset({"conv2d", "linear"})
 
 
 class Pixels(Protocol):
@@ -69,8 +71,13 @@ class Kept:
 
     store: CarryStore
     seed: int
+    smalls: dict[int, Tensor]
+    leaves: list[int]  # the smalls that want a gradient
+    needs: set[int]  # the maps that a gradient flows through
+    accumulators: list[_Accumulator]
     above: list[dict[int, Any]] = field(default_factory=list)  # per strip: value -> rows that enter it, full width
     left: dict[tuple[int, int], dict[int, Any]] = field(default_factory=dict)  # per tile
+    recorded: dict[tuple[int, int], _Recorded] = field(default_factory=dict)  # tiles that need no recomputation
 
 
 class Sweep:
@@ -156,26 +163,33 @@ class Carries:
 
 
 class Tile:
-    """One tile's computation; used by both passes, with or without autograd."""
+    """One tile's computation; used by both passes, with or without autograd.
+
+    Attributes:
+        carries: what enters the tile.
+        needs: the maps that a gradient flows through; empty without autograd.
+        anchor: a scalar that requires a gradient and keeps the nodes of the carries in autograd's graph.
+        carry_grads: where the gradients of `carries` are added, set before the tile is differentiated.
+        handed_back: gradients of the carries that the tile handed on, likewise.
+    """
 
     def __init__(
         self, sweep: Sweep, i: int, j: int, pixels: Callable[[Rect], Tensor], smalls: dict[int, Tensor],
-        carries: Carries,
+        carries: Carries, needs: set[int] | None = None,
     ):  # fmt: skip
         self.sweep, self.i, self.j = sweep, i, j
         self.pixels, self.smalls, self.carries = pixels, smalls, carries
+        self.needs = needs or set()
         self.blocks: dict[int, Tensor] = {}
         self.image_windows: dict[Rect, Tensor] = {}
-        # for the backward: a scalar that requires a gradient, and where the gradients of the carries go
         self.anchor: Tensor | None = None
         self.carry_grads: Carries | None = None
-        self.needs: set[int] = set()
+        self.handed_back: Carries | None = None
 
-    def window(self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None):
-        """The rectangle of `value`, with its padding if it had to be put together anyway.
-
-        Returns the tensor and the padding that is still missing.
-        """
+    def window(
+        self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None
+    ) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """The rectangle of `value`, padded already if it had to be put together, and the padding still missing."""
         sweep = self.sweep
         if value == sweep.graph.image:
             if rect not in self.image_windows:
@@ -189,10 +203,7 @@ class Tile:
                 part = sweep.axes(value), _shift(inside, block[0], block[2])
                 tensor = Crop.apply(tensor, *part) if tensor.requires_grad else cut(tensor, *part)
             return tensor, pad
-        return self._compose(value, rect, above, left, inside, block, pad, fill)
-
-    def _compose(self, value: int, rect: Rect, above: Rect, left: Rect, inside: Rect, block: Rect, pad: Any, fill: Any):
-        sweep, axes = self.sweep, self.sweep.axes(value)
+        axes = sweep.axes(value)
         parts: list[tuple[Rect, Tensor, Rect]] = []
         sinks: list[Callable[[Tensor], None]] = []
         sources = (
@@ -200,23 +211,20 @@ class Tile:
             (left, "left", block[0], sweep.cols.carry_in(value, self.j)[0]),
         )
         for part, side, row, col in sources:
-            if not _area(part):
-                continue
-            source = _shift(part, row, col)
-            parts.append((_shift(part, rect[0], rect[2]), getattr(self.carries, side)[value], source))
-            if self.carry_grads is not None and value in self.needs:
-                sinks.append(partial(_add_at, getattr(self.carry_grads, side)[value], axes, source))
-        own = None
-        if _area(inside):
-            own = (_shift(inside, rect[0], rect[2]), _shift(inside, block[0], block[2]))
-        missing = pad if fill is None else (0, 0, 0, 0)
-        layout = Layout(
-            axes, rect[1] - rect[0], rect[3] - rect[2], (0, 0, 0, 0) if fill is None else pad, fill or 0.0, parts, own
-        )
+            if _area(part):
+                source = _shift(part, row, col)
+                parts.append((_shift(part, rect[0], rect[2]), getattr(self.carries, side)[value], source))
+                sinks.append(partial(self._add_to_carry, side, value, source))
+        own = (_shift(inside, rect[0], rect[2]), _shift(inside, block[0], block[2])) if _area(inside) else None
+        padding, missing = ((0, 0, 0, 0), pad) if fill is None else (pad, (0, 0, 0, 0))
+        layout = Layout(axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own)
         tensor = self.blocks[value] if own else None
-        if self.anchor is not None and value in self.needs:
-            return Compose.apply(self.anchor, tensor, layout, sinks), missing
+        if value in self.needs:
+            return Compose.apply(self.anchor, tensor, layout, sinks), missing  # pyright: ignore
         return layout.compose(tensor), missing
+
+    def _add_to_carry(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
+        cut(getattr(self.carry_grads, side)[value], self.sweep.axes(value), rect).add_(grad)
 
     def reads(self, local: Local, value: int) -> Rect:
         """The rectangle of `value` that an op reads in this tile."""
@@ -232,21 +240,79 @@ class Tile:
         env = self.smalls
         windows = []
         for value, (height, width) in local.reads.items():
-            rect = self.reads(local, value)
             if isinstance(height, Window) and isinstance(width, Window):
                 pad = (*height.padding(*rows), *width.padding(*cols))
-            tensor, missing = self.window(value, rect, pad, local.fill)
-            pad = missing
-            env[value] = tensor
+            env[value], pad = self.window(value, self.reads(local, value), pad, local.fill)
             windows.append(value)
         result = local.run(env, Block(rows, cols, pad))
         for value in windows:
             del env[value]
         return result
 
+    def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
+        """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the carry)."""
+        sweep = self.sweep
+        rect = sweep.block(value, self.i, self.j)
+        result = []
+        lo, hi = sweep.rows.carry_out(value, self.i)
+        own = (max(lo, rect[0]), hi, rect[2], rect[3])
+        if _area(own):
+            result.append(("above", _shift(own, rect[0], rect[2]), _shift(own, lo, 0)))
+        lo, hi = sweep.cols.carry_out(value, self.j)
+        own = (rect[0], rect[1], max(lo, rect[2]), hi)
+        if _area(own):
+            result.append(("left", _shift(own, rect[0], rect[2]), _shift(own, rect[0], lo)))
+        return result
 
-def _add_at(target: Tensor, axes: tuple[int, int], rect: Rect, grad: Tensor) -> None:
-    cut(target, axes, rect).add_(grad)
+    def add_handed_back(self, value: int, grad: Tensor) -> None:
+        """Add to a block's gradient what later tiles have handed back for it."""
+        axes = self.sweep.axes(value)
+        for side, own, carry in self.hands_on(value):
+            cut(grad, axes, own).add_(cut(getattr(self.handed_back, side)[value], axes, carry))
+
+    def reach(self, targets: Container[int]) -> tuple[set[int], set[int]]:
+        """Values whose block in this tile a gradient comes back to, and those it reaches through an op of this tile."""
+        sweep, i, j = self.sweep, self.i, self.j
+        reached: set[int] = set()
+        through: set[int] = set()
+        for local in reversed(sweep.graph.locals):
+            if not sweep.computes(local.op.outputs[0], i, j):
+                continue
+            for value in local.op.outputs:
+                if value in targets:
+                    through.add(value)
+                if value in through or (value in self.needs and value in sweep.carried and self.hands_on(value)):
+                    reached.add(value)
+            if any(v in reached for v in local.op.outputs):
+                for value in local.reads:
+                    if _area(_rects(self.reads(local, value), sweep.block(value, i, j))[2]):  # not carries alone
+                        through.add(value)
+        return reached, through
+
+
+@dataclass
+class _Target:
+    """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradient in pass 2."""
+
+    accumulator: _Accumulator | None
+    grad: Tensor | None
+    shares: dict[tuple[int, int], Tensor]
+
+
+Targets = dict[int, list[_Target]]
+
+
+@dataclass
+class _Recorded:
+    """A tile computed with autograd on: what is to be differentiated, and how to get the gradients for it."""
+
+    tile: Tile
+    roots: list[Tensor] = field(default_factory=list)
+    grads: list[Callable[[Targets], Tensor | None]] = field(default_factory=list)
+
+    def add(self, root: Tensor, grad: Callable[[Targets], Tensor | None]) -> None:
+        self.roots.append(root)
+        self.grads.append(grad)
 
 
 class _Accumulator:
@@ -308,6 +374,14 @@ class _Accumulator:
         return {tile: count / total for tile, count in counts.items()}
 
 
+def cast_dtype(graph: Graph, value: int, dtype: torch.dtype, autocast: Autocast) -> torch.dtype:
+    """The dtype a small is given to the sweep in: weights that autocast would cast in every tile are cast once."""
+    if not autocast.enabled or dtype != torch.float32:
+        return dtype
+    users = {local.op.name for local in graph.locals if value in local.op.inputs}
+    return autocast.dtype if users <= _CAST_BY_AUTOCAST else dtype
+
+
 class Scan:
     """One training or inference step of a sweep over one image batch.
 
@@ -317,30 +391,28 @@ class Scan:
         device: where tiles are computed.
         dtype: what pixels are converted to.
         place: where the carries are kept between the passes, see `CarryStore`.
+        retained: how many of the last tiles keep their graph from pass 1, so that pass 2 need not recompute them.
         on_tile: called after each tile.
     """
 
     def __init__(
         self, sweep: Sweep, pixels: Pixels, device: torch.device, dtype: torch.dtype, place: str = "device",
-        on_tile: Callable[[TileEvent], None] | None = None,
+        retained: int = 0, on_tile: Callable[[TileEvent], None] | None = None,
     ):  # fmt: skip
         self.sweep, self.pixels, self.device, self.dtype = sweep, pixels, device, dtype
-        self.place, self.on_tile = place, on_tile
+        self.place, self.retained, self.on_tile = place, retained, on_tile
         self.autocast = Autocast.current(device)
         # oneDNN has no float64 kernels and the fallback is at home in NCHW; everything else is faster in NHWC.
         nhwc = device.type != "cpu" or dtype != torch.float64
         self.memory_format = torch.channels_last if nhwc else torch.contiguous_format
         self.kept: Kept | None = None
-        self.accumulators: list[_Accumulator] = []
         self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
-
-    # -- shared by both passes ----------------------------------------------------------------------------------
 
     def _read(self, rect: Rect) -> Tensor:
         tensor = self.pixels.read(*rect)
         return tensor.to(device=self.device, dtype=self.dtype).contiguous(memory_format=self.memory_format)
 
-    def _prepare(self, smalls: Sequence[Tensor]) -> dict[int, Tensor]:
+    def prepare(self, smalls: Sequence[Tensor]) -> dict[int, Tensor]:
         """Detached smalls by value number, convolution weights in the memory order of the maps."""
         prepared = {}
         for value, small in zip(self.sweep.graph.smalls, smalls, strict=True):
@@ -368,20 +440,28 @@ class Scan:
 
     # -- pass 1 -------------------------------------------------------------------------------------------------
 
-    def forward(self, smalls: Sequence[Tensor], keep: bool) -> tuple[Tensor, ...]:
+    def forward(
+        self, smalls: Sequence[Tensor], wants: Sequence[bool] = (), image_grad: bool = False
+    ) -> tuple[Tensor, ...]:
         """Values of the reductions, then the stored maps.
 
         Args:
             smalls: the tensors of `graph.smalls`.
-            keep: whether the carries are kept for `backward`.
+            wants: which of them will want a gradient; empty, and `image_grad` False, keeps nothing for `backward`.
+            image_grad: whether the image will want one.
         """
         sweep, graph = self.sweep, self.sweep.graph
-        env = self._prepare(smalls)
-        values = graph.program.values
-        accumulators = [_Accumulator(r, values[r.op.outputs[0]].dtype) for r in graph.reductions]
+        env = self.prepare(smalls)
+        accumulators = [_Accumulator(r, graph.program.values[r.op.outputs[0]].dtype) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
         seed = int(torch.randint(2**62, ())) if sweep.random else 0
-        kept = Kept(CarryStore(self.place), seed) if keep else None
+        kept = None
+        if any(wants) or image_grad:
+            leaves = [v for v, wanted in zip(graph.smalls, wants, strict=True) if wanted]
+            for value in leaves:
+                env[value].requires_grad_()
+            needs = sweep.needs_grad(image_grad, dict.fromkeys(leaves, True))
+            kept = Kept(CarryStore(self.place), seed, env, leaves, needs, accumulators)
         above: dict[int, Tensor] = {}
         for i in range(sweep.rows.steps):
             if kept is not None:
@@ -389,306 +469,256 @@ class Scan:
             below: dict[int, Tensor] = {}
             left: dict[int, Tensor] = {}
             for j in range(sweep.cols.steps):
+                index = i * sweep.cols.steps + j
                 if kept is not None:
                     kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
-                tile = Tile(sweep, i, j, self._read, env, Carries(above, left))
-                with self._dice(seed, i, j):
-                    left = self._forward_tile(tile, below, accumulators, stored)
-                self._tell("forward", i, j, i * sweep.cols.steps + j + 1)
+                right: dict[int, Tensor] = {}
+                keep = partial(self._keep, accumulators=accumulators, stored=stored, below=below, right=right)
+                with self._dice(seed, i, j), self.autocast.enter():
+                    if kept is not None and index >= sweep.tiles - self.retained:
+                        tile = self._tile(i, j, kept, Carries(above, left), image_grad)
+                        kept.recorded[i, j] = self.record(tile, self._targets(kept), keep)
+                    else:
+                        tile = Tile(sweep, i, j, self._read, env, Carries(above, left))
+                        with torch.no_grad():
+                            self._run(tile, keep)
+                self._pass_right(tile, right)
+                left = right
+                self._tell("forward", i, j, index + 1)
             self._pass_down(i, above, below)
             above = below
-        if kept is not None:
-            self.kept, self.accumulators = kept, accumulators
+        self.kept = kept
         return (*[a.value() for a in accumulators], *[stored[v] for v in graph.stored])
 
-    def _forward_tile(
-        self, tile: Tile, below: dict[int, Tensor], accumulators: list[_Accumulator], stored: dict[int, Tensor]
-    ) -> dict[int, Tensor]:
-        sweep, graph, i, j = self.sweep, self.sweep.graph, tile.i, tile.j
-        right: dict[int, Tensor] = {}
-        carried = set(sweep.carried)
+    def _run(self, tile: Tile, publish: Callable[[Tile, int, Tensor], Tensor | None], only: set[int] | None = None):
+        """Compute a tile op by op, dropping each block after its last reader.
+
+        Args:
+            publish: gets every block as it is made; may return a tensor that takes its place.
+            only: outputs that are worth computing; None for all.
+        """
+        sweep, image = self.sweep, self.sweep.graph.image
+        if image in self.taken:
+            publish(tile, image, tile.window(image, sweep.block(image, tile.i, tile.j), (0, 0, 0, 0), None)[0])
         reads_left = dict(sweep.reads_left)
-
-        def publish(value: int, block: Tensor) -> None:
-            rect = sweep.block(value, i, j)
-            for number in sweep.reductions.get(value, ()):
-                accumulators[number].add(i, j, block, rect, graph.maps.size(value)[1])
-            if value in graph.stored:
-                if value not in stored:
-                    stored[value] = empty_like_layout(block, sweep.axes(value), *graph.maps.size(value))
-                cut(stored[value], sweep.axes(value), rect).copy_(block)
-            if value in self.taps:
-                self.taps[value](block, rect)
-            if value in carried:
-                self._hand_on(tile, value, block, rect, below, right)
-
-        image = graph.image
-        if image in sweep.reductions or image in graph.stored or image in self.taps:
-            publish(image, self._read(sweep.block(image, i, j)))
-        for local in graph.locals:
+        for local in sweep.graph.locals:
             outputs = local.op.outputs
-            if sweep.computes(outputs[0], i, j):
+            if sweep.computes(outputs[0], tile.i, tile.j) and (only is None or any(v in only for v in outputs)):
                 for value, block in zip(outputs, tile.run(local), strict=True):
+                    replaced = publish(tile, value, block)
                     if reads_left.get(value):
-                        tile.blocks[value] = block
-                    publish(value, block)
+                        tile.blocks[value] = block if replaced is None else replaced
             for value in local.reads:
                 reads_left[value] -= 1
                 if not reads_left[value]:
                     tile.blocks.pop(value, None)
-        for value in carried:  # values without new columns in this tile hand on what they got
-            if value not in right and value in tile.carries.left:
-                lo, hi = sweep.cols.carry_out(value, j)
-                if lo < hi and not sweep.computes(value, i, j):
-                    start = sweep.cols.carry_in(value, j)[0]
-                    right[value] = tile.carries.left[value].narrow(sweep.axes(value)[1], lo - start, hi - lo)
-        return right
 
-    def _hand_on(
-        self, tile: Tile, value: int, block: Tensor, rect: Rect, below: dict[int, Tensor], right: dict[int, Tensor]
-    ) -> None:
-        """Copy a block's share of the carries that the next strip and the next tile need."""
-        sweep, axes, i, j = self.sweep, self.sweep.axes(value), tile.i, tile.j
-        lo, hi = sweep.rows.carry_out(value, i)
-        if lo < hi:
-            if value not in below:
-                below[value] = empty_like_layout(block, axes, hi - lo, sweep.graph.maps.size(value)[1])
-            own = (max(lo, rect[0]), hi, rect[2], rect[3])
-            cut(below[value], axes, _shift(own, lo, 0)).copy_(cut(block, axes, _shift(own, rect[0], rect[2])))
-        lo, hi = sweep.cols.carry_out(value, j)
-        if lo < hi:
-            carry = empty_like_layout(block, axes, rect[1] - rect[0], hi - lo)
-            own = (rect[0], rect[1], max(lo, rect[2]), hi)
-            cut(carry, axes, _shift(own, rect[0], lo)).copy_(cut(block, axes, _shift(own, rect[0], rect[2])))
-            if lo < rect[2]:
-                old = (rect[0], rect[1], lo, rect[2])
-                start = sweep.cols.carry_in(value, j)[0]
-                cut(carry, axes, _shift(old, rect[0], lo)).copy_(
-                    cut(tile.carries.left[value], axes, _shift(old, rect[0], start))
-                )
-            right[value] = carry
+    @property
+    def taken(self) -> set[int]:
+        """Maps that something besides local ops takes: reductions, stored maps, taps."""
+        return {*self.sweep.reductions, *self.sweep.graph.stored, *self.taps}
+
+    def _keep(
+        self, tile: Tile, value: int, block: Tensor, *, accumulators: list[_Accumulator], stored: dict[int, Tensor],
+        below: dict[int, Tensor], right: dict[int, Tensor],
+    ) -> None:  # fmt: skip
+        """What pass 1 does with a block: reduce it, store it, copy the carries out of it."""
+        sweep, graph = self.sweep, self.sweep.graph
+        block = block.detach()
+        rect, axes = sweep.block(value, tile.i, tile.j), sweep.axes(value)
+        height, width = graph.maps.size(value)
+        for number in sweep.reductions.get(value, ()):
+            accumulators[number].add(tile.i, tile.j, block, rect, width)
+        if value in graph.stored:
+            if value not in stored:
+                stored[value] = empty_like_layout(block, axes, height, width)
+            cut(stored[value], axes, rect).copy_(block)
+        if value in self.taps:
+            self.taps[value](block, rect)
+        for side, own, carry in tile.hands_on(value) if value in sweep.carried else ():
+            target = below if side == "above" else right
+            if value not in target:
+                rows, cols = sweep.rows.carry_out(value, tile.i), sweep.cols.carry_out(value, tile.j)
+                size = (rows[1] - rows[0], width) if side == "above" else (rect[1] - rect[0], cols[1] - cols[0])
+                target[value] = empty_like_layout(block, axes, *size)
+            cut(target[value], axes, carry).copy_(cut(block, axes, own))
+
+    def _pass_right(self, tile: Tile, right: dict[int, Tensor]) -> None:
+        """Columns from the left that tiles further right still need."""
+        for value, columns in tile.carries.left.items():
+            lo, end, start, hi = self._passed(self.sweep.cols, value, tile.j)
+            if lo < end:
+                axis = self.sweep.axes(value)[1]
+                if value not in right:
+                    right[value] = empty_like_layout(
+                        columns, self.sweep.axes(value), columns.shape[self.sweep.axes(value)[0]], hi - lo
+                    )
+                right[value].narrow(axis, 0, end - lo).copy_(columns.narrow(axis, lo - start, end - lo))
 
     def _pass_down(self, i: int, above: dict[int, Tensor], below: dict[int, Tensor]) -> None:
-        """Rows from above that the strip after this one still needs."""
-        sweep = self.sweep
+        """Rows from above that strips further down still need."""
         for value, rows in above.items():
-            lo, hi = sweep.rows.carry_out(value, i)
-            start, end = sweep.rows.carry_in(value, i)
-            if lo >= min(hi, end):
-                continue
-            axes = sweep.axes(value)
-            width = rows.shape[axes[1]]
-            old = (lo, min(hi, end), 0, width)
-            if value not in below:
-                below[value] = empty_like_layout(rows, axes, hi - lo, width)
-            cut(below[value], axes, _shift(old, lo, 0)).copy_(cut(rows, axes, _shift(old, start, 0)))
+            lo, end, start, hi = self._passed(self.sweep.rows, value, i)
+            if lo < end:
+                axis, across = self.sweep.axes(value)
+                if value not in below:
+                    below[value] = empty_like_layout(rows, self.sweep.axes(value), hi - lo, rows.shape[across])
+                below[value].narrow(axis, 0, end - lo).copy_(rows.narrow(axis, lo - start, end - lo))
+
+    @staticmethod
+    def _passed(axis: AxisSchedule, value: int, step: int) -> tuple[int, int, int, int]:
+        """The indices [lo, end) that a step hands on as it got them; the carry in begins at start, out ends at hi."""
+        lo, hi = axis.carry_out(value, step)
+        start, known = axis.carry_in(value, step)
+        return lo, min(hi, known), start, hi
 
     # -- pass 2 -------------------------------------------------------------------------------------------------
 
-    def backward(
-        self, smalls: Sequence[Tensor], wants: Sequence[bool], image_grad: Tensor | None, grads: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """Gradients of the smalls (None where not wanted); the image's is added to `image_grad` where given.
+    def backward(self, grads: Sequence[Tensor | None], image_grad: Tensor | None) -> dict[int, Tensor]:
+        """Gradients of the smalls that want one, by value number; the image's is added to `image_grad`.
 
         Args:
-            smalls: the same tensors as in `forward`.
-            wants: which of them get a gradient.
-            image_grad: zeros of the image's shape, or None.
             grads: gradients of the reductions and of the stored maps, None for zero.
+            image_grad: zeros of the image's shape, or None.
         """
-        sweep, graph, kept = self.sweep, self.sweep.graph, self.kept
+        sweep, kept = self.sweep, self.kept
         assert kept is not None
-        env = self._prepare(smalls)
-        leaves = []
-        for value, wanted in zip(graph.smalls, wants, strict=True):
-            if wanted:
-                env[value].requires_grad_()
-                leaves.append(value)
-        needs = sweep.needs_grad(image_grad is not None, dict.fromkeys(leaves, True))
+        targets = self._targets(kept, grads)
         sums: dict[int, Tensor] = {}
-        targets = self._targets(grads)
-        anchor = torch.zeros((), device=self.device, requires_grad=True)
         grads_below: dict[int, Tensor] = {}
-        done = 0
         for i in reversed(range(sweep.rows.steps)):
             above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
-            grads_above = self._grads_passed_up(i, above, grads_below, needs)
+            grads_above = self._returned(sweep.rows, i, above, grads_below, kept.needs)
             grads_right: dict[int, Tensor] = {}
             for j in reversed(range(sweep.cols.steps)):
                 left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
-                grads_left = self._grads_passed_left(j, left, grads_right, needs)
-                tile = Tile(sweep, i, j, self._read, env, Carries(above, left))
-                tile.anchor, tile.needs = anchor, needs
-                tile.carry_grads = Carries(grads_above, grads_left)
-                with self._dice(kept.seed, i, j), self.autocast.enter(), torch.enable_grad():
-                    roots, root_grads = self._recompute(tile, targets, Carries(grads_below, grads_right), image_grad)
-                if roots:
-                    windows = [(r, t) for r, t in tile.image_windows.items() if t.requires_grad]
-                    inputs = [env[v] for v in leaves] + [t for _, t in windows] + [anchor]
-                    tile.blocks.clear()
-                    result = torch.autograd.grad(roots, inputs, root_grads, allow_unused=True)
-                    del roots, root_grads
-                    for value, grad in zip(leaves, result, strict=False):
-                        if grad is not None:
-                            _accumulate(sums, value, grad)
-                    for (rect, _), grad in zip(windows, result[len(leaves) :], strict=False):
-                        if grad is not None and image_grad is not None:
-                            cut(image_grad, (2, 3), rect).add_(grad)
+                grads_left = self._returned(sweep.cols, j, left, grads_right, kept.needs)
+                recorded = kept.recorded.pop((i, j), None)
+                if recorded is None:
+                    tile = self._tile(i, j, kept, Carries(above, left), image_grad is not None)
+                    with self._dice(kept.seed, i, j), self.autocast.enter():
+                        recorded = self.record(tile, targets)
+                recorded.tile.carry_grads = Carries(grads_above, grads_left)
+                recorded.tile.handed_back = Carries(grads_below, grads_right)
+                self.differentiate(recorded, targets, kept, sums, image_grad)
                 grads_right = grads_left
-                done += 1
-                self._tell("backward", i, j, done)
+                index = i * sweep.cols.steps + j
+                self._tell("backward", i, j, sweep.tiles - index)
             grads_below = grads_above
-        result = []
-        for value, small, wanted in zip(graph.smalls, smalls, wants, strict=True):
-            total = sums.get(value)
-            result.append(None if not wanted else torch.zeros_like(small) if total is None else total.to(small.dtype))
-        return result
+        return sums
 
-    def _targets(self, grads: Sequence[Tensor | None]) -> dict[int, list[Any]]:
-        """For each map: the gradients of what is taken from it, in a form that `_recompute` can apply to a block."""
+    def _tile(self, i: int, j: int, kept: Kept, carries: Carries, image_grad: bool) -> Tile:
+        """A tile to be computed with autograd on."""
+        read = (lambda rect: self._read(rect).detach().requires_grad_()) if image_grad else self._read
+        tile = Tile(self.sweep, i, j, read, kept.smalls, carries, kept.needs)
+        tile.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        return tile
+
+    def _targets(self, kept: Kept, grads: Sequence[Tensor | None] | None = None) -> Targets:
+        """For each map, what is taken from it and, in pass 2, the gradients of that."""
         graph = self.sweep.graph
-        targets: dict[int, list[Any]] = {}
-        for accumulator, grad in zip(self.accumulators, grads, strict=False):
-            if grad is None:
-                continue
+        targets: Targets = {}
+        for number, accumulator in enumerate(kept.accumulators):
             reduction = accumulator.reduction
-            if not reduction.keepdim:
+            grad = None if grads is None else grads[number]
+            if grad is not None and not reduction.keepdim:
                 for d in sorted(reduction.dims):
                     grad = grad.unsqueeze(d)
-            shares = accumulator.shares() if reduction.kind == "max" else None
-            targets.setdefault(reduction.value, []).append((accumulator, grad / reduction.count, shares))
-        for value, grad in zip(graph.stored, grads[len(graph.reductions) :], strict=True):
-            if grad is not None:
-                targets.setdefault(value, []).append((None, grad, None))
+            shares = accumulator.shares() if reduction.kind == "max" and grad is not None else {}
+            grad = None if grad is None else grad / reduction.count
+            targets.setdefault(reduction.value, []).append(_Target(accumulator, grad, shares))
+        for number, value in enumerate(graph.stored, len(graph.reductions)):
+            grad = None if grads is None else grads[number]
+            targets.setdefault(value, []).append(_Target(None, grad, {}))
         return targets
 
-    def _recompute(
-        self, tile: Tile, targets: dict[int, list[Any]], handed_back: Carries, image_grad: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run a tile with autograd on; returns the tensors to differentiate and their gradients."""
-        sweep, graph, i, j = self.sweep, self.sweep.graph, tile.i, tile.j
-        roots: list[Tensor] = []
-        root_grads: list[Tensor] = []
-        reached, through = self._reach(tile, targets, handed_back)
-        if image_grad is not None:
-            read = tile.pixels
-            tile.pixels = lambda rect: read(rect).detach().requires_grad_()
+    def record(self, tile: Tile, targets: Targets, keep: Callable[..., None] | None = None) -> _Recorded:
+        """Compute a tile with autograd on.
 
-        def publish(value: int, block: Tensor) -> Tensor:
+        Args:
+            targets: the maps that reductions and stored maps are taken from.
+            keep: in pass 1, what is done with the blocks besides.
+        """
+        recorded = _Recorded(tile)
+        reached, through = tile.reach(targets)
+
+        def publish(tile: Tile, value: int, block: Tensor) -> Tensor | None:
+            if keep is not None:
+                keep(tile, value, block)
             if value not in tile.needs or not block.requires_grad:
-                return block
-            rect = sweep.block(value, i, j)
-            back = self._handed_back(value, rect, i, j, handed_back)
-            if back and value in through:
-                block = HandOn.apply(tile.anchor, block, partial(_add_all, sweep.axes(value), back))  # pyright: ignore
-            elif back:
-                grad = torch.zeros_like(block)
-                _add_all(sweep.axes(value), back, grad)
-                roots.append(block)
-                root_grads.append(grad)
-            for accumulator, grad, shares in targets.get(value, ()):
-                if accumulator is None:
-                    roots.append(block)
-                    root_grads.append(cut(grad, sweep.axes(value), rect))
-                    continue
-                part = accumulator.partial(block)
-                if shares is not None:
-                    grad = grad * shares[i, j]
-                roots.append(part)
-                root_grads.append(grad.to(part.dtype).expand_as(part))
-            return block
+                return None
+            result = None
+            if value in self.sweep.carried and tile.hands_on(value):
+                if value in through:
+                    block = result = HandOn.apply(tile.anchor, block, partial(tile.add_handed_back, value))  # pyright: ignore
+                else:
+                    recorded.add(block, partial(_handed_back_alone, tile, value, block.detach()))
+            for number, target in enumerate(targets.get(value, ())):
+                root = block if target.accumulator is None else target.accumulator.partial(block)
+                recorded.add(root, partial(self._target_grad, tile, value, number, root.detach()))
+            return result
 
-        if graph.image in targets and image_grad is not None:
-            rect = sweep.block(graph.image, i, j)
-            publish(graph.image, tile.window(graph.image, rect, (0, 0, 0, 0), None)[0])
-        reads_left = dict(sweep.reads_left)
-        for local in graph.locals:
-            outputs = local.op.outputs
-            if sweep.computes(outputs[0], i, j) and any(v in reached for v in outputs):
-                for value, block in zip(outputs, tile.run(local), strict=True):
-                    block = publish(value, block)
-                    if reads_left.get(value):
-                        tile.blocks[value] = block
-            for value in local.reads:
-                reads_left[value] -= 1
-                if not reads_left[value]:
-                    tile.blocks.pop(value, None)
-        return roots, root_grads
+        with torch.enable_grad():
+            self._run(tile, publish, None if keep is not None else reached)
+        tile.blocks.clear()
+        return recorded
 
-    def _reach(self, tile: Tile, targets: Mapping[int, Any], handed_back: Carries) -> tuple[set[int], set[int]]:
-        """Values whose block in this tile matters, and those that matter through an op of this tile."""
-        sweep, i, j = self.sweep, tile.i, tile.j
-        reached: set[int] = set()
-        through: set[int] = set()
-        for local in reversed(sweep.graph.locals):
-            if not sweep.computes(local.op.outputs[0], i, j):
-                continue
-            for value in local.op.outputs:
-                if value in targets:
-                    through.add(value)
-                if value in through or value in handed_back.above or value in handed_back.left:
-                    reached.add(value)
-            if any(v in reached for v in local.op.outputs):
-                for value in local.reads:
-                    rect, block = tile.reads(local, value), sweep.block(value, i, j)
-                    if _area(_rects(rect, block)[2]):  # else it reads nothing but carries
-                        through.add(value)
-        return reached, through
+    def _target_grad(self, tile: Tile, value: int, number: int, root: Tensor, targets: Targets) -> Tensor | None:
+        target = targets[value][number]
+        if target.grad is None:
+            return None
+        if target.accumulator is None:
+            return cut(target.grad, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
+        grad = target.grad
+        if target.accumulator.reduction.kind == "max" and target.shares:
+            grad = grad * target.shares[tile.i, tile.j]
+        return grad.to(root.dtype).expand_as(root)
 
-    def _handed_back(self, value: int, rect: Rect, i: int, j: int, grads: Carries) -> list[tuple[Rect, Tensor]]:
-        """Gradients of the carries that a block handed on, with the rectangles of the block that they belong to."""
-        sweep, axes = self.sweep, self.sweep.axes(value)
-        result = []
-        if value in grads.above:
-            lo, hi = sweep.rows.carry_out(value, i)
-            own = (max(lo, rect[0]), hi, rect[2], rect[3])
-            if _area(own):
-                result.append((_shift(own, rect[0], rect[2]), cut(grads.above[value], axes, _shift(own, lo, 0))))
-        if value in grads.left:
-            lo, hi = sweep.cols.carry_out(value, j)
-            own = (rect[0], rect[1], max(lo, rect[2]), hi)
-            if _area(own):
-                result.append((_shift(own, rect[0], rect[2]), cut(grads.left[value], axes, _shift(own, rect[0], lo))))
-        return result
+    def differentiate(
+        self, recorded: _Recorded, targets: Targets, kept: Kept, sums: dict[int, Tensor],
+        image_grad: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Add a recorded tile's gradients to the sums, to the image's gradient and to the carries' gradients."""
+        tile = recorded.tile
+        pairs = [(root, grad(targets)) for root, grad in zip(recorded.roots, recorded.grads, strict=True)]
+        pairs = [(root, grad) for root, grad in pairs if grad is not None]
+        recorded.roots.clear()
+        recorded.grads.clear()
+        if not pairs:
+            return
+        windows = [(r, t) for r, t in tile.image_windows.items() if t.requires_grad]
+        inputs = [kept.smalls[v] for v in kept.leaves] + [t for _, t in windows] + [tile.anchor]
+        roots, root_grads = zip(*pairs, strict=True)
+        del pairs
+        result = list(torch.autograd.grad(roots, inputs, root_grads, allow_unused=True))
+        for value in kept.leaves:
+            grad = result.pop(0)
+            if grad is not None:
+                _accumulate(sums, value, grad)
+        for rect, _ in windows:
+            grad = result.pop(0)
+            if grad is not None and image_grad is not None:
+                cut(image_grad, (2, 3), rect).add_(grad)
 
-    def _grads_passed_up(
-        self, i: int, above: dict[int, Tensor], grads_below: dict[int, Tensor], needs: set[int]
+    def _returned(
+        self, axis: AxisSchedule, step: int, carries: dict[int, Tensor], handed_back: dict[int, Tensor], needs: set[int]
     ) -> dict[int, Tensor]:
-        """Zeros for the gradients of the rows that enter a strip, plus what comes back for rows it only passed on."""
-        sweep = self.sweep
-        grads = {v: torch.zeros_like(t) for v, t in above.items() if v in needs}
+        """Zeros for the gradients of carries that enter a step, plus what comes back for those it only passed on."""
+        along = 0 if axis is self.sweep.rows else 1
+        grads = {v: torch.zeros_like(t) for v, t in carries.items() if v in needs}
         for value, target in grads.items():
-            if value not in grads_below:
-                continue
-            lo, hi = sweep.rows.carry_out(value, i)
-            start, end = sweep.rows.carry_in(value, i)
-            if lo < min(hi, end):
-                axes = sweep.axes(value)
-                old = (lo, min(hi, end), 0, target.shape[axes[1]])
-                cut(target, axes, _shift(old, start, 0)).add_(cut(grads_below[value], axes, _shift(old, lo, 0)))
-        return grads
-
-    def _grads_passed_left(
-        self, j: int, left: dict[int, Tensor], grads_right: dict[int, Tensor], needs: set[int]
-    ) -> dict[int, Tensor]:
-        """The same for the columns that enter a tile."""
-        sweep = self.sweep
-        grads = {v: torch.zeros_like(t) for v, t in left.items() if v in needs}
-        for value, target in grads.items():
-            if value not in grads_right:
-                continue
-            lo, hi = sweep.cols.carry_out(value, j)
-            start, end = sweep.cols.carry_in(value, j)
-            if lo < min(hi, end):
-                axes = sweep.axes(value)
-                old = (0, target.shape[axes[0]], lo, min(hi, end))
-                cut(target, axes, _shift(old, 0, start)).add_(cut(grads_right[value], axes, _shift(old, 0, lo)))
+            lo, end, start, _ = self._passed(axis, value, step)
+            if value in handed_back and lo < end:
+                dim = self.sweep.axes(value)[along]
+                target.narrow(dim, lo - start, end - lo).add_(handed_back[value].narrow(dim, 0, end - lo))
         return grads
 
 
-def _add_all(axes: tuple[int, int], parts: list[tuple[Rect, Tensor]], grad: Tensor) -> None:
-    for rect, part in parts:
-        cut(grad, axes, rect).add_(part)
+def _handed_back_alone(tile: Tile, value: int, block: Tensor, _targets: Targets) -> Tensor:
+    """The gradient of a block that nothing in its own tile reads."""
+    grad = torch.zeros_like(block)
+    tile.add_handed_back(value, grad)
+    return grad
 
 
 def _accumulate(sums: dict[int, Tensor], value: int, grad: Tensor) -> None:
