@@ -1,2 +1,61 @@
-"""gigamorph: train and run ConvNets on gigapixel images."""
-def main() -> None: print("x")
+"""The command ``gigamorph``: a group whose commands are imported only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import rich_click as click
+
+_COMMANDS = {
+    "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
+    "doctor": "Show hardware and versions, and name every known trap with its fix.",
+    "plan": "Say how large a tile, and how much memory, a network and an image need.",
+    "predict": "Predictions, and heat maps at native resolution, for images of any size.",
+    "train": "Train a classifier at native resolution inside a memory budget.",
+}
+
+
+class LazyCommand(click.RichCommand):
+    """Knows its name and its one line of help; the module with its options is imported when it runs."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        assert self.name is not None
+        command = getattr(importlib.import_module(f".{self.name}", __package__), self.name)
+        return command.make_context(info_name, args, parent=parent, **extra)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gigamorph")
+def cli() -> None:
+    """Train and run ordinary ConvNets on gigapixel images, exactly, in the memory you have.
+
+    Example: gigamorph train table.csv --model resnet50 --memory-budget 8GiB --out run
+    """
+
+
+for _name, _help in _COMMANDS.items():
+    cli.add_command(LazyCommand(name=_name, help=_help), _name)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; errors of gigamorph are one line and exit code 2, Ctrl-C is 130."""
+    try:
+        code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from ..engine.errors import GigamorphError
+
+        if not isinstance(error, GigamorphError):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,217 @@
+"""What this machine has, and which known trap it is in."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from ..engine.memory import available_bytes, format_bytes
+
+PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
+_SAFE_LIGHTNING = (2, 6, 6)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that `problems` judges by; sizes in bytes."""
+
+    versions: dict[str, str]
+    """Installed packages of `PACKAGES`."""
+    import_errors: dict[str, str]
+    """First line of what importing an installed package raised."""
+    cuda_build: str | None
+    """CUDA version that torch was built for, None for a CPU build."""
+    gpus: tuple[str, ...]
+    """GPUs that torch can use."""
+    driver: str | None
+    """What nvidia-smi says of the driver, None where it is missing or fails."""
+    cores: int
+    """CPU cores that this process may use."""
+    threads: int
+    """Threads that torch uses."""
+    memory: int
+    shm: int | None
+    """Size of /dev/shm, None where there is none."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    level: str
+    """"error" prevents work, "warning" slows it or closes a way."""
+    what: str
+    fix: str
+
+
+def probe() -> Machine:
+    """Look at the machine; imports torch, torchvision, timm and imagecodecs."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    errors = {}
+    for name in ("torchvision", "timm", "imagecodecs", "triton", "lightning"):
+        if name in versions:
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # whatever it is, it is the answer
+                errors[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            of = torch.cuda.get_device_properties(index)
+            gpus.append(f"{of.name}, {format_bytes(of.total_memory)}, sm_{of.major}{of.minor}")
+    shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
+    return Machine(
+        versions=versions,
+        import_errors=errors,
+        cuda_build=torch.version.cuda,
+        gpus=tuple(gpus),
+        driver=_driver(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory=available_bytes(),
+        shm=shm,
+    )
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if lines else None
+
+
+def facts(machine: Machine) -> list[tuple[str, str]]:
+    """Pairs of name and text, the last ones saying what will be used and why."""
+    rows = [
+        (
+            "system",
+            f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
+        ),
+        ("CPU", f"{machine.cores} cores usable, torch uses {machine.threads} threads"),
+        ("memory", f"{format_bytes(machine.memory)} available"),
+        ("GPU", "; ".join(machine.gpus) or "none that torch can use"),
+        ("driver", machine.driver or "no nvidia-smi"),
+    ]
+    rows += [(name, machine.versions.get(name, "not installed")) for name in PACKAGES]
+    if machine.gpus:
+        why = "cuda: torch can use a GPU"
+    elif machine.cuda_build is None:
+        why = "cpu: this torch is a CPU build"
+    else:
+        why = f"cpu: torch is built for CUDA {machine.cuda_build}, but no GPU can be used"
+    rows.append(("will use", why))
+    return rows
+
+
+def problems(machine: Machine) -> list[Problem]:
+    """The known traps that this machine is in."""
+    found = []
+    torch_version = machine.versions.get("torch", "")
+    vision = machine.import_errors.get("torchvision")
+    if vision is not None:
+        matched = "torchvision::nms" in vision
+        what = (
+            f"torchvision {machine.versions['torchvision']} was built for another torch than {torch_version} "
+            "(operator torchvision::nms does not exist); timm and Lightning fail with it"
+            if matched
+            else f"torchvision cannot be imported: {vision}"
+        )
+        index = "https://download.pytorch.org/whl/" + ("cpu" if machine.cuda_build is None else "cu" + _digits(machine))
+        found.append(
+            Problem(
+                "warning",
+                what + "; gigamorph declares the missing operator and works, other programs do not",
+                f"pip install --force-reinstall --no-deps torchvision --index-url {index} (or uninstall torchvision)",
+            )
+        )
+    if machine.cuda_build is not None and not machine.gpus:
+        fix = (
+            "update the driver to one that knows CUDA " + machine.cuda_build
+            if machine.driver
+            else "nothing, if this machine has no GPU (a CPU build is smaller); else install the NVIDIA driver, "
+            "and in a container pass the GPU through (docker run --gpus all)"
+        )
+        found.append(Problem("warning", f"torch is built for CUDA {machine.cuda_build}, but finds no GPU", fix))
+    if machine.cuda_build is None and machine.driver is not None:
+        found.append(
+            Problem(
+                "warning",
+                f"there is an NVIDIA GPU ({machine.driver}), but torch {torch_version} is a CPU build",
+                "pip install --force-reinstall torch (from PyPI: the CUDA build on Linux)",
+            )
+        )
+    if "triton" not in machine.versions and machine.gpus:
+        found.append(Problem("warning", "triton is missing; torch.compile cannot use the GPU", "pip install triton"))
+    if machine.threads < machine.cores and machine.threads == 1:
+        found.append(
+            Problem(
+                "warning",
+                f"torch uses 1 thread of {machine.cores} cores",
+                f"unset OMP_NUM_THREADS, or set it to {machine.cores}",
+            )
+        )
+    if machine.threads > machine.cores:
+        found.append(
+            Problem(
+                "warning",
+                f"torch uses {machine.threads} threads on {machine.cores} usable cores, which slows every step",
+                f"export OMP_NUM_THREADS={machine.cores}",
+            )
+        )
+    if machine.shm is not None and machine.shm < 2**30:
+        found.append(
+            Problem(
+                "warning",
+                f"/dev/shm has {format_bytes(machine.shm)}; DataLoader workers die with 'bus error' when it is full",
+                "docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm",
+            )
+        )
+    lightning = machine.versions.get("lightning")
+    if lightning is None:
+        found.append(Problem("error", "lightning is missing; training needs it", "pip install 'lightning>=2.6.6'"))
+    elif _release(lightning) < _SAFE_LIGHTNING:
+        found.append(
+            Problem(
+                "error",
+                f"lightning {lightning}: before 2.6.6 checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
+                "pip install 'lightning>=2.6.6'",
+            )
+        )
+    elif "lightning" in machine.import_errors and vision is None:
+        what = f"lightning cannot be imported: {machine.import_errors['lightning']}"
+        found.append(Problem("error", what, "pip install --force-reinstall 'lightning>=2.6.6'"))
+    if "imagecodecs" not in machine.versions or "imagecodecs" in machine.import_errors:
+        found.append(
+            Problem(
+                "error",
+                "imagecodecs is missing or broken; compressed DICOM, TIFF and PNG cannot be read",
+                "pip install --force-reinstall imagecodecs",
+            )
+        )
+    return found
+
+
+def _digits(machine: Machine) -> str:
+    return (machine.cuda_build or "").replace(".", "")
+
+
+def _release(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split("+")[0].split("."):
+        digits = "".join(c for c in part if c.isdigit())
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -1,0 +1,97 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import rich_click as click
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    """``4096x3328`` -> (4096, 3328), height first."""
+    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value.strip())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no size; write height x width, as in 4096x3328", ctx, param)
+    return int(match[1]), int(match[2])
+
+
+def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    from ..engine.errors import GigamorphError
+    from ..engine.memory import parse_bytes
+
+    try:
+        return parse_bytes(value)
+    except GigamorphError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
+def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    import torch
+
+    usable = torch.cuda.is_available()
+    if value == "cuda" and not usable:
+        raise click.BadParameter("torch can use no GPU here; gigamorph doctor says why", ctx, param)
+    return ("cuda" if usable else "cpu") if value == "auto" else value
+
+
+def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of numbers; write 0.5 or 0.1,0.2,0.3", ctx, param) from error
+
+
+model: Any = click.option(
+    "--model",
+    default="resnet18",
+    show_default=True,
+    metavar="SPEC",
+    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory.",
+)
+memory_budget: Any = click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    callback=_parse_budget,
+    help="Memory for a step, as in 4GiB; by default what is free.",
+)
+batch_norm: Any = click.option(
+    "--batch-norm",
+    type=click.Choice(["frozen"]),
+    help="Keep the statistics of BatchNorm layers as they are; a network that has such layers needs it to train.",
+)
+precision: Any = click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Autocast type."
+)
+device: Any = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    callback=_parse_device,
+    help="Where to compute.",
+)
+channels: Any = click.option(
+    "--channels", type=click.Choice([1, 3]), default=1, show_default=True, help="Image channels that the model takes."
+)
+classes_count: Any = click.option(
+    "--classes", type=click.IntRange(1), default=2, show_default=True, help="Outputs of the model."
+)
+mean: Any = click.option(
+    "--mean",
+    default="0",
+    show_default=True,
+    callback=_parse_numbers,
+    help="Grey value taken as zero, 0 black to 1 white; one number, or one per channel.",
+)
+std: Any = click.option(
+    "--std", default="1", show_default=True, callback=_parse_numbers, help="Spread that is scaled to one."
+)
+voi: Any = click.option(
+    "--voi",
+    default="auto",
+    show_default=True,
+    help="Grey scale of DICOM images: auto, none, window:I or lut:I.",
+)

@@ -1,0 +1,60 @@
+"""``gigamorph predict``: a csv per image and per breast, and heat maps at native resolution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+
+from . import options
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(dir_okay=False))
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the predictions.")
+@click.option("--heatmaps", is_flag=True, help="Draw the evidence on each image, at native resolution.")
+@click.option("--skip-bad", is_flag=True, help="Report damaged or missing images and go on.")
+@options.memory_budget
+@options.device
+def predict(
+    checkpoint: str,
+    images: tuple[str, ...],
+    out: str,
+    heatmaps: bool,
+    skip_bad: bool,
+    memory_budget: int | None,
+    device: str,
+) -> None:
+    """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
+
+    IMAGES are image files, folders, or a csv with a column image_path. predictions.csv gets a line as soon as an image
+    is done; breasts.csv has the mean of the views of each breast. A damaged image ends the command with an error that
+    names it, unless --skip-bad; what was computed stays.
+
+    Example: gigamorph predict run/best.ckpt exam1.dcm exam2.dcm --heatmaps --out predictions
+    """
+    from ..engine.train.checkpoint import load_checkpoint
+    from ..engine.train.fit import build_network
+    from ..engine.train.inputs import images as open_images
+    from ..engine.train.inputs import prediction_records
+    from ..engine.train.metrics import scores
+    from ..engine.train.predict import predict as run
+    from ..engine.train.progress import Meter
+    from .progress import ProgressView
+
+    stored = load_checkpoint(checkpoint)
+    record = stored["gigamorph"]
+    record["options"] |= {"memory_budget": memory_budget, "device": device}
+    net = build_network(record)
+    net.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
+    records = prediction_records(images, record["classes"], check_files=not skip_bad)
+    data = open_images(records, record["channels"], record["preprocessing"])
+    with ProgressView(device=device) as view:
+        meter = Meter(view)
+        net.on_tile = meter.on_tile  # type: ignore[assignment]
+        found, skipped = run(net, data, out, record["classes"], heatmaps=heatmaps, skip_bad=skip_bad, meter=meter)
+    click.echo(f"{len(found)} images predicted, {len(skipped)} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
+    labelled = scores([p for p in found if p.label is not None])
+    if labelled["auc_image"] is not None:
+        click.echo(f"AUC per image {labelled['auc_image']:.4f}, per breast {labelled['auc_breast']:.4f}")

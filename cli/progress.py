@@ -1,0 +1,92 @@
+"""Draws `Progress` reports: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from ..engine.memory import format_bytes, peak_bytes, used_bytes
+from ..engine.train.progress import Progress
+
+
+class ProgressView:
+    """A context manager to be given to the engine as its report.
+
+    On a terminal: one bar per stage with megapixels per second, memory in use and time left. Elsewhere: a line every
+    ``interval`` seconds and one for each note.
+    """
+
+    def __init__(self, console: Console | None = None, device: str = "cpu", interval: float = 10.0) -> None:
+        self._console = console or Console()
+        self._device, self._interval = device, interval
+        self._key: tuple[str, int] | None = None
+        self._began, self._shown = time.monotonic(), 0.0
+        self._first = 0
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> ProgressView:
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description:<14}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def __call__(self, progress: Progress) -> None:
+        key = (progress.stage, progress.epoch)
+        now = time.monotonic()
+        if key != self._key:
+            self._key, self._began, self._shown, self._first = key, now, now, progress.image
+            if self._bar is not None:
+                for task in self._bar.task_ids:
+                    self._bar.remove_task(task)
+                self._bar.add_task(_title(progress), total=max(progress.images, 1), detail="")
+        if progress.note:
+            self._console.print(progress.note, highlight=False, soft_wrap=True)
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
+        elif not progress.note and now - self._shown >= self._interval:
+            self._shown = now
+            self._console.print(
+                f"{_title(progress)}: image {progress.image}/{progress.images}, {self._detail(progress, now)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _detail(self, progress: Progress, now: float) -> str:
+        seconds = max(now - self._began, 1e-6)
+        done = progress.image + progress.part - self._first
+        parts = [f"{progress.image}/{progress.images}", f"{progress.pixels / 1e6 / seconds:.1f} Mpx/s"]
+        parts.append(f"{format_bytes(used_bytes(self._device))} (peak {format_bytes(peak_bytes(self._device))})")
+        if done > 0:
+            left = seconds / done * (progress.images - progress.image - progress.part)
+            parts.append(f"{_clock(left)} left in this stage")
+        return ", ".join(parts[1:] if self._bar is None else parts)
+
+
+def _title(progress: Progress) -> str:
+    return f"{progress.stage} {progress.epoch + 1}/{progress.epochs}" if progress.epochs > 1 else progress.stage
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

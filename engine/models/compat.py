@@ -1,0 +1,34 @@
+"""Makes Lightning importable beside a torchvision that was built for another torch."""
+
+from __future__ import annotations
+
+import torch
+
+_keep: list[torch.library.Library] = []
+
+
+def make_torchvision_importable() -> bool:
+    """Define the operators whose absence breaks ``import torchvision`` (and Lightning and timm with it).
+
+    A CUDA build of torchvision on a CPU build of torch cannot load its library, and then fails with "operator
+    torchvision::nms does not exist". Nothing in gigamorph calls these operators; declaring them is enough.
+
+    Returns:
+        True if the operators had to be declared.
+    """
+    if _keep:
+        return True
+    try:
+        import torchvision  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except RuntimeError:
+        try:
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:
+            return False  # some other fault; whoever needs torchvision will meet it and say so
+        _keep.append(library)
+        return True
+    except ImportError:
+        pass
+    return False

@@ -1,0 +1,65 @@
+"""The files that show how a run went: log.csv, curves.png, roc.png."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from .checkpoint import write_atomically
+from .metrics import Prediction
+
+
+def write_log(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """``log.csv`` with one line per epoch, and the curves in ``curves.png``; both are replaced as a whole."""
+
+    def table(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(folder / "log.csv", table, "log")
+    save_figure(_curves(rows), folder / "curves.png")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_atomically(path, lambda p: figure.savefig(p, dpi=110, bbox_inches="tight"), "picture")
+
+
+def _curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+    figure = Figure(figsize=(9, 3.4))
+    loss, score = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
+        if name in rows[0]:
+            loss.plot(epochs, [row[name] for row in rows], marker=".", label=label)
+    loss.set(xlabel="epoch", ylabel="loss")
+    loss.legend()
+    for name, label in (("val_auc_image", "per image"), ("val_auc_breast", "per breast")):
+        if name in rows[0]:
+            score.plot(epochs, [row[name] for row in rows], marker=".", label=label)
+    score.set(xlabel="epoch", ylabel="validation AUC", ylim=(0, 1.02))
+    if score.lines:
+        score.legend()
+    return figure
+
+
+def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
+    """ROC curves of two-class predictions, one line per name; only labelled predictions count."""
+    figure = Figure(figsize=(4.2, 4))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, predictions in curves.items():
+        labelled = [p for p in predictions if p.label is not None]
+        labels = np.array([p.label for p in labelled])
+        false, true, _ = roc_curve(labels, np.array([p.probabilities[1] for p in labelled]))
+        axes.plot(false, true, label=name)
+    axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axes.legend(loc="lower right")
+    return figure

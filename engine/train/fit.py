@@ -1,0 +1,277 @@
+"""Train a classifier at native resolution: Lightning's loop around an accelerated network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..accelerate import accelerate
+from ..data.tables import Record
+from ..errors import DataError, GigamorphError
+from ..models import create_model
+from ..models.compat import make_torchvision_importable
+from .callbacks import Checkpoints, EpochLog, InterruptedTraining
+from .checkpoint import AtomicCheckpointIO, load_checkpoint, versions, write_atomically
+from .metrics import Prediction, scores
+from .module import Classifier, balanced_weights, prediction
+from .progress import Meter, Report
+from .sampler import EpochSampler
+
+make_torchvision_importable()
+
+import lightning.pytorch as pl  # noqa: E402
+from lightning.pytorch.callbacks import Callback, EarlyStopping  # noqa: E402
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides the result of a run besides the data; stored in the checkpoint."""
+
+    model: str = "resnet18"
+    weights: str | None = None
+    memory_budget: int | None = None
+    """Bytes; None lets the engine take what is free."""
+    batch_norm: str | None = None
+    epochs: int = 20
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    accumulate: int = 8
+    """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
+    precision: str = "fp32"
+    class_weights: bool = False
+    patience: int | None = None
+    """Epochs without a better validation score after which the run ends."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+class Images(Protocol):
+    """What `gigamorph.engine.data.dataset.ImageDataset` offers: records, and items that open their file."""
+
+    records: list[Record]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, split by patient.
+
+    ``classes`` names the labels in order; ``preprocessing`` is all that turns a file into what the network sees.
+    """
+
+    train: Images
+    val: Images
+    test: Images
+    classes: tuple[str, ...]
+    channels: int
+    preprocessing: dict[str, Any]
+
+    @property
+    def parts(self) -> dict[str, Images]:
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The end of a run: what ``metrics.json`` holds, the predictions behind it ("val", "test"), the best network."""
+
+    metrics: dict[str, Any]
+    predictions: dict[str, list[Prediction]]
+    net: nn.Module
+
+
+def fit(
+    data: Data, options: TrainOptions, out: str | Path, *, resume: bool = False, report: Report | None = None
+) -> Fitted:
+    """Train, and write into ``out``: ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json``.
+
+    A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
+
+    Returns:
+        The best checkpoint's scores on the validation and test images, with the hash of the split, time, peak memory
+        and versions, as in ``metrics.json``; its predictions; and the network with its parameters.
+
+    Raises:
+        DataError: if the split leaks a patient or a checkpoint belongs to another split.
+        GigamorphError: if ``out`` already holds a run, or a file cannot be written.
+        KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
+    """
+    out = Path(out)
+    _check(data)
+    last = out / "last.ckpt"
+    record = _record(data, options)
+    stored = load_checkpoint(last) if resume else None
+    if stored is not None:
+        _check_same(stored["gigamorph"], record, last)
+        # The code may be newer than the run: what began the run stays on record beside what continues it.
+        record["versions_at_start"] = stored["gigamorph"].get("versions_at_start", stored["gigamorph"]["versions"])
+    elif last.exists():
+        raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
+    started = time.monotonic()
+    torch.manual_seed(options.seed)
+    meter = Meter(report)
+    net = build_network(record, None if resume else options.weights)
+    net.on_tile = meter.on_tile  # type: ignore[assignment]
+    module = _module(net, record, data, options, meter)
+    # A run that was stopped early and then interrupted lacks nothing but its scores.
+    if stored is None or not stored["callbacks"]["Checkpoints"]["stopped"]:
+        _run(module, data, options, out, meter, stored)
+
+    best = load_checkpoint(out / "best.ckpt")
+    module.load_state_dict(best["state_dict"])
+    metrics: dict[str, Any] = {"best_epoch": best["gigamorph"]["position"][0]}
+    predictions = {}
+    for name, stage in (("val", "validate"), ("test", "test")):
+        if len(data.parts[name]):
+            predictions[name] = evaluate(net, data.parts[name], meter, stage)
+            metrics[name] = scores(predictions[name])
+    metrics |= {
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_bytes": max(row["peak_bytes"] for row in load_checkpoint(last)["callbacks"]["EpochLog"]["rows"]),
+        "split_sha256": record["split"]["sha256"],
+        "seed": options.seed,
+        "versions": record["versions"],
+    }
+    text = json.dumps(metrics, indent=1) + "\n"
+    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    return Fitted(metrics, predictions, net)
+
+
+def build_network(record: dict[str, Any], weights: str | Path | None = None) -> nn.Module:
+    """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
+    options = record["options"]
+    model = create_model(options["model"], len(record["classes"]), record["channels"], weights)
+    model = model.to(options["device"])
+    return accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"])
+
+
+def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str) -> list[Prediction]:
+    """Predictions of the images, in order."""
+    net.eval()
+    meter.start(stage, len(images))
+    found = []
+    with torch.no_grad():
+        for index in range(len(images)):
+            item = images[index]
+            meter.image(item["image"].shape[-2] * item["image"].shape[-1])
+            found.append(prediction(item, net(item["image"])[0]))
+            meter.image_done()
+    return found
+
+
+def _module(net: nn.Module, record: dict[str, Any], data: Data, options: TrainOptions, meter: Meter) -> Classifier:
+    labels = [record.label for record in data.train.records]
+    steps = options.epochs * -(-len(data.train) // options.accumulate)
+    return Classifier(
+        net,
+        record,
+        seed=options.seed,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        steps=steps,
+        class_weights=balanced_weights(labels, len(data.classes)) if options.class_weights else None,
+        meter=meter,
+    )
+
+
+def _run(
+    module: Classifier, data: Data, options: TrainOptions, out: Path, meter: Meter, stored: dict[str, Any] | None
+) -> None:
+    checkpoints = Checkpoints(out)
+    callbacks: list[Callback] = [EpochLog(out, meter), checkpoints]
+    if options.patience is not None and len(data.val):
+        # NaN never occurs: val_score falls back on the loss.
+        callbacks.insert(0, EarlyStopping("val_score", mode="max", patience=options.patience, verbose=False))
+    sampler = EpochSampler(len(data.train), options.seed)
+    if stored is not None:
+        sampler.epoch, sampler.skip = stored["gigamorph"]["position"]
+    with warnings.catch_warnings():
+        # Lightning advises on workers, loggers and folders; none of it concerns sources that are read by tiles.
+        warnings.filterwarnings("ignore", module="lightning")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = pl.Trainer(
+            accelerator="gpu" if options.device.startswith("cuda") else "cpu",
+            devices=1,
+            max_epochs=options.epochs,
+            accumulate_grad_batches=options.accumulate,
+            precision=PRECISIONS[options.precision],  # type: ignore[arg-type]
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=out,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=True,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        train = DataLoader(cast(Any, data.train), sampler=sampler, collate_fn=list)
+        val = DataLoader(cast(Any, data.val), collate_fn=list) if len(data.val) else None
+        try:
+            if stored is None:
+                trainer.fit(module, train, val)
+            else:
+                trainer.fit(module, train, val, ckpt_path=out / "last.ckpt", weights_only=True)
+        except (InterruptedTraining, SystemExit) as error:  # Lightning makes an exit of a second Ctrl-C
+            raise KeyboardInterrupt from error
+        finally:
+            checkpoints.restore_handler()
+
+
+def _check(data: Data) -> None:
+    if not len(data.train):
+        raise DataError("no training images: give rows of split 'train', or leave the column out to have it made")
+    where: dict[str, str] = {}
+    for name, images in data.parts.items():
+        for record in images.records:
+            if record.label < 0:
+                raise DataError(f"{record.path}: has no label; training needs one for each image")
+            if where.setdefault(record.patient_id, name) != name:
+                raise DataError(
+                    f"patient {record.patient_id} is in both {where[record.patient_id]} and {name}; split by patient"
+                )
+
+
+def _record(data: Data, options: TrainOptions) -> dict[str, Any]:
+    # The last two parts of a path: the folder may have moved when a run is resumed.
+    split = {
+        name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in images.records]
+        for name, images in data.parts.items()
+    }
+    return {
+        "format": 1,
+        "options": asdict(options),
+        "classes": list(data.classes),
+        "channels": data.channels,
+        "preprocessing": data.preprocessing,
+        "split": {"sha256": hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest(), **split},
+        "versions": versions(),
+    }
+
+
+def _check_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> None:
+    if stored["split"]["sha256"] != record["split"]["sha256"]:
+        raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
+    for name, value in stored["options"].items():
+        # Where and in how much memory a step is computed does not change what it computes.
+        if name not in ("memory_budget", "device", "weights") and record["options"].get(name) != value:
+            raise GigamorphError(
+                f"{path}: was begun with {name}={value!r}, not {record['options'].get(name)!r}; resume with the same"
+            )
+    if stored["preprocessing"] != record["preprocessing"]:
+        raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")

@@ -1,0 +1,88 @@
+"""From a table, a folder or single files to the images of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.dataset import ImageDataset
+from ..data.splits import assign_splits
+from ..data.tables import Record, read_table
+from ..errors import DataError
+from ..pixels import Normalize
+from .fit import Data
+
+
+def training_data(
+    table: str | Path,
+    *,
+    channels: int = 1,
+    normalize: Normalize | None = None,
+    voi: str = "auto",
+    downsample: int = 1,
+    seed: int = 0,
+) -> Data:
+    """The images of a csv or of a folder per class, split by patient as the table says, or drawn by the seed.
+
+    Raises:
+        DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
+    """
+    read = read_table(table)
+    records = assign_splits(read.records, seed=seed)
+    preprocessing = {
+        "normalize": (normalize or Normalize()).to_dict(),
+        "voi": voi,
+        "flip": "auto",
+        "downsample": downsample,
+    }
+    parts = {
+        name: images([record for record in records if record.split == name], channels, preprocessing)
+        for name in ("train", "val", "test")
+    }
+    return Data(**parts, classes=tuple(read.classes), channels=channels, preprocessing=preprocessing)
+
+
+def images(records: Sequence[Record], channels: int, preprocessing: dict[str, Any]) -> ImageDataset:
+    """Records as images that are prepared as a checkpoint's ``preprocessing`` says."""
+    return ImageDataset(
+        records,
+        channels=channels,
+        normalize=Normalize.from_dict(preprocessing["normalize"]),
+        voi=preprocessing["voi"],
+        flip=preprocessing["flip"],
+        downsample=preprocessing["downsample"],
+    )
+
+
+def prediction_records(paths: Sequence[str | Path], classes: Sequence[str], *, check_files: bool) -> list[Record]:
+    """The records of image files, folders of images, or one csv (labels are kept where it has them).
+
+    Raises:
+        DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
+    """
+    records: list[Record] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            records += read_table(path, labels=False, check_files=check_files).records
+        elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
+            records += _csv(path, classes, check_files)
+        elif check_files and not path.is_file():
+            raise DataError(f"{path}: no such file")
+        else:
+            records.append(Record(path, -1, str(path)))
+    if not records:
+        raise DataError("no images to predict")
+    return records
+
+
+def _csv(path: Path, classes: Sequence[str], check_files: bool) -> list[Record]:
+    try:
+        return read_table(path, classes=classes, check_files=check_files).records
+    except DataError as error:
+        # A table without labels is as good to predict from; one that is wrong otherwise fails here again.
+        try:
+            return [replace(r, label=-1) for r in read_table(path, labels=False, check_files=check_files).records]
+        except DataError:
+            raise error from None

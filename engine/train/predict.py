@@ -1,0 +1,164 @@
+"""Predictions that stream to disk: one line per image, written as soon as it is known."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from io import FileIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DataError, GigamorphError
+from .checkpoint import write_atomically
+from .fit import Images
+from .heatmap import overlay_name, write_overlay
+from .metrics import Prediction, per_breast
+from .module import prediction
+from .progress import Meter
+
+
+def predict(
+    net: nn.Module,
+    images: Images,
+    out: str | Path,
+    classes: Sequence[str],
+    *,
+    heatmaps: bool = False,
+    skip_bad: bool = False,
+    meter: Meter | None = None,
+) -> tuple[list[Prediction], list[str]]:
+    """Predict image by image into ``out``.
+
+    ``predictions.csv`` gets one flushed line per image, so that whatever ends the run early leaves what was computed;
+    ``breasts.csv`` (mean of the views of each breast) is written at the end, also after an error. With ``heatmaps``,
+    ``heatmaps/NAME.png`` shows the evidence for the predicted class on the image at native resolution (``.tif`` for
+    very large images), in the orientation in which the network sees the image.
+
+    Args:
+        net: an accelerated network, pixel source -> (1, classes).
+        images: opened one by one; `DataError` if a file cannot be read.
+        classes: names of the outputs.
+        skip_bad: note a damaged image and go on; otherwise it ends the run.
+
+    Returns:
+        The predictions, and for each skipped image the message.
+
+    Raises:
+        DataError: a damaged image, named.
+        GigamorphError: if ``out`` already holds predictions, or cannot be written.
+    """
+    out = Path(out)
+    meter = meter or Meter(None)
+    net.eval()
+    found: list[Prediction] = []
+    skipped: list[str] = []
+    meter.start("predict", len(images))
+
+    def breasts() -> None:
+        if found:
+            write_atomically(out / "breasts.csv", lambda p: _write_all(p, per_breast(found), classes), "table")
+
+    names: set[str] = set()
+    with _Table(out / "predictions.csv", classes) as table:
+        try:
+            for index in range(len(images)):
+                try:
+                    item = images[index]
+                    source = item["image"]
+                    meter.image(source.shape[-2] * source.shape[-1])
+                    with torch.no_grad():
+                        result = prediction(item, net(source)[0])
+                    if heatmaps:
+                        best = max(range(len(classes)), key=result.probabilities.__getitem__)
+                        evidence: Any = net.evidence
+                        path = out / "heatmaps" / overlay_name(_unique(Path(result.image).stem, names), source.shape)
+                        write_overlay(source, evidence(source, output=best)[0], path)
+                except DataError as error:
+                    if not skip_bad:
+                        raise
+                    skipped.append(str(error))
+                    meter.note(f"skipped: {error}")
+                else:
+                    table.write(result)
+                    found.append(result)
+                meter.image_done()
+        except BaseException:
+            # The first error is the one to show: on a full disk this would fail as well.
+            with contextlib.suppress(GigamorphError):
+                breasts()
+            raise
+        breasts()
+    return found, skipped
+
+
+def _unique(stem: str, taken: set[str]) -> str:
+    """``stem``, or ``stem-2`` and so on: files of several folders may share a name."""
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return name
+
+
+class _Table:
+    """A csv file of predictions: a line is in the file, whole, when `write` returns, or not at all when it raises."""
+
+    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+        self._path, self._classes = path, classes
+        self._file: FileIO | None = None
+
+    def __enter__(self) -> _Table:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(self._path, "x")
+        except FileExistsError as error:
+            raise GigamorphError(f"{self._path}: already exists; name another --out") from error
+        except OSError as error:
+            raise GigamorphError(f"{self._path}: cannot be written: {os.strerror(error.errno or 0)}") from error
+        self._line(_header(self._classes))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, result: Prediction) -> None:
+        self._line(_row(result))
+
+    def _line(self, values: Iterable[object]) -> None:
+        assert self._file is not None
+        text = StringIO(newline="")
+        csv.writer(text).writerow(values)
+        rest = text.getvalue().encode()
+        before = self._file.tell()
+        try:
+            while rest:  # an unbuffered write may stop in its midst and say why only when asked for the rest
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            reason = os.strerror(error.errno or 0)
+            raise GigamorphError(f"{self._path}: cannot be written: {reason}; free some space") from error
+
+
+def _header(classes: Sequence[str]) -> list[str]:
+    return ["image_path", "patient_id", "laterality", "view", "label", *(f"p_{name}" for name in classes)]
+
+
+def _row(result: Prediction) -> list[object]:
+    label = "" if result.label is None else result.label
+    values = (f"{value:.6g}" for value in result.probabilities)
+    return [result.image, result.patient, result.laterality, result.view, label, *values]
+
+
+def _write_all(path: Path, results: Sequence[Prediction], classes: Sequence[str]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["breast", *_header(classes)[1:]])
+        writer.writerows(_row(result) for result in results)

@@ -1,0 +1,52 @@
+import re
+
+import pytest
+
+from gigamorph.cli.main import main
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+@pytest.mark.slow
+def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypatch, capsys):
+    import gigamorph.engine.train.demo as demo
+    import gigamorph.engine.train.report as report
+
+    for module in (demo, report):
+        monkeypatch.setattr(module, "HEIGHT", 512)
+        monkeypatch.setattr(module, "WIDTH", 384)
+    monkeypatch.setattr(demo, "PATIENTS", {"train": 4, "val": 2, "test": 4})
+    assert run("demo", "--out", tmp_path / "demo") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"native resolution [01]\.\d{3}, 1/8 of it [01]\.\d{3}", out)
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for name in ("roc.png", "memory.png", "evidence.png"):
+        assert f'src="{name}"' in page
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+    # The step that the budget bounds is the step that stock PyTorch takes.
+    stock, ours = re.search(r"<td>([\d.]+) and ([\d.]+)</td>", page).groups()
+    assert float(stock) == pytest.approx(float(ours), abs=1e-5)
+    assert len(list((tmp_path / "demo" / "overlays").iterdir())) == 2
+    assert len(list((tmp_path / "demo" / "data" / "images").iterdir())) == 20
+
+
+def test_demo_deletes_nothing_but_a_former_demo(tmp_path, monkeypatch, capsys):
+    import gigamorph.engine.train.demo as demo
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "write_phantoms", stop)
+    for name in ("data", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("x")
+    assert run("demo", "--out", tmp_path) == 2
+    assert "holds notes, not only a former demo" in capsys.readouterr().err
+    assert (tmp_path / "data" / "kept").exists() and (tmp_path / "notes" / "kept").exists()
+    (tmp_path / "notes").rename(tmp_path / "low")
+    assert run("demo", "--out", tmp_path) == 130
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,83 @@
+from dataclasses import replace
+
+import pytest
+
+from gigamorph.cli.health import PACKAGES, Machine, facts, problems
+from gigamorph.cli.main import main
+
+HEALTHY = Machine(
+    versions=dict.fromkeys(PACKAGES, "2.6.6"),
+    import_errors={},
+    cuda_build=None,
+    gpus=(),
+    driver=None,
+    cores=8,
+    threads=8,
+    memory=2**34,
+    shm=2**33,
+)
+CUDA = replace(HEALTHY, cuda_build="13.0", gpus=("H200, 139 GiB, sm_90",), driver="580.1, H200")
+
+
+def without(machine, name):
+    return replace(machine, versions={k: v for k, v in machine.versions.items() if k != name})
+
+
+def test_healthy_machines_have_no_problem():
+    assert problems(HEALTHY) == [] and problems(CUDA) == []
+    assert dict(facts(CUDA))["will use"].startswith("cuda")
+    assert dict(facts(HEALTHY))["will use"] == "cpu: this torch is a CPU build"
+
+
+@pytest.mark.parametrize(
+    ("machine", "level", "what", "fix"),
+    [
+        (
+            replace(HEALTHY, import_errors={"torchvision": "operator torchvision::nms does not exist"}),
+            "warning", "built for another torch", "whl/cpu",
+        ),
+        (
+            replace(CUDA, import_errors={"torchvision": "operator torchvision::nms does not exist"}),
+            "warning", "built for another torch", "whl/cu130",
+        ),
+        (replace(HEALTHY, import_errors={"torchvision": "libX.so"}), "warning", "libX.so", "torchvision"),
+        (replace(CUDA, gpus=(), driver=None), "warning", "CUDA 13.0, but finds no GPU", "driver"),
+        (replace(CUDA, gpus=()), "warning", "CUDA 13.0, but finds no GPU", "update the driver"),
+        (replace(HEALTHY, driver="580.1, H200"), "warning", "CPU build", "pip install"),
+        (without(CUDA, "triton"), "warning", "triton is missing", "pip install triton"),
+        (replace(HEALTHY, threads=1), "warning", "1 thread of 8 cores", "OMP_NUM_THREADS"),
+        (replace(HEALTHY, threads=64), "warning", "64 threads on 8 usable cores", "OMP_NUM_THREADS=8"),
+        (replace(HEALTHY, shm=2**26), "warning", "/dev/shm has 64.0 MiB", "--shm-size"),
+        (without(HEALTHY, "lightning"), "error", "lightning is missing", ">=2.6.6"),
+        (replace(HEALTHY, versions={**HEALTHY.versions, "lightning": "2.6.3"}), "error", "malware", ">=2.6.6"),
+        (replace(HEALTHY, import_errors={"lightning": "boom"}), "error", "boom", ">=2.6.6"),
+        (without(HEALTHY, "imagecodecs"), "error", "imagecodecs is missing", "pip install"),
+        (replace(HEALTHY, import_errors={"imagecodecs": "x"}), "error", "imagecodecs", "pip install"),
+    ],
+)  # fmt: skip
+def test_each_trap_is_named_with_its_fix(machine, level, what, fix):
+    [problem] = problems(machine)
+    assert problem.level == level and what in problem.what and fix in problem.fix
+
+
+def test_version_with_a_suffix_is_no_old_one():
+    assert problems(replace(HEALTHY, versions={**HEALTHY.versions, "lightning": "2.7.0rc1+local"})) == []
+
+
+@pytest.mark.parametrize(("machine", "code"), [(HEALTHY, 0), (without(HEALTHY, "lightning"), 1)])
+def test_command_shows_facts_and_exits_by_what_it_found(machine, code, monkeypatch, capsys):
+    import gigamorph.cli.health as health
+
+    monkeypatch.setattr(health, "probe", lambda: machine)
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor"])
+    assert exit_.value.code == code
+    out = capsys.readouterr().out
+    assert "will use" in out and ("error: lightning is missing" in out) == bool(code)
+
+
+def test_this_machine_can_be_probed():
+    from gigamorph.cli.health import probe
+
+    machine = probe()
+    assert machine.cores >= 1 and machine.memory > 0 and "torch" in machine.versions

@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import pytest
+
+from gigamorph.cli.main import _COMMANDS, cli, main
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    return exit_.value.code
+
+
+@pytest.mark.parametrize("command", sorted(_COMMANDS))
+def test_every_help_has_an_example(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"Example: gigamorph {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_overview_names_every_command_and_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from gigamorph.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('heavy', sorted({'torch', 'lightning', 'numpy', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "heavy []" in done.stdout
+    assert all(name in done.stdout for name in _COMMANDS)
+
+
+def test_unknown_command_and_option(capsys):
+    assert run("nope") == 2
+    assert "nope" in capsys.readouterr().err
+    assert run("plan", "--nope") == 2
+
+
+def test_ctrl_c_is_130_and_faults_of_ours_keep_their_trace(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert run("doctor") == 130
+
+    def faulty(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "main", faulty)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert "0." in capsys.readouterr().out

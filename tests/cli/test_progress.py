@@ -1,0 +1,67 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from gigamorph.cli.progress import ProgressView
+from gigamorph.engine.train.progress import Meter
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    return clock
+
+
+def test_plain_lines_when_not_a_terminal(clock):
+    text = io.StringIO()
+    with ProgressView(Console(file=text, width=60), interval=10) as view:
+        meter = Meter(view)
+        meter.start("train", 4, epoch=1, epochs=3)
+        for _ in range(4):
+            meter.image(30_000_000)
+            clock.now += 6
+            meter.image_done()
+        meter.note("epoch 2/3  loss 0.5")
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 3 and "\x1b" not in text.getvalue()
+    assert lines[0].startswith("train 2/3: image 2/4, 5.0 Mpx/s, ") and lines[0].endswith("0:12 left in this stage")
+    assert "(peak " in lines[0]
+    assert lines[2] == "epoch 2/3  loss 0.5"
+
+
+def test_a_bar_on_a_terminal_shows_tiles_inside_an_image(clock):
+    class Event:
+        phase, done, total, pixels = "backward", 1, 2, 50
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=160)
+    with ProgressView(console) as view:
+        meter = Meter(view)
+        meter.start("train", 2)
+        meter.image(8_000_000)
+        clock.now += 1
+        meter.on_tile(Event)
+        view._bar.refresh()
+    # a quarter for the forward pass and half of the rest: 5/8 of one of two images in a second
+    assert "5.0 Mpx/s" in text.getvalue() and "0:02 left" in text.getvalue()
+
+
+def test_a_resumed_epoch_estimates_from_its_own_images_only(clock):
+    text = io.StringIO()
+    with ProgressView(Console(file=text, width=60), interval=1) as view:
+        meter = Meter(view)
+        meter.start("train", 100, done=90)
+        meter.image(10)
+        clock.now += 5
+        meter.image_done()
+    assert "image 91/100" in text.getvalue() and "0:45 left" in text.getvalue()

@@ -1,0 +1,254 @@
+"""`gigamorph train` and `gigamorph predict` from table to csv, and every bad input."""
+
+import csv
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from gigamorph.cli.main import main
+from gigamorph.engine.data.phantom import write_phantoms
+
+FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+
+
+def run(*args):
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=8, height=160, width=128, seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run("train", phantoms, "--out", out, *FAST) == 0
+    return out
+
+
+def test_train_leaves_checkpoints_log_curves_and_metrics(trained):
+    assert {p.name for p in trained.iterdir()} == {"last.ckpt", "best.ckpt", "log.csv", "curves.png", "metrics.json"}
+
+
+def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("predict", trained / "best.ckpt", phantoms, "--heatmaps", "--out", out) == 0
+    images, breasts = rows(out / "predictions.csv"), rows(out / "breasts.csv")
+    assert len(images) == 16 and len(breasts) == 8
+    assert {r["view"] for r in images} == {"CC", "MLO"} and {r["view"] for r in breasts} == {"CC+MLO"}
+    for breast in breasts:
+        views = [float(r["p_1"]) for r in images if r["patient_id"] == breast["patient_id"]]
+        assert float(breast["p_1"]) == pytest.approx(np.mean(views), abs=1e-5)
+    maps = sorted((out / "heatmaps").iterdir())
+    assert len(maps) == 16 and all(m.read_bytes().startswith(b"\x89PNG") for m in maps)
+    assert "16 images predicted, 0 skipped" in capsys.readouterr().out
+
+
+def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):
+    from gigamorph.engine import open_pixels
+    from gigamorph.engine.models import create_model
+    from gigamorph.engine.pixels import Normalize
+
+    image = sorted((phantoms.parent / "images").iterdir())[3]
+    assert run("predict", trained / "best.ckpt", image, "--out", tmp_path / "out") == 0
+    source = open_pixels(image, normalize=Normalize((0.3,), (0.1,)))
+    model = create_model("lesionnet", weights=trained / "best.ckpt").eval()
+    with torch.no_grad():
+        expected = model(source.read(0, 160, 0, 128)[None]).softmax(-1)[0, 1].item()
+    [row] = rows(tmp_path / "out" / "predictions.csv")
+    assert float(row["p_1"]) == pytest.approx(expected, rel=1e-5)
+    # Without a table, patient, side and view are those of the DICOM header.
+    assert (row["patient_id"], row["view"]) == (image.stem.split("_")[0], image.stem.split("_")[2])
+
+
+@pytest.fixture
+def damaged(phantoms, tmp_path):
+    """A copy of the phantoms whose sixth file is cut short."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(phantoms.parent, folder)
+    table = folder / "phantoms.csv"
+    victim = folder / rows(table)[5]["image_path"]
+    os.truncate(victim, victim.stat().st_size // 2)
+    return table, victim
+
+
+def test_a_truncated_file_is_named_and_what_was_computed_stays(trained, damaged, tmp_path, capsys):
+    table, victim = damaged
+    assert run("predict", trained / "best.ckpt", table, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and victim.name in error
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 5
+    assert len(rows(tmp_path / "out" / "breasts.csv")) == 3
+
+
+def test_skip_bad_reports_and_goes_on(trained, damaged, tmp_path, capsys):
+    table, victim = damaged
+    assert run("predict", trained / "best.ckpt", table, "--skip-bad", "--out", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "15 images predicted, 1 skipped" in output and f"skipped: {victim}" in output
+    assert victim.name not in {os.path.basename(r["image_path"]) for r in rows(tmp_path / "out" / "predictions.csv")}
+
+
+def test_training_names_a_truncated_file(damaged, tmp_path, capsys):
+    table, victim = damaged
+    assert run("train", table, "--out", tmp_path / "run", *FAST) == 2
+    error = capsys.readouterr().err
+    assert victim.name in error and error.count("\n") == 1
+
+
+def test_wrong_column(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("file,label,patient_id\na.dcm,0,p\n")
+    assert run("train", tmp_path / "t.csv", "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "t.csv" in error and "image_path" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_among_a_thousand_is_found_before_any_work(phantoms, tmp_path, capsys):
+    image = next((phantoms.parent / "images").iterdir())
+    for i in range(1000):
+        os.link(image, tmp_path / f"{i}.dcm")
+    lines = ["image_path,label,patient_id", *(f"{i}.dcm,{i % 2},p{i}" for i in range(1000))]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    (tmp_path / "777.dcm").unlink()
+    assert run("train", tmp_path / "t.csv", "--out", tmp_path / "run", *FAST) == 2
+    error = capsys.readouterr().err
+    assert "777.dcm" in error and "776.dcm" not in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bnnet.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["train", phantoms, "--model", "bnnet:net", "--epochs", "1", "--out"]
+    assert run(*command, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "BatchNorm" in error and "--batch-norm frozen" in error and error.count("\n") == 1
+    assert run(*command, tmp_path / "frozen", "--batch-norm", "frozen") == 0
+
+
+def test_budget_too_small_for_any_tile(phantoms, tmp_path, capsys):
+    assert run("train", phantoms, "--out", tmp_path / "run", *FAST, "--memory-budget", "100KB") == 2
+    error = capsys.readouterr().err
+    assert "budget" in error and error.count("\n") == 1
+
+
+def test_full_disk_while_saving_a_checkpoint(phantoms, tmp_path, monkeypatch, capsys):
+    def full(checkpoint, path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run("train", phantoms, "--out", tmp_path / "run", *FAST) == 2
+    error = capsys.readouterr().err
+    assert "last.ckpt" in error and "No space left on device" in error and error.count("\n") == 1
+
+
+def test_full_disk_while_predicting_keeps_the_lines_before(trained, phantoms, tmp_path, capsys):
+    """A real full disk: the file system refuses writes beyond a limit on the size of a file."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600));"
+        "from gigamorph.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "predictions.csv: cannot be written: File too large" in done.stderr
+    text = (tmp_path / "out" / "predictions.csv").read_text()
+    assert text.endswith("\n") and len(rows(tmp_path / "out" / "predictions.csv")) >= 2
+
+
+def test_ctrl_c_keeps_the_lines_before(trained, phantoms, tmp_path, monkeypatch, capsys):
+    from gigamorph.cli.progress import ProgressView
+
+    def press(self, progress):
+        if progress.image == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressView, "__call__", press)
+    assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out") == 130
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 3
+    assert len(rows(tmp_path / "out" / "breasts.csv")) == 2
+
+
+def test_predictions_are_not_overwritten(trained, phantoms, tmp_path, capsys):
+    (tmp_path / "predictions.csv").write_text("dear\n")
+    assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert (tmp_path / "predictions.csv").read_text() == "dear\n"
+
+
+def test_a_file_that_is_no_checkpoint(phantoms, tmp_path, capsys):
+    (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "y.ckpt")
+    for name, message in (
+        ("x", "not a readable checkpoint"),
+        ("y", "not written by gigamorph train"),
+        ("z", "no such"),
+    ):
+        assert run("predict", tmp_path / f"{name}.ckpt", phantoms, "--out", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
+    def command(out, *more):
+        main_ = "from gigamorph.cli.main import main; main()"
+        return [sys.executable, "-c", main_, "train", str(phantoms), *FAST, "--out", str(out), "--epochs", "5", *more]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    child = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "cut" / "last.ckpt").exists():
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    error = child.communicate(timeout=60)[1]
+    assert child.returncode == 130, error
+    assert "--resume goes on from" in error and not (tmp_path / "cut" / "metrics.json").exists()
+    subprocess.run(command(tmp_path / "cut", "--resume"), check=True, capture_output=True)
+    a, b = (torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key]), key
+
+
+@pytest.mark.slow
+def test_real_mammograms_train_two_steps_and_predict_at_native_resolution(real_data, tmp_path, capsys):
+    names = ["mg_ge_jpeg_lossless", "mg_film_jpeg2000", "mg_film_jpeg_extended_12bit"]
+    folder = real_data / "dicom"
+    (tmp_path / "t.csv").write_text(
+        "image_path,label,patient_id,split\n"
+        + "".join(f"{folder / name}.dcm,{i % 2},p{i},train\n" for i, name in enumerate(names))
+    )
+    fast = ["--model", "lesionnet", "--epochs", "2", "--accumulate", "3", "--memory-budget", "300MiB"]
+    assert run("train", tmp_path / "t.csv", *fast, "--out", tmp_path / "run") == 0
+    stored = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert stored["global_step"] == 2
+    files = [folder / f"{name}.dcm" for name in names]
+    assert run("predict", tmp_path / "run" / "last.ckpt", *files, "--heatmaps", "--out", tmp_path / "out") == 0
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 3
+    from PIL import Image
+
+    with Image.open(tmp_path / "out" / "heatmaps" / "mg_ge_jpeg_lossless.png") as picture:
+        assert picture.size == (2394, 3062)

@@ -1,0 +1,149 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.models import MODELS, create_model, load_weights
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_resnet_has_torchvisions_names_shapes_and_function(name):
+    torchvision_models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    theirs = getattr(torchvision_models, name)().double().eval()
+    ours = create_model(name, 1000, 3).double().eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 65, 94, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_own_models_take_channels_and_classes_and_train(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, in_channels=2)
+    out = model(torch.randn(2, 2, 70, 51))
+    assert out.shape == (2, 3)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_width_scales_every_stage():
+    from gigamorph.engine.models import resnet50
+
+    assert resnet50(width=16).layer4[0].conv1.weight.shape[0] == 128
+
+
+def test_lesionnet_ignores_the_grey_level_and_sees_a_pixel_wherever_it_lies():
+    torch.manual_seed(0)
+    model = create_model("lesionnet", 2, 1).double()
+    flat, brighter = torch.zeros(1, 1, 256, 256).double(), torch.ones(1, 1, 256, 256).double()
+    inside = model.stem(brighter)[..., 4:-4, 4:-4]
+    assert inside.abs().max() < 1e-6  # the weights were made in float32
+    here, there = flat.clone(), flat.clone()
+    here[..., 96, 96] = there[..., 160, 192] = 1
+    assert not torch.allclose(model(here), model(flat))
+    torch.testing.assert_close(model(here), model(there), rtol=0, atol=1e-12)
+
+
+def test_unknown_model_names_the_choices():
+    with pytest.raises(GigamorphError, match=r"'resnet19' is unknown; .*resnet18.*timm:NAME"):
+        create_model("resnet19")
+
+
+def test_factory_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text(
+        "import torch\n"
+        "def net(num_classes): return torch.nn.Linear(3, num_classes)\n"
+        "def broken(): raise ValueError('no such depth')\n"
+        "def other(): return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert create_model("my_nets:net", 5).out_features == 5
+    with pytest.raises(GigamorphError, match=r"my_nets:broken.*no such depth"):
+        create_model("my_nets:broken")
+    with pytest.raises(GigamorphError, match="gives a int"):
+        create_model("my_nets:other")
+    with pytest.raises(GigamorphError, match=r"my_nets:absent.*cannot be imported"):
+        create_model("my_nets:absent")
+
+
+def test_timm_model_and_its_error():
+    pytest.importorskip("timm")
+    model = create_model("timm:resnet10t", num_classes=4, in_channels=1)
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
+    with pytest.raises(GigamorphError, match="no_such_net"):
+        create_model("timm:no_such_net")
+
+
+def test_missing_timm_says_how_to_install_it(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(GigamorphError, match=r"pip install 'gigamorph\[models\]'"):
+        create_model("timm:resnet10t")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_roundtrip(tmp_path, suffix):
+    torch.manual_seed(0)
+    model = create_model("lesionnet")
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save({"state_dict": {f"net.{k}": v for k, v in model.state_dict().items()}}, path)
+    else:
+        save_file(model.state_dict(), path)
+    loaded = create_model("lesionnet", weights=path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_only_a_classifier_of_another_shape_is_skipped(tmp_path, caplog):
+    model = create_model("resnet18", 5, 1)
+    path = tmp_path / "w.pt"
+    torch.save(model.state_dict(), path)
+    other = create_model("resnet18", 2, 1)
+    with caplog.at_level("WARNING", logger="gigamorph"):
+        assert load_weights(other, path) == ["fc.weight", "fc.bias"]
+    assert "fc.weight, fc.bias" in caplog.text
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    with pytest.raises(DataError, match=r"w\.pt.*conv1\.weight is \(64, 1, 7, 7\), the model has \(64, 3, 7, 7\)$"):
+        create_model("resnet18", 5, 3, weights=path)
+    state = model.state_dict()
+    del state["layer1.0.conv1.weight"]
+    torch.save(state, path)
+    with pytest.raises(DataError, match=r"layer1\.0\.conv1\.weight is missing"):
+        create_model("resnet18", 5, 1, weights=path)
+
+
+def test_weights_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(DataError, match=r"none\.pt: no such weights file"):
+        create_model("lesionnet", weights=tmp_path / "none.pt")
+    for name in ("bad.pt", "bad.safetensors"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(DataError, match=f"{name}: not a readable weights file"):
+            create_model("lesionnet", weights=tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(DataError, match="holds no state_dict"):
+        create_model("lesionnet", weights=tmp_path / "list.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    target = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (target,))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match=r"evil\.pt"):
+        create_model("lesionnet", weights=tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()

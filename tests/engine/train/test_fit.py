@@ -1,0 +1,247 @@
+"""The training loop: resuming, Ctrl-C, full disks, what the checkpoint holds."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gigamorph.engine.data.tables import Record
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.train.checkpoint import load_checkpoint
+from gigamorph.engine.train.fit import Data, TrainOptions, fit
+
+
+@dataclass(frozen=True)
+class Source:
+    """A square of noise whose mean tells the class."""
+
+    name: str
+    seed: int
+    label: int
+    shape: tuple[int, int, int] = (1, 40, 33)
+
+    def read(self, top, bottom, left, right):
+        image = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)) * 0.5
+        image[:, 10:14, 20:24] += 3.0 * self.label
+        return image[:, top:bottom, left:right]
+
+
+class Images:
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        record = self.records[index]
+        number = int(record.path.stem)
+        source = Source(record.path.name, number, record.label, (1, 40, 33 + number % 3))
+        return {"image": source, "label": record.label, "index": index, "record": record}
+
+
+def images(count, first=0):
+    return Images([Record(Path(f"{i}.png"), i % 2, f"p{i}", laterality="L") for i in range(first, first + count)])
+
+
+def make_data():
+    return Data(images(7), images(4, 100), images(4, 200), ("normal", "finding"), 1, {"mean": 0.5})
+
+
+@pytest.fixture
+def data():
+    return make_data()
+
+
+OPTIONS = TrainOptions(model="nets:small", epochs=3, accumulate=3, lr=3e-3, seed=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dropout_net(tmp_path_factory):
+    """A network with dropout, so that the state of the random numbers matters."""
+    folder = tmp_path_factory.mktemp("nets")
+    (folder / "nets.py").write_text(
+        "from torch import nn\n"
+        "def small(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(8, 8, 3, 2),\n"
+        "                         nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    )
+    sys.modules.pop("nets", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    fit(make_data(), OPTIONS, out)
+    return out
+
+
+def interrupt_at(stage, epoch, image):
+    """A report that presses Ctrl-C once, when the given image of a stage is complete."""
+    pressed = []
+
+    def report(progress):
+        if not pressed and (progress.stage, progress.epoch, progress.image) == (stage, epoch, image):
+            pressed.append(progress)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def assert_same_run(first, second):
+    a, b = load_checkpoint(first / "last.ckpt"), load_checkpoint(second / "last.ckpt")
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key]), key
+    states = [c["optimizer_states"][0]["state"] for c in (a, b)]
+    for index, state in states[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, states[1][index][key]), (index, key)
+    logs = [(f / "log.csv").read_text().splitlines() for f in (first, second)]
+    drop = {"seconds", "megapixels_per_second", "peak_bytes"}
+    keep = [i for i, name in enumerate(logs[0][0].split(",")) if name not in drop]
+    rows = [[[line.split(",")[i] for i in keep] for line in log] for log in logs]
+    assert rows[0] == rows[1]
+    metrics = [json.loads((f / "metrics.json").read_text()) for f in (first, second)]
+    for key in ("val", "test", "best_epoch", "split_sha256"):
+        assert metrics[0][key] == metrics[1][key], key
+
+
+@pytest.mark.parametrize(
+    ("stage", "epoch", "image"),
+    [("train", 0, 1), ("train", 1, 3), ("train", 1, 7), ("validate", 0, 2)],
+)
+def test_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whole, tmp_path, stage, epoch, image):
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, OPTIONS, tmp_path / "parts", report=interrupt_at(stage, epoch, image))
+    assert not (tmp_path / "parts" / "metrics.json").exists()
+    fit(data, OPTIONS, tmp_path / "parts", resume=True)
+    assert_same_run(whole, tmp_path / "parts")
+
+
+def test_other_seed_gives_another_run(data, whole, tmp_path):
+    fit(data, replace(OPTIONS, seed=6), tmp_path / "run")
+    a, b = (load_checkpoint(run / "last.ckpt")["state_dict"] for run in (whole, tmp_path / "run"))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_checkpoint_holds_what_repeats_the_run(data, tmp_path):
+    metrics = fit(data, OPTIONS, tmp_path / "run").metrics
+    stored = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]
+    assert stored["options"]["model"] == "nets:small" and stored["options"]["seed"] == 5
+    assert stored["preprocessing"] == {"mean": 0.5} and stored["classes"] == ["normal", "finding"]
+    assert [row[0] for row in stored["split"]["val"]] == [str(r.path) for r in data.val.records]
+    assert stored["split"]["sha256"] == metrics["split_sha256"] and len(metrics["split_sha256"]) == 64
+    assert {"torch", "lightning", "python"} <= set(stored["versions"])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_checkpoint_is_of_the_best_validation_score_then_loss(data, tmp_path):
+    fit(data, replace(OPTIONS, epochs=6, lr=1e-2), tmp_path / "run")
+    rows = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
+    score, loss = rows[0].index("val_score"), rows[0].index("val_loss")
+    keys = [(float(row[score]), -float(row[loss])) for row in rows[1:]]
+    best = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]["position"][0]
+    assert best == 1 + keys.index(max(keys))
+
+
+def test_learns_and_scores_per_image_and_breast(data, tmp_path):
+    metrics = fit(data, replace(OPTIONS, epochs=15, lr=2e-2), tmp_path / "run").metrics
+    assert metrics["test"]["auc_image"] == 1.0 and metrics["test"]["breasts"] == 4
+
+
+def test_early_stop_ends_the_run_for_good(data, tmp_path):
+    # A learning rate of nothing never improves: the first epoch is the best, two more pass.
+    options = replace(OPTIONS, epochs=9, lr=0.0, patience=2)
+    first = fit(data, options, tmp_path / "run").metrics
+    log = (tmp_path / "run" / "log.csv").read_text()
+    assert len(log.splitlines()) == 1 + 3
+    again = fit(data, options, tmp_path / "run", resume=True).metrics
+    assert (tmp_path / "run" / "log.csv").read_text() == log
+    assert again["test"] == first["test"] and again["peak_bytes"] == first["peak_bytes"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(data, tmp_path, precision):
+    options = replace(OPTIONS, epochs=2, precision=precision)
+    fitted = fit(data, options, tmp_path / "run")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in fitted.net.parameters())
+    plain = fit(data, replace(OPTIONS, epochs=2), tmp_path / "plain")
+    ours, theirs = (torch.cat([p.flatten() for p in f.net.parameters()]) for f in (fitted, plain))
+    assert 0 < (ours - theirs).abs().max() < 0.05
+
+
+def test_runs_without_validation_images(data, tmp_path):
+    metrics = fit(replace(data, val=Images([]), test=Images([])), replace(OPTIONS, epochs=2), tmp_path / "run").metrics
+    assert "val" not in metrics and metrics["best_epoch"] == 2
+
+
+def test_validation_of_one_class_falls_back_on_the_loss(data, tmp_path):
+    metrics = fit(
+        replace(data, val=Images([r for r in data.val.records if r.label])), OPTIONS, tmp_path / "run"
+    ).metrics
+    assert metrics["val"]["auc_image"] is None
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.replace"])
+def test_full_disk_keeps_the_former_checkpoint(data, whole, tmp_path, monkeypatch, failing):
+    module, name = failing.split(".")
+    real = getattr(__import__(module), name)
+    calls = []
+
+    def full(first, *args, **kwargs):
+        target = str(args[0])
+        if target.endswith(".ckpt"):
+            calls.append(target)
+            if len(calls) > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(first, *args, **kwargs)
+
+    monkeypatch.setattr(failing, full)
+    with pytest.raises(GigamorphError, match=r"last\.ckpt: .* No space left on device; the former one is kept"):
+        fit(data, OPTIONS, tmp_path / "run")
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["gigamorph"]["position"] == [1, 0]
+    assert not list((tmp_path / "run").glob(".*"))  # no half-written file is left to fill the disk
+    fit(data, OPTIONS, tmp_path / "run", resume=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_class_weights_act_at_batch_size_one(data, tmp_path):
+    from gigamorph.engine.train.module import Classifier, balanced_weights
+
+    weights = balanced_weights([0, 0, 0, 1], 2)
+    assert weights == pytest.approx([4 / 6, 2.0])
+    logits, one = torch.tensor([[0.3, -0.2]]), torch.tensor([1])
+    plain = Classifier(torch.nn.Identity(), {}).loss(logits, one)
+    weighted = Classifier(torch.nn.Identity(), {}, class_weights=weights).loss(logits, one)
+    assert weighted.item() == pytest.approx(2 * plain.item())
+
+
+def test_refusals_name_the_culprit(data, tmp_path):
+    with pytest.raises(DataError, match="patient p0 is in both train and val"):
+        fit(replace(data, val=images(1)), OPTIONS, tmp_path / "run")
+    unlabelled = [*data.train.records, Record(Path("9.png"), -1, "p9")]
+    with pytest.raises(DataError, match=r"9\.png: has no label"):
+        fit(replace(data, train=Images(unlabelled)), OPTIONS, tmp_path / "run")
+    with pytest.raises(DataError, match="no training images"):
+        fit(replace(data, train=Images([])), OPTIONS, tmp_path / "run")
+    with pytest.raises(DataError, match=r"last\.ckpt: no such checkpoint"):
+        fit(data, OPTIONS, tmp_path / "run", resume=True)
+    fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")
+    with pytest.raises(GigamorphError, match="already holds a run; continue it with --resume"):
+        fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")
+    with pytest.raises(GigamorphError, match="was begun with epochs=1, not 3"):
+        fit(data, OPTIONS, tmp_path / "run", resume=True)
+    with pytest.raises(DataError, match="another split"):
+        fit(replace(data, test=Images([])), replace(OPTIONS, epochs=1), tmp_path / "run", resume=True)
