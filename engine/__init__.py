@@ -3,7 +3,7 @@
 from .accelerate import Accelerated, accelerate
 from .errors import BudgetError, DataError, GigamorphError, UnsupportedError
 from .pixels import open_pixels
-from .plan import Plan
+from .plan import Plan, plan
 from .scan import TileEvent
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "UnsupportedError",
     "accelerate",
     "open_pixels",
+    "plan",
 ]

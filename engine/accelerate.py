@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
-from .backend import fold_batch_norm, work_in_place
+from .backend import fold_batch_norm
 from .errors import GigamorphError
 from .graph import Graph, Small, build_graph
 from .memory import parse_bytes
@@ -118,23 +118,27 @@ class Accelerated(nn.Module):
     def plan_for(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = None) -> Plan:
         """The plan that an image batch of this shape (N, C, H, W) will run with."""
         device = torch.device(device) if device is not None else self._device()
-        return self._program(tuple(shape), dtype, device, torch.is_grad_enabled())[2]
+        graph = self._program(tuple(shape), dtype, device, torch.is_grad_enabled(), False)[0]
+        return choose(graph, self.memory_budget, self.tile, torch.is_grad_enabled(), self.carries)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def _program(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool):
+    def _program(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, image_grad: bool
+    ) -> tuple[Graph, Sweep, Plan]:
         modes = tuple(m.training for m in self._network.modules())
         wants = tuple(p.requires_grad for p in self.parameters())
-        key = (shape, dtype, device, training, modes, wants, Autocast.current(device), self.tile, self.memory_budget)
+        settings = (self.tile, self.memory_budget, self.carries)
+        key = (shape, dtype, device, training, image_grad, modes, wants, Autocast.current(device), settings)
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
         graph = build_graph(capture(self._network, shape, dtype, device))
         fold_batch_norm(graph)
-        plan = choose(graph, self.memory_budget, self.tile, training, self.carries)
+        counted = self.memory_budget is not None
+        plan = choose(graph, self.memory_budget, self.tile, training, self.carries, image_grad, counted)
         sweep = Sweep(graph, plan.tile)
-        work_in_place(graph, set(sweep.carried))
         self._programs[key] = graph, sweep, plan
         if len(self._programs) > _REMEMBERED:
             self._programs.popitem(last=False)
@@ -165,17 +169,14 @@ class Accelerated(nn.Module):
         else:
             parameter = next(self.parameters(), torch.empty(0))
             pixels, image, dtype, device = x, None, parameter.dtype, parameter.device
-        training = torch.is_grad_enabled() and (
-            any(p.requires_grad for p in self.parameters()) or (image is not None and image.requires_grad)
-        )
-        graph, sweep, plan = self._program(tuple(pixels.shape), dtype, device, training)
+        image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
+        training = torch.is_grad_enabled() and (image_grad or any(p.requires_grad for p in self.parameters()))
+        graph, sweep, plan = self._program(tuple(pixels.shape), dtype, device, training, image_grad)
         scan = Scan(sweep, pixels, device, dtype, plan.carries, plan.retained, self.on_tile)
         env = self._bind_state(graph)
         _run(graph, graph.prelude, env, device)
         smalls = [env[v].to(cast_dtype(graph, v, env[v].dtype, scan.autocast)) for v in graph.smalls]
-        if torch.is_grad_enabled() and (
-            any(s.requires_grad for s in smalls) or (image is not None and image.requires_grad)
-        ):
+        if image_grad or (training and any(s.requires_grad for s in smalls)):
             results = _ScanFunction.apply(scan, image, *smalls)
         else:
             with torch.no_grad():

@@ -8,7 +8,7 @@ so the sweep runs one convolution with the folded weights, which are computed on
 gradients of w, gamma and beta come out of the gradients of the folded weights. Neither the convolution's raw output
 nor a normalised copy of it exists any more.
 
-`work_in_place`: an activation or a residual sum overwrites its input where nothing else will read that.
+`in_place_runs`: an activation or a residual sum overwrites its input where nothing else will read that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .graph import Graph, Small
 from .ops import Block, Env, Local
-from .ops.base import arguments
+from .ops.base import Run, arguments
 from .trace import Op, Ref, Value
 
 _MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear"})
@@ -115,11 +115,14 @@ def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None
     conv.op, conv.run, conv.axes, conv.reads = op, again.run, again.axes, again.reads
 
 
-def work_in_place(graph: Graph, carried: set[int]) -> None:
-    """Let ReLU and residual sums overwrite an input that nothing else reads and that no later tile needs.
+def in_place_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:
+    """How ReLU and residual sums overwrite an input that nothing else reads and that no later tile needs.
 
     Args:
-        carried: values of which rows or columns are handed to later tiles.
+        carried: values of which rows or columns are handed to later tiles; this depends on the tile.
+
+    Returns:
+        For the output of each such op, the function that computes it in place of the op's own.
     """
     readers, private = _readers(graph), _private(graph)
     fresh = {v for local in graph.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}
@@ -135,16 +138,18 @@ def work_in_place(graph: Graph, carried: set[int]) -> None:
             and same[0].dtype == same[1].dtype
         )
 
+    runs: dict[int, Run] = {}
     for local in graph.locals:
         op, name = local.op, _plain(local.op.name)
         operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
         if name == "relu" and operands and free(operands[0], op):
-            local.run = _relu_in_place(operands[0])
+            runs[op.outputs[0]] = _relu_in_place(operands[0])
         elif name == "add" and len(operands) == 2 and operands[0] != operands[1] and "alpha" not in op.kwargs:
             for target, other in (operands, operands[::-1]):
                 if free(target, op) and other in graph.maps:
-                    local.run = _add_in_place(target, other)
+                    runs[op.outputs[0]] = _add_in_place(target, other)
                     break
+    return runs
 
 
 def _relu_in_place(value: int):

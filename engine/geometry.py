@@ -12,6 +12,7 @@ and the rows [kept, frontier) are the carry (design: the halo-carry scan).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +21,11 @@ from typing import Protocol
 class Access(Protocol):
     """How one output axis reads one input axis. All methods are monotone in their argument."""
 
-    size_in: int
-    size_out: int
+    @property
+    def size_in(self) -> int: ...
+
+    @property
+    def size_out(self) -> int: ...
 
     def ready(self, frontier: int) -> int:
         """Number of outputs computable from the first `frontier` inputs."""
@@ -77,26 +81,99 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Output o reads the single input index sources[o]; sources never decreases (nearest upsampling)."""
+    """Output o reads the inputs sources[o] .. last[o] (sources[o] alone if `last` is None); neither ever decreases.
+
+    Nearest and bilinear upsampling.
+    """
 
     size_in: int
     size_out: int
     sources: tuple[int, ...]
+    last: tuple[int, ...] | None = None
 
     def ready(self, frontier: int) -> int:
         if frontier >= self.size_in:
             return self.size_out
-        lo, hi = 0, self.size_out
-        while lo < hi:  # first output whose source is not known yet
-            middle = (lo + hi) // 2
-            if self.sources[middle] < frontier:
-                lo = middle + 1
-            else:
-                hi = middle
-        return lo
+        return bisect_left(self.last or self.sources, frontier)
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
-        return self.sources[lo], self.sources[hi - 1] + 1
+        return self.sources[lo], (self.last or self.sources)[hi - 1] + 1
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Input i reaches the outputs i*stride - pad + dilation*t for t in 0 .. kernel-1 (a transposed convolution).
+
+    Outputs that no input reaches (a kernel smaller than the stride, output padding) are given a neighbour to read.
+    """
+
+    size_in: int
+    size_out: int
+    kernel: int = 1
+    stride: int = 1
+    pad: int = 0
+    dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """Extent of the dilated kernel minus one."""
+        return self.dilation * (self.kernel - 1)
+
+    def ready(self, frontier: int) -> int:
+        if frontier >= self.size_in:
+            return self.size_out
+        return min(max(frontier * self.stride - self.pad, 0), self.size_out)
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        end = min((hi - 1 + self.pad) // self.stride + 1, self.size_in)
+        return max(0, min(-((self.reach - lo - self.pad) // self.stride), end - 1)), end
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """Padding by `pad` before the axis, and what `size_out` asks for behind it, that repeats the axis's own values.
+
+    What lies outside is the mirror image without the outermost index, or (`replicate`) the outermost index.
+    """
+
+    size_in: int
+    size_out: int
+    pad: int
+    replicate: bool = False
+
+    @property
+    def after(self) -> int:
+        """Padding behind the axis."""
+        return self.size_out - self.size_in - self.pad
+
+    def source(self, output: int) -> int:
+        """The input that an output repeats."""
+        i = output - self.pad
+        last = self.size_in - 1
+        if self.replicate:
+            return min(max(i, 0), last)
+        return last - abs(last - abs(i))
+
+    def ready(self, frontier: int) -> int:
+        if frontier >= self.size_in:
+            return self.size_out
+        first = 0 if self.replicate else self.pad  # what the outermost mirrored output reads
+        return min(frontier + self.pad, self.size_out) if frontier > max(first, 0) else 0
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        # The mirrored ends are read backwards: a block keeps what later outputs of its end still need.
+        reach = 0 if self.replicate else 1
+        start = min(max(lo - self.pad, 0), self.size_in - 1 - reach * max(self.after, 0))
+        end = max(hi - self.pad, 1 + reach * self.pad if lo < self.pad else 1)
+        return max(start, 0), min(end, self.size_in)
 
     @property
     def is_identity(self) -> bool:

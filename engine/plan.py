@@ -1,9 +1,288 @@
-from dataclasses import dataclass
+"""The plan: which tile fits a memory budget, and how many bytes a step will take.
+
+    peak of a training step = parameters, their gradients, and the sweep's copies and sums of them
+                            + carries kept between the passes + gradients of two strips' carries
+                            + one tile, computed and differentiated
+                            + retained tiles + maps that must exist whole, and what runs behind them
+
+The tile's share is counted on fake tensors (`simulate.py`), the rest is arithmetic on the schedules.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import fold_batch_norm
+from .errors import BudgetError, GigamorphError
+from .graph import Graph, build_graph
+from .memory import available_bytes, format_bytes, parse_bytes
+from .scan import Autocast, Sweep, cast_dtype
+from .simulate import carry_shape, stock_peak, tile_peak
+from .trace import capture
+
+# Sides that are tried, largest first: powers of two and their halves in between.
+_SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
+# Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
+_PREFERRED = {"cpu": 512, "cuda": 4096}
+# Share of the free memory that is taken where no budget is given.
+_FREE_SHARE = 0.8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    tile: tuple
+    """How one step of an image size will be computed, and what it takes. All sizes in bytes.
+
+    Attributes:
+        image: (N, C, H, W).
+        tile: (height, width) of a tile in image pixels.
+        tiles: (rows, columns) of tiles.
+        training: whether the step has a backward.
+        carries: where the carries are kept: "device", "host" or "disk".
+        retained: tiles whose graph is kept from pass 1, so that they are not recomputed.
+        parameter_bytes: parameters, gradients, and the sweep's copies and sums of them.
+        carry_bytes: carries kept between the passes, wherever they are.
+        strip_bytes: carries of the strips in work and their gradients, on the device.
+        tile_bytes: peak of one tile.
+        retained_bytes: graphs of retained tiles.
+        stored_bytes: maps that exist whole, their gradients, and the ops behind them.
+        budget: the budget, or None.
+        stock_bytes: the same step in stock PyTorch, or None where it was not asked for.
+    """
+
+    image: tuple[int, int, int, int]
+    tile: tuple[int, int]
+    tiles: tuple[int, int]
+    training: bool
     carries: str
-def choose(graph, budget, tile, training, carries):
-    return Plan(tile or (512,512), "device" if carries=="auto" else carries)
+    retained: int
+    parameter_bytes: int
+    carry_bytes: int
+    strip_bytes: int
+    tile_bytes: int
+    retained_bytes: int
+    stored_bytes: int
+    budget: int | None = None
+    stock_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak on the device; the image itself and what other code holds are not included."""
+        resident = self.carry_bytes if self.carries == "device" else 0
+        return (
+            self.parameter_bytes + resident + self.strip_bytes + self.tile_bytes + self.retained_bytes
+            + self.stored_bytes
+        )  # fmt: skip
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak keeps to the budget."""
+        return self.budget is None or self.peak_bytes <= self.budget
+
+    def __str__(self) -> str:
+        n, c, height, width = self.image
+        where = {"device": "on the device", "host": "in host memory", "disk": "on disk"}[self.carries]
+        lines = [
+            ("image", f"{n} x {c} x {height} x {width} ({n * height * width / 1e6:.1f} Mpx)"),
+            ("step", "training, two passes" if self.training else "inference, one pass"),
+            ("tile", f"{self.tile[0]} x {self.tile[1]}, {self.tiles[0]} x {self.tiles[1]} of them"),
+            ("parameters", format_bytes(self.parameter_bytes)),
+            ("carries", f"{format_bytes(self.carry_bytes)} {where}" if self.training else "none kept"),
+            ("strips in work", format_bytes(self.strip_bytes)),
+            ("one tile", format_bytes(self.tile_bytes)),
+        ]
+        if self.retained:
+            lines.append(("retained tiles", f"{format_bytes(self.retained_bytes)} ({self.retained} not recomputed)"))
+        if self.stored_bytes:
+            lines.append(("whole maps", format_bytes(self.stored_bytes)))
+        lines.append(("predicted peak", format_bytes(self.peak_bytes)))
+        if self.budget is not None:
+            lines.append(("budget", f"{format_bytes(self.budget)} ({'fits' if self.fits else 'does not fit'})"))
+        if self.stock_bytes is not None:
+            ratio = self.stock_bytes / self.peak_bytes
+            lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} ({ratio:.1f} times this)"))
+        return "\n".join(f"{name:<15} {text}" for name, text in lines)
+
+
+def _nbytes(shape: Any, dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+class _Estimate:
+    """The parts of a plan that do not depend on the tile, and plans for tiles."""
+
+    def __init__(self, graph: Graph, training: bool, image_grad: bool):
+        self.graph, self.training, self.image_grad = graph, training, image_grad
+        values = graph.program.values
+        autocast = Autocast.current(values[graph.image].device)
+        named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
+        smalls = sum(_nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast)) for v in graph.smalls)
+        kernels = sum(
+            _nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast))
+            for v in graph.smalls
+            if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1
+        )
+        made = sum(_nbytes(values[v].shape, values[v].dtype) for v in graph.smalls if values[v].name is None)
+        # parameters; made smalls (folded weights); copies of kernels in the maps' memory order; sums of gradients
+        self.parameter_bytes = sum(named.values()) + made + kernels + (smalls if training else 0)
+        whole = [values[v] for v in graph.stored] + [values[v] for op in graph.tail for v in op.outputs]
+        stored = sum(_nbytes(value.shape, value.dtype) for value in whole)
+        self.stored_bytes = stored * (2 if training else 1) if graph.stored else 0
+        if image_grad:
+            image = values[graph.image]
+            self.stored_bytes += _nbytes(image.shape, image.dtype)
+
+    def plan(self, tile: tuple[int, int], carries: str, budget: int | None, count_tile: bool = True) -> Plan:
+        """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out."""
+        graph = self.graph
+        sweep = Sweep(graph, tile)
+        kept, strip = carry_bytes(graph, sweep)
+        peak = held = 0
+        if count_tile:
+            peak, held = tile_peak(graph, sweep, self.training, self.image_grad)
+        # In pass 2 two strips' gradients are in work, and one strip's carries where they are not on the device.
+        strips = strip * ((2 if carries == "device" else 3) if self.training else 2)
+        plan = Plan(
+            image=tuple(graph.program.values[graph.image].shape),  # pyright: ignore[reportArgumentType]
+            tile=tile,
+            tiles=(sweep.rows.steps, sweep.cols.steps),
+            training=self.training,
+            carries=carries,
+            retained=0,
+            parameter_bytes=self.parameter_bytes,
+            carry_bytes=kept if self.training else 0,
+            strip_bytes=strips if sweep.rows.steps > 1 else 0,
+            tile_bytes=peak,
+            retained_bytes=0,
+            stored_bytes=self.stored_bytes,
+            budget=budget,
+        )
+        if budget is None or not held or plan.peak_bytes > budget:
+            return plan
+        # What is left of the budget keeps graphs of tiles; the first of them is the tile in work itself.
+        retained = min(sweep.tiles, 1 + (budget - plan.peak_bytes) // held)
+        return replace(plan, retained=retained, retained_bytes=(retained - 1) * held)
+
+
+def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
+    """Bytes of all carries that enter all tiles, and of the rows that enter the heaviest strip."""
+    rows, cols = sweep.rows, sweep.cols
+    total = 0
+    strips = [0] * rows.steps
+    for value in sweep.carried:
+        pixel = _nbytes(carry_shape(graph, value, 1, 1), graph.program.values[value].dtype)
+        height, width = graph.maps.size(value)
+        for i in range(rows.steps):
+            lo, hi = rows.carry_in(value, i)
+            strips[i] += (hi - lo) * width * pixel
+        columns = sum(hi - lo for lo, hi in (cols.carry_in(value, j) for j in range(cols.steps)))
+        total += columns * height * pixel
+    return total + sum(strips), max(strips)
+
+
+def choose(
+    graph: Graph, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    image_grad: bool = False, count_tile: bool = True,
+) -> Plan:  # fmt: skip
+    """The plan for a graph: the preferred tile if it fits the budget, else the largest that does.
+
+    A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without a budget what is
+    free is the limit, and nothing is retained.
+
+    Args:
+        count_tile: count a given tile's own bytes too; False saves the time where only the schedule matters.
+
+    Raises:
+        BudgetError: if no tile fits.
+    """
+    device = graph.program.values[graph.image].device
+    estimate = _Estimate(graph, training, image_grad)
+    limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
+    height, width = graph.maps.size(graph.image)
+    sides = _sides(device, height, width) if tile is None else [tile]
+    least: Plan | None = None
+    for place in _places(carries, device):
+        for side in sides:
+            plan = estimate.plan(side, place, budget, count_tile=False)
+            if plan.peak_bytes <= limit and (count_tile or tile is None):
+                plan = estimate.plan(side, place, budget)
+            if plan.peak_bytes <= limit:
+                return plan
+            if least is None or plan.peak_bytes < least.peak_bytes:
+                least = plan
+    assert least is not None
+    what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
+    raise BudgetError(
+        f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
+        f"(tile {least.tile[0]} x {least.tile[1]}, carries {least.carries}), the budget is {format_bytes(limit)}; "
+        "give a larger budget or a smaller batch"
+    )
+
+
+def _places(carries: str, device: torch.device) -> list[str]:
+    if carries != "auto":
+        return [carries]
+    return ["device", "disk"] if device.type == "cpu" else ["device", "host", "disk"]
+
+
+def _sides(device: torch.device, height: int, width: int) -> list[tuple[int, int]]:
+    """Tiles worth trying, largest first."""
+    preferred = _PREFERRED.get(device.type, 1024)
+    longest = max(height, width)
+    sides = [side for side in _SIDES if side <= preferred and side < longest]
+    if longest <= preferred:
+        sides.insert(0, longest)
+    return [(min(side, height), min(side, width)) for side in sides] or [(height, width)]
+
+
+def plan(
+    model: nn.Module,
+    image_size: tuple[int, ...],
+    budget: int | str | None = None,
+    *,
+    tile: int | tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    training: bool = True,
+    carries: str = "auto",
+) -> Plan:
+    """How a step on images of this size would be computed, and how much it takes; nothing is allocated or computed.
+
+    Args:
+        model: the network, in the mode it will run in (freeze BatchNorm before, or put it in evaluation mode).
+        image_size: (H, W), (C, H, W) or (N, C, H, W); without them N is 1 and C what the first layer takes.
+        budget: bytes (``"4GiB"``); None takes what is free.
+        tile: side or (height, width); None chooses.
+        dtype: dtype of the image.
+        device: device the step would run on.
+        training: with a backward, or inference.
+        carries: "device", "host", "disk" or "auto".
+
+    Raises:
+        UnsupportedError: if the network cannot be computed exactly.
+        BudgetError: if no tile fits the budget.
+    """
+    shape = _full_shape(model, tuple(image_size))
+    network = model.__dict__.get("_network", model)
+    device = torch.device(device)
+    graph = build_graph(capture(network, shape, dtype, device))
+    fold_batch_norm(graph)
+    side = (tile, tile) if isinstance(tile, int) else tile
+    chosen = choose(graph, None if budget is None else parse_bytes(budget), side, training, carries)
+    stock = sum(t.nbytes for t in network.state_dict().values()) + stock_peak(network, shape, dtype, device, training)
+    return replace(chosen, stock_bytes=stock)
+
+
+def _full_shape(model: nn.Module, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    if len(size) == 2:
+        first = next((p for p in model.parameters() if p.dim() == 4), None)
+        size = (3 if first is None else first.shape[1], *size)
+    if len(size) == 3:
+        size = (1, *size)
+    if len(size) != 4 or min(size) < 1:
+        raise GigamorphError(f"image_size={size} is not (H, W), (C, H, W) or (N, C, H, W)")
+    return size  # pyright: ignore[reportReturnType]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import in_place_runs
 from .carries import CarryStore, Compose, Crop, HandOn, Layout, Rect, cut, empty_like_layout
 from .geometry import AxisSchedule, Window, schedule_axis
 from .graph import Graph
@@ -74,10 +75,10 @@ class Kept:
     smalls: dict[int, Tensor]
     leaves: list[int]  # the smalls that want a gradient
     needs: set[int]  # the maps that a gradient flows through
-    accumulators: list[_Accumulator]
+    accumulators: list[Accumulator]
     above: list[dict[int, Any]] = field(default_factory=list)  # per strip: value -> rows that enter it, full width
     left: dict[tuple[int, int], dict[int, Any]] = field(default_factory=dict)  # per tile
-    recorded: dict[tuple[int, int], _Recorded] = field(default_factory=dict)  # tiles that need no recomputation
+    recorded: dict[tuple[int, int], Recorded] = field(default_factory=dict)  # tiles that need no recomputation
 
 
 class Sweep:
@@ -97,6 +98,7 @@ class Sweep:
         self.tiles = self.rows.steps * self.cols.steps
         self.random = any(local.random for local in graph.locals)
         self.carried = [v for v in self.rows.frontier if v != graph.image and self._is_carried(v)]
+        self.in_place = in_place_runs(graph, set(self.carried))
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
@@ -123,6 +125,19 @@ class Sweep:
     def block(self, value: int, i: int, j: int) -> Rect:
         """The rectangle of `value` that tile (i, j) computes; may be empty."""
         return (*self.rows.block(value, i), *self.cols.block(value, j))
+
+    def carry_sizes(self, value: int, i: int, j: int) -> list[tuple[str, int, int]]:
+        """(side, height, width) of the carries of `value` that enter tile (i, j); for "above" in full width."""
+        sizes = []
+        if i < self.rows.steps and j < self.cols.steps:
+            lo, hi = self.rows.carry_in(value, i)
+            if lo < hi:
+                sizes.append(("above", hi - lo, self.graph.maps.size(value)[1]))
+            top, bottom = self.rows.block(value, i)
+            lo, hi = self.cols.carry_in(value, j)
+            if lo < hi and top < bottom:
+                sizes.append(("left", bottom - top, hi - lo))
+        return sizes
 
     def computes(self, value: int, i: int, j: int) -> bool:
         top, bottom, left, right = self.block(value, i, j)
@@ -244,7 +259,7 @@ class Tile:
                 pad = (*height.padding(*rows), *width.padding(*cols))
             env[value], pad = self.window(value, self.reads(local, value), pad, local.fill)
             windows.append(value)
-        result = local.run(env, Block(rows, cols, pad))
+        result = self.sweep.in_place.get(output, local.run)(env, Block(rows, cols, pad))
         for value in windows:
             del env[value]
         return result
@@ -291,19 +306,19 @@ class Tile:
 
 
 @dataclass
-class _Target:
+class Target:
     """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradient in pass 2."""
 
-    accumulator: _Accumulator | None
+    accumulator: Accumulator | None
     grad: Tensor | None
     shares: dict[tuple[int, int], Tensor]
 
 
-Targets = dict[int, list[_Target]]
+Targets = dict[int, list[Target]]
 
 
 @dataclass
-class _Recorded:
+class Recorded:
     """A tile computed with autograd on: what is to be differentiated, and how to get the gradients for it."""
 
     tile: Tile
@@ -315,7 +330,7 @@ class _Recorded:
         self.grads.append(grad)
 
 
-class _Accumulator:
+class Accumulator:
     """The value of one reduction, gathered tile by tile.
 
     Sums run in float64 over partial sums in at least float32. Maxima remember each tile's own maximum, so that the
@@ -408,7 +423,7 @@ class Scan:
         self.kept: Kept | None = None
         self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
 
-    def _read(self, rect: Rect) -> Tensor:
+    def read(self, rect: Rect) -> Tensor:
         tensor = self.pixels.read(*rect)
         return tensor.to(device=self.device, dtype=self.dtype).contiguous(memory_format=self.memory_format)
 
@@ -452,7 +467,7 @@ class Scan:
         """
         sweep, graph = self.sweep, self.sweep.graph
         env = self.prepare(smalls)
-        accumulators = [_Accumulator(r, graph.program.values[r.op.outputs[0]].dtype) for r in graph.reductions]
+        accumulators = [Accumulator(r, graph.program.values[r.op.outputs[0]].dtype) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
         seed = int(torch.randint(2**62, ())) if sweep.random else 0
         kept = None
@@ -476,12 +491,12 @@ class Scan:
                 keep = partial(self._keep, accumulators=accumulators, stored=stored, below=below, right=right)
                 with self._dice(seed, i, j), self.autocast.enter():
                     if kept is not None and index >= sweep.tiles - self.retained:
-                        tile = self._tile(i, j, kept, Carries(above, left), image_grad)
-                        kept.recorded[i, j] = self.record(tile, self._targets(kept), keep)
+                        tile = self.tile(i, j, kept, Carries(above, left), image_grad)
+                        kept.recorded[i, j] = self.record(tile, self.targets(kept), keep)
                     else:
-                        tile = Tile(sweep, i, j, self._read, env, Carries(above, left))
+                        tile = Tile(sweep, i, j, self.read, env, Carries(above, left))
                         with torch.no_grad():
-                            self._run(tile, keep)
+                            self.run(tile, keep)
                 self._pass_right(tile, right)
                 left = right
                 self._tell("forward", i, j, index + 1)
@@ -490,7 +505,7 @@ class Scan:
         self.kept = kept
         return (*[a.value() for a in accumulators], *[stored[v] for v in graph.stored])
 
-    def _run(self, tile: Tile, publish: Callable[[Tile, int, Tensor], Tensor | None], only: set[int] | None = None):
+    def run(self, tile: Tile, publish: Callable[[Tile, int, Tensor], Tensor | None], only: set[int] | None = None):
         """Compute a tile op by op, dropping each block after its last reader.
 
         Args:
@@ -519,7 +534,7 @@ class Scan:
         return {*self.sweep.reductions, *self.sweep.graph.stored, *self.taps}
 
     def _keep(
-        self, tile: Tile, value: int, block: Tensor, *, accumulators: list[_Accumulator], stored: dict[int, Tensor],
+        self, tile: Tile, value: int, block: Tensor, *, accumulators: list[Accumulator], stored: dict[int, Tensor],
         below: dict[int, Tensor], right: dict[int, Tensor],
     ) -> None:  # fmt: skip
         """What pass 1 does with a block: reduce it, store it, copy the carries out of it."""
@@ -583,7 +598,7 @@ class Scan:
         """
         sweep, kept = self.sweep, self.kept
         assert kept is not None
-        targets = self._targets(kept, grads)
+        targets = self.targets(kept, grads)
         sums: dict[int, Tensor] = {}
         grads_below: dict[int, Tensor] = {}
         for i in reversed(range(sweep.rows.steps)):
@@ -595,7 +610,7 @@ class Scan:
                 grads_left = self._returned(sweep.cols, j, left, grads_right, kept.needs)
                 recorded = kept.recorded.pop((i, j), None)
                 if recorded is None:
-                    tile = self._tile(i, j, kept, Carries(above, left), image_grad is not None)
+                    tile = self.tile(i, j, kept, Carries(above, left), image_grad is not None)
                     with self._dice(kept.seed, i, j), self.autocast.enter():
                         recorded = self.record(tile, targets)
                 recorded.tile.carry_grads = Carries(grads_above, grads_left)
@@ -607,14 +622,14 @@ class Scan:
             grads_below = grads_above
         return sums
 
-    def _tile(self, i: int, j: int, kept: Kept, carries: Carries, image_grad: bool) -> Tile:
+    def tile(self, i: int, j: int, kept: Kept, carries: Carries, image_grad: bool) -> Tile:
         """A tile to be computed with autograd on."""
-        read = (lambda rect: self._read(rect).detach().requires_grad_()) if image_grad else self._read
+        read = (lambda rect: self.read(rect).detach().requires_grad_()) if image_grad else self.read
         tile = Tile(self.sweep, i, j, read, kept.smalls, carries, kept.needs)
         tile.anchor = torch.zeros((), device=self.device, requires_grad=True)
         return tile
 
-    def _targets(self, kept: Kept, grads: Sequence[Tensor | None] | None = None) -> Targets:
+    def targets(self, kept: Kept, grads: Sequence[Tensor | None] | None = None) -> Targets:
         """For each map, what is taken from it and, in pass 2, the gradients of that."""
         graph = self.sweep.graph
         targets: Targets = {}
@@ -626,20 +641,20 @@ class Scan:
                     grad = grad.unsqueeze(d)
             shares = accumulator.shares() if reduction.kind == "max" and grad is not None else {}
             grad = None if grad is None else grad / reduction.count
-            targets.setdefault(reduction.value, []).append(_Target(accumulator, grad, shares))
+            targets.setdefault(reduction.value, []).append(Target(accumulator, grad, shares))
         for number, value in enumerate(graph.stored, len(graph.reductions)):
             grad = None if grads is None else grads[number]
-            targets.setdefault(value, []).append(_Target(None, grad, {}))
+            targets.setdefault(value, []).append(Target(None, grad, {}))
         return targets
 
-    def record(self, tile: Tile, targets: Targets, keep: Callable[..., None] | None = None) -> _Recorded:
+    def record(self, tile: Tile, targets: Targets, keep: Callable[..., None] | None = None) -> Recorded:
         """Compute a tile with autograd on.
 
         Args:
             targets: the maps that reductions and stored maps are taken from.
             keep: in pass 1, what is done with the blocks besides.
         """
-        recorded = _Recorded(tile)
+        recorded = Recorded(tile)
         reached, through = tile.reach(targets)
 
         def publish(tile: Tile, value: int, block: Tensor) -> Tensor | None:
@@ -659,7 +674,7 @@ class Scan:
             return result
 
         with torch.enable_grad():
-            self._run(tile, publish, None if keep is not None else reached)
+            self.run(tile, publish, None if keep is not None else reached)
         tile.blocks.clear()
         return recorded
 
@@ -675,7 +690,7 @@ class Scan:
         return grad.to(root.dtype).expand_as(root)
 
     def differentiate(
-        self, recorded: _Recorded, targets: Targets, kept: Kept, sums: dict[int, Tensor],
+        self, recorded: Recorded, targets: Targets, kept: Kept, sums: dict[int, Tensor],
         image_grad: Tensor | None,
     ) -> None:  # fmt: skip
         """Add a recorded tile's gradients to the sums, to the image's gradient and to the carries' gradients."""
@@ -729,6 +744,3 @@ def _accumulate(sums: dict[int, Tensor], value: int, grad: Tensor) -> None:
         sums[value] = grad.float()
     else:
         sums[value] = grad.clone()  # autograd may have given the same tensor to another parameter
-
-
-__all__ = ["Autocast", "Pixels", "Scan", "Sweep", "TileEvent"]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -98,6 +98,8 @@ class _Recorder(TorchFunctionMode):
         self.storages: dict[int, set[int]] = {}  # storage -> values that look at it
         self.stale: dict[int, str] = {}  # values whose storage was written through another name
         self.path: list[str] = []
+        self.last = ""  # module of the latest call, for errors that come to light after its hooks have run
+        self.leak: UnsupportedError | None = None
         self.entry_autocast = self._autocast()
 
     def _autocast(self) -> tuple[bool, torch.dtype]:
@@ -136,6 +138,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.last = self.where()
         args, kwargs = tree_map(lambda a: self._twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         before = [(t, t._version) for t in tensors]
@@ -199,9 +202,10 @@ class _Recorder(TorchFunctionMode):
             if frame is None:
                 return
             if frame.f_code.co_filename.endswith(("_subclasses/fake_tensor.py", "_subclasses/fake_impls.py")):
-                raise UnsupportedError(
+                self.leak = UnsupportedError(
                     f"{self.where()} runs TorchScript, whose calls cannot be seen; give the plain eager module"
                 )
+                raise self.leak
             frame = frame.f_back
 
     def finish(self, result: Any) -> Program:
@@ -297,14 +301,15 @@ def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device
         with _module_paths(model, recorder.path), _refuse_custom_functions(recorder), recorder:
             try:
                 result = model.forward(image)
-            except (
-                torch._subclasses.fake_tensor.DataDependentOutputException,
-                torch._subclasses.fake_tensor.DynamicOutputShapeException,
-            ) as error:
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedError(
-                    f"{recorder.where()} takes a Python value or a shape from the image ({error.func}); "  # pyright: ignore
+                    f"{recorder.last} takes a Python value or a shape from the image ({error.func}); "  # pyright: ignore
                     "such data-dependent control flow cannot be recorded"
                 ) from error
+            except RuntimeError:
+                if recorder.leak is not None:  # a scripted function wraps what is raised inside of it
+                    raise recorder.leak from None
+                raise
         program = recorder.finish(result)
     state = np.random.get_state()
     if random.getstate() != dice[0] or any(

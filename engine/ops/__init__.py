@@ -1,6 +1,6 @@
 """One rule per op: how it is computed tile by tile, or why it cannot be."""
 
-from . import movement, pointwise, window
+from . import movement, pointwise, upsample, window
 from .base import Axes, Block, Env, Local, Maps, Reduction, Refusal, Rule, Whole, find_rule
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "find_rule",
     "movement",
     "pointwise",
+    "upsample",
     "window",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Local:
     """
 
     op: Op
-    reads: dict[int, tuple[Access, Access]]
+    reads: Mapping[int, tuple[Access, Access]]
     axes: tuple[Axes, ...]
     run: Run
     fill: float | None = None
@@ -123,10 +123,13 @@ Rule = Callable[[Op, Maps], Local | Reduction | Whole]
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+_R = TypeVar("_R", bound=Rule)
+
+
+def rule(*names: str) -> Callable[[_R], _R]:
     """Register a rule for the ops of these names (in-place forms with a trailing underscore included)."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: _R) -> _R:
         for name in names:
             if name in RULES:
                 raise ValueError(f"two rules for '{name}'")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..geometry import Access, Window
 from ..trace import Op, Ref
 from .base import Axes, Block, Env, Local, Maps, Refusal, Run, Whole, arguments, dimensions, replay, rule
+from .reflect import mirrored_pad
 
 
 def _local(op: Op, maps: Maps, value: int, axes: Axes, run: Run | None = None) -> Local:
@@ -232,16 +233,19 @@ def getitem(op: Op, maps: Maps) -> Local:
 
 @rule("pad")
 def pad(op: Op, maps: Maps) -> Local:
-    """Constant padding is a window of one pixel that begins outside; negative amounts crop."""
+    """Constant padding is a window of one pixel that begins outside; negative amounts crop. Others repeat pixels."""
     given = arguments(op, "input pad mode value", mode="constant")
     value = given["input"].value
-    if given["mode"] != "constant" and any(given["pad"]):
-        raise Refusal(f"padding with mode='{given['mode']}' is not possible yet; use zeros")
     rank = len(maps.shape(value))
     before, after = [0] * rank, [0] * rank
     for i in range(len(given["pad"]) // 2):
         before[rank - 1 - i], after[rank - 1 - i] = given["pad"][2 * i], given["pad"][2 * i + 1]
     h, w = maps.axes[value]
+    if given["mode"] != "constant" and any(given["pad"]):
+        spatial = (before[h], after[h], before[w], after[w])
+        if given["mode"] == "circular" or sum(spatial) != sum(given["pad"]) or min(given["pad"]) < 0:
+            raise Refusal(f"padding with mode='{given['mode']}' is not possible yet; use zeros")
+        return mirrored_pad(op, maps, value, spatial, given["mode"] == "replicate")
     out = maps.shape(op.outputs[0])
     size = maps.size(value)
     reads = {value: (Window(size[0], out[h], pad=before[h]), Window(size[1], out[w], pad=before[w]))}

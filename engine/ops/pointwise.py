@@ -219,7 +219,39 @@ def batch_norm(op: Op, maps: Maps) -> Local:
             "BatchNorm in training mode needs the statistics of the whole image; "
             'freeze them: accelerate(model, batch_norm="frozen")'
         )
-    return _on_channels(op, maps, given["input"].value)
+    value = given["input"].value
+    local = _on_channels(op, maps, value)
+    plain = local.run
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        (result,) = plain(env, block)
+        if env[value].dim() == 4 and 1 in env[value].shape[2:] and result.requires_grad:
+            result = _LikeForward.apply(result)
+        return (result,)
+
+    local.run = run
+    return local
+
+
+class _LikeForward(torch.autograd.Function):
+    """Identity whose gradient has the memory order of its input.
+
+    PyTorch's batch_norm on the CPU computes a wrong gradient for a map one pixel wide if the gradient that comes in is
+    ordered channels-last and the map is not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor):
+        ctx.order = (
+            torch.contiguous_format
+            if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+            else torch.channels_last
+        )
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return grads[0].contiguous(memory_format=ctx.order)
 
 
 @rule("instance_norm")
@@ -291,8 +323,8 @@ def along_dims(op: Op, maps: Maps) -> Local | Whole:
         given = arguments(op, "input shifts dims")
         dims = given["dims"]
     elif op.name == "flip":
-        given = {"dims": op.kwargs.get("dims", op.args[1:] if len(op.args) > 2 else op.args[1])}
-        dims = given["dims"]
+        dims = op.kwargs.get("dims", op.args[1:])
+        dims = dims[0] if len(dims) == 1 else dims
     elif op.name == "normalize":
         dims = arguments(op, "input p dim", dim=1)["dim"]
     else:

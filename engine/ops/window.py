@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..geometry import Gather, Window
 from ..trace import Op, bind
 from .base import Block, Env, Local, Maps, Reduction, Refusal, Whole, arguments, need_nchw, pair, rule
+from .resample import INTERPOLATE, bilinear, positions
 
 
 def _windows(
@@ -78,7 +79,7 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     kernel = pair(given["kernel_size"])
     stride = pair(given["stride"]) if given["stride"] else kernel
     pad, dilation = pair(given["padding"]), pair(given["dilation"])
-    if kernel == maps.size(value) and pad == (0, 0) and dilation == (1, 1):
+    if kernel == maps.size(value) != (1, 1) and pad == (0, 0) and dilation == (1, 1):
         return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
@@ -94,13 +95,11 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     return Local(op, reads, ((2, 3),), run, fill=-math.inf)
 
 
-def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> Tensor:
+def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> list[int]:
     """How many elements PyTorch counts in the pooling windows of the outputs [lo, hi) along one axis."""
-    start = torch.arange(lo, hi) * access.stride - access.pad
-    end = (start + access.kernel).clamp(max=access.size_in + pad)
-    if not include_pad:
-        start, end = start.clamp(min=0), end.clamp(max=access.size_in)
-    return end - start
+    low, high = (-pad, access.size_in + pad) if include_pad else (0, access.size_in)
+    starts = [o * access.stride - access.pad for o in range(lo, hi)]
+    return [min(start + access.kernel, access.size_in + pad, high) - max(start, low) for start in starts]
 
 
 @rule("avg_pool2d")
@@ -114,7 +113,7 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     kernel = pair(given["kernel_size"])
     stride = pair(given["stride"]) if given["stride"] else kernel
     pad, include, divisor = pair(given["padding"]), given["count_include_pad"], given["divisor_override"]
-    if kernel == maps.size(value) and pad == (0, 0):
+    if kernel == maps.size(value) != (1, 1) and pad == (0, 0):
         return Reduction(op, value, "sum", divisor or math.prod(kernel), (2, 3), True)
     height, width = _windows(maps, op, value, kernel, stride, pad, (1, 1))
 
@@ -123,15 +122,16 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
         if divisor is None:
             rows = _pool_counts(height, pad[0], *block.rows, include)
             cols = _pool_counts(width, pad[1], *block.cols, include)
-            plain = bool((rows == kernel[0]).all()) and bool((cols == kernel[1]).all())
+            plain = set(rows) == {kernel[0]} and set(cols) == {kernel[1]}
         else:
-            plain, rows, cols = True, torch.empty(0), torch.empty(0)
+            plain, rows, cols = True, [], []
         top, bottom, left, right = block.pad
         if any(block.pad):
             x = F.pad(x, [left, right, top, bottom])
         if plain:
             return (F.avg_pool2d(x, kernel, stride, divisor_override=divisor),)
-        counts = (rows[:, None] * cols[None, :]).to(device=x.device, dtype=x.dtype)
+        high, wide = (torch.tensor(counts, device=x.device, dtype=x.dtype) for counts in (rows, cols))
+        counts = high[:, None] * wide
         return (F.avg_pool2d(x, kernel, stride, divisor_override=1) / counts,)
 
     return Local(op, {value: (height, width)}, ((2, 3),), run, fill=0.0)
@@ -149,31 +149,19 @@ def adaptive_pool2d(op: Op, maps: Maps) -> Reduction | Whole:
     return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
 
 
-def _sources(op: Op, size_in: int, size_out: int, axis: int) -> tuple[int, ...]:
-    """The input index of every output of a nearest upsampling, read off PyTorch itself."""
-    given = arguments(op, "input size scale_factor mode align_corners recompute_scale_factor antialias", mode="nearest")
-    ramp = torch.arange(size_in, dtype=torch.float64).reshape(1, 1, -1, 1)
-    scale = given["scale_factor"]
-    kwargs: dict[str, object] = {"mode": given["mode"]}
-    if given["size"] is not None:
-        kwargs["size"] = (size_out, 1)
-    else:
-        factors = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
-        kwargs |= {"scale_factor": (factors[axis], 1.0), "recompute_scale_factor": given["recompute_scale_factor"]}
-    return tuple(F.interpolate(ramp, **kwargs).flatten().to(torch.int64).tolist())  # pyright: ignore
-
-
 @rule("interpolate", "upsample", "upsample_nearest")
 def interpolate(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
     need_nchw(op, maps, value)
-    mode = arguments(op, "input size scale_factor mode", mode="nearest")["mode"]
+    given = arguments(op, INTERPOLATE, mode="nearest")
+    mode = given["mode"]
+    if mode == "bilinear" and not given["antialias"]:
+        return bilinear(op, maps, value)
     if mode not in ("nearest", "nearest-exact"):
-        raise Refusal(f"upsampling with mode='{mode}' is not possible yet; use mode='nearest'")
+        raise Refusal(f"upsampling with mode='{mode}' is not possible yet; use mode='nearest' or 'bilinear'")
     size_in, shape = maps.size(value), maps.shape(op.outputs[0])
-    rows, cols = (
-        Gather(size_in[axis], shape[2 + axis], _sources(op, size_in[axis], shape[2 + axis], axis)) for axis in (0, 1)
-    )
+    sources = [positions(op, size_in[axis], shape[2 + axis], axis).long().tolist() for axis in (0, 1)]
+    rows, cols = (Gather(size_in[axis], shape[2 + axis], tuple(sources[axis])) for axis in (0, 1))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]

@@ -1,0 +1,157 @@
+"""Memory of a computation, found by running it on fake tensors: shapes and lifetimes are real, the data is not.
+
+Autograd saves, frees and accumulates fake tensors as it does real ones, so the largest number of bytes alive at any
+time is counted, not estimated: saved activations, gradients in flight, copies. Not counted: a library's own scratch
+memory and the allocator's loss.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .carries import CarryStore
+from .graph import Graph
+from .ops import Reduction
+from .scan import Accumulator, Autocast, Carries, Kept, Scan, Sweep, Tile, cast_dtype
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up the storages that come into being and subtracts them when they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        self.seen: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.alive -= size
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return result
+
+
+class _FakePixels:
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        return torch.empty(
+            (self.shape[0], self.shape[1], bottom - top, right - left), dtype=self.dtype, device=self.device
+        )
+
+
+def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = False) -> tuple[int, int]:
+    """Peak bytes of one interior tile, and bytes that its recorded graph holds before it is differentiated.
+
+    Without training the tile is only computed forward and the second figure is 0. The carries that enter the tile,
+    their gradients and the smalls are not included; the tile's own gradients of the smalls are.
+    """
+    values = graph.program.values
+    image = values[graph.image]
+    i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
+    autocast = Autocast.current(image.device)
+    with FakeTensorMode():
+        scan = Scan(sweep, _FakePixels(image.shape, image.dtype, image.device), image.device, image.dtype)
+
+        def small(value: int) -> Tensor:
+            info = values[value]
+            return torch.empty(info.shape, dtype=cast_dtype(graph, value, info.dtype, autocast), device=info.device)
+
+        smalls = scan.prepare([small(v) for v in graph.smalls])
+        entering = _entering(graph, sweep, i, j, scan.memory_format)
+        if not training:
+            tile = Tile(sweep, i, j, scan.read, smalls, entering)
+            with _Meter() as meter, torch.no_grad():
+                scan.run(tile, lambda *_: None)
+            return meter.peak, 0
+        leaves = [v for v, tensor in smalls.items() if tensor.is_floating_point()]
+        for value in leaves:
+            smalls[value].requires_grad_()
+        needs = sweep.needs_grad(image_grad, dict.fromkeys(leaves, True))
+        accumulators = [Accumulator(r, values[r.op.outputs[0]].dtype) for r in graph.reductions]
+        kept = Kept(CarryStore("device"), 0, smalls, leaves, needs, accumulators)
+        grads = [torch.empty(_reduced(values[r.value].shape, r), dtype=a.dtype, device=image.device)
+                 for r, a in zip(graph.reductions, accumulators, strict=True)]  # fmt: skip
+        grads += [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in graph.stored]
+        targets = scan.targets(kept, grads)
+        below = _entering(graph, sweep, i + 1, j, scan.memory_format).above
+        right = _entering(graph, sweep, i, j + 1, scan.memory_format).left
+        image_sum = torch.empty(image.shape, dtype=image.dtype, device=image.device) if image_grad else None
+        with _Meter() as meter:
+            recorded = scan.record(scan.tile(i, j, kept, entering, image_grad), targets)
+            held = meter.alive
+            recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
+            scan.differentiate(recorded, targets, kept, {}, image_sum)
+        return meter.peak, held
+
+
+def _reduced(shape: torch.Size, reduction: Reduction) -> list[int]:
+    if reduction.keepdim:
+        return [1 if d in reduction.dims else size for d, size in enumerate(shape)]
+    return [size for d, size in enumerate(shape) if d not in reduction.dims]
+
+
+def carry_shape(graph: Graph, value: int, height: int, width: int) -> list[int]:
+    """Shape of a map of another height and width."""
+    shape = list(graph.program.values[value].shape)
+    h, w = graph.maps.axes[value]
+    shape[h], shape[w] = height, width
+    return shape
+
+
+def _entering(graph: Graph, sweep: Sweep, i: int, j: int, memory_format: torch.memory_format) -> Carries:
+    """Fake carries that enter a tile."""
+    above: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+    for value in sweep.carried:
+        info = graph.program.values[value]
+        for side, height, width in sweep.carry_sizes(value, i, j):
+            shape = carry_shape(graph, value, height, width)
+            tensor = torch.empty(shape, dtype=info.dtype, device=info.device)
+            if len(shape) == 4 and graph.maps.axes[value] == (2, 3):
+                tensor = tensor.contiguous(memory_format=memory_format)
+            (above if side == "above" else left)[value] = tensor
+    return Carries(above, left)
+
+
+def stock_peak(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool
+) -> int:
+    """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
+    fake = FakeTensorMode()
+    state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    twins = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()}
+    with fake:
+        image = torch.empty(shape, dtype=dtype, device=device)
+        with _Meter() as meter, torch.set_grad_enabled(training):
+            output = torch.func.functional_call(model, twins, (image,))
+            if training:
+                roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+                inputs = [t for t in twins.values() if t.requires_grad]
+                del output
+                torch.autograd.grad(roots, inputs, allow_unused=True)
+    return meter.peak
