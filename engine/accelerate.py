@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .backend import fold_batch_norm
 from .errors import GigamorphError
 from .graph import Graph, Small, build_graph
 from .memory import parse_bytes
+from .ops import Reduction
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, choose
 from .scan import Autocast, Scan, Sweep, TileEvent, cast_dtype
@@ -92,7 +95,6 @@ class Accelerated(nn.Module):
         return {**self.__dict__, "_programs": OrderedDict(), "on_tile": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
-        import copy
 
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
@@ -159,7 +161,8 @@ class Accelerated(nn.Module):
             return tree_map(lambda *parts: torch.cat(parts), *outputs)
         return self._step(as_batch(x))
 
-    def _step(self, x: Tensor | PixelBatch, taps: Any = None) -> Any:
+    def _open(self, x: Tensor | PixelBatch) -> tuple[Tensor | None, Scan, dict[int, Tensor], list[Tensor]]:
+        """The scan of an image batch with its smalls computed: (image if a tensor, scan, environment, smalls)."""
         if isinstance(x, Tensor):
             if x.dim() != 4 or not x.is_floating_point():
                 raise GigamorphError(
@@ -176,16 +179,63 @@ class Accelerated(nn.Module):
         env = self._bind_state(graph)
         _run(graph, graph.prelude, env, device)
         smalls = [env[v].to(cast_dtype(graph, v, env[v].dtype, scan.autocast)) for v in graph.smalls]
-        if image_grad or (training and any(s.requires_grad for s in smalls)):
-            results = _ScanFunction.apply(scan, image, *smalls)
-        else:
-            with torch.no_grad():
-                results = scan.forward(smalls)
+        return image, scan, env, smalls
+
+    def _finish(self, scan: Scan, env: dict[int, Tensor], results: Sequence[Tensor]) -> Any:
+        """The network's output from the results of its sweep."""
+        graph = scan.sweep.graph
         for reduction, value in zip(graph.reductions, results, strict=False):
             env[reduction.op.outputs[0]] = value
         env.update(zip(graph.stored, results[len(graph.reductions) :], strict=True))
-        _run(graph, graph.tail, env, device)
+        _run(graph, graph.tail, env, scan.device)
         return bind(graph.program.output, env)
+
+    def _step(self, x: Tensor | PixelBatch) -> Any:
+        image, scan, env, smalls = self._open(x)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*smalls, *([] if image is None else [image]))):
+            results = _ScanFunction.apply(scan, image, *smalls)
+        else:
+            results = scan.forward(smalls)
+        return self._finish(scan, env, results)
+
+    def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
+        """Where in the image an output comes from: the class activation map, exact at any image size.
+
+        For the last map before the global pooling, the sum over channels of d output / d channel times the map (Zhou et
+        al., 2016; Selvaraju et al., 2017: for average pooling the two agree). It takes two inference passes.
+
+        Args:
+            x: an image batch as for `forward`, all of one size.
+            output: index of the output (column of the network's first output tensor).
+
+        Returns:
+            (N, h, w) float32 on the network's device, h and w at the stride of that map.
+
+        Raises:
+            GigamorphError: if the network has no global pooling.
+        """
+        with torch.no_grad():
+            _, scan, env, smalls = self._open(as_batch(x))
+            graph = scan.sweep.graph
+            if not graph.reductions:
+                raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
+            results = scan.forward(smalls)
+            with torch.enable_grad():
+                leaves = [r.detach().requires_grad_() for r in results]
+                scores = next(t for t in tree_leaves(self._finish(scan, env, leaves)) if isinstance(t, Tensor))
+                scores = scores.reshape(scores.shape[0], -1)
+                if not -scores.shape[1] <= output < scores.shape[1]:
+                    raise GigamorphError(f"output {output} does not exist; the network has {scores.shape[1]}")
+                grads = torch.autograd.grad(scores[:, output].sum(), leaves, allow_unused=True)
+            size = graph.maps.size(graph.reductions[-1].value)
+            total = torch.zeros(scores.shape[0], *size, device=scan.device)
+            for reduction, grad in zip(graph.reductions, grads, strict=False):
+                if grad is not None and graph.maps.size(reduction.value) == size:
+                    tap = _evidence_tap(total, reduction, grad, graph.maps.axes[reduction.value])
+                    taps = scan.taps.setdefault(reduction.value, [])
+                    taps.append(tap)
+            scan.forward(smalls)
+        return total
 
     def _bind_state(self, graph: Graph) -> dict[int, Tensor]:
         """The parameters, buffers and constants of the program as they are now."""
@@ -200,6 +250,20 @@ class Accelerated(nn.Module):
         return env
 
 
+def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):
+    """Adds a block's evidence to the map of it."""
+    if not reduction.keepdim:
+        for d in sorted(reduction.dims):
+            grad = grad.unsqueeze(d)
+
+    def add(block: Tensor, rect: tuple[int, int, int, int]) -> None:
+        share = (block.float() * (grad.float() / reduction.count)).movedim(axes, (-2, -1))
+        share = share.reshape(share.shape[0], -1, *share.shape[-2:]).sum(1)
+        total[:, rect[0] : rect[1], rect[2] : rect[3]] += share
+
+    return add
+
+
 def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device: torch.device) -> None:
     """Run small ops in program order with ordinary autograd."""
     values = graph.program.values
@@ -212,7 +276,7 @@ def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device
         scope = {**{v: env[v] for v in op.inputs if v in env}, **maps}
         with _autocast(op, device):
             result = op.func(*bind(op.args, scope), **bind(op.kwargs, scope))
-        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         # Calls that return nothing (an assignment to a slice) give a new value to the tensor they wrote to.
         if len(tensors) < len(op.outputs):
             tensors += [scope[v] for v in op.mutated][: len(op.outputs) - len(tensors)]
@@ -220,7 +284,6 @@ def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device
 
 
 def _autocast(op: Op, device: torch.device):
-    import contextlib
 
     if op.autocast is None:
         return contextlib.nullcontext()

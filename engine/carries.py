@@ -190,7 +190,7 @@ class CarryStore:
         order = memory_order(tensor)
         dense = tensor.permute(order).contiguous().cpu()
         offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(memoryview(dense.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(dense.reshape(-1).view(torch.uint8).numpy().data)
         return offset, order, dense.shape, tensor.dtype, tensor.device
 
     def get(self, handle: Any) -> Tensor:
@@ -203,5 +203,5 @@ class CarryStore:
         offset, order, shape, dtype, device = handle
         dense = torch.empty(shape, dtype=dtype)
         self._file.seek(offset)
-        self._file.readinto(memoryview(dense.reshape(-1).view(torch.uint8).numpy()))
+        self._file.readinto(dense.reshape(-1).view(torch.uint8).numpy().data)
         return _unpermute(dense, order).to(device)

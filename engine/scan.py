@@ -421,7 +421,7 @@ class Scan:
         nhwc = device.type != "cpu" or dtype != torch.float64
         self.memory_format = torch.channels_last if nhwc else torch.contiguous_format
         self.kept: Kept | None = None
-        self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
+        self.taps: dict[int, list[Callable[[Tensor, Rect], None]]] = {}  # given every block of a map in pass 1
 
     def read(self, rect: Rect) -> Tensor:
         tensor = self.pixels.read(*rect)
@@ -548,8 +548,8 @@ class Scan:
             if value not in stored:
                 stored[value] = empty_like_layout(block, axes, height, width)
             cut(stored[value], axes, rect).copy_(block)
-        if value in self.taps:
-            self.taps[value](block, rect)
+        for tap in self.taps.get(value, ()):
+            tap(block, rect)
         for side, own, carry in tile.hands_on(value) if value in sweep.carried else ():
             target = below if side == "above" else right
             if value not in target:
@@ -702,7 +702,9 @@ class Scan:
         if not pairs:
             return
         windows = [(r, t) for r, t in tile.image_windows.items() if t.requires_grad]
-        inputs = [kept.smalls[v] for v in kept.leaves] + [t for _, t in windows] + [tile.anchor]
+        inputs = [kept.smalls[v] for v in kept.leaves] + [t for _, t in windows]
+        assert tile.anchor is not None
+        inputs.append(tile.anchor)
         roots, root_grads = zip(*pairs, strict=True)
         del pairs
         result = list(torch.autograd.grad(roots, inputs, root_grads, allow_unused=True))

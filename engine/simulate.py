@@ -144,7 +144,7 @@ def stock_peak(
     """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
     fake = FakeTensorMode()
     state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    twins = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()}
+    twins: dict[str, Tensor] = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()}
     with fake:
         image = torch.empty(shape, dtype=dtype, device=device)
         with _Meter() as meter, torch.set_grad_enabled(training):
