@@ -1,0 +1,104 @@
+"""One exact training step on a gigapixel image that lies on disk, on the CPU.
+
+    python benchmarks/gigapixel.py --json benchmarks/results/gigapixel_cpu.json
+
+Writes a 16-bit image of --side x --side pixels to a temporary .npy file, trains one step of a ResNet on it through a
+pixel source, and stores time, peak resident memory and what the plan had predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from gigamorph.engine import accelerate, open_pixels, plan
+from gigamorph.engine.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.models import create_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from provenance import provenance
+
+
+def write_image(path: Path, side: int, strip: int = 512) -> None:
+    """Smooth texture plus noise, 12 bits in 16, written strip by strip."""
+    random = np.random.default_rng(0)
+    image = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(side, side))
+    columns = np.sin(np.arange(side) / 900.0)
+    for top in range(0, side, strip):
+        rows = np.cos(np.arange(top, min(top + strip, side)) / 700.0)
+        smooth = 1800 + 900 * rows[:, None] * columns[None, :]
+        image[top : top + strip] = (smooth + random.integers(0, 256, smooth.shape)).astype(np.uint16)
+    image.flush()
+    del image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=32768)
+    parser.add_argument("--tile", type=int, default=1024)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--budget", default="2.5GiB")
+    parser.add_argument("--folder", type=Path, default=None, help="where the image is written (2 GB)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    network = create_model(options.model, num_classes=2, in_channels=1).eval()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / "image.npy"
+        write_image(path, options.side)
+        planned = plan(network, (1, options.side, options.side), options.budget, tile=options.tile)
+        print(planned, flush=True)
+        net = accelerate(network, memory_budget=options.budget, tile=options.tile)
+        started = time.perf_counter()
+
+        def progress(event: object) -> None:
+            done, total = event.done, event.total  # type: ignore[attr-defined]
+            if done % max(1, total // 32) == 0:
+                seconds = time.perf_counter() - started
+                print(f"{event.phase:8} {done:5}/{total} tiles  {seconds:7.0f} s  {format_bytes(used_bytes())} resident",
+                      flush=True)  # type: ignore[attr-defined] # fmt: skip
+
+        net.on_tile = progress
+        source = open_pixels(path)
+        reset_peak()
+        logits = net(source)
+        forward = time.perf_counter() - started
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([1]))
+        loss.backward()
+        seconds = time.perf_counter() - started
+        peak = peak_bytes()
+    megapixels = options.side**2 / 1e6
+    result = {
+        "what": "one exact training step, image on disk, float32, frozen BatchNorm",
+        "model": options.model,
+        "image": [1, options.side, options.side],
+        "megapixels": megapixels,
+        "tile": list(planned.tile),
+        "carries": planned.carries,
+        "carry_bytes": planned.carry_bytes,
+        "budget_bytes": parse_bytes(options.budget),
+        "predicted_peak_bytes": planned.peak_bytes,
+        "stock_predicted_bytes": planned.stock_bytes,
+        "peak_resident_bytes": peak,
+        "seconds_forward": forward,
+        "seconds_step": seconds,
+        "megapixels_per_second": megapixels / seconds,
+        "loss": loss.item(),
+        "gradient_norm": torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm().item(),
+        "provenance": provenance(),
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{megapixels:.0f} Mpx in {seconds:.0f} s ({megapixels / seconds:.2f} Mpx/s), "
+          f"peak resident memory {format_bytes(peak)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
