@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from gigamorph.engine import accelerate, open_pixels, plan
 from gigamorph.engine.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models import create_model
@@ -62,8 +63,8 @@ def main() -> None:
             done, total = event.done, event.total  # type: ignore[attr-defined]
             if done % max(1, total // 32) == 0:
                 seconds = time.perf_counter() - started
-                print(f"{event.phase:8} {done:5}/{total} tiles  {seconds:7.0f} s  {format_bytes(used_bytes())} resident",
-                      flush=True)  # type: ignore[attr-defined] # fmt: skip
+                memory = format_bytes(used_bytes())
+                print(f"{event.phase:8} {done:5}/{total} tiles  {seconds:7.0f} s  {memory} resident", flush=True)  # type: ignore[attr-defined]
 
         net.on_tile = progress
         source = open_pixels(path)
