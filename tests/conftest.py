@@ -1,10 +1,14 @@
 """Shared by all tests: threads, the missing torchvision operator on CPU-only installs, and the real data."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Tests share helpers by plain imports: `from exactness import assert_exact`.
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 # A CUDA build of torchvision on a CPU build of torch lacks this operator and cannot be imported (nor timm or
 # lightning after it). Defining it makes the import succeed; nothing here calls it.

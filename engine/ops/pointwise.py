@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..trace import Op, bind
+from ..trace import Op
 from .base import (
     Block,
     Env,
@@ -20,7 +20,6 @@ from .base import (
     Whole,
     arguments,
     dimensions,
-    plain_kwargs,
     replay,
     rule,
 )
@@ -411,9 +410,3 @@ def noise(op: Op, maps: Maps) -> Local:
     local = elementwise(op, maps)
     local.random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
     return local
-
-
-def call_with(op: Op, env: Env, *args: Any) -> Tensor:
-    """The recorded call with other positional arguments after the first."""
-    first = bind(op.args[0], env)
-    return op.func(first, *args, **bind(plain_kwargs(op), env))

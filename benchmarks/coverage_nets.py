@@ -1,0 +1,103 @@
+"""The census's own segmentation networks, small: U-Nets with transposed and interpolated upsampling, and an FPN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def double_conv(inside: int, outside: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inside, outside):
+        layers += [nn.Conv2d(channels, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU(True)]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """Three levels; `ups` says how each one comes back up: "transposed", "nearest" or "bilinear"."""
+
+    def __init__(self, ups: tuple[str, str], width: int = 8):
+        super().__init__()
+        self.ups = ups
+        self.down = nn.ModuleList([double_conv(3, width), double_conv(width, 2 * width)])
+        self.bottom = double_conv(2 * width, 4 * width)
+        self.transposed = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
+                if ups[0] == "transposed"
+                else nn.Conv2d(4 * width, 2 * width, 1),
+                nn.ConvTranspose2d(2 * width, width, 2, 2)
+                if ups[1] == "transposed"
+                else nn.Conv2d(2 * width, width, 1),
+            ]
+        )
+        self.up = nn.ModuleList([double_conv(4 * width, 2 * width), double_conv(2 * width, width)])
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.bottom(x)
+        for how, lift, block in zip(self.ups, self.transposed, self.up, strict=True):
+            x = lift(x)
+            if how == "nearest":
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+            if how == "bilinear":
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            x = block(torch.cat([skips.pop(), x], 1))
+        return self.head(x)
+
+
+class FrozenBatchNorm(nn.Module):
+    """An affine map out of stored statistics, written as detection networks write it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        scale = weight * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        return x * scale + (bias - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+
+class FPN(nn.Module):
+    """Four stages with frozen norms, a top-down path that upsamples to the finer map's size, five output maps."""
+
+    def __init__(self, width: int = 8, out: int = 8):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), FrozenBatchNorm(width), nn.ReLU())
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), FrozenBatchNorm(b), nn.ReLU())
+            for a, b in zip([width, *widths[:-1]], widths, strict=True)
+        )
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, out, 1) for channels in widths)
+        self.smooth = nn.ModuleList(nn.Conv2d(out, out, 3, padding=1) for _ in widths)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.max_pool2d(self.stem(x), 3, 2, 1)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        top = self.lateral[-1](maps[-1])
+        pyramid = [top]
+        for lateral, x in zip(reversed(self.lateral[:-1]), reversed(maps[:-1]), strict=True):
+            top = lateral(x) + F.interpolate(top, size=x.shape[-2:], mode="nearest")
+            pyramid.insert(0, top)
+        results = {f"p{i}": smooth(x) for i, (smooth, x) in enumerate(zip(self.smooth, pyramid, strict=True))}
+        results["pool"] = F.max_pool2d(results["p3"], 1, 2, 0)
+        return results
+
+
+NETWORKS = {
+    "unet_t": lambda: UNet(("transposed", "transposed")),
+    "unet_i": lambda: UNet(("nearest", "bilinear")),
+    "fpn": FPN,
+}

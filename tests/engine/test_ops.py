@@ -1,0 +1,90 @@
+"""Rules one by one, with the forms that random networks may miss in a short run."""
+
+import pytest
+import torch
+from exactness import assert_exact, step
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine import accelerate
+
+
+class Around(nn.Module):
+    """A function between two convolutions, so that it meets carries on both sides."""
+
+    def __init__(self, function, channels: int = 4):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(channels, 2, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x))).tanh().mean((2, 3))
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape or (2, 2, 19, 14), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("tile", [(3, 4), (7, 5), 64])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose2d(4, 4, 2, 2),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1),
+        nn.ConvTranspose2d(4, 4, 3, 2, 1, output_padding=1),
+        nn.ConvTranspose2d(4, 4, 3, 1, 1, groups=4, bias=False),
+        nn.ConvTranspose2d(4, 4, (1, 5), (3, 2), (0, 2), output_padding=(2, 0), dilation=(1, 2)),
+        nn.Sequential(nn.Conv2d(4, 16, 1), nn.PixelShuffle(2)),
+        nn.Sequential(nn.PixelUnshuffle(1), nn.ReflectionPad2d((1, 2, 3, 0))),
+        nn.ReplicationPad2d((4, 0, 1, 2)),
+        nn.Conv2d(4, 4, 5, 2, 2, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        nn.Upsample(size=(31, 9), mode="bilinear"),
+        nn.UpsamplingBilinear2d(scale_factor=3),
+        nn.UpsamplingNearest2d(size=(23, 40)),
+    ],
+    ids=str,
+)
+def test_layers(layer, tile):
+    assert_exact(Around(layer).double(), image(), tile=tile)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.interpolate(x, scale_factor=0.7, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=1.3, mode="bilinear", recompute_scale_factor=True),
+        lambda x: F.interpolate(x[:, :, :1], size=(9, 11), mode="bilinear", align_corners=True),
+        lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        lambda x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 1), divisor_override=5),
+        lambda x: F.max_pool2d(x, 3, 1, 1, dilation=1, ceil_mode=True),
+        lambda x: F.local_response_norm(x, 3),
+        lambda x: F.glu(torch.cat([x, x * 2], 1), dim=1),
+        lambda x: F.channel_shuffle(x, 2),
+        lambda x: F.normalize(x, dim=1),
+        lambda x: x.flip(1).roll(1, 1),
+        lambda x: x.reshape(x.shape[0], 2, 2, *x.shape[2:]).sum(1).repeat(1, 2, 1, 1),
+        lambda x: x.unflatten(1, (2, 2)).flatten(1, 2),
+        lambda x: torch.stack(x.unbind(1), 1) * x.argmax(1, keepdim=True).to(x.dtype),
+        lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+        lambda x: x.index_select(1, torch.tensor([2, 0, 1, 1])),
+    ],
+)
+def test_functions(function):
+    assert_exact(Around(function).double(), image(), tile=(5, 4))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_bilinear_in_low_precision(align_corners):
+    """The blend runs in float32, as PyTorch's own does: no further from float64 than stock is."""
+    net = Around(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners))
+    truth = step(net.double(), image()).outputs[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        net = net.to(dtype)
+        stock = (step(net, image().to(dtype)).outputs[0] - truth).norm()
+        tiled = (step(accelerate(net, tile=8), image().to(dtype)).outputs[0] - truth).norm()
+        rounding = torch.finfo(dtype).eps * truth.norm()
+        assert tiled <= max(1.5 * stock, rounding)
+        net = net.double()

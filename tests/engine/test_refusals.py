@@ -1,0 +1,225 @@
+"""What cannot be computed exactly is refused before any work, in one line that names the module and the remedy."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine import GigamorphError, UnsupportedError, accelerate
+
+
+class Net(nn.Module):
+    """One convolution, then a module called `odd`, then a convolution and a pooling."""
+
+    def __init__(self, odd: nn.Module):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.odd = odd
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.odd(self.first(x))).mean((2, 3))
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.bias = nn.Parameter(torch.randn(4))
+        self.map = nn.Parameter(torch.randn(1, 4, 20, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape) + x
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+def write_through_view(_net, x: Tensor) -> Tensor:
+    y = x * 1
+    y[:, :2].mul_(2)
+    return y + x
+
+
+def branch_on_value(_net, x: Tensor) -> Tensor:
+    return x * 2 if x.mean() > 0 else x
+
+
+def python_dice(_net, x: Tensor) -> Tensor:
+    return x * random.random()
+
+
+def numpy_dice(_net, x: Tensor) -> Tensor:
+    return x * float(np.random.rand())
+
+
+CASES = {
+    "batch norm in training mode": (nn.BatchNorm2d(4).train(), r"module 'odd'.*batch_norm=\"frozen\""),
+    "squeeze and excite": (SqueezeExcite(), r"'odd'.*middle of the network"),
+    "group norm": (nn.GroupNorm(2, 4), r"'odd'.*GroupNorm"),
+    "instance norm": (nn.InstanceNorm2d(4), r"'odd'.*InstanceNorm"),
+    "layer norm over the image": (nn.LayerNorm([4, 20, 24]), r"'odd'.*LayerNorm over the image axes"),
+    "attention": (Attention(), r"'odd'.*middle of the network"),
+    "antialias": (
+        Call(lambda m, x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)),
+        r"'odd'.*bilinear",
+    ),
+    "bicubic": (Call(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), r"'odd'.*bicubic"),
+    "circular padding": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), r"'odd'.*circular"),
+    "grid_sample": (
+        Call(lambda m, x: F.grid_sample(x, torch.zeros(x.shape[0], 3, 3, 2, dtype=x.dtype), align_corners=False)),
+        r"'odd'.*'grid_sample'",
+    ),
+    "custom autograd.Function": (Call(lambda m, x: Double.apply(x)), r"'odd'.*autograd.Function 'Double'"),
+    "data-dependent branch": (Call(branch_on_value), r"'odd'.*data-dependent"),
+    "boolean mask": (Call(lambda m, x: x * x[x > 0].mean()), r"'odd'.*data-dependent"),
+    "python random": (Call(python_dice), r"random numbers"),
+    "numpy random": (Call(numpy_dice), r"random numbers"),
+    "in place through a view": (Call(write_through_view), r"'odd'.*another view"),
+    "assignment to a region": (Call(lambda m, x: x.clone().index_fill_(2, torch.tensor([1]), 0.0)), r"'odd'"),
+    "roll": (Call(lambda m, x: x.roll(1, 2) + x), r"'odd'|the model"),
+    "flip": (Call(lambda m, x: x.flip(3) + x), r"'odd'|the model"),
+    "sort": (Call(lambda m, x: x.sort(dim=2)[0]), r"'odd'.*'sort'"),
+    "cumsum along rows": (Call(lambda m, x: x.cumsum(2) + x), r"'odd'|the model"),
+    "cat along rows": (Call(lambda m, x: torch.cat([x, x], 2)), r"'odd'.*image axis"),
+    "split along columns": (Call(lambda m, x: x.chunk(2, 3)[0]), r"'odd'.*image axis"),
+    "one row": (Call(lambda m, x: x[:, :, 3].unsqueeze(2) + x), r"'odd'.*positions of the image"),
+    "rows by list": (Call(lambda m, x: x[:, :, [0, 2]]), r"'odd'"),
+    "position embedding": (Call(lambda m, x: x + m.map), r"'odd'.*position"),
+    "row against column": (Call(lambda m, x: x + x.transpose(2, 3)[:, :, :1, :1]), r"'odd'"),
+    "broadcast of a smaller map": (Call(lambda m, x: x + x[:, :, :1, :1]), r"'odd'.*size"),
+    "product over positions": (Call(lambda m, x: x @ x.transpose(2, 3) @ x), r"'odd'.*'matmul'"),
+    "linear over columns": (Call(lambda m, x: F.linear(x, torch.ones(24, 24, dtype=x.dtype))), r"'odd'.*image axis"),
+    "out=": (Call(lambda m, x: torch.add(x, 1, out=torch.empty_like(x))), r"'odd'"),
+    "convolution with weights from the image": (
+        Call(lambda m, x: F.conv2d(x, x[:1, :, :3, :3], padding=1).expand(-1, 4, -1, -1)),
+        r"'odd'.*weights",
+    ),
+    "region of its own for autocast": (
+        Call(lambda m, x: _without_autocast(x)),
+        r"'odd'.*autocast",
+    ),
+}
+
+
+def _without_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.conv2d(x, torch.ones(4, 4, 1, 1, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case):
+    odd, pattern = CASES[case]
+    net = accelerate(Net(odd).double(), tile=8)
+    tiles = []
+    net.on_tile = tiles.append
+    with pytest.raises(UnsupportedError, match=pattern) as refusal:
+        net(torch.randn(1, 3, 20, 24, dtype=torch.float64))
+    assert not tiles, "work was done before the refusal"
+    assert "\n" not in str(refusal.value)
+    assert isinstance(refusal.value, GigamorphError)
+
+
+def test_torchscript():
+    with pytest.raises(UnsupportedError, match=r"'odd'.*TorchScript"):
+        accelerate(Net(torch.jit.script(nn.Conv2d(4, 4, 1))), tile=8)(torch.randn(1, 3, 20, 24))
+
+
+def test_scripted_function():
+    @torch.jit.script
+    def halve(x: Tensor) -> Tensor:
+        return x * 0.5 + x.relu()
+
+    with pytest.raises(UnsupportedError, match=r"'odd'.*TorchScript"):
+        accelerate(Net(Call(lambda m, x: halve(x))), tile=8)(torch.randn(1, 3, 20, 24))
+
+
+def test_lazy_module():
+    with pytest.raises(UnsupportedError, match=r"'odd'.*lazy"):
+        accelerate(Net(nn.LazyConv2d(4, 1)), tile=8)(torch.randn(1, 3, 20, 24))
+
+
+def test_output_without_the_image():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * 2
+
+    with pytest.raises(UnsupportedError, match="does not depend on the image"):
+        accelerate(Constant(), tile=8)(torch.randn(1, 3, 20, 24))
+
+
+def test_an_unused_branch_is_no_reason_to_refuse():
+    """Auxiliary heads whose result is dropped may hold anything."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            self.norm(x)
+            return x.mean((2, 3))
+
+    model = Net()
+    x = torch.randn(1, 3, 20, 24)
+    assert torch.allclose(accelerate(model, tile=8)(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"batch_norm": "frozn"}, "batch_norm='frozn'"),
+        ({"carries": "moon"}, "carries='moon'"),
+        ({"tile": 0}, "tile"),
+        ({"tile": (8, -1)}, "tile"),
+        ({"memory_budget": "4 bananas"}, "bananas"),
+    ],
+)
+def test_arguments(options, pattern):
+    with pytest.raises(GigamorphError, match=pattern):
+        accelerate(nn.Conv2d(3, 4, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8), torch.zeros(1, 1, 3, 8, 8)],
+    ids=["uint8", "three dimensions", "five dimensions"],
+)
+def test_image_batches(x):
+    with pytest.raises(GigamorphError, match="float tensor"):
+        accelerate(nn.Conv2d(3, 4, 3), tile=8)(x)

@@ -1,0 +1,178 @@
+"""Capture: the recorded program is the model's forward, call by call, and nothing of the model is touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from exactness import randomize
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from gigamorph.engine.errors import UnsupportedError
+from gigamorph.engine.trace import Program, bind, capture, refs
+
+
+def replay(program: Program, model: nn.Module, image: Tensor):
+    """Run the recorded calls on real tensors."""
+    state = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    env: dict[int, Tensor] = {program.image: image}
+    for number, value in enumerate(program.values):
+        if value.name is not None:
+            env[number] = state[value.name]
+        elif value.constant is not None:
+            env[number] = value.constant
+    for op in program.ops:
+        result = op.func(*bind(op.args, env), **bind(op.kwargs, env))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        tensors += [env[v] for v in op.mutated][: len(op.outputs) - len(tensors)]
+        env.update(zip(op.outputs, tensors, strict=True))
+    return bind(program.output, env)
+
+
+class Mixed(nn.Module):
+    """Module, functional and method spellings, in-place calls, views, a plain tensor, control flow, several outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding="same")
+        self.norm = nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.rand(4))
+        self.plain = torch.tensor([0.5, 1.0, 1.5, 2.0])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = F.relu(self.norm(self.conv(x)), inplace=True)
+        y += 0.5 * y.sigmoid()
+        if y.shape[-1] % 2:
+            y = F.pad(y, (0, 1))
+        a, b = y.chunk(2, dim=1)
+        y = torch.cat([b, a], 1) * self.scale.view(1, -1, 1, 1) + self.plain[:, None, None]
+        for piece in y.unbind(0):
+            piece.sum()
+        return {"map": y, "vector": y.mean((2, 3)).max(dim=1).values}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 23)])
+def test_replay_is_the_forward(size):
+    model = randomize(Mixed()).eval()
+    image = torch.randn(2, 3, *size)
+    program = capture(model, tuple(image.shape), image.dtype, "cpu")
+    expected, got = model(image.clone()), replay(program, model, image.clone())
+    assert got.keys() == expected.keys()
+    for key in expected:
+        assert torch.equal(got[key], expected[key])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "densenet121", "mobilenetv3_small_100"])
+def test_replay_of_networks(name):
+    model = randomize(pytest.importorskip("timm").create_model(name, pretrained=False)).eval()
+    image = torch.randn(1, 3, 64, 96)
+    program = capture(model, tuple(image.shape), image.dtype, "cpu")
+    with torch.no_grad():
+        assert torch.equal(replay(program, model, image.clone()), model(image))
+
+
+def test_nothing_of_the_model_is_touched():
+    model = Mixed().train()
+    before = copy.deepcopy(model.state_dict())
+    capture(model, (2, 3, 32, 32), torch.float32, "cpu")
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert model.training and not model._forward_hooks and not torch.nn.modules.module._global_forward_hooks
+
+
+def test_size_costs_nothing():
+    program = capture(Mixed().eval(), (1, 3, 100_000, 100_000), torch.float32, "cpu")
+    (vector,) = [v for v in refs(program.output) if program.values[v].shape == (1,)]
+    assert program.values[vector].dtype == torch.float32
+
+
+def test_what_is_recorded():
+    model = Mixed().eval()
+    program = capture(model, (2, 3, 17, 23), torch.float32, "cpu")
+    names = [op.name for op in program.ops]
+    assert names[:3] == ["conv2d", "batch_norm", "relu"]
+    assert {"add_", "pad", "chunk", "cat"} <= set(names)
+    assert {v.name for v in program.values if v.name} == {
+        "conv.weight", "conv.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "scale",
+    }  # fmt: skip
+    assert sum(v.constant is not None for v in program.values) == 1
+    conv = next(op for op in program.ops if op.name == "conv2d")
+    assert conv.module == "conv" and program.ops[names.index("cat")].module == ""
+    assert program.values[program.image].shape == (2, 3, 17, 23)
+
+
+def test_an_in_place_call_gives_a_new_value():
+    program = capture(Mixed().eval(), (2, 3, 16, 16), torch.float32, "cpu")
+    relu = next(op for op in program.ops if op.name == "relu")
+    assert relu.mutated and relu.outputs != relu.inputs
+    later = [v for op in program.ops[program.ops.index(relu) + 1 :] for v in op.inputs]
+    assert relu.inputs[0] not in later and relu.outputs[0] in later
+
+
+def test_same_object_is_the_same_value():
+    """`contiguous`, `to` and dropout in evaluation return what they got."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).contiguous().to(torch.float32).mean((2, 3))
+
+    program = capture(Net(), (1, 3, 16, 16), torch.float32, "cpu")
+    assert [op.name for op in program.ops] == ["conv2d", "mean"]
+
+
+def test_random_numbers_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)).train()
+    before = torch.get_rng_state()
+    capture(model, (1, 3, 16, 16), torch.float32, "cpu")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_errors_of_the_model_come_through():
+    model = nn.Conv2d(3, 4, 3)
+    with pytest.raises(RuntimeError, match="channels"):
+        capture(model, (1, 5, 16, 16), torch.float32, "cpu")
+    assert not torch.nn.modules.module._global_forward_hooks, "hooks must go even then"
+    capture(model, (1, 3, 16, 16), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "read", "fine"),
+    [
+        (lambda x, y: x.mul_(2), lambda x, y: y, False),  # base changed, view read
+        (lambda x, y: y.mul_(2), lambda x, y: x, False),  # view changed, base read
+        (lambda x, y: y.mul_(2), lambda x, y: y, True),  # base dead
+        (lambda x, y: x.mul_(2), lambda x, y: x, True),  # view dead
+        (lambda x, y: x.mul(2), lambda x, y: x + y.sum(), True),
+    ],
+)
+def test_stale_aliases(change, read, fine):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            y = x[:, :2]
+            change(x, y)
+            return read(x, y) * 1
+
+    if fine:
+        model = Net()
+        image = torch.randn(1, 3, 16, 16)
+        program = capture(model, tuple(image.shape), image.dtype, "cpu")
+        with torch.no_grad():
+            assert torch.equal(replay(program, model, image), model(image))
+    else:
+        with pytest.raises(UnsupportedError, match="another view"):
+            capture(Net(), (1, 3, 16, 16), torch.float32, "cpu")

@@ -1,0 +1,131 @@
+"""Accelerated against stock, in float64: outputs, the gradient of every parameter, the gradient of the image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from gigamorph.engine import accelerate
+
+LIMIT = 1e-12
+FLOOR = 1e-3  # of the largest tensor in a group: below it, a tensor's error is measured against that floor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step leaves: outputs, and the gradients by parameter name and of the image."""
+
+    outputs: list[Tensor]
+    structure: Any
+    gradients: dict[str, Tensor | None]
+    image: Tensor | None
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random statistics and scales for every norm, and layer scales near one, so that every branch counts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+            if name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), Tensor):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):  # layer scales begin so small that their blocks would not count
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return model
+
+
+def step(model: nn.Module, image: Any, seed: int = 0, image_gradient: bool = True) -> Step:
+    """One forward and backward with random weights on all outputs; gradients are cleared before and after."""
+    model.zero_grad(set_to_none=True)
+    leaf = image.detach().clone().requires_grad_(image_gradient) if isinstance(image, Tensor) else image
+    result = model(leaf)
+    outputs, structure = tree_flatten(result)
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64)
+    for output in outputs:
+        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (output.double() * weight).sum()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return Step([o.detach() for o in outputs], structure, gradients, leaf.grad if isinstance(leaf, Tensor) else None)
+
+
+def errors(expected: dict[str, Tensor | None], got: dict[str, Tensor | None]) -> dict[str, float]:
+    """Relative error of every tensor of a group; a missing gradient counts as zero."""
+    assert expected.keys() == got.keys()
+    largest = max((t.double().norm().item() for t in expected.values() if t is not None), default=0.0)
+    result = {}
+    for name, want in expected.items():
+        have = got[name]
+        if want is None:
+            want = torch.zeros_like(have) if have is not None else torch.zeros(())
+        if have is None:
+            have = torch.zeros_like(want)
+        assert have.shape == want.shape, f"{name}: shape {tuple(have.shape)} instead of {tuple(want.shape)}"
+        assert have.dtype == want.dtype, f"{name}: {have.dtype} instead of {want.dtype}"
+        assert torch.equal(have.isnan(), want.isnan()), f"{name}: other elements are NaN"
+        have, want = have.double().nan_to_num(), want.double().nan_to_num()
+        scale = max(want.norm().item(), FLOOR * largest)
+        distance = (have - want).norm().item()
+        result[name] = distance if scale == 0 else distance / scale
+    return result
+
+
+def named(tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
+    return {f"output {i}": t for i, t in enumerate(tensors)}
+
+
+def step_errors(expected: Step, got: Step) -> dict[str, float]:
+    """Errors of outputs, parameter gradients and the image's gradient, by name."""
+    assert got.structure == expected.structure, f"output {got.structure} instead of {expected.structure}"
+    result = errors(named(expected.outputs), named(got.outputs))
+    result |= errors(expected.gradients, got.gradients)
+    if expected.image is not None:
+        result |= errors({"image": expected.image}, {"image": got.image})
+    return result
+
+
+def compare(
+    model: nn.Module, image: Tensor, *, image_gradient: bool = True, seed: int | None = None, **options: Any
+) -> dict[str, float]:
+    """Errors of an accelerated training step and of inference against the network itself.
+
+    Args:
+        model: in the mode (train or eval) and dtype to be compared; it is copied, not changed.
+        image: the batch.
+        image_gradient: whether the image wants a gradient.
+        seed: for networks that draw random numbers: set before each forward.
+        options: of `accelerate`.
+    """
+    stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
+    runs = []
+    for network in (stock, fast):
+        if seed is not None:
+            torch.manual_seed(seed)
+        runs.append(step(network, image, image_gradient=image_gradient))
+    result = step_errors(*runs)
+    with torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        inference = tree_flatten(fast(image))[0]
+    inferred = errors(named(runs[0].outputs), named(inference))
+    return result | {f"{name} (inference)": error for name, error in inferred.items()}
+
+
+def assert_exact(model: nn.Module, image: Tensor, *, limit: float = LIMIT, **options: Any) -> None:
+    """Fail with the worst tensors' names unless everything agrees to `limit`."""
+    found = compare(model, image, **options)
+    wrong = sorted(((e, n) for n, e in found.items() if not e <= limit), reverse=True)
+    assert not wrong, "; ".join(f"{name}: {error:.1e}" for error, name in wrong[:8])
