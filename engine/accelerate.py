@@ -42,7 +42,7 @@ class _ScanFunction(torch.autograd.Function):
     def forward(ctx: Any, scan: Scan, image: Tensor | None, *smalls: Tensor):
         ctx.scan = scan
         ctx.image = None if image is None else (image.shape, image.dtype, image.device)
-        ctx.save_for_backward(*smalls)
+        ctx.save_for_backward(*smalls, *([] if image is None else [image]))
         ctx.set_materialize_grads(False)
         return scan.forward(smalls, ctx.needs_input_grad[2:], ctx.needs_input_grad[1])
 
@@ -53,10 +53,10 @@ class _ScanFunction(torch.autograd.Function):
         if ctx.image is not None and ctx.needs_input_grad[1]:
             shape, dtype, device = ctx.image
             image_grad = torch.zeros(shape, dtype=dtype, device=device)
-        smalls = ctx.saved_tensors  # raises if one was changed in place since the forward
+        smalls = ctx.saved_tensors  # raises if one of them or the image was changed in place since the forward
         sums = ctx.scan.backward(grads, image_grad)
         results = []
-        for value, small, wanted in zip(ctx.scan.sweep.graph.smalls, smalls, ctx.needs_input_grad[2:], strict=True):
+        for value, small, wanted in zip(ctx.scan.sweep.graph.smalls, smalls, ctx.needs_input_grad[2:], strict=False):
             total = sums.pop(value, None) if wanted else None
             results.append(torch.zeros_like(small) if wanted and total is None else total)
         return None, image_grad, *results

@@ -53,6 +53,15 @@ class Graph:
         """The value number of the image."""
         return self.program.image
 
+    def trainable(self) -> set[int]:
+        """The smalls that a gradient is wanted for: parameters, and what the prelude makes of them."""
+        values = self.program.values
+        found = {number for number, value in enumerate(values) if value.trainable}
+        for op in self.prelude:
+            if found & set(op.inputs):
+                found.update(v for v in op.outputs if values[v].dtype.is_floating_point)
+        return found
+
     def apply_rule(self, op: Op) -> Local | Reduction | Whole:
         """What the rule of an op says; its refusal becomes an error that names the module."""
         rule = find_rule(op.name)

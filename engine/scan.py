@@ -210,6 +210,10 @@ class Tile:
             if rect not in self.image_windows:
                 self.image_windows[rect] = self.pixels(rect)
             return self.image_windows[rect], pad
+        if not _area(rect):  # the outputs of this tile lie wholly in the padding
+            info, shape = sweep.graph.program.values[value], list(sweep.graph.maps.shape(value))
+            shape[sweep.axes(value)[0]], shape[sweep.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]
+            return torch.empty(shape, dtype=info.dtype, device=info.device), pad
         block = sweep.block(value, self.i, self.j)
         above, left, inside = _rects(rect, block)
         if _area(inside) == _area(rect):
@@ -639,7 +643,7 @@ class Scan:
             if grad is not None and not reduction.keepdim:
                 for d in sorted(reduction.dims):
                     grad = grad.unsqueeze(d)
-            shares = accumulator.shares() if reduction.kind == "max" and grad is not None else {}
+            shares = accumulator.shares() if accumulator.maxima and grad is not None else {}
             grad = None if grad is None else grad / reduction.count
             targets.setdefault(reduction.value, []).append(Target(accumulator, grad, shares))
         for number, value in enumerate(graph.stored, len(graph.reductions)):

@@ -88,7 +88,8 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = Fal
             with _Meter() as meter, torch.no_grad():
                 scan.run(tile, lambda *_: None)
             return meter.peak, 0
-        leaves = [v for v, tensor in smalls.items() if tensor.is_floating_point()]
+        trainable = graph.trainable()
+        leaves = [v for v in smalls if v in trainable]
         for value in leaves:
             smalls[value].requires_grad_()
         needs = sweep.needs_grad(image_grad, dict.fromkeys(leaves, True))

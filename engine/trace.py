@@ -41,6 +41,7 @@ class Value:
     device: torch.device
     name: str | None = None  # parameter or buffer name
     constant: Tensor | None = None  # a tensor that the model holds as a plain attribute
+    trainable: bool = False  # a parameter or constant that wants a gradient
 
 
 @dataclass(slots=True)
@@ -130,7 +131,8 @@ class _Recorder(TorchFunctionMode):
         self.alive.append(tensor)
         self.twins[id(tensor)] = twin
         name = self.names.get(id(tensor))
-        self.new_value(twin, name, None if name else tensor)
+        number = self.new_value(twin, name, None if name else tensor)
+        self.program.values[number].trainable = tensor.requires_grad
         return twin
 
     def where(self) -> str:

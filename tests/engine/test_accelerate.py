@@ -139,7 +139,6 @@ def test_several_sizes_with_one_module():
         assert worst(named([model(image(*shape))]), named([fast(image(*shape))])) <= LIMIT
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="simulate.py lets running statistics require a gradient")
 def test_plan_of_a_norm_before_its_convolution():
     """Such a norm is not folded (DenseNet, pre-activation ResNets)."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1))
@@ -240,7 +239,6 @@ def test_weights_changed_before_backward():
         loss.backward()
 
 
-@pytest.mark.xfail(strict=True, reason="accelerate.py does not save the image, so its version is not checked")
 def test_image_changed_before_backward():
     fast, x = accelerate(small(), tile=16), image()
     loss = fast(x).sum()

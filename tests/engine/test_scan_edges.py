@@ -57,7 +57,6 @@ def test_narrow_images(size, tile):
     assert_exact(net.double().eval(), image(2, 2, *size), tile=tile)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="scan.Tile.window: a window that lies wholly in the padding")
 @pytest.mark.parametrize(
     "function",
     [
