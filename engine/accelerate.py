@@ -20,7 +20,8 @@ from .memory import parse_bytes
 from .ops import Reduction
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, choose
-from .scan import Autocast, Scan, Sweep, TileEvent, cast_dtype
+from .scan import Autocast, Scan, TileEvent, cast_dtype
+from .sweep import Sweep
 from .trace import Op, bind, capture
 
 _REMEMBERED = 16  # image sizes whose program and plan are kept

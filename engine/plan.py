@@ -5,7 +5,10 @@
                             + one tile, computed and differentiated
                             + retained tiles + maps that must exist whole, and what runs behind them
 
-The tile's share is counted on fake tensors (`simulate.py`), the rest is arithmetic on the schedules.
+                            + what libraries take besides
+
+The tile's share is counted on fake tensors (`simulate.py`), the rest is arithmetic on the schedules; only the last
+term is fitted to measurements (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -21,14 +24,19 @@ from .backend import fold_batch_norm
 from .errors import BudgetError, GigamorphError
 from .graph import Graph, build_graph
 from .memory import available_bytes, format_bytes, parse_bytes
-from .scan import Autocast, Sweep, cast_dtype
+from .scan import Autocast, cast_dtype
 from .simulate import carry_shape, stock_peak, tile_peak
+from .sweep import Sweep
 from .trace import capture
 
 # Sides that are tried, largest first: powers of two and their halves in between.
 _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
 # Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
 _PREFERRED = {"cpu": 512, "cuda": 4096}
+# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
+# keeps freed blocks: about as much again as the activations of the tile in work, unless retained tiles fill it.
+# Both are fitted to the resident memory of ResNet-18 and -50 at tiles of 256 to 1024.
+_KERNEL_BYTES, _MOST_KERNELS, _HEAP_SHARE = 90_000, 1024, 1.1
 # Share of the free memory that is taken where no budget is given.
 _FREE_SHARE = 0.8
 
@@ -50,6 +58,7 @@ class Plan:
         tile_bytes: peak of one tile.
         retained_bytes: graphs of retained tiles.
         stored_bytes: maps that exist whole, their gradients, and the ops behind them.
+        library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
         budget: the budget, or None.
         stock_bytes: the same step in stock PyTorch, or None where it was not asked for.
     """
@@ -66,6 +75,7 @@ class Plan:
     tile_bytes: int
     retained_bytes: int
     stored_bytes: int
+    library_bytes: int
     budget: int | None = None
     stock_bytes: int | None = None
 
@@ -75,7 +85,7 @@ class Plan:
         resident = self.carry_bytes if self.carries == "device" else 0
         return (
             self.parameter_bytes + resident + self.strip_bytes + self.tile_bytes + self.retained_bytes
-            + self.stored_bytes
+            + self.stored_bytes + self.library_bytes
         )  # fmt: skip
 
     @property
@@ -99,6 +109,8 @@ class Plan:
             lines.append(("retained tiles", f"{format_bytes(self.retained_bytes)} ({self.retained} not recomputed)"))
         if self.stored_bytes:
             lines.append(("whole maps", format_bytes(self.stored_bytes)))
+        if self.library_bytes:
+            lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap)"))
         lines.append(("predicted peak", format_bytes(self.peak_bytes)))
         if self.budget is not None:
             lines.append(("budget", f"{format_bytes(self.budget)} ({'fits' if self.fits else 'does not fit'})"))
@@ -128,6 +140,7 @@ class _Estimate:
         )
         made = sum(_nbytes(values[v].shape, values[v].dtype) for v in graph.smalls if values[v].name is None)
         # parameters; made smalls (folded weights); copies of kernels in the maps' memory order; sums of gradients
+        self.gradient_bytes = smalls
         self.parameter_bytes = sum(named.values()) + made + kernels + (smalls if training else 0)
         whole = [values[v] for v in graph.stored] + [values[v] for op in graph.tail for v in op.outputs]
         stored = sum(_nbytes(value.shape, value.dtype) for value in whole)
@@ -146,6 +159,7 @@ class _Estimate:
             peak, held = tile_peak(graph, sweep, self.training, self.image_grad)
         # In pass 2 two strips' gradients are in work, and one strip's carries where they are not on the device.
         strips = strip * ((2 if carries == "device" else 3) if self.training else 2)
+        kernels, slack = self._library(sweep, peak)
         plan = Plan(
             image=tuple(graph.program.values[graph.image].shape),  # pyright: ignore[reportArgumentType]
             tile=tile,
@@ -159,13 +173,31 @@ class _Estimate:
             tile_bytes=peak,
             retained_bytes=0,
             stored_bytes=self.stored_bytes,
+            library_bytes=kernels + slack,
             budget=budget,
         )
         if budget is None or not held or plan.peak_bytes > budget:
             return plan
         # What is left of the budget keeps graphs of tiles; the first of them is the tile in work itself.
-        retained = min(sweep.tiles, 1 + (budget - plan.peak_bytes) // held)
-        return replace(plan, retained=retained, retained_bytes=(retained - 1) * held)
+        retained = min(sweep.tiles, 1 + (budget - plan.peak_bytes + slack) // held)
+        kept_graphs = (retained - 1) * held
+        return replace(
+            plan, retained=retained, retained_bytes=kept_graphs, library_bytes=kernels + max(0, slack - kept_graphs)
+        )
+
+    def _library(self, sweep: Sweep, tile_bytes: int) -> tuple[int, int]:
+        """Bytes of compiled kernels, and of the heap's slack."""
+        values = self.graph.program.values
+        if values[self.graph.image].device.type != "cpu" or not tile_bytes:
+            return 0, 0
+        outputs = [local.op.outputs[0] for local in self.graph.locals if local.op.name == "conv2d"]
+        shapes = 1
+        for axis in (sweep.rows, sweep.cols):
+            blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))
+            shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
+        kernels = min(_MOST_KERNELS, len(outputs) * shapes * (3 if self.training else 1)) * _KERNEL_BYTES
+        grads = self.gradient_bytes if self.training else 0
+        return kernels, int(_HEAP_SHARE * max(0, tile_bytes - grads))
 
 
 def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:

@@ -13,20 +13,19 @@ every gradient once; nothing is recomputed in an overlap.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .backend import in_place_runs
-from .carries import CarryStore, Compose, Crop, HandOn, Layout, Rect, cut, empty_like_layout
-from .geometry import AxisSchedule, Window, schedule_axis
+from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
+from .geometry import AxisSchedule
 from .graph import Graph
-from .ops import Block, Local, Reduction
+from .reduce import Accumulator, Target, Targets
+from .sweep import Carries, Sweep, Tile, area
 
 _CAST_BY_AUTOCAST = frozenset({"conv2d", "linear"})
 
@@ -81,246 +80,6 @@ class Kept:
     recorded: dict[tuple[int, int], Recorded] = field(default_factory=dict)  # tiles that need no recomputation
 
 
-class Sweep:
-    """The sweep of a graph cut into tiles of a given size: schedules, and the computation of one tile.
-
-    Args:
-        graph: the sorted program.
-        tile: height and width of a tile in image pixels; any positive size.
-    """
-
-    def __init__(self, graph: Graph, tile: tuple[int, int]):
-        self.graph = graph
-        self.tile = tile
-        height, width = graph.maps.size(graph.image)
-        self.rows = self._schedule(0, tile[0], height)
-        self.cols = self._schedule(1, tile[1], width)
-        self.tiles = self.rows.steps * self.cols.steps
-        self.random = any(local.random for local in graph.locals)
-        self.carried = [v for v in self.rows.frontier if v != graph.image and self._is_carried(v)]
-        self.in_place = in_place_runs(graph, set(self.carried))
-        self.reductions: dict[int, list[int]] = {}
-        for number, reduction in enumerate(graph.reductions):
-            self.reductions.setdefault(reduction.value, []).append(number)
-        self.reads_left: dict[int, int] = {}
-        for local in graph.locals:
-            for value in local.reads:
-                self.reads_left[value] = self.reads_left.get(value, 0) + 1
-
-    def _schedule(self, axis: int, tile: int, size: int) -> AxisSchedule:
-        reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in self.graph.locals]
-        return schedule_axis(tile, self.graph.image, size, reads)
-
-    def _is_carried(self, value: int) -> bool:
-        for axis in (self.rows, self.cols):
-            for step in range(1, axis.steps):
-                lo, hi = axis.carry_in(value, step)
-                if lo < hi:
-                    return True
-        return False
-
-    def axes(self, value: int) -> tuple[int, int]:
-        return self.graph.maps.axes[value]
-
-    def block(self, value: int, i: int, j: int) -> Rect:
-        """The rectangle of `value` that tile (i, j) computes; may be empty."""
-        return (*self.rows.block(value, i), *self.cols.block(value, j))
-
-    def carry_sizes(self, value: int, i: int, j: int) -> list[tuple[str, int, int]]:
-        """(side, height, width) of the carries of `value` that enter tile (i, j); for "above" in full width."""
-        sizes = []
-        if i < self.rows.steps and j < self.cols.steps:
-            lo, hi = self.rows.carry_in(value, i)
-            if lo < hi:
-                sizes.append(("above", hi - lo, self.graph.maps.size(value)[1]))
-            top, bottom = self.rows.block(value, i)
-            lo, hi = self.cols.carry_in(value, j)
-            if lo < hi and top < bottom:
-                sizes.append(("left", bottom - top, hi - lo))
-        return sizes
-
-    def computes(self, value: int, i: int, j: int) -> bool:
-        top, bottom, left, right = self.block(value, i, j)
-        return top < bottom and left < right
-
-    def needs_grad(self, image: bool, smalls: Mapping[int, bool]) -> set[int]:
-        """The maps that a gradient flows through, given whether image and smalls want one."""
-        values = self.graph.program.values
-        needs = {self.graph.image} if image else set()
-        for local in self.graph.locals:
-            if any(v in needs for v in local.reads) or any(smalls.get(v, False) for v in local.op.inputs):
-                needs.update(v for v in local.op.outputs if values[v].dtype.is_floating_point)
-        return needs
-
-
-def _rects(rect: Rect, block: Rect) -> tuple[Rect, Rect, Rect]:
-    """The parts of a window that lie above the block's rows, left of its columns, and in the block."""
-    top, bottom, left, right = rect
-    middle = min(max(top, block[0]), bottom)
-    centre = min(max(left, block[2]), right)
-    return (top, middle, left, right), (middle, bottom, left, centre), (middle, bottom, centre, right)
-
-
-def _shift(rect: Rect, row: int, col: int) -> Rect:
-    return rect[0] - row, rect[1] - row, rect[2] - col, rect[3] - col
-
-
-def _area(rect: Rect) -> int:
-    return max(0, rect[1] - rect[0]) * max(0, rect[3] - rect[2])
-
-
-@dataclass
-class Carries:
-    """The carries that enter one tile (or their gradients): rows from above, in full width, and columns."""
-
-    above: dict[int, Tensor]
-    left: dict[int, Tensor]
-
-
-class Tile:
-    """One tile's computation; used by both passes, with or without autograd.
-
-    Attributes:
-        carries: what enters the tile.
-        needs: the maps that a gradient flows through; empty without autograd.
-        anchor: a scalar that requires a gradient and keeps the nodes of the carries in autograd's graph.
-        carry_grads: where the gradients of `carries` are added, set before the tile is differentiated.
-        handed_back: gradients of the carries that the tile handed on, likewise.
-    """
-
-    def __init__(
-        self, sweep: Sweep, i: int, j: int, pixels: Callable[[Rect], Tensor], smalls: dict[int, Tensor],
-        carries: Carries, needs: set[int] | None = None,
-    ):  # fmt: skip
-        self.sweep, self.i, self.j = sweep, i, j
-        self.pixels, self.smalls, self.carries = pixels, smalls, carries
-        self.needs = needs or set()
-        self.blocks: dict[int, Tensor] = {}
-        self.image_windows: dict[Rect, Tensor] = {}
-        self.anchor: Tensor | None = None
-        self.carry_grads: Carries | None = None
-        self.handed_back: Carries | None = None
-
-    def window(
-        self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None
-    ) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """The rectangle of `value`, padded already if it had to be put together, and the padding still missing."""
-        sweep = self.sweep
-        if value == sweep.graph.image:
-            if rect not in self.image_windows:
-                self.image_windows[rect] = self.pixels(rect)
-            return self.image_windows[rect], pad
-        if not _area(rect):  # the outputs of this tile lie wholly in the padding
-            info, shape = sweep.graph.program.values[value], list(sweep.graph.maps.shape(value))
-            shape[sweep.axes(value)[0]], shape[sweep.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]
-            return torch.empty(shape, dtype=info.dtype, device=info.device), pad
-        block = sweep.block(value, self.i, self.j)
-        above, left, inside = _rects(rect, block)
-        if _area(inside) == _area(rect):
-            tensor = self.blocks[value]
-            if inside != block:
-                part = sweep.axes(value), _shift(inside, block[0], block[2])
-                tensor = Crop.apply(tensor, *part) if tensor.requires_grad else cut(tensor, *part)
-            return tensor, pad
-        axes = sweep.axes(value)
-        parts: list[tuple[Rect, Tensor, Rect]] = []
-        sinks: list[Callable[[Tensor], None]] = []
-        sources = (
-            (above, "above", sweep.rows.carry_in(value, self.i)[0], 0),
-            (left, "left", block[0], sweep.cols.carry_in(value, self.j)[0]),
-        )
-        for part, side, row, col in sources:
-            if _area(part):
-                source = _shift(part, row, col)
-                parts.append((_shift(part, rect[0], rect[2]), getattr(self.carries, side)[value], source))
-                sinks.append(partial(self._add_to_carry, side, value, source))
-        own = (_shift(inside, rect[0], rect[2]), _shift(inside, block[0], block[2])) if _area(inside) else None
-        padding, missing = ((0, 0, 0, 0), pad) if fill is None else (pad, (0, 0, 0, 0))
-        layout = Layout(axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own)
-        tensor = self.blocks[value] if own else None
-        if value in self.needs:
-            return Compose.apply(self.anchor, tensor, layout, sinks), missing  # pyright: ignore
-        return layout.compose(tensor), missing
-
-    def _add_to_carry(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
-        cut(getattr(self.carry_grads, side)[value], self.sweep.axes(value), rect).add_(grad)
-
-    def reads(self, local: Local, value: int) -> Rect:
-        """The rectangle of `value` that an op reads in this tile."""
-        top, bottom, left, right = self.sweep.block(local.op.outputs[0], self.i, self.j)
-        height, width = local.reads[value]
-        return (*height.span(top, bottom), *width.span(left, right))
-
-    def run(self, local: Local) -> tuple[Tensor, ...]:
-        """The output blocks of one op in this tile."""
-        output = local.op.outputs[0]
-        rows, cols = self.sweep.rows.block(output, self.i), self.sweep.cols.block(output, self.j)
-        pad = (0, 0, 0, 0)
-        env = self.smalls
-        windows = []
-        for value, (height, width) in local.reads.items():
-            if isinstance(height, Window) and isinstance(width, Window):
-                pad = (*height.padding(*rows), *width.padding(*cols))
-            env[value], pad = self.window(value, self.reads(local, value), pad, local.fill)
-            windows.append(value)
-        result = self.sweep.in_place.get(output, local.run)(env, Block(rows, cols, pad))
-        for value in windows:
-            del env[value]
-        return result
-
-    def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
-        """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the carry)."""
-        sweep = self.sweep
-        rect = sweep.block(value, self.i, self.j)
-        result = []
-        lo, hi = sweep.rows.carry_out(value, self.i)
-        own = (max(lo, rect[0]), hi, rect[2], rect[3])
-        if _area(own):
-            result.append(("above", _shift(own, rect[0], rect[2]), _shift(own, lo, 0)))
-        lo, hi = sweep.cols.carry_out(value, self.j)
-        own = (rect[0], rect[1], max(lo, rect[2]), hi)
-        if _area(own):
-            result.append(("left", _shift(own, rect[0], rect[2]), _shift(own, rect[0], lo)))
-        return result
-
-    def add_handed_back(self, value: int, grad: Tensor) -> None:
-        """Add to a block's gradient what later tiles have handed back for it."""
-        axes = self.sweep.axes(value)
-        for side, own, carry in self.hands_on(value):
-            cut(grad, axes, own).add_(cut(getattr(self.handed_back, side)[value], axes, carry))
-
-    def reach(self, targets: Container[int]) -> tuple[set[int], set[int]]:
-        """Values whose block in this tile a gradient comes back to, and those it reaches through an op of this tile."""
-        sweep, i, j = self.sweep, self.i, self.j
-        reached: set[int] = set()
-        through: set[int] = set()
-        for local in reversed(sweep.graph.locals):
-            if not sweep.computes(local.op.outputs[0], i, j):
-                continue
-            for value in local.op.outputs:
-                if value in targets:
-                    through.add(value)
-                if value in through or (value in self.needs and value in sweep.carried and self.hands_on(value)):
-                    reached.add(value)
-            if any(v in reached for v in local.op.outputs):
-                for value in local.reads:
-                    if _area(_rects(self.reads(local, value), sweep.block(value, i, j))[2]):  # not carries alone
-                        through.add(value)
-        return reached, through
-
-
-@dataclass
-class Target:
-    """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradient in pass 2."""
-
-    accumulator: Accumulator | None
-    grad: Tensor | None
-    shares: dict[tuple[int, int], Tensor]
-
-
-Targets = dict[int, list[Target]]
-
-
 @dataclass
 class Recorded:
     """A tile computed with autograd on: what is to be differentiated, and how to get the gradients for it."""
@@ -332,65 +91,6 @@ class Recorded:
     def add(self, root: Tensor, grad: Callable[[Targets], Tensor | None]) -> None:
         self.roots.append(root)
         self.grads.append(grad)
-
-
-class Accumulator:
-    """The value of one reduction, gathered tile by tile.
-
-    Sums run in float64 over partial sums in at least float32. Maxima remember each tile's own maximum, so that the
-    gradient goes to the elements that stock PyTorch picks: all equal ones in equal parts, or the first in raster order.
-    """
-
-    def __init__(self, reduction: Reduction, dtype: torch.dtype):
-        self.reduction, self.dtype = reduction, dtype
-        self.total: Tensor | None = None
-        self.maxima: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # per tile: its maximum, and count or place
-
-    def add(self, i: int, j: int, block: Tensor, rect: Rect, width: int) -> None:
-        """Take in the block of tile (i, j), which lies at `rect` of a map of this width."""
-        reduction = self.reduction
-        if reduction.kind == "sum":
-            part = self.partial(block).to(torch.float64)
-            self.total = part if self.total is None else self.total.add_(part)
-            return
-        if reduction.first_only:
-            part, place = F.adaptive_max_pool2d(block, 1, return_indices=True)
-            columns = rect[3] - rect[2]
-            note = (place // columns + rect[0]) * width + place % columns + rect[2]
-        else:
-            part = self.partial(block)
-            note = (block == part).sum(reduction.dims, keepdim=True)
-        self.total = part if self.total is None else torch.maximum(self.total, part)
-        self.maxima[i, j] = part, note
-
-    def partial(self, block: Tensor) -> Tensor:
-        """The block's own share of the reduction, kept dimensions and all."""
-        reduction = self.reduction
-        if reduction.kind == "sum":
-            wide = torch.float32 if block.dtype in (torch.float16, torch.bfloat16) else block.dtype
-            return block.sum(reduction.dims, keepdim=True, dtype=wide)
-        if reduction.first_only:
-            return F.adaptive_max_pool2d(block, 1)
-        return block.amax(reduction.dims, keepdim=True)
-
-    def value(self) -> Tensor:
-        """The reduction's value as stock PyTorch returns it."""
-        assert self.total is not None
-        value = (self.total / self.reduction.count if self.reduction.count != 1 else self.total).to(self.dtype)
-        return value if self.reduction.keepdim else value.squeeze(self.reduction.dims)
-
-    def shares(self) -> dict[tuple[int, int], Tensor]:
-        """For a maximum: per tile, the factor on the gradient of the tile's own maximum."""
-        tops = {tile: part == self.total for tile, (part, _) in self.maxima.items()}
-        notes = {tile: note for tile, (_, note) in self.maxima.items()}
-        if self.reduction.first_only:
-            far = torch.iinfo(torch.int64).max
-            places = {tile: torch.where(top, notes[tile], far) for tile, top in tops.items()}
-            first = torch.stack(list(places.values())).amin(0)
-            return {tile: place == first for tile, place in places.items()}
-        counts = {tile: (top * notes[tile]).double() for tile, top in tops.items()}
-        total = torch.stack(list(counts.values())).sum(0)
-        return {tile: count / total for tile, count in counts.items()}
 
 
 def cast_dtype(graph: Graph, value: int, dtype: torch.dtype, autocast: Autocast) -> torch.dtype:
@@ -454,8 +154,8 @@ class Scan:
 
     def _tell(self, phase: str, i: int, j: int, done: int) -> None:
         if self.on_tile is not None:
-            area = _area(self.sweep.block(self.sweep.graph.image, i, j)) * self.pixels.shape[0]
-            self.on_tile(TileEvent(phase, done, self.sweep.tiles, area))
+            pixels = area(self.sweep.block(self.sweep.graph.image, i, j)) * self.pixels.shape[0]
+            self.on_tile(TileEvent(phase, done, self.sweep.tiles, pixels))
 
     # -- pass 1 -------------------------------------------------------------------------------------------------
 

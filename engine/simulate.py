@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 from .carries import CarryStore
 from .graph import Graph
 from .ops import Reduction
-from .scan import Accumulator, Autocast, Carries, Kept, Scan, Sweep, Tile, cast_dtype
+from .reduce import Accumulator
+from .scan import Autocast, Kept, Scan, cast_dtype
+from .sweep import Carries, Sweep, Tile
 
 
 class _Meter(TorchDispatchMode):

@@ -20,6 +20,10 @@ make_torchvision_importable()
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
+# It can only be read by setting it, which is not for threads: once, at the start.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], what: str = "file") -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path`` in one step.
@@ -35,6 +39,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
         os.close(handle)
         temporary = Path(name)
         write(temporary)
+        os.chmod(temporary, 0o666 & ~_UMASK)  # temporary files are private, what the user asked for is not
         os.replace(temporary, path)
     # torch's zip writer turns ENOSPC into a RuntimeError.
     except (OSError, RuntimeError) as error:

@@ -51,15 +51,19 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
-    """ROC curves of two-class predictions, one line per name; only labelled predictions count."""
-    figure = Figure(figsize=(4.2, 4))
+    """ROC curves of two-class predictions, each named beside it; only labelled predictions count."""
+    figure = Figure(figsize=(4.4, 4.2))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for name, predictions in curves.items():
+    for number, (name, predictions) in enumerate(curves.items()):
         labelled = [p for p in predictions if p.label is not None]
         labels = np.array([p.label for p in labelled])
         false, true, _ = roc_curve(labels, np.array([p.probabilities[1] for p in labelled]))
-        axes.plot(false, true, label=name)
-    axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-    axes.legend(loc="lower right")
+        [line] = axes.plot(false, true, linewidth=2, clip_on=False)
+        # Below the curve and to the right of it there is always room.
+        at = 0.04 + 0.44 * number
+        axes.text(at + 0.04, np.interp(at, false, true) - 0.05, name, color=line.get_color(), va="top")
+    axes.set(xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -101,8 +101,7 @@ def run_demo(
     for index in [i for i in order if predictions[i].label == 1][:2]:
         item = native.test[index]
         path = out / "overlays" / f"{item['record'].path.stem}.png"
-        evidence: Any = fitted.net.evidence
-        write_overlay(item["image"], evidence(item["image"], output=1)[0], path)
+        write_overlay(item["image"], fitted.net.evidence(item["image"], output=1)[0], path)
         examples.append(item)
         overlays.append(path)
     return DemoResult(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..accelerate import accelerate
+from ..accelerate import Accelerated, accelerate
 from ..data.tables import Record
 from ..errors import DataError, GigamorphError
 from ..models import create_model
@@ -91,7 +91,7 @@ class Fitted:
 
     metrics: dict[str, Any]
     predictions: dict[str, list[Prediction]]
-    net: nn.Module
+    net: Accelerated
 
 
 def fit(
@@ -125,7 +125,7 @@ def fit(
     torch.manual_seed(options.seed)
     meter = Meter(report)
     net = build_network(record, None if resume else options.weights)
-    net.on_tile = meter.on_tile  # type: ignore[assignment]
+    net.on_tile = meter.on_tile
     module = _module(net, record, data, options, meter)
     # A run that was stopped early and then interrupted lacks nothing but its scores.
     if stored is None or not stored["callbacks"]["Checkpoints"]["stopped"]:
@@ -151,7 +151,7 @@ def fit(
     return Fitted(metrics, predictions, net)
 
 
-def build_network(record: dict[str, Any], weights: str | Path | None = None) -> nn.Module:
+def build_network(record: dict[str, Any], weights: str | Path | None = None) -> Accelerated:
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
     options = record["options"]
     model = create_model(options["model"], len(record["classes"]), record["channels"], weights)

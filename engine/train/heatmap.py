@@ -38,6 +38,8 @@ def overlay_name(stem: str, shape: tuple[int, int, int]) -> str:
 def write_overlay(source: Readable, evidence: Tensor, path: str | Path) -> None:
     """Write an 8-bit RGB picture of the image in grey with the positive evidence in red to yellow.
 
+    The evidence that half of the image has anyway (its median, where that is positive) is left uncoloured.
+
     Args:
         source: the image (C, H, W); its channels are averaged.
         evidence: (h, w) float, at the network's stride; drawn bilinearly, scaled to its own maximum.
@@ -91,7 +93,8 @@ def _strips(source: Readable, evidence: Tensor) -> Iterator[NDArray[np.uint8]]:
     """RGB strips of ``_TILE`` rows (the last one shorter), uint8 (rows, W, 3)."""
     _, height, width = source.shape
     low, high = _window(source)
-    positive = evidence.detach().float().cpu().clamp(min=0)
+    positive = evidence.detach().float().cpu()
+    positive = (positive - positive.median().clamp(min=0)).clamp(min=0)
     positive = positive / positive.max().clamp(min=torch.finfo(torch.float32).tiny)
     columns = _linear(width, positive.shape[1])
     for top in range(0, height, _TILE):

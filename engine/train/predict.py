@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterable, Sequence
 from io import FileIO, StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
+from ..accelerate import Accelerated
 from ..errors import DataError, GigamorphError
 from .checkpoint import write_atomically
 from .fit import Images
@@ -23,7 +22,7 @@ from .progress import Meter
 
 
 def predict(
-    net: nn.Module,
+    net: Accelerated,
     images: Images,
     out: str | Path,
     classes: Sequence[str],
@@ -75,9 +74,8 @@ def predict(
                         result = prediction(item, net(source)[0])
                     if heatmaps:
                         best = max(range(len(classes)), key=result.probabilities.__getitem__)
-                        evidence: Any = net.evidence
                         path = out / "heatmaps" / overlay_name(_unique(Path(result.image).stem, names), source.shape)
-                        write_overlay(source, evidence(source, output=best)[0], path)
+                        write_overlay(source, net.evidence(source, output=best)[0], path)
                 except DataError as error:
                     if not skip_bad:
                         raise

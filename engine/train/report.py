@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -16,6 +17,9 @@ from .checkpoint import versions, write_atomically
 from .compare import StepCost
 from .curves import roc_figure, save_figure
 from .demo import BUDGET, FACTOR, HEIGHT, WIDTH, DemoResult
+
+Window = tuple[int, int, int, int]  # top, bottom, left, right; ends excluded
+_DETAIL = 160  # pixels: side of the part that is shown at full size
 
 
 def write_report(result: DemoResult, out: str | Path) -> Path:
@@ -38,36 +42,80 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
 
 
 def _memory_figure(stock: StepCost, tiled: StepCost) -> Figure:
-    figure = Figure(figsize=(5.6, 3.4))
+    figure = Figure(figsize=(7.2, 3.6))
     axes = figure.subplots()
-    for name, cost in (("stock PyTorch", stock), ("gigamorph", tiled)):
-        seconds, used = zip(*cost.curve, strict=True) if cost.curve else ((), ())
-        axes.plot(seconds, np.array(used) / 2**20, label=f"{name}: peak {format_bytes(cost.peak_bytes)}")
-    axes.axhline(BUDGET / 2**20, color="0.5", linestyle="--", linewidth=1, label=f"budget {format_bytes(BUDGET)}")
-    axes.set(xlabel="seconds since the step began", ylabel="MiB above what was held before", ylim=(0, None))
-    axes.legend()
+    mib = 2**20
+    end = max(cost.curve[-1][0] if cost.curve else 0.0 for cost in (stock, tiled))
+    for name, cost, color in (("stock PyTorch", stock, "tab:red"), ("gigamorph", tiled, "tab:blue")):
+        if cost.curve:
+            seconds, used = zip(*cost.curve, strict=True)
+            axes.plot(seconds, np.array(used) / mib, color=color, linewidth=1.2)
+        axes.axhline(cost.peak_bytes / mib, color=color, linestyle=":", linewidth=1)
+        text = f"{name}, peak {format_bytes(cost.peak_bytes)}"
+        axes.text(1.01 * end, cost.peak_bytes / mib, text, color=color, va="center")
+    axes.axhline(BUDGET / mib, color="0.3", linestyle="--", linewidth=1)
+    apart = 0.055 * max(stock.peak_bytes, tiled.peak_bytes) / mib  # the height of a line of text
+    label = max(BUDGET / mib, tiled.peak_bytes / mib + apart) if tiled.peak_bytes <= BUDGET else BUDGET / mib - apart
+    axes.text(1.01 * end, label, f"budget {format_bytes(BUDGET)}", color="0.3", va="center")
+    axes.set(xlabel="time since the step began (s)", ylabel="memory of the step (MiB)", xlim=(0, end), ylim=(0, None))
+    axes.set_title("One training step of one image: memory above what the process held before", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _evidence_figure(result: DemoResult) -> Figure:
     """Each example whole, reduced by maxima so that a few bright pixels stay visible, and its cluster at full size."""
-    figure = Figure(figsize=(8, 4.6 * len(result.overlays)))
-    axes = figure.subplots(len(result.overlays), 2, squeeze=False)
+    figure = Figure(figsize=(11.5, 4.5 * len(result.overlays)), layout="constrained")
+    axes = figure.subplots(len(result.overlays), 3, squeeze=False, width_ratios=(1, 1.1, 1.1))
     for row, (path, item) in enumerate(zip(result.overlays, result.examples, strict=True)):
         picture: NDArray[np.uint8] = imagecodecs.png_decode(path.read_bytes())
-        top, bottom, left, right = (int(side) for side in item["record"].extra["cluster"].split())
-        whole, detail = axes[row]
+        box = _numbers(item["record"].extra["cluster"])
+        window = _around(box, picture.shape[:2])
+        top, bottom, left, right = window
+        pixels = item["image"].read(*window)[0].numpy()
+        extent = (left, right, bottom, top)
+        whole, plain, evidence = axes[row]
         whole.imshow(_reduced(picture, 4), extent=(0, picture.shape[1], picture.shape[0], 0))
-        whole.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="cyan"))
-        whole.set_title(f"{path.stem}; the true cluster is framed", fontsize=9)
-        margin = 40
-        window = (slice(max(top - margin, 0), bottom + margin), slice(max(left - margin, 0), right + margin))
-        detail.imshow(picture[window], interpolation="nearest")
-        detail.set_title("there, pixel by pixel: evidence for a cluster in red", fontsize=9)
-        for ax in (whole, detail):
-            ax.set_axis_off()
-    figure.tight_layout()
+        whole.set_title(f"{path.stem}: {_certainty(result, item)} sure of a cluster", fontsize=10)
+        plain.imshow(pixels, cmap="gray", interpolation="nearest", extent=extent)
+        plain.set_title("the cluster, every pixel", fontsize=10)
+        evidence.imshow(picture[top:bottom, left:right], interpolation="nearest", extent=extent)
+        evidence.set_title("evidence for a cluster: red some, yellow most", fontsize=10)
+        for ax in (whole, plain, evidence):
+            corner, width, height = (box[2], box[0]), box[3] - box[2], box[1] - box[0]
+            ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="cyan", linewidth=1.5))
+            ax.set_xlabel("column (pixels)")
+        above = box[0] > 250  # room for the text
+        whole.annotate(
+            "true cluster",
+            (box[3], box[0] if above else box[1]),
+            (box[3] + 60, box[0] - 60 if above else box[1] + 130),
+            color="cyan",
+            fontsize=10,
+            bbox={"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 2},
+            ha="left" if box[3] < picture.shape[1] * 0.6 else "right",
+        )
+        whole.set_ylabel("row (pixels)")
     return figure
+
+
+def _numbers(text: str) -> Window:
+    top, bottom, left, right = (int(side) for side in text.split())
+    return top, bottom, left, right
+
+
+def _around(box: Window, shape: tuple[int, ...]) -> Window:
+    """A square around the box, of 160 pixels where the image has room."""
+    sides = []
+    for low, high, size in ((box[0], box[1], shape[0]), (box[2], box[3], shape[1])):
+        start = min(max((low + high) // 2 - _DETAIL // 2, 0), max(size - _DETAIL, 0))
+        sides += [start, min(start + _DETAIL, size)]
+    return sides[0], sides[1], sides[2], sides[3]
+
+
+def _certainty(result: DemoResult, item: dict[str, Any]) -> str:
+    found = next(p for p in result.native if p.image == str(item["record"].path))
+    return f"{100 * found.probabilities[1]:.1f} %"
 
 
 def _reduced(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
