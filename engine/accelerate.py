@@ -96,7 +96,6 @@ class Accelerated(nn.Module):
         return {**self.__dict__, "_programs": OrderedDict(), "on_tile": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
-
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         state = self.__getstate__()
@@ -130,7 +129,7 @@ class Accelerated(nn.Module):
     def _program(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, image_grad: bool
     ) -> tuple[Graph, Sweep, Plan]:
-        modes = tuple(m.training for m in self._network.modules())
+        modes = tuple((id(m), m.training) for m in self._network.modules())
         wants = tuple(p.requires_grad for p in self.parameters())
         settings = (self.tile, self.memory_budget, self.carries)
         key = (shape, dtype, device, training, image_grad, modes, wants, Autocast.current(device), settings)
@@ -313,7 +312,9 @@ def accelerate(
     Args:
         model: any network whose layers are local (convolutions, pooling, pointwise, frozen norms) up to a reduction
             over the image (global pooling), behind which anything may follow.
-        memory_budget: bytes for one step (``"4GiB"``), parameters and gradients included; None takes what is free.
+        memory_budget: bytes for one step (``"4GiB"``), parameters and gradients included. It is used to the full:
+            tiles whose graph still fits are not recomputed in the backward. None takes the least that the preferred
+            tile needs, and refuses only what exceeds the free memory.
         tile: side, or (height, width), of a tile in image pixels; None lets the plan choose.
         batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
         carries: where the carries between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or

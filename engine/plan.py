@@ -36,7 +36,7 @@ _PREFERRED = {"cpu": 512, "cuda": 4096}
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
 # keeps freed blocks: about as much again as the activations of the tile in work, unless retained tiles fill it.
 # Both are fitted to the resident memory of ResNet-18 and -50 at tiles of 256 to 1024.
-_KERNEL_BYTES, _MOST_KERNELS, _HEAP_SHARE = 90_000, 1024, 1.1
+_KERNEL_BYTES, _MOST_KERNELS, _HEAP_SHARE = 90_000, 1024, 1.2
 # Share of the free memory that is taken where no budget is given.
 _FREE_SHARE = 0.8
 

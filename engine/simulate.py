@@ -37,6 +37,10 @@ class _Meter(TorchDispatchMode):
         self.seen.discard(key)
         self.alive -= size
 
+    def ignore(self, *trees: Any) -> None:
+        """Leave out tensors that were there before."""
+        self.seen.update(t.untyped_storage()._cdata for t in tree_leaves(trees) if isinstance(t, Tensor))
+
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -88,6 +92,7 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = Fal
         if not training:
             tile = Tile(sweep, i, j, scan.read, smalls, entering)
             with _Meter() as meter, torch.no_grad():
+                meter.ignore(smalls, entering.above, entering.left)
                 scan.run(tile, lambda *_: None)
             return meter.peak, 0
         trainable = graph.trainable()
@@ -105,6 +110,7 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = Fal
         right = _entering(graph, sweep, i, j + 1, scan.memory_format).left
         image_sum = torch.empty(image.shape, dtype=image.dtype, device=image.device) if image_grad else None
         with _Meter() as meter:
+            meter.ignore(smalls, entering.above, entering.left, below, right, grads, image_sum)
             recorded = scan.record(scan.tile(i, j, kept, entering, image_grad), targets)
             held = meter.alive
             recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
@@ -151,6 +157,7 @@ def stock_peak(
     with fake:
         image = torch.empty(shape, dtype=dtype, device=device)
         with _Meter() as meter, torch.set_grad_enabled(training):
+            meter.ignore(twins, image)
             output = torch.func.functional_call(model, twins, (image,))
             if training:
                 roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]

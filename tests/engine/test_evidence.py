@@ -1,0 +1,42 @@
+"""Evidence maps against the class activation map computed on the whole image."""
+
+import pytest
+import torch
+from torch import nn
+
+from gigamorph.engine import GigamorphError, accelerate
+
+
+class Net(nn.Module):
+    def __init__(self, pool: str):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 5, 2, 2), nn.ReLU(), nn.Conv2d(6, 5, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(5, 3)
+        self.pool = pool
+
+    def forward(self, x):
+        x = self.body(x)
+        x = x.mean((2, 3)) if self.pool == "mean" else x.amax((2, 3))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("pool", ["mean", "amax"])
+@pytest.mark.parametrize("tile", [16, 33, 500])
+def test_equals_the_class_activation_map(pool, tile):
+    torch.manual_seed(0)
+    net = Net(pool).double()
+    x = torch.randn(2, 1, 93, 71, dtype=torch.float64)
+    maps = net.body(x).detach()
+    share = 1 / maps[0, 0].numel() if pool == "mean" else 1
+    expected = (maps * net.head.weight.detach()[2][:, None, None] * share).sum(1)
+    got = accelerate(net, tile=tile).evidence(x, 2)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_refuses_outputs_that_are_not_there_and_networks_that_pool_nothing():
+    with pytest.raises(GigamorphError, match="output 3 does not exist"):
+        accelerate(Net("mean"), tile=16).evidence(torch.zeros(1, 1, 40, 40), 3)
+    with pytest.raises(GigamorphError, match="pools nothing"):
+        accelerate(Net("mean").body, tile=16).evidence(torch.zeros(1, 1, 40, 40))

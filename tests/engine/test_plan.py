@@ -1,0 +1,132 @@
+"""The plan: what it promises, what it refuses, and that every choice it makes leaves the results exact."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from exactness import assert_exact, randomize
+from torch import nn
+
+from gigamorph.engine import BudgetError, GigamorphError, accelerate, plan
+from gigamorph.engine.models import create_model
+
+
+def small_net() -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+    return randomize(net).double().eval()
+
+
+def test_a_budget_is_kept_and_used():
+    net = small_net()
+    tight = plan(net, (1, 600, 600), tile=64, dtype=torch.float64)
+    assert tight.retained == 0 and tight.tiles == (10, 10)
+    roomy = plan(net, (1, 600, 600), tight.peak_bytes + 8 * tight.tile_bytes, tile=64, dtype=torch.float64)
+    assert 1 < roomy.retained < 100
+    assert roomy.peak_bytes <= roomy.budget and roomy.fits
+    assert roomy.stock_bytes is not None and roomy.stock_bytes > tight.tile_bytes
+
+
+@pytest.mark.parametrize("extra", [4, 10, 1000])
+def test_retained_tiles_change_nothing(extra):
+    net = small_net()
+    image = torch.randn(1, 1, 211, 163, dtype=torch.float64)
+    base = plan(net, tuple(image.shape), tile=32, dtype=torch.float64)
+    budget = base.peak_bytes + extra * base.tile_bytes
+    chosen = plan(net, tuple(image.shape), budget, tile=32, dtype=torch.float64)
+    assert chosen.retained > 1
+    assert_exact(net, image, tile=32, memory_budget=budget)
+
+
+def test_retained_tiles_survive_retain_graph():
+    net, image = small_net(), torch.randn(1, 1, 97, 99, dtype=torch.float64)
+    fast = accelerate(net, tile=32, memory_budget="2GiB")
+    loss = fast(image).sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    loss.backward()
+    for a, b in zip(first, net.parameters(), strict=True):
+        assert torch.equal(a, b.grad)
+
+
+def test_dropout_in_retained_tiles_is_the_same_draw():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1)).double()
+    image = torch.randn(1, 1, 70, 70, dtype=torch.float64)
+    grads = []
+    for budget in (None, "2GiB"):
+        net.zero_grad()
+        torch.manual_seed(3)
+        accelerate(net, tile=16, memory_budget=budget)(image).sum().backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_too_small_a_budget_is_refused_before_any_work():
+    net = small_net()
+    with pytest.raises(BudgetError, match=r"needs at least .* the budget is 200 KiB"):
+        accelerate(net, memory_budget="200KiB")(torch.zeros(1, 1, 2000, 2000, dtype=torch.float64))
+    with pytest.raises(BudgetError, match="tile of 512 x 512 does not fit"):
+        plan(net, (1, 4096, 4096), "4MiB", tile=512, dtype=torch.float64)
+
+
+def test_carries_move_to_disk_when_memory_is_short():
+    net = create_model("resnet18", num_classes=2, in_channels=1).eval()
+    chosen = plan(net, (1, 32768, 32768), "1.2GiB")
+    assert chosen.carries == "disk" and chosen.carry_bytes > 2**31
+    assert chosen.peak_bytes <= 1.2 * 2**30
+    # 608 values per pixel of width and boundary: the rows that 3x3 kernels, the pooling and the skips wait for
+    boundaries = chosen.tiles[0] - 1 + chosen.tiles[1] - 1
+    assert chosen.carry_bytes == pytest.approx(608 * 32768 * 4 * boundaries, rel=0.02)
+
+
+def test_carries_grow_with_the_image_and_the_tile_does_not():
+    net = small_net()
+    plans = [plan(net, (1, 512, side), tile=128, dtype=torch.float64) for side in (2048, 4096, 8192)]
+    assert plans[0].tile_bytes == pytest.approx(plans[2].tile_bytes, rel=0.01)
+    assert plans[2].carry_bytes == pytest.approx(4 * plans[0].carry_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5,), (1, 2, 3, 4, 5)])
+def test_sizes_that_are_none(size):
+    with pytest.raises(GigamorphError, match="image_size"):
+        plan(small_net(), size)
+
+
+def test_plan_reads_well():
+    text = str(plan(small_net(), (2, 1, 300, 400), "1GiB", dtype=torch.float64))
+    for word in ("2 x 1 x 300 x 400", "tile", "predicted peak", "budget", "stock PyTorch"):
+        assert word in text
+
+
+MEASURE = """
+    import torch
+    from gigamorph.engine import accelerate
+    from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
+    from gigamorph.engine.models import create_model
+    torch.set_num_threads(1)
+    net = create_model("resnet18", num_classes=2, in_channels=1).eval()
+    accelerate(net, tile=64)(torch.zeros(1, 1, 64, 64)).sum().backward()
+    net.zero_grad()
+    image = torch.zeros(1, 1, 1024, 1024)
+    before = used_bytes()
+    reset_peak()
+    accelerate(net, memory_budget={budget!r})(image).sum().backward()
+    print(peak_bytes() - before + sum(p.nbytes for p in net.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("budget", ["450MiB", "700MiB"])
+def test_measured_memory_keeps_to_the_budget(budget):
+    code = textwrap.dedent(MEASURE.format(budget=budget))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    limit = {"450MiB": 450, "700MiB": 700}[budget] * 2**20
+    assert int(run.stdout) < 1.1 * limit
