@@ -20,7 +20,7 @@ import torch
 
 from gigamorph.engine import accelerate, open_pixels, plan
 from gigamorph.engine.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
-from gigamorph.engine.models import create_model
+from gigamorph.engine.models.resnet import resnet18
 
 sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
@@ -43,14 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=32768)
     parser.add_argument("--tile", type=int, default=1024)
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage of the ResNet-18")
     parser.add_argument("--budget", default="2.5GiB")
     parser.add_argument("--folder", type=Path, default=None, help="where the image is written (2 GB)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    network = create_model(options.model, num_classes=2, in_channels=1).eval()
+    network = resnet18(num_classes=2, in_channels=1, width=options.width).eval()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "image.npy"
         write_image(path, options.side)
@@ -78,7 +78,8 @@ def main() -> None:
     megapixels = options.side**2 / 1e6
     result = {
         "what": "one exact training step, image on disk, float32, frozen BatchNorm",
-        "model": options.model,
+        "model": "resnet18",
+        "width": options.width,
         "image": [1, options.side, options.side],
         "megapixels": megapixels,
         "tile": list(planned.tile),
