@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import rich_click as click
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..engine import Plan
 
 
 @click.command()
@@ -32,30 +37,30 @@ def plan(
 
     Nothing is computed. The exit code is 2 if no tile fits the budget.
 
-    Example: gigamorph plan --model resnet50 --size 4096x3328 --batch-norm frozen --memory-budget 4GiB
+    Example: gigamorph plan --model resnet50 --size 4096x3328 --memory-budget 4GiB
     """
     import torch
 
     from ..engine import plan as make_plan
-    from ..engine.errors import BudgetError
-    from ..engine.memory import format_bytes
+    from ..engine.accelerate import freeze_batch_norm
+    from ..engine.errors import UnsupportedError
     from ..engine.models import create_model
+    from .table import show_plan
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    net = create_model(model, classes, channels)
-    made = make_plan(
-        net,
-        image_size=(channels, *size),
-        budget=memory_budget,
-        dtype=dtypes[precision],
-        device=device,
-        training=not inference,
-        batch_norm=batch_norm,
-    )
-    click.echo(str(made))
-    if memory_budget is not None and not made.fits:
-        needed, given = format_bytes(made.peak_bytes), format_bytes(memory_budget)
-        raise BudgetError(
-            f"{model} on {size[0]}x{size[1]} needs {needed} even with its smallest tile, more than "
-            f"the budget of {given}; raise --memory-budget"
-        )
+    net = create_model(model, classes, channels).train(not inference)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def planned(frozen: bool) -> Plan:
+        if frozen:
+            freeze_batch_norm(net)
+        with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
+            return make_plan(net, (channels, *size), memory_budget, device=device, training=not inference)
+
+    try:
+        made = planned(frozen=batch_norm == "frozen")
+    except UnsupportedError as error:
+        if "batch_norm" not in str(error):
+            raise
+        made = planned(frozen=True)
+        click.echo("note: planned with --batch-norm frozen, which training this network needs", err=True)
+    show_plan(made, model)

@@ -52,7 +52,7 @@ def predict(
     data = open_images(records, record["channels"], record["preprocessing"])
     with ProgressView(device=device) as view:
         meter = Meter(view)
-        net.on_tile = meter.on_tile  # type: ignore[assignment]
+        net.on_tile = meter.on_tile
         found, skipped = run(net, data, out, record["classes"], heatmaps=heatmaps, skip_bad=skip_bad, meter=meter)
     click.echo(f"{len(found)} images predicted, {len(skipped)} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
     labelled = scores([p for p in found if p.label is not None])

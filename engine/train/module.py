@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.tables import Record
+from ..errors import BudgetError
 from ..models.compat import make_torchvision_importable
 from .metrics import Prediction, scores
 from .progress import Meter
@@ -75,7 +76,10 @@ class Classifier(pl.LightningModule):
         sources = [item["image"] for item in batch]
         self._meter.image(sum(s.shape[-2] * s.shape[-1] for s in sources))
         labels = torch.tensor([item["label"] for item in batch], device=self.device)
-        return self.net(sources[0] if len(sources) == 1 else sources), labels
+        try:
+            return self.net(sources[0] if len(sources) == 1 else sources), labels
+        except BudgetError as error:  # the larger images of a set may not fit
+            raise BudgetError(f"{batch[0]['record'].path}: {error}") from error
 
     def training_step(self, batch: Sequence[dict[str, Any]], batch_idx: int) -> Tensor:
         seed = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx]).generate_state(1)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..accelerate import Accelerated
-from ..errors import DataError, GigamorphError
+from ..errors import BudgetError, DataError, GigamorphError
 from .checkpoint import write_atomically
 from .fit import Images
 from .heatmap import overlay_name, write_overlay
@@ -76,6 +76,8 @@ def predict(
                         best = max(range(len(classes)), key=result.probabilities.__getitem__)
                         path = out / "heatmaps" / overlay_name(_unique(Path(result.image).stem, names), source.shape)
                         write_overlay(source, net.evidence(source, output=best)[0], path)
+                except BudgetError as error:  # the larger images of a set may not fit
+                    raise BudgetError(f"{images.records[index].path}: {error}") from error
                 except DataError as error:
                     if not skip_bad:
                         raise

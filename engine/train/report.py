@@ -152,7 +152,8 @@ brightness. Averaged over {FACTOR} × {FACTOR} pixels nothing tells the two apar
 <h2>ROC</h2><img src="roc.png" alt="ROC curves">
 <h2>Memory of one training step</h2><img src="memory.png" alt="memory over time">
 <h2>Evidence</h2>
-<p>Exact class activation: the gradient of the class's logit times the activation, drawn at native resolution.</p>
+<p>Exact class activation: the gradient of the class's logit times the activation, drawn at native resolution;
+what half of the image has anyway is left grey.</p>
 <img src="evidence.png" alt="evidence on two test images">
 </html>
 """

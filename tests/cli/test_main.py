@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,12 @@ def test_ctrl_c_is_130_and_faults_of_ours_keep_their_trace(monkeypatch, capsys):
 def test_version(capsys):
     assert run("--version") == 0
     assert "0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_the_user_wants_them_to_spin(given, found, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert run("--version") == 0
+    assert os.environ["OMP_WAIT_POLICY"] == found

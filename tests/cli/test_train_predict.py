@@ -134,25 +134,32 @@ def test_a_missing_file_among_a_thousand_is_found_before_any_work(phantoms, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bnnet.py").write_text(
+@pytest.mark.parametrize(
+    ("layer", "message"), [("BatchNorm2d(4)", "--batch-norm frozen"), ("GroupNorm(2, 4)", "GroupNorm")]
+)
+def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeypatch, capsys, layer, message):
+    (tmp_path / "normed.py").write_text(
         "from torch import nn\n"
         "def net(num_classes, in_channels):\n"
-        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(),\n"
+        f"    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.{layer}, nn.ReLU(),\n"
         "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
-    command = ["train", phantoms, "--model", "bnnet:net", "--epochs", "1", "--out"]
+    monkeypatch.delitem(sys.modules, "normed", raising=False)
+    command = ["train", phantoms, "--model", "normed:net", "--epochs", "1", "--out"]
     assert run(*command, tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "BatchNorm" in error and "--batch-norm frozen" in error and error.count("\n") == 1
-    assert run(*command, tmp_path / "frozen", "--batch-norm", "frozen") == 0
+    assert error.startswith("error: module '1'") and message in error and error.count("\n") == 1
+    if "frozen" in message:
+        assert run(*command, tmp_path / "frozen", "--batch-norm", "frozen") == 0
 
 
-def test_budget_too_small_for_any_tile(phantoms, tmp_path, capsys):
-    assert run("train", phantoms, "--out", tmp_path / "run", *FAST, "--memory-budget", "100KB") == 2
-    error = capsys.readouterr().err
-    assert "budget" in error and error.count("\n") == 1
+def test_budget_too_small_for_any_tile(trained, phantoms, tmp_path, capsys):
+    small = ["--memory-budget", "100KB", "--out", tmp_path / "out"]
+    for command in (["train", phantoms, *FAST], ["predict", trained / "best.ckpt", phantoms]):
+        assert run(*command, *small) == 2
+        error = capsys.readouterr().err
+        assert ".dcm: no tile fits" in error and "the budget is 97.7 KiB" in error and error.count("\n") == 1
 
 
 def test_full_disk_while_saving_a_checkpoint(phantoms, tmp_path, monkeypatch, capsys):
@@ -214,12 +221,12 @@ def test_a_file_that_is_no_checkpoint(phantoms, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
-    def command(out, *more):
-        main_ = "from gigamorph.cli.main import main; main()"
-        return [sys.executable, "-c", main_, "train", str(phantoms), *FAST, "--out", str(out), "--epochs", "5", *more]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    child = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["train", phantoms, *FAST, "--epochs", "5", "--out"]
+    assert run(*command, tmp_path / "whole") == 0
+    code = "from gigamorph.cli.main import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "cut")], stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "cut" / "last.ckpt").exists():
         assert child.poll() is None
         time.sleep(0.005)
@@ -227,7 +234,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phant
     error = child.communicate(timeout=60)[1]
     assert child.returncode == 130, error
     assert "--resume goes on from" in error and not (tmp_path / "cut" / "metrics.json").exists()
-    subprocess.run(command(tmp_path / "cut", "--resume"), check=True, capture_output=True)
+    assert run(*command, tmp_path / "cut", "--resume") == 0
     a, b = (torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
     for key, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][key]), key
@@ -241,7 +248,7 @@ def test_real_mammograms_train_two_steps_and_predict_at_native_resolution(real_d
         "image_path,label,patient_id,split\n"
         + "".join(f"{folder / name}.dcm,{i % 2},p{i},train\n" for i, name in enumerate(names))
     )
-    fast = ["--model", "lesionnet", "--epochs", "2", "--accumulate", "3", "--memory-budget", "300MiB"]
+    fast = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "2", "--memory-budget", "300MiB"]
     assert run("train", tmp_path / "t.csv", *fast, "--out", tmp_path / "run") == 0
     stored = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert stored["global_step"] == 2

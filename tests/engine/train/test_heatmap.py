@@ -20,16 +20,19 @@ def source():
 def expected(source, evidence):
     """The same picture from whole native-size maps."""
     _, h, w = source.shape
-    heat = F.interpolate(evidence[None, None].clamp(min=0) / evidence.max(), (h, w), mode="bilinear")[0, 0]
+    positive = (evidence - evidence.median().clamp(min=0)).clamp(min=0)
+    heat = F.interpolate((positive / positive.max())[None, None], (h, w), mode="bilinear")[0, 0]
     alpha = heat.sqrt() * 0.6
     return heat, alpha
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_overlay_is_the_whole_image_one_strip_at_a_time(tmp_path, source, suffix):
-    evidence = torch.randn(35, 19, generator=torch.Generator().manual_seed(1))
+    evidence = torch.randn(35, 19, generator=torch.Generator().manual_seed(1)) + 0.3
     path = tmp_path / f"map{suffix}"
     write_overlay(source, evidence, path)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not the private mode of a temporary file
     picture = np.array(Image.open(path)) if suffix == ".png" else tifffile.imread(path)
     assert picture.shape == (1111, 603, 3) and picture.dtype == np.uint8
     heat, alpha = expected(source, evidence)
@@ -41,6 +44,15 @@ def test_overlay_is_the_whole_image_one_strip_at_a_time(tmp_path, source, suffix
     red_minus_blue = picture[..., 0].astype(float) - picture[..., 2]
     assert np.abs(red_minus_blue - 255 * alpha.numpy()).max() <= 1.01
     assert np.abs((picture[..., 1].astype(float) - picture[..., 2]) - 255 * (alpha * heat).numpy()).max() <= 1.01
+
+
+def test_what_most_of_the_image_has_is_left_grey(tmp_path, source):
+    evidence = torch.full((35, 19), 0.8)
+    evidence[20:24, 10:12] = 1.0
+    write_overlay(source, evidence, tmp_path / "a.png")
+    picture = np.array(Image.open(tmp_path / "a.png")).astype(int)
+    coloured = picture[..., 0] != picture[..., 2]
+    assert coloured[650:740, 325:370].all() and not coloured[:580].any() and not coloured[:, :270].any()
 
 
 def test_negative_or_no_evidence_leaves_the_image_grey(tmp_path, source):

@@ -1,0 +1,62 @@
+"""A plan as people read it: a table with bars at a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..engine.memory import format_bytes
+from ..engine.plan import Plan
+
+_BAR = 32
+
+
+def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
+    """Print a plan; the bars compare its parts, its sum, the budget and stock PyTorch on one scale."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        click.echo(str(plan))
+        return
+    n, _, height, width = plan.image
+    step = "a training step" if plan.training else "a prediction"
+    batch = f"{n} images of " if n > 1 else ""
+    size = f"{height} x {width} pixels ({n * height * width / 1e6:.1f} Mpx)"
+    console.print(f"{step} of [bold]{model}[/] on {batch}{size}")
+    rows, columns = plan.tiles
+    passes = f", {plan.retained} of them not recomputed" if plan.retained else ""
+    console.print(
+        f"[bold]{rows * columns}[/] tiles of [bold]{plan.tile[0]} x {plan.tile[1]}[/] ({rows} x {columns}){passes}"
+    )
+    parts = _parts(plan)
+    sums = [("predicted peak", plan.peak_bytes, "bold")]
+    if plan.budget is not None:
+        sums.append((f"budget ({'kept' if plan.fits else 'exceeded'})", plan.budget, "cyan"))
+    if plan.stock_bytes is not None:
+        name = f"stock PyTorch ({plan.stock_bytes / plan.peak_bytes:.1f} times the peak)"
+        sums.append((name, plan.stock_bytes, "red"))
+    largest = max(size for _, size, _ in [*parts, *sums])
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for group in (parts, sums):
+        for name, size, style in group:
+            bar = "█" * max(1, round(_BAR * size / largest)) if size else ""
+            table.add_row(name, format_bytes(size), bar, style=style)
+        table.add_row()
+    console.print(table)
+
+
+def _parts(plan: Plan) -> list[tuple[str, int, str]]:
+    where = {"device": "carries", "host": "carries, in host memory", "disk": "carries, on disk"}[plan.carries]
+    resident = "" if plan.carries == "device" else "dim"
+    parts = [("parameters and gradients" if plan.training else "parameters", plan.parameter_bytes, "")]
+    if plan.carry_bytes:
+        parts.append((where, plan.carry_bytes, resident))
+    parts += [("strips in work", plan.strip_bytes, ""), ("one tile", plan.tile_bytes, "")]
+    if plan.retained_bytes:
+        parts.append(("retained tiles", plan.retained_bytes, ""))
+    if plan.stored_bytes:
+        parts.append(("whole maps", plan.stored_bytes, ""))
+    return parts
