@@ -34,9 +34,10 @@ _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)},
 # Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
 _PREFERRED = {"cpu": 512, "cuda": 4096}
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
-# keeps freed blocks: about as much again as the activations of the tile in work, unless retained tiles fill it.
-# Both are fitted to the resident memory of ResNet-18 and -50 at tiles of 256 to 1024.
+# keeps freed blocks: about as much again as the activations of the tile in work; retained tiles fill a part of that.
+# All are fitted to the resident memory of ResNet-18 and -50 at tiles of 256 to 1024.
 _KERNEL_BYTES, _MOST_KERNELS, _HEAP_SHARE = 90_000, 1024, 1.2
+_SLACK_FILLED = 0.25
 # Share of the free memory that is taken where no budget is given.
 _FREE_SHARE = 0.8
 
@@ -179,11 +180,12 @@ class _Estimate:
         if budget is None or not held or plan.peak_bytes > budget:
             return plan
         # What is left of the budget keeps graphs of tiles; the first of them is the tile in work itself.
-        retained = min(sweep.tiles, 1 + (budget - plan.peak_bytes + slack) // held)
+        left = budget - plan.peak_bytes
+        graphs = min(left / (1 - _SLACK_FILLED), left + slack) // held
+        retained = min(sweep.tiles, 1 + int(graphs))
         kept_graphs = (retained - 1) * held
-        return replace(
-            plan, retained=retained, retained_bytes=kept_graphs, library_bytes=kernels + max(0, slack - kept_graphs)
-        )
+        filled = min(slack, int(_SLACK_FILLED * kept_graphs))
+        return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=kernels + slack - filled)
 
     def _library(self, sweep: Sweep, tile_bytes: int) -> tuple[int, int]:
         """Bytes of compiled kernels, and of the heap's slack."""
@@ -236,17 +238,15 @@ def choose(
     limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
     height, width = graph.maps.size(graph.image)
     sides = _sides(device, height, width) if tile is None else [tile]
-    least: Plan | None = None
-    for place in _places(carries, device):
+    places = _places(carries, device)
+    for place in places:
         for side in sides:
             plan = estimate.plan(side, place, budget, count_tile=False)
             if plan.peak_bytes <= limit and (count_tile or tile is None):
                 plan = estimate.plan(side, place, budget)
             if plan.peak_bytes <= limit:
                 return plan
-            if least is None or plan.peak_bytes < least.peak_bytes:
-                least = plan
-    assert least is not None
+    least = min((estimate.plan(side, places[-1], budget) for side in sides[-3:]), key=lambda plan: plan.peak_bytes)
     what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
     raise BudgetError(
         f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
