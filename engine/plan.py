@@ -246,7 +246,10 @@ def choose(
                 plan = estimate.plan(side, place, budget)
             if plan.peak_bytes <= limit:
                 return plan
-    least = min((estimate.plan(side, places[-1], budget) for side in sides[-3:]), key=lambda plan: plan.peak_bytes)
+    least = estimate.plan(sides[-1], places[-1], budget)
+    for side in sides:
+        if estimate.plan(side, places[-1], budget, count_tile=False).peak_bytes < least.peak_bytes:
+            least = min(least, estimate.plan(side, places[-1], budget), key=lambda plan: plan.peak_bytes)
     what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
     raise BudgetError(
         f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
