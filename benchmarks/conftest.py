@@ -15,4 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    for private in ("node", "release"):
+        machine_info.pop(private, None)
+    machine_info["cpu"] = provenance()["cpu"]
     machine_info["provenance"] = provenance()

@@ -106,7 +106,7 @@ class Plan:
             ("strips in work", format_bytes(self.strip_bytes)),
             ("one tile", format_bytes(self.tile_bytes)),
         ]
-        if self.retained:
+        if self.retained > 1:
             lines.append(("retained tiles", f"{format_bytes(self.retained_bytes)} ({self.retained} not recomputed)"))
         if self.stored_bytes:
             lines.append(("whole maps", format_bytes(self.stored_bytes)))
