@@ -34,9 +34,12 @@ _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)},
 # Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
 _PREFERRED = {"cpu": 512, "cuda": 4096}
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
-# keeps freed blocks: about as much again as the activations of the tile in work; retained tiles fill a part of that.
-# All are fitted to the resident memory of ResNet-18 and -50 at tiles of 256 to 1024.
-_KERNEL_BYTES, _MOST_KERNELS, _HEAP_SHARE = 90_000, 1024, 1.2
+# keeps freed blocks: as much again as the activations of the tile in work once more than a few tiles have gone by, and
+# some copies of the weights. Retained tiles fill a part of that. All of it is fitted to the resident memory of
+# ResNet-18 and -50 (benchmarks/results/memory_cpu.json): ten of the twelve rows to 10 %.
+_KERNEL_BYTES, _MOST_KERNELS = 90_000, 1024
+_HEAP_SHARE, _HEAP_SHARE_FEW_TILES, _FEW_TILES = 1.0, 0.35, 4
+_WEIGHT_COPIES, _MOST_WEIGHT_COPIES = 2, 78_000_000
 _SLACK_FILLED = 0.25
 # Share of the free memory that is taken where no budget is given.
 _FREE_SHARE = 0.8
@@ -199,7 +202,9 @@ class _Estimate:
             shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
         kernels = min(_MOST_KERNELS, len(outputs) * shapes * (3 if self.training else 1)) * _KERNEL_BYTES
         grads = self.gradient_bytes if self.training else 0
-        return kernels, int(_HEAP_SHARE * max(0, tile_bytes - grads))
+        share = _HEAP_SHARE_FEW_TILES if sweep.tiles <= _FEW_TILES else _HEAP_SHARE
+        copies = min(_WEIGHT_COPIES * self.gradient_bytes, _MOST_WEIGHT_COPIES)
+        return kernels, int(share * max(0, tile_bytes - grads)) + copies
 
 
 def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
