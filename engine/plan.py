@@ -36,7 +36,7 @@ _PREFERRED = {"cpu": 512, "cuda": 4096}
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
 # keeps freed blocks: as much again as the activations of the tile in work once more than a few tiles have gone by, and
 # some copies of the weights. Retained tiles fill a part of that. All of it is fitted to the resident memory of
-# ResNet-18 and -50 (benchmarks/results/memory_cpu.json): ten of the twelve rows to 10 %.
+# ResNet-18 and -50 (benchmarks/results/memory_cpu.json): eleven of twelve rows to 11 %.
 _KERNEL_BYTES, _MOST_KERNELS = 90_000, 1024
 _HEAP_SHARE, _HEAP_SHARE_FEW_TILES, _FEW_TILES = 1.0, 0.35, 4
 _WEIGHT_COPIES, _MOST_WEIGHT_COPIES = 2, 78_000_000
