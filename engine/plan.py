@@ -203,7 +203,7 @@ class _Estimate:
         kernels = min(_MOST_KERNELS, len(outputs) * shapes * (3 if self.training else 1)) * _KERNEL_BYTES
         grads = self.gradient_bytes if self.training else 0
         share = _HEAP_SHARE_FEW_TILES if sweep.tiles <= _FEW_TILES else _HEAP_SHARE
-        copies = min(_WEIGHT_COPIES * self.gradient_bytes, _MOST_WEIGHT_COPIES)
+        copies = min(_WEIGHT_COPIES * grads, _MOST_WEIGHT_COPIES)  # made for the gradients of the weights
         return kernels, int(share * max(0, tile_bytes - grads)) + copies
 
 
