@@ -252,9 +252,7 @@ class Accelerated(nn.Module):
 
 def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):
     """Adds a block's evidence to the map of it."""
-    if not reduction.keepdim:
-        for d in sorted(reduction.dims):
-            grad = grad.unsqueeze(d)
+    grad = reduction.keep_dims(grad)
 
     def add(block: Tensor, rect: tuple[int, int, int, int]) -> None:
         share = (block.float() * (grad.float() / reduction.count)).movedim(axes, (-2, -1))
@@ -284,7 +282,6 @@ def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device
 
 
 def _autocast(op: Op, device: torch.device):
-
     if op.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=op.autocast[1], enabled=op.autocast[0])

@@ -37,12 +37,8 @@ class Access(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """Output o reads inputs o*stride - pad + dilation*t for t in 0 .. kernel-1; what falls outside is padding.
-
-    `pad` is the padding before the axis and may be negative (a crop). Convolution, pooling, padding, cropping and
-    strided slicing are all windows; a pointwise op is the window with kernel 1, stride 1, pad 0.
-    """
+class _Strided:
+    """Sizes and parameters of a kernel that moves along one axis."""
 
     size_in: int
     size_out: int
@@ -55,6 +51,15 @@ class Window:
     def reach(self) -> int:
         """Extent of the dilated kernel minus one."""
         return self.dilation * (self.kernel - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Window(_Strided):
+    """Output o reads inputs o*stride - pad + dilation*t for t in 0 .. kernel-1; what falls outside is padding.
+
+    `pad` is the padding before the axis and may be negative (a crop). Convolution, pooling, padding, cropping and
+    strided slicing are all windows; a pointwise op is the window with kernel 1, stride 1, pad 0.
+    """
 
     def ready(self, frontier: int) -> int:
         if frontier >= self.size_in:
@@ -73,10 +78,6 @@ class Window:
             max(0, self.pad - lo * self.stride),
             max(0, (hi - 1) * self.stride - self.pad + self.reach + 1 - self.size_in),
         )
-
-    @property
-    def is_identity(self) -> bool:
-        return self.size_in == self.size_out and (self.kernel, self.stride, self.pad) == (1, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,29 +100,13 @@ class Gather:
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         return self.sources[lo], (self.last or self.sources)[hi - 1] + 1
 
-    @property
-    def is_identity(self) -> bool:
-        return False
-
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(_Strided):
     """Input i reaches the outputs i*stride - pad + dilation*t for t in 0 .. kernel-1 (a transposed convolution).
 
     Outputs that no input reaches (a kernel smaller than the stride, output padding) are given a neighbour to read.
     """
-
-    size_in: int
-    size_out: int
-    kernel: int = 1
-    stride: int = 1
-    pad: int = 0
-    dilation: int = 1
-
-    @property
-    def reach(self) -> int:
-        """Extent of the dilated kernel minus one."""
-        return self.dilation * (self.kernel - 1)
 
     def ready(self, frontier: int) -> int:
         if frontier >= self.size_in:
@@ -131,10 +116,6 @@ class Spread:
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         end = min((hi - 1 + self.pad) // self.stride + 1, self.size_in)
         return max(0, min(-((self.reach - lo - self.pad) // self.stride), end - 1)), end
-
-    @property
-    def is_identity(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +155,6 @@ class Mirror:
         start = min(max(lo - self.pad, 0), self.size_in - 1 - reach * max(self.after, 0))
         end = max(hi - self.pad, 1 + reach * self.pad if lo < self.pad else 1)
         return max(start, 0), min(end, self.size_in)
-
-    @property
-    def is_identity(self) -> bool:
-        return False
 
 
 def same(size: int) -> Window:

@@ -340,11 +340,8 @@ class Scan:
         for number, accumulator in enumerate(kept.accumulators):
             reduction = accumulator.reduction
             grad = None if grads is None else grads[number]
-            if grad is not None and not reduction.keepdim:
-                for d in sorted(reduction.dims):
-                    grad = grad.unsqueeze(d)
             shares = accumulator.shares() if accumulator.maxima and grad is not None else {}
-            grad = None if grad is None else grad / reduction.count
+            grad = None if grad is None else reduction.keep_dims(grad) / reduction.count
             targets.setdefault(reduction.value, []).append(Target(accumulator, grad, shares))
         for number, value in enumerate(graph.stored, len(graph.reductions)):
             grad = None if grads is None else grads[number]

@@ -83,6 +83,13 @@ class Reduction:
     keepdim: bool
     first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
 
+    def keep_dims(self, result: Tensor) -> Tensor:
+        """A tensor of the result's shape with the reduced dimensions kept, of size one."""
+        if not self.keepdim:
+            for d in sorted(self.dims):
+                result = result.unsqueeze(d)
+        return result
+
 
 @dataclass(slots=True)
 class Whole:
