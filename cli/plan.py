@@ -9,6 +9,9 @@ import rich_click as click
 from . import options
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from ..engine import Plan
 
 
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 @options.batch_norm
 @options.precision
 @click.option("--inference", is_flag=True, help="Plan a prediction, not a training step.")
+@click.option(
+    "--kernels", is_flag=True, help="Also run some tiles on the GPU and list our kernel's time and cuDNN's per layer."
+)
 @options.device
 def plan(
     model: str,
@@ -31,11 +37,14 @@ def plan(
     batch_norm: str | None,
     precision: str,
     inference: bool,
+    kernels: bool,
     device: str,
 ) -> None:
     """Say which tile a network and an image size need, the predicted peak memory, and what stock PyTorch would need.
 
-    Nothing is computed. The exit code is 2 if no tile fits the budget.
+    Nothing is computed, except with --kernels. The exit code is 2 if no tile fits the budget. Which kernels run is
+    measured once per layer and shape and kept; the environment variable GIGAMORPH_KERNELS=stock (or triton, or
+    measured) overrides it.
 
     Example: gigamorph plan --model resnet50 --size 4096x3328 --memory-budget 4GiB
     """
@@ -64,3 +73,32 @@ def plan(
         made = planned(frozen=True)
         click.echo("note: planned with --batch-norm frozen, which training this network needs", err=True)
     show_plan(made, model)
+    if kernels:
+        _measure_kernels(net, made, torch.device(device), autocast)
+
+
+def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast: torch.dtype | None) -> None:
+    """Run the tiles of a small image, interior ones among them, and list what was chosen."""
+    import torch
+
+    from .. import kernels
+    from ..engine import accelerate
+    from .table import show_choices
+
+    if not kernels.enabled(device):
+        click.echo(f"kernels        none on {device.type}: PyTorch's own ops run (ours need a CUDA GPU and Triton)")
+        return
+    from ..kernels.choice import table
+
+    n, channels, *size = made.image
+    few = [min(side, 3 * tile) for side, tile in zip(size, made.tile, strict=True)]
+    image = torch.rand(n, channels, *few, device=device)
+    run = accelerate(net.to(device), tile=made.tile)
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        if made.training:
+            output = run(image)
+            output.float().square().mean().backward()
+        else:
+            with torch.no_grad():
+                run(image)
+    show_choices(table())

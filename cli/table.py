@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 from rich.console import Console
 from rich.table import Table
 
 from ..engine.memory import format_bytes
 from ..engine.plan import Plan
+
+if TYPE_CHECKING:
+    from ..kernels.choice import Choice
 
 _BAR = 32
 
@@ -45,6 +51,23 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
             bar = "█" * max(1, round(_BAR * size / largest)) if size else ""
             table.add_row(name, format_bytes(size), bar, style=style)
         table.add_row()
+    console.print(table)
+
+
+def show_choices(choices: Sequence[Choice], console: Console | None = None) -> None:
+    """Print which kernels run, with the times that decided it; those that gain most first."""
+    console = console or Console(highlight=False)
+    table = Table(title="kernels, as measured on this GPU", box=None, title_justify="left", pad_edge=False)
+    for name in ("op", "shape and settings"):
+        table.add_column(name, overflow="fold")
+    for name in ("stock ms", "ours ms", "ours / stock"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("runs", no_wrap=True)
+    for choice in sorted(choices, key=lambda c: c.ratio):
+        ours = min(ms for name, ms in choice.ms.items() if name != "stock")
+        style = "" if choice.chosen == "stock" else "green"
+        row = (f"{choice.ms['stock']:.3f}", f"{ours:.3f}", f"{choice.ratio:.2f}", choice.chosen)
+        table.add_row(choice.op, choice.key, *row, style=style)
     console.print(table)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .backend import fold_batch_norm
+from .. import kernels
+from .backend import prepare
 from .errors import GigamorphError
 from .graph import Graph, Small, build_graph
 from .memory import parse_bytes
@@ -132,12 +133,13 @@ class Accelerated(nn.Module):
         modes = tuple((id(m), m.training) for m in self._network.modules())
         wants = tuple(p.requires_grad for p in self.parameters())
         settings = (self.tile, self.memory_budget, self.carries)
-        key = (shape, dtype, device, training, image_grad, modes, wants, Autocast.current(device), settings)
+        autocast, triton = Autocast.current(device), kernels.enabled(device)
+        key = (shape, dtype, device, training, image_grad, modes, wants, autocast, settings, triton)
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
         graph = build_graph(capture(self._network, shape, dtype, device))
-        fold_batch_norm(graph)
+        prepare(graph, training, image_grad)
         counted = self.memory_budget is not None
         plan = choose(graph, self.memory_budget, self.tile, training, self.carries, image_grad, counted)
         sweep = Sweep(graph, plan.tile)

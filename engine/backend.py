@@ -8,6 +8,8 @@ so the sweep runs one convolution with the folded weights, which are computed on
 gradients of w, gamma and beta come out of the gradients of the folded weights. Neither the convolution's raw output
 nor a normalised copy of it exists any more.
 
+`fuse` (fused/): where kernels run, convolutions take the sums and activations behind them.
+
 `in_place_runs`: an activation or a residual sum overwrites its input where nothing else will read that.
 """
 
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import Graph, Small
+from .. import kernels
+from .graph import Graph, Small, private_maps, readers_of, small_inputs
 from .ops import Block, Env, Local
 from .ops.base import Run, arguments
 from .trace import Op, Ref, Value
@@ -31,23 +34,23 @@ def _plain(name: str) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def _readers(graph: Graph) -> dict[int, list[Local]]:
-    readers: dict[int, list[Local]] = {}
-    for local in graph.locals:
-        for value in local.reads:
-            readers.setdefault(value, []).append(local)
-    return readers
+def prepare(graph: Graph, training: bool, image_grad: bool = False) -> None:
+    """All rewrites that do not depend on the tile, for the device that the graph was recorded for.
 
+    Args:
+        training: whether there will be a backward.
+        image_grad: whether the image will want a gradient.
+    """
+    fold_batch_norm(graph)
+    if kernels.enabled(graph.program.values[graph.image].device):
+        from .fused import fuse  # needs Triton
 
-def _private(graph: Graph) -> set[int]:
-    """Maps that local ops alone look at."""
-    public = {r.value for r in graph.reductions} | set(graph.stored)
-    return {v for local in graph.locals for v in local.op.outputs} - public
+        fuse(graph, training, image_grad)
 
 
 def fold_batch_norm(graph: Graph) -> None:
     """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
-    readers, private = _readers(graph), _private(graph)
+    readers, private = readers_of(graph), private_maps(graph)
     makers = {local.op.outputs[0]: local for local in graph.locals if local.op.name == "conv2d"}
     dropped: set[int] = set()
     for norm in list(graph.locals):
@@ -61,12 +64,7 @@ def fold_batch_norm(graph: Graph) -> None:
         dropped.add(id(norm))
         _fold(graph, conv, norm, given)
     graph.locals = [local for local in graph.locals if id(local) not in dropped]
-    graph.smalls = list(dict.fromkeys(v for local in graph.locals for v in _smalls(graph, local)))
-
-
-def _smalls(graph: Graph, local: Local) -> list[int]:
-    drawn = [] if local.drawn is None else [local.drawn]
-    return [v for v in local.op.inputs if v not in graph.maps] + drawn
+    graph.smalls = small_inputs(graph)
 
 
 def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None:
@@ -124,7 +122,7 @@ def in_place_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:
     Returns:
         For the output of each such op, the function that computes it in place of the op's own.
     """
-    readers, private = _readers(graph), _private(graph)
+    readers, private = readers_of(graph), private_maps(graph)
     fresh = {v for local in graph.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}
 
     def free(value: int, op: Op) -> bool:

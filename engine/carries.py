@@ -70,7 +70,8 @@ class Layout:
     """How a window is put together; all rectangles are in the window's own coordinates without padding.
 
     `parts` pairs a rectangle of the window with the tensor that fills it and the rectangle there; the block's part has
-    no tensor. `pad` is (top, bottom, left, right), filled with `fill`.
+    no tensor. `pad` is (top, bottom, left, right), filled with `fill`. `in_margin` says that the block has room in
+    memory for the rows above and the columns to the left: they are copied there, and the window is a view.
     """
 
     axes: Axes
@@ -80,9 +81,13 @@ class Layout:
     fill: float
     parts: list[tuple[Rect, Tensor, Rect]]
     block: tuple[Rect, Rect] | None
+    in_margin: bool = False
 
     def compose(self, block: Tensor | None) -> Tensor:
-        """The window as one new tensor."""
+        """The window: one new tensor, or a view of the block and its margin."""
+        if self.in_margin:
+            assert block is not None
+            return self._fill_margin(block)
         top, bottom, left, right = self.pad
         pattern = block if block is not None else self.parts[0][1]
         height, width = self.height + top + bottom, self.width + left + right
@@ -103,6 +108,19 @@ class Layout:
             target, source = self.block
             cut(inner, self.axes, target).copy_(cut(block, self.axes, source))
         return out
+
+    def _fill_margin(self, block: Tensor) -> Tensor:
+        assert self.block is not None
+        target, source = self.block
+        size, offset = list(block.shape), block.storage_offset()
+        for axis, extent, first in zip(self.axes, (self.height, self.width), (0, 2), strict=True):
+            size[axis] = extent
+            offset += (source[first] - target[first]) * block.stride(axis)
+        # .data: the margin is no part of the block, so autograd need not hear that it is written.
+        window = block.data.as_strided(size, block.stride(), offset)
+        for part, tensor, rect in self.parts:
+            cut(window, self.axes, part).copy_(cut(tensor, self.axes, rect))
+        return window
 
 
 class Compose(torch.autograd.Function):

@@ -81,6 +81,28 @@ class Window(_Strided):
 
 
 @dataclass(frozen=True, slots=True)
+class Chain:
+    """Two windows one behind the other; the map between them is computed again where two tiles need it."""
+
+    first: Window
+    second: Window
+
+    @property
+    def size_in(self) -> int:
+        return self.first.size_in
+
+    @property
+    def size_out(self) -> int:
+        return self.second.size_out
+
+    def ready(self, frontier: int) -> int:
+        return self.second.ready(self.first.ready(frontier))
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        return self.first.span(*self.second.span(lo, hi))
+
+
+@dataclass(frozen=True, slots=True)
 class Gather:
     """Output o reads the inputs sources[o] .. last[o] (sources[o] alone if `last` is None); neither ever decreases.
 

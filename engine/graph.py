@@ -73,6 +73,31 @@ class Graph:
             raise _refuse(op, str(reason)) from None
 
 
+def readers_of(graph: Graph) -> dict[int, list[Local]]:
+    """The local ops that read each map."""
+    readers: dict[int, list[Local]] = {}
+    for local in graph.locals:
+        for value in local.reads:
+            readers.setdefault(value, []).append(local)
+    return readers
+
+
+def private_maps(graph: Graph) -> set[int]:
+    """Maps that local ops alone look at."""
+    public = {r.value for r in graph.reductions} | set(graph.stored)
+    return {v for local in graph.locals for v in local.op.outputs} - public
+
+
+def small_inputs(graph: Graph) -> list[int]:
+    """The smalls that local ops take."""
+    found: dict[int, None] = {}
+    for local in graph.locals:
+        found.update(dict.fromkeys(v for v in local.op.inputs if v not in graph.maps))
+        if local.drawn is not None:
+            found[local.drawn] = None
+    return list(found)
+
+
 def _live_ops(program: Program) -> list[Op]:
     """Ops that the output or a buffer depends on; unused branches (auxiliary heads) are dropped."""
     wanted = set(refs(program.output))

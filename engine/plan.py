@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backend import fold_batch_norm
+from .backend import prepare
 from .errors import BudgetError, GigamorphError
 from .graph import Graph, build_graph
 from .memory import available_bytes, format_bytes, parse_bytes
@@ -310,7 +310,7 @@ def plan(
     network = model.__dict__.get("_network", model)
     device = torch.device(device)
     graph = build_graph(capture(network, shape, dtype, device))
-    fold_batch_norm(graph)
+    prepare(graph, training)
     side = (tile, tile) if isinstance(tile, int) else tile
     chosen = choose(graph, None if budget is None else parse_bytes(budget), side, training, carries)
     stock = sum(t.nbytes for t in network.state_dict().values()) + stock_peak(network, shape, dtype, device, training)

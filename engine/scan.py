@@ -13,7 +13,7 @@ every gradient once; nothing is recomputed in an overlap.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -21,13 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import kernels
+from .ahead import ReadAhead
 from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
 from .geometry import AxisSchedule
 from .graph import Graph
 from .reduce import Accumulator, Target, Targets
 from .sweep import Carries, Sweep, Tile, area
 
-_CAST_BY_AUTOCAST = frozenset({"conv2d", "linear"})
+_CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"})
 
 
 class Pixels(Protocol):
@@ -78,6 +80,13 @@ class Kept:
     above: list[dict[int, Any]] = field(default_factory=list)  # per strip: value -> rows that enter it, full width
     left: dict[tuple[int, int], dict[int, Any]] = field(default_factory=dict)  # per tile
     recorded: dict[tuple[int, int], Recorded] = field(default_factory=dict)  # tiles that need no recomputation
+    sums: dict[int, Tensor] = field(default_factory=dict)  # gradients of the smalls, summed over the tiles
+
+    def sum_of(self, value: int, dtype: torch.dtype) -> Tensor:
+        """The sum of a small's gradient, zeros at first."""
+        if value not in self.sums:
+            self.sums[value] = torch.zeros_like(self.smalls[value], dtype=dtype)
+        return self.sums[value]
 
 
 @dataclass
@@ -122,14 +131,23 @@ class Scan:
         self.place, self.retained, self.on_tile = place, retained, on_tile
         self.autocast = Autocast.current(device)
         # oneDNN has no float64 kernels and the fallback is at home in NCHW; everything else is faster in NHWC.
-        nhwc = device.type != "cpu" or dtype != torch.float64
+        nhwc = device.type != "cpu" or dtype != torch.float64 or kernels.enabled(device)
         self.memory_format = torch.channels_last if nhwc else torch.contiguous_format
         self.kept: Kept | None = None
         self.taps: dict[int, list[Callable[[Tensor, Rect], None]]] = {}  # given every block of a map in pass 1
 
+    def convert(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device, in the dtype and memory order they are computed in."""
+        moved = pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
+        return moved.contiguous(memory_format=self.memory_format)
+
     def read(self, rect: Rect) -> Tensor:
-        tensor = self.pixels.read(*rect)
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous(memory_format=self.memory_format)
+        return self.convert(self.pixels.read(*rect))
+
+    def _read_ahead(self, tiles: Iterable[tuple[int, int]]) -> ReadAhead:
+        """Reads the pixels of these tiles, each while the one before is computed."""
+        rects = (self.sweep.image_rects(i, j, self.sweep.graph.image in self.taken) for i, j in tiles)
+        return ReadAhead(lambda rect: self.pixels.read(*rect), self.convert, self.device, rects)
 
     def prepare(self, smalls: Sequence[Tensor]) -> dict[int, Tensor]:
         """Detached smalls by value number, convolution weights in the memory order of the maps."""
@@ -182,30 +200,33 @@ class Scan:
             needs = sweep.needs_grad(image_grad, dict.fromkeys(leaves, True))
             kept = Kept(CarryStore(self.place), seed, env, leaves, needs, accumulators)
         above: dict[int, Tensor] = {}
-        for i in range(sweep.rows.steps):
-            if kept is not None:
-                kept.above.append({v: kept.store.put(t) for v, t in above.items()})
-            below: dict[int, Tensor] = {}
-            left: dict[int, Tensor] = {}
-            for j in range(sweep.cols.steps):
-                index = i * sweep.cols.steps + j
+        tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
+        with self._read_ahead(tiles) as ahead:
+            for i in range(sweep.rows.steps):
                 if kept is not None:
-                    kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
-                right: dict[int, Tensor] = {}
-                keep = partial(self._keep, accumulators=accumulators, stored=stored, below=below, right=right)
-                with self._dice(seed, i, j), self.autocast.enter():
-                    if kept is not None and index >= sweep.tiles - self.retained:
-                        tile = self.tile(i, j, kept, Carries(above, left), image_grad)
-                        kept.recorded[i, j] = self.record(tile, self.targets(kept), keep)
-                    else:
-                        tile = Tile(sweep, i, j, self.read, env, Carries(above, left))
-                        with torch.no_grad():
-                            self.run(tile, keep)
-                self._pass_right(tile, right)
-                left = right
-                self._tell("forward", i, j, index + 1)
-            self._pass_down(i, above, below)
-            above = below
+                    kept.above.append({v: kept.store.put(t) for v, t in above.items()})
+                below: dict[int, Tensor] = {}
+                left: dict[int, Tensor] = {}
+                for j in range(sweep.cols.steps):
+                    index = i * sweep.cols.steps + j
+                    ahead.advance()
+                    if kept is not None:
+                        kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
+                    right: dict[int, Tensor] = {}
+                    keep = partial(self._keep, accumulators=accumulators, stored=stored, below=below, right=right)
+                    with self._dice(seed, i, j), self.autocast.enter():
+                        if kept is not None and index >= sweep.tiles - self.retained:
+                            tile = self.tile(i, j, kept, Carries(above, left), ahead, image_grad)
+                            kept.recorded[i, j] = self.record(tile, self.targets(kept), keep)
+                        else:
+                            tile = Tile(sweep, i, j, ahead, env, Carries(above, left))
+                            with torch.no_grad():
+                                self.run(tile, keep)
+                    self._pass_right(tile, right)
+                    left = right
+                    self._tell("forward", i, j, index + 1)
+                self._pass_down(i, above, below)
+                above = below
         self.kept = kept
         return (*[a.value() for a in accumulators], *[stored[v] for v in graph.stored])
 
@@ -303,34 +324,41 @@ class Scan:
         sweep, kept = self.sweep, self.kept
         assert kept is not None
         targets = self.targets(kept, grads)
-        sums: dict[int, Tensor] = {}
+        kept.sums = {}
         grads_below: dict[int, Tensor] = {}
-        for i in reversed(range(sweep.rows.steps)):
-            above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
-            grads_above = self._returned(sweep.rows, i, above, grads_below, kept.needs)
-            grads_right: dict[int, Tensor] = {}
-            for j in reversed(range(sweep.cols.steps)):
-                left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
-                grads_left = self._returned(sweep.cols, j, left, grads_right, kept.needs)
-                recorded = kept.recorded.pop((i, j), None)
-                if recorded is None:
-                    tile = self.tile(i, j, kept, Carries(above, left), image_grad is not None)
-                    with self._dice(kept.seed, i, j), self.autocast.enter():
-                        recorded = self.record(tile, targets)
-                recorded.tile.carry_grads = Carries(grads_above, grads_left)
-                recorded.tile.handed_back = Carries(grads_below, grads_right)
-                self.differentiate(recorded, targets, kept, sums, image_grad)
-                grads_right = grads_left
-                index = i * sweep.cols.steps + j
-                self._tell("backward", i, j, sweep.tiles - index)
-            grads_below = grads_above
-        return sums
+        tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
+        again = [tile for tile in reversed(tiles) if tile not in kept.recorded]
+        with self._read_ahead(again) as ahead:
+            for i in reversed(range(sweep.rows.steps)):
+                above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
+                grads_above = self._returned(sweep.rows, i, above, grads_below, kept.needs)
+                grads_right: dict[int, Tensor] = {}
+                for j in reversed(range(sweep.cols.steps)):
+                    left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
+                    grads_left = self._returned(sweep.cols, j, left, grads_right, kept.needs)
+                    recorded = kept.recorded.pop((i, j), None)
+                    if recorded is None:
+                        ahead.advance()
+                        tile = self.tile(i, j, kept, Carries(above, left), ahead, image_grad is not None)
+                        with self._dice(kept.seed, i, j), self.autocast.enter():
+                            recorded = self.record(tile, targets)
+                    recorded.tile.carry_grads = Carries(grads_above, grads_left)
+                    recorded.tile.handed_back = Carries(grads_below, grads_right)
+                    self.differentiate(recorded, targets, kept, image_grad)
+                    grads_right = grads_left
+                    index = i * sweep.cols.steps + j
+                    self._tell("backward", i, j, sweep.tiles - index)
+                grads_below = grads_above
+        return kept.sums
 
-    def tile(self, i: int, j: int, kept: Kept, carries: Carries, image_grad: bool) -> Tile:
+    def tile(
+        self, i: int, j: int, kept: Kept, carries: Carries, read: Callable[[Rect], Tensor], image_grad: bool
+    ) -> Tile:
         """A tile to be computed with autograd on."""
-        read = (lambda rect: self.read(rect).detach().requires_grad_()) if image_grad else self.read
-        tile = Tile(self.sweep, i, j, read, kept.smalls, carries, kept.needs)
+        pixels = (lambda rect: read(rect).detach().requires_grad_()) if image_grad else read
+        tile = Tile(self.sweep, i, j, pixels, kept.smalls, carries, kept.needs)
         tile.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        tile.sum_of = kept.sum_of
         return tile
 
     def targets(self, kept: Kept, grads: Sequence[Tensor | None] | None = None) -> Targets:
@@ -390,10 +418,7 @@ class Scan:
             grad = grad * target.shares[tile.i, tile.j]
         return grad.to(root.dtype).expand_as(root)
 
-    def differentiate(
-        self, recorded: Recorded, targets: Targets, kept: Kept, sums: dict[int, Tensor],
-        image_grad: Tensor | None,
-    ) -> None:  # fmt: skip
+    def differentiate(self, recorded: Recorded, targets: Targets, kept: Kept, image_grad: Tensor | None) -> None:
         """Add a recorded tile's gradients to the sums, to the image's gradient and to the carries' gradients."""
         tile = recorded.tile
         pairs = [(root, grad(targets)) for root, grad in zip(recorded.roots, recorded.grads, strict=True)]
@@ -412,7 +437,7 @@ class Scan:
         for value in kept.leaves:
             grad = result.pop(0)
             if grad is not None:
-                _accumulate(sums, value, grad)
+                _accumulate(kept.sums, value, grad)
         for rect, _ in windows:
             grad = result.pop(0)
             if grad is not None and image_grad is not None:

@@ -111,10 +111,10 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = Fal
         image_sum = torch.empty(image.shape, dtype=image.dtype, device=image.device) if image_grad else None
         with _Meter() as meter:
             meter.ignore(smalls, entering.above, entering.left, below, right, grads, image_sum)
-            recorded = scan.record(scan.tile(i, j, kept, entering, image_grad), targets)
+            recorded = scan.record(scan.tile(i, j, kept, entering, scan.read, image_grad), targets)
             held = meter.alive
             recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
-            scan.differentiate(recorded, targets, kept, {}, image_sum)
+            scan.differentiate(recorded, targets, kept, image_sum)
         return meter.peak, held
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from .backend import in_place_runs
 from .carries import Compose, Crop, Layout, Rect, cut
 from .geometry import AxisSchedule, Window, schedule_axis
-from .graph import Graph
-from .ops import Block, Local
+from .graph import Graph, readers_of
+from .ops import Block, Local, SumOf
 
 
 class Sweep:
@@ -37,10 +37,8 @@ class Sweep:
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
-        self.reads_left: dict[int, int] = {}
-        for local in graph.locals:
-            for value in local.reads:
-                self.reads_left[value] = self.reads_left.get(value, 0) + 1
+        self.readers = readers_of(graph)
+        self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
 
     def _schedule(self, axis: int, tile: int, size: int) -> AxisSchedule:
         reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in self.graph.locals]
@@ -73,6 +71,20 @@ class Sweep:
             if lo < hi and top < bottom:
                 sizes.append(("left", bottom - top, hi - lo))
         return sizes
+
+    def reads(self, local: Local, value: int, i: int, j: int) -> Rect:
+        """The rectangle of `value` that an op reads in tile (i, j)."""
+        top, bottom, left, right = self.block(local.op.outputs[0], i, j)
+        height, width = local.reads[value]
+        return (*height.span(top, bottom), *width.span(left, right))
+
+    def image_rects(self, i: int, j: int, own: bool) -> list[Rect]:
+        """The rectangles of the image that tile (i, j) reads, and with `own` its own block of it."""
+        rects = dict.fromkeys([self.block(self.graph.image, i, j)] if own else [])
+        for local in self.readers.get(self.graph.image, ()):
+            if self.computes(local.op.outputs[0], i, j):
+                rects[self.reads(local, self.graph.image, i, j)] = None
+        return list(rects)
 
     def computes(self, value: int, i: int, j: int) -> bool:
         top, bottom, left, right = self.block(value, i, j)
@@ -133,6 +145,8 @@ class Tile:
         self.blocks: dict[int, Tensor] = {}
         self.image_windows: dict[Rect, Tensor] = {}
         self.anchor: Tensor | None = None
+        self.sum_of: SumOf | None = None
+        self.margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
         self.carry_grads: Carries | None = None
         self.handed_back: Carries | None = None
 
@@ -171,20 +185,18 @@ class Tile:
                 sinks.append(partial(self._add_to_carry, side, value, source))
         own = (shift(inside, rect[0], rect[2]), shift(inside, block[0], block[2])) if area(inside) else None
         padding, missing = ((0, 0, 0, 0), pad) if fill is None else (pad, (0, 0, 0, 0))
-        layout = Layout(axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own)
         tensor = self.blocks[value] if own else None
+        room = self.margins.get(value, (0, 0)) if own and fill is None else (0, 0)
+        in_margin = room[0] >= block[0] - rect[0] and room[1] >= block[2] - rect[2] and value in self.margins
+        layout = Layout(
+            axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own, bool(own) and in_margin
+        )
         if value in self.needs:
             return Compose.apply(self.anchor, tensor, layout, sinks), missing  # pyright: ignore
         return layout.compose(tensor), missing
 
     def _add_to_carry(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
         cut(getattr(self.carry_grads, side)[value], self.sweep.axes(value), rect).add_(grad)
-
-    def reads(self, local: Local, value: int) -> Rect:
-        """The rectangle of `value` that an op reads in this tile."""
-        top, bottom, left, right = self.sweep.block(local.op.outputs[0], self.i, self.j)
-        height, width = local.reads[value]
-        return (*height.span(top, bottom), *width.span(left, right))
 
     def run(self, local: Local) -> tuple[Tensor, ...]:
         """The output blocks of one op in this tile."""
@@ -194,14 +206,32 @@ class Tile:
         env = self.smalls
         windows = []
         for value, (height, width) in local.reads.items():
+            lacks = (0, 0, 0, 0)
             if isinstance(height, Window) and isinstance(width, Window):
-                pad = (*height.padding(*rows), *width.padding(*cols))
-            env[value], pad = self.window(value, self.reads(local, value), pad, local.fill)
+                lacks = (*height.padding(*rows), *width.padding(*cols))
+            env[value], lacks = self.window(value, self.sweep.reads(local, value, self.i, self.j), lacks, local.fill)
+            pad = (max(pad[0], lacks[0]), max(pad[1], lacks[1]), max(pad[2], lacks[2]), max(pad[3], lacks[3]))
             windows.append(value)
-        result = self.sweep.in_place.get(output, local.run)(env, Block(rows, cols, pad))
+        margin = self.margin(output) if local.leaves_room else (0, 0)
+        result = self.sweep.in_place.get(output, local.run)(env, Block(rows, cols, pad, self.sum_of, margin))
+        if margin != (0, 0):
+            self.margins[output] = margin
         for value in windows:
             del env[value]
         return result
+
+    def margin(self, value: int) -> tuple[int, int]:
+        """How many rows above and columns to the left of a block the windows of this tile need."""
+        block = self.sweep.block(value, self.i, self.j)
+        windows = [
+            self.sweep.reads(local, value, self.i, self.j)
+            for local in self.sweep.readers.get(value, ())
+            if self.sweep.computes(local.op.outputs[0], self.i, self.j)
+        ]
+        windows = [rect for rect in windows if area(rect)]
+        above = max((block[0] - rect[0] for rect in windows), default=0)
+        left = max((block[2] - rect[2] for rect in windows), default=0)
+        return max(above, 0), max(left, 0)
 
     def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
         """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the carry)."""
@@ -239,6 +269,7 @@ class Tile:
                     reached.add(value)
             if any(v in reached for v in local.op.outputs):
                 for value in local.reads:
-                    if area(split(self.reads(local, value), sweep.block(value, i, j))[2]):  # not carries alone
+                    window = sweep.reads(local, value, i, j)
+                    if area(split(window, sweep.block(value, i, j))[2]):  # not carries alone
                         through.add(value)
         return reached, through

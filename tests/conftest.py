@@ -1,4 +1,4 @@
-"""Shared by all tests: threads, the missing torchvision operator on CPU-only installs, and the real data."""
+"""Shared by all tests: Triton's interpreter, threads, the operator that torchvision may lack, and the real data."""
 
 import os
 import sys
@@ -20,6 +20,10 @@ except RuntimeError:
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 except ImportError:
     pass
+
+# Without a GPU, kernels run in Triton's interpreter. It is chosen when Triton is imported, for the whole process.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -36,14 +36,20 @@ class Block:
     """Where an op's output block lies in the whole output, and how much padding its input windows still lack.
 
     `rows` and `cols` are half-open ranges of the output map; `pad` is (top, bottom, left, right) to be added to the
-    input before a kernel without padding gives exactly this block.
+    input before a kernel without padding gives exactly this block. `sum_of` gives, where gradients are wanted, the
+    tensor in which a small's gradient is summed over the tiles, for ops that add to it themselves. `margin` is the room
+    (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its output for
+    the carries that windows of it will need.
     """
 
     rows: Span
     cols: Span
     pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    sum_of: SumOf | None = None
+    margin: tuple[int, int] = (0, 0)
 
 
+SumOf = Callable[[int, torch.dtype], Tensor]
 Env = Mapping[int, Tensor]
 Run = Callable[[Env, Block], tuple[Tensor, ...]]
 
@@ -54,8 +60,8 @@ class Local:
 
     `reads` gives, for each map input, the accesses along height and width; `axes` the image axes of each output.
     `fill` is the padding value where the op pads a window (the scan may then hand it a window padded already).
-    `shares` says that outputs may be views of an input. `once` makes a small that is drawn once per step (a channel
-    dropout's mask) and is given to `run` under the number `drawn`.
+    `leaves_room` says that the output lies in a buffer with the margin that `Block` asks for. `once` makes a small that
+    is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`.
     """
 
     op: Op
@@ -64,6 +70,7 @@ class Local:
     run: Run
     fill: float | None = None
     random: bool = False
+    leaves_room: bool = False
     once: Callable[[torch.dtype, torch.device], Tensor] | None = None
     drawn: int | None = None
 

@@ -84,3 +84,25 @@ def test_a_size_that_is_none(size, capsys):
 def test_a_budget_that_is_none(capsys):
     assert run("--size", "10x10", "--memory-budget", "lots") == 2
     assert "lots" in capsys.readouterr().err
+
+
+def test_without_a_gpu_kernels_are_said_to_be_pytorch_s(capsys):
+    assert run(*RESNET, "--inference", "--kernels", "--device", "cpu") == 0
+    assert "PyTorch's own ops run" in capsys.readouterr().out
+
+
+def test_choices_are_listed_with_their_times():
+    from gigamorph.cli.table import show_choices
+    from gigamorph.kernels.choice import Choice
+
+    out = StringIO()
+    show_choices(
+        [
+            Choice("conv2d_forward", '["bfloat16"]', "stock", {"stock": 1.0, "triton": 1.25}, 1.25),
+            Choice("conv2d_dgrad", '["bfloat16"]', "triton", {"stock": 2.0, "triton": 1.0}, 0.5),
+        ],
+        Console(file=out, width=120),
+    )
+    lines = out.getvalue().splitlines()
+    assert "0.50" in lines[2] and lines[2].rstrip().endswith("triton")
+    assert "1.250" in lines[3] and lines[3].rstrip().endswith("stock")

@@ -1,0 +1,236 @@
+"""Compile kernels as their launchers launch them, on a machine without a GPU, and read what came out.
+
+Inside `compile_only(90)` every `kernel[grid](...)` is compiled and not run: a stand-in for the driver names the chip,
+and the launchers get meta tensors of real sizes. So the code is specialised as it will be on the GPU (alignment,
+32-bit or 64-bit integers, descriptors), and the grid is the real one. Triton must have been imported without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Of one multiprocessor: shared memory in bytes (a block takes 1024 more than it asks for), registers, warps.
+SHARED_OF_MULTIPROCESSOR = {80: 167_936, 90: 233_472}
+REGISTERS, WARPS = 65_536, 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the compiled kernel, its grid, and the integers it was given."""
+
+    name: str
+    grid: tuple[int, ...]
+    integers: dict[str, int]
+    kernel: Any
+    log: str  # of ptxas
+    seconds: float  # to compile; 0 if an earlier launch compiled it
+
+
+class _Driver:
+    """What JITFunction asks of a driver before it launches."""
+
+    def __init__(self, chip: int):
+        self.chip = chip
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip, 32)
+
+    def get_current_device(self) -> int:
+        return self.chip  # kernels are cached per device: one cache per chip
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextlib.contextmanager
+def compile_only(chip: int) -> Iterator[list[Launch]]:
+    """Launches become compilations for a chip (10 * major + minor); the list grows by one for each."""
+    launches: list[Launch] = []
+    logs: dict[int, str] = {}
+    before, active, dump = JITFunction.run, driver._active, knobs.nvidia.dump_ptxas_log
+
+    def run(self, *args, grid, warmup=False, **options):
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = before(self, *args, grid=grid, warmup=True, **options)
+        fresh = id(kernel) not in logs
+        logs.setdefault(id(kernel), log.getvalue())
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        if callable(grid):
+            grid = grid(given)
+        integers = {name: int(value) for name, value in given.items() if isinstance(value, int)}
+        seconds = time.perf_counter() - began if fresh else 0.0
+        launches.append(Launch(self.__name__, tuple(grid), integers, kernel, logs[id(kernel)], seconds))
+        return kernel
+
+    driver.set_active(_Driver(chip))
+    JITFunction.run, knobs.nvidia.dump_ptxas_log = run, True
+    try:
+        yield launches
+    finally:
+        JITFunction.run, knobs.nvidia.dump_ptxas_log = before, dump
+        driver._active = active
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one compiled kernel needs and contains.
+
+    Attributes:
+        shared: dynamic shared memory of a block, bytes.
+        spilled: stores of registers to local memory.
+        wgmma, mma, descriptor_loads: instructions of the matrix units and the tensor memory accelerator.
+    """
+
+    registers: int
+    shared: int
+    warps: int
+    spilled: int
+    wgmma: int
+    mma: int
+    descriptor_loads: int
+
+    def blocks(self, chip: int) -> int:
+        """Blocks that one multiprocessor holds at a time."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(REGISTERS // registers, SHARED_OF_MULTIPROCESSOR[chip] // (self.shared + 1024), WARPS // self.warps)
+
+
+@functools.cache
+def read_code(kernel: Any) -> Code:
+    """Disassemble a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+
+    def count(instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}\b", sass))
+
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return Code(
+        int(registers[1]), kernel.metadata.shared, kernel.metadata.num_warps, count("STL"), count("HGMMA"),
+        count("HMMA"), count("UTMALDG"),
+    )  # fmt: skip
+
+
+_OPERATION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+) ?(.*?)(?: loc\(.*\))?$")
+_LOOP = re.compile(r"scf\.for (%\w+) = (%\w+) to (%\w+) step")
+_ARGUMENT = re.compile(r"%(\w+): i\d+")
+_NAMES = re.compile(r"%[\w#]+")
+_SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "arith.extsi", "arith.index_cast"}
+
+Interval = tuple[int, int]
+
+
+def overflows(launch: Launch) -> list[str]:
+    """Operations on 32-bit integers whose result may not fit, for the grid and the integers of a launch.
+
+    Intervals are carried through the kernel's intermediate code. What is loaded from memory or carried around a loop is
+    unknown, and so is what depends on it; unknown results are not reported.
+    """
+    text = launch.kernel.asm["ttir"]
+    known: dict[str, Interval] = {}
+    header = next(line for line in text.splitlines() if "tt.func public" in line)
+    for name in _ARGUMENT.findall(header):
+        if name in launch.integers:
+            known["%" + name] = (launch.integers[name],) * 2
+    grid = dict(zip("xyz", (*launch.grid, 1, 1), strict=False))
+    found = []
+    for line in text.splitlines():
+        if loop := _LOOP.search(line):
+            index, first, end = loop.groups()
+            if first in known and end in known:
+                known[index] = known[first][0], max(known[end][1] - 1, known[first][0])
+        if (match := _OPERATION.match(line)) is None:
+            continue
+        result, operation, rest = match.groups()
+        interval = _interval(operation, rest, known, grid)
+        if interval is None:
+            continue
+        if rest.endswith(("i32", "i32>")):
+            low, high = interval
+            if low < -(2**31) or high >= 2**31:
+                found.append(f"{result[1:]} = {operation} may reach {max(-low, high):,}")
+                continue
+        known[result] = interval
+    return found
+
+
+def _interval(operation: str, rest: str, known: dict[str, Interval], grid: dict[str, int]) -> Interval | None:
+    """The values an operation may have, or None if nothing is known."""
+    if operation == "arith.constant":
+        value = re.match(r"(?:dense<)?(-?\d+)>? : (?:tensor<[\dx]*)?i\d+", rest)
+        return (int(value[1]),) * 2 if value else None
+    if operation == "tt.get_program_id":
+        return 0, grid[rest[0]] - 1
+    if operation == "tt.get_num_programs":
+        return (grid[rest[0]],) * 2
+    if operation == "tt.make_range":
+        end, start = (int(re.search(rf"{word} = (\d+)", rest)[1]) for word in ("end", "start"))  # pyright: ignore
+        return start, end - 1
+    operands = [known.get(name) for name in _NAMES.findall(rest)]
+    if operation == "arith.select" and len(operands) == 3:
+        operands = operands[1:]
+    if not operands or None in operands:
+        return None
+    (a, b), *others = operands  # pyright: ignore
+    if operation in _SAME:
+        return a, b
+    if len(others) != 1:
+        return None
+    c, d = others[0]
+    match operation.removeprefix("arith."):
+        case "addi":
+            return a + c, b + d
+        case "subi":
+            return a - d, b - c
+        case "muli":
+            corners = [a * c, a * d, b * c, b * d]
+            return min(corners), max(corners)
+        case "shli" if c >= 0:
+            corners = [a << c, a << d, b << c, b << d]
+            return min(corners), max(corners)
+        case "shrsi" if c >= 0:
+            corners = [a >> c, a >> d, b >> c, b >> d]
+            return min(corners), max(corners)
+        case "divsi" if c > 0:
+            corners = [v // w if v >= 0 else -(-v // w) for v in (a, b) for w in (c, d)]  # towards zero
+            return min(corners), max(corners)
+        case "remsi" if c > 0:
+            return (0 if a >= 0 else max(a, 1 - d)), (min(b, d - 1) if b >= 0 else 0)
+        case "andi" if a >= 0 and c >= 0:
+            return 0, min(b, d)
+        case "minsi":
+            return min(a, c), min(b, d)
+        case "maxsi":
+            return max(a, c), max(b, d)
+        case "select":
+            return min(a, c), max(b, d)
+    return None

@@ -1,0 +1,307 @@
+"""Correctness of every kernel on the hardware, for `gpu.py`: errors against float64, bits of two runs, 4 and 8 warps.
+
+The oracle is the plain-PyTorch reference of each kernel, computed in float64 from the inputs as they were rounded, and
+the bounds are those of the tests (tests/helpers/kernel_checks.py). Outputs are made of NaN before a kernel writes them
+and lie between guard bands. Inputs are fresh random numbers of sizes that fill no tile evenly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+from kernel_checks import BOUNDS, DEVICE, Guarded, errors, poisoned, random_map
+
+from gigamorph.kernels import choice
+from gigamorph.kernels.tuning import Config, forced
+
+Check = Callable[[], dict[str, Any]]
+
+# name: filter, stride, dilation, groups, padding
+GEOMETRIES = {
+    "3x3": (3, 1, 1, 1, (1, 1, 1, 1)),
+    "3x3/2": (3, 2, 1, 1, (1, 0, 1, 1)),
+    "1x1": (1, 1, 1, 1, (0, 0, 0, 0)),
+    "1x1/2": (1, 2, 1, 1, (0, 0, 0, 0)),
+    "5x5": (5, 1, 1, 1, (2, 1, 0, 2)),
+    "7x7/2": (7, 2, 1, 1, (3, 3, 3, 3)),
+    "3x3 dilated": (3, 1, 2, 1, (2, 2, 2, 2)),
+    "3x3 grouped": (3, 1, 1, 4, (1, 1, 1, 1)),
+    "2x2/2": (2, 2, 1, 1, (0, 0, 0, 0)),
+}
+VARIED = ("3x3", "3x3/2", "1x1")  # in every form, tile and number of warps
+
+
+class Bench:
+    """What one check gathers."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.row: dict[str, Any] = {"ok": True, "errors": {}, "reproducible": True}
+
+    @property
+    def kind(self) -> Any:
+        return "tf32" if self.dtype == torch.float32 else self.dtype
+
+    def compare(self, name: str, result: Tensor, oracle: Tensor) -> None:
+        """Note relative L2 and max/RMS, and whether both keep the bounds."""
+        if not bool(torch.isfinite(result).all()):
+            self.row["errors"][name], self.row["ok"] = "not finite", False
+            return
+        found = errors(result, oracle)
+        self.row["errors"][name] = found
+        self.row["ok"] &= all(e <= bound for e, bound in zip(found, BOUNDS[self.kind], strict=True))
+
+    def twice(self, run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The first of two runs, which must agree bit by bit."""
+        first, second = [t.clone() for t in run()], run()
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+        self.row["reproducible"] &= same
+        self.row["ok"] &= same
+        return first
+
+
+def _variants(op: str, dtype: torch.dtype, geometry: str, dry: bool) -> Iterator[tuple[str, Config | None]]:
+    """The computed configuration, then forced ones."""
+    yield "computed", None
+    if geometry not in VARIED or (dry and op != "forward"):
+        return
+    depth = 64 if dtype.itemsize == 2 else 32
+    tiles = [(32, 16, 16)] if dry else [(128, 64, depth), (128, 128, depth)]
+    for form, tile, warps in itertools.product(("descriptor", "pointer"), tiles, (4,) if dry else (4, 8)):
+        yield f"{form} {'x'.join(map(str, tile))} w{warps}", Config(form, *tile, num_warps=warps, num_stages=3)
+
+
+def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """Forward with its whole epilogue, data or weight gradient with its prologue."""
+    from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad
+    from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+    from gigamorph.kernels.conv2d_forward import launch as forward
+    from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
+    from gigamorph.kernels.conv2d_wgrad import launch as wgrad
+    from gigamorph.kernels.windows import output_size
+
+    kernel, stride, dilation, groups, pad = GEOMETRIES[geometry]
+    c, k, h, w = (16, 24, 9, 17) if dry else (96, 136, 61, 267)
+    bench, g = Bench(dtype), torch.Generator().manual_seed(crc32(f"{op} {geometry}".encode()))
+    oh, ow = (output_size(n, kernel, stride, dilation, *pad[i : i + 2]) for n, i in ((h, 0), (w, 2)))
+    x, dy = random_map(2, c, h, w, dtype, g), random_map(2, k, oh, ow, dtype, g)
+    weight = random_map(k, c // groups, kernel, kernel, dtype, g, (c // groups * kernel**2) ** -0.5)
+    residual, gate, mask = (random_map(2, *size, dtype, g) for size in ((k, oh, ow), (k, oh, ow), (c, h, w)))
+    addend = random_map(2, c, h, w, dtype, g)
+    scale, shift = (torch.rand(k, generator=g).add(0.5).to(DEVICE) for _ in range(2))
+    place = ((stride, stride), pad, (dilation, dilation), groups)
+    wide = [t.double() for t in (x, weight, scale, shift, residual, dy, gate, mask, addend)]
+    x8, weight8, scale8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
+    for name, config in _variants(op, dtype, geometry, dry):
+        guarded = Guarded()
+
+        def run(guarded: Guarded = guarded) -> tuple[Tensor, ...]:
+            if op == "forward":
+                y, z = (guarded.empty(2, k, oh, ow, dtype=dtype) for _ in range(2))
+                forward(guarded(x), guarded(weight), y, *place, "relu", scale=scale, shift=shift,
+                        residual=guarded(residual), z=z)  # fmt: skip
+                return y, z
+            if op == "dgrad":
+                dx = guarded.empty(2, c, h, w, dtype=dtype)
+                dgrad(guarded(dy), guarded(weight), dx, *place, gate=guarded(gate), gate_act="relu",
+                      addend=guarded(addend), mask=guarded(mask), mask_act="relu")  # fmt: skip
+                return (dx,)
+            dw = torch.zeros(weight.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
+            dshift = torch.zeros(k, device=DEVICE)
+            wgrad(dw, dshift, guarded(x), guarded(dy), guarded(gate), "relu", *place)
+            return dw, dshift
+
+        with forced(config) if config else contextlib.nullcontext():
+            results = bench.twice(run)
+        guarded.check()
+        if op == "forward":
+            oracle = conv2d_forward_reference(x8, weight8, scale8, shift8, residual8, *place, "relu")
+        elif op == "dgrad":
+            oracle = (
+                conv2d_dgrad_reference(
+                    dy8, weight8, (h, w), *place, gate=gate8, gate_act="relu", addend=addend8, mask=mask8,
+                    mask_act="relu",
+                ),
+            )  # fmt: skip
+        else:
+            oracle = conv2d_wgrad_reference(weight.shape, x8, dy8, gate8, "relu", *place)
+        for part, result, expected in zip(("0", "1"), results, oracle, strict=False):
+            bench.compare(f"{name}, {part}", result, expected)
+    return bench.row
+
+
+def differentiable(
+    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Callable[[torch.Generator], list[Tensor]],
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """An op and its gradients, through autograd, against its reference in float64."""
+    bench, g = Bench(dtype), torch.Generator().manual_seed(1)
+    tensors = inputs(g)
+    floating = [t.is_floating_point() for t in tensors]
+
+    def run(function: Callable[..., Tensor], values: list[Tensor], dy: Tensor | None) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(f) for t, f in zip(values, floating, strict=True)]
+        with torch.enable_grad():
+            y = function(*leaves)
+            grad = torch.ones_like(y) if dy is None else dy.to(y.dtype)
+            return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], grad)]
+
+    with choice.override("triton"):
+        size = op(*tensors).shape
+        dy = random_map(*size, dtype, g) if len(size) == 4 else torch.randn(size, generator=g).to(DEVICE)
+        results = bench.twice(lambda: run(op, tensors, dy))
+    oracle = run(reference, [t.double() if f else t for t, f in zip(tensors, floating, strict=True)], dy.double())
+    for name, result, expected in zip(("y", *map(str, range(len(tensors)))), results, oracle, strict=False):
+        bench.compare(name, result, expected)
+    return bench.row
+
+
+def _vector(g: torch.Generator, n: int) -> Tensor:
+    return torch.rand(n, generator=g).add(0.5).to(DEVICE)
+
+
+def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
+    """Checks of the ops beside the dense convolution, those that exist."""
+    c, h, w = (16, 9, 17) if dry else (96, 61, 267)
+
+    def maps(*more: Callable[[torch.Generator], Tensor], n: int = 1) -> Callable[[torch.Generator], list[Tensor]]:
+        return lambda g: [*(random_map(2, c, h, w, dtype, g) for _ in range(n)), *(make(g) for make in more)]
+
+    vector = partial(_vector, n=c)
+    if find_spec("gigamorph.kernels.layer_norm"):
+        from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
+
+        yield "layer_norm", partial(
+            differentiable, lambda x, a, b: layer_norm(x, a, b, 1e-6),
+            lambda x, a, b: layer_norm_reference(x, a, b, 1e-6), maps(vector, vector), dtype,
+        )  # fmt: skip
+    if find_spec("gigamorph.kernels.pointwise"):
+        from gigamorph.kernels.pointwise import add_act, affine_act, affine_act_reference
+
+        for act in ("relu", "gelu"):
+            yield f"add_act {act}", partial(
+                differentiable, lambda x, r, act=act: add_act(x, r, act),
+                lambda x, r, act=act: affine_act_reference(x, None, None, r, act), maps(n=2), dtype,
+            )  # fmt: skip
+            yield f"affine_act {act}", partial(
+                differentiable, lambda x, a, b, act=act: affine_act(x, a, b, None, act),
+                lambda x, a, b, act=act: affine_act_reference(x, a, b, None, act), maps(vector, vector), dtype,
+            )  # fmt: skip
+    if find_spec("gigamorph.kernels.pool"):
+        from gigamorph.kernels.pool import global_sum, global_sum_reference, max_pool2d, max_pool2d_reference
+
+        place = ((3, 3), (2, 2), (1, 0, 1, 1), (1, 1))
+        yield (
+            "max_pool2d",
+            partial(
+                differentiable,
+                lambda x: max_pool2d(x, *place),
+                lambda x: max_pool2d_reference(x, *place),
+                maps(),
+                dtype,
+            ),
+        )
+        yield "global_sum", partial(differentiable, global_sum, global_sum_reference, maps(), dtype)
+    if find_spec("gigamorph.kernels.conv2d"):
+        from gigamorph.kernels.conv2d import conv2d
+
+        size = 3 if dry else 7
+
+        def plain(x: Tensor, weight: Tensor, shift: Tensor, stride: int, act: str) -> Tensor:
+            from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+
+            place = ((stride, stride), (size // 2,) * 4, (1, 1), c)
+            return conv2d_forward_reference(x, weight, None, shift, None, *place, act)[0]
+
+        for stride, act in ((1, "none"), (2, "relu")):
+            yield f"depthwise {size}x{size}/{stride} {act}", partial(
+                differentiable,
+                lambda x, k, b, s=stride, act=act: conv2d(
+                    x, k, shift=b, stride=s, padding=size // 2, groups=c, act=act
+                ),
+                partial(plain, stride=stride, act=act),
+                maps(lambda g: random_map(c, 1, size, size, dtype, g, 1 / size), vector), dtype,
+            )  # fmt: skip
+    if find_spec("gigamorph.kernels.stem"):
+        from gigamorph.kernels.stem import stem, stem_reference
+
+        side, filters = (21, 16) if dry else (157, 64)
+        rest = (0.0, 1.0, (2, 2), (3, 3, 3, 3), (1, 1, 1, 1), "relu")
+
+        def pixels(g: torch.Generator) -> list[Tensor]:
+            image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # exact in bfloat16
+            weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7)
+            return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
+
+        gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
+        yield "stem", partial(
+            differentiable, lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
+            lambda x, k, a, b: stem_reference(x, k, a, b, gain, offset, *rest), pixels, dtype,
+        )  # fmt: skip
+    if find_spec("gigamorph.kernels.batch_norm"):
+        yield "batch_norm", partial(batch_norm, dtype, dry)
+
+
+def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """Moments, normalisation and its gradient in pieces."""
+    from gigamorph.kernels import batch_norm as bn
+
+    c, h, w = (16, 9, 17) if dry else (96, 61, 267)
+    bench, g = Bench(dtype), torch.Generator().manual_seed(2)
+    x, dy = (random_map(2, c, h, w, dtype, g) for _ in range(2))
+    weight, bias = _vector(g, c), _vector(g, c)
+    mean, m2 = bench.twice(lambda: bn.moments(x))
+    for name, result, expected in zip(("mean", "m2"), (mean, m2), bn.moments_reference(x.double()), strict=True):
+        # Not a rounded map but a sum in float32: its error is that of the sum, relative to the spread of x.
+        found = errors(result.double() + (1.0 if name == "mean" else 0.0), expected + (1.0 if name == "mean" else 0.0))
+        bench.row["errors"][name] = found
+        bench.row["ok"] &= found[1] <= BOUNDS[torch.float32][1]
+    rstd = (m2 / (2 * h * w)).add(1e-5).rsqrt()
+    shared = (mean, rstd, weight, bias)
+    wide = tuple(t.double() for t in shared)
+    (y,) = bench.twice(lambda: (bn.normalize_act(x, *shared, None, "relu"),))
+    bench.compare("y", y, bn.normalize_act_reference(x.double(), *wide, None, "relu")[0])
+    sums = bench.twice(lambda: bn.gradient_sums(dy, x, *shared, y, "relu"))
+    means = tuple(t / (2 * h * w) for t in sums)
+    (dx,) = bench.twice(lambda: bn.normalize_act_backward(dy, x, *shared, y, "relu", *means, False)[:1])
+    oracle = bn.normalize_act_backward_reference(
+        dy.double(), x.double(), *wide, y.double(), "relu", *(t.double() for t in means)
+    )
+    bench.compare("dx", dx, oracle[0])
+    return bench.row
+
+
+def checks(dry: bool) -> dict[str, Check]:
+    """Every check by name; each returns {"ok", "errors": {tensor: (relative L2, max/RMS)}, "reproducible"}."""
+    found: dict[str, Check] = {}
+    dtypes = (torch.bfloat16,) if dry else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        for op, geometry in itertools.product(("forward", "dgrad", "wgrad"), GEOMETRIES):
+            if dry and geometry not in ("3x3", "1x1/2"):
+                continue
+            if dtype == torch.float16 and geometry not in VARIED:
+                continue
+            found[f"conv {op} {geometry} {name}"] = partial(conv, op, geometry, dtype, dry)
+        for op, check in _others(dtype, dry):
+            found[f"{op} {name}"] = check
+    return {name: partial(_guarded, check) for name, check in found.items()}
+
+
+def _guarded(check: Check) -> dict[str, Any]:
+    # As stock convolutions and products do; the tensors in float64 are not concerned.
+    torch.backends.cudnn.allow_tf32 = True
+    with poisoned():
+        return check()

@@ -1,0 +1,265 @@
+"""Whole steps for `gpu.py`: ours against stock eager, channels-last, torch.compile and checkpointing.
+
+Batch 1, one grey channel, float32 parameters under bfloat16 autocast, frozen BatchNorm, the mean square of the output
+as the loss. Stock gets the image on the GPU. So do we up to 8192 pixels; above, the image lies in host memory as uint16
+and is read tile by tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gigamorph.engine import accelerate, open_pixels, plan
+from gigamorph.engine.memory import parse_bytes, peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.models import create_model
+from gigamorph.kernels import choice
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODELS = {"resnet18": "resnet18", "resnet50": "resnet50", "convnext_tiny": "timm:convnext_tiny", "vgg16": "timm:vgg16"}
+BLOCKS = {"BasicBlock", "Bottleneck", "ConvNeXtBlock"}  # what checkpointing keeps the inputs of
+TILE = 2048
+ON_GPU = 8192  # largest side whose image is given to us on the GPU
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry.
+
+    Attributes:
+        how: "ours"; "ours_stock" (no kernels); "ours_third" (a third of stock's memory as the budget); "ours_8GiB"
+            (that budget, tile chosen by the plan); "eager"; "channels_last"; "compile"; "checkpoint".
+    """
+
+    model: str
+    training: bool
+    side: int
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {'train' if self.training else 'infer'} {self.side} {self.how}"
+
+
+class NvmlPeak:
+    """The largest memory in use on the GPU, by NVML, sampled every 2 ms; None without NVML."""
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> NvmlPeak:
+        if DEVICE.type == "cuda":
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            self._thread = threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self, nvml: Any, handle: Any) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes or 0, nvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+
+
+def build(model: str) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(MODELS[model], num_classes=1000, in_channels=1).eval().to(DEVICE)
+
+
+def checkpointed(network: nn.Module) -> nn.Module:
+    """Keep the inputs of residual blocks alone; of VGG those of the parts between poolings."""
+    blocks = [m for m in network.modules() if type(m).__name__ in BLOCKS]
+    if not blocks:
+        parts: list[list[nn.Module]] = [[]]
+        for layer in network.features.children():  # pyright: ignore
+            parts[-1].append(layer)
+            if isinstance(layer, nn.MaxPool2d):
+                parts.append([])
+        blocks = [nn.Sequential(*part) for part in parts if part]
+        network.features = nn.Sequential(*blocks)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return network
+
+
+def prepare(step: Step, tile: int | None) -> nn.Module:
+    """The network as this entry runs it."""
+    network = build(step.model)
+    if step.how.startswith("ours"):
+        budget: int | None = None
+        if step.how == "ours_third":
+            with torch.set_grad_enabled(step.training):
+                planned = plan(network, (1, step.side, step.side), tile=tile, training=step.training)
+            assert planned.stock_bytes is not None
+            budget = planned.stock_bytes // 3
+        if step.how == "ours_8GiB":
+            budget, tile = parse_bytes("8GiB"), None
+        return accelerate(network, memory_budget=budget, tile=tile)
+    if step.how == "eager":
+        return network
+    network = network.to(memory_format=torch.channels_last)  # pyright: ignore
+    if step.how == "checkpoint":
+        return checkpointed(network)
+    if step.how == "compile":
+        torch._dynamo.reset()
+        options = {"backend": "eager"} if DEVICE.type == "cpu" else {}
+        return torch.compile(network, dynamic=False, **options)  # pyright: ignore
+    return network
+
+
+def picture(step: Step, side: int) -> Any:
+    """Random pixels: a tensor on the GPU, or a source in host memory."""
+    generator = torch.Generator(DEVICE).manual_seed(side)
+    if step.how.startswith("ours") and side > ON_GPU:
+        image = torch.empty(side, side, dtype=torch.uint16)
+        for top in range(0, side, 1024):
+            rows = torch.randint(0, 2**16, (min(1024, side - top), side), device=DEVICE, generator=generator)
+            image[top : top + 1024] = rows.to(torch.uint16).cpu()
+        return open_pixels(image, flip=False)
+    image = torch.rand(1, 1, side, side, device=DEVICE, generator=generator)
+    return image if step.how == "eager" else image.contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def _mode(step: Step) -> Iterator[None]:
+    kernels = choice.override("stock") if step.how == "ours_stock" else contextlib.nullcontext()
+    with kernels, torch.set_grad_enabled(step.training), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        yield
+
+
+def once(step: Step, network: nn.Module, image: Any) -> dict[str, float]:
+    """One step; its loss, and the norm of the gradients."""
+    network.zero_grad(set_to_none=True)
+    with _mode(step):
+        loss = network(image).float().square().mean()
+    if not step.training:
+        return {"loss": loss.item()}
+    loss.backward()
+    norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+    return {"loss": loss.item(), "gradient": torch.stack(norms).norm().item()}
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[str, Any]:
+    """Seconds of up to five steps within `box` seconds, Mpx/s, and the peak of memory.
+
+    The first step is not timed. Above 8192 pixels it is taken on a smaller image, whose tiles are the same, and the
+    large one's program is recorded ahead. `left_bytes` is what earlier entries have left in memory: not this one's.
+    """
+    if DEVICE.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    began, left = time.perf_counter(), used_bytes(DEVICE)
+    network = prepare(step, tile)
+    parameters = used_bytes(DEVICE) - left
+    warm_side = min(step.side, 2 * tile) if step.how.startswith("ours") and step.side > ON_GPU else step.side
+    first = once(step, network, picture(step, warm_side))
+    if warm_only:
+        return {"warm_up_seconds": time.perf_counter() - began}
+    image = picture(step, step.side)
+    if warm_side < step.side:
+        with _mode(step):
+            network.plan_for((1, 1, step.side, step.side), torch.float32, DEVICE)
+    synchronize()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+    warm_up = time.perf_counter() - began
+    reset_peak(DEVICE)
+    seconds: list[float] = []
+    with NvmlPeak() as nvml:
+        while len(seconds) < 5 and (not seconds or sum(seconds) + seconds[-1] < box):
+            started = time.perf_counter()
+            first = once(step, network, image)
+            synchronize()
+            seconds.append(time.perf_counter() - started)
+    row = {
+        "model": step.model, "training": step.training, "side": step.side, "how": step.how, "seconds": seconds,
+        "median_seconds": statistics.median(seconds), "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
+        "peak_bytes": peak_bytes(DEVICE), "left_bytes": left, "nvml_peak_bytes": nvml.bytes,
+        "parameter_bytes": parameters, "image_bytes": image.nbytes if isinstance(image, Tensor) else 0,
+        "warm_up_seconds": warm_up, **first,
+    }  # fmt: skip
+    if step.how.startswith("ours"):
+        with _mode(step):
+            planned = network.plan_for((1, 1, step.side, step.side), torch.float32, DEVICE)
+        row |= {"tile": planned.tile, "planned_bytes": planned.peak_bytes, "stock_bytes": planned.stock_bytes,
+                "retained": planned.retained, "carries": planned.carries}  # fmt: skip
+    return row
+
+
+STOCK = ("channels_last", "eager", "compile")
+
+
+def steps(dry: bool) -> list[Step]:
+    """Every entry, the most wanted first: what time does not reach is left out from the end."""
+    if dry:
+        hows = ("ours", "ours_stock", "ours_third", "ours_8GiB", *STOCK, "checkpoint")
+        return [Step("resnet18", training, 64, how) for training in (True, False) for how in hows
+                if training or how not in ("ours_third", "ours_8GiB", "checkpoint")]  # fmt: skip
+    train, infer = True, False
+    wanted = [
+        ("resnet50", train, 4096, ("ours", *STOCK, "ours_third", "checkpoint")),
+        ("resnet50", infer, 4096, ("ours", *STOCK)),
+        ("resnet50", train, 8192, ("ours", "channels_last", "ours_stock", "checkpoint")),
+        ("resnet50", train, 32768, ("ours",)),
+        ("resnet50", infer, 8192, ("ours", "channels_last")),
+        ("convnext_tiny", train, 4096, ("ours", *STOCK, "checkpoint")),
+        ("convnext_tiny", infer, 4096, ("ours", *STOCK)),
+        ("resnet18", train, 4096, ("ours", *STOCK, "checkpoint")),
+        ("resnet18", infer, 4096, ("ours", *STOCK)),
+        ("vgg16", train, 4096, ("ours", *STOCK, "checkpoint")),
+        ("vgg16", infer, 4096, ("ours", *STOCK)),
+        ("resnet50", train, 2048, ("ours", "channels_last", "eager")),
+        ("resnet50", infer, 32768, ("ours",)),
+        ("resnet50", train, 32768, ("ours_8GiB",)),
+        ("resnet50", train, 16384, ("ours", "channels_last", "checkpoint")),
+    ]
+    listed = [Step(model, training, side, how) for model, training, side, hows in wanted for how in hows]
+    for side in (8192, 16384, 32768, 2048):
+        for model in ("resnet18", "convnext_tiny", "vgg16", "resnet50"):
+            for training in (train, infer):
+                listed += [Step(model, training, side, how) for how in ("ours", "channels_last", "eager")]
+    return list(dict.fromkeys(listed))
+
+
+def warm_ups(dry: bool) -> list[Step]:
+    """Steps whose code is worth compiling ahead, in processes of their own: torch.compile's, and our kernels'."""
+    if dry:
+        return []
+    ours = [Step(model, True, 4096, "ours") for model in ("resnet50", "convnext_tiny", "vgg16", "resnet18")]
+    return [*ours, *(s for s in steps(dry) if s.how == "compile")]
+
+
+def warm_up(step: Step, tile: int) -> dict[str, Any]:
+    """Compile what a step needs. Our kernels are forced: times taken beside other processes would be worthless."""
+    with choice.override("triton") if step.how == "ours" else contextlib.nullcontext():
+        return measure(step, tile, 0.0, warm_only=True)
+
+
+def runs(dry: bool, box: float) -> dict[str, Callable[[], dict[str, Any]]]:
+    tile = 32 if dry else TILE
+    return {str(step): partial(measure, step, tile, box) for step in steps(dry)}
+
+
+def preparations(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    tile = 32 if dry else TILE
+    return {str(step): partial(warm_up, step, tile) for step in warm_ups(dry)}

@@ -1,0 +1,67 @@
+"""Pixels read ahead of need: while one tile is computed, the next one's are read, converted and uploaded.
+
+One thread of its own reads, so a source is never read by two at once. On a CUDA device it uploads from pinned memory on
+a stream of its own, and the computing stream waits for the copy, not the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .carries import Rect
+
+
+class ReadAhead:
+    """Reads the rectangles of one tile after the other. Call it with a rectangle for its pixels.
+
+    Args:
+        fetch: reads a rectangle and returns its pixels where they are.
+        convert: moves them to the device, dtype and memory order they are computed in.
+        device: that device.
+        tiles: the rectangles of each tile, in the order in which tiles are computed.
+    """
+
+    def __init__(
+        self, fetch: Callable[[Rect], Tensor], convert: Callable[[Tensor], Tensor], device: torch.device,
+        tiles: Iterable[list[Rect]],
+    ):  # fmt: skip
+        self.fetch, self.convert, self.tiles = fetch, convert, iter(tiles)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "gigamorph-pixels")
+        self.now: dict[Rect, Future[tuple[Tensor, Any]]] = {}
+        self.next = self._begin()
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def advance(self) -> None:
+        """The next tile begins: the one after it is read from now on."""
+        self.now, self.next = self.next, self._begin()
+
+    def __call__(self, rect: Rect) -> Tensor:
+        """The pixels of a rectangle of the tile that has begun; reading errors are raised here."""
+        pixels, uploaded = self.now.pop(rect).result()
+        if uploaded is not None:
+            stream = torch.cuda.current_stream(pixels.device)
+            stream.wait_event(uploaded)
+            pixels.record_stream(stream)
+        return pixels
+
+    def _begin(self) -> dict[Rect, Future[tuple[Tensor, Any]]]:
+        return {rect: self.thread.submit(self._read, rect) for rect in next(self.tiles, [])}
+
+    def _read(self, rect: Rect) -> tuple[Tensor, Any]:
+        pixels = self.fetch(rect)
+        if self.stream is None:
+            return self.convert(pixels), None
+        with torch.cuda.stream(self.stream):
+            pixels = self.convert(pixels if pixels.is_cuda else pixels.pin_memory())
+            return pixels, self.stream.record_event()

@@ -1,0 +1,20 @@
+"""Triton kernels for maps in channels-last memory, each beside a plain-PyTorch reference that states its meaning."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+
+def enabled(device: torch.device) -> bool:
+    """Whether the engine gives work on a device to this package.
+
+    On a CUDA GPU with Triton, unless GIGAMORPH_KERNELS or `choice.override` says "stock"; elsewhere only where they
+    say "triton" (Triton's interpreter: slow, for tests).
+    """
+    if find_spec("triton") is None:
+        return False
+    from .choice import current_mode  # needs Triton
+
+    return current_mode() == "triton" or (device.type == "cuda" and current_mode() != "stock")

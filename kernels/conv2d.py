@@ -1,0 +1,319 @@
+"""The fused convolution as registered ops: which implementation runs, and autograd.
+
+    y = act(conv(x, w) * scale + shift + residual)
+
+`conv2d` is the differentiable op. It is made of `conv2d_forward`, `conv2d_dgrad` and `conv2d_wgrad_`, which an engine
+that accumulates gradients itself may call directly. Each of the three runs, for every shape, the faster of our kernel
+and cuDNN's, as measured (`choice.py`); both keep the same tensors, so they may be mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import conv2d_dgrad as dense_dgrad
+from . import conv2d_forward as dense_forward
+from . import conv2d_wgrad as dense_wgrad
+from . import depthwise
+from .activations import ACTIVATIONS, MASKS, activate_reference, slope_reference
+from .choice import choose, map_key, run_fastest
+from .dtypes import sum_dtype
+from .pointwise import act_grad
+from .windows import empty_map, nhwc, output_size
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
+    residual: Tensor | None = None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1, groups: int = 1, act: str = "none",
+) -> Tensor:  # fmt: skip
+    """act(conv(x, weight) * scale + shift + residual), differentiable, one pass over memory.
+
+    Args:
+        x: (N, C, H, W), float64, float32, float16 or bfloat16.
+        weight: (K, C / groups, R, S), of x's dtype.
+        scale, shift: (K,), or None.
+        residual: (N, K, OH, OW), or None.
+        padding: one number, (rows, columns), or (top, bottom, left, right).
+        act: "none", "relu", "relu6", "silu", "gelu" or "hardswish".
+
+    Returns:
+        (N, K, OH, OW) in channels-last memory.
+
+    Raises:
+        ValueError: for an unknown activation or shapes that do not fit.
+    """
+    pad = _four(padding)
+    stride, dilation = _pair(stride), _pair(dilation)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"conv2d: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    if weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+        raise ValueError(
+            f"conv2d: weight {tuple(weight.shape)} and groups={groups} do not fit {x.shape[1]} input channels"
+        )
+    if residual is not None and tuple(residual.shape) != _output_shape(x, weight, stride, pad, dilation):
+        raise ValueError(
+            f"conv2d: residual {tuple(residual.shape)} does not fit the output "
+            f"{_output_shape(x, weight, stride, pad, dilation)}"
+        )
+    keep_z = act not in MASKS and act != "none" and torch.is_grad_enabled()
+    return _conv2d(x, weight, scale, shift, residual, stride, pad, dilation, groups, act, keep_z)[0]
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _four(padding: int | Sequence[int]) -> list[int]:
+    pad = _pair(padding)
+    return [pad[0], pad[0], pad[1], pad[1]] if len(pad) == 2 else pad
+
+
+def _output_shape(x: Tensor, weight: Tensor, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int]):
+    height = output_size(x.shape[2], weight.shape[2], stride[0], dilation[0], pad[0], pad[1])
+    width = output_size(x.shape[3], weight.shape[3], stride[1], dilation[1], pad[2], pad[3])
+    return x.shape[0], weight.shape[0], height, width
+
+
+def _depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1
+
+
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
+
+
+# -- forward ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gigamorph::conv2d_forward", mutates_args=())
+def conv2d_forward(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str, keep_z: bool,
+    margin: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and z = what the activation is applied to (empty unless `keep_z`).
+
+    With a margin, y has that many more rows above and columns to the left of the result, which are left unwritten: a
+    window with a carry is then put together in place.
+    """
+    x, residual = nhwc(x), None if residual is None else nhwc(residual)
+    whole, z = _outputs(x, weight, stride, padding, dilation, keep_z, margin)
+    y = whole[:, :, margin[0] :, margin[1] :]
+
+    def ours() -> tuple[Tensor, Tensor]:
+        run = depthwise.forward if _depthwise(weight, groups) else partial(dense_forward.launch, groups=groups)
+        run(
+            x, weight, y, tuple(stride), padding, tuple(dilation), act=act, scale=scale, shift=shift,
+            residual=residual, z=z if keep_z else None,
+        )  # fmt: skip
+        return whole, z
+
+    def stock() -> tuple[Tensor, Tensor]:
+        made, z = forward_stock(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z)
+        if not any(margin):
+            return made, z
+        y.copy_(made)
+        return whole, z
+
+    given = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
+    settings = (tuple(weight.shape), *stride, *padding, *dilation, groups, act, *given, keep_z, *margin)
+    return run_fastest("conv2d_forward", x, settings, ours, stock)
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], keep_z: bool,
+    margin: Sequence[int] = (0, 0),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, k, h, w = _output_shape(x, weight, stride, padding, dilation)
+    z = empty_map(n, k, h, w, x) if keep_z else x.new_empty(0)
+    return empty_map(n, k, h + margin[0], w + margin[1], x), z
+
+
+@conv2d_forward.register_fake
+def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z, margin):
+    return _outputs(x, weight, stride, padding, dilation, keep_z, margin)
+
+
+def split_padding(padding: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Padding as (even part that stock convolutions add themselves, uneven part for F.pad in its order)."""
+    top, bottom, left, right = padding
+    rows, cols = min(top, bottom), min(left, right)
+    return [rows, cols], [left - cols, right - cols, top - rows, bottom - rows]
+
+
+def forward_stock(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str, keep_z: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with PyTorch's own ops, in place where that is possible."""
+    even, uneven = split_padding(padding)
+    if any(uneven):
+        x = F.pad(x, uneven)
+    bias = shift.to(x.dtype) if scale is None and shift is not None else None
+    z = F.conv2d(x, weight, bias, stride, even, dilation, groups)  # pyright: ignore
+    if scale is not None:
+        z.mul_(scale.reshape(-1, 1, 1))
+        if shift is not None:
+            z.add_(shift.reshape(-1, 1, 1))
+    if residual is not None:
+        z.add_(residual)
+    z = nhwc(z)
+    if keep_z:
+        return activate_reference(z, act), z
+    y = {"relu": F.relu_, "none": lambda t: t}.get(act, lambda t: activate_reference(t, act))(z)
+    return y, x.new_empty(0)
+
+
+# -- data gradient ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gigamorph::conv2d_dgrad", mutates_args=())
+def conv2d_dgrad(
+    dy: Tensor, weight: Tensor, scale: Tensor | None, gate: Tensor | None, gate_act: str, addend: Tensor | None,
+    mask: Tensor | None, mask_act: str, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`."""
+    dy, gate, addend, mask = (None if t is None else nhwc(t) for t in (dy, gate, addend, mask))
+    assert dy is not None
+    channels = weight.shape[1] * groups
+
+    def ours() -> Tensor:
+        dx = empty_map(dy.shape[0], channels, size[0], size[1], dy)
+        run = depthwise.dgrad if _depthwise(weight, groups) else partial(dense_dgrad.dgrad, groups=groups)
+        run(
+            dy, _scaled(weight, scale), dx, tuple(stride), padding, tuple(dilation), gate=gate, gate_act=gate_act,
+            addend=addend, mask=mask, mask_act=mask_act,
+        )  # fmt: skip
+        return dx
+
+    def stock() -> Tensor:
+        dz = dy if gate is None else act_grad(dy, gate, gate_act)
+        even, uneven = split_padding(padding)
+        height, width = size[0] + uneven[2] + uneven[3], size[1] + uneven[0] + uneven[1]
+        x = empty_map(dy.shape[0], channels, height, width, dy)  # only its shape is read
+        dx = torch.ops.aten.convolution_backward(
+            dz, x, _scaled(weight, scale), None, stride, even, dilation, False, [0, 0], groups, [True, False, False]
+        )[0]
+        dx = nhwc(dx[:, :, uneven[2] : uneven[2] + size[0], uneven[0] : uneven[0] + size[1]])
+        if addend is not None:
+            dx = dx + addend
+        return dx if mask is None else dx * slope_reference(mask, mask_act)
+
+    settings = (tuple(weight.shape), *size, *stride, *padding, *dilation, groups, gate_act, mask_act, addend is None)
+    return run_fastest("conv2d_dgrad", dy, settings, ours, stock)
+
+
+@conv2d_dgrad.register_fake
+def _(dy, weight, scale, gate, gate_act, addend, mask, mask_act, size, stride, padding, dilation, groups):
+    return empty_map(dy.shape[0], weight.shape[1] * groups, size[0], size[1], dy)
+
+
+# -- weight gradient ----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gigamorph::conv2d_wgrad_", mutates_args={"dw", "dshift"})
+def conv2d_wgrad_(
+    dw: Tensor, dshift: Tensor | None, x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> None:  # fmt: skip
+    """Add the gradients of a convolution's weight and shift to float32 (float64) buffers.
+
+    dw += sum over pixels of dz * x at each tap, dshift += sum of dz, with dz = dy * slope(gate).
+    """
+    x, dy, gate = nhwc(x), nhwc(dy), None if gate is None else nhwc(gate)
+
+    def ours(dw: Tensor = dw, dshift: Tensor | None = dshift) -> None:
+        if _depthwise(dw, groups):
+            unused = dw.new_zeros(dw.shape[0]) if dshift is None else dshift
+            depthwise.wgrad(x, dy, dw, unused, stride, padding, dilation, gate=gate, gate_act=gate_act)
+        else:
+            dense_wgrad.launch(dw, dshift, x, dy, gate, gate_act, stride, padding, dilation, groups)
+
+    def stock(dw: Tensor = dw, dshift: Tensor | None = dshift) -> None:
+        dz = dy if gate is None else act_grad(dy, gate, gate_act)
+        even, uneven = split_padding(padding)
+        padded = F.pad(x, uneven) if any(uneven) else x
+        w = torch.empty_like(dw, dtype=x.dtype)  # only its shape is read
+        grad = torch.ops.aten.convolution_backward(
+            dz, padded, w, None, stride, even, dilation, False, [0, 0], groups, [False, True, False]
+        )[1]
+        dw.add_(grad)
+        if dshift is not None:
+            dshift.add_(dz.sum((0, 2, 3), dtype=dshift.dtype))
+
+    settings = (tuple(dw.shape), tuple(dy.shape[2:]), *stride, *padding, *dilation, groups, gate_act, dshift is None)
+    # A measurement runs the candidates many times: on scratch buffers, not on the sums.
+    trial = {
+        "triton": lambda: ours(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
+        "stock": lambda: stock(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
+    }
+    {"triton": ours, "stock": stock}[choose("conv2d_wgrad", (*map_key(x), *settings), trial, x)]()
+
+
+@conv2d_wgrad_.register_fake
+def _(dw, dshift, x, dy, gate, gate_act, stride, padding, dilation, groups):
+    return None
+
+
+# -- the differentiable op ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gigamorph::conv2d", mutates_args=())
+def _conv2d(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str, keep_z: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return conv2d_forward(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z, (0, 0))
+
+
+@_conv2d.register_fake
+def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z):
+    return _outputs(x, weight, stride, padding, dilation, keep_z)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, scale, shift, _, stride, padding, dilation, groups, act, keep_z = inputs
+    y, z = output
+    gate = None if act == "none" else (z if keep_z else y)
+    ctx.save_for_backward(x, weight, scale, gate)
+    ctx.shift, ctx.act, ctx.place = shift is not None, act, (stride, padding, dilation, groups)
+    ctx.shift_dtype = None if shift is None else shift.dtype
+    ctx.mark_non_differentiable(z)
+
+
+def _backward(ctx: Any, dy: Tensor, _dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, scale, gate = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.place
+    wants_x, wants_weight, wants_scale, wants_shift, wants_residual = ctx.needs_input_grad[:5]
+    act = ctx.act
+    if wants_residual and gate is not None:  # dz must exist: it is the residual's gradient
+        dy, gate, act = act_grad(dy, gate, act), None, "none"
+    dx = dw = dscale = dshift = None
+    if wants_x:
+        dx = conv2d_dgrad(
+            dy, weight, scale, gate, act, None, None, "none", x.shape[2:], stride, padding, dilation, groups
+        )
+    if wants_weight or wants_scale or wants_shift:
+        wide = sum_dtype(x.dtype)
+        dw = torch.zeros_like(weight, dtype=wide, memory_format=torch.channels_last)
+        dshift = torch.zeros(weight.shape[0], dtype=wide, device=x.device) if wants_shift else None
+        conv2d_wgrad_(dw, dshift, x, dy, gate, act, stride, padding, dilation, groups)
+        if wants_scale:  # z = scale * conv + ..., and <dz, conv> = <x^T dz, w>
+            dscale = (dw * weight).sum((1, 2, 3)).to(scale.dtype)
+        if scale is not None:
+            dw = dw * scale.reshape(-1, 1, 1, 1)
+        dw = dw.to(weight.dtype) if wants_weight else None
+        dshift = None if dshift is None else dshift.to(ctx.shift_dtype)
+    dresidual = dy if wants_residual else None
+    return dx, dw, dscale, dshift, dresidual, None, None, None, None, None, None
+
+
+_conv2d.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,125 @@
+"""Data gradient of the fused convolution, by the forward kernel with turned weights:
+
+    dx = (conv^T(dz, w) + addend) * slope(mask),    dz = dy * slope(gate)
+
+    conv^T(dz, w)[n, c, h, v] = sum over k, i, j, r, s with i*stride - top + r*dilation = h and
+                                j*stride - left + s*dilation = v   of   dz[n, k, i, j] * w[k, c, r, s]
+
+With a stride of one this is a convolution of dz with the filters turned by 180 degrees and inputs and outputs
+exchanged. With a larger stride each phase of the input grid (every stride-th row and column) is such a convolution
+with the taps that reach it; the phases are written in place, as windows of dx.
+
+`gate` is the output of the convolution's own activation (or what the activation was applied to), `addend` the
+gradient that comes from another branch, and `mask` the input x where an activation whose slope x shows made it: dx is
+then the gradient before that activation, and whoever made x need not mask it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import slope_reference
+from .conv2d_forward import launch
+
+
+class Phase(NamedTuple):
+    """Along one axis, the inputs start, start + stride, ... and the convolution of dz that gives their gradient."""
+
+    start: int
+    taps: tuple[int, ...]  # filter taps, in the order in which the turned filter applies them
+    padding: int
+    dilation: int
+
+
+def phases(kernel: int, stride: int, before: int, dilation: int) -> list[Phase]:
+    """All phases of one axis.
+
+    Input h = start + stride*u gets output i = u + (start + before - r*dilation)/stride for every tap r where that is
+    whole: every (stride/g)-th tap, g = gcd(dilation, stride).
+    """
+    step = stride // math.gcd(dilation, stride)
+    found = []
+    for start in range(stride):
+        taps = [r for r in range(kernel) if (start + before - r * dilation) % stride == 0]
+        taps.reverse()
+        # The first tap that is applied is the last of the filter, at the least output index.
+        padding = -(start + before - taps[0] * dilation) // stride if taps else 0
+        found.append(Phase(start, tuple(taps), padding, step * dilation // stride))
+    return found
+
+
+def turned(weight: Tensor, groups: int, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
+    """The filters of one phase: (C, K / groups, taps, taps) in channels-last memory."""
+    k, depth, _, _ = weight.shape
+    # Taps of a phase descend evenly: slices and one flip, where index lists would cost several kernels.
+    w = weight[:, :, _ascending(rows), _ascending(cols)].flip(2, 3)
+    if groups > 1:
+        w = w.reshape(groups, k // groups, depth, len(rows), len(cols)).transpose(1, 2)
+        w = w.reshape(groups * depth, k // groups, len(rows), len(cols))
+    else:
+        w = w.transpose(0, 1)
+    return w.contiguous(memory_format=torch.channels_last)
+
+
+def _ascending(taps: Sequence[int]) -> slice:
+    return slice(taps[-1], taps[0] + 1, taps[0] - taps[1] if len(taps) > 1 else 1)
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, dx: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    groups: int, *, gate: Tensor | None = None, gate_act: str = "none", addend: Tensor | None = None,
+    mask: Tensor | None = None, mask_act: str = "none",
+) -> None:  # fmt: skip
+    """Write dx, a window of the input's shape; see the formula above.
+
+    Args:
+        dy: (N, K, OH, OW) window.
+        weight: (K, C / groups, R, S).
+        gate: window of dy's size; `gate_act` the activation whose slope it shows.
+        addend, mask: windows of dx's size; `mask_act` the activation whose slope `mask` shows.
+    """
+    _, _, r, s = weight.shape
+    rows = phases(r, stride[0], padding[0], dilation[0])
+    cols = phases(s, stride[1], padding[2], dilation[1])
+    if not all(p.taps for p in (*rows, *cols)):  # inputs that no tap reaches
+        rest = torch.zeros_like(dx) if addend is None else addend
+        dx.copy_(rest if mask is None else rest * slope_reference(mask, mask_act))
+    for row in rows:
+        for col in cols:
+            if not row.taps or not col.taps:
+                continue
+
+            def window(x: Tensor | None, row: Phase = row, col: Phase = col) -> Tensor | None:
+                return None if x is None else x[:, :, row.start :: stride[0], col.start :: stride[1]]
+
+            target = window(dx)
+            assert target is not None
+            launch(
+                dy, turned(weight, groups, row.taps, col.taps), target, (1, 1), (row.padding, 0, col.padding, 0),
+                (row.dilation, col.dilation), groups, "none", residual=window(addend), gate=gate, gate_act=gate_act,
+                mask=window(mask), mask_act=mask_act,
+            )  # fmt: skip
+
+
+def conv2d_dgrad_reference(
+    dy: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, *, gate: Tensor | None = None, gate_act: str = "none",
+    addend: Tensor | None = None, mask: Tensor | None = None, mask_act: str = "none",
+) -> Tensor:  # fmt: skip
+    """dx in plain PyTorch: the gradient of a padded convolution."""
+    if gate is not None:
+        dy = dy * slope_reference(gate, gate_act)
+    top, bottom, left, right = padding
+    with torch.enable_grad():
+        x = dy.new_zeros(dy.shape[0], weight.shape[1] * groups, *size).requires_grad_()
+        y = F.conv2d(F.pad(x, [left, right, top, bottom]), weight, None, tuple(stride), 0, tuple(dilation), groups)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    if addend is not None:
+        dx = dx + addend
+    return dx if mask is None else dx * slope_reference(mask, mask_act)

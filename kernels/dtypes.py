@@ -1,0 +1,21 @@
+"""In which dtypes kernels multiply and sum."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype that a kernel computes and sums in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over pixels, and so gradients of weights, are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: TF32 where cuDNN may use it, as in stock convolutions."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"

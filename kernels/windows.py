@@ -1,0 +1,97 @@
+"""Windows: rectangles of NHWC buffers that kernels read and write in place.
+
+Every map is a tensor of shape (N, C, H, W) whose channels lie side by side in memory (stride 1); rows and pixels may be
+strided, so a part of a larger buffer (an interior with a margin around it, one phase of a strided grid) is a window
+like any other and is never copied. `padding` is (top, bottom, left, right): the rows and columns of zeros that are
+missing around the window because the image ends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Padding = tuple[int, int, int, int]  # top, bottom, left, right
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """`x` if its channels lie side by side, else a channels-last copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_map(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
+    """An uninitialised channels-last map."""
+    return torch.empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
+
+
+def spatial_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of image, row and pixel, in elements."""
+    return x.stride(0), x.stride(2), x.stride(3)
+
+
+def output_size(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> int:
+    """Length of a window op's output along one axis."""
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def can_describe(*tensors: Tensor | None) -> bool:
+    """Whether tensor descriptors can address these maps or matrices: aligned to 16 bytes, last dimension dense."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        view = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
+        if tensor.data_ptr() % 16 if tensor.device.type != "meta" else False:
+            return False
+        if view.shape[-1] * view.element_size() < 16 or (view.stride(-1) != 1):
+            return False
+        if any(s * view.element_size() % 16 for s, n in zip(view.stride()[:-1], view.shape, strict=False) if n > 1):
+            return False
+        if min(view.shape) == 0:
+            return False
+    return True
+
+
+def describe(x: Tensor, box: Sequence[int]) -> TensorDescriptor:
+    """A descriptor of a map's NHWC view; reads outside are zero, writes outside are dropped.
+
+    Args:
+        x: (N, C, H, W) map, or an (R, C) matrix.
+        box: the block that one load or store moves, (1, 1, pixels, channels) or (rows, columns).
+    """
+    view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    # A dimension of size one may have any stride; descriptors want a multiple of 16 bytes.
+    unit = 16 // view.element_size()
+    strides = [s if n > 1 or s % unit == 0 else unit for s, n in zip(view.stride()[:-1], view.shape, strict=False)]
+    return TensorDescriptor(view, list(view.shape), [*strides, 1], list(box))
+
+
+def is_dense(x: Tensor | None) -> bool:
+    """Whether a map fills its memory: pixels, rows and images without gaps."""
+    return x is None or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def as_one_row(x: Tensor) -> Tensor:
+    """All pixels of a dense map side by side."""
+    return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def column_phases(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, int, int]:
+    """The columns that even and odd taps read, and the coordinate shift of each.
+
+    With a stride of two, column 2j - left + s has the parity of left for even s. The phase that begins at column e
+    holds it at (2j - left + s - e) / 2 = j + s/2 - (left + e)/2.
+    """
+    if stride == 1:
+        return x, x, -left, 0
+    even = left % 2
+    odd = 1 - even
+    # Kernels add (s - 1)/2 for odd taps: (2j - left + s - odd)/2 = j + (s - 1)/2 + (1 - left - odd)/2.
+    return x[..., even::2], x[..., odd::2], -(left + even) // 2, (1 - left - odd) // 2
+
+
+def can_describe_phases(*maps: Tensor | None) -> bool:
+    """Whether tensor descriptors can address the even and the odd columns."""
+    return all(x is None or (x.shape[3] > 1 and can_describe(x[..., 0::2], x[..., 1::2])) for x in maps)

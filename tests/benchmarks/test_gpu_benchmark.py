@@ -1,0 +1,180 @@
+"""benchmarks/gpu.py without a GPU: the whole script on tiny sizes, and that one bad item costs one item."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import gpu  # noqa: E402
+import gpu_checks  # noqa: E402
+import gpu_ops  # noqa: E402
+
+WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    request = json.loads(line)
+    name = request["name"]
+    if name == "hangs":
+        time.sleep(60)
+    if name == "dies":
+        print("the reason", file=sys.stderr, flush=True)
+        os._exit(7)
+    print(json.dumps({"pid": os.getpid(), "do": request["do"]}), flush=True)
+"""
+
+
+@pytest.fixture
+def workers(monkeypatch, tmp_path):
+    """Workers that run the script above instead of gpu.py."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    found = [gpu.Worker(False, tmp_path / "log") for _ in range(2)]
+    yield found
+    for worker in found:
+        worker.stop()
+
+
+def run(workers, report, names, *, limit=20.0, deadline=20.0, end=20.0):
+    now = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpu.LIMIT, "checks", limit)
+        gpu.run_items([("checks", name) for name in names], workers, report, now + deadline, now + end)
+    return json.loads(report.path.read_text())
+
+
+def test_an_item_that_dies_or_hangs_costs_one_item(workers, tmp_path):
+    report = gpu.Report(tmp_path / "out.json", time.monotonic())
+    data = run(workers[:1], report, ["a", "dies", "b", "hangs", "c"], limit=3)
+    rows = data["checks"]
+    assert rows["dies"]["error"] == "process died" and "the reason" in rows["dies"]["message"]
+    assert "exit code 7" in rows["dies"]["message"] and rows["hangs"]["error"] == "timed out"
+    assert len({rows[name]["pid"] for name in "abc"}) == 3, "a new process after each"
+    assert not data["skipped"]
+
+
+def test_what_time_does_not_reach_is_listed(workers, tmp_path):
+    report = gpu.Report(tmp_path / "out.json", time.monotonic())
+    data = run(workers[:1], report, ["hangs", "a", "b"], deadline=1, end=2)
+    assert data["checks"]["hangs"]["error"] == "timed out"
+    assert data["skipped"] == ["checks: a", "checks: b"]
+
+
+def test_every_item_once_with_several_workers(workers, tmp_path):
+    report = gpu.Report(tmp_path / "out.json", time.monotonic())
+    names = [str(i) for i in range(20)]
+    data = run(workers, report, names)
+    assert sorted(data["checks"], key=int) == names and {row["do"] for row in data["checks"].values()} == {"checks"}
+
+
+def test_a_check_sees_wrong_values_and_unequal_runs():
+    oracle = torch.randn(1, 8, 16, 16, dtype=torch.float64)
+    good = oracle.to(torch.bfloat16)
+    wrong, unwritten = good.clone(), good.clone()
+    wrong[0, 3, 5, 7] += 0.1
+    unwritten[0, 0, 0, 0] = float("nan")
+    for result, ok in ((good, True), (wrong, False), (unwritten, False)):
+        bench = gpu_checks.Bench(torch.bfloat16)
+        bench.compare("y", result, oracle)
+        assert bench.row["ok"] == ok, bench.row
+    bench = gpu_checks.Bench(torch.bfloat16)
+    runs = iter([(good,), (good + 2**-7,)])
+    bench.twice(lambda: next(runs))
+    assert not bench.row["reproducible"] and not bench.row["ok"]
+
+
+def test_summary_tells_what_is_wrong():
+    data = {
+        "ceilings": {}, "tiles": {}, "skipped": ["ops: b"], "seconds": {"all": 1.0},
+        "checks": {"conv": {"ok": False, "errors": {"y": [0.5, 3.0]}, "reproducible": False},
+                   "pool": {"ok": True, "errors": {}, "reproducible": True}, "stem": {"error": "timed out"}},
+        "ops": {"3x3": {"flops": 1, "bytes": 1, "ms": {"cudnn": 1.0}, "failed": {"ours": "OutOfResources: shared"}},
+                "1x1 forward": {"flops": 1, "bytes": 1, "ms": {"ours": 1.0, "cudnn": 2.0}, "host_us": {"ours": 9.0}}},
+        "steps": {
+            "resnet18 train 64 ours": {"mpx_per_s": 3.0, "peak_bytes": 2**31, "left_bytes": 2**30, "loss": 1.0,
+                                       "image_bytes": 1},
+            "resnet18 train 64 channels_last": {"mpx_per_s": 2.0, "peak_bytes": 2**32, "left_bytes": 0, "loss": 2.0},
+            "resnet18 train 64 eager": {"error": "out of memory"},
+        },
+    }  # fmt: skip
+    text = "\n".join(gpu.summary(data))
+    assert "checks: 1 of 3 hold" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
+    assert "WRONG stem: timed out" in text and "FAILED 3x3: ours: OutOfResources" in text
+    assert "ours 3 (1.0), channels_last 2 (4.0), eager out of memory; 1.50 - -" in text and "LOSS DIFFERS" in text
+    assert "skipped for want of time: 1" in text
+
+
+def test_interleave():
+    a, b = [("p", str(i)) for i in range(2)], [("c", str(i)) for i in range(4)]
+    assert gpu.interleave(a, b) == [a[0], b[0], a[1], b[1], b[2], b[3]]
+    assert gpu.interleave(b, a) == [b[0], a[0], b[1], a[1], b[2], b[3]]
+    assert gpu.interleave(a, []) == a
+
+
+def test_roofline_and_speed():
+    row = {"flops": 2e12, "bytes": 4e9, "ms": {"ours": 10.0, "cudnn": 5.0}}
+    found = gpu.derive(row, {"tflop_per_s": 800.0, "gb_per_s": 4000.0})
+    assert found["ours"] == {"tflop_per_s": 200.0, "gb_per_s": 400.0, "roofline": 0.25}
+    assert found["cudnn"]["roofline"] == 0.5
+    assert gpu.derive({**row, "bytes": 2e10}, {"tflop_per_s": 800.0, "gb_per_s": 4000.0})["cudnn"]["roofline"] == 1.0
+    assert gpu.speed(row, "ours", "cudnn") == 0.5 and gpu.speed(row, "ours", "compile") is None
+
+
+def test_layers_are_those_of_the_networks():
+    """The convolutions of ResNet-50 by shape: 23 distinct ones behind the stem, and their arithmetic in all."""
+    from gigamorph.engine.models import resnet50
+
+    with torch.device("meta"):
+        network = resnet50(num_classes=2, in_channels=1)
+        seen = set()
+        for name, module in network.named_modules():
+            if isinstance(module, torch.nn.Conv2d) and name != "conv1":
+                module.register_forward_hook(
+                    lambda m, args, _: seen.add((*m.weight.shape[:3], m.stride[0], args[0].shape[-1]))
+                )
+        network(torch.empty(1, 1, 2048, 2048))
+    listed = {(layer.cout, layer.cin, layer.kernel, layer.stride, layer.side) for layer in gpu_ops.resnet50()}
+    assert listed == seen
+    layer = gpu_ops.Layer(64, 128, 3, 2, 512)
+    assert layer.flops == 2 * 256**2 * 128 * 64 * 9 and layer.bytes == 2 * (512**2 * 64 + 256**2 * 128)
+
+
+def test_unknown_section_is_an_error(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(tmp_path / "a.json"), "--only", "all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "all unknown; sections are ceilings" in done.stderr
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path):
+    """Every section's code, on the CPU and in the interpreter."""
+    path = tmp_path / "dry.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GIGAMORPH_CACHE": str(tmp_path)}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(path), "--dry"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(path.read_text())
+    assert not data["skipped"]
+    failed = {
+        f"{section}: {name}": row.get("message") or row["failed"]
+        for section in gpu.SECTIONS
+        for name, row in data[section].items()
+        if "error" in row or "failed" in row
+    }
+    # No tile fits a third of the little that so small an image needs.
+    assert list(failed) == ["steps: resnet18 train 64 ours_third"], f"{failed}\n{path.with_suffix('.log').read_text()}"
+    wrong = {name: row for name, row in data["checks"].items() if not (row["ok"] and row["reproducible"])}
+    assert not wrong
+    assert all({"ours"} < set(row["ms"]) for row in data["ops"].values())
+    assert data["ceilings"]["machine"]["triton"] and data["ceilings"]["ceilings"]["gb_per_s"] > 0
+    assert "checks: " in done.stdout and "DIFFERS" not in done.stdout
+    assert data["steps"]["resnet18 train 64 ours"]["mpx_per_s"] > 0

@@ -1,0 +1,248 @@
+"""The sweep with fused convolutions and kernels gives what it gives without, which is what stock PyTorch gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exactness import assert_exact, errors, randomize, step
+from hypothesis import HealthCheck, assume, given, settings
+from random_net import Program, programs
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from gigamorph import kernels
+from gigamorph.engine import accelerate
+from gigamorph.engine.fused.conv import FusedConv
+from gigamorph.kernels import choice
+
+if not torch.cuda.is_available():
+    import interpreter
+
+    interpreter.install()
+
+
+@pytest.fixture
+def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fused graph, each op of it computed by PyTorch: fast, and what runs where cuDNN is the faster."""
+    monkeypatch.setattr(kernels, "enabled", lambda device: True)
+    with choice.override("stock"):
+        yield
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    with choice.override("triton"):
+        yield
+
+
+class Block(nn.Module):
+    """A residual block with a strided 3 x 3 convolution."""
+
+    def __init__(self, channels: int, middle: int, out: int, stride: int, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+
+        def conv(c: int, k: int, size: int, s: int = 1) -> list[nn.Module]:
+            return [nn.Conv2d(c, k, size, s, size // 2, bias=False), nn.BatchNorm2d(k)]
+
+        self.main = nn.Sequential(
+            *conv(channels, middle, 1), act(), *conv(middle, middle, 3, stride), act(), *conv(middle, out, 1)
+        )
+        same = stride == 1 and channels == out
+        self.skip = nn.Identity() if same else nn.Sequential(*conv(channels, out, 1, stride))
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.main(x) + self.skip(x))
+
+
+class Net(nn.Module):
+    """Stem with max-pooling, two residual blocks, a depthwise convolution, pooling, linear."""
+
+    def __init__(self, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), act(), nn.MaxPool2d(3, 2, 1))
+        self.blocks = nn.Sequential(Block(8, 8, 8, 1, act), Block(8, 8, 16, 2, act))
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.depthwise(self.blocks(self.stem(x)))).mean((2, 3)))
+
+
+def build(act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(Net(act)).double().eval()
+
+
+def image(height: int, width: int) -> Tensor:
+    return torch.randn(1, 1, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def ops_of(net: nn.Module) -> list[str]:
+    graph = next(iter(net._programs.values()))[0]  # pyright: ignore
+    return [local.op.name for local in graph.locals]
+
+
+@settings(
+    max_examples=100, deadline=None, derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(programs(max_steps=12))
+def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
+    model = program.build()
+    x = torch.randn(program.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assume(all(leaf.isfinite().all() for leaf in tree_leaves(model(x))))
+    assert_exact(model, x, tile=program.tile, carries=program.carries)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish])
+@pytest.mark.parametrize("tile", [8, 24, 200])
+def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tile: int) -> None:
+    assert_exact(build(act), image(75, 58), tile=(tile, tile))
+
+
+@pytest.mark.parametrize("size", [(75, 58), (33, 64), (7, 5)])
+@pytest.mark.parametrize("tile", [8, 24, 200])
+def test_blocks_without_a_gradient_of_the_image(
+    fused_with_stock_ops: None, size: tuple[int, int], tile: int
+) -> None:  # with the fused stem
+    assert_like_stock(build(), image(*size), tile)
+
+
+@pytest.mark.parametrize("tile", [8, 24, 200])
+def test_inference(fused_with_stock_ops: None, tile: int) -> None:
+    """With pairs of convolutions as one op."""
+    model, x = build(), image(75, 58)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(model, tile=tile)(x), model(x), rtol=1e-12, atol=1e-13)
+
+
+def assert_like_stock(model: nn.Module, x: Tensor, tile: int) -> None:
+    """Outputs and parameter gradients; the image wants none."""
+    expected, got = step(model, x, image_gradient=False), step(accelerate(model, tile=tile), x, image_gradient=False)
+    torch.testing.assert_close(got.outputs, expected.outputs, rtol=1e-12, atol=1e-13)
+    wrong = {name: error for name, error in errors(expected.gradients, got.gradients).items() if error > 1e-12}
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+def test_blocks_with_triton_kernels(triton_kernels: None, act: type[nn.Module]) -> None:
+    model, x = build(act), image(60, 41)
+    assert_like_stock(model, x, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(model, tile=32)(x), model(x), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.usefixtures("fused_with_stock_ops")
+class TestFusing:
+    def test_every_convolution_takes_what_follows_it(self) -> None:
+        net = accelerate(build(), tile=32)
+        net(image(64, 64))
+        assert ops_of(net) == ["fused_stem", *["fused_conv2d"] * 8]
+
+    def test_where_the_image_wants_a_gradient_the_stem_stays_apart(self) -> None:
+        net = accelerate(build(), tile=32)
+        net(image(64, 64).requires_grad_())
+        assert ops_of(net) == ["fused_conv2d", "max_pool2d", *["fused_conv2d"] * 8]
+
+    def test_for_inference_a_pixel_filter_joins_the_convolution_before_it(self) -> None:
+        net = accelerate(build(), tile=32)
+        with torch.no_grad():
+            net(image(64, 64))
+        assert ops_of(net) == ["fused_stem", *["fused_conv2d"] * 6]
+
+    def test_who_masks(self) -> None:
+        """Readers apply the slope where all of them are convolutions or pools; a summand's gradient is not masked."""
+        model = nn.Sequential(build().stem, Block(8, 8, 8, 1), Block(8, 8, 8, 1), Block(8, 8, 16, 2)).double().eval()
+        x = image(64, 64)
+        masked: list[bool] = []
+        plain = FusedConv.forward
+
+        def spy(ctx, *args):
+            masked.append(args[4].masked)
+            return plain(ctx, *args)
+
+        FusedConv.forward = staticmethod(spy)
+        try:
+            accelerate(model, tile=64)(x.requires_grad_())
+        finally:
+            FusedConv.forward = staticmethod(plain)
+        # stem; block 1: a, b, c (a summand of block 2); block 2: a, b, c; block 3: a, b, skip, c (the output)
+        assert masked == [True, True, True, False, True, True, True, True, True, False, False]
+
+    def test_a_window_in_its_margin_is_no_copy(self) -> None:
+        """Where a convolution leaves room, the window of the next lies in the same memory."""
+        net = accelerate(nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)).double(), tile=16)
+        storages: list[tuple[int, int]] = []
+        plain = FusedConv.forward
+
+        def spy(ctx, x, *args):
+            y = plain(ctx, x, *args)
+            storages.append((x.untyped_storage().data_ptr(), y.untyped_storage().data_ptr()))
+            return y
+
+        FusedConv.forward = staticmethod(spy)
+        try:
+            with torch.no_grad():
+                net(image(32, 32))
+        finally:
+            FusedConv.forward = staticmethod(plain)
+        assert len(storages) == 8
+        for (_, made), (read, _) in zip(storages[::2], storages[1::2], strict=True):
+            assert made == read
+
+    def test_sums_are_float32_for_16_bit_weights(self) -> None:
+        """Twelve tiles of bfloat16: their weight gradients are added up before they are rounded."""
+        torch.manual_seed(0)
+        stock = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1)).bfloat16()
+        x = image(48, 64).bfloat16()
+        kept: list[torch.dtype] = []
+        plain = kernels.conv2d.conv2d_wgrad_  # pyright: ignore
+
+        def spy(dw, *args):
+            kept.append(dw.dtype)
+            return plain(dw, *args)
+
+        import gigamorph.engine.fused.conv as fused
+
+        original, fused.conv2d_wgrad_ = fused.conv2d_wgrad_, spy  # pyright: ignore
+        try:
+            accelerate(stock, tile=16)(x).sum().backward()
+        finally:
+            fused.conv2d_wgrad_ = original
+        assert kept and set(kept) == {torch.float32}
+
+    def test_one_op_on_what_stock_keeps_twice(self) -> None:
+        """Nothing but y is saved for the backward: less than without."""
+        x = image(256, 256)
+
+        def held(enabled: bool) -> int:
+            kernels.enabled = lambda device: enabled
+            net = accelerate(build(), tile=256)
+            saved: dict[int, int] = {}
+
+            def pack(t: Tensor) -> Tensor:
+                saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+                return t
+
+            from gigamorph.engine.scan import Scan
+
+            plain = Scan.record
+
+            def record(self, *args):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    return plain(self, *args)
+
+            Scan.record = record
+            try:
+                net(x).sum().backward()
+            finally:
+                Scan.record = plain
+            return sum(saved.values())
+
+        assert held(True) < held(False)

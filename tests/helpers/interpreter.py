@@ -1,0 +1,120 @@
+"""Triton's CPU interpreter, made to round as hardware does, and means to look for mistakes that it hides.
+
+The interpreter holds bfloat16 as bit patterns in uint16 and computes on those, truncates float32 to bfloat16, and
+ignores TF32. `install` gives products and casts their true rounding, and any other arithmetic on raw bfloat16 an
+error: kernels convert to float32 first. Works for Triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_Builder = interpreter.InterpreterBuilder
+_Handle = interpreter.TensorHandle
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(x: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bits, to nearest even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """float32 with ten bits of mantissa, to nearest even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _is_bf16(value: object) -> bool:
+    return isinstance(value, _Handle) and value.dtype.scalar == tl.bfloat16
+
+
+def install() -> None:
+    """Patch the interpreter of this process."""
+    if getattr(_Builder, "_rounds_as_hardware", False):
+        return
+    _Builder._rounds_as_hardware = True
+    dot, cast = _Builder.create_dot, _Builder.cast_impl
+
+    def create_dot(self, a, b, d, precision, imprecise):
+        def operand(handle):
+            if _is_bf16(handle):
+                return _Handle(_widen(handle.data), tl.float32)
+            if handle.dtype.scalar == tl.float32 and str(precision).split(".")[-1] == "TF32":
+                return _Handle(_tf32(handle.data), tl.float32)
+            return handle
+
+        return dot(self, operand(a), operand(b), d, precision, imprecise)
+
+    def cast_impl(self, source, target):
+        given, wanted = source.dtype.scalar, target.scalar
+        if given != tl.bfloat16 and wanted == tl.bfloat16:
+            return _Handle(_narrow(source.data.astype(np.float32)), tl.bfloat16)
+        if given == tl.bfloat16 and wanted != tl.bfloat16:
+            source = _Handle(_widen(source.data), tl.float32)
+        return cast(self, source, target)
+
+    def refusing(method, what):
+        def call(self, *args):
+            if any(map(_is_bf16, args)):
+                raise TypeError(f"{what} on raw bfloat16: convert to float32 first")
+            return method(self, *args)
+
+        return call
+
+    _Builder.create_dot, _Builder.cast_impl = create_dot, cast_impl
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        setattr(_Builder, name, refusing(getattr(_Builder, name), name))
+
+    apply = interpreter.ReduceScanOpInterface.apply
+
+    def reduce(self, values):
+        if any(_is_bf16(v.handle) for v in (values if isinstance(values, tuple) else (values,))):
+            raise TypeError("reduction of raw bfloat16: convert to float32 first")
+        return apply(self, values)
+
+    interpreter.ReduceScanOpInterface.apply = reduce
+
+    # Triton 3.6 with NumPy 2.4: int() of an array of one element raises inside range(tl.program_id(0), ...).
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, *scopes):
+        result = patch(tensor, *scopes)
+
+        def index(self):
+            return int(np.asarray(self.handle.data).reshape(-1)[0])
+
+        setter = next((scope for scope in scopes if hasattr(scope, "set_attr")), None)
+        if setter is None:
+            tensor.__index__ = index
+        else:
+            setter.set_attr(tensor, "__index__", index)
+        return result
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+@contextlib.contextmanager
+def reversed_grid() -> Iterator[None]:
+    """Run programs last to first: what two programs write to one place then comes out differently."""
+    builder = interpreter.interpreter_builder
+    forward = builder.set_grid_idx
+
+    def backward(x, y, z):
+        forward(*(n - 1 - i for n, i in zip(builder.grid_dim, (x, y, z), strict=True)))
+
+    builder.set_grid_idx = backward
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx

@@ -1,0 +1,129 @@
+"""The compile gate passes on the package's kernels and fails on planted faults.
+
+The gate needs Triton's compiler, which a process that has imported Triton for interpreting lacks: everything runs in
+children without TRITON_INTERPRET. As a script, this file gates its planted kernels: test_compile_gate.py CHIP NAME.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@triton.jit
+def _product_kernel(
+    x_desc, w_desc, y_desc, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T. TURNED: x is loaded through a box that the compiler cannot fold."""
+    m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        a = x_desc.load([m // 16, 0, k]).reshape(BM, BK) if TURNED else x_desc.load([m, k])
+        w = w_desc.load([n, k])
+        acc = tl.dot(a, w.T, acc)
+    y_desc.store([m, n], acc.to(y_desc.dtype))
+
+
+@triton.jit
+def _sums_kernel(x_ptr, y_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Holds far more values than there are registers."""
+    at = tl.arange(0, BLOCK)
+    a, b, c = tl.load(x_ptr + at), tl.load(x_ptr + BLOCK + at), tl.load(x_ptr + 2 * BLOCK + at)
+    for _ in range(COUNT):
+        a, b, c = tl.exp(b) + c, tl.exp(c) + a, tl.exp(a) + b
+    tl.store(y_ptr + at, a + b + c)
+
+
+@triton.jit
+def _rows_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
+    """32-bit addresses."""
+    at = tl.program_id(0) * width + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+def _product(rows: int = 4096, bm: int = 128, bn: int = 128, stages: int = 3, turned: bool = False, grid=None) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x, w, y = (torch.empty(rows, 1024, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    source = TensorDescriptor.from_tensor(x, [bm, 64])
+    if turned:
+        source = TensorDescriptor.from_tensor(x.view(rows // 16, 16, 1024), [bm // 16, 16, 64])
+    _product_kernel[grid or (rows // bm, 1024 // bn)](
+        source, TensorDescriptor.from_tensor(w, [bn, 64]), TensorDescriptor.from_tensor(y, [bm, bn]),
+        1024, bm, bn, 64, turned, num_warps=8 if bm >= 128 else 4, num_stages=stages,
+    )  # fmt: skip
+
+
+def _sums() -> None:
+    x = torch.empty(3 * 65536, device="meta")
+    _sums_kernel[(1,)](x, x, 8, 32768, num_warps=4)
+
+
+def _rows(height: int) -> None:
+    x = torch.empty(height, 1 << 16, device="meta", dtype=torch.bfloat16)
+    _rows_kernel[(height,)](x, x, 1 << 16, 128)
+
+
+# name: (launch, what the verdict must contain; "" for none)
+PLANTED = {
+    "good": (_product, ""),
+    "shared": (lambda: _product(bm=256, stages=6), "shared memory"),
+    "spills": (_sums, "spills"),
+    "wgmma": (lambda: _product(bm=32), "no wgmma"),
+    "operand": (lambda: _product(turned=True), "left operand in registers"),
+    "grid": (lambda: _product(grid=(1, 1 << 16)), "grid"),
+    "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
+    "fits": (lambda: _rows(1 << 14), ""),
+    "compiler": (lambda: _product(bm=96), "power of 2"),
+}
+
+
+def _child(*arguments: object) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, str]:
+    done = _child(__file__)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(line.split("\t") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_faults_are_found(verdicts, name):
+    wanted = PLANTED[name][1]
+    assert wanted in verdicts[name] and bool(wanted) == bool(verdicts[name]), verdicts[name]
+
+
+@pytest.mark.slow
+def test_quick_gate_passes():
+    done = _child(BENCHMARKS / "compile_gate.py", "--quick", "--faults")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("ok: ")
+
+
+def test_refuses_to_interpret():
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "compile_gate.py")], env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "unset it" in done.stderr
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(BENCHMARKS))
+    import compile_gate
+
+    for planted, (launch, _) in PLANTED.items():
+        rows = compile_gate.gate(90, "planted", [(planted, launch)])
+        print(planted, "; ".join(fault for row in rows for fault in row.faults), sep="\t")

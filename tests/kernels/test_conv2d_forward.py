@@ -1,0 +1,284 @@
+"""The fused convolution's two kernels against a float64 oracle on the inputs as they were rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, random_map
+from torch import Tensor
+
+from gigamorph.kernels import tuning
+from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
+from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.windows import output_size
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution; `form` is the kernel that must run it."""
+
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    form: str = "descriptor"
+    channels: tuple[int, int] = (24, 24)
+    size: tuple[int, int] = (5, 35)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.form}-k{self.kernel}s{self.stride}d{self.dilation}g{self.groups}"
+            f"-{self.channels[0]}to{self.channels[1]}-pad{''.join(map(str, self.padding))}"
+        )
+
+
+CASES = [
+    Case(1),
+    Case(1, stride=2),
+    Case(3, padding=(1, 1, 1, 1)),
+    Case(3, padding=(1, 0, 0, 1)),
+    Case(3, stride=2, padding=(1, 1, 1, 1)),
+    Case(3, stride=2, padding=(0, 1, 0, 0)),
+    Case(3, stride=2, padding=(1, 0, 1, 0), size=(8, 20)),
+    Case(3, dilation=2, padding=(2, 2, 2, 2)),
+    Case(5, padding=(2, 1, 2, 0), channels=(40, 8)),
+    Case(7, stride=2, padding=(3, 3, 3, 3), channels=(8, 16), size=(5, 19)),
+    Case(4, stride=4, form="pointer"),
+    Case(3, stride=3, padding=(1, 0, 1, 1), form="pointer"),
+    Case(3, stride=2, dilation=2, padding=(2, 2, 2, 2), form="pointer"),
+    Case(3, groups=4, stride=2, padding=(1, 0, 1, 1), form="pointer"),
+    Case(5, groups=2, dilation=2, padding=(1, 0, 1, 1), form="pointer", size=(13, 17)),
+    Case(7, stride=2, padding=(3, 3, 3, 3), channels=(1, 10), form="pointer"),
+    Case(3, padding=(1, 1, 1, 1), channels=(3, 5), form="pointer"),
+    Case(3, padding=(1, 1, 1, 1), form="pointer", size=(1, 1)),
+]
+
+
+@dataclass
+class Operands:
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor
+    gate: Tensor
+    mask: Tensor
+
+    @property
+    def double(self) -> Operands:
+        return Operands(*(getattr(self, name).double() for name in self.__dataclass_fields__))
+
+
+def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
+    g = torch.Generator().manual_seed(seed)
+    c, k = case.channels
+    h, w = case.size
+    top, bottom, left, right = case.padding
+    oh = output_size(h, case.kernel, case.stride, case.dilation, top, bottom)
+    ow = output_size(w, case.kernel, case.stride, case.dilation, left, right)
+    return Operands(
+        random_map(2, c, h, w, dtype, g), random_map(k, c // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
+        (torch.rand(k, generator=g) + 0.5).to(dtype).to(DEVICE), torch.randn(k, generator=g).to(dtype).to(DEVICE),
+        random_map(2, k, oh, ow, dtype, g), random_map(2, c, h, w, dtype, g), random_map(2, k, oh, ow, dtype, g),
+    )  # fmt: skip
+
+
+def run(
+    case: Case, o: Operands, act: str, guard: Guarded, gate_act: str = "none", mask_act: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """y and z by the case's kernel, every operand between bands of NaN."""
+    dtype = o.x.dtype
+    y, z = guard.empty(*o.residual.shape, dtype=dtype), guard.empty(*o.residual.shape, dtype=dtype)
+    stride, dilation = (case.stride, case.stride), (case.dilation, case.dilation)
+    with forced(Config(case.form, 32, 32, 16)):
+        launch(
+            guard(o.x), guard(o.weight), y, stride, case.padding, dilation, case.groups, act, scale=guard(o.scale),
+            shift=guard(o.shift), residual=guard(o.residual), z=z,
+            gate=None if gate_act == "none" else guard(o.gate), gate_act=gate_act,
+            mask=None if mask_act == "none" else guard(o.mask), mask_act=mask_act,
+        )  # fmt: skip
+    guard.check()
+    return y, z
+
+
+def reference(
+    case: Case, o: Operands, act: str, gate_act: str = "none", mask_act: str = "none"
+) -> tuple[Tensor, Tensor]:
+    return conv2d_forward_reference(
+        o.x, o.weight, o.scale, o.shift, o.residual, (case.stride,) * 2, case.padding, (case.dilation,) * 2,
+        case.groups, act, None if gate_act == "none" else o.gate, gate_act, None if mask_act == "none" else o.mask,
+        mask_act,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(c, d) for c in CASES for d in DTYPES if d in (torch.float64, torch.bfloat16) or c.kernel == 3],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+def test_against_float64(case: Case, dtype: torch.dtype) -> None:
+    o = operands(case, dtype)
+    y, z = run(case, o, "silu", Guarded())
+    oracle_y, oracle_z = reference(case, o.double, "silu")
+    tf32 = dtype == torch.float32
+    assert_close("z", z, oracle_z, tf32=tf32)
+    assert_close("y", y, oracle_y, tf32=tf32)
+
+
+@pytest.mark.parametrize("form", ["descriptor", "pointer"])
+def test_ieee_float32_where_tf32_is_off(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    case = Case(3, padding=(1, 1, 1, 1), form=form)
+    o = operands(case, torch.float32)
+    y, _ = run(case, o, "relu", Guarded())
+    assert_close("y", y, reference(case, o.double, "relu")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["descriptor", "pointer"])
+def test_no_worse_than_stock_in_16_bits(form: str, dtype: torch.dtype) -> None:
+    case = Case(3, padding=(1, 1, 1, 1), form=form, channels=(64, 32), size=(11, 45))
+    o = operands(case, dtype)
+    y, _ = run(case, o, "relu", Guarded())
+    oracle = reference(case, o.double, "relu")[0]
+    assert_close("y", y, oracle, stock=reference(case, o, "relu")[0])
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("form", ["descriptor", "pointer"])
+def test_activations_slopes_and_masks(form: str, act: str) -> None:
+    case = Case(3, stride=2, padding=(1, 1, 1, 1), form=form, size=(6, 18))
+    o = operands(case, torch.float64)
+    y, z = run(case, o, act, Guarded(), gate_act=act, mask_act="relu6")
+    oracle_y, oracle_z = reference(case, o.double, act, act, "relu6")
+    assert_close("y", y, oracle_y)
+    assert_close("z", z, oracle_z)
+
+
+@pytest.mark.parametrize("form", ["descriptor", "pointer"])
+def test_windows_of_larger_buffers(form: str) -> None:
+    """Parts of larger buffers are read and written in place, and nothing around them."""
+    g = torch.Generator().manual_seed(1)
+    whole = random_map(2, 16, 20, 40, torch.float64, g)
+    target = torch.full_like(whole, 7.0)
+    weight = random_map(16, 16, 3, 3, torch.float64, g, 0.2)
+    x, y = whole[:, :, 3:12, 5:26], target[:, :, 2:11, 6:27]
+    with forced(Config(form, 32, 16, 16)):
+        launch(x, weight, y, (1, 1), (1, 1, 1, 1), (1, 1), 1, "none")
+    oracle = torch.nn.functional.conv2d(x, weight, padding=1)
+    assert_close("y", y, oracle)
+    y.fill_(7.0)
+    assert (target == 7.0).all()
+
+
+@pytest.mark.parametrize("form", ["descriptor", "pointer"])
+def test_order_of_programs_does_not_matter(form: str) -> None:
+    case = Case(3, stride=2, padding=(1, 1, 1, 1), form=form)
+    o = operands(case, torch.bfloat16)
+    assert_order_free(lambda: run(case, o, "relu", Guarded()))
+
+
+def test_empty_maps() -> None:
+    x = torch.zeros(1, 8, 4, 0, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(8, 8, 1, 1, device=DEVICE)
+    launch(x, weight, torch.zeros(1, 8, 4, 0, device=DEVICE), (1, 1), (0, 0, 0, 0), (1, 1), 1, "none")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)), size=st.tuples(st.integers(1, 6), st.integers(1, 40)),
+    padding=st.tuples(*[st.integers(0, 3)] * 4), channels=st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    groups=st.integers(1, 2), eights=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_random(kernel, stride, dilation, size, padding, channels, groups, eights, seed) -> None:
+    """Whatever kernel the launcher takes for it."""
+    unit = 8 * groups if eights else groups
+    c, k = unit * channels[0], unit * channels[1]
+    oh = output_size(size[0], kernel[0], stride[0], dilation[0], padding[0], padding[1])
+    ow = output_size(size[1], kernel[1], stride[1], dilation[1], padding[2], padding[3])
+    if oh < 1 or ow < 1:
+        return
+    g = torch.Generator().manual_seed(seed)
+    x = random_map(2, c, *size, torch.float64, g)
+    weight = random_map(k, c // groups, *kernel, torch.float64, g)
+    guard = Guarded()
+    y = guard.empty(2, k, oh, ow, dtype=torch.float64)
+    launch(guard(x), guard(weight), y, stride, padding, dilation, groups, "relu")
+    guard.check()
+    oracle = conv2d_forward_reference(x, weight, None, None, None, stride, padding, dilation, groups, "relu")[0]
+    assert_close("y", y, oracle)
+
+
+def test_planted_errors_are_caught() -> None:
+    """One wrong pixel, one missing column, one rounding too many: each fails a check."""
+    case = Case(3, padding=(1, 1, 1, 1), channels=(64, 32), size=(11, 45))
+    o = operands(case, torch.bfloat16)
+    y, _ = run(case, o, "none", Guarded())
+    oracle = reference(case, o.double, "none")[0]
+    stock = reference(case, o, "none")[0]
+    assert_close("y", y, oracle)
+
+    wrong_pixel = y.clone()
+    wrong_pixel[0, 3, 7, 5] += 0.02 * y.abs().max()
+    missing = y.clone()
+    missing[..., -1] = float("nan")
+    twice_rounded = (y.float() * 1.0039).to(torch.bfloat16)
+    for planted in (wrong_pixel, missing, twice_rounded):
+        with pytest.raises(AssertionError):
+            assert_close("y", planted, oracle, stock=stock)
+    assert errors(wrong_pixel, oracle)[0] < 3e-3  # the norm alone would have let it pass
+
+
+def test_overlapping_tiles_are_caught_by_the_order_of_programs() -> None:
+    """Programs that write the same place differently disagree between the two orders."""
+    if DEVICE.type == "cuda":
+        pytest.skip("programs of a GPU run in no order")
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def write_number(y_ptr, BLOCK: tl.constexpr):
+        pid = tl.program_id(0)
+        tl.store(y_ptr + pid * (BLOCK - 1) + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32) + pid)
+
+    def run_it() -> Tensor:
+        y = torch.zeros(32)
+        write_number[(2,)](y, BLOCK=8)
+        return y
+
+    with pytest.raises(AssertionError):
+        assert_order_free(run_it)
+
+
+def test_a_read_and_a_write_outside_are_caught() -> None:
+    guard = Guarded(band=16)
+    inner = guard(torch.ones(8, device=DEVICE))
+    outside = torch.as_strided(inner, (1,), (1,), inner.storage_offset() + 8)
+    assert outside.isnan().all()
+    outside.fill_(0.0)
+    with pytest.raises(AssertionError):
+        guard.check()
+
+
+def test_the_forced_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases above say which kernel they test: what descriptors cannot do falls back to pointers."""
+    seen: list[str] = []
+    plain = tuning.matmul_config
+
+    def spy(*args, **kwargs):
+        config = plain(*args, **kwargs)
+        seen.append(config.form)
+        return config
+
+    monkeypatch.setattr("gigamorph.kernels.conv2d_forward.matmul_config", spy)
+    for case in CASES:
+        run(case, operands(case, torch.bfloat16), "none", Guarded())
+        assert seen[-1] == case.form, case

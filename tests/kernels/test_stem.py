@@ -1,0 +1,248 @@
+"""The fused stem and its backward against a float64 oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+
+from gigamorph.kernels import stem as module
+from gigamorph.kernels.stem import stem, stem_backward, stem_forward, stem_gradients, stem_reference
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# channels, filters, kernel, stride, padding, pool padding
+RESNET = (1, 20, 7, 2, (3, 3, 3, 3), (1, 1, 1, 1))
+FORMS = {
+    "7x7 grey": RESNET,
+    "7x7 colour": (3, 24, 7, 2, (3, 3, 3, 3), (1, 1, 1, 1)),
+    "7x7 corner": (1, 16, 7, 2, (3, 0, 0, 3), (1, 0, 0, 1)),
+    "3x3": (3, 24, 3, 2, (1, 0, 1, 1), None),
+    "patchify": (3, 33, 4, 4, (0, 0, 0, 0), None),
+    "3x3 dense, pooled": (1, 16, 3, 1, (1, 1, 1, 1), (0, 1, 1, 0)),
+}
+BOUNDS = (-0.75, 0.875)  # some pixels lie beyond either
+
+
+def pixels(n, c, h, w, kind, generator):
+    """Pixels inside a larger buffer, whose rest would spoil a result."""
+    outer = torch.full((n, c, h + 4, w + 6), math.nan if kind.is_floating_point else 255, dtype=torch.float64)
+    outer[..., 2:-2, 3:-3] = torch.randint(0, 256, (n, c, h, w), generator=generator)
+    integer = {torch.uint16: torch.int32, torch.int16: torch.int32}.get(kind, kind)
+    outer = outer.to(integer)
+    if kind in (torch.uint16, torch.int16):
+        outer = (outer * 257).to(torch.uint16)  # up to 65535: the sign bit is in use
+        outer = outer.view(kind)
+    return outer.to(DEVICE)[..., 2:-2, 3:-3]
+
+
+def problem(form, dtype, kind=torch.uint8, size=(14, 19), affine=True, seed=0, dense=None):
+    """Arguments of `stem` from x to offset, whose normalised pixels and weights have few enough bits for TF32."""
+    c, k, r = form[:3]
+    g = torch.Generator().manual_seed(seed)
+    x = pixels(2, c, *size, kind, g)
+    wide = torch.promote_types(dtype, torch.float32)
+    levels = 65792 if kind in (torch.uint16, torch.int16) else 256  # 257 * 256
+    gain = torch.full((c,), 2 / levels, dtype=wide, device=DEVICE)
+    offset = torch.linspace(-1, -0.75, c, dtype=wide, device=DEVICE)
+    weight = random_map(k, c, r, r, dtype, g, 0.2)
+    if dtype == torch.float32:
+        weight = weight.to(torch.float16).float()
+    scale, shift = (random_map(1, k, 1, 1, dtype, g).flatten() for _ in range(2))  # scales of both signs
+    return x, weight, *((scale, shift) if affine else (None, None)), gain, offset
+
+
+def window(form):
+    return (form[3],) * 2, form[4], form[5]
+
+
+def oracle(inputs, form, act):
+    """y, and the gradients of weight, scale and shift for a dy, in float64; dy in the inputs' dtype."""
+    x, *leaves, gain, offset = inputs
+    wide = [None if t is None else t.double().requires_grad_() for t in leaves]
+    # Normalised as the kernel does it, in float32, and rounded to the dtype of the weights.
+    v = x.to(torch.uint16) if x.dtype == torch.uint16 else x.view(torch.uint16) if x.dtype == torch.int16 else x
+    v = (v.to(gain.dtype) * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)).clamp(*BOUNDS).to(leaves[0].dtype)
+    y = stem_reference(v.double(), *wide, None, None, -math.inf, math.inf, *window(form), act)
+    g = torch.Generator().manual_seed(1)
+    dy = random_map(*y.shape, leaves[0].dtype, g)
+    if dy.dtype == torch.float32:
+        dy = dy.to(torch.float16).float()
+    grads = torch.autograd.grad(y, [t for t in wide if t is not None], dy.double())
+    return y.detach(), dy.contiguous(memory_format=torch.channels_last), grads
+
+
+def check(inputs, form, act="relu"):
+    x, weight, scale, shift, gain, offset = inputs
+    y_oracle, dy, grads = oracle(inputs, form, act)
+    strides, padding, pool_padding = window(form)
+    guarded = Guarded()
+    options = {
+        name: None if t is None else guarded(t)
+        for name, t in (("scale", scale), ("shift", shift), ("gain", gain), ("offset", offset))
+    }
+    options |= {"low": BOUNDS[0], "high": BOUNDS[1], "pool_padding": pool_padding}
+    y = guarded.empty(*y_oracle.shape, dtype=weight.dtype)
+    stem_forward(x, guarded(weight), y, strides, padding, act, **options)
+    stock = stem_reference(*inputs, *BOUNDS, strides, padding, pool_padding, act)
+    assert_close("y", y, y_oracle, tf32=weight.dtype == torch.float32, stock=stock)
+
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    sums = [
+        guarded(torch.ones(t.shape, dtype=wide, device=DEVICE))
+        for t in (weight, weight[:, 0, 0, 0], weight[:, 0, 0, 0])
+    ]
+    stem_backward(
+        x, guarded(weight), guarded(dy), sums[0], strides, padding, act, dscale=sums[1], dshift=sums[2], **options
+    )  # fmt: skip
+    guarded.check()
+    for name, total, grad in zip(("dweight", "dscale", "dshift"), sums, grads, strict=False):
+        # What was in the buffer is still there; errors of the sum are those of its terms' magnitude.
+        tf32 = weight.dtype == torch.float32
+        assert_close(name, total - 1, grad, tf32=tf32, dtype=None if tf32 else weight.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(dtype, form):
+    check(problem(FORMS[form], dtype), FORMS[form])
+
+
+def test_float32_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    check(problem(RESNET, torch.float32), RESNET)
+
+
+@pytest.mark.parametrize("kind", [torch.uint16, torch.int16, torch.float32, torch.float16, torch.bfloat16])
+def test_kinds_of_pixels(kind):
+    check(problem(RESNET, torch.float64, kind), RESNET)
+
+
+@pytest.mark.parametrize("act", ["none", "relu6"])
+@pytest.mark.parametrize("form", ["7x7 grey", "3x3"])
+def test_other_activations_without_affine(act, form):
+    check(problem(FORMS[form], torch.float64, affine=False), FORMS[form], act)
+
+
+def test_several_strips_and_splits(monkeypatch):
+    """Tiles as on a GPU: many programs, ragged in every direction."""
+    monkeypatch.setattr(module, "_tile", lambda weight, width: {"BM": 16, "BN": 16, "BK": 16})
+    form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
+    check(problem(form, torch.float64, size=(9, 36)), form)
+    monkeypatch.setattr(module, "interpreting", lambda: False)  # strips of one row, a split per tile
+    check(problem(form, torch.float64, size=(9, 36)), form)
+
+
+def test_pixels_side_by_side():
+    """An image as files hold it, (height, width, channels)."""
+    x, *rest = problem(FORMS["7x7 colour"], torch.float32)
+    inside_out = x.contiguous(memory_format=torch.channels_last)
+    call = (*rest, *BOUNDS, (2, 2), (3, 3, 3, 3), (1, 1, 1, 1), "relu")
+    assert torch.equal(stem(inside_out, *call), stem(x, *call))
+
+
+def test_no_normalisation_and_clamp_alone():
+    x, weight, scale, shift, *_ = problem(RESNET, torch.float64, torch.float32)
+    for low, high in ((-math.inf, math.inf), (20.0, 200.0), (-math.inf, 100.0)):
+        call = (weight, scale, shift, None, None, low, high, (2, 2), (3, 3, 3, 3), (1, 1, 1, 1), "relu")
+        assert_close("y", stem(x, *call), stem_reference(x, *call))
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    c=st.sampled_from([1, 3]), k=st.integers(1, 24), kernel=st.integers(1, 5), stride=st.integers(1, 4),
+    padding=st.tuples(*[st.integers(0, 2)] * 4), pool=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    h=st.integers(9, 14), w=st.integers(9, 20),
+)  # fmt: skip
+def test_random_sizes(c, k, kernel, stride, padding, pool, h, w):
+    form = (c, k, kernel, stride, padding, pool)
+    check(problem(form, torch.float64, size=(h, w)), form)
+
+
+def test_gradient_goes_to_the_first_maximum():
+    """Equal conv outputs: PyTorch's order, row by row."""
+    x = torch.ones(1, 1, 9, 9, dtype=torch.float64, device=DEVICE)
+    x[..., 4:, 3:] = 2
+    weight = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=DEVICE).reshape(1, 1, 2, 2).requires_grad_()
+    arguments = (None, None, None, None, -math.inf, math.inf, (1, 1), (0, 0, 0, 0), (1, 1, 1, 1), "none")
+    x[0, 0, 1::2, 1::2] += (
+        torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE) / 9
+    )
+    dy = torch.arange(16.0, dtype=torch.float64, device=DEVICE).reshape(1, 1, 4, 4)
+    (mine,) = torch.autograd.grad(stem(x, weight, *arguments), weight, dy)
+    (theirs,) = torch.autograd.grad(stem_reference(x, weight, *arguments), weight, dy)
+    assert_close("dweight", mine, theirs)
+
+
+def test_order_of_programs(monkeypatch):
+    form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
+    inputs = problem(form, torch.float32)
+    _, dy, _ = oracle(inputs, form, "relu")
+    monkeypatch.setattr(module, "_tile", lambda weight, width: {"BM": 16, "BN": 16, "BK": 16})
+    call = (*inputs, *BOUNDS, *window(form), "relu")
+    assert_order_free(lambda: (stem(*call), *stem_gradients(dy, *call)))
+
+
+@pytest.mark.parametrize("mistake", ["offset", "padding", "pool", "pixel", "scale"])
+def test_mistakes_are_seen(mistake):
+    inputs = list(problem(RESNET, torch.bfloat16))
+    y, dy, grads = oracle(inputs, RESNET, "relu")
+    strides, padding, pool_padding = window(RESNET)
+    if mistake == "offset":
+        inputs[5] = inputs[5] + 0.01
+    elif mistake == "padding":
+        # Zeros beyond the image before normalisation, in place of after it.
+        inputs[0] = torch.nn.functional.pad(inputs[0], [3, 3, 3, 3])
+        padding = (0, 0, 0, 0)
+    elif mistake == "pool":
+        inputs[0], pool_padding = torch.nn.functional.pad(inputs[0], [4, 0, 4, 0]), (0, 1, 0, 1)
+    elif mistake == "pixel":
+        inputs[0] = inputs[0].clone()
+        inputs[0][0, 0, 10, 10] += 128
+    else:
+        inputs[2] = inputs[2].clone()
+        inputs[2][3] *= 1.1
+    call = (*inputs, *BOUNDS, strides, padding, pool_padding, "relu")
+    with pytest.raises(AssertionError):
+        assert_close("y", stem(*call), y)
+    if mistake != "pool":
+        with pytest.raises(AssertionError):
+            assert_close("dweight", stem_gradients(dy, *call)[0], grads[0], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("pool", [None, (1, 0, 0, 1)])
+def test_gradcheck(pool):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 1, 7, 8, generator=g, dtype=torch.float64).to(DEVICE)
+    weight = torch.randn(3, 1, 3, 3, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_()
+    scale, shift = (torch.randn(3, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_() for _ in range(2))
+    gain, offset = (torch.tensor([v], dtype=torch.float64, device=DEVICE) for v in (0.7, 0.1))
+
+    def run(weight, scale, shift):
+        return stem(x, weight, scale, shift, gain, offset, -1.5, 1.5, (2, 2), (1, 0, 1, 1), pool, "relu")
+
+    assert torch.autograd.gradcheck(run, (weight, scale, shift), fast_mode=True)
+
+
+def test_operator():
+    form = (1, 4, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
+    x, *leaves, gain, offset = problem(form, torch.float32, torch.float32, size=(9, 11))
+    leaves = [t.requires_grad_() for t in leaves]
+    torch.library.opcheck(stem, (x, *leaves, gain, offset, *BOUNDS, *window(form), "relu"))
+
+
+def test_refusals():
+    inputs = problem(RESNET, torch.float32)
+    strides, padding, pool_padding = window(RESNET)
+    with pytest.raises(ValueError, match="may decrease"):
+        stem(*inputs, *BOUNDS, strides, padding, pool_padding, "silu")
+    with pytest.raises(ValueError, match="both or neither"):
+        stem(*inputs[:5], None, *BOUNDS, strides, padding, pool_padding, "relu")
+    with pytest.raises(ValueError, match="0 or 1"):
+        stem(*inputs, *BOUNDS, strides, padding, (2, 1, 1, 1), "relu")
+    with pytest.raises(ValueError, match="stem_reference"):
+        image = torch.zeros(1, 1, 9, 9, device=DEVICE).requires_grad_()
+        stem(image, *inputs[1:], *BOUNDS, strides, padding, pool_padding, "relu").sum().backward()
+    with pytest.raises(ValueError, match="channels of pixels"):
+        stem(inputs[0].expand(-1, 3, -1, -1), *inputs[1:], *BOUNDS, strides, padding, pool_padding, "relu")
