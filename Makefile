@@ -6,7 +6,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 CONSTRAINTS := $(if $(filter-out 0,$(GPU)),,-c constraints-cpu.txt)
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types gate check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -28,7 +28,10 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test
+gate: $(VENV)/installed
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_gate.py --faults
+
+check: lint types test gate
 
 clean:
 	rm -rf $(VENV) build *.egg-info
