@@ -227,12 +227,16 @@ def launch(
     if config.form == "descriptor":
         box_a, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
         even, odd, shift_even, shift_odd = column_phases(x, stride[1], left)
-        gate_even, gate_odd, _, _ = column_phases(x if gate is None else gate, stride[1], left)
-        y_desc = describe(y, box_y)
+        x_desc, y_desc = describe(even, box_a), describe(y, box_y)
+        x_odd_desc = x_desc if stride[1] == 1 else describe(odd, box_a)
+        g_desc, g_odd_desc = x_desc, x_odd_desc
+        if gate is not None:
+            even, odd, _, _ = column_phases(gate, stride[1], left)
+            g_desc = describe(even, box_a)
+            g_odd_desc = g_desc if stride[1] == 1 else describe(odd, box_a)
         segments = triton.cdiv(run, config.block_m)
         _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
-            describe(even, box_a), describe(odd, box_a), describe(gate_even, box_a), describe(gate_odd, box_a),
-            describe(matrix, [config.block_n, config.block_k]), scale, shift,
+            x_desc, x_odd_desc, g_desc, g_odd_desc, describe(matrix, [config.block_n, config.block_k]), scale, shift,
             y_desc if residual is None else describe(residual, box_y),
             y_desc if mask is None else describe(mask, box_y), y_desc, y_desc if z is None else describe(z, box_y),
             lines, filters, segments, top, dilation[0], shift_even, shift_odd, CIN=depth, STRIDE_H=stride[0],

@@ -247,12 +247,14 @@ def launch_backward(
     each = tiles_per_program(tiles) if sums else 1
     splits = triton.cdiv(tiles, each)
     parts = torch.empty(2, splits, channels, dtype=acc, device=dy.device) if sums else None
+    # Two vectors of three maps, of dz and of both sums are more than a thread has registers for: one of each then.
+    warps = 8 if sums and residual is not None else 4
     _affine_act_grad_kernel[(splits * blocks,)](
         dy, x, scale, shift, residual, y, dx, dz, *((None, None) if parts is None else parts), *strides,
         h, w, c, blocks, tiles, each, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None, HAS_Y=y is not None, HAS_DX=dx is not None, HAS_DZ=dz is not None,
         SUMS=sums, ACT=act, VEC=vec, BH=block[0], BW=block[1], BC=block[2], ACC=accumulator(dy.dtype),
-        num_warps=8 if sums else 4,
+        num_warps=warps,
     )  # fmt: skip
     return None if parts is None else tuple(parts.sum(1).unbind())  # pyright: ignore
 

@@ -42,14 +42,15 @@ def can_describe(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        view = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
-        if tensor.data_ptr() % 16 if tensor.device.type != "meta" else False:
-            return False
-        if view.shape[-1] * view.element_size() < 16 or (view.stride(-1) != 1):
-            return False
-        if any(s * view.element_size() % 16 for s, n in zip(view.stride()[:-1], view.shape, strict=False) if n > 1):
-            return False
-        if min(view.shape) == 0:
+        shape, strides, itemsize = tensor.shape, tensor.stride(), tensor.element_size()
+        last = 1 if len(shape) == 4 else len(shape) - 1
+        if (
+            0 in shape
+            or strides[last] != 1
+            or shape[last] * itemsize < 16
+            or any(strides[d] * itemsize % 16 for d in range(len(shape)) if d != last and shape[d] > 1)
+            or (tensor.device.type != "meta" and tensor.data_ptr() % 16)
+        ):
             return False
     return True
 
@@ -62,10 +63,12 @@ def describe(x: Tensor, box: Sequence[int]) -> TensorDescriptor:
         box: the block that one load or store moves, (1, 1, pixels, channels) or (rows, columns).
     """
     view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    shape = view.shape
     # A dimension of size one may have any stride; descriptors want a multiple of 16 bytes.
     unit = 16 // view.element_size()
-    strides = [s if n > 1 or s % unit == 0 else unit for s, n in zip(view.stride()[:-1], view.shape, strict=False)]
-    return TensorDescriptor(view, list(view.shape), [*strides, 1], list(box))
+    strides = [unit if n == 1 and s % unit else s for s, n in zip(view.stride(), shape, strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(view, list(shape), strides, list(box))
 
 
 def is_dense(x: Tensor | None) -> bool:
