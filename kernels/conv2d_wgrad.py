@@ -4,16 +4,18 @@
                                                                     j*stride - left + s*dilation]
     dshift[k]      += sum over n, i, j of  dz[n, k, i, j],          dz = dy * slope(gate)
 
-As a matrix product: rows are output channels, columns are taps x input channels, depth is output pixels. In products dz
-is rounded to the dtype of dy, as if it had been stored; its sum is taken before rounding.
+As a matrix product: output channels by taps x input channels, summed over output pixels. In products dz is rounded to
+the dtype of dy, as if it had been stored; its sum is taken before rounding.
 
 Buffers are float32 (float64 for float64 maps). The pixels are split over programs; a split sums at most 64k pixels (a
 longer sum in float32 would show its rounding) and is written on its own; a second kernel adds all splits to the buffers
 in their order. There are no atomics: two runs agree bit by bit.
 
 Two kernels, as in `conv2d_forward.py`. The descriptor form takes a segment of one row of dz and the segments of x that
-the taps of one filter row shift it to; so dz is read, and its slope applied, once per filter row. The pointer form
-takes any columns of the flattened filter, which suits few input channels; it does groups and older chips too.
+the taps of one filter row shift it to; so dz is read, and its slope applied, once per filter row. There dz is the right
+operand: Hopper reads left operands from registers while it multiplies, and Triton (3.6, 3.7) may overwrite a computed
+one too early (triton-lang/triton#9433). The pointer form takes any columns of the flattened filter, which suits few
+input channels; it does groups and older chips too.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def _wgrad_descriptor_kernel(
     r = pid // blocks_k // blocks_c % R
     split = pid // blocks_k // blocks_c // R
     first = split * share
-    # Never no turn (past the last image all is zero): a way around the loop makes ptxas serialize the products.
+    # A split without pixels adds the zeros past the last image: ptxas would serialize the products of a loop that may
+    # be skipped, because the way around it sets their accumulators as well.
     turns = tl.maximum(tl.minimum(share, total - first), 1)
 
     accs = ()
@@ -135,7 +138,7 @@ def _wgrad_pointer_kernel(
     dh, dw = tap // S * dil_h - top, tap % S * dil_w - left
     shift = dh.to(tl.int64) * x_sh + dw.to(tl.int64) * x_sw + group * CIN + column % CIN
 
-    acc = tl.zeros((BN, BM), ACC)
+    acc = tl.zeros((BM, BN), ACC)
     sums = tl.zeros((BK, BM), ACC)
     for t in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(pixels, BK))):
         p = t * BK + tl.arange(0, BK)  # [BK] output pixels
@@ -156,11 +159,11 @@ def _wgrad_pointer_kernel(
             d = dz.to(ACC)
         if HAS_SHIFT:
             sums += d
-        acc = tl.dot(x.T, dz, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(dz.T, x, acc, input_precision=PRECISION, out_dtype=ACC)
 
     base = split.to(tl.int64) * length
-    keep = (column < COLUMNS)[:, None] & (k < K)[None, :]
-    at = dw_ptr + base + (group * K + k)[None, :] * COLUMNS + column[:, None]  # [BN, BM]
+    keep = (k < K)[:, None] & (column < COLUMNS)[None, :]
+    at = dw_ptr + base + (group * K + k)[:, None] * COLUMNS + column[None, :]
     if ADD:
         acc += tl.load(at, mask=keep)
     tl.store(at, acc, mask=keep)
@@ -215,7 +218,7 @@ def wgrad_config(
     if itemsize == 8 or (itemsize == 4 and dot_precision(dtype) == "ieee"):  # products without tensor cores
         return Config(form, power_of_two(filters, 16, 32), power_of_two(depth, 16, 32 if taps == 1 else 16), 16, 4, 3)
     block_k = power_of_two(run, 16, 128 // itemsize)
-    if described:  # rows are input channels; accumulators take at most 96 registers of a thread
+    if described:  # rows are input channels, 64 at least; accumulators take at most 96 registers of a thread
         block_n = power_of_two(depth, 64, 128 if taps == 1 else 64)
         block_m = power_of_two(filters, 16, min(128, 1 << (384 // taps).bit_length() - 1))
     else:  # every element has its own address and mask
