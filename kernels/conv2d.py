@@ -294,7 +294,7 @@ def _backward(ctx: Any, dy: Tensor, _dz: Tensor | None) -> tuple[Tensor | None, 
     stride, padding, dilation, groups = ctx.place
     wants_x, wants_weight, wants_scale, wants_shift, wants_residual = ctx.needs_input_grad[:5]
     act = ctx.act
-    if wants_residual and gate is not None:  # dz must exist: it is the residual's gradient
+    if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
         dy, gate, act = act_grad(dy, gate, act), None, "none"
     dx = dw = dscale = dshift = None
     if wants_x:

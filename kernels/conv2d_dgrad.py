@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from .activations import slope_reference
 from .conv2d_forward import launch
+from .pointwise import launch_backward
+from .windows import empty_map
 
 
 class Phase(NamedTuple):
@@ -85,6 +87,10 @@ def dgrad(
         addend, mask: windows of dx's size; `mask_act` the activation whose slope `mask` shows.
     """
     _, _, r, s = weight.shape
+    if gate is not None:  # one pass; read tile by tile beside dy, both would be loaded once per tap
+        dz = empty_map(*dy.shape, like=dy)
+        launch_backward(dy, gate_act, x=gate, dz=dz)
+        dy = dz
     rows = phases(r, stride[0], padding[0], dilation[0])
     cols = phases(s, stride[1], padding[2], dilation[1])
     if not all(p.taps for p in (*rows, *cols)):  # inputs that no tap reaches
@@ -102,8 +108,8 @@ def dgrad(
             assert target is not None
             launch(
                 dy, turned(weight, groups, row.taps, col.taps), target, (1, 1), (row.padding, 0, col.padding, 0),
-                (row.dilation, col.dilation), groups, "none", residual=window(addend), gate=gate, gate_act=gate_act,
-                mask=window(mask), mask_act=mask_act,
+                (row.dilation, col.dilation), groups, "none", residual=window(addend), mask=window(mask),
+                mask_act=mask_act,
             )  # fmt: skip
 
 

@@ -1,14 +1,16 @@
 """Fused convolution, one pass over memory:
 
-    y = slope(mask) * act(conv(x', w) * scale + shift + residual),   x' = x * slope(gate)
+    y = slope(mask) * act(conv(x, w) * scale + shift + residual)
 
     conv(x, w)[n, k, i, j] = sum over r, s, c of  x[n, c, i*stride - top + r*dilation, j*stride - left + s*dilation]
                                                   * w[k, c, r, s]
 
 As a matrix product: rows are output pixels, columns the output channels of a group, depth is taps x input channels.
 The forward of a network uses act, scale, shift and residual; the data gradient is the same product with turned weights
-(`conv2d_dgrad.py`) and uses `gate` (the slope of its own activation, read with dy) and `mask` (the slope of the
-activation that made x, applied before dx is written).
+(`conv2d_dgrad.py`) and uses `mask`, the slope of the activation that made x, applied before dx is written.
+
+The left operand is loaded and multiplied as it is: computed in registers (a slope applied to it, say), Triton would let
+the next turn of the loop overwrite it under products still in flight (triton-lang/triton#9433, sm_90).
 
 Two kernels. The descriptor form (sm_90) takes a segment of one row of pixels per tile: a filter tap is a shift of its
 coordinates and padding is what descriptors return outside the window, so there are no masks, no pointer arithmetic and
@@ -44,9 +46,9 @@ CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
 
 @triton.jit
 def gemm_columns(
-    acc, x_desc, g_desc, w_desc, n, row, col, col_shift, k0, dil_h,
+    acc, x_desc, w_desc, n, row, col, col_shift, k0, dil_h,
     CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, DIL_W: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """acc += the taps s = FIRST, FIRST + STEP, ... of all filter rows."""
     KC: tl.constexpr = (CIN + BK - 1) // BK
@@ -58,9 +60,6 @@ def gemm_columns(
         r = i // KC // TAPS
         col_in = col + (s * DIL_W - FIRST) // STEP + col_shift
         a = x_desc.load([n, row + r * dil_h, col_in, c0]).reshape(BM, BK)
-        if GATE != "none":
-            g = g_desc.load([n, row + r * dil_h, col_in, c0]).reshape(BM, BK).to(ACC)
-            a = (a.to(ACC) * slope(g, GATE)).to(x_desc.dtype)
         w = w_desc.load([k0, (r * S + s) * CIN + c0])
         acc = tl.dot(a, w.T, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
@@ -69,7 +68,7 @@ def gemm_columns(
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
 @triton.jit(do_not_specialize=["OH", "segments", "top", "shift_even", "shift_odd"])
 def _conv2d_descriptor_kernel(
-    x_desc, x_odd_desc, g_desc, g_odd_desc, w_desc,  # windows; the odd ones are used for a stride of two
+    x_desc, x_odd_desc, w_desc,  # windows; the odd ones are used for a stride of two
     scale_ptr, shift_ptr,  # [COUT]
     residual_desc, mask_desc, y_desc, z_desc,  # maps of the output's size
     OH, COUT, segments,  # output rows, output channels, segments per row
@@ -77,7 +76,7 @@ def _conv2d_descriptor_kernel(
     CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, GATE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     blocks = tl.cdiv(COUT, BN)
@@ -90,13 +89,13 @@ def _conv2d_descriptor_kernel(
 
     acc = tl.zeros((BM, BN), ACC)
     acc = gemm_columns(
-        acc, x_desc, g_desc, w_desc, n, i * STRIDE_H - top, j0, shift_even, k0, dil_h,
-        CIN, R, S, 0, STRIDE_W, DIL_W, BM, BK, GATE, PRECISION, ACC,
+        acc, x_desc, w_desc, n, i * STRIDE_H - top, j0, shift_even, k0, dil_h,
+        CIN, R, S, 0, STRIDE_W, DIL_W, BM, BK, PRECISION, ACC,
     )  # fmt: skip
     if STRIDE_W == 2 and S > 1:
         acc = gemm_columns(
-            acc, x_odd_desc, g_odd_desc, w_desc, n, i * STRIDE_H - top, j0, shift_odd, k0, dil_h,
-            CIN, R, S, 1, STRIDE_W, DIL_W, BM, BK, GATE, PRECISION, ACC,
+            acc, x_odd_desc, w_desc, n, i * STRIDE_H - top, j0, shift_odd, k0, dil_h,
+            CIN, R, S, 1, STRIDE_W, DIL_W, BM, BK, PRECISION, ACC,
         )  # fmt: skip
 
     k = k0 + tl.arange(0, BN)
@@ -116,9 +115,8 @@ def _conv2d_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])
 def _conv2d_pointer_kernel(
-    x_ptr, g_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, mask_ptr, y_ptr, z_ptr,
+    x_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, mask_ptr, y_ptr, z_ptr,
     x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
     r_sn: tl.int64, r_sh: tl.int64, r_sw: tl.int64,
     m_sn: tl.int64, m_sh: tl.int64, m_sw: tl.int64,
     y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
@@ -127,7 +125,7 @@ def _conv2d_pointer_kernel(
     top, left, stride_h, stride_w, dil_h, dil_w,
     R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, GATE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(COUT, BN)
     pid = tl.program_id(0)
@@ -147,10 +145,6 @@ def _conv2d_pointer_kernel(
         hit = (inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (c < CIN)[None, :]
         pixel = n * x_sn + h.to(tl.int64) * x_sh + w.to(tl.int64) * x_sw + group * CIN
         a = tl.load(x_ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0)
-        if GATE != "none":
-            pixel = n * g_sn + h.to(tl.int64) * g_sh + w.to(tl.int64) * g_sw + group * CIN
-            g = tl.load(g_ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0).to(ACC)
-            a = (a.to(ACC) * slope(g, GATE)).to(x_ptr.dtype.element_ty)
         filters = (group * COUT + k) * (R * S * CIN) + rs * CIN
         b = tl.load(w_ptr + filters[None, :] + c[:, None], mask=(c < CIN)[:, None] & wanted[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -179,8 +173,7 @@ def _conv2d_pointer_kernel(
 def launch(
     x: Tensor, weight: Tensor, y: Tensor, stride: tuple[int, int], padding: Sequence[int], dilation: tuple[int, int],
     groups: int, act: str, *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
-    z: Tensor | None = None, gate: Tensor | None = None, gate_act: str = "none", mask: Tensor | None = None,
-    mask_act: str = "none",
+    z: Tensor | None = None, mask: Tensor | None = None, mask_act: str = "none",
 ) -> None:  # fmt: skip
     """Write y, and z if given (what the activation is applied to); see the formula above.
 
@@ -191,7 +184,6 @@ def launch(
         padding: (top, bottom, left, right) rows and columns of zeros around x.
         scale, shift: (K,).
         residual, z, mask: windows of y's size. `mask_act` says whose slope `mask` gives.
-        gate: window of x's size. `gate_act` says whose slope it gives.
     """
     n, channels, h, w = x.shape
     filters, depth, r, s = weight.shape
@@ -199,7 +191,7 @@ def launch(
     if not y.numel():
         return
     top, left = padding[0], padding[2]
-    maps = (x, y, residual, z, gate, mask)
+    maps = (x, y, residual, z, mask)
     matrix = weight.permute(0, 2, 3, 1).reshape(filters, r * s * depth)
     described = (
         has_descriptors(x.device)
@@ -207,21 +199,20 @@ def launch(
         and stride[1] in (1, 2)
         and (stride[1] == 1 or dilation[1] % 2 == 1)
         and can_describe(*maps, matrix)
-        and (stride[1] == 1 or can_describe_phases(x, gate))
+        and (stride[1] == 1 or can_describe_phases(x))
     )
     images, lines, run = n, oh, ow
     if described and r == s == 1 and stride == (1, 1) and not any(padding) and all(map(is_dense, maps)):
-        x, y, residual, z, gate, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
+        x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
         images, lines, run = 1, 1, n * oh * ow
     config = matmul_config(
         x.device, x.dtype, run if described else n * oh * ow, filters // groups, depth, described,
-        1 + sum(t is not None for t in (residual, z, mask)), 1 if gate is None else 2, r * s,
-        not {act, gate_act, mask_act} <= CHEAP,
+        1 + sum(t is not None for t in (residual, z, mask)), r * s, not {act, mask_act} <= CHEAP,
     )  # fmt: skip
     options = {
         "R": r, "S": s, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
         "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "HAS_RESIDUAL": residual is not None,
-        "HAS_Z": z is not None, "ACT": act, "GATE": gate_act, "MASK": mask_act, "PRECISION": dot_precision(x.dtype),
+        "HAS_Z": z is not None, "ACT": act, "MASK": mask_act, "PRECISION": dot_precision(x.dtype),
         "ACC": accumulator(x.dtype), "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     if config.form == "descriptor":
@@ -229,14 +220,9 @@ def launch(
         even, odd, shift_even, shift_odd = column_phases(x, stride[1], left)
         x_desc, y_desc = describe(even, box_a), describe(y, box_y)
         x_odd_desc = x_desc if stride[1] == 1 else describe(odd, box_a)
-        g_desc, g_odd_desc = x_desc, x_odd_desc
-        if gate is not None:
-            even, odd, _, _ = column_phases(gate, stride[1], left)
-            g_desc = describe(even, box_a)
-            g_odd_desc = g_desc if stride[1] == 1 else describe(odd, box_a)
         segments = triton.cdiv(run, config.block_m)
         _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
-            x_desc, x_odd_desc, g_desc, g_odd_desc, describe(matrix, [config.block_n, config.block_k]), scale, shift,
+            x_desc, x_odd_desc, describe(matrix, [config.block_n, config.block_k]), scale, shift,
             y_desc if residual is None else describe(residual, box_y),
             y_desc if mask is None else describe(mask, box_y), y_desc, y_desc if z is None else describe(z, box_y),
             lines, filters, segments, top, dilation[0], shift_even, shift_odd, CIN=depth, STRIDE_H=stride[0],
@@ -247,10 +233,10 @@ def launch(
         raise ValueError(
             f"conv2d: an output of {n} x {oh} x {ow} pixels is too large for the pointer form; use smaller tiles"
         )
-    strides = [spatial_strides(y if t is None else t) for t in (x, gate, residual, mask, y, z)]
+    strides = [spatial_strides(y if t is None else t) for t in (x, residual, mask, y, z)]
     grid = (triton.cdiv(n * oh * ow, config.block_m) * triton.cdiv(filters // groups, config.block_n), groups)
     _conv2d_pointer_kernel[grid](
-        x, gate, matrix, scale, shift, residual, mask, y, z, *[v for triple in strides for v in triple],
+        x, matrix, scale, shift, residual, mask, y, z, *[v for triple in strides for v in triple],
         n, h, w, oh, ow, channels // groups, filters // groups, top, left, *stride, *dilation, **options,
     )  # fmt: skip
 
@@ -258,12 +244,10 @@ def launch(
 def conv2d_forward_reference(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str,
-    gate: Tensor | None = None, gate_act: str = "none", mask: Tensor | None = None, mask_act: str = "none",
+    mask: Tensor | None = None, mask_act: str = "none",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and z in plain PyTorch."""
     top, bottom, left, right = padding
-    if gate is not None:
-        x = x * slope_reference(gate, gate_act)
     z = F.conv2d(F.pad(x, [left, right, top, bottom]), weight, None, tuple(stride), 0, tuple(dilation), groups)
     if scale is not None:
         z = z * scale.reshape(-1, 1, 1)

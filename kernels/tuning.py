@@ -87,7 +87,7 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 def matmul_config(
     device: torch.device, dtype: torch.dtype, pixels: int, channels_out: int, depth: int, described: bool,
-    epilogue_maps: int = 1, rows_of_a: int = 1, taps: int = 1, costly: bool = False,
+    epilogue_maps: int = 1, taps: int = 1, costly: bool = False,
 ) -> Config:  # fmt: skip
     """The tile of an implicit matrix product.
 
@@ -102,7 +102,6 @@ def matmul_config(
         depth: input channels (of a group).
         described: whether descriptors can address every operand.
         epilogue_maps: maps of the tile's size that the epilogue reads or writes through shared memory.
-        rows_of_a: maps that are loaded for the left operand, 2 where a mask is read beside it.
         taps: of the filter.
         costly: whether exp or erf is computed for every element, which takes registers.
     """
@@ -114,31 +113,29 @@ def matmul_config(
             "descriptor" if described else "pointer", power_of_two(pixels, 16, 256 if described else 1024),
             power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64),
         )  # fmt: skip
-    itemsize, gated, half = dtype.itemsize, rows_of_a > 1, dtype.itemsize <= 2
+    itemsize, half = dtype.itemsize, dtype.itemsize <= 2
     if not described:
-        return _pointer_config(device, itemsize, pixels, channels_out, depth, gated)
+        return _pointer_config(device, itemsize, pixels, channels_out, depth)
     block_k = power_of_two(depth, 16, 128 // itemsize)
-    wide = half and taps * depth >= 512 and not costly and epilogue_maps <= 2 and not gated
+    wide = half and taps * depth >= 512 and not costly and epilogue_maps <= 2
     block_m, block_n = power_of_two(pixels, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
     if block_n <= 64 and pixels > 128 and half and not costly:
         block_m = 256
     num_warps = 8 if block_m * block_n > 128 * 64 else 4
     blocks = 1 if block_n > 128 else 2
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
-    num_stages = max(2, min(4, room // ((block_m * rows_of_a + block_n) * block_k * itemsize)))
+    num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
     return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages)
 
 
-def _pointer_config(
-    device: torch.device, itemsize: int, pixels: int, channels_out: int, depth: int, gated: bool
-) -> Config:
+def _pointer_config(device: torch.device, itemsize: int, pixels: int, channels_out: int, depth: int) -> Config:
     """Addresses take registers: a pointer per 16 bytes and thread for each operand, per element where not aligned."""
     scattered = depth * itemsize % 16 > 0 or channels_out * itemsize % 16 > 0
-    block_n = power_of_two(channels_out, 16, 64 if gated or scattered or itemsize > 2 else 128)
-    block_m = power_of_two(pixels, 64, 64 if scattered or (gated and block_n < 64) else 128)
-    block_k = power_of_two(depth, 16, (64 if gated or scattered else 128) // itemsize)
-    num_warps = 8 if gated or scattered or block_m * block_n * itemsize > 128 * 64 * 2 else 4
-    stage = (block_m * (1 + gated) + block_n) * block_k * itemsize
+    block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
+    block_m = power_of_two(pixels, 64, 64 if scattered else 128)
+    block_k = power_of_two(depth, 16, (64 if scattered else 128) // itemsize)
+    num_warps = 8 if scattered or block_m * block_n * itemsize > 128 * 64 * 2 else 4
+    stage = (block_m + block_n) * block_k * itemsize
     return Config("pointer", block_m, block_n, block_k, num_warps, min(4, (shared_limit(device) - 3072) // stage))
 
 

@@ -6,8 +6,8 @@ Stock PyTorch keeps the convolution's output and the activation's; here y alone 
 hard-swish are applied to). In the backward the slope of the activation is applied
 
 - by whoever reads y (masks.py), where every reader can;
-- else in one pass over the gradient, where that must exist as the residual's gradient;
-- else as the kernels load it.
+- else in one pass over the gradient: the result is the residual's gradient, and what dx and dw are made of;
+- as the kernel of dw loads it, where dw alone is wanted.
 
 Gradients of weights are added to float32 buffers in place, tile after tile. A linear layer on the channels of a
 channels-last map is a convolution with a filter of one pixel.
@@ -86,7 +86,7 @@ class FusedConv(torch.autograd.Function):
         x, weight, gate = ctx.saved_tensors
         spec, act = ctx.spec, ctx.spec.act
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-        if wants_residual and gate is not None:
+        if gate is not None and (wants_residual or wants_x):
             dy, gate = act_grad(dy, gate, act), None
         if gate is None:
             act = "none"
