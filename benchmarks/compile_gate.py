@@ -6,6 +6,7 @@ Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit cod
     registers spilled to memory                           wgmma that ptxas has serialized
     32-bit integers that may overflow at these sizes      wgmma with its left operand in registers although it was
     descriptors that did not become TMA loads             loaded by a descriptor and used unchanged
+    registers that a loop rewrites while wgmma may still read them (triton-lang/triton#9433)
 
 The launches are those of whole mammograms (4096 x 3328), of a tile of 2048 x 2048 whose maps are windows of buffers
 with margins (as a gigapixel image is processed), and of whole maps of 32768 x 32768, on meta tensors. The last line
@@ -430,12 +431,54 @@ def plain_left_operands(ttir: str) -> bool:
     return bool(lefts)
 
 
+def in_flight(ttgir: str) -> bool:
+    """Whether a loop may rewrite registers while a product of its last turn still reads its left operand there.
+
+    That is so if the operand is computed in the loop and the loop ends without a wait for the product: a wait leaves
+    the last `pendings` products unfinished. Only what stands no deeper than the product runs after it for certain.
+    """
+    ends: list[int] = []  # indentation of the loops around a line
+    home: dict[str, int] = {}  # number of loops around the definition of a name
+    flying: list[list[int]] = []  # home of the operand, indentation of the product, products issued since
+    for line in ttgir.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if ends and depth == ends[-1] and line.lstrip().startswith("}"):
+            if any(other[0] == len(ends) for other in flying):
+                return True
+            ends.pop()
+        results, _, operation = line.partition(" = ")
+        if results.lstrip().startswith("%"):
+            same = re.match(r"tt\.(?:reshape|trans|split) (%\w+)", operation)  # other names for the same registers
+            loops = home[same[1]] if same else len(ends)
+            home.update((name, loops) for name in re.findall(r"%\w+", results))
+        if "scf.for " in line:
+            ends.append(depth)
+            carried = re.search(r"iter_args\((.*?)\)", line)
+            home.update((name, len(ends)) for name in re.findall(r"(%\w+) =", carried[1] if carried else ""))
+        product = re.match(r"ttng\.warp_group_dot (%\w+).* : (!ttg|tensor)\b.* \* ", operation)
+        wait = re.match(r"ttng\.warp_group_dot_wait .*pendings = (\d+)", operation)
+        for other in flying:
+            other[2] += product is not None and depth <= other[1]
+        if wait or (product and "isAsync = true" not in operation):
+            pendings = int(wait[1]) if wait else 0
+            flying = [other for other in flying if depth > other[1] or other[2] < pendings]
+        elif product and product[2] == "tensor":
+            flying.append([home[product[1]], depth, 0])
+    return False
+
+
 def wants_wgmma(ttir: str) -> bool:
-    """Whether a product is one that wgmma can do: of 16-bit numbers, or of TF32 with a transposed right operand."""
+    """Whether a product is one that wgmma can do: of 16-bit numbers, or of TF32 with a transposed right operand.
+
+    wgmma takes 64 rows at least. Kernels with pointers may have fewer, for the channels of small groups.
+    """
     transposed = re.findall(r"(%\w+) = tt\.trans", ttir)
-    products = re.findall(r"= tt\.dot %\w+, (%\w+),.*? : tensor<(?:\d+x)+(\w+)> \*", ttir)
-    tf32 = "inputPrecision = tf32" in ttir
-    return any(kind in ("bf16", "f16") or (tf32 and right in transposed) for right, kind in products)
+    products = re.findall(r"= tt\.dot %\w+, (%\w+),.*? : tensor<(\d+)x(?:\d+x)*(\w+)> \*", ttir)
+    tf32, described = "inputPrecision = tf32" in ttir, "tt.descriptor_load" in ttir
+    return any(
+        (kind in ("bf16", "f16") or (tf32 and right in transposed)) and (described or int(rows) >= 64)
+        for right, rows, kind in products
+    )
 
 
 def faults(launch: Launch, chip: int) -> tuple[str, ...]:
@@ -458,6 +501,8 @@ def faults(launch: Launch, chip: int) -> tuple[str, ...]:
             found.append("no TMA load")
         if plain_left_operands(ttir) and re.search(r"warp_group_dot %.* : tensor<", launch.kernel.asm["ttgir"]):
             found.append("left operand in registers")
+        if in_flight(launch.kernel.asm["ttgir"]):
+            found.append("register operand in flight")
         if serialized := re.search(r"\((C\d+)\).*wgmma.* serialized", launch.log):
             found.append(f"wgmma serialized ({serialized[1]})")
     return (*found, *overflows(launch))

@@ -50,13 +50,13 @@ def _conv_conv1x1_kernel(
 
     acc = tl.zeros((BM, M), ACC)
     acc = gemm_columns(
-        acc, x_desc, x_desc, w1_desc, n, i * STRIDE - top, j0, shift_even, 0, 1,
-        CIN, R, S, 0, STRIDE, 1, BM, BK, "none", PRECISION, ACC,
+        acc, x_desc, w1_desc, n, i * STRIDE - top, j0, shift_even, 0, 1,
+        CIN, R, S, 0, STRIDE, 1, BM, BK, PRECISION, ACC,
     )  # fmt: skip
     if STRIDE == 2 and S > 1:
         acc = gemm_columns(
-            acc, x_odd_desc, x_odd_desc, w1_desc, n, i * STRIDE - top, j0, shift_odd, 0, 1,
-            CIN, R, S, 1, STRIDE, 1, BM, BK, "none", PRECISION, ACC,
+            acc, x_odd_desc, w1_desc, n, i * STRIDE - top, j0, shift_odd, 0, 1,
+            CIN, R, S, 1, STRIDE, 1, BM, BK, PRECISION, ACC,
         )  # fmt: skip
     acc += tl.load(shift1_ptr + tl.arange(0, M)).to(ACC)[None, :]
     h = activate(acc, MID_ACT).to(x_desc.dtype)  # [BM, M]

@@ -311,8 +311,8 @@ def _layer_norm_linear_kernel(
 
     first = tl.program_id(1) * columns
     for k0 in range(first, tl.minimum(first + columns, K), BN):
-        k = (k0 + tl.arange(0, BN))[None, :]
-        acc = tl.zeros((BM, BN), ACC)
+        k = k0 + tl.arange(0, BN)
+        acc = tl.zeros((BN, BM), ACC)
         for c0 in range(0, C, BK):
             c = c0 + tl.arange(0, BK)
             wanted = c < C
@@ -322,11 +322,15 @@ def _layer_norm_linear_kernel(
                 a *= tl.load(ln_weight_ptr + c, mask=wanted, other=0.0).to(ACC)[None, :]
             if HAS_LN_BIAS:
                 a += tl.load(ln_bias_ptr + c, mask=wanted, other=0.0).to(ACC)[None, :]
-            w = tl.load(w_ptr + k * C + c[:, None], mask=wanted[:, None] & (k < K), other=0.0)  # [BK, BN]
-            acc = tl.dot(a.to(w_ptr.dtype.element_ty), w, acc, input_precision=PRECISION, out_dtype=ACC)
+            w = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & wanted[None, :], other=0.0)
+            # Computed values are the right operand: Hopper reads left ones from registers while it multiplies, and
+            # Triton (3.6, 3.7) may overwrite those too early (triton-lang/triton#9433).
+            acc = tl.dot(w, a.to(w_ptr.dtype.element_ty).T, acc, input_precision=PRECISION, out_dtype=ACC)
+        z = acc.T  # [BM, BN]
+        k = k[None, :]
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
-        tl.store(y_rows + k, activate(acc, ACT).to(y_ptr.dtype.element_ty), mask=inside & (k < K))
+            z += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
+        tl.store(y_rows + k, activate(z, ACT).to(y_ptr.dtype.element_ty), mask=inside & (k < K))
 
 
 def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:

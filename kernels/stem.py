@@ -277,8 +277,9 @@ def _tile(weight: Tensor, width: int) -> dict[str, int]:
         }
     side = 64 if weight.dtype.itemsize <= 2 else 32
     blocks = {"BM": side, "BN": power_of_two(filters, 16, side), "BK": power_of_two(depth, 16, 32)}
-    # Told no limit, the assembler spills a few registers to fit two programs per processor.
-    return {**blocks, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
+    # (triton-lang/triton#9433). Told no limit, the assembler spills a few registers to fit two programs per processor.
+    return {**blocks, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
 
 
 def _matrix(weight: Tensor) -> Tensor:

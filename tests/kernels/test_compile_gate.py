@@ -20,16 +20,31 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @triton.jit
 def _product_kernel(
     x_desc, w_desc, y_desc, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TURNED: tl.constexpr,
+    TURNED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """y = x w^T. TURNED: x is loaded through a box that the compiler cannot fold."""
+    """y = x w^T. TURNED: x is loaded through a box that the compiler cannot fold. SCALED: y = 2 x w^T."""
     m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
         a = x_desc.load([m // 16, 0, k]).reshape(BM, BK) if TURNED else x_desc.load([m, k])
+        if SCALED:
+            a = (2 * a.to(tl.float32)).to(a.dtype)
         w = w_desc.load([n, k])
         acc = tl.dot(a, w.T, acc)
     y_desc.store([m, n], acc.to(y_desc.dtype))
+
+
+@triton.jit
+def _blocks_kernel(x_ptr, w_ptr, y_ptr, COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """y = relu(x) w^T summed over blocks of w: the left operand is computed before the loop."""
+    m, n, k = tl.arange(0, BM)[:, None], tl.arange(0, BN), tl.arange(0, BK)[None, :]
+    a = tl.load(x_ptr + m * BK + k)
+    a = tl.where(a > 0, a, 0.0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for b in range(COUNT):
+        w = tl.load(w_ptr + (b * BN + n[:, None]) * BK + k)
+        acc = tl.dot(a, w.T, acc)
+    tl.store(y_ptr + m * BN + n[None, :], acc.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -49,7 +64,10 @@ def _rows_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 
 
-def _product(rows: int = 4096, bm: int = 128, bn: int = 128, stages: int = 3, turned: bool = False, grid=None) -> None:
+def _product(
+    rows: int = 4096, bm: int = 128, bn: int = 128, stages: int = 3, turned: bool = False, scaled: bool = False,
+    grid=None,
+) -> None:  # fmt: skip
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     x, w, y = (torch.empty(rows, 1024, dtype=torch.bfloat16, device="meta") for _ in range(3))
@@ -58,8 +76,13 @@ def _product(rows: int = 4096, bm: int = 128, bn: int = 128, stages: int = 3, tu
         source = TensorDescriptor.from_tensor(x.view(rows // 16, 16, 1024), [bm // 16, 16, 64])
     _product_kernel[grid or (rows // bm, 1024 // bn)](
         source, TensorDescriptor.from_tensor(w, [bn, 64]), TensorDescriptor.from_tensor(y, [bm, bn]),
-        1024, bm, bn, 64, turned, num_warps=8 if bm >= 128 else 4, num_stages=stages,
+        1024, bm, bn, 64, turned, scaled, num_warps=8 if bm >= 128 else 4, num_stages=stages,
     )  # fmt: skip
+
+
+def _blocks(bm: int) -> None:
+    x = torch.empty(1 << 16, dtype=torch.bfloat16, device="meta")
+    _blocks_kernel[(1,)](x, x, x, 8, bm, 64, 64, num_warps=4, num_stages=3)
 
 
 def _sums() -> None:
@@ -79,6 +102,10 @@ PLANTED = {
     "spills": (_sums, "spills"),
     "wgmma": (lambda: _product(bm=32), "no wgmma"),
     "operand": (lambda: _product(turned=True), "left operand in registers"),
+    "in flight": (lambda: _product(scaled=True), "register operand in flight"),
+    "awaited": (lambda: _product(scaled=True, stages=1), ""),
+    "constant": (lambda: _blocks(64), ""),
+    "few rows": (lambda: _blocks(32), ""),
     "grid": (lambda: _product(grid=(1, 1 << 16)), "grid"),
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
     "fits": (lambda: _rows(1 << 14), ""),
