@@ -12,6 +12,7 @@ import rich_click as click
 _COMMANDS = {
     "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and name every known trap with its fix.",
+    "morph": "Grow a trained network without changing what it computes; check that it did not.",
     "plan": "Say how large a tile, and how much memory, a network and an image need.",
     "predict": "Predictions, and heat maps at native resolution, for images of any size.",
     "train": "Train a classifier at native resolution inside a memory budget.",

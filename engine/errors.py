@@ -17,3 +17,7 @@ class BudgetError(GigamorphError):
 
 class DataError(GigamorphError):
     """An image, table or weights file cannot be used; the message names the file."""
+
+
+class MorphError(GigamorphError):
+    """A network cannot be grown as asked without changing its function; nothing has been changed."""

@@ -1,0 +1,53 @@
+"""Reports of morphs and tables of spaces: rich tables at a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..engine.morph.planner import Growth, cells, where
+from ..engine.morph.verify import Report
+
+
+def show_report(report: Report, console: Console | None = None) -> None:
+    """Print what a morph did and how exactly."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        click.echo(str(report))
+        return
+    table = Table(box=None, pad_edge=False, title=report.transform, title_justify="left", title_style="bold")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, (before, after) in (("parameters", report.parameters), ("FLOPs", report.flops)):
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.2f}" if before else "")
+    console.print(table)
+    d = report.difference
+    table = Table(box=None, pad_edge=False)
+    for name in ("difference", "float64", "float32", "own rounding noise"):
+        table.add_column(name, justify="left" if name == "difference" else "right", no_wrap=True)
+    table.add_row("eval mode", f"{d.float64_eval:.1e}", f"{d.float32_eval:.1e}", f"{d.noise_eval:.1e}")
+    table.add_row("train mode", f"{d.float64_train:.1e}", f"{d.float32_train:.1e}", f"{d.noise_train:.1e}")
+    console.print(table)
+    if report.certificate is not None:
+        console.print(f"certificate: {report.certificate}", style="red" if report.certificate.violations else "green")
+    for line in report.changes:
+        console.print(f"  {line}", markup=False)
+
+
+def show_growth(growth: Growth, console: Console | None = None) -> None:
+    """Print the spaces with the cost of a further channel; frozen ones are dim and say why."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        click.echo(str(growth))
+        return
+    image = " x ".join(map(str, growth.shape[2:]))
+    console.print(f"on images of {image}: {growth.total}; each further channel costs")
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "width", "step", "parameters", "FLOPs", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("members", overflow="fold")
+    for row in growth.rows:
+        text = where(row).replace("[", r"\[")
+        table.add_row(*cells(row), text, style="dim" if row.cost is None else "")
+    console.print(table)

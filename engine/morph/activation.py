@@ -1,0 +1,128 @@
+"""Activations that grow: PAct, which starts as the identity, and the pairs whose difference is the identity.
+
+Activations are named as torch.nn prints them, "GELU" or "LeakyReLU(negative_slope=0.2)", so that a recipe can hold
+them as text.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MorphError
+from .surgery import edit, follow, morphed, placed, site
+from .verify import Example, Report
+
+# Continuous and elementwise; a random or discontinuous one (RReLU, Threshold, Hardshrink) has no useful slope in `a`.
+ACTIVATIONS = {
+    name: getattr(nn, name)
+    for name in (
+        "CELU ELU GELU Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU SiLU Sigmoid "
+        "Softplus Softshrink Softsign Tanh Tanhshrink"
+    ).split()
+}
+PAIRS = "ReLU, LeakyReLU, PReLU, GELU, SiLU, Hardswish, Softplus or LogSigmoid"
+SOFTPLUS_THRESHOLD = 40.0  # e^-40 is below float64's roundoff; torch's 20 makes softplus(x) - softplus(-x) 2e-9 off
+
+
+def activation(text: str) -> nn.Module:
+    """The activation that torch.nn prints as `text`, never in place.
+
+    Raises:
+        MorphError: it is none of the continuous elementwise activations of torch.nn.
+    """
+    options: dict[str, Any] = {}
+    try:
+        call = ast.parse(text, mode="eval").body
+        if isinstance(call, ast.Call):
+            if call.args:
+                raise ValueError
+            options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+            call = call.func
+        options.pop("inplace", None)  # the value before the activation is needed as well
+        return ACTIVATIONS[call.id if isinstance(call, ast.Name) else ""](**options)
+    except (SyntaxError, ValueError, KeyError, TypeError):
+        names = ", ".join(ACTIVATIONS)
+        raise MorphError(f"{text!r} is not an activation like 'GELU' or 'ELU(alpha=0.5)'; known: {names}") from None
+
+
+class PAct(nn.Module):
+    """x + a (phi(x) - x) with a learnt per channel: the identity at a = 0, phi at a = 1 (P-activation of NetMorph).
+
+    At a = 0 it is the identity bit for bit wherever phi(x) is finite, and its gradient in a, phi(x) - x, is not zero.
+
+    Args:
+        phi: any activation that keeps its input, i.e. is not in place.
+        channels: number of coefficients; 1 serves any number of channels.
+        dims: image axes behind the channel axis; 0 has the channels on the last axis.
+    """
+
+    def __init__(self, phi: nn.Module, channels: int = 1, dims: int = 2) -> None:
+        super().__init__()
+        self.phi = phi
+        self.a = nn.Parameter(torch.zeros(channels, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.phi(x).to(x.dtype), self.a.to(x.dtype))  # autocast may have changed either dtype
+
+
+def pair_scale(phi: nn.Module) -> float | None:
+    """s with s (phi(x) - phi(-x)) = x for all x, or None where there is none.
+
+    It exists where phi(x) = x g(x) with g(x) + g(-x) constant (ReLU, GELU, SiLU, Hardswish, leaky), for softplus and
+    for log sigmoid. Tanh, Mish, ELU and the like have none.
+    """
+    slope = None
+    if isinstance(phi, nn.LeakyReLU):
+        slope = phi.negative_slope
+    if isinstance(phi, nn.PReLU) and phi.num_parameters == 1:  # both members of a pair have the same slope
+        slope = torch.tensor(phi.init, dtype=phi.weight.dtype, device="cpu").item()
+    if slope is not None:
+        return 1 / (1 + slope) if slope > -1 else None
+    return 1.0 if isinstance(phi, nn.ReLU | nn.GELU | nn.SiLU | nn.Hardswish | nn.Softplus | nn.LogSigmoid) else None
+
+
+def paired(text: str) -> tuple[nn.Module, float]:
+    """The activation `text` for a pair, with its scale.
+
+    Softplus gets a threshold of at least 40, as torch's default cuts off a tail of 2e-9.
+
+    Raises:
+        MorphError: phi(x) - phi(-x) is no multiple of x.
+    """
+    phi = activation(text)
+    scale = pair_scale(phi)
+    if scale is None:
+        raise MorphError(f"{text}(x) - {text}(-x) is not a multiple of x; take {PAIRS}, or a PAct")
+    if isinstance(phi, nn.Softplus):
+        phi.threshold = max(phi.threshold, SOFTPLUS_THRESHOLD)
+    return phi, scale
+
+
+def insert_activation(
+    model: nn.Module, example: Example, path: str, act: str = "GELU", *, inplace: bool = False
+) -> tuple[nn.Module, Report]:
+    """Put a PAct of `act` after the module at `path`: bit-exact in eval and train mode, learnt from the first step.
+
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: an input batch.
+        path: a module whose output is one tensor; it becomes `path.0`, the PAct `path.1`.
+        act: the activation, see `activation`.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: see `surgery.site` and `activation`.
+    """
+    at = site(model, path, example)
+    step = {"op": "activation", "path": path, "act": act, "channels": at.channels, "dims": at.dims}
+    return morphed(model, step, example, inplace=inplace)
+
+
+@edit("activation")
+def _insert_activation(model: nn.Module, path: str, act: str, channels: int, dims: int) -> list[str]:
+    follow(model, path, placed(PAct(activation(act), channels, dims), model, path))
+    return [f"{path}: followed by PAct({act}) on {channels} channels, a = 0"]

@@ -1,0 +1,91 @@
+"""What the morph engine knows of each op, by name; an op in none of these families is a barrier.
+
+Names are the last part of the public name without underscores, so `add`, `add_` and `__iadd__` are `add` and `iadd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.overrides import resolve_name
+
+# Data movement: run on the labels themselves.
+MOVE = frozenset(
+    """
+    view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H swapaxes
+    swapdims movedim moveaxis contiguous clone detach alias cat concat concatenate stack hstack vstack chunk split
+    tensor_split unbind narrow select getitem flip fliplr flipud roll rot90 expand expand_as broadcast_to repeat tile
+    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle index_select pad unfold
+    diagonal adjoint split_with_sizes unsafe_chunk unsafe_split
+    """.split()
+)
+# Of these, the ones that pick by fixed indices: along a channel axis they fix its size.
+PICKS = frozenset(
+    """
+    split tensor_split unbind narrow select getitem roll index_select repeat tile repeat_interleave unfold rot90
+    diagonal split_with_sizes unsafe_split
+    """.split()
+)
+CHUNKS = frozenset(["chunk", "unsafe_chunk"])
+
+# Each output element is a function of the elements at the same (broadcast) position.
+ELEMENTWISE = frozenset(
+    """
+    relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus softsign
+    logsigmoid log_sigmoid exp exp2 log log2 log10 log1p expm1 sqrt rsqrt abs absolute neg negative positive square pow
+    reciprocal clamp clip clamp_min clamp_max sign sin cos tan asin acos atan sinh cosh erf erfc floor ceil round trunc
+    frac threshold hardshrink softshrink tanhshrink nan_to_num logical_not isnan isinf isfinite sgn softsign rrelu
+    to float double half bfloat16 type type_as bool int long zeros_like ones_like full_like empty_like zero fill
+    add sub subtract mul multiply div divide true_divide floor_divide fmod remainder maximum minimum fmax fmin where
+    lerp     addcmul addcdiv eq ne gt ge lt le atan2 hypot logical_and logical_or logical_xor masked_fill copysign rsub
+    iadd isub imul itruediv ipow radd rmul rtruediv rdiv rpow truediv and or xor invert iand ior rsub bitwise_and
+    bitwise_or bitwise_not xlogy logaddexp heaviside ldexp
+    """.split()
+)
+# Of these, the ones whose tensors all move.
+JOINS = frozenset("cat concat concatenate stack hstack vstack view_as reshape_as expand_as".split())
+FACTORIES = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
+DROPOUT = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout".split())
+# Each output row along the image axes is a function of the same channel's input: op -> number of image axes.
+SPATIAL = {
+    **{f"{kind}_pool{n}d": n for kind in ("avg", "max", "lp", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)},
+    **{f"{kind}_pool{n}d_with_indices": n for kind in ("max", "adaptive_max", "fractional_max") for n in (1, 2, 3)},
+}
+RESIZE = frozenset("interpolate upsample upsample_nearest upsample_bilinear".split())
+# Reductions and scans along given axes. Over channels, a mean keeps its value if all channels are copied equally
+# often, a maximum always; the others need the very same channels.
+MEANS = frozenset(["mean"])
+EXTREMES = frozenset("amax amin".split())
+ROWS = frozenset(
+    """
+    mean amax amin sum max min prod std var std_mean var_mean norm logsumexp softmax log_softmax softmin cumsum cumprod
+    argmax argmin all any median nansum nanmean count_nonzero normalize topk sort argsort aminmax logcumsumexp
+    """.split()
+)
+CONVOLUTIONS = {
+    **{f"conv{n}d": (n, False) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": (n, True) for n in (1, 2, 3)},
+}
+NORMS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm".split())
+
+# Read no values.
+METADATA = frozenset(
+    """
+    size shape dim ndim ndimension numel nelement stride dtype device layout requires_grad len element_size itemsize
+    nbytes get_device storage_offset names has_names grad grad_fn version hash untyped_storage storage
+    retain_grad output_nr can_cast result_type promote_types requires_grad_ dim_order sym_size backward register_hook
+    """.split()
+)
+
+
+def op_name(func: Callable[..., Any]) -> tuple[str, str]:
+    """The name as above, and the name as written."""
+    full = resolve_name(func) or getattr(func, "__name__", repr(func))
+    written = full.removesuffix(".__get__").removesuffix(".__set__").rsplit(".", 1)[-1]
+    return written.strip("_") or written, written
+
+
+def reads_no_values(name: str) -> bool:
+    """Whether the op asks for the shape, type or state of a tensor only."""
+    return name in METADATA or (name.startswith("is_") and name not in ("is_nonzero", "is_same_size"))

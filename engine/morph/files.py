@@ -1,0 +1,279 @@
+"""Grown networks in files: weights with their recipe, opened by the name of the network they began as, and compared.
+
+A safetensors file carries the recipe in its header, so that one file is whole; `name.recipe.json` beside it is the same
+text for people, and the only copy beside a torch file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..errors import MorphError
+from ..models import create_model
+from .front import downsampler
+from .inputs import _Mix
+from .recipe import Recipe, apply
+from .store import SafetensorsFile, atomic, read_state, write_state
+from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, cast, compare
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+SIDE = 64  # of the images that checks take, before any front
+PREFIXES = ("net.", "module.")  # of a checkpoint of gigamorph train, of DistributedDataParallel
+
+
+@dataclass
+class Grown:
+    """A network with its weights, and the morphs that made it."""
+
+    network: nn.Module
+    recipe: Recipe = field(default_factory=Recipe)
+    channels: int = 1  # of the images that it takes
+
+    @property
+    def shrink(self) -> int:
+        """How much larger its images are than those of the network that it began as, by its fronts."""
+        product = 1
+        for morph in self.recipe.morphs:
+            product *= int(morph.step["r"]) if morph.step["op"] == "front" else 1
+        return product
+
+    def example(self, size: tuple[int, int] | None = None) -> Tensor:
+        """A blank image for checks, (1, C, H, W), in the dtype of the weights."""
+        side = SIDE * self.shrink
+        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+        return torch.zeros(1, self.channels, *(size or (side, side)), dtype=dtype)
+
+
+def recipe_path(weights: str | Path) -> Path:
+    """`b.recipe.json` for `b.safetensors`."""
+    return Path(weights).with_suffix(".recipe.json")
+
+
+def open_network(spec: str, weights: str | Path | None, classes: int = 2, channels: int = 1) -> Grown:
+    """Build a network, repeat the morphs of its recipe if it has one, and load its weights.
+
+    Args:
+        spec: the network that it began as, see `create_model`.
+        weights: its file, or the recipe beside it; None leaves the weights random.
+        classes: outputs that it began with.
+        channels: image channels that it began with.
+
+    Raises:
+        GigamorphError: no such network, or the file is missing, damaged or another network's; the message names it.
+    """
+    if weights is None:
+        return Grown(create_model(spec, classes, channels), channels=channels)
+    path = _weights_path(Path(weights))
+    state = dict(read_state(path))
+    network = create_model(spec, classes, channels)
+    recipe = _recipe_of(path)
+    try:
+        network = apply(recipe, network) if recipe.morphs else network
+        _load(network, state)
+    except MorphError as error:
+        raise MorphError(f"{path}: {error}") from error
+    steps = [m.step for m in recipe.morphs if m.step["op"] == "inputs"]
+    return Grown(network, recipe, len(steps[-1]["matrix"][0]) if steps else channels)
+
+
+def add_morph(parent: Grown, child: nn.Module, report: Report) -> Grown:
+    """The child with the parent's recipe and one morph more."""
+    recipe = Recipe(list(parent.recipe.morphs))
+    recipe.add(report, parent.network, child)
+    matrix = report.step["matrix"] if report.step["op"] == "inputs" else None
+    return Grown(child, recipe, len(matrix[0]) if matrix else parent.channels)
+
+
+def save_network(path: str | Path, grown: Grown) -> Path:
+    """Write weights and recipe; either both files are new or both are what they were.
+
+    Returns:
+        The recipe's path.
+
+    Raises:
+        MorphError: a file cannot be written.
+    """
+    check_target(path)
+    text = grown.recipe.to_json()
+    beside = recipe_path(path)
+    with atomic(beside) as file:  # it takes its place after the weights have taken theirs
+        file.write(text.encode())
+        write_state(path, grown.network.state_dict(), {"recipe": text})
+    return beside
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse early what cannot be written."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise MorphError(f"{path}: end the name in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise MorphError(f"{path}: there is no folder {path.parent}")
+
+
+def compare_networks(parent: Grown, child: Grown, size: tuple[int, int] | None = None) -> Difference:
+    """Compare two networks by the relation that their recipes give: child(x) against parent(what it would have seen).
+
+    A front shrinks the parent's images, changed inputs mix its channels, a grown head is compared in its old outputs
+    (in probabilities if it is a softmax).
+
+    Args:
+        parent: one network.
+        child: another, whose recipe goes on from the parent's, or which takes and gives the same.
+        size: (height, width) of the child's images.
+
+    Raises:
+        MorphError: their recipes relate them in no way, or a network cannot be run.
+    """
+    ours, theirs = ([m.step for m in g.recipe.morphs] for g in (parent, child))
+    common = 0
+    while common < min(len(ours), len(theirs)) and ours[common] == theirs[common]:
+        common += 1
+    if any(step["op"] in _RELATED for step in ours[common:]):
+        raise MorphError("the second network's recipe does not go on from the first's; give them in that order")
+    steps = theirs[common:]
+    example = child.example(size)
+    one, other = _heads(_shrunk(parent.network, steps), child.network, steps, example)
+    return compare(one, other, example)
+
+
+def verdict(difference: Difference) -> tuple[bool, str]:
+    """Whether two networks are equal in eval mode, and a line that says how far.
+
+    New weights that had to be computed (folded normalisation, factors of a kernel) are rounded once when stored; that
+    moves the function by about the rounding of a float32 forward, also if it is run in float64.
+    """
+    d = difference
+    evaluated = _level(d.float64_eval, d.float32_eval, d.noise_eval)
+    trained = _level(d.float64_train, d.float32_train, d.noise_train)
+    if evaluated == _DIFFERENT:
+        return False, f"different: by {d.float64_eval:.1e}, the first one's own rounding noise is {d.noise_eval:.1e}"
+    if trained == _DIFFERENT:
+        return True, f"equal in eval mode; in train mode they differ by {d.float64_train:.1e}"
+    return True, "equal" if evaluated == trained == _EQUAL else "equal up to the rounding of the stored weights"
+
+
+_EQUAL, _ROUNDED, _DIFFERENT = range(3)
+
+
+def _level(float64: float, float32: float, noise: float) -> int:
+    limit = NOISE_RATIO * noise
+    if float64 <= FLOAT64_LIMIT and float32 <= limit:
+        return _EQUAL
+    # In float32 the rounding of the weights and that of the forward come together.
+    return _ROUNDED if float64 <= limit and float32 <= 2 * limit else _DIFFERENT
+
+
+_RELATED = ("front", "inputs", "head", "split_class")
+
+
+def _shrunk(network: nn.Module, steps: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """The parent behind what its images became."""
+    for step in steps:
+        if step["op"] == "front":
+            network = nn.Sequential(downsampler(step["downsample"], step["r"]), network)
+        elif step["op"] == "inputs":
+            network = nn.Sequential(_Mix(step["matrix"], step["offset"], 2), network)
+    return network
+
+
+def _heads(
+    parent: nn.Module, child: nn.Module, steps: Sequence[Mapping[str, Any]], example: Tensor
+) -> tuple[nn.Module, nn.Module]:
+    """Both in what the growth of heads keeps."""
+    heads = [step for step in steps if step["op"] in ("head", "split_class")]
+    if not heads:
+        return parent, child
+    softmax = [step["op"] == "split_class" or step["kind"] == "softmax" for step in heads]
+    if any(softmax) != all(softmax):
+        raise MorphError("the head grew both by independent outputs and by softmax classes; compare one growth a time")
+    before = _Kept(parent, [], softmax[0])
+    work = cast(copy.deepcopy(before), torch.float32).eval()
+    try:
+        with torch.no_grad():
+            width = work(example.float()).shape[1]
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise MorphError(f"the first network cannot be run: {str(error).splitlines()[0]}") from error
+    undo = []
+    for step in heads:
+        undo.append((width, step["index"] if step["op"] == "split_class" else None))
+        width = step["outputs"] if step["op"] == "head" else width + len(step["shares"]) - 1
+    return before, _Kept(child, undo[::-1], softmax[0])
+
+
+class _Kept(nn.Module):
+    """Outputs or probabilities (N, classes, ...) of a network, with the growth of its head undone.
+
+    `undo` has, the last growth first, the number of outputs before it, and the class whose parts the new ones are.
+    """
+
+    def __init__(self, network: nn.Module, undo: Sequence[tuple[int, int | None]], softmax: bool) -> None:
+        super().__init__()
+        self.network, self.undo, self.softmax = network, undo, softmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = next(t for t in tree_flatten(self.network(x))[0] if isinstance(t, Tensor))
+        if self.softmax:
+            y = y.softmax(1)
+        for width, index in self.undo:
+            y, added = y[:, :width], y[:, width:]
+            if index is not None:
+                y = y.index_add(1, torch.tensor([index], device=y.device), added.sum(1, keepdim=True))
+        return y
+
+
+def _weights_path(path: Path) -> Path:
+    """The weights that a recipe stands beside."""
+    if not path.name.endswith(".recipe.json"):
+        return path
+    stem = path.name.removesuffix(".recipe.json")
+    for suffix in SUFFIXES:
+        if path.with_name(stem + suffix).is_file():
+            return path.with_name(stem + suffix)
+    raise MorphError(f"{path}: there are no weights {stem}.safetensors beside it")
+
+
+def _recipe_of(weights: Path) -> Recipe:
+    if weights.suffix == ".safetensors":
+        text = SafetensorsFile(weights).metadata.get("recipe")
+        if text is not None:
+            try:
+                return Recipe.from_json(text)
+            except MorphError as error:
+                raise MorphError(f"{weights}: {error}") from error
+    beside = recipe_path(weights)
+    return Recipe.load(beside) if beside.exists() else Recipe()
+
+
+def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """All weights, in the dtype of the file; older files lack BatchNorm's counter, which no result depends on."""
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    own = network.state_dict()
+    state |= {n: t for n, t in own.items() if n not in state and n.endswith("num_batches_tracked")}
+    problems = [f"'{name}' is missing" for name in own if name not in state]
+    problems += [f"'{name}' is not in the network" for name in state if name not in own]
+    problems += [
+        f"'{name}' is {tuple(value.shape)}, the network has {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise MorphError(
+            f"the weights do not fit the network: {problems[0]}{more}; give the model, classes and channels that it "
+            "began with, and keep its recipe beside it"
+        )
+    try:
+        network.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise MorphError(f"the weights cannot be loaded: {str(error).splitlines()[-1].strip()}") from error

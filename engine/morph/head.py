@@ -1,0 +1,229 @@
+"""More outputs of a classifier: independent ones, silent softmax classes, or a class split into several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..errors import MorphError
+from .surgery import CONVS, edit, morphed, plain
+from .verify import Example, Report, as_inputs, cast
+
+SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
+KINDS = ("independent", "softmax")
+
+
+def grow_head(
+    model: nn.Module, example: Example, path: str, outputs: int, kind: str = "independent", *, inplace: bool = False
+) -> tuple[nn.Module, Report]:
+    """Give the classifier `path` more outputs, behind the old ones.
+
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: an input batch.
+        path: the last linear layer or convolution.
+        outputs: how many it shall have.
+        kind: "independent" (each its own sigmoid or regression): the old outputs stay, the new ones begin at zero.
+            "softmax": the old probabilities stay, bit for bit; the new ones are zero by a bias of -10^4 and get no
+            gradient until that bias is raised. To begin with live classes, use `split_class`.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: no plain layer, fewer outputs than now, or a network that does more with the outputs than select
+            them, e.g. a softmax after an "independent" head.
+    """
+    if kind not in KINDS:
+        raise MorphError(f"a head of kind {kind!r}; one of {KINDS}")
+    step = {"op": "head", "path": path, "outputs": outputs, "kind": kind}
+    return morphed(model, step, example, inplace=inplace, view=_View(example, kind == "softmax"))
+
+
+def split_class(
+    model: nn.Module,
+    example: Example,
+    path: str,
+    index: int,
+    into: int = 2,
+    *,
+    shares: Sequence[float] | None = None,
+    inplace: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Split one softmax class into several that add up to its probability; all other probabilities stay.
+
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: an input batch.
+        path: the last linear layer or convolution.
+        index: the class; it becomes the first part, the others stand behind all old classes.
+        into: the number of parts.
+        shares: of the parts; they add up to 1. Equal by default.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: no plain layer, no such class, or shares that are not positive or do not add up to 1.
+    """
+    parts = [1 / into] * into if shares is None and into > 1 else list(shares or [])
+    if len(parts) != into or into < 2 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-9:
+        raise MorphError(f"class {index} into {into} parts with shares {shares}: give 2 or more, with sum 1")
+    step = {"op": "split_class", "path": path, "index": index, "shares": parts}
+    members = {"index": index, "parts": into - 1}
+    return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, **members))
+
+
+def grown_rows(weight: Tensor, bias: Tensor | None, outputs: int, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Weight (outputs, ...) and bias with new rows of zeros; the bias -10^4 for a softmax."""
+    new = outputs - len(weight)
+    if new < 1:
+        raise MorphError(f"the head has {len(weight)} outputs already; give more than that")
+    if bias is None and kind == "softmax":
+        bias = weight.new_zeros(len(weight))
+    weight = torch.cat([weight, weight.new_zeros(new, *weight.shape[1:])])
+    if bias is not None:
+        bias = torch.cat([bias, bias.new_full((new,), SILENT if kind == "softmax" else 0.0)])
+    return weight, bias
+
+
+def split_rows(weight: Tensor, bias: Tensor | None, index: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Weight and bias with row `index` as often as there are shares, each logit plus the logarithm of its share."""
+    if not 0 <= index < len(weight):
+        raise MorphError(f"the head has no class {index}; it has {len(weight)}")
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    parts = (bias[index].double() + torch.tensor(shares, dtype=torch.float64, device=bias.device).log()).to(bias.dtype)
+    bias = torch.cat([bias, parts[1:]])
+    bias[index] = parts[0]
+    return torch.cat([weight, weight[index : index + 1].repeat(len(shares) - 1, *[1] * (weight.ndim - 1))]), bias
+
+
+def grow_head_state(
+    state: Mapping[str, Tensor], path: str, outputs: int, kind: str = "independent"
+) -> dict[str, Tensor]:
+    """`grow_head` for the weights of a state_dict."""
+    return _changed(state, path, *grown_rows(*_rows(state, path), outputs, kind))
+
+
+def split_class_state(state: Mapping[str, Tensor], path: str, index: int, shares: Sequence[float]) -> dict[str, Tensor]:
+    """`split_class` for the weights of a state_dict."""
+    return _changed(state, path, *split_rows(*_rows(state, path), index, shares))
+
+
+def _rows(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor | None]:
+    if f"{path}.weight" not in state:
+        raise MorphError(f"the weights hold no '{path}.weight'")
+    return state[f"{path}.weight"], state.get(f"{path}.bias")
+
+
+def _changed(state: Mapping[str, Tensor], path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    return dict(state) | {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
+
+
+# -- edits -------------------------------------------------------------------------------------------------------
+
+
+@edit("head")
+def _grow_head(model: nn.Module, path: str, outputs: int, kind: str) -> list[str]:
+    head = _head(model, path)
+    with torch.no_grad():
+        return _set(head, path, *grown_rows(head.weight, head.bias, outputs, kind))
+
+
+@edit("split_class")
+def _split_class(model: nn.Module, path: str, index: int, shares: list[float]) -> list[str]:
+    head = _head(model, path)
+    with torch.no_grad():
+        return _set(head, path, *split_rows(head.weight, head.bias, index, shares))
+
+
+def _head(model: nn.Module, path: str) -> Any:
+    head = plain(model, path, nn.Linear, *CONVS)
+    if getattr(head, "groups", 1) != 1:
+        raise MorphError(f"module '{path}' is a grouped convolution; a head with one group is needed")
+    return head
+
+
+def _set(head: Any, path: str, weight: Tensor, bias: Tensor | None) -> list[str]:
+    line = f"{path}: {len(head.weight)} -> {len(weight)} outputs"
+    trainable = head.weight.requires_grad
+    head.weight = nn.Parameter(weight, requires_grad=trainable)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=trainable)
+    name = "out_features" if isinstance(head, nn.Linear) else "out_channels"
+    setattr(head, name, len(weight))
+    return [line]
+
+
+# -- what shall stay ---------------------------------------------------------------------------------------------
+
+
+class _View:
+    """Makes of (parent, child) two networks whose outputs are what the morph keeps."""
+
+    def __init__(self, example: Example, softmax: bool, index: int = 0, parts: int = 0) -> None:
+        self.example, self.softmax, self.index, self.parts = example, softmax, index, parts
+
+    def __call__(self, parent: nn.Module, child: nn.Module) -> tuple[nn.Module, nn.Module]:
+        old, new = (_outputs(net, self.example) for net in (parent, child))
+        axes: list[int | None] = []
+        for a, b in zip(old, new, strict=True):
+            other = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
+            axes.append(other[0] if other else None)
+        if all(axis is None for axis in axes):
+            raise MorphError("no output of the network grew with its head; name the last layer")
+        sizes = [None if axis is None else a.shape[axis] for a, axis in zip(old, axes, strict=True)]
+        arguments = (axes, sizes, self.softmax, self.index, self.parts)
+        return _Kept(parent, *arguments), _Kept(child, *arguments)
+
+
+class _Kept(nn.Module):
+    """The old outputs, or their probabilities; those of split classes are added up again."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        axes: list[int | None],
+        sizes: list[int | None],
+        softmax: bool,
+        index: int,
+        parts: int,
+    ) -> None:
+        super().__init__()
+        self.network, self.axes, self.sizes = network, axes, sizes
+        self.softmax, self.index, self.parts = softmax, index, parts
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        results = []
+        for tensor, axis, size in zip(_tensors(self.network(*inputs)), self.axes, self.sizes, strict=True):
+            if axis is not None and size is not None:
+                tensor = _probabilities(tensor, axis) if self.softmax else tensor
+                kept, added = tensor.narrow(axis, 0, size), tensor.narrow(axis, size, tensor.shape[axis] - size)
+                if self.parts and added.shape[axis]:
+                    at = torch.tensor([self.index], device=tensor.device)
+                    kept = kept.index_add(axis, at, added.sum(axis, keepdim=True))
+                tensor = kept
+            results.append(tensor)
+        return results
+
+
+def _probabilities(x: Tensor, axis: int) -> Tensor:
+    """Softmax of logits; probabilities and their logarithms as probabilities."""
+    for p in (x, x.exp()):
+        if (p >= 0).all() and ((p.sum(axis) - 1).abs() < 1e-3).all():
+            return p
+    return x.softmax(axis)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+
+
+def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
+    work = cast(copy.deepcopy(network), torch.float32).eval()
+    try:
+        with torch.no_grad():
+            return _tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise MorphError(f"the network cannot be run: {str(error).splitlines()[0]}") from error

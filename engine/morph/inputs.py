@@ -1,0 +1,243 @@
+"""Other image channels: RGB to grey, grey to RGB, further planes; in general child(y) = parent(A y + b) at each pixel.
+
+The matrix and the offset are folded into the convolutions that read the image. The offset cannot go to their bias: they
+pad with zeros *after* it was added, so the bias would be wrong at the borders (by 7 % for ImageNet's means). It goes to
+one more input channel, of constant ones, which gets the same padding as the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import MorphError
+from .surgery import CONVS, edit, morphed, plain, replace
+from .verify import Report
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+KRAFT_THIRDS = (0.5, 0.25, 0.25)  # add up to 1, and times a weight are exact
+
+Matrix = Sequence[Sequence[float]]
+
+
+def to_grey(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    grey_mean: float = 0.0,
+    grey_std: float = 1.0,
+    paths: Sequence[str] | None = None,
+    inplace: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Turn a network for normalised RGB images into one for grey images, exact at the borders too.
+
+    With a grey image g = y * grey_std + grey_mean, child(y) = parent((g - mean) / std), all channels g. A channel of
+    ones is added unless every mean equals grey_mean.
+
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: a grey batch (N, 1, ...), input of the child.
+        mean, std: normalisation of the parent, one number per channel.
+        grey_mean, grey_std: normalisation of the child.
+        paths: the convolutions that read the image; found by a run if not given.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: see `mix_inputs`.
+    """
+    if len(mean) != len(std) or not all(std):
+        raise MorphError(f"mean {tuple(mean)} and std {tuple(std)} need as many numbers, no std zero")
+    matrix = [[grey_std / s] for s in std]
+    offset = [(grey_mean - m) / s for m, s in zip(mean, std, strict=True)]
+    return mix_inputs(model, example, matrix, offset, paths=paths, inplace=inplace)
+
+
+def to_rgb(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    weights: Sequence[float] = KRAFT_THIRDS,
+    paths: Sequence[str] | None = None,
+    inplace: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Turn a network for grey images into one for RGB: child(y) = parent(sum of weights * channels).
+
+    The default weights are exact in stored numbers; `example` is an RGB batch. Errors as in `mix_inputs`.
+    """
+    return mix_inputs(model, example, [list(weights)], paths=paths, inplace=inplace)
+
+
+def add_planes(
+    model: nn.Module, example: Tensor, planes: int, *, paths: Sequence[str] | None = None, inplace: bool = False
+) -> tuple[nn.Module, Report]:
+    """Let the network read further image planes (a prior examination, a mask), which count for nothing at first.
+
+    `example` is an input of the child, the old channels first. Errors as in `mix_inputs`.
+    """
+    old = example.shape[1] - planes
+    if planes < 1 or old < 1:
+        raise MorphError(f"the example has {example.shape[1]} channels, too few for {planes} new planes; give both")
+    matrix = [[float(i == j) for j in range(old + planes)] for i in range(old)]
+    return mix_inputs(model, example, matrix, paths=paths, inplace=inplace)
+
+
+def mix_inputs(
+    model: nn.Module,
+    example: Tensor,
+    matrix: Matrix,
+    offset: Sequence[float] | None = None,
+    *,
+    paths: Sequence[str] | None = None,
+    inplace: bool = False,
+) -> tuple[nn.Module, Report]:
+    """child(y) = parent(matrix @ y + offset) at each pixel, in eval and train mode, whatever the padding.
+
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: a batch of the child, (N, columns of the matrix, ...).
+        matrix: a row per channel of the parent, a column per channel of the child.
+        offset: a number per channel of the parent; an offset costs one more input channel, of ones.
+        paths: the convolutions that read the image; found by a run if not given.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: the image is not read by plain convolutions alone, or sizes do not fit.
+    """
+    rows = [[float(v) for v in row] for row in matrix]
+    shift = [float(v) for v in offset] if offset is not None else [0.0] * len(rows)
+    if len({len(row) for row in rows}) != 1 or len(shift) != len(rows) or example.shape[1] != len(rows[0]):
+        raise MorphError(
+            f"matrix {len(rows)} x {len(rows[0]) if rows else 0}, offset {len(shift)} and an example of "
+            f"{example.shape[1]} channels do not fit; the matrix has a column per channel of the example"
+        )
+    if paths is None:
+        paths = image_convs(model, example.new_zeros(example.shape[0], len(rows), *example.shape[2:]))
+    step = {"op": "inputs", "paths": list(paths), "matrix": rows, "offset": shift}
+    mix = _Mix(rows, shift, example.ndim - 2)
+    return morphed(
+        model,
+        step,
+        example,
+        inplace=inplace,
+        rounded=not _exact(rows, shift),
+        view=lambda parent, child: (nn.Sequential(mix, parent), child),
+    )
+
+
+def mix_inputs_state(
+    state: Mapping[str, Tensor], paths: str | Sequence[str], matrix: Matrix, offset: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """The same for the weights of a state_dict; with an offset, `path.weight` becomes `path.1.weight`."""
+    result: dict[str, Tensor] = {}
+    names = {paths} if isinstance(paths, str) else set(paths)
+    missing = [path for path in names if f"{path}.weight" not in state]
+    if missing:
+        raise MorphError(f"the weights hold no '{missing[0]}.weight'")
+    shifted = offset is not None and any(offset)
+    for name, tensor in state.items():
+        path, _, last = name.rpartition(".")
+        if path in names:
+            if last == "weight":
+                tensor = mixed_weight(tensor, matrix, offset if shifted else None)
+            name = f"{path}.1.{last}" if shifted else name
+        result[name] = tensor
+    return result
+
+
+def mixed_weight(weight: Tensor, matrix: Matrix, offset: Sequence[float] | None = None, groups: int = 1) -> Tensor:
+    """(out, in / groups, *kernel) -> (out, columns of the matrix [+ 1 for the ones], *kernel), rounded once."""
+    columns = torch.tensor(matrix, dtype=torch.float64)
+    if offset is not None:
+        columns = torch.cat([columns, torch.tensor(offset, dtype=torch.float64)[:, None]], 1)
+    outputs, inputs = weight.shape[:2]
+    if len(columns) != inputs * groups:
+        raise MorphError(f"a weight for {inputs * groups} channels, but a matrix of {len(columns)} rows")
+    columns = columns.to(weight.device).reshape(groups, inputs, -1)
+    parts = weight.double().reshape(groups, outputs // groups, inputs, -1)
+    mixed = torch.einsum("goik,gic->gock", parts, columns)
+    return mixed.reshape(outputs, -1, *weight.shape[2:]).to(weight.dtype)
+
+
+def image_convs(model: nn.Module, image: Tensor) -> list[str]:
+    """Paths of the convolutions whose input is the image itself.
+
+    Raises:
+        MorphError: there is none, or the model cannot be run on the image.
+    """
+    found: list[str] = []
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0] is image and isinstance(module, CONVS):
+            found.append(names[id(module)])
+
+    like = next((p for p in model.parameters() if p.is_floating_point()), image)
+    image = image.to(like)
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(image)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise MorphError(f"the model cannot be run on {tuple(image.shape)}: {str(error).splitlines()[0]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    if not found:
+        raise MorphError("no convolution reads the image directly; name those that see nothing but the image: paths=")
+    return list(dict.fromkeys(found))
+
+
+class OnesChannel(nn.Module):
+    """Adds a last channel of ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1], value=1.0)
+
+
+class _Mix(nn.Module):
+    """matrix @ y + offset at each pixel."""
+
+    def __init__(self, matrix: Matrix, offset: Sequence[float], dims: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.tensor(matrix, dtype=torch.float64))
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float64).reshape(-1, *[1] * dims))
+
+    def forward(self, y: Tensor) -> Tensor:
+        matrix: Any = self.matrix
+        return torch.einsum("cj,nj...->nc...", matrix.to(y), y) + self.offset.to(y)  # pyright: ignore
+
+
+def _exact(matrix: Matrix, offset: Sequence[float]) -> bool:
+    """Whether the new weights are old ones times powers of two, and therefore not rounded."""
+    powers = all(v == 0 or abs(math.frexp(v)[0]) == 0.5 for row in matrix for v in row)
+    return powers and not any(offset) and all(sum(v != 0 for v in column) <= 1 for column in zip(*matrix, strict=True))
+
+
+@edit("inputs")
+def _mix_inputs(model: nn.Module, paths: list[str], matrix: Matrix, offset: list[float]) -> list[str]:
+    changes = []
+    shift = offset if any(offset) else None
+    for path in paths:
+        conv = plain(model, path, *CONVS)
+        if conv.in_channels != len(matrix):
+            raise MorphError(f"module '{path}' reads {conv.in_channels} channels, the matrix has {len(matrix)} rows")
+        with torch.no_grad():
+            weight = mixed_weight(conv.weight, matrix, shift, conv.groups)
+        changes.append(f"{path}: {conv.in_channels} -> {weight.shape[1]} channels{', one of them ones' * bool(shift)}")
+        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        conv.in_channels, conv.groups = weight.shape[1], 1
+        if shift:
+            replace(model, path, nn.Sequential(OnesChannel(), conv))
+    return changes

@@ -1,0 +1,107 @@
+"""Finding old values among new ones: elements by their value numbers, rows by hashes that are then compared in full.
+
+A value number (vid) names one scalar that the parent computes. An element of the child carries the vid of the value
+that it equals, or FREE. Every lookup ends with a comparison, so that a hash or a stale table entry cannot deceive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FREE = -1  # the vid of an element that is no copy of anything
+MISSING = -2  # the position of a value that is not there
+
+
+class Table:
+    """Scratch array from vid to position, shared by all lookups; entries of earlier lookups are harmless."""
+
+    def __init__(self) -> None:
+        self.data = torch.zeros(1 << 16, dtype=torch.int64)
+
+    def find(self, old: Tensor, new: Tensor) -> Tensor:
+        """Position in `old` (n) of each element of `new` (m): a canonical one, or MISSING; FREE stays FREE."""
+        if old.numel() == 0:
+            return torch.full_like(new, MISSING)
+        top = int(max(old.max(), new.max() if new.numel() else 0)) + 1
+        if top > self.data.numel():
+            self.data = torch.zeros(2 * top, dtype=torch.int64)
+        known = old >= 0
+        self.data[old[known] if not known.all() else old] = torch.arange(old.numel())[known]
+        at = self.data[new.clamp(min=0)].clamp(max=old.numel() - 1)
+        at = torch.where(old[at] == new, at, MISSING)
+        return torch.where(new == FREE, FREE, at)
+
+
+class Join:
+    """Positions of tuples of vids: what an elementwise op of several operands computes."""
+
+    def __init__(self, table: Table, columns: list[Tensor]):
+        """`columns`: one vid tensor per operand, all of the output's shape (expanded views will do)."""
+        self.table = table
+        self.columns = columns
+        self.main: int | None = None  # an operand whose values differ everywhere finds the position alone
+        n = columns[0].numel()
+        order = sorted(range(len(columns)), key=lambda i: -_storage_size(columns[i]))
+        for i in order:
+            if _storage_size(columns[i]) < n:
+                break
+            flat = columns[i].reshape(-1)
+            if bool((table.find(flat, flat) == torch.arange(n)).all()):
+                self.main = i
+                break
+
+    def find(self, columns: list[Tensor]) -> Tensor:
+        """Position (m) in the old output of each new element; FREE if an operand is, MISSING if there is none."""
+        new = [c.reshape(-1) for c in columns]
+        old = [c.reshape(-1) for c in self.columns]
+        main = self.main
+        at = self._find_tuples(old, new) if main is None else self.table.find(old[main], new[main])
+        safe = at.clamp(min=0)
+        for o, c in zip(old, new, strict=True):
+            at = torch.where((at >= 0) & (o[safe] != c), MISSING, at)
+        for c in new:
+            at = torch.where(c == FREE, FREE, at)
+        return at
+
+    def _find_tuples(self, old: list[Tensor], new: list[Tensor]) -> Tensor:
+        n = old[0].numel()
+        old_rank, new_rank = self.table.find(old[0], old[0]), self.table.find(old[0], new[0])
+        for o, c in zip(old[1:], new[1:], strict=True):
+            keys = old_rank * n + self.table.find(o, o)
+            unique, old_rank = torch.unique(keys, return_inverse=True)
+            second = self.table.find(o, c)
+            wanted = torch.where((new_rank >= 0) & (second >= 0), new_rank * n + second, MISSING)
+            at = torch.searchsorted(unique, wanted).clamp(max=unique.numel() - 1)
+            new_rank = torch.where(unique[at] == wanted, at, MISSING)
+        first = torch.zeros(n, dtype=torch.int64)
+        first[old_rank] = torch.arange(n)
+        return torch.where(new_rank >= 0, first[new_rank.clamp(min=0)], MISSING)
+
+
+class Rows:
+    """Positions of rows of vids (K, M): what an op computes that reads whole slabs."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        generator = torch.Generator().manual_seed(rows.shape[1])
+        limits = torch.iinfo(torch.int64)
+        self.weights = torch.randint(limits.min, limits.max, (rows.shape[1],), generator=generator) | 1
+        self.hashes, self.order = (rows * self.weights).sum(1).sort(stable=True)
+
+    def find(self, rows: Tensor) -> Tensor:
+        """Old row (first of equal ones) of each new row; FREE if an element of it is, else MISSING."""
+        if rows.shape[1] != self.rows.shape[1] or not len(self.rows):
+            return torch.full((len(rows),), MISSING)
+        hashes = (rows * self.weights).sum(1)
+        at = self.order[torch.searchsorted(self.hashes, hashes).clamp(max=len(self.order) - 1)]
+        at = torch.where((self.rows[at] == rows).all(1), at, MISSING)
+        return torch.where((rows == FREE).any(1), FREE, at)
+
+
+def _storage_size(tensor: Tensor) -> int:
+    """Number of elements without those that an expanded view repeats."""
+    size = 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        size *= length if stride else 1
+    return size

@@ -1,0 +1,391 @@
+"""Merging: the exact inverse of widening, where the copies of a channel are still copies.
+
+Channels are folded if everything that belongs to them is equal in the stored numbers: rows of weights, biases, norm
+parameters, running statistics. Their outgoing weights are added. The proof is that of widening, read backwards: the
+network that was given must pass, op by op, as a widening of the one that is returned (section 4), and its rows and
+columns must be that widening's. So channels that only look alike are left as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import MorphError
+from .discover import Axis
+from .provenance import Label, Mismatch
+from .rebuild import ParameterMap, Plan, Rebuild
+from .spaces import Space, Spaces, _resize, _skeleton, find_spaces
+from .verify import Certificate, Example, Report, as_inputs, cast, verified_report
+from .widen import replace_contents
+
+Folds = dict[str, list[int]]  # space key -> of each of its units, the first one that is equal
+
+
+def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple[nn.Module, Report]:
+    """A narrower network that computes the same function, with every set of tied channels folded into one.
+
+    Args:
+        model: any eager network, e.g. one that was widened; untouched unless `inplace`.
+        example: its input or tuple of inputs; a small image will do unless a linear layer wants the real size.
+        inplace: put the result into `model` after all checks have passed.
+
+    Returns:
+        The narrower network and the report. Sums of outgoing weights are exact after a Kraft or Sterbenz split; if
+        some had to be rounded (trained since), the report says how many, and has no certificate.
+
+    Raises:
+        MorphError: no channels are tied, or folding any of them would change the function; nothing has been changed.
+    """
+    inputs = as_inputs(example)
+    child, passes, changes, certificate = _merge(model, inputs)
+    step = {"op": "merge", "example": [list(x.shape) for x in inputs], "passes": passes}
+    if certificate.violations:  # the function is compared where that rounding does not hide anything
+        changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
+        exact = cast(copy.deepcopy(model), torch.float64)
+        doubles = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+        report = verified_report(step, exact, _merge(exact, doubles)[0], example, changes=changes)
+    else:
+        report = verified_report(step, model, child, example, changes=changes, certificate=certificate)
+    if inplace:
+        replace_contents(model, child)
+        return model, report
+    return child, report
+
+
+def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
+    """Repeat a merge on another instance of the network, whatever its weights; those of the result are to be loaded.
+
+    Args:
+        model: an instance of the same class and size as the network that was merged; untouched.
+        step: `Report.step`, also after a round trip through JSON.
+
+    Raises:
+        MorphError: the network is of another architecture.
+    """
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    inputs = tuple(torch.zeros(shape, dtype=dtype) for shape in step["example"])
+    for folds in step["passes"]:
+        spaces = find_spaces(model, *inputs)
+        for key, first in folds.items():
+            if len(_units(spaces, spaces[key])[1]) != len(first):
+                raise MorphError(f"space {key} has another width than in the network that was merged")
+        try:
+            model, _ = _fold(spaces, folds, tied=False)
+        except Mismatch as error:
+            raise MorphError(f"this merge does not fit the network: {error}") from None
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ what is tied
+
+
+def _units(spaces: Spaces, space: Space) -> tuple[bool, list[int]]:
+    """What is folded as a whole: classes (channels, groups), or parts of a class that is the whole space.
+
+    Under a LayerNorm or a mean over channels all channels are one class. It lies on each tensor as often as the
+    greatest common divisor of its lengths there; that many parts are compared, each a channel in the simplest case.
+
+    Returns:
+        Whether it is parts; then their numbers, else the classes' roots.
+    """
+    found = spaces.found
+    if len(space.order) == 1 and space.width > 1:
+        root = space.order[0]
+        parts = math.gcd(*(int((found.atoms.roots(found.axes[m]) == root).sum()) for m in space.members))
+        if parts > 1:
+            return True, list(range(parts))
+    return False, space.order
+
+
+def _ties(spaces: Spaces) -> Folds:
+    """Of each unit the first one with equal slices of all its tensors; only spaces where something is tied."""
+    found = spaces.found
+    tensors = _tensors(spaces.model)
+    hashes: dict[Axis, list[bytes]] = {}
+    result: Folds = {}
+    for space in spaces.growable():
+        is_parts, units = _units(spaces, space)
+        if len(units) < 2:
+            continue
+        marks: list[list[bytes]] = [[] for _ in units]
+        for member in space.members:
+            if member not in hashes:
+                hashes[member] = _hashes(tensors[member[0]], member[1])
+            roots = found.atoms.roots(found.axes[member])
+            whole = np.flatnonzero(roots == space.order[0])
+            for i, unit in enumerate(units):
+                places = np.split(whole, len(units))[i] if is_parts else np.flatnonzero(roots == unit)
+                marks[i] += [b"|", *(hashes[member][p] for p in places)]
+        first: dict[bytes, int] = {}
+        folds = [first.setdefault(b"".join(m), i) for i, m in enumerate(marks)]
+        if len(first) < len(units):
+            result[space.key] = folds
+    return result
+
+
+def _hashes(tensor: Tensor, axis: int) -> list[bytes]:
+    """A digest of each slice; -0 counts as 0."""
+    rows = (tensor.detach().cpu() + 0.0).movedim(axis, 0).reshape(tensor.shape[axis], -1).contiguous()
+    data = rows.view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in data]
+
+
+# ------------------------------------------------------------------------------------------------ folding
+
+
+def _merge(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, list[Folds], list[str], Certificate]:
+    """The child, what was folded in each pass, that in words, and the sums of outgoing weights."""
+    child, passes, changes, certificate = model, [], [], Certificate()
+    while True:  # copies in one layer may become equal only after those in the layer before have been folded
+        spaces = find_spaces(child, *inputs)
+        found = _ties(spaces)
+        result = _fold_most(spaces, found, final=bool(passes)) if found else None
+        if result is None:
+            break
+        child, folds, part = result
+        for space in spaces:
+            if space.key in folds:
+                kept = len(set(folds[space.key])) * (space.width // len(folds[space.key]))
+                changes.append(f"space {space.id} ({space.key}): {space.width} -> {kept}")
+        passes.append(folds)
+        certificate += part
+    if not passes:
+        raise MorphError("no two channels are exact copies of each other; there is nothing to merge")
+    return child, passes, changes, certificate
+
+
+def _fold_most(spaces: Spaces, found: Folds, final: bool) -> tuple[nn.Module, Folds, Certificate] | None:
+    """Fold all that is tied, or as many spaces as pass the proof; None if none does and `final`."""
+    try:
+        child, certificate = _fold(spaces, found)
+        return child, found, certificate
+    except Mismatch as error:
+        reason = error
+    done: Folds = {}
+    best = None
+    for key, folds in found.items():
+        try:
+            best = _fold(spaces, done | {key: folds})
+        except Mismatch:
+            continue
+        done[key] = folds
+    if best is None:
+        if final:
+            return None
+        raise MorphError(f"channels are equal, but folding them would change the function: {reason}")
+    return best[0], done, best[1]
+
+
+def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:
+    """The narrower network.
+
+    Raises:
+        Mismatch: the parent is no widening of it.
+    """
+    kept_rows, rows, kept_columns = _maps(spaces, folds)
+    parents = _tensors(spaces.model)
+    small: dict[str, Tensor] = {}
+    for name, tensor in parents.items():
+        value = tensor.detach()
+        for axis, index in [*kept_rows.get(name, {}).items(), *kept_columns.get(name, {}).items()]:
+            value = value.index_select(axis, index.to(value.device))
+        small[name] = value
+    child = _with_tensors(spaces.model, small)
+    try:
+        reduced = find_spaces(child, *spaces.inputs)
+    except MorphError as error:
+        raise Mismatch(str(error)) from error
+    maps = _prove(reduced, rows)
+    certificate = Certificate()
+    for name, made in maps.items():
+        value, mine = parents[name].detach(), rows.get(name, {})
+        axis = made.axis
+        if axis is not None and made.parents is not None:
+            if axis not in mine or not torch.equal(made.parents, mine[axis]):
+                raise Mismatch(f"'{name}' would be folded otherwise")
+            narrow = value.index_select(axis, kept_rows[name][axis].to(value.device))
+            if tied and not torch.equal(narrow.index_select(axis, made.parents.to(value.device)), value):
+                raise Mismatch(f"the rows of '{name}' are not equal")
+            value = narrow
+        if made.columns is not None and made.columns_axis is not None:
+            value, part = _add_columns(value, made.columns, made.columns_axis)
+            certificate += part
+        if value.shape != small[name].shape:
+            raise Mismatch(f"'{name}' would be folded otherwise")
+        small[name] = value
+    left = [name for name in (*kept_rows, *kept_columns) if name not in maps]
+    if left:
+        raise Mismatch(f"'{left[0]}' would not be folded back")
+    return _with_tensors(spaces.model, small), certificate
+
+
+def _maps(
+    spaces: Spaces, folds: Folds
+) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]]]:
+    """By tensor and axis: rows that are kept, the kept row (by its new place) of each old row, columns that are kept.
+
+    The k-th row or column of a unit is folded into the k-th one of the unit that represents it.
+    """
+    found = spaces.found
+    unit = found.atoms.roots(np.arange(found.atoms.size))
+    fresh = found.atoms.size
+    into: dict[int, int] = {}
+    for key, first in folds.items():
+        space = spaces[key]
+        is_parts, units = _units(spaces, space)
+        if is_parts:
+            for member in space.members:
+                atoms = found.axes[member]
+                inside = atoms[found.atoms.roots(atoms) == space.order[0]]
+                unit[inside] = fresh + np.arange(len(inside)) * len(units) // len(inside)
+            units = list(range(fresh, fresh + len(units)))
+            fresh += len(units)
+        into |= {units[i]: units[j] for i, j in enumerate(first) if i != j}
+
+    def fold(atoms: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        names: list[int] = unit[atoms].tolist()
+        if not any(n in into for n in names):
+            return None
+        kept = [i for i, n in enumerate(names) if n not in into]
+        rank: dict[int, int] = {}
+        place: dict[tuple[int, int], int] = {}
+        for new, i in enumerate(kept):
+            place[names[i], rank.setdefault(names[i], 0)] = new
+            rank[names[i]] += 1
+        seen: dict[int, int] = {}
+        back = []
+        for n in names:
+            k: int = seen.get(n, -1) + 1
+            seen[n] = k
+            if (into.get(n, n), k) not in place:
+                raise Mismatch("tied channels are read differently often")
+            back.append(place[into.get(n, n), k])
+        return torch.tensor(kept), torch.tensor(back)
+
+    kept_rows: dict[str, dict[int, Tensor]] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    kept_columns: dict[str, dict[int, Tensor]] = {}
+    for (name, axis), atoms in found.axes.items():
+        if (result := fold(atoms)) is not None:
+            kept_rows.setdefault(name, {})[axis], rows.setdefault(name, {})[axis] = result
+    for (name, axis), atoms in found.columns.items():
+        if (result := fold(atoms)) is not None:
+            kept_columns.setdefault(name, {})[axis] = result[0]
+    return kept_rows, rows, kept_columns
+
+
+def _prove(reduced: Spaces, rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, ParameterMap]:
+    """Check that copying the reduced network's rows thus is a widening; its maps, with those of the columns."""
+    found = reduced.found
+    plan = Plan({})
+    for name, axes in rows.items():
+        for axis, parents in axes.items():
+            if (name, axis) not in found.axes:
+                raise Mismatch(f"'{name}' is used otherwise at another width")
+            plan.parents[name, axis], plan.free[name, axis] = parents, torch.zeros(len(parents), dtype=torch.bool)
+    wide = _skeleton(reduced.model, plan, found)
+    run = Rebuild(wide, found, plan)
+    inputs = tuple(x.clone() for x in reduced.inputs)
+    for x, vids in zip(inputs, found.input_vids, strict=True):
+        run.set_label(x, Label(vids, None))
+    try:
+        return run.finish(run.forward(inputs), reduced.outputs)
+    except Mismatch as error:
+        raise Mismatch(f"{error} ({run.where_now})") from error
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Mismatch(f"its forward fails at another width: {text} ({run.where_now})") from error
+
+
+def _add_columns(weight: Tensor, columns: Tensor, axis: int) -> tuple[Tensor, Certificate]:
+    """Columns with the same number added; a violation is a sum that the weight's type cannot hold.
+
+    Sums are distilled in float64 (error-free two-sums, repeated), so that a sum that is representable comes out
+    as it is, however its parts are ordered.
+    """
+    parts = weight.cpu().double().movedim(axis, 0)
+    counts = torch.bincount(columns)
+    order = torch.argsort(columns, stable=True)
+    starts = torch.cumsum(counts, 0) - counts
+    total = torch.zeros((len(counts), *parts.shape[1:]), dtype=torch.float64)
+    entries = violations = 0
+    for copies in torch.unique(counts).tolist():
+        here = (counts == copies).nonzero().reshape(-1)
+        terms = [parts[order[starts[here] + k]] for k in range(copies)]
+        for _ in range(copies - 1):
+            for k in range(1, copies):
+                a, b = terms[k - 1], terms[k]
+                after = a + b
+                back = after - a
+                terms[k - 1], terms[k] = (a - (after - back)) + (b - back), after
+        result = terms[-1]
+        rest = torch.zeros_like(result, dtype=torch.bool)
+        for term in terms[:-1]:
+            rest |= term != 0
+        rounded = result.to(weight.dtype)
+        violations += int((rest | (rounded.double() != result)).sum())
+        entries += result.numel()
+        total[here] = result
+    return total.movedim(0, axis).to(weight.dtype).contiguous().to(weight.device), Certificate(entries, violations)
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, shared ones under every name."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with other tensors, some of them smaller, and its modules' sizes set to that."""
+    old = _tensors(model)
+    changed = {id(old[name]): value for name, value in values.items() if value.shape != old[name].shape}
+    child = copy.deepcopy(model, {id(t): t for t in old.values()})
+    made: dict[int, Tensor] = {}
+    for module in child.modules():
+        shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    data = changed[id(tensor)] if id(tensor) in changed else tensor.detach()
+                    data = data.clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+                store[key] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+                if made[id(tensor)].shape != tensor.shape:
+                    shapes[key] = (tensor.shape, made[id(tensor)].shape)
+        _fit(module, shapes)
+    return child
+
+
+def _fit(module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
+    """Set the sizes that a module keeps as attributes."""
+    for before, after in shapes.values():
+        if isinstance(module, nn.GroupNorm) and module.num_channels == before.numel():
+            module.num_groups = module.num_groups * after.numel() // before.numel()  # groups keep their width
+        if sum(s > 1 for s in before) <= 1:
+            _resize(module, before.numel(), after.numel())
+    if "weight" not in shapes:
+        return
+    before, after = shapes["weight"]
+    if isinstance(module, _ConvNd):
+        if module.groups > 1:
+            module.groups = module.groups * after[0] // before[0]
+        inside, outside = (0, 1) if module.transposed else (1, 0)
+        sizes = {inside: after[inside], outside: after[outside]}
+        sizes[1] *= module.groups
+        module.in_channels, module.out_channels = sizes[inside], sizes[outside]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = after

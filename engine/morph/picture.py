@@ -1,0 +1,58 @@
+"""What can grow, what cannot, and why, as a picture: one bar per channel space, in the order of the forward."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..memory import format_bytes
+from .planner import Growth, Row, short
+from .store import atomic
+
+_ROW = 0.26  # inches
+_GROWS, _FROZEN = "#3a7d44", "#b0b0b0"
+_REASON = 90  # characters
+
+
+def draw(growth: Growth, title: str = "") -> Figure:
+    """Bars as long as the spaces are wide; beside them the cost of a channel, or why there can be none."""
+    rows = growth.rows
+    figure = Figure(figsize=(12, 1.2 + _ROW * max(len(rows), 3)))
+    axes = figure.subplots()
+    widths = [row.space.width for row in rows]
+    axes.barh(range(len(rows)), widths, height=0.8, color=[_FROZEN if r.cost is None else _GROWS for r in rows])
+    for y, row in enumerate(rows):
+        axes.annotate(_beside(row), (row.space.width, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row.space.id}  {row.space.key}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 2.2 * max([1, *widths]))  # room for the text
+    axes.set_xlabel("channels (green: can grow)")
+    axes.spines[["top", "right"]].set_visible(False)
+    image = " x ".join(map(str, growth.shape[2:]))
+    axes.set_title(f"{title + ', ' if title else ''}images of {image}: {growth.total}", fontsize=9, loc="left")
+    return figure
+
+
+def save_picture(growth: Growth, path: str | Path, title: str = "") -> None:
+    """Write it as PNG, whole or not at all.
+
+    Raises:
+        MorphError: the file cannot be written.
+    """
+    buffer = BytesIO()
+    draw(growth, title).savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    with atomic(path) as file:
+        file.write(buffer.getvalue())
+
+
+def _beside(row: Row) -> str:
+    costs = row.per_channel()
+    if costs is None:
+        why = row.space.frozen
+        return f"{row.space.width}: {why if len(why) <= _REASON else why[: _REASON - 3] + '...'}"
+    parameters, flops, memory = costs
+    step = f", in steps of {row.step}" if row.step > 1 else ""
+    each = f"{parameters:,.0f} parameters, {short(flops)}FLOP, {format_bytes(round(memory))}"
+    return f"{row.space.width}{step}; each more: {each}"

@@ -1,0 +1,351 @@
+"""Recipes: the morphs that made a network, as JSON, from which its architecture is rebuilt without its code or pickles.
+
+A grown network has other shapes than its constructor gives. Its recipe lists each morph's step (`Report.step`: a name
+and plain arguments) with SHA-256 hashes of the state dict before and after. `apply` repeats the steps on a fresh
+network, whatever its weights; the grown weights then load with `load_state_dict(strict=True)`. `grow` repeats them on
+weights alone and `grow_file` on a file, of which no more is in memory than the tensors that a step makes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MorphError
+
+# The modules of local morphs are imported for their entries in `surgery.EDITS`.
+from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge, surgery, widen  # noqa: F401
+from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state, tensor_bytes, write_state
+from .verify import Report
+
+FORMAT = "gigamorph recipe"
+VERSION = 1
+
+Step = dict[str, Any]
+
+# How each morph changes a network (which it may use up) as its step says; the edits of `surgery` come on top.
+STEPS: dict[str, Callable[[nn.Module, Step], nn.Module]] = {
+    "front": front.repeat,
+    "merge": merge.rebuild,
+    "widen": widen.rebuild,
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 of a state dict: of its names and shapes, and of its values too."""
+
+    shapes: str
+    contents: str
+
+
+@dataclass(frozen=True)
+class Morph:
+    """One step with the fingerprints of the networks before and after it."""
+
+    step: Step
+    parent: Fingerprint
+    child: Fingerprint
+
+
+@dataclass
+class Recipe:
+    """The morphs of a network, in order; between them it may have been trained."""
+
+    morphs: list[Morph] = field(default_factory=list)
+
+    def add(self, report: Report, parent: nn.Module, child: nn.Module) -> None:
+        """Append a morph that has just been made.
+
+        Raises:
+            MorphError: the step is not plain JSON, or the parent has other shapes than the last child.
+        """
+        try:
+            step = json.loads(json.dumps(report.step, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise MorphError(f"{report.transform}: the step is not plain JSON ({error}); report this") from error
+        before = fingerprint(parent.state_dict())
+        if self.morphs and before.shapes != self.morphs[-1].child.shapes:
+            raise MorphError(
+                f"{report.transform}: its parent has other parameters than the child of the recipe's last morph "
+                f"({self.morphs[-1].step['op']}); add every morph in order"
+            )
+        self.morphs.append(Morph(step, before, fingerprint(child.state_dict())))
+
+    def require_contents(self, state: Mapping[str, Tensor]) -> None:
+        """Check that weights are those which the last morph made, bit for bit; not so once they have been trained.
+
+        Raises:
+            MorphError: they are not.
+        """
+        if self.morphs and fingerprint(state).contents != self.morphs[-1].child.contents:
+            raise MorphError("the weights are not those that the recipe's last morph made (trained since, or damaged)")
+
+    def to_json(self) -> str:
+        """The recipe as text."""
+        morphs = [asdict(morph) for morph in self.morphs]
+        return json.dumps({"format": FORMAT, "version": VERSION, "morphs": morphs}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read a recipe from text.
+
+        Raises:
+            MorphError: the text is no recipe, or of a later version.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise MorphError(f"the recipe is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise MorphError(f'the JSON is no recipe: it lacks "format": "{FORMAT}"')
+        if data.get("version") != VERSION:
+            raise MorphError(f"the recipe has version {data.get('version')}, this gigamorph reads {VERSION}; update it")
+        try:
+            morphs = [
+                Morph(dict(m["step"]), Fingerprint(**m["parent"]), Fingerprint(**m["child"])) for m in data["morphs"]
+            ]
+            for morph in morphs:
+                str(morph.step["op"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise MorphError(f"the recipe is damaged: {type(error).__name__} {error}") from error
+        return cls(morphs)
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, which is replaced only by a complete one."""
+        with atomic(path) as file:
+            file.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read it from a file.
+
+        Raises:
+            MorphError: the file is missing, damaged or no recipe; the message names it.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise MorphError(f"{path}: cannot be read: {error}") from error
+        except MorphError as error:
+            raise MorphError(f"{path}: {error}") from error
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> Fingerprint:
+    """Hash a state dict, one tensor at a time."""
+    parts = layout(state)
+    contents = hashlib.sha256()
+    for name in sorted(parts):
+        contents.update(json.dumps([name, str(parts[name].dtype), parts[name].shape]).encode())
+        contents.update(tensor_bytes(state[name]))
+    return Fingerprint(_shapes(parts), contents.hexdigest())
+
+
+def apply(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """Rebuild the grown architecture.
+
+    Args:
+        recipe: the morphs.
+        model: a fresh network as the first parent was constructed; it is copied, not changed. Its weights do not
+            matter; those of the result are to be loaded.
+
+    Raises:
+        MorphError: the network is not of the first parent's architecture, or a morph is unknown.
+    """
+    model = copy.deepcopy(model)
+    for number, morph in enumerate(recipe.morphs, 1):
+        model = _repeat(model, morph, number)
+    return model
+
+
+def grow(recipe: Recipe, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The grown weights from the parent's: a mapping for `store.write_state`, which makes one tensor at a time.
+
+    In memory are the tensors that a morph makes or changes; the others are read from `state` when they are asked for.
+    The steps are repeated, not checked: do that with `verify.compare`, or make the morph on a network first.
+
+    Args:
+        recipe: the morphs; the weights need not be those that it was recorded with.
+        model: a network of the parent's architecture; its own weights do not matter, and it is not changed. On the
+            meta device (``with torch.device("meta")``) it takes no memory.
+        state: the parent's weights, e.g. from `store.read_state`; they are not changed.
+
+    Raises:
+        MorphError: the weights do not fit the network, or as for `apply`.
+    """
+    model = _hollow(model)
+    for number, morph in enumerate(recipe.morphs, 1):
+        state, model = _grow(model, morph, number, state)
+    return state
+
+
+def grow_file(recipe: Recipe, model: nn.Module, source: str | Path, target: str | Path) -> None:
+    """`grow` from a weights file to another (or the same), whose header gets the recipe if it is a safetensors file.
+
+    Several morphs go through intermediate files beside the target, so that each has one step's tensors in memory.
+
+    Raises:
+        MorphError: as for `grow`, or a file cannot be read or written; the target is what it was.
+    """
+    source, target = Path(source), Path(target)
+    between = [target.with_name(f".{target.name}.{secrets.token_hex(4)}.safetensors") for _ in recipe.morphs[1:]]
+    model, state = _hollow(model), read_state(source)
+    try:
+        for number, morph in enumerate(recipe.morphs, 1):
+            state, model = _grow(model, morph, number, state)
+            if number < len(recipe.morphs):
+                write_state(between[number - 1], state)
+                state = read_state(between[number - 1])
+        write_state(target, state, {"recipe": recipe.to_json()})
+    finally:
+        for path in between:
+            path.unlink(missing_ok=True)
+
+
+def known_steps() -> Iterable[str]:
+    """Names of the morphs that a recipe may hold."""
+    return sorted({*STEPS, *surgery.EDITS})
+
+
+def _repeat(model: nn.Module, morph: Morph, number: int) -> nn.Module:
+    op = str(morph.step["op"])
+    _check_parent(layout(model.state_dict()), morph, number)
+    with _named(morph, number):
+        if op in STEPS:
+            model = STEPS[op](model, morph.step)
+        else:
+            surgery.apply_edit(model, morph.step)
+    _check_child(layout(model.state_dict()), morph, number)
+    return model
+
+
+@contextmanager
+def _named(morph: Morph, number: int) -> Iterator[None]:
+    """Errors of a step whose arguments are missing or wrong, as one line that names the step."""
+    where = f"recipe step {number} ({morph.step['op']})"
+    try:
+        yield
+    except MorphError as error:
+        raise MorphError(f"{where}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise MorphError(f"{where} cannot be repeated: {type(error).__name__} {reason}") from error
+
+
+def _check_parent(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
+    op = morph.step["op"]
+    if op not in STEPS and op not in surgery.EDITS:
+        raise MorphError(f"recipe step {number} ({op}) is unknown; this gigamorph knows {', '.join(known_steps())}")
+    if _shapes(parts) != morph.parent.shapes:
+        raise MorphError(
+            f"recipe step {number} ({op}): the network has other parameter names or shapes than the one that was "
+            "grown; construct it with the same arguments"
+        )
+
+
+def _check_child(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
+    if _shapes(parts) != morph.child.shapes:
+        raise MorphError(
+            f"recipe step {number} ({morph.step['op']}) did not give the recorded parameter names and shapes; is the "
+            "recipe damaged?"
+        )
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes but no memory."""
+    # What is in `memo` is not copied by deepcopy: the copy gets the hollow tensors at once, shared ones once.
+    memo = {id(t): _hollow_tensor(t, t.shape) for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)  # pyright: ignore[reportArgumentType]
+
+
+def _hollow_tensor(tensor: Tensor, shape: tuple[int, ...]) -> Any:
+    """One number, with strides of zero."""
+    hollow = torch.zeros((), dtype=tensor.dtype).expand(shape)
+    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+
+
+def _grow(
+    model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], nn.Module]:
+    """The child's weights, and the child without weights."""
+    return (_widened if morph.step["op"] == "widen" else _edited)(model, morph, number, state)
+
+
+def _edited(
+    model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], nn.Module]:
+    """A local morph: run it on a network that holds the weights, and see which tensors are new or were written to."""
+    # A file's tensors are private maps of it, without memory until they are touched. Others must not be written to.
+    private = isinstance(state, SafetensorsFile)
+    try:
+        loaded = state if private else {name: state[name].clone() for name in state}
+        model.load_state_dict(loaded, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
+        raise MorphError(f"the weights do not fit the network: {reason}") from error
+    before = model.state_dict(keep_vars=True)  # kept until the end, so that no id is given twice
+    origin = {id(tensor): (name, tensor._version) for name, tensor in before.items()}
+    child = _repeat(model, morph, number)
+    parts: dict[str, Layout] = {}
+    made: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    for name, tensor in child.state_dict(keep_vars=True).items():
+        parts[name] = Layout(tuple(tensor.shape), tensor.dtype)
+        old, version = origin.get(id(tensor), ("", -1))
+        if version == tensor._version:
+            source[name] = old
+        else:
+            made[name] = tensor.detach()
+    return Computed(parts, lambda name: made[name] if name in made else state[source[name]]), _hollow(child)
+
+
+def _widened(
+    model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], nn.Module]:
+    """A widening: each tensor of the child is made of the parent's tensor of that name alone."""
+    parts = dict(layout(state))
+    if _shapes(parts) != _shapes(layout(model.state_dict())):
+        raise MorphError("the weights do not fit the network: other names or shapes")
+    _check_parent(parts, morph, number)
+    with _named(morph, number):
+        child, maps = widen._check(widen._spaces_of(model, morph.step), morph.step)
+    own = model.state_dict(keep_vars=True)
+    names = {id(own[name]): name for name in maps if name in own}  # a shared tensor has one map and several names
+    alias = {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names}
+    for name, first in alias.items():
+        made, shape = maps[first], list(parts[name].shape)
+        if made.axis is not None and made.parents is not None:
+            shape[made.axis] = len(made.parents)
+        if made.columns_axis is not None and made.columns is not None:
+            shape[made.columns_axis] = len(made.columns)
+        parts[name] = Layout(tuple(shape), parts[name].dtype)
+    _check_child(parts, morph, number)
+    for module_path, module in child.named_modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is not None:
+                    part = parts.get(f"{module_path}.{key}" if module_path else key)
+                    store[key] = _hollow_tensor(tensor, tensor.shape if part is None else part.shape)
+
+    def make(name: str) -> Tensor:
+        if name not in alias:
+            return state[name]
+        with _named(morph, number):
+            return widen.grow_tensor(alias[name], state[name], maps[alias[name]], morph.step)[0]
+
+    return Computed(parts, make), child
+
+
+def _shapes(parts: Mapping[str, Layout]) -> str:
+    text = json.dumps([[name, parts[name].shape] for name in sorted(parts)])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,266 @@
+"""Channel spaces: which channels of a network can be widened, which only together, which not and why.
+
+No architecture is known here. One forward of the unmodified network is followed value by value (`Discover`), and what
+it suggests is tried on paper: every space is widened by uneven counts and the whole program is checked (`Rebuild`).
+Where that fails, the channels that the failing op read are frozen with the op's name and place, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_flatten
+
+from ..errors import MorphError
+from .discover import Axis, Discover
+from .lookup import Table
+from .provenance import Label, Mismatch
+from .rebuild import Copies, ParameterMap, Plan, Rebuild, make_plan
+from .verify import Example, as_inputs
+
+TRIALS = 60
+
+
+@dataclass(frozen=True)
+class Space:
+    """Channels that occur on the same parameter axes.
+
+    Attributes:
+        id: number, in the order of the forward.
+        members: parameter or buffer name and axis; the same channels may lie on several.
+        classes: one number per channel of the first member's part; equal numbers must be copied equally often.
+        unit: channels per class (a group of a grouped convolution, all channels under a LayerNorm, else 1).
+        frozen: why it cannot be widened, with the module; empty if it can.
+        key: a name that lasts: the first member, and where several spaces lie on it the first channel's index.
+    """
+
+    id: int
+    members: tuple[Axis, ...]
+    classes: tuple[int, ...]
+    frozen: str
+    key: str
+
+    @property
+    def width(self) -> int:
+        """Number of channels."""
+        return len(self.classes)
+
+    @property
+    def order(self) -> list[int]:
+        """Its classes, each once, in the order of the channels."""
+        return list(dict.fromkeys(self.classes))
+
+
+@dataclass(eq=False)
+class Spaces:
+    """All spaces of a network, and what widening needs of the parent's run."""
+
+    spaces: list[Space]
+    found: Discover = field(repr=False)
+    outputs: list[Any] = field(repr=False)
+    inputs: tuple[Tensor, ...] = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+    def __iter__(self) -> Any:
+        return iter(self.spaces)
+
+    def __len__(self) -> int:
+        return len(self.spaces)
+
+    def __getitem__(self, key: int | str) -> Space:
+        """By id, by key, or by the name of a parameter with the axis (`conv1.weight:0`)."""
+        for space in self.spaces:
+            if key in (space.id, space.key):
+                return space
+        members = [s for s in self.spaces if any(key == f"{name}:{axis}" for name, axis in s.members)]
+        if len(members) == 1:
+            return members[0]
+        raise MorphError(f"no channel space '{key}'; see the table of find_spaces")
+
+    def growable(self) -> list[Space]:
+        """The spaces that can be widened."""
+        return [s for s in self.spaces if not s.frozen]
+
+    def check(self, copies: Copies) -> tuple[nn.Module, dict[str, ParameterMap]]:
+        """The child with the new sizes but without new weights, and the maps of all tensors that change.
+
+        Raises:
+            Mismatch: an op of the child would not compute copies of what the parent's computes.
+        """
+        plan = make_plan(self.found, copies)
+        child = _skeleton(self.model, plan, self.found)
+        run = Rebuild(child, self.found, plan)
+        inputs = tuple(x.clone() for x in self.inputs)
+        for x, vids in zip(inputs, self.found.input_vids, strict=True):
+            run.set_label(x, Label(vids, None))
+        try:
+            maps = run.finish(run.forward(inputs), self.outputs)
+        except Mismatch as error:
+            raise Mismatch(f"{error} ({run.where_now})", error.vids) from error
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Mismatch(f"its forward fails at another width: {text} ({run.where_now})", run.latest) from error
+        return child, maps
+
+    def __str__(self) -> str:
+        lines = [f"{'id':>3}  {'width':>6}  {'unit':>5}  members and, if frozen, why"]
+        for s in self.spaces:
+            unit = s.width // max(len(s.order), 1)
+            names = ", ".join(f"{n}:{a}" for n, a in s.members[:2]) + (", ..." if len(s.members) > 2 else "")
+            lines.append(f"{s.id:>3}  {s.width:>6}  {unit:>5}  {names}" + (f"  [{s.frozen}]" if s.frozen else ""))
+        return "\n".join(lines)
+
+
+def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
+    """All channel spaces of a network.
+
+    Args:
+        model: any eager network; it is run in eval mode and not changed.
+        example: its inputs; one small image will do, unless a linear layer wants the real size.
+
+    Raises:
+        MorphError: the forward cannot be followed (TorchScript, custom autograd functions, in-place writes to views).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise MorphError(f"module '{name}' is lazy; run the model once before")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    example = tuple(x.to(dtype) if x.is_floating_point() else x for x in example)
+    inputs = tuple(x[:1].clone() for x in example)
+    found = Discover(model, Table())
+    found.input_vids = []
+    for x in inputs:
+        atoms = torch.zeros((), dtype=torch.int64).expand(x.shape)
+        found.input_vids.append(found.number(atoms))
+        found.set_label(x, Label(found.input_vids[-1], atoms))
+    try:
+        result = found.forward(tuple(inputs))
+    except MorphError:
+        raise
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MorphError(f"the network cannot be run on this example: {text} (after {found.where_now})") from error
+    outputs: list[Any] = []
+    for leaf in tree_flatten(result)[0]:
+        if isinstance(leaf, Tensor):
+            label = found.need(leaf)
+            assert label.atoms is not None
+            found.atoms.freeze(label.atoms, "an output of the network")
+            outputs.append(label.vids)
+        else:
+            outputs.append(leaf)
+    spaces = Spaces([], found, outputs, tuple(x[:1].clone() for x in example), model)
+    _try(spaces)
+    spaces.spaces = _group(found)
+    return spaces
+
+
+def _classes(found: Discover) -> list[int]:
+    """Classes that are not frozen."""
+    if not found.axes:
+        return []
+    roots = np.unique(np.concatenate([found.atoms.roots(a) for a in found.axes.values()]))
+    return [int(r) for r in roots if not found.atoms.frozen(int(r))]
+
+
+def _try(spaces: Spaces) -> None:
+    """Freeze what does not pass the check at uneven counts."""
+    found = spaces.found
+    atom_of = found.atom_of()
+    for _ in range(TRIALS):
+        classes = _classes(found)
+        if not classes:
+            return
+        counts = np.random.default_rng(0).integers(1, 4, len(classes))
+        counts[0] = 2
+        try:
+            spaces.check({c: (int(k), 0) for c, k in zip(classes, counts, strict=True)})
+            return
+        except Mismatch as error:
+            vids = torch.cat([v.reshape(-1) for v in error.vids]) if error.vids else torch.zeros(0, dtype=torch.int64)
+            blamed = np.unique(found.atoms.roots(atom_of[torch.unique(vids[vids >= 0])]))
+            blamed = [int(r) for r in blamed if not found.atoms.frozen(int(r))]
+            if not blamed:  # the op read nothing that can grow: find out who breaks it
+                blamed = [c for s in _group(found) if not s.frozen and not _alone(spaces, s) for c in s.order]
+            found.atoms.freeze(np.array(blamed or classes), str(error))
+    found.atoms.freeze(np.array(_classes(found) or [0]), f"no widening passed in {TRIALS} trials")
+
+
+def _alone(spaces: Spaces, space: Space) -> bool:
+    """Whether one space can be widened while all others stay."""
+    try:
+        spaces.check(dict.fromkeys(space.order, (2, 0)))
+    except Mismatch:
+        return False
+    return True
+
+
+def _group(found: Discover) -> list[Space]:
+    axes: dict[int, list[Axis]] = {}
+    for axis, atoms in found.axes.items():
+        for root in dict.fromkeys(found.atoms.roots(atoms).tolist()):
+            axes.setdefault(root, []).append(axis)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for root, members in axes.items():
+        groups.setdefault((tuple(members), found.atoms.frozen(root)), []).append(root)
+    spaces = []
+    for (members, frozen), roots in groups.items():
+        inside = set(roots)
+
+        def part(axis: Axis, inside: set[int] = inside) -> tuple[int, ...]:
+            return tuple(r for r in found.atoms.roots(found.axes[axis]).tolist() if r in inside)
+
+        narrowest = min((part(m) for m in members), key=len)
+        members = tuple(sorted(members, key=lambda m: m[0] not in found.linear_names))
+        name, axis = members[0]
+        key = f"{name}:{axis}"
+        if any(key == s.key for s in spaces):
+            all_roots = found.atoms.roots(found.axes[name, axis]).tolist()
+            key += f"@{min(all_roots.index(r) for r in roots)}"
+        spaces.append(Space(len(spaces), members, narrowest, frozen, key))
+    return spaces
+
+
+def _skeleton(model: nn.Module, plan: Plan, found: Discover) -> nn.Module:
+    """A copy of the model that shares its tensors, except those vectors whose size the plan gives."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    child = copy.deepcopy(model, memo)
+    modules = dict(child.named_modules())
+    made: dict[int, Tensor] = {}
+    for (name, axis), parents in plan.parents.items():
+        if name not in found.parameters:
+            continue  # the weight of a linear op: its size is never read
+        path, _, key = name.rpartition(".")
+        module = modules[path]
+        old = getattr(module, key)
+        new = old.detach().index_select(axis, parents.to(old.device))
+        made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in child.modules():
+        for store in (module._parameters, module._buffers):
+            for key, value in store.items():
+                if value is not None and id(value) in made:
+                    new = made[id(value)]
+                    store[key] = new  # pyright: ignore[reportArgumentType]
+                    _resize(module, value.numel(), new.numel())
+    return child
+
+
+def _resize(module: nn.Module, before: int, after: int) -> None:
+    """Attributes that repeat the length of a module's vector."""
+    for key in ("num_features", "num_channels", "num_parameters", "out_channels", "out_features"):
+        if getattr(module, key, None) == before:
+            setattr(module, key, after)
+    shape = getattr(module, "normalized_shape", None)
+    if isinstance(shape, tuple) and len(shape) == 1:
+        module.__dict__["normalized_shape"] = (after,)
+
+
+__all__ = ["Example", "Space", "Spaces", "as_inputs", "find_spaces"]

@@ -1,0 +1,246 @@
+"""What a network does first with its image, how far it sees, and what it stores: read off its recorded program.
+
+The stem is the set of convolutions that read the image, directly or behind steps that commute with averaging over
+pixels (subtracting a mean, dividing by a deviation, repeating a channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import GigamorphError, MorphError
+from ..trace import Op, Program, Ref, capture, refs
+
+Shape = tuple[int, int, int, int]
+
+# In-place and operator spellings of these are stripped before the look-up.
+_SCALING = frozenset({"add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide"})
+_CARRYING = frozenset(
+    "neg negative to type type_as float double half bfloat16 contiguous clone detach alias "
+    "cat concat concatenate unsqueeze expand expand_as repeat getitem".split()
+)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What reads the image: paths of convolutions, the pixelwise affine steps before them, and other readers.
+
+    A convolution is plain if its call is one ordinary `conv2d` with its own stored weight (no computed weight, no
+    padding of its own making, no hooks, no second use); only such ones can be folded with a downsampler.
+    """
+
+    convs: tuple[str, ...]
+    plain: tuple[bool, ...]
+    before: tuple[str, ...]
+    others: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds = [
+            f"conv '{path}'" + ("" if p else " (not plain)") for path, p in zip(self.convs, self.plain, strict=True)
+        ]
+        steps = [*self.before, ", ".join([*kinds, *self.others])]
+        return " -> ".join(["image", *steps])
+
+
+@dataclass(frozen=True)
+class View:
+    """What a network sees of its image, (rows, columns), and what stock autograd stores of it for a backward pass."""
+
+    size: tuple[int, int]
+    field: tuple[int, int]  # receptive field of the convolutions and poolings, in image pixels
+    stride: tuple[int, int]  # image pixels from one position of the coarsest map to the next
+    activation_bytes: int
+
+    def __str__(self) -> str:
+        def pair(values: tuple[int, int]) -> str:
+            return "{} x {}".format(*values)
+
+        return (
+            f"image {pair(self.size)}: receptive field {pair(self.field)}, stride {pair(self.stride)}, "
+            f"activations {self.activation_bytes / 2**20:,.1f} MiB"
+        )
+
+
+def find_stem(model: nn.Module, example: Tensor) -> Stem:
+    """Find the convolutions that read the image.
+
+    Args:
+        model: any network that takes one image batch; it is not changed.
+        example: an image batch (N, C, H, W) that it takes; only shape and device count.
+
+    Raises:
+        MorphError: the network does not read its image or cannot be recorded.
+    """
+    return _stem(model, record(model, tuple(example.shape), example))
+
+
+def view(model: nn.Module, shape: Shape, example: Tensor) -> View:
+    """Receptive field, stride and activation memory on images of `shape`; nothing of that size is allocated.
+
+    Raises:
+        MorphError: the network cannot be recorded at that size.
+    """
+    field, stride = _reach(record(model, shape, example))
+    return View((shape[2], shape[3]), field, stride, activation_bytes(model, shape, example))
+
+
+def record(model: nn.Module, shape: tuple[int, ...], example: Tensor) -> Program:
+    """The program of the network in eval mode, with refusals as a MorphError."""
+    try:
+        with eval_mode(model):
+            return capture(model, shape, _dtype(model, example), example.device)
+    except GigamorphError as error:
+        raise MorphError(f"the network cannot be recorded: {error}") from error
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MorphError(f"the network cannot be run on an image of {tuple(shape)}: {line}") from error
+
+
+def _dtype(model: nn.Module, example: Tensor) -> torch.dtype:
+    """That of the network's weights: as in every check, the example stands for a shape and a device."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and back to the mode each was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def activation_bytes(model: nn.Module, shape: Shape, example: Tensor) -> int:
+    """Bytes that stock autograd keeps between forward and backward in eval mode, each storage once, weights not."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):  # parameters are saved as they are: real
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+        return tensor
+
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with eval_mode(model), torch.enable_grad(), fake, saving:
+        model(torch.empty(shape, dtype=_dtype(model, example), device=example.device))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _stem(model: nn.Module, program: Program) -> Stem:
+    affine, before, readers = {program.image}, [], []
+    for op in program.ops:
+        if not affine.intersection(op.inputs):
+            continue
+        if _is_affine(op, program, affine):
+            affine.update(op.outputs)
+            before.append(_plain_name(op))
+        else:
+            readers.append(op)
+    if any(isinstance(leaf, Ref) and leaf.value in affine for leaf in tree_leaves(program.output)):
+        raise MorphError("the network returns its image; a front cannot keep that")
+    if not readers:
+        raise MorphError("the network does not read its image; is it a network that takes one image batch?")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    convs = [op for op in readers if isinstance(modules.get(op.module), nn.Conv2d)]
+    paths = tuple(dict.fromkeys(op.module for op in convs))
+    plain = tuple(_is_plain(modules[path], path, program, affine) for path in paths)  # pyright: ignore
+    others = tuple(dict.fromkeys(f"'{op.name}' in {op.module or 'the model'}" for op in readers if op not in convs))
+    return Stem(paths, plain, tuple(dict.fromkeys(before)), others)
+
+
+def _plain_name(op: Op) -> str:
+    name = op.name.strip("_")
+    if name[:1] == "i" and name[1:] in _SCALING | {"truediv"}:  # __itruediv__
+        name = name[1:]
+    return {"truediv": "div", "radd": "add", "rmul": "mul"}.get(name, name)  # not rdiv: that is no affine map
+
+
+def _is_affine(op: Op, program: Program, affine: set[int]) -> bool:
+    """Whether a step maps each pixel by one affine map, the same at all pixels: such a step commutes with averaging."""
+    height_width = program.values[program.image].shape[-2:]
+    name = _plain_name(op)
+    if any(program.values[out].shape[-2:] != height_width for out in op.outputs):
+        return False
+    images = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref) and leaf.value in affine]
+    constants = [program.values[n] for n in op.inputs if n not in affine]
+    if any(len(v.shape) >= 1 and (*([1] * 2), *v.shape)[-2:] != (1, 1) for v in constants):
+        return False  # an operand that differs from pixel to pixel
+    if name in _SCALING:
+        if not name.startswith(("mul", "div", "true")):
+            return True
+        divisor = name.startswith(("div", "true")) and refs((op.args, op.kwargs))[0] not in affine
+        return len(images) == 1 and not divisor and "rounding_mode" not in op.kwargs
+    if name == "getitem":
+        keys = tree_leaves(op.args[1])
+        return all(key is None or key is Ellipsis or isinstance(key, (int, slice)) for key in keys)
+    return name in _CARRYING and not constants
+
+
+def _is_plain(module: nn.Conv2d, path: str, program: Program, affine: set[int]) -> bool:
+    cls = type(module)
+    if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or "weight" not in module._parameters:
+        return False
+    calls = [op for op in program.ops if op.module == path and op.name == "conv2d"]
+    names = {program.values[op.inputs[1]].name for op in calls}
+    uses = [op for op in program.ops if names.intersection(program.values[n].name for n in op.inputs)]
+    pads = [op for op in program.ops if op.module == path and op.name == "pad"]  # padding_mode other than zeros
+    entered = {op.outputs[0] for op in pads if affine.intersection(op.inputs)}
+    return all(op.name == "conv2d" and op.module == path and op.inputs[0] in affine | entered for op in uses)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)  # pyright: ignore
+
+
+def _reach(program: Program) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Receptive field and stride by the rule field += (kernel - 1) * dilation * stride, the largest over all maps."""
+    seen: dict[int, list[tuple[int, int]]] = {program.image: [(1, 1), (1, 1)]}  # per axis: field, stride
+    for op in program.ops:
+        states = [seen[n] for n in op.inputs if n in seen]
+        if not states:
+            continue
+        here = [(max(s[axis][0] for s in states), max(s[axis][1] for s in states)) for axis in (0, 1)]
+        for axis, (kernel, stride, up) in enumerate(_window(op, program)):
+            field, step = here[axis]
+            reach = -(-(kernel - 1) // up) if up > 1 else kernel - 1
+            here[axis] = (field + reach * step, max(step * stride // up, 1))
+        seen.update(dict.fromkeys(op.outputs, here))
+    fields = [max(state[axis][0] for state in seen.values()) for axis in (0, 1)]
+    strides = [max(state[axis][1] for state in seen.values()) for axis in (0, 1)]
+    return (fields[0], fields[1]), (strides[0], strides[1])
+
+
+def _window(op: Op, program: Program) -> list[tuple[int, int, int]]:
+    """Per axis: taps from first to last, stride, upsampling; (1, 1, 1) for what looks at one position."""
+
+    def argument(index: int, name: str, default: Any) -> tuple[int, int]:
+        value = op.kwargs.get(name, op.args[index] if len(op.args) > index else default)
+        return _pair(default if value is None or value == [] else value)
+
+    if op.name in ("conv2d", "conv_transpose2d"):
+        kernel = program.values[op.inputs[1]].shape[-2:]
+        transposed = op.name == "conv_transpose2d"
+        stride, dilation = argument(3, "stride", 1), argument(7 if transposed else 5, "dilation", 1)
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        return [(n, 1, s) if transposed else (n, s, 1) for n, s in zip(spans, stride, strict=True)]
+    if "pool2d" in op.name and "adaptive" not in op.name:
+        kernel = argument(1, "kernel_size", 1)
+        stride = argument(2, "stride", kernel)
+        dilation = argument(4, "dilation", 1) if "max" in op.name else (1, 1)
+        return [((k - 1) * d + 1, s, 1) for k, d, s in zip(kernel, dilation, stride, strict=True)]
+    return [(1, 1, 1)] * 2

@@ -1,0 +1,229 @@
+"""State dicts in files: read lazily, written atomically, a safetensors file one tensor at a time.
+
+A source is any mapping from names to tensors: a plain state dict, a `SafetensorsFile` that reads a tensor when it is
+asked for, or a `Computed` mapping that makes one. `write_state` takes all three, so that a file grows into another one
+with a single tensor in memory. A file is written beside its target and then put in its place: whatever fails, the
+target is what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import MorphError
+
+# Names of dtypes in the safetensors format.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_CHUNK = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and dtype of a tensor that need not exist yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def layout(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+    """The layout of every tensor of a source, without reading any of a lazy one."""
+    if isinstance(tensors, Computed):
+        return tensors.layout
+    return {name: Layout(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+class Computed(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for, and not kept.
+
+    Args:
+        layout: what there is.
+        make: gives the tensor of a name.
+    """
+
+    def __init__(self, layout: dict[str, Layout], make: Callable[[str], Tensor]) -> None:
+        self.layout, self._make = layout, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        expected = self.layout[name]
+        tensor = self._make(name)
+        if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+            raise MorphError(
+                f"tensor '{name}' came out as {tensor.dtype} {tuple(tensor.shape)} instead of {expected.dtype} "
+                f"{expected.shape}"
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+class SafetensorsFile(Computed):
+    """A safetensors file as a mapping; only the tensor that is asked for is in memory, for as long as it is held.
+
+    Raises:
+        MorphError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with self._open() as file:
+            self.metadata: dict[str, str] = file.metadata() or {}
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            known = {name: Layout(tuple(s.get_shape()), self._dtype(name, s.get_dtype())) for name, s in found.items()}
+        super().__init__(known, self._read)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                yield file
+        except FileNotFoundError as error:
+            raise MorphError(f"{self.path}: no such file") from error
+        except MorphError:
+            raise
+        except Exception as error:  # the library's own error class, and those of the system
+            raise MorphError(f"{self.path}: not a readable safetensors file: {_first_line(error)}") from error
+
+    def _dtype(self, name: str, dtype: str) -> torch.dtype:
+        if dtype not in _DTYPES:
+            raise MorphError(f"{self.path}: tensor '{name}' has the dtype {dtype}, which torch cannot hold")
+        return _DTYPES[dtype]
+
+    def _read(self, name: str) -> Tensor:
+        # Opened anew each time: the library maps the file into memory, and pages once read stay while it is open.
+        with self._open() as file:
+            return file.get_tensor(name)
+
+
+def read_state(path: str | Path) -> Mapping[str, Tensor]:
+    """The tensors of a .safetensors file, lazily, or of a file that torch.save wrote (mapped into memory if possible).
+
+    A torch file may hold the state dict itself or under "state_dict", "model" or "model_state_dict".
+
+    Raises:
+        MorphError: the file is missing, damaged, or holds no state dict.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"  # files of torch before 1.6 cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileNotFoundError as error:
+        raise MorphError(f"{path}: no such file") from error
+    except Exception as error:  # zip, pickle and torch have their own errors for a damaged file
+        raise MorphError(f"{path}: not a readable weights file: {_first_line(error)}") from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise MorphError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), path)")
+    return loaded
+
+
+def write_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a source to a .safetensors file, one tensor at a time, or to a .pt or .pth file, all at once.
+
+    Args:
+        path: the target; it is replaced only by a complete file.
+        tensors: the source; it may read the target's present file.
+        metadata: texts for the header of a safetensors file.
+
+    Raises:
+        MorphError: the file cannot be written; the target is what it was.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with atomic(path) as file:
+            _write_safetensors(file, tensors, {"format": "pt", **(metadata or {})})
+    elif path.suffix in (".pt", ".pth"):
+        with atomic(path) as file:
+            torch.save({name: tensors[name] for name in tensors}, file)
+    else:
+        raise MorphError(f"{path}: end the name in .safetensors, .pt or .pth")
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write in; it takes the place of `path` when all has been written, and is removed otherwise.
+
+    Raises:
+        MorphError: the system refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
+        raise MorphError(f"{path}: cannot be written: {_first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they stand in a file (little endian)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """8 bytes of header length, the header as JSON, the values without gaps; wide dtypes first, for alignment."""
+    parts = layout(tensors)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    names = sorted(parts, key=lambda name: (-parts[name].dtype.itemsize, name))
+    for name in names:
+        part = parts[name]
+        if part.dtype not in _NAMES:
+            raise MorphError(f"tensor '{name}' is {part.dtype}, which the safetensors format cannot hold")
+        start, end = end, end + part.nbytes
+        header[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    for name in names:
+        values = tensor_bytes(tensors[name])
+        for start in range(0, len(values), _CHUNK):
+            file.write(values[start : start + _CHUNK])
+        del values  # before the next tensor comes
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

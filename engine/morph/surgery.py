@@ -1,0 +1,245 @@
+"""Local morphs: find a module by its path, replace it, and do all of it on a copy that must pass the check.
+
+Every local morph is an edit: a function that changes a network in place from JSON-able arguments alone, so that the
+same step can be repeated on a fresh network whose weights are loaded afterwards (`EDITS`, `apply_edit`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import MorphError
+from .verify import Example, Report, as_inputs, cast, verified_report
+
+EDITS: dict[str, Callable[..., list[str]]] = {}
+Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def edit(name: str) -> Callable[[Callable[..., list[str]]], Callable[..., list[str]]]:
+    """Register a function (network, **arguments) -> lines that say what changed, as the step `{"op": name}`."""
+
+    def register(function: Callable[..., list[str]]) -> Callable[..., list[str]]:
+        EDITS[name] = function
+        return function
+
+    return register
+
+
+def apply_edit(model: nn.Module, step: dict[str, Any]) -> list[str]:
+    """Change `model` in place as `step` says, unchecked; on a fresh network for weights that are loaded afterwards."""
+    return EDITS[step["op"]](model, **{key: value for key, value in step.items() if key != "op"})
+
+
+def morphed(
+    model: nn.Module,
+    step: dict[str, Any],
+    example: Example,
+    *,
+    inplace: bool = False,
+    rounded: bool = False,
+    train: bool = True,
+    view: Pair | None = None,
+) -> tuple[nn.Module, Report]:
+    """Apply an edit to a copy, check it, and give the copy, or the network itself after the same edit.
+
+    Args:
+        model: the parent.
+        step: the edit, see `EDITS`.
+        example: an input of the child.
+        inplace: change `model` after the check has passed.
+        rounded: the new weights are computed, not copied or split, and therefore rounded: the function is compared
+            on float64 copies, in which that rounding is 1e-16. In the network's own dtype they are rounded once.
+        train: whether the morph is exact in train mode too.
+        view: makes of (parent, child) the two networks that shall be equal, where inputs or outputs changed.
+
+    Raises:
+        MorphError: the edit is not possible or not exact here; `model` is untouched.
+    """
+    parent = cast(copy.deepcopy(model), torch.float64) if rounded else model
+    child = copy.deepcopy(parent)
+    changes = apply_edit(child, step)
+    pair = view(parent, child) if view else (parent, child)
+    try:
+        report = verified_report(step, *pair, example, changes=changes, train=train)
+    except (AttributeError, LookupError, NotImplementedError) as error:
+        raise MorphError(
+            f"{step['op']}: the network's code needs the module that was replaced to be of its old class "
+            f"({type(error).__name__}: {error}); the original is unchanged"
+        ) from error
+    if inplace:
+        apply_edit(model, step)
+        return model, report
+    if rounded:
+        child = copy.deepcopy(model)
+        apply_edit(child, step)
+    return child, report
+
+
+# -- modules by path ---------------------------------------------------------------------------------------------
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module called `path`, which is not the model itself."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise MorphError(f"the model has no module '{path}'; print(model) shows the names") from None
+    if module is model:
+        raise MorphError("the model itself cannot be replaced; name a module inside of it")
+    return module
+
+
+def replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where the module at `path` is, under all its names, in its training mode; parts of it keep theirs."""
+    old = module_at(model, path)
+    kept = {id(module) for module in old.modules()}
+    for module in new.modules():
+        if id(module) not in kept:
+            module.training = old.training
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
+
+
+def follow(model: nn.Module, path: str, *added: nn.Module) -> None:
+    """Run `added` right after the module at `path`, which becomes `path.0`."""
+    replace(model, path, nn.Sequential(module_at(model, path), *added))
+
+
+def plain(model: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
+    """The module at `path`, refused unless it is one of `kinds` whose stored weight is the weight it computes with."""
+    module = module_at(model, path)
+    kind = next((k for k in kinds if isinstance(module, k)), None)
+    if kind is None:
+        names = ", ".join(k.__name__ for k in kinds)
+        raise MorphError(f"module '{path}' is a {type(module).__name__}; this morph needs one of {names}")
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(module), method, None) is not getattr(kind, method, None):
+            raise MorphError(
+                f"module '{path}' ({type(module).__name__}) has its own {method}; put a plain {kind.__name__}"
+            )
+    if parametrize.is_parametrized(module) or module._forward_pre_hooks:
+        raise MorphError(f"module '{path}' computes its weight (parametrization or hook); remove that first")
+    refuse_shared(model, path, module)
+    return module
+
+
+def refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Refuse if a parameter of `module` belongs to another module as well: the two would come apart."""
+    own = {id(p) for p in module.parameters()}
+    inside = {id(m) for m in module.modules()}
+    for name, other in model.named_modules():
+        if id(other) not in inside and own & {id(p) for p in other.parameters(recurse=False)}:
+            raise MorphError(f"module '{path}' shares a weight with '{name}'; a morph would untie them")
+
+
+def placed(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
+    """`new` in dtype and on the device of the weights at `path`, or of the model's first weight."""
+    like = next((p for m in (module_at(model, path), model) for p in m.parameters() if p.is_floating_point()), None)
+    return new if like is None else new.to(device=like.device, dtype=like.dtype)
+
+
+# -- channels ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a module gives: channels, the image axes behind them (0: channels on the last axis), and all its axes."""
+
+    channels: int
+    dims: int
+    rank: int
+
+
+def site(model: nn.Module, path: str, example: Example) -> Site:
+    """Where the channels of the output of `path` are, from one run of a copy on the example.
+
+    Raises:
+        MorphError: the module is not called, gives no single tensor, gives several widths, or its channel axis
+            cannot be told.
+    """
+    module_at(model, path)
+    work = copy.deepcopy(model).eval()
+    target = module_at(work, path)
+    known: list[tuple[int, bool]] = [(-1, True)]  # of the latest layer: width, channels on axis 1
+    found: set[Site] = set()
+
+    def look(module: nn.Module, _args: Any, result: Any) -> None:
+        batch = isinstance(result, Tensor) and result.ndim >= 2
+        layer = _layer(module, result) if batch else None
+        if layer is not None:
+            known[0] = layer
+        if module is target:
+            if not batch:
+                raise MorphError(f"module '{path}' does not give one batch of features; name another one")
+            found.add(_site(path, result, known[0], layer is not None))
+
+    hooks = [module.register_forward_hook(look) for module in work.modules()]
+    like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
+    inputs = tuple(x.to(like.dtype) if x.is_floating_point() else x for x in as_inputs(example))
+    try:
+        with torch.no_grad():
+            work(*inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise MorphError(f"the model cannot be run on the example: {str(error).splitlines()[0]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise MorphError(f"module '{path}' is not called in the forward; nothing can be put after it")
+    if len(found) > 1:
+        widths = ", ".join(str(s.channels) for s in sorted(found, key=lambda s: s.channels))
+        raise MorphError(f"module '{path}' is called several times with other widths ({widths}); name another one")
+    return found.pop()
+
+
+def _layer(module: nn.Module, result: Tensor) -> tuple[int, bool] | None:
+    """Width of a layer's output and whether it stands on axis 1; None for what is no such layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, result.ndim == 2
+    if type(module).forward is nn.LayerNorm.forward:
+        return int(module.normalized_shape[-1]), False  # pyright: ignore
+    for name in ("out_channels", "num_features", "num_channels"):
+        width = getattr(module, name, None)
+        if isinstance(width, int) and result.shape[1] == width:
+            return width, True
+    return None
+
+
+def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool) -> Site:
+    width, first = latest
+    shape, dims = result.shape, result.ndim - 2
+    if not dims:
+        return Site(shape[1], 0, 2)
+    on_first, on_last = shape[1] == width, shape[-1] == width
+    if not certain:
+        if not first and on_first == on_last:
+            raise MorphError(f"module '{path}' gives {tuple(shape)}, whose channel axis cannot be told; name a layer")
+        first = on_first if not first else on_first or not on_last
+    if first and dims > 3:
+        raise MorphError(f"module '{path}' gives {result.ndim} axes; at most 5 are possible")
+    return Site(shape[1], dims, result.ndim) if first else Site(shape[-1], 0, result.ndim)
+
+
+def conv_class(dims: int) -> type[nn.Module]:
+    """The pointwise-mixing layer for `dims` image axes: Linear, Conv1d, Conv2d or Conv3d."""
+    return (nn.Linear, *CONVS)[dims]
+
+
+def spatial(value: int | Iterable[int], dims: int, name: str) -> tuple[int, ...]:
+    """One number, or one per image axis."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims or any(v < 1 for v in values):
+        raise MorphError(f"{name} {value} does not fit {dims} image axes; give one positive number or one per axis")
+    return values

@@ -1,0 +1,291 @@
+import json
+import re
+import shlex
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gigamorph.cli.main import main
+from gigamorph.cli.morph import morph
+from gigamorph.engine.models import resnet18
+from gigamorph.engine.morph.store import read_state, write_state
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main(["morph", *map(str, args)])
+    return exit_.value.code
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the weights of a small network, whose factory is found in it."""
+    (tmp_path / "tiny_net.py").write_text(
+        "from gigamorph.engine.models import resnet18\n"
+        "def tiny(num_classes, in_channels):\n    return resnet18(num_classes, in_channels, width=4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_net", raising=False)
+    torch.manual_seed(0)
+    write_state("a.safetensors", resnet18(2, 1, width=4).state_dict())
+    write_state("rgb.safetensors", resnet18(2, 3, width=4).state_dict())
+    return tmp_path
+
+
+NET = ("--model", "tiny_net:tiny")
+
+
+def grow(command, source, target, *more):
+    return run(command, "--in", f"{source}.safetensors", "--out", f"{target}.safetensors", *NET, *more)
+
+
+def lines(text):
+    return text.strip().splitlines()
+
+
+def test_widen_deepen_front_verify(folder, capsys):
+    assert grow("widen", "a", "b", "--factor", 1.5) == 0
+    out, err = capsys.readouterr()
+    assert "certificate: 0 of" in out and "written: b.safetensors, b.recipe.json" in out and err == ""
+    assert grow("deepen", "b", "c", "--at", "layer1.0", "--act", "GELU") == 0
+    assert grow("front", "c", "d", "--factor", 2) == 0
+    assert "image sides must be multiples of 2" in capsys.readouterr().out
+    assert sorted(p.name for p in folder.glob("[a-d].*")) == sorted(
+        ["a.safetensors"] + [f"{n}.{e}" for n in "bcd" for e in ("safetensors", "recipe.json")]
+    )
+    steps = [m["step"]["op"] for m in json.loads((folder / "d.recipe.json").read_text())["morphs"]]
+    assert steps == ["widen", "residual", "front"]
+    for first, second in (("a", "d"), ("b", "d"), ("a", "c"), ("d", "d")):
+        assert run("verify", f"{first}.safetensors", f"{second}.recipe.json", *NET) == 0
+        assert lines(capsys.readouterr().out)[0] == "equal"
+
+    state = dict(read_state("d.safetensors"))
+    state["fc.bias"] = state["fc.bias"] + 1e-3
+    write_state("d.safetensors", state)  # without a header: the recipe beside it is found
+    assert run("verify", "a.safetensors", "d.safetensors", *NET) == 1
+    assert lines(capsys.readouterr().out)[0].startswith("different: by ")
+    assert run("verify", "d.safetensors", "a.safetensors", *NET) == 2
+    assert "in that order" in capsys.readouterr().err
+
+
+def test_the_grown_weights_load_into_the_rebuilt_network(folder):
+    from gigamorph.engine.morph.recipe import Recipe, apply
+
+    assert grow("widen", "a", "b", "--space", "conv1.weight:0=7", "--free", "1=2", "--split", "kraft") == 0
+    net = apply(Recipe.load("b.recipe.json"), resnet18(2, 1, width=4))
+    net.load_state_dict(read_state("b.safetensors"), strict=True)
+    assert net.conv1.out_channels == 7  # type: ignore[union-attr]
+    old = resnet18(2, 1, width=4)
+    old.load_state_dict(read_state("a.safetensors"))
+    x = torch.randn(1, 1, 64, 64)
+    assert torch.allclose(net.eval()(x), old.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("deepen", ["--at", "layer1.1", "--how", "pair"]),
+        ("deepen", ["--at", "layer2.0", "--how", "identity", "--act", "SiLU"]),
+        ("kernel", ["--at", "conv1", "--kernel", 9]),
+        ("kernel", ["--at", "layer1.0.conv1", "--at", "layer1.0.conv2", "--kernel", 5]),
+        ("front", ["--factor", 3, "--mode", "fold"]),
+        ("front", ["--factor", 2, "--mode", "residual", "--downsample", "antialias"]),
+        ("input", ["--to", "rgb"]),
+        ("input", ["--planes", 2]),
+        ("head", ["--outputs", 4]),
+        ("head", ["--outputs", 4, "--kind", "softmax", "--at", "fc"]),
+        ("head", ["--split", 1, "--into", 3]),
+    ],
+)
+def test_every_command_keeps_the_function(command, more, folder, capsys):
+    assert grow(command, "a", "b", *more) == 0
+    assert run("verify", "a.safetensors", "b.safetensors", *NET) == 0
+    assert lines(capsys.readouterr().out)[-2].startswith("equal")
+
+
+def test_grey_from_rgb_and_growth_of_a_grown_head(folder, capsys):
+    colour = ("--channels", 3)
+    assert grow("input", "rgb", "b", "--to", "grey", *colour) == 0
+    assert grow("head", "b", "c", "--outputs", 4, "--kind", "softmax", *colour) == 0
+    assert grow("head", "c", "d", "--split", 0, *colour) == 0
+    assert run("verify", "rgb.safetensors", "d.safetensors", *NET, *colour) == 0
+    assert lines(capsys.readouterr().out)[-2] == "equal up to the rounding of the stored weights"
+    assert grow("head", "d", "e", "--outputs", 9, *colour) == 0
+    assert run("verify", "rgb.safetensors", "e.safetensors", *NET, *colour) == 2
+    assert "one growth a time" in capsys.readouterr().err
+
+
+def test_identity_with_batch_norm_is_said_to_differ_in_train_mode(folder, capsys):
+    assert grow("deepen", "a", "b", "--at", "layer1.0", "--how", "identity", "--norm") == 0
+    assert run("verify", "a.safetensors", "b.safetensors", *NET) == 0
+    assert "in train mode they differ by" in capsys.readouterr().out
+
+
+def one_error(capsys):
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_a_damaged_file_is_one_line_and_nothing_is_written(folder, capsys):
+    good = (folder / "a.safetensors").read_bytes()
+    (folder / "b.safetensors").write_bytes(b"present")
+    (folder / "a.safetensors").write_bytes(good[: len(good) // 2])
+    before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert grow("widen", "a", "b", "--factor", 2) == 2
+    assert "a.safetensors: not a readable safetensors file" in one_error(capsys)
+    assert run("verify", "a.safetensors", "rgb.safetensors", *NET) == 2
+    assert "a.safetensors" in one_error(capsys)
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "source", "target", "more", "message"),
+    [
+        ("widen", "none", "b.safetensors", ["--factor", 2], "none.safetensors: no such file"),
+        ("widen", "rgb", "b.safetensors", ["--factor", 2], "give the model, classes and channels"),
+        ("widen", "a", "b.onnx", ["--factor", 2], "end the name in .safetensors"),
+        ("widen", "a", "none/b.safetensors", ["--factor", 2], "there is no folder none"),
+        ("widen", "a", "b.safetensors", ["--factor", 0.5], "narrower"),
+        ("widen", "a", "b.safetensors", ["--space", "0=2"], "narrower"),
+        ("widen", "a", "b.safetensors", ["--space", "fc.weight:0=9"], "cannot be widened: an output of the network"),
+        ("widen", "a", "b.safetensors", ["--space", "77=9"], "no channel space '77'"),
+        ("deepen", "a", "b.safetensors", ["--at", "layer9"], "no module 'layer9'"),
+        ("deepen", "a", "b.safetensors", ["--at", "layer1", "--kernel", 2], "no centre tap"),
+        ("kernel", "a", "b.safetensors", ["--at", "conv1", "--kernel", 5], "conv1"),
+        ("front", "a", "b.safetensors", ["--factor", 2, "--downsample", "antialias"], "cannot be exact"),
+        ("head", "a", "b.safetensors", ["--outputs", 2], "has 2 outputs already"),
+    ],
+)
+def test_errors_are_one_line_and_nothing_is_written(command, source, target, more, message, folder, capsys):
+    before = sorted(folder.iterdir())
+    assert run(command, "--in", f"{source}.safetensors", "--out", target, *NET, *more) == 2
+    assert message in one_error(capsys)
+    assert [p for p in sorted(folder.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_a_disk_that_fails_leaves_both_files_as_they_were(folder, capsys, monkeypatch):
+    assert grow("widen", "a", "b", "--factor", 2) == 0
+    before = {p.name: p.read_bytes() for p in folder.glob("b.*")}
+    from gigamorph.engine.morph import store
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(store, "_write_safetensors", full)
+    capsys.readouterr()
+    assert grow("deepen", "b", "b", "--at", "layer1.0") == 2
+    assert "no space left" in one_error(capsys)
+    assert {p.name: p.read_bytes() for p in folder.glob("b.*")} == before and not list(folder.glob(".*"))
+
+
+def test_random_weights_only_on_request(folder, capsys):
+    target = ("--out", "b.safetensors", *NET, "--factor", 2)
+    assert run("widen", *target) == 2
+    assert "--random-weights" in one_error(capsys) and not (folder / "b.safetensors").exists()
+    assert run("widen", *target, "--random-weights") == 0
+    assert (folder / "b.safetensors").exists()
+
+
+def test_what_is_asked_must_be_said(folder, capsys):
+    assert grow("widen", "a", "b") == 2
+    assert grow("head", "a", "b") == 2
+    assert grow("input", "a", "b") == 2
+    assert grow("input", "a", "b", "--to", "rgb", "--planes", 1) == 2
+    assert grow("widen", "a", "b", "--space", "0") == 2
+    assert not (folder / "b.safetensors").exists()
+
+
+def test_torch_files(folder, capsys):
+    torch.save({"state_dict": {f"net.{k}": v for k, v in read_state("a.safetensors").items()}}, "a.ckpt")
+    assert run("widen", "--in", "a.ckpt", "--out", "b.pth", *NET, "--factor", 2) == 0
+    assert run("verify", "a.ckpt", "b.pth", *NET) == 0
+    assert "equal" in capsys.readouterr().out
+
+
+def test_spaces_are_listed_and_drawn(folder, capsys):
+    assert run("spaces", *NET, "--image", "512x384", "--picture", "s.png") == 0
+    out = capsys.readouterr().out
+    assert "on images of 512 x 384" in out and "conv1.weight:0" in out and "[an output of the network]" in out
+    assert (folder / "s.png").read_bytes().startswith(b"\x89PNG")
+    grow("widen", "a", "b", "--factor", 2)
+    capsys.readouterr()
+    assert run("spaces", *NET, "--in", "b.safetensors") == 0
+    assert re.search(r"^ +0 +8 ", capsys.readouterr().out, re.M)  # twice as wide
+
+
+def test_merge_gives_the_narrow_weights_back(folder, capsys):
+    assert grow("merge", "a", "c") == 2
+    assert "no two channels are exact copies" in one_error(capsys) and not (folder / "c.safetensors").exists()
+    assert grow("widen", "a", "b", "--factor", 1.5) == 0
+    assert grow("merge", "b", "c") == 0
+    old, new = read_state("a.safetensors"), read_state("c.safetensors")
+    assert set(old) == set(new) and all(torch.equal(old[n], new[n]) for n in old)
+    assert grow("widen", "c", "d", "--factor", 2) == 0
+    assert run("verify", "b.safetensors", "d.safetensors", *NET) == 0
+
+
+@pytest.mark.parametrize("command", sorted(morph.commands))
+def test_every_help_has_an_example(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"Example: gigamorph morph {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_terminal_gets_tables(folder):
+    from gigamorph.cli.morph_table import show_growth, show_report
+    from gigamorph.engine.morph.planner import plan_growth
+    from gigamorph.engine.morph.widen import widen
+
+    net, image = resnet18(2, 1, width=4), torch.randn(1, 1, 64, 64)
+    console = Console(file=StringIO(), force_terminal=True, width=160, highlight=False)
+    show_report(widen(net, image, factor=2)[1], console)
+    show_growth(plan_growth(net, image), console)
+    text = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue())
+    assert re.search(r"parameters +[\d,]+ +[\d,]+ +3\.\d\d", text) and "certificate: 0 of" in text
+    assert "[an output of the network]" in text and "train mode" in text
+
+
+@pytest.mark.slow
+def test_every_line_of_the_documentation_runs(folder, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "morph.md").read_text()
+    names: dict[str, object] = {}
+    verdicts = []
+    for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S):
+        if kind == "python":
+            exec(block, names)
+            continue
+        for line in block.strip().splitlines():
+            program, group, *arguments = shlex.split(line)
+            capsys.readouterr()
+            assert (program, group) == ("gigamorph", "morph") and run(*arguments) == 0, line
+            out = capsys.readouterr().out
+            if arguments[0] == "spaces":
+                assert all(f"    {row}\n" in text for row in out.splitlines())
+            if arguments[0] == "verify":
+                verdicts.append(lines(out)[0])
+    assert verdicts == ["equal", "equal up to the rounding of the stored weights"]
+    assert lines(capsys.readouterr().out)[-1] == "(True, 'equal')"
+
+
+def test_half_precision_files_stay_that(folder, capsys):
+    write_state(
+        "a.safetensors",
+        {n: t.bfloat16() if t.is_floating_point() else t for n, t in read_state("a.safetensors").items()},
+    )
+    for command, source, target, more in (
+        ("widen", "a", "b", ["--factor", 2]),
+        ("deepen", "b", "c", ["--at", "layer1.0"]),
+        ("front", "c", "d", ["--factor", 2]),
+        ("kernel", "d", "e", ["--at", "layer2.0.conv1", "--kernel", 5]),
+        ("input", "e", "f", ["--to", "rgb"]),
+        ("head", "f", "g", ["--outputs", 3]),
+    ):  # fmt: skip
+        assert grow(command, source, target, *more) == 0, command
+    assert {t.dtype for t in read_state("g.safetensors").values() if t.is_floating_point()} == {torch.bfloat16}
+    capsys.readouterr()
+    assert run("verify", "a.safetensors", "g.safetensors", *NET) == 0
+    assert lines(capsys.readouterr().out)[0] == "equal"

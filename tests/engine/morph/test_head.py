@@ -1,0 +1,140 @@
+"""More outputs: old ones or their probabilities stay, split classes add up."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gigamorph.engine.errors import MorphError
+from gigamorph.engine.morph.head import grow_head, grow_head_state, split_class, split_class_state
+from gigamorph.engine.morph.surgery import apply_edit
+
+
+class Net(nn.Module):
+    """A linear or convolutional head, with something behind it; returns a tensor, or a dict with the features."""
+
+    def __init__(self, classes: int, bias: bool, kind: str, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Linear(6, classes, bias) if kind != "conv" else nn.Conv2d(6, classes, 1, bias=bias)
+        self.kind, self.after = kind, after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.body(x)
+        y = self.after(self.head(x if self.kind == "conv" else x.mean((2, 3))))
+        return {"features": x, "logits": y} if self.kind == "dict" else y
+
+
+def logits(result: Any) -> Tensor:
+    return result["logits"] if isinstance(result, dict) else result
+
+
+cases = st.tuples(st.integers(1, 5), st.booleans(), st.sampled_from(["linear", "conv", "dict"]), st.integers(0, 99))
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases, st.integers(1, 4), st.booleans())
+def test_independent(case: Any, new: int, training: bool) -> None:
+    classes, bias, kind, seed = case
+    torch.manual_seed(seed)
+    model, x = Net(classes, bias, kind), torch.randn(2, 1, 6, 7, dtype=torch.float64)
+    model = model.double()
+    child, report = grow_head(model, x, "head", classes + new)
+    assert report.difference.float64 <= 1e-12
+    child.train(training)
+    want, have = logits(copy.deepcopy(model).train(training)(x)), logits(child(x))
+    assert have.shape[1] == classes + new
+    assert (have[:, :classes] - want).abs().max() <= 1e-12
+    assert not have[:, classes:].any()
+    (have - 1).square().sum().backward()
+    assert (child.head.weight.grad[classes:] != 0).any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases, st.integers(1, 4))
+def test_softmax_probabilities_stay_bit_for_bit(case: Any, new: int) -> None:
+    classes, bias, kind, seed = case
+    torch.manual_seed(seed)
+    model, x = Net(classes + 1, bias, kind), torch.randn(2, 1, 6, 7)
+    child, report = grow_head(model, x, "head", classes + 1 + new, "softmax")
+    want, have = logits(model.eval()(x)), logits(child.eval()(x))
+    if torch.equal(have[:, : classes + 1], want):  # the sums of the head itself may be ordered anew
+        assert torch.equal(have.softmax(1)[:, : classes + 1], want.softmax(1))
+    assert not have.softmax(1)[:, classes + 1 :].any()
+    assert report.difference.float32 < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases, st.integers(2, 4), st.data())
+def test_split_class(case: Any, into: int, data: Any) -> None:
+    classes, bias, kind, seed = case
+    torch.manual_seed(seed)
+    model, x = Net(classes + 1, bias, kind).double(), torch.randn(2, 1, 6, 7, dtype=torch.float64)
+    index = data.draw(st.integers(0, classes))
+    shares = data.draw(st.one_of(st.none(), st.just([0.5] + [0.5 / (into - 1)] * (into - 1))))
+    child, report = split_class(model, x, "head", index, into, shares=shares)
+    assert report.difference.float64 <= 1e-12
+    want, have = logits(model.eval()(x)).softmax(1), logits(child.eval()(x)).softmax(1)
+    total = have[:, : classes + 1].clone()
+    total[:, index] += have[:, classes + 1 :].sum(1)
+    assert (total - want).abs().max() <= 1e-12
+    assert torch.allclose(have[:, index], want[:, index] * (shares or [1 / into])[0])
+
+
+@pytest.mark.parametrize("after", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_a_network_that_ends_with_softmax(after: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, x = Net(3, True, "linear", after), torch.randn(2, 1, 6, 7)
+    grow_head(model, x, "head", 5, "softmax")
+    split_class(model, x, "head", 1, 3)
+    with pytest.raises(MorphError, match="differs"):
+        grow_head(model, x, "head", 5)
+
+
+def test_in_place_step_and_state_dict() -> None:
+    torch.manual_seed(0)
+    model, x = Net(3, False, "linear"), torch.randn(2, 1, 6, 7)
+    child, report = split_class(model, x, "head", 1, shares=[0.25, 0.75])
+    state = split_class_state(model.state_dict(), "head", 1, [0.25, 0.75])
+    child, second = grow_head(child, x, "head", 6, "softmax", inplace=True)
+    state = grow_head_state(state, "head", 6, "softmax")
+    fresh = Net(3, False, "linear")
+    for step in (report.step, second.step):
+        apply_edit(fresh, step)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.eval()(x), child.eval()(x))
+    assert model.head.out_features == 3 and child.head.out_features == 6
+    with pytest.raises(MorphError, match=r"hold no 'fc.weight'"):
+        grow_head_state(state, "fc", 7)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda m, x: grow_head(m, x, "head", 3), "has 3 outputs already"),
+        (lambda m, x: grow_head(m, x, "head", 5, "multi"), "kind 'multi'"),
+        (lambda m, x: grow_head(m, x, "body", 5), "'body' is a Sequential"),
+        (lambda m, x: grow_head(m, x, "body.0", 7), "cannot be run"),
+        (lambda m, x: split_class(m, x, "head", 3), "has no class 3"),
+        (lambda m, x: split_class(m, x, "head", 0, 1), "2 or more"),
+        (lambda m, x: split_class(m, x, "head", 0, 2, shares=[0.5, 0.6]), "with sum 1"),
+    ],
+)
+def test_refusals(run: Any, message: str) -> None:
+    model = Net(3, True, "linear")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MorphError, match=message):
+        run(model, torch.randn(2, 1, 6, 7))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+def test_a_rectified_head_cannot_be_a_softmax() -> None:
+    model = Net(3, True, "conv", nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    x = torch.randn(2, 1, 6, 7)
+    grow_head(model, x, "head", 4)
+    with pytest.raises(MorphError, match="differs"):
+        grow_head(model, x, "head", 4, "softmax")

@@ -1,0 +1,174 @@
+"""Channel spaces: which channels belong together, which cannot grow and why, and what cannot be followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine.errors import MorphError
+from gigamorph.engine.models.resnet import resnet18
+from gigamorph.engine.morph.spaces import Spaces, find_spaces
+from gigamorph.engine.morph.widen import widen
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """conv a -> `middle` -> pooled head; `middle` is given the net and the map."""
+
+    def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor], out: int = 8, **parts: nn.Module):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.middle = middle
+        self.head = nn.Linear(out, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self, self.a(x)).mean((2, 3)))
+
+
+def spaces_of(middle: Callable[[nn.Module, Tensor], Tensor], out: int = 8, **parts: nn.Module) -> Spaces:
+    return find_spaces(Net(middle, out, **parts), X)
+
+
+def test_a_residual_stage_is_one_space() -> None:
+    model = resnet18()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    spaces = find_spaces(model, torch.zeros(1, 3, 32, 32))
+    stream = spaces["conv1.weight:0"]
+    names = {name for name, _ in stream.members}
+    assert {"bn1.weight", "layer1.0.conv2.weight", "layer1.1.bn2.running_var"} <= names
+    assert stream.width == 64 and not stream.frozen and "layer1.0.conv1.weight" not in names
+    assert len(spaces.growable()) == len(spaces) - 1
+    assert "output" in spaces["fc.weight:0"].frozen
+    assert "conv1.weight:0" in str(spaces)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_concat_keeps_spaces_apart_and_groups_bind() -> None:
+    spaces = spaces_of(
+        lambda n, x: n.g(torch.cat([x, n.b(x)], 1)), 12, b=nn.Conv2d(8, 4, 1), g=nn.Conv2d(12, 12, 1, groups=3)
+    )
+    assert [s.frozen for s in spaces][:-1] == [""] * (len(spaces) - 1)
+    assert len(spaces["a.weight:0"].order) == 2 and len(spaces["b.weight:0"].order) == 1  # whole groups of four
+    assert {name for name, _ in spaces["b.weight:0"].members} >= {"b.weight", "b.bias", "g.weight"}
+
+
+@pytest.mark.parametrize(
+    "middle, out, parts, unit",
+    [
+        (lambda n, x: n.d(x), 16, {"d": nn.Conv2d(8, 16, 3, padding=1, groups=8)}, 1),
+        (lambda n, x: n.d(x), 8, {"d": nn.GroupNorm(4, 8)}, 2),
+        (lambda n, x: n.d(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 8, {"d": nn.LayerNorm(8)}, 8),
+        (lambda n, x: x * x.mean(1, keepdim=True), 8, {}, 8),
+        (lambda n, x: x * x.amax(1, keepdim=True), 8, {}, 1),
+        (lambda n, x: x[:, :, 1:-1].flip(1) + F.pad(x, (0, 0, 0, 0))[:, :, 1:-1], 8, {}, 1),
+    ],
+)
+def test_units(middle: Callable[[nn.Module, Tensor], Tensor], out: int, parts: dict[str, nn.Module], unit: int) -> None:
+    space = spaces_of(middle, out, **parts)["a.weight:0"]
+    assert not space.frozen
+    if "flip" not in str(middle.__code__.co_names):
+        assert space.width // len(space.order) == unit
+
+
+@pytest.mark.parametrize(
+    "middle, why",
+    [
+        (lambda n, x: x * x.softmax(1), "reduced"),
+        (lambda n, x: x * x.sum(1, keepdim=True), "reduced"),
+        (lambda n, x: F.local_response_norm(x, 3), "local_response_norm"),
+        (lambda n, x: x[:, :4].repeat(1, 2, 1, 1), "fixed indices"),
+        (lambda n, x: x.view(-1, 8, 64).view(-1, 8, 8, 8), "'view'"),
+        (lambda n, x: x + torch.arange(8.0).view(1, 8, 1, 1), "fixed size"),
+        (lambda n, x: torch.einsum("nchw,ndhw->nchw", x, x), "einsum"),
+        (lambda n, x: x if len(x.flatten().tolist()) > 9 else -x, "read"),
+        (lambda n, x: F.dropout(x, 0.5), "dropout"),
+        (lambda n, x: F.conv1d(x.mean((2, 3))[:, None], torch.ones(1, 1, 3), padding=1)[0, 0, :, None, None] * x, ""),
+    ],
+)
+def test_frozen_with_a_reason(middle: Callable[[nn.Module, Tensor], Tensor], why: str) -> None:
+    space = spaces_of(middle)["a.weight:0"]
+    assert space.frozen and why in space.frozen
+    with pytest.raises(MorphError, match="cannot be widened"):
+        widen(Net(middle), X, {"a.weight:0": 16})
+
+
+def test_a_barrier_names_the_module() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cummax(x, 1).values
+
+    assert "module 'odd'" in spaces_of(lambda n, x: n.odd(x), odd=Odd())["a.weight:0"].frozen
+
+
+def test_computed_weights_are_a_barrier() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+    spaces = spaces_of(lambda n, x: n.s(x), s=Standardised(8, 8, 3))
+    assert spaces["a.weight:0"].frozen and "computed" in spaces["a.weight:0"].frozen
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+    assert not spaces_of(lambda n, x: n.s(x), s=parametrized).growable()
+
+
+def test_a_weight_that_is_read_as_a_whole_does_not_grow() -> None:
+    spaces = spaces_of(lambda n, x: n.b(x) + n.b.weight.sum(), b=nn.Conv2d(8, 8, 1))
+    assert not spaces.growable()
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x * x
+
+
+def _write_to_view(_n: nn.Module, x: Tensor) -> Tensor:
+    part = x[:, :4]
+    part += 1.0
+    return x * 2
+
+
+@pytest.mark.parametrize(
+    "middle, why",
+    [
+        (lambda n, x: _Square.apply(x), "_Square"),
+        (_write_to_view, "another view"),
+        (lambda n, x: torch.add(x, x, out=torch.empty_like(x)), "out="),
+        (lambda n, x: x.data * 2, ".data"),
+        (lambda n, x: x.missing(), "cannot be run"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(middle: Callable[[nn.Module, Tensor], Tensor], why: str) -> None:
+    with pytest.raises(MorphError, match=why):
+        spaces_of(middle)
+
+
+def test_scripted_and_lazy_modules_are_refused() -> None:
+    with pytest.raises(MorphError, match="TorchScript"):
+        spaces_of(lambda n, x: n.s(x), s=torch.jit.script(nn.ReLU()))
+    with pytest.raises(MorphError, match="lazy"):
+        spaces_of(lambda n, x: n.s(x), s=nn.LazyConv2d(8, 1))
+
+
+def test_custom_functions_work_again_afterwards() -> None:
+    spaces_of(lambda n, x: x)
+    assert float(_Square.apply(torch.tensor(3.0))) == 9
+
+
+def test_setitem_of_whole_maps_is_followed() -> None:
+    def middle(_n: nn.Module, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, :, 1:] = x[:, :, :-1]
+        y[:, :, 0] = 1.0
+        return y
+
+    model = Net(middle)
+    assert not find_spaces(model, X)["a.weight:0"].frozen
+    assert widen(model, X, {"a.weight:0": 12})[1].difference.float64 < 1e-13

@@ -1,0 +1,152 @@
+"""The numeric check: what it lets through, what it stops, and that it leaves everything as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigamorph.engine.errors import MorphError
+from gigamorph.engine.models.resnet import resnet18
+from gigamorph.engine.morph.splits import certify
+from gigamorph.engine.morph.verify import Certificate, compare, require_equal, verified_report
+
+X = torch.zeros(1, 3, 32, 32)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def test_a_copy_is_equal_and_nothing_is_touched() -> None:
+    model = resnet18().train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    found = require_equal(model, copy.deepcopy(model), X)
+    assert found.float64 == found.float32 == found.noise_ratio == 0
+    assert 1e-8 < found.noise_eval < 1e-4 and 1e-8 < found.noise_train < 1e-4
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_tf32_setting_is_restored() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        compare(small(), small(), X)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_another_order_of_channels_is_within_the_noise() -> None:
+    model, child = small(), small()
+    order = torch.randperm(8)
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+            tensor = child.state_dict()[name]
+            tensor.copy_(tensor[order])
+        child[4].weight.copy_(child[4].weight[:, order])
+    found = require_equal(model, child, X)
+    assert found.float32 > 0 and found.float64 < 1e-14
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [("0.weight", "eval"), ("1.running_var", "eval"), ("4.bias", "eval"), ("1.bias", "train")],
+)
+def test_small_errors_are_stopped(name: str, mode: str) -> None:
+    model, child = small(), small()
+    with torch.no_grad():
+        child.state_dict()[name].view(-1)[0] += 1e-4
+    found = compare(model, child, X)
+    assert getattr(found, f"float64_{mode}") > 1e-8
+    with pytest.raises(MorphError, match="float64"):
+        require_equal(model, child, X)
+
+
+def test_errors_of_train_mode_alone_are_stopped() -> None:
+    model, child = small(), small()
+    child[1].eps = 1e-3
+    with torch.no_grad():  # the same in eval
+        child[1].running_var += model[1].eps - child[1].eps
+    child[1].double(), model[1].double()
+    found = compare(model, child, X)
+    assert found.float64_train > 1e-6 > found.float64_eval
+    with pytest.raises(MorphError):
+        require_equal(model, child, X)
+
+
+def test_errors_of_the_running_statistics_are_stopped() -> None:
+    model, child = small(), small()
+    child[1].momentum = 0.2
+    with pytest.raises(MorphError, match="float64"):
+        require_equal(model, child, X)
+
+
+def test_a_child_that_is_right_in_float64_only_is_stopped() -> None:
+    class Cancels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + 1e4 - 1e4
+
+    with pytest.raises(MorphError, match="rounding noise"):
+        require_equal(small(), Cancels(), X)
+
+
+def test_nan_is_no_equality() -> None:
+    model, child = small(), small()
+    with torch.no_grad():
+        child[4].bias.fill_(math.nan)
+    with pytest.raises(MorphError):
+        require_equal(model, child, X)
+
+
+def test_other_shapes_and_broken_children_are_named() -> None:
+    child = small()
+    child[4] = nn.Conv2d(8, 5, 3)
+    with pytest.raises(MorphError, match="returns"):
+        compare(small(), child, X)
+    child[4] = nn.Conv2d(9, 4, 3)
+    with pytest.raises(MorphError, match="child cannot be run"):
+        compare(small(), child, X)
+
+
+def test_inputs_and_outputs_may_differ_between_parent_and_child() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x[..., ::2, ::2])
+            return torch.cat([y, y], 1)
+
+    x = torch.randn(4, 3, 32, 32)
+    child_x = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert compare(small(), Twice(), x, child_x, outputs=lambda y: y[:, :4]).float64 == 0
+
+
+def test_the_report_is_json_and_counts() -> None:
+    model = small()
+    report = verified_report({"op": "nothing"}, model, copy.deepcopy(model), X, changes=["none"])
+    assert report.transform == "nothing" and report.parameters == (532, 532)
+    convolutions = 2 * (8 * 27 * 30 * 30 + 4 * 72 * 28 * 28)
+    assert report.flops == (convolutions, convolutions)
+    assert json.loads(json.dumps(report.as_dict()))["step"] == {"op": "nothing"}
+    assert "rounding noise" in str(report)
+
+
+def test_a_violated_certificate_is_stopped() -> None:
+    model = small()
+    with pytest.raises(MorphError, match="1 of 10"):
+        verified_report({"op": "x"}, model, copy.deepcopy(model), X, certificate=Certificate(10, 1))
+    assert certify(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)) == Certificate(1, 0)
