@@ -1,0 +1,359 @@
+"""Optimizer state and averaged weights of a network that has grown, by the adjoint rule (section 6).
+
+If every consumer splits a space's copies with the same shares s (sum 1), the gradients of the child are those of the
+parent, g' = diag(s_o) g[ro][:, ri]: rows scaled by their shares, columns copied unscaled. A momentum is a sum of
+gradients and grows like them, a second moment with s_o^2; both are then what the child would have had, had it been
+trained from the start. Mapping them like weights is wrong by a third, and clearing them makes the loss jump.
+
+With `lr="commute"` each tensor gets its own rates as well, so that training commutes with the morph: the child stays
+the widened parent, step by step (to check a set-up, or to compare widths at equal rates). Its copies then stay copies
+and nothing is gained; `lr="plain"` keeps the rates, and copies part in the first step (section 6, point 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from ..errors import MorphError
+from .rebuild import ParameterMap
+from .splits import kraft_lengths
+from .verify import Report, require_equal
+from .widen import grow_tensor, rebuild, tensor_maps
+
+OPTIMIZERS = (SGD, Adam, AdamW)
+MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # state -> power of the gradient
+
+Rates = Literal["plain", "commute"]
+Averaged = TypeVar("Averaged", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """By what the rates of one tensor are multiplied."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
+def grow_optimizer(
+    optimizer: Optimizer, parent: nn.Module, child: nn.Module, report: Report, lr: Rates = "plain"
+) -> Optimizer:
+    """An optimizer for the child that goes on where the parent's stands.
+
+    Args:
+        optimizer: SGD, Adam or AdamW on parameters of `parent`; it is not changed.
+        parent: the network before the morph, with the weights that it had then.
+        child: the network after it, on the device where it will be trained.
+        report: of that morph. Widening maps all state, see above. After other morphs a parameter that is still there
+            with its values keeps its state, also under a new name; new ones start without, at step 0.
+        lr: "plain" keeps learning rates, weight decays and the groups. "commute" makes groups of tensors with the same
+            factors of learning rate, weight decay and eps. A scheduler has to be made anew on the result; the factors
+            are in `initial_lr` too.
+
+    Returns:
+        An optimizer of the same class. New parameters are in the group of the first one with as many axes.
+
+    Raises:
+        MorphError: another optimizer; a parameter that is not the parent's; "plain" where copies would never part; or
+            "commute" where no factor per tensor makes training commute (uneven copies, other splits than equal
+            powers of two, new channels, Adam with coupled weight decay, other morphs).
+    """
+    if type(optimizer) not in OPTIMIZERS:
+        known = ", ".join(o.__name__ for o in OPTIMIZERS)
+        raise MorphError(f"optimizer {type(optimizer).__name__}: its state cannot be mapped; known are {known}")
+    if lr not in ("plain", "commute"):
+        raise MorphError(f"lr '{lr}' is unknown; take 'plain' or 'commute'")
+    names = {id(p): name for name, p in parent.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in names:
+                raise MorphError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not the parent's; "
+                    "give the parent itself, not a copy, and widen it without `inplace`"
+                )
+    step = report.step
+    widened = step["op"] == "widen"
+    maps = _maps(parent, step) if widened else {}
+    _require_rates(lr, step, maps)
+    targets = dict(child.named_parameters())
+    heirs = {name: name for name in names.values()} if widened else _heirs(parent, targets)
+
+    groups: list[dict[str, Any]] = []
+    origin: list[dict[str, Any]] = []  # the parent's group of each
+    state: dict[Tensor, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        made: dict[_Factors, list[str]] = {}
+        for p in group["params"]:
+            name = names[id(p)]
+            if name not in heirs:
+                continue
+            target = targets.get(heirs[name])
+            shape = _grown_shape(p, maps.get(name))
+            if target is None or tuple(target.shape) != shape:
+                raise MorphError(f"'{name}' of the child has not the shape {shape} of this report; give its own child")
+            factors = _factors(type(optimizer), group, maps.get(name), name) if lr == "commute" else _Factors()
+            made.setdefault(factors, []).append(heirs[name])
+            if p in optimizer.state:
+                state[target] = _grown_state(optimizer.state[p], p, target, maps.get(name), step)
+        for factors, members in (made or {_Factors(): []}).items():
+            groups.append(_scaled(group, factors) | {"params": members})
+            origin.append(group)
+    _add_new(parent, targets, set(heirs.values()), groups, origin)
+    return _construct(optimizer, groups, targets, state)
+
+
+def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Report) -> Averaged:
+    """An average of the parent's weights, widened by the same linear map as the weights themselves.
+
+    The shares are drawn by seed and name, so that an average of widened weights is the widened average. New channels
+    have no history and get the child's weights.
+
+    Args:
+        average: a network of the parent's architecture (an EMA or momentum copy) or an `AveragedModel` of one; it is
+            not changed.
+        parent: the network before the widening.
+        child: the network after it.
+        report: of that widening.
+
+    Raises:
+        MorphError: another morph than widening, an average of another architecture, or a failed check.
+    """
+    if report.step["op"] != "widen":
+        raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
+    if isinstance(average, AveragedModel):
+        module = average.module
+        average.module = nn.Module()  # do not copy the weights only to replace them
+        try:
+            wrapper = copy.deepcopy(average)
+        finally:
+            average.module = module
+        wrapper.module = grow_ema(module, parent, child, report)
+        return wrapper
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (parent, average)]
+    if shapes[0] != shapes[1]:
+        raise MorphError("the average has other parameters than the parent; give an average of that very network")
+    # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there; then come the weights.
+    grown = rebuild(copy.deepcopy(average).float().cpu(), report.step)
+    maps, targets, sources = _maps(parent, report.step), child.state_dict(), average.state_dict()
+    for name, tensor in [*grown.named_parameters(), *grown.named_buffers()]:
+        if name not in sources:
+            continue
+        value, made = sources[name], maps.get(name)
+        if made is None:
+            value = value.detach().clone()
+        else:
+            value, _ = grow_tensor(name, value, made, report.step)
+            if made.free is not None and made.axis is not None and bool(made.free.any()):
+                at = made.free.nonzero().reshape(-1).to(value.device)
+                value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
+        tensor.data = value
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in average.parameters()), torch.device("cpu"))
+    example = tuple(torch.randn(shape, generator=generator).to(device) for shape in report.step["example"])
+    require_equal(average, grown, example)
+    return grown.train(average.training)
+
+
+def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
+    """Share s_o of each row of a widened tensor in the gradient of the row that it copies; zero for new rows.
+
+    Args:
+        made: of the tensor.
+        split: "kraft": exact, but not behind a flip (it changes the order of the copies), nor for uneven parts under
+            a statistic over channels (its gradient reaches all copies alike).
+            "sterbenz": 1/c, since each weight has shares of its own: the mean, and the sums are exact.
+
+    Returns:
+        float64 (rows), or None if no rows are copied.
+    """
+    if made.parents is None or made.free is None:
+        return None
+    kept = ~made.free
+    counts = torch.bincount(made.parents[kept])
+    shares = torch.zeros(len(made.parents), dtype=torch.float64)
+    if split != "kraft":
+        shares[kept] = 1.0 / counts[made.parents[kept]].double()
+        return shares
+    rows = kept.nonzero().reshape(-1)
+    order = rows[torch.argsort(made.parents[rows], stable=True)]
+    starts = torch.cumsum(counts, 0) - counts
+    rank = torch.arange(len(order)) - starts[made.parents[order]]
+    for copies in torch.unique(counts[counts > 0]).tolist():
+        parts = torch.tensor([2.0**-length for length in kraft_lengths(copies)], dtype=torch.float64)
+        here = counts[made.parents[order]] == copies
+        shares[order[here]] = parts[rank[here]]
+    return shares
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _maps(parent: nn.Module, step: Mapping[str, Any]) -> dict[str, ParameterMap]:
+    """The maps depend on the architecture alone; the recorded inputs are float32 on the CPU."""
+    return tensor_maps(copy.deepcopy(parent).float().cpu(), step)
+
+
+def _require_rates(lr: Rates, step: Mapping[str, Any], maps: Mapping[str, ParameterMap]) -> None:
+    """Refuse "commute" where only rates per element would do, and "plain" where copies would stay copies."""
+    if lr == "commute":
+        if step["op"] != "widen":
+            raise MorphError(f"training commutes with widening only, not with '{step['op']}'; take lr='plain'")
+        if step["split"] != "kraft" or step["noise"] or any(any(n) for n in step["free"].values()):
+            raise MorphError("training commutes only with widen(split='kraft') without noise or new channels")
+    elif step["op"] == "widen" and step["split"] == "kraft" and not step["noise"] and maps:
+        raise MorphError(
+            "copies with equal powers of two would stay equal for good under lr='plain'; widen with split='sterbenz' "
+            "or noise"
+        )
+
+
+def _heirs(parent: nn.Module, targets: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of each parent's parameter that the child still has with its values, the child's name."""
+    result = {
+        name: name
+        for name, p in parent.named_parameters()
+        if name in targets and targets[name].shape == p.shape and torch.equal(targets[name].to(p), p)
+    }
+    taken = set(result.values())
+    rest = {name: p for name, p in parent.named_parameters() if name not in result}
+    for name, p in rest.items():
+        equal = [n for n, t in targets.items() if n not in taken and t.shape == p.shape and torch.equal(t.to(p), p)]
+        # A name that ends alike decides between equal values, as of norms that were never trained.
+        inside = [n for n in equal if n.startswith(f"{name.rpartition('.')[0]}.")]
+        if len(equal) == 1 or len(inside) == 1:
+            result[name] = equal[0] if len(equal) == 1 else inside[0]
+            taken.add(result[name])
+    return result
+
+
+def _grown_shape(tensor: Tensor, made: ParameterMap | None) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    if made is not None and made.parents is not None and made.axis is not None:
+        shape[made.axis] = len(made.parents)
+    if made is not None and made.columns is not None and made.columns_axis is not None:
+        shape[made.columns_axis] = len(made.columns)
+    return tuple(shape)
+
+
+def _factors(kind: type[Optimizer], group: Mapping[str, Any], made: ParameterMap | None, name: str) -> _Factors:
+    rows = columns = 1.0
+    if made is not None:
+        shares = gradient_shares(made, "kraft")
+        if shares is not None:
+            rows = _one(shares, name)
+        if made.columns is not None:
+            counts = torch.bincount(made.columns)
+            columns = _one(1.0 / counts[made.columns].double(), name)
+    if kind is SGD:
+        return _Factors(lr=columns / rows, weight_decay=rows / columns)
+    if group["weight_decay"] and not group.get("decoupled_weight_decay", kind is AdamW):
+        raise MorphError("Adam's coupled weight decay does not commute with widening; use AdamW or no weight decay")
+    return _Factors(lr=columns, weight_decay=1.0 / columns, eps=rows)
+
+
+def _one(values: Tensor, name: str) -> float:
+    if bool((values != values[0]).any()) or math.frexp(float(values[0]))[0] != 0.5:
+        raise MorphError(
+            f"'{name}' has channels that are copied unevenly or to another number than a power of two: no rate per "
+            "tensor makes training commute; widen each space by a factor of 2, 4, ..."
+        )
+    return float(values[0])
+
+
+def _grown_state(
+    state: Mapping[str, Any], old: Tensor, new: Tensor, made: ParameterMap | None, step: Mapping[str, Any]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and key in MOMENTS and value.shape == old.shape:
+            moment = value.detach() if made is None else _grown_moment(value.detach(), made, MOMENTS[key], step)
+            result[key] = moment.clone().to(new.device)
+        else:
+            result[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # the step's number
+    return result
+
+
+def _grown_moment(moment: Tensor, made: ParameterMap, power: int, step: Mapping[str, Any]) -> Tensor:
+    """A mean of gradients (power 1) or of their squares (power 2), as the child would have it.
+
+    New channels have no gradient yet. Their first moment is zero; their second is the mean of the others, because
+    from zero Adam's first step would be (1 - beta1) / sqrt(1 - beta2), about three, times the learning rate.
+    """
+    result = moment
+    fresh = torch.zeros((), dtype=torch.bool, device=moment.device)
+    if made.columns is not None and made.columns_axis is not None:
+        columns = made.columns.to(moment.device)
+        result = result.index_select(made.columns_axis, columns.clamp(min=0))
+        fresh = fresh | _along(columns < 0, made.columns_axis, moment.ndim)
+    shares = gradient_shares(made, step["split"])
+    if shares is not None and made.parents is not None and made.free is not None and made.axis is not None:
+        result = result.index_select(made.axis, made.parents.to(moment.device))
+        result = result * _along(shares.to(moment.device, moment.dtype) ** power, made.axis, moment.ndim)
+        fresh = fresh | _along(made.free.to(moment.device), made.axis, moment.ndim)
+    if bool(fresh.any()):
+        fresh = fresh.expand(result.shape)
+        typical = result[~fresh].double().mean().item() if power == 2 else 0.0
+        result = result.masked_fill(fresh, typical)
+    return result
+
+
+def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
+    return values.reshape([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def _scaled(group: Mapping[str, Any], factors: _Factors) -> dict[str, Any]:
+    result = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    by = {"lr": factors.lr, "initial_lr": factors.lr, "weight_decay": factors.weight_decay, "eps": factors.eps}
+    for key, factor in by.items():
+        if key in result:
+            result[key] = result[key] * factor
+    return result
+
+
+def _add_new(
+    parent: nn.Module,
+    targets: Mapping[str, Tensor],
+    known: set[str],
+    groups: list[dict[str, Any]],
+    origin: list[dict[str, Any]],
+) -> None:
+    """Put the child's new parameters beside the parent's trained ones with as many axes."""
+    trained = {id(p) for group in origin for p in group["params"]}
+    still = {name for name, p in parent.named_parameters() if id(p) not in trained}  # left out of training: stay so
+    for name, p in targets.items():
+        if name in known or name in still or not p.requires_grad:
+            continue
+        alike = [g for g, old in zip(groups, origin, strict=True) if any(q.ndim == p.ndim for q in old["params"])]
+        (alike or groups)[0]["params"].append(name)
+
+
+def _construct(
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    targets: Mapping[str, Tensor],
+    state: dict[Tensor, dict[str, Any]],
+) -> Optimizer:
+    named = any("param_names" in g for g in optimizer.param_groups)
+    wanted = inspect.signature(type(optimizer).__init__).parameters
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in wanted}
+    for group in groups:
+        members = group["params"]
+        group["params"] = [(n, targets[n]) for n in members] if named else [targets[n] for n in members]
+    result = type(optimizer)([g for g in groups if g["params"]], **defaults)
+    for target, entries in state.items():
+        result.state[target] = entries
+    return result
+
+
+__all__ = ["gradient_shares", "grow_ema", "grow_optimizer"]

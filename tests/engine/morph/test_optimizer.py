@@ -1,0 +1,315 @@
+"""Optimizer state: training commutes with the morph, gradients follow the adjoint rule, the default parts copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from morph_networks import NETWORKS, X, build, doubled, outputs, relative, train
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from gigamorph.engine.errors import MorphError
+from gigamorph.engine.morph.deepen import insert_identity
+from gigamorph.engine.morph.optimizer import gradient_shares, grow_ema, grow_optimizer
+from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.widen import tensor_maps, widen
+
+LIMIT = 100.0  # times the network's own sensitivity to a relative perturbation of 2^-52 of its parameters
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adam": lambda p: Adam(p, lr=3e-3, amsgrad=True),
+    "adamw": lambda p: AdamW(p, lr=3e-3, weight_decay=0.1, eps=1e-4),
+}
+
+
+def twin(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Optimizer]) -> tuple[nn.Module, Optimizer]:
+    """A copy of both."""
+    other = copy.deepcopy(model)
+    again = make(other.parameters())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other, again
+
+
+def sensitivity(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Optimizer]) -> float:
+    """Change of the outputs after 10 steps if the parameters are changed by 2^-52 of themselves."""
+    worst, want = 0.0, None
+    for seed in range(4):
+        other, again = twin(model, optimizer, make)
+        if seed:
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p *= 1 + 2.0**-52 * torch.randint(-1, 2, p.shape, generator=generator).double()
+        train(other, again, 10, start=5)
+        if want is None:
+            want = outputs(other)
+        worst = max(worst, relative(outputs(other), want))
+    return worst
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_commutes(name: str, kind: str) -> None:
+    """5 steps of the parent, widening, 10 steps of both: the child is still the parent."""
+    make, model = OPTIMIZERS[kind], build(name)
+    optimizer = make(model.parameters())
+    train(model, optimizer, 5)
+    counts = doubled(model)
+    assert counts
+    child, report = widen(model, X.double(), counts, split="kraft")
+    grown = grow_optimizer(optimizer, model, child, report, lr="commute")
+    limit = LIMIT * sensitivity(model, optimizer, make)
+    train(model, optimizer, 10, start=5)
+    train(child, grown, 10, start=5)
+    assert relative(outputs(child), outputs(model)) <= limit < 1e-6
+    # The same without the factors or without the state is far off, so that the limit tells them apart.
+    plain = make(child.parameters())
+    train(child, plain, 2, start=15)
+    train(model, optimizer, 2, start=15)
+    assert relative(outputs(child), outputs(model)) > 1e-4
+
+
+def test_training_commutes_with_different_powers() -> None:
+    make, model = OPTIMIZERS["adamw"], build("residual")
+    optimizer = make(model.parameters())
+    train(model, optimizer, 5)
+    factors = (1, 2, 4)
+    counts = {k: factors[i % 3] * w // 2 for i, (k, w) in enumerate(doubled(model).items())}
+    child, report = widen(model, X.double(), counts, split="kraft")
+    grown = grow_optimizer(optimizer, model, child, report, lr="commute")
+    assert len(grown.param_groups) > 2
+    limit = LIMIT * sensitivity(model, optimizer, make)
+    train(model, optimizer, 10, start=5)
+    train(child, grown, 10, start=5)
+    assert relative(outputs(child), outputs(model)) <= limit
+
+
+@pytest.mark.parametrize("wrong", ["momentum", "rows", "eps", "lr"])
+def test_commutation_notices_mistakes(wrong: str) -> None:
+    make, model = OPTIMIZERS["adamw"], build("residual")
+    optimizer = make(model.parameters())
+    train(model, optimizer, 5)
+    child, report = widen(model, X.double(), doubled(model), split="kraft")
+    grown = grow_optimizer(optimizer, model, child, report, lr="commute")
+    for p, state in grown.state.items():
+        if wrong == "momentum":
+            state["exp_avg"] *= 1.01
+        if wrong == "rows" and p.ndim > 1:
+            state["exp_avg_sq"] *= 2
+    for group in grown.param_groups:
+        group["eps"] *= 2 if wrong == "eps" else 1
+        group["lr"] *= 1.01 if wrong == "lr" else 1
+    train(model, optimizer, 10, start=5)
+    train(child, grown, 10, start=5)
+    assert relative(outputs(child), outputs(model)) > 1e-7
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(NETWORKS)), st.integers(0, 999))
+def test_gradients_follow_the_adjoint_rule(name: str, seed: int) -> None:
+    """g' = diag(s_o) g[ro][:, ri] for uneven counts, with Kraft shares; so do momenta by construction."""
+    model = build(name)
+    rng = torch.Generator().manual_seed(seed)
+    counts = {}
+    for s in find_spaces(copy.deepcopy(model).float(), X).growable():
+        counts[s.key] = torch.randint(1, 5, (len(s.order),), generator=rng).tolist()
+        if len(s.order) == 1:  # a statistic over channels: its gradient reaches all copies alike
+            counts[s.key] = [2 ** (counts[s.key][0] % 3)]
+    child, report = widen(model, X.double(), counts, split="kraft", seed=seed)
+    for network in (model, child):
+        train(network, SGD(network.parameters(), lr=0.0), 1)
+    maps = tensor_maps(copy.deepcopy(model).float(), report.step)
+    theirs = dict(child.named_parameters())
+    scale = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
+    for key, p in model.named_parameters():
+        want, made = p.grad, maps.get(key)
+        assert want is not None
+        if made is not None and made.columns is not None and made.columns_axis is not None:
+            want = want.index_select(made.columns_axis, made.columns)
+        shares = gradient_shares(made, "kraft") if made is not None else None
+        if shares is not None and made is not None and made.axis is not None and made.parents is not None:
+            want = want.index_select(made.axis, made.parents)
+            want = want * shares.reshape([-1 if a == made.axis else 1 for a in range(want.ndim)])
+        assert (theirs[key].grad - want).abs().max() <= 1e-10 * scale, key
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.sampled_from(["kraft", "sterbenz"]))
+def test_shares_add_up_to_one(counts: list[int], split: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, len(counts), 1), nn.ReLU(), nn.Conv2d(len(counts), 2, 1))
+    if len(counts) == 1 or counts == [1] * len(counts):
+        return
+    _, report = widen(model, X, {"0.weight:0": counts}, split=split)
+    made = tensor_maps(model, report.step)["0.weight"]
+    shares = gradient_shares(made, split)
+    assert shares is not None and made.parents is not None
+    totals = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, made.parents, shares)
+    assert (totals == 1).all() if split == "kraft" else torch.allclose(totals, torch.ones_like(totals), atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_plain_keeps_state_and_parts_the_copies(kind: str) -> None:
+    make, model = OPTIMIZERS[kind], build("residual")
+    optimizer = make(model.parameters())
+    train(model, optimizer, 30)
+    child, report = widen(model, X.double(), doubled(model))
+    grown = grow_optimizer(optimizer, model, child, report)
+    assert [g["lr"] for g in grown.param_groups] == [g["lr"] for g in optimizer.param_groups]
+    parent_step, child_step, fresh_step = copy.deepcopy(model), copy.deepcopy(child), copy.deepcopy(child)
+    pairs = ((parent_step, model, optimizer), (child_step, child, grown))
+    before = outputs(model)
+    changes = []
+    for network, source, state in pairs:
+        again = make(network.parameters())
+        index = {id(p): i for i, p in enumerate(source.parameters())}
+        own = list(network.parameters())
+        for p, entries in state.state.items():
+            again.state[own[index[id(p)]]] = copy.deepcopy(entries)
+        train(network, again, 1, start=30)
+        changes.append((outputs(network) - before).reshape(-1))
+    train(fresh_step, make(fresh_step.parameters()), 1, start=30)
+    changes.append((outputs(fresh_step) - before).reshape(-1))
+    kept, reset = (F.cosine_similarity(changes[0], c, dim=0).item() for c in changes[1:])
+    assert kept > 0.9 and kept > reset + 0.05  # goes on in the direction in which the parent was going
+    rows = child_step.get_parameter("stem.weight").detach()
+    assert torch.equal(child.get_parameter("stem.weight")[0], child.get_parameter("stem.weight")[1])
+    assert (rows[0] - rows[1]).abs().max() > 1e-6
+
+
+def test_new_channels_start_without_momentum() -> None:
+    model = build("chain")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer, 3)
+    child, report = widen(model, X.double(), free={"0.weight:0": 2})
+    grown = grow_optimizer(optimizer, model, child, report)
+    first, second = child.get_parameter("0.weight"), child.get_parameter("3.weight")
+    old = optimizer.state[model.get_parameter("3.weight")]
+    assert torch.equal(grown.state[second]["exp_avg"][:, :4], old["exp_avg"])
+    assert (grown.state[second]["exp_avg"][:, 4:] == 0).all() and (grown.state[first]["exp_avg"][4:] == 0).all()
+    assert torch.allclose(grown.state[second]["exp_avg_sq"][:, 4:], old["exp_avg_sq"].mean())
+    assert grown.state[first]["step"] == 3
+    grown.state[first]["step"] += 1
+    assert optimizer.state[model.get_parameter("0.weight")]["step"] == 3  # a copy
+    moved = second.detach().clone()
+    train(child, grown, 1, start=3)
+    assert (second - moved)[:, 4:].abs().max() > 0
+
+
+def test_groups_names_and_schedules_are_kept() -> None:
+    model = build("residual")
+    weights = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith("stem")]
+    vectors = [(n, p) for n, p in model.named_parameters() if p.ndim == 1]
+    optimizer = SGD([{"params": weights}, {"params": vectors, "weight_decay": 0.0, "lr": 0.01}], lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    train(model, optimizer, 2)
+    counts = doubled(model)
+    child, report = widen(model, X.double(), counts)
+    grown = grow_optimizer(optimizer, model, child, report)
+    assert [g["param_names"] for g in grown.param_groups] == [g["param_names"] for g in optimizer.param_groups]
+    assert [(g["lr"], g["initial_lr"], g["momentum"]) for g in grown.param_groups] == [
+        (0.1, 0.1, 0.9),
+        (0.01, 0.01, 0.9),
+    ]
+    own = {id(p) for p in child.parameters()}
+    assert all(id(p) in own for g in grown.param_groups for p in g["params"])
+    assert "stem.weight" not in grown.param_groups[0]["param_names"]  # it was not trained
+    commuting, report = widen(model, X.double(), counts, split="kraft")
+    groups = grow_optimizer(optimizer, model, commuting, report, lr="commute").param_groups
+    of = {n: g for g in groups for n in g["param_names"]}
+    assert of["head.weight"]["lr"] == of["head.weight"]["initial_lr"] == 0.05
+    assert of["bn.weight"]["lr"] == 0.02 and of["a.0.weight"]["lr"] == 0.1
+
+
+def test_other_morphs_keep_the_state_of_what_is_still_there() -> None:
+    model = build("chain")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer, 3)
+    child, report = insert_identity(model, X.double(), "3")
+    grown = grow_optimizer(optimizer, model, child, report)
+    theirs = dict(child.named_parameters())
+    assert "3.weight" not in theirs
+    state = grown.state[theirs["3.0.weight"]]
+    assert torch.equal(state["exp_avg"], optimizer.state[model.get_parameter("3.weight")]["exp_avg"])
+    kept = {id(p) for p in grown.state}
+    added = [n for n, p in theirs.items() if id(p) not in kept]
+    assert added and all(n.startswith("3.") for n in added)
+    assert {id(p) for g in grown.param_groups for p in g["params"]} == {id(p) for p in child.parameters()}
+    train(child, grown, 1)
+    with pytest.raises(MorphError, match="widening only"):
+        grow_optimizer(optimizer, model, child, report, lr="commute")
+
+
+@pytest.mark.parametrize("split", ["kraft", "sterbenz"])
+def test_average_of_the_grown_is_the_grown_average(split: str) -> None:
+    model = build("depthwise")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    states, wanted = [], None
+    counts = doubled(model)
+    for step in range(4):
+        train(model, optimizer, 1, start=step)
+        average.update_parameters(model)
+        child, report = widen(model, X.double(), counts, split=split)
+        states.append(child.state_dict())
+        wanted = states[0] if wanted is None else {k: (v + states[-1][k]) / 2 for k, v in wanted.items()}
+    grown = grow_ema(average, model, child, report)
+    assert grown.n_averaged == average.n_averaged and wanted is not None
+    have = grown.module.state_dict()
+    for key, value in wanted.items():
+        assert not have[key].is_floating_point() or relative(have[key], value) < 1e-13, key
+    assert not torch.equal(have["project.weight"], states[-1]["project.weight"])
+    assert relative(outputs(grown.module), outputs(average.module)) < 1e-12
+    grown.update_parameters(child)
+
+
+def test_average_gets_new_channels_from_the_child() -> None:
+    model = build("chain")
+    average = copy.deepcopy(model)
+    train(model, SGD(model.parameters(), lr=0.1), 2)
+    child, report = widen(model, X.double(), free={"0.weight:0": 2})
+    grown = grow_ema(average, model, child, report)
+    assert torch.equal(grown.get_parameter("0.weight")[4:], child.get_parameter("0.weight")[4:])
+    assert torch.equal(grown.get_parameter("0.weight")[:4], average.get_parameter("0.weight"))
+
+
+def test_refusals() -> None:
+    model = build("chain")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    even, uneven = doubled(model), {"0.weight:0": [1, 2, 1, 3]}
+    kraft, report = widen(model, X.double(), even, split="kraft")
+    with pytest.raises(MorphError, match="stay equal for good"):
+        grow_optimizer(optimizer, model, kraft, report)
+    coupled = Adam(model.parameters(), weight_decay=0.1)
+    with pytest.raises(MorphError, match="coupled"):
+        grow_optimizer(coupled, model, kraft, report, lr="commute")
+    with pytest.raises(MorphError, match="RMSprop"):
+        grow_optimizer(torch.optim.RMSprop(model.parameters()), model, kraft, report)
+    with pytest.raises(MorphError, match="not the parent's"):
+        grow_optimizer(optimizer, copy.deepcopy(model), kraft, report, lr="commute")
+    with pytest.raises(MorphError, match="its own child"):
+        grow_optimizer(optimizer, model, copy.deepcopy(model), report, lr="commute")
+    with pytest.raises(MorphError, match="unknown"):
+        grow_optimizer(optimizer, model, kraft, report, lr="fast")  # pyright: ignore[reportArgumentType]
+    for counts in (uneven, {"0.weight:0": 12}):
+        child, report = widen(model, X.double(), counts, split="kraft")
+        with pytest.raises(MorphError, match=r"'\d.weight' has channels"):
+            grow_optimizer(optimizer, model, child, report, lr="commute")
+    child, report = widen(model, X.double(), even)
+    with pytest.raises(MorphError, match="split='kraft'"):
+        grow_optimizer(optimizer, model, child, report, lr="commute")
+    with pytest.raises(MorphError, match="other parameters"):
+        grow_ema(nn.Linear(2, 2), model, child, report)
+    deeper, report = insert_identity(model, X.double(), "3")
+    with pytest.raises(MorphError, match="'identity'"):
+        grow_ema(copy.deepcopy(model), model, deeper, report)
