@@ -252,6 +252,8 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
         )  # fmt: skip
     if find_spec("gigamorph.kernels.batch_norm"):
         yield "batch_norm", partial(batch_norm, dtype, dry)
+    if dry or torch.cuda.get_device_capability() >= (9, 0):
+        yield "conv_conv1x1", partial(pair, dtype, dry)
 
 
 def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
@@ -280,6 +282,22 @@ def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
         dy.double(), x.double(), *wide, y.double(), "relu", *(t.double() for t in means)
     )
     bench.compare("dx", dx, oracle[0])
+    return bench.row
+
+
+def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """A 3x3 convolution and the 1x1 behind it in one kernel, with residual."""
+    from gigamorph.kernels.bottleneck import conv_conv1x1, conv_conv1x1_reference
+
+    c, m, k, h, w = (16, 16, 32, 5, 37) if dry else (64, 64, 256, 61, 267)
+    bench, g = Bench(dtype), torch.Generator().manual_seed(3)
+    x, residual = random_map(2, c, h, w, dtype, g), random_map(2, k, h, w, dtype, g)
+    filters = random_map(m, c, 3, 3, dtype, g, 1 / (3 * c**0.5)), random_map(k, m, 1, 1, dtype, g, m**-0.5)
+    shifts = _vector(g, m), _vector(g, k)
+    inputs = x, filters[0], shifts[0], filters[1], shifts[1], residual
+    place = 1, [1, 1, 1, 1], "relu", "relu"
+    (y,) = bench.twice(lambda: (conv_conv1x1(*inputs, *place),))
+    bench.compare("y", y, conv_conv1x1_reference(*(t.double() for t in inputs), *place))
     return bench.row
 
 
