@@ -71,8 +71,8 @@ def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     Raises:
         MorphError: the network is of another architecture.
     """
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    inputs = tuple(torch.zeros(shape, dtype=dtype) for shape in step["example"])
+    like = next(model.parameters(), torch.zeros(()))
+    inputs = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in step["example"])
     for folds in step["passes"]:
         spaces = find_spaces(model, *inputs)
         for key, first in folds.items():

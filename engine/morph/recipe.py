@@ -318,7 +318,7 @@ def _widened(
         raise MorphError("the weights do not fit the network: other names or shapes")
     _check_parent(parts, morph, number)
     with _named(morph, number):
-        child, maps = widen._check(widen._spaces_of(model, morph.step), morph.step)
+        child, maps = widen.check_step(widen.spaces_of(model, morph.step), morph.step)
     own = model.state_dict(keep_vars=True)
     names = {id(own[name]): name for name in maps if name in own}  # a shared tensor has one map and several names
     alias = {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names}

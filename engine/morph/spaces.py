@@ -66,6 +66,7 @@ class Spaces:
     outputs: list[Any] = field(repr=False)
     inputs: tuple[Tensor, ...] = field(repr=False)
     model: nn.Module = field(repr=False)
+    followed: nn.Module = field(repr=False)  # `model`, or a copy of it on the CPU
 
     def __iter__(self) -> Any:
         return iter(self.spaces)
@@ -94,7 +95,7 @@ class Spaces:
             Mismatch: an op of the child would not compute copies of what the parent's computes.
         """
         plan = make_plan(self.found, copies)
-        child = _skeleton(self.model, plan, self.found)
+        child = _skeleton(self.followed, plan, self.found)
         run = Rebuild(child, self.found, plan)
         inputs = tuple(x.clone() for x in self.inputs)
         for x, vids in zip(inputs, self.found.input_vids, strict=True):
@@ -120,8 +121,11 @@ class Spaces:
 def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
     """All channel spaces of a network.
 
+    Frozen though they could grow by other means: maps of which a grouped convolution's group, of more than one channel,
+    reads parts of two that are concatenated. Copies of the whole group would have to lie in both maps at once.
+
     Args:
-        model: any eager network; it is run in eval mode and not changed.
+        model: any eager network; it is run in eval mode, on the CPU (as a copy if it is elsewhere), and not changed.
         example: its inputs; one small image will do, unless a linear layer wants the real size.
 
     Raises:
@@ -132,10 +136,11 @@ def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
             raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
             raise MorphError(f"module '{name}' is lazy; run the model once before")
+    followed = _on_cpu(model) if _elsewhere(model) else model
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    example = tuple(x.to(dtype) if x.is_floating_point() else x for x in example)
+    example = tuple(x.to("cpu", dtype if x.is_floating_point() else x.dtype) for x in example)
     inputs = tuple(x[:1].clone() for x in example)
-    found = Discover(model, Table())
+    found = Discover(followed, Table())
     found.input_vids = []
     for x in inputs:
         atoms = torch.zeros((), dtype=torch.int64).expand(x.shape)
@@ -157,10 +162,23 @@ def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
             outputs.append(label.vids)
         else:
             outputs.append(leaf)
-    spaces = Spaces([], found, outputs, tuple(x[:1].clone() for x in example), model)
+    spaces = Spaces([], found, outputs, tuple(x[:1].clone() for x in example), model, followed)
     _try(spaces)
     spaces.spaces = _group(found)
     return spaces
+
+
+def _elsewhere(model: nn.Module) -> bool:
+    return any(t.device.type not in ("cpu", "meta") for t in [*model.parameters(), *model.buffers()])
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model).cpu()
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, key, value.cpu())
+    return model
 
 
 def _classes(found: Discover) -> list[int]:

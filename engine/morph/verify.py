@@ -25,7 +25,7 @@ from ..errors import MorphError
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
-UNIT_ROUNDOFF = 2.0**-24  # of float32; no network's noise counts as less
+NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less (section 3)
 TRAIN_BATCH = 4  # batch statistics of fewer values would magnify rounding
 
 Example = Tensor | tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class Difference:
     """Largest relative differences of all outputs, child against parent; nan if the networks give nan or inf.
 
     Each is the maximum norm of the difference over the maximum norm of the parent's output. `noise` is the parent's
-    float32 output against its own float64 output, at least 2^-24. `train` covers live statistics and those it leaves.
+    float32 output against its own float64 output, at least 4 * 2^-24. `train` covers live statistics and those left.
     """
 
     float64_eval: float
@@ -261,7 +261,7 @@ def _check(
         for dtype in ("float64", "float32"):
             found[f"{dtype}_{mode}"] = distance(want[f"{dtype} {mode}"], have[f"{dtype} {mode}"])
         noise = distance(want[f"float64 {mode}"], want[f"float32 {mode}"])
-        found[f"noise_{mode}"] = max(noise, UNIT_ROUNDOFF) if math.isfinite(noise) else noise
+        found[f"noise_{mode}"] = max(noise, NOISE_FLOOR) if math.isfinite(noise) else noise
     return Difference(**found), (flops_before, flops_after)
 
 

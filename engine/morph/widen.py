@@ -95,14 +95,14 @@ def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
         model: an instance of the same class and size as the network that was widened; untouched.
         step: `Report.step`, also after a round trip through JSON.
     """
-    child, _ = _grow(_spaces_of(model, step), step)
+    child, _ = _grow(spaces_of(model, step), step)
     return child
 
 
 def tensor_maps(model: nn.Module, step: Mapping[str, Any]) -> dict[str, ParameterMap]:
     """Of each tensor that a widening changes, the map; `grow_tensor` applies it, one tensor at a time."""
-    spaces = _spaces_of(model, step)
-    return _check(spaces, step)[1]
+    spaces = spaces_of(model, step)
+    return check_step(spaces, step)[1]
 
 
 def grow_tensor(name: str, tensor: Tensor, made: ParameterMap, step: Mapping[str, Any]) -> tuple[Tensor, Certificate]:
@@ -131,12 +131,18 @@ def replace_contents(model: nn.Module, child: nn.Module) -> None:
     model.__dict__.update(child.__dict__)
 
 
-def _spaces_of(model: nn.Module, step: Mapping[str, Any]) -> Spaces:
+def spaces_of(model: nn.Module, step: Mapping[str, Any]) -> Spaces:
+    """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
     generator = torch.Generator().manual_seed(0)
     return find_spaces(model, *(torch.randn(shape, generator=generator) for shape in step["example"]))
 
 
-def _check(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, dict[str, ParameterMap]]:
+def check_step(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, dict[str, ParameterMap]]:
+    """The child without new weights and the maps of all tensors that the step changes.
+
+    Raises:
+        MorphError: the step would change the function, or names spaces that the network does not have.
+    """
     copies: Copies = {}
     for key in [*step["copies"], *step["free"]]:
         space = spaces[key]
@@ -151,7 +157,7 @@ def _check(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, dict[str
 
 
 def _grow(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, Certificate]:
-    child, maps = _check(spaces, step)
+    child, maps = check_step(spaces, step)
     certificate = Certificate()
 
     grown: dict[str, Tensor] = {}
@@ -166,6 +172,9 @@ def _grow(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, Certifica
     new: dict[int, Tensor] = {}
     for (path, module), parent in zip(child.named_modules(), spaces.model.modules(), strict=True):
         del path
+        for key, old in vars(parent).items():
+            if isinstance(old, Tensor):
+                setattr(module, key, getattr(module, key).to(old.device))
         for store, source in ((module._parameters, parent._parameters), (module._buffers, parent._buffers)):
             for key, old in source.items():
                 if old is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gigamorph.engine.morph.verify import Certificate, compare, require_equal, v
 X = torch.zeros(1, 3, 32, 32)
 
 
-def small() -> nn.Module:
+def small() -> Any:
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
@@ -100,6 +101,21 @@ def test_a_child_that_is_right_in_float64_only_is_stopped() -> None:
 
     with pytest.raises(MorphError, match="rounding noise"):
         require_equal(small(), Cancels(), X)
+
+
+@pytest.mark.parametrize("roundoffs, passes", [(24, True), (48, False)])
+def test_a_parent_without_rounding_counts_as_having_four_roundoffs(roundoffs: int, passes: bool) -> None:
+    class Off(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + roundoffs * 2.0**-24) if x.dtype == torch.float32 else x
+
+    found = compare(nn.Identity(), Off(), X)
+    assert found.float64 == 0 and roundoffs / 4 * 0.9 < found.noise_ratio < roundoffs / 4 * 1.1
+    if passes:
+        require_equal(nn.Identity(), Off(), X)
+    else:
+        with pytest.raises(MorphError, match="rounding noise"):
+            require_equal(nn.Identity(), Off(), X)
 
 
 def test_nan_is_no_equality() -> None:

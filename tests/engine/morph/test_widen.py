@@ -1,0 +1,427 @@
+"""Widening: random programs (sound, complete where it should be, certified, exact on integers), and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exactness import randomize
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from morph_programs import BENIGN, LATTICE, Program, programs
+from torch import Tensor, nn
+
+from gigamorph.engine.errors import MorphError
+from gigamorph.engine.morph.recipe import Recipe, apply
+from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.splits import SPLITS
+from gigamorph.engine.morph.verify import compare
+from gigamorph.engine.morph.widen import grow_tensor, rebuild, tensor_maps, widen
+
+X = torch.zeros(1, 3, 8, 8)
+QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+fast = settings(max_examples=50, deadline=None, suppress_health_check=QUIET)
+tally = {"seen": 0, "widened": 0}
+
+
+def draw_counts(model: nn.Module, seed: int, most: int = 3) -> dict[str, list[int]]:
+    rng = np.random.default_rng(seed)
+    spaces = find_spaces(model, X.to(next(model.parameters()).dtype))
+    return {s.key: rng.integers(1, most + 1, len(s.order)).tolist() for s in spaces.growable()}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def check_program(program: Program, seed: int, split: str, free: bool) -> None:
+    """Refused, or equal on a fresh batch of another size in float64."""
+    model = program.build().double()
+    before = copy.deepcopy(model.state_dict())
+    tally["seen"] += 1
+    try:
+        spaces = find_spaces(model, X.double())
+        rng = np.random.default_rng(seed)
+        counts = {s.key: rng.integers(1, 4, len(s.order)).tolist() for s in spaces.growable()}
+        extra = {s.key: s.width // len(s.order) for s in spaces.growable()[:1]} if free else None
+        child, report = widen(model, X.double(), counts, split=split, seed=seed, free=extra)
+    except MorphError as error:
+        assert "differs" not in str(error) and "violate" not in str(error), f"the check was deceived: {error}"
+        return
+    tally["widened"] += bool(report.changes)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(child(x), model(x)) < 1e-9
+
+
+@fast
+@given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans())
+def test_random_programs_are_never_silently_wrong(program: Program, seed: int, split: str, free: bool) -> None:
+    check_program(program, seed, split, free)
+
+
+def test_most_random_programs_are_widened() -> None:
+    if tally["seen"] < 30:
+        pytest.skip("runs after the random programs")
+    assert tally["widened"] > 0.3 * tally["seen"], tally
+
+
+@pytest.mark.slow
+@settings(max_examples=800, deadline=None, suppress_health_check=QUIET)
+@given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans())
+def test_many_random_programs(program: Program, seed: int, split: str, free: bool) -> None:
+    check_program(program, seed, split, free)
+
+
+def only(*kinds: str) -> st.SearchStrategy[Program]:
+    line = st.tuples(st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9))
+    lines = st.lists(line, min_size=2, max_size=10).map(tuple)
+    return st.builds(Program, lines, st.sampled_from(["gap", "flatten"]), st.integers(0, 99))
+
+
+def benign() -> st.SearchStrategy[Program]:
+    return only(*(k for k in BENIGN if k != "grouped")) | only(*(k for k in BENIGN if k != "cat"))
+
+
+@fast
+@given(benign())
+def test_benign_programs_can_always_be_doubled(program: Program) -> None:
+    """Whatever unites the classes. Not promised: a group of a convolution that reads parts of two concatenated maps."""
+    check_doubled(program)
+
+
+@pytest.mark.slow
+@settings(fast, max_examples=200)
+@given(benign())
+def test_more_benign_programs_can_always_be_doubled(program: Program) -> None:
+    check_doubled(program)
+
+
+def check_doubled(program: Program) -> None:
+    model = program.build()
+    spaces = find_spaces(model, X)
+    assert {s.frozen for s in spaces if s.frozen} <= {"an output of the network"}
+    _, report = widen(model, X, factor=2)
+    assert report.difference.float64 < 1e-11
+    assert report.certificate is not None and report.certificate.violations == 0 < report.certificate.entries
+
+
+@fast
+@given(only(*LATTICE), st.integers(0, 99))
+def test_integer_programs_are_equal_to_the_bit(program: Program, seed: int) -> None:
+    for dtype in (torch.float64, torch.float32):
+        model = program.build(integers=True).to(dtype)
+        x = torch.randint(-1, 2, (2, 3, 8, 8), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        with torch.no_grad():
+            want = model(x)
+            if want.abs().max() * 2**9 > 2**22:  # partial sums would round
+                return
+            child, _ = widen(model, X.to(dtype), draw_counts(model, seed), split="kraft")
+            assert torch.equal(child(x), want)
+
+
+def test_counts_widths_and_factor() -> None:
+    model = small()
+    child, report = widen(model, X, {"0.weight:0": 7})
+    assert child[0].weight.shape == (7, 3, 3, 3) and child[0].out_channels == 7 and child[1].num_features == 7
+    assert child[3].weight.shape == (6, 7, 3, 3) and child[3].in_channels == 7
+    assert report.changes == ["space 0 (0.weight:0): 4 -> 7"]
+    child, _ = widen(model, X, {"0.weight:0": [1, 3, 1, 2]})
+    assert torch.equal(child[0].weight, model[0].weight[[0, 1, 1, 1, 2, 3, 3]])
+    child, _ = widen(model, X, factor=1.5)
+    assert child[0].out_channels == 6 and child[3].out_channels == 9 and child[-1].in_features == 9
+
+
+def small() -> Any:
+    torch.manual_seed(0)
+    first = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(*first, nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"counts": {"0.weight:0": 3}}, "narrower"),
+        ({"counts": {"0.weight:0": [1, 2]}}, "wants 4 counts"),
+        ({"counts": {"0.weight:0": [1, 2, 0, 1]}}, "at least 1"),
+        ({"counts": {"7.weight:0": 4}}, "output of the network"),
+        ({"counts": {"nothing": 4}}, "no channel space"),
+        ({"factor": 0.5}, "narrower"),
+        ({"factor": 2, "split": "thirds"}, "thirds"),
+        ({}, "give counts"),
+        ({"free": {"0.weight:0": -1}}, "multiples"),
+    ],
+)
+def test_bad_requests_change_nothing(options: dict[str, Any], why: str) -> None:
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MorphError, match=why):
+        widen(model, X, inplace=True, **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_norm_over_channels_grows_by_whole_multiples() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    with pytest.raises(MorphError, match="steps of 4"):
+        widen(model, X, {"0.weight:0": 6})
+    child, report = widen(model, X, {"0.weight:0": 12})
+    assert child[1].num_channels == 12 and report.difference.float64 < 1e-13
+
+
+def test_in_place() -> None:
+    model = small()
+    same, _ = widen(model, X, factor=2, inplace=True)
+    assert same is model and model[0].out_channels == 8 and not model[0]._forward_hooks
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 2)
+
+
+def test_nothing_is_shared_with_the_parent() -> None:
+    model = small()
+    child, _ = widen(model, X, {"0.weight:0": 5})
+    shared = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    assert not shared & {p.data_ptr() for p in [*child.parameters(), *child.buffers()]}
+
+
+def test_new_channels_add_nothing_and_learn() -> None:
+    model = small().double()
+    child, report = widen(model, X.double(), free={"0.weight:0": 3}, seed=4)
+    assert child[0].out_channels == 7 and not child[3].weight[:, 4:].any() and child[0].weight[4:].std() > 0.01
+    assert report.difference.float64 < 1e-15
+    child(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+    assert (child[3].weight.grad[:, 4:].abs().amax((0, 2, 3)) > 0).any()
+
+
+def test_sterbenz_parts_the_copies_in_one_step() -> None:
+    model = small().double()
+    for split, apart in (("sterbenz", True), ("kraft", False)):
+        child, _ = widen(model, X.double(), {"0.weight:0": [2, 2, 2, 2]}, split=split)
+        child(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+        gradient = child[0].weight.grad
+        assert bool((gradient[::2] - gradient[1::2]).abs().max() > 1e-6 * gradient.abs().max()) == apart
+
+
+def test_noise_keeps_the_function_up_to_rounding() -> None:
+    model = small().double()
+    child, report = widen(model, X.double(), factor=2, noise=0.5)
+    plain, _ = widen(model, X.double(), factor=2)
+    assert report.difference.float64 < 1e-13 and report.certificate is None
+    assert (child[3].weight - plain[3].weight).abs().max() > 0.01
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.c.weight = self.b.weight
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.c(self.b(self.a(x)).relu()).mean((2, 3)))
+
+    child, report = widen(Tied(), X, factor=2)
+    assert report.difference.float64 < 1e-13 and child.c.weight is child.b.weight
+
+
+def test_widening_twice_and_counts_of_one() -> None:
+    model = small().double()
+    same, _ = widen(model, X.double(), {"0.weight:0": 4})
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in same.state_dict().items())
+    once, _ = widen(model, X.double(), factor=2)
+    twice, _ = widen(once, X.double(), factor=1.5, seed=3)
+    assert twice[0].out_channels == 12 and compare(model, twice, X).float64 < 1e-13
+
+
+def test_the_step_repeats_the_widening_and_single_tensors() -> None:
+    model = small()
+    child, report = widen(model, X, {"0.weight:0": 9}, free={"3.weight:0": 2}, seed=7)
+    step = json.loads(json.dumps(report.step))
+    again = rebuild(model, step)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in child.state_dict().items())
+    fresh = rebuild(small(), step)
+    fresh.load_state_dict(child.state_dict())
+    maps = tensor_maps(small(), step)
+    for name, made in maps.items():
+        assert torch.equal(grow_tensor(name, model.state_dict()[name], made, step)[0], child.state_dict()[name])
+    assert set(maps) == {k for k, v in child.state_dict().items() if v.shape != model.state_dict()[k].shape}
+
+
+def test_the_step_of_a_float64_network_repeats() -> None:
+    model = small().double()
+    child, report = widen(model, X.double(), factor=2)
+    recipe = Recipe()
+    recipe.add(report, model, child)
+    for grown in (rebuild(model, report.step), apply(recipe, model)):
+        assert grown[0].weight.dtype == torch.float64
+        assert all(torch.equal(v, grown.state_dict()[k]) for k, v in child.state_dict().items())
+    assert rebuild(small(), report.step)[0].weight.dtype == torch.float32
+
+
+def test_following_a_copy_gives_the_same_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gigamorph.engine.morph import spaces
+
+    model = small()
+    plain, _ = widen(model, X, factor=2)
+    monkeypatch.setattr(spaces, "_elsewhere", lambda _: True)
+    child, _ = widen(model, X, factor=2)
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in child.state_dict().items())
+    assert child[3].in_channels == 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_network_on_a_gpu_stays_there() -> None:
+    model = small().cuda()
+    child, report = widen(model, X.cuda(), factor=2)
+    assert {t.device.type for t in [*model.state_dict().values(), *child.state_dict().values()]} == {"cuda"}
+    assert report.difference.float64 < 1e-13
+    expected = widen(small(), X, factor=2)[0].state_dict()
+    assert all(torch.equal(v.cpu(), expected[k]) for k, v in child.state_dict().items())
+
+
+# -- networks -----------------------------------------------------------------------------------------------------
+
+FAST_NETWORKS = ["resnet18", "mobilenetv2_100", "regnetx_002"]
+NETWORKS = """resnet50 resnext50_32x4d vgg11_bn densenet121 regnety_002 seresnext26d_32x4d convnext_atto
+convnextv2_atto efficientnet_b0 mobilenetv3_large_100 hrnet_w18_small inception_v3 repvgg_a0 dla34 cspresnet50
+res2net50_26w_4s skresnet18 ghostnet_100 poolformer_s12 eca_resnet33ts resnetv2_50 xception41 dpn48b selecsls42b
+vit_tiny_patch16_224 swin_tiny_patch4_window7_224 googlenet""".split()
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    size = 96 if name == "inception_v3" else 64
+    torch.manual_seed(0)
+    if name == "googlenet":
+        torchvision = pytest.importorskip("torchvision")
+        model = torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=False)
+    else:
+        timm = pytest.importorskip("timm")
+        options = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
+        model = timm.create_model(name, pretrained=False, **options)
+    return randomize(model).eval(), torch.zeros(1, 3, size, size)
+
+
+def check_network(name: str) -> None:
+    model, x = network(name)
+    rng = np.random.default_rng(1)
+    spaces = find_spaces(model, x)
+    drawn = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces.growable()}
+    for options in ({"factor": 2}, {"counts": drawn}):
+        _, report = widen(model, x, **options)
+        assert report.difference.float64 <= 1e-12, report
+        assert report.certificate is not None and report.certificate.violations == 0
+        assert report.changes, spaces
+
+
+@pytest.mark.parametrize("name", FAST_NETWORKS)
+def test_networks(name: str) -> None:
+    check_network(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_more_networks(name: str) -> None:
+    check_network(name)
+
+
+def lattice(model: nn.Module) -> nn.Module:
+    """Small integers everywhere: no operation rounds (acceptance A1)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps = 2.0**-10
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.zero_()
+                module.running_var.fill_(1 - 2.0**-10)
+        for p in model.parameters():
+            keep = torch.rand(p.shape, generator=generator) < min(1.0, 2 / max(p[0].numel(), 1))
+            p.copy_(torch.randint(-1, 2, p.shape, generator=generator) * keep if p.ndim > 1 else torch.ones_like(p))
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "mobilenetv2_100"]
+    + [
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in "resnet50 vgg11_bn densenet121 googlenet resnext50_32x4d regnetx_002".split()
+    ],
+)
+def test_lattice_networks_are_equal_to_the_bit(name: str) -> None:
+    model, x = network(name)
+    lattice(model)
+    x = torch.randint(-1, 2, (1, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).float()
+    rng = np.random.default_rng(2)
+    for dtype in (torch.float64, torch.float32):
+        model = model.to(dtype)
+        spaces = find_spaces(model, x.to(dtype))
+        drawn = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces.growable()}
+        step = {"op": "widen", "copies": drawn, "free": {}, "split": "kraft", "noise": 0.0, "seed": 0}
+        child = rebuild(model, step | {"example": [list(x.shape)]})
+        with torch.no_grad():
+            want = model(x.to(dtype))
+            assert want.abs().max() > 0 and torch.equal(child.eval()(x.to(dtype)), want)
+
+
+# -- mutations: each must be stopped by a check -------------------------------------------------------------------
+
+
+def _later(tensor: Tensor) -> Tensor:
+    return tensor.roll(1, 0)
+
+
+MUTATIONS: dict[str, Any] = {
+    "split times 1.01": ("3.weight", lambda t: t * 1.01),
+    "rolled statistics": ("1.running_var", _later),
+    "rolled scale": ("1.weight", _later),
+    "rows swapped": ("0.weight", _later),
+    "bias dropped": ("0.bias", torch.zeros_like),
+    "columns not split": ("3.weight", lambda t: t * 2),
+    "one wrong entry": ("3.weight", lambda t: t + 1e-4 * (torch.arange(t.numel()) == 5).view(t.shape)),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutated_weights_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gigamorph.engine.morph import widen as module
+
+    model = randomize(small())
+    target, mutate = MUTATIONS[name]
+    original = module.grow_tensor
+
+    def wrong(key: str, tensor: Tensor, *rest: Any) -> Any:
+        grown, certificate = original(key, tensor, *rest)
+        return (mutate(grown) if key == target else grown), certificate
+
+    monkeypatch.setattr(module, "grow_tensor", wrong)
+    with pytest.raises(MorphError, match="differs"):
+        widen(model, X, {"0.weight:0": [2, 1, 3, 1]})
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "add", "grouped", "response_norm", "chunk"])
+def test_a_discovery_that_unites_and_freezes_nothing_is_never_believed(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gigamorph.engine.morph.atoms import Atoms
+
+    monkeypatch.setattr(Atoms, "unite", lambda *_: None)
+    monkeypatch.setattr(Atoms, "freeze", lambda *_: None)
+    refused = 0
+    for seed in range(6):
+        lines = (("conv1", 0, seed), ("conv3", 1, 2), (kind, 1, 2), (kind, 2, 1))
+        model = Program(lines, "gap", seed).build().double()
+        try:
+            child, _ = widen(model, X.double(), draw_counts(model, seed))
+        except MorphError as error:
+            assert "differs" not in str(error)
+            refused += 1
+            continue
+        assert compare(model, child, X).float64 < 1e-10
+    assert refused
