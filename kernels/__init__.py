@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
+from .choice import current_mode
+
 
 def enabled(device: torch.device) -> bool:
     """Whether the engine gives work on a device to this package.
@@ -13,8 +15,5 @@ def enabled(device: torch.device) -> bool:
     On a CUDA GPU with Triton, unless GIGAMORPH_KERNELS or `choice.override` says "stock"; elsewhere only where they
     say "triton" (Triton's interpreter: slow, for tests).
     """
-    if find_spec("triton") is None:
-        return False
-    from .choice import current_mode  # needs Triton
-
-    return current_mode() == "triton" or (device.type == "cuda" and current_mode() != "stock")
+    mode = current_mode()
+    return (mode == "triton" or (device.type == "cuda" and mode != "stock")) and find_spec("triton") is not None

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
@@ -202,6 +201,8 @@ def table() -> list[Choice]:
 
 def cache_file(gpu: str) -> Path:
     """Where the times of a GPU are kept: a file for each combination of GPU, versions and kernel sources."""
+    import triton  # here, because whoever only asks for the mode (a CPU run) need not load it
+
     base = os.environ.get("GIGAMORPH_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parts = [
         gpu, f"torch{torch.__version__}", f"triton{triton.__version__}", f"cudnn{torch.backends.cudnn.version()}",

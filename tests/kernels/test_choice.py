@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch._subclasses import FakeTensorMode
 
 from gigamorph.kernels import choice
@@ -120,7 +121,7 @@ def test_another_gpu_or_version_is_another_file(gpu, monkeypatch):
     assert gpu.file.parent == first.parent != gpu.file
     gpu.restart()
     assert gpu.choose(stock=1.0, triton=2.0) == "stock"
-    for module, name in ((torch, "__version__"), (choice.triton, "__version__")):
+    for module, name in ((torch, "__version__"), (triton, "__version__")):
         with monkeypatch.context() as patch:
             before = gpu.file
             patch.setattr(module, name, "99.0")
