@@ -233,7 +233,7 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     """Keep `path` equal to the stack of modules whose forward is running."""
     names = {id(module): name for name, module in model.named_modules()}
 
@@ -255,14 +255,11 @@ def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refuse_custom_functions(recorder: _Recorder) -> Iterator[None]:
-    """A custom autograd.Function would be recorded by its forward alone and lose its own backward."""
+def refuse_custom_functions(refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """Custom autograd.Functions do not pass through a function mode: calling one raises `refusal(its name)`."""
 
     def apply(cls: type, *_args: Any, **_kwargs: Any) -> Any:
-        raise UnsupportedError(
-            f"{recorder.where()} calls the custom autograd.Function '{cls.__name__}', whose backward cannot be "
-            "recorded; use the plain PyTorch form of it"
-        )
+        raise refusal(cls.__name__)
 
     original = torch.autograd.Function.__dict__.get("apply")
     torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
@@ -300,7 +297,14 @@ def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device
     with torch.no_grad(), fake, enable_python_dispatcher():
         image = torch.empty(shape, dtype=dtype, device=device)
         recorder.program.image = recorder.new_value(image)
-        with _module_paths(model, recorder.path), _refuse_custom_functions(recorder), recorder:
+        # One would be recorded by its forward alone and lose its own backward.
+        custom = refuse_custom_functions(
+            lambda name: UnsupportedError(
+                f"{recorder.where()} calls the custom autograd.Function '{name}', whose backward cannot be "
+                "recorded; use the plain PyTorch form of it"
+            )
+        )
+        with module_paths(model, recorder.path), custom, recorder:
             try:
                 result = model.forward(image)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:

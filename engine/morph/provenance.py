@@ -8,8 +8,7 @@ parent's?). Data movement needs no meaning: the very op is run on the labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..errors import MorphError
-from ..trace import _module_paths
+from ..trace import module_paths, refuse_custom_functions
 from . import families
 from .families import op_name, reads_no_values
 from .lookup import Table
@@ -459,32 +458,18 @@ class Tracer(TorchFunctionMode):
         training = {m: m.training for m in self.model.modules()}
         self.model.eval()
         try:
-            with torch.no_grad(), _module_paths(self.model, self.path), _barriers(self), self:
+            # The outputs of one would look like constants.
+            custom = refuse_custom_functions(
+                lambda name: MorphError(
+                    f"{self.where()} calls the custom autograd.Function '{name}', which cannot be "
+                    "followed; use the plain PyTorch form of it"
+                )
+            )
+            with torch.no_grad(), module_paths(self.model, self.path), custom, self:
                 return self.model(*inputs)
         finally:
             for m, t in training.items():
                 m.training = t
-
-
-@contextmanager
-def _barriers(tracer: Tracer) -> Iterator[None]:
-    """A custom autograd.Function does not pass through the mode: its outputs would look like constants."""
-
-    def apply(cls: type, *_args: Any, **_kwargs: Any) -> Any:
-        raise MorphError(
-            f"{tracer.where()} calls the custom autograd.Function '{cls.__name__}', which cannot be "
-            "followed; use the plain PyTorch form of it"
-        )
-
-    original = torch.autograd.Function.__dict__.get("apply")
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        if original is None:
-            del torch.autograd.Function.apply
-        else:
-            torch.autograd.Function.apply = original
 
 
 _NORM_ARGUMENTS = {
