@@ -104,13 +104,12 @@ def conv2d_forward(
     window with a carry is then put together in place.
     """
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
-    whole, z = _outputs(x, weight, stride, padding, dilation, keep_z, margin)
-    y = whole[:, :, margin[0] :, margin[1] :]
 
     def ours() -> tuple[Tensor, Tensor]:
+        whole, z = _outputs(x, weight, stride, padding, dilation, keep_z, margin)
         run = depthwise.forward if _depthwise(weight, groups) else partial(dense_forward.launch, groups=groups)
         run(
-            x, weight, y, tuple(stride), padding, tuple(dilation), act=act, scale=scale, shift=shift,
+            x, weight, _inside(whole, margin), tuple(stride), padding, tuple(dilation), act=act, scale=scale, shift=shift,
             residual=residual, z=z if keep_z else None,
         )  # fmt: skip
         return whole, z
@@ -119,7 +118,8 @@ def conv2d_forward(
         made, z = forward_stock(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z)
         if not any(margin):
             return made, z
-        y.copy_(made)
+        whole, _ = _outputs(x, weight, stride, padding, dilation, False, margin)
+        _inside(whole, margin).copy_(made)
         return whole, z
 
     given = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
@@ -134,6 +134,10 @@ def _outputs(
     n, k, h, w = _output_shape(x, weight, stride, padding, dilation)
     z = empty_map(n, k, h, w, x) if keep_z else x.new_empty(0)
     return empty_map(n, k, h + margin[0], w + margin[1], x), z
+
+
+def _inside(whole: Tensor, margin: Sequence[int]) -> Tensor:
+    return whole[:, :, margin[0] :, margin[1] :]
 
 
 @conv2d_forward.register_fake
