@@ -109,8 +109,8 @@ def conv2d_forward(
         whole, z = _outputs(x, weight, stride, padding, dilation, keep_z, margin)
         run = depthwise.forward if _depthwise(weight, groups) else partial(dense_forward.launch, groups=groups)
         run(
-            x, weight, _inside(whole, margin), tuple(stride), padding, tuple(dilation), act=act, scale=scale, shift=shift,
-            residual=residual, z=z if keep_z else None,
+            x, weight, _inside(whole, margin), tuple(stride), padding, tuple(dilation), act=act, scale=scale,
+            shift=shift, residual=residual, z=z if keep_z else None,
         )  # fmt: skip
         return whole, z
 
