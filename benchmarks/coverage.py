@@ -84,7 +84,7 @@ def check(name: str) -> dict[str, Any]:
     from exactness import compare, randomize
 
     from gigamorph.engine import GigamorphError
-    from gigamorph.engine.graph import build_graph
+    from gigamorph.engine.graph import build_network
     from gigamorph.engine.trace import capture
 
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def check(name: str) -> dict[str, Any]:
     report: dict[str, Any] = {"network": name, "size": size, "tile": TILE}
     image = torch.randn(1, 3, *size, dtype=torch.float64)
     try:
-        build_graph(capture(model, tuple(image.shape), image.dtype, "cpu"))
+        build_network(capture(model, tuple(image.shape), image.dtype, "cpu"))
     except GigamorphError as refusal:
         return report | {"verdict": "refused", "message": str(refusal), "seconds": time.perf_counter() - began}
     found = compare(model, image, tile=TILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,58 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import kernels
 from .backend import prepare
 from .errors import GigamorphError
-from .graph import Graph, Small, build_graph
+from .graph import Graph, build_network
 from .memory import parse_bytes
 from .ops import Reduction
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, choose
-from .scan import Autocast, Scan, TileEvent, cast_dtype
+from .scan import Autocast, TileEvent
+from .steps import Forward, ImageTensor, Prepared
 from .sweep import Sweep
-from .trace import Op, bind, capture
+from .trace import Program, capture
 
 _REMEMBERED = 16  # image sizes whose program and plan are kept
-
-
-class _TensorPixels:
-    """A tensor as a batch of pixels."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-        self.shape = tensor.shape
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        return self.tensor[:, :, top:bottom, left:right]
-
-
-class _ScanFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scan: Scan, image: Tensor | None, *smalls: Tensor):
-        ctx.scan = scan
-        ctx.image = None if image is None else (image.shape, image.dtype, image.device)
-        ctx.save_for_backward(*smalls, *([] if image is None else [image]))
-        ctx.set_materialize_grads(False)
-        return scan.forward(smalls, ctx.needs_input_grad[2:], ctx.needs_input_grad[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None):
-        image_grad = None
-        if ctx.image is not None and ctx.needs_input_grad[1]:
-            shape, dtype, device = ctx.image
-            image_grad = torch.zeros(shape, dtype=dtype, device=device)
-        smalls = ctx.saved_tensors  # raises if one of them or the image was changed in place since the forward
-        sums = ctx.scan.backward(grads, image_grad)
-        results = []
-        for value, small, wanted in zip(ctx.scan.sweep.graph.smalls, smalls, ctx.needs_input_grad[2:], strict=False):
-            total = sums.pop(value, None) if wanted else None
-            results.append(torch.zeros_like(small) if wanted and total is None else total)
-        return None, image_grad, *results
 
 
 class Accelerated(nn.Module):
@@ -83,7 +46,7 @@ class Accelerated(nn.Module):
         self.__dict__["_network"] = model
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
         self.on_tile: Callable[[TileEvent], None] | None = None
-        self._programs: OrderedDict[Any, tuple[Graph, Sweep, Plan]] = OrderedDict()
+        self._programs: OrderedDict[Any, Prepared] = OrderedDict()
         self.train(model.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -121,15 +84,15 @@ class Accelerated(nn.Module):
     def plan_for(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = None) -> Plan:
         """The plan that an image batch of this shape (N, C, H, W) will run with."""
         device = torch.device(device) if device is not None else self._device()
-        graph = self._program(tuple(shape), dtype, device, torch.is_grad_enabled(), False)[0]
-        return choose(graph, self.memory_budget, self.tile, torch.is_grad_enabled(), self.carries)
+        network = self._program(tuple(shape), dtype, device, torch.is_grad_enabled(), False).network
+        return choose(network, self.memory_budget, self.tile, torch.is_grad_enabled(), self.carries)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _program(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, image_grad: bool
-    ) -> tuple[Graph, Sweep, Plan]:
+    ) -> Prepared:
         modes = tuple((id(m), m.training) for m in self._network.modules())
         wants = tuple(p.requires_grad for p in self.parameters())
         settings = (self.tile, self.memory_budget, self.carries)
@@ -138,12 +101,12 @@ class Accelerated(nn.Module):
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
-        graph = build_graph(capture(self._network, shape, dtype, device))
-        prepare(graph, training, image_grad)
+        network = build_network(capture(self._network, shape, dtype, device))
+        prepare(network, training, image_grad)
         counted = self.memory_budget is not None
-        plan = choose(graph, self.memory_budget, self.tile, training, self.carries, image_grad, counted)
-        sweep = Sweep(graph, plan.tile)
-        self._programs[key] = graph, sweep, plan
+        plan = choose(network, self.memory_budget, self.tile, training, self.carries, image_grad, counted)
+        sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
+        self._programs[key] = Prepared(network, sweeps, plan)
         if len(self._programs) > _REMEMBERED:
             self._programs.popitem(last=False)
         return self._programs[key]
@@ -163,42 +126,27 @@ class Accelerated(nn.Module):
             return tree_map(lambda *parts: torch.cat(parts), *outputs)
         return self._step(as_batch(x))
 
-    def _open(self, x: Tensor | PixelBatch) -> tuple[Tensor | None, Scan, dict[int, Tensor], list[Tensor]]:
-        """The scan of an image batch with its smalls computed: (image if a tensor, scan, environment, smalls)."""
+    def _open(self, x: Tensor | PixelBatch) -> Forward:
+        """The forward of an image batch, nothing of it computed yet."""
         if isinstance(x, Tensor):
             if x.dim() != 4 or not x.is_floating_point():
                 raise GigamorphError(
                     f"the image batch must be a float tensor (N, C, H, W), not {x.dtype} of shape {tuple(x.shape)}"
                 )
-            pixels, image, dtype, device = _TensorPixels(x), x, x.dtype, self._device()
+            pixels, image, dtype, device = ImageTensor(x), x, x.dtype, self._device()
         else:
             parameter = next(self.parameters(), torch.empty(0))
             pixels, image, dtype, device = x, None, parameter.dtype, parameter.device
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
         training = torch.is_grad_enabled() and (image_grad or any(p.requires_grad for p in self.parameters()))
-        graph, sweep, plan = self._program(tuple(pixels.shape), dtype, device, training, image_grad)
-        scan = Scan(sweep, pixels, device, dtype, plan.carries, plan.retained, self.on_tile)
-        env = self._bind_state(graph)
-        _run(graph, graph.prelude, env, device)
-        smalls = [env[v].to(cast_dtype(graph, v, env[v].dtype, scan.autocast)) for v in graph.smalls]
-        return image, scan, env, smalls
-
-    def _finish(self, scan: Scan, env: dict[int, Tensor], results: Sequence[Tensor]) -> Any:
-        """The network's output from the results of its sweep."""
-        graph = scan.sweep.graph
-        for reduction, value in zip(graph.reductions, results, strict=False):
-            env[reduction.op.outputs[0]] = value
-        env.update(zip(graph.stored, results[len(graph.reductions) :], strict=True))
-        _run(graph, graph.tail, env, scan.device)
-        return bind(graph.program.output, env)
+        prepared = self._program(tuple(pixels.shape), dtype, device, training, image_grad)
+        state = self._bind_state(prepared.network.program)
+        return Forward(prepared, image, pixels, device, dtype, state, self.on_tile)
 
     def _step(self, x: Tensor | PixelBatch) -> Any:
-        image, scan, env, smalls = self._open(x)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*smalls, *([] if image is None else [image]))):
-            results = _ScanFunction.apply(scan, image, *smalls)
-        else:
-            results = scan.forward(smalls)
-        return self._finish(scan, env, results)
+        forward = self._open(x)
+        forward.run()
+        return forward.output()
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.
@@ -217,34 +165,41 @@ class Accelerated(nn.Module):
             GigamorphError: if the network has no global pooling.
         """
         with torch.no_grad():
-            _, scan, env, smalls = self._open(as_batch(x))
-            graph = scan.sweep.graph
-            if not graph.reductions:
+            forward = self._open(as_batch(x))
+            steps = forward.prepared.network.steps
+            pooling = [n for n, step in enumerate(steps) if isinstance(step, Graph) and step.reductions]
+            if not pooling:
                 raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
-            results = scan.forward(smalls)
+            forward.run(0, pooling[-1])
+            scan, _, smalls = forward.scan(pooling[-1])
+            graph, results = scan.sweep.graph, scan.forward(smalls)
+            pooled = {r.outputs[0]: r for r in graph.reductions if r.kind != "moments"}
             with torch.enable_grad():
                 leaves = [r.detach().requires_grad_() for r in results]
-                scores = next(t for t in tree_leaves(self._finish(scan, env, leaves)) if isinstance(t, Tensor))
+                forward.env.update(zip(graph.results, leaves, strict=True))
+                forward.run(pooling[-1] + 1)
+                scores = next(t for t in tree_leaves(forward.output()) if isinstance(t, Tensor))
                 scores = scores.reshape(scores.shape[0], -1)
                 if not -scores.shape[1] <= output < scores.shape[1]:
                     raise GigamorphError(f"output {output} does not exist; the network has {scores.shape[1]}")
                 grads = torch.autograd.grad(scores[:, output].sum(), leaves, allow_unused=True)
             size = graph.maps.size(graph.reductions[-1].value)
             total = torch.zeros(scores.shape[0], *size, device=scan.device)
-            for reduction, grad in zip(graph.reductions, grads, strict=False):
-                if grad is not None and graph.maps.size(reduction.value) == size:
+            for value, grad in zip(graph.results, grads, strict=True):
+                reduction = pooled.get(value)
+                if reduction is not None and grad is not None and graph.maps.size(reduction.value) == size:
                     tap = _evidence_tap(total, reduction, grad, graph.maps.axes[reduction.value])
                     taps = scan.taps.setdefault(reduction.value, [])
                     taps.append(tap)
             scan.forward(smalls)
         return total
 
-    def _bind_state(self, graph: Graph) -> dict[int, Tensor]:
+    def _bind_state(self, program: Program) -> dict[int, Tensor]:
         """The parameters, buffers and constants of the program as they are now."""
         state = dict(self._network.named_buffers(remove_duplicate=False))
         state.update(self._network.named_parameters(remove_duplicate=False))
         env = {}
-        for number, value in enumerate(graph.program.values):
+        for number, value in enumerate(program.values):
             if value.name is not None:
                 env[number] = state[value.name]
             elif value.constant is not None:
@@ -262,31 +217,6 @@ def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple
         total[:, rect[0] : rect[1], rect[2] : rect[3]] += share
 
     return add
-
-
-def _run(graph: Graph, ops: Sequence[Op | Small], env: dict[int, Tensor], device: torch.device) -> None:
-    """Run small ops in program order with ordinary autograd."""
-    values = graph.program.values
-    for op in ops:
-        if isinstance(op, Small):
-            env.update(zip(op.outputs, op.run(env), strict=True))
-            continue
-        # A map that is only asked for its dtype and device is stood in for by an empty tensor.
-        maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in graph.maps.inputs(op) if v not in env}
-        scope = {**{v: env[v] for v in op.inputs if v in env}, **maps}
-        with _autocast(op, device):
-            result = op.func(*bind(op.args, scope), **bind(op.kwargs, scope))
-        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        # Calls that return nothing (an assignment to a slice) give a new value to the tensor they wrote to.
-        if len(tensors) < len(op.outputs):
-            tensors += [scope[v] for v in op.mutated][: len(op.outputs) - len(tensors)]
-        env.update(zip(op.outputs, tensors, strict=False))
-
-
-def _autocast(op: Op, device: torch.device):
-    if op.autocast is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=op.autocast[1], enabled=op.autocast[0])
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -17,23 +17,23 @@ from .carries import Rect
 
 
 class ReadAhead:
-    """Reads the rectangles of one tile after the other. Call it with a rectangle for its pixels.
+    """Reads the rectangles of one tile after the other. Call it with a source and a rectangle for its pixels.
 
     Args:
-        fetch: reads a rectangle and returns its pixels where they are.
+        fetch: reads a rectangle of a source and returns its pixels where they are.
         convert: moves them to the device, dtype and memory order they are computed in.
         device: that device.
-        tiles: the rectangles of each tile, in the order in which tiles are computed.
+        tiles: the sources and rectangles of each tile, in the order in which tiles are computed.
     """
 
     def __init__(
-        self, fetch: Callable[[Rect], Tensor], convert: Callable[[Tensor], Tensor], device: torch.device,
-        tiles: Iterable[list[Rect]],
+        self, fetch: Callable[[int, Rect], Tensor], convert: Callable[[int, Tensor], Tensor], device: torch.device,
+        tiles: Iterable[list[tuple[int, Rect]]],
     ):  # fmt: skip
         self.fetch, self.convert, self.tiles = fetch, convert, iter(tiles)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "gigamorph-pixels")
-        self.now: dict[Rect, Future[tuple[Tensor, Any]]] = {}
+        self.now: dict[tuple[int, Rect], Future[tuple[Tensor, Any]]] = {}
         self.next = self._begin()
 
     def __enter__(self) -> ReadAhead:
@@ -46,22 +46,22 @@ class ReadAhead:
         """The next tile begins: the one after it is read from now on."""
         self.now, self.next = self.next, self._begin()
 
-    def __call__(self, rect: Rect) -> Tensor:
+    def __call__(self, source: int, rect: Rect) -> Tensor:
         """The pixels of a rectangle of the tile that has begun; reading errors are raised here."""
-        pixels, uploaded = self.now.pop(rect).result()
+        pixels, uploaded = self.now.pop((source, rect)).result()
         if uploaded is not None:
             stream = torch.cuda.current_stream(pixels.device)
             stream.wait_event(uploaded)
             pixels.record_stream(stream)
         return pixels
 
-    def _begin(self) -> dict[Rect, Future[tuple[Tensor, Any]]]:
-        return {rect: self.thread.submit(self._read, rect) for rect in next(self.tiles, [])}
+    def _begin(self) -> dict[tuple[int, Rect], Future[tuple[Tensor, Any]]]:
+        return {(source, rect): self.thread.submit(self._read, source, rect) for source, rect in next(self.tiles, [])}
 
-    def _read(self, rect: Rect) -> tuple[Tensor, Any]:
-        pixels = self.fetch(rect)
+    def _read(self, source: int, rect: Rect) -> tuple[Tensor, Any]:
+        pixels = self.fetch(source, rect)
         if self.stream is None:
-            return self.convert(pixels), None
+            return self.convert(source, pixels), None
         with torch.cuda.stream(self.stream):
-            pixels = self.convert(pixels if pixels.is_cuda else pixels.pin_memory())
+            pixels = self.convert(source, pixels if pixels.is_cuda else pixels.pin_memory())
             return pixels, self.stream.record_event()

@@ -22,30 +22,31 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .graph import Graph, Small, private_maps, readers_of, small_inputs
-from .ops import Block, Env, Local
+from .graph import Graph, Network, private_maps, readers_of, small_inputs
+from .ops import Block, Env, Local, Small
 from .ops.base import Run, arguments
 from .trace import Op, Ref, Value
 
-_MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear"})
+_MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear", "normalize", "scale_shift"})
 
 
 def _plain(name: str) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def prepare(graph: Graph, training: bool, image_grad: bool = False) -> None:
-    """All rewrites that do not depend on the tile, for the device that the graph was recorded for.
+def prepare(network: Network, training: bool, image_grad: bool = False) -> None:
+    """All rewrites that do not depend on the tile, for the device that the network was recorded for.
 
     Args:
         training: whether there will be a backward.
         image_grad: whether the image will want a gradient.
     """
-    fold_batch_norm(graph)
-    if kernels.enabled(graph.program.values[graph.image].device):
-        from .fused import fuse  # needs Triton
+    for graph in network.sweeps:
+        fold_batch_norm(graph)
+        if kernels.enabled(graph.program.values[graph.image].device):
+            from .fused import fuse  # needs Triton
 
-        fuse(graph, training, image_grad)
+            fuse(graph, training, image_grad)
 
 
 def fold_batch_norm(graph: Graph) -> None:
@@ -109,7 +110,6 @@ def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None
         outputs=norm.op.outputs,
     )
     again = graph.apply_rule(op)
-    assert isinstance(again, Local)
     conv.op, conv.run, conv.axes, conv.reads = op, again.run, again.axes, again.reads
 
 

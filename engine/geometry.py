@@ -216,22 +216,23 @@ class AxisSchedule:
 
 def schedule_axis(
     tile: int,
-    source: int,
     size: int,
+    sources: Mapping[int, int],
     reads: Iterable[tuple[Sequence[int], Sequence[tuple[int, Access]]]],
 ) -> AxisSchedule:
     """Run the frontier rule over a program for one axis.
 
     Args:
-        tile: number of image indices in a step.
-        source: value number of the image.
-        size: size of the image along this axis.
+        tile: number of indices in a step, of an axis of `size`.
+        size: the axis that is cut into tiles.
+        sources: the values that are there from the beginning, and their sizes; each is cut in the same proportions.
         reads: for every local op in order: its output values and (input value, access) pairs.
     """
     steps = max(1, -(-size // tile))
-    frontier: dict[int, list[int]] = {source: [min(size, (i + 1) * tile) for i in range(steps)]}
-    sizes: dict[int, int] = {source: size}
-    consumers: dict[int, list[tuple[int, Access]]] = {source: []}
+    ends = [min(size, (i + 1) * tile) for i in range(steps)]
+    frontier = {value: [-(-end * own // size) for end in ends] for value, own in sources.items()}
+    sizes = dict(sources)
+    consumers: dict[int, list[tuple[int, Access]]] = {value: [] for value in sources}
     for outputs, inputs in reads:
         for out in outputs:
             sizes[out] = inputs[0][1].size_out

@@ -1,76 +1,116 @@
-"""The recorded program sorted into what runs once before the sweep, in the sweep over tiles, and once after it.
+"""The recorded program sorted into steps: computations on smalls, and sweeps over the image.
 
-    prelude:  small ops on parameters and constants (weight standardisation, layer scales, stochastic depth's bits)
-    sweep:    local ops on maps, block by block; reductions over the image; maps that must exist whole ("stored")
-    tail:     everything behind the reductions and stored maps: ordinary PyTorch
+A value is a *map* (it has the image axes) or a *small*. Its *level* counts the reductions over the image that it waits
+for, one behind the other: the image and the parameters have level 0, what is reduced from a map of level n has n + 1.
 
-Prelude and tail are ordinary autograd. A local op that needs a small from behind a reduction would start a second
-sweep; that is refused here.
+    level 0      level 1            level 1            level 2        level 2
+    image  ->  sweep: conv  ->  statistics of it  ->  sweep: norm, ... -> pooled  ->  classifier
+
+Everything of one level is computed in one pass over the tiles (`Graph`, a sweep). Its *sources* are the image and maps
+that an earlier sweep has stored; what a later sweep will read is stored, or (`split`'s choice) computed again from
+its own sources. Between sweeps smalls are computed by ordinary PyTorch, so autograd joins the sweeps: for it each is
+one function of its sources and smalls. A network whose only reduction is the last pooling is one sweep of the image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .ops import Env, Local, Maps, Reduction, Refusal, Whole, find_rule
+from .ops import Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
 from .trace import Op, Program, refs
 
 # Calls that read a map only for its dtype and device.
 _LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
 
 
-@dataclass(slots=True)
-class Small:
-    """A computation on smalls that is not a recorded call; it runs once per step, before the sweep.
-
-    `run` gets the tensors of `inputs` by value number and returns those of `outputs`.
-    """
-
-    run: Callable[[Env], tuple[Tensor, ...]]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
 @dataclass
 class Graph:
-    """A program sorted into prelude, one sweep, and tail. All lists are in program order."""
+    """One sweep: local ops from its sources to reductions and stored maps, all in program order.
+
+    Attributes:
+        sources: maps that are there before the sweep: the image, or maps that earlier sweeps stored.
+        prelude: computations on smalls that a rewrite (`backend.py`) adds; they run once, right before the sweep.
+        stored: maps that the sweep writes whole.
+        smalls: what the sweep takes besides its sources.
+    """
 
     program: Program
     maps: Maps
-    prelude: list[Op | Small] = field(default_factory=list)
+    sources: list[int]
+    prelude: list[Small] = field(default_factory=list)
     locals: list[Local] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
-    tail: list[Op] = field(default_factory=list)
-    smalls: list[int] = field(default_factory=list)  # what the sweep takes besides the image
+    smalls: list[int] = field(default_factory=list)
 
     @property
     def image(self) -> int:
         """The value number of the image."""
         return self.program.image
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width that are cut into tiles: those of the largest source."""
+        sizes = [self.maps.size(v) for v in self.sources]
+        return max(h for h, _ in sizes), max(w for _, w in sizes)
+
+    @property
+    def results(self) -> list[int]:
+        """The values that the sweep gives: those of its reductions, then the stored maps."""
+        return [v for r in self.reductions for v in r.outputs] + self.stored
+
+    def apply_rule(self, op: Op) -> Local:
+        """The local op that a rewritten convolution is."""
+        made = apply_rule(op, self.maps)
+        assert isinstance(made, Local)
+        return made
+
+
+@dataclass
+class Network:
+    """A program as a list of steps; each step's values are there before the next begins."""
+
+    program: Program
+    maps: Maps
+    steps: list[Op | Small | Graph]
+
+    @property
+    def sweeps(self) -> list[Graph]:
+        return [step for step in self.steps if isinstance(step, Graph)]
+
     def trainable(self) -> set[int]:
-        """The smalls that a gradient is wanted for: parameters, and what the prelude makes of them."""
+        """The values that a gradient flows through: parameters, and what is made of them. Not the image's."""
         values = self.program.values
         found = {number for number, value in enumerate(values) if value.trainable}
-        for op in self.prelude:
-            if found & set(op.inputs):
-                found.update(v for v in op.outputs if values[v].dtype.is_floating_point)
+
+        def follow(inputs: Iterable[int], outputs: Iterable[int]) -> None:
+            if not found.isdisjoint(inputs):
+                found.update(v for v in outputs if values[v].dtype.is_floating_point)
+
+        for step in self.steps:
+            if not isinstance(step, Graph):
+                follow(step.inputs, step.outputs)
+                continue
+            for part in (*step.prelude, *(local.op for local in step.locals)):
+                follow(part.inputs, part.outputs)
+            for reduction in step.reductions:
+                follow([reduction.value], reduction.outputs)
         return found
 
-    def apply_rule(self, op: Op) -> Local | Reduction | Whole:
-        """What the rule of an op says; its refusal becomes an error that names the module."""
-        rule = find_rule(op.name)
-        if rule is None:
-            raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
-        try:
-            return rule(op, self.maps)
-        except Refusal as reason:
-            raise _refuse(op, str(reason)) from None
+
+def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
+    """What the rule of an op says; its refusal becomes an error that names the module."""
+    rule = find_rule(op.name)
+    if rule is None:
+        raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
+    try:
+        return rule(op, maps)
+    except Refusal as reason:
+        raise _refuse(op, str(reason)) from None
 
 
 def readers_of(graph: Graph) -> dict[int, list[Local]]:
@@ -98,7 +138,7 @@ def small_inputs(graph: Graph) -> list[int]:
     return list(found)
 
 
-def _live_ops(program: Program) -> list[Op]:
+def live_ops(program: Program) -> list[Op]:
     """Ops that the output or a buffer depends on; unused branches (auxiliary heads) are dropped."""
     wanted = set(refs(program.output))
     live: list[Op] = []
@@ -121,76 +161,137 @@ def _refuse(op: Op, reason: str) -> UnsupportedError:
     return UnsupportedError(f"{where}: {reason}")
 
 
-def _refuse_feedback(op: Op) -> UnsupportedError:
-    return _refuse(
-        op,
-        f"'{op.name}' needs a result over the whole image in the middle of the network (squeeze-and-excite or the "
-        "like), which is not possible yet; use a network whose only such step is the last pooling",
-    )
-
-
-def build_graph(program: Program) -> Graph:
-    """Sort a recorded program.
+def sort(program: Program) -> tuple[Maps, list[Node | Op]]:
+    """The nodes that the recorded ops become, in program order; ops on smalls stay as they are.
 
     Raises:
-        UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly in one sweep.
+        UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
     """
     maps = Maps(program, {program.image: (2, 3)})
-    graph = Graph(program, maps)
-    late: set[int] = set()  # smalls from behind the sweep
-    used: dict[int, None] = {}
-    stored: dict[int, None] = {}
-    for op in _live_ops(program):
-        map_inputs = [] if op.name in _LIKE_MAP else maps.inputs(op)
-        if not map_inputs:
-            if late & set(op.inputs):
-                late.update(op.outputs)
-                graph.tail.append(op)
-            else:
-                graph.prelude.append(op)
+    nodes: list[Node | Op] = []
+    for op in live_ops(program):
+        if op.name in _LIKE_MAP or not maps.inputs(op):
+            nodes.append(op)
             continue
         if op.autocast is not None:
             raise _refuse(op, f"'{op.name}' runs in an autocast region of its own; put autocast around the whole model")
-        if any(program.values[v].name for v in op.mutated):
+        made = apply_rule(op, maps)
+        if any(program.values[v].name for v in op.mutated) and not isinstance(made, list):
             raise _refuse(op, f"'{op.name}' writes the image's values into a parameter or buffer")
-        try:
-            kind = graph.apply_rule(op)
-        except UnsupportedError:
-            if late & set(op.inputs):
-                raise _refuse_feedback(op) from None
-            raise
-        if isinstance(kind, Local):
-            if late & set(op.inputs):
-                raise _refuse_feedback(op)
-            if kind.once is not None:
-                kind.drawn = len(program.values)
-                program.values.append(program.values[op.inputs[0]])
-                graph.prelude.append(_draw(program, kind.once, op.inputs[0], kind.drawn))
-                used[kind.drawn] = None
-            used.update(dict.fromkeys(v for v in op.inputs if v not in maps))
-            for output, axes in zip(op.outputs, kind.axes, strict=True):
-                maps.axes[output] = axes
-            graph.locals.append(kind)
-        elif isinstance(kind, Reduction):
-            graph.reductions.append(kind)
-            late.update(op.outputs)
-        else:
-            assert isinstance(kind, Whole)
-            stored.update(dict.fromkeys(map_inputs))
-            late.update(op.outputs)
-            graph.tail.append(op)
-    stored.update(dict.fromkeys(v for v in refs(program.output) if v in maps))
-    graph.stored = list(stored)
-    graph.smalls = list(used)
-    if not graph.reductions and not graph.stored:
+        for node in made if isinstance(made, list) else [made]:
+            if isinstance(node, Local):
+                if node.once is not None:
+                    node.drawn = maps.new_value(like=op.inputs[0])
+                    nodes.append(_draw(program, node.once, op.inputs[0], node.drawn))
+                maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
+            nodes.append(node)
+    return maps, nodes
+
+
+def _reads(node: Node | Op, maps: Maps) -> list[int]:
+    """The values that a node waits for."""
+    if isinstance(node, Reduction):
+        return [node.value]
+    if isinstance(node, Local):
+        return [*node.op.inputs, *([] if node.drawn is None else [node.drawn])]
+    if isinstance(node, Whole):
+        return list(node.op.inputs)
+    return [v for v in node.inputs if v not in maps]
+
+
+def _makes(node: Node | Op) -> Sequence[int]:
+    return node.op.outputs if isinstance(node, (Local, Whole)) else node.outputs
+
+
+def levels(maps: Maps, nodes: Sequence[Node | Op]) -> dict[int, int]:
+    """The level of every value that is not a parameter or constant (those have level 0)."""
+    level = {maps.program.image: 0}
+    for node in nodes:
+        waits = [level.get(v, 0) + (v in maps and isinstance(node, (Reduction, Whole))) for v in _reads(node, maps)]
+        level.update(dict.fromkeys(_makes(node), max(waits, default=0)))
+    return level
+
+
+def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
+    """Maps that must be stored: those that ops take in one piece, and the program's outputs."""
+    found = {v for node in nodes if isinstance(node, Whole) for v in maps.inputs(node.op)}
+    return found | {v for v in refs(maps.program.output) if v in maps}
+
+
+def crossing(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
+    """Maps that a later level reads, in program order: they are stored, or computed again there."""
+    level = levels(maps, nodes)
+    read_at: dict[int, int] = {}
+    for node in nodes:
+        if isinstance(node, Local):
+            for value in node.reads:
+                read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
+    made = [v for node in nodes if isinstance(node, Local) for v in node.op.outputs]
+    return [v for v in made if read_at.get(v, 0) > level[v]]
+
+
+def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int]) -> Network:
+    """The steps of a sorted program.
+
+    Args:
+        stored: which of the `crossing` maps are stored; the others are computed again by each sweep that reads them.
+    """
+    level = levels(maps, nodes)
+    whole = needed_whole(maps, nodes)
+    makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
+    kept = [v for v in (maps.program.image, *makers) if v in whole or v in stored]
+    reductions = [node for node in nodes if isinstance(node, Reduction)]
+    last = max([level[v] for v in level], default=0)
+    steps: list[Op | Small | Graph] = []
+    for now in range(last + 1):
+        for node in nodes:
+            if not isinstance(node, (Local, Reduction)) and level.get(next(iter(_makes(node)), -1), 0) == now:
+                steps.append(node.op if isinstance(node, Whole) else node)
+        here = [r for r in reductions if level[r.value] == now]
+        written = [v for v in kept if level[v] == now]
+        if here or written:
+            there = {maps.program.image, *(v for v in kept if level[v] < now)}
+            steps.append(_sweep(maps, nodes, makers, here, written, there))
+    network = Network(maps.program, maps, steps)
+    if not network.sweeps:
         raise UnsupportedError("the model's output does not depend on the image")
-    _check_written(graph)
+    _check_written(network)
+    return network
+
+
+def _sweep(
+    maps: Maps, nodes: Sequence[Node | Op], makers: dict[int, Local], reductions: list[Reduction], written: list[int],
+    there: set[int],
+) -> Graph:  # fmt: skip
+    """The local ops that reductions and stored maps need, back to maps that are there."""
+    wanted = [*(r.value for r in reductions), *written]
+    needed: set[int] = set()
+    sources: set[int] = set()
+    while wanted:
+        value = wanted.pop()
+        if value in there:
+            sources.add(value)
+        elif id(makers[value]) not in needed:
+            needed.add(id(makers[value]))
+            wanted.extend(makers[value].reads)
+    # Copies: a rewrite of one sweep's ops must not change those of another.
+    own = [replace(node) for node in nodes if isinstance(node, Local) and id(node) in needed]
+    graph = Graph(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
+    graph.smalls = small_inputs(graph)
     return graph
 
 
-def _check_written(graph: Graph) -> None:
-    """A tail or prelude op that writes in place into a value the sweep reads would change it under our hands."""
-    swept = set(graph.smalls)
-    for op in graph.tail:
-        if swept & set(op.mutated):
-            raise _refuse(op, f"'{op.name}' writes in place into a tensor that earlier layers read")
+def _check_written(network: Network) -> None:
+    """An op behind a sweep that writes in place into a value which the sweep reads would change it under our hands."""
+    swept: set[int] = set()
+    for step in network.steps:
+        if isinstance(step, Graph):
+            swept.update(step.smalls)
+        elif isinstance(step, Op) and swept & set(step.mutated):
+            raise _refuse(step, f"'{step.name}' writes in place into a tensor that earlier layers read")
+
+
+def build_network(program: Program) -> Network:
+    """The steps of a recorded program with every map stored that a later sweep reads."""
+    maps, nodes = sort(program)
+    return split(maps, nodes, crossing(maps, nodes))

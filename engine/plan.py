@@ -22,10 +22,11 @@ from torch import nn
 
 from .backend import prepare
 from .errors import BudgetError, GigamorphError
-from .graph import Graph, build_graph
+from .graph import Graph, Network, build_network
 from .memory import available_bytes, format_bytes, parse_bytes
 from .scan import Autocast, cast_dtype
 from .simulate import carry_shape, stock_peak, tile_peak
+from .stored import stored_peak
 from .sweep import Sweep
 from .trace import capture
 
@@ -41,6 +42,8 @@ _KERNEL_BYTES, _MOST_KERNELS = 90_000, 1024
 _HEAP_SHARE, _HEAP_SHARE_FEW_TILES, _FEW_TILES = 1.0, 0.35, 4
 _WEIGHT_COPIES, _MOST_WEIGHT_COPIES = 2, 78_000_000
 _SLACK_FILLED = 0.25
+# Sweeps whose tile is counted: the heaviest ones by their blocks.
+_COUNTED = 2
 # Share of the free memory that is taken where no budget is given.
 _FREE_SHARE = 0.8
 
@@ -63,6 +66,7 @@ class Plan:
         retained_bytes: graphs of retained tiles.
         stored_bytes: maps that exist whole, their gradients, and the ops behind them.
         library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
+        sides: the tile of each sweep, in pixels of its largest source.
         budget: the budget, or None.
         stock_bytes: the same step in stock PyTorch, or None where it was not asked for.
     """
@@ -80,6 +84,7 @@ class Plan:
     retained_bytes: int
     stored_bytes: int
     library_bytes: int
+    sides: tuple[tuple[int, int], ...]
     budget: int | None = None
     stock_bytes: int | None = None
 
@@ -131,57 +136,63 @@ def _nbytes(shape: Any, dtype: torch.dtype) -> int:
 class _Estimate:
     """The parts of a plan that do not depend on the tile, and plans for tiles."""
 
-    def __init__(self, graph: Graph, training: bool, image_grad: bool):
-        self.graph, self.training, self.image_grad = graph, training, image_grad
-        values = graph.program.values
-        autocast = Autocast.current(values[graph.image].device)
+    def __init__(self, network: Network, training: bool, image_grad: bool):
+        self.network, self.training = network, training
+        values, image = network.program.values, network.program.image
+        self.image = values[image]
+        self.wanted = network.trainable() | ({image} if image_grad else set())
+        autocast = Autocast.current(self.image.device)
+        smalls: dict[int, int] = {}
+        for graph in network.sweeps:
+            for v in graph.smalls:
+                smalls[v] = _nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast))
         named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
-        smalls = sum(_nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast)) for v in graph.smalls)
-        kernels = sum(
-            _nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast))
-            for v in graph.smalls
-            if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1
-        )
-        made = sum(_nbytes(values[v].shape, values[v].dtype) for v in graph.smalls if values[v].name is None)
+        kernels = sum(smalls[v] for v in smalls if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1)
+        made = sum(_nbytes(values[v].shape, values[v].dtype) for v in smalls if values[v].name is None)
         # parameters; made smalls (folded weights); copies of kernels in the maps' memory order; sums of gradients
-        self.gradient_bytes = smalls
-        self.parameter_bytes = sum(named.values()) + made + kernels + (smalls if training else 0)
-        whole = [values[v] for v in graph.stored] + [values[v] for op in graph.tail for v in op.outputs]
-        stored = sum(_nbytes(value.shape, value.dtype) for value in whole)
-        self.stored_bytes = stored * (2 if training else 1) if graph.stored else 0
+        self.gradient_bytes = sum(smalls.values())
+        self.parameter_bytes = sum(named.values()) + made + kernels + (self.gradient_bytes if training else 0)
+        self.stored_bytes = stored_peak(network, training, self.wanted)
         if image_grad:
-            image = values[graph.image]
-            self.stored_bytes += _nbytes(image.shape, image.dtype)
+            self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
 
     def plan(self, tile: tuple[int, int], carries: str, budget: int | None, count_tile: bool = True) -> Plan:
         """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out."""
-        graph = self.graph
-        sweep = Sweep(graph, tile)
-        kept, strip = carry_bytes(graph, sweep)
+        graphs = self.network.sweeps
+        sides = sweep_sides(self.network, tile)
+        sweeps = [Sweep(graph, side) for graph, side in zip(graphs, sides, strict=True)]
+        kept, strip = 0, 0
+        for sweep in sweeps:
+            entering, heaviest = carry_bytes(sweep.graph, sweep)
+            kept, strip = kept + entering, max(strip, heaviest if sweep.rows.steps > 1 else 0)
         peak = held = 0
         if count_tile:
-            peak, held = tile_peak(graph, sweep, self.training, self.image_grad)
+            for sweep in sorted(sweeps, key=_block_bytes)[-_COUNTED:]:
+                own, held = tile_peak(sweep.graph, sweep, self.training, self.wanted)
+                peak = max(peak, own)
         # In pass 2 two strips' gradients are in work, and one strip's carries where they are not on the device.
         strips = strip * ((2 if carries == "device" else 3) if self.training else 2)
-        kernels, slack = self._library(sweep, peak)
+        kernels, slack = self._library(sweeps, peak)
         plan = Plan(
-            image=tuple(graph.program.values[graph.image].shape),  # pyright: ignore[reportArgumentType]
+            image=tuple(self.image.shape),  # pyright: ignore[reportArgumentType]
             tile=tile,
-            tiles=(sweep.rows.steps, sweep.cols.steps),
+            tiles=(sweeps[0].rows.steps, sweeps[0].cols.steps),
             training=self.training,
             carries=carries,
             retained=0,
             parameter_bytes=self.parameter_bytes,
             carry_bytes=kept if self.training else 0,
-            strip_bytes=strips if sweep.rows.steps > 1 else 0,
+            strip_bytes=strips,
             tile_bytes=peak,
             retained_bytes=0,
             stored_bytes=self.stored_bytes,
             library_bytes=kernels + slack,
+            sides=tuple(sides),
             budget=budget,
         )
-        if budget is None or not held or plan.peak_bytes > budget:
+        if budget is None or not held or plan.peak_bytes > budget or len(sweeps) > 1:
             return plan
+        (sweep,) = sweeps
         # What is left of the budget keeps graphs of tiles; the first of them is the tile in work itself.
         left = budget - plan.peak_bytes
         graphs = min(left / (1 - _SLACK_FILLED), left + slack) // held
@@ -190,21 +201,62 @@ class _Estimate:
         filled = min(slack, int(_SLACK_FILLED * kept_graphs))
         return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=kernels + slack - filled)
 
-    def _library(self, sweep: Sweep, tile_bytes: int) -> tuple[int, int]:
+    def _library(self, sweeps: list[Sweep], tile_bytes: int) -> tuple[int, int]:
         """Bytes of compiled kernels, and of the heap's slack."""
-        values = self.graph.program.values
-        if values[self.graph.image].device.type != "cpu" or not tile_bytes:
+        if self.image.device.type != "cpu" or not tile_bytes:
             return 0, 0
-        outputs = [local.op.outputs[0] for local in self.graph.locals if local.op.name == "conv2d"]
-        shapes = 1
-        for axis in (sweep.rows, sweep.cols):
-            blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))
-            shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
-        kernels = min(_MOST_KERNELS, len(outputs) * shapes * (3 if self.training else 1)) * _KERNEL_BYTES
+        compiled = 0
+        for sweep in sweeps:
+            outputs = [local.op.outputs[0] for local in sweep.graph.locals if local.op.name == "conv2d"]
+            shapes = 1
+            for axis in (sweep.rows, sweep.cols):
+                blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))
+                shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
+            compiled += len(outputs) * shapes * (3 if self.training else 1)
+        kernels = min(_MOST_KERNELS, compiled) * _KERNEL_BYTES
         grads = self.gradient_bytes if self.training else 0
-        share = _HEAP_SHARE_FEW_TILES if sweep.tiles <= _FEW_TILES else _HEAP_SHARE
+        share = _HEAP_SHARE_FEW_TILES if max(s.tiles for s in sweeps) <= _FEW_TILES else _HEAP_SHARE
         copies = min(_WEIGHT_COPIES * grads, _MOST_WEIGHT_COPIES)  # made for the gradients of the weights
         return kernels, int(share * max(0, tile_bytes - grads)) + copies
+
+
+def _block_bytes(sweep: Sweep) -> int:
+    """Bytes of all blocks of a tile in the middle."""
+    graph = sweep.graph
+    i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
+    total = 0
+    for local in graph.locals:
+        for value in local.op.outputs:
+            top, bottom, left, right = sweep.block(value, i, j)
+            total += _nbytes(carry_shape(graph, value, bottom - top, right - left), graph.program.values[value].dtype)
+    return total
+
+
+def sweep_sides(network: Network, tile: tuple[int, int]) -> list[tuple[int, int]]:
+    """The tile of each sweep, in pixels of its largest source, for a tile of the image.
+
+    Deeper sweeps get tiles whose widest block holds about as many values as that of the first sweep.
+    """
+
+    def density(graph: Graph) -> float:
+        height, width = graph.extent
+        values = [*graph.sources, *(v for local in graph.locals for v in local.op.outputs)]
+        return max(math.prod(graph.maps.shape(v)) for v in values) / (height * width)
+
+    first, *others = network.sweeps
+    sides = [tile]
+    for graph in others:
+        if graph.image in graph.sources:
+            sides.append(tile)
+            continue
+        factor = math.sqrt(density(first) / density(graph))
+        sides.append(tuple(max(1, min(n, _round(t * factor))) for t, n in zip(tile, graph.extent, strict=True)))  # pyright: ignore
+    return sides
+
+
+def _round(side: float) -> int:
+    """A side that strides divide, where it is large enough."""
+    return int(side) // 32 * 32 or int(side) // 8 * 8 or int(side)
 
 
 def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
@@ -224,10 +276,10 @@ def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
 
 
 def choose(
-    graph: Graph, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    network: Network, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
     image_grad: bool = False, count_tile: bool = True,
 ) -> Plan:  # fmt: skip
-    """The plan for a graph: the preferred tile if it fits the budget, else the largest that does.
+    """The plan for a network: the preferred tile if it fits the budget, else the largest that does.
 
     A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without a budget what is
     free is the limit, and nothing is retained.
@@ -238,10 +290,10 @@ def choose(
     Raises:
         BudgetError: if no tile fits.
     """
-    device = graph.program.values[graph.image].device
-    estimate = _Estimate(graph, training, image_grad)
+    estimate = _Estimate(network, training, image_grad)
+    device = estimate.image.device
     limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
-    height, width = graph.maps.size(graph.image)
+    height, width = network.maps.size(network.program.image)
     sides = _sides(device, height, width) if tile is None else [tile]
     places = _places(carries, device)
     for place in places:
@@ -309,10 +361,10 @@ def plan(
     shape = _full_shape(model, tuple(image_size))
     network = model.__dict__.get("_network", model)
     device = torch.device(device)
-    graph = build_graph(capture(network, shape, dtype, device))
-    prepare(graph, training)
+    steps = build_network(capture(network, shape, dtype, device))
+    prepare(steps, training)
     side = (tile, tile) if isinstance(tile, int) else tile
-    chosen = choose(graph, None if budget is None else parse_bytes(budget), side, training, carries)
+    chosen = choose(steps, None if budget is None else parse_bytes(budget), side, training, carries)
     stock = sum(t.nbytes for t in network.state_dict().values()) + stock_peak(network, shape, dtype, device, training)
     return replace(chosen, stock_bytes=stock)
 

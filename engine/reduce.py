@@ -1,7 +1,8 @@
-"""What is taken from maps while the tiles go by: sums and maxima over the image, and their gradients' way back."""
+"""What is taken from maps while the tiles go by: sums, maxima, moments; and the way back of their gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +18,22 @@ class Accumulator:
 
     Sums run in float64 over partial sums in at least float32. Maxima remember each tile's own maximum, so that the
     gradient goes to the elements that stock PyTorch picks: all equal ones in equal parts, or the first in raster order.
+    Moments are merged in float64 from each tile's mean and sum of squared deviations from it (Chan, Golub and LeVeque).
     """
 
     def __init__(self, reduction: Reduction, dtype: torch.dtype):
         self.reduction, self.dtype = reduction, dtype
         self.total: Tensor | None = None
         self.maxima: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # per tile: its maximum, and count or place
+        self.seen = 0  # moments: pixels taken in, and below the sum of their squared deviations from the mean `total`
+        self.deviations: Tensor | None = None
 
     def add(self, i: int, j: int, block: Tensor, rect: Rect, width: int) -> None:
         """Take in the block of tile (i, j), which lies at `rect` of a map of this width."""
         reduction = self.reduction
+        if reduction.kind == "moments":
+            self._merge(block)
+            return
         if reduction.kind == "sum":
             part = self.partial(block).to(torch.float64)
             self.total = part if self.total is None else self.total.add_(part)
@@ -41,6 +48,34 @@ class Accumulator:
         self.total = part if self.total is None else torch.maximum(self.total, part)
         self.maxima[i, j] = part, note
 
+    def _merge(self, block: Tensor) -> None:
+        pixels = block.shape[2] * block.shape[3]
+        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        mean = block.mean((2, 3), keepdim=True)
+        deviations = (block - mean).square_().sum((2, 3), keepdim=True, dtype=block.dtype).to(torch.float64)
+        mean = mean.to(torch.float64)
+        if self.total is None or self.deviations is None:
+            self.seen, self.total, self.deviations = pixels, mean, deviations
+            return
+        both = self.seen + pixels
+        distance = mean - self.total
+        self.deviations.add_(deviations).addcmul_(distance, distance, value=self.seen * pixels / both)
+        self.total.add_(distance, alpha=pixels / both)
+        self.seen = both
+
+    def pull(self, x: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+        """What a part of the map gets of the gradients of mean and variance: dmean/n + 2 (x - mean) dvar/n."""
+        assert self.total is not None
+        count, (dmean, dvar) = self.reduction.count, grads
+        if dvar is None:
+            assert dmean is not None
+            return (dmean / count).to(x.dtype).expand_as(x)
+        slope = 2 * dvar / count
+        pulled = torch.sub(x, self.total.to(slope.dtype)).mul_(slope)
+        if dmean is not None:
+            pulled.add_(dmean / count)
+        return pulled.to(x.dtype)
+
     def partial(self, block: Tensor) -> Tensor:
         """The block's own share of the reduction, kept dimensions and all."""
         reduction = self.reduction
@@ -51,11 +86,13 @@ class Accumulator:
             return F.adaptive_max_pool2d(block, 1)
         return block.amax(reduction.dims, keepdim=True)
 
-    def value(self) -> Tensor:
-        """The reduction's value as stock PyTorch returns it."""
+    def values(self) -> tuple[Tensor, ...]:
+        """The reduction's values as stock PyTorch returns them."""
         assert self.total is not None
+        if self.deviations is not None:
+            return self.total.to(self.dtype), (self.deviations / self.seen).to(self.dtype)
         value = (self.total / self.reduction.count if self.reduction.count != 1 else self.total).to(self.dtype)
-        return value if self.reduction.keepdim else value.squeeze(self.reduction.dims)
+        return (value if self.reduction.keepdim else value.squeeze(self.reduction.dims),)
 
     def shares(self) -> dict[tuple[int, int], Tensor]:
         """For a maximum: per tile, the factor on the gradient of the tile's own maximum."""
@@ -73,11 +110,15 @@ class Accumulator:
 
 @dataclass
 class Target:
-    """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradient in pass 2."""
+    """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradients in pass 2."""
 
     accumulator: Accumulator | None
-    grad: Tensor | None
+    grads: tuple[Tensor | None, ...]
     shares: dict[tuple[int, int], Tensor]
+
+    @property
+    def moments(self) -> bool:
+        return self.accumulator is not None and self.accumulator.reduction.kind == "moments"
 
 
 Targets = dict[int, list[Target]]

@@ -13,7 +13,7 @@ every gradient once; nothing is recomputed in an overlap.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -33,11 +33,27 @@ _CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"}
 
 
 class Pixels(Protocol):
-    """A batch of images that is read by region: a tensor or a `PixelBatch`."""
+    """A batch of maps that is read by region: the image (a tensor or a `PixelBatch`), or a stored map."""
 
-    shape: Any
+    @property
+    def shape(self) -> Any: ...
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor: ...
+
+
+class StoredMap:
+    """A map that an earlier sweep has stored.
+
+    Args:
+        tensor: the map.
+        axes: its image axes.
+    """
+
+    def __init__(self, tensor: Tensor, axes: tuple[int, int]):
+        self.tensor, self.axes, self.shape = tensor, axes, tensor.shape
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        return cut(self.tensor, self.axes, (top, bottom, left, right))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,7 @@ class Kept:
     seed: int
     smalls: dict[int, Tensor]
     leaves: list[int]  # the smalls that want a gradient
+    sources: set[int]  # the sources that want a gradient
     needs: set[int]  # the maps that a gradient flows through
     accumulators: list[Accumulator]
     above: list[dict[int, Any]] = field(default_factory=list)  # per strip: value -> rows that enter it, full width
@@ -110,24 +127,32 @@ def cast_dtype(graph: Graph, value: int, dtype: torch.dtype, autocast: Autocast)
     return autocast.dtype if users <= _CAST_BY_AUTOCAST else dtype
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Gives the sources' pixels to tiles: `read(source, rectangle)`; `advance()` before each tile."""
+
+    read: Callable[[int, Rect], Tensor]
+    advance: Callable[[], None]
+
+
 class Scan:
     """One training or inference step of a sweep over one image batch.
 
     Args:
         sweep: the tiled program.
-        pixels: the image batch.
+        sources: what the sweep reads, by value number.
         device: where tiles are computed.
-        dtype: what pixels are converted to.
+        dtype: what the image's pixels are converted to.
         place: where the carries are kept between the passes, see `CarryStore`.
         retained: how many of the last tiles keep their graph from pass 1, so that pass 2 need not recompute them.
         on_tile: called after each tile.
     """
 
     def __init__(
-        self, sweep: Sweep, pixels: Pixels, device: torch.device, dtype: torch.dtype, place: str = "device",
-        retained: int = 0, on_tile: Callable[[TileEvent], None] | None = None,
+        self, sweep: Sweep, sources: Mapping[int, Pixels], device: torch.device, dtype: torch.dtype,
+        place: str = "device", retained: int = 0, on_tile: Callable[[TileEvent], None] | None = None,
     ):  # fmt: skip
-        self.sweep, self.pixels, self.device, self.dtype = sweep, pixels, device, dtype
+        self.sweep, self.sources, self.device, self.dtype = sweep, sources, device, dtype
         self.place, self.retained, self.on_tile = place, retained, on_tile
         self.autocast = Autocast.current(device)
         # oneDNN has no float64 kernels and the fallback is at home in NCHW; everything else is faster in NHWC.
@@ -141,13 +166,40 @@ class Scan:
         moved = pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
         return moved.contiguous(memory_format=self.memory_format)
 
-    def read(self, rect: Rect) -> Tensor:
-        return self.convert(self.pixels.read(*rect))
+    def let_go(self) -> None:
+        """Forget stored maps: autograd keeps them between the passes, and lets them go when it can."""
+        self.sources = {v: s for v, s in self.sources.items() if not isinstance(s, StoredMap)}
 
-    def _read_ahead(self, tiles: Iterable[tuple[int, int]]) -> ReadAhead:
-        """Reads the pixels of these tiles, each while the one before is computed."""
-        rects = (self.sweep.image_rects(i, j, self.sweep.graph.image in self.taken) for i, j in tiles)
-        return ReadAhead(lambda rect: self.pixels.read(*rect), self.convert, self.device, rects)
+    def take(self, tensors: Mapping[int, Tensor]) -> None:
+        """Read the stored maps again, which autograd has kept."""
+        axes = self.sweep.graph.maps.axes
+        self.sources = {**{v: StoredMap(t, axes[v]) for v, t in tensors.items()}, **self.sources}
+
+    def read(self, source: int, rect: Rect) -> Tensor:
+        """A rectangle of a source as it is computed with; of a stored map on the device a view."""
+        return self._convert(source, self.sources[source].read(*rect))
+
+    def _convert(self, source: int, pixels: Tensor) -> Tensor:
+        if isinstance(self.sources[source], StoredMap):
+            return pixels.to(self.device, non_blocking=True)
+        return self.convert(pixels)
+
+    def _on_device(self, source: int) -> bool:
+        stored = self.sources[source]
+        return isinstance(stored, StoredMap) and stored.tensor.device.type == self.device.type
+
+    @contextlib.contextmanager
+    def _reader(self, tiles: Iterable[tuple[int, int]]) -> Iterator[Reader]:
+        """Reads the sources for these tiles, what is not on the device while the tile before is computed."""
+        away = [source for source in self.sweep.graph.sources if not self._on_device(source)]
+        if not away:
+            yield Reader(self.read, lambda: None)
+            return
+        rects = (
+            [(s, rect) for s in away for rect in self.sweep.source_rects(s, i, j, s in self.taken)] for i, j in tiles
+        )
+        with ReadAhead(lambda s, rect: self.sources[s].read(*rect), self._convert, self.device, rects) as ahead:
+            yield Reader(lambda s, rect: ahead(s, rect) if s in away else self.read(s, rect), ahead.advance)
 
     def prepare(self, smalls: Sequence[Tensor]) -> dict[int, Tensor]:
         """Detached smalls by value number, convolution weights in the memory order of the maps."""
@@ -172,36 +224,38 @@ class Scan:
 
     def _tell(self, phase: str, i: int, j: int, done: int) -> None:
         if self.on_tile is not None:
-            pixels = area(self.sweep.block(self.sweep.graph.image, i, j)) * self.pixels.shape[0]
+            source = self.sweep.graph.sources[0]
+            pixels = area(self.sweep.block(source, i, j)) * self.sources[source].shape[0]
             self.on_tile(TileEvent(phase, done, self.sweep.tiles, pixels))
 
     # -- pass 1 -------------------------------------------------------------------------------------------------
 
     def forward(
-        self, smalls: Sequence[Tensor], wants: Sequence[bool] = (), image_grad: bool = False
+        self, smalls: Sequence[Tensor], wants: Sequence[bool] = (), wanted_sources: Container[int] = ()
     ) -> tuple[Tensor, ...]:
         """Values of the reductions, then the stored maps.
 
         Args:
             smalls: the tensors of `graph.smalls`.
-            wants: which of them will want a gradient; empty, and `image_grad` False, keeps nothing for `backward`.
-            image_grad: whether the image will want one.
+            wants: which of them will want a gradient; if none and no source does, nothing is kept for `backward`.
+            wanted_sources: the sources that will want one.
         """
         sweep, graph = self.sweep, self.sweep.graph
         env = self.prepare(smalls)
-        accumulators = [Accumulator(r, graph.program.values[r.op.outputs[0]].dtype) for r in graph.reductions]
+        accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
         seed = int(torch.randint(2**62, ())) if sweep.random else 0
         kept = None
-        if any(wants) or image_grad:
+        inputs = {v for v in graph.sources if v in wanted_sources}
+        if any(wants) or inputs:
             leaves = [v for v, wanted in zip(graph.smalls, wants, strict=True) if wanted]
             for value in leaves:
                 env[value].requires_grad_()
-            needs = sweep.needs_grad(image_grad, dict.fromkeys(leaves, True))
-            kept = Kept(CarryStore(self.place), seed, env, leaves, needs, accumulators)
+            needs = sweep.needs_grad({*inputs, *leaves})
+            kept = Kept(CarryStore(self.place), seed, env, leaves, inputs, needs, accumulators)
         above: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
-        with self._read_ahead(tiles) as ahead:
+        with self._reader(tiles) as reader:
             for i in range(sweep.rows.steps):
                 if kept is not None:
                     kept.above.append({v: kept.store.put(t) for v, t in above.items()})
@@ -209,17 +263,17 @@ class Scan:
                 left: dict[int, Tensor] = {}
                 for j in range(sweep.cols.steps):
                     index = i * sweep.cols.steps + j
-                    ahead.advance()
+                    reader.advance()
                     if kept is not None:
                         kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
                     right: dict[int, Tensor] = {}
                     keep = partial(self._keep, accumulators=accumulators, stored=stored, below=below, right=right)
                     with self._dice(seed, i, j), self.autocast.enter():
                         if kept is not None and index >= sweep.tiles - self.retained:
-                            tile = self.tile(i, j, kept, Carries(above, left), ahead, image_grad)
+                            tile = self.tile(i, j, kept, Carries(above, left), reader.read)
                             kept.recorded[i, j] = self.record(tile, self.targets(kept), keep)
                         else:
-                            tile = Tile(sweep, i, j, ahead, env, Carries(above, left))
+                            tile = Tile(sweep, i, j, reader.read, env, Carries(above, left))
                             with torch.no_grad():
                                 self.run(tile, keep)
                     self._pass_right(tile, right)
@@ -228,7 +282,7 @@ class Scan:
                 self._pass_down(i, above, below)
                 above = below
         self.kept = kept
-        return (*[a.value() for a in accumulators], *[stored[v] for v in graph.stored])
+        return (*[v for a in accumulators for v in a.values()], *[stored[v] for v in graph.stored])
 
     def run(self, tile: Tile, publish: Callable[[Tile, int, Tensor], Tensor | None], only: set[int] | None = None):
         """Compute a tile op by op, dropping each block after its last reader.
@@ -237,9 +291,11 @@ class Scan:
             publish: gets every block as it is made; may return a tensor that takes its place.
             only: outputs that are worth computing; None for all.
         """
-        sweep, image = self.sweep, self.sweep.graph.image
-        if image in self.taken:
-            publish(tile, image, tile.window(image, sweep.block(image, tile.i, tile.j), (0, 0, 0, 0), None)[0])
+        sweep, taken = self.sweep, self.taken
+        for source in sweep.graph.sources:
+            if source in taken:
+                rect = sweep.block(source, tile.i, tile.j)
+                publish(tile, source, tile.window(source, rect, (0, 0, 0, 0), None)[0])
         reads_left = dict(sweep.reads_left)
         for local in sweep.graph.locals:
             outputs = local.op.outputs
@@ -314,12 +370,12 @@ class Scan:
 
     # -- pass 2 -------------------------------------------------------------------------------------------------
 
-    def backward(self, grads: Sequence[Tensor | None], image_grad: Tensor | None) -> dict[int, Tensor]:
-        """Gradients of the smalls that want one, by value number; the image's is added to `image_grad`.
+    def backward(self, grads: Sequence[Tensor | None], source_grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Gradients of the smalls that want one, by value number; those of sources are added to `source_grads`.
 
         Args:
             grads: gradients of the reductions and of the stored maps, None for zero.
-            image_grad: zeros of the image's shape, or None.
+            source_grads: zeros of the shapes of the sources that want a gradient.
         """
         sweep, kept = self.sweep, self.kept
         assert kept is not None
@@ -328,7 +384,7 @@ class Scan:
         grads_below: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
         again = [tile for tile in reversed(tiles) if tile not in kept.recorded]
-        with self._read_ahead(again) as ahead:
+        with self._reader(again) as reader:
             for i in reversed(range(sweep.rows.steps)):
                 above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
                 grads_above = self._returned(sweep.rows, i, above, grads_below, kept.needs)
@@ -338,24 +394,26 @@ class Scan:
                     grads_left = self._returned(sweep.cols, j, left, grads_right, kept.needs)
                     recorded = kept.recorded.pop((i, j), None)
                     if recorded is None:
-                        ahead.advance()
-                        tile = self.tile(i, j, kept, Carries(above, left), ahead, image_grad is not None)
+                        reader.advance()
+                        tile = self.tile(i, j, kept, Carries(above, left), reader.read)
                         with self._dice(kept.seed, i, j), self.autocast.enter():
                             recorded = self.record(tile, targets)
                     recorded.tile.carry_grads = Carries(grads_above, grads_left)
                     recorded.tile.handed_back = Carries(grads_below, grads_right)
-                    self.differentiate(recorded, targets, kept, image_grad)
+                    self.differentiate(recorded, targets, kept, source_grads)
                     grads_right = grads_left
                     index = i * sweep.cols.steps + j
                     self._tell("backward", i, j, sweep.tiles - index)
                 grads_below = grads_above
         return kept.sums
 
-    def tile(
-        self, i: int, j: int, kept: Kept, carries: Carries, read: Callable[[Rect], Tensor], image_grad: bool
-    ) -> Tile:
+    def tile(self, i: int, j: int, kept: Kept, carries: Carries, read: Callable[[int, Rect], Tensor]) -> Tile:
         """A tile to be computed with autograd on."""
-        pixels = (lambda rect: read(rect).detach().requires_grad_()) if image_grad else read
+
+        def pixels(source: int, rect: Rect) -> Tensor:
+            window = read(source, rect)
+            return window.detach().requires_grad_() if source in kept.sources else window
+
         tile = Tile(self.sweep, i, j, pixels, kept.smalls, carries, kept.needs)
         tile.anchor = torch.zeros((), device=self.device, requires_grad=True)
         tile.sum_of = kept.sum_of
@@ -365,15 +423,16 @@ class Scan:
         """For each map, what is taken from it and, in pass 2, the gradients of that."""
         graph = self.sweep.graph
         targets: Targets = {}
-        for number, accumulator in enumerate(kept.accumulators):
+        left = list(grads) if grads is not None else [None] * len(graph.results)
+        for accumulator in kept.accumulators:
             reduction = accumulator.reduction
-            grad = None if grads is None else grads[number]
-            shares = accumulator.shares() if accumulator.maxima and grad is not None else {}
-            grad = None if grad is None else reduction.keep_dims(grad) / reduction.count
-            targets.setdefault(reduction.value, []).append(Target(accumulator, grad, shares))
-        for number, value in enumerate(graph.stored, len(graph.reductions)):
-            grad = None if grads is None else grads[number]
-            targets.setdefault(value, []).append(Target(None, grad, {}))
+            own = tuple(left.pop(0) for _ in reduction.outputs)
+            shares = accumulator.shares() if accumulator.maxima and own[0] is not None else {}
+            if reduction.kind != "moments":
+                own = tuple(None if grad is None else reduction.keep_dims(grad) / reduction.count for grad in own)
+            targets.setdefault(reduction.value, []).append(Target(accumulator, own, shares))
+        for value, grad in zip(graph.stored, left, strict=True):
+            targets.setdefault(value, []).append(Target(None, (grad,), {}))
         return targets
 
     def record(self, tile: Tile, targets: Targets, keep: Callable[..., None] | None = None) -> Recorded:
@@ -398,7 +457,7 @@ class Scan:
                 else:
                     recorded.add(block, partial(_handed_back_alone, tile, value, block.detach()))
             for number, target in enumerate(targets.get(value, ())):
-                root = block if target.accumulator is None else target.accumulator.partial(block)
+                root = block if target.moments or target.accumulator is None else target.accumulator.partial(block)
                 recorded.add(root, partial(self._target_grad, tile, value, number, root.detach()))
             return result
 
@@ -409,17 +468,22 @@ class Scan:
 
     def _target_grad(self, tile: Tile, value: int, number: int, root: Tensor, targets: Targets) -> Tensor | None:
         target = targets[value][number]
-        if target.grad is None:
+        if all(grad is None for grad in target.grads):
             return None
+        if target.accumulator is not None and target.moments:
+            return target.accumulator.pull(root, target.grads)
+        (grad,) = target.grads
+        assert grad is not None
         if target.accumulator is None:
-            return cut(target.grad, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
-        grad = target.grad
+            return cut(grad, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
         if target.accumulator.reduction.kind == "max" and target.shares:
             grad = grad * target.shares[tile.i, tile.j]
         return grad.to(root.dtype).expand_as(root)
 
-    def differentiate(self, recorded: Recorded, targets: Targets, kept: Kept, image_grad: Tensor | None) -> None:
-        """Add a recorded tile's gradients to the sums, to the image's gradient and to the carries' gradients."""
+    def differentiate(
+        self, recorded: Recorded, targets: Targets, kept: Kept, source_grads: Mapping[int, Tensor]
+    ) -> None:
+        """Add a recorded tile's gradients to the sums, to the sources' gradients and to the carries' gradients."""
         tile = recorded.tile
         pairs = [(root, grad(targets)) for root, grad in zip(recorded.roots, recorded.grads, strict=True)]
         pairs = [(root, grad) for root, grad in pairs if grad is not None]
@@ -427,7 +491,7 @@ class Scan:
         recorded.grads.clear()
         if not pairs:
             return
-        windows = [(r, t) for r, t in tile.image_windows.items() if t.requires_grad]
+        windows = [(place, t) for place, t in tile.source_windows.items() if t.requires_grad]
         inputs = [kept.smalls[v] for v in kept.leaves] + [t for _, t in windows]
         assert tile.anchor is not None
         inputs.append(tile.anchor)
@@ -438,10 +502,10 @@ class Scan:
             grad = result.pop(0)
             if grad is not None:
                 _accumulate(kept.sums, value, grad)
-        for rect, _ in windows:
+        for (source, rect), _ in windows:
             grad = result.pop(0)
-            if grad is not None and image_grad is not None:
-                cut(image_grad, (2, 3), rect).add_(grad)
+            if grad is not None:
+                cut(source_grads[source], self.sweep.axes(source), rect).add_(grad)
 
     def _returned(
         self, axis: AxisSchedule, step: int, carries: dict[int, Tensor], handed_back: dict[int, Tensor], needs: set[int]

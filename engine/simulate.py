@@ -8,6 +8,7 @@ memory and the allocator's loss.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from .carries import CarryStore
 from .graph import Graph
-from .ops import Reduction
 from .reduce import Accumulator
-from .scan import Autocast, Kept, Scan, cast_dtype
+from .scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
 from .sweep import Carries, Sweep, Tile
 
 
@@ -70,18 +70,22 @@ class _FakePixels:
         )
 
 
-def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = False) -> tuple[int, int]:
+def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]) -> tuple[int, int]:
     """Peak bytes of one interior tile, and bytes that its recorded graph holds before it is differentiated.
 
     Without training the tile is only computed forward and the second figure is 0. The carries that enter the tile,
     their gradients and the smalls are not included; the tile's own gradients of the smalls are.
+
+    Args:
+        wanted: the sources and smalls that want a gradient.
     """
     values = graph.program.values
     image = values[graph.image]
     i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
     autocast = Autocast.current(image.device)
     with FakeTensorMode():
-        scan = Scan(sweep, _FakePixels(image.shape, image.dtype, image.device), image.device, image.dtype)
+        sources = {v: _fake_source(graph, v) for v in graph.sources}
+        scan = Scan(sweep, sources, image.device, image.dtype)
 
         def small(value: int) -> Tensor:
             info = values[value]
@@ -92,36 +96,45 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, image_grad: bool = Fal
         if not training:
             tile = Tile(sweep, i, j, scan.read, smalls, entering)
             with _Meter() as meter, torch.no_grad():
-                meter.ignore(smalls, entering.above, entering.left)
+                meter.ignore(smalls, entering.above, entering.left, _stored_tensors(sources))
                 scan.run(tile, lambda *_: None)
             return meter.peak, 0
-        trainable = graph.trainable()
-        leaves = [v for v in smalls if v in trainable]
+        leaves = [v for v in smalls if v in wanted]
         for value in leaves:
             smalls[value].requires_grad_()
-        needs = sweep.needs_grad(image_grad, dict.fromkeys(leaves, True))
-        accumulators = [Accumulator(r, values[r.op.outputs[0]].dtype) for r in graph.reductions]
-        kept = Kept(CarryStore("device"), 0, smalls, leaves, needs, accumulators)
-        grads = [torch.empty(_reduced(values[r.value].shape, r), dtype=a.dtype, device=image.device)
-                 for r, a in zip(graph.reductions, accumulators, strict=True)]  # fmt: skip
-        grads += [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in graph.stored]
+        inputs = {v for v in graph.sources if v in wanted}
+        needs = sweep.needs_grad({*leaves, *inputs})
+        accumulators = [Accumulator(r, values[r.outputs[0]].dtype) for r in graph.reductions]
+        for accumulator in accumulators:
+            if accumulator.reduction.kind == "moments":
+                accumulator.total = torch.empty(values[accumulator.reduction.outputs[0]].shape, device=image.device)
+        kept = Kept(CarryStore("device"), 0, smalls, leaves, inputs, needs, accumulators)
+        grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in graph.results]
         targets = scan.targets(kept, grads)
         below = _entering(graph, sweep, i + 1, j, scan.memory_format).above
         right = _entering(graph, sweep, i, j + 1, scan.memory_format).left
-        image_sum = torch.empty(image.shape, dtype=image.dtype, device=image.device) if image_grad else None
+        sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
         with _Meter() as meter:
-            meter.ignore(smalls, entering.above, entering.left, below, right, grads, image_sum)
-            recorded = scan.record(scan.tile(i, j, kept, entering, scan.read, image_grad), targets)
+            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, _stored_tensors(sources))
+            recorded = scan.record(scan.tile(i, j, kept, entering, scan.read), targets)
             held = meter.alive
             recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
-            scan.differentiate(recorded, targets, kept, image_sum)
+            scan.differentiate(recorded, targets, kept, sums)
         return meter.peak, held
 
 
-def _reduced(shape: torch.Size, reduction: Reduction) -> list[int]:
-    if reduction.keepdim:
-        return [1 if d in reduction.dims else size for d, size in enumerate(shape)]
-    return [size for d, size in enumerate(shape) if d not in reduction.dims]
+def _fake_source(graph: Graph, value: int) -> Pixels:
+    """A source on fake tensors: the image's pixels are made when they are read, a stored map is there."""
+    info = graph.program.values[value]
+    if value == graph.image:
+        return _FakePixels(info.shape, info.dtype, info.device)
+    tensor = torch.empty(info.shape, dtype=info.dtype, device=info.device)
+    axes = graph.maps.axes[value]
+    return StoredMap(tensor.contiguous(memory_format=torch.channels_last) if axes == (2, 3) else tensor, axes)
+
+
+def _stored_tensors(sources: Mapping[int, Pixels]) -> list[Tensor]:
+    return [source.tensor for source in sources.values() if isinstance(source, StoredMap)]
 
 
 def carry_shape(graph: Graph, value: int, height: int, width: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,18 +21,17 @@ class Sweep:
 
     Args:
         graph: the sorted program.
-        tile: height and width of a tile in image pixels; any positive size.
+        tile: height and width of a tile in pixels of the largest source (the image, if that is one); any positive size.
     """
 
     def __init__(self, graph: Graph, tile: tuple[int, int]):
         self.graph = graph
         self.tile = tile
-        height, width = graph.maps.size(graph.image)
-        self.rows = self._schedule(0, tile[0], height)
-        self.cols = self._schedule(1, tile[1], width)
+        self.rows = self._schedule(0, tile[0])
+        self.cols = self._schedule(1, tile[1])
         self.tiles = self.rows.steps * self.cols.steps
         self.random = any(local.random for local in graph.locals)
-        self.carried = [v for v in self.rows.frontier if v != graph.image and self._is_carried(v)]
+        self.carried = [v for v in self.rows.frontier if v not in graph.sources and self._is_carried(v)]
         self.in_place = in_place_runs(graph, set(self.carried))
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
@@ -40,9 +39,11 @@ class Sweep:
         self.readers = readers_of(graph)
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
 
-    def _schedule(self, axis: int, tile: int, size: int) -> AxisSchedule:
-        reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in self.graph.locals]
-        return schedule_axis(tile, self.graph.image, size, reads)
+    def _schedule(self, axis: int, tile: int) -> AxisSchedule:
+        graph = self.graph
+        reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in graph.locals]
+        sources = {value: graph.maps.size(value)[axis] for value in graph.sources}
+        return schedule_axis(tile, graph.extent[axis], sources, reads)
 
     def _is_carried(self, value: int) -> bool:
         for axis in (self.rows, self.cols):
@@ -78,24 +79,24 @@ class Sweep:
         height, width = local.reads[value]
         return (*height.span(top, bottom), *width.span(left, right))
 
-    def image_rects(self, i: int, j: int, own: bool) -> list[Rect]:
-        """The rectangles of the image that tile (i, j) reads, and with `own` its own block of it."""
-        rects = dict.fromkeys([self.block(self.graph.image, i, j)] if own else [])
-        for local in self.readers.get(self.graph.image, ()):
+    def source_rects(self, source: int, i: int, j: int, own: bool) -> list[Rect]:
+        """The rectangles of a source that tile (i, j) reads, and with `own` its own block of it."""
+        rects = dict.fromkeys([self.block(source, i, j)] if own else [])
+        for local in self.readers.get(source, ()):
             if self.computes(local.op.outputs[0], i, j):
-                rects[self.reads(local, self.graph.image, i, j)] = None
+                rects[self.reads(local, source, i, j)] = None
         return list(rects)
 
     def computes(self, value: int, i: int, j: int) -> bool:
         top, bottom, left, right = self.block(value, i, j)
         return top < bottom and left < right
 
-    def needs_grad(self, image: bool, smalls: Mapping[int, bool]) -> set[int]:
-        """The maps that a gradient flows through, given whether image and smalls want one."""
+    def needs_grad(self, wanted: Container[int]) -> set[int]:
+        """The maps that a gradient flows through, given the sources and smalls that want one."""
         values = self.graph.program.values
-        needs = {self.graph.image} if image else set()
+        needs = {v for v in self.graph.sources if v in wanted}
         for local in self.graph.locals:
-            if any(v in needs for v in local.reads) or any(smalls.get(v, False) for v in local.op.inputs):
+            if any(v in needs for v in local.reads) or any(v in wanted for v in local.op.inputs):
                 needs.update(v for v in local.op.outputs if values[v].dtype.is_floating_point)
         return needs
 
@@ -136,14 +137,14 @@ class Tile:
     """
 
     def __init__(
-        self, sweep: Sweep, i: int, j: int, pixels: Callable[[Rect], Tensor], smalls: dict[int, Tensor],
+        self, sweep: Sweep, i: int, j: int, pixels: Callable[[int, Rect], Tensor], smalls: dict[int, Tensor],
         carries: Carries, needs: set[int] | None = None,
     ):  # fmt: skip
         self.sweep, self.i, self.j = sweep, i, j
         self.pixels, self.smalls, self.carries = pixels, smalls, carries
         self.needs = needs or set()
         self.blocks: dict[int, Tensor] = {}
-        self.image_windows: dict[Rect, Tensor] = {}
+        self.source_windows: dict[tuple[int, Rect], Tensor] = {}
         self.anchor: Tensor | None = None
         self.sum_of: SumOf | None = None
         self.margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
@@ -155,10 +156,10 @@ class Tile:
     ) -> tuple[Tensor, tuple[int, int, int, int]]:
         """The rectangle of `value`, padded already if it had to be put together, and the padding still missing."""
         sweep = self.sweep
-        if value == sweep.graph.image:
-            if rect not in self.image_windows:
-                self.image_windows[rect] = self.pixels(rect)
-            return self.image_windows[rect], pad
+        if value in sweep.graph.sources:
+            if (value, rect) not in self.source_windows:
+                self.source_windows[value, rect] = self.pixels(value, rect)
+            return self.source_windows[value, rect], pad
         if not area(rect):  # the outputs of this tile lie wholly in the padding
             info, shape = sweep.graph.program.values[value], list(sweep.graph.maps.shape(value))
             shape[sweep.axes(value)[0]], shape[sweep.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]

@@ -27,8 +27,8 @@ from ...kernels.conv2d import conv2d_dgrad, conv2d_forward, conv2d_wgrad_
 from ...kernels.dtypes import sum_dtype
 from ...kernels.pointwise import act_grad
 from ..geometry import Window
-from ..graph import Graph, Small, private_maps, readers_of, small_inputs
-from ..ops import Block, Env, Local
+from ..graph import Graph, private_maps, readers_of, small_inputs
+from ..ops import Block, Env, Local, Small
 from ..ops.base import arguments
 from ..trace import Op, Ref
 
@@ -105,7 +105,7 @@ class FusedConv(torch.autograd.Function):
 
 def _depths(graph: Graph) -> dict[int, int]:
     """Ops on the longest way from the image to each map."""
-    depths = {graph.image: 0}
+    depths = dict.fromkeys(graph.sources, 0)
     for local in graph.locals:
         depth = 1 + max(depths.get(v, 0) for v in local.reads)
         depths.update(dict.fromkeys(local.op.outputs, depth))

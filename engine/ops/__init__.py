@@ -1,7 +1,7 @@
 """One rule per op: how it is computed tile by tile, or why it cannot be."""
 
-from . import movement, pointwise, upsample, window
-from .base import Axes, Block, Env, Local, Maps, Reduction, Refusal, Rule, SumOf, Whole, find_rule
+from . import movement, norms, pointwise, upsample, window
+from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
 
 __all__ = [
     "Axes",
@@ -9,13 +9,16 @@ __all__ = [
     "Env",
     "Local",
     "Maps",
+    "Node",
     "Reduction",
     "Refusal",
     "Rule",
+    "Small",
     "SumOf",
     "Whole",
     "find_rule",
     "movement",
+    "norms",
     "pointwise",
     "upsample",
     "window",

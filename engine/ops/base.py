@@ -4,9 +4,11 @@ A value of the program is a *map* (it has the two image axes) or a *small* (it h
 
 - `Local`:     maps and smalls -> map; the output block at any place needs an input window around it, nothing else;
 - `Reduction`: map -> small; a sum (or maximum) over the image, so tiles contribute one after the other;
-- `Whole`:     needs its map input in one piece (a flatten before a classifier, an adaptive pooling grid).
+- `Whole`:     needs its map input in one piece (a flatten before a classifier, an adaptive pooling grid);
+- `Small`:     smalls -> smalls, run once per step by ordinary PyTorch.
 
-A rule looks at one `Op` and returns one of these, or raises `Refusal`. There is no default: an op without a rule is
+A rule looks at one `Op` and returns one of these, or several that replace it (a norm is a reduction, a small and a
+local op), or raises `Refusal`. There is no default: an op without a rule is
 refused, never assumed to be pointwise.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Access, same
-from ..trace import Op, Program, bind
+from ..trace import Op, Program, Value, bind
 
 Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
 Span = tuple[int, int]
@@ -76,10 +78,25 @@ class Local:
 
 
 @dataclass(slots=True)
-class Reduction:
-    """A reduction over the whole image, `kind` "sum" or "max", divided by `count`.
+class Small:
+    """A computation on smalls that is not a recorded call; it runs once per step.
 
-    `partial(block)` reduces one block (differentiably); `shape_like` gives it the form that stock PyTorch returns.
+    `run` gets the tensors of `inputs` by value number and returns those of `outputs`. `effect` changes buffers; it runs
+    behind `run`, and not again where smalls are computed a second time for the backward.
+    """
+
+    run: Callable[[Env], tuple[Tensor, ...]]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    effect: Callable[[Env], None] | None = None
+
+
+@dataclass(slots=True)
+class Reduction:
+    """A reduction over the whole image.
+
+    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over the image for each
+    sample and channel, both of shape (N, C, 1, 1), count being the pixels. `outputs` are the values it gives.
     """
 
     op: Op
@@ -89,6 +106,10 @@ class Reduction:
     dims: tuple[int, ...]
     keepdim: bool
     first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
+    outputs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.outputs = self.outputs or self.op.outputs[:1]
 
     def keep_dims(self, result: Tensor) -> Tensor:
         """A tensor of the result's shape with the reduced dimensions kept, of size one."""
@@ -112,6 +133,16 @@ class Maps:
     program: Program
     axes: dict[int, Axes] = field(default_factory=dict)
 
+    def new_value(
+        self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int
+    ) -> int:
+        """Number of a further value, with the device, and unless given the shape and dtype, of another."""
+        values = self.program.values
+        pattern = values[like]
+        shape = pattern.shape if shape is None else torch.Size(shape)
+        values.append(Value(shape, dtype or pattern.dtype, pattern.device))
+        return len(values) - 1
+
     def __contains__(self, value: int) -> bool:
         return value in self.axes
 
@@ -133,7 +164,8 @@ class Maps:
         return same(height), same(width)
 
 
-Rule = Callable[[Op, Maps], Local | Reduction | Whole]
+Node = Local | Reduction | Whole | Small
+Rule = Callable[[Op, Maps], Node | list[Node]]
 RULES: dict[str, Rule] = {}
 
 

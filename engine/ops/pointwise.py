@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,104 +191,27 @@ def elementwise(op: Op, maps: Maps) -> Local:
     return Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,), replay(op))
 
 
-def _on_channels(op: Op, maps: Maps, value: int) -> Local:
+def on_channels(op: Op, maps: Maps, value: int) -> Local:
     """A per-pixel op whose parameters belong to dimension 1."""
     if 1 in maps.axes[value]:
         raise Refusal(f"'{op.name}' takes an image axis for the channels")
-    _only_maps(op, maps, value)
+    only_maps(op, maps, value)
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
-def _only_maps(op: Op, maps: Maps, *values: int) -> None:
+def only_maps(op: Op, maps: Maps, *values: int) -> None:
     if set(maps.inputs(op)) - set(values):
         raise Refusal(f"'{op.name}' takes its parameters from the image")
 
 
 @rule("prelu")
 def prelu(op: Op, maps: Maps) -> Local:
-    return _on_channels(op, maps, op.inputs[0])
-
-
-@rule("batch_norm")
-def batch_norm(op: Op, maps: Maps) -> Local:
-    given = arguments(op, "input running_mean running_var weight bias training momentum eps", training=False)
-    if given["training"] or given["running_mean"] is None:
-        raise Refusal(
-            "BatchNorm in training mode needs the statistics of the whole image; "
-            'freeze them: accelerate(model, batch_norm="frozen")'
-        )
-    value = given["input"].value
-    local = _on_channels(op, maps, value)
-    plain = local.run
-
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        (result,) = plain(env, block)
-        if env[value].dim() == 4 and 1 in env[value].shape[2:] and result.requires_grad:
-            result = _LikeForward.apply(result)
-        return (result,)
-
-    local.run = run
-    return local
-
-
-class _LikeForward(torch.autograd.Function):
-    """Identity whose gradient has the memory order of its input.
-
-    PyTorch's batch_norm on the CPU computes a wrong gradient for a map one pixel wide if the gradient that comes in is
-    ordered channels-last and the map is not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor):
-        ctx.order = (
-            torch.contiguous_format
-            if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-            else torch.channels_last
-        )
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
-        return grads[0].contiguous(memory_format=ctx.order)
-
-
-@rule("instance_norm")
-def instance_norm(op: Op, maps: Maps) -> Local:
-    given = arguments(op, "input", use_input_stats=True)
-    if given["use_input_stats"]:
-        raise Refusal(
-            "InstanceNorm needs the statistics of the whole image in the middle of the network, which is not possible "
-            "yet; use frozen BatchNorm or LayerNorm over the channels"
-        )
-    return _on_channels(op, maps, given["input"].value)
-
-
-@rule("group_norm")
-def group_norm(op: Op, _maps: Maps) -> Local:
-    raise Refusal(
-        "GroupNorm needs the statistics of the whole image in the middle of the network, which is not possible yet; "
-        "use frozen BatchNorm or LayerNorm over the channels"
-    )
-
-
-@rule("layer_norm", "rms_norm")
-def layer_norm(op: Op, maps: Maps) -> Local:
-    given = arguments(op, "input normalized_shape")
-    value = given["input"].value
-    rank = len(maps.shape(value))
-    normalized = range(rank - len(tuple(given["normalized_shape"])), rank)
-    if set(normalized) & set(maps.axes[value]):
-        raise Refusal(
-            "LayerNorm over the image axes needs the statistics of the whole image, which is not possible yet; "
-            "normalise over the channels only"
-        )
-    _only_maps(op, maps, value)
-    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    return on_channels(op, maps, op.inputs[0])
 
 
 @rule("local_response_norm")
 def local_response_norm(op: Op, maps: Maps) -> Local:
-    return _on_channels(op, maps, op.inputs[0])
+    return on_channels(op, maps, op.inputs[0])
 
 
 @rule("linear")
@@ -298,7 +220,7 @@ def linear(op: Op, maps: Maps) -> Local:
     value = given["input"].value
     if len(maps.shape(value)) - 1 in maps.axes[value]:
         raise Refusal("'linear' contracts an image axis")
-    _only_maps(op, maps, value)
+    only_maps(op, maps, value)
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
@@ -332,7 +254,7 @@ def along_dims(op: Op, maps: Maps) -> Local | Whole:
         raise Refusal(f"'{op.name}' without a dimension")
     if set(dimensions(dims, len(maps.shape(value)))) & set(maps.axes[value]):
         return Whole(op)
-    _only_maps(op, maps, value)
+    only_maps(op, maps, value)
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 

@@ -7,13 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine.backend import fold_batch_norm, in_place_runs
-from gigamorph.engine.graph import build_graph
+from gigamorph.engine.graph import build_network
 from gigamorph.engine.sweep import Sweep
 from gigamorph.engine.trace import capture
 
 
 def graph_of(net: nn.Module, size: int = 40):
-    graph = build_graph(capture(net, (1, 2, size, size), torch.float64, "cpu"))
+    (graph,) = build_network(capture(net, (1, 2, size, size), torch.float64, "cpu")).sweeps
     fold_batch_norm(graph)
     return graph
 

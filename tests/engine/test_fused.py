@@ -82,7 +82,7 @@ def image(height: int, width: int) -> Tensor:
 
 
 def ops_of(net: nn.Module) -> list[str]:
-    graph = next(iter(net._programs.values()))[0]  # pyright: ignore
+    (graph,) = next(iter(net._programs.values())).network.sweeps  # pyright: ignore
     return [local.op.name for local in graph.locals]
 
 

@@ -129,7 +129,7 @@ def test_padding(access, data):
 
 @pytest.mark.parametrize(("size", "tile", "steps"), [(10, 3, 4), (9, 3, 3), (1, 5, 1), (7, 1, 7), (8, 100, 1)])
 def test_steps(size, tile, steps):
-    schedule = schedule_axis(tile, 0, size, [])
+    schedule = schedule_axis(tile, size, {0: size}, [])
     assert schedule.steps == steps
     assert [schedule.block(0, i) for i in range(steps)] == [(i * tile, min(size, (i + 1) * tile)) for i in range(steps)]
 
@@ -167,7 +167,7 @@ def chains(draw):
 def test_schedule(chain):
     """Blocks cover every value once; each block's inputs are in the carry or in the block of the same step."""
     size, tile, reads, sizes = chain
-    schedule = schedule_axis(tile, 0, size, reads)
+    schedule = schedule_axis(tile, size, {0: size}, reads)
     for value, total in enumerate(sizes):
         blocks = [schedule.block(value, i) for i in range(schedule.steps)]
         assert blocks[0][0] == 0 and blocks[-1][1] == total
