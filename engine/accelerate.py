@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import kernels
-from .backend import prepare
+from . import static
 from .errors import GigamorphError
 from .graph import Graph, build_network
 from .memory import parse_bytes
 from .ops import Reduction
 from .pixels import PixelBatch, PixelSource, as_batch
-from .plan import Plan, choose
+from .plan import Plan, arrange
 from .scan import Autocast, TileEvent
 from .steps import Forward, ImageTensor, Prepared
 from .sweep import Sweep
@@ -36,7 +36,7 @@ class Accelerated(nn.Module):
 
     def __init__(
         self, model: nn.Module, memory_budget: int | None, tile: tuple[int, int] | None, batch_norm: str | None,
-        carries: str,
+        carries: str, fallback: str | None = None,
     ):  # fmt: skip
         super().__init__()
         # The very dictionaries of the network: state_dict keys, .to(), load_state_dict and deepcopy come out alike.
@@ -45,6 +45,7 @@ class Accelerated(nn.Module):
         self.__dict__["_modules"] = model._modules
         self.__dict__["_network"] = model
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
+        self.fallback = fallback
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._programs: OrderedDict[Any, Prepared] = OrderedDict()
         self.train(model.training)
@@ -84,8 +85,9 @@ class Accelerated(nn.Module):
     def plan_for(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = None) -> Plan:
         """The plan that an image batch of this shape (N, C, H, W) will run with."""
         device = torch.device(device) if device is not None else self._device()
-        network = self._program(tuple(shape), dtype, device, torch.is_grad_enabled(), False).network
-        return choose(network, self.memory_budget, self.tile, torch.is_grad_enabled(), self.carries)
+        training = torch.is_grad_enabled()
+        program = capture(self._network, tuple(shape), dtype, device)
+        return arrange(program, self.memory_budget, self.tile, training, self.carries, fallback=self.fallback)[1]
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -101,10 +103,11 @@ class Accelerated(nn.Module):
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
-        network = build_network(capture(self._network, shape, dtype, device))
-        prepare(network, training, image_grad)
-        counted = self.memory_budget is not None
-        plan = choose(network, self.memory_budget, self.tile, training, self.carries, image_grad, counted)
+        program = capture(self._network, shape, dtype, device)
+        counted = self.memory_budget is not None or static.executor(device) is not None
+        network, plan = arrange(
+            program, self.memory_budget, self.tile, training, self.carries, image_grad, counted, self.fallback
+        )
         sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
         self._programs[key] = Prepared(network, sweeps, plan)
         if len(self._programs) > _REMEMBERED:
@@ -140,6 +143,9 @@ class Accelerated(nn.Module):
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
         training = torch.is_grad_enabled() and (image_grad or any(p.requires_grad for p in self.parameters()))
         prepared = self._program(tuple(pixels.shape), dtype, device, training, image_grad)
+        for other in self._programs.values():
+            if other is not prepared:
+                other.replays.clear()  # the plan has room for those of one program
         state = self._bind_state(prepared.network.program)
         return Forward(prepared, image, pixels, device, dtype, state, self.on_tile)
 
@@ -232,6 +238,7 @@ def accelerate(
     tile: int | tuple[int, int] | None = None,
     batch_norm: str | None = None,
     carries: str = "auto",
+    fallback: str | None = None,
 ) -> Accelerated:
     """Make a ConvNet train and run on images of any size within a memory budget, exactly.
 
@@ -248,6 +255,8 @@ def accelerate(
         batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
         carries: where the carries between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or
             ``"auto"``, the first of these that the budget allows.
+        fallback: ``"whole"`` lets ops that cannot be computed tile by tile (attention over all positions) have their
+            maps whole, in the memory that this takes; None refuses such networks.
 
     Raises:
         GigamorphError: for arguments that are not understood. Networks that cannot be computed exactly are refused
@@ -259,9 +268,11 @@ def accelerate(
         raise GigamorphError(f'batch_norm={batch_norm!r} is not known; give "frozen" or None')
     if carries not in ("auto", "device", "host", "disk"):
         raise GigamorphError(f'carries={carries!r} is not known; give "auto", "device", "host" or "disk"')
+    if fallback not in (None, "whole"):
+        raise GigamorphError(f'fallback={fallback!r} is not known; give "whole" or None')
     if isinstance(tile, int):
         tile = (tile, tile)
     if tile is not None and min(tile) < 1:
         raise GigamorphError(f"tile={tile} must be positive")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return Accelerated(model, budget, tile, batch_norm, carries)
+    return Accelerated(model, budget, tile, batch_norm, carries, fallback)

@@ -110,7 +110,22 @@ def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None
         outputs=norm.op.outputs,
     )
     again = graph.apply_rule(op)
-    conv.op, conv.run, conv.axes, conv.reads = op, again.run, again.axes, again.reads
+    conv.op, conv.run, conv.unvalued, conv.axes, conv.reads = op, again.run, again.unvalued, again.axes, again.reads
+
+
+def unvalued_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:
+    """How the second pass computes ops whose output is stored and that nothing in the sweep reads: without values.
+
+    Args:
+        carried: values of which rows or columns are handed to later tiles.
+    """
+    readers = readers_of(graph)
+    read = {r.value for r in graph.reductions if r.kind != "moments"} | set(readers) | carried
+    return {
+        local.op.outputs[0]: local.unvalued
+        for local in graph.locals
+        if local.unvalued is not None and local.op.outputs[0] in graph.stored and local.op.outputs[0] not in read
+    }
 
 
 def in_place_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:

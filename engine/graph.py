@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
+from .ops.flat import unflatten
 from .trace import Op, Program, refs
 
 # Calls that read a map only for its dtype and device.
@@ -32,7 +33,8 @@ class Graph:
     """One sweep: local ops from its sources to reductions and stored maps, all in program order.
 
     Attributes:
-        sources: maps that are there before the sweep: the image, or maps that earlier sweeps stored.
+        sources: maps that are there before the sweep: the image, maps that earlier sweeps stored, and tensors of a
+            map's size that no sweep makes (position embeddings).
         prelude: computations on smalls that a rewrite (`backend.py`) adds; they run once, right before the sweep.
         stored: maps that the sweep writes whole.
         smalls: what the sweep takes besides its sources.
@@ -72,11 +74,16 @@ class Graph:
 
 @dataclass
 class Network:
-    """A program as a list of steps; each step's values are there before the next begins."""
+    """A program as a list of steps; each step's values are there before the next begins.
+
+    Attributes:
+        ranges: steps whose maps are let go after the forward and computed again in the backward.
+    """
 
     program: Program
     maps: Maps
     steps: list[Op | Small | Graph]
+    ranges: list[range] = field(default_factory=list)
 
     @property
     def sweeps(self) -> list[Graph]:
@@ -161,21 +168,35 @@ def _refuse(op: Op, reason: str) -> UnsupportedError:
     return UnsupportedError(f"{where}: {reason}")
 
 
-def sort(program: Program) -> tuple[Maps, list[Node | Op]]:
+def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
     """The nodes that the recorded ops become, in program order; ops on smalls stay as they are.
+
+    Args:
+        fallback: "whole" gives ordinary PyTorch whole maps for ops that have no exact rule.
 
     Raises:
         UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
     """
     maps = Maps(program, {program.image: (2, 3)})
     nodes: list[Node | Op] = []
+    taken = _TakenWhole(maps, fallback == "whole")
     for op in live_ops(program):
         if op.name in _LIKE_MAP or not maps.inputs(op):
             nodes.append(op)
+            taken.follow(op)
             continue
-        if op.autocast is not None:
-            raise _refuse(op, f"'{op.name}' runs in an autocast region of its own; put autocast around the whole model")
-        made = apply_rule(op, maps)
+        try:
+            if op.autocast is not None:
+                raise _refuse(
+                    op, f"'{op.name}' runs in an autocast region of its own; put autocast around the whole model"
+                )
+            made = apply_rule(op, maps)
+        except UnsupportedError as refusal:
+            if op.mutated:
+                raise
+            if fallback != "whole":
+                raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
+            made = Whole(op)
         if any(program.values[v].name for v in op.mutated) and not isinstance(made, list):
             raise _refuse(op, f"'{op.name}' writes the image's values into a parameter or buffer")
         for node in made if isinstance(made, list) else [made]:
@@ -184,8 +205,71 @@ def sort(program: Program) -> tuple[Maps, list[Node | Op]]:
                     node.drawn = maps.new_value(like=op.inputs[0])
                     nodes.append(_draw(program, node.once, op.inputs[0], node.drawn))
                 maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
+                for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
+                    if h == w and value not in maps.flat:
+                        maps.flat[value] = maps.flat[next(iter(node.reads))]
+            elif isinstance(node, Small):
+                taken.check(op, node)
+            elif isinstance(node, Whole):
+                taken.begin(node.op)
             nodes.append(node)
-    return maps, nodes
+    return maps, _live_nodes(maps, unflatten(maps, nodes))
+
+
+def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
+    """Nodes that the output or a buffer depends on; rules may have gone round some ops."""
+    values = maps.program.values
+    wanted = set(refs(maps.program.output))
+    live: list[Node | Op] = []
+    for node in reversed(nodes):
+        op = node.op if isinstance(node, (Local, Whole)) else node
+        kept = isinstance(node, Small) and node.effect is not None
+        if isinstance(op, Op):
+            kept = any(values[v].name or values[v].constant is not None for v in op.mutated)
+        if kept or wanted & set(_makes(node)):
+            wanted.update([node.value] if isinstance(node, Reduction) else op.inputs)
+            wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
+            live.append(node)
+    return live[::-1]
+
+
+class _TakenWhole:
+    """Smalls that come from whole maps; what is as large as those is a map again, where the user allows it."""
+
+    def __init__(self, maps: Maps, allowed: bool):
+        self.maps, self.allowed = maps, allowed
+        self.origin: dict[int, Op] = {}  # value -> the op that took a map whole
+        self.sizes: set[tuple[int, int]] = set()
+
+    def begin(self, op: Op) -> None:
+        self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
+        self.origin.update(dict.fromkeys(op.outputs, op))
+        self._return(op)
+
+    def follow(self, op: Op) -> None:
+        """An op on smalls."""
+        found = next((self.origin[v] for v in op.inputs if v in self.origin), None)
+        if found is not None:
+            self.origin.update(dict.fromkeys(op.outputs, found))
+            self._return(op)
+
+    def _return(self, op: Op) -> None:
+        for value in op.outputs if self.allowed else ():
+            shape = tuple(self.maps.shape(value))
+            if len(shape) == 4 and shape[2:] in self.sizes:
+                self.maps.axes[value] = (2, 3)
+            elif len(shape) == 4 and shape[1:3] in self.sizes:
+                self.maps.axes[value] = (1, 2)
+
+    def check(self, op: Op, node: Small) -> None:
+        """Refuse a whole map in the middle, unless it is allowed."""
+        first = next((self.origin[v] for v in node.inputs if v in self.origin), None)
+        if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
+            raise _refuse(
+                first,
+                f"'{first.name}' needs the whole map, and {op} goes on with one value for each position of it; "
+                'accelerate(..., fallback="whole") allows that where the memory does',
+            )
 
 
 def _reads(node: Node | Op, maps: Maps) -> list[int]:
@@ -203,11 +287,17 @@ def _makes(node: Node | Op) -> Sequence[int]:
     return node.op.outputs if isinstance(node, (Local, Whole)) else node.outputs
 
 
-def levels(maps: Maps, nodes: Sequence[Node | Op]) -> dict[int, int]:
-    """The level of every value that is not a parameter or constant (those have level 0)."""
+def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> dict[int, int]:
+    """The level of every value that is not a parameter or constant (those have level 0).
+
+    Args:
+        cuts: maps that local ops shall read in a later sweep than the one that makes them.
+    """
     level = {maps.program.image: 0}
     for node in nodes:
-        waits = [level.get(v, 0) + (v in maps and isinstance(node, (Reduction, Whole))) for v in _reads(node, maps)]
+        later = [v in cuts if isinstance(node, Local) else v in maps and not isinstance(node, (Op, Small))
+                 for v in _reads(node, maps)]  # fmt: skip
+        waits = [level.get(v, 0) + wait for v, wait in zip(_reads(node, maps), later, strict=True)]
         level.update(dict.fromkeys(_makes(node), max(waits, default=0)))
     return level
 
@@ -218,9 +308,9 @@ def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     return found | {v for v in refs(maps.program.output) if v in maps}
 
 
-def crossing(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
+def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> list[int]:
     """Maps that a later level reads, in program order: they are stored, or computed again there."""
-    level = levels(maps, nodes)
+    level = levels(maps, nodes, cuts)
     read_at: dict[int, int] = {}
     for node in nodes:
         if isinstance(node, Local):
@@ -230,13 +320,16 @@ def crossing(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
     return [v for v in made if read_at.get(v, 0) > level[v]]
 
 
-def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int]) -> Network:
+def split(
+    maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()
+) -> Network:
     """The steps of a sorted program.
 
     Args:
         stored: which of the `crossing` maps are stored; the others are computed again by each sweep that reads them.
+        cuts: see `levels`.
     """
-    level = levels(maps, nodes)
+    level = levels(maps, nodes, cuts)
     whole = needed_whole(maps, nodes)
     makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
     kept = [v for v in (maps.program.image, *makers) if v in whole or v in stored]
@@ -250,7 +343,8 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int]) -> Net
         here = [r for r in reductions if level[r.value] == now]
         written = [v for v in kept if level[v] == now]
         if here or written:
-            there = {maps.program.image, *(v for v in kept if level[v] < now)}
+            given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
+            there = {*given, *(v for v in kept if level[v] < now)}
             steps.append(_sweep(maps, nodes, makers, here, written, there))
     network = Network(maps.program, maps, steps)
     if not network.sweeps:
@@ -291,7 +385,11 @@ def _check_written(network: Network) -> None:
             raise _refuse(step, f"'{step.name}' writes in place into a tensor that earlier layers read")
 
 
-def build_network(program: Program) -> Network:
-    """The steps of a recorded program with every map stored that a later sweep reads."""
-    maps, nodes = sort(program)
+def build_network(program: Program, fallback: str | None = None) -> Network:
+    """The steps of a recorded program with every map stored that a later sweep reads.
+
+    Args:
+        fallback: see `sort`.
+    """
+    maps, nodes = sort(program, fallback)
     return split(maps, nodes, crossing(maps, nodes))

@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import static
 from .backend import prepare
 from .errors import BudgetError, GigamorphError
-from .graph import Graph, Network, build_network
+from .graph import Graph, Network, sort
 from .memory import available_bytes, format_bytes, parse_bytes
+from .replay import FEWEST_TILES, static_bytes
 from .scan import Autocast, cast_dtype
 from .simulate import carry_shape, stock_peak, tile_peak
-from .stored import stored_peak
+from .strategy import stored_peak, strategies
 from .sweep import Sweep
-from .trace import capture
+from .trace import Program, capture
 
 # Sides that are tried, largest first: powers of two and their halves in between.
 _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
@@ -67,6 +69,9 @@ class Plan:
         stored_bytes: maps that exist whole, their gradients, and the ops behind them.
         library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
         sides: the tile of each sweep, in pixels of its largest source.
+        strategy: which maps are stored whole, for a network of several sweeps (`strategy.py`).
+        units: what the step costs, in forwards of stock PyTorch.
+        replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are computed op by op.
         budget: the budget, or None.
         stock_bytes: the same step in stock PyTorch, or None where it was not asked for.
     """
@@ -85,6 +90,9 @@ class Plan:
     stored_bytes: int
     library_bytes: int
     sides: tuple[tuple[int, int], ...]
+    strategy: str = ""
+    units: float = 0.0
+    replay_bytes: int = 0
     budget: int | None = None
     stock_bytes: int | None = None
 
@@ -94,8 +102,13 @@ class Plan:
         resident = self.carry_bytes if self.carries == "device" else 0
         return (
             self.parameter_bytes + resident + self.strip_bytes + self.tile_bytes + self.retained_bytes
-            + self.stored_bytes + self.library_bytes
+            + self.stored_bytes + self.library_bytes + self.replay_bytes
         )  # fmt: skip
+
+    @property
+    def replayed(self) -> bool:
+        """Whether tiles that are alike are captured once and replayed."""
+        return self.replay_bytes > 0
 
     @property
     def fits(self) -> bool:
@@ -120,6 +133,10 @@ class Plan:
             lines.append(("whole maps", format_bytes(self.stored_bytes)))
         if self.library_bytes:
             lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap)"))
+        if len(self.sides) > 1:
+            lines.append(("sweeps", f"{len(self.sides)}: {self.strategy}; {self.units:.1f} forwards' worth of work"))
+        if self.replay_bytes:
+            lines.append(("replayed tiles", format_bytes(self.replay_bytes)))
         lines.append(("predicted peak", format_bytes(self.peak_bytes)))
         if self.budget is not None:
             lines.append(("budget", f"{format_bytes(self.budget)} ({'fits' if self.fits else 'does not fit'})"))
@@ -156,8 +173,14 @@ class _Estimate:
         if image_grad:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
 
-    def plan(self, tile: tuple[int, int], carries: str, budget: int | None, count_tile: bool = True) -> Plan:
-        """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out."""
+    def plan(
+        self, tile: tuple[int, int], carries: str, budget: int | None, count_tile: bool = True, limit: int = 0
+    ) -> Plan:
+        """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out.
+
+        Args:
+            limit: tiles are replayed where that keeps the peak below it.
+        """
         graphs = self.network.sweeps
         sides = sweep_sides(self.network, tile)
         sweeps = [Sweep(graph, side) for graph, side in zip(graphs, sides, strict=True)]
@@ -190,6 +213,18 @@ class _Estimate:
             sides=tuple(sides),
             budget=budget,
         )
+        retained = self._retain(plan, sweeps, held, slack)
+        if count_tile and static.executor(self.image.device) and sweeps[0].tiles - retained.retained >= FEWEST_TILES:
+            statics = sum(static_bytes(sweep, self.training) for sweep in sweeps if sweep.tiles >= FEWEST_TILES)
+            copies = self.gradient_bytes * (2 if self.training else 1)  # of smalls, and the sums of their gradients
+            replayed = replace(plan, replay_bytes=peak + statics + copies if statics else 0)
+            if replayed.peak_bytes <= limit:
+                return self._retain(replayed, sweeps, held, slack)
+        return retained
+
+    def _retain(self, plan: Plan, sweeps: list[Sweep], held: int, slack: int) -> Plan:
+        """Retain tiles with what a plan leaves of its budget; each holds `held` bytes, its part of the heap's slack."""
+        budget = plan.budget
         if budget is None or not held or plan.peak_bytes > budget or len(sweeps) > 1:
             return plan
         (sweep,) = sweeps
@@ -199,7 +234,8 @@ class _Estimate:
         retained = min(sweep.tiles, 1 + int(graphs))
         kept_graphs = (retained - 1) * held
         filled = min(slack, int(_SLACK_FILLED * kept_graphs))
-        return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=kernels + slack - filled)
+        library = plan.library_bytes - filled
+        return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=library)
 
     def _library(self, sweeps: list[Sweep], tile_bytes: int) -> tuple[int, int]:
         """Bytes of compiled kernels, and of the heap's slack."""
@@ -275,6 +311,28 @@ def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
     return total + sum(strips), max(strips)
 
 
+def arrange(
+    program: Program, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    image_grad: bool = False, count_tile: bool = True, fallback: str | None = None,
+) -> tuple[Network, Plan]:  # fmt: skip
+    """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
+
+    Args as for `choose` and `sort`.
+    """
+    maps, nodes = sort(program, fallback)
+    refused: BudgetError | None = None
+    for strategy in strategies(maps, nodes, training, image_grad):
+        prepare(strategy.network, training, image_grad)
+        try:
+            plan = choose(strategy.network, budget, tile, training, carries, image_grad, count_tile)
+        except BudgetError as error:
+            refused = error
+        else:
+            return strategy.network, replace(plan, strategy=strategy.name, units=strategy.cost)
+    assert refused is not None
+    raise refused
+
+
 def choose(
     network: Network, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
     image_grad: bool = False, count_tile: bool = True,
@@ -300,7 +358,7 @@ def choose(
         for side in sides:
             plan = estimate.plan(side, place, budget, count_tile=False)
             if plan.peak_bytes <= limit and (count_tile or tile is None):
-                plan = estimate.plan(side, place, budget)
+                plan = estimate.plan(side, place, budget, limit=limit)
             if plan.peak_bytes <= limit:
                 return plan
     least = estimate.plan(sides[-1], places[-1], budget)
@@ -361,10 +419,9 @@ def plan(
     shape = _full_shape(model, tuple(image_size))
     network = model.__dict__.get("_network", model)
     device = torch.device(device)
-    steps = build_network(capture(network, shape, dtype, device))
-    prepare(steps, training)
+    program = capture(network, shape, dtype, device)
     side = (tile, tile) if isinstance(tile, int) else tile
-    chosen = choose(steps, None if budget is None else parse_bytes(budget), side, training, carries)
+    _, chosen = arrange(program, None if budget is None else parse_bytes(budget), side, training, carries)
     stock = sum(t.nbytes for t in network.state_dict().values()) + stock_peak(network, shape, dtype, device, training)
     return replace(chosen, stock_bytes=stock)
 

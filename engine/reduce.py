@@ -30,30 +30,40 @@ class Accumulator:
 
     def add(self, i: int, j: int, block: Tensor, rect: Rect, width: int) -> None:
         """Take in the block of tile (i, j), which lies at `rect` of a map of this width."""
+        self.merge(i, j, self.share(block), rect, width)
+
+    def share(self, block: Tensor) -> tuple[Tensor, ...]:
+        """What a block gives, wherever it lies: its sum; mean and squared deviations; maximum and count or place."""
         reduction = self.reduction
         if reduction.kind == "moments":
-            self._merge(block)
-            return
+            block = block.to(torch.promote_types(block.dtype, torch.float32))
+            mean = block.mean(reduction.dims, keepdim=True)
+            return mean, (block - mean).square_().sum(reduction.dims, keepdim=True, dtype=block.dtype)
         if reduction.kind == "sum":
-            part = self.partial(block).to(torch.float64)
+            return (self.partial(block),)
+        if reduction.first_only:
+            return F.adaptive_max_pool2d(block, 1, return_indices=True)
+        part = self.partial(block)
+        return part, (block == part).sum(reduction.dims, keepdim=True)
+
+    def merge(self, i: int, j: int, share: tuple[Tensor, ...], rect: Rect, width: int) -> None:
+        """Take in what the block of tile (i, j) has given; those tensors may be written to."""
+        if self.reduction.kind == "moments":
+            self._merge(*share, (rect[1] - rect[0]) * (rect[3] - rect[2]))
+            return
+        if self.reduction.kind == "sum":
+            part = share[0].to(torch.float64)
             self.total = part if self.total is None else self.total.add_(part)
             return
-        if reduction.first_only:
-            part, place = F.adaptive_max_pool2d(block, 1, return_indices=True)
+        part, note = share
+        if self.reduction.first_only:
             columns = rect[3] - rect[2]
-            note = (place // columns + rect[0]) * width + place % columns + rect[2]
-        else:
-            part = self.partial(block)
-            note = (block == part).sum(reduction.dims, keepdim=True)
+            note = (note // columns + rect[0]) * width + note % columns + rect[2]
         self.total = part if self.total is None else torch.maximum(self.total, part)
         self.maxima[i, j] = part, note
 
-    def _merge(self, block: Tensor) -> None:
-        pixels = block.shape[2] * block.shape[3]
-        block = block.to(torch.promote_types(block.dtype, torch.float32))
-        mean = block.mean((2, 3), keepdim=True)
-        deviations = (block - mean).square_().sum((2, 3), keepdim=True, dtype=block.dtype).to(torch.float64)
-        mean = mean.to(torch.float64)
+    def _merge(self, mean: Tensor, deviations: Tensor, pixels: int) -> None:
+        mean, deviations = mean.to(torch.float64), deviations.to(torch.float64)
         if self.total is None or self.deviations is None:
             self.seen, self.total, self.deviations = pixels, mean, deviations
             return
@@ -79,6 +89,8 @@ class Accumulator:
     def partial(self, block: Tensor) -> Tensor:
         """The block's own share of the reduction, kept dimensions and all."""
         reduction = self.reduction
+        if reduction.form is not None:
+            return reduction.form(block)
         if reduction.kind == "sum":
             wide = torch.float32 if block.dtype in (torch.float16, torch.bfloat16) else block.dtype
             return block.sum(reduction.dims, keepdim=True, dtype=wide)
@@ -117,8 +129,9 @@ class Target:
     shares: dict[tuple[int, int], Tensor]
 
     @property
-    def moments(self) -> bool:
-        return self.accumulator is not None and self.accumulator.reduction.kind == "moments"
+    def of_block(self) -> bool:
+        """Whether the gradient is one of the block itself, not of something reduced from it."""
+        return self.accumulator is None or self.accumulator.reduction.kind == "moments"
 
 
 Targets = dict[int, list[Target]]

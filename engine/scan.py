@@ -127,6 +127,45 @@ def cast_dtype(graph: Graph, value: int, dtype: torch.dtype, autocast: Autocast)
     return autocast.dtype if users <= _CAST_BY_AUTOCAST else dtype
 
 
+@dataclass
+class Gathered:
+    """Where pass 1 puts what a tile gives: reductions, stored maps, and the carries for the tiles below and right."""
+
+    accumulators: list[Accumulator]
+    stored: dict[int, Tensor]
+    below: dict[int, Tensor]
+    right: dict[int, Tensor]
+
+
+Read = Callable[[int, Rect], Tensor]
+WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # gradients of the windows of sources, with their places
+
+
+class ForwardReplay(Protocol):
+    """Computes a tile of pass 1 in another way than op by op, if it can; returns whether it did."""
+
+    def __call__(self, i: int, j: int, read: Read, carries: Carries, gathered: Gathered) -> bool: ...
+
+
+class BackwardReplay(Protocol):
+    """Computes and differentiates a tile of pass 2, likewise."""
+
+    def __call__(
+        self, i: int, j: int, read: Read, carries: Carries, carry_grads: Carries, handed_back: Carries,
+        source_grads: Mapping[int, Tensor],
+    ) -> bool: ...  # fmt: skip
+
+
+class Replay(Protocol):
+    """What computes tiles that are like earlier ones (replay.py)."""
+
+    def forward(self, scan: Scan, smalls: Mapping[int, Tensor]) -> ForwardReplay | None: ...
+
+    def backward(self, scan: Scan, kept: Kept, targets: Targets) -> BackwardReplay | None:
+        """May put tensors of its own into `kept.sums`, which are used again in the next step."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reader:
     """Gives the sources' pixels to tiles: `read(source, rectangle)`; `advance()` before each tile."""
@@ -159,6 +198,9 @@ class Scan:
         nhwc = device.type != "cpu" or dtype != torch.float64 or kernels.enabled(device)
         self.memory_format = torch.channels_last if nhwc else torch.contiguous_format
         self.kept: Kept | None = None
+        self.replay: Replay | None = None
+        self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
+        self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of apportioned sources that have their gradient
         self.taps: dict[int, list[Callable[[Tensor, Rect], None]]] = {}  # given every block of a map in pass 1
 
     def convert(self, pixels: Tensor) -> Tensor:
@@ -169,11 +211,13 @@ class Scan:
     def let_go(self) -> None:
         """Forget stored maps: autograd keeps them between the passes, and lets them go when it can."""
         self.sources = {v: s for v, s in self.sources.items() if not isinstance(s, StoredMap)}
+        self.stored = {}
 
-    def take(self, tensors: Mapping[int, Tensor]) -> None:
-        """Read the stored maps again, which autograd has kept."""
+    def take(self, sources: Mapping[int, Tensor], stored: Mapping[int, Tensor]) -> None:
+        """Take back the stored maps that autograd has kept: the sources, and what pass 1 has stored."""
         axes = self.sweep.graph.maps.axes
-        self.sources = {**{v: StoredMap(t, axes[v]) for v, t in tensors.items()}, **self.sources}
+        self.sources = {**{v: StoredMap(t, axes[v]) for v, t in sources.items()}, **self.sources}
+        self.stored = dict(stored)
 
     def read(self, source: int, rect: Rect) -> Tensor:
         """A rectangle of a source as it is computed with; of a stored map on the device a view."""
@@ -253,6 +297,7 @@ class Scan:
                 env[value].requires_grad_()
             needs = sweep.needs_grad({*inputs, *leaves})
             kept = Kept(CarryStore(self.place), seed, env, leaves, inputs, needs, accumulators)
+        replay = None if self.replay is None or self.taps else self.replay.forward(self, env)
         above: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
         with self._reader(tiles) as reader:
@@ -267,16 +312,17 @@ class Scan:
                     if kept is not None:
                         kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
                     right: dict[int, Tensor] = {}
-                    keep = partial(self._keep, accumulators=accumulators, stored=stored, below=below, right=right)
+                    carries, gathered = Carries(above, left), Gathered(accumulators, stored, below, right)
+                    keep = partial(self._keep, gathered=gathered)
                     with self._dice(seed, i, j), self.autocast.enter():
                         if kept is not None and index >= sweep.tiles - self.retained:
-                            tile = self.tile(i, j, kept, Carries(above, left), reader.read)
+                            tile = self.tile(i, j, kept, carries, reader.read)
                             kept.recorded[i, j] = self.record(tile, self.targets(kept), keep)
-                        else:
-                            tile = Tile(sweep, i, j, reader.read, env, Carries(above, left))
+                        elif replay is None or not replay(i, j, reader.read, carries, gathered):
+                            tile = Tile(sweep, i, j, reader.read, env, carries)
                             with torch.no_grad():
                                 self.run(tile, keep)
-                    self._pass_right(tile, right)
+                    self._pass_right(j, left, right)
                     left = right
                     self._tell("forward", i, j, index + 1)
                 self._pass_down(i, above, below)
@@ -314,35 +360,49 @@ class Scan:
         """Maps that something besides local ops takes: reductions, stored maps, taps."""
         return {*self.sweep.reductions, *self.sweep.graph.stored, *self.taps}
 
-    def _keep(
-        self, tile: Tile, value: int, block: Tensor, *, accumulators: list[Accumulator], stored: dict[int, Tensor],
-        below: dict[int, Tensor], right: dict[int, Tensor],
-    ) -> None:  # fmt: skip
+    def _keep(self, tile: Tile, value: int, block: Tensor, *, gathered: Gathered) -> None:
         """What pass 1 does with a block: reduce it, store it, copy the carries out of it."""
-        sweep, graph = self.sweep, self.sweep.graph
+        sweep, i, j = self.sweep, tile.i, tile.j
+        of_its_own = not block.requires_grad and not block._is_view()
         block = block.detach()
-        rect, axes = sweep.block(value, tile.i, tile.j), sweep.axes(value)
-        height, width = graph.maps.size(value)
+        rect, axes = sweep.block(value, i, j), sweep.axes(value)
         for number in sweep.reductions.get(value, ()):
-            accumulators[number].add(tile.i, tile.j, block, rect, width)
-        if value in graph.stored:
-            if value not in stored:
-                stored[value] = empty_like_layout(block, axes, height, width)
-            cut(stored[value], axes, rect).copy_(block)
+            gathered.accumulators[number].add(i, j, block, rect, sweep.graph.maps.size(value)[1])
+        if value in sweep.graph.stored:
+            if of_its_own and rect[1::2] == sweep.graph.maps.size(value) and rect[::2] == (0, 0):
+                gathered.stored[value] = block  # the map has one tile
+            else:
+                self.room_in_store(value, i, j, block, gathered).copy_(block)
         for tap in self.taps.get(value, ()):
             tap(block, rect)
         for side, own, carry in tile.hands_on(value) if value in sweep.carried else ():
-            target = below if side == "above" else right
-            if value not in target:
-                rows, cols = sweep.rows.carry_out(value, tile.i), sweep.cols.carry_out(value, tile.j)
-                size = (rows[1] - rows[0], width) if side == "above" else (rect[1] - rect[0], cols[1] - cols[0])
-                target[value] = empty_like_layout(block, axes, *size)
-            cut(target[value], axes, carry).copy_(cut(block, axes, own))
+            self.room_in_carry(side, value, carry, i, j, block, gathered).copy_(cut(block, axes, own))
 
-    def _pass_right(self, tile: Tile, right: dict[int, Tensor]) -> None:
+    def room_in_store(self, value: int, i: int, j: int, like: Tensor, gathered: Gathered) -> Tensor:
+        """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order."""
+        axes = self.sweep.axes(value)
+        if value not in gathered.stored:
+            gathered.stored[value] = empty_like_layout(like, axes, *self.sweep.graph.maps.size(value))
+        return cut(gathered.stored[value], axes, self.sweep.block(value, i, j))
+
+    def room_in_carry(
+        self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor, gathered: Gathered
+    ) -> Tensor:
+        """A rectangle of a carry that tile (i, j) hands on; the carry is made at first, as `room_in_store` does."""
+        sweep, axes = self.sweep, self.sweep.axes(value)
+        target = gathered.below if side == "above" else gathered.right
+        if value not in target:
+            rows, cols = sweep.rows.carry_out(value, i), sweep.cols.carry_out(value, j)
+            top, bottom = sweep.rows.block(value, i)
+            width = sweep.graph.maps.size(value)[1]
+            size = (rows[1] - rows[0], width) if side == "above" else (bottom - top, cols[1] - cols[0])
+            target[value] = empty_like_layout(like, axes, *size)
+        return cut(target[value], axes, rect)
+
+    def _pass_right(self, j: int, left: dict[int, Tensor], right: dict[int, Tensor]) -> None:
         """Columns from the left that tiles further right still need."""
-        for value, columns in tile.carries.left.items():
-            lo, end, start, hi = self._passed(self.sweep.cols, value, tile.j)
+        for value, columns in left.items():
+            lo, end, start, hi = self._passed(self.sweep.cols, value, j)
             if lo < end:
                 axis = self.sweep.axes(value)[1]
                 if value not in right:
@@ -371,16 +431,17 @@ class Scan:
     # -- pass 2 -------------------------------------------------------------------------------------------------
 
     def backward(self, grads: Sequence[Tensor | None], source_grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Gradients of the smalls that want one, by value number; those of sources are added to `source_grads`.
+        """Gradients of the smalls that want one, by value number; those of sources are put into `source_grads`.
 
         Args:
             grads: gradients of the reductions and of the stored maps, None for zero.
-            source_grads: zeros of the shapes of the sources that want a gradient.
+            source_grads: tensors like the sources that want a gradient; zeros but for `Sweep.apportioned` sources.
         """
         sweep, kept = self.sweep, self.kept
         assert kept is not None
         targets = self.targets(kept, grads)
         kept.sums = {}
+        replay = None if self.replay is None else self.replay.backward(self, kept, targets)
         grads_below: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
         again = [tile for tile in reversed(tiles) if tile not in kept.recorded]
@@ -392,20 +453,31 @@ class Scan:
                 for j in reversed(range(sweep.cols.steps)):
                     left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
                     grads_left = self._returned(sweep.cols, j, left, grads_right, kept.needs)
+                    carries, carry_grads = Carries(above, left), Carries(grads_above, grads_left)
+                    handed_back = Carries(grads_below, grads_right)
                     recorded = kept.recorded.pop((i, j), None)
+                    replayed = False
                     if recorded is None:
                         reader.advance()
-                        tile = self.tile(i, j, kept, Carries(above, left), reader.read)
-                        with self._dice(kept.seed, i, j), self.autocast.enter():
-                            recorded = self.record(tile, targets)
-                    recorded.tile.carry_grads = Carries(grads_above, grads_left)
-                    recorded.tile.handed_back = Carries(grads_below, grads_right)
-                    self.differentiate(recorded, targets, kept, source_grads)
+                        if replay is not None:
+                            replayed = replay(i, j, reader.read, carries, carry_grads, handed_back, source_grads)
+                        if not replayed:
+                            recorded = self.again(self.tile(i, j, kept, carries, reader.read), targets, kept.seed)
+                    if recorded is not None:
+                        recorded.tile.carry_grads, recorded.tile.handed_back = carry_grads, handed_back
+                        self.add_to_sources(source_grads, self.differentiate(recorded, targets, kept))
                     grads_right = grads_left
                     index = i * sweep.cols.steps + j
                     self._tell("backward", i, j, sweep.tiles - index)
                 grads_below = grads_above
-        return kept.sums
+        self._zero_the_rest(source_grads)
+        return kept.sums if replay is None else {v: total.clone() for v, total in kept.sums.items()}
+
+    def again(self, tile: Tile, targets: Targets, seed: int) -> Recorded:
+        """Compute a tile in pass 2, as it was computed in pass 1."""
+        tile.second_pass = True
+        with self._dice(seed, tile.i, tile.j), self.autocast.enter():
+            return self.record(tile, targets)
 
     def tile(self, i: int, j: int, kept: Kept, carries: Carries, read: Callable[[int, Rect], Tensor]) -> Tile:
         """A tile to be computed with autograd on."""
@@ -456,9 +528,14 @@ class Scan:
                     block = result = HandOn.apply(tile.anchor, block, partial(tile.add_handed_back, value))  # pyright: ignore
                 else:
                     recorded.add(block, partial(_handed_back_alone, tile, value, block.detach()))
-            for number, target in enumerate(targets.get(value, ())):
-                root = block if target.moments or target.accumulator is None else target.accumulator.partial(block)
-                recorded.add(root, partial(self._target_grad, tile, value, number, root.detach()))
+            taken = targets.get(value, ())
+            whole = [number for number, target in enumerate(taken) if target.of_block]
+            if whole:
+                recorded.add(block, partial(self._block_grad, tile, value, whole, block.detach()))
+            for number, target in enumerate(taken):
+                if not target.of_block:
+                    root = target.accumulator.partial(block)
+                    recorded.add(root, partial(self._partial_grad, tile, value, number, root.detach()))
             return result
 
         with torch.enable_grad():
@@ -466,31 +543,54 @@ class Scan:
         tile.blocks.clear()
         return recorded
 
-    def _target_grad(self, tile: Tile, value: int, number: int, root: Tensor, targets: Targets) -> Tensor | None:
+    def _partial_grad(self, tile: Tile, value: int, number: int, root: Tensor, targets: Targets) -> Tensor | None:
+        """The gradient of a tile's share of a sum or maximum."""
         target = targets[value][number]
-        if all(grad is None for grad in target.grads):
-            return None
-        if target.accumulator is not None and target.moments:
-            return target.accumulator.pull(root, target.grads)
         (grad,) = target.grads
-        assert grad is not None
-        if target.accumulator is None:
-            return cut(grad, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
+        if grad is None:
+            return None
+        assert target.accumulator is not None
         if target.accumulator.reduction.kind == "max" and target.shares:
             grad = grad * target.shares[tile.i, tile.j]
         return grad.to(root.dtype).expand_as(root)
 
-    def differentiate(
-        self, recorded: Recorded, targets: Targets, kept: Kept, source_grads: Mapping[int, Tensor]
-    ) -> None:
-        """Add a recorded tile's gradients to the sums, to the sources' gradients and to the carries' gradients."""
+    def _block_grad(self, tile: Tile, value: int, numbers: list[int], block: Tensor, targets: Targets) -> Tensor | None:
+        """The gradient of a block of which moments are taken, or that is stored, or both."""
+        total: Tensor | None = None
+        owned = False  # whether `total` may be written to
+        for number in numbers:
+            target = targets[value][number]
+            if all(grad is None for grad in target.grads):
+                continue
+            if target.accumulator is None:
+                (grad,) = target.grads
+                assert grad is not None
+                part, fresh = self._own(tile, value, grad), False
+            else:
+                valued = not (tile.second_pass and value in self.sweep.unvalued)
+                x = block if valued else self._own(tile, value, self.stored[value])
+                part, fresh = target.accumulator.pull(x, target.grads), target.grads[1] is not None
+            if total is None:
+                total, owned = part, fresh
+            elif fresh or owned:
+                total, owned = (total.add_(part) if owned else part.add_(total)), True
+            else:
+                total, owned = total + part, True
+        return total
+
+    def _own(self, tile: Tile, value: int, stored: Tensor) -> Tensor:
+        """A tile's part of a stored map or of its gradient."""
+        return stored if tile.alone else cut(stored, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
+
+    def differentiate(self, recorded: Recorded, targets: Targets, kept: Kept) -> WindowGrads:
+        """Add a recorded tile's gradients to the sums and to the carries' gradients; those of sources are returned."""
         tile = recorded.tile
         pairs = [(root, grad(targets)) for root, grad in zip(recorded.roots, recorded.grads, strict=True)]
         pairs = [(root, grad) for root, grad in pairs if grad is not None]
         recorded.roots.clear()
         recorded.grads.clear()
         if not pairs:
-            return
+            return []
         windows = [(place, t) for place, t in tile.source_windows.items() if t.requires_grad]
         inputs = [kept.smalls[v] for v in kept.leaves] + [t for _, t in windows]
         assert tile.anchor is not None
@@ -502,10 +602,27 @@ class Scan:
             grad = result.pop(0)
             if grad is not None:
                 _accumulate(kept.sums, value, grad)
-        for (source, rect), _ in windows:
-            grad = result.pop(0)
-            if grad is not None:
-                cut(source_grads[source], self.sweep.axes(source), rect).add_(grad)
+        return [(place, grad) for (place, _), grad in zip(windows, result, strict=False) if grad is not None]
+
+    def add_to_sources(self, source_grads: Mapping[int, Tensor], windows: WindowGrads) -> None:
+        """Put the gradients of a tile's windows of the sources where they belong."""
+        for (source, rect), grad in windows:
+            target = cut(source_grads[source], self.sweep.axes(source), rect)
+            if source in self.sweep.apportioned:
+                target.copy_(grad)
+                self.given.add((source, rect))
+            else:
+                target.add_(grad)
+
+    def _zero_the_rest(self, source_grads: Mapping[int, Tensor]) -> None:
+        """Zeros where no tile has given a gradient of a source that is not added up."""
+        sweep = self.sweep
+        for source in sweep.apportioned & source_grads.keys():
+            for i in range(sweep.rows.steps):
+                for j in range(sweep.cols.steps):
+                    if (source, rect := sweep.block(source, i, j)) not in self.given:
+                        cut(source_grads[source], sweep.axes(source), rect).zero_()
+        self.given.clear()
 
     def _returned(
         self, axis: AxisSchedule, step: int, carries: dict[int, Tensor], handed_back: dict[int, Tensor], needs: set[int]

@@ -113,13 +113,16 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
         targets = scan.targets(kept, grads)
         below = _entering(graph, sweep, i + 1, j, scan.memory_format).above
         right = _entering(graph, sweep, i, j + 1, scan.memory_format).left
+        scan.stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in sweep.unvalued}
         sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
         with _Meter() as meter:
-            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, _stored_tensors(sources))
-            recorded = scan.record(scan.tile(i, j, kept, entering, scan.read), targets)
+            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, scan.stored, _stored_tensors(sources))
+            tile = scan.tile(i, j, kept, entering, scan.read)
+            tile.second_pass = True
+            recorded = scan.record(tile, targets)
             held = meter.alive
             recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
-            scan.differentiate(recorded, targets, kept, sums)
+            scan.differentiate(recorded, targets, kept)
         return meter.peak, held
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
+from . import static
 from .graph import Graph, Network
 from .ops import Small
 from .plan import Plan
+from .replay import FEWEST_TILES, Replays
 from .scan import Pixels, Scan, StoredMap, TileEvent, cast_dtype
 from .sweep import Sweep
 from .trace import Op, bind, refs
@@ -43,30 +45,33 @@ class ScanFunction(torch.autograd.Function):
         """`sources` gives the places of source tensors among `tensors`; smalls come behind them."""
         ctx.scan, ctx.sources = scan, sources
         wanted = [v for v, place in sources.items() if ctx.needs_input_grad[2 + place]]
-        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
+        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.unvalued]
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
         scan.let_go()
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
-        tensors = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
+        sweep, graph = ctx.scan.sweep, ctx.scan.sweep.graph
         count = len(ctx.sources)
         source_grads = {
-            v: torch.zeros_like(tensors[place])
+            v: (torch.empty_like if v in sweep.apportioned else torch.zeros_like)(tensors[place])
             for v, place in ctx.sources.items()
             if ctx.needs_input_grad[2 + place]
         }
-        ctx.scan.take({v: tensors[place] for v, place in ctx.sources.items()})
+        stored = [v for v in graph.results if v in sweep.unvalued]
+        ctx.scan.take({v: tensors[place] for v, place in ctx.sources.items()}, dict(zip(stored, kept, strict=True)))
         sums = ctx.scan.backward(grads, source_grads)
         ctx.scan.let_go()
         results: list[Tensor | None] = [source_grads.get(v) for v in ctx.sources]
-        for value, small, wanted in zip(
-            ctx.scan.sweep.graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True
-        ):
+        for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
             total = sums.pop(value, None) if wanted else None
             results.append(torch.zeros_like(small) if wanted and total is None else total)
         return None, None, *results
@@ -74,11 +79,22 @@ class ScanFunction(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network made ready for one image size: its steps, the tiling of each sweep, and the plan."""
+    """A network made ready for one image size: its steps, the tiling of each sweep, and the plan.
+
+    `replays` holds what has been captured of each sweep's tiles; it may be emptied between steps.
+    """
 
     network: Network
     sweeps: tuple[Sweep, ...]
     plan: Plan
+    replays: dict[int, Replays] = field(default_factory=dict)
+
+    def replay(self, index: int, device: torch.device) -> Replays | None:
+        """The replays of a sweep, if the plan has room for them."""
+        executor = static.executor(device) if self.plan.replayed else None
+        if executor is not None and index not in self.replays and self.sweeps[index].tiles >= FEWEST_TILES:
+            self.replays[index] = Replays(self.sweeps[index], executor)
+        return self.replays.get(index) if executor is not None else None
 
 
 class Forward:
@@ -105,15 +121,27 @@ class Forward:
 
     def run(self, first: int = 0, end: int | None = None) -> None:
         """The steps from `first` up to (without) `end`; values that no later step reads are let go."""
-        steps = self.prepared.network.steps
-        for number in range(first, len(steps) if end is None else end):
-            step = steps[number]
-            if isinstance(step, Graph):
-                self.sweep(number)
+        network = self.prepared.network
+        number, end = first, len(network.steps) if end is None else end
+        while number < end:
+            part = next((part for part in network.ranges if part.start == number), None)
+            if part is not None and torch.is_grad_enabled():
+                Recomputed.run(self, part)
+                number = part.stop
             else:
-                run_small(self.prepared.network, step, self.env, self.device)
-            for value in self.last_use.get(number, ()):
-                self.env.pop(value, None)
+                self.step(number)
+                number += 1
+
+    def step(self, number: int, again: bool = False) -> None:
+        """Run one step; `again` says that this is not the first time, so that buffers stay as they are."""
+        network = self.prepared.network
+        step = network.steps[number]
+        if isinstance(step, Graph):
+            self.sweep(number)
+        else:
+            run_small(network, step, self.env, self.device, again)
+        for value in self.last_use.get(number, ()):
+            self.env.pop(value, None)
 
     def sweep(self, number: int) -> None:
         """Run the sweep at a place among the steps."""
@@ -145,14 +173,99 @@ class Forward:
         scan = Scan(
             self.prepared.sweeps[index], sources, self.device, self.dtype, plan.carries, plan.retained, self.on_tile
         )
+        scan.replay = self.prepared.replay(index, self.device)
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
         smalls = [self.env[v].to(cast_dtype(graph, v, self.env[v].dtype, scan.autocast)) for v in graph.smalls]
         return scan, tensors, smalls
 
+    def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
+        """This forward with other values and another image tensor, for a range of its steps."""
+        pixels = self.pixels if image is None else ImageTensor(image)
+        return Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile)
+
     def output(self) -> Any:
         """What the network returns."""
         return bind(self.prepared.network.program.output, self.env)
+
+
+class Recomputed(torch.autograd.Function):
+    """A range of steps whose maps are let go, and computed again in the backward (Chen et al., 2016)."""
+
+    @staticmethod
+    def run(forward: Forward, part: range) -> None:
+        """Run the steps of a range and put what they make and later steps read into the environment."""
+        steps, env = forward.prepared.network.steps, forward.env
+        inputs: dict[int, None] = {}
+        made: set[int] = set()
+        for number in part:
+            inputs.update(dict.fromkeys(v for v in _reads(steps[number]) if v not in made and v in env))
+            made.update(_makes(steps[number]))
+        later = set(refs(forward.prepared.network.program.output))
+        for step in steps[part.stop :]:
+            later |= _reads(step)
+        outputs = [v for v in made if v in later]
+        ends = [v for number in part for v in forward.last_use.get(number, ())]
+        image = [] if forward.image is None else [forward.image]
+        results = Recomputed.apply(forward, part, tuple(inputs), outputs, *(env[v] for v in inputs), *image)
+        env.update(zip(outputs, results, strict=True))  # pyright: ignore[reportArgumentType]
+        for value in ends:
+            env.pop(value, None)
+
+    @staticmethod
+    def forward(ctx: Any, whole: Forward, part: range, inputs: tuple[int, ...], outputs: list[int], *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.part, ctx.inputs, ctx.outputs = part, inputs, outputs
+        ctx.dice = _dice(whole.device)
+        ctx.whole = whole.part({}, None)
+        inside = whole.part(dict(zip(inputs, tensors, strict=False)), whole.image)
+        for number in part:
+            inside.step(number)
+        return tuple(inside.env[v] for v in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None):
+        tensors = [
+            t.detach().requires_grad_(wanted)
+            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
+        ]
+        image = tensors[len(ctx.inputs)] if len(tensors) > len(ctx.inputs) else None
+        inside = ctx.whole.part(dict(zip(ctx.inputs, tensors, strict=False)), image)
+        devices = [inside.device] if inside.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+            _throw(ctx.dice, inside.device)
+            for number in ctx.part:
+                inside.step(number, again=True)
+        roots = [inside.env.pop(v) for v in ctx.outputs]
+        pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
+        wanted = [t for t in tensors if t.requires_grad]
+        inside.env.clear()
+        del roots
+        if not pairs:
+            return None, None, None, None, *[None] * len(tensors)
+        ends, end_grads = zip(*pairs, strict=True)
+        del pairs
+        results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
+        return None, None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
+
+
+def _dice(device: torch.device) -> list[Tensor]:
+    """The states of the random generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _throw(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _makes(step: Op | Small | Graph) -> list[int]:
+    if isinstance(step, Graph):
+        return [*step.results, *(v for small in step.prelude for v in small.outputs)]
+    return list(step.outputs)
 
 
 def _reads(step: Op | Small | Graph) -> set[int]:
@@ -176,11 +289,13 @@ def _last_uses(network: Network) -> dict[int, list[int]]:
     return uses
 
 
-def run_small(network: Network, op: Op | Small, env: dict[int, Tensor], device: torch.device) -> None:
-    """Run an op on smalls (or on maps that are stored whole) with ordinary autograd."""
+def run_small(
+    network: Network, op: Op | Small, env: dict[int, Tensor], device: torch.device, again: bool = False
+) -> None:
+    """Run an op on smalls (or on maps that are stored whole) with ordinary autograd; effects not `again`."""
     if isinstance(op, Small):
         env.update(zip(op.outputs, op.run(env), strict=True))
-        if op.effect is not None:
+        if op.effect is not None and not again:
             op.effect(env)
         return
     # A map that is only asked for its dtype and device is stood in for by an empty tensor.

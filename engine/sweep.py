@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .backend import in_place_runs
+from .backend import in_place_runs, unvalued_runs
 from .carries import Compose, Crop, Layout, Rect, cut
-from .geometry import AxisSchedule, Window, schedule_axis
+from .geometry import AxisSchedule, Window, same, schedule_axis
 from .graph import Graph, readers_of
 from .ops import Block, Local, SumOf
 
@@ -33,6 +33,8 @@ class Sweep:
         self.random = any(local.random for local in graph.locals)
         self.carried = [v for v in self.rows.frontier if v not in graph.sources and self._is_carried(v)]
         self.in_place = in_place_runs(graph, set(self.carried))
+        self.unvalued = unvalued_runs(graph, set(self.carried))
+        self.apportioned = {v for v in graph.sources if self._is_apportioned(v)}
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
@@ -52,6 +54,17 @@ class Sweep:
                 if lo < hi:
                     return True
         return False
+
+    def _is_apportioned(self, source: int) -> bool:
+        """Whether each tile reads its own block of a source and nothing else of it."""
+        for local in self.graph.locals:
+            if source in local.reads:
+                output = local.op.outputs[0]
+                if any(access != same(access.size_in) for access in local.reads[source]) or any(
+                    list(axis.frontier[output]) != list(axis.frontier[source]) for axis in (self.rows, self.cols)
+                ):
+                    return False
+        return True
 
     def axes(self, value: int) -> tuple[int, int]:
         return self.graph.maps.axes[value]
@@ -91,6 +104,20 @@ class Sweep:
         top, bottom, left, right = self.block(value, i, j)
         return top < bottom and left < right
 
+    def hands_on(self, value: int, i: int, j: int) -> list[tuple[str, Rect, Rect]]:
+        """The parts of tile (i, j)'s block that later tiles need: (side, rectangle of it, rectangle of the carry)."""
+        rect = self.block(value, i, j)
+        result = []
+        lo, hi = self.rows.carry_out(value, i)
+        own = (max(lo, rect[0]), hi, rect[2], rect[3])
+        if area(own):
+            result.append(("above", shift(own, rect[0], rect[2]), shift(own, lo, 0)))
+        lo, hi = self.cols.carry_out(value, j)
+        own = (rect[0], rect[1], max(lo, rect[2]), hi)
+        if area(own):
+            result.append(("left", shift(own, rect[0], rect[2]), shift(own, rect[0], lo)))
+        return result
+
     def needs_grad(self, wanted: Container[int]) -> set[int]:
         """The maps that a gradient flows through, given the sources and smalls that want one."""
         values = self.graph.program.values
@@ -119,10 +146,18 @@ def area(rect: Rect) -> int:
 
 @dataclass
 class Carries:
-    """The carries that enter one tile (or their gradients): rows from above, in full width, and columns."""
+    """The carries that enter one tile (or their gradients): rows from above, in full width, and columns.
+
+    `origin` says, by side and value, where a tensor begins that holds only a part of its carry.
+    """
 
     above: dict[int, Tensor]
     left: dict[int, Tensor]
+    origin: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+
+    def place(self, side: str, value: int, rect: Rect) -> Rect:
+        """A rectangle of a carry in the tensor that is here."""
+        return shift(rect, *self.origin.get((side, value), (0, 0)))
 
 
 class Tile:
@@ -134,6 +169,7 @@ class Tile:
         anchor: a scalar that requires a gradient and keeps the nodes of the carries in autograd's graph.
         carry_grads: where the gradients of `carries` are added, set before the tile is differentiated.
         handed_back: gradients of the carries that the tile handed on, likewise.
+        alone: stored maps and their gradients are there as this tile's blocks, not whole.
     """
 
     def __init__(
@@ -150,6 +186,8 @@ class Tile:
         self.margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
         self.carry_grads: Carries | None = None
         self.handed_back: Carries | None = None
+        self.second_pass = False  # the stored maps are there
+        self.alone = False
 
     def window(
         self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None
@@ -182,7 +220,8 @@ class Tile:
         for part, side, row, col in sources:
             if area(part):
                 source = shift(part, row, col)
-                parts.append((shift(part, rect[0], rect[2]), getattr(self.carries, side)[value], source))
+                place = self.carries.place(side, value, source)
+                parts.append((shift(part, rect[0], rect[2]), getattr(self.carries, side)[value], place))
                 sinks.append(partial(self._add_to_carry, side, value, source))
         own = (shift(inside, rect[0], rect[2]), shift(inside, block[0], block[2])) if area(inside) else None
         padding, missing = ((0, 0, 0, 0), pad) if fill is None else (pad, (0, 0, 0, 0))
@@ -197,7 +236,9 @@ class Tile:
         return layout.compose(tensor), missing
 
     def _add_to_carry(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
-        cut(getattr(self.carry_grads, side)[value], self.sweep.axes(value), rect).add_(grad)
+        assert self.carry_grads is not None
+        place = self.carry_grads.place(side, value, rect)
+        cut(getattr(self.carry_grads, side)[value], self.sweep.axes(value), place).add_(grad)
 
     def run(self, local: Local) -> tuple[Tensor, ...]:
         """The output blocks of one op in this tile."""
@@ -214,7 +255,10 @@ class Tile:
             pad = (max(pad[0], lacks[0]), max(pad[1], lacks[1]), max(pad[2], lacks[2]), max(pad[3], lacks[3]))
             windows.append(value)
         margin = self.margin(output) if local.leaves_room else (0, 0)
-        result = self.sweep.in_place.get(output, local.run)(env, Block(rows, cols, pad, self.sum_of, margin))
+        run = self.sweep.in_place.get(output, local.run)
+        if self.second_pass:
+            run = self.sweep.unvalued.get(output, run)
+        result = run(env, Block(rows, cols, pad, self.sum_of, margin))
         if margin != (0, 0):
             self.margins[output] = margin
         for value in windows:
@@ -236,24 +280,15 @@ class Tile:
 
     def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
         """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the carry)."""
-        sweep = self.sweep
-        rect = sweep.block(value, self.i, self.j)
-        result = []
-        lo, hi = sweep.rows.carry_out(value, self.i)
-        own = (max(lo, rect[0]), hi, rect[2], rect[3])
-        if area(own):
-            result.append(("above", shift(own, rect[0], rect[2]), shift(own, lo, 0)))
-        lo, hi = sweep.cols.carry_out(value, self.j)
-        own = (rect[0], rect[1], max(lo, rect[2]), hi)
-        if area(own):
-            result.append(("left", shift(own, rect[0], rect[2]), shift(own, rect[0], lo)))
-        return result
+        return self.sweep.hands_on(value, self.i, self.j)
 
     def add_handed_back(self, value: int, grad: Tensor) -> None:
         """Add to a block's gradient what later tiles have handed back for it."""
+        assert self.handed_back is not None
         axes = self.sweep.axes(value)
         for side, own, carry in self.hands_on(value):
-            cut(grad, axes, own).add_(cut(getattr(self.handed_back, side)[value], axes, carry))
+            place = self.handed_back.place(side, value, carry)
+            cut(grad, axes, own).add_(cut(getattr(self.handed_back, side)[value], axes, place))
 
     def reach(self, targets: Container[int]) -> tuple[set[int], set[int]]:
         """Values whose block in this tile a gradient comes back to, and those it reaches through an op of this tile."""

@@ -32,6 +32,16 @@ class Ref:
     value: int
 
 
+class CumulativeAverage(float):
+    """Stands for the momentum of a BatchNorm that averages all batches: one over what its counter says.
+
+    Attributes:
+        counter: the name of the buffer `num_batches_tracked`.
+    """
+
+    counter: str
+
+
 @dataclass(slots=True)
 class Value:
     """What is known of one tensor of the program: its shape and dtype at the captured image size."""
@@ -272,6 +282,24 @@ def refuse_custom_functions(refusal: Callable[[str], Exception]) -> Iterator[Non
             torch.autograd.Function.apply = original
 
 
+@contextlib.contextmanager
+def cumulative_averages(model: nn.Module) -> Iterator[None]:
+    """For BatchNorms without momentum: their forward would turn the counter into a Python number, once and for all."""
+    changed: list[nn.modules.batchnorm._BatchNorm] = []
+    try:
+        for name, module in model.named_modules():
+            counted = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None
+            if counted and module.momentum is None:
+                mark = CumulativeAverage(1.0)
+                mark.counter = f"{name}.num_batches_tracked" if name else "num_batches_tracked"
+                module.momentum = mark
+                changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            module.momentum = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Program:
     """Record `model.forward` on an image batch.
 
@@ -304,7 +332,7 @@ def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device
                 "recorded; use the plain PyTorch form of it"
             )
         )
-        with module_paths(model, recorder.path), custom, recorder:
+        with module_paths(model, recorder.path), cumulative_averages(model), custom, recorder:
             try:
                 result = model.forward(image)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:

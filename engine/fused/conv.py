@@ -16,6 +16,7 @@ channels-last map is a convolution with a filter of one pixel.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +67,15 @@ class FusedConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, spec: ConvSpec,
-        block: Block,
+        block: Block, valued: bool = True,
     ):  # fmt: skip
         needs = any(ctx.needs_input_grad)
+        if not valued:
+            size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+            ctx.save_for_backward(x, weight, None)
+            ctx.spec, ctx.place = spec, (spec.stride, block.pad, spec.dilation, spec.groups)
+            ctx.sum_of = block.sum_of
+            return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
         place = spec.stride, block.pad, spec.dilation, spec.groups
         y, z = conv2d_forward(x, weight, None, bias, residual, *place, spec.act, keep_z, block.margin)
@@ -100,7 +107,7 @@ class FusedConv(torch.autograd.Function):
             dw = dw.reshape(weight.shape)  # a view also of a linear layer's
             dbias = ctx.sum_of(spec.bias, wide) if wants_bias else None
             conv2d_wgrad_(dw, dbias, x, dy, gate, act, *ctx.place)
-        return dx, None, None, dy if wants_residual else None, None, None
+        return dx, None, None, dy if wants_residual else None, None, None, None
 
 
 def _depths(graph: Graph) -> dict[int, int]:
@@ -241,7 +248,7 @@ def _replace(graph: Graph, chain: list[Local], spec: ConvSpec) -> None:
     inputs = [spec.x, spec.weight, *(v for v in (spec.bias, spec.residual) if v is not None)]
     op = replace(first.op, name="fused_conv2d", args=(), kwargs={}, inputs=tuple(inputs), outputs=last.op.outputs)
 
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+    def run(env: Env, block: Block, valued: bool = True) -> tuple[Tensor, ...]:
         x, weight = env[spec.x], env[spec.weight]
         bias = None if spec.bias is None else env[spec.bias]
         residual = None if spec.residual is None else env[spec.residual]
@@ -251,10 +258,12 @@ def _replace(graph: Graph, chain: list[Local], spec: ConvSpec) -> None:
         if spec.channels_last:
             x, residual = (None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual))
             weight = weight[:, :, None, None]
-        y = FusedConv.apply(x, weight, bias, residual, spec, block)
+        y = FusedConv.apply(x, weight, bias, residual, spec, block, valued)
         return (y.permute(0, 2, 3, 1) if spec.channels_last else y,)  # pyright: ignore
 
-    local = Local(op, reads, last.axes, run, leaves_room=True)
+    linear = spec.act == "none" and spec.residual is None
+    unvalued = partial(run, valued=False) if linear else None
+    local = Local(op, reads, last.axes, run, leaves_room=True, unvalued=unvalued)
     graph.locals[next(i for i, other in enumerate(graph.locals) if other is last)] = local
     dropped = {id(other) for other in chain[:-1]}
     graph.locals = [other for other in graph.locals if id(other) not in dropped]

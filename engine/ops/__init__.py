@@ -1,12 +1,13 @@
 """One rule per op: how it is computed tile by tile, or why it cannot be."""
 
-from . import movement, norms, pointwise, upsample, window
-from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
+from . import flat, movement, norms, pointwise, promote, reductions, reshape, upsample, window
+from .base import Axes, Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
 
 __all__ = [
     "Axes",
     "Block",
     "Env",
+    "Flat",
     "Local",
     "Maps",
     "Node",
@@ -17,9 +18,13 @@ __all__ = [
     "SumOf",
     "Whole",
     "find_rule",
+    "flat",
     "movement",
     "norms",
     "pointwise",
+    "promote",
+    "reductions",
+    "reshape",
     "upsample",
     "window",
 ]

@@ -8,8 +8,10 @@ A value of the program is a *map* (it has the two image axes) or a *small* (it h
 - `Small`:     smalls -> smalls, run once per step by ordinary PyTorch.
 
 A rule looks at one `Op` and returns one of these, or several that replace it (a norm is a reduction, a small and a
-local op), or raises `Refusal`. There is no default: an op without a rule is
-refused, never assumed to be pointwise.
+local op), or raises `Refusal`. There is no default: an op without a rule is refused, never assumed to be pointwise.
+
+A map whose image axes a reshape has flattened into one, (N, C, H*W), is a map with that axis twice (`Maps.flat`). Its
+blocks are kept with both axes; rules see shapes and blocks as the recorded call does (flat.py).
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Local:
     `reads` gives, for each map input, the accesses along height and width; `axes` the image axes of each output.
     `fill` is the padding value where the op pads a window (the scan may then hand it a window padded already).
     `leaves_room` says that the output lies in a buffer with the margin that `Block` asks for. `once` makes a small that
-    is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`.
+    is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
+    `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
     """
 
     op: Op
@@ -75,6 +78,7 @@ class Local:
     leaves_room: bool = False
     once: Callable[[torch.dtype, torch.device], Tensor] | None = None
     drawn: int | None = None
+    unvalued: Run | None = None
 
 
 @dataclass(slots=True)
@@ -95,8 +99,8 @@ class Small:
 class Reduction:
     """A reduction over the whole image.
 
-    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over the image for each
-    sample and channel, both of shape (N, C, 1, 1), count being the pixels. `outputs` are the values it gives.
+    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over the image axes, which
+    keep size one, count being the pixels. `outputs` are the values it gives.
     """
 
     op: Op
@@ -107,6 +111,7 @@ class Reduction:
     keepdim: bool
     first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
     outputs: tuple[int, ...] = ()
+    form: Callable[[Tensor], Tensor] | None = None  # of a block, instead of its sum over `dims`
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.op.outputs[:1]
@@ -126,12 +131,28 @@ class Whole:
     op: Op
 
 
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """What the image axis of a flattened map is made of: ahead * height * width * behind."""
+
+    height: int
+    width: int
+    ahead: int = 1
+    behind: int = 1
+
+    @property
+    def merged(self) -> bool:
+        """Whether dimensions besides the image's have gone into it."""
+        return self.ahead * self.behind > 1
+
+
 @dataclass
 class Maps:
     """The maps known so far while rules are applied in program order."""
 
     program: Program
     axes: dict[int, Axes] = field(default_factory=dict)
+    flat: dict[int, Flat] = field(default_factory=dict)
 
     def new_value(
         self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int
@@ -151,9 +172,19 @@ class Maps:
 
     def size(self, value: int) -> tuple[int, int]:
         """Height and width of a map."""
+        if value in self.flat:
+            return self.flat[value].height, self.flat[value].width
         h, w = self.axes[value]
         shape = self.shape(value)
         return shape[h], shape[w]
+
+    def extent(self, value: int) -> Flat | tuple[int, int]:
+        """What must be the same for two maps to lie on each other."""
+        return self.flat.get(value) or self.size(value)
+
+    def merged(self, value: int) -> bool:
+        """Whether the image axis of a flattened map holds more than the image."""
+        return value in self.flat and self.flat[value].merged
 
     def inputs(self, op: Op) -> list[int]:
         """The map inputs of an op."""

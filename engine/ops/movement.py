@@ -1,9 +1,7 @@
-"""Rules of ops that move values without computing: permutes, reshapes, splits, concatenation, slices, padding."""
+"""Rules of ops that move values without computing: permutes, splits, concatenation, slices, padding."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +9,25 @@ from torch.nn import functional as F
 
 from ..geometry import Access, Window
 from ..trace import Op, Ref
-from .base import Axes, Block, Env, Local, Maps, Refusal, Run, Whole, arguments, dimensions, replay, rule
+from .base import (
+    Axes,
+    Block,
+    Env,
+    Flat,
+    Local,
+    Maps,
+    Node,
+    Refusal,
+    Run,
+    Whole,
+    arguments,
+    dimensions,
+    need_nchw,
+    pair,
+    replay,
+    rule,
+)
+from .promote import promoted, spread
 from .reflect import mirrored_pad
 
 
@@ -68,54 +84,25 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
     return _local(op, maps, value, (h - sum(d < h for d in dims), w - sum(d < w for d in dims)))
 
 
-def _kept_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
-    """Where dimension `axis` of shape `before` stands unchanged in shape `after`."""
-    for position, size in enumerate(after):
-        if (
-            size == before[axis]
-            and math.prod(after[:position]) == math.prod(before[:axis])
-            and math.prod(after[position + 1 :]) == math.prod(before[axis + 1 :])
-        ):
-            return position
-    return None
-
-
-@rule("reshape", "view", "reshape_as", "view_as", "flatten", "unflatten")
-def reshape(op: Op, maps: Maps) -> Local | Whole:
-    """A change of shape that leaves both image axes whole; else the op needs the assembled map."""
-    value = op.inputs[0]
-    before, after = maps.shape(value), maps.shape(op.outputs[0])
-    if maps.program.values[value].dtype != maps.program.values[op.outputs[0]].dtype:
-        raise Refusal("'view' reinterprets the bytes of a map")
-    h, w = (_kept_axis(before, after, axis) for axis in maps.axes[value])
-    if h is None or w is None or h == w:
-        return Whole(op)
-    old_h, old_w = maps.axes[value]
-
-    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
-        shape = list(after)
-        shape[h], shape[w] = x.shape[old_h], x.shape[old_w]
-        return (x.reshape(shape),)
-
-    return _local(op, maps, value, (h, w), run)
-
-
 @rule("expand", "expand_as", "broadcast_to")
 def expand(op: Op, maps: Maps) -> Local:
     value, out = op.inputs[0], op.outputs[0]
-    if value not in maps:
-        raise Refusal(f"'{op.name}' spreads a small tensor over the image; let it broadcast instead")
+    if value not in maps:  # expand_as
+        over = op.inputs[1]
+        ones = [1] * (len(maps.shape(out)) - len(maps.shape(value))) + list(maps.shape(value))
+        if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
+            raise Refusal(f"'{op.name}' spreads a tensor over the image that depends on the position already")
+        return spread(op, maps, value, over, out, maps.axes[over])
     shift = len(maps.shape(out)) - len(maps.shape(value))
     h, w = (axis + shift for axis in maps.axes[value])
+    if any(maps.shape(out)[axis + shift] != maps.shape(value)[axis] for axis in maps.axes[value]):
+        raise Refusal(f"'{op.name}' spreads a map along the image axes")
+    shape = list(maps.shape(out))
+    shape[h], shape[w] = -1, -1
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        shape = list(maps.shape(out))
-        shape[h], shape[w] = -1, -1
         return (env[value].expand(shape),)
 
-    if maps.shape(out)[h] != maps.size(value)[0] or maps.shape(out)[w] != maps.size(value)[1]:
-        raise Refusal(f"'{op.name}' spreads a map along the image axes")
     return _local(op, maps, value, (h, w), run)
 
 
@@ -162,12 +149,14 @@ def select(op: Op, maps: Maps) -> Local:
 
 
 @rule("cat", "concat", "concatenate", "stack")
-def cat(op: Op, maps: Maps) -> Local:
+def cat(op: Op, maps: Maps) -> Local | list[Node]:
+    some = maps.inputs(op)[0]
+    op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
     given = arguments(op, "tensors dim", dim=0)
     values = [ref.value for ref in given["tensors"]]
     if any(v not in maps for v in values):
         raise Refusal(f"'{op.name}' joins a map with a tensor that is none")
-    if len({maps.axes[v] for v in values}) > 1 or len({maps.size(v) for v in values}) > 1:
+    if len({maps.axes[v] for v in values}) > 1 or len({maps.extent(v) for v in values}) > 1:
         raise Refusal(f"'{op.name}' joins maps whose image axes differ")
     h, w = maps.axes[values[0]]
     rank = len(maps.shape(op.outputs[0]))
@@ -176,7 +165,8 @@ def cat(op: Op, maps: Maps) -> Local:
         h, w = h + (dim <= h), w + (dim <= w)
     elif dim in (h, w):
         raise Refusal(f"'{op.name}' joins maps along an image axis")
-    return Local(op, {v: maps.pointwise(v) for v in values}, ((h, w),), replay(op))
+    local = Local(op, {v: maps.pointwise(v) for v in values}, ((h, w),), replay(op))
+    return [*made, local] if made else local
 
 
 @rule("__getitem__", "narrow")
@@ -207,7 +197,14 @@ def getitem(op: Op, maps: Maps) -> Local:
             tile_index.append(None)
             position += 1
             continue
-        if dim in axes:
+        if dim in axes and value in maps.flat:
+            if not isinstance(item, slice) or item.indices(shape[dim]) != (0, shape[dim], 1):
+                raise Refusal("indexing picks positions of the image")
+            accesses = list(maps.pointwise(value))
+            out_axes = [position, position]
+            tile_index.append(slice(None))
+            position += 1
+        elif dim in axes:
             if not isinstance(item, slice):
                 raise Refusal("indexing picks positions of the image")
             start, stop, step = item.indices(shape[dim])
@@ -246,6 +243,10 @@ def pad(op: Op, maps: Maps) -> Local:
         if given["mode"] == "circular" or sum(spatial) != sum(given["pad"]) or min(given["pad"]) < 0:
             raise Refusal(f"padding with mode='{given['mode']}' is not possible yet; use zeros")
         return mirrored_pad(op, maps, value, spatial, given["mode"] == "replicate")
+    if value in maps.flat:
+        if before[h] or after[h]:
+            raise Refusal("'pad' lengthens a flattened map")
+        return _local(op, maps, value, (h, w))
     out = maps.shape(op.outputs[0])
     size = maps.size(value)
     reads = {value: (Window(size[0], out[h], pad=before[h]), Window(size[1], out[w], pad=before[w]))}
@@ -262,10 +263,45 @@ def pad(op: Op, maps: Maps) -> Local:
     return Local(op, reads, ((h, w),), run)
 
 
+@rule("unfold")
+def unfold(op: Op, maps: Maps) -> Local:
+    """`Tensor.unfold`: windows of one axis as a further dimension. `F.unfold`: windows of a map as columns."""
+    value = op.inputs[0]
+    if op.func is F.unfold:
+        return _columns(op, maps, value)
+    given = arguments(op, "input dimension size step")
+    shape, axes = maps.shape(value), maps.axes[value]
+    dim, size, step = given["dimension"] % len(shape), given["size"], given["step"]
+    if value in maps.flat:
+        raise Refusal("'unfold' of a flattened map")
+    reads = [*maps.pointwise(value)]
+    if dim in axes:
+        reads[axes.index(dim)] = Window(shape[dim], maps.shape(op.outputs[0])[dim], size, step)
+    return Local(op, {value: (reads[0], reads[1])}, (axes,), replay(op))
+
+
+def _columns(op: Op, maps: Maps, value: int) -> Local:
+    given = arguments(op, "input kernel_size dilation padding stride", dilation=1, padding=0, stride=1)
+    need_nchw(op, maps, value)
+    kernel, dilation, padding, stride = (pair(given[n]) for n in ("kernel_size", "dilation", "padding", "stride"))
+    windows = [
+        Window(n, (n + 2 * p - d * (k - 1) - 1) // s + 1, k, s, p, d)
+        for n, k, d, p, s in zip(maps.size(value), kernel, dilation, padding, stride, strict=True)
+    ]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        top, bottom, left, right = block.pad
+        return (F.unfold(F.pad(env[value], (left, right, top, bottom)), kernel, dilation, 0, stride),)
+
+    maps.flat[op.outputs[0]] = Flat(windows[0].size_out, windows[1].size_out)
+    return Local(op, {value: (windows[0], windows[1])}, ((2, 2),), run, fill=0.0)
+
+
 @rule("pixel_unshuffle")
 def pixel_unshuffle(op: Op, maps: Maps) -> Local:
     given = arguments(op, "input downscale_factor")
     value, r = given["input"].value, given["downscale_factor"]
+    need_nchw(op, maps, value)
     height, width = maps.size(value)
     reads = {value: (Window(height, height // r, r, r), Window(width, width // r, r, r))}
 

@@ -20,38 +20,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..trace import Op, Ref
-from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, arguments, need_nchw, replay, rule
+from ..trace import CumulativeAverage, Op, Ref
+from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What statistics are given in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """What statistics are merged in."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def moments(op: Op, maps: Maps, value: int) -> tuple[Reduction, int, int]:
-    """The reduction to mean and variance, (N, C, 1, 1) each, and their value numbers."""
-    need_nchw(op, maps, value)
-    n, c = maps.shape(value)[:2]
-    dtype = _wide(maps.program.values[value].dtype)
-    mean, var = (maps.new_value((n, c, 1, 1), dtype, like=value) for _ in range(2))
-    reduction = Reduction(op, value, "moments", math.prod(maps.size(value)), (2, 3), True, outputs=(mean, var))
-    return reduction, mean, var
+from .promote import promoted
+from .reductions import exact, mapped, moments
 
 
 def _number(ref: Any) -> int | None:
     return ref.value if isinstance(ref, Ref) else None
 
 
-def _update(buffer: Tensor | None, value: Tensor, momentum: float) -> None:
+def _update(buffer: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
     if buffer is not None:
-        buffer.mul_(1 - momentum).add_(value.to(buffer.dtype), alpha=momentum)
+        buffer.mul_(1 - momentum).add_((value * momentum).to(buffer.dtype))
+
+
+def _share(op: Op, maps: Maps, env: Env, momentum: float) -> float | Tensor:
+    """What a new statistic counts: the momentum, or one over the number of batches for a cumulative average."""
+    if not isinstance(momentum, CumulativeAverage):
+        return momentum
+    counts = [v for v, value in enumerate(maps.program.values) if value.name == momentum.counter]
+    # All uses of a shared norm have counted when the first of them gets here.
+    later = sum(v > op.outputs[0] for v in counts)
+    return 1 / (env[counts[0]].to(exact(env[counts[0]].device)) - later)
+
+
+def _need_channels(op: Op, maps: Maps, value: int) -> None:
+    """Refuse maps whose samples or channels are not dimensions 0 and 1."""
+    if {0, 1} & set(maps.axes[value]):
+        raise Refusal(f"'{op.name}' takes an image axis for the samples or channels")
+    only_maps(op, maps, value)
 
 
 @rule("batch_norm")
@@ -100,25 +99,25 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     value, momentum, eps = given["input"].value, given["momentum"], given["eps"]
-    only_maps(op, maps, value)
+    _need_channels(op, maps, value)
     reduction, mean, var = moments(op, maps, value)
     values = maps.program.values
     channels, dtype = values[value].shape[1], values[mean].dtype
-    exact = _exact(values[value].device)
+    own = exact(values[value].device)
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
     running = tuple(_number(given[name]) for name in ("running_mean", "running_var"))
-    pixels = values[value].shape[0] * reduction.count
+    pixels = math.prod(values[value].shape) // channels
 
     def merge(env: Env) -> tuple[Tensor, ...]:
-        means, variances = (env[v].to(exact).flatten(1) for v in (mean, var))
-        return means.mean(0).to(dtype), (variances.mean(0) + means.var(0, correction=0)).to(dtype)
+        means, variances = (env[v].to(own).transpose(0, 1).flatten(1) for v in (mean, var))
+        return means.mean(1).to(dtype), (variances.mean(1) + means.var(1, correction=0)).to(dtype)
 
     def keep(env: Env) -> None:
         with torch.no_grad():
             for number, moment, factor in zip(
                 running, (total_mean, total_var), (1.0, pixels / max(pixels - 1, 1)), strict=True
             ):
-                _update(None if number is None else env[number], env[moment] * factor, momentum)
+                _update(None if number is None else env[number], env[moment] * factor, _share(op, maps, env, momentum))
 
     inputs = (mean, var, *(v for v in running if v is not None))
     finalize = Small(merge, inputs, (total_mean, total_var), keep if running != (None, None) else None)
@@ -190,46 +189,81 @@ def instance_norm(op: Op, maps: Maps) -> Local | list[Node]:
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(op: Op, maps: Maps) -> Local | list[Node]:
-    given = arguments(op, "input normalized_shape weight bias eps", eps=1e-5)
+    given = arguments(op, "input normalized_shape weight bias eps", eps=1e-5 if op.name == "layer_norm" else None)
     value = given["input"].value
     rank = len(maps.shape(value))
-    normalized = range(rank - len(tuple(given["normalized_shape"])), rank)
+    normalized = tuple(range(rank - len(tuple(given["normalized_shape"])), rank))
+    only_maps(op, maps, value)
     if not set(normalized) & set(maps.axes[value]):
-        only_maps(op, maps, value)
         return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-    if op.name == "rms_norm" or given["weight"] is not None or given["bias"] is not None:
-        raise Refusal(
-            f"'{op.name}' over the image axes has a weight for each position of the image; "
-            "normalise over the channels, or take GroupNorm"
-        )
-    groups = 1 if 1 in normalized else maps.shape(value)[1]
-    return _grouped(op, maps, given, groups)
+    if not set(maps.axes[value]) <= set(normalized):
+        raise Refusal(f"'{op.name}' normalises along one image axis alone; normalise over both")
+    return _image_norm(op, maps, given, normalized)
+
+
+def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int, ...]) -> list[Node]:
+    """Each sample over the image and what lies behind it; weight and bias have a value for each position."""
+    value = given["input"].value
+    reduction, mean, var = moments(op, maps, value)
+    values = maps.program.values
+    dtype, out = values[mean].dtype, values[op.outputs[0]].dtype
+    own, centred = exact(values[value].device), op.name == "layer_norm"
+    eps = torch.finfo(values[value].dtype).eps if given["eps"] is None else given["eps"]
+    shape = [1 if d in normalized else size for d, size in enumerate(maps.shape(value))]
+    scale, shift = (maps.new_value(shape, dtype, like=value) for _ in range(2))
+
+    def affine(env: Env) -> tuple[Tensor, ...]:
+        means, variances = env[mean].to(own), env[var].to(own)
+        middle = means.mean(normalized, keepdim=True)
+        spread = variances.mean(normalized, keepdim=True) + (means - middle).square().mean(normalized, keepdim=True)
+        if not centred:
+            spread, middle = spread + middle.square(), torch.zeros_like(middle)
+        factor = torch.rsqrt(spread + eps)
+        return factor.to(dtype), (-middle * factor).to(dtype)
+
+    op, smalls = promoted(op, maps, maps.axes[value], len(maps.shape(value)))
+    given = arguments(op, "input normalized_shape weight bias eps")
+    factors = [given[name].value for name in ("weight", "bias") if given[name] is not None]
+    weighted = given["weight"] is not None
+
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        *elements, factor, offset = rest
+        y = ScaleShift.apply(x, factor, offset, dtype)
+        if weighted:
+            y = y * elements.pop(0)
+        for element in elements:
+            y = y + element
+        return y.to(out)
+
+    local, _ = mapped(op, maps, op.name, (value, *factors), run, out, (scale, shift), op.outputs[0])
+    return [reduction, Small(affine, (mean, var), (scale, shift)), *smalls, local]
 
 
 def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Node]:
-    """Statistics of each sample over groups of neighbouring channels and the image."""
+    """Statistics of each sample over groups of neighbouring channels and all dimensions behind them."""
     value, eps = given["input"].value, given["eps"]
-    only_maps(op, maps, value)
+    _need_channels(op, maps, value)
     reduction, mean, var = moments(op, maps, value)
     values = maps.program.values
     n, c = values[value].shape[:2]
+    ones = (1,) * (len(values[value].shape) - 2)
     dtype, out = values[mean].dtype, values[op.outputs[0]].dtype
-    exact = _exact(values[value].device)
-    scale, shift = (maps.new_value((n, c, 1, 1), dtype, like=value) for _ in range(2))
+    own = exact(values[value].device)
+    scale, shift = (maps.new_value((n, c, *ones), dtype, like=value) for _ in range(2))
     weight, bias = _number(given["weight"]), _number(given["bias"])
     running = [_number(given.get(name)) for name in ("running_mean", "running_var")]
 
     def affine(env: Env) -> tuple[Tensor, ...]:
-        means, variances = (env[v].to(exact).reshape(n, groups, -1) for v in (mean, var))
+        means, variances = (env[v].to(own).reshape(n, groups, -1) for v in (mean, var))
         middle = means.mean(2, keepdim=True)
         spread = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
-        factor = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, 1, 1)
-        middle = middle.expand(n, groups, c // groups).reshape(n, c, 1, 1)
+        factor = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, *ones)
+        middle = middle.expand(n, groups, c // groups).reshape(n, c, *ones)
         if weight is not None:
-            factor = factor * env[weight].to(exact).reshape(1, c, 1, 1)
+            factor = factor * env[weight].to(own).reshape(1, c, *ones)
         offset = -middle * factor
         if bias is not None:
-            offset = offset + env[bias].to(exact).reshape(1, c, 1, 1)
+            offset = offset + env[bias].to(own).reshape(1, c, *ones)
         return factor.to(dtype), offset.to(dtype)
 
     def keep(env: Env) -> None:
@@ -249,7 +283,7 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
 
 
 class ScaleShift(torch.autograd.Function):
-    """x * scale + shift with smalls of shape (N, C, 1, 1), in `dtype`."""
+    """x * scale + shift in `dtype`, with smalls of size one in every dimension that they are broadcast along."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype):
@@ -261,5 +295,10 @@ class ScaleShift(torch.autograd.Function):
         (dy,) = grads
         x, scale = ctx.saved_tensors
         dx = (dy * scale).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dscale = (dy * x).sum((2, 3), keepdim=True, dtype=scale.dtype)
-        return dx, dscale, dy.sum((2, 3), keepdim=True, dtype=scale.dtype), None
+        return dx, _sum_like(dy * x, scale), _sum_like(dy, scale), None
+
+
+def _sum_like(x: Tensor, small: Tensor) -> Tensor:
+    """The sum over the dimensions in which the small has size one."""
+    dims = [d for d, size in enumerate(small.shape) if size == 1]
+    return x.sum(dims, keepdim=True, dtype=small.dtype)

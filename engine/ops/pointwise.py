@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,14 +12,13 @@ from .base import (
     Env,
     Local,
     Maps,
-    Reduction,
+    Node,
     Refusal,
-    Whole,
     arguments,
-    dimensions,
     replay,
     rule,
 )
+from .promote import promoted
 
 ELEMENTWISE = [
     "relu",
@@ -157,38 +154,36 @@ ELEMENTWISE = [
 
 
 def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
-    """The image axes of a broadcast result of `rank` dimensions; all operands must agree on them."""
+    """The image axes of a broadcast result of `rank` dimensions; all map operands must agree on them."""
     found = set()
     sizes = set()
     for value in maps.inputs(op):
         h, w = maps.axes[value]
         shift = rank - len(maps.shape(value))
         found.add((h + shift, w + shift))
-        sizes.add(maps.size(value))
+        sizes.add(maps.extent(value))
     if len(found) != 1:
         raise Refusal(f"'{op.name}' combines maps whose image axes lie at different places")
     if len(sizes) != 1:
-        raise Refusal(f"'{op.name}' broadcasts a map of size {min(sizes)} against one of size {max(sizes)}")
-    axes = found.pop()
-    for value in op.inputs:
-        if value in maps:
-            continue
-        shape = maps.shape(value)
-        for axis in axes:
-            position = axis - (rank - len(shape))
-            if position >= 0 and shape[position] != 1:
-                raise Refusal(
-                    f"'{op.name}' combines the map with a tensor of shape {tuple(shape)} that depends on the position "
-                    "in the image"
-                )
-    return axes
+        both = " and ".join(sorted(str(size) for size in sizes))
+        raise Refusal(f"'{op.name}' combines maps of different sizes, {both}")
+    return found.pop()
 
 
 @rule(*ELEMENTWISE)
-def elementwise(op: Op, maps: Maps) -> Local:
+def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
     rank = len(maps.shape(op.outputs[0]))
     axes = aligned_axes(op, maps, rank)
-    return Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,), replay(op))
+    op, made = promoted(op, maps, axes, rank)
+    local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,), replay(op))
+    return [*made, local] if made else local
+
+
+def _random(made: Local | list[Node], random: bool) -> Local | list[Node]:
+    local = made[-1] if isinstance(made, list) else made
+    assert isinstance(local, Local)
+    local.random = random
+    return made
 
 
 def on_channels(op: Op, maps: Maps, value: int) -> Local:
@@ -224,81 +219,10 @@ def linear(op: Op, maps: Maps) -> Local:
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
-@rule("matmul", "__matmul__")
-def matmul(op: Op, maps: Maps) -> Local:
-    left, right = (arg.value for arg in op.args[:2])
-    rank = len(maps.shape(left))
-    if left not in maps or right in maps or len(maps.shape(right)) > 2 or rank - 1 in maps.axes[left]:
-        raise Refusal("'matmul' contracts positions of the image")
-    if len(maps.shape(right)) == 1 and rank - 1 < max(maps.axes[left]):
-        raise Refusal("'matmul' contracts positions of the image")
-    return Local(op, {left: maps.pointwise(left)}, (maps.axes[left],), replay(op))
-
-
-@rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "roll", "logcumsumexp")
-def along_dims(op: Op, maps: Maps) -> Local | Whole:
-    """Ops along given dimensions that keep the rank: per pixel iff no image axis is among them."""
-    value = op.inputs[0]
-    position = "dims shifts" if op.name == "roll" else "dim"
-    if op.name == "roll":
-        given = arguments(op, "input shifts dims")
-        dims = given["dims"]
-    elif op.name == "flip":
-        dims = op.kwargs.get("dims", op.args[1:])
-        dims = dims[0] if len(dims) == 1 else dims
-    elif op.name == "normalize":
-        dims = arguments(op, "input p dim", dim=1)["dim"]
-    else:
-        dims = arguments(op, f"input {position}", dim=-1 if op.name == "glu" else None)["dim"]
-    if dims is None:
-        raise Refusal(f"'{op.name}' without a dimension")
-    if set(dimensions(dims, len(maps.shape(value)))) & set(maps.axes[value]):
-        return Whole(op)
-    only_maps(op, maps, value)
-    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-
-
-def axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
-    """Image axes after the dimensions `dims` were reduced."""
-    if keepdim:
-        return axes
-    return axes[0] - sum(d < axes[0] for d in dims), axes[1] - sum(d < axes[1] for d in dims)
-
-
-@rule("mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "prod", "var_mean", "std_mean",
-      "argmax", "argmin", "any", "all")  # fmt: skip
-def reduction(op: Op, maps: Maps) -> Local | Reduction | Whole:
-    """Over channels: per pixel. Over both image axes: a sum or a maximum over tiles. Else on the whole map."""
-    if op.name in ("max", "min") and len(op.inputs) == 2:
-        return elementwise(op, maps)
-    value = op.inputs[0]
-    shape = maps.shape(value)
-    names = "input p dim keepdim" if op.name == "norm" else "input dim keepdim"
-    given = arguments(op, names, keepdim=False)
-    dim = given.get("axis", given["dim"])
-    keepdim = bool(given["keepdim"])
-    if dim is not None and isinstance(dim, bool):  # var(x, unbiased)
-        return Whole(op)
-    dims = dimensions(dim, len(shape))
-    axes = maps.axes[value]
-    hit = set(dims) & set(axes)
-    if not hit:
-        out = axes_after(axes, dims, keepdim)
-        return Local(op, {value: maps.pointwise(value)}, (out,) * len(op.outputs), replay(op))
-    if len(hit) == 2 and op.name in ("mean", "sum", "amax") and maps.program.values[value].dtype.is_floating_point:
-        if given.get("dtype") is not None:
-            return Whole(op)
-        count = math.prod(shape[d] for d in dims) if op.name == "mean" else 1
-        return Reduction(op, value, "max" if op.name == "amax" else "sum", count, dims, keepdim)
-    return Whole(op)
-
-
 @rule("dropout", "alpha_dropout")
-def dropout(op: Op, maps: Maps) -> Local:
+def dropout(op: Op, maps: Maps) -> Local | list[Node]:
     given = arguments(op, "input p training inplace", p=0.5, training=True)
-    local = elementwise(op, maps)
-    local.random = bool(given["training"]) and given["p"] > 0
-    return local
+    return _random(elementwise(op, maps), bool(given["training"]) and given["p"] > 0)
 
 
 @rule("feature_dropout", "dropout1d", "dropout2d", "dropout3d")
@@ -328,7 +252,6 @@ def channel_dropout(op: Op, maps: Maps) -> Local:
 
 
 @rule("rand_like", "randn_like", "bernoulli", "rrelu")
-def noise(op: Op, maps: Maps) -> Local:
-    local = elementwise(op, maps)
-    local.random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
-    return local
+def noise(op: Op, maps: Maps) -> Local | list[Node]:
+    random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
+    return _random(elementwise(op, maps), random)

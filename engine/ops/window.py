@@ -8,6 +8,7 @@ padding is left to the op itself, uneven padding (a tile at one border) is added
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from ..geometry import Gather, Window
 from ..trace import Op, bind
-from .base import Block, Env, Local, Maps, Reduction, Refusal, Whole, arguments, need_nchw, pair, rule
+from .base import Block, Env, Local, Maps, Reduction, Refusal, Whole, arguments, need_nchw, pair, replay, rule
 from .resample import INTERPOLATE, bilinear, positions
 
 
@@ -46,10 +47,14 @@ def conv2d(op: Op, maps: Maps) -> Local:
     value, weight = given["input"].value, given["weight"].value
     if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
         raise Refusal("'conv2d' takes its weights from the image")
-    need_nchw(op, maps, value)
     kernel = pair(maps.shape(weight)[-2:])
     stride, dilation = pair(given["stride"]), pair(given["dilation"])
     padding = given["padding"]
+    if maps.axes[value] != (2, 3) and {0, 1}.isdisjoint(maps.axes[value]) and len(maps.shape(value)) == 4:
+        plain = padding in ("same", "valid") or pair(padding) == (0, 0)
+        if kernel == stride == (1, 1) and plain:  # a matrix for each pixel, wherever the pixels lie
+            return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    need_nchw(op, maps, value)
     if padding == "same":  # the odd row of an even kernel comes after
         pad = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
     else:
@@ -63,7 +68,69 @@ def conv2d(op: Op, maps: Maps) -> Local:
             x = F.pad(x, uneven)
         return (F.conv2d(x, env[weight], bind(bias, env), stride, even, dilation, groups),)
 
-    return Local(op, {value: _windows(maps, op, value, kernel, stride, pad, dilation)}, ((2, 3),), run, fill=0.0)
+    def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        even, uneven = split_padding(block.pad)
+        if any(uneven):
+            x = F.pad(x, uneven)
+        size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        place = stride, even, dilation, groups
+        return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *place),)  # pyright: ignore
+
+    windows = _windows(maps, op, value, kernel, stride, pad, dilation)
+    return Local(op, {value: windows}, ((2, 3),), run, fill=0.0, unvalued=unvalued)
+
+
+class UnvaluedConv(torch.autograd.Function):
+    """A convolution for its backward alone: the output has the right shape and no values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], *place: Any):
+        ctx.save_for_backward(x, weight)
+        ctx.place, ctx.bias_sizes = place, None if bias is None else list(bias.shape)
+        return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.place
+        dy = grads[0].to(x.dtype)
+        wanted = [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]]
+        result = torch.ops.aten.convolution_backward(
+            dy, x, weight.to(x.dtype), ctx.bias_sizes, stride, padding, dilation, False, (0, 0), groups, wanted
+        )
+        return *result, None, None, None, None, None
+
+
+@rule("conv3d")
+def conv3d(op: Op, maps: Maps) -> Local:
+    """A map (N, C, ...) with a third dimension, along which the kernel is one wide (lambda layers)."""
+    given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
+    value, weight, bias, groups = given["input"].value, given["weight"].value, given["bias"], given["groups"]
+    if maps.inputs(op) != [value]:
+        raise Refusal("'conv3d' takes its weights from the image")
+    h, w = maps.axes[value]
+    shape, kernel = maps.shape(value), tuple(maps.shape(weight)[-3:])
+    if isinstance(given["padding"], str) or len(shape) != 5 or min(h, w) < 2 or h >= w:
+        raise Refusal("'conv3d' is applied across the image axes of a permuted map")
+    stride, pad, dilation = (
+        (n,) * 3 if isinstance(n, int) else tuple(n) for n in (given["stride"], given["padding"], given["dilation"])
+    )
+    (other,) = {2, 3, 4} - {h, w}
+    if (kernel[other - 2], stride[other - 2], pad[other - 2]) != (1, 1, 0):
+        raise Refusal("'conv3d' reads several images or depths at once")
+    out = maps.shape(op.outputs[0])
+    rows, cols = (
+        Window(shape[axis], out[axis], kernel[axis - 2], stride[axis - 2], pad[axis - 2], dilation[axis - 2])
+        for axis in (h, w)
+    )
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        amounts = {h: block.pad[:2], w: block.pad[2:]}
+        x = F.pad(env[value], [n for axis in (4, 3, 2) for n in amounts.get(axis, (0, 0))])
+        return (F.conv3d(x, env[weight], bind(bias, env), stride, 0, dilation, groups),)
+
+    return Local(op, {value: (rows, cols)}, ((h, w),), run, fill=0.0)
 
 
 @rule("max_pool2d", "max_pool2d_with_indices")

@@ -1,10 +1,10 @@
-"""Accelerated against stock, in float64: outputs, the gradient of every parameter, the gradient of the image."""
+"""Accelerated against stock, in float64: outputs, the gradient of every parameter and of the image, all buffers."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +19,18 @@ FLOOR = 1e-3  # of the largest tensor in a group: below it, a tensor's error is 
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step leaves: outputs, and the gradients by parameter name and of the image."""
+    """What one training step leaves: outputs, gradients by parameter name and of the image, buffers by name."""
 
     outputs: list[Tensor]
     structure: Any
     gradients: dict[str, Tensor | None]
     image: Tensor | None
+    buffers: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of the buffers by name: running statistics and counters."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -59,7 +65,8 @@ def step(model: nn.Module, image: Any, seed: int = 0, image_gradient: bool = Tru
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return Step([o.detach() for o in outputs], structure, gradients, leaf.grad if isinstance(leaf, Tensor) else None)
+    image_grad = leaf.grad if isinstance(leaf, Tensor) else None
+    return Step([o.detach() for o in outputs], structure, gradients, image_grad, buffers(model))
 
 
 def errors(expected: dict[str, Tensor | None], got: dict[str, Tensor | None]) -> dict[str, float]:
@@ -88,10 +95,11 @@ def named(tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
 
 
 def step_errors(expected: Step, got: Step) -> dict[str, float]:
-    """Errors of outputs, parameter gradients and the image's gradient, by name."""
+    """Errors of outputs, parameter gradients, buffers after the step, and the image's gradient, by name."""
     assert got.structure == expected.structure, f"output {got.structure} instead of {expected.structure}"
     result = errors(named(expected.outputs), named(got.outputs))
     result |= errors(expected.gradients, got.gradients)
+    result |= errors(expected.buffers, got.buffers)
     if expected.image is not None:
         result |= errors({"image": expected.image}, {"image": got.image})
     return result
@@ -117,10 +125,12 @@ def compare(
         runs.append(step(network, image, image_gradient=image_gradient))
     result = step_errors(*runs)
     with torch.no_grad():
+        if any(module.training for module in stock.modules()) and runs[0].buffers:
+            stock(image)  # updates its running statistics also without a gradient
         if seed is not None:
             torch.manual_seed(seed)
         inference = tree_flatten(fast(image))[0]
-    inferred = errors(named(runs[0].outputs), named(inference))
+    inferred = errors(named(runs[0].outputs), named(inference)) | errors(buffers(stock), buffers(fast))
     return result | {f"{name} (inference)": error for name, error in inferred.items()}
 
 

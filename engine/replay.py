@@ -1,0 +1,351 @@
+"""Tiles that are alike are captured once and replayed: the host then only copies, and runs no Python op by op.
+
+A tile is computed on static tensors, always at the same addresses:
+
+    copy in    source windows, carries and, in pass 2, gradients of what the tile gives and the carries' own so far
+    replay     the code of `Scan` and `Tile`, for the first tile of its kind (`alike.py`)
+    copy out   carries handed on, shares of reductions, stored blocks; in pass 2 gradients
+
+What is the same for all tiles (smalls, gradients of reductions) is copied in once per pass; gradients of smalls are
+summed in static tensors. The first tile of a kind runs on the static tensors as it stands: that makes those it writes
+to, measures and compiles kernels, warms libraries up. The second is captured. Recordings are kept across steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..kernels.choice import current_mode
+from .alike import Outline, Signature, axis_signature, translates
+from .carries import CarryStore, Rect, cut
+from .reduce import Accumulator, Target, Targets
+from .scan import Gathered, Kept, Read, Scan
+from .static import Executor, Name, Static, copy_all
+from .sweep import Carries, Sweep, Tile, area
+
+FEWEST_TILES = 8  # of a sweep: among fewer, too few are alike
+MOST_RECORDINGS = 64  # under the same settings; tiles that strides do not divide are of many kinds
+
+Parts = Mapping[tuple[str, int], Rect]
+
+
+class Recording(Static):
+    """The work of the tiles of one kind in one pass.
+
+    Args:
+        outline: what these tiles take and give; its tile is where the work believes itself to be.
+        work: computes the tile on the static tensors.
+    """
+
+    def __init__(self, outline: Outline, work: Callable[[Recording], None]):
+        super().__init__()
+        self.outline, self.i, self.j = outline, outline.i, outline.j
+        self.run = partial(work, self)
+        self.replay: Callable[[], None] | None = None
+        self.seen = False
+
+    def __call__(self, tensors: Mapping[Name, Tensor], executor: Executor) -> None:
+        """Do the work on these inputs."""
+        self.load(tensors)
+        if self.seen and self.replay is None:
+            self.replay = executor.capture(self.run)
+        (self.replay or self.run)()
+        self.seen = True
+
+    def carries(self, kind: str, parts: Parts) -> Carries:
+        """The inputs (kind, side, value), as carries of which only these parts are here."""
+        here = Carries({}, {})
+        for (side, value), rect in parts.items():
+            tensor = self.inputs.get((kind, side, value))
+            if tensor is not None:
+                getattr(here, side)[value] = tensor
+                top, _, left, _ = self.outline.place(side, value, rect, self.i, self.j)
+                here.origin[side, value] = top, left
+        return here
+
+    def pixels(self, source: int, rect: Rect) -> Tensor:
+        """A window of a source."""
+        return self.inputs["window", source, self.outline.relative("source", source, rect)]
+
+
+class Bench:
+    """The recordings made under one set of settings, and the static tensors that they share.
+
+    Attributes:
+        step: what is the same for all tiles of a pass.
+        sums: gradients of the smalls, summed over the tiles of pass 2.
+    """
+
+    def __init__(self, sweep: Sweep, scan: Scan):
+        self.sweep = sweep
+        self.scan = Scan(sweep, {}, scan.device, scan.dtype)  # not `scan`: that would keep its image alive
+        self.scan.autocast = scan.autocast
+        self.recordings: dict[Hashable, Recording] = {}
+        self.step = Static()
+        self.sums: dict[int, Tensor] = {}
+
+    def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording | None:
+        """The recording of a key, which is made for tile (i, j) if there is none and not too many others."""
+        if key not in self.recordings:
+            if len(self.recordings) >= MOST_RECORDINGS:
+                return None
+            self.recordings[key] = Recording(Outline(self.sweep, i, j, self.scan.taken), work)
+        return self.recordings[key]
+
+    def smalls(self) -> dict[int, Tensor]:
+        """The smalls; new tensors in the same memory, so that autograd knows nothing of them from earlier runs."""
+        return {v: self.step.inputs["small", v].detach() for v in self.sweep.graph.smalls}
+
+
+class Replays:
+    """The recordings of one sweep; the `Replay` of its scans."""
+
+    def __init__(self, sweep: Sweep, executor: Executor):
+        self.sweep, self.executor = sweep, executor
+        self.benches: dict[Hashable, Bench] = {}
+        self.rows: list[Signature | None] = []
+        self.cols: list[Signature | None] = []
+        if translates(sweep):
+            self.rows = [axis_signature(sweep, 0, i) for i in range(sweep.rows.steps)]
+            self.cols = [axis_signature(sweep, 1, j) for j in range(sweep.cols.steps)]
+
+    def kind(self, i: int, j: int) -> tuple[Signature, Signature] | None:
+        """What tiles like tile (i, j) have in common; None if it cannot be replayed."""
+        row, col = self.rows[i], self.cols[j]
+        return None if row is None or col is None else (row, col)
+
+    def _bench(self, scan: Scan, smalls: Mapping[int, Tensor]) -> Bench | None:
+        if not self.rows or any(small.device.type != scan.device.type for small in smalls.values()):
+            return None  # a number on the host would be captured as it is now
+        settings = (
+            current_mode(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+        )  # fmt: skip
+        key = scan.device, scan.dtype, scan.autocast, settings
+        if key not in self.benches:
+            self.benches[key] = Bench(self.sweep, scan)
+        return self.benches[key]
+
+    def forward(self, scan: Scan, smalls: Mapping[int, Tensor]) -> ReplayedForward | None:
+        """Pass 1 of a step."""
+        bench = self._bench(scan, smalls)
+        return None if bench is None else ReplayedForward(self, bench, scan, smalls)
+
+    def backward(self, scan: Scan, kept: Kept, targets: Targets) -> ReplayedBackward | None:
+        """Pass 2 of a step."""
+        bench = self._bench(scan, kept.smalls)
+        return None if bench is None else ReplayedBackward(self, bench, scan, kept, targets)
+
+
+def static_bytes(sweep: Sweep, training: bool) -> int:
+    """What static tensors of a sweep's tiles take, if all its tiles are as large as one in the middle; 0 for none.
+
+    The smalls and the sums of their gradients, which all tiles share, are not included.
+    """
+    if not translates(sweep):
+        return 0
+    values, maps = sweep.graph.program.values, sweep.graph.maps
+
+    def size(value: int, rect: Rect) -> int:
+        height, width = maps.size(value)
+        return area(rect) * math.prod(values[value].shape) // (height * width) * values[value].dtype.itemsize
+
+    kinds = 1
+    for axis, schedule in enumerate((sweep.rows, sweep.cols)):
+        kinds *= len({axis_signature(sweep, axis, step) for step in range(schedule.steps)})
+    i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
+    outline = Outline(sweep, i, j, {*sweep.reductions, *sweep.graph.stored})
+    windows = sum(size(source, rect) for source, rect in outline.windows)
+    entering = sum(size(value, rect) for (_, value), rect in outline.entering.items())
+    leaving = sum(size(value, rect) for (_, value), rect in outline.leaving.items())
+    stored = sum(size(value, sweep.block(value, i, j)) for value in sweep.graph.stored)
+    forward, backward = windows + entering + leaving + stored, 2 * (windows + entering + stored) + leaving
+    kinds = min(kinds, MOST_RECORDINGS // (2 if training else 1))
+    return kinds * (forward + (backward if training else 0))
+
+
+def _entering(recording: Recording, i: int, j: int, read: Read, carries: Carries) -> dict[Name, Tensor]:
+    """The source windows and carries that tile (i, j) reads."""
+    outline, sweep = recording.outline, recording.outline.sweep
+    windows = {
+        ("window", source, rect): read(source, outline.place("source", source, rect, i, j))
+        for source, rect in outline.windows
+    }
+    return windows | _parts("carry", sweep, outline, outline.entering, i, j, carries)
+
+
+def _parts(
+    kind: str, sweep: Sweep, outline: Outline, parts: Parts, i: int, j: int, carries: Carries
+) -> dict[Name, Tensor]:
+    """Views of parts of those carries (or gradients) that are there."""
+    return {
+        (kind, side, value): cut(
+            getattr(carries, side)[value], sweep.axes(value), outline.place(side, value, rect, i, j)
+        )
+        for (side, value), rect in parts.items()
+        if value in getattr(carries, side)
+    }
+
+
+class ReplayedForward:
+    """Tiles of pass 1 of one step."""
+
+    def __init__(self, replays: Replays, bench: Bench, scan: Scan, smalls: Mapping[int, Tensor]):
+        self.replays, self.bench, self.scan = replays, bench, scan
+        bench.step.load({("small", v): small.detach() for v, small in smalls.items()})
+
+    def __call__(self, i: int, j: int, read: Read, carries: Carries, gathered: Gathered) -> bool:
+        kind = self.replays.kind(i, j)
+        recording = kind and self.bench.recording(i, j, ("forward", kind), partial(_compute, self.bench))
+        if not recording:
+            return False
+        recording(_entering(recording, i, j, read, carries), self.replays.executor)
+        self._take(recording, i, j, gathered)
+        return True
+
+    def _take(self, recording: Recording, i: int, j: int, gathered: Gathered) -> None:
+        """Copy out what a tile has given."""
+        scan, sweep, outline = self.scan, self.bench.sweep, recording.outline
+        pairs: list[tuple[Tensor, Tensor]] = []
+        shares: dict[int, list[Tensor]] = {}
+        for name, tensor in recording.outputs.items():
+            if name[0] == "share":
+                shares.setdefault(name[1], []).append(tensor.clone())
+            elif name[0] == "stored":
+                pairs.append((scan.room_in_store(name[1], i, j, tensor, gathered), tensor))
+            else:
+                side, value = name
+                rect = outline.place(side, value, outline.leaving[side, value], i, j)
+                pairs.append((scan.room_in_carry(side, value, rect, i, j, tensor, gathered), tensor))
+        copy_all(pairs)
+        for number, share in shares.items():
+            value = sweep.graph.reductions[number].value
+            width = sweep.graph.maps.size(value)[1]
+            gathered.accumulators[number].merge(i, j, tuple(share), sweep.block(value, i, j), width)
+
+
+def _compute(bench: Bench, recording: Recording) -> None:
+    """The work of a tile in pass 1."""
+    sweep, graph = bench.sweep, bench.sweep.graph
+    accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
+
+    def publish(tile: Tile, value: int, block: Tensor) -> None:
+        for number in sweep.reductions.get(value, ()):
+            for place, part in enumerate(accumulators[number].share(block)):
+                recording.give(("share", number, place), part)
+        if value in graph.stored:
+            recording.give(("stored", value), block)
+        for side, own, _ in tile.hands_on(value) if value in sweep.carried else ():
+            recording.give((side, value), cut(block, sweep.axes(value), own))
+
+    carries = recording.carries("carry", recording.outline.entering)
+    tile = Tile(sweep, recording.i, recording.j, recording.pixels, bench.smalls(), carries)
+    with torch.no_grad(), bench.scan.autocast.enter():
+        bench.scan.run(tile, publish)
+
+
+class ReplayedBackward:
+    """Tiles of pass 2 of one step. The sums of `kept` become static tensors, which are used again in the next step."""
+
+    def __init__(self, replays: Replays, bench: Bench, scan: Scan, kept: Kept, targets: Targets):
+        self.replays, self.bench, self.scan, self.kept, self.targets = replays, bench, scan, kept, targets
+        for total in bench.sums.values():
+            total.zero_()
+        kept.sums = bench.sums
+        step: dict[Name, Tensor] = {("small", v): small.detach() for v, small in kept.smalls.items()}
+        self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # of targets: what is None from step to step
+        for value, taken in targets.items():
+            for number, target in enumerate(taken):
+                self.form.append((value, number, tuple(grad is not None for grad in target.grads), bool(target.shares)))
+                if target.accumulator is None:
+                    continue  # a stored map: a part of its gradient for each tile
+                for place, grad in enumerate(target.grads):
+                    if grad is not None:
+                        step["grad", value, number, place] = grad
+                if target.of_block:
+                    assert target.accumulator.total is not None
+                    step["total", value, number] = target.accumulator.total
+        bench.step.load(step)
+
+    def __call__(
+        self, i: int, j: int, read: Read, carries: Carries, carry_grads: Carries, handed_back: Carries,
+        source_grads: Mapping[int, Tensor],
+    ) -> bool:  # fmt: skip
+        kind, kept, sweep = self.replays.kind(i, j), self.kept, self.bench.sweep
+        key = "backward", kind, tuple(self.form), tuple(kept.leaves), frozenset(kept.sources)
+        work = partial(_differentiate, self.bench, self.form, kept.leaves, kept.sources, kept.needs)
+        recording = kind and self.bench.recording(i, j, key, work)
+        if not recording:
+            return False
+        outline = recording.outline
+        grads = _parts("grad", sweep, outline, outline.entering, i, j, carry_grads)
+        back = _parts("back", sweep, outline, outline.leaving, i, j, handed_back)
+        tensors = _entering(recording, i, j, read, carries) | grads | back | self._of_blocks(i, j)
+        recording(tensors, self.replays.executor)
+        copy_all((grad, recording.inputs[name]) for name, grad in grads.items())
+        windows = [
+            ((source, outline.place("source", source, rect, i, j)), grad)
+            for (_, source, rect), grad in recording.outputs.items()
+        ]
+        self.scan.add_to_sources(source_grads, windows)
+        return True
+
+    def _of_blocks(self, i: int, j: int) -> dict[Name, Tensor]:
+        """Per tile: gradients of stored blocks, stored blocks themselves, and the shares of maxima."""
+        sweep, found = self.bench.sweep, {}
+        for value, number, there, shared in self.form:
+            target = self.targets[value][number]
+            if not any(there) or not sweep.computes(value, i, j):
+                continue
+            place = sweep.axes(value), sweep.block(value, i, j)
+            if target.accumulator is None:
+                found["stored", value] = cut(target.grads[0], *place)  # pyright: ignore[reportArgumentType]
+            elif target.of_block and value in sweep.unvalued:
+                found["kept", value] = cut(self.scan.stored[value], *place)
+            elif shared:
+                found["share", value, number] = target.shares[i, j]
+        return found
+
+
+def _differentiate(
+    bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], leaves: list[int], sources: set[int],
+    needs: set[int], recording: Recording,
+) -> None:  # fmt: skip
+    """The work of a tile in pass 2."""
+    scan, outline, smalls = bench.scan, recording.outline, bench.smalls()
+    for value in leaves:
+        smalls[value].requires_grad_()
+    kept = Kept(CarryStore("device"), 0, smalls, leaves, sources, needs, [], sums=bench.sums)
+    tile = scan.tile(recording.i, recording.j, kept, recording.carries("carry", outline.entering), recording.pixels)
+    tile.alone = True
+    scan.stored = {name[1]: tensor for name, tensor in recording.inputs.items() if name[0] == "kept"}
+    targets = _static_targets(bench, form, recording)
+    recorded = scan.again(tile, targets, 0)
+    tile.carry_grads = recording.carries("grad", outline.entering)
+    tile.handed_back = recording.carries("back", outline.leaving)
+    for (source, rect), grad in scan.differentiate(recorded, targets, kept):
+        recording.give(("window", source, outline.relative("source", source, rect)), grad)
+
+
+def _static_targets(bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: Recording) -> Targets:
+    """The targets of a step with static tensors in the place of theirs."""
+    graph, step = bench.sweep.graph, bench.step.inputs
+    targets: Targets = {}
+    for value, number, there, shared in form:
+        numbers = bench.sweep.reductions.get(value, ())
+        if number >= len(numbers):  # behind the reductions of a map comes the map itself
+            targets.setdefault(value, []).append(Target(None, (recording.inputs.get(("stored", value)),), {}))
+            continue
+        reduction = graph.reductions[numbers[number]]
+        accumulator = Accumulator(reduction, graph.program.values[reduction.outputs[0]].dtype)
+        accumulator.total = step.get(("total", value, number))
+        grads = tuple(step["grad", value, number, k] if given else None for k, given in enumerate(there))
+        share = recording.inputs.get(("share", value, number))
+        shares = {(recording.i, recording.j): share} if shared and share is not None else {}
+        targets.setdefault(value, []).append(Target(accumulator, grads, shares))
+    return targets
