@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import kernels
 from . import static
 from .errors import GigamorphError
-from .graph import Graph, build_network
+from .graph import Graph
 from .memory import parse_bytes
 from .ops import Reduction
 from .pixels import PixelBatch, PixelSource, as_batch
@@ -48,7 +48,9 @@ class Accelerated(nn.Module):
         self.fallback = fallback
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._programs: OrderedDict[Any, Prepared] = OrderedDict()
-        self.train(model.training)
+        self.training = model.training  # not train(): layers that the user has frozen stay so
+        if batch_norm == "frozen":
+            freeze_batch_norm(model)
 
     def __getattr__(self, name: str) -> Any:
         try:

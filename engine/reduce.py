@@ -49,7 +49,8 @@ class Accumulator:
     def merge(self, i: int, j: int, share: tuple[Tensor, ...], rect: Rect, width: int) -> None:
         """Take in what the block of tile (i, j) has given; those tensors may be written to."""
         if self.reduction.kind == "moments":
-            self._merge(*share, (rect[1] - rect[0]) * (rect[3] - rect[2]))
+            mean, deviations = share
+            self._merge(mean, deviations, (rect[1] - rect[0]) * (rect[3] - rect[2]))
             return
         if self.reduction.kind == "sum":
             part = share[0].to(torch.float64)

@@ -116,7 +116,8 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
         scan.stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in sweep.unvalued}
         sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
         with _Meter() as meter:
-            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, scan.stored, _stored_tensors(sources))
+            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, scan.stored)
+            meter.ignore(_stored_tensors(sources))
             tile = scan.tile(i, j, kept, entering, scan.read)
             tile.second_pass = True
             recorded = scan.record(tile, targets)

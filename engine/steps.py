@@ -315,4 +315,3 @@ def _autocast(op: Op, device: torch.device):
     if op.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=op.autocast[1], enabled=op.autocast[0])
-

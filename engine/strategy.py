@@ -1,9 +1,9 @@
 """Which maps are stored whole, and which are computed again: the choices for a network of several sweeps.
 
-Maps that a later sweep reads can be kept until the backward (fastest), or only until the next *cut*: a map through which
-everything goes, such as the output of a residual block. The sweeps between two cuts are a *range*: its inside is let go
-after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a further
-choice is not to store those at all: each early sweep then starts at the last cut, or at the image.
+Maps that a later sweep reads can be kept until the backward (fastest), or only until the next *cut*: a map through
+which everything goes, such as the output of a residual block. The sweeps between two cuts are a *range*: its inside is
+let go after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a
+further choice is not to store those at all: each early sweep then starts at the last cut, or at the image.
 
     keep everything         3 units of arithmetic (a unit is one forward; stock PyTorch takes 3 as well)
     ranges                  4, and the maps of one range besides the cuts
@@ -13,7 +13,7 @@ choice is not to store those at all: each early sweep then starts at the last cu
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from .graph import Graph, Network, crossing, levels, split
@@ -80,7 +80,7 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                 stored = [v for v in read_later if v not in dropped]
                 network = split(maps, nodes, stored, [v for v in chosen if v in stored])
                 if training:
-                    network.ranges = _ranges(network, [v for v in chosen if v in stored])
+                    network.ranges = ranges_between(network, [v for v in chosen if v in stored])
                 name = f"ranges between {['', '', 'two ', '', 'four '][grouped]}cuts" if training else "keep cuts"
                 if number:
                     name += f"; all up to cut {number} of {len(chosen)} {text}"
@@ -122,7 +122,7 @@ def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     return found
 
 
-def _ranges(network: Network, cuts: Sequence[int]) -> list[range]:
+def ranges_between(network: Network, cuts: Sequence[int]) -> list[range]:
     """The steps between the sweeps that write two cuts; not those behind the last, whose backward comes first."""
     writers = [n for n, step in enumerate(network.steps) if isinstance(step, Graph) and set(step.stored) & set(cuts)]
     first = next(n for n, step in enumerate(network.steps) if isinstance(step, Graph))
@@ -176,7 +176,7 @@ def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int
     steps, values = network.steps, network.program.values
     end = len(steps)
     made: dict[int, int] = {}
-    last: dict[int, int] = {v: end for v in refs(network.program.output)}
+    last: dict[int, int] = dict.fromkeys(refs(network.program.output), end)
     for number, step in enumerate(steps):
         outputs = step.stored if isinstance(step, Graph) else () if isinstance(step, Small) else step.outputs
         made.update((v, number) for v in outputs)
@@ -193,13 +193,11 @@ def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int
             if made[v] > now:
                 continue
             part = within.get(v)
-            if part is not None or not training:
-                if backward and part is not None and now in part:  # computed again
-                    total += size[v]
-                elif not backward and now <= last.get(v, end):
-                    total += size[v]
+            if backward:
+                there = part is None or now in part  # within a range: computed again
             else:
-                total += size[v]
+                there = (training and part is None) or now <= last.get(v, end)
+            total += size[v] * there
             if backward and v in wanted and last.get(v, end) >= now and (part is None or now in part):
                 total += size[v]
         return total

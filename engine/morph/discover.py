@@ -76,19 +76,24 @@ class Discover(Tracer):
             self._fix(name, f"{self.where_now} reads '{name}' as a whole")
             wide = [0, 1]
         atoms = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
-        if tensor.ndim and len(wide) <= 1:
-            axis = wide[0] if wide else min(tensor.ndim - 1, 1) if tensor.ndim > 1 else 0
+        axis = _channel_axis(tensor, wide)
+        if axis is not None and name not in self.linear_names:
             self.axes[name, axis] = self.atoms.new(tensor.shape[axis])
             shape = [1] * tensor.ndim
             shape[axis] = -1
-            atoms = torch.from_numpy(self.axes[name, axis]).reshape(shape)
+            atoms = torch.from_numpy(self.axes[name, axis]).reshape(shape).expand(tensor.shape)
         return Label(self.number(atoms), atoms, parameter=name)
 
     # ---------------------------------------------------------------- bookkeeping
 
     def need(self, tensor: Tensor) -> Label:
         label = super().need(tensor)
-        if label.parameter is not None and (sum(s > 1 for s in tensor.shape) > 1):
+        wide = [a for a in range(tensor.ndim) if tensor.shape[a] > 1]
+        if (
+            label.parameter is not None
+            and len(wide) > 1
+            and (label.parameter, _channel_axis(tensor, wide)) not in self.axes
+        ):
             self._fix(label.parameter, f"{self.where_now} reads '{label.parameter}' as a whole")
         return label
 
@@ -139,6 +144,8 @@ class Discover(Tracer):
             size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
             varies = {a for a in range(ndim) if atoms.shape[a] > 1 and bool((atoms != atoms.narrow(a, 0, 1)).any())}
             operands.append((atoms, size, varies))
+        # After a concatenation along the tokens only their meeting shows that all tokens have the same channels.
+        operands.sort(key=lambda operand: len(operand[2]) > 1)
         why = "it meets a tensor of fixed size"
         main = set().union(*(v for _, _, v in operands))
         for atoms, size, varies in operands:
@@ -356,6 +363,15 @@ def row_vids(
     for position, axis in enumerate([*kept, *axes]):
         back[axis] = position
     return vids.permute(back)
+
+
+def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:
+    """The axis of a parameter that can grow: of vectors, and of embeddings (1, N, C) and (1, C, H, W)."""
+    if not tensor.ndim:
+        return None
+    if len(wide) > 1:
+        return {3: 2, 4: 1}.get(tensor.ndim) if tensor.shape[0] == 1 else None
+    return wide[0] if wide else min(tensor.ndim - 1, 1)
 
 
 def _compact(atoms: Tensor) -> Tensor:

@@ -41,26 +41,38 @@ class Join:
         self.table = table
         self.columns = columns
         self.main: int | None = None  # an operand whose values differ everywhere finds the position alone
+        self.first: int | None = None  # its first value, if it counts up from there, as fresh values do
         n = columns[0].numel()
-        order = sorted(range(len(columns)), key=lambda i: -_storage_size(columns[i]))
-        for i in order:
-            if _storage_size(columns[i]) < n:
-                break
+        distinct = [i for i, c in enumerate(columns) if _storage_size(c) == n > 0]
+        for i in distinct:
+            flat = columns[i].reshape(-1)
+            first = int(flat[0])
+            if int(flat[-1]) - first == n - 1 and torch.equal(flat, torch.arange(first, first + n)):
+                self.main, self.first = i, first
+                return
+        for i in distinct:
             flat = columns[i].reshape(-1)
             if bool((table.find(flat, flat) == torch.arange(n)).all()):
                 self.main = i
-                break
+                return
 
     def find(self, columns: list[Tensor]) -> Tensor:
         """Position (m) in the old output of each new element; FREE if an operand is, MISSING if there is none."""
         new = [c.reshape(-1) for c in columns]
-        old = [c.reshape(-1) for c in self.columns]
         main = self.main
-        at = self._find_tuples(old, new) if main is None else self.table.find(old[main], new[main])
-        safe = at.clamp(min=0)
-        for o, c in zip(old, new, strict=True):
+        if main is None:
+            at = self._find_tuples([c.reshape(-1) for c in self.columns], new)
+        elif self.first is not None:
+            at = new[main] - self.first
+            at = torch.where((at < 0) | (at >= self.columns[main].numel()), MISSING, at)
+            at = torch.where(new[main] == FREE, FREE, at)
+        else:
+            at = self.table.find(self.columns[main].reshape(-1), new[main])
+        others = [(o.reshape(-1), c) for i, (o, c) in enumerate(zip(self.columns, new, strict=True)) if i != main]
+        safe = at.clamp(min=0) if others else at
+        for o, c in others:
             at = torch.where((at >= 0) & (o[safe] != c), MISSING, at)
-        for c in new:
+        for _, c in others:
             at = torch.where(c == FREE, FREE, at)
         return at
 

@@ -134,8 +134,8 @@ def _ties(spaces: Spaces) -> Folds:
 
 def _hashes(tensor: Tensor, axis: int) -> list[bytes]:
     """A digest of each slice; -0 counts as 0."""
-    rows = (tensor.detach().cpu() + 0.0).movedim(axis, 0).reshape(tensor.shape[axis], -1).contiguous()
-    data = rows.view(torch.uint8).numpy()
+    rows = (tensor.detach().cpu() + 0.0).movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    data = rows.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in data]
 
 

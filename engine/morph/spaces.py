@@ -197,8 +197,7 @@ def _try(spaces: Spaces) -> None:
         classes = _classes(found)
         if not classes:
             return
-        counts = np.random.default_rng(0).integers(1, 4, len(classes))
-        counts[0] = 2
+        counts = np.random.default_rng(0).integers(2, 4, len(classes))  # a count of 1 would leave a class untried
         try:
             spaces.check({c: (int(k), 0) for c, k in zip(classes, counts, strict=True)})
             return

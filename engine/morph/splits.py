@@ -11,6 +11,8 @@ the weight in most cases. Two families add up exactly in binary floating point:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from .lookup import FREE
 from .verify import Certificate
 
 SPLITS = ("sterbenz", "kraft")
+BLOCK = 1 << 16  # weights that are certified at a time: they stay in the cache
 
 
 def kraft_lengths(copies: int) -> list[int]:
@@ -118,26 +121,36 @@ def certify(weight: Tensor, grown: Tensor, columns: Tensor) -> Certificate:
         grown: (O, I', ...), the same rows.
         columns: old column of each new one (I'), FREE for zero ones.
     """
-    violations = int((grown[:, columns == FREE] != 0).sum())
+    new = (columns == FREE).nonzero().reshape(-1)
+    violations = int((grown[:, new] != 0).sum()) if len(new) else 0
     used = (columns >= 0).nonzero().reshape(-1)
     counts = torch.bincount(columns[used], minlength=weight.shape[1])
     order = used[torch.argsort(columns[used], stable=True)]
     starts = torch.cumsum(counts, 0) - counts
-    entries = 0
+    rows = max(1, BLOCK // max(weight[0].numel(), 1)) if len(weight) else 1
     for copies in torch.unique(counts).tolist():
         old = (counts == copies).nonzero().reshape(-1)
-        want = weight if len(old) == weight.shape[1] else weight[:, old]
-        entries += want.numel()
         # A single two-sum is exact in any of these formats; longer sums have room in float64 for their error terms.
         exact = torch.float32 if copies <= 2 and weight.dtype != torch.float64 else torch.float64
-        want = want.to(exact)
-        total = grown[:, order[starts[old]]].to(exact) if copies else torch.zeros_like(want)
-        error = torch.zeros((), dtype=exact)
-        for k in range(1, copies):
-            part = grown[:, order[starts[old] + k]].to(exact)
-            after = total + part
-            back = after - total
-            error = error + ((total - (after - back)) + (part - back))
-            total = after
-        violations += int(((total - want) + error != 0).sum())
-    return Certificate(entries, violations)
+        for i in range(0, len(weight), rows):
+            want = weight[i : i + rows]
+            want = (want if len(old) == weight.shape[1] else want[:, old]).to(exact)
+            parts = (grown[i : i + rows, order[starts[old] + k]].to(exact) for k in range(copies))
+            violations += _violations(want, parts)
+    return Certificate(weight.numel(), violations)
+
+
+def _violations(want: Tensor, parts: Iterator[Tensor]) -> int:
+    """How many sums over the parts are not exactly `want`."""
+    total = next(parts, None)
+    if total is None:  # no copy at all
+        return int((want != 0).sum())
+    error = None
+    for part in parts:
+        after = total + part
+        back = after - total
+        part -= back
+        total -= after - back
+        error = part.add_(total) if error is None else error.add_(part).add_(total)
+        total = after
+    return int((total != want if error is None else (total - want).add_(error) != 0).sum())

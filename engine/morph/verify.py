@@ -26,6 +26,7 @@ from ..errors import MorphError
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
 NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less (section 3)
+FLOAT64_ROUNDOFF = 2.0**-29  # unit roundoff of float64 over that of float32
 TRAIN_BATCH = 4  # batch statistics of fewer values would magnify rounding
 
 Example = Tensor | tuple[Tensor, ...]
@@ -61,11 +62,22 @@ class Difference:
         """float32 difference over the parent's own noise, the worse of the two modes."""
         return _worst(self.float32_eval / self.noise_eval, self.float32_train / self.noise_train)
 
+    @property
+    def float64_ratio(self) -> float:
+        """float64 difference over the parent's own noise scaled to float64's roundoff, the worse of the two modes.
+
+        A few units say that the difference is rounding, magnified by the network itself: where BatchNorm in train
+        mode has a handful of values per channel, correct morphs differ by 1e-12 and more.
+        """
+        ratios = self.float64_eval / self.noise_eval, self.float64_train / self.noise_train
+        return _worst(*ratios) / FLOAT64_ROUNDOFF
+
     def __str__(self) -> str:
         return (
             f"float64 {self.float64_eval:.1e} (train mode {self.float64_train:.1e}), "
-            f"float32 {self.float32_eval:.1e} (train mode {self.float32_train:.1e}), "
-            f"{self.noise_ratio:.1f} times the parent's own rounding noise"
+            f"float32 {self.float32_eval:.1e} (train mode {self.float32_train:.1e}); "
+            f"{self.float64_ratio:.1f} and {self.noise_ratio:.1f} times the parent's own rounding noise, "
+            f"which is {self.noise_eval:.1e} in float32 (train mode {self.noise_train:.1e})"
         )
 
 
@@ -269,7 +281,16 @@ def _require(difference: Difference, train: bool = True) -> Difference:
     float64 = difference.float64 if train else difference.float64_eval
     float32 = difference.float32 if train else difference.float32_eval
     ratio = difference.noise_ratio if train else difference.float32_eval / difference.noise_eval
+    float64_ratio = (
+        difference.float64_ratio if train else difference.float64_eval / difference.noise_eval / FLOAT64_ROUNDOFF
+    )
     if not float64 <= FLOAT64_LIMIT:
+        if float64_ratio <= NOISE_RATIO:
+            raise MorphError(
+                f"the parent magnifies rounding so much on this example that nothing can be told: float64 differs by "
+                f"{float64:.1e} (limit {FLOAT64_LIMIT:.0e}), which is its own noise; give a larger image or batch; the "
+                "original is unchanged"
+            )
         raise MorphError(
             f"the child's function differs from its parent's by {float64:.1e} in float64 "
             f"(limit {FLOAT64_LIMIT:.0e}); the original is unchanged, report this"

@@ -109,7 +109,6 @@ def grow_tensor(name: str, tensor: Tensor, made: ParameterMap, step: Mapping[str
     """The child's tensor, and the certificate of its split; draws depend on the seed and the tensor's name only."""
     generator = torch.Generator().manual_seed((int(step["seed"]) << 32) ^ zlib.crc32(name.encode()))
     result, certificate = tensor.detach().cpu(), Certificate()
-    deviation = float(result.double().std(unbiased=False)) if result.is_floating_point() else 0.0
     if made.columns is not None and made.columns_axis is not None:
         before = result.movedim(made.columns_axis, 1)
         after = split_columns(before, made.columns, step["split"], generator, float(step["noise"]))
@@ -120,6 +119,7 @@ def grow_tensor(name: str, tensor: Tensor, made: ParameterMap, step: Mapping[str
         if bool(made.free.any()) and tensor.ndim > 1:  # vectors (norms, biases) keep those of the copied channel
             places = made.free.nonzero().reshape(-1)
             shape = [len(places) if a == made.axis else s for a, s in enumerate(result.shape)]
+            deviation = float(tensor.detach().double().std(unbiased=False)) if tensor.is_floating_point() else 0.0
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation
             result.index_copy_(made.axis, places, drawn.to(result.dtype))
     return result.to(tensor.device), certificate

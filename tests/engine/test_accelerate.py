@@ -424,3 +424,13 @@ def test_two_processes_with_ddp(tmp_path):
     first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("rank0", "rank1", "alone"))
     assert worst(first, second) == 0
     assert worst(alone, first) <= LIMIT
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1)).train()
+    model[1].eval()
+    net = accelerate(model, tile=16)
+    assert net.training and not model[1].training
+    before = model[1].running_mean.clone()
+    net(torch.randn(1, 1, 40, 40))
+    assert torch.equal(before, model[1].running_mean)

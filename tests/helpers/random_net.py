@@ -58,7 +58,7 @@ class Program:
         lines = [f"image m0 {self.shape}, tile {self.tile}, carries {self.carries}"]
         number = 1
         for i, step in enumerate(self.steps):
-            outputs = STEPS[step.kind].outputs
+            outputs = kind_of(step.kind).outputs
             names = ", ".join(f"m{number + k} {self.sizes[number + k]}" for k in range(outputs))
             lines.append(f"  step {i}: {names} = {step}")
             number += outputs
@@ -370,6 +370,70 @@ STEPS["scale"] = Kind(
     lambda s, o: Scale(s[1]),
 )
 
+# -- statistics of the whole image in the middle of the network -----------------------------------------------------
+# Behind each norm something curved: the mean over the image of what was normalised is a constant without a gradient.
+
+
+class _LiveNorm(nn.BatchNorm2d):
+    """BatchNorm of its input's own statistics, whatever the mode; a large eps, since maps may have one pixel."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=0.1, track_running_stats=False)
+        nn.init.uniform_(self.weight, 0.5, 1.5)
+        nn.init.uniform_(self.bias, -0.5, 0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class _GroupNorm(nn.GroupNorm):
+    def __init__(self, groups: int, channels: int):
+        super().__init__(groups, channels, eps=0.1)
+        nn.init.uniform_(self.weight, 0.5, 1.5)
+        nn.init.uniform_(self.bias, -0.5, 0.5)
+
+
+STATISTICS: dict[str, Kind] = {
+    "live batch norm": Kind(
+        lambda d, s: {"act": d(st.sampled_from(ACTIVATIONS))},
+        lambda m, x, o: torch.tanh(_activate(m(x[0]), o["act"]) + 0.3),  # pyright: ignore
+        lambda s, o: _LiveNorm(s[1]),
+    ),
+    "group norm": Kind(
+        lambda d, s: {"groups": d(st.sampled_from([g for g in (1, 2, 3) if s[1] % g == 0]))},
+        lambda m, x, o: torch.tanh(m(x[0]) + 0.3),  # pyright: ignore
+        lambda s, o: _GroupNorm(o["groups"], s[1]),
+    ),
+    "instance norm": Kind(
+        lambda d, s: {"affine": d(st.booleans())},
+        lambda m, x, o: torch.tanh(m(x[0]) + 0.3),  # pyright: ignore
+        lambda s, o: nn.InstanceNorm2d(s[1], eps=0.1, affine=o["affine"]),
+    ),
+    "gate": Kind(
+        lambda d, s: {"by": d(st.sampled_from(["mean", "max", "pool", "both"]))},
+        lambda m, x, o: m(x[0], o["by"]),  # pyright: ignore
+        lambda s, o: Gate(s[1]),
+    ),
+}
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excite: channels weighted by what is pooled over the image."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+
+    def forward(self, x: Tensor, by: str) -> Tensor:
+        pooled = x.amax((2, 3), keepdim=True) if by == "max" else x.mean((2, 3), keepdim=True)
+        if by == "pool":
+            pooled = F.adaptive_avg_pool2d(x, 1)
+        gate = self.excite(torch.tanh(self.squeeze(pooled)))
+        if by == "both":
+            gate = gate + self.excite(torch.tanh(self.squeeze(F.adaptive_max_pool2d(x, 1))))
+        return x * torch.sigmoid(gate)
+
+
 # -- several inputs or outputs ------------------------------------------------------------------------------------
 
 JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -421,6 +485,10 @@ HEADS |= {
 }
 
 
+def kind_of(name: str) -> Kind:
+    return STEPS[name] if name in STEPS else STATISTICS[name]
+
+
 class RandomNet(nn.Module):
     """Runs a `Program`."""
 
@@ -431,7 +499,7 @@ class RandomNet(nn.Module):
         taken = 0
         starts = []
         for i, step in enumerate(program.steps):
-            kind = STEPS[step.kind]
+            kind = kind_of(step.kind)
             starts.append(taken)
             taken += kind.outputs
             if kind.module is not None and step.shared is None:
@@ -442,7 +510,7 @@ class RandomNet(nn.Module):
         for i, step in enumerate(self.program.steps):
             number = str(i if step.shared is None else step.shared)
             module = self.layers[number] if number in self.layers else None  # noqa: SIM401
-            result = STEPS[step.kind].run(module, [maps[m] for m in step.inputs], step.options)
+            result = kind_of(step.kind).run(module, [maps[m] for m in step.inputs], step.options)
             maps.extend([result] if isinstance(result, Tensor) else result)
         outputs = [HEADS[head.kind](maps[head.map]) for head in self.program.heads]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -473,8 +541,11 @@ def _try(kind: Kind, step: Step, shapes: list[tuple[int, ...]], module_shape: tu
 
 
 @st.composite
-def programs(draw: Any, max_steps: int = 7) -> Program:
-    """Networks of up to `max_steps` steps and three outputs, with an image and a tile of any size."""
+def programs(draw: Any, max_steps: int = 7, statistics: bool = False) -> Program:
+    """Networks of up to `max_steps` steps and three outputs, with an image and a tile of any size.
+
+    With `statistics` of the whole image in the middle of the network, too.
+    """
     side = st.sampled_from([7, 13, 16, 17, 1, 2, 5, 9, 11, 19, 23, 29, 31, 32, 33, 37])
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(side), draw(side))
     tile = tuple(
@@ -483,8 +554,9 @@ def programs(draw: Any, max_steps: int = 7) -> Program:
     shapes: list[tuple[int, ...]] = [shape]
     steps: list[Step] = []
     for _ in range(draw(st.integers(2, max_steps)) * 3 // 2):  # some are rejected
-        name = draw(st.sampled_from(sorted(STEPS) + ["conv"] * 6 + ["join"] * 3 + ["cat"] * 2))
-        kind = STEPS[name]
+        names = sorted(STEPS) + ["conv"] * 6 + ["join"] * 3 + ["cat"] * 2 + sorted(STATISTICS) * (8 * statistics)
+        name = draw(st.sampled_from(names))
+        kind = kind_of(name)
         # Late maps first: most networks are deep; the others are branches.
         first = len(shapes) - 1 - min(draw(st.integers(0, 5)), len(shapes) - 1) // 2
         inputs: tuple[int, ...] = (first,)

@@ -247,13 +247,14 @@ BLOCKS = [
 def test_every_block_of_real_networks(name: str, path: str) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = randomize(timm.create_model(name, num_classes=3))
+    options = {"mlp_ratio": 1 / 32} if name.startswith("vgg") else {}  # else a hundred million weights in the head
+    model = randomize(timm.create_model(name, num_classes=3, **options))
     x = torch.randn(2, 3, 48, 48)
     last = path.endswith("fc1")
+    zero = insert_residual(model, x, path, "GELU", 1, norm=not last, hidden=4)[1].difference
+    assert zero.float64 == zero.float32 == 0
     for act in ("GELU", "Hardswish", "Tanh"):
         pact = insert_activation(model, x, path, act)[1].difference
-        zero = insert_residual(model, x, path, act, 1, norm=not last, hidden=4)[1].difference
-        for exact in (pact, zero):
-            assert exact.float64 == exact.float32 == 0
+        assert pact.float64 == pact.float32 == 0
         if act != "Tanh":
             assert insert_pair(model, x, path, act)[1].difference.float64 <= 1e-12

@@ -99,6 +99,56 @@ def test_frozen_with_a_reason(middle: Callable[[nn.Module, Tensor], Tensor], why
         widen(Net(middle), X, {"a.weight:0": 16})
 
 
+def test_every_space_with_a_hard_coded_view_is_found() -> None:
+    """Each has one class (a norm over all channels), so one count: no trial may leave it at 1 (PoolFormer)."""
+
+    class Stage(nn.Module):
+        def __init__(self, inputs: int, fixed: bool):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(inputs, 4, 1), nn.GroupNorm(1, 4)
+            self.scale, self.size = nn.Parameter(torch.ones(4)), 4 if fixed else -1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x)) * self.scale.view(self.size, 1, 1)
+
+    for pattern in range(32):
+        stages = [Stage(4 if i else 3, bool(pattern >> i & 1)) for i in range(5)]
+        spaces = find_spaces(nn.Sequential(*stages, nn.Conv2d(4, 2, 1)), X)
+        assert [s.key for s in spaces.growable()] == [f"{i}.conv.weight:0" for i in range(5) if not pattern >> i & 1]
+        frozen = [s.frozen for s in spaces if s.frozen and "output" not in s.frozen]
+        assert all("'view'" in why and "module '" in why for why in frozen)
+
+
+class Tokens(nn.Module):
+    """A transformer's stream: patches, a class token put before them, a position embedding, LayerNorm and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 6, 4, 4)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 5, 6))
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.map = nn.Parameter(torch.randn(1, 3, 8, 8))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x * self.map).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(x[:, 0])
+
+
+def test_the_stream_of_a_transformer_grows_with_its_embeddings() -> None:
+    spaces = find_spaces(Tokens(), X)
+    stream = spaces["patches.weight:0"]
+    assert not stream.frozen and len(stream.order) == 1  # LayerNorm: by whole multiples
+    assert {("token", 2), ("places", 2), ("norm.weight", 0), ("down.weight", 0)} <= set(stream.members)
+    assert "output" in spaces["head.weight:0"].frozen and spaces["map:1"].frozen
+    child, report = widen(Tokens(), X, {"patches.weight:0": 18, "up.weight:0": 13})
+    assert child.places.shape == (1, 5, 18) and report.difference.float64 < 1e-13
+    assert report.certificate is not None and report.certificate.violations == 0
+
+
 def test_a_barrier_names_the_module() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -103,6 +103,23 @@ def test_a_child_that_is_right_in_float64_only_is_stopped() -> None:
         require_equal(small(), Cancels(), X)
 
 
+def test_an_example_on_which_the_parent_magnifies_rounding_is_named() -> None:
+    class Cancels(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.body, self.by = small(), by
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.by - self.by
+
+    found = compare(Cancels(3e6), Cancels(5e6), X)
+    assert found.float64 > 1e-10 and 0.1 < found.float64_ratio < 8 and 0.1 < found.noise_ratio < 8
+    with pytest.raises(MorphError, match="a larger image or batch"):
+        require_equal(Cancels(3e6), Cancels(5e6), X)
+    with pytest.raises(MorphError, match="report this"):
+        require_equal(Cancels(3e6), Cancels(1e9), X)
+
+
 @pytest.mark.parametrize("roundoffs, passes", [(24, True), (48, False)])
 def test_a_parent_without_rounding_counts_as_having_four_roundoffs(roundoffs: int, passes: bool) -> None:
     class Off(nn.Module):

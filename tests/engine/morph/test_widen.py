@@ -1,9 +1,15 @@
-"""Widening: random programs (sound, complete where it should be, certified, exact on integers), and what it refuses."""
+"""Widening: random programs (sound, complete where it should be, certified, exact on integers), and what it refuses.
+
+    GIGAMORPH_PROGRAMS=10000 python -m pytest -s tests/engine/morph/test_widen.py -k random_programs
+
+tries as many random programs, and prints how many were widened.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -19,13 +25,14 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.recipe import Recipe, apply
 from gigamorph.engine.morph.spaces import find_spaces
 from gigamorph.engine.morph.splits import SPLITS
-from gigamorph.engine.morph.verify import compare
-from gigamorph.engine.morph.widen import grow_tensor, rebuild, tensor_maps, widen
+from gigamorph.engine.morph.verify import compare, count_parameters
+from gigamorph.engine.morph.widen import _grow, grow_tensor, rebuild, tensor_maps, widen
 
 X = torch.zeros(1, 3, 8, 8)
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-fast = settings(max_examples=50, deadline=None, suppress_health_check=QUIET)
-tally = {"seen": 0, "widened": 0}
+PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 150))  # 10,000 take a quarter of an hour
+quiet = settings(deadline=None, suppress_health_check=QUIET)
+fast = settings(quiet, max_examples=30)
 
 
 def draw_counts(model: nn.Module, seed: int, most: int = 3) -> dict[str, list[int]]:
@@ -38,11 +45,10 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-def check_program(program: Program, seed: int, split: str, free: bool) -> None:
-    """Refused, or equal on a fresh batch of another size in float64."""
+def is_widened(program: Program, seed: int, split: str, free: bool) -> bool:
+    """False if refused; else equal on a fresh batch of another size in float64, and true if anything grew."""
     model = program.build().double()
     before = copy.deepcopy(model.state_dict())
-    tally["seen"] += 1
     try:
         spaces = find_spaces(model, X.double())
         rng = np.random.default_rng(seed)
@@ -51,31 +57,26 @@ def check_program(program: Program, seed: int, split: str, free: bool) -> None:
         child, report = widen(model, X.double(), counts, split=split, seed=seed, free=extra)
     except MorphError as error:
         assert "differs" not in str(error) and "violate" not in str(error), f"the check was deceived: {error}"
-        return
-    tally["widened"] += bool(report.changes)
+        return False
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with torch.no_grad():
         assert relative(child(x), model(x)) < 1e-9
-
-
-@fast
-@given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans())
-def test_random_programs_are_never_silently_wrong(program: Program, seed: int, split: str, free: bool) -> None:
-    check_program(program, seed, split, free)
-
-
-def test_most_random_programs_are_widened() -> None:
-    if tally["seen"] < 30:
-        pytest.skip("runs after the random programs")
-    assert tally["widened"] > 0.3 * tally["seen"], tally
+    return bool(report.changes)
 
 
 @pytest.mark.slow
-@settings(max_examples=800, deadline=None, suppress_health_check=QUIET)
-@given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans())
-def test_many_random_programs(program: Program, seed: int, split: str, free: bool) -> None:
-    check_program(program, seed, split, free)
+def test_random_programs_are_never_silently_wrong() -> None:
+    outcomes: list[bool] = []
+
+    @settings(quiet, max_examples=PROGRAMS)
+    @given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans())
+    def run(program: Program, seed: int, split: str, free: bool) -> None:
+        outcomes.append(is_widened(program, seed, split, free))
+
+    run()
+    print(f"{len(outcomes)} programs, {sum(outcomes)} widened")
+    assert sum(outcomes) > 0.3 * len(outcomes)
 
 
 def only(*kinds: str) -> st.SearchStrategy[Program]:
@@ -92,17 +93,6 @@ def benign() -> st.SearchStrategy[Program]:
 @given(benign())
 def test_benign_programs_can_always_be_doubled(program: Program) -> None:
     """Whatever unites the classes. Not promised: a group of a convolution that reads parts of two concatenated maps."""
-    check_doubled(program)
-
-
-@pytest.mark.slow
-@settings(fast, max_examples=200)
-@given(benign())
-def test_more_benign_programs_can_always_be_doubled(program: Program) -> None:
-    check_doubled(program)
-
-
-def check_doubled(program: Program) -> None:
     model = program.build()
     spaces = find_spaces(model, X)
     assert {s.frozen for s in spaces if s.frozen} <= {"an output of the network"}
@@ -287,36 +277,34 @@ def test_a_network_on_a_gpu_stays_there() -> None:
 
 # -- networks -----------------------------------------------------------------------------------------------------
 
+# One per family of ops; the others of `benchmarks/morph_table.py` would repeat them, or are lattice networks below.
 FAST_NETWORKS = ["resnet18", "mobilenetv2_100", "regnetx_002"]
-NETWORKS = """resnet50 resnext50_32x4d vgg11_bn densenet121 regnety_002 seresnext26d_32x4d convnext_atto
-convnextv2_atto efficientnet_b0 mobilenetv3_large_100 hrnet_w18_small inception_v3 repvgg_a0 dla34 cspresnet50
-res2net50_26w_4s skresnet18 ghostnet_100 poolformer_s12 eca_resnet33ts resnetv2_50 xception41 dpn48b selecsls42b
-vit_tiny_patch16_224 swin_tiny_patch4_window7_224 googlenet""".split()
+NETWORKS = """regnety_002 convnextv2_atto efficientnet_b0 hrnet_w18_small inception_v3 dla34 cspresnet50
+res2net50_26w_4s skresnet18 ghostnet_100 poolformer_s12 eca_resnet33ts dpn48b vit_tiny_patch16_224
+swin_tiny_patch4_window7_224""".split()
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
-    size = 96 if name == "inception_v3" else 64
+    size = 128 if name == "inception_v3" else 64  # at 96 its last maps are 1x1: statistics of 4 values magnify rounding
     torch.manual_seed(0)
     if name == "googlenet":
         torchvision = pytest.importorskip("torchvision")
         model = torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=False)
     else:
         timm = pytest.importorskip("timm")
-        options = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
+        options: dict[str, Any] = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
+        if name.startswith("vgg"):
+            options["mlp_ratio"] = 1 / 32  # else a hundred million weights in the head
         model = timm.create_model(name, pretrained=False, **options)
     return randomize(model).eval(), torch.zeros(1, 3, size, size)
 
 
 def check_network(name: str) -> None:
     model, x = network(name)
-    rng = np.random.default_rng(1)
-    spaces = find_spaces(model, x)
-    drawn = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces.growable()}
-    for options in ({"factor": 2}, {"counts": drawn}):
-        _, report = widen(model, x, **options)
-        assert report.difference.float64 <= 1e-12, report
-        assert report.certificate is not None and report.certificate.violations == 0
-        assert report.changes, spaces
+    _, report = widen(model, x, factor=1.5)  # random channels get a copy; a LayerNorm's get one each
+    assert report.changes
+    assert report.difference.float64 <= 1e-12 and report.difference.float64_ratio < 8, report
+    assert report.certificate is not None and report.certificate.violations == 0
 
 
 @pytest.mark.parametrize("name", FAST_NETWORKS)
@@ -357,17 +345,20 @@ def lattice(model: nn.Module) -> nn.Module:
 def test_lattice_networks_are_equal_to_the_bit(name: str) -> None:
     model, x = network(name)
     lattice(model)
-    x = torch.randint(-1, 2, (1, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randint(-1, 2, (1, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).double()
+    model.double()
+    spaces = find_spaces(model, x)
     rng = np.random.default_rng(2)
+    drawn = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces.growable()}
+    free = {key: [i % 7 == 0 for i in range(len(counts))] for key, counts in drawn.items()}
+    step = {"op": "widen", "copies": drawn, "free": free, "split": "kraft", "noise": 0.0, "seed": 0}
+    child, certificate = _grow(spaces, step)
+    assert certificate.violations == 0 and count_parameters(child) > 1.5 * count_parameters(model)
     for dtype in (torch.float64, torch.float32):
-        model = model.to(dtype)
-        spaces = find_spaces(model, x.to(dtype))
-        drawn = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces.growable()}
-        step = {"op": "widen", "copies": drawn, "free": {}, "split": "kraft", "noise": 0.0, "seed": 0}
-        child = rebuild(model, step | {"example": [list(x.shape)]})
+        model, child = model.to(dtype), child.eval().to(dtype)
         with torch.no_grad():
             want = model(x.to(dtype))
-            assert want.abs().max() > 0 and torch.equal(child.eval()(x.to(dtype)), want)
+            assert want.abs().max() > 0 and torch.equal(child(x.to(dtype)), want)
 
 
 # -- mutations: each must be stopped by a check -------------------------------------------------------------------
@@ -414,7 +405,7 @@ def test_a_discovery_that_unites_and_freezes_nothing_is_never_believed(
     monkeypatch.setattr(Atoms, "unite", lambda *_: None)
     monkeypatch.setattr(Atoms, "freeze", lambda *_: None)
     refused = 0
-    for seed in range(6):
+    for seed in range(3):
         lines = (("conv1", 0, seed), ("conv3", 1, 2), (kind, 1, 2), (kind, 2, 1))
         model = Program(lines, "gap", seed).build().double()
         try:

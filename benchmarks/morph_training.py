@@ -1,0 +1,270 @@
+"""Growing a trained network against training the grown architecture from scratch, on a small data set.
+
+A small parent is trained. Then three go on from it: one widened by two, one deepened (an identity convolution with a
+P-activation after every stage), and the parent itself, as a control. Against each grown network stands the same
+architecture from random weights, with as many epochs as parent and child had together, with as many as fit into the
+time of both and of the morph with its checks, and with as many as fit into that time without the parent's, for those
+who have a trained network already. All runs have the same data, batch size, peak learning rate and a cosine schedule of
+their own length. Time is that of one CPU core, without the evaluations, so that others on the machine do not count.
+
+Before the training goes on it is checked that no loss jumps and that gradients reach all that is new; a network that
+fails either stops the benchmark.
+
+    python benchmarks/morph_training.py --json benchmarks/results/morph_training.json \\
+        --plot benchmarks/results/morph_training.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import morph_digits
+import torch
+from morph_digits import Digits, Net
+from morph_training_report import RIVALS, differences, draw, summary
+from provenance import provenance
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine.morph.activation import PAct
+from gigamorph.engine.morph.deepen import insert_identity
+from gigamorph.engine.morph.optimizer import grow_optimizer
+from gigamorph.engine.morph.verify import Report
+from gigamorph.engine.morph.widen import widen
+
+SEEDS = (0, 1, 2)
+WIDTH = 4
+EPOCHS = (30, 30)  # of the parent; of what goes on from it
+EVERY = 3  # epochs from one evaluation to the next
+BATCH, RATE, DECAY = 60, 3e-3, 1e-2
+SAME_EPOCHS, SAME_TIME, GROWING_ALONE = RIVALS  # the first one measures the time of an epoch
+EXAMPLE = torch.zeros(4, 1, morph_digits.SIDE, morph_digits.SIDE)
+JUMP = 1e-5  # relative change of a loss by a morph; the rounding of float32 makes some 1e-7
+
+Step = tuple[nn.Module, Report]
+Run = dict[str, Any]
+
+
+@dataclass
+class Point:
+    """A run after one of its epochs; seconds of one core since the first step of the run or of its parent."""
+
+    seconds: float
+    epoch: int
+    train_loss: float | None
+    test_loss: float
+    test_accuracy: float
+
+
+def run(seeds: Sequence[int] = SEEDS, epochs: tuple[int, int] = EPOCHS, say: Callable[[str], None] = print) -> Run:
+    """The whole benchmark: curves of all runs, checks of all morphs, and what follows from them, ready for JSON.
+
+    Args:
+        seeds: one set of runs for each.
+        epochs: of the parent, and of those that go on from it.
+        say: gets a line of progress for each run.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        data = morph_digits.load()
+        sets = [_one_seed(seed, epochs, data, say) for seed in seeds]
+    finally:
+        torch.set_num_threads(threads)
+    settings = {"width": WIDTH, "epochs": epochs, "batch": BATCH, "rate": RATE, "weight_decay": DECAY}
+    result = {"settings": settings | {"train": len(data.digits), "test": len(data.test_labels)}, "seeds": sets}
+    return result | {"summary": summary(sets)}
+
+
+def evaluate(net: nn.Module, data: Digits) -> tuple[float, float]:
+    """Loss and accuracy on the test images, in eval mode."""
+    net.eval()
+    with torch.no_grad():
+        logits = net(data.test_images)
+    loss = F.cross_entropy(logits, data.test_labels)
+    return loss.item(), (logits.argmax(1) == data.test_labels).double().mean().item()
+
+
+def train(
+    net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, data: Digits, seed: int, start: Point | None = None
+) -> list[Point]:
+    """Train with a cosine schedule over `epochs`; the images depend on seed and epoch only."""
+    points = [start] if start else [Point(0.0, 0, None, *evaluate(net, data))]
+    seconds, first = points[0].seconds, points[0].epoch
+    batches = len(data.digits) // BATCH
+    for epoch in range(epochs):
+        began, total = time.process_time(), 0.0
+        generator = torch.Generator().manual_seed(1_000_003 * seed + first + epoch)
+        images = morph_digits.place(data.digits, generator)
+        order = torch.randperm(len(images), generator=generator)
+        net.train()
+        for number, picked in enumerate(order.split(BATCH)[:batches]):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE / 2 * (1 + math.cos(math.pi * (epoch + number / batches) / epochs))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images[picked]), data.labels[picked])
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        seconds += time.process_time() - began
+        if (epoch + 1) % EVERY == 0 or epoch + 1 == epochs:
+            points.append(Point(seconds, first + epoch + 1, total / batches, *evaluate(net, data)))
+    return points
+
+
+def widened(parent: nn.Module, seed: int) -> list[Step]:
+    """All spaces twice as wide."""
+    return [widen(parent, EXAMPLE, factor=2, seed=seed)]
+
+
+def deepened(parent: nn.Module, seed: int) -> list[Step]:
+    """An identity convolution and a P-activation after each stage, one morph after the other."""
+    del seed  # nothing is drawn
+    steps = []
+    for stage in range(3):
+        parent, report = insert_identity(parent, EXAMPLE, f"stages.{stage}", act="SiLU")
+        steps.append((parent, report))
+    return steps
+
+
+def from_scratch(child: nn.Module, seed: int) -> nn.Module:
+    """The child's architecture with random weights; its P-activations are plain activations."""
+    torch.manual_seed(seed + 100)
+    net = copy.deepcopy(child)
+    for module in net.modules():
+        if isinstance(module, PAct):
+            nn.init.ones_(module.a)
+        elif isinstance(module, nn.Conv2d):
+            morph_digits.initialise(module)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
+    return net
+
+
+def _adamw(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
+
+
+def _one_seed(seed: int, epochs: tuple[int, int], data: Digits, say: Callable[[str], None]) -> Run:
+    torch.manual_seed(seed)
+    parent = Net(WIDTH)
+    optimizer = _adamw(parent)
+    curves = {"parent": train(parent, optimizer, epochs[0], data, seed)}
+    trained = curves["parent"][-1]
+    say(f"seed {seed}: parent {_text(trained)}")
+    checks: Run = {}
+
+    for name, grow in (("widened", widened), ("deepened", deepened)):
+        began = time.process_time()
+        net, state = parent, optimizer
+        for child, report in grow(parent, seed):
+            state = grow_optimizer(state, net, child, report)
+            net = child
+        seconds = time.process_time() - began
+        checks[name] = check(parent, net, data, seed) | {"seconds": seconds}
+        architecture = copy.deepcopy(net)
+        start = Point(trained.seconds + seconds, trained.epoch, None, *evaluate(net, data))
+        curves[name] = train(net, state, epochs[1], data, seed, start)
+        checks[name]["activations"] = [m.a.abs().mean().item() for m in net.modules() if isinstance(m, PAct)]
+        say(f"seed {seed}: {name} {_text(curves[name][-1])}")
+
+        budget, pace = curves[name][-1].seconds, 0.0
+        for rival in RIVALS:
+            scratch = from_scratch(architecture, seed)
+            time_left = budget - trained.seconds if rival == GROWING_ALONE else budget
+            number = sum(epochs) if rival == SAME_EPOCHS else max(1, int(time_left / pace))
+            points = curves[f"{name}, {rival}"] = train(scratch, _adamw(scratch), number, data, seed)
+            pace = points[-1].seconds / number
+            say(f"seed {seed}: {name}, {rival} {_text(points[-1])}")
+
+    state = copy.deepcopy(optimizer.state_dict())
+    control = copy.deepcopy(parent)
+    optimizer = _adamw(control)
+    optimizer.load_state_dict(state)
+    curves["parent, trained on"] = train(control, optimizer, epochs[1], data, seed, trained)
+    say(f"seed {seed}: parent, trained on {_text(curves['parent, trained on'][-1])}")
+    return {"seed": seed, "checks": checks, "curves": {k: [vars(p) for p in v] for k, v in curves.items()}}
+
+
+def _text(point: Point) -> str:
+    return (
+        f"{point.seconds:.1f} s, {point.epoch} epochs: accuracy {point.test_accuracy:.2%}, loss {point.test_loss:.3f}"
+    )
+
+
+# -- proofs ------------------------------------------------------------------------------------------------------
+
+
+def check(parent: nn.Module, child: nn.Module, data: Digits, seed: int) -> Run:
+    """Loss before and after the morph, and the gradients of all that is new or grew.
+
+    Raises:
+        RuntimeError: a loss jumps, a new tensor gets no gradient, or copies of a channel stay tied.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = morph_digits.place(data.digits[:BATCH], generator), data.labels[:BATCH]
+    losses: dict[str, list[float]] = {"test": [evaluate(net, data)[0] for net in (parent, child)]}
+    losses["train"] = [F.cross_entropy(copy.deepcopy(net).train()(images), labels).item() for net in (parent, child)]
+    found: Run = {"losses": losses}
+    found["jump"] = max(abs(b / a - 1) for a, b in losses.values())
+    if not found["jump"] <= JUMP:
+        raise RuntimeError(f"the loss jumps by {found['jump']:.1e}: {losses}")
+
+    net = copy.deepcopy(child).train()
+    F.cross_entropy(net(images), labels).backward()
+    before = list(parent.parameters())
+    expected = [
+        n for n, p in net.named_parameters() if not any(p.shape == q.shape and torch.equal(p, q) for q in before)
+    ]
+    gradients: dict[str, Tensor] = {
+        n: p.grad for n, p in net.named_parameters() if n in expected and p.grad is not None
+    }
+    dead = [name for name in expected if name not in gradients or not gradients[name].any()]
+    if dead or not expected:
+        raise RuntimeError(f"no gradient in {dead or 'anything: nothing is new'}")
+    found["new_tensors"] = len(expected)
+    count = sum(g.numel() for g in gradients.values())
+    found["share_with_gradient"] = sum(int((g != 0).sum()) for g in gradients.values()) / count
+    pairs = [tied_rows(p) for p in child.parameters() if p.ndim == 4]
+    optimizer = _adamw(net)
+    optimizer.step()
+    # Adam's first step knows only the gradient's signs, which two copies of a small filter may share.
+    optimizer.zero_grad()
+    F.cross_entropy(net(images), labels).backward()
+    optimizer.step()
+    after = [tied_rows(p) for p in net.parameters() if p.ndim == 4]
+    found["tied_filters"] = [sum(pairs), sum(after)]  # with a copy, before and after two steps
+    if sum(after):
+        raise RuntimeError(f"{sum(after)} filters still equal another one after two steps")
+    return found
+
+
+def tied_rows(weight: Tensor) -> int:
+    """How many filters of a weight (out, in, h, w) equal another one."""
+    rows = weight.detach().flatten(1)
+    return len(rows) - len(torch.unique(rows, dim=0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    result = run()
+    print("\n".join(differences(result)))
+    if options.json:
+        options.json.write_text(json.dumps(result | {"provenance": provenance()}, indent=1) + "\n")
+    if options.plot:
+        draw(result, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Every transform of the table: what it does to a network, and which two networks shall then be equal on which input.
+
+Where a morph changes the input, the parent is put behind what the morph has learnt to do itself: shrinking by the mean,
+or ImageNet's normalisation. Modules to deepen are found in the forward, by rules that know no architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gigamorph.engine.errors import MorphError
+from gigamorph.engine.morph import decompose as dec
+from gigamorph.engine.morph import deepen, front, inputs, kernel_size
+from gigamorph.engine.morph import merge as mer
+from gigamorph.engine.morph import widen as wid
+from gigamorph.engine.morph.spaces import Spaces, find_spaces
+from gigamorph.engine.morph.surgery import apply_edit
+from gigamorph.engine.morph.verify import Report
+
+
+@dataclass
+class Trial:
+    """A morph that was carried out.
+
+    Attributes:
+        report: of the engine.
+        child: float32, as the morph gave it.
+        exact: the child as the same morph makes it of float64 weights, where new weights have to be computed and are
+            rounded when they are stored; None where the child's own weights, as stored, give the parent's function.
+        before: a layer that the parent has to be put behind.
+        shape: of the child's images.
+        train: whether the morph promises equality in train mode too.
+    """
+
+    report: Report
+    child: nn.Module
+    exact: nn.Module | None
+    before: nn.Module | None
+    shape: tuple[int, ...]
+    train: bool = True
+
+
+class Absent(Exception):
+    """The network has nothing that this transform is about; the message says what."""
+
+
+class Normalise(nn.Module):
+    """Grey (N, 1, H, W) in [0, 1] to three channels, normalised as for ImageNet; the definition, not the morph's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in (("mean", inputs.IMAGENET_MEAN), ("std", inputs.IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return ((x.double() - mean) / std).to(x.dtype)
+
+
+def transforms() -> dict[str, Callable[[nn.Module, Tensor], Trial]]:
+    """All transforms by the name that they have in the table."""
+    return {
+        "widen x2": lambda m, x: _widened(m, x, *wid.widen(m, x, factor=2)),
+        "widen x1.5": lambda m, x: _widened(m, x, *wid.widen(m, x, factor=1.5)),
+        "random counts": _random_counts,
+        "new channels": _new_channels,
+        "merge back": _merge_back,
+        "identity": lambda m, x: _edited(m, x, *deepen.insert_identity(m, x, middle(m, x), act="SiLU")),
+        "identity, BatchNorm": _identity_norm,
+        "pair": lambda m, x: _edited(m, x, *deepen.insert_pair(m, x, middle(m, x), "GELU")),
+        "residual": _residual,
+        "in sequence": lambda m, x: _edited(m, x, *dec.decompose(m, x, kernel3(m, x), act="ReLU"), rounded=True),
+        "in parallel": lambda m, x: _edited(m, x, *dec.split_parallel(m, x, middle(m, x))),
+        "kernel": _kernel,
+        "grey": _grey,
+        "front x2": lambda m, x: _front(m, x, 2, "fold"),
+        "front x4": lambda m, x: _front(m, x, 4, "stages"),
+    }
+
+
+# -- widening ----------------------------------------------------------------------------------------------------
+
+
+def _widened(model: nn.Module, x: Tensor, child: nn.Module, report: Report) -> Trial:
+    del model
+    if not report.changes:
+        raise MorphError("no channel space of this network can grow")
+    return Trial(report, child, None, None, tuple(x.shape))
+
+
+def _growable(model: nn.Module, x: Tensor) -> Spaces:
+    spaces = find_spaces(model, x)
+    if not spaces.growable():
+        raise MorphError("no channel space of this network can grow")
+    return spaces
+
+
+def _random_counts(model: nn.Module, x: Tensor) -> Trial:
+    rng = np.random.default_rng(1)
+    spaces = _growable(model, x).growable()
+    counts: Any = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces}
+    return _widened(model, x, *wid.widen(model, x, counts, split="kraft"))
+
+
+def _new_channels(model: nn.Module, x: Tensor) -> Trial:
+    """In the first space whose classes are single channels: under a norm over channels there can be none."""
+    single = [s for s in _growable(model, x).growable() if len(s.order) == s.width]
+    if not single:
+        raise MorphError("every space that can grow lies under a norm over channels or in groups")
+    return _widened(model, x, *wid.widen(model, x, free={single[0].key: 3}))
+
+
+def _merge_back(model: nn.Module, x: Tensor) -> Trial:
+    """1.5 times as wide and back: the parent's size again, and its function."""
+    _growable(model, x)
+    wide, _ = wid.widen(model, x, factor=1.5)
+    narrow, report = mer.merge(wide, x)
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (model, narrow)]
+    if sizes[0] != sizes[1]:
+        raise MorphError(f"merged to {sizes[1]} parameters, not back to {sizes[0]}")
+    return _widened(wide, x, narrow, report)
+
+
+# -- deepening ---------------------------------------------------------------------------------------------------
+
+
+def _edited(model: nn.Module, x: Tensor, child: nn.Module, report: Report, rounded: bool = False) -> Trial:
+    exact = None
+    if rounded:
+        exact = copy.deepcopy(model).double()
+        apply_edit(exact, report.step)
+    return Trial(report, child, exact, None, tuple(x.shape))
+
+
+def _identity_norm(model: nn.Module, x: Tensor) -> Trial:
+    trial = _edited(model, x, *deepen.insert_identity(model, x, middle(model, x), norm=True), rounded=True)
+    trial.train = False
+    return trial
+
+
+def _residual(model: nn.Module, x: Tensor) -> Trial:
+    path = middle(model, x)
+    norm = isinstance(model.get_submodule(path), nn.Conv2d)  # BatchNorm has no place behind channels that stand last
+    return _edited(model, x, *deepen.insert_residual(model, x, path, norm=norm))
+
+
+def _kernel(model: nn.Module, x: Tensor) -> Trial:
+    """All convolutions of the commonest kernel above 1 grow by a ring of taps."""
+    convs = {p: m for p, m, _ in _layers(model, x) if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1}
+    sizes = Counter(m.kernel_size for m in convs.values())
+    if not sizes:
+        raise Absent("no convolution with a kernel above 1")
+    old: Any = sizes.most_common(1)[0][0]
+    paths = [path for path, conv in convs.items() if conv.kernel_size == old]
+    return _edited(model, x, *kernel_size.grow_kernel(model, x, paths, [k + 2 for k in old]))
+
+
+def middle(model: nn.Module, x: Tensor) -> str:
+    """The middle one of all convolutions (linear layers, if there are none but the stem) in the order of the forward.
+
+    Only maps of 3 x 3 and more, or as many tokens, count: not the squeezed values of a gate.
+    """
+    found = _layers(model, x)
+    convs = [path for path, module, _ in found if isinstance(module, nn.Conv2d)]
+    paths = convs if len(convs) > 1 else [path for path, _, _ in found]
+    return paths[len(paths) // 2]
+
+
+def kernel3(model: nn.Module, x: Tensor) -> str:
+    """The middle one of the 3x3 convolutions, ungrouped ones first, or of the linear layers if there is none."""
+    found = _layers(model, x)
+    convs = [(p, m.groups) for p, m, _ in found if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    paths = [path for path, groups in convs if groups == 1] or [path for path, _ in convs]
+    paths = paths or [path for path, module, _ in found if isinstance(module, nn.Linear)]
+    if not paths:
+        raise Absent("neither a 3x3 convolution nor a linear layer on tokens")
+    return paths[len(paths) // 2]
+
+
+def _layers(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """Path, module and output shape of all layers on maps or tokens, in the order of the forward."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, tuple[str, nn.Module, tuple[int, ...]]] = {}
+
+    def look(module: nn.Module, _args: Any, result: Tensor) -> None:
+        conv = isinstance(module, nn.Conv2d)
+        positions = result.shape[2:].numel() if conv else result.shape[1:-1].numel()
+        if positions >= 9:
+            found.setdefault(names[id(module)], (names[id(module)], module, tuple(result.shape)))
+
+    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(found.values())
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+def _grey(model: nn.Module, x: Tensor) -> Trial:
+    child, report = inputs.to_grey(model, x[:, :1])
+    trial = _edited(model, x[:, :1], child, report, rounded=True)
+    trial.before = Normalise()
+    return trial
+
+
+def _front(model: nn.Module, x: Tensor, r: int, mode: str) -> Trial:
+    child, report = front.front(model, x, r, mode)
+    shape = (*x.shape[:2], r * x.shape[2], r * x.shape[3])
+    return Trial(report, child, None, nn.AvgPool2d(r), shape)

@@ -1,0 +1,177 @@
+"""Which maps are stored and which are computed again changes nothing but time and memory."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exactness import assert_exact, randomize, step
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from random_net import Program, programs
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from gigamorph.engine import accelerate
+from gigamorph.engine.graph import Graph, crossing, sort, split
+from gigamorph.engine.models.resnet import resnet18, resnet50
+from gigamorph.engine.strategy import Strategy, cut_maps, network_cost, ranges_between, stored_peak, strategies
+from gigamorph.engine.trace import capture
+
+PLAN = sys.modules["gigamorph.engine.plan"]  # the package's attribute of that name is the function
+CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+def sorted_program(net: nn.Module, shape: tuple[int, ...] = (2, 1, 97, 83)):
+    return sort(capture(net.double(), shape, torch.float64, "cpu"))
+
+
+def arbitrary(seed: int):
+    """A stand-in for `strategies`: any maps stored, any cuts, any ranges."""
+
+    def choose(maps, nodes, training: bool, _image_grad: bool) -> Iterator[Strategy]:
+        dice = random.Random(seed)
+        local = [v for node in nodes if hasattr(node, "axes") for v in node.op.outputs]
+        cuts = [v for v in local if dice.random() < 0.2]
+        drawn = {v for node in nodes if getattr(node, "random", False) for v in node.op.outputs}
+        stored = [v for v in crossing(maps, nodes, cuts) if v in cuts or v in drawn or dice.random() < 0.5]
+        network = split(maps, nodes, stored, cuts)
+        if training:
+            sweeps = [n for n, step in enumerate(network.steps) if isinstance(step, Graph)]
+            ends = sorted({dice.choice(sweeps) for _ in range(3)})
+            network.ranges = [range(a, b) for a, b in zip([sweeps[0], *ends], ends, strict=False) if b > a]
+        yield Strategy("arbitrary", network, 0.0, 0)
+
+    return choose
+
+
+@settings(max_examples=60, **CHECKS)
+@given(programs(statistics=True), st.integers(0, 10**6))
+def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
+    check(program, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, **CHECKS)
+@given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
+def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
+    check(program, seed)
+
+
+def check(program: Program, seed: int) -> None:
+    model = program.build()
+    image = torch.randn(program.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assume(all(leaf.isfinite().all() for leaf in tree_leaves(model(image))))
+    # Norms of maps whose values are all equal: every gradient is rounding.
+    stock = step(model, image)
+    sizes = [t.norm() for t in (stock.image, *stock.gradients.values()) if t is not None]
+    assume(sizes[0] > 1e-6 and max(sizes) < 1e6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PLAN, "strategies", arbitrary(seed))
+        assert_exact(model, image, tile=program.tile, carries=program.carries)
+
+
+class Unet(nn.Module):
+    """Skip connections that live long, and a dense output."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList([self.block(1, 4), self.block(4, 6), self.block(6, 8)])
+        self.up = nn.ModuleList([self.block(14, 6), self.block(10, 4)])
+        self.head = nn.Conv2d(4, 2, 1)
+
+    @staticmethod
+    def block(before: int, after: int) -> nn.Module:
+        conv = nn.Conv2d(before, after, 3, padding=1, bias=False)  # before a norm a bias has no gradient
+        return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = skips.pop()
+        for block in self.up:
+            skip = skips.pop()
+            x = block(torch.cat([F.interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1))
+        return self.head(x)
+
+
+NETS = {
+    "resnet18": lambda: resnet18(width=4, in_channels=1),
+    "unet": Unet,
+    "plain": lambda: nn.Sequential(
+        *(
+            module
+            for c in range(1, 5)
+            for module in (nn.Conv2d(c, c + 1, 3, 1 + c % 2, bias=False), nn.BatchNorm2d(c + 1), nn.SiLU())
+        ),
+        nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["unet", "plain", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_every_choice_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomize(NETS[name]()).double().train()
+    image = torch.randn(2, 1, 97, 83, dtype=torch.float64)
+    if name == "plain":
+        net.get_submodule("12").eval()  # its draws depend on the tile
+    number = len(list(strategies(*sorted_program(net), training=True, image_grad=True)))
+    assert number > 3
+    for chosen in range(number):
+        monkeypatch.setattr(PLAN, "strategies", lambda *a, n=chosen: list(strategies(*a))[: n + 1][-1:])
+        assert_exact(net, image, tile=32)
+
+
+def test_choices_trade_time_for_memory() -> None:
+    found = list(strategies(*sorted_program(resnet50(in_channels=1), (1, 1, 256, 256)), True, False))
+    costs, sizes = [s.cost for s in found], [s.stored_bytes for s in found]
+    assert costs[1:] == sorted(costs[1:]) and costs[0] < 3.5
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 0
+    assert any(s.cost < 4.5 and s.stored_bytes < 0.45 * sizes[0] for s in found)
+
+
+def test_cuts_of_a_resnet_are_the_outputs_of_its_blocks() -> None:
+    maps, nodes = sorted_program(NETS["resnet18"]())
+    cuts = cut_maps(maps, nodes)
+    assert len(cuts) == 9  # the stem's and those of eight blocks
+    assert not set(cuts) & {v for node in nodes if getattr(node, "kind", "") == "moments" for v in [node.value]}
+
+
+def test_what_lives_is_counted() -> None:
+    """By hand: two convolutions with live norms, both outputs of 8 x 8 x 4 in float64, 2048 bytes."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+    )  # fmt: skip
+    maps, nodes = sorted_program(net, (1, 1, 8, 8))
+    network = split(maps, nodes, crossing(maps, nodes))
+    wanted = network.trainable()
+    assert len(network.sweeps) == 3
+    pooled = 2 * 4 * 8  # what the pooling gives, and its gradient
+    assert 0 <= stored_peak(network, False, wanted) - 2 * 2048 <= pooled  # one is read while the other is written
+    assert 0 <= stored_peak(network, True, wanted) - 4 * 2048 <= pooled  # in the backward of the second all four
+    cuts = cut_maps(maps, nodes)
+    ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
+    ranged.ranges = ranges_between(ranged, cuts)
+    assert [type(step).__name__ for step in ranged.steps].count("Graph") == 4
+    assert network_cost(ranged, True) > network_cost(network, True)
+
+
+def test_buffers_change_once() -> None:
+    net = NETS["plain"]().double().train()
+    net.get_submodule("12").eval()
+    stock, fast = copy.deepcopy(net), accelerate(copy.deepcopy(net), tile=16)
+    for seed in range(3):
+        image = torch.randn(2, 1, 65, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        step(stock, image), step(fast, image)
+    for (name, want), have in zip(stock.named_buffers(), fast.buffers(), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-14, msg=name)
