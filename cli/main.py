@@ -10,6 +10,7 @@ from typing import Any
 import rich_click as click
 
 _COMMANDS = {
+    "data": "Index, check, split, convert and preview images and public data sets; make phantoms.",
     "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and name every known trap with its fix.",
     "morph": "Grow a trained network without changing what it computes; check that it did not.",

@@ -87,10 +87,23 @@ def morph() -> None:
         show_default=True,
         help="How the weights behind a copied channel are shared out: at random, or by powers of two.",
     ),
+    click.option(
+        "--groups",
+        type=click.Choice(["more", "wider"]),
+        default="more",
+        show_default=True,
+        help="Whether grouped convolutions get more groups (32x4d to 64x4d) or wider ones (to 32x8d).",
+    ),
     _seed,
 )
 def widen(
-    factor: float | None, counts: dict[int | str, int], free: dict[int | str, int], split: str, seed: int, **given: Any
+    factor: float | None,
+    counts: dict[int | str, int],
+    free: dict[int | str, int],
+    split: str,
+    groups: str,
+    seed: int,
+    **given: Any,
 ) -> None:
     """Widen all channel spaces by a factor, or some as --space says; gigamorph morph spaces lists them.
 
@@ -100,7 +113,7 @@ def widen(
         raise click.UsageError("say how wide: --factor 1.5, or --space 3=192 (gigamorph morph spaces lists them)")
     from ..engine.morph.widen import widen as run
 
-    _grow(given, lambda net, x: run(net, x, counts, factor, free=free, split=split, seed=seed))
+    _grow(given, lambda net, x: run(net, x, counts, factor, free=free, split=split, seed=seed, groups=groups))
 
 
 @morph.command()

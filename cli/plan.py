@@ -52,26 +52,15 @@ def plan(
 
     from ..engine import plan as make_plan
     from ..engine.accelerate import freeze_batch_norm
-    from ..engine.errors import UnsupportedError
     from ..engine.models import create_model
     from .table import show_plan
 
     net = create_model(model, classes, channels).train(not inference)
+    if batch_norm == "frozen":
+        freeze_batch_norm(net)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
-    def planned(frozen: bool) -> Plan:
-        if frozen:
-            freeze_batch_norm(net)
-        with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
-            return make_plan(net, (channels, *size), memory_budget, device=device, training=not inference)
-
-    try:
-        made = planned(frozen=batch_norm == "frozen")
-    except UnsupportedError as error:
-        if "batch_norm" not in str(error):
-            raise
-        made = planned(frozen=True)
-        click.echo("note: planned with --batch-norm frozen, which training this network needs", err=True)
+    with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
+        made = make_plan(net, (channels, *size), memory_budget, device=device, training=not inference)
     show_plan(made, model)
     if kernels:
         _measure_kernels(net, made, torch.device(device), autocast)

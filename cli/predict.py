@@ -15,6 +15,7 @@ from . import options
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the predictions.")
 @click.option("--heatmaps", is_flag=True, help="Draw the evidence on each image, at native resolution.")
 @click.option("--skip-bad", is_flag=True, help="Report damaged or missing images and go on.")
+@click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
 @options.memory_budget
 @options.device
 def predict(
@@ -23,6 +24,7 @@ def predict(
     out: str,
     heatmaps: bool,
     skip_bad: bool,
+    identifiers: bool,
     memory_budget: int | None,
     device: str,
 ) -> None:
@@ -53,7 +55,16 @@ def predict(
     with ProgressView(device=device) as view:
         meter = Meter(view)
         net.on_tile = meter.on_tile
-        found, skipped = run(net, data, out, record["classes"], heatmaps=heatmaps, skip_bad=skip_bad, meter=meter)
+        found, skipped = run(
+            net,
+            data,
+            out,
+            record["classes"],
+            heatmaps=heatmaps,
+            skip_bad=skip_bad,
+            identifiers=identifiers,
+            meter=meter,
+        )
     click.echo(f"{len(found)} images predicted, {len(skipped)} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
     labelled = scores([p for p in found if p.label is not None])
     if labelled["auc_image"] is not None:

@@ -62,7 +62,6 @@ def train(
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --out run
     """
-    from ..engine.errors import UnsupportedError
     from ..engine.pixels import Normalize
     from ..engine.train.fit import TrainOptions, fit
     from ..engine.train.inputs import training_data
@@ -89,10 +88,6 @@ def train(
     try:
         with ProgressView(device=device) as view:
             metrics = fit(images, chosen, out, resume=resume, report=view).metrics
-    except UnsupportedError as error:
-        if "batch_norm" in str(error):
-            raise UnsupportedError(f"{error}; on the command line: --batch-norm frozen") from error
-        raise
     except KeyboardInterrupt:
         if (Path(out) / "last.ckpt").exists():
             click.echo(f"stopped; the same command with --resume goes on from {Path(out) / 'last.ckpt'}", err=True)

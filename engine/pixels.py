@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .affine import Affine
 from .errors import DataError
 
 
@@ -57,6 +58,21 @@ class StoredPixels(Protocol):
     @property
     def name(self) -> str:
         """The file."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype | torch.dtype:
+        """Of the stored values."""
+        ...
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What leads from the file to grey values, in order; nothing that identifies a patient."""
+        ...
+
+    @property
+    def to_original(self) -> Affine:
+        """From the stored image's coordinates to those of the file."""
         ...
 
     @property
@@ -149,9 +165,38 @@ class ImageSource:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": None}
 
+    @property
+    def to_original(self) -> Affine:
+        """From this image's coordinates to those of the file: boxes and heat maps go back through it."""
+        left_right, up_down = self._mirrored()
+        _, height, width = self.shape
+        return self.stored.to_original @ Affine.mirror(height, width, left_right=left_right, up_down=up_down)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Everything that was applied to the file's pixels, in order, to be shown and recorded.
+
+        Nothing in it identifies a patient, not even the file's name.
+        """
+        own, channels = self.stored.shape[0], self.shape[0]
+        mirrored = [side for side, is_so in zip(("left-right", "up-down"), self._mirrored(), strict=True) if is_so]
+        steps = [*self.stored.steps, f"grey 0 to {self.stored.full:g} as 0 to 1"]
+        if mirrored:
+            why = "chest wall left, feet down" if self.flip == "auto" else "as asked for"
+            steps.append(f"mirrored {' and '.join(mirrored)} ({why})")
+        if own != channels:
+            steps.append(f"{own} to {channels} channels")
+        if self.normalize != Normalize():
+            steps.append(f"minus {list(self.normalize.mean)}, over {list(self.normalize.std)}")
+        return tuple(steps)
+
+    def _mirrored(self) -> tuple[bool, bool]:
+        """(left-right, up-down)."""
+        return self.stored.flips() if self.flip == "auto" else (bool(self.flip), False)
+
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
-        mirror_x, mirror_y = self.stored.flips() if self.flip == "auto" else (self.flip, False)
+        mirror_x, mirror_y = self._mirrored()
         _, height, width = self.shape
         rows = (height - bottom, height - top) if mirror_y else (top, bottom)
         columns = (width - right, width - left) if mirror_x else (left, right)
@@ -203,9 +248,11 @@ class ArrayPixels:
     """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
 
     table = None
+    to_original = Affine()
 
     def __init__(self, values: np.ndarray | Tensor, name: str) -> None:
-        self.values = values
+        self.values, self.dtype = values, values.dtype
+        self.steps = (f"array in memory, {str(values.dtype).removeprefix('torch.')}",)
         self.name = name
         self.full = full_range(values.dtype)
         self.shape = (int(values.shape[0]), int(values.shape[1]), int(values.shape[2]))
@@ -253,6 +300,16 @@ class PixelBatch:
         return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
 
 
+def to_original(source: PixelSource) -> Affine:
+    """From a source's coordinates to those of its file; the identity for sources that do not say."""
+    return getattr(source, "to_original", Affine())
+
+
+def steps_of(source: PixelSource) -> tuple[str, ...]:
+    """What was applied to a source's pixels, in order; nothing for sources that do not say."""
+    return getattr(source, "steps", ())
+
+
 def as_batch(x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource]) -> Tensor | PixelBatch:
     """What a network takes: a tensor or `PixelBatch` unchanged, one source or a list of them as a `PixelBatch`."""
     if isinstance(x, Tensor | PixelBatch):
@@ -278,16 +335,19 @@ def open_pixels(
 ) -> ImageSource:
     """A `PixelSource` of a file or array.
 
-    Files are told by their first bytes, not their name: `.npy`, TIFF (first page) and uncompressed DICOM are read by
-    region and never whole; PNG and compressed DICOM have no random access and are decoded once, in their own dtype, at
-    the first read. Integers are divided by their largest value (BitsStored for DICOM and TIFF), floats kept.
+    Files are told by their first bytes, not their name. `.npy`, zarr and OME-Zarr, TIFF (OME-TIFF, SVS), uncompressed
+    DICOM and DICOM slides are read by region and never whole; PNG, JPEG and compressed DICOM have no random access and
+    are decoded once, in their own dtype, at the first read. Integers are divided by their largest value (BitsStored for
+    DICOM and TIFF), floats kept.
 
     image: path, or array/tensor/memmap laid out (H, W), (C, H, W) or (H, W, C) with C 1 or 3; (C, H, W) where both fit.
     normalize: what comes after grey values on [0, 1]; default nothing.
-    voi: DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none", "window:I", "lut:I".
+    voi: DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none" (full range), "minmax"
+        (from the image's darkest to its brightest pixel), "window:I" or "lut:I", I a number from 0 or the file's name.
     flip: True mirrors left-right; "auto" mirrors mammograms so that the chest wall is left, and nothing else.
     channels: 3 repeats grey, 1 takes one channel of a colour image whose channels are equal; default as stored.
-    frame: which frame of a multi-frame DICOM file, from 0; such files are refused without it.
+    frame: which frame of a multi-frame DICOM file, or plane of a slide, TIFF or OME-Zarr image that has several, from
+        0; such files are refused without it.
     for_processing: accept DICOM images that are not meant for display (raw detector values).
 
     Raises `DataError` naming the file: missing, damaged, truncated, of an unknown format, or not what was asked for.
@@ -301,29 +361,46 @@ def open_pixels(
 
 def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool) -> StoredPixels:
     # Lazily, because these modules import nothing from here but their libraries take time to load.
+    if path.is_dir():
+        from .data.zarrs import MARKS, ZarrPixels
+
+        if any((path / mark).is_file() for mark in MARKS):
+            return ZarrPixels(path, frame)
     try:
         with path.open("rb") as file:
             head = file.read(132)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if head.startswith(b"\x93NUMPY"):
-        from .data.rawfile import open_npy
-
-        return open_npy(path)
-    if head.startswith(b"\x89PNG"):
-        from .data.png import PngPixels
-
-        return PngPixels(path)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         from .data.tiff import TiffPixels
 
-        return TiffPixels(path)
+        return TiffPixels(path, frame)
     if head[128:] == b"DICM":
-        from .data.dicom import DicomPixels
+        from .data.dicom import open_dicom
 
-        return DicomPixels(path, voi=voi, frame=frame, for_processing=for_processing)
-    what = "is empty" if not head else "is not a DICOM (with its DICM mark), PNG, TIFF or .npy file"
-    raise DataError(f"{path}: {what}; check the path or convert the file")
+        return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
+    if head.startswith(b"\x93NUMPY"):
+        from .data.rawfile import open_npy
+
+        stored: StoredPixels = open_npy(path)
+    elif head.startswith(b"\x89PNG"):
+        from .data.whole import PngPixels
+
+        stored = PngPixels(path)
+    elif head.startswith(b"\xff\xd8\xff"):
+        from .data.whole import JpegPixels
+
+        stored = JpegPixels(path)
+    elif head.startswith(b"P5") and head[2:3].isspace():
+        from .data.rawfile import open_pgm
+
+        stored = open_pgm(path)
+    else:
+        what = "is empty" if not head else "is no DICOM (with its DICM mark), PNG, JPEG, PGM, TIFF, zarr or .npy file"
+        raise DataError(f"{path}: {what}; check the path or convert the file")
+    if frame not in (None, 0):
+        raise DataError(f"{path}: frame {frame} is wanted, the file holds one image")
+    return stored
 
 
 def _open_array(image: np.ndarray | Tensor) -> StoredPixels:

@@ -53,7 +53,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         source: PixelSource = open_pixels(
-            record.path, normalize=self.normalize, voi=self.voi, flip=self.flip, channels=self.channels
+            record.path,
+            normalize=self.normalize,
+            voi=self.voi,
+            flip=self.flip,
+            channels=self.channels,
+            frame=record.frame,
         )
         if self.downsample != 1:
             source = DownsampledSource(source, self.downsample)

@@ -6,6 +6,7 @@ A table has an entry for each of the 2^BitsStored stored values, so the whole pi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,40 +15,69 @@ from pydicom.dataset import Dataset
 from ..errors import DataError
 
 
-def build_table(ds: Dataset, *, voi: str, frame: int, for_display: bool, name: str) -> tuple[np.ndarray, int]:
-    """Grey level of every stored value, and the level that means white.
+@dataclass(frozen=True)
+class GreyScale:
+    """Grey level of every stored value, and how it was made."""
 
-    voi: "auto" (first VOI LUT, else first window, else the full range), "none" (full range), "window:I" or "lut:I".
-    The table is indexed by the BitsStored bits of a pixel, so negative stored values lie in its upper half.
-    Returns uint16 (2^BitsStored,) and the full level. `DataError` where the header contradicts itself.
+    table: np.ndarray
+    """uint16 (2^BitsStored,), indexed by the BitsStored bits of a pixel: negative values lie in the upper half."""
+    full: int
+    """The level that means white."""
+    steps: tuple[str, ...]
+    """What was applied, in order; no text of the file's own."""
+
+
+def build(
+    ds: Dataset, *, voi: str, frame: int, for_display: bool, name: str, present: np.ndarray | None = None
+) -> GreyScale:
+    """The grey scale of one frame.
+
+    voi: "auto" (first VOI LUT, else first window, else the full range), "none" (full range), "minmax" (from the darkest
+    to the brightest pixel), "window:I" or "lut:I" with I a number from 0 or the file's name for it.
+    present: bool (2^BitsStored,), which bit patterns the frame holds; for "minmax" only.
+
+    `DataError` where the header contradicts itself, or where all stored values would have one grey.
     """
     bits = int(ds.BitsStored)
-    stored = np.arange(2**bits, dtype=np.int64)
-    signed = bool(ds.get("PixelRepresentation", 0))
-    if signed:
-        stored = np.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
-    values = _modality(ds, stored, frame, name)
+    stored = _stored(ds, bits)
+    padding = _padding(ds, stored)
+    values, modality = _modality(ds, stored, frame, name)
+    if not np.all(np.isfinite(values)):
+        raise DataError(f"{name}: the rescaled values are not finite; correct the header")
     if not for_display and voi == "auto":  # the VOI module is forbidden there, so what stands there means nothing
         voi = "none"
-    grey, full = _voi(ds, values, voi, frame, bits, name)
+    inside = values[present & ~padding] if present is not None else values
+    grey, full, step = _voi(ds, values, inside, voi, frame, bits, name)
+    steps = [*modality, step]
     if ds.PhotometricInterpretation == "MONOCHROME1":
         grey = full - grey
-    grey = np.where(_padding(ds, stored, bits), 0, grey)
-    return grey.astype(np.uint16), full
+        steps.append("inverted, as MONOCHROME1 says")
+    shown = grey[~padding]
+    if present is None and (not shown.size or shown.min() == shown.max()):
+        raise DataError(f"{name}: the header gives every stored value the same grey ({step}); choose another voi")
+    grey = np.where(padding, 0, grey)
+    if padding.any():
+        first, last = stored[padding].min(), stored[padding].max()
+        steps.append(f"padding {first} to {last} black")
+    return GreyScale(grey.astype(np.uint16), full, tuple(steps))
+
+
+def _stored(ds: Dataset, bits: int) -> np.ndarray:
+    """int64 (2^bits,): the stored value of every bit pattern."""
+    stored = np.arange(2**bits, dtype=np.int64)
+    if ds.get("PixelRepresentation", 0):
+        stored = np.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
+    return stored
 
 
 def padding_patterns(ds: Dataset) -> np.ndarray | None:
     """bool (2^BitsStored,): which bit patterns are background; None if the file declares no padding."""
     if ds.get("PixelPaddingValue") is None:
         return None
-    bits = int(ds.BitsStored)
-    stored = np.arange(2**bits, dtype=np.int64)
-    if ds.get("PixelRepresentation", 0):
-        stored = np.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
-    return _padding(ds, stored, bits)
+    return _padding(ds, _stored(ds, int(ds.BitsStored)))
 
 
-def _padding(ds: Dataset, stored: np.ndarray, bits: int) -> np.ndarray:
+def _padding(ds: Dataset, stored: np.ndarray) -> np.ndarray:
     first = ds.get("PixelPaddingValue")
     if first is None:
         return np.zeros(stored.shape, bool)
@@ -71,63 +101,83 @@ def functional_group(ds: Dataset, sequence: str, frame: int) -> Dataset:
     return ds
 
 
-def _modality(ds: Dataset, stored: np.ndarray, frame: int, name: str) -> np.ndarray:
+def _modality(ds: Dataset, stored: np.ndarray, frame: int, name: str) -> tuple[np.ndarray, list[str]]:
     group = functional_group(ds, "PixelValueTransformationSequence", frame)
     if ds.get("ModalityLUTSequence"):
         data, first, _ = _lut(ds, ds.ModalityLUTSequence[0], bool(ds.get("PixelRepresentation", 0)), name)
-        return data[np.clip(stored - first, 0, len(data) - 1)]
+        return data[np.clip(stored - first, 0, len(data) - 1)], [f"modality LUT of {len(data)} entries from {first}"]
     slope, intercept = _number(group.get("RescaleSlope"), 1.0), _number(group.get("RescaleIntercept"), 0.0)
     if slope == 0:
         raise DataError(f"{name}: RescaleSlope is 0, which makes every pixel equal; correct the header")
     if (slope, intercept) == (1.0, 0.0):
-        return stored
-    return stored * slope + intercept
+        return stored, []
+    return stored * slope + intercept, [f"rescaled by {slope:g}, {intercept:+g}"]
 
 
 def _voi(
-    ds: Dataset, values: np.ndarray, voi: str, frame: int, bits: int, name: str
-) -> tuple[np.ndarray, int]:  # grey levels, full level
+    ds: Dataset, values: np.ndarray, inside: np.ndarray, voi: str, frame: int, bits: int, name: str
+) -> tuple[np.ndarray, int, str]:  # grey levels, full level, what was done
     group = functional_group(ds, "FrameVOILUTSequence", frame)
     luts = list(group.get("VOILUTSequence") or [])
     centers, widths = _numbers(group.get("WindowCenter")), _numbers(group.get("WindowWidth"))
     windows = list(zip(centers, widths, strict=False))
-    kind, index = _choice(voi, len(luts), len(windows), name)
+    names = {
+        "lut": [str(lut.get("LUTExplanation") or "") for lut in luts],
+        "window": (_texts(group.get("WindowCenterWidthExplanation")) + [""] * len(windows))[: len(windows)],
+    }
+    kind, index = _choice(voi, names, name)
     full = 2**bits - 1
     if kind == "lut":
         signed = bool(values.min() < 0)
         data, first, full = _lut(ds, luts[index], signed, name)
-        return data[np.clip(np.rint(values).astype(np.int64) - first, 0, len(data) - 1)], full
+        grey = data[np.clip(np.rint(values).astype(np.int64) - first, 0, len(data) - 1)]
+        return grey, full, f"VOI lut:{index}, {len(data)} entries from {first}"
+    # Below are continuous functions, and a narrow one on few levels would show steps: as many levels as 16 bits hold,
+    # but a multiple of the stored ones, so that the full range stays exact.
+    fine = full * ((2**16 - 1) // full)
     if kind == "window":
         function = str(group.get("VOILUTFunction") or "LINEAR").upper()
-        fraction = _window(values, *windows[index], function, name)
-        # A window is a continuous function, and a narrow one on few levels would show steps: as many levels as 16 bits
-        # hold, but a multiple of the stored ones, so that a window over the full range stays exact.
-        full *= (2**16 - 1) // full
-        return np.rint(fraction * full).astype(np.int64), full
-    low, high = float(values.min()), float(values.max())
-    return np.rint((values - low) * (full / (high - low) if high > low else 0.0)).astype(np.int64), full
+        center, width = windows[index]
+        fraction = _window(values, center, width, function, name)
+        return np.rint(fraction * fine).astype(np.int64), fine, f"VOI window:{index}, {function} {center:g}/{width:g}"
+    low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
+    full, step = (fine, f"VOI minmax, {low:g} to {high:g}") if kind == "minmax" else (full, "VOI none, full range")
+    scale = 1 / (high - low) if high > low else 0.0
+    return np.rint(np.clip((values - low) * scale, 0, 1) * full).astype(np.int64), full, step
 
 
-def _choice(voi: str, luts: int, windows: int, name: str) -> tuple[str, int]:
+def _choice(voi: str, names: dict[str, list[str]], name: str) -> tuple[str, int]:
+    """The kind of transformation and, of a LUT or window, its number."""
     if voi == "auto":
-        return ("lut", 0) if luts else ("window", 0) if windows else ("none", 0)
-    if voi == "none":
-        return "none", 0
-    kind, _, number = voi.partition(":")
-    if kind not in ("lut", "window") or not number.isdecimal():
-        raise DataError(f"voi={voi!r} is not 'auto', 'none', 'window:I' or 'lut:I'")
-    count = luts if kind == "lut" else windows
-    if int(number) >= count:
-        raise DataError(f"{name}: voi={voi!r} is wanted, but the file has {count} of these; use voi='auto'")
-    return kind, int(number)
+        return ("lut", 0) if names["lut"] else ("window", 0) if names["window"] else ("none", 0)
+    if voi in ("none", "minmax"):
+        return voi, 0
+    kind, _, which = voi.partition(":")
+    check_voi(voi)
+    if which.isdecimal() and int(which) < len(names[kind]):
+        return kind, int(which)
+    spelt = [each.casefold() for each in names[kind]]
+    if which.casefold() in spelt:
+        return kind, spelt.index(which.casefold())
+    count = len(names[kind])
+    raise DataError(f"{name}: voi={voi!r} is wanted, but the file has {count} of these; use voi='auto'")
+
+
+def check_voi(voi: str) -> None:
+    """`DataError` unless `voi` has one of the forms that `build` takes."""
+    kind, _, which = voi.partition(":")
+    if voi not in ("auto", "none", "minmax") and (kind not in ("lut", "window") or not which.strip()):
+        raise DataError(f"voi={voi!r} is not 'auto', 'none', 'minmax', 'window:I' or 'lut:I'")
 
 
 def _window(values: np.ndarray, center: float, width: float, function: str, name: str) -> np.ndarray:
     """Grey as a fraction of the output range (PS3.3 C.11.2.1.2 and .3)."""
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise DataError(f"{name}: VOILUTFunction {function!r} is unknown; choose another grey scale with voi='none'")
-    if width < 1 if function == "LINEAR" else width <= 0:
-        raise DataError(f"{name}: WindowWidth {width:g} is not allowed; choose another grey scale with voi='none'")
+    if not (np.isfinite(center) and np.isfinite(width)) or (width < 1 if function == "LINEAR" else width <= 0):
+        raise DataError(
+            f"{name}: WindowCenter {center:g}, WindowWidth {width:g} is not allowed; choose another one with voi='none'"
+        )
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR":
@@ -177,3 +227,7 @@ def _numbers(value: Any) -> list[float]:
     if value is None or value == "":
         return []
     return [float(v) for v in value] if hasattr(value, "__iter__") and not isinstance(value, str) else [float(value)]
+
+
+def _texts(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else [str(v) for v in value]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..affine import Affine
 from ..errors import DataError
 from ..pixels import channels_first, full_range
 
@@ -81,6 +83,7 @@ class RawPixels:
     """
 
     table = None
+    to_original = Affine()
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class RawPixels:
         self.offset, self.stored_shape, self.dtype = offset, tuple(int(side) for side in shape), dtype
         sides = [self.stored_shape[axis] for axis in self.order]
         self.shape = (sides[0] if len(sides) == 3 else 1, sides[-2], sides[-1])
+        self.steps = (f"array, {dtype.newbyteorder('=')}",)
         self._bytes = FileBytes(path)
         needed = offset + math.prod(self.stored_shape) * dtype.itemsize
         if path.stat().st_size < needed:
@@ -138,6 +142,12 @@ def open_npy(path: Path) -> RawPixels:
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
+            # numpy would allocate whatever length the header claims.
+            width = 2 if version == (1, 0) else 4
+            claimed = int.from_bytes(file.read(width), "little")
+            if claimed > path.stat().st_size:
+                raise ValueError(f"a header of {claimed} bytes")
+            file.seek(-width, 1)
             reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = reader(file)
             offset = file.tell()
@@ -148,3 +158,16 @@ def open_npy(path: Path) -> RawPixels:
     last = len(shape) - 1
     order = tuple(last - axis for axis in channels_first(shape, str(path)))
     return RawPixels(path, offset, shape[::-1], dtype, order=order)
+
+
+def open_pgm(path: Path) -> RawPixels:
+    """A binary PGM file (P5), 8 or 16 bit; never read whole."""
+    with path.open("rb") as file:
+        head = re.match(rb"P5" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s", file.read(2**12))
+    if head is None:
+        raise DataError(f"{path}: damaged PGM header; fetch the file again")
+    width, height, white = (int(number) for number in head.groups())
+    if not width or not height or not 0 < white < 2**16:
+        raise DataError(f"{path}: {width} x {height} pixels with white {white}; fetch the file again")
+    dtype = np.dtype(np.uint8 if white < 256 else ">u2")
+    return RawPixels(path, head.end(), (height, width), dtype, order=(0, 1), full=float(white))

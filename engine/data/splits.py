@@ -33,17 +33,42 @@ def assign_splits(
     return list(records)
 
 
-def check_leaks(records: Sequence[Record]) -> None:
-    """`DataError` that names the first patient with images in two splits, and counts them."""
+def fill_validation(
+    records: Sequence[Record], *, fractions: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0
+) -> list[Record]:
+    """Records of an official split into train and test only, with part of the patients of train moved to val.
+
+    The share of val is that which `fractions` give to val of train and val together; drawn as in `assign_splits`.
+    Records that have no split, or a val already, come back unchanged.
+    """
+    if {record.split for record in records} - {"train", "test"} or not records:
+        return list(records)
+    check_leaks(records)
+    train = [record for record in records if record.split == "train"]
+    both = fractions[0] + fractions[1]
+    shares = (fractions[0] / both, fractions[1] / both, 0.0) if both else (1.0, 0.0, 0.0)
+    drawn = iter(_draw(train, shares, seed))
+    return [next(drawn) if record.split == "train" else record for record in records]
+
+
+def leaks(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Patients with images in more than one split, and which splits."""
     splits: dict[str, set[str]] = defaultdict(set)
     for record in records:
         if record.split is not None:
             splits[record.patient_id].add(record.split)
-    leaks = [patient for patient, found in splits.items() if len(found) > 1]
-    if leaks:
-        found = " and ".join(split for split in SPLITS if split in splits[leaks[0]])
-        more = f" (and {len(leaks) - 1} more patients)" if len(leaks) > 1 else ""
-        raise DataError(f"patient {leaks[0]} is in {found}{more}; put all images of a patient in one split")
+    return {
+        patient: [split for split in SPLITS if split in found] for patient, found in splits.items() if len(found) > 1
+    }
+
+
+def check_leaks(records: Sequence[Record]) -> None:
+    """`DataError` that names the first patient with images in two splits, and counts them."""
+    found = leaks(records)
+    if found:
+        first, splits = next(iter(found.items()))
+        more = f" (and {len(found) - 1} more patients)" if len(found) > 1 else ""
+        raise DataError(f"patient {first} is in {' and '.join(splits)}{more}; put all images of a patient in one split")
 
 
 def _draw(records: Sequence[Record], fractions: tuple[float, float, float], seed: int) -> list[Record]:

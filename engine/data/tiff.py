@@ -1,38 +1,40 @@
-"""TIFF files read by region: only the tiles or strips that a region touches are decoded."""
+"""TIFF files (OME-TIFF and SVS too) by region: only the tiles or strips that a region touches are decoded."""
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 
+from ..affine import Affine
 from ..errors import DataError
+from . import codecs
 from .rawfile import FileBytes, RawPixels, one_line
-
-# Decoded segments kept per file. A scan goes along a row of tiles and straddles segments at their borders; this holds
-# the segments of one such row: 2048 rows of 32768 16-bit pixels.
-CACHE_BYTES = 128 * 2**20
+from .tiles import TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
+_JPEG, _JPEG_2000, _APERIO_YCBCR = {6, 7, 34892, 33007}, {33004, 33005, 34712}, 33003
 
 
 class TiffPixels:
-    """Stored pixels (`pixels.StoredPixels`) of the first page of a TIFF or BigTIFF file; alpha is dropped."""
+    """Stored pixels (`pixels.StoredPixels`) of one plane of a TIFF file, at full resolution; alpha is dropped.
 
-    def __init__(self, path: Path) -> None:
+    frame: which plane of the file's first image, from 0: a page, or a focal plane, time or channel of OME-TIFF. Needed
+    where there are several. Thumbnails, labels and lower resolutions are further images and never meant.
+    """
+
+    to_original = Affine()
+
+    def __init__(self, path: Path, frame: int | None = None) -> None:
         self.name = str(path)
         self.path = path
-        self._lock = threading.Lock()
-        self._cache: OrderedDict[int, tuple[np.ndarray, tuple[int, ...]]] = OrderedDict()
-        self._cached = 0
+        self.frame = frame
         try:
             with tifffile.TiffFile(path) as tif:
-                self._page = tif.pages.first
+                self._choose(tif, frame)
                 self._describe()
         except DataError:
             raise
@@ -40,10 +42,43 @@ class TiffPixels:
             raise DataError(f"{path}: damaged TIFF ({one_line(error)}); fetch the file again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "frame": self.frame}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+        self.__init__(state["path"], state["frame"])
+
+    def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
+        if not tif.series:
+            raise DataError(f"{self.path}: holds no image; fetch the file again")
+        series = tif.series[0].levels[0]
+        self._planes = len(series)
+        if frame is None and self._planes > 1:
+            raise DataError(f"{self.path}: has {self._planes} planes; say which one (frame=0 to {self._planes - 1})")
+        if frame is not None and not 0 <= frame < self._planes:
+            raise DataError(f"{self.path}: frame {frame} is wanted, the file has 0 to {self._planes - 1}")
+        page = series.keyframe
+        if series.dataoffset is not None:  # one block, perhaps with one directory for all planes
+            offsets, counts = (series.dataoffset + (frame or 0) * page.nbytes,), (page.nbytes,)
+        else:
+            own = series[frame or 0]
+            if own is None:
+                raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
+            offsets, counts = own.dataoffsets, own.databytecounts
+            page = own if isinstance(own, tifffile.TiffPage) else page
+            # A plane of OME-TIFF may lie in another file.
+            self._bytes = FileBytes(Path(own.parent.filehandle.path))
+        self._page, self._offsets, self._counts = page, self._places(offsets), self._places(counts)
+        self._contiguous = series.dataoffset is not None or (page.is_contiguous and page.is_memmappable)
+        if series.dataoffset is not None:
+            self._bytes = FileBytes(self.path)
+
+    def _places(self, values: Any) -> np.ndarray:
+        """int64 of a tag's offsets or lengths, which may have any type in a damaged file."""
+        array = np.asarray(values)
+        # What 64 bits cannot hold becomes a float, an object or, of unsigned ones, negative.
+        if array.dtype.kind not in "iu" or not array.size or array.astype(np.int64).min() < 0:
+            raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
+        return array.astype(np.int64)
 
     def _describe(self) -> None:
         page = self._page
@@ -53,36 +88,63 @@ class TiffPixels:
         colour = page.photometric in (_RGB, _YCBCR)
         if not colour and page.photometric not in (_MINISWHITE, _MINISBLACK):
             raise DataError(f"{self.path}: photometric {page.photometric!r} is not supported; save it as grey or RGB")
-        if page.dtype is None or page.dtype.kind not in "buif" or page.imagedepth != 1 or page.is_subsampled:
+        decoded = page.compression in _JPEG and int(page.planarconfig) == 1  # by the JPEG decoder, to RGB
+        if page.compression == _APERIO_YCBCR or (page.photometric == _YCBCR and not decoded):
+            raise DataError(f"{self.path}: colour is stored as YCbCr; save it as RGB")
+        if page.dtype is None or page.dtype.kind not in "buif" or page.imagedepth != 1:
             raise DataError(f"{self.path}: holds {page.dtype}, depth {page.imagedepth}; save it as grey or RGB")
         channels = 3 if colour else 1
         if page.samplesperpixel < channels:
             raise DataError(f"{self.path}: has {page.samplesperpixel} samples, {channels} expected; save it again")
         self.shape = (channels, page.imagelength, page.imagewidth)
+        self.dtype = page.dtype
         self.full = float(2**page.bitspersample - 1) if page.dtype.kind == "u" else 1.0
         if page.dtype.kind == "i":
             self.full = float(np.iinfo(page.dtype).max)
         self.table = None
-        inverted = page.photometric == _MINISWHITE
-        if inverted:
+        if page.photometric == _MINISWHITE:
             if page.dtype.kind not in "ub" or page.dtype.itemsize > 2:
                 raise DataError(f"{self.path}: white-is-zero with {page.dtype}; save it with black as zero")
             self.table = np.arange(int(self.full), -1, -1, dtype=np.uint16)
-        self._bytes = FileBytes(self.path)
+        self._planar = int(page.planarconfig) == 2 and page.samplesperpixel > 1
+        which = f", plane {self.frame} of {self._planes}" if self._planes > 1 and self.frame is not None else ""
+        inverted = ("inverted, as WhiteIsZero says",) if page.photometric == _MINISWHITE else ()
+        self.steps = (f"TIFF, {page.dtype}, {page.bitspersample} bits{which}", *inverted)
         self._raw = None
-        if page.is_contiguous and page.is_memmappable:
-            planar = int(page.planarconfig) == 2 and page.samplesperpixel > 1
-            stored = (page.samplesperpixel, *self.shape[1:]) if planar else (*self.shape[1:], page.samplesperpixel)
+        if self._contiguous:
+            stored = (
+                (page.samplesperpixel, *self.shape[1:]) if self._planar else (*self.shape[1:], page.samplesperpixel)
+            )
             dtype = page.dtype.newbyteorder(page.parent.byteorder)
-            order = (0, 1, 2) if planar else (2, 0, 1)
-            self._raw = RawPixels(self.path, page.dataoffsets[0], stored, dtype, order=order, full=self.full)
+            order = (0, 1, 2) if self._planar else (2, 0, 1)
+            self._raw = RawPixels(self._bytes.path, int(self._offsets[0]), stored, dtype, order=order, full=self.full)
             return
-        if math.prod(self._grid()[2:]) > len(page.dataoffsets):
-            raise DataError(f"{self.path}: {len(page.dataoffsets)} segments are too few; fetch the file again")
-        end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
-        size = self.path.stat().st_size
-        if end > size:
-            raise DataError(f"{self.path}: is truncated ({size} of {end} bytes); fetch the file again")
+        self._prepare_segments()
+
+    def _prepare_segments(self) -> None:
+        page = self._page
+        if page.is_tiled:
+            size = page.tilelength, page.tilewidth
+        else:
+            size = min(page.rowsperstrip, page.imagelength), page.imagewidth
+        if min(size) < 1:
+            raise DataError(f"{self.path}: segments of {size[0]} x {size[1]} pixels; fetch the file again")
+        self._down, self._across = (-(-side // step) for side, step in zip(self.shape[1:], size, strict=True))
+        planes = self.shape[0] if self._planar else 1
+        if planes * self._down * self._across > len(self._offsets):
+            raise DataError(f"{self.path}: {len(self._offsets)} segments are too few; fetch the file again")
+        if not self._counts.any():  # single tiles may be left out, and hold the fill value
+            raise DataError(f"{self.path}: says that it holds no pixels; fetch the file again")
+        if len(self._offsets) != len(self._counts):
+            raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
+        held = self._bytes.path.stat().st_size
+        end = int((np.minimum(self._offsets, 2**62) + np.minimum(self._counts, 2**62)).max())
+        if end > held:
+            raise DataError(f"{self.path}: is truncated ({held} of {end} bytes); fetch the file again")
+        if math.prod(size) * page.samplesperpixel * self.dtype.itemsize > codecs.LARGEST_BYTES:
+            raise DataError(f"{self.path}: segments of {size[0]} x {size[1]} pixels; save it in smaller tiles")
+        self._size = size
+        self._grid = TileGrid(size)
         _ = page.decode, page.jpegtables  # both need the open file once, and are kept
 
     def flips(self) -> tuple[bool, bool]:
@@ -91,58 +153,25 @@ class TiffPixels:
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         if self._raw is not None:
             return self._raw.read(top, bottom, left, right)[: self.shape[0]]
-        out = np.zeros((self.shape[0], bottom - top, right - left), self._page.dtype)
-        if out.size:
-            for index in self._touched(top, bottom, left, right):
-                self._paste(index, out, top, left)
-        return out
+        return self._grid.read(self, top, bottom, left, right)
 
-    def _grid(self) -> tuple[int, int, int, int, int]:
-        """Rows and columns of a segment, and how many planes, segments down and segments across there are."""
+    def tile(self, row: int, column: int) -> np.ndarray:
+        """(channels, rows, columns) of one tile or strip."""
+        number = row * self._across + column
+        if not self._planar:
+            return self._segment(number)[..., : self.shape[0]].transpose(2, 0, 1)
+        planes = [self._segment(number + plane * self._down * self._across)[..., 0] for plane in range(self.shape[0])]
+        return np.stack(planes)
+
+    def _segment(self, index: int) -> np.ndarray:
+        """(rows, columns, samples), decoded."""
         page = self._page
-        if page.is_tiled:
-            step_y, step_x = page.tilelength, page.tilewidth
-        else:
-            step_y, step_x = min(page.rowsperstrip, page.imagelength), page.imagewidth
-        planes = self.shape[0] if int(page.planarconfig) == 2 else 1
-        return step_y, step_x, planes, math.ceil(page.imagelength / step_y), math.ceil(page.imagewidth / step_x)
-
-    def _touched(self, top: int, bottom: int, left: int, right: int) -> list[int]:
-        """Numbers of the segments that hold a part of the region."""
-        step_y, step_x, planes, down, across = self._grid()
-        return [
-            (plane * down + y) * across + x
-            for plane in range(planes)
-            for y in range(top // step_y, math.ceil(bottom / step_y))
-            for x in range(left // step_x, math.ceil(right / step_x))
-        ]
-
-    def _paste(self, index: int, out: np.ndarray, top: int, left: int) -> None:
-        segment, place = self._segment(index)
-        plane, _, y, x = place[:4]
-        channels, height, width = out.shape
-        first_row, last_row = max(y, top), min(y + segment.shape[1], top + height)
-        first, last = max(x, left), min(x + segment.shape[2], left + width)
-        if first_row >= last_row or first >= last:
-            return
-        part = segment[0, first_row - y : last_row - y, first - x : last - x]
-        goal = out[:, first_row - top : last_row - top, first - left : last - left]
-        if int(self._page.planarconfig) == 2 and self._page.samplesperpixel > 1:
-            goal[plane] = part[..., 0]
-        else:
-            goal[...] = part[..., :channels].transpose(2, 0, 1)
-
-    def _segment(self, index: int) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Decoded segment (depth, rows, columns, samples) and where it lies (plane, depth, row, column, sample)."""
-        with self._lock:
-            if index in self._cache:
-                self._cache.move_to_end(index)
-                return self._cache[index]
-        page = self._page
-        count = page.databytecounts[index]
-        data = self._bytes.read(page.dataoffsets[index], count) if count else None
+        count = int(self._counts[index])
+        data = self._bytes.read(int(self._offsets[index]), count) if count else None
+        if data is not None:
+            self._check(data, index)
         try:
-            decoded, place, shape = page.decode(data, index, jpegtables=page.jpegtables)
+            decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
         except Exception as error:  # every codec has its own exceptions
             raise DataError(
                 f"{self.path}: segment {index} is damaged ({one_line(error)}); fetch the file again"
@@ -151,12 +180,20 @@ class TiffPixels:
             decoded = np.full(shape, page.nodata, page.dtype)
         if decoded.ndim != 4 or decoded.dtype != page.dtype or decoded.shape[3] != shape[3]:
             raise DataError(f"{self.path}: segment {index} decodes to another shape or type; fetch the file again")
-        decoded = decoded[: shape[0], : shape[1], : shape[2]]
-        with self._lock:
-            if index not in self._cache:
-                self._cache[index] = (decoded, place)
-                self._cached += decoded.nbytes
-            while self._cached > CACHE_BYTES and len(self._cache) > 1:
-                _, (old, _) = self._cache.popitem(last=False)
-                self._cached -= old.nbytes
-        return decoded, place
+        return decoded[0, : shape[1], : shape[2]]
+
+    def _check(self, data: bytes, index: int) -> None:
+        """A code stream that would decode to more than a segment, or fill up its end in silence, is refused first."""
+        compression = self._page.compression
+        if compression in _JPEG and not codecs.ends(data):
+            raise DataError(f"{self.path}: segment {index} ends early (no end marker); fetch the file again")
+        size = None
+        if compression in _JPEG:
+            size = codecs.jpeg_size(data)
+        elif compression in _JPEG_2000:
+            size = codecs.jpeg_2000_size(data)
+        # JPEG writers may round up to whole blocks.
+        if size is not None and not all(
+            0 < side <= -(-step // 16) * 16 for side, step in zip(size[:2], self._size, strict=True)
+        ):
+            raise DataError(f"{self.path}: segment {index} says {size[0]} x {size[1]} pixels; fetch the file again")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, cat
 from torch.nn.functional import avg_pool2d
 
+from ..affine import Affine
 from ..errors import DataError
-from ..pixels import PixelSource, check_region
+from ..pixels import PixelSource, check_region, steps_of, to_original
 
 # Input values that one step of averaging reads at most: 16 MiB of float32.
 _STEP = 2**22
@@ -18,6 +19,19 @@ class MirroredSource:
     def __init__(self, source: PixelSource, *, left_right: bool, up_down: bool) -> None:
         self.source, self.left_right, self.up_down = source, left_right, up_down
         self.shape, self.name = source.shape, source.name
+
+    @property
+    def to_original(self) -> Affine:
+        """From this image's coordinates to those of the file."""
+        _, height, width = self.shape
+        mirror = Affine.mirror(height, width, left_right=self.left_right, up_down=self.up_down)
+        return to_original(self.source) @ mirror
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        sides = [side for side, is_so in (("left-right", self.left_right), ("up-down", self.up_down)) if is_so]
+        return (*steps_of(self.source), f"mirrored {' and '.join(sides)}") if sides else steps_of(self.source)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
@@ -40,6 +54,16 @@ class DownsampledSource:
             raise DataError(f"{source.name}: {height} x {width} pixels cannot be averaged over {factor} x {factor}")
         self.source, self.factor = source, factor
         self.shape, self.name = (channels, height // factor, width // factor), source.name
+
+    @property
+    def to_original(self) -> Affine:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source) @ Affine.scale(self.factor)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), f"averaged over {self.factor} x {self.factor} pixels")
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from io import FileIO, StringIO
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def predict(
     *,
     heatmaps: bool = False,
     skip_bad: bool = False,
+    identifiers: bool = False,
     meter: Meter | None = None,
 ) -> tuple[list[Prediction], list[str]]:
     """Predict image by image into ``out``.
@@ -43,6 +45,7 @@ def predict(
         images: opened one by one; `DataError` if a file cannot be read.
         classes: names of the outputs.
         skip_bad: note a damaged image and go on; otherwise it ends the run.
+        identifiers: name patients that only the DICOM headers name by their PatientID; they are numbered otherwise.
 
     Returns:
         The predictions, and for each skipped image the message.
@@ -63,6 +66,7 @@ def predict(
             write_atomically(out / "breasts.csv", lambda p: _write_all(p, per_breast(found), classes), "table")
 
     names: set[str] = set()
+    patients: dict[str, str] = {}
     with _Table(out / "predictions.csv", classes) as table:
         try:
             for index in range(len(images)):
@@ -72,6 +76,9 @@ def predict(
                     meter.image(source.shape[-2] * source.shape[-1])
                     with torch.no_grad():
                         result = prediction(item, net(source)[0])
+                    if not identifiers and result.patient != item["record"].patient_id:
+                        number = patients.setdefault(result.patient, f"P{len(patients) + 1:05d}")
+                        result = replace(result, patient=number)
                     if heatmaps:
                         best = max(range(len(classes)), key=result.probabilities.__getitem__)
                         path = out / "heatmaps" / overlay_name(_unique(Path(result.image).stem, names), source.shape)

@@ -85,6 +85,17 @@ def test_the_grown_weights_load_into_the_rebuilt_network(folder):
     assert torch.allclose(net.eval()(x), old.eval()(x), atol=1e-5)
 
 
+def test_groups_get_wider(folder):
+    net = "nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 2, 1))"
+    factory = f"from torch import nn\ndef tiny(num_classes, in_channels):\n    return {net}\n"
+    (folder / "tiny_net.py").write_text(factory)
+    write_state("a.safetensors", eval(net, {"nn": torch.nn}).state_dict())
+    for groups, shape in (("more", (16, 2, 3, 3)), ("wider", (16, 4, 3, 3))):
+        assert grow("widen", "a", "b", "--factor", 2, "--groups", groups) == 0
+        assert read_state("b.safetensors")["1.weight"].shape == shape
+    assert run("verify", "a.safetensors", "b.safetensors", *NET) == 0
+
+
 @pytest.mark.parametrize(
     ("command", "more"),
     [

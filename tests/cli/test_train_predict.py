@@ -74,8 +74,10 @@ def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path)
         expected = model(source.read(0, 160, 0, 128)[None]).softmax(-1)[0, 1].item()
     [row] = rows(tmp_path / "out" / "predictions.csv")
     assert float(row["p_1"]) == pytest.approx(expected, rel=1e-5)
-    # Without a table, patient, side and view are those of the DICOM header.
-    assert (row["patient_id"], row["view"]) == (image.stem.split("_")[0], image.stem.split("_")[2])
+    # Without a table, patient, side and view are those of the DICOM header; the patient is only named if asked for.
+    assert (row["patient_id"], row["view"]) == ("P00001", image.stem.split("_")[2])
+    assert run("predict", trained / "best.ckpt", image, "--identifiers", "--out", tmp_path / "named") == 0
+    assert rows(tmp_path / "named" / "predictions.csv")[0]["patient_id"] == image.stem.split("_")[0]
 
 
 @pytest.fixture
@@ -134,14 +136,11 @@ def test_a_missing_file_among_a_thousand_is_found_before_any_work(phantoms, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"), [("BatchNorm2d(4)", "--batch-norm frozen"), ("GroupNorm(2, 4)", "GroupNorm")]
-)
-def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeypatch, capsys, layer, message):
+def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeypatch, capsys):
     (tmp_path / "normed.py").write_text(
         "from torch import nn\n"
         "def net(num_classes, in_channels):\n"
-        f"    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.{layer}, nn.ReLU(),\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.Upsample(scale_factor=2, mode='bicubic'),\n"
         "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -149,9 +148,20 @@ def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeyp
     command = ["train", phantoms, "--model", "normed:net", "--epochs", "1", "--out"]
     assert run(*command, tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: module '1'") and message in error and error.count("\n") == 1
-    if "frozen" in message:
-        assert run(*command, tmp_path / "frozen", "--batch-norm", "frozen") == 0
+    assert error.startswith("error: module '1'") and "bicubic" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--batch-norm", "frozen"]], ids=["live", "frozen"])
+def test_a_network_with_batch_norm_trains(phantoms, tmp_path, monkeypatch, more):
+    (tmp_path / "normed.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "normed", raising=False)
+    assert run("train", phantoms, "--model", "normed:net", "--epochs", "1", "--out", tmp_path / "run", *more) == 0
 
 
 def test_budget_too_small_for_any_tile(trained, phantoms, tmp_path, capsys):

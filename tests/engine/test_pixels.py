@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import image_files
 import imagecodecs
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigamorph.engine.data import tiff
 from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.data.tiles import CACHE
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.pixels import Normalize, PixelBatch, PixelSource, as_batch, open_pixels
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
 COLOUR = np.random.default_rng(1).integers(0, 256, (101, 77, 3), dtype=np.uint8)
+# Smooth enough for JPEG to keep it.
+SHADED = np.stack([np.add.outer(np.arange(101), np.arange(77)) + k for k in (0, 30, 60)], -1).astype(np.uint8)
 SMOOTH = np.linspace(-1, 2, 151 * 117).reshape(151, 117)
 
 
@@ -63,6 +66,18 @@ def _dicom(path: Path) -> Path:
     return sorted(path.glob("images/*.dcm"))[0]
 
 
+def _pyramid(path: Path) -> Path:
+    """A tiled image, then a thumbnail and two lower resolutions of it, as Aperio's SVS has them."""
+    with tifffile.TiffWriter(path) as tif:
+        options = {"compression": "zlib", "metadata": None}
+        tif.write(GREY, tile=(32, 48), description="Aperio Image Library v1\n117x151", **options)
+        tif.write(GREY[::8, ::8], description="Aperio thumbnail", **options)
+        tif.write(GREY[::2, ::2], tile=(32, 48), description="Aperio level", **options)
+        tif.write(GREY[::4, ::4], tile=(32, 48), description="Aperio level", **options)
+        tif.write(COLOUR, photometric="rgb", description="Aperio label", subfiletype=1, **options)
+    return path
+
+
 RGB = {"photometric": "rgb"}
 KINDS: dict[str, tuple[np.ndarray | None, Callable[[Path], Path] | np.ndarray | torch.Tensor]] = {
     "npy": (planes(GREY), _npy(GREY)),
@@ -98,7 +113,21 @@ KINDS: dict[str, tuple[np.ndarray | None, Callable[[Path], Path] | np.ndarray | 
         _tiff(COLOUR.transpose(2, 0, 1).copy(), **RGB, planarconfig="separate", tile=(32, 32), compression="zlib"),
     ),
     "tiff alpha": (planes(COLOUR), _tiff(np.dstack([COLOUR, COLOUR[..., :1]]), **RGB, tile=(32, 32))),
+    "tiff jpeg": (None, _tiff(SHADED, **RGB, tile=(32, 32), compression="jpeg")),
+    "tiff jpeg subsampled": (None, _tiff(SHADED, **RGB, compression="jpeg", subsampling=(2, 2))),
+    "tiff pyramid": (planes(GREY), _pyramid),
+    "tiff 12 bit": (planes(GREY >> 4) * 65535 / 4095, _tiff(GREY >> 4, bitspersample=12, rowsperstrip=11)),
+    "jpeg": (None, lambda path: image_files.write_bytes(path, imagecodecs.jpeg8_encode(SHADED))),
+    "pgm": (planes(GREY), lambda path: image_files.write_pgm(path, GREY)),
+    "pgm 8 bit": (planes(COLOUR[..., 0]), lambda path: image_files.write_pgm(path, COLOUR[..., 0])),
+    "zarr": (planes(GREY), lambda path: image_files.write_zarr(path, GREY, (32, 48))),
+    "zarr 2 colour": (planes(COLOUR), lambda path: image_files.write_zarr(path, COLOUR, (32, 48, 3), version=2)),
+    "ome-zarr": (planes(GREY), lambda path: image_files.write_zarr(path, GREY[None], (1, 32, 48), "cyx")),
     "dicom": (None, _dicom),
+    "dicom deflated": (None, lambda path: image_files.write_dicom(path, GREY, image_files.DEFLATED, 16)),
+    "dicom rle": (planes(GREY), lambda path: image_files.write_dicom(path, GREY, image_files.RLE, 16)),
+    "dicom slide": (planes(GREY), lambda path: image_files.write_slide(path, GREY, (32, 48), image_files.RLE)),
+    "dicom slide colour": (planes(COLOUR), lambda path: image_files.write_slide(path, COLOUR, (32, 48))),
     "array": (planes(GREY), GREY),
     "array HWC": (planes(COLOUR), COLOUR),
     "array int16": (planes(SMOOTH.astype(np.int16) * 9999), SMOOTH.astype(np.int16) * 9999),
@@ -134,6 +163,10 @@ def test_whole_image(sources: dict, kind: str) -> None:
     assert whole.is_contiguous()
     np.testing.assert_allclose(whole.numpy(), expected, atol=2e-7)
     assert whole.std() > 0.05
+    assert len(source.steps) > 1
+    assert str(source.stored.dtype).removeprefix("torch.") in {
+        *("uint8", "uint16", ">u2", "int16", "bool", "float16", "float32", "float64", "bfloat16")
+    }
 
 
 @settings(deadline=None, max_examples=200)
@@ -199,6 +232,55 @@ def test_threads(sources: dict, kind: str) -> None:
     whole = source.read(0, height, 0, width)
     for (top, bottom, left, right), part in zip(regions, parts, strict=True):
         assert torch.equal(part, whole[:, top:bottom, left:right])
+
+
+def test_planes_of_a_tiff(tmp_path: Path) -> None:
+    """Pages of one size are planes of one image: which one must be said."""
+    stack = np.random.default_rng(3).integers(0, 65536, (6, 40, 50), dtype=np.uint16)
+    files = {
+        "pages": {"photometric": "minisblack", "metadata": None},
+        "tiles": {"photometric": "minisblack", "tile": (16, 16), "compression": "zstd"},
+        "ome": {"ome": True, "photometric": "minisblack", "metadata": {"axes": "ZYX"}, "compression": "zlib"},
+        "imagej": {"imagej": True},
+    }
+    for name, options in files.items():
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, stack, **options)
+        with pytest.raises(DataError, match=rf"{name}\.tif: has 6 planes; say which one"):
+            open_pixels(path)
+        with pytest.raises(DataError, match="frame 6 is wanted, the file has 0 to 5"):
+            open_pixels(path, frame=6)
+        for frame in (0, 4):
+            source = pickle.loads(pickle.dumps(open_pixels(path, frame=frame)))
+            assert f"plane {frame} of 6" in source.steps[0]
+            np.testing.assert_array_equal(source.stored.read(3, 37, 5, 44)[0], stack[frame, 3:37, 5:44])
+    # Time, channel and depth of OME-TIFF, each page a plane; and colour in one page.
+    path = tmp_path / "5d.ome.tif"
+    five = stack.reshape(1, 2, 3, 40, 50)
+    tifffile.imwrite(path, five, photometric="minisblack", metadata={"axes": "TCZYX"}, tile=(16, 16))
+    np.testing.assert_array_equal(open_pixels(path, frame=3).stored.read(0, 40, 0, 50)[0], five[0, 1, 0])
+    path = tmp_path / "colour.ome.tif"
+    tifffile.imwrite(path, np.stack([COLOUR, COLOUR[::-1]]), photometric="rgb", metadata={"axes": "ZYXS"})
+    np.testing.assert_array_equal(
+        open_pixels(path, frame=1).stored.read(0, 101, 0, 77), COLOUR[::-1].transpose(2, 0, 1)
+    )
+
+
+def test_tiff_colour_that_would_come_out_wrong_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "y.tif"
+    tifffile.imwrite(path, COLOUR, photometric="ycbcr", compression="zlib")
+    with pytest.raises(DataError, match=r"y\.tif: colour is stored as YCbCr"):
+        open_pixels(path)
+
+
+def test_a_file_of_one_image_has_no_second_frame(tmp_path: Path) -> None:
+    for kind in ("npy", "png 16 bit", "jpeg", "pgm", "tiff", "zarr"):
+        make = KINDS[kind][1]
+        assert callable(make)
+        path = make(tmp_path / kind.replace(" ", "_"))
+        open_pixels(path, frame=0)
+        with pytest.raises(DataError, match=f"{kind.replace(' ', '_')}.*frame 1 is wanted"):
+            open_pixels(path, frame=1)
 
 
 def test_memmap_pickles_as_its_file(tmp_path: Path) -> None:
@@ -295,6 +377,19 @@ def test_gigapixel_npy_is_not_held_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
+def test_uncompressed_dicom_is_not_held_in_memory(tmp_path: Path) -> None:
+    blank = np.zeros((1, 2), np.uint16)
+    path = image_files.write_dicom(tmp_path / "large.dcm", blank, bits=16, Rows=16384, Columns=18432)
+    data = path.read_bytes()
+    with path.open("wb") as file:  # 600 MB, sparse
+        file.write(data[:-8] + (16384 * 18432 * 2).to_bytes(4, "little"))
+        file.truncate(file.tell() + 16384 * 18432 * 2)
+    grown, pixels = growth(path)
+    assert pixels == 16384 * 18432
+    assert grown < 50 * 2**20
+
+
+@pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
 def test_tiff_keeps_a_bounded_part(tmp_path: Path) -> None:
     path = tmp_path / "large.tif"
     blank = np.zeros((1024, 1024), np.uint16)
@@ -303,7 +398,7 @@ def test_tiff_keeps_a_bounded_part(tmp_path: Path) -> None:
     )
     grown, pixels = growth(path)
     assert pixels * 2 == 512 * 2**20
-    assert grown < tiff.CACHE_BYTES + 50 * 2**20
+    assert grown < CACHE.limit + 50 * 2**20
 
 
 def test_tiff_decodes_only_what_is_touched(tmp_path: Path) -> None:
@@ -311,15 +406,18 @@ def test_tiff_decodes_only_what_is_touched(tmp_path: Path) -> None:
     tifffile.imwrite(path, GREY, tile=(16, 16), compression="zlib")
     source = open_pixels(path)
     source.read(20, 30, 33, 47)
-    assert list(source.stored._cache) == [1 * 8 + 2]
+    assert CACHE.keys(source.stored._grid.owner) == [(1, 2)]
     source.read(31, 33, 47, 49)
-    assert set(source.stored._cache) == {10, 11, 18, 19}
+    assert set(CACHE.keys(source.stored._grid.owner)) == {(1, 2), (1, 3), (2, 2), (2, 3)}
 
 
 # ---------------------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("npy", "png", "tiff"))])
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if kind.startswith(("npy", "png", "tiff", "jpeg", "pgm")) and kind != "tiff pyramid"],
+)
 def test_truncated_files_are_errors_that_name_the_file(tmp_path: Path, kind: str) -> None:
     make = KINDS[kind][1]
     assert callable(make)
@@ -347,7 +445,7 @@ def test_truncated_files_are_errors_that_name_the_file(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"hello" * 99, "not a DICOM"), (b"\x93NUMPY\x01\0", "damaged .npy")]
+    ("content", "message"), [(b"", "is empty"), (b"hello" * 99, "no DICOM"), (b"\x93NUMPY\x01\0", "damaged .npy")]
 )
 def test_unknown_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.dcm"

@@ -126,6 +126,17 @@ def test_views_refuse_what_is_outside_or_too_small() -> None:
         DownsampledSource(source, 48)
 
 
+def test_frame_of_a_file_with_several(real_data: Path) -> None:
+    path = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
+    dataset = ImageDataset([Record(path, 0, "P", frame=number) for number in range(4)])
+    frames = [whole(item["image"]) for item in (dataset[n] for n in range(4))]
+    for number, frame in enumerate(frames):
+        assert torch.equal(frame, whole(open_pixels(path, frame=number)))
+    assert not torch.equal(frames[0], frames[3])
+    with pytest.raises(DataError, match="has 4 frames"):
+        ImageDataset([Record(path, 0, "P")])[0]
+
+
 def test_damaged_image_names_its_file(records: list[Record], tmp_path: Path) -> None:
     path = tmp_path / "cut.dcm"
     path.write_bytes(records[0].path.read_bytes()[:9000])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.data.splits import assign_splits, check_leaks
+from gigamorph.engine.data.splits import assign_splits, check_leaks, fill_validation, leaks
 from gigamorph.engine.data.tables import Record
 from gigamorph.engine.errors import DataError
 
@@ -75,3 +75,27 @@ def test_given_splits_are_kept_and_checked() -> None:
     with pytest.raises(DataError, match="1 of 4 rows have no split"):
         assign_splits([*table, Record(Path("y.png"), 1, "R")])
     check_leaks([*table, Record(Path("y.png"), 1, "P0")])
+
+
+def test_val_is_drawn_from_the_train_of_an_official_split() -> None:
+    table = [*records([(number % 2, 2) for number in range(40)], "train")]
+    table += [Record(Path(f"t{number}.png"), number % 2, f"T{number}", "test") for number in range(10)]
+    filled = fill_validation(table, fractions=(0.6, 0.2, 0.2), seed=1)
+    check_leaks(filled)
+    assert [record.path for record in filled] == [record.path for record in table]
+    assert [r.path for r in filled if r.split == "test"] == [r.path for r in table if r.split == "test"]
+    val = {record.patient_id: record.label for record in filled if record.split == "val"}
+    assert len(val) == 10  # a quarter of 40
+    assert sum(1 for number in range(40) if number % 2 and f"P{number}" in val) == 5
+    assert fill_validation(table, fractions=(0.6, 0.2, 0.2), seed=1) == filled
+    assert fill_validation(table, fractions=(0.6, 0.2, 0.2), seed=2) != filled
+    assert fill_validation(filled) == filled  # there is a val already
+    plain = records([(0, 1), (1, 1)])
+    assert fill_validation(plain) == plain  # and here no split
+    with pytest.raises(DataError, match="patient P0 is in train and test"):
+        fill_validation([*records([(0, 1)], "train"), Record(Path("x"), 0, "P0", "test")])
+
+
+def test_every_leak_is_told() -> None:
+    table = [Record(Path(f"{n}.png"), 0, f"P{n // 2}", ("train", "test", "val", "val")[n % 4]) for n in range(8)]
+    assert leaks(table) == {"P0": ["train", "test"], "P2": ["train", "test"]}

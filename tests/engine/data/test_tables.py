@@ -4,8 +4,10 @@ import gzip
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from gigamorph.engine.data.tables import missing_files, read_table
+from gigamorph.engine.data.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
 from gigamorph.engine.errors import DataError
 
 HEADER = "image_path,label,patient_id,split\n"
@@ -165,5 +167,104 @@ def test_folder_per_split_and_class(tmp_path: Path) -> None:
 
 def test_real_table_says_which_columns_it_lacks(real_data: Path) -> None:
     path = real_data / "tables" / "mass_case_description_test_set.csv"
-    with pytest.raises(DataError, match=r"column image_path, label is missing; it has patient_id, breast_density"):
+    with pytest.raises(DataError, match=r"column image_path, label is missing; it has patient_id, .*data convert"):
         read_table(path)
+
+
+def test_columns_of_the_schema(folder: Path) -> None:
+    header = (
+        "dicom_path,label,patient_id,study_id,density,birads,manufacturer,findings,mask_path,label_cancer,label_age"
+    )
+    findings = '"[{""kind"": ""mass"", ""box"": [1, 5, 2, 9], ""mask"": ""img/m.png"", ""birads"": ""4A""}]"'
+    path = write(folder, f"{header}\nimg/a.png,0,P1,E1,C,BI-RADS 4a,GE,{findings},img/n.png,1,\n")
+    record = read_table(path).records[0]
+    assert (record.exam_id, record.density, record.birads, record.manufacturer) == ("E1", "C", "4A", "GE")
+    assert record.labels == {"cancer": 1.0}  # an empty label is not known
+    first, second = record.findings
+    assert first == Finding(kind="mass", box=(1, 5, 2, 9), mask=folder / "img" / "m.png", birads="4A")
+    assert second == Finding(mask=folder / "img" / "n.png")
+    assert record.extra == {}
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ('"[{""box"": [5, 1, 2, 9]}]"', r"line 2: findings are not a JSON list of findings \(box \[5, 1, 2, 9\]"),
+        ('"[{""bbox"": [1, 5, 2, 9]}]"', "unknown entry 'bbox'"),
+        ('"[{""box"": [1, 5]}]"', "line 2: findings are not"),
+        ('"{""box"": 1}"', "line 2: findings are not"),
+        ("5", "line 2: findings are not"),
+        ("[", "line 2: findings are not"),
+    ],
+)
+def test_wrong_findings(folder: Path, cell: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_table(write(folder, f"image_path,label,patient_id,findings\nimg/a.png,0,P1,{cell}\n"))
+
+
+def test_frames_of_one_file(folder: Path) -> None:
+    text = "image_path,frame,label,patient_id\nimg/c.dcm,0,0,P1\nimg/c.dcm,3,1,P1\nimg/a.png,,1,P2\n"
+    assert [record.frame for record in read_table(write(folder, text)).records] == [0, 3, None]
+    with pytest.raises(DataError, match=r"line 5: c\.dcm is already in line 3; keep one"):
+        read_table(write(folder, text + "img/c.dcm,3,0,P1\n"))
+    with pytest.raises(DataError, match="line 5: frame 'first' is no number from 0"):
+        read_table(write(folder, text + "img/c.dcm,first,0,P1\n"))
+
+
+def test_wrong_label_column(folder: Path) -> None:
+    with pytest.raises(DataError, match="line 2: label_cancer 'yes' is no number; leave it empty"):
+        read_table(write(folder, "image_path,label,patient_id,label_cancer\nimg/a.png,0,P1,yes\n"))
+
+
+NAMES = st.text("abcÄ ,;\"'\t", min_size=1, max_size=6).map(str.strip).filter(bool)
+BOXES = st.tuples(*[st.integers(0, 50)] * 2, *[st.integers(1, 50)] * 2).map(
+    lambda v: (v[0], v[0] + v[2], v[1], v[1] + v[3])
+)
+FINDINGS = st.builds(
+    Finding,
+    kind=st.sampled_from(["", "mass", "a; b"]),
+    box=st.none() | BOXES,
+    outline=st.just(()) | st.just(((1.5, 2.0), (3.0, 4.0), (5.25, 6.0))),
+    mask=st.none() | st.just(Path("/elsewhere/m.png")),
+    pathology=st.sampled_from(["", "benign"]),
+    birads=st.sampled_from(["", "4A"]),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            NAMES,
+            st.sampled_from([None, *SPLITS]),
+            st.sampled_from([None, "L", "R"]),
+            st.none() | NAMES,
+            st.lists(FINDINGS, max_size=2),
+            st.dictionaries(st.sampled_from(["cancer", "mass"]), st.sampled_from([0.0, 1.0, 0.25])),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_written_tables_are_read_back(tmp_path: Path, rows: list) -> None:
+    records = [
+        Record(tmp_path / f"{number}.png", number % 2, patient, split, side, None, {}, exam, labels=labels,
+               findings=tuple(findings))
+        for number, (patient, split, side, exam, findings, labels) in enumerate(rows)
+    ]  # fmt: skip
+    table = read_table(write_table(tmp_path / "out.csv", records, ["0", "1"]), check_files=False)
+    assert table.records == records
+    assert [record.labels for record in table.records] == [record.labels for record in records]
+
+
+def test_table_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/t\.csv: cannot be written"):
+        write_table(tmp_path / "file" / "t.csv", [], [])
+
+
+def test_zarr_folders_are_one_image(tmp_path: Path) -> None:
+    for name in ("0/a.zarr/c/0", "0/a.zarr/zarr.json", "1/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [record.path.name for record in read_table(tmp_path).records] == ["a.zarr", "b.jpg"]

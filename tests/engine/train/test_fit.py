@@ -139,7 +139,7 @@ def test_checkpoint_holds_what_repeats_the_run(data, tmp_path):
     stored = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]
     assert stored["options"]["model"] == "nets:small" and stored["options"]["seed"] == 5
     assert stored["preprocessing"] == {"mean": 0.5} and stored["classes"] == ["normal", "finding"]
-    assert [row[0] for row in stored["split"]["val"]] == [str(r.path) for r in data.val.records]
+    assert stored["split"]["val"] == len(data.val.records)
     assert stored["split"]["sha256"] == metrics["split_sha256"] and len(metrics["split_sha256"]) == 64
     assert {"torch", "lightning", "python"} <= set(stored["versions"])
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics

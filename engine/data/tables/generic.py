@@ -1,16 +1,17 @@
-"""Tables of images: a csv file, or a folder with a sub-folder per class, as a list of records."""
+"""Tables of one's own: a csv file, or a folder with a sub-folder per class, as a list of records."""
 
 from __future__ import annotations
 
-import csv
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DataError
+from ...errors import DataError
+from . import values
+from .cells import read_rows
+from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
-SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     **{name: name for name in SPLITS},
     "training": "train",
     "valid": "val",
@@ -18,35 +19,14 @@ _SPLIT_NAMES = {
     "dev": "val",
     "testing": "test",
 }
-_SUFFIXES = {".dcm", ".dicom", ".png", ".tif", ".tiff", ".npy", ""}
-_COLUMNS = {"image_path", "label", "patient_id", "split", "laterality", "view"}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image of a table."""
-
-    path: Path
-    label: int
-    """Index into the table's classes; -1 where the table was read without labels."""
-    patient_id: str
-    split: str | None = None
-    """train, val or test; None where the table does not say."""
-    laterality: str | None = None
-    """L or R."""
-    view: str | None = None
-    """CC, MLO, ..."""
-    extra: dict[str, str] = field(default_factory=dict, compare=False)
-    """All other columns, as they stand in the file."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Records and the names of their classes."""
-
-    records: list[Record]
-    classes: list[str]
-    """Class names in the order of the labels; empty where the table was read without labels."""
+SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
+"""Of files that may be images; DICOM files often have none."""
+# What other tools call our columns.
+_ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
+_COLUMNS = {
+    *("image_path", "label", "patient_id", "exam_id", "split", "laterality", "view"),
+    *("density", "birads", "manufacturer", "findings", "mask_path", "frame"),
+}
 
 
 def read_table(
@@ -54,9 +34,11 @@ def read_table(
 ) -> Table:
     """Read a csv file or a folder-per-class tree.
 
-    csv: columns image_path (relative to the csv's folder), label, patient_id, and as you like split, laterality, view
-    and others; separated by commas, semicolons or tabs. Labels 0, 1, ... are kept; other labels are names, numbered in
-    sorted order. Folder: [train|val|test/]CLASS/[PATIENT/]image; without patient folders each image is a patient.
+    csv: columns image_path (relative to the csv's folder), label, patient_id, and as you like the others of `Record`
+    (frame, exam_id, split, laterality, view, density, birads, manufacturer, findings as JSON, mask_path, label_NAME),
+    and any of one's own; separated by commas, semicolons or tabs. Labels 0, 1, ... are kept; other labels are names,
+    numbered in sorted order. Folder: [train|val|test/]CLASS/[PATIENT/]image; without patient folders each image is a
+    patient.
 
     labels: False reads images to predict: label and patient_id are not needed, and labels are -1.
     classes: the class names of a trained model, so that labels get the model's numbers.
@@ -88,56 +70,33 @@ def read_table(
 
 def missing_files(records: Sequence[Record]) -> list[Path]:
     """The paths of records whose file does not exist."""
-    return [record.path for record in records if not record.path.is_file()]
+    return [record.path for record in records if not record.path.exists()]
 
 
 def _csv_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
     """(place for messages, row) of every line below the header; names and cells are stripped."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            separator = max(",;\t", key=first.count)
-            file.seek(0)
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            _check_header(path, header, labels)
-            rows = []
-            for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                place = f"line {reader.line_num}"
-                if len(cells) != len(header):
-                    raise DataError(f"{path}, {place}: has {len(cells)} cells, the header {len(header)}")
-                rows.append((place, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error
-    needed = ["image_path", "label", "patient_id"] if labels else ["image_path"]
-    for place, row in rows:
-        for name in needed:
-            if not row[name]:
-                raise DataError(f"{path}, {place}: {name} is empty")
-    return rows
-
-
-def _check_header(path: Path, header: list[str], labels: bool) -> None:
-    if not any(header):
-        raise DataError(f"{path}: is empty; the first line must name the columns: image_path,label,patient_id,split")
+    table = read_rows(path, fallback=None)
+    header = [_ALIASES.get(name, name) if _ALIASES.get(name) not in table.header else name for name in table.header]
     needed = ["image_path", "label", "patient_id"] if labels else ["image_path"]
     missing = [name for name in needed if name not in header]
     if missing:
-        raise DataError(f"{path}: column {', '.join(missing)} is missing; it has {', '.join(header)}")
-    twice = [name for name in header if name and header.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}: column {twice[0]} is there twice; rename one")
+        raise DataError(
+            f"{path}: column {', '.join(missing)} is missing; it has {', '.join(header)} "
+            "(tables of public data sets: gigamorph data convert)"
+        )
+    rows = [dict(zip(header, row.values(), strict=True)) for row in table.rows]
+    for place, row in zip(table.places, rows, strict=True):
+        for name in needed:
+            if not row[name]:
+                raise DataError(f"{path}, {place}: {name} is empty")
+    return list(zip(table.places, rows, strict=True))
 
 
 def _folder_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not labels:
-        return [(str(file), {"image_path": str(file)}) for file in _images(path)]
-    if folders and all(folder.name.lower() in _SPLIT_NAMES for folder in folders):
+        return [(str(file), {"image_path": str(file)}) for file in image_files(path)]
+    if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
         return [row for folder in folders for row in _class_rows(folder, folder.name)]
     return _class_rows(path, "")
 
@@ -145,7 +104,7 @@ def _folder_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
 def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
     rows = []
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        for file in _images(folder):
+        for file in image_files(folder):
             inside = file.relative_to(folder).parts
             # The same stem in two splits or classes is another patient, unless folders name the patients.
             patient = inside[0] if len(inside) > 1 else str(file)
@@ -154,12 +113,17 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
     return rows
 
 
-def _images(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
-    ]
+def image_files(folder: Path) -> list[Path]:
+    """Files that may be images, and zarr folders, which are one image each; sorted."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and entry.suffix.lower() != ".zarr":
+            found += image_files(entry)
+        elif entry.suffix.lower() in SUFFIXES or entry.is_dir():
+            found.append(entry)
+    return found
 
 
 def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -> list[str]:
@@ -181,30 +145,64 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
 
 def _record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
     split = row.get("split", "").lower()
-    if split and split not in _SPLIT_NAMES:
+    if split and split not in SPLIT_NAMES:
         raise DataError(f"{path}, {place}: split {row['split']!r} is none of {', '.join(SPLITS)}")
-    side = row.get("laterality", "").upper()
-    side = {"LEFT": "L", "RIGHT": "R"}.get(side, side)
-    if side not in ("", "L", "R"):
+    side = values.side(row.get("laterality", ""))
+    if row.get("laterality") and side is None:
         raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
-    image = Path(row["image_path"])
+    if row.get("frame") and not row["frame"].isdecimal():
+        raise DataError(f"{path}, {place}: frame {row['frame']!r} is no number from 0")
+    folder = Path() if path.is_dir() else path.parent
     return Record(
-        path=image if path.is_dir() else path.parent / image,
+        path=folder / row["image_path"],
         label=label,
         patient_id=row.get("patient_id") or row["image_path"],
-        split=_SPLIT_NAMES.get(split),
-        laterality=side or None,
+        split=SPLIT_NAMES.get(split),
+        laterality=side,
         view=row.get("view", "").upper() or None,
-        extra={name: value for name, value in row.items() if name not in _COLUMNS},
+        extra={
+            name: value for name, value in row.items() if name not in _COLUMNS and not name.startswith(LABEL_PREFIX)
+        },
+        exam_id=row.get("exam_id") or None,
+        density=values.density(row.get("density", "")),
+        birads=values.birads(row.get("birads", "")),
+        manufacturer=row.get("manufacturer") or None,
+        labels=_labels(path, place, row),
+        findings=_findings(path, place, row),
+        frame=int(row["frame"]) if row.get("frame") else None,
     )
 
 
+def _labels(path: Path, place: str, row: dict[str, str]) -> dict[str, float]:
+    found = {}
+    for name, cell in row.items():
+        if name.startswith(LABEL_PREFIX) and cell:
+            number = values.number(cell)
+            if number is None:
+                raise DataError(f"{path}, {place}: {name} {cell!r} is no number; leave it empty where it is not known")
+            found[name.removeprefix(LABEL_PREFIX)] = number
+    return found
+
+
+def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...]:
+    found = []
+    if row.get("findings"):
+        try:
+            found = [Finding.from_json(item, path.parent) for item in json.loads(row["findings"])]
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}, {place}: findings are not a JSON list of findings ({error})") from error
+    if row.get("mask_path"):
+        found.append(Finding(mask=path.parent / row["mask_path"]))
+    return tuple(found)
+
+
 def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], records: list[Record]) -> None:
-    seen: dict[Path, str] = {}
+    seen: dict[tuple[Path, int | None], str] = {}
     for (place, _), record in zip(rows, records, strict=True):
-        if record.path in seen:
-            raise DataError(f"{path}, {place}: {record.path.name} is already in {seen[record.path]}; keep one of them")
-        seen[record.path] = place
+        image = record.path, record.frame
+        if image in seen:
+            raise DataError(f"{path}, {place}: {record.path.name} is already in {seen[image]}; keep one of them")
+        seen[image] = place
 
 
 def _refuse_missing(path: Path, records: list[Record]) -> None:

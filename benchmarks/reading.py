@@ -1,0 +1,141 @@
+"""How long it takes to open and read images: against the bare codec, by region, and headers alone.
+
+    GIGAMORPH_REAL_DATA=folder python benchmarks/reading.py --json benchmarks/results/reading_cpu.json
+
+- A JPEG-lossless mammogram of 3062 x 2394 pixels (`dicom/mg_ge_jpeg_lossless.dcm` of the real data), from the closed
+  file to normalised float32, against imagecodecs on its code stream, in turns.
+- 1024 x 1024 pixels of a 16384 x 16384 TIFF of 12-bit noise in zstd tiles of 512, at a place not read before.
+- Opening an uncompressed DICOM file of 600 MB, and 512 x 512 pixels of it.
+- The header of the mammogram.
+
+Medians; files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import tifffile
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import get_frame
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+from gigamorph.engine.data.header import MG_FOR_PRESENTATION, read_info
+from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.pixels import open_pixels
+
+sys.path.insert(0, str(Path(__file__).parent))
+from provenance import provenance
+
+SIDE, TILE, REGION = 16384, 512, 1024
+
+
+def milliseconds(task: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    task()
+    return (time.perf_counter() - start) * 1e3
+
+
+def compressed_mammogram(path: Path, repeats: int) -> dict[str, float]:
+    """The whole of a compressed mammogram, ours and the bare codec in turns."""
+    stream = get_frame(dcmread(path).PixelData, 0, number_of_frames=1)
+
+    def whole() -> None:
+        source = open_pixels(path)
+        source.read(0, source.shape[1], 0, source.shape[2])
+
+    times = [(milliseconds(lambda: imagecodecs.jpeg8_decode(stream)), milliseconds(whole)) for _ in range(repeats)]
+    codec, ours = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(mine / theirs for theirs, mine in times)
+    return {"codec_ms": codec, "full_read_ms": ours, "ratio": ratio}
+
+
+def zstd_regions(folder: Path, repeats: int) -> dict[str, float]:
+    """Regions of a large compressed TIFF, each from a file opened anew, so that nothing is cached."""
+    rng = np.random.default_rng(0)
+
+    def tiles() -> Iterator[np.ndarray]:
+        for _ in range((SIDE // TILE) ** 2):
+            yield rng.normal(2000, 200, (TILE, TILE)).clip(0, 4095).astype(np.uint16)
+
+    path = folder / "large.tif"
+    tifffile.imwrite(path, tiles(), shape=(SIDE, SIDE), dtype=np.uint16, tile=(TILE, TILE), compression="zstd")
+    opened, read = [], []
+    for _ in range(repeats):
+        top, left = (int(place) for place in rng.integers(0, SIDE - REGION, 2))
+        start = time.perf_counter()
+        source = open_pixels(path)
+        opened.append((time.perf_counter() - start) * 1e3)
+        read.append(milliseconds(lambda s=source, y=top, x=left: s.read(y, y + REGION, x, x + REGION)))
+    return {"open_ms": statistics.median(opened), "region_ms": statistics.median(read), "region_ms_worst": max(read)}
+
+
+def uncompressed(folder: Path, repeats: int) -> dict[str, float]:
+    """A large uncompressed DICOM file, sparse on disk."""
+    rows, columns = 20000, 15000
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(MG_FOR_PRESENTATION)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3")
+    ds.Modality, ds.PatientOrientation = "MG", ["A", "R"]
+    ds.Rows, ds.Columns, ds.BitsAllocated, ds.BitsStored, ds.HighBit = rows, columns, 16, 12, 11
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.add_new("PixelData", "OW", b"\0\0")
+    path = folder / "large.dcm"
+    ds.save_as(path, enforce_file_format=True)
+    size = path.stat().st_size - 2 + rows * columns * 2
+    with path.open("r+b") as file:
+        file.seek(-6, 2)
+        file.write((rows * columns * 2).to_bytes(4, "little"))
+        file.truncate(size)
+    open_pixels(path)
+    reset_peak()
+    before = used_bytes()
+    opened = [milliseconds(lambda: open_pixels(path)) for _ in range(repeats)]
+    grown = peak_bytes() - before
+    read = [milliseconds(lambda: open_pixels(path).read(5000, 5512, 700, 1212)) for _ in range(repeats)]
+    return {
+        "file_bytes": size,
+        "open_ms": statistics.median(opened),
+        "open_peak_bytes": grown,
+        "open_and_region_ms": statistics.median(read),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--real", type=Path, default=os.environ.get("GIGAMORPH_REAL_DATA"), help="folder of real data")
+    args = parser.parse_args()
+    if args.real is None:
+        parser.error("name the folder of real data: --real or GIGAMORPH_REAL_DATA")
+    mammogram = args.real / "dicom" / "mg_ge_jpeg_lossless.dcm"
+    with tempfile.TemporaryDirectory() as folder:
+        results = {
+            "jpeg_lossless_3062x2394": compressed_mammogram(mammogram, args.repeats),
+            "zstd_tiff_16384_region_1024": zstd_regions(Path(folder), args.repeats),
+            "uncompressed_dicom_600_MB": uncompressed(Path(folder), args.repeats),
+            "header_ms": statistics.median(milliseconds(lambda: read_info(mammogram)) for _ in range(200)),
+        }
+    print(json.dumps(results, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps({**provenance(), "repeats": args.repeats, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""``gigamorph data``: data sets become tables, are looked through, split, converted, shown, and made up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from . import options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..engine.data.tables import Record, Table
+
+_SHOWN = 20  # problems that are printed
+
+_workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")
+_dataset: Any = click.option(
+    "--dataset",
+    metavar="NAME",
+    help="cbis-ddsm, inbreast, vindr-mammo, rsna, embed, csaw-cc, cmmd, cdd-cesm, mini-mias or chestxray14; found out "
+    "from the tables in the folder if left away.",
+)
+_label: Any = click.option(
+    "--label",
+    metavar="NAME",
+    help="Which of the data set's labels; the command says what the label means. none asks for no label.",
+)
+_skip: Any = click.option("--skip-missing", is_flag=True, help="Leave out images that were not downloaded.")
+_seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For all that is drawn.")
+
+
+def _parse_fractions(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float, float]:
+    numbers = options._parse_numbers(ctx, param, value)
+    if len(numbers) != 3:
+        raise click.BadParameter(f"{value!r}; write three shares: train,val,test", ctx, param)
+    return numbers[0], numbers[1], numbers[2]
+
+
+@click.group()
+def data() -> None:
+    """From images and tables as they are downloaded to a table that trains.
+
+    Example: gigamorph data convert downloads/cbis --dataset cbis-ddsm --out cbis
+    """
+
+
+@data.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The table, csv.")
+@click.option("--identifiers", is_flag=True, help="Keep PatientID and StudyInstanceUID; numbers stand for them if not.")
+@_workers
+def index(folder: str, out: str, identifiers: bool, workers: int | None) -> None:
+    """List all images below a folder with what their headers say: side, view, size, grey scale, maker, oddities.
+
+    The table has no labels; add a column label to train from it. Files that are no images are listed and passed over.
+
+    Example: gigamorph data index downloads/dicom --out index.csv
+    """
+    from ..engine.data.index import index_folder
+    from ..engine.data.tables import write_table
+    from ..engine.errors import DataError
+    from .count import Count
+
+    with Count("headers") as count:
+        found = index_folder(folder, identifiers=identifiers, workers=workers, on_start=count.start, on_done=count.add)
+    for error in found.errors[:_SHOWN]:
+        click.echo(f"passed over: {error}", err=True)
+    if len(found.errors) > _SHOWN:
+        click.echo(f"... and {len(found.errors) - _SHOWN} more", err=True)
+    if not found.records:
+        raise DataError(f"{folder}: holds no images")
+    write_table(out, found.records, [])
+    patients = len({record.patient_id for record in found.records})
+    click.echo(f"{len(found.records)} images of {patients} patients, {len(found.errors)} files passed over; {out}")
+    views = Counter(f"{record.laterality or '?'} {record.view or '?'}" for record in found.records)
+    click.echo(", ".join(f"{count} {name}" for name, count in views.most_common(8)))
+
+
+@data.command()
+@click.argument("source", type=click.Path(exists=True))
+@click.option("--out", type=click.Path(dir_okay=False), help="All problems as csv: image, kind, what is wrong.")
+@_dataset
+@_workers
+def check(source: str, out: str | None, dataset: str | None, workers: int | None) -> None:
+    """Decode every image of a table, folder or public data set and name those that would spoil a training.
+
+    Found are files that cannot be read, blank ones, the same pixels twice (also mirrored, also in another format),
+    patients or images in two splits, sides and views on which table, header and pixels disagree, and, to know,
+    implants, spot views, phantoms and the like. The exit code is 1 if there is anything to mend.
+
+    Example: gigamorph data check table.csv --out problems.csv
+    """
+    import csv
+
+    from ..engine.data.check import KINDS, check_images
+    from ..engine.errors import DataError
+    from .count import Count
+
+    records = _open(source, dataset, check_files=False, labels=False).records
+    with Count("images", len(records)) as count:
+        problems = check_images(records, workers=workers, on_done=count.add)
+    if out:
+        try:
+            with Path(out).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["image_path", "kind", "problem"])
+                writer.writerows((problem.path, problem.kind, problem.message) for problem in problems)
+        except OSError as error:
+            raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+    serious = [problem for problem in problems if problem.kind != "flag"]
+    for problem in serious[:_SHOWN]:
+        click.echo(f"{problem.kind:<10}  {problem.path}: {problem.message}")
+    if len(serious) > _SHOWN:
+        click.echo(f"... and {len(serious) - _SHOWN} more" + ("" if out else "; --out FILE lists all"))
+    counts = Counter(problem.kind for problem in problems)
+    for kind, meaning in KINDS.items():
+        if counts[kind]:
+            click.echo(f"{counts[kind]:>6} {kind}: {meaning}")
+    click.echo(f"{len(records)} images, {len({problem.path for problem in serious})} with something to mend")
+    if serious:
+        raise SystemExit(1)
+
+
+@data.command()
+@click.argument("table", type=click.Path(exists=True))
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The table with its split, csv.")
+@click.option(
+    "--fractions",
+    default="0.7,0.15,0.15",
+    show_default=True,
+    callback=_parse_fractions,
+    help="Shares of the patients for train, val and test.",
+)
+@_seed
+def split(table: str, out: str, fractions: tuple[float, float, float], seed: int) -> None:
+    """Split a table by patient, each label in the same proportions; the same seed gives the same split.
+
+    A split that the table has is kept and checked for leaks; where it is official and has no val, patients of train
+    become val in the proportion of --fractions.
+
+    Example: gigamorph data split table.csv --out split.csv --seed 1
+    """
+    from ..engine.data.splits import assign_splits, fill_validation
+    from ..engine.data.tables import read_table, write_table
+
+    read = read_table(table, check_files=False)
+    given = any(record.split for record in read.records)
+    records = assign_splits(read.records, fractions=fractions, seed=seed)
+    if given:
+        before, records = records, fill_validation(records, fractions=fractions, seed=seed)
+        click.echo("the split of the table is kept" + ("; val is drawn from train" if records != before else ""))
+    write_table(out, records, read.classes)
+    for name in ("train", "val", "test"):
+        part = [record for record in records if record.split == name]
+        labels = Counter(read.classes[record.label] for record in part)
+        told = ", ".join(f"{labels[label]} of {label}" for label in read.classes)
+        click.echo(f"{name:<5} {len({record.patient_id for record in part}):>6} patients {len(part):>7} images: {told}")
+    click.echo(f"no patient is in two splits; {out}")
+
+
+@data.command()
+@click.argument("source", type=click.Path(exists=True))
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for table.csv and images.")
+@_dataset
+@_label
+@_skip
+@click.option(
+    "--images",
+    "file_format",
+    type=click.Choice(["tiff", "png"]),
+    help="Write the images too: 16-bit grey values, chest wall left, every pixel, no patient data.",
+)
+@options.voi
+@_workers
+def convert(
+    source: str,
+    out: str,
+    dataset: str | None,
+    label: str | None,
+    skip_missing: bool,
+    file_format: str | None,
+    voi: str,
+    workers: int | None,
+) -> None:
+    """Turn a public data set, as it was downloaded, into a table for training; its images too if asked for.
+
+    SOURCE is the folder of the data set, or a table or folder of your own. Written are table.csv, unlabelled.csv with
+    the images whose label is not known, and table.json, which says what label and split mean.
+
+    Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
+    """
+    from ..engine.data.convert import convert_images
+    from ..engine.data.tables import DATA_SETS, write_table
+    from ..engine.errors import DataError
+    from .count import Count
+
+    table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
+    records, errors = table.records, []
+    if file_format:
+        with Count("images", len(records)) as count:
+            records, errors = convert_images(
+                records, out, file_format=file_format, voi=voi, workers=workers, on_done=count.add  # pyright: ignore[reportArgumentType]
+            )  # fmt: skip
+        for error in errors:
+            click.echo(f"left out: {error}", err=True)
+        if not records:
+            raise DataError(f"{source}: none of its {len(errors)} images can be read")
+    labelled = [record for record in records if record.label >= 0]
+    unlabelled = [record for record in records if record.label < 0]
+    if labelled:
+        write_table(Path(out) / "table.csv", labelled, table.classes)
+    if unlabelled:
+        write_table(Path(out) / "unlabelled.csv", unlabelled, table.classes)
+    meaning = {
+        "data_set": table.name,
+        "label": table.label_rule,
+        "split": DATA_SETS[table.name].split if table.name else "as in the table",
+        "classes": table.classes,
+        "images": _counts(labelled, table.classes) | ({"without label": len(unlabelled)} if unlabelled else {}),
+        "grey": f"voi={voi}, 0 black to 65535 white" if file_format else None,
+        "left_out": len(errors),
+    }
+    (Path(out) / "table.json").write_text(json.dumps(meaning, indent=2) + "\n", encoding="utf-8")
+    if table.label_rule:
+        click.echo(f"label {table.label_rule}")
+        click.echo(f"split: {meaning['split']}")
+    told = ", ".join(f"{count} {name}" for name, count in meaning["images"].items())
+    click.echo(f"{len(records)} images of {len({record.patient_id for record in records})} patients ({told}); {out}")
+    if errors:
+        raise SystemExit(1)
+
+
+@data.command()
+@click.argument("image", type=click.Path(exists=True))
+@click.option("--out", type=click.Path(dir_okay=False), help="A 16-bit PNG of every pixel that the network sees.")
+@options.channels
+@options.mean
+@options.std
+@options.voi
+@click.option("--frame", type=click.IntRange(0), help="Of a file with several.")
+@click.option("--for-processing", is_flag=True, help="Accept images that are not meant for display.")
+def preview(
+    image: str,
+    out: str | None,
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    voi: str,
+    frame: int | None,
+    for_processing: bool,
+) -> None:
+    """Show exactly what the network will see of an image, and every step from the file to there.
+
+    Example: gigamorph data preview exam.dcm --out exam.png
+    """
+    from rich.console import Console
+
+    from ..engine.data.preview import preview as measure
+    from ..engine.data.preview import thumbnail, write_preview
+    from ..engine.pixels import Normalize, open_pixels
+    from .picture import show_picture
+
+    normalize = Normalize(mean, std)
+    source = open_pixels(
+        image, normalize=normalize, voi=voi, channels=channels, frame=frame, for_processing=for_processing
+    )
+    seen = measure(source)
+    console = Console()
+    rows = 2 * max(8, (console.size.height if console.is_terminal else 40) - len(seen.steps) - 6)
+    show_picture(thumbnail(source, min(console.size.width - 1, 120), rows), console)
+    for number, step in enumerate(seen.steps, 1):
+        click.echo(f"{number:>2}. {step}")
+    click.echo(f"{' x '.join(map(str, seen.shape))} (channels x height x width), {seen.least:.4g} to {seen.most:.4g}, "
+               f"mean {seen.mean:.4g}, std {seen.std:.4g}")  # fmt: skip
+    click.echo(f"{seen.black:.1%} of the pixels are black, {seen.white:.1%} white")
+    for warning in seen.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if out:
+        click.echo(f"{out}: {write_preview(source, out)}")
+
+
+@data.command()
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and the table.")
+@click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
+@click.option("--size", default="1024x768", show_default=True, metavar="HxW", callback=options.parse_size,
+              help="Pixels, up to any number for tiff.")  # fmt: skip
+@click.option(
+    "--breasts",
+    type=click.IntRange(1, 2),
+    default=1,
+    show_default=True,
+    help="1: CC and MLO of one breast; 2: the four views of an exam, with one breast affected.",
+)
+@click.option("--lesion", "lesions", multiple=True, type=click.Choice(["cluster", "mass", "asymmetry"]),
+              default=["cluster"], show_default=True, help="May be given often: kinds in turn.")  # fmt: skip
+@click.option("--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of the patients.")
+@click.option("--symmetry", type=click.FloatRange(0, 1), default=0.8, show_default=True,
+              help="Correlation of the texture of the two breasts.")  # fmt: skip
+@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
+@click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
+@_seed
+@_workers
+def phantom(
+    out: str,
+    patients: int,
+    size: tuple[int, int],
+    breasts: int,
+    lesions: tuple[str, ...],
+    positive: float,
+    symmetry: float,
+    file_format: str,
+    masks: bool,
+    seed: int,
+    workers: int | None,
+) -> None:
+    """Make phantom mammograms whose labels, boxes and masks are known, of any size, tile by tile.
+
+    The same options give the same bytes. An image without a cluster has the same cluster blurred, so that only native
+    resolution tells.
+
+    Example: gigamorph data phantom --out phantoms --patients 20 --breasts 2 --size 3328x2560
+    """
+    from ..engine.data.parallel import available_cpus
+    from ..engine.data.phantom import write_phantoms
+    from .count import Count
+
+    images = patients * 2 * breasts
+    with Count("pixels", images * size[0] * size[1]) as count:
+        table = write_phantoms(
+            out,
+            patients=patients,
+            height=size[0],
+            width=size[1],
+            seed=seed,
+            breasts=breasts,  # pyright: ignore[reportArgumentType]
+            lesions=lesions,  # pyright: ignore[reportArgumentType]
+            positive=positive,
+            symmetry=symmetry,
+            file_format=file_format,  # pyright: ignore[reportArgumentType]
+            masks=masks,
+            workers=workers or available_cpus(),
+            report=count.add,
+        )
+    click.echo(f"{images} images of {patients} patients, {size[0]} x {size[1]} pixels; {table}")
+
+
+def _open(
+    source: str,
+    dataset: str | None,
+    *,
+    check_files: bool,
+    labels: bool,
+    label: str | None = None,
+    skip_missing: bool = False,
+) -> Table:
+    """A public data set if it is one, else a table or folder of one's own."""
+    from ..engine.data.tables import DATA_SETS, detect, read_data_set, read_table
+
+    name = dataset or (detect(source) if Path(source).is_dir() else None)
+    if name is None:
+        labels = labels and label != "none"
+        if label not in (None, "none"):
+            raise click.UsageError("--label chooses among the labels of a public data set; say which: --dataset NAME")
+        return read_table(source, labels=labels, check_files=check_files)
+    if dataset is None:
+        click.echo(f"{source} holds {DATA_SETS[name].title} (--dataset {name})")
+    wanted = None if label == "none" else label
+    table = read_data_set(name, source, label=wanted, check_files=check_files, skip_missing=skip_missing)
+    if label == "none":
+        table = replace(table, records=[replace(record, label=-1) for record in table.records], label_rule="none")
+    return table
+
+
+def _counts(records: Sequence[Record], classes: Sequence[str]) -> dict[str, int]:
+    found = Counter(record.label for record in records)
+    return {f"of class {name}": found[number] for number, name in enumerate(classes)}

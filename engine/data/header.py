@@ -1,0 +1,108 @@
+"""What a DICOM header says about an image, without its pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
+
+from ..errors import DataError
+from . import mammography
+from .dicom_file import DicomFile, quietly, read_header
+from .rawfile import one_line
+
+MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
+# Mammography, breast projections, digital X-ray.
+_FOR_PROCESSING = {"1.2.840.10008.5.1.4.1.1.1.2.1", "1.2.840.10008.5.1.4.1.1.13.1.5", "1.2.840.10008.5.1.4.1.1.1.1.1"}
+
+
+@dataclass(frozen=True)
+class DicomInfo:
+    """What a DICOM header says about an image; None where it says nothing.
+
+    What identifies the patient is left out of the printed form, so that it gets into no log by accident.
+    """
+
+    rows: int
+    columns: int
+    frames: int
+    bits_stored: int
+    transfer_syntax: str
+    sop_class: str
+    modality: str | None
+    patient_id: str | None = field(repr=False)
+    study_uid: str | None = field(repr=False)
+    laterality: str | None
+    """L or R."""
+    view: str | None
+    """CC, MLO, ML, ... as in ViewPosition."""
+    orientation: tuple[str, str] | None
+    """Where columns and rows go to, as in PatientOrientation: ("A", "F") is anterior to the right, feet below."""
+    spacing: tuple[float, float] | None
+    """Millimetres between rows and between columns, at the detector unless the file is calibrated."""
+    photometric: str
+    for_processing: bool
+    """Raw detector values, not meant for display."""
+    flags: tuple[str, ...]
+    """What sets it apart from a standard view, sorted: "implant", "spot", "magnification", "phantom", "stereo",
+    "synthetic", "tomosynthesis", "projection", "contrast", "partial", "burned in", "lossy", "overlay", and view
+    modifiers ("rolled", "tangential", "cleavage", "implant displaced", ...)."""
+    magnification: float | None
+    """How much larger than the breast the detector shows it: `spacing` divided by this is millimetres in the breast."""
+    manufacturer: str | None
+    matrix: tuple[int, int] | None
+    """Rows and columns of the whole slide whose tiles the frames are."""
+
+    @property
+    def is_mammogram(self) -> bool:
+        """Whether the chest wall has a side: modality MG, or a view that only mammograms have."""
+        return self.modality == "MG" or self.view in mammography.VIEWS
+
+
+def read_info(path: str | Path) -> DicomInfo:
+    """The header of a DICOM file; the pixels are not read. `DataError` if it is missing, damaged or no image."""
+    path = Path(path)
+    with DicomFile(path) as file, quietly():
+        return describe(read_header(file, path)[0], path)
+
+
+def describe(ds: Dataset, path: Path) -> DicomInfo:
+    """A header that is read. `DataError` naming `path` where elements hold what they cannot."""
+    try:
+        laterality, view = mammography.side_and_view(ds)
+        sop_class = str(ds.get("SOPClassUID", ""))
+        matrix = ds.get("TotalPixelMatrixRows"), ds.get("TotalPixelMatrixColumns")
+        info = DicomInfo(
+            rows=int(ds.Rows),
+            columns=int(ds.Columns),
+            frames=int(ds.get("NumberOfFrames") or 1),
+            bits_stored=int(ds.BitsStored),
+            transfer_syntax=str(ds.file_meta.TransferSyntaxUID),
+            sop_class=sop_class,
+            modality=_text(ds.get("Modality")),
+            patient_id=_text(ds.get("PatientID")),
+            study_uid=_text(ds.get("StudyInstanceUID")),
+            laterality=laterality,
+            view=view,
+            orientation=mammography.orientation(ds),
+            spacing=mammography.spacing(ds),
+            photometric=_text(ds.get("PhotometricInterpretation")) or "not declared",
+            for_processing=sop_class in _FOR_PROCESSING
+            or mammography.text(ds.get("PresentationIntentType")) == "FOR PROCESSING",
+            flags=mammography.flags(ds),
+            magnification=mammography.magnification(ds),
+            manufacturer=_text(ds.get("Manufacturer")),
+            matrix=(int(matrix[0]), int(matrix[1])) if all(matrix) else None,  # pyright: ignore[reportArgumentType]
+        )
+    except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
+        raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
+    if info.rows < 1 or info.columns < 1 or info.frames < 1:
+        raise DataError(f"{path}: {info.frames} frames of {info.rows} x {info.columns} pixels; the header is damaged")
+    return info
+
+
+def _text(value: Any) -> str | None:
+    """In one line; None if there is none."""
+    return " ".join(str(value).split()) or None if value is not None else None

@@ -1,0 +1,11 @@
+"""Phantom mammograms of any size: a task that is easy at native resolution and impossible at low resolution.
+
+The label of the standard phantoms is whether there is a cluster of micro-calcifications. An image without one has the
+same cluster blurred, so that averaging over 8 x 8 pixels leaves nothing that tells the two apart, while masses and
+lines are in both classes alike.
+"""
+
+from .exams import Phantom, make_array, write_phantoms
+from .image import LESIONS, Lesion, PhantomImage
+
+__all__ = ["LESIONS", "Lesion", "Phantom", "PhantomImage", "make_array", "write_phantoms"]

@@ -1,0 +1,19 @@
+"""Tables of images: one's own (csv, folder per class) and those of public data sets, as records of one schema."""
+
+from .generic import missing_files, read_table
+from .public import DATA_SETS, detect, read_data_set
+from .schema import SPLITS, Box, Finding, Record, Table, write_table
+
+__all__ = [
+    "DATA_SETS",
+    "SPLITS",
+    "Box",
+    "Finding",
+    "Record",
+    "Table",
+    "detect",
+    "missing_files",
+    "read_data_set",
+    "read_table",
+    "write_table",
+]

@@ -1,0 +1,117 @@
+"""Rows of a table as people publish it: csv in every dialect, compressed or not, and Excel."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import DataError
+
+# The field of the csv module may hold 128 KiB at most unless told; outlines of findings are longer.
+csv.field_size_limit(2**27)
+_BREAKS = re.compile(r"\s*[\r\n]+\s*")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows below the header of one table, as dictionaries of stripped text."""
+
+    path: Path
+    header: list[str]
+    rows: list[dict[str, str]]
+    places: list[str]
+    """Where each row stands, for messages: "line 7", "row 7"."""
+
+    def require(self, *names: str) -> None:
+        """`DataError` that names the first column that is missing."""
+        missing = [name for name in names if name not in self.header]
+        if missing:
+            raise DataError(f"{self.path}: column {', '.join(missing)} is missing; it has {', '.join(self.header)}")
+
+
+def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "cp1252") -> Rows:
+    """All rows of a csv (also .gz), .xlsx or .xls file; empty rows and columns without a name are dropped.
+
+    Separator (comma, semicolon, tab) and line ends are found out; text is UTF-8. Line breaks within a cell become
+    blanks. Whole numbers of Excel sheets lose their ".0".
+
+    sheet: of an Excel file, else its first. fallback: the encoding of csv files that are not in UTF-8; None refuses.
+    Raises `DataError` that names the file and the line.
+    """
+    if path.name.lower().endswith((".xlsx", ".xls")):
+        table, unit = _excel(path, sheet), "row"
+    else:
+        table, unit = _csv(path, fallback), "line"
+    if not table or not any(cell.strip() for cell in table[0][1]):
+        raise DataError(f"{path}: is empty; the first line must name the columns")
+    names = [_clean(cell) for cell in table[0][1]]
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: column {twice[0]} is there twice; rename one")
+    while not names[-1]:  # commas at the end of lines, which some tables have in the header or below it only
+        names.pop()
+    rows, places = [], []
+    for number, cells in table[1:]:
+        values = [_clean(cell) for cell in cells]
+        if not any(values):
+            continue
+        if unit == "line" and (len(values) < len(names) or any(values[len(names) :])):
+            raise DataError(f"{path}, line {number}: has {len(values)} cells, the header {len(names)}")
+        values += [""] * (len(names) - len(values))
+        rows.append({name: value for name, value in zip(names, values, strict=False) if name})
+        places.append(f"{unit} {number}")
+    return Rows(path, [name for name in names if name], rows, places)
+
+
+def _clean(cell: str) -> str:
+    cell = cell.strip()
+    return _BREAKS.sub(" ", cell) if "\n" in cell or "\r" in cell else cell
+
+
+def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
+    """(number of the line where it ends, cells) of every row."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if b"\0" in data:
+            raise DataError(f"{path}: is not a csv file (it holds zero bytes); save it as csv in UTF-8")
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except UnicodeDecodeError as error:
+        if fallback is None:
+            raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error
+        text = data.decode(fallback, errors="replace")
+    first = text.partition("\n")[0]
+    separator = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        return [(reader.line_num, cells) for cells in reader]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: is not a csv file ({error}); save it as one") from error
+
+
+def _excel(path: Path, sheet: str | None) -> list[tuple[int, list[str]]]:
+    try:
+        import python_calamine
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading Excel files needs python-calamine: pip install python-calamine, or save it as csv"
+        ) from error
+    try:
+        book = python_calamine.CalamineWorkbook.from_path(str(path))
+        name = next((n for n in book.sheet_names if sheet and n.lower() == sheet.lower()), book.sheet_names[0])
+        rows = book.get_sheet_by_name(name).to_python(skip_empty_area=False)
+    except Exception as error:  # damaged files show in errors of many kinds
+        raise DataError(f"{path}: is not a readable Excel file ({' '.join(str(error).split())})") from error
+    return [(number, [_text(cell) for cell in row]) for number, row in enumerate(rows, 1)]
+
+
+def _text(cell: object) -> str:
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)

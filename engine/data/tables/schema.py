@@ -1,0 +1,158 @@
+"""What is known of an image, whatever data set it is from: `Record`; and the csv file that holds records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+
+SPLITS = ("train", "val", "test")
+LABEL_PREFIX = "label_"
+"""Columns with this prefix are label columns: `label_cancer` is `labels["cancer"]`."""
+
+Box = tuple[int, int, int, int]
+"""Top, bottom, left, right in pixels of the file as stored, before any mirroring; ends excluded."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One annotated place in an image, in pixels of the file as stored; what a data set does not give is empty."""
+
+    kind: str = ""
+    """mass, calcification, asymmetry, ... in lower case, as the data set names it."""
+    box: Box | None = None
+    outline: tuple[tuple[float, float], ...] = ()
+    """Corners (row, column) of a closed polygon."""
+    mask: Path | None = None
+    """An image of the same size that is not zero inside the finding."""
+    pathology: str = ""
+    """malignant, benign, ... in lower case."""
+    birads: str = ""
+
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """Plain values without what is empty; paths below `folder` are relative to it."""
+        values: dict[str, Any] = {"kind": self.kind, "box": self.box, "outline": self.outline}
+        values |= {"mask": relative(self.mask, folder) if self.mask else "", "pathology": self.pathology}
+        values["birads"] = self.birads
+        return {name: value for name, value in values.items() if value}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], folder: Path) -> Finding:
+        """The inverse of `to_json`. KeyError, TypeError or ValueError if the values are of another form."""
+        unknown = set(values) - {"kind", "box", "outline", "mask", "pathology", "birads"}
+        if unknown:
+            raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
+        box = values.get("box")
+        if box is not None:
+            top, bottom, left, right = (int(side) for side in box)
+            if not (0 <= top < bottom and 0 <= left < right):
+                raise ValueError(f"box {box} is not top, bottom, left, right")
+            box = top, bottom, left, right
+        return cls(
+            kind=str(values.get("kind", "")),
+            box=box,
+            outline=tuple((float(row), float(column)) for row, column in values.get("outline", ())),
+            mask=folder / values["mask"] if values.get("mask") else None,
+            pathology=str(values.get("pathology", "")),
+            birads=str(values.get("birads", "")),
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a table."""
+
+    path: Path
+    label: int
+    """Index into the table's classes; -1 where the image has no label."""
+    patient_id: str
+    split: str | None = None
+    """train, val or test; None where the table does not say."""
+    laterality: str | None = None
+    """L or R."""
+    view: str | None = None
+    """CC, MLO, ML, ...; PA or AP of chest radiographs."""
+    extra: dict[str, str] = field(default_factory=dict, compare=False)
+    """All other columns, as they stand in the file."""
+    exam_id: str | None = None
+    density: str | None = None
+    """A, B, C or D (BI-RADS)."""
+    birads: str | None = None
+    """0, 1, 2, 3, 4, 4A, 4B, 4C, 5 or 6."""
+    manufacturer: str | None = None
+    labels: dict[str, float] = field(default_factory=dict, compare=False)
+    """Label columns by name; a label that is not known of this image is absent."""
+    findings: tuple[Finding, ...] = ()
+    frame: int | None = None
+    """Which frame of a file that has several, from 0."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records and the names of their classes."""
+
+    records: list[Record]
+    classes: list[str]
+    """Class names in the order of the labels; empty where the table was read without labels."""
+    label_rule: str = ""
+    """What the label means, where a reader of a public data set made it."""
+    name: str = ""
+    """Of the public data set, as in `DATA_SETS`."""
+
+
+def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[str]) -> Path:
+    """Write records as a csv file that `read_table` reads back; returns its path.
+
+    Columns that no record fills are left out; paths below the csv's folder are relative to it. Records with label -1
+    get an empty label, with which `read_table` can only read them as images to predict.
+    Raises `DataError` if the file cannot be written.
+    """
+    path = Path(path)
+    folder = Path(os.path.abspath(path)).parent
+    rows = [_row(record, classes, folder) for record in records]
+    present = {name for row in rows for name, value in row.items() if value != ""}
+    names = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
+    columns = [name for name in names if name in present or name in ("image_path", "label", "patient_id")]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def relative(path: Path, folder: Path) -> str:
+    """`path` from `folder` on if it lies below, else as an absolute path; with slashes on every system."""
+    path = Path(os.path.abspath(path))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+
+
+def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]:
+    findings = [finding.to_json(folder) for finding in record.findings]
+    label = "" if record.label < 0 else classes[record.label] if classes else str(record.label)
+    return {
+        "image_path": relative(record.path, folder),
+        "frame": "" if record.frame is None else str(record.frame),
+        "label": label,
+        "patient_id": record.patient_id,
+        "split": record.split or "",
+        "laterality": record.laterality or "",
+        "view": record.view or "",
+        "exam_id": record.exam_id or "",
+        "density": record.density or "",
+        "birads": record.birads or "",
+        "manufacturer": record.manufacturer or "",
+        "findings": json.dumps(findings) if findings else "",
+        **{LABEL_PREFIX + name: f"{value:g}" for name, value in record.labels.items() if not math.isnan(value)},
+        **record.extra,
+    }

@@ -1,0 +1,104 @@
+"""Images to files by region: tiled TIFF of any size, and 16-bit PNG of what fits into memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import imagecodecs
+import numpy as np
+import tifffile
+
+from ..errors import DataError
+
+ReadRegion = Callable[[int, int, int, int], np.ndarray]
+"""(top, bottom, left, right) -> (rows, columns) of the region."""
+
+TILE = 512
+# Pixels of the largest PNG, which is encoded in one piece: 128 MiB of 16 bits.
+PNG_PIXELS = 2**26
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def write_tiff(
+    path: Path,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    read: ReadRegion,
+    *,
+    spacing: float | None = None,
+    threads: int = 1,
+    report: Callable[[int], object] | None = None,
+) -> None:
+    """A tiled grey (Big)TIFF, zstd without loss, tile by tile; nothing else of the image is held.
+
+    spacing: millimetres between pixels. threads: that read tiles ahead. report: called with numbers of pixels done.
+    """
+    height, width = shape
+    regions = [
+        (top, min(top + TILE, height), left, min(left + TILE, width))
+        for top in range(0, height, TILE)
+        for left in range(0, width, TILE)
+    ]
+
+    def tile(region: tuple[int, int, int, int]) -> np.ndarray:
+        values = read(*region)
+        if report is not None:
+            report(values.size)
+        # tifffile wants whole tiles; the file says how much of them is image.
+        return np.pad(values, ((0, TILE - values.shape[0]), (0, TILE - values.shape[1])))
+
+    resolution = {"resolution": (10 / spacing, 10 / spacing), "resolutionunit": "CENTIMETER"} if spacing else {}
+    with tifffile.TiffWriter(path, bigtiff=height * width * dtype.itemsize > 2**31) as file:
+        file.write(
+            ahead(tile, regions, threads),
+            shape=shape,
+            dtype=dtype,
+            tile=(TILE, TILE),
+            photometric="minisblack",
+            compression="zstd",
+            predictor=dtype.itemsize > 1,
+            software="gigamorph",
+            metadata=None,
+            **resolution,
+        )
+
+
+def write_png(path: Path, shape: tuple[int, int], read: ReadRegion) -> None:
+    """A grey PNG; `DataError` if the image is too large to be encoded in one piece."""
+    if shape[0] * shape[1] > PNG_PIXELS:
+        raise DataError(f"{path}: {shape[0]} x {shape[1]} pixels are too many for a PNG; write tiff")
+    path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(read(0, shape[0], 0, shape[1])), level=4))
+
+
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path` if all goes well and is removed if not."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """function(item) of every item in order, made by some threads that are a few items ahead at most."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,216 @@
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import imagecodecs
+import lookalikes
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gigamorph.cli.count import Count
+from gigamorph.cli.data import data
+from gigamorph.cli.main import main
+from gigamorph.cli.picture import show_picture
+from gigamorph.engine.data.tables import read_table
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main(["data", *map(str, args)])
+    return exit_.value.code
+
+
+def rows(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("command", sorted(data.commands))
+def test_every_help_has_an_example(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"Example: gigamorph data {command}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    options = ["--size", "160x128", "--patients", 6, "--breasts", 2, "--lesion", "mass", "--lesion", "cluster"]
+    assert run("phantom", "--out", folder, *options, "--masks", "--seed", 3, "--workers", 2) == 0
+    return folder
+
+
+def test_phantom(phantoms, tmp_path, capsys):
+    table = read_table(phantoms / "phantoms.csv").records
+    assert len(table) == 24
+    assert {finding.kind for record in table for finding in record.findings} == {"mass", "cluster"}
+    assert all(finding.mask.exists() for record in table for finding in record.findings)
+    assert run("phantom", "--out", tmp_path, "--size", "200x160", "--patients", 2, "--format", "tiff") == 0
+    assert "4 images of 2 patients, 200 x 160 pixels" in capsys.readouterr().out
+    assert len(list((tmp_path / "images").glob("*.tif"))) == 4
+    assert run("phantom", "--out", tmp_path, "--size", "70000x128", "--patients", 1) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_index(phantoms, tmp_path, capsys):
+    shutil.copytree(phantoms / "images", tmp_path / "in")
+    (tmp_path / "in" / "notes").write_text("x")
+    assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv") == 0
+    said = capsys.readouterr()
+    assert "24 images of 6 patients, 1 files passed over" in said.out
+    assert "6 L CC, 6 L MLO, 6 R CC, 6 R MLO" in said.out
+    assert "passed over: " in said.err and "notes" in said.err
+    assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"P{n:05d}" for n in range(1, 7)}
+    assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv", "--identifiers") == 0
+    assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"PHANTOM{n:04d}" for n in range(6)}
+    (tmp_path / "empty").mkdir()
+    assert run("index", tmp_path / "empty", "--out", tmp_path / "e.csv") == 2
+
+
+def test_check(phantoms, tmp_path, capsys):
+    assert run("check", phantoms / "phantoms.csv") == 0
+    said = capsys.readouterr().out
+    assert "24 images, 0 with something to mend" in said
+    assert "24 flag: not a standard view" in said
+    table = (phantoms / "phantoms.csv").read_text().replace("_R_CC.dcm,0,PHANTOM0000", "_R_CC.dcm,0,PHANTOM0001")
+    (phantoms / "wrong.csv").write_text(table.replace(",L,CC,", ",R,CC,", 1))
+    assert run("check", phantoms / "wrong.csv", "--out", tmp_path / "problems.csv", "--workers", 1) == 1
+    said = capsys.readouterr().out
+    assert "is R in the table, L in the header" in said
+    found = [row for row in rows(tmp_path / "problems.csv") if row["kind"] != "flag"]
+    assert f"{len({row['image_path'] for row in found})} with something to mend" in said
+    assert {row["kind"] for row in found} == {"laterality", "patient"}
+    (phantoms / "wrong.csv").unlink()
+
+
+def test_check_of_a_public_data_set(tmp_path, capsys):
+    lookalikes.vindr_mammo(tmp_path)
+    assert run("check", tmp_path) == 0
+    assert "holds VinDr-Mammo (--dataset vindr-mammo)" in capsys.readouterr().out
+    (tmp_path / "images" / "s1" / "i1.dicom").unlink()
+    assert run("check", tmp_path, "--dataset", "vindr-mammo") == 1
+    assert "No such file" in capsys.readouterr().out
+
+
+def test_split(phantoms, tmp_path, capsys):
+    lines = [",".join(line.split(",")[:3]) for line in (phantoms / "phantoms.csv").read_text().splitlines()]
+    (phantoms / "bare.csv").write_text("\n".join(lines))
+    for name in ("a", "b"):
+        assert run("split", phantoms / "bare.csv", "--out", tmp_path / f"{name}.csv", "--seed", 1) == 0
+    said = capsys.readouterr().out
+    assert "train      2 patients       8 images: 6 of 0, 2 of 1" in said
+    assert "no patient is in two splits" in said
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    records = read_table(tmp_path / "a.csv").records  # the images are found from there, too
+    assert {record.split for record in records} == {"train", "val", "test"}
+    assert run("split", tmp_path / "a.csv", "--out", tmp_path / "c.csv", "--seed", 5) == 0
+    assert "the split of the table is kept\n" in capsys.readouterr().out
+    assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
+    official = (tmp_path / "a.csv").read_text().replace(",val\n", ",train\n")
+    (tmp_path / "official.csv").write_text(official)
+    assert run("split", tmp_path / "official.csv", "--out", tmp_path / "d.csv", "--fractions", "0.8,0.2,0") == 0
+    assert "the split of the table is kept; val is drawn from train" in capsys.readouterr().out
+    assert run("split", tmp_path / "a.csv", "--out", tmp_path / "e.csv", "--fractions", "0.8,0.2") == 2
+
+
+def test_convert_a_public_data_set(tmp_path, capsys):
+    lookalikes.embed(tmp_path / "in")
+    out = tmp_path / "out"
+    assert run("convert", tmp_path / "in", "--dataset", "embed", "--out", out, "--images", "tiff") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "label cancer: 1 if pathology of the exam and side found cancer" in said
+    assert "split: none" in said
+    assert "4 images of 3 patients (2 of class 0, 1 of class 1, 1 without label)" in said
+    table = read_table(out / "table.csv")
+    assert [record.label for record in table.records] == [1, 0, 0]
+    assert all(record.path.parent == out / "images" for record in table.records)
+    assert [row["label"] for row in rows(out / "unlabelled.csv")] == [""]
+    assert len(read_table(out / "unlabelled.csv", labels=False).records) == 1
+    stored = json.loads((out / "table.json").read_text())
+    assert stored["data_set"] == "embed" and stored["label"].startswith("cancer: ") and stored["left_out"] == 0
+    assert stored["images"] == {"of class 0": 2, "of class 1": 1, "without label": 1}
+
+
+def test_convert_says_what_it_cannot(tmp_path, capsys):
+    lookalikes.rsna(tmp_path / "in")
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "a", "--label", "invasive") == 0
+    assert "RSNA 2023 (--dataset rsna)" in capsys.readouterr().out
+    assert [row["label"] for row in rows(tmp_path / "a" / "table.csv")] == ["1", "0", "0"]
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "a", "--label", "birads") == 2
+    assert "RSNA 2023 has no label 'birads'; choose from cancer, biopsy" in capsys.readouterr().err
+    path = tmp_path / "in" / "train_images" / "10" / "100.dcm"
+    content = path.read_bytes()
+    path.write_bytes(content[:2000])
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "b", "--images", "png") == 1
+    said = capsys.readouterr()
+    assert "left out: " in said.err and "100.dcm" in said.err
+    assert len(rows(tmp_path / "b" / "table.csv")) == 2
+    path.unlink()
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "c") == 2
+    assert "1 of 3 images of RSNA 2023 are missing" in capsys.readouterr().err
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "c", "--skip-missing") == 0
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "e", "--label", "none", "--skip-missing") == 0
+    assert "2 without label" in capsys.readouterr().out
+    assert not (tmp_path / "e" / "table.csv").exists()
+    out = tmp_path / "f"  # a table of one's own that has no labels
+    assert run("convert", tmp_path / "e" / "unlabelled.csv", "--out", out, "--label", "none", "--images", "png") == 0
+    assert len(rows(out / "unlabelled.csv")) == len(list((out / "images").iterdir())) == 2
+    assert run("convert", tmp_path / "e" / "unlabelled.csv", "--out", out) == 2
+    assert "label is empty" in capsys.readouterr().err
+    assert run("convert", tmp_path / "a" / "table.csv", "--out", tmp_path / "d", "--label", "cancer") == 2
+    assert "--dataset NAME" in capsys.readouterr().err
+
+
+def test_preview(phantoms, tmp_path, capsys):
+    image = sorted((phantoms / "images").glob("*_R_CC.dcm"))[0]
+    assert run("preview", image, "--mean", "0.3", "--std", "0.1", "--out", tmp_path / "p.png") == 0
+    said = capsys.readouterr().out
+    assert "1. DICOM, Explicit VR Little Endian" in said
+    assert "mirrored left-right (chest wall left, feet down)" in said
+    assert "minus [0.3], over [0.1]" in said
+    assert "1 x 160 x 128 (channels x height x width), -3 to" in said
+    assert f"{tmp_path / 'p.png'}: every pixel" in said
+    assert imagecodecs.png_decode((tmp_path / "p.png").read_bytes()).shape == (160, 128)
+    picture = [line for line in said.splitlines() if line.strip() and set(line) <= set(" .:-=+*#%@")]
+    assert len(picture) > 10  # as characters, because this is no terminal
+    # The chest wall is left.
+    assert sum(line[:10].count(" ") for line in picture) < sum(line.ljust(80)[30:40].count(" ") for line in picture)
+    assert run("preview", image, "--voi", "window:7") == 2
+    assert "window:7" in capsys.readouterr().err
+    grey = np.full((20, 20), 255, np.uint8)
+    (tmp_path / "white.png").write_bytes(imagecodecs.png_encode(grey))
+    assert run("preview", tmp_path / "white.png") == 0
+    assert "warning: all pixels are equal" in capsys.readouterr().err
+
+
+def test_preview_of_the_real_mammogram(real_data, capsys):
+    assert run("preview", real_data / "dicom" / "mg_ge_jpeg_lossless.dcm") == 0
+    said = capsys.readouterr().out
+    assert "1 x 3062 x 2394" in said
+    assert "VOI" in said and "padding" in said and "mirrored left-right" in said
+
+
+def test_pictures_in_colour_are_two_pixels_a_character(capsys):
+    picture = np.array([[0, 255], [255, 0], [9, 200]], np.uint8)
+    console = Console(force_terminal=True, color_system="truecolor", width=10)
+    with console.capture() as capture:
+        show_picture(picture, console)
+    lines = capture.get().splitlines()
+    assert len(lines) == 2
+    assert "\x1b[38;2;0;0;0;48;2;255;255;255m▀" in lines[0]
+    assert "\x1b[38;2;255;255;255;48;2;0;0;0m▀" in lines[0]
+    assert "38;2;200;200;200;48;2;0;0;0m▀" in lines[1]  # nothing below the last row
+
+
+def test_counts_on_a_terminal_and_elsewhere():
+    quiet = Console(force_terminal=False, width=80)
+    with quiet.capture() as capture, Count("images", console=quiet, interval=0) as count:
+        count.start(3)
+        count.add()
+        count.add(2)
+    assert capture.get().splitlines() == ["images: 1 of 3", "images: 3 of 3"]
+    terminal = Console(force_terminal=True, width=80)
+    with terminal.capture() as capture, Count("images", 3, console=terminal) as count:
+        count.add(3)
+    assert "3/3" in capture.get()

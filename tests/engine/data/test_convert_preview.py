@@ -1,0 +1,154 @@
+"""What the network sees, as files, as figures and as a picture."""
+
+from pathlib import Path
+
+import imagecodecs
+import lookalikes
+import numpy as np
+import pydicom
+import pytest
+
+from gigamorph.engine.data.convert import convert_images
+from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.data.preview import preview, thumbnail, write_preview
+from gigamorph.engine.data.tables import Finding, Record, read_table
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.pixels import Normalize, open_pixels
+
+
+def whole(path: Path, **options: object) -> np.ndarray:
+    source = open_pixels(path, **options)  # pyright: ignore[reportArgumentType]
+    return source.read(0, source.shape[1], 0, source.shape[2]).numpy()
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    folder = tmp_path_factory.mktemp("p")
+    table = write_phantoms(folder, patients=4, height=600, width=530, breasts=2, masks=True, lesions=("mass",))
+    return read_table(table).records
+
+
+@pytest.mark.parametrize("file_format", ["tiff", "png"])
+def test_images_boxes_and_masks_move_together(phantoms: list[Record], tmp_path: Path, file_format: str) -> None:
+    done = []
+    records, errors = convert_images(
+        phantoms, tmp_path, file_format=file_format, on_done=lambda: done.append(1)  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    assert errors == []
+    assert len(done) == len(records) == 16
+    affected = 0
+    for before, after in zip(phantoms, records, strict=True):
+        assert (after.label, after.patient_id, after.split) == (before.label, before.patient_id, before.split)
+        seen = whole(before.path)
+        np.testing.assert_array_equal(np.rint(whole(after.path) * 65535), np.rint(seen * np.float64(65535)))
+        assert after.extra["steps"].endswith("(chest wall left, feet down)") == (before.laterality == "R")
+        for old, new in zip(before.findings, after.findings, strict=True):
+            affected += 1
+            assert old.box is not None and new.box is not None and old.mask is not None and new.mask is not None
+            top, bottom, left, right = new.box
+            assert (bottom - top, right - left) == (old.box[1] - old.box[0], old.box[3] - old.box[2])
+            mask = whole(new.mask)[0] > 0
+            expected = whole(old.mask)[0] > 0
+            np.testing.assert_array_equal(mask, expected if before.laterality == "L" else expected[:, ::-1])
+            assert mask[top:bottom, left:right].sum() == mask.sum() > 0
+    assert affected == 4
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_outlines_move_and_names_stay_apart(tmp_path: Path) -> None:
+    paths = [lookalikes.dicom(tmp_path / folder / "1-1.dcm", PatientOrientation=["P", "L"]) for folder in "ab"]
+    finding = Finding(outline=((1.0, 2.0), (3.0, 4.0), (5.0, 2.5)), box=(1, 6, 2, 5))
+    records, _ = convert_images([Record(path, 0, "p", findings=(finding,)) for path in paths], tmp_path / "out")
+    assert [record.path.name for record in records] == ["1-1.tif", "1-1-2.tif"]
+    assert records[0].findings[0].outline == ((1.0, 38.0), (3.0, 36.0), (5.0, 37.5))
+    assert records[0].findings[0].box == (1, 6, 35, 38)
+
+
+def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.dcm"
+    cut.write_bytes(phantoms[0].path.read_bytes()[:9000])
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(imagecodecs.png_encode(np.zeros((3, 3), np.uint8)))
+    bad = [Record(cut, 0, "p"), Record(phantoms[1].path, 0, "p", findings=(Finding(mask=mask),))]
+    records, errors = convert_images([bad[0], phantoms[0], bad[1]], tmp_path / "out", workers=1)
+    assert [record.path.stem for record in records] == [phantoms[0].path.stem]
+    assert "cut.dcm: is truncated" in str(errors[0])
+    assert "mask.png: is 3 x 3, its image 600 x 530" in str(errors[1])
+    assert not list((tmp_path / "out").rglob("*.part"))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        convert_images(phantoms[:1], tmp_path / "file")
+
+
+@pytest.mark.parametrize("file_format", ["tiff", "png"])
+def test_no_identifier_gets_into_what_is_written(tmp_path: Path, file_format: str) -> None:
+    path = lookalikes.dicom(tmp_path / "x.dcm", **lookalikes.SECRETS)
+    convert_images([Record(path, 0, "p")], tmp_path / "out", file_format=file_format)  # pyright: ignore[reportArgumentType]
+    write_preview(open_pixels(path), tmp_path / "out" / "preview.png")
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) == 2
+    for file in files:
+        content = file.read_bytes()
+        assert [value for value in lookalikes.SECRETS.values() if value.encode() in content] == []
+    assert "Jane" not in repr(preview(open_pixels(path)))
+
+
+def test_figures(phantoms: list[Record]) -> None:
+    normalize = Normalize((0.3,), (0.1,))
+    record = next(record for record in phantoms if record.laterality == "R")
+    source = open_pixels(record.path, normalize=normalize)
+    seen, pixels = preview(source), whole(record.path, normalize=normalize).astype(np.float64)
+    assert (seen.shape, seen.steps) == (source.shape, source.steps)
+    np.testing.assert_allclose([seen.mean, seen.std], [pixels.mean(), pixels.std()], rtol=1e-9)
+    assert (seen.least, seen.most) == (pixels.min(), pixels.max())
+    assert seen.black == (whole(record.path) == 0).mean()
+    assert seen.white == 0
+    assert seen.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("grey", "normalize", "warnings"),
+    [
+        (np.full((30, 30), 128, np.uint8), Normalize(), ["all pixels are equal"]),
+        (np.tile(np.array([0, 255], np.uint8), (30, 15)), Normalize(), ["50.0% of the pixels are white"]),
+        (np.pad(np.full((3, 3), 99, np.uint8), 20), Normalize(), ["99.5% of the pixels are black"]),
+        (
+            np.tile(np.array([0, 90], np.uint8), (30, 15)),
+            Normalize((0.5,), (0.01,)),
+            ["values reach -50: mean and std"],
+        ),
+    ],
+)
+def test_warnings(grey: np.ndarray, normalize: Normalize, warnings: list[str]) -> None:
+    found = preview(open_pixels(grey, normalize=normalize)).warnings
+    assert len(found) == len(warnings)
+    for text, expected in zip(found, warnings, strict=True):
+        assert text.startswith(expected)
+
+
+def test_preview_png_holds_what_the_network_sees(phantoms: list[Record], tmp_path: Path) -> None:
+    record = next(record for record in phantoms if record.laterality == "R")
+    source = open_pixels(record.path, normalize=Normalize((0.3,), (0.1,)))
+    assert write_preview(source, tmp_path / "x" / "p.png") == "every pixel"
+    stored = pydicom.dcmread(record.path).pixel_array[:, ::-1] / 4095
+    picture = imagecodecs.png_decode((tmp_path / "x" / "p.png").read_bytes())
+    assert picture.dtype == np.uint16
+    assert abs(picture / 65535 - stored).max() < 1.01 / 65535
+
+
+def test_large_previews_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = np.random.default_rng(0).integers(0, 65536, (100, 90), dtype=np.uint16)
+    monkeypatch.setattr("gigamorph.engine.data.preview.PNG_PIXELS", 1000)
+    assert write_preview(open_pixels(grey), tmp_path / "p.png") == "mean over blocks of 3 x 3 pixels"
+    picture = imagecodecs.png_decode((tmp_path / "p.png").read_bytes())
+    expected = grey[:99].reshape(33, 3, 30, 3).mean((1, 3))
+    assert abs(picture - expected).max() <= 1
+
+
+def test_thumbnail_fits_and_averages() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (101, 60), dtype=np.uint8)
+    small = thumbnail(open_pixels(grey, normalize=Normalize((0.4,), (0.2,))), 20, 30)
+    assert small.shape == (25, 15)
+    expected = grey[:100].reshape(25, 4, 15, 4).mean((1, 3))
+    assert abs(small - expected).max() <= 0.51
+    assert thumbnail(open_pixels(grey[:3, :3]), 20, 30).shape == (3, 3)

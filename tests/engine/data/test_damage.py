@@ -1,0 +1,287 @@
+"""Damaged and hostile files of every format: a clear error that names the file, in bounded memory and time.
+
+Never a crash, a hang, an image that is silently black, or an error that is not ours.
+"""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import image_files
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from image_files import BIG, DEFLATED, EXPLICIT, JPEG, RLE, corpus, damage, encode, item, picture, write_dicom
+from pydicom.sequence import Sequence
+
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.pixels import open_pixels
+
+# Damaged headers make pydicom warn before we raise.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+MiB = 2**20
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a sound file of every kind."""
+    folder = tmp_path_factory.mktemp("sound")
+    return {name: write(folder / str(number)).read_bytes() for number, (name, write) in enumerate(corpus().items())}
+
+
+def open_all(paths: list[Path], memory: int) -> list[dict[str, Any]]:
+    """What comes of opening and reading each file, in one process with `memory` bytes more than it starts with."""
+    script = Path(image_files.__file__).with_name("open_files.py")
+    names = "\n".join(str(path) for path in paths)
+    run = subprocess.run([sys.executable, str(script), str(memory)], input=names, capture_output=True, text=True)
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    killer = paths[len(found)] if len(found) < len(paths) else None
+    assert run.returncode == 0, f"{killer} kills the process: {run.returncode}\n{run.stderr[-2000:]}"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_random_damage(sound: dict[str, bytes], tmp_path: Path) -> None:
+    paths = []
+    for number in range(1200):
+        rng = np.random.default_rng([6, number])
+        name = list(sound)[number % len(sound)]
+        paths.append(tmp_path / f"{number}_{name.replace(' ', '_')}")
+        paths[-1].write_bytes(damage(sound[name], rng))
+    found = open_all(paths, 1024 * MiB)
+    for each in found:
+        assert each["error"] in (None, "DataError"), each
+        if each["error"]:
+            assert each["name"] in each["message"], each
+            assert "\n" not in each["message"], each
+        assert not each["zero"], each
+        assert each["seconds"] < 10, each
+        assert each["grown"] < 300 * MiB, each
+    assert sum(each["error"] is not None for each in found) > 500
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_bytes_changed_and_cut_off(sound: dict[str, bytes], tmp_path: Path, data: st.DataObject) -> None:
+    """As above, but hypothesis looks for the smallest change that does harm."""
+    content = bytearray(sound[data.draw(st.sampled_from(sorted(sound)))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        piece = data.draw(st.binary(min_size=1, max_size=8))
+        content[place : place + len(piece)] = piece
+    path = tmp_path / "damaged"
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        source = open_pixels(path, frame=0)
+        _, height, width = source.shape
+        assert source.read(0, min(height, 999), 0, min(width, 999)).shape[1:] == (min(height, 999), min(width, 999))
+    except DataError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+
+
+# ---------------------------------------------------------------------------------------------- hostile files
+
+
+def _png(width: int, height: int, data: bytes) -> bytes:
+    """A grey 8-bit PNG whose compressed pixels are `data`."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _patch(path: Path, old: bytes, new: bytes) -> Path:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+    return path
+
+
+def _deflated(path: Path, zeros: int, rows: int) -> Path:
+    """A deflated file that goes on for `zeros` bytes."""
+    write_dicom(path, picture(12), DEFLATED, Rows=rows, Columns=rows)
+    data = path.read_bytes()
+    start = 144 + struct.unpack("<I", data[140:144])[0]
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
+    parts = [stream.compress(zlib.decompress(data[start:], -15))]
+    parts += [stream.compress(bytes(MiB)) for _ in range(zeros // MiB)]
+    path.write_bytes(data[:start] + b"".join(parts) + stream.flush())
+    return path
+
+
+def _nested(path: Path, depth: int) -> Path:
+    """Sequences in sequences."""
+    inside = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * depth
+    write_dicom(path, picture(12))
+    return _patch(path, b"\x08\x00\x60\x00CS", inside + b"\x08\x00\x60\x00CS")
+
+
+def _empty_fragments(path: Path) -> Path:
+    write_dicom(path, picture(12), JPEG + "70")
+    data = path.read_bytes()
+    place = data.index(b"\xfe\xff\x00\xe0")
+    path.write_bytes(data[:place] + b"\xfe\xff\x00\xe0\0\0\0\0" * 3_000_000)
+    return path
+
+
+def _tiff_circle(path: Path) -> Path:
+    tifffile.imwrite(path, picture(12))
+    data = bytearray(path.read_bytes())
+    place = struct.unpack("<I", data[4:8])[0]
+    count = struct.unpack("<H", data[place : place + 2])[0]
+    data[place + 2 + 12 * count : place + 6 + 12 * count] = struct.pack("<I", place)
+    path.write_bytes(bytes(data))
+    return path
+
+
+def _tiff_tag(path: Path, code: int, value: int, kind: int = 4, **options: Any) -> Path:
+    """A TIFF file with one tag changed; kind 4 is a 32-bit integer, 11 a float."""
+    tifffile.imwrite(path, picture(12), **options)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tag = tif.pages.first.tags[code]
+    data = bytearray(path.read_bytes())
+    data[tag.offset + 2 : tag.offset + 12] = struct.pack("<HII", kind, 1, value)
+    path.write_bytes(bytes(data))
+    return path
+
+
+def _jpeg_2000(path: Path, side: int) -> Path:
+    """A code stream and a header that agree on a size that is not there."""
+    write_dicom(path, picture(12), JPEG + "90", Rows=side, Columns=side)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\xff\x4f\xff\x51") + 8
+    data[place : place + 8] = struct.pack(">II", side, side)
+    data[place + 16 : place + 24] = struct.pack(">II", side, side)
+    path.write_bytes(bytes(data))
+    return path
+
+
+def _jpeg(path: Path, rows: int, declared: int, syntax: str = JPEG + "70") -> Path:
+    write_dicom(path, picture(12), syntax, Rows=declared, Columns=declared)
+    data = bytearray(path.read_bytes())
+    mark = {"70": b"\xff\xc3", "51": b"\xff\xc1", "80": b"\xff\xf7"}[syntax[-2:]]
+    place = data.index(mark, data.index(b"\xff\xd8")) + 5
+    data[place : place + 4] = struct.pack(">HH", rows, rows)
+    path.write_bytes(bytes(data))
+    return path
+
+
+def _rle(path: Path, header: list[int]) -> Path:
+    write_dicom(path, picture(12), RLE)
+    old = encode(picture(12), RLE, 12)[:64]
+    return _patch(path, old, struct.pack("<16I", *header + [0] * (16 - len(header))))
+
+
+def _lut(path: Path, count: int, entries: int) -> Path:
+    lut = item(LUTDescriptor=[count, 0, 12], LUTData=np.arange(entries, dtype="<u2").tobytes())
+    return write_dicom(path, picture(12), VOILUTSequence=Sequence([lut]))
+
+
+def _write(content: bytes) -> Callable[[Path], Path]:
+    return lambda path: image_files.write_bytes(path, content)
+
+
+HOSTILE: dict[str, Callable[[Path], Path]] = {
+    "png of a size that is not there": _write(_png(60000, 60000, zlib.compress(bytes(999)))),
+    "png of 2^31 rows": _write(_png(9, 2**31 - 1, zlib.compress(bytes(999)))),
+    "png that ends early": _write(_png(100, 100, zlib.compress(bytes(50 * 101))[:-4])),
+    "deflated header of 64 KiB squared": lambda path: _deflated(path, MiB, 65535),
+    "deflated pixels that end early": lambda path: _deflated(path, MiB, 2000),
+    "jpeg 2000 of 60000 squared": lambda path: _jpeg_2000(path, 60000),
+    "jpeg 2000 of 20000 squared": lambda path: _jpeg_2000(path, 20000),
+    "jpeg of another size": lambda path: _jpeg(path, 65500, 53),
+    "jpeg of a size that is not there": lambda path: _jpeg(path, 65500, 65500),
+    "12-bit jpeg of a size that is not there": lambda path: _jpeg(path, 30000, 30000, JPEG + "51"),
+    "jpeg-ls of another size": lambda path: _jpeg(path, 65535, 53, JPEG + "80"),
+    "jpeg-ls of a size that is not there": lambda path: _jpeg(path, 30000, 30000, JPEG + "80"),
+    "rle with a segment outside": lambda path: _rle(path, [2, 64, 2**31 - 1]),
+    "rle with segments in disorder": lambda path: _rle(path, [2, 900, 64]),
+    "rle with a segment in its header": lambda path: _rle(path, [2, 8, 900]),
+    "rle with 2^32 - 1 segments": lambda path: _rle(path, [2**32 - 1] * 16),
+    "rle with too few segments": lambda path: _rle(path, [1, 64]),
+    "2^31 - 1 frames": lambda path: write_dicom(path, picture(12, (2, 37, 53)), NumberOfFrames=2**31 - 1),
+    "2^31 - 1 compressed frames": lambda path: write_dicom(path, picture(12), JPEG + "70", NumberOfFrames=2**31 - 1),
+    "65535 squared": lambda path: write_dicom(path, picture(12), Rows=65535, Columns=65535),
+    "no rows": lambda path: write_dicom(path, picture(12), Rows=0),
+    "65535 rows in big endian": lambda path: write_dicom(path, picture(12), BIG, Rows=65535),
+    "sequences in sequences": lambda path: _nested(path, 20_000),
+    "three million empty fragments": _empty_fragments,
+    "length of an element beyond the file": lambda path: _patch(
+        write_dicom(path, picture(12), ImageComments="x" * 64), b"LT\x40\0", b"UT\0\0\xf0\xff\xff\xff"
+    ),
+    "lut shorter than it says": lambda path: _lut(path, 65535, 100),
+    "window of no width": lambda path: write_dicom(path, picture(12), WindowCenter=9, WindowWidth=0),
+    "window that is no number": lambda path: _patch(
+        write_dicom(path, picture(12), WindowCenter="1234", WindowWidth="900"), b"1234", b"nan "
+    ),
+    "slope without end": lambda path: write_dicom(path, picture(12), RescaleSlope="9e999", RescaleIntercept=0),
+    "tiff with 2^31 rows": lambda path: _tiff_tag(path, 257, 2**31, compression="zlib"),
+    "tiff with strips of 2^31 rows": lambda path: _tiff_tag(path, 257, 2**32 - 1, compression="zlib", rowsperstrip=9),
+    "tiff with tiles of 2^30 columns": lambda path: _tiff_tag(path, 322, 2**30, compression="zlib", tile=(16, 16)),
+    "tiff with 2^31 columns": lambda path: _tiff_tag(path, 256, 2**31, compression="zstd", tile=(16, 16)),
+    "tiff without bytes": lambda path: _tiff_tag(path, 279, 0, compression="zlib"),
+    "tiff with a strip of a gigabyte": lambda path: _tiff_tag(path, 279, 2**30, compression="zlib"),
+    "tiff with an offset that is a float": lambda path: _tiff_tag(path, 273, 0x43000000, kind=11, compression="zlib"),
+    "tiff with a length that is a float": lambda path: _tiff_tag(path, 279, 0x43000000, kind=11, compression="zlib"),
+    "npy of 2^40 rows": _write(
+        b"\x93NUMPY\1\0\x76\0"
+        + b"{'descr': '<u2', 'fortran_order': False, 'shape': (1099511627776, 3), }".ljust(117)
+        + b"\n"
+    ),
+    "npy with a header of 4 GiB": _write(b"\x93NUMPY\2\0\xff\xff\xff\xff{'descr': '<u2'"),
+    "pgm of 10^9 squared": _write(b"P5 999999999 999999999 65535\n" + bytes(99)),
+    "jpeg file of a size that is not there": _write(
+        imagecodecs.jpeg8_encode(picture(8)).replace(struct.pack(">HH", 37, 53), struct.pack(">HH", 65500, 65500), 1)
+    ),
+    "explicit without pixels": lambda path: _write(write_dicom(path, picture(12), EXPLICIT).read_bytes()[:-3922])(path),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_hostile_files(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name.replace(" ", "_")) for name, write in HOSTILE.items()]
+    bad = [
+        each
+        for each in open_all(paths, 768 * MiB)
+        if each["error"] != "DataError"
+        or each["name"] not in each["message"]
+        or "\n" in each["message"]
+        or each["seconds"] > 10
+        or each["grown"] > 200 * MiB
+    ]
+    assert not bad
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_directory_that_is_its_own_successor(tmp_path: Path) -> None:
+    (found,) = open_all([_tiff_circle(tmp_path / "circle.tif")], 512 * MiB)
+    assert found["error"] is None, found
+    assert found["seconds"] < 5, found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_what_follows_the_pixels_is_not_inflated(tmp_path: Path) -> None:
+    """A sound image with four gigabytes of zeros behind it is read as if they were not there."""
+    path = write_dicom(tmp_path / "bomb.dcm", picture(12), DEFLATED)
+    data = path.read_bytes()
+    start = 144 + struct.unpack("<I", data[140:144])[0]
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
+    image = stream.compress(zlib.decompress(data[start:], -15)) + stream.flush(zlib.Z_FULL_FLUSH)
+    zeros = stream.compress(bytes(16 * MiB)) + stream.flush(zlib.Z_FULL_FLUSH)
+    path.write_bytes(data[:start] + image + 256 * zeros + stream.flush())
+    (found,) = open_all([path], 512 * MiB)
+    assert found["error"] is None, found
+    assert found["grown"] < 100 * MiB, found
+    assert found["seconds"] < 5, found
