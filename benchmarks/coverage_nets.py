@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def double_conv(inside: int, outside: int) -> nn.Sequential:
+def double_conv(inside: int, outside: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (inside, outside):
-        layers += [nn.Conv2d(channels, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU(True)]
+        layers += [nn.Conv2d(channels, outside, 3, padding=1, bias=False), norm(outside), nn.ReLU(True)]
     return nn.Sequential(*layers)
 
 
 class UNet(nn.Module):
     """Three levels; `ups` says how each one comes back up: "transposed", "nearest" or "bilinear"."""
 
-    def __init__(self, ups: tuple[str, str], width: int = 8):
+    def __init__(self, ups: tuple[str, str], width: int = 8, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         super().__init__()
         self.ups = ups
-        self.down = nn.ModuleList([double_conv(3, width), double_conv(width, 2 * width)])
-        self.bottom = double_conv(2 * width, 4 * width)
+        self.down = nn.ModuleList([double_conv(3, width, norm), double_conv(width, 2 * width, norm)])
+        self.bottom = double_conv(2 * width, 4 * width, norm)
         self.transposed = nn.ModuleList(
             [
                 nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
@@ -32,7 +34,7 @@ class UNet(nn.Module):
                 else nn.Conv2d(2 * width, width, 1),
             ]
         )
-        self.up = nn.ModuleList([double_conv(4 * width, 2 * width), double_conv(2 * width, width)])
+        self.up = nn.ModuleList([double_conv(4 * width, 2 * width, norm), double_conv(2 * width, width, norm)])
         self.head = nn.Conv2d(width, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,5 +101,6 @@ class FPN(nn.Module):
 NETWORKS = {
     "unet_t": lambda: UNet(("transposed", "transposed")),
     "unet_i": lambda: UNet(("nearest", "bilinear")),
+    "unet_in": lambda: UNet(("transposed", "transposed"), norm=lambda n: nn.InstanceNorm2d(n, affine=True)),
     "fpn": FPN,
 }

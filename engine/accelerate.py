@@ -147,7 +147,7 @@ class Accelerated(nn.Module):
         prepared = self._program(tuple(pixels.shape), dtype, device, training, image_grad)
         for other in self._programs.values():
             if other is not prepared:
-                other.replays.clear()  # the plan has room for those of one program
+                other.let_go()  # the plan has room for those of one program
         state = self._bind_state(prepared.network.program)
         return Forward(prepared, image, pixels, device, dtype, state, self.on_tile)
 

@@ -16,17 +16,20 @@ others are added to the gradients of the carries, which the tiles above and to t
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .ops import Axes
 
+_OWN_PAGES = 1 << 20  # bytes
 Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
 
 
@@ -56,6 +59,21 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
     shape[axes[0]], shape[axes[1]] = height, width
     order = memory_order(pattern)
     return _unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
+
+
+def new_map(pattern: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised tensor like `pattern` for a map that exists whole.
+
+    On the CPU it has pages of its own: what the C library's heap got back would stay with the process, in pieces.
+    """
+    shape = list(pattern.shape if shape is None else shape)
+    order = memory_order(pattern)
+    dense = [shape[d] for d in order]
+    size = math.prod(shape) * pattern.element_size()
+    if pattern.device.type != "cpu" or size < _OWN_PAGES or isinstance(pattern, FakeTensor):
+        return _unpermute(torch.empty(dense, dtype=pattern.dtype, device=pattern.device), order)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return _unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape(dense), order)
 
 
 def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:

@@ -227,7 +227,7 @@ def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
         if isinstance(op, Op):
             kept = any(values[v].name or values[v].constant is not None for v in op.mutated)
         if kept or wanted & set(_makes(node)):
-            wanted.update([node.value] if isinstance(node, Reduction) else op.inputs)
+            wanted.update([op.value] if isinstance(op, Reduction) else op.inputs)
             wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
             live.append(node)
     return live[::-1]
@@ -320,9 +320,7 @@ def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) 
     return [v for v in made if read_at.get(v, 0) > level[v]]
 
 
-def split(
-    maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()
-) -> Network:
+def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> Network:
     """The steps of a sorted program.
 
     Args:

@@ -46,6 +46,8 @@ _WEIGHT_COPIES, _MOST_WEIGHT_COPIES = 2, 78_000_000
 _SLACK_FILLED = 0.25
 # Sweeps whose tile is counted: the heaviest ones by their blocks.
 _COUNTED = 2
+# Static tensors of a tile's replay lie in chunks, and those at the end of the image are larger than in the middle.
+_ARENA_SHARE = 2
 # Share of the free memory that is taken where no budget is given.
 _FREE_SHARE = 0.8
 
@@ -215,9 +217,10 @@ class _Estimate:
         )
         retained = self._retain(plan, sweeps, held, slack)
         if count_tile and static.executor(self.image.device) and sweeps[0].tiles - retained.retained >= FEWEST_TILES:
-            statics = sum(static_bytes(sweep, self.training) for sweep in sweeps if sweep.tiles >= FEWEST_TILES)
+            statics = max(static_bytes(sweep, self.training) for sweep in sweeps if sweep.tiles >= FEWEST_TILES)
+            arena = -(-_ARENA_SHARE * statics // static.CHUNK_BYTES) * static.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of smalls, and the sums of their gradients
-            replayed = replace(plan, replay_bytes=peak + statics + copies if statics else 0)
+            replayed = replace(plan, replay_bytes=peak + arena + copies if statics else 0)
             if replayed.peak_bytes <= limit:
                 return self._retain(replayed, sweeps, held, slack)
         return retained
@@ -352,7 +355,7 @@ def choose(
     device = estimate.image.device
     limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
     height, width = network.maps.size(network.program.image)
-    sides = _sides(device, height, width) if tile is None else [tile]
+    sides = _sides(device, height, width, len(network.sweeps) > 1) if tile is None else [tile]
     places = _places(carries, device)
     for place in places:
         for side in sides:
@@ -379,9 +382,11 @@ def _places(carries: str, device: torch.device) -> list[str]:
     return ["device", "disk"] if device.type == "cpu" else ["device", "host", "disk"]
 
 
-def _sides(device: torch.device, height: int, width: int) -> list[tuple[int, int]]:
-    """Tiles worth trying, largest first."""
+def _sides(device: torch.device, height: int, width: int, several: bool) -> list[tuple[int, int]]:
+    """Tiles worth trying, largest first. Sweeps of a few layers gain less from large tiles than one of all layers."""
     preferred = _PREFERRED.get(device.type, 1024)
+    if several and device.type == "cpu":
+        preferred //= 2
     longest = max(height, width)
     sides = [side for side in _SIDES if side <= preferred and side < longest]
     if longest <= preferred:

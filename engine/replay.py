@@ -13,7 +13,9 @@ to, measures and compiles kernels, warms libraries up. The second is captured. R
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 
@@ -25,12 +27,13 @@ from .alike import Outline, Signature, axis_signature, translates
 from .carries import CarryStore, Rect, cut
 from .reduce import Accumulator, Target, Targets
 from .scan import Gathered, Kept, Read, Scan
-from .static import Executor, Name, Static, copy_all
+from .static import Arena, Executor, Name, Static, copy_all
 from .sweep import Carries, Sweep, Tile, area
 
 FEWEST_TILES = 8  # of a sweep: among fewer, too few are alike
-MOST_RECORDINGS = 64  # under the same settings; tiles that strides do not divide are of many kinds
+MOST_KINDS = 64  # of tiles that are recorded; where strides do not divide the tile there are many
 
+Kind = tuple[int, int]  # the first row and column of tiles of their signatures
 Parts = Mapping[tuple[str, int], Rect]
 
 
@@ -40,10 +43,11 @@ class Recording(Static):
     Args:
         outline: what these tiles take and give; its tile is where the work believes itself to be.
         work: computes the tile on the static tensors.
+        arena: where these lie.
     """
 
-    def __init__(self, outline: Outline, work: Callable[[Recording], None]):
-        super().__init__()
+    def __init__(self, outline: Outline, work: Callable[[Recording], None], arena: Arena):
+        super().__init__(arena)
         self.outline, self.i, self.j = outline, outline.i, outline.j
         self.run = partial(work, self)
         self.replay: Callable[[], None] | None = None
@@ -81,20 +85,18 @@ class Bench:
         sums: gradients of the smalls, summed over the tiles of pass 2.
     """
 
-    def __init__(self, sweep: Sweep, scan: Scan):
-        self.sweep = sweep
+    def __init__(self, sweep: Sweep, scan: Scan, arena: Arena):
+        self.sweep, self.arena = sweep, arena
         self.scan = Scan(sweep, {}, scan.device, scan.dtype)  # not `scan`: that would keep its image alive
         self.scan.autocast = scan.autocast
         self.recordings: dict[Hashable, Recording] = {}
         self.step = Static()
         self.sums: dict[int, Tensor] = {}
 
-    def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording | None:
-        """The recording of a key, which is made for tile (i, j) if there is none and not too many others."""
+    def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording:
+        """The recording of a key, which is made for tile (i, j) if there is none."""
         if key not in self.recordings:
-            if len(self.recordings) >= MOST_RECORDINGS:
-                return None
-            self.recordings[key] = Recording(Outline(self.sweep, i, j, self.scan.taken), work)
+            self.recordings[key] = Recording(Outline(self.sweep, i, j, self.scan.taken), work, self.arena)
         return self.recordings[key]
 
     def smalls(self) -> dict[int, Tensor]:
@@ -103,24 +105,22 @@ class Bench:
 
 
 class Replays:
-    """The recordings of one sweep; the `Replay` of its scans."""
+    """The recordings of one sweep; the `Replay` of its scans. Sweeps of one network share an arena."""
 
-    def __init__(self, sweep: Sweep, executor: Executor):
-        self.sweep, self.executor = sweep, executor
+    def __init__(self, sweep: Sweep, executor: Executor, arena: Arena):
+        self.sweep, self.executor, self.arena = sweep, executor, arena
         self.benches: dict[Hashable, Bench] = {}
-        self.rows: list[Signature | None] = []
-        self.cols: list[Signature | None] = []
-        if translates(sweep):
-            self.rows = [axis_signature(sweep, 0, i) for i in range(sweep.rows.steps)]
-            self.cols = [axis_signature(sweep, 1, j) for j in range(sweep.cols.steps)]
+        self.rows, self.cols = (_first_alike(sweep, axis) for axis in (0, 1))
+        counts = kinds(self.rows, self.cols)
+        self.recorded = {kind for kind, _ in counts.most_common(MOST_KINDS)}
 
-    def kind(self, i: int, j: int) -> tuple[Signature, Signature] | None:
-        """What tiles like tile (i, j) have in common; None if it cannot be replayed."""
-        row, col = self.rows[i], self.cols[j]
-        return None if row is None or col is None else (row, col)
+    def kind(self, i: int, j: int) -> Kind | None:
+        """The kind of a tile that is replayed."""
+        kind = (self.rows[i], self.cols[j])
+        return kind if kind in self.recorded else None  # pyright: ignore[reportReturnType]
 
     def _bench(self, scan: Scan, smalls: Mapping[int, Tensor]) -> Bench | None:
-        if not self.rows or any(small.device.type != scan.device.type for small in smalls.values()):
+        if not self.recorded or any(small.device.type != scan.device.type for small in smalls.values()):
             return None  # a number on the host would be captured as it is now
         settings = (
             current_mode(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
@@ -128,7 +128,7 @@ class Replays:
         )  # fmt: skip
         key = scan.device, scan.dtype, scan.autocast, settings
         if key not in self.benches:
-            self.benches[key] = Bench(self.sweep, scan)
+            self.benches[key] = Bench(self.sweep, scan, self.arena)
         return self.benches[key]
 
     def forward(self, scan: Scan, smalls: Mapping[int, Tensor]) -> ReplayedForward | None:
@@ -142,8 +142,22 @@ class Replays:
         return None if bench is None else ReplayedBackward(self, bench, scan, kept, targets)
 
 
+def _first_alike(sweep: Sweep, axis: int) -> list[int | None]:
+    """For each row (column) of tiles the first one like it; None for those that cannot be replayed."""
+    steps = (sweep.rows, sweep.cols)[axis].steps
+    first: dict[Signature, int] = {}
+    signatures = [axis_signature(sweep, axis, step) if translates(sweep) else None for step in range(steps)]
+    return [None if s is None else first.setdefault(s, step) for step, s in enumerate(signatures)]
+
+
+def kinds(rows: list[int | None], cols: list[int | None]) -> Counter[Kind]:
+    """How many tiles there are of each kind."""
+    both = itertools.product(Counter(rows).items(), Counter(cols).items())
+    return Counter({(i, j): m * n for (i, m), (j, n) in both if i is not None and j is not None})
+
+
 def static_bytes(sweep: Sweep, training: bool) -> int:
-    """What static tensors of a sweep's tiles take, if all its tiles are as large as one in the middle; 0 for none.
+    """What the static tensors of a sweep's tile in the middle take; 0 if it cannot be replayed.
 
     The smalls and the sums of their gradients, which all tiles share, are not included.
     """
@@ -155,18 +169,13 @@ def static_bytes(sweep: Sweep, training: bool) -> int:
         height, width = maps.size(value)
         return area(rect) * math.prod(values[value].shape) // (height * width) * values[value].dtype.itemsize
 
-    kinds = 1
-    for axis, schedule in enumerate((sweep.rows, sweep.cols)):
-        kinds *= len({axis_signature(sweep, axis, step) for step in range(schedule.steps)})
     i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
     outline = Outline(sweep, i, j, {*sweep.reductions, *sweep.graph.stored})
     windows = sum(size(source, rect) for source, rect in outline.windows)
     entering = sum(size(value, rect) for (_, value), rect in outline.entering.items())
     leaving = sum(size(value, rect) for (_, value), rect in outline.leaving.items())
     stored = sum(size(value, sweep.block(value, i, j)) for value in sweep.graph.stored)
-    forward, backward = windows + entering + leaving + stored, 2 * (windows + entering + stored) + leaving
-    kinds = min(kinds, MOST_RECORDINGS // (2 if training else 1))
-    return kinds * (forward + (backward if training else 0))
+    return (2 if training else 1) * (windows + entering + stored) + leaving
 
 
 def _entering(recording: Recording, i: int, j: int, read: Read, carries: Carries) -> dict[Name, Tensor]:
@@ -201,9 +210,9 @@ class ReplayedForward:
 
     def __call__(self, i: int, j: int, read: Read, carries: Carries, gathered: Gathered) -> bool:
         kind = self.replays.kind(i, j)
-        recording = kind and self.bench.recording(i, j, ("forward", kind), partial(_compute, self.bench))
-        if not recording:
+        if kind is None:
             return False
+        recording = self.bench.recording(i, j, ("forward", kind), partial(_compute, self.bench))
         recording(_entering(recording, i, j, read, carries), self.replays.executor)
         self._take(recording, i, j, gathered)
         return True
@@ -277,11 +286,11 @@ class ReplayedBackward:
         source_grads: Mapping[int, Tensor],
     ) -> bool:  # fmt: skip
         kind, kept, sweep = self.replays.kind(i, j), self.kept, self.bench.sweep
+        if kind is None:
+            return False
         key = "backward", kind, tuple(self.form), tuple(kept.leaves), frozenset(kept.sources)
         work = partial(_differentiate, self.bench, self.form, kept.leaves, kept.sources, kept.needs)
-        recording = kind and self.bench.recording(i, j, key, work)
-        if not recording:
-            return False
+        recording = self.bench.recording(i, j, key, work)
         outline = recording.outline
         grads = _parts("grad", sweep, outline, outline.entering, i, j, carry_grads)
         back = _parts("back", sweep, outline, outline.leaving, i, j, handed_back)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from .. import kernels
 from .ahead import ReadAhead
-from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
+from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout, new_map
 from .geometry import AxisSchedule
 from .graph import Graph
+from .memory import return_free_pages
 from .reduce import Accumulator, Target, Targets
 from .sweep import Carries, Sweep, Tile, area
 
@@ -199,6 +200,7 @@ class Scan:
         self.memory_format = torch.channels_last if nhwc else torch.contiguous_format
         self.kept: Kept | None = None
         self.replay: Replay | None = None
+        self.thrifty = False  # give free pages back behind each pass: other sweeps need other sizes
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
         self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of apportioned sources that have their gradient
         self.taps: dict[int, list[Callable[[Tensor, Rect], None]]] = {}  # given every block of a map in pass 1
@@ -212,6 +214,8 @@ class Scan:
         """Forget stored maps: autograd keeps them between the passes, and lets them go when it can."""
         self.sources = {v: s for v, s in self.sources.items() if not isinstance(s, StoredMap)}
         self.stored = {}
+        if self.thrifty:
+            return_free_pages()
 
     def take(self, sources: Mapping[int, Tensor], stored: Mapping[int, Tensor]) -> None:
         """Take back the stored maps that autograd has kept: the sources, and what pass 1 has stored."""
@@ -363,16 +367,12 @@ class Scan:
     def _keep(self, tile: Tile, value: int, block: Tensor, *, gathered: Gathered) -> None:
         """What pass 1 does with a block: reduce it, store it, copy the carries out of it."""
         sweep, i, j = self.sweep, tile.i, tile.j
-        of_its_own = not block.requires_grad and not block._is_view()
         block = block.detach()
         rect, axes = sweep.block(value, i, j), sweep.axes(value)
         for number in sweep.reductions.get(value, ()):
             gathered.accumulators[number].add(i, j, block, rect, sweep.graph.maps.size(value)[1])
         if value in sweep.graph.stored:
-            if of_its_own and rect[1::2] == sweep.graph.maps.size(value) and rect[::2] == (0, 0):
-                gathered.stored[value] = block  # the map has one tile
-            else:
-                self.room_in_store(value, i, j, block, gathered).copy_(block)
+            self.room_in_store(value, i, j, block, gathered).copy_(block)
         for tap in self.taps.get(value, ()):
             tap(block, rect)
         for side, own, carry in tile.hands_on(value) if value in sweep.carried else ():
@@ -382,7 +382,7 @@ class Scan:
         """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order."""
         axes = self.sweep.axes(value)
         if value not in gathered.stored:
-            gathered.stored[value] = empty_like_layout(like, axes, *self.sweep.graph.maps.size(value))
+            gathered.stored[value] = new_map(like, self.sweep.graph.maps.shape(value))
         return cut(gathered.stored[value], axes, self.sweep.block(value, i, j))
 
     def room_in_carry(
@@ -534,6 +534,7 @@ class Scan:
                 recorded.add(block, partial(self._block_grad, tile, value, whole, block.detach()))
             for number, target in enumerate(taken):
                 if not target.of_block:
+                    assert target.accumulator is not None
                     root = target.accumulator.partial(block)
                     recorded.add(root, partial(self._partial_grad, tile, value, number, root.detach()))
             return result

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from . import static
+from .carries import new_map
 from .graph import Graph, Network
 from .ops import Small
 from .plan import Plan
@@ -62,7 +63,7 @@ class ScanFunction(torch.autograd.Function):
         sweep, graph = ctx.scan.sweep, ctx.scan.sweep.graph
         count = len(ctx.sources)
         source_grads = {
-            v: (torch.empty_like if v in sweep.apportioned else torch.zeros_like)(tensors[place])
+            v: new_map(tensors[place]) if v in sweep.apportioned else new_map(tensors[place]).zero_()
             for v, place in ctx.sources.items()
             if ctx.needs_input_grad[2 + place]
         }
@@ -81,19 +82,25 @@ class ScanFunction(torch.autograd.Function):
 class Prepared:
     """A network made ready for one image size: its steps, the tiling of each sweep, and the plan.
 
-    `replays` holds what has been captured of each sweep's tiles; it may be emptied between steps.
+    `replays` holds what has been captured of each sweep's tiles, on tensors in `arena`.
     """
 
     network: Network
     sweeps: tuple[Sweep, ...]
     plan: Plan
     replays: dict[int, Replays] = field(default_factory=dict)
+    arena: static.Arena = field(default_factory=static.Arena)
+
+    def let_go(self) -> None:
+        """Forget what has been captured."""
+        self.replays.clear()
+        self.arena.chunks.clear()
 
     def replay(self, index: int, device: torch.device) -> Replays | None:
         """The replays of a sweep, if the plan has room for them."""
         executor = static.executor(device) if self.plan.replayed else None
         if executor is not None and index not in self.replays and self.sweeps[index].tiles >= FEWEST_TILES:
-            self.replays[index] = Replays(self.sweeps[index], executor)
+            self.replays[index] = Replays(self.sweeps[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None
 
 
@@ -174,6 +181,7 @@ class Forward:
             self.prepared.sweeps[index], sources, self.device, self.dtype, plan.carries, plan.retained, self.on_tile
         )
         scan.replay = self.prepared.replay(index, self.device)
+        scan.thrifty = self.device.type == "cpu" and plan.budget is not None and len(self.prepared.sweeps) > 1
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
         smalls = [self.env[v].to(cast_dtype(graph, v, self.env[v].dtype, scan.autocast)) for v in graph.smalls]

@@ -193,11 +193,9 @@ def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int
             if made[v] > now:
                 continue
             part = within.get(v)
-            if backward:
-                there = part is None or now in part  # within a range: computed again
-            else:
-                there = (training and part is None) or now <= last.get(v, end)
-            total += size[v] * there
+            again = part is None or now in part  # within a range: computed again
+            there = now <= last.get(v, end) or (training and part is None)
+            total += size[v] * (again if backward else there)
             if backward and v in wanted and last.get(v, end) >= now and (part is None or now in part):
                 total += size[v]
         return total

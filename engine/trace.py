@@ -288,11 +288,12 @@ def cumulative_averages(model: nn.Module) -> Iterator[None]:
     changed: list[nn.modules.batchnorm._BatchNorm] = []
     try:
         for name, module in model.named_modules():
-            counted = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None
-            if counted and module.momentum is None:
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.num_batches_tracked is None:
+                continue
+            if module.momentum is None:
                 mark = CumulativeAverage(1.0)
                 mark.counter = f"{name}.num_batches_tracked" if name else "num_batches_tracked"
-                module.momentum = mark
+                module.momentum = mark  # pyright: ignore[reportAttributeAccessIssue]
                 changed.append(module)
         yield
     finally:

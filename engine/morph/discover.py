@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .atoms import FIXED, Atoms
 from .borders import Borders
-from .lookup import Join, Rows, Table
+from .lookup import Bags, Join, Rows, Table
 from .provenance import Entry, Label, Tracer
 
 Axis = tuple[str, int]  # parameter or buffer name, axis
@@ -25,8 +25,10 @@ Axis = tuple[str, int]  # parameter or buffer name, axis
 class Discover(Tracer):
     """Labels with value numbers and atoms; what it learnt is in `log`, `atoms`, `axes` and `atom_of`."""
 
-    def __init__(self, model: nn.Module, table: Table):
+    def __init__(self, model: nn.Module, table: Table, groups: str = "more"):
         super().__init__(model, table)
+        self.groups = groups
+        self.has_groups = False  # some might get wider
         self.atoms = Atoms()
         self.borders = Borders(self.atoms)
         self.axes: dict[Axis, np.ndarray] = {}  # atoms of every parameter axis that might grow
@@ -38,6 +40,10 @@ class Discover(Tracer):
         self.next_vid = 0
         self.blocks: list[Tensor] = []  # atom of every vid, in order
         self.input_vids: list[Tensor] = []
+        # Sizes among an op's arguments, by the op's place in the log and the argument's name: the channels that they
+        # go with, and (found by the second run) the module and attribute that they are from.
+        self.sized: dict[tuple[int, str], np.ndarray] = {}
+        self.sources: dict[tuple[int, str], tuple[str, str]] = {}
         self.shapes = {
             name: tuple(t.shape)
             for name, t in [
@@ -182,6 +188,11 @@ class Discover(Tracer):
     def agree(self, values: list[Any]) -> None:
         self.log[-1].steps.append(values)
 
+    def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
+        assert label.atoms is not None
+        atoms = label.atoms.movedim(axis, 0)
+        self.sized[len(self.log), what] = atoms[(slice(None), *[0] * (atoms.ndim - 1))].numpy()
+
     def _varies(self, label: Label, axes: list[int]) -> bool:
         assert label.atoms is not None
         atoms = _compact(label.atoms)
@@ -234,8 +245,9 @@ class Discover(Tracer):
         out_atoms = torch.zeros((), dtype=torch.int64).expand(shape)
         vids = self.number(out_atoms)
         base = int(vids.reshape(-1)[0]) if vids.numel() else 0
-        self.log[-1].steps.append((slabs, base, axes, extreme))
-        return Label(vids, out_atoms)
+        bags = Bags(slabs, extreme)
+        self.log[-1].steps.append((bags, base, axes))
+        return Label((base + bags.find(slabs)).reshape(shape), out_atoms)
 
     def _roots(self, atoms: Tensor) -> Tensor:
         return torch.from_numpy(self.atoms.roots(atoms.numpy()))
@@ -263,6 +275,7 @@ class Discover(Tracer):
         arriving_atoms = np.ascontiguousarray(arriving.reshape(-1).numpy())
         weight = self.shapes[name]
         rows_axis, columns_axis = (1, 0) if transposed else (0, 1)
+        wider = False
         if groups == 1:
             if (name, rows_axis) not in self.axes:
                 self.axes[name, rows_axis] = self.atoms.new(weight[rows_axis])
@@ -271,22 +284,32 @@ class Discover(Tracer):
             self.borders.meet(seen, arriving_atoms)
             rows = self.axes[name, rows_axis]
         else:
+            self.size("groups", groups, groups, label, axis)
             if (name, 0) not in self.axes:
                 self.axes[name, 0] = self.atoms.new(weight[0])
             why = f"a grouped convolution reads fixed channels ({self.where_now})"
-            own = self.axes[name, 0].reshape(groups, -1)
-            inside = arriving_atoms.reshape(groups, -1)
-            first = inside[:, :1]
-            self.atoms.unite(np.broadcast_to(first, own.shape), own, why)
-            self.atoms.unite(np.broadcast_to(first, inside.shape), inside, why)
-            self.borders.step((inside[:-1, -1], inside[1:, 0]), (own[:-1, -1], own[1:, 0]))
-            rows = np.repeat(first.reshape(-1), weight[1]) if transposed else self.axes[name, 0]
+            own, inside = self.axes[name, 0].reshape(groups, -1), arriving_atoms.reshape(groups, -1)
+            self.has_groups |= inside.shape[1] > 1 and not transposed
+            wider = self.groups == "wider" and inside.shape[1] > 1 and not transposed
+            rows = self.axes[name, 0]
+            if wider:  # the same places of all groups are copied alike, within their group
+                seen = self.columns.setdefault((name, columns_axis), inside[0])
+                self.atoms.unite(seen, inside[0], why)
+                for part in (own, inside):
+                    self.atoms.unite(np.broadcast_to(part[:1], part.shape), part, why)
+                    self.borders.cut(part[:-1, -1], part[1:, 0])
+            else:
+                first = inside[:, :1]
+                self.atoms.unite(np.broadcast_to(first, own.shape), own, why)
+                self.atoms.unite(np.broadcast_to(first, inside.shape), inside, why)
+                self.borders.step((inside[:-1, -1], inside[1:, 0]), (own[:-1, -1], own[1:, 0]))
+                rows = np.repeat(first.reshape(-1), weight[1]) if transposed else rows
         view = [1] * label.vids.ndim
         view[axis] = -1
         atoms = torch.from_numpy(rows).reshape(view).expand(shape)
         vids = self.number(atoms)
         slabs = label.vids.movedim(axis, 0).reshape(label.vids.shape[axis], -1)
-        self.log[-1].steps.append((slabs, Rows(slabs), vids.movedim(axis, 0), groups))
+        self.log[-1].steps.append((slabs, Rows(slabs), vids.movedim(axis, 0), groups, wider))
         return Label(vids, atoms)
 
     def barrier(self, labels: list[Label], outputs: list[tuple[int, ...]], why: str) -> list[Label]:

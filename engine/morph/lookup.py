@@ -6,6 +6,8 @@ that it equals, or FREE. Every lookup ends with a comparison, so that a hash or 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,43 @@ class Rows:
         at = self.order[torch.searchsorted(self.hashes, hashes).clamp(max=len(self.order) - 1)]
         at = torch.where((self.rows[at] == rows).all(1), at, MISSING)
         return torch.where((rows == FREE).any(1), FREE, at)
+
+
+class Bags:
+    """Positions of rows of vids (K, M) by what they hold: the same values in the same proportions, or just the same.
+
+    A mean keeps its value if all that it is taken of is copied equally often, an extreme however often.
+    """
+
+    def __init__(self, rows: Tensor, extreme: bool):
+        self.rows = rows.sort(1).values
+        self.extreme = extreme
+
+    def find(self, rows: Tensor) -> Tensor:
+        """Old row (first of equal ones) of each new row (K', M'), which holds no FREE; MISSING if there is none."""
+        old, new = self.rows, rows.sort(1).values
+        if not (old.numel() and new.numel()):
+            return torch.full((len(new),), MISSING)
+        if self.extreme:
+            old, new = _distinct(old), _distinct(new)
+            width = max(old.shape[1], new.shape[1])
+            old, new = (torch.cat([r[:, :1].expand(-1, width - r.shape[1]), r], 1) for r in (old, new))
+        else:
+            common = math.gcd(old.shape[1], new.shape[1])
+            old, new = (_thinned(r, r.shape[1] // common, mark) for r, mark in ((old, -3), (new, -4)))  # never equal
+        return Rows(old).find(new)
+
+
+def _distinct(rows: Tensor) -> Tensor:
+    """Sorted rows with each value once, the least one as often as fills the row."""
+    repeated = torch.nn.functional.pad(rows[:, 1:] == rows[:, :-1], (1, 0))
+    return torch.where(repeated, rows[:, :1], rows).sort(1).values
+
+
+def _thinned(rows: Tensor, times: int, otherwise: int) -> Tensor:
+    """Every `times`-th of sorted values that all occur in multiples of that, else a row of `otherwise`."""
+    parts = rows.reshape(len(rows), -1, times)
+    return parts[..., 0].where((parts == parts[..., :1]).flatten(1).all(1, keepdim=True), otherwise)
 
 
 def _storage_size(tensor: Tensor) -> int:

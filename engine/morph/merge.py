@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MorphError
+from .attributes import get_int, set_int
 from .discover import Axis
-from .provenance import Label, Mismatch
-from .rebuild import ParameterMap, Plan, Rebuild
-from .spaces import Space, Spaces, _resize, _skeleton, find_spaces
+from .provenance import Mismatch
+from .rebuild import ParameterMap, Plan, run_child
+from .spaces import GROUPS, Space, Spaces, _resize, _skeleton, find_spaces
 from .verify import Certificate, Example, Report, as_inputs, cast, verified_report
 from .widen import replace_contents
 
+Sizes = dict[tuple[str, str], int]  # by module and attribute
 Folds = dict[str, list[int]]  # space key -> of each of its units, the first one that is equal
 
 
@@ -46,8 +48,8 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
         MorphError: no channels are tied, or folding any of them would change the function; nothing has been changed.
     """
     inputs = as_inputs(example)
-    child, passes, changes, certificate = _merge(model, inputs)
-    step = {"op": "merge", "example": [list(x.shape) for x in inputs], "passes": passes}
+    child, passes, groups, changes, certificate = _merge(model, inputs)
+    step = {"op": "merge", "example": [list(x.shape) for x in inputs], "passes": passes, "groups": groups}
     if certificate.violations:  # the function is compared where that rounding does not hide anything
         changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
         exact = cast(copy.deepcopy(model), torch.float64)
@@ -73,8 +75,9 @@ def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     """
     like = next(model.parameters(), torch.zeros(()))
     inputs = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in step["example"])
-    for folds in step["passes"]:
-        spaces = find_spaces(model, *inputs)
+    groups = step.get("groups", ["more"] * len(step["passes"]))  # recipes from before have none
+    for folds, how in zip(step["passes"], groups, strict=True):
+        spaces = find_spaces(model, *inputs, groups=how)
         for key, first in folds.items():
             if len(_units(spaces, spaces[key])[1]) != len(first):
                 raise MorphError(f"space {key} has another width than in the network that was merged")
@@ -142,29 +145,47 @@ def _hashes(tensor: Tensor, axis: int) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------ folding
 
 
-def _merge(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, list[Folds], list[str], Certificate]:
-    """The child, what was folded in each pass, that in words, and the sums of outgoing weights."""
-    child, passes, changes, certificate = model, [], [], Certificate()
-    while True:  # copies in one layer may become equal only after those in the layer before have been folded
-        spaces = find_spaces(child, *inputs)
-        found = _ties(spaces)
-        result = _fold_most(spaces, found, final=bool(passes)) if found else None
+def _merge(
+    model: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[nn.Module, list[Folds], list[str], list[str], Certificate]:
+    """The child, what was folded in each pass, with which meaning of groups, in words, and the sums of weights."""
+    child, certificate = model, Certificate()
+    passes: list[Folds] = []
+    groups: list[str] = []
+    changes: list[str] = []
+    reason = "no two channels are exact copies of each other; there is nothing to merge"
+    untried = list(GROUPS)
+    while untried:  # copies in one layer may become equal only after those in the layer before have been folded
+        spaces = find_spaces(child, *inputs, groups=untried[0])
+        try:
+            result = _fold_most(spaces, _ties(spaces))
+        except MorphError as error:
+            result, reason = None, str(error)
         if result is None:
-            break
+            untried = untried[1:] if spaces.found.has_groups else []
+            continue
         child, folds, part = result
         for space in spaces:
             if space.key in folds:
                 kept = len(set(folds[space.key])) * (space.width // len(folds[space.key]))
                 changes.append(f"space {space.id} ({space.key}): {space.width} -> {kept}")
         passes.append(folds)
+        groups.append(untried[0])
         certificate += part
+        untried = [*GROUPS[GROUPS.index(untried[0]) :], *GROUPS[: GROUPS.index(untried[0])]]
     if not passes:
-        raise MorphError("no two channels are exact copies of each other; there is nothing to merge")
-    return child, passes, changes, certificate
+        raise MorphError(reason)
+    return child, passes, groups, changes, certificate
 
 
-def _fold_most(spaces: Spaces, found: Folds, final: bool) -> tuple[nn.Module, Folds, Certificate] | None:
-    """Fold all that is tied, or as many spaces as pass the proof; None if none does and `final`."""
+def _fold_most(spaces: Spaces, found: Folds) -> tuple[nn.Module, Folds, Certificate] | None:
+    """Fold all that is tied, or as many spaces as pass the proof; None if nothing is tied.
+
+    Raises:
+        MorphError: none passes.
+    """
+    if not found:
+        return None
     try:
         child, certificate = _fold(spaces, found)
         return child, found, certificate
@@ -179,8 +200,6 @@ def _fold_most(spaces: Spaces, found: Folds, final: bool) -> tuple[nn.Module, Fo
             continue
         done[key] = folds
     if best is None:
-        if final:
-            return None
         raise MorphError(f"channels are equal, but folding them would change the function: {reason}")
     return best[0], done, best[1]
 
@@ -191,7 +210,7 @@ def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, C
     Raises:
         Mismatch: the parent is no widening of it.
     """
-    kept_rows, rows, kept_columns = _maps(spaces, folds)
+    kept_rows, rows, kept_columns, sizes = _maps(spaces, folds)
     parents = _tensors(spaces.model)
     small: dict[str, Tensor] = {}
     for name, tensor in parents.items():
@@ -199,9 +218,10 @@ def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, C
         for axis, index in [*kept_rows.get(name, {}).items(), *kept_columns.get(name, {}).items()]:
             value = value.index_select(axis, index.to(value.device))
         small[name] = value
-    child = _with_tensors(spaces.model, small)
+    wider = spaces.found.groups == "wider"
+    child = _with_tensors(spaces.model, small, sizes, wider)
     try:
-        reduced = find_spaces(child, *spaces.inputs)
+        reduced = find_spaces(child, *spaces.inputs, groups=spaces.found.groups)
     except MorphError as error:
         raise Mismatch(str(error)) from error
     maps = _prove(reduced, rows)
@@ -217,6 +237,8 @@ def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, C
                 raise Mismatch(f"the rows of '{name}' are not equal")
             value = narrow
         if made.columns is not None and made.columns_axis is not None:
+            if len(made.columns) != value.shape[made.columns_axis]:  # of other groups
+                raise Mismatch(f"'{name}' would be folded otherwise")
             value, part = _add_columns(value, made.columns, made.columns_axis)
             certificate += part
         if value.shape != small[name].shape:
@@ -225,13 +247,14 @@ def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, C
     left = [name for name in (*kept_rows, *kept_columns) if name not in maps]
     if left:
         raise Mismatch(f"'{left[0]}' would not be folded back")
-    return _with_tensors(spaces.model, small), certificate
+    return _with_tensors(spaces.model, small, sizes, wider), certificate
 
 
 def _maps(
     spaces: Spaces, folds: Folds
-) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]]]:
-    """By tensor and axis: rows that are kept, the kept row (by its new place) of each old row, columns that are kept.
+) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]], Sizes]:
+    """By tensor and axis: rows that are kept, the kept row (by its new place) of each old row, columns that are kept;
+    and by module and attribute the sizes that functional calls are given.
 
     The k-th row or column of a unit is folded into the k-th one of the unit that represents it.
     """
@@ -280,7 +303,12 @@ def _maps(
     for (name, axis), atoms in found.columns.items():
         if (result := fold(atoms)) is not None:
             kept_columns.setdefault(name, {})[axis] = result[0]
-    return kept_rows, rows, kept_columns
+    sizes: Sizes = {}
+    for where, source in found.sources.items():
+        if (result := fold(found.sized[where])) is not None:
+            before = get_int(spaces.model.get_submodule(source[0]), source[1])
+            sizes[source] = before * len(result[0]) // len(found.sized[where])
+    return kept_rows, rows, kept_columns, sizes
 
 
 def _prove(reduced: Spaces, rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, ParameterMap]:
@@ -293,17 +321,7 @@ def _prove(reduced: Spaces, rows: Mapping[str, Mapping[int, Tensor]]) -> dict[st
                 raise Mismatch(f"'{name}' is used otherwise at another width")
             plan.parents[name, axis], plan.free[name, axis] = parents, torch.zeros(len(parents), dtype=torch.bool)
     wide = _skeleton(reduced.model, plan, found)
-    run = Rebuild(wide, found, plan)
-    inputs = tuple(x.clone() for x in reduced.inputs)
-    for x, vids in zip(inputs, found.input_vids, strict=True):
-        run.set_label(x, Label(vids, None))
-    try:
-        return run.finish(run.forward(inputs), reduced.outputs)
-    except Mismatch as error:
-        raise Mismatch(f"{error} ({run.where_now})") from error
-    except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Mismatch(f"its forward fails at another width: {text} ({run.where_now})") from error
+    return run_child(wide, found, plan, reduced.inputs, reduced.outputs)
 
 
 def _add_columns(weight: Tensor, columns: Tensor, axis: int) -> tuple[Tensor, Certificate]:
@@ -346,7 +364,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+def _with_tensors(model: nn.Module, values: Mapping[str, Tensor], sizes: Sizes, wider: bool) -> nn.Module:
     """A copy of the model with other tensors, some of them smaller, and its modules' sizes set to that."""
     old = _tensors(model)
     changed = {id(old[name]): value for name, value in values.items() if value.shape != old[name].shape}
@@ -366,11 +384,13 @@ def _with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
                 store[key] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
                 if made[id(tensor)].shape != tensor.shape:
                     shapes[key] = (tensor.shape, made[id(tensor)].shape)
-        _fit(module, shapes)
+        _fit(module, shapes, wider)
+    for (path, key), size in sizes.items():
+        set_int(child.get_submodule(path), key, size)
     return child
 
 
-def _fit(module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
+def _fit(module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]], wider: bool) -> None:
     """Set the sizes that a module keeps as attributes."""
     for before, after in shapes.values():
         if isinstance(module, nn.GroupNorm) and module.num_channels == before.numel():
@@ -381,7 +401,7 @@ def _fit(module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]])
         return
     before, after = shapes["weight"]
     if isinstance(module, _ConvNd):
-        if module.groups > 1:
+        if module.groups > 1 and not (wider and before[1] > 1 and not module.transposed):
             module.groups = module.groups * after[0] // before[0]
         inside, outside = (0, 1) if module.transposed else (1, 0)
         sizes = {inside: after[inside], outside: after[outside]}

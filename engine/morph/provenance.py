@@ -310,6 +310,10 @@ class Tracer(TorchFunctionMode):
         """Plain arguments that must be the same in both runs."""
         raise NotImplementedError
 
+    def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
+        """An argument that goes with the number of channels on an axis, and what it has to be at this width."""
+        raise NotImplementedError
+
     def _norm(self, name: str, args: Any, kwargs: Any, x: Label) -> Label:
         ndim = x.vids.ndim
         given = dict(zip(_NORM_ARGUMENTS[name].split(), args, strict=False)) | kwargs
@@ -329,6 +333,8 @@ class Tracer(TorchFunctionMode):
         if name == "group_norm":
             return self._group_norm(x, given["num_groups"], affine)
         axes = list(range(ndim - len(given["normalized_shape"]), ndim))
+        for axis, length in zip(axes, given["normalized_shape"], strict=True):
+            self.size(f"normalized_shape[{axis - ndim}]", length, x.vids.shape[axis], x, axis)
         if self.spread(x, axes):
             moment = self.statistic(x, axes, False)
         else:
@@ -338,7 +344,8 @@ class Tracer(TorchFunctionMode):
 
     def _group_norm(self, x: Label, groups: int, affine: list[Label]) -> Label:
         batch, channels, *rest = x.vids.shape
-        groups = self.group_count(channels, groups)
+        given, groups = groups, self.group_count(channels, groups)
+        self.size("num_groups", given, groups, x, 1)
         folded = (batch, groups, channels // groups * math.prod(rest))
         view = Label(x.vids.reshape(folded), None if x.atoms is None else x.atoms.reshape(folded))
         if self.spread(view, [2]):

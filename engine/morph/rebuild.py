@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .attributes import Named, name_ints, set_int, unname_ints
 from .discover import Axis, Discover, row_vids
-from .lookup import FREE, MISSING
+from .lookup import FREE, MISSING, Rows
 from .provenance import Entry, Label, Mismatch, Tracer
 
+RUNS = 5  # one to see that an attribute has to follow, one to see which, one to see that all is well; two to spare
 Copies = dict[int, tuple[int, int]]  # class (root atom) -> copies of each of its channels, and free ones
 
 
@@ -88,7 +90,7 @@ class Rebuild(Tracer):
         self.entry: Entry | None = None
         self.step = 0
         self.maps: dict[str, ParameterMap] = {}
-        self.attributes: dict[tuple[int, str], Any] = {}
+        self.again = False  # an attribute had the parent's value when it was read
         self.modules = dict(child.named_modules())
         for (name, axis), parents in plan.parents.items():
             self.maps[name] = ParameterMap(axis, parents, plan.free[name, axis])
@@ -164,7 +166,6 @@ class Rebuild(Tracer):
         width = self._next()
         if channels % width:
             raise Mismatch(f"{channels} channels do not make groups of {width}", self.latest)
-        self.set_attribute("num_groups", channels // width)
         return channels // width
 
     def rows(self, label: Label, axes: list[int], outputs: list[tuple[int, ...]] | None, keeps: bool) -> list[Label]:
@@ -179,28 +180,15 @@ class Rebuild(Tracer):
         return [Label(row_vids(at, base, shape, kept, axes, keeps, label.vids.shape), None) for base, shape in bases]
 
     def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
-        old, base, old_axes, _ = self._next()
+        bags, base, old_axes = self._next()
         if axes != old_axes:
             raise Mismatch("other axes are reduced than in the parent", [label.vids])
         kept = [a for a in range(label.vids.ndim) if a not in axes]
-        rows = math.prod(label.vids.shape[a] for a in kept)
-        slabs = label.vids.permute(*kept, *axes).reshape(rows, -1)
-        width = old.shape[1]
-        at = self.table.find(old.reshape(-1), slabs.reshape(-1)).reshape(slabs.shape)
-        if bool((at < 0).any()):
+        slabs = label.vids.permute(*kept, *axes).reshape(math.prod(label.vids.shape[a] for a in kept), -1)
+        if bool((slabs == FREE).any()):
             raise Mismatch("a statistic over channels would see new channels", [label.vids])
-        row = at[:, 0] // width
-        if bool((at // width != row[:, None]).any()):
-            raise Mismatch("a statistic mixes several of the parent's", [label.vids])
-        counts = torch.zeros(rows, width, dtype=torch.int64)
-        counts.scatter_add_(1, at % width, torch.ones_like(at))
-        canonical = self.table.find(old.reshape(-1), old.reshape(-1)).reshape(old.shape)
-        whole = (canonical // width == torch.arange(len(old))[:, None]).all(1)
-        if not bool(whole[row].all()):
-            raise Mismatch("a statistic's values occur in several rows", [label.vids])
-        before = torch.zeros_like(old).scatter_add_(1, canonical % width * whole[:, None], torch.ones_like(old))[row]
-        ok = (counts > 0) | (before == 0) if extreme else counts * width == before * slabs.shape[1]
-        if not bool(ok.all()):
+        row = bags.find(slabs)
+        if bool((row < 0).any()):
             what = "an extreme misses channels" if extreme else "a mean over channels needs equal counts"
             raise Mismatch(what, [label.vids])
         shape = [1 if a in axes else s for a, s in enumerate(label.vids.shape)]
@@ -221,7 +209,7 @@ class Rebuild(Tracer):
         record = self._next()
         if record is None:
             return self.barrier([label], [shape], "")[0]
-        old, index, out, old_groups = record
+        old, index, out, old_groups, wider = record
         slabs = label.vids.movedim(axis, 0).reshape(label.vids.shape[axis], -1)
         if old_groups == 1:
             at = index.find(slabs)
@@ -233,8 +221,13 @@ class Rebuild(Tracer):
                 raise Mismatch("input channels of the parent are missing", [label.vids, old])
             rows, free = self._grouped_rows(name, 1 if transposed else 0, out.shape[0])
             self._columns(name, 0 if transposed else 1, columns)
+        elif wider:
+            rows, free = self._inside_groups(name, slabs, old, old_groups, out.shape[0])
+            self.size("groups", groups, old_groups, label, axis)
         else:
-            rows, free, groups = self._groups(name, label, slabs, old, old_groups, transposed, out.shape[0])
+            rows, free, now = self._groups(name, label, slabs, old, old_groups, transposed, out.shape[0])
+            self.size("groups", groups, now, label, axis)
+            groups = now
         self._owner(name, len(slabs), len(rows), groups if old_groups > 1 else 1)
         picked = out[rows]
         view = [-1] + [1] * (picked.ndim - 1)
@@ -272,17 +265,49 @@ class Rebuild(Tracer):
         rows = (source[:, None] * outside + torch.arange(outside)).reshape(-1)
         return rows, empty.repeat_interleave(outside), now
 
+    def _inside_groups(
+        self, name: str, slabs: Tensor, old: Tensor, groups: int, out_channels: int
+    ) -> tuple[Tensor, Tensor]:
+        """Channels are copied within their group, in all groups alike: (parent's output channel of each, free ones)."""
+        parents, free = self._grouped_rows(name, 0, out_channels)
+        if len(slabs) % groups or len(parents) % groups:
+            raise Mismatch("groups have grown unevenly", [slabs])
+        if not torch.equal(
+            parents // (out_channels // groups), torch.arange(groups).repeat_interleave(len(parents) // groups)
+        ):
+            raise Mismatch("output channels are copied into other groups", [slabs])
+        for new, before in zip(slabs.chunk(groups), old.chunk(groups), strict=True):
+            index = Rows(before)
+            at = index.find(new)
+            columns = None if bool((at == MISSING).any()) else _distribute(at, index.find(before))
+            if columns is None:
+                raise Mismatch("a group's input channels are not those of the same group", [slabs])
+            self._columns(name, 1, columns)
+        return parents, free
+
     def _columns(self, name: str, axis: int, columns: Tensor) -> None:
         made = self.maps.setdefault(name, ParameterMap())
         if made.columns is not None and not torch.equal(made.columns, columns):
             raise Mismatch(f"'{name}' is shared by calls whose inputs are widened differently", self.latest)
         made.columns_axis, made.columns = axis, columns
 
-    def set_attribute(self, key: str, value: Any) -> None:
-        """Note a size that the running module keeps as an attribute."""
-        module = self.modules.get(self.path[-1] if self.path else "")
-        if module is not None and hasattr(module, key):
-            setattr(module, key, value)
+    def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
+        if given == wanted:
+            return
+        path = self.path[-1] if self.path else ""
+        source = self.found.sources.get((self.position, what))
+        if source is None and type(self.modules[path]).forward in _PLAIN:
+            source = path, what
+        elif source is None and isinstance(given, Named):
+            source = given.source
+        self.again |= type(self.modules[path]).forward not in _PLAIN  # those read it here and nowhere else
+        if source is not None:
+            self.found.sources[self.position, what] = source
+            set_int(self.modules[source[0]], source[1], wanted)
+            return
+        running = dict.fromkeys(self.path or [""])
+        if not sum(name_ints(self.modules[p], p, given) for p in running):
+            raise Mismatch(f"{what} is {given} whatever the width", [*self.latest, label.vids])
 
     def _owner(self, name: str, inputs: int, outputs: int, groups: int) -> None:
         module = self.modules[name.rpartition(".")[0]]
@@ -312,11 +337,56 @@ class Rebuild(Tracer):
         return {name: m for name, m in self.maps.items() if _changes(m, self.found.shapes[name])}
 
 
+def run_child(
+    child: nn.Module, found: Discover, plan: Plan, inputs: tuple[Tensor, ...], outputs: list[Any]
+) -> dict[str, ParameterMap]:
+    """Check a child whose vectors have the plan's sizes; it gets the attributes that go with them.
+
+    Args:
+        child: a copy of the parent, as `Spaces.check` makes it.
+        found: the parent's run.
+        plan: copies of each channel.
+        inputs: of the parent's run.
+        outputs: vids of the parent's outputs.
+
+    Returns:
+        The maps of all tensors that change.
+
+    Raises:
+        Mismatch: an op of the child would not compute copies of what the parent's computes.
+    """
+    try:
+        for left in reversed(range(RUNS)):
+            run = Rebuild(child, found, plan)
+            given = tuple(x.clone() for x in inputs)
+            for x, vids in zip(given, found.input_vids, strict=True):
+                run.set_label(x, Label(vids, None))
+            try:
+                maps = run.finish(run.forward(given), outputs)
+            except Exception as error:
+                if run.again and left:
+                    continue  # it may have read the attribute too
+                if isinstance(error, Mismatch):
+                    raise Mismatch(f"{error} ({run.where_now})", error.vids) from error
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise Mismatch(f"its forward fails at another width: {text} ({run.where_now})", run.latest) from error
+            if not run.again:
+                return maps
+        raise Mismatch("sizes that modules keep as attributes contradict one another")
+    finally:
+        for module in child.modules():
+            unname_ints(module)
+
+
+_PLAIN = {m.forward for m in (nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_PLAIN |= {m.forward for m in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 _SIZED = {*"layer_norm group_norm rms_norm batch_norm instance_norm linear".split()}
 _SIZED |= {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
+    """Whether plain arguments are the same; `Named` ints count as ints."""
+    a = [int(x) if isinstance(x, Named) else x for x in a]
     return len(a) == len(b) and all(type(x) is type(y) and (x == y or (x != x and y != y)) for x, y in zip(a, b))  # noqa: B905
 
 

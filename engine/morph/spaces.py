@@ -21,10 +21,11 @@ from ..errors import MorphError
 from .discover import Axis, Discover
 from .lookup import Table
 from .provenance import Label, Mismatch
-from .rebuild import Copies, ParameterMap, Plan, Rebuild, make_plan
+from .rebuild import Copies, ParameterMap, Plan, make_plan, run_child
 from .verify import Example, as_inputs
 
 TRIALS = 60
+GROUPS = ("more", "wider")
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,7 @@ class Spaces:
         """
         plan = make_plan(self.found, copies)
         child = _skeleton(self.followed, plan, self.found)
-        run = Rebuild(child, self.found, plan)
-        inputs = tuple(x.clone() for x in self.inputs)
-        for x, vids in zip(inputs, self.found.input_vids, strict=True):
-            run.set_label(x, Label(vids, None))
-        try:
-            maps = run.finish(run.forward(inputs), self.outputs)
-        except Mismatch as error:
-            raise Mismatch(f"{error} ({run.where_now})", error.vids) from error
-        except Exception as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise Mismatch(f"its forward fails at another width: {text} ({run.where_now})", run.latest) from error
-        return child, maps
+        return child, run_child(child, self.found, plan, self.inputs, self.outputs)
 
     def __str__(self) -> str:
         lines = [f"{'id':>3}  {'width':>6}  {'unit':>5}  members and, if frozen, why"]
@@ -118,7 +108,7 @@ class Spaces:
         return "\n".join(lines)
 
 
-def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
+def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spaces:
     """All channel spaces of a network.
 
     Frozen though they could grow by other means: maps of which a grouped convolution's group, of more than one channel,
@@ -127,10 +117,15 @@ def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
     Args:
         model: any eager network; it is run in eval mode, on the CPU (as a copy if it is elsewhere), and not changed.
         example: its inputs; one small image will do, unless a linear layer wants the real size.
+        groups: how convolutions whose groups have several input channels grow. "more": whole groups are copied
+            (ResNeXt 32x4d to 64x4d), a class is a group. "wider": channels are copied within their group (to 32x8d), a
+            class is the same place in all groups; transposed ones still get more.
 
     Raises:
         MorphError: the forward cannot be followed (TorchScript, custom autograd functions, in-place writes to views).
     """
+    if groups not in GROUPS:
+        raise MorphError(f"groups '{groups}' is unknown; take one of {', '.join(GROUPS)}")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
@@ -140,7 +135,7 @@ def find_spaces(model: nn.Module, *example: Tensor) -> Spaces:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example = tuple(x.to("cpu", dtype if x.is_floating_point() else x.dtype) for x in example)
     inputs = tuple(x[:1].clone() for x in example)
-    found = Discover(followed, Table())
+    found = Discover(followed, Table(), groups)
     found.input_vids = []
     for x in inputs:
         atoms = torch.zeros((), dtype=torch.int64).expand(x.shape)
@@ -247,27 +242,44 @@ def _group(found: Discover) -> list[Space]:
 
 
 def _skeleton(model: nn.Module, plan: Plan, found: Discover) -> nn.Module:
-    """A copy of the model that shares its tensors, except those vectors whose size the plan gives."""
+    """A copy of the model that shares its tensors, except those whose size the plan gives.
+
+    Weights of linear ops have that size alone, as their values are not read.
+    """
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     child = copy.deepcopy(model, memo)
-    modules = dict(child.named_modules())
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     made: dict[int, Tensor] = {}
+    resized: set[int] = set()
     for (name, axis), parents in plan.parents.items():
-        if name not in found.parameters:
-            continue  # the weight of a linear op: its size is never read
-        path, _, key = name.rpartition(".")
-        module = modules[path]
-        old = getattr(module, key)
-        new = old.detach().index_select(axis, parents.to(old.device))
-        made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        old = tensors[name]
+        if name in found.parameters:
+            made[id(old)] = _like(old, old.detach().index_select(axis, parents.to(old.device)))
+            resized.add(id(old))
+        else:
+            made[id(old)] = _sized(made.get(id(old), old), axis, len(parents))
+    for (name, axis), atoms in found.columns.items():
+        counts = [sum(plan.copies.get(r, (1, 0))) for r in found.atoms.roots(atoms).tolist()]
+        if sum(counts) != len(counts):
+            made[id(tensors[name])] = _sized(made.get(id(tensors[name]), tensors[name]), axis, sum(counts))
     for module in child.modules():
         for store in (module._parameters, module._buffers):
             for key, value in store.items():
                 if value is not None and id(value) in made:
-                    new = made[id(value)]
-                    store[key] = new  # pyright: ignore[reportArgumentType]
-                    _resize(module, value.numel(), new.numel())
+                    store[key] = made[id(value)]  # pyright: ignore[reportArgumentType]
+                    if id(value) in resized:
+                        _resize(module, value.numel(), made[id(value)].numel())
     return child
+
+
+def _sized(tensor: Tensor, axis: int, length: int) -> Tensor:
+    """A tensor of another length along an axis, without memory of its own."""
+    shape = [length if a == axis else s for a, s in enumerate(tensor.shape)]
+    return _like(tensor, tensor.detach().new_zeros(()).expand(shape))
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _resize(module: nn.Module, before: int, after: int) -> None:

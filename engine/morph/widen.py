@@ -34,6 +34,7 @@ def widen(
     split: str = "sterbenz",
     noise: float = 0.0,
     seed: int = 0,
+    groups: str = "more",
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
     """A wider network that computes the same function.
@@ -49,6 +50,7 @@ def widen(
         split: of outgoing weights, "sterbenz" (random, breaks the symmetry of copies) or "kraft" (powers of two).
         noise: null-space noise on top, relative to each weight's standard deviation; then S E = I holds to rounding.
         seed: for all that is drawn.
+        groups: "more" groups, or each of them "wider"; see `find_spaces`.
         inplace: put the result into `model` after all checks have passed.
 
     Returns:
@@ -62,7 +64,7 @@ def widen(
         raise MorphError("widen: give counts, a factor or free channels")
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
-    spaces = find_spaces(model, *as_inputs(example))
+    spaces = find_spaces(model, *as_inputs(example), groups=groups)
     chosen, new = _choose(spaces, counts or {}, factor, free or {}, seed)
     step = {
         "op": "widen",
@@ -72,6 +74,7 @@ def widen(
         "split": split,
         "noise": noise,
         "seed": seed,
+        "groups": groups,
     }
     child, certificate = _grow(spaces, step)
     changes = [
@@ -134,7 +137,8 @@ def replace_contents(model: nn.Module, child: nn.Module) -> None:
 def spaces_of(model: nn.Module, step: Mapping[str, Any]) -> Spaces:
     """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
     generator = torch.Generator().manual_seed(0)
-    return find_spaces(model, *(torch.randn(shape, generator=generator) for shape in step["example"]))
+    example = [torch.randn(shape, generator=generator) for shape in step["example"]]
+    return find_spaces(model, *example, groups=step.get("groups", "more"))  # recipes from before have none
 
 
 def check_step(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, dict[str, ParameterMap]]:

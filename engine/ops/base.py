@@ -154,9 +154,7 @@ class Maps:
     axes: dict[int, Axes] = field(default_factory=dict)
     flat: dict[int, Flat] = field(default_factory=dict)
 
-    def new_value(
-        self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int
-    ) -> int:
+    def new_value(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int) -> int:
         """Number of a further value, with the device, and unless given the shape and dtype, of another."""
         values = self.program.values
         pattern = values[like]

@@ -56,7 +56,7 @@ def _outer_products(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
     values = maps.program.values
     dtype = torch.promote_types(values[left].dtype, values[right].dtype)
     pair = maps.new_value((*batch, c + d, maps.shape(left)[-1]), dtype, like=left)
-    maps.axes[pair] = (len(batch) + 1,) * 2
+    maps.axes[pair] = (len(batch) + 1, len(batch) + 1)
     maps.flat[pair] = maps.flat[left]
 
     def join(env: Env, _block: Block) -> tuple[Tensor, ...]:

@@ -144,9 +144,7 @@ class Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ):
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
         w, b = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
         ctx.save_for_backward(x, mean, var, weight)
         ctx.eps = eps

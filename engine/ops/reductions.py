@@ -125,7 +125,7 @@ class _Call:
 
     def __init__(self, op: Op, maps: Maps, value: int, dims: tuple[int, ...], given: dict[str, Any]):
         self.op, self.maps, self.value, self.dims, self.given = op, maps, value, tuple(sorted(set(dims))), given
-        self.keepdim = given["keepdim"]
+        self.keepdim: bool = given["keepdim"]
         self.shape = maps.shape(value)
         self.output = op.outputs[0]
         self.dtype = maps.program.values[self.output].dtype
@@ -271,9 +271,7 @@ def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], 
     kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
     total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
     scale = small((total,), length, lambda t: root(t).clamp_min(eps))
-    last, _ = mapped(
-        op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (length,), call.output
-    )
+    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (length,), call.output)
     return [local, call.reduce(made, "sum", total, keepdim=True), scale, last]
 
 

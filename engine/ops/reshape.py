@@ -79,23 +79,27 @@ def _along(before: Sequence[int], after: Sequence[int], axis: int) -> tuple[int,
     return None
 
 
-def _merged(before: Sequence[int], after: Sequence[int], ahead: int, pixels: int) -> tuple[int, Flat] | None:
-    """Which dimension of `after` holds all the pixels behind `ahead` elements, and what it holds besides."""
+def _merged(
+    before: Sequence[int], after: Sequence[int], ahead: int, height: int, width: int
+) -> tuple[int, Flat] | None:
+    """Which dimension of `after` holds all the pixels behind `ahead` elements, and as little besides as can be."""
+    pixels = height * width
     behind = math.prod(before) // (ahead * pixels)
+    found: list[tuple[int, Flat]] = []
     for position, size in enumerate(after):
         first, last = math.prod(after[:position]), math.prod(after[position + 1 :])
-        if size % pixels == 0 and ahead % first == 0 and behind % last == 0:
-            found = Flat(pixels, 1, ahead // first, behind // last)
-            if found.ahead * pixels * found.behind == size:
-                return position, found
-    return None
+        if ahead % first == 0 and behind % last == 0:
+            flat = Flat(height, width, ahead // first, behind // last)
+            if flat.ahead * pixels * flat.behind == size:
+                found.append((position, flat))
+    return min(found, key=lambda one: one[1].ahead * one[1].behind, default=None)
 
 
 def _flattens(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequence[int]) -> Local | None:
     """Both axes become one, alone or together with their neighbours."""
     h = maps.axes[value][0]
     height, width = maps.size(value)
-    found = _merged(before, after, math.prod(before[:h]), height * width)
+    found = _merged(before, after, math.prod(before[:h]), height, width)
     if found is None:
         return None
     position, flat = found
@@ -106,7 +110,7 @@ def _flattens(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequ
         shape[position] = flat.ahead * x.shape[h] * x.shape[h + 1] * flat.behind
         return (x.reshape(shape),)
 
-    maps.flat[op.outputs[0]] = Flat(height, width, flat.ahead, flat.behind)
+    maps.flat[op.outputs[0]] = flat
     return Local(op, {value: maps.pointwise(value)}, ((position, position),), run)
 
 
@@ -115,10 +119,10 @@ def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Seque
     axis, own = maps.axes[value][0], maps.flat[value]
     ahead = math.prod(before[:axis]) * own.ahead
     behind = math.prod(before[axis + 1 :]) * own.behind
-    found = _merged(before, after, ahead, own.height * own.width)
+    found = _merged(before, after, ahead, own.height, own.width)
     if found is not None:
         position, flat = found
-        maps.flat[op.outputs[0]] = Flat(own.height, own.width, flat.ahead, flat.behind)
+        maps.flat[op.outputs[0]] = flat
         axes = (position, position)
     else:
         places = range(len(after) - 1)

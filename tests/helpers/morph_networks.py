@@ -88,6 +88,25 @@ class Concat(nn.Module):
         return self.head(self.act(self.up(x))).mean((2, 3))
 
 
+class Groups(nn.Module):
+    """ResNeXt blocks: groups of three channels that give two, behind a LayerNorm or BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.a, self.n = nn.Conv2d(6, 12, 1), nn.BatchNorm2d(12)
+        self.b = nn.Conv2d(12, 8, 3, padding=1, groups=4)
+        self.m, self.c = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
+        self.norm, self.d = nn.LayerNorm(6), nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.c(F.relu(self.m(self.b(F.relu(self.n(self.a(x)))))))
+        x = x + self.d(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.head(x.mean((2, 3)))
+
+
 def chain() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.PReLU(6),
@@ -97,6 +116,7 @@ def chain() -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "chain": chain, "residual": Residual, "depthwise": Depthwise, "layernorm": Next, "concat": Concat,
+    "groups": Groups,
 }  # fmt: skip
 
 
@@ -133,5 +153,5 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def doubled(model: nn.Module, times: int = 2) -> dict[str, int]:
-    return {s.key: times * s.width for s in find_spaces(copy.deepcopy(model).float(), X).growable()}
+def doubled(model: nn.Module, times: int = 2, groups: str = "more") -> dict[str, int]:
+    return {s.key: times * s.width for s in find_spaces(copy.deepcopy(model).float(), X, groups=groups).growable()}

@@ -186,6 +186,21 @@ class _Scale(nn.Module):
         return x * self.gamma.reshape(1, -1, 1, 1)
 
 
+class _Blur(nn.Module):
+    """Functional, its groups given by an attribute (BlurPool); another attribute has the same value."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.channels, self.before = c, c
+        self.register_buffer("taps", torch.tensor([1.0, 2.0, 1.0]).reshape(1, 1, 1, 3).repeat(c, 1, 1, 1) / 4)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.before}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.get_buffer("taps"), padding=(0, 1), groups=self.channels)
+
+
 class _ResponseNorm(nn.Module):
     """Global response normalisation (ConvNeXt v2)."""
 
@@ -243,6 +258,7 @@ KINDS: dict[str, Callable[..., Maps]] = {
     "scale": _norm(_Scale),
     "squeeze_excite": _norm(_Squeeze),
     "response_norm": _norm(_ResponseNorm),
+    "blur": _norm(_Blur),
     "spatial_gate": _norm(_SpatialGate),
     "relu": _one(F.relu),
     "gelu": _one(F.gelu),
@@ -267,7 +283,7 @@ KINDS: dict[str, Callable[..., Maps]] = {
 # Kinds that keep copies whatever their number, or (norms) whatever their number as long as it is uniform.
 BENIGN = tuple(
     """conv1 conv3 depthwise grouped batch_norm layer_norm relu gelu add cat max_pool squeeze_excite scale prelu
-    resize""".split()
+    resize blur""".split()
 )
 # Without rounding on small integers.
 LATTICE = tuple("conv1 conv3 depthwise depthwise2 grouped batch_norm relu add cat max_pool flip pad chunk".split())

@@ -1,0 +1,422 @@
+"""Replayed tiles give what tiles computed op by op give, and read nothing but their static tensors.
+
+On the CPU a captured function is one that is called again, with the place of the first tile of its kind. Before every
+load all static tensors are filled with NaN, and during a replay every op is watched.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from exactness import LIMIT, assert_exact, errors, named, randomize, step
+from hypothesis import HealthCheck, assume, given, settings
+from random_net import Program, programs
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gigamorph import kernels
+from gigamorph.engine import accelerate, alike, plan, replay, static, steps
+from gigamorph.engine.plan import Plan
+from gigamorph.engine.scan import Scan
+from gigamorph.kernels import choice
+
+CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+# A graph repeats work on the device: not what the host makes, nor what depends on what it reads.
+FROM_HOST = {"aten._local_scalar_dense", "aten.lift_fresh", "aten.nonzero", "aten.item", "aten.masked_select"}
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Watch(TorchDispatchMode):
+    """Fails on ops that a CUDA graph could not repeat with new inputs."""
+
+    def __init__(self, allowed: set[int]):
+        super().__init__()
+        self.allowed = allowed
+        self.made: list[Tensor] = []  # held, so that no storage's address is given away twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).rsplit(".", 1)[0]
+        assert name not in FROM_HOST, f"{name} cannot be captured"
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor.dim():  # numbers are wrapped in tensors without dimensions
+                assert storage(tensor) in self.allowed, f"{name} reads a tensor that is not static: {tensor.shape}"
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.made.append(tensor)
+                self.allowed.add(storage(tensor))
+        return result
+
+
+class Remembered:
+    """Captures by remembering the function, and replays by calling it."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.captured = self.replayed = 0
+        self.benches: list[replay.Bench] = []
+
+    def tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for bench in self.benches:
+            for holder in (bench.step, *bench.recordings.values()):
+                found += [*holder.inputs.values(), *holder.outputs.values()]
+            found += bench.sums.values()
+        return found
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        there = {tensor.data_ptr() for tensor in self.tensors()}
+
+        def again() -> None:
+            self.replayed += 1
+            assert there <= {tensor.data_ptr() for tensor in self.tensors()}, "a static tensor has moved"
+            with Watch({storage(tensor) for tensor in self.tensors()}):
+                run()
+
+        return again
+
+
+def poison(tensor: Tensor) -> None:
+    if tensor.dtype.is_floating_point:
+        tensor.fill_(torch.nan)
+    elif tensor.dtype == torch.bool:
+        tensor.logical_not_()
+    else:
+        tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
+    """Tiles are replayed on the CPU while `on`."""
+    executor = Remembered()
+    plain_load = static.Static.load
+
+    class Bench(replay.Bench):
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            executor.benches.append(self)
+
+    def load(self: static.Static, tensors: dict[static.Name, Tensor]) -> None:
+        for tensor in (*self.inputs.values(), *self.outputs.values()):
+            poison(tensor)
+        plain_load(self, tensors)
+
+    monkeypatch.setattr(replay, "Bench", Bench)
+    monkeypatch.setattr(static.Static, "load", load)
+    monkeypatch.setattr(static, "executor", lambda device: executor if executor.on else None)
+    monkeypatch.setattr(steps, "FEWEST_TILES", 1)
+    monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))
+    return executor
+
+
+@pytest.fixture
+def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fused graph of a GPU, each op of it computed by PyTorch."""
+    monkeypatch.setattr(kernels, "enabled", lambda device: True)
+    with choice.override("stock"):
+        yield
+
+
+def new_weights(model: nn.Module, seed: int) -> None:
+    """Other parameters in other memory; what still reads the old ones gets NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        old = parameter.data
+        parameter.data = old + 0.05 * torch.randn(old.shape, generator=generator, dtype=torch.float64).to(old.dtype)
+        poison(old)
+
+
+def assert_replays_agree(
+    remembered: Remembered, model: nn.Module, x: Tensor, rounds: int = 3, image_gradient: bool = True,
+    limit: float = 0.0, **options: Any,
+) -> None:  # fmt: skip
+    """Several steps with changing parameters, then inference, replayed and not: outputs, all gradients and buffers.
+
+    They are equal bit for bit, except (`limit`) that parts of stored maps and of their gradients are dense where tiles
+    are replayed, and views where not, so that PyTorch may add up in another order.
+    """
+    nets = [accelerate(copy.deepcopy(model), **options) for _ in range(2)]
+    for number in range(rounds + 1):
+        results: list[dict[str, Tensor | None]] = []
+        for net, remembered.on in zip(nets, (False, True), strict=True):
+            if number < rounds:
+                made = step(net, x * (1 + number), seed=number, image_gradient=image_gradient)
+                found = made.gradients | named(made.outputs) | {"image": made.image}
+            else:
+                with torch.no_grad():
+                    found = named(tree_leaves(net(x)))
+            results.append(found | {name: buffer.clone() for name, buffer in net.named_buffers()})
+            new_weights(net, number)
+        wrong = {name: error for name, error in errors(*results).items() if not error <= limit}
+        assert not wrong, f"round {number}: {wrong}"
+
+
+class Net(nn.Module):
+    """Stem with pooling, a residual block, two branches, two kinds of pooling over the image."""
+
+    def __init__(self, norm: type[nn.Module] = nn.Identity):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 7, 2, 3), norm(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.a = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.b = nn.Conv2d(8, 16, 3, 2, 1)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.b(F.relu(self.a(x) + x))
+        return self.head(torch.cat((x.mean((2, 3)), F.adaptive_max_pool2d(x, 1).flatten(1)), 1))
+
+
+def build(norm: type[nn.Module] = nn.Identity) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(Net(norm)).double()
+
+
+def image(height: int, width: int) -> Tensor:
+    return torch.randn(1, 1, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_interior_tiles_are_replayed(remembered: Remembered) -> None:
+    """Of 6 x 5 tiles the first row and column, the last and those between them are kinds of their own."""
+    net = accelerate(build(), tile=32)
+    net(image(6 * 32, 5 * 32)).sum().backward()
+    (bench,) = remembered.benches
+    assert len(bench.recordings) == 2 * 9
+    assert remembered.captured == 2 * 5  # each pass: the interior and four edges; the corners are seen once
+    assert remembered.replayed == 2 * (30 - 9)
+    net(image(6 * 32, 5 * 32)).sum().backward()
+    assert remembered.captured == 2 * 9
+    assert remembered.replayed == 2 * (30 - 9) + 2 * 30
+
+
+@pytest.mark.parametrize("tile", [16, 24, 200])
+def test_steps_agree(remembered: Remembered, tile: int) -> None:
+    assert_replays_agree(remembered, build(), image(133, 118), tile=tile)
+    assert remembered.replayed > 0 or tile == 200
+
+
+@pytest.mark.parametrize("carries", ["device", "host", "disk"])
+def test_without_a_gradient_of_the_image(remembered: Remembered, carries: str) -> None:
+    assert_replays_agree(remembered, build(), image(96, 96), image_gradient=False, tile=16, carries=carries)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.GroupNorm(2, channels)])
+def test_live_norms(remembered: Remembered, norm: Any) -> None:
+    """Several sweeps, whose sources are stored maps, and moments."""
+    assert_replays_agree(remembered, build(norm).train(), image(96, 128), limit=LIMIT, tile=16)
+    assert len(remembered.benches) > 2 and remembered.replayed > 0
+
+
+def test_live_norms_are_exact(remembered: Remembered) -> None:
+    assert_exact(build(nn.BatchNorm2d).train(), image(96, 128), tile=(32, 16))
+
+
+def test_random_networks(remembered: Remembered) -> None:
+    @settings(max_examples=50, **CHECKS)
+    @given(programs(max_steps=10))
+    def check(program: Program) -> None:
+        model = program.build()
+        x = torch.randn(program.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            assume(all(leaf.isfinite().all() for leaf in tree_leaves(model(x))))
+        remembered.benches.clear()
+        options = {"tile": program.tile, "carries": program.carries}
+        assert_replays_agree(remembered, model, x, rounds=2, limit=LIMIT, **options)
+
+    check()
+    assert remembered.replayed > 300
+
+
+def test_fused_blocks(remembered: Remembered, fused_with_stock_ops: None) -> None:
+    """Convolutions that add to the sums themselves, windows in margins, the stem as one op."""
+    model = nn.Sequential(build().eval(), nn.Softmax(1))
+    assert_replays_agree(remembered, model, image(133, 118), image_gradient=False, tile=24)
+    assert remembered.replayed > 0
+
+
+@pytest.mark.slow
+def test_triton_kernels(remembered: Remembered) -> None:
+    """In the interpreter: of five strips the three in the middle are alike."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, 2, 1), nn.AdaptiveAvgPool2d(1))
+    with choice.override("triton"):
+        assert_replays_agree(remembered, model.double(), image(40, 8), rounds=1, image_gradient=False, tile=8)
+    assert remembered.captured == 3 and remembered.replayed == 6
+
+
+def test_autocast(remembered: Remembered) -> None:
+    """Weights are cast once per step, to other memory each time; their gradients are summed in float32."""
+    model, x = build().float(), image(133, 118).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_replays_agree(remembered, model, x, tile=24)
+    assert remembered.replayed > 0
+
+
+def test_retained_tiles_are_not_replayed(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last seven tiles keep their graph from pass 1."""
+    monkeypatch.setattr(steps, "Scan", lambda *args: Scan(*args[:5], 7, *args[6:]))
+    assert_replays_agree(remembered, build(), image(96, 96), tile=16)
+    assert remembered.replayed > 0
+
+
+def test_two_forwards_before_their_backwards(remembered: Remembered) -> None:
+    """The second forward loads other smalls into the same static tensors."""
+    grads = []
+    for remembered.on in (False, True):
+        model = build(nn.BatchNorm2d).train()
+        net = accelerate(model, tile=16)
+        first = net(image(96, 96)).square().sum()
+        second = net(2 * image(96, 96) + 1).square().sum()
+        second.backward()
+        first.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert remembered.replayed > 0
+    assert all(error <= LIMIT for error in errors(*grads).values())
+
+
+def test_evidence_sees_every_block(remembered: Remembered) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    maps = []
+    for remembered.on in (False, True):
+        maps.append(accelerate(model.double(), tile=16).evidence(image(96, 96), 1))
+    assert remembered.replayed > 0
+    assert torch.equal(*maps)
+
+
+def test_what_depends_on_the_place_is_not_replayed(remembered: Remembered) -> None:
+    for layer in (nn.Upsample(scale_factor=2, mode="bilinear"), nn.Dropout(0.5), nn.ReflectionPad2d(1)):
+        net = accelerate(nn.Sequential(nn.Conv2d(1, 2, 3), layer, nn.AdaptiveAvgPool2d(1)).double(), tile=16)
+        net(image(96, 96)).sum().backward()
+    assert remembered.captured == 0
+
+
+def test_counts_of_an_average_pooling_are_not_captured(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made on the host at the border; replayed anyway, the watch sees it."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool2d(1))
+    assert_replays_agree(remembered, model.double(), image(96, 96), tile=16)
+    assert remembered.replayed > 0
+    monkeypatch.setattr(alike, "_COUNTS_AT_BORDERS", "")
+    with pytest.raises(AssertionError, match="cannot be captured"):
+        assert_replays_agree(remembered, model.double(), image(96, 96), tile=16)
+
+
+@pytest.mark.parametrize("kind", ["window", "carry", "grad", "back"])
+def test_a_stale_input_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Planted: one input is not loaded again."""
+    load = static.Static.load
+
+    def forgetful(self: static.Static, tensors: dict[static.Name, Tensor]) -> None:
+        stale = next((name for name in self.inputs if name[0] == kind and name in tensors), None)
+        load(self, {name: tensor for name, tensor in tensors.items() if name != stale})
+
+    monkeypatch.setattr(static.Static, "load", forgetful)
+    with pytest.raises(AssertionError, match="NaN"):
+        assert_replays_agree(remembered, build(), image(96, 96), tile=16)
+
+
+def test_a_tensor_of_the_step_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the work reads a small where this step has it."""
+    monkeypatch.setattr(replay.Bench, "smalls", lambda bench: {v: t.clone() for v, t in kept.items()})
+    kept: dict[int, Tensor] = {}
+    begin = replay.Replays.forward
+
+    def forward(self: replay.Replays, scan: Any, smalls: dict[int, Tensor]) -> Any:
+        kept.update(smalls)
+        return begin(self, scan, smalls)
+
+    monkeypatch.setattr(replay.Replays, "forward", forward)
+    with torch.no_grad(), pytest.raises(AssertionError, match="not static"):
+        accelerate(build(), tile=16)(image(96, 96))
+
+
+def test_recordings_are_bounded(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most frequent kinds of tiles are recorded."""
+    monkeypatch.setattr(replay, "MOST_KINDS", 3)
+    assert_replays_agree(remembered, build(), image(128, 128), rounds=1, tile=16)
+    assert all(len(bench.recordings) in (3, 6) for bench in remembered.benches)
+    assert remembered.replayed > 50
+
+
+def test_recordings_of_another_image_size_are_let_go(remembered: Remembered) -> None:
+    net = accelerate(build(), tile=16)
+    for side in (96, 112):
+        net(image(side, side)).sum().backward()
+    first, second = net._programs.values()
+    assert not first.replays and second.replays
+    assert not first.arena.chunks and second.arena.chunks
+
+
+def test_the_captured_work_keeps_no_image(remembered: Remembered) -> None:
+    net, x = accelerate(build(), tile=16), image(96, 96)
+    gone = weakref.ref(x)
+    net(x).sum().backward()
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d])
+def test_the_plan_counts_static_tensors(remembered: Remembered, norm: type[nn.Module]) -> None:
+    net = accelerate(build(norm).train(), tile=32)
+    net(image(6 * 32, 6 * 32)).sum().backward()
+    (prepared,) = net._programs.values()
+    held = [
+        sum(t.nbytes for t in (*recording.inputs.values(), *recording.outputs.values()))
+        for bench in remembered.benches
+        for recording in bench.recordings.values()
+    ]
+    planned = max(replay.static_bytes(sweep, True) for sweep in prepared.sweeps)
+    assert 0.7 * planned < max(held) < 2 * planned
+    assert len(prepared.arena.chunks) == 1
+
+
+def test_an_arena_is_used_from_its_beginning_by_each() -> None:
+    arena, pattern = static.Arena(), torch.zeros(3, 5, 1000)
+    holders = [static.Static(arena) for _ in range(2)]
+    for holder in holders:
+        for name in range(3):
+            holder.load({(name,): pattern + name})
+            holder.give((name,), pattern.permute(2, 0, 1) - name)
+        for name in range(3):
+            assert torch.equal(holder.inputs[name,], pattern + name)
+            assert torch.equal(holder.outputs[name,], pattern.permute(2, 0, 1) - name)
+    places = [[t.data_ptr() for t in (*h.inputs.values(), *h.outputs.values())] for h in holders]
+    assert places[0] == places[1] and len(set(places[0])) == 6
+    large = torch.zeros(static.CHUNK_BYTES // 4 + 1)
+    holders[0].load({("large",): large})
+    assert len(arena.chunks) == 2 and holders[0].inputs["large",].data_ptr() == arena.chunks[1].data_ptr()
+
+
+def test_the_plan_has_room_for_replays(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaying comes before retaining, unless nearly all tiles can be retained; below the budget neither."""
+    monkeypatch.setattr(Plan, "replayed", property(lambda plan: plan.replay_bytes > 0))
+    monkeypatch.setattr(static, "CHUNK_BYTES", 2**16)
+    model, shape = build().eval(), (1, 600, 600)
+
+    def planned(budget: int) -> Plan:
+        return plan(model, shape, budget, tile=64, dtype=torch.float64, carries="device")
+
+    remembered.on = False
+    least = planned(2**40)
+    least_bytes = least.peak_bytes - least.retained_bytes
+    tight = planned(2 * least_bytes)
+    assert not tight.replayed
+    remembered.on = True
+    both = planned(2 * least_bytes)
+    assert both.replayed and both.replay_bytes > both.tile_bytes and both.peak_bytes <= 2 * least_bytes
+    assert 0 < both.retained < tight.retained
+    neither = planned(least_bytes + both.replay_bytes // 2)
+    assert not neither.replayed and neither.peak_bytes <= least_bytes + both.replay_bytes // 2
+    assert not planned(2**40).replayed and planned(2**40).retained == 100

@@ -1,0 +1,78 @@
+"""On a GPU: steps whose tiles are replayed as CUDA graphs equal steps whose tiles are computed op by op."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from exactness import randomize
+from torch import nn
+
+from gigamorph.engine import accelerate, static
+from gigamorph.engine.models import create_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def one_step(net: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        output = net(x)
+    output.float().square().sum().backward()
+    return [output.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]  # pyright: ignore
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_replayed_steps_equal_others(monkeypatch: pytest.MonkeyPatch, live: bool, autocast: bool) -> None:
+    """ResNet-18, 6 x 6 tiles, three steps with SGD between them; the budget would never bind."""
+    torch.manual_seed(0)
+    model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().train(live)
+    x = torch.rand(1, 1, 768, 768, device="cuda")
+    graphs = static.executor
+    results: list[list[torch.Tensor]] = []
+    captured: list[Any] = []
+    capture = static.CudaGraphs.capture
+    monkeypatch.setattr(static.CudaGraphs, "capture", lambda self, run: captured.append(1) or capture(self, run))
+    for on in (False, True):
+        monkeypatch.setattr(static, "executor", graphs if on else lambda device: None)
+        net = accelerate(copy.deepcopy(model), tile=128)
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+        rounds = []
+        for _ in range(3):
+            rounds += [t.clone() for t in one_step(net, x, autocast)]
+            optimizer.step()
+        results.append(rounds)
+        assert bool(captured) == on
+    limit = 2e-2 if autocast else 1e-4  # stored maps and their gradients are read in another memory layout
+    for plain, replayed in zip(*results, strict=True):
+        assert (plain - replayed).double().norm() <= limit * max(plain.double().norm().item(), 1e-6)
+
+
+def test_replayed_frozen_network_is_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().eval()
+    x = torch.rand(1, 1, 768, 768, device="cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net = accelerate(copy.deepcopy(model), tile=128)
+    replayed = [one_step(net, x, True) for _ in range(3)]  # the third is replayed throughout
+    (prepared,) = net._programs.values()
+    benches = [bench for replays in prepared.replays.values() for bench in replays.benches.values()]
+    assert benches and all(recording.replay for bench in benches for recording in bench.recordings.values())
+    monkeypatch.setattr(static, "executor", lambda device: None)
+    plain = one_step(accelerate(copy.deepcopy(model), tile=128), x, True)
+    for one in replayed:
+        assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
+
+
+def test_other_sizes_in_between() -> None:
+    """Graphs are let go when the image size changes, their memory pool with them, and captured again."""
+    torch.manual_seed(0)
+    net = accelerate(randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().eval(), tile=128)
+    images = [torch.rand(1, 1, side, side, device="cuda") for side in (768, 640, 768, 640)]
+    first = [one_step(net, x, False)[0] for x in images]
+    for x, output in zip(images, first, strict=True):
+        for _ in range(2):
+            torch.testing.assert_close(one_step(net, x, False)[0], output, rtol=1e-5, atol=1e-5)
