@@ -16,7 +16,7 @@ from . import static
 from .errors import GigamorphError
 from .graph import Graph
 from .memory import parse_bytes
-from .ops import Reduction
+from .ops import Reduction, Small
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, arrange
 from .scan import Autocast, TileEvent
@@ -121,13 +121,14 @@ class Accelerated(nn.Module):
 
         Args:
             x: a float tensor (N, C, H, W) on any device, a pixel source (one image), or a list of pixel sources.
-                Sources of unequal sizes are taken one after the other and their outputs concatenated.
+                Sources of unequal sizes are taken one after the other and their outputs concatenated; not with
+                BatchNorm in training mode, whose statistics are those of the whole batch.
 
         Returns:
             What the network returns for the whole images.
         """
         if isinstance(x, (list, tuple)) and len({tuple(s.shape) for s in x}) > 1:
-            outputs = [self._step(as_batch(source)) for source in x]
+            outputs = [self._step(as_batch(source), alone=False) for source in x]
             return tree_map(lambda *parts: torch.cat(parts), *outputs)
         return self._step(as_batch(x))
 
@@ -151,8 +152,14 @@ class Accelerated(nn.Module):
         state = self._bind_state(prepared.network.program)
         return Forward(prepared, image, pixels, device, dtype, state, self.on_tile)
 
-    def _step(self, x: Tensor | PixelBatch) -> Any:
+    def _step(self, x: Tensor | PixelBatch, alone: bool = True) -> Any:
         forward = self._open(x)
+        steps = forward.prepared.network.steps
+        if not alone and any(isinstance(step, Small) and step.couples_batch for step in steps):
+            raise GigamorphError(
+                "images of several sizes in one batch cannot share the statistics of a BatchNorm in training mode; "
+                'give images of one size, or accelerate(..., batch_norm="frozen")'
+            )
         forward.run()
         return forward.output()
 

@@ -86,13 +86,15 @@ class Small:
     """A computation on smalls that is not a recorded call; it runs once per step.
 
     `run` gets the tensors of `inputs` by value number and returns those of `outputs`. `effect` changes buffers; it runs
-    behind `run`, and not again where smalls are computed a second time for the backward.
+    behind `run`, and not again where smalls are computed a second time for the backward. `couples_batch` says that the
+    results of one image depend on the others.
     """
 
     run: Callable[[Env], tuple[Tensor, ...]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     effect: Callable[[Env], None] | None = None
+    couples_batch: bool = False
 
 
 @dataclass(slots=True)

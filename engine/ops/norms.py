@@ -120,7 +120,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
                 _update(None if number is None else env[number], env[moment] * factor, _share(op, maps, env, momentum))
 
     inputs = (mean, var, *(v for v in running if v is not None))
-    finalize = Small(merge, inputs, (total_mean, total_var), keep if running != (None, None) else None)
+    finalize = Small(merge, inputs, (total_mean, total_var), keep if running != (None, None) else None, True)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
