@@ -53,6 +53,15 @@ _FREE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One choice of stored maps: its name, its work in forwards of stock PyTorch, its bytes of whole maps."""
+
+    name: str
+    forwards: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one step of an image size will be computed, and what it takes. All sizes in bytes.
 
@@ -71,8 +80,9 @@ class Plan:
         stored_bytes: maps that exist whole, their gradients, and the ops behind them.
         library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
         sides: the tile of each sweep, in pixels of its largest source.
-        strategy: which maps are stored whole, for a network of several sweeps (`strategy.py`).
-        units: what the step costs, in forwards of stock PyTorch.
+        choices: which maps may be stored whole (`strategy.py`): those that did not fit, the one taken, and in the
+            result of `plan` those that need still less.
+        choice: which of them is taken.
         replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are computed op by op.
         budget: the budget, or None.
         stock_bytes: the same step in stock PyTorch, or None where it was not asked for.
@@ -92,8 +102,8 @@ class Plan:
     stored_bytes: int
     library_bytes: int
     sides: tuple[tuple[int, int], ...]
-    strategy: str = ""
-    units: float = 0.0
+    choices: tuple[Choice, ...] = ()
+    choice: int = 0
     replay_bytes: int = 0
     budget: int | None = None
     stock_bytes: int | None = None
@@ -136,7 +146,7 @@ class Plan:
         if self.library_bytes:
             lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap)"))
         if len(self.sides) > 1:
-            lines.append(("sweeps", f"{len(self.sides)}: {self.strategy}; {self.units:.1f} forwards' worth of work"))
+            lines.append(("sweeps", str(len(self.sides))))
         if self.replay_bytes:
             lines.append(("replayed tiles", format_bytes(self.replay_bytes)))
         lines.append(("predicted peak", format_bytes(self.peak_bytes)))
@@ -145,7 +155,14 @@ class Plan:
         if self.stock_bytes is not None:
             ratio = self.stock_bytes / self.peak_bytes
             lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} ({ratio:.1f} times this)"))
-        return "\n".join(f"{name:<15} {text}" for name, text in lines)
+        text = "\n".join(f"{name:<15} {text}" for name, text in lines)
+        if len(self.choices) < 2:
+            return text
+        rows = (
+            f"{'>' if n == self.choice else ' '} {made.forwards:5.1f}  {format_bytes(made.bytes):>9}  {made.name}"
+            for n, made in enumerate(self.choices)
+        )
+        return "\n".join([text, "", "  work in forwards, bytes of whole maps, and which maps are stored", *rows])
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:
@@ -316,24 +333,32 @@ def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
 
 def arrange(
     program: Program, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
-    image_grad: bool = False, count_tile: bool = True, fallback: str | None = None,
+    image_grad: bool = False, count_tile: bool = True, fallback: str | None = None, compare: bool = False,
 ) -> tuple[Network, Plan]:  # fmt: skip
     """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
 
-    Args as for `choose` and `sort`.
+    Args as for `choose` and `sort`; `compare` lists in the plan the choices that are slower and need less, too.
     """
     maps, nodes = sort(program, fallback)
+    tried: list[Choice] = []
+    found: tuple[Network, Plan] | None = None
     refused: BudgetError | None = None
     for strategy in strategies(maps, nodes, training, image_grad):
-        prepare(strategy.network, training, image_grad)
-        try:
-            plan = choose(strategy.network, budget, tile, training, carries, image_grad, count_tile)
-        except BudgetError as error:
-            refused = error
-        else:
-            return strategy.network, replace(plan, strategy=strategy.name, units=strategy.cost)
-    assert refused is not None
-    raise refused
+        tried.append(Choice(strategy.name, strategy.cost, strategy.stored_bytes))
+        if found is None:
+            prepare(strategy.network, training, image_grad)
+            try:
+                plan = choose(strategy.network, budget, tile, training, carries, image_grad, count_tile)
+            except BudgetError as error:
+                refused = error
+                continue
+            found = strategy.network, replace(plan, choice=len(tried) - 1)
+        if not compare:
+            break
+    if found is None:
+        assert refused is not None
+        raise refused
+    return found[0], replace(found[1], choices=tuple(tried))
 
 
 def choose(
@@ -426,7 +451,8 @@ def plan(
     device = torch.device(device)
     program = capture(network, shape, dtype, device)
     side = (tile, tile) if isinstance(tile, int) else tile
-    _, chosen = arrange(program, None if budget is None else parse_bytes(budget), side, training, carries)
+    limit = None if budget is None else parse_bytes(budget)
+    _, chosen = arrange(program, limit, side, training, carries, compare=True)
     stock = sum(t.nbytes for t in network.state_dict().values()) + stock_peak(network, shape, dtype, device, training)
     return replace(chosen, stock_bytes=stock)
 

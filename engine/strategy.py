@@ -50,7 +50,7 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
         wanted = network.trainable() | ({maps.program.image} if image_grad else set())
         return Strategy(name, network, network_cost(network, training) / unit, stored_peak(network, training, wanted))
 
-    least = weigh("keep what is read again", split(maps, nodes, crossing(maps, nodes)))
+    least = weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
     yield least
     if len(least.network.sweeps) > 1:
         others = [weigh(name, network) for name, network in _candidates(maps, nodes, training)]
@@ -66,7 +66,7 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
     stem = {v for v in crossing(maps, nodes) if levels(maps, nodes)[v] == 0 and v not in fixed}
     if stem:
         stored = [v for v in crossing(maps, nodes) if v not in stem]
-        yield "keep what is read again, but for the first layers", split(maps, nodes, stored)
+        yield "all that is read again, but for the first layers", split(maps, nodes, stored)
     for grouped in (1, 2, 4) if training else (1,):
         chosen = cuts[::-1][::grouped][::-1]
         read_later = crossing(maps, nodes, chosen)
@@ -74,16 +74,17 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
         for number in range(len(chosen) + 1):
             end = level[chosen[number - 1]] if number else -1
             inside = {v for v in read_later if level[v] <= end and v not in fixed}
-            for dropped, text in ((inside - set(chosen), "from the last cut"), (inside, "from the image")):
+            for dropped, text in ((inside - set(chosen), "cuts only"), (inside, "nothing")):
                 if number and not dropped:
                     continue
                 stored = [v for v in read_later if v not in dropped]
                 network = split(maps, nodes, stored, [v for v in chosen if v in stored])
                 if training:
                     network.ranges = ranges_between(network, [v for v in chosen if v in stored])
-                name = f"ranges between {['', '', 'two ', '', 'four '][grouped]}cuts" if training else "keep cuts"
+                name = f"every {['', '', 'second ', '', 'fourth '][grouped]}cut"
+                name += ", and what is between while it is needed" if training else ", and what is read again"
                 if number:
-                    name += f"; all up to cut {number} of {len(chosen)} {text}"
+                    name += f"; up to cut {number} of {len(chosen)} {text}"
                 yield name, network
                 if not number:
                     break
