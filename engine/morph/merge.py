@@ -75,9 +75,8 @@ def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     """
     like = next(model.parameters(), torch.zeros(()))
     inputs = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in step["example"])
-    groups = step.get("groups", ["more"] * len(step["passes"]))  # recipes from before have none
-    for folds, how in zip(step["passes"], groups, strict=True):
-        spaces = find_spaces(model, *inputs, groups=how)
+    for folds, groups in zip(step["passes"], step["groups"], strict=True):
+        spaces = find_spaces(model, *inputs, groups=groups)
         for key, first in folds.items():
             if len(_units(spaces, spaces[key])[1]) != len(first):
                 raise MorphError(f"space {key} has another width than in the network that was merged")

@@ -138,7 +138,7 @@ def spaces_of(model: nn.Module, step: Mapping[str, Any]) -> Spaces:
     """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
     generator = torch.Generator().manual_seed(0)
     example = [torch.randn(shape, generator=generator) for shape in step["example"]]
-    return find_spaces(model, *example, groups=step.get("groups", "more"))  # recipes from before have none
+    return find_spaces(model, *example, groups=step["groups"])
 
 
 def check_step(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, dict[str, ParameterMap]]:

@@ -19,7 +19,7 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import resnet
 from gigamorph.engine.morph.merge import _add_columns, merge, rebuild
 from gigamorph.engine.morph.optimizer import grow_optimizer
-from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
 from gigamorph.engine.morph.widen import widen
 
@@ -28,12 +28,12 @@ REORDERS = ("flip", "shuffle", "chunk", "gate")  # a class may lie on its tensor
 tally = {"seen": 0, "merged": 0}
 
 
-def random_counts(model: nn.Module, seed: int, most: int = 4) -> dict[str, list[int]]:
+def random_counts(model: nn.Module, seed: int, most: int = 4, groups: str = "more") -> dict[str, list[int]]:
     generator = torch.Generator().manual_seed(seed)
     x = X.to(next(model.parameters()).dtype)
     return {
         s.key: torch.randint(1, most + 1, (len(s.order),), generator=generator).tolist()
-        for s in find_spaces(model, x).growable()
+        for s in find_spaces(model, x, groups=groups).growable()
     }
 
 
@@ -57,15 +57,23 @@ def scrambled(network: nn.Module, seed: int) -> nn.Module:
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=QUIET)
-@given(st.sampled_from(sorted(NETWORKS)), st.integers(0, 999), st.sampled_from(SPLITS), st.booleans())
-def test_round_trip_is_exact(name: str, seed: int, split: str, double: bool) -> None:
+@given(
+    st.sampled_from([*sorted(NETWORKS), "groups"]),
+    st.integers(0, 999),
+    st.sampled_from(SPLITS),
+    st.booleans(),
+    st.lists(st.sampled_from(GROUPS), min_size=2, max_size=2),
+)
+def test_round_trip_is_exact(name: str, seed: int, split: str, double: bool, groups: list[str]) -> None:
     """Random counts, twice over: the merged network is the parent, weights and all."""
+    first, second = groups
     parent = scrambled(build(name), seed)
     parent = parent if double else parent.float()
     x = X.to(next(parent.parameters()).dtype)
-    child, _ = widen(parent, x, random_counts(parent, seed), split=split, seed=seed)
+    child, _ = widen(parent, x, random_counts(parent, seed, groups=first), split=split, seed=seed, groups=first)
     try:
-        wider, _ = widen(child, x, random_counts(child, seed + 1, 2), split=split, seed=seed)
+        counts = random_counts(child, seed + 1, 2, second)
+        wider, _ = widen(child, x, counts, split=split, seed=seed, groups=second)
     except MorphError:
         wider = child
     if wider.state_dict().keys() and all(
@@ -122,6 +130,16 @@ def test_resnet() -> None:
     merged, report = merge(child, x)
     assert_same(merged, parent)
     assert report.parameters[1] < report.parameters[0]
+
+
+def test_groups_that_got_wider_are_merged() -> None:
+    parent = scrambled(build("groups").float(), 2)
+    child, _ = widen(parent, X, factor=2, groups="wider")
+    merged, report = merge(child, X)
+    assert_same(merged, parent)
+    assert "wider" in report.step["groups"]
+    again = rebuild(child, json.loads(json.dumps(report.step)))
+    assert repr(again) == repr(parent)
 
 
 def test_embeddings_are_merged() -> None:

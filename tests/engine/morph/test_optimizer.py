@@ -65,9 +65,10 @@ def test_training_commutes(name: str, kind: str) -> None:
     make, model = OPTIMIZERS[kind], build(name)
     optimizer = make(model.parameters())
     train(model, optimizer, 5)
-    counts = doubled(model)
+    groups = "wider" if name == "groups" else "more"
+    counts = doubled(model, groups=groups)
     assert counts
-    child, report = widen(model, X.double(), counts, split="kraft")
+    child, report = widen(model, X.double(), counts, split="kraft", groups=groups)
     grown = grow_optimizer(optimizer, model, child, report, lr="commute")
     limit = LIMIT * sensitivity(model, optimizer, make)
     train(model, optimizer, 10, start=5)
@@ -119,14 +120,14 @@ def test_commutation_notices_mistakes(wrong: str) -> None:
 @given(st.sampled_from(sorted(NETWORKS)), st.integers(0, 999))
 def test_gradients_follow_the_adjoint_rule(name: str, seed: int) -> None:
     """g' = diag(s_o) g[ro][:, ri] for uneven counts, with Kraft shares; so do momenta by construction."""
-    model = build(name)
+    model, groups = build(name), "wider" if name == "groups" else "more"
     rng = torch.Generator().manual_seed(seed)
     counts = {}
-    for s in find_spaces(copy.deepcopy(model).float(), X).growable():
+    for s in find_spaces(copy.deepcopy(model).float(), X, groups=groups).growable():
         counts[s.key] = torch.randint(1, 5, (len(s.order),), generator=rng).tolist()
         if len(s.order) == 1:  # a statistic over channels: its gradient reaches all copies alike
             counts[s.key] = [2 ** (counts[s.key][0] % 3)]
-    child, report = widen(model, X.double(), counts, split="kraft", seed=seed)
+    child, report = widen(model, X.double(), counts, split="kraft", seed=seed, groups=groups)
     for network in (model, child):
         train(network, SGD(network.parameters(), lr=0.0), 1)
     maps = tensor_maps(copy.deepcopy(model).float(), report.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import resnet18
+from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.spaces import Spaces, find_spaces
 from gigamorph.engine.morph.widen import widen
 
@@ -119,6 +121,86 @@ def test_every_space_with_a_hard_coded_view_is_found() -> None:
         assert all("'view'" in why and "module '" in why for why in frozen)
 
 
+class Sized(nn.Module):
+    """Functional calls that are given their sizes by Python: from an attribute, computed, or written down."""
+
+    def __init__(self, call: Callable[[Sized, Tensor], Tensor], shape: tuple[int, ...] = (8, 1, 3, 3)):
+        super().__init__()
+        self.channels, self.taps, self.shape, self.call = 8, 8, [8], call
+        self.register_buffer("taken", torch.rand(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def _conv(m: Sized, x: Tensor, groups: int) -> Tensor:
+    return F.conv2d(x, m.taken, padding=1, groups=groups)
+
+
+def _layer_norm(x: Tensor, shape: Any) -> Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), shape).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "call, attributes",
+    [
+        (lambda m, x: _conv(m, x, m.channels), (16, 8, [8])),
+        (lambda m, x: _conv(m, x, groups=len(m.taken)), (8, 8, [8])),
+        (lambda m, x: _conv(m, _conv(m, x, m.taps), m.taps), (8, 16, [8])),
+        (lambda m, x: _conv(m, x, m.taps).view(-1, m.taps, 8, 8), (8, 16, [8])),
+        (lambda m, x: F.group_norm(x, m.taps), (8, 16, [8])),
+        (lambda m, x: _layer_norm(x, m.shape), (8, 8, [16])),
+        (lambda m, x: _layer_norm(x, (m.channels,)), (16, 8, [8])),
+        (lambda m, x: _layer_norm(x, x.shape[1:2]), (8, 8, [8])),
+    ],
+)
+def test_attributes_that_give_a_size_follow(call: Callable[[Any, Tensor], Tensor], attributes: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda n, x: n.s(x), s=Sized(call))
+    child, report = widen(model, X, {"a.weight:0": 16})
+    sized: Any = child.get_submodule("s")
+    assert (sized.channels, sized.taps, sized.shape) == attributes and report.difference.float64 < 1e-13
+    assert all(type(v) is int for v in (sized.channels, sized.taps, *sized.shape))
+    own: Any = model.get_submodule("s")
+    assert (own.channels, own.taps, own.shape) == (8, 8, [8]) and type(own.taps) is int
+    merged, _ = merge(child, X)
+    assert repr(merged) == repr(model)
+    assert (merged.s.channels, merged.s.taps, merged.s.shape) == (8, 8, [8])
+
+
+@pytest.mark.parametrize(
+    "call, why",
+    [
+        (lambda m, x: _conv(m, x, 8), "groups"),
+        (lambda m, x: _conv(m, x, m.channels * 1), "groups"),
+        (lambda m, x: _conv(m, x, m.channels) * m.channels, "other arguments"),
+        (lambda m, x: F.group_norm(x, 4), "groups"),
+        (lambda m, x: _layer_norm(x, (8,)), "normalized_shape"),
+    ],
+)
+def test_sizes_that_are_written_down_freeze(call: Callable[[Any, Tensor], Tensor], why: str) -> None:
+    space = spaces_of(lambda n, x: n.s(x), s=Sized(call))["a.weight:0"]
+    assert why in space.frozen and "module 's'" in space.frozen
+
+
+def test_one_attribute_for_two_spaces_freezes_them() -> None:
+    """It could follow one of them only."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.groups, self.one, self.two = 8, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv in (self.one, self.two):
+                x = F.group_norm(conv(x), self.groups)
+            return x
+
+    spaces = spaces_of(lambda n, x: n.s(x), s=Two())
+    assert spaces["s.one.weight:0"].frozen and spaces["s.two.weight:0"].frozen
+    assert not spaces["a.weight:0"].frozen
+
+
 class Tokens(nn.Module):
     """A transformer's stream: patches, a class token put before them, a position embedding, LayerNorm and an MLP."""
 
@@ -136,6 +218,36 @@ class Tokens(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
         x = x + self.down(F.gelu(self.up(self.norm(x))))
         return self.head(x[:, 0])
+
+
+def test_a_norm_over_maps_with_padding_keeps_copies() -> None:
+    """Swin's patch merging at an odd size: zeros beside the map are values of many rows of the norm."""
+
+    def merging(n: nn.Module, x: Tensor) -> Tensor:
+        x = F.pad(x[:, :, 1:, 1:].permute(0, 2, 3, 1), (0, 0, 0, 3, 0, 3))  # 7 x 7 -> 10 x 10: some rows are all zeros
+        x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], 3)
+        return n.down(n.norm(x)).permute(0, 3, 1, 2)
+
+    parts = {"norm": nn.LayerNorm(32), "down": nn.Linear(32, 8)}
+    spaces = spaces_of(merging, **parts)
+    spaces.check({})  # nothing is widened
+    assert not spaces["a.weight:0"].frozen and len(spaces["a.weight:0"].order) == 1
+    _, report = widen(Net(merging, **parts), X, {"a.weight:0": 24})
+    assert report.difference.float64 < 1e-13
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_statistic_of_equal_and_shared_values(value: float) -> None:
+    """Rows of a mean may hold a value twice, share it with other rows, or be alike; an extreme too."""
+
+    def twice(_n: nn.Module, x: Tensor) -> Tensor:
+        y = F.pad(torch.cat([x, x.relu(), x], 1), (1, 1), value=value)
+        return (y.mean(1, keepdim=True) * y.amax(1, keepdim=True))[:, :, :, 1:-1] * x
+
+    spaces = spaces_of(twice)
+    spaces.check({})
+    assert not spaces["a.weight:0"].frozen
+    assert widen(Net(twice), X, {"a.weight:0": 24})[1].difference.float64 < 1e-13
 
 
 def test_the_stream_of_a_transformer_grows_with_its_embeddings() -> None:

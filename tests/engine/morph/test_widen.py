@@ -18,14 +18,15 @@ import torch
 from exactness import randomize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from morph_networks import build
 from morph_programs import BENIGN, LATTICE, Program, programs
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.recipe import Recipe, apply
-from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
-from gigamorph.engine.morph.verify import compare, count_parameters
+from gigamorph.engine.morph.verify import Report, compare, count_parameters
 from gigamorph.engine.morph.widen import _grow, grow_tensor, rebuild, tensor_maps, widen
 
 X = torch.zeros(1, 3, 8, 8)
@@ -35,9 +36,9 @@ quiet = settings(deadline=None, suppress_health_check=QUIET)
 fast = settings(quiet, max_examples=30)
 
 
-def draw_counts(model: nn.Module, seed: int, most: int = 3) -> dict[str, list[int]]:
+def draw_counts(model: nn.Module, seed: int, most: int = 3, groups: str = "more") -> dict[str, list[int]]:
     rng = np.random.default_rng(seed)
-    spaces = find_spaces(model, X.to(next(model.parameters()).dtype))
+    spaces = find_spaces(model, X.to(next(model.parameters()).dtype), groups=groups)
     return {s.key: rng.integers(1, most + 1, len(s.order)).tolist() for s in spaces.growable()}
 
 
@@ -45,16 +46,17 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-def is_widened(program: Program, seed: int, split: str, free: bool) -> bool:
+def is_widened(program: Program, seed: int, split: str, free: bool, groups: str) -> bool:
     """False if refused; else equal on a fresh batch of another size in float64, and true if anything grew."""
     model = program.build().double()
     before = copy.deepcopy(model.state_dict())
     try:
-        spaces = find_spaces(model, X.double())
+        spaces = find_spaces(model, X.double(), groups=groups)
+        spaces.check({})  # widening nothing always passes, or its refusals would mean nothing
         rng = np.random.default_rng(seed)
         counts = {s.key: rng.integers(1, 4, len(s.order)).tolist() for s in spaces.growable()}
         extra = {s.key: s.width // len(s.order) for s in spaces.growable()[:1]} if free else None
-        child, report = widen(model, X.double(), counts, split=split, seed=seed, free=extra)
+        child, report = widen(model, X.double(), counts, split=split, seed=seed, free=extra, groups=groups)
     except MorphError as error:
         assert "differs" not in str(error) and "violate" not in str(error), f"the check was deceived: {error}"
         return False
@@ -70,9 +72,9 @@ def test_random_programs_are_never_silently_wrong() -> None:
     outcomes: list[bool] = []
 
     @settings(quiet, max_examples=PROGRAMS)
-    @given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans())
-    def run(program: Program, seed: int, split: str, free: bool) -> None:
-        outcomes.append(is_widened(program, seed, split, free))
+    @given(programs(), st.integers(0, 99), st.sampled_from(SPLITS), st.booleans(), st.sampled_from(GROUPS))
+    def run(program: Program, seed: int, split: str, free: bool, groups: str) -> None:
+        outcomes.append(is_widened(program, seed, split, free, groups))
 
     run()
     print(f"{len(outcomes)} programs, {sum(outcomes)} widened")
@@ -102,8 +104,8 @@ def test_benign_programs_can_always_be_doubled(program: Program) -> None:
 
 
 @fast
-@given(only(*LATTICE), st.integers(0, 99))
-def test_integer_programs_are_equal_to_the_bit(program: Program, seed: int) -> None:
+@given(only(*LATTICE), st.integers(0, 99), st.sampled_from(GROUPS))
+def test_integer_programs_are_equal_to_the_bit(program: Program, seed: int, groups: str) -> None:
     for dtype in (torch.float64, torch.float32):
         model = program.build(integers=True).to(dtype)
         x = torch.randint(-1, 2, (2, 3, 8, 8), generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -111,7 +113,8 @@ def test_integer_programs_are_equal_to_the_bit(program: Program, seed: int) -> N
             want = model(x)
             if want.abs().max() * 2**9 > 2**22:  # partial sums would round
                 return
-            child, _ = widen(model, X.to(dtype), draw_counts(model, seed), split="kraft")
+            counts = draw_counts(model, seed, groups=groups)
+            child, _ = widen(model, X.to(dtype), counts, split="kraft", groups=groups)
             assert torch.equal(child(x), want)
 
 
@@ -143,6 +146,7 @@ def small() -> Any:
         ({"counts": {"nothing": 4}}, "no channel space"),
         ({"factor": 0.5}, "narrower"),
         ({"factor": 2, "split": "thirds"}, "thirds"),
+        ({"factor": 2, "groups": "fewer"}, "fewer"),
         ({}, "give counts"),
         ({"free": {"0.weight:0": -1}}, "multiples"),
     ],
@@ -163,6 +167,44 @@ def test_a_norm_over_channels_grows_by_whole_multiples() -> None:
         widen(model, X, {"0.weight:0": 6})
     child, report = widen(model, X, {"0.weight:0": 12})
     assert child[1].num_channels == 12 and report.difference.float64 < 1e-13
+
+
+def test_groups_get_more_or_wider() -> None:
+    """32x4d to 64x4d, or to 32x8d; depthwise convolutions have nothing inside their groups to copy."""
+    model = build("groups").float()
+    for groups, want in (("more", (8, 3, 2)), ("wider", (4, 6, 4))):
+        child, report = widen(model, X, factor=2, groups=groups)
+        assert (child.b.groups, child.b.weight.shape[1], child.b.out_channels // child.b.groups) == want
+        assert report.difference.float64 < 1e-13 and report.certificate is not None
+        assert report.certificate.violations == 0 < report.certificate.entries
+    spaces = find_spaces(model, X, groups="wider")
+    assert len(spaces["a.weight:0"].order) == 3 and len(spaces["b.weight:0"].order) == 2
+    assert spaces["stem.weight:0"].order != spaces["a.weight:0"].order and len(spaces["stem.weight:0"].order) == 1
+    with pytest.raises(MorphError, match="steps of 4"):
+        widen(model, X, {"a.weight:0": 18}, groups="wider")
+    child, report = widen(model, X, {"a.weight:0": [1, 3, 2], "b.weight:0": [2, 1]}, groups="wider", split="kraft")
+    places = torch.tensor([0, 1, 1, 1, 2, 2])
+    assert torch.equal(child.n.weight, model.n.weight[(torch.arange(4)[:, None] * 3 + places).reshape(-1)])
+    assert child.b.weight.shape == (12, 6, 3, 3) and child.b.in_channels == 24 and child.b.groups == 4
+    again = apply(json_recipe(report, model, child), build("groups").float())
+    again.load_state_dict(child.state_dict())
+    assert compare(child, again, X).float64 == 0
+    depthwise = build("depthwise").float()
+    one, two = (widen(depthwise, X, factor=2, groups=g)[0].state_dict() for g in ("more", "wider"))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+def json_recipe(report: Report, model: nn.Module, child: nn.Module) -> Recipe:
+    recipe = Recipe()
+    recipe.add(report, model, child)
+    return Recipe.from_json(recipe.to_json())
+
+
+def test_free_channels_inside_groups() -> None:
+    child, report = widen(build("groups"), X.double(), free={"a.weight:0": 4, "b.weight:0": 8}, groups="wider")
+    kept = child.b.weight.reshape(4, 4, 4, 3, 3)[:, :2]  # of each group the last two of four channels are new
+    assert not kept[:, :, 3:].any() and kept[:, :, :3].all()
+    assert report.difference.float64 < 1e-15
 
 
 def test_in_place() -> None:
