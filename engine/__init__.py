@@ -1,6 +1,7 @@
 """The engine: ConvNets on images of any size, exactly, in the memory you have."""
 
 from .accelerate import Accelerated, accelerate
+from .dense import dense_loss, write_map
 from .errors import BudgetError, DataError, GigamorphError, UnsupportedError
 from .pixels import open_pixels
 from .plan import Plan, plan
@@ -15,6 +16,8 @@ __all__ = [
     "TileEvent",
     "UnsupportedError",
     "accelerate",
+    "dense_loss",
     "open_pixels",
     "plan",
+    "write_map",
 ]

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import kernels
 from . import static
+from .bands import Bands, band_group
 from .errors import GigamorphError
 from .graph import Graph
 from .memory import parse_bytes
 from .ops import Reduction, Small
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, arrange
-from .scan import Autocast, TileEvent
+from .processes import check_same, check_same_steps, world
+from .scan import Autocast, Pixels, TileEvent
 from .steps import Forward, ImageTensor, Prepared
 from .sweep import Sweep
-from .trace import Program, capture
+from .trace import Program, capture, refuse_backward_hooks
+from .verify import CannotVerify
+from .verify import verify as verify_network
 
 _REMEMBERED = 16  # image sizes whose program and plan are kept
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is computed with a network instead of its call alone.
+
+    Attributes:
+        key: tells it from others.
+        call: gets the image and further maps.
+        inputs: shapes and dtypes of those maps, whose image axes are the last two.
+    """
+
+    key: Hashable
+    call: Callable[..., Any]
+    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
 
 class Accelerated(nn.Module):
@@ -36,7 +58,7 @@ class Accelerated(nn.Module):
 
     def __init__(
         self, model: nn.Module, memory_budget: int | None, tile: tuple[int, int] | None, batch_norm: str | None,
-        carries: str, fallback: str | None = None,
+        carries: str, fallback: str | None = None, split: Any = None,
     ):  # fmt: skip
         super().__init__()
         # The very dictionaries of the network: state_dict keys, .to(), load_state_dict and deepcopy come out alike.
@@ -45,9 +67,10 @@ class Accelerated(nn.Module):
         self.__dict__["_modules"] = model._modules
         self.__dict__["_network"] = model
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
-        self.fallback = fallback
+        self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._programs: OrderedDict[Any, Prepared] = OrderedDict()
+        self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.training = model.training  # not train(): layers that the user has frozen stay so
         if batch_norm == "frozen":
             freeze_batch_norm(model)
@@ -89,32 +112,72 @@ class Accelerated(nn.Module):
         device = torch.device(device) if device is not None else self._device()
         training = torch.is_grad_enabled()
         program = capture(self._network, tuple(shape), dtype, device)
-        return arrange(program, self.memory_budget, self.tile, training, self.carries, fallback=self.fallback)[1]
+        bands = self._bands(program)
+        return arrange(
+            program, self.memory_budget, self.tile, training, self.carries, fallback=self.fallback, bands=bands
+        )[1]
+
+    def _bands(self, program: Program) -> Bands | None:
+        """The processes that share an image; to a SyncBatchNorm among them they are one."""
+        if self.split is None:
+            return None
+        bands = band_group(self.split)
+        for op in program.ops:
+            if op.group is not None and dist.get_world_size(op.group) != bands.count:
+                raise GigamorphError(
+                    f"module '{op.module}' shares its statistics with other processes than those that share an image; "
+                    "give its process_group and split the same processes"
+                )
+            op.group = None
+        return bands
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    def _state(self) -> tuple[Any, ...]:
+        """What a recorded program depends on besides the image: modes, and the hooks that users have registered."""
+        return tuple(
+            (id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
+            for m in self._network.modules()
+        )
+
     def _program(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, image_grad: bool
-    ) -> Prepared:
-        modes = tuple((id(m), m.training) for m in self._network.modules())
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, image_grad: bool,
+        form: Form | None = None,
+    ) -> Prepared:  # fmt: skip
+        form = form or Form((), self._network)
         wants = tuple(p.requires_grad for p in self.parameters())
         settings = (self.tile, self.memory_budget, self.carries)
         autocast, triton = Autocast.current(device), kernels.enabled(device)
-        key = (shape, dtype, device, training, image_grad, modes, wants, autocast, settings, triton)
+        key = (shape, dtype, device, training, image_grad, self._state(), wants, autocast, settings, triton)
+        key = (*key, world(), form.key)
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
-        program = capture(self._network, shape, dtype, device)
+        if training:
+            refuse_backward_hooks(self._network)
+        if self._checked is not None:
+            self._check(shape[1], device)
+        program = capture(self._network, shape, dtype, device, form.call, form.inputs)
         counted = self.memory_budget is not None or static.executor(device) is not None
+        bands = self._bands(program)
         network, plan = arrange(
-            program, self.memory_budget, self.tile, training, self.carries, image_grad, counted, self.fallback
-        )
+            program, self.memory_budget, self.tile, training, self.carries, image_grad, counted, self.fallback,
+            bands=bands, agree=True,
+        )  # fmt: skip
         sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
-        self._programs[key] = Prepared(network, sweeps, plan)
+        self._programs[key] = Prepared(network, sweeps, plan, bands=bands)
         if len(self._programs) > _REMEMBERED:
             self._programs.popitem(last=False)
         return self._programs[key]
+
+    def _check(self, channels: int, device: torch.device) -> None:
+        """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
+        checked, state = self._checked if self._checked is not None else set(), self._state()
+        if state not in checked:
+            make = lambda twin, tile: Accelerated(twin, None, tile, None, "device", self.fallback)  # noqa: E731
+            verify_network(self._network, make, channels, device)
+            checked.add(state)
 
     def forward(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource]) -> Any:
         """The network's output for an image batch.
@@ -132,8 +195,13 @@ class Accelerated(nn.Module):
             return tree_map(lambda *parts: torch.cat(parts), *outputs)
         return self._step(as_batch(x))
 
-    def _open(self, x: Tensor | PixelBatch) -> Forward:
-        """The forward of an image batch, nothing of it computed yet."""
+    def _open(self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = ()) -> Forward:
+        """The forward of an image batch, nothing of it computed yet.
+
+        Args:
+            form: what is computed instead of the network's call.
+            given: the further maps that it takes.
+        """
         if isinstance(x, Tensor):
             if x.dim() != 4 or not x.is_floating_point():
                 raise GigamorphError(
@@ -145,12 +213,25 @@ class Accelerated(nn.Module):
             pixels, image, dtype, device = x, None, parameter.dtype, parameter.device
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
         training = torch.is_grad_enabled() and (image_grad or any(p.requires_grad for p in self.parameters()))
-        prepared = self._program(tuple(pixels.shape), dtype, device, training, image_grad)
+        if self.split is not None:
+            what = repr((tuple(pixels.shape), dtype, training, image_grad, self.memory_budget))
+            check_same(
+                band_group(self.split).group, what, device,
+                "processes that share an image have images of different shapes, other settings or other modes; give "
+                "all of them the same",
+            )  # fmt: skip
+        prepared = self._program(tuple(pixels.shape), dtype, device, training, image_grad, form)
         for other in self._programs.values():
             if other is not prepared:
                 other.let_go()  # the plan has room for those of one program
+        if training:
+            groups = dict.fromkeys(op.group for op in prepared.network.program.ops if op.group is not None)
+            check_same_steps(groups, prepared.order, device)
+        inputs = dict(zip(prepared.network.program.inputs, given, strict=True))
         state = self._bind_state(prepared.network.program)
-        return Forward(prepared, image, pixels, device, dtype, state, self.on_tile)
+        state.update({v: t for v, t in inputs.items() if isinstance(t, Tensor)})
+        regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
+        return Forward(prepared, image, pixels, device, dtype, state, self.on_tile, regions)
 
     def _step(self, x: Tensor | PixelBatch, alone: bool = True) -> Any:
         forward = self._open(x)
@@ -177,8 +258,9 @@ class Accelerated(nn.Module):
             (N, h, w) float32 on the network's device, h and w at the stride of that map.
 
         Raises:
-            GigamorphError: if the network has no global pooling.
+            GigamorphError: if the network has no global pooling, or images are split over processes.
         """
+        self.need_all_rows("evidence")
         with torch.no_grad():
             forward = self._open(as_batch(x))
             steps = forward.prepared.network.steps
@@ -208,6 +290,11 @@ class Accelerated(nn.Module):
                     taps.append(tap)
             scan.forward(smalls)
         return total
+
+    def need_all_rows(self, name: str) -> None:
+        """Refuse, by the caller's name, what one process cannot give if images are split over several."""
+        if self.split is not None:
+            raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again, without split")
 
     def _bind_state(self, program: Program) -> dict[int, Tensor]:
         """The parameters, buffers and constants of the program as they are now."""
@@ -248,6 +335,8 @@ def accelerate(
     batch_norm: str | None = None,
     carries: str = "auto",
     fallback: str | None = None,
+    split: dist.ProcessGroup | bool | None = None,
+    verify: bool = False,
 ) -> Accelerated:
     """Make a ConvNet train and run on images of any size within a memory budget, exactly.
 
@@ -266,10 +355,16 @@ def accelerate(
             ``"auto"``, the first of these that the budget allows.
         fallback: ``"whole"`` lets ops that cannot be computed tile by tile (attention over all positions) have their
             maps whole, in the memory that this takes; None refuses such networks.
+        split: compute each image on several processes, each a band of its rows: those of a group of
+            `torch.distributed`, or with True all. Every process gives the same images, reads the rows that it needs of
+            them, and has the outputs and gradients of the whole; the budget is that of one process.
+        verify: compare outputs, gradients and buffers of copies of the network in float64 with those of ordinary
+            PyTorch, on a small image: now, if the first convolution tells the image's channels, else at the first
+            image; and again in each mode (`train()`, `eval()`) at its first image.
 
     Raises:
-        GigamorphError: for arguments that are not understood. Networks that cannot be computed exactly are refused
-            with an `UnsupportedError` at the first image, before any work.
+        GigamorphError: for arguments that are not understood, or if `verify` finds a difference. Networks that cannot
+            be computed exactly are refused with an `UnsupportedError` at the first image, before any work.
     """
     if isinstance(model, Accelerated):
         raise GigamorphError("the model is accelerated already")
@@ -284,4 +379,11 @@ def accelerate(
     if tile is not None and min(tile) < 1:
         raise GigamorphError(f"tile={tile} must be positive")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return Accelerated(model, budget, tile, batch_norm, carries, fallback)
+    net = Accelerated(model, budget, tile, batch_norm, carries, fallback, split or None)
+    if verify:
+        net._checked = set()
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None:
+            with contextlib.suppress(CannotVerify):  # it may stand behind a reshape of the image
+                net._check(first.in_channels, net._device())
+    return net

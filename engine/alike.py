@@ -17,8 +17,9 @@ from .sweep import Sweep, area, shift, split
 
 Signature = tuple[Any, ...]
 
-# At the border it divides by counts that depend on the place; they are made on the host.
-_COUNTS_AT_BORDERS = "avg_pool2d"
+# Ops that depend on the place where a window lacks padding: one divides by counts that are made on the host, the other
+# puts in what lies at the far end.
+_AT_BORDERS = frozenset({"avg_pool2d", "circular"})
 
 
 def translates(sweep: Sweep) -> bool:
@@ -40,7 +41,7 @@ def axis_signature(sweep: Sweep, axis: int, step: int) -> Signature | None:
         for value, both in local.reads.items() if outputs[0] < outputs[1] else ():
             access, start = both[axis], schedule.block(value, step)[0]
             padding = _padding(access, *outputs)
-            if any(padding) and local.op.name == _COUNTS_AT_BORDERS:
+            if any(padding) and local.op.name in _AT_BORDERS:
                 return None
             found.append((*(n - start for n in access.span(*outputs)), *padding))
     return tuple(found)

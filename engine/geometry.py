@@ -13,8 +13,8 @@ and the rows [kept, frontier) are the carry (design: the halo-carry scan).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -74,9 +74,10 @@ class Window(_Strided):
 
     def padding(self, lo: int, hi: int) -> tuple[int, int]:
         """Rows of padding before and after the clipped input range of the outputs [lo, hi)."""
+        most = (hi - lo - 1) * self.stride + self.reach + 1  # the outputs of a band may lie wholly in the padding
         return (
-            max(0, self.pad - lo * self.stride),
-            max(0, (hi - 1) * self.stride - self.pad + self.reach + 1 - self.size_in),
+            min(max(0, self.pad - lo * self.stride), most),
+            min(max(0, (hi - 1) * self.stride - self.pad + self.reach + 1 - self.size_in), most),
         )
 
 
@@ -189,21 +190,26 @@ class AxisSchedule:
     """Frontiers and carries of every value along one axis.
 
     `frontier[v][i]` indices of value v are known after step i; `kept[v][i]` is the first index that is still needed
-    when step i begins. Step i computes the block [frontier[v][i-1], frontier[v][i]).
+    when step i begins. Step i computes the block [frontier[v][i-1], frontier[v][i]), the first one from `start[v]` on
+    (0 where that says nothing).
     """
 
     steps: int
     frontier: Mapping[int, Sequence[int]]
     kept: Mapping[int, Sequence[int]]
+    start: Mapping[int, int] = field(default_factory=dict)
+
+    def known(self, value: int, step: int) -> int:
+        """The end of the indices of `value` that are known when `step` begins."""
+        return self.frontier[value][step - 1] if step else self.start.get(value, 0)
 
     def block(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that become known in `step` (may be empty)."""
-        known = self.frontier[value]
-        return (known[step - 1] if step else 0), known[step]
+        return self.known(value, step), self.frontier[value][step]
 
     def carry_in(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that are handed to `step` from earlier ones."""
-        known = self.frontier[value][step - 1] if step else 0
+        known = self.known(value, step)
         return min(self.kept[value][step], known), known
 
     def carry_out(self, value: int, step: int) -> tuple[int, int]:
@@ -214,11 +220,42 @@ class AxisSchedule:
         return min(self.kept[value][step + 1], known), known
 
 
+Reads = Sequence[tuple[Sequence[int], Sequence[tuple[int, Access]]]]
+
+
+def needed(targets: Mapping[int, tuple[int, int]], reads: Reads) -> dict[int, tuple[int, int]]:
+    """The indices of every value that those of the targets take; values of which nothing is needed are left out.
+
+    Args:
+        targets: values and half-open ranges of them.
+        reads: for every local op in order: its output values and (input value, access) pairs.
+    """
+    found: dict[int, tuple[int, int]] = {}
+
+    def add(value: int, lo: int, hi: int) -> None:
+        if lo < hi:
+            old = found.get(value, (lo, hi))
+            found[value] = min(lo, old[0]), max(hi, old[1])
+
+    for value, (lo, hi) in targets.items():
+        add(value, lo, hi)
+    for outputs, inputs in reversed(reads):
+        for other in [v for v in outputs if v in found]:
+            for value in outputs:  # an op gives all its outputs
+                add(value, *found[other])
+        if outputs[0] in found:
+            for value, access in inputs:
+                add(value, *access.span(*found[outputs[0]]))
+    return found
+
+
 def schedule_axis(
     tile: int,
     size: int,
     sources: Mapping[int, int],
-    reads: Iterable[tuple[Sequence[int], Sequence[tuple[int, Access]]]],
+    reads: Reads,
+    offsets: Mapping[int, tuple[int, int]] | None = None,
+    targets: Sequence[int] | None = None,
 ) -> AxisSchedule:
     """Run the frontier rule over a program for one axis.
 
@@ -227,10 +264,15 @@ def schedule_axis(
         size: the axis that is cut into tiles.
         sources: the values that are there from the beginning, and their sizes; each is cut in the same proportions.
         reads: for every local op in order: its output values and (input value, access) pairs.
+        offsets: sources that are a part of an axis: the first index, and the size of all of it.
+        targets: the values that are wanted; nothing is computed but what they need. None for everything.
     """
     steps = max(1, -(-size // tile))
     ends = [min(size, (i + 1) * tile) for i in range(steps)]
-    frontier = {value: [-(-end * own // size) for end in ends] for value, own in sources.items()}
+    frontier: dict[int, list[int]] = {}
+    for value, own in sources.items():
+        first, whole = (offsets or {}).get(value, (0, own))
+        frontier[value] = [min(max(-(-end * whole // size) - first, 0), own) for end in ends]
     sizes = dict(sources)
     consumers: dict[int, list[tuple[int, Access]]] = {value: [] for value in sources}
     for outputs, inputs in reads:
@@ -240,14 +282,24 @@ def schedule_axis(
             consumers[out] = []
         for value, access in inputs:
             consumers[value].append((outputs[0], access))
+    start = dict.fromkeys(frontier, 0)
+    if targets is not None:
+        need = needed({value: (0, sizes[value]) for value in targets}, reads)
+        start = {value: need.get(value, (0, 0))[0] for value in frontier}
+        sizes = {value: need.get(value, (0, 0))[1] for value in frontier}
+        frontier = {v: [min(max(end, start[v]), sizes[v]) for end in known] for v, known in frontier.items()}
+        before = [list(start.values()), *zip(*frontier.values(), strict=True)]
+        busy = [step for step in range(steps) if list(before[step]) != list(before[step + 1])] or [0]
+        frontier = {v: known[busy[0] : busy[-1] + 1] for v, known in frontier.items()}
+        steps = busy[-1] + 1 - busy[0]
     kept: dict[int, list[int]] = {}
     for value, users in consumers.items():
         kept[value] = []
         for step in range(steps):
-            need = sizes[value]
+            need_from = sizes[value]
             for user, access in users:
-                done = frontier[user][step - 1] if step else 0
-                if done < access.size_out:
-                    need = min(need, access.span(done, done + 1)[0])
-            kept[value].append(need)
-    return AxisSchedule(steps, frontier, kept)
+                done = frontier[user][step - 1] if step else start[user]
+                if done < sizes[user]:
+                    need_from = min(need_from, access.span(done, done + 1)[0])
+            kept[value].append(need_from)
+    return AxisSchedule(steps, frontier, kept, start)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
 from .ops.flat import unflatten
-from .trace import Op, Program, refs
+from .trace import Op, Program, place, refs
 
 # Calls that read a map only for its dtype and device.
 _LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
@@ -38,6 +38,7 @@ class Graph:
         prelude: computations on smalls that a rewrite (`backend.py`) adds; they run once, right before the sweep.
         stored: maps that the sweep writes whole.
         smalls: what the sweep takes besides its sources.
+        offsets: of a process's band (`bands.py`): sources that are rows of a map, the first row, and all its rows.
     """
 
     program: Program
@@ -48,6 +49,7 @@ class Graph:
     reductions: list[Reduction] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     smalls: list[int] = field(default_factory=list)
+    offsets: dict[int, tuple[int, int]] | None = None
 
     @property
     def image(self) -> int:
@@ -58,7 +60,8 @@ class Graph:
     def extent(self) -> tuple[int, int]:
         """Height and width that are cut into tiles: those of the largest source."""
         sizes = [self.maps.size(v) for v in self.sources]
-        return max(h for h, _ in sizes), max(w for _, w in sizes)
+        whole = [height for _, height in (self.offsets or {}).values()]
+        return max(*whole, *(h for h, _ in sizes), 0), max(w for _, w in sizes)
 
     @property
     def results(self) -> list[int]:
@@ -164,8 +167,7 @@ def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int)
 
 
 def _refuse(op: Op, reason: str) -> UnsupportedError:
-    where = f"module '{op.module}'" if op.module else "the model"
-    return UnsupportedError(f"{where}: {reason}")
+    return UnsupportedError(f"{place(op.module, op.line)}: {reason}")
 
 
 def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
@@ -178,6 +180,7 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
         UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
     """
     maps = Maps(program, {program.image: (2, 3)})
+    maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
     nodes: list[Node | Op] = []
     taken = _TakenWhole(maps, fallback == "whole")
     for op in live_ops(program):
@@ -293,7 +296,7 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
     Args:
         cuts: maps that local ops shall read in a later sweep than the one that makes them.
     """
-    level = {maps.program.image: 0}
+    level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
     for node in nodes:
         later = [v in cuts if isinstance(node, Local) else v in maps and not isinstance(node, (Op, Small))
                  for v in _reads(node, maps)]  # fmt: skip
@@ -330,7 +333,7 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     level = levels(maps, nodes, cuts)
     whole = needed_whole(maps, nodes)
     makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
-    kept = [v for v in (maps.program.image, *makers) if v in whole or v in stored]
+    kept = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
     steps: list[Op | Small | Graph] = []

@@ -22,6 +22,7 @@ from torch import nn
 
 from . import static
 from .backend import prepare
+from .bands import Bands, split_network
 from .errors import BudgetError, GigamorphError
 from .graph import Graph, Network, sort
 from .memory import available_bytes, format_bytes, parse_bytes
@@ -334,30 +335,39 @@ def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
 def arrange(
     program: Program, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
     image_grad: bool = False, count_tile: bool = True, fallback: str | None = None, compare: bool = False,
+    bands: Bands | None = None, agree: bool = False,
 ) -> tuple[Network, Plan]:  # fmt: skip
     """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
 
     Args as for `choose` and `sort`; `compare` lists in the plan the choices that are slower and need less, too.
+    With `bands` they are those of one process's bands; `agree` takes a choice that fits in all processes, and is given
+    by all of them at the same time.
     """
     maps, nodes = sort(program, fallback)
     tried: list[Choice] = []
     found: tuple[Network, Plan] | None = None
     refused: BudgetError | None = None
     for strategy in strategies(maps, nodes, training, image_grad):
-        tried.append(Choice(strategy.name, strategy.cost, strategy.stored_bytes))
+        network, stored = strategy.network, strategy.stored_bytes
+        if bands is not None:
+            network = split_network(network, bands)
+            stored = stored_peak(network, training, network.trainable() | ({program.image} if image_grad else set()))
+        tried.append(Choice(strategy.name, strategy.cost, stored))
         if found is None:
-            prepare(strategy.network, training, image_grad)
+            prepare(network, training, image_grad)
             try:
-                plan = choose(strategy.network, budget, tile, training, carries, image_grad, count_tile)
+                found = network, choose(network, budget, tile, training, carries, image_grad, count_tile)
             except BudgetError as error:
                 refused = error
+            if bands is not None and agree and not bands.all_agree(found is not None, program.values[0].device):
+                found = None
+            if found is None:
                 continue
-            found = strategy.network, replace(plan, choice=len(tried) - 1)
+            found = network, replace(found[1], choice=len(tried) - 1)
         if not compare:
             break
     if found is None:
-        assert refused is not None
-        raise refused
+        raise refused or BudgetError("the bands of other processes do not fit their budget; give a larger one")
     return found[0], replace(found[1], choices=tuple(tried))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from .ahead import ReadAhead
+from .bands import Bands
 from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout, new_map
 from .geometry import AxisSchedule
 from .graph import Graph
@@ -200,6 +201,7 @@ class Scan:
         self.memory_format = torch.channels_last if nhwc else torch.contiguous_format
         self.kept: Kept | None = None
         self.replay: Replay | None = None
+        self.bands: Bands | None = None  # the processes that share the image
         self.thrifty = False  # give free pages back behind each pass: other sweeps need other sizes
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
         self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of apportioned sources that have their gradient
@@ -228,7 +230,7 @@ class Scan:
         return self._convert(source, self.sources[source].read(*rect))
 
     def _convert(self, source: int, pixels: Tensor) -> Tensor:
-        if isinstance(self.sources[source], StoredMap):
+        if source != self.sweep.graph.image:  # maps that are there have the dtype that they are meant to have
             return pixels.to(self.device, non_blocking=True)
         return self.convert(pixels)
 
@@ -332,7 +334,21 @@ class Scan:
                 self._pass_down(i, above, below)
                 above = below
         self.kept = kept
-        return (*[v for a in accumulators for v in a.values()], *[stored[v] for v in graph.stored])
+        for value in graph.stored:
+            if value not in stored:  # a band without rows
+                info = graph.program.values[value]
+                stored[value] = torch.empty(info.shape, dtype=info.dtype, device=self.device)
+        return (*[v for a in accumulators for v in self._values(a)], *[stored[v] for v in graph.stored])
+
+    def _values(self, accumulator: Accumulator) -> tuple[Tensor, ...]:
+        """The values of a reduction; of a band without rows what changes no total."""
+        if accumulator.total is not None:
+            return accumulator.values()
+        infos = [self.sweep.graph.program.values[v] for v in accumulator.reduction.outputs]
+        zeros = [torch.zeros(info.shape, dtype=info.dtype, device=self.device) for info in infos]
+        if accumulator.reduction.kind == "max":
+            zeros[0].fill_(-torch.inf)
+        return tuple(zeros)
 
     def run(self, tile: Tile, publish: Callable[[Tile, int, Tensor], Tensor | None], only: set[int] | None = None):
         """Compute a tile op by op, dropping each block after its last reader.
@@ -547,7 +563,7 @@ class Scan:
     def _partial_grad(self, tile: Tile, value: int, number: int, root: Tensor, targets: Targets) -> Tensor | None:
         """The gradient of a tile's share of a sum or maximum."""
         target = targets[value][number]
-        (grad,) = target.grads
+        grad = target.grads[0]
         if grad is None:
             return None
         assert target.accumulator is not None

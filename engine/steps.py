@@ -7,7 +7,7 @@ its reductions and stored maps as tensors; autograd does the rest.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from . import static
-from .carries import new_map
+from .bands import Bands
+from .carries import Rect, new_map
 from .graph import Graph, Network
 from .ops import Small
 from .plan import Plan
@@ -44,7 +45,7 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scan: Scan, sources: dict[int, int], *tensors: Tensor):
         """`sources` gives the places of source tensors among `tensors`; smalls come behind them."""
-        ctx.scan, ctx.sources = scan, sources
+        ctx.scan, ctx.sources, ctx.bands = scan, sources, scan.bands
         wanted = [v for v, place in sources.items() if ctx.needs_input_grad[2 + place]]
         ctx.set_materialize_grads(False)
         count = len(sources)
@@ -71,6 +72,10 @@ class ScanFunction(torch.autograd.Function):
         ctx.scan.take({v: tensors[place] for v, place in ctx.sources.items()}, dict(zip(stored, kept, strict=True)))
         sums = ctx.scan.backward(grads, source_grads)
         ctx.scan.let_go()
+        if ctx.bands is not None:
+            wanted = [v for v, want in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True) if want]
+            smalls = dict(zip(graph.smalls, tensors[count:], strict=True))
+            _sum_over_bands(ctx.bands, graph, {v: smalls[v] for v in wanted}, sums, source_grads)
         results: list[Tensor | None] = [source_grads.get(v) for v in ctx.sources]
         for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
             total = sums.pop(value, None) if wanted else None
@@ -78,11 +83,27 @@ class ScanFunction(torch.autograd.Function):
         return None, None, *results
 
 
+def _sum_over_bands(
+    bands: Bands, graph: Graph, wanted: dict[int, Tensor], sums: dict[int, Tensor], source_grads: dict[int, Tensor],
+) -> None:  # fmt: skip
+    """Add up what the processes have found, of `wanted` smalls and of sources that all of them have whole."""
+    sixteen = (torch.float16, torch.bfloat16)
+    for value, small in wanted.items():
+        if value not in sums:  # no tile of this band gave one
+            sums[value] = torch.zeros_like(small, dtype=torch.float32 if small.dtype in sixteen else small.dtype)
+    whole = [v for v in source_grads if v not in (graph.offsets or {})]
+    parts = [*(sums[v] for v in wanted), *(source_grads[v] for v in whole)]
+    totals = bands.sum(parts) if parts else []
+    sums.update(zip(wanted, totals, strict=False))
+    source_grads.update(zip(whole, totals[len(wanted) :], strict=True))
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A network made ready for one image size: its steps, the tiling of each sweep, and the plan.
 
-    `replays` holds what has been captured of each sweep's tiles, on tensors in `arena`.
+    `replays` holds what has been captured of each sweep's tiles, on tensors in `arena`. `bands` are the processes that
+    share the image, if it is split.
     """
 
     network: Network
@@ -90,6 +111,12 @@ class Prepared:
     plan: Plan
     replays: dict[int, Replays] = field(default_factory=dict)
     arena: static.Arena = field(default_factory=static.Arena)
+    bands: Bands | None = None
+
+    @property
+    def order(self) -> str:
+        """What the order of the steps and of their backward depends on."""
+        return repr((self.network.ranges, [type(step).__name__ for step in self.network.steps]))
 
     def let_go(self) -> None:
         """Forget what has been captured."""
@@ -98,7 +125,7 @@ class Prepared:
 
     def replay(self, index: int, device: torch.device) -> Replays | None:
         """The replays of a sweep, if the plan has room for them."""
-        executor = static.executor(device) if self.plan.replayed else None
+        executor = static.executor(device) if self.plan.replayed and self.bands is None else None
         if executor is not None and index not in self.replays and self.sweeps[index].tiles >= FEWEST_TILES:
             self.replays[index] = Replays(self.sweeps[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None
@@ -115,12 +142,18 @@ class Forward:
         dtype: what pixels are converted to.
         state: parameters, buffers and constants by value number.
         on_tile: called after each tile.
+        given: further maps from outside, read by region.
+
+    Attributes:
+        taps: by the number of a map that the network gives away as it is made, what gets its blocks.
     """
 
     def __init__(
         self, prepared: Prepared, image: Tensor | None, pixels: Pixels, device: torch.device, dtype: torch.dtype,
-        state: dict[int, Tensor], on_tile: Callable[[TileEvent], None] | None,
+        state: dict[int, Tensor], on_tile: Callable[[TileEvent], None] | None, given: Mapping[int, Pixels],
     ):  # fmt: skip
+        self.given = given
+        self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
@@ -128,6 +161,10 @@ class Forward:
 
     def run(self, first: int = 0, end: int | None = None) -> None:
         """The steps from `first` up to (without) `end`; values that no later step reads are let go."""
+        with contextlib.nullcontext() if self.prepared.bands is None else self.prepared.bands.same_dice(self.device):
+            self._run(first, end)
+
+    def _run(self, first: int, end: int | None) -> None:
         network = self.prepared.network
         number, end = first, len(network.steps) if end is None else end
         while number < end:
@@ -174,6 +211,8 @@ class Forward:
                 sources[value] = self.pixels
                 if self.image is not None:
                     tensors[value] = self.image
+            elif value in self.given:
+                sources[value] = self.given[value]
             else:
                 tensors[value] = self.env[value]
                 sources[value] = StoredMap(self.env[value].detach(), graph.maps.axes[value])
@@ -181,6 +220,8 @@ class Forward:
             self.prepared.sweeps[index], sources, self.device, self.dtype, plan.carries, plan.retained, self.on_tile
         )
         scan.replay = self.prepared.replay(index, self.device)
+        scan.bands = self.prepared.bands
+        scan.taps = {r.value: [self.taps[r.value]] for r in graph.reductions if r.value in self.taps}
         scan.thrifty = self.device.type == "cpu" and plan.budget is not None and len(self.prepared.sweeps) > 1
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
@@ -190,7 +231,7 @@ class Forward:
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
         """This forward with other values and another image tensor, for a range of its steps."""
         pixels = self.pixels if image is None else ImageTensor(image)
-        return Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile)
+        return Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
 
     def output(self) -> Any:
         """What the network returns."""

@@ -163,6 +163,11 @@ def network_cost(network: Network, training: bool) -> float:
     return total
 
 
+def _reads(step: Op | Small | Graph) -> Sequence[int]:
+    """The maps that a step takes whole, and the smalls of one that is no sweep."""
+    return step.sources if isinstance(step, Graph) else step.inputs
+
+
 def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int:
     """The most bytes of stored maps, of what ops make of them whole, and of their gradients, at any time of a step.
 
@@ -179,19 +184,28 @@ def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int
     made: dict[int, int] = {}
     last: dict[int, int] = dict.fromkeys(refs(network.program.output), end)
     for number, step in enumerate(steps):
-        outputs = step.stored if isinstance(step, Graph) else () if isinstance(step, Small) else step.outputs
+        outputs = step.stored if isinstance(step, Graph) else step.outputs
+        if isinstance(step, Small):
+            outputs = [v for v in outputs if v in network.maps]
         made.update((v, number) for v in outputs)
-        for v in step.sources if isinstance(step, Graph) else step.inputs:
+        for v in _reads(step):
             last[v] = max(last.get(v, 0), number)
     if not any(graph.stored for graph in network.sweeps):
         return 0
     size = {v: math.prod(values[v].shape) * values[v].dtype.itemsize for v in made}
     within = {v: part for part in network.ranges for v in made if made[v] in part and last.get(v, end) < part.stop}
 
+    # A band's own rows go when what the sweeps read has been fetched; in the backward their gradient stands there.
+    held = {v for step in steps if not isinstance(step, Small) for v in _reads(step)}
+    held.update(refs(network.program.output))
+
     def alive(now: int, backward: bool) -> int:
         total = 0
         for v in made:
             if made[v] > now:
+                continue
+            if v not in held:
+                total += size[v] * (now <= last.get(v, end))
                 continue
             part = within.get(v)
             again = part is None or now in part  # within a range: computed again
@@ -201,5 +215,6 @@ def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int
                 total += size[v]
         return total
 
-    times = [number for number, step in enumerate(steps) if isinstance(step, Graph)] + [end]
+    fetched = {number for number in made.values() if isinstance(steps[number], Small)}
+    times = [number for number, step in enumerate(steps) if isinstance(step, Graph) or number in fetched] + [end]
     return max(max(alive(now, False), alive(now, True) if training else 0) for now in times)

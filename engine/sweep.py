@@ -34,7 +34,8 @@ class Sweep:
         self.carried = [v for v in self.rows.frontier if v not in graph.sources and self._is_carried(v)]
         self.in_place = in_place_runs(graph, set(self.carried))
         self.unvalued = unvalued_runs(graph, set(self.carried))
-        self.apportioned = {v for v in graph.sources if self._is_apportioned(v)}
+        # Of a band's sources no tile reads the rows that it does not need.
+        self.apportioned = {v for v in graph.sources if self._is_apportioned(v)} if graph.offsets is None else set()
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
@@ -45,6 +46,9 @@ class Sweep:
         graph = self.graph
         reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in graph.locals]
         sources = {value: graph.maps.size(value)[axis] for value in graph.sources}
+        if axis == 0 and graph.offsets is not None:
+            targets = [*(r.value for r in graph.reductions), *graph.stored]
+            return schedule_axis(tile, graph.extent[axis], sources, reads, graph.offsets, targets)
         return schedule_axis(tile, graph.extent[axis], sources, reads)
 
     def _is_carried(self, value: int) -> bool:

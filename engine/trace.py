@@ -8,21 +8,24 @@ computed; parameters are replaced by fake twins at the moment a call uses them.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import UnsupportedError
+from .processes import world
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Op:
     mutated: tuple[int, ...]  # inputs that the call wrote to
     module: str  # path of the module that made the call
     autocast: tuple[bool, torch.dtype] | None = None  # where it differs from the state the forward began in
+    line: str = ""  # file and line of the call in the network's own code
+    group: Any = None  # the processes that a SyncBatchNorm shares its statistics with
 
     def __str__(self) -> str:
         return f"{self.name} in {self.module or 'the model'}"
@@ -74,9 +79,14 @@ class Op:
 
 @dataclass
 class Program:
-    """The recorded forward."""
+    """The recorded forward.
+
+    Attributes:
+        inputs: further maps that are given from outside, with the image axes last.
+    """
 
     image: int
+    inputs: tuple[int, ...] = ()
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     output: Any = None  # the forward's result with Refs in place of tensors
@@ -90,6 +100,26 @@ def refs(tree: Any) -> list[int]:
 def bind(tree: Any, env: Any) -> Any:
     """The tree with every `Ref` replaced by `env[number]`."""
     return tree_map(lambda leaf: env[leaf.value] if isinstance(leaf, Ref) else leaf, tree)
+
+
+def place(module: str, line: str) -> str:
+    """What messages call a place in the network."""
+    where = f"module '{module}'" if module else "the model"
+    return f"{where} ({line})" if line else where
+
+
+_TORCH, _ENGINE = os.path.dirname(torch.__file__), os.path.dirname(__file__)
+
+
+def _line() -> str:
+    """File and line of the innermost running code that is neither PyTorch's nor the engine's; empty if none is."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not capture.__code__:
+        name = frame.f_code.co_filename
+        if not name.startswith(_TORCH) and name != contextlib.__file__ and os.path.dirname(name) != _ENGINE:
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 class _Recorder(TorchFunctionMode):
@@ -109,9 +139,11 @@ class _Recorder(TorchFunctionMode):
         self.storages: dict[int, set[int]] = {}  # storage -> values that look at it
         self.stale: dict[int, str] = {}  # values whose storage was written through another name
         self.path: list[str] = []
+        self.line = ""  # of the call that is being recorded
         self.last = ""  # module of the latest call, for errors that come to light after its hooks have run
         self.leak: UnsupportedError | None = None
         self.entry_autocast = self._autocast()
+        self.group: Any = None  # of the SyncBatchNorm whose forward is running
 
     def _autocast(self) -> tuple[bool, torch.dtype]:
         kind = self.device.type
@@ -146,10 +178,11 @@ class _Recorder(TorchFunctionMode):
         return twin
 
     def where(self) -> str:
-        return f"module '{self.path[-1]}'" if self.path and self.path[-1] else "the model"
+        return place(self.path[-1] if self.path else "", self.line)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.line = _line()
         self.last = self.where()
         args, kwargs = tree_map(lambda a: self._twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
@@ -199,7 +232,9 @@ class _Recorder(TorchFunctionMode):
                 outputs=tuple(numbers),
                 mutated=mutated,
                 module=self.path[-1] if self.path else "",
+                line=self.line,
                 autocast=None if state == self.entry_autocast else state,
+                group=self.group,
             )
         )
 
@@ -282,6 +317,21 @@ def refuse_custom_functions(refusal: Callable[[str], Exception]) -> Iterator[Non
             torch.autograd.Function.apply = original
 
 
+def refuse_backward_hooks(model: nn.Module) -> None:
+    """Hooks on a module's gradients would not run: the backward goes through tiles, not through modules.
+
+    Raises:
+        UnsupportedError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            where = f"module '{name}'" if name else "the model"
+            raise UnsupportedError(
+                f"{where} has a backward hook, which would see no gradients of the whole image; remove it, or use "
+                "a hook on the parameter (Tensor.register_hook)"
+            )
+
+
 @contextlib.contextmanager
 def cumulative_averages(model: nn.Module) -> Iterator[None]:
     """For BatchNorms without momentum: their forward would turn the counter into a Python number, once and for all."""
@@ -301,14 +351,39 @@ def cumulative_averages(model: nn.Module) -> Iterator[None]:
             module.momentum = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Program:
-    """Record `model.forward` on an image batch.
+@contextlib.contextmanager
+def synchronized_norms(recorder: _Recorder) -> Iterator[None]:
+    """Records a SyncBatchNorm as the BatchNorm that it is, with its processes: its own forward runs on GPUs alone."""
+    original = nn.SyncBatchNorm.forward
+
+    def forward(module: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        group = (module.process_group or dist.group.WORLD) if module.training and world() > 1 else None
+        recorder.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        try:
+            return nn.modules.batchnorm._BatchNorm.forward(module, x)
+        finally:
+            recorder.group = None
+
+    nn.SyncBatchNorm.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = original
+
+
+def capture(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
+    call: Callable[..., Any] | None = None, inputs: Sequence[tuple[Sequence[int], torch.dtype]] = (),
+) -> Program:  # fmt: skip
+    """Record a call of the model, its own hooks included, on an image batch.
 
     Args:
         model: the network, in the training or evaluation mode that is to be recorded.
         shape: (N, C, H, W) of the image batch; any size, nothing of it is allocated.
         dtype: dtype of the image as the network gets it.
         device: device of the image; on a machine without it the fake tensors still carry it.
+        call: what is recorded in place of the model's call, given the image and the `inputs`.
+        inputs: shapes and dtypes of further maps, with the image axes last.
 
     Raises:
         UnsupportedError: for TorchScript, custom autograd functions, Python random numbers, data-dependent control
@@ -326,16 +401,19 @@ def capture(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device
     with torch.no_grad(), fake, enable_python_dispatcher():
         image = torch.empty(shape, dtype=dtype, device=device)
         recorder.program.image = recorder.new_value(image)
+        further = [torch.empty(tuple(size), dtype=kind, device=device) for size, kind in inputs]
+        recorder.program.inputs = tuple(recorder.new_value(tensor) for tensor in further)
         # One would be recorded by its forward alone and lose its own backward.
         custom = refuse_custom_functions(
             lambda name: UnsupportedError(
-                f"{recorder.where()} calls the custom autograd.Function '{name}', whose backward cannot be "
-                "recorded; use the plain PyTorch form of it"
+                f"{place(''.join(recorder.path[-1:]), _line())} calls the custom "
+                f"autograd.Function '{name}', whose backward cannot be recorded; use the plain PyTorch form of it"
             )
         )
-        with module_paths(model, recorder.path), cumulative_averages(model), custom, recorder:
+        norms = cumulative_averages(model), synchronized_norms(recorder)
+        with module_paths(model, recorder.path), norms[0], norms[1], custom, recorder:
             try:
-                result = model.forward(image)
+                result = (call or model)(image, *further)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedError(
                     f"{recorder.last} takes a Python value or a shape from the image ({error.func}); "  # pyright: ignore

@@ -27,6 +27,7 @@ from .base import (
     replay,
     rule,
 )
+from .circular import circular_pad
 from .promote import promoted, spread
 from .reflect import mirrored_pad
 
@@ -59,6 +60,19 @@ def transpose(op: Op, maps: Maps) -> Local:
     swap = {a: b, b: a}
     h, w = maps.axes[value]
     return _local(op, maps, value, (swap.get(h, h), swap.get(w, w)))
+
+
+@rule("movedim", "moveaxis")
+def movedim(op: Op, maps: Maps) -> Local:
+    value = op.inputs[0]
+    rank = len(maps.shape(value))
+    given = arguments(op, "input source destination")
+    source, destination = dimensions(given["source"], rank), dimensions(given["destination"], rank)
+    moved = dict(zip(destination, source, strict=True))
+    left = iter(d for d in range(rank) if d not in source)
+    order = [moved[d] if d in moved else next(left) for d in range(rank)]
+    h, w = maps.axes[value]
+    return _local(op, maps, value, (order.index(h), order.index(w)))
 
 
 @rule("unsqueeze")
@@ -229,7 +243,7 @@ def getitem(op: Op, maps: Maps) -> Local:
 
 
 @rule("pad")
-def pad(op: Op, maps: Maps) -> Local:
+def pad(op: Op, maps: Maps) -> Local | list[Node]:
     """Constant padding is a window of one pixel that begins outside; negative amounts crop. Others repeat pixels."""
     given = arguments(op, "input pad mode value", mode="constant")
     value = given["input"].value
@@ -240,8 +254,10 @@ def pad(op: Op, maps: Maps) -> Local:
     h, w = maps.axes[value]
     if given["mode"] != "constant" and any(given["pad"]):
         spatial = (before[h], after[h], before[w], after[w])
-        if given["mode"] == "circular" or sum(spatial) != sum(given["pad"]) or min(given["pad"]) < 0:
-            raise Refusal(f"padding with mode='{given['mode']}' is not possible yet; use zeros")
+        if value in maps.flat or sum(spatial) != sum(given["pad"]) or min(given["pad"]) < 0:
+            raise Refusal(f"padding with mode='{given['mode']}' along other axes than the image's, or by less than 0")
+        if given["mode"] == "circular":
+            return circular_pad(op, maps, value, spatial)
         return mirrored_pad(op, maps, value, spatial, given["mode"] == "replicate")
     if value in maps.flat:
         if before[h] or after[h]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..processes import merged
 from ..trace import CumulativeAverage, Op, Ref
 from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
@@ -36,11 +37,17 @@ def _update(buffer: Tensor | None, value: Tensor, momentum: float | Tensor) -> N
         buffer.mul_(1 - momentum).add_((value * momentum).to(buffer.dtype))
 
 
+def _counters(maps: Maps, momentum: float) -> list[int]:
+    """The counter of batches of a cumulative average: its value at first, and after each use of the norm."""
+    name = momentum.counter if isinstance(momentum, CumulativeAverage) else None
+    return [v for v, value in enumerate(maps.program.values) if name is not None and value.name == name]
+
+
 def _share(op: Op, maps: Maps, env: Env, momentum: float) -> float | Tensor:
     """What a new statistic counts: the momentum, or one over the number of batches for a cumulative average."""
     if not isinstance(momentum, CumulativeAverage):
         return momentum
-    counts = [v for v, value in enumerate(maps.program.values) if value.name == momentum.counter]
+    counts = _counters(maps, momentum)
     # All uses of a shared norm have counted when the first of them gets here.
     later = sum(v > op.outputs[0] for v in counts)
     return 1 / (env[counts[0]].to(exact(env[counts[0]].device)) - later)
@@ -106,21 +113,24 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     own = exact(values[value].device)
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
     running = tuple(_number(given[name]) for name in ("running_mean", "running_var"))
-    pixels = math.prod(values[value].shape) // channels
+    pixels, group = math.prod(values[value].shape) // channels, op.group
+    seen = () if group is None else (maps.new_value((), own, like=value),)  # pixels of all processes
 
     def merge(env: Env) -> tuple[Tensor, ...]:
         means, variances = (env[v].to(own).transpose(0, 1).flatten(1) for v in (mean, var))
-        return means.mean(1).to(dtype), (variances.mean(1) + means.var(1, correction=0)).to(dtype)
+        middle, spread, count = means.mean(1), variances.mean(1) + means.var(1, correction=0), ()
+        if group is not None:
+            middle, spread, *count = merged(middle, spread, pixels, group)
+        return middle.to(dtype), spread.to(dtype), *count
 
     def keep(env: Env) -> None:
+        unbiased = env[seen[0]] / (env[seen[0]] - 1) if seen else pixels / max(pixels - 1, 1)
         with torch.no_grad():
-            for number, moment, factor in zip(
-                running, (total_mean, total_var), (1.0, pixels / max(pixels - 1, 1)), strict=True
-            ):
+            for number, moment, factor in zip(running, (total_mean, total_var), (1.0, unbiased), strict=True):
                 _update(None if number is None else env[number], env[moment] * factor, _share(op, maps, env, momentum))
 
-    inputs = (mean, var, *(v for v in running if v is not None))
-    finalize = Small(merge, inputs, (total_mean, total_var), keep if running != (None, None) else None, True)
+    inputs = (mean, var, *(v for v in running if v is not None), *_counters(maps, momentum)[:1])
+    finalize = Small(merge, inputs, (total_mean, total_var, *seen), keep if running != (None, None) else None, True)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:

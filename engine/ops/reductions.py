@@ -304,6 +304,17 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
     return [Whole(op)]
 
 
+@rule("topk", "kthvalue")
+def largest(op: Op, maps: Maps) -> Local | Whole:
+    """The largest values along a dimension: per pixel, or (multiple-instance heads) of a stored map."""
+    value = op.inputs[0]
+    only_maps(op, maps, value)
+    dim = arguments(op, "input k dim", dim=-1)["dim"] % len(maps.shape(value))
+    if dim in maps.axes[value]:
+        return Whole(op)
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],) * 2, replay(op))
+
+
 _FORMS: dict[str, Callable[[_Call], list[Node] | None]] = {
     "sum": _sum,
     "mean": _sum,

@@ -25,6 +25,27 @@ def image(*shape: int) -> Tensor:
     return torch.randn(shape or (2, 2, 19, 14), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def blur_pool(x: Tensor) -> Tensor:
+    """Anti-aliased downsampling (Zhang, 2019)."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype)
+    kernel = (taps[:, None] * taps / 64).expand(4, 1, 4, 4)
+    return F.conv2d(F.pad(x, (1, 2, 1, 2), mode="reflect"), kernel, stride=2, groups=4)
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """TResNet's stem, by a reshape."""
+    n, c, h, w = x.shape
+    x = x[..., : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2)
+    return x.permute(0, 3, 5, 1, 2, 4).reshape(n, c * 4, h // 2, w // 2)[:, 3:15:3]
+
+
+def top_instances(x: Tensor) -> Tensor:
+    """The features of the seven most suspicious positions, weighted: a multiple-instance head."""
+    values, places = x[:, :1].flatten(2).topk(7, 2)
+    found = x.flatten(2).gather(2, places.expand(-1, x.shape[1], -1))
+    return x * (values.softmax(2) * found).sum(2)[..., None, None]
+
+
 @pytest.mark.parametrize("tile", [(3, 4), (7, 5), 64])
 @pytest.mark.parametrize(
     "layer",
@@ -39,6 +60,10 @@ def image(*shape: int) -> Tensor:
         nn.ReplicationPad2d((4, 0, 1, 2)),
         nn.Conv2d(4, 4, 5, 2, 2, padding_mode="reflect"),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, (5, 3), (2, 1), (2, 3), dilation=(1, 2), padding_mode="circular"),
+        nn.CircularPad2d((14, 0, 2, 19)),
+        nn.CircularPad2d((3, 1, 0, 0)),
         nn.Upsample(scale_factor=2, mode="bilinear"),
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
         nn.Upsample(size=(31, 9), mode="bilinear"),
@@ -61,6 +86,12 @@ def test_layers(layer, tile):
         lambda x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 1), divisor_override=5),
         lambda x: F.max_pool2d(x, 3, 1, 1, dilation=1, ceil_mode=True),
         lambda x: F.local_response_norm(x, 3),
+        blur_pool,
+        space_to_depth,
+        top_instances,
+        lambda x: F.pad(x, (0, 3, 2, 1)),
+        lambda x: F.pad(x, (5, -1, -2, 4), value=0.7),
+        lambda x: x.topk(2, 1).values.repeat(1, 2, 1, 1) + x.movedim((1, 2), (3, 1)).movedim(-1, 1),
         lambda x: F.glu(torch.cat([x, x * 2], 1), dim=1),
         lambda x: F.channel_shuffle(x, 2),
         lambda x: F.normalize(x, dim=1),

@@ -81,7 +81,6 @@ CASES = {
         r"'odd'.*bilinear",
     ),
     "bicubic": (Call(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), r"'odd'.*bicubic"),
-    "circular padding": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), r"'odd'.*circular"),
     "grid_sample": (
         Call(lambda m, x: F.grid_sample(x, torch.zeros(x.shape[0], 3, 3, 2, dtype=x.dtype), align_corners=False)),
         r"'odd'.*'grid_sample'",

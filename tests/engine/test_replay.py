@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exactness import LIMIT, assert_exact, errors, named, randomize, step
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import kernels
-from gigamorph.engine import accelerate, alike, plan, replay, static, steps
+from gigamorph.engine import accelerate, alike, dense_loss, plan, replay, static, steps
 from gigamorph.engine.plan import Plan
 from gigamorph.engine.scan import Scan
 from gigamorph.kernels import choice
@@ -307,9 +308,36 @@ def test_counts_of_an_average_pooling_are_not_captured(remembered: Remembered, m
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool2d(1))
     assert_replays_agree(remembered, model.double(), image(96, 96), tile=16)
     assert remembered.replayed > 0
-    monkeypatch.setattr(alike, "_COUNTS_AT_BORDERS", "")
+    monkeypatch.setattr(alike, "_AT_BORDERS", frozenset())
     with pytest.raises(AssertionError, match="cannot be captured"):
         assert_replays_agree(remembered, model.double(), image(96, 96), tile=16)
+
+
+def test_circular_padding_is_replayed_inside_alone(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    circular = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), circular, nn.Tanh(), nn.AdaptiveAvgPool2d(1)).double()
+    assert_replays_agree(remembered, model, image(98, 98), tile=16, limit=LIMIT)
+    assert remembered.replayed > 0
+    monkeypatch.setattr(alike, "_AT_BORDERS", frozenset())
+    with pytest.raises(AssertionError, match="round 0"):
+        assert_replays_agree(remembered, model, image(98, 98), tile=16, limit=LIMIT)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_labels_of_each_tile(remembered: Remembered, kind: type) -> None:
+    """Other labels in each step, by region and as a tensor."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
+    nets, x = [accelerate(copy.deepcopy(model), tile=16) for _ in range(2)], image(96, 96)
+    for seed in range(3):
+        y = torch.randint(0, 3, (1, 96, 96), generator=torch.Generator().manual_seed(seed))
+        found = []
+        for net, remembered.on in zip(nets, (False, True), strict=True):
+            net.zero_grad()
+            loss = dense_loss(net, x, y if kind is torch.Tensor else y.numpy(), nn.CrossEntropyLoss(ignore_index=2))
+            loss.backward()
+            found.append({"loss": loss.detach(), **{name: p.grad for name, p in net.named_parameters()}})
+        assert max(errors(*found).values()) <= LIMIT
+    assert remembered.replayed > 0
 
 
 @pytest.mark.parametrize("kind", ["window", "carry", "grad", "back"])

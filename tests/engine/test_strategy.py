@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from exactness import assert_exact, randomize, step
+from exactness import assert_exact, compare, randomize, step
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_net import Program, programs
@@ -74,7 +74,13 @@ def check(program: Program, seed: int) -> None:
     assume(sizes[0] > 1e-6 and max(sizes) < 1e6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PLAN, "strategies", arbitrary(seed))
-        assert_exact(model, image, tile=program.tile, carries=program.carries)
+        found = compare(model, image, tile=program.tile, carries=program.carries)
+    # The gradient of a bias in front of a norm is zero: what is left of it is rounding of terms as large as the others,
+    # and `compare` measures it against a thousandth of the largest.
+    largest = max(sizes[1:])
+    nothing = {n for n, g in stock.gradients.items() if g is not None and g.norm() < 1e-9 * largest}
+    wrong = {n: e for n, e in found.items() if not e <= (1e-10 if n in nothing else 1e-12)}
+    assert not wrong
 
 
 class Unet(nn.Module):

@@ -228,15 +228,15 @@ STEPS["ZeroPad2d"] = Kind(
 )
 
 
-STEPS["mirrored pad"] = Kind(
+STEPS["repeating pad"] = Kind(
     lambda d, s: {
         "pad": tuple(d(st.integers(0, 3)) for _ in range(4)),
-        "mode": d(st.sampled_from(["reflect", "replicate"])),
+        "mode": d(st.sampled_from(["reflect", "replicate", "circular"])),
     },
     lambda m, x, o: F.pad(x[0], o["pad"], mode=o["mode"]),
 )
-STEPS["mirrored conv"] = Kind(
-    lambda d, s: {"stride": d(st.integers(1, 2)), "mode": d(st.sampled_from(["reflect", "replicate"]))},
+STEPS["repeating conv"] = Kind(
+    lambda d, s: {"stride": d(st.integers(1, 2)), "mode": d(st.sampled_from(["reflect", "replicate", "circular"]))},
     lambda m, x, o: m(x[0]),  # pyright: ignore
     lambda s, o: nn.Conv2d(s[1], 2, 3, o["stride"], 1, padding_mode=o["mode"]),
 )

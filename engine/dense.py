@@ -1,0 +1,213 @@
+"""Networks whose output is a map: losses on it, and the map itself, without holding it whole.
+
+A loss is recorded together with the network, the labels being one more source of the sweep: each tile reads its own
+labels, computes its own logits, and adds to the sums that the loss is made of.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .accelerate import Accelerated, Form
+from .errors import GigamorphError
+from .map_files import sink
+from .pixels import PixelBatch, PixelSource, as_batch
+from .trace import Program, Ref, capture
+
+_REMEMBERED = 16
+_OUTPUTS: WeakKeyDictionary[nn.Module, OrderedDict[Any, Any]] = WeakKeyDictionary()
+Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
+
+
+def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[Any, Any], Any]) -> Any:
+    """A loss of a network's maps: equal, with all gradients, to `criterion(net(x), labels)`.
+
+    Neither the maps nor (unless they are tensors) the labels are ever whole. To use it under DDP, call it in the
+    forward of the module that DDP wraps.
+
+    Args:
+        net: the network; its output may be a map or any tree of maps and smalls.
+        x: an image batch as for the network, all of one size.
+        labels: a tensor, array, memory map or zarr array, or anything with a `shape` and `read(top, bottom, left,
+            right)`, whose last two axes are the image's; or a tuple, list or dict of those. The criterion gets them
+            in their own shape; integers that are not in a tensor as int64. A `PixelSource` counts as (1, C, H, W).
+            Regions are read ahead, in another thread.
+        criterion: a function or module in plain PyTorch, made of ops per pixel and sums, means or maxima over the
+            image: cross-entropy, focal and Dice losses, regression. What it takes as Python values (weights of terms)
+            may change from call to call.
+
+    Returns:
+        What the criterion returns.
+
+    Raises:
+        GigamorphError: for labels that are not understood or do not fit the criterion; an `UnsupportedError` for a
+            criterion that needs the whole map.
+    """
+    batch = as_batch(x)
+    leaves, structure = tree_flatten(labels)
+    given = [_Labels(leaf) for leaf in leaves]
+    specs = tuple((each.shape, each.dtype) for each in given)
+    device = net._device()
+    dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
+    shapes = _outputs(net, tuple(batch.shape), dtype, device)
+
+    def on_labels(result: Any, further: Sequence[Tensor]) -> Any:
+        return criterion(result, tree_unflatten(list(further), structure))
+
+    def with_loss(image: Tensor, *further: Tensor) -> Any:
+        return on_labels(net._network(image), further)
+
+    key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, on_labels))
+    values = [each.values if isinstance(each.values, Tensor) else each for each in given]
+    forward = net._open(batch, Form(key, with_loss, specs), values)
+    forward.run()
+    return forward.output()
+
+
+def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
+    """Compute a map that a network returns, equal to its ordinary output, and write it block by block.
+
+    Args:
+        net: the network.
+        x: an image batch as for the network, all of one size.
+        out: a tensor, numpy array or memory map, or zarr array of the map's shape, which gets the map's values in its
+            own dtype; or a path that ends in `.npy`, `.zarr` or (of one image) `.tif`, for a new file in the map's
+            dtype. A TIFF has (H, W, channels) in tiles.
+        output: which of the tensors that the network returns.
+
+    Raises:
+        GigamorphError: if that output is no map, or `out` does not fit it, or images are split over processes.
+    """
+    net.need_all_rows("write_map")
+    batch = as_batch(x)
+
+    def with_output_written(image: Tensor) -> Tensor:
+        found = [t for t in tree_leaves(net._network(image)) if isinstance(t, Tensor)]
+        if not -len(found) <= output < len(found):
+            raise GigamorphError(f"output {output} does not exist; the network has {len(found)}")
+        return written(found[output])
+
+    with torch.no_grad():
+        forward = net._open(batch, Form(("written", output), with_output_written))
+        network = forward.prepared.network
+        value = next(op for op in network.program.ops if op.name == "written").inputs[0]
+        if value not in network.maps:
+            raise GigamorphError(f"output {output} of the network is no map, but a small tensor; call the network")
+        info, axes = network.program.values[value], network.maps.axes[value]
+        with sink(out, tuple(info.shape), axes, info.dtype) as forward.taps[value]:
+            forward.run()
+
+
+def written(x: Tensor) -> Tensor:
+    """Recorded where a map's blocks shall be written as they are made; see the rule of this name."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(written, (x,), x)
+    return x.new_empty(0, dtype=torch.float32)
+
+
+@dataclass
+class _Labels:
+    """Labels as a source of the sweep: a tensor that is there, or something that is read by region."""
+
+    values: Any
+    shape: tuple[int, ...] = field(init=False)
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, PixelSource):
+            self.values = PixelBatch([self.values])
+        if not hasattr(self.values, "shape"):
+            raise GigamorphError(
+                f"labels must be tensors, arrays or sources with shape and read(), not {type(self.values).__name__}"
+            )
+        self.shape = tuple(self.values.shape)
+        if len(self.shape) < 2 or not all(self.shape):
+            raise GigamorphError(f"labels of shape {self.shape} have no two image axes at the end")
+        self.dtype = self.values.dtype if isinstance(self.values, Tensor) else self.read(0, 1, 0, 1).dtype
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        reader = getattr(self.values, "read", None)
+        part = reader(top, bottom, left, right) if reader else self.values[..., top:bottom, left:right]
+        return part if isinstance(part, Tensor) else _tensor(part)
+
+
+def _tensor(values: Any) -> Tensor:
+    """An array's values, integers as int64."""
+    array = np.asarray(values)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "ifb":
+        raise GigamorphError(f"labels of {array.dtype} are not numbers")
+    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+
+
+def _outputs(net: Accelerated, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """What the network returns for an image size, with (shape, dtype) in place of tensors."""
+    known = _OUTPUTS.setdefault(net, OrderedDict())
+    key = (shape, dtype, device, net._state())
+    if key not in known:
+        program = capture(net._network, shape, dtype, device)
+        values = program.values
+        known[key] = tree_map(
+            lambda leaf: (
+                _Shape(tuple(values[leaf.value].shape), values[leaf.value].dtype) if isinstance(leaf, Ref) else leaf
+            ),
+            program.output,
+        )
+        if len(known) > _REMEMBERED:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return known[key]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _fingerprint(
+    outputs: Any, labels: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device,
+    call: Callable[[Any, Sequence[Tensor]], Any],
+) -> str:  # fmt: skip
+    """What a criterion does now: all it calls, with all Python values.
+
+    A function that is made anew for each step, or that looks at values which change, is thus recorded again if and
+    only if it does something else. Tensors that it holds are told by their identity: the program keeps them alive.
+    """
+    leaves, structure = tree_flatten(outputs)
+    first, *others = [leaf for leaf in leaves if isinstance(leaf, _Shape)]
+    count = len(others)
+
+    def on_outputs(*tensors: Tensor) -> Any:
+        left = list(tensors[: 1 + count])
+        result = [left.pop(0) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
+        return call(tree_unflatten(result, structure), tensors[1 + count :])
+
+    inputs = [(each.shape, each.dtype) for each in others] + list(labels)
+    try:
+        program = capture(nn.Module(), first.shape, first.dtype, device, on_outputs, inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise GigamorphError(
+            f"the criterion does not take an output of shape {first.shape} and labels of "
+            f"{', '.join(str(shape) for shape, _ in labels)}: {str(error).splitlines()[0]}"
+        ) from error
+    return repr([_described(program), program.output])
+
+
+def _described(program: Program) -> list[Any]:
+    # An array's text is shortened, its bytes are not.
+    exact = lambda leaf: leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
+    calls = [(op.name, *tree_map(exact, (op.args, op.kwargs)), op.autocast) for op in program.ops]
+    constants = [(v, id(value.constant)) for v, value in enumerate(program.values) if value.constant is not None]
+    return [calls, constants]

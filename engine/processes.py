@@ -1,0 +1,82 @@
+"""Processes of `torch.distributed` that work on one batch: statistics over the images of all of them.
+
+Each collective here is called by all processes of its group in the same order, which is that of the steps.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .errors import GigamorphError
+
+
+def world() -> int:
+    """The number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Gather(torch.autograd.Function):
+    """(*shape) of each process -> (processes, *shape), the same everywhere.
+
+    A process's loss depends on what all have given, and autograd's root is the sum of the losses: the gradient of what
+    a process has given is the sum over the processes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup):
+        ctx.group = group
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
+
+
+def merged(mean: Tensor, var: Tensor, pixels: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of the values of all processes.
+
+    Args:
+        mean: (C,), of this process's values.
+        var: (C,), likewise, biased.
+        pixels: how many values each is of; need not be the same in all processes.
+    """
+    table = Gather.apply(torch.cat([mean, var, mean.new_full((1,), pixels)]), group)
+    means, variances, counts = table.split([len(mean), len(var), 1], 1)  # pyright: ignore[reportOptionalMemberAccess]
+    counts = counts.detach()
+    shares = counts / counts.sum()
+    total = (shares * means).sum(0)
+    return total, (shares * (variances + (means - total).square())).sum(0), counts.sum()
+
+
+def check_same(group: dist.ProcessGroup, what: str, device: torch.device, error: str) -> None:
+    """Refuse what is not the same in all processes of a group: they would wait for each other forever.
+
+    Raises:
+        GigamorphError: with this text, in all processes alike.
+    """
+    mark = torch.tensor([zlib.crc32(what.encode())], device=device)
+    marks = [torch.empty_like(mark) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(marks, mark, group=group)
+    if len({int(m) for m in marks}) > 1:
+        raise GigamorphError(error)
+
+
+def check_same_steps(groups: Iterable[dist.ProcessGroup], steps: str, device: torch.device) -> None:
+    """Refuse a step whose processes would call their collectives in different orders, of which `steps` tells."""
+    for group in groups:
+        check_same(
+            group, steps, device,
+            "the plans of processes that share BatchNorm's statistics store different maps, so they would wait for "
+            "each other forever; give all of them the same memory_budget and images of one size, or more memory",
+        )  # fmt: skip

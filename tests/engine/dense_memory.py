@@ -1,0 +1,50 @@
+"""Run by test_dense in its own process: prints the bytes of a map, and the extra peak memory of its use."""
+
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gigamorph.engine import accelerate
+from gigamorph.engine.dense import dense_loss, write_map
+from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
+
+WIDTH, CLASSES = 500, 8
+
+
+class Image:
+    """Pixels that are computed where they are read."""
+
+    name = "computed"
+
+    def __init__(self, height: int):
+        self.shape = (1, height, WIDTH)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
+        rows, cols = torch.arange(top, bottom)[:, None], torch.arange(left, right)
+        return torch.sin(rows * 0.01 + cols * 0.02)[None].float()
+
+
+class Labels:
+    def __init__(self, height: int):
+        self.shape = (1, height, WIDTH)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        return (np.arange(top, bottom)[:, None] // 100 + np.arange(left, right) // 100)[None] % CLASSES
+
+
+def run(height: int) -> None:
+    if sys.argv[1] == "write":
+        write_map(net, Image(height), sys.argv[2])
+    else:
+        dense_loss(net, Image(height), Labels(height), F.cross_entropy).backward()
+
+
+net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, CLASSES, 3, padding=1)), tile=256)
+run(1000)  # libraries and their kernels are loaded
+start = used_bytes()
+reset_peak()
+run(12000)
+print(CLASSES * 12000 * WIDTH * 4, peak_bytes() - start)

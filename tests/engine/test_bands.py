@@ -1,0 +1,183 @@
+"""One image over several processes, against stock PyTorch in one: outputs, all gradients, running statistics."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from exactness import LIMIT, errors, named, step, step_errors
+from hypothesis import HealthCheck, Phase, given, settings
+from processes import in_processes
+from random_net import programs
+from split_image import (
+    NETS,
+    dense,
+    dropout_in_the_head,
+    image,
+    in_bands,
+    in_ddp_too,
+    in_pairs,
+    network,
+    programs_in_bands,
+    refusals,
+    rows_read,
+)
+
+from gigamorph.engine import GigamorphError, accelerate
+from gigamorph.engine.geometry import Chain, Gather, Mirror, Spread, Window, needed, schedule_axis
+
+Case = tuple[Any, ...]  # name, size, tile, whether maps are computed again
+TILES = (32, 17, 200, 5, 64, 23, 32, 32, 19, 7, 11)
+TWO: list[Case] = [(name, (97, 83), tile) for name, tile in zip(NETS, TILES, strict=True)]
+FOUR: list[Case] = [(name, (61, 41), tile) for name, tile in zip(NETS, TILES, strict=True)] + [
+    ("live", (13, 90), 7),  # bands without a row
+    ("unet", (13, 20), 4),
+    ("live", (97, 83), 20, True),
+    ("unet", (64, 64), 33, True),
+]
+PAIRS = [(45, 38), (30, 61)]
+
+
+def drawn(count: int) -> list[Any]:
+    """Random networks."""
+    found: list[Any] = []
+
+    @settings(max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(programs(statistics=True))
+    def collect(program: Any) -> None:
+        found.append(program)
+
+    collect()
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[list[Any]]:
+    tasks = [(in_bands, *case) for case in TWO]
+    tasks += [(refusals,), (dropout_in_the_head,), (rows_read, (400, 30)), (in_ddp_too, (97, 83)), (dense, True)]
+    return in_processes(2, tmp_path_factory.mktemp("two"), tasks)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> list[list[Any]]:
+    tasks = [(in_bands, *case) for case in FOUR] + [(in_pairs, "live", PAIRS)]
+    return in_processes(4, tmp_path_factory.mktemp("four"), tasks)
+
+
+def check(case: Case, found: list[Any]) -> None:
+    wanted = step(network(case[0]), image(case[1]))
+    for got in found:
+        worst = step_errors(wanted, got)
+        assert max(worst.values()) < LIMIT, worst
+        assert max(step_errors(found[0], got).values()) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(TWO)), ids=[case[0] for case in TWO])
+def test_two_processes(number, two):
+    check(TWO[number], two[number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(FOUR)), ids=[f"{case[0]} {case[1][0]}" for case in FOUR])
+def test_four_processes(number, four):
+    check(FOUR[number], four[number])
+
+
+@pytest.mark.slow
+def test_two_images_over_two_processes_each(four):
+    for pair, size in enumerate(PAIRS):
+        check(("live", size), four[len(FOUR)][2 * pair : 2 * pair + 2])
+
+
+@pytest.mark.slow
+def test_random_networks(tmp_path):
+    cases = drawn(30)
+    (found,) = in_processes(3, tmp_path, [(programs_in_bands, cases)])
+    for worst in found:
+        wrong = [(error, case) for error, case in zip(worst, cases, strict=True) if error >= LIMIT]
+        assert not wrong, wrong[0]
+    assert sum(math.isfinite(error) for error in found[0]) > 15
+
+
+@pytest.mark.slow
+def test_refusals(two):
+    for shapes, drops, evidence, budget in two[len(TWO)]:
+        assert "different shapes" in shapes
+        assert "'1'" in drops or "dropout" in drops
+        assert "without split" in evidence
+        assert "budget" in budget
+
+
+@pytest.mark.slow
+def test_processes_drop_the_same(two):
+    first, second = two[len(TWO) + 1]
+    assert torch.equal(first, second) and first.count_nonzero()
+
+
+@pytest.mark.slow
+def test_a_process_reads_its_rows(two):
+    upper, lower = two[len(TWO) + 2]
+    assert upper[0] == 0 and 200 <= upper[1] < 260
+    assert 140 < lower[0] <= 200 and lower[1] == 400
+
+
+@pytest.mark.slow
+def test_averaged_by_ddp(two):
+    check(("live", (97, 83)), two[len(TWO) + 3])
+
+
+@pytest.mark.slow
+def test_dense_loss(two):
+    wanted = dense(False)
+    for got in two[len(TWO) + 4]:
+        assert max(errors(named(wanted), named(got)).values()) < LIMIT  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_process_group():
+    with pytest.raises(GigamorphError, match="init_process_group"):
+        accelerate(network("frozen"), split=True)(image((20, 20)))
+
+
+@pytest.mark.parametrize("window", [Window(3, 12, 1, 1, 4), Window(4, 7, 3, 2, 6), Window(9, 3, 2, 1, -4)])
+def test_padding_of_any_rows(window):
+    """What is read and the padding beside it are what the kernel moves over."""
+    for lo in range(window.size_out):
+        for hi in range(lo + 1, window.size_out + 1):
+            top, bottom = window.span(lo, hi)
+            assert sum(window.padding(lo, hi)) + bottom - top == (hi - lo - 1) * window.stride + window.kernel
+
+
+ACCESSES = [
+    [Window(29, 29, 3, 1, 1), Window(29, 14, 4, 2, 0), Window(14, 14, 5, 1, 4, 2), Spread(14, 27, 3, 2, 1)],
+    [Mirror(29, 35, 3), Window(35, 11, 7, 3, 1), Gather(11, 22, tuple(i // 2 for i in range(22)))],
+    [Chain(Window(29, 27, 3), Window(27, 13, 3, 2)), Mirror(13, 17, 2, True), Window(17, 9, pad=-4)],
+]
+
+
+@pytest.mark.parametrize("chain", ACCESSES)
+@pytest.mark.parametrize("tile", [1, 4, 29])
+def test_schedules_of_bands(chain, tile):
+    """Blocks follow each other from the first to the last index needed; what a block reads is known and kept."""
+    reads = [((number + 1,), ((number, access),)) for number, access in enumerate(chain)]
+    last = len(chain)
+    for lo in range(chain[-1].size_out):
+        for hi in range(lo, chain[-1].size_out + 1):
+            cut = ((last + 1,), ((last, Window(chain[-1].size_out, hi - lo, pad=-lo)),))
+            own = needed({last + 1: (0, hi - lo)}, [*reads, cut])
+            axis = schedule_axis(tile, 29, {0: 29}, [*reads, cut], targets=[last + 1])
+            for value in range(last + 2):
+                start, end = own.get(value, (0, 0))
+                blocks = [axis.block(value, i) for i in range(axis.steps)]
+                assert blocks[0][0] == start and blocks[-1][1] == end
+                assert all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
+            for outputs, ((value, access),) in [*reads, cut]:
+                for i in range(axis.steps):
+                    top, bottom = axis.block(outputs[0], i)
+                    if top < bottom:
+                        first, end = access.span(top, bottom)
+                        assert axis.carry_in(value, i)[0] <= first and end <= axis.frontier[value][i]

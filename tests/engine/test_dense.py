@@ -1,0 +1,313 @@
+"""Maps written tile by tile, and losses on them, against the whole map in ordinary PyTorch."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+from exactness import LIMIT, errors, randomize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine import GigamorphError, UnsupportedError, accelerate, open_pixels
+from gigamorph.engine.dense import dense_loss, write_map
+from gigamorph.engine.strategy import strategies
+
+PLAN = sys.modules["gigamorph.engine.plan"]
+CLASSES, HEIGHT, WIDTH = 3, 45, 38
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Without a bias, whose gradient would be zero but for rounding."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class UNet(nn.Module):
+    """Two levels, upsampled to the odd sizes of the levels above; BatchNorm live in training."""
+
+    def __init__(self, classes: int = CLASSES):
+        super().__init__()
+        self.first, self.second, self.third = block(2, 4), block(4, 6, 2), block(6, 6, 2)
+        self.up, self.out, self.last = block(12, 5), block(9, 4), nn.Conv2d(4, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        b = self.second(a)
+        c = F.interpolate(self.third(b), size=b.shape[2:], mode="bilinear")
+        b = self.up(torch.cat([b, c], 1))
+        return self.last(self.out(torch.cat([a, F.interpolate(b, size=a.shape[2:], mode="bilinear")], 1)))
+
+
+class Pyramid(nn.Module):
+    """One head at two scales, a map at each, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = block(2, 4), block(4, 6, 2), block(6, 6, 2)
+        self.side, self.top = nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 1)
+        self.head = nn.Sequential(block(5, 5), nn.Conv2d(5, CLASSES, 3, padding=1))
+        self.classify = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        b = self.second(self.first(x))
+        c = self.third(b)
+        fine = self.side(b) + F.interpolate(self.top(c), size=b.shape[2:], mode="nearest")
+        maps = [F.interpolate(self.head(t), size=x.shape[2:], mode="bilinear") for t in (fine, self.top(c))]
+        return {"fine": maps[0], "coarse": maps[1], "whole": self.classify(c.mean((2, 3)))}
+
+
+def labels(*shape: int, ignored: bool = True) -> Tensor:
+    drawn = torch.randint(0, CLASSES, shape or (2, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(3))
+    if ignored:
+        drawn[..., 3:9, 5:20] = 255
+    return drawn
+
+
+def image(number: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(number, 2, HEIGHT, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def dice(logits: Tensor, y: Tensor) -> Tensor:
+    kept = y != 255
+    p = logits.softmax(1) * kept[:, None]
+    t = F.one_hot(torch.where(kept, y, 0), CLASSES).permute(0, 3, 1, 2) * kept[:, None]
+    both, sums = (p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3))
+    return 1 - ((2 * both + 1) / (sums + 1)).mean()
+
+
+def focal(logits: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits, y, ignore_index=255, reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).sum() / (y != 255).sum()
+
+
+def picked(logits: Tensor, y: Tensor) -> Tensor:
+    return -F.log_softmax(logits, 1).gather(1, y.clamp(max=CLASSES - 1)[:, None]).mean()
+
+
+def soft(logits: Tensor, y: Tensor) -> Tensor:
+    """Probabilities, smoothed over the neighbourhood."""
+    codes = F.one_hot(y.clamp(max=CLASSES - 1), CLASSES).movedim(-1, 1).to(logits.dtype)
+    return F.cross_entropy(logits, F.avg_pool2d(codes, 3, 1, 1))
+
+
+WEIGHT = torch.tensor([1.0, 0.3, 2.5], dtype=torch.float64)
+CRITERIA = {
+    "cross entropy": nn.CrossEntropyLoss(ignore_index=255),
+    "weighted": nn.CrossEntropyLoss(WEIGHT, ignore_index=255),
+    "weighted sum": nn.CrossEntropyLoss(WEIGHT, ignore_index=255, reduction="sum"),
+    "smoothed": nn.CrossEntropyLoss(WEIGHT, ignore_index=255, label_smoothing=0.1),
+    "probabilities": soft,
+    "nll": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y, WEIGHT, ignore_index=255),
+    "nll of a list of pixels": lambda z, y: F.nll_loss(
+        F.log_softmax(z.permute(0, 2, 3, 1).reshape(-1, CLASSES), 1), y.reshape(-1), ignore_index=255
+    ),
+    "binary": lambda z, y: F.binary_cross_entropy_with_logits(z[:, 0], (y == 1).to(z.dtype), pos_weight=WEIGHT[2]),
+    "binary, by position": lambda z, y: F.binary_cross_entropy(z.sigmoid(), (y == 1)[:, None].expand_as(z).to(z.dtype)),
+    "squares": lambda z, y: F.mse_loss(z, y[:, None].expand_as(z).to(z.dtype)),
+    "smooth absolute": lambda z, y: F.smooth_l1_loss(z[:, 1], y.to(z.dtype), reduction="sum", beta=0.7),
+    "absolute and divergence": lambda z, y: (
+        F.l1_loss(z[:, 1], y.to(z.dtype))
+        + F.kl_div(z.log_softmax(1), torch.ones_like(z) / CLASSES, reduction="batchmean")
+    ),
+    "dice": dice,
+    "focal": focal,
+    "picked": picked,
+}
+
+
+def train(net: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
+    net.zero_grad(set_to_none=True)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in net.named_parameters()}, **dict(net.named_buffers())}
+
+
+def assert_same(model: nn.Module, x: Tensor, y, criterion, given=None, **options) -> None:
+    """Loss, gradients of parameters and image, and running statistics."""
+    stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    expected = train(stock, criterion(stock(leaves[0]), y))
+    got = train(fast, dense_loss(fast, leaves[1], y if given is None else given, criterion))
+    found = errors(expected, got) | errors({"image": leaves[0].grad}, {"image": leaves[1].grad})
+    assert not {name: error for name, error in found.items() if not error <= LIMIT}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_losses(name):
+    model = randomize(UNet().double())
+    y = labels(ignored=name != "binary")
+    assert_same(model, image(), y, CRITERIA[name], tile=(13, 17))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_several_maps_at_once(training):
+    def criterion(out: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
+        maps = [F.cross_entropy(out[name], y["mask"], ignore_index=255) for name in ("fine", "coarse")]
+        return maps[0] + 0.4 * maps[1] + out["whole"].square().mean() + (out["fine"] * y["weight"]).mean()
+
+    y = {"mask": labels(), "weight": image()[:, :1].abs()}
+    assert_same(randomize(Pyramid().double()).train(training), image(), y, criterion, tile=(19, 16))
+
+
+def test_labels_that_want_a_gradient():
+    """The maps of another network, trained as well."""
+    model, x = UNet().double(), image()
+    grads = []
+    for fast in (False, True):
+        y = torch.ones(2, CLASSES, HEIGHT, WIDTH, dtype=torch.float64, requires_grad=True)
+        loss = dense_loss(accelerate(model, tile=16), x, y, F.mse_loss) if fast else F.mse_loss(model(x), y)
+        grads.append({"labels": torch.autograd.grad(loss, y)[0]})
+    assert errors(*grads)["labels"] <= LIMIT
+
+
+class Regions:
+    """Labels that exist in no array; remembers the largest region that was read."""
+
+    shape = (2, HEIGHT, WIDTH)
+
+    def __init__(self):
+        self.largest = 0
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        self.largest = max(self.largest, (bottom - top) * (right - left))
+        return labels().numpy().astype("uint8")[:, top:bottom, left:right]
+
+
+@pytest.mark.parametrize("kind", ["array", "memory map", "zarr", "regions"])
+def test_labels_by_region(kind, tmp_path):
+    y = labels()
+    given = y.numpy().astype("uint8")
+    if kind == "memory map":
+        np.save(tmp_path / "y.npy", given)
+        given = np.load(tmp_path / "y.npy", mmap_mode="r")
+    if kind == "zarr":
+        given = zarr.create_array(str(tmp_path / "y.zarr"), data=given, chunks=(1, 16, 16))
+    if kind == "regions":
+        given = Regions()
+    assert_same(UNet().double(), image(), y, CRITERIA["weighted"], given, tile=16)
+    if kind == "regions":
+        assert given.largest <= 17 * 17
+
+
+def test_masks_as_pixel_sources():
+    mask = (labels(HEIGHT, WIDTH, ignored=False) == 1).numpy().astype("float32")
+    net = UNet(1)
+    criterion = F.binary_cross_entropy_with_logits
+    x = image(1).float()
+    got = dense_loss(accelerate(net, tile=16), x, open_pixels(mask, flip=False), criterion)
+    torch.testing.assert_close(got, criterion(net(x), torch.from_numpy(mask)[None, None]), rtol=1e-5, atol=1e-6)
+
+
+def test_criteria_that_change_are_noticed_and_others_are_recorded_once():
+    net, x, y = accelerate(UNet().double().eval(), tile=16), image(), labels()
+    wanted = F.cross_entropy(net(x), y, ignore_index=255)
+    kept = len(net._programs)
+    for factor in (1.0, 1.0, 3.0):
+        got = dense_loss(net, x, y, lambda z, t: F.cross_entropy(z, t, ignore_index=255) * factor)  # noqa: B023
+        torch.testing.assert_close(got, wanted * factor)
+    assert len(net._programs) == kept + 2
+
+
+def test_a_part_of_the_steps_recomputed(monkeypatch):
+    """Where little is stored, maps between the norms are computed again, with the labels at hand."""
+    monkeypatch.setattr(PLAN, "strategies", lambda *a: list(strategies(*a))[-1:])
+    model = randomize(UNet().double())
+    assert_same(model, image(), labels(), CRITERIA["dice"], labels().numpy(), tile=16)
+
+
+@pytest.mark.parametrize(
+    ("given", "criterion", "pattern"),
+    [
+        (labels(), lambda z, y: z.movedim(1, -1)[y != 255].sum(), "data-dependent"),
+        (labels(), lambda z, y: z.flatten(2).sort().values.mean(), "sort"),
+        ("mask.png", F.cross_entropy, "not str"),
+        (labels(2, CLASSES, 7, 5), lambda z, y: (z * y).sum(), r"\(2, 3, 45, 38\) and labels of \(2, 3, 7, 5\)"),
+        (np.zeros(7), F.cross_entropy, "two image axes"),
+        (np.zeros((2, 9, 9), int), F.cross_entropy, r"different sizes, \(45, 38\) and \(9, 9\)"),
+    ],
+)
+def test_refused(given, criterion, pattern):
+    with pytest.raises(GigamorphError, match=pattern):
+        dense_loss(accelerate(UNet().double(), tile=16), image(), given, criterion)
+
+
+# -- maps ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "npy", "zarr", "zarr array", "tif"])
+def test_maps_are_written(kind, tmp_path):
+    number = 1 if kind == "tif" else 2
+    net = randomize(UNet().double()).train(kind == "array")
+    x = torch.randn(number, 2, 137, 113, dtype=torch.float64)
+    expected = net(x).detach()
+    path = tmp_path / f"map.{kind}"
+    out = {
+        "tensor": torch.zeros(expected.shape, dtype=torch.float64),
+        "array": np.zeros(expected.shape),
+        "zarr array": zarr.create_array(
+            str(tmp_path / "z"), shape=tuple(expected.shape), dtype="float64", chunks=(1, 2, 40, 30)
+        ),
+    }.get(kind, path)
+    write_map(accelerate(net, tile=(31, 27)), x, out)
+    if kind == "tif":
+        with tifffile.TiffFile(path) as file:
+            assert file.pages[0].is_tiled
+            got = file.asarray().transpose(2, 0, 1)[None]
+    else:
+        got = {"npy": lambda: np.load(path), "zarr": lambda: zarr.open(str(path))[:]}.get(kind, lambda: out[:])()
+    assert errors({"map": expected}, {"map": torch.as_tensor(np.asarray(got))})["map"] <= LIMIT
+
+
+def test_maps_of_many_tiles_of_a_file(tmp_path):
+    """Wider and higher than a tile of the file, and the class of each pixel in place of the logits."""
+
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Conv2d(1, 3, 5, padding=2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.net(x)
+            return z.mean((2, 3)), z.argmax(1).to(torch.uint8)
+
+    net, x = Classes(), torch.randn(1, 1, 1100, 1300)
+    write_map(accelerate(net, tile=(300, 700)), x, tmp_path / "classes.tif", output=1)
+    assert np.array_equal(tifffile.imread(tmp_path / "classes.tif"), net(x)[1][0].numpy())
+
+
+def test_maps_that_cannot_be_written(tmp_path):
+    net = accelerate(Pyramid(), tile=16)
+    x = image().float()
+    for out, output, pattern in (
+        (torch.zeros(3), 0, r"shape \(2, 3, 45, 38\)"),
+        (torch.zeros(3), 2, "no map"),
+        (torch.zeros(3), 3, "does not exist"),
+        (tmp_path / "map.jpg", 0, "format"),
+        (tmp_path / "map.tif", 0, "one image"),
+        (tmp_path / "none" / "map.tif", 0, "cannot be written"),
+    ):
+        with pytest.raises(GigamorphError, match=pattern):
+            write_map(net, x if "none" not in str(out) else x[:1], out, output)
+    assert not list(tmp_path.iterdir())
+
+
+def test_flattened_maps_are_refused(tmp_path):
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(2)).double()
+    with pytest.raises(UnsupportedError, match="one dimension"):
+        write_map(accelerate(net, tile=16), image(), tmp_path / "map.npy")
+
+
+@pytest.mark.parametrize("job", ["write", "loss"])
+def test_bounded_memory(job, tmp_path):
+    """A map of several times the memory that the process takes."""
+    script = Path(__file__).parent / "dense_memory.py"
+    printed = subprocess.run(
+        [sys.executable, str(script), job, str(tmp_path / "map.tif")], check=True, capture_output=True, text=True
+    ).stdout.split()
+    map_bytes, extra_bytes = map(int, printed[-2:])
+    assert extra_bytes < map_bytes / 4
