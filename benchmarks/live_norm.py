@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigamorph.engine import BudgetError, accelerate, plan
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models import create_model
 
 sys.path.insert(0, str(Path(__file__).parent))
+from own_process import in_own_process, measure_steps
 from provenance import provenance
 
 SHARES = (0.7, 0.56, 0.43, 0.34, 0.25)
@@ -63,26 +61,11 @@ def child(task: dict[str, Any]) -> None:
     build(task["model"], "stock", None)(small).square().mean().backward()
     net = build(task["model"], task["how"], task["budget"])
     image = torch.randn(1, 3, task["side"], task["side"]).contiguous(memory_format=torch.channels_last)
-    parameters = sum(t.nbytes for t in net.state_dict().values())
-    before = used_bytes()
-    reset_peak()
-    seconds = []
-    for _ in range(STEPS):
-        net.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-        net(image).square().mean().backward()
-        seconds.append(time.perf_counter() - started)
-    print(json.dumps({"bytes": peak_bytes() - before + parameters, "seconds": min(seconds)}))
+    print(json.dumps(measure_steps(net, image, STEPS)))
 
 
 def run(model: str, side: int, how: str, budget: int | None) -> dict[str, Any]:
-    task = {"model": model, "side": side, "how": how, "budget": budget}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(task)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{model} {how} {side}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_own_process(__file__, {"model": model, "side": side, "how": how, "budget": budget})
 
 
 def rows_of(model: str, side: int, rounds: int) -> list[dict[str, Any]]:

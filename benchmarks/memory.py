@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -31,10 +30,10 @@ from typing import Any
 import torch
 
 from gigamorph.engine import BudgetError, Plan, accelerate, plan
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models import create_model
 
 sys.path.insert(0, str(Path(__file__).parent))
+from own_process import in_own_process, measure_steps
 from provenance import provenance
 
 TILE = 512
@@ -80,32 +79,18 @@ def child(task: dict[str, Any]) -> None:
     for warm in (network, accelerate(network, tile=64)):
         warm(small).square().mean().backward()
     network.zero_grad(set_to_none=True)
-    parameters = sum(t.nbytes for t in network.state_dict().values())
     image = torch.randn(1, 3, task["height"], task["width"])
     net = network
     if task["how"] != "stock":
         net = accelerate(network, memory_budget=task["budget"], tile=None if task["tile"] is None else TILE)
-    before = used_bytes()
-    reset_peak()
-    seconds = []
-    for _ in range(STEPS):
-        network.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-        net(image).square().mean().backward()
-        seconds.append(time.perf_counter() - started)
-    print(json.dumps({"measured": peak_bytes() - before + parameters, "seconds": min(seconds)}))
+    print(json.dumps(measure_steps(net, image, STEPS)))
 
 
 def measure(series: str, model: str, height: int, width: int, how: str, planned: Plan, fixed_tile: bool) -> Row:
     ours = how != "stock"
     task = {"model": model, "height": height, "width": width, "how": how, "budget": planned.budget,
             "tile": TILE if fixed_tile else None}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(task)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{model} {how} {height} x {width} failed:\n{done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_own_process(__file__, task)
     assert planned.stock_bytes is not None
     kept = planned.carry_bytes if planned.carries == "device" else 0
     return Row(
@@ -116,7 +101,7 @@ def measure(series: str, model: str, height: int, width: int, how: str, planned:
         budget=planned.budget if ours else None,
         carries=kept + planned.strip_bytes if ours else None,
         predicted=planned.peak_bytes if ours else planned.stock_bytes,
-        measured=found["measured"],
+        measured=found["bytes"],
         image=3 * height * width * 4,
         seconds=found["seconds"],
     )  # fmt: skip

@@ -113,7 +113,12 @@ def _well_conditioned(model: nn.Module, x: Tensor) -> bool:
         elif result.ndim == 4 and result.shape[2:].numel() > 1:
             good &= result.shape[2:].numel() >= LEAST_MAP
 
-    kinds = (nn.Conv2d, nn.modules.batchnorm._BatchNorm)
+    look_at(model, x, (nn.Conv2d, nn.modules.batchnorm._BatchNorm), look)
+    return good
+
+
+def look_at(model: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...], look: Callable[..., None]) -> None:
+    """Run the model, with `look(module, args, result)` for every module of some kinds, in the order of the forward."""
     hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, kinds)]
     try:
         with torch.no_grad():
@@ -121,4 +126,3 @@ def _well_conditioned(model: nn.Module, x: Tensor) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    return good

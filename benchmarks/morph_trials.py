@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from morph_nets import look_at
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
@@ -196,13 +197,7 @@ def _layers(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, tuple[int
         if positions >= 9:
             found.setdefault(names[id(module)], (names[id(module)], module, tuple(result.shape)))
 
-    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    look_at(model, x, (nn.Conv2d, nn.Linear), look)
     return list(found.values())
 
 

@@ -57,6 +57,10 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
     """An uninitialised map with the dtype, device and memory order of `pattern` and another height and width."""
     shape = list(pattern.shape)
     shape[axes[0]], shape[axes[1]] = height, width
+    return _empty(pattern, shape)
+
+
+def _empty(pattern: Tensor, shape: Sequence[int]) -> Tensor:
     order = memory_order(pattern)
     return _unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
 
@@ -67,13 +71,12 @@ def new_map(pattern: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     On the CPU it has pages of its own: what the C library's heap got back would stay with the process, in pieces.
     """
     shape = list(pattern.shape if shape is None else shape)
-    order = memory_order(pattern)
-    dense = [shape[d] for d in order]
     size = math.prod(shape) * pattern.element_size()
     if pattern.device.type != "cpu" or size < _OWN_PAGES or isinstance(pattern, FakeTensor):
-        return _unpermute(torch.empty(dense, dtype=pattern.dtype, device=pattern.device), order)
+        return _empty(pattern, shape)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return _unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape(dense), order)
+    order = memory_order(pattern)
+    return _unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
 
 
 def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:

@@ -111,6 +111,10 @@ class Network:
                 follow([reduction.value], reduction.outputs)
         return found
 
+    def wanted(self, image_grad: bool) -> set[int]:
+        """`trainable`, and the image where a gradient of it is wanted."""
+        return self.trainable() | ({self.program.image} if image_grad else set())
+
 
 def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
     """What the rule of an op says; its refusal becomes an error that names the module."""
@@ -298,9 +302,11 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
     """
     level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
     for node in nodes:
-        later = [v in cuts if isinstance(node, Local) else v in maps and not isinstance(node, (Op, Small))
-                 for v in _reads(node, maps)]  # fmt: skip
-        waits = [level.get(v, 0) + wait for v, wait in zip(_reads(node, maps), later, strict=True)]
+        whole = isinstance(node, (Reduction, Whole))
+        waits = [
+            level.get(v, 0) + (v in cuts if isinstance(node, Local) else whole and v in maps)
+            for v in _reads(node, maps)
+        ]
         level.update(dict.fromkeys(_makes(node), max(waits, default=0)))
     return level
 

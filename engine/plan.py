@@ -177,7 +177,7 @@ class _Estimate:
         self.network, self.training = network, training
         values, image = network.program.values, network.program.image
         self.image = values[image]
-        self.wanted = network.trainable() | ({image} if image_grad else set())
+        self.wanted = network.wanted(image_grad)
         autocast = Autocast.current(self.image.device)
         smalls: dict[int, int] = {}
         for graph in network.sweeps:
@@ -351,7 +351,7 @@ def arrange(
         network, stored = strategy.network, strategy.stored_bytes
         if bands is not None:
             network = split_network(network, bands)
-            stored = stored_peak(network, training, network.trainable() | ({program.image} if image_grad else set()))
+            stored = stored_peak(network, training, network.wanted(image_grad))
         tried.append(Choice(strategy.name, strategy.cost, stored))
         if found is None:
             prepare(network, training, image_grad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,6 +100,16 @@ def _sum_over_bands(
 
 
 @dataclass(frozen=True)
+class Border:
+    """What goes in and out of a range of steps: values it reads, what later steps read of it, what is let go there."""
+
+    part: range
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A network made ready for one image size: its steps, the tiling of each sweep, and the plan.
 
@@ -112,6 +123,22 @@ class Prepared:
     replays: dict[int, Replays] = field(default_factory=dict)
     arena: static.Arena = field(default_factory=static.Arena)
     bands: Bands | None = None
+
+    @cached_property
+    def last_use(self) -> dict[int, list[int]]:
+        """For each step, the values that are read there for the last time."""
+        return _last_uses(self.network)
+
+    @cached_property
+    def borders(self) -> dict[int, Border]:
+        """The ranges that are computed again, by their first step."""
+        return {part.start: _border(self.network, part, self.last_use) for part in self.network.ranges}
+
+    @cached_property
+    def sweep_of(self) -> dict[int, int]:
+        """Which sweep a step is, by its place among the steps."""
+        places = (number for number, step in enumerate(self.network.steps) if isinstance(step, Graph))
+        return {number: index for index, number in enumerate(places)}
 
     @property
     def order(self) -> str:
@@ -157,7 +184,6 @@ class Forward:
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
-        self.last_use = _last_uses(prepared.network)
 
     def run(self, first: int = 0, end: int | None = None) -> None:
         """The steps from `first` up to (without) `end`; values that no later step reads are let go."""
@@ -168,10 +194,10 @@ class Forward:
         network = self.prepared.network
         number, end = first, len(network.steps) if end is None else end
         while number < end:
-            part = next((part for part in network.ranges if part.start == number), None)
-            if part is not None and torch.is_grad_enabled():
-                Recomputed.run(self, part)
-                number = part.stop
+            border = self.prepared.borders.get(number)
+            if border is not None and torch.is_grad_enabled():
+                Recomputed.run(self, border)
+                number = border.part.stop
             else:
                 self.step(number)
                 number += 1
@@ -184,7 +210,7 @@ class Forward:
             self.sweep(number)
         else:
             run_small(network, step, self.env, self.device, again)
-        for value in self.last_use.get(number, ()):
+        for value in self.prepared.last_use.get(number, ()):
             self.env.pop(value, None)
 
     def sweep(self, number: int) -> None:
@@ -203,7 +229,7 @@ class Forward:
         network, plan = self.prepared.network, self.prepared.plan
         graph = network.steps[number]
         assert isinstance(graph, Graph)
-        index = [i for i, step in enumerate(network.steps) if isinstance(step, Graph)].index(number)
+        index = self.prepared.sweep_of[number]
         sources: dict[int, Pixels] = {}
         tensors: dict[int, Tensor] = {}
         for value in graph.sources:
@@ -242,62 +268,53 @@ class Recomputed(torch.autograd.Function):
     """A range of steps whose maps are let go, and computed again in the backward (Chen et al., 2016)."""
 
     @staticmethod
-    def run(forward: Forward, part: range) -> None:
+    def run(forward: Forward, border: Border) -> None:
         """Run the steps of a range and put what they make and later steps read into the environment."""
-        steps, env = forward.prepared.network.steps, forward.env
-        inputs: dict[int, None] = {}
-        made: set[int] = set()
-        for number in part:
-            inputs.update(dict.fromkeys(v for v in _reads(steps[number]) if v not in made and v in env))
-            made.update(_makes(steps[number]))
-        later = set(refs(forward.prepared.network.program.output))
-        for step in steps[part.stop :]:
-            later |= _reads(step)
-        outputs = [v for v in made if v in later]
-        ends = [v for number in part for v in forward.last_use.get(number, ())]
+        env = forward.env
+        inputs = tuple(v for v in border.inputs if v in env)  # a map may be read for its dtype alone
         image = [] if forward.image is None else [forward.image]
-        results = Recomputed.apply(forward, part, tuple(inputs), outputs, *(env[v] for v in inputs), *image)
-        env.update(zip(outputs, results, strict=True))  # pyright: ignore[reportArgumentType]
-        for value in ends:
+        results = Recomputed.apply(forward, border, inputs, *(env[v] for v in inputs), *image)
+        env.update(zip(border.outputs, results, strict=True))  # pyright: ignore[reportArgumentType]
+        for value in border.ends:
             env.pop(value, None)
 
     @staticmethod
-    def forward(ctx: Any, whole: Forward, part: range, inputs: tuple[int, ...], outputs: list[int], *tensors: Tensor):
+    def forward(ctx: Any, whole: Forward, border: Border, inputs: tuple[int, ...], *tensors: Tensor):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.part, ctx.inputs, ctx.outputs = part, inputs, outputs
+        ctx.border, ctx.inputs = border, inputs
         ctx.dice = _dice(whole.device)
         ctx.whole = whole.part({}, None)
         inside = whole.part(dict(zip(inputs, tensors, strict=False)), whole.image)
-        for number in part:
+        for number in border.part:
             inside.step(number)
-        return tuple(inside.env[v] for v in outputs)
+        return tuple(inside.env[v] for v in border.outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
         tensors = [
             t.detach().requires_grad_(wanted)
-            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
+            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
         ]
         image = tensors[len(ctx.inputs)] if len(tensors) > len(ctx.inputs) else None
         inside = ctx.whole.part(dict(zip(ctx.inputs, tensors, strict=False)), image)
         devices = [inside.device] if inside.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices=devices):
             _throw(ctx.dice, inside.device)
-            for number in ctx.part:
+            for number in ctx.border.part:
                 inside.step(number, again=True)
-        roots = [inside.env.pop(v) for v in ctx.outputs]
+        roots = [inside.env.pop(v) for v in ctx.border.outputs]
         pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
         wanted = [t for t in tensors if t.requires_grad]
         inside.env.clear()
         del roots
         if not pairs:
-            return None, None, None, None, *[None] * len(tensors)
+            return None, None, None, *[None] * len(tensors)
         ends, end_grads = zip(*pairs, strict=True)
         del pairs
         results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
-        return None, None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
+        return None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
 
 
 def _dice(device: torch.device) -> list[Tensor]:
@@ -336,6 +353,19 @@ def _last_uses(network: Network) -> dict[int, list[int]]:
         if value not in kept:
             uses.setdefault(number, []).append(value)
     return uses
+
+
+def _border(network: Network, part: range, last_use: Mapping[int, list[int]]) -> Border:
+    """What goes in and out of a range of steps."""
+    steps = network.steps
+    inputs: dict[int, None] = {}
+    made: dict[int, None] = {}
+    for number in part:
+        inputs.update(dict.fromkeys(v for v in _reads(steps[number]) if v not in made))
+        made.update(dict.fromkeys(_makes(steps[number])))
+    later = set(refs(network.program.output)).union(*(_reads(step) for step in steps[part.stop :]))
+    ends = tuple(v for number in part for v in last_use.get(number, ()))
+    return Border(part, tuple(inputs), tuple(v for v in made if v in later), ends)
 
 
 def run_small(

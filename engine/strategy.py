@@ -47,8 +47,8 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
     unit = max(1, sum(_cost(maps, node) for node in nodes if isinstance(node, Local)))
 
     def weigh(name: str, network: Network) -> Strategy:
-        wanted = network.trainable() | ({maps.program.image} if image_grad else set())
-        return Strategy(name, network, network_cost(network, training) / unit, stored_peak(network, training, wanted))
+        stored = stored_peak(network, training, network.wanted(image_grad))
+        return Strategy(name, network, network_cost(network, training) / unit, stored)
 
     least = weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
     yield least
@@ -63,9 +63,9 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
 def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, Network]]:
     cuts = cut_maps(maps, nodes)
     fixed = _drawn_by_position(maps, nodes)
-    stem = {v for v in crossing(maps, nodes) if levels(maps, nodes)[v] == 0 and v not in fixed}
-    if stem:
-        stored = [v for v in crossing(maps, nodes) if v not in stem]
+    read_later, level = crossing(maps, nodes), levels(maps, nodes)
+    stored = [v for v in read_later if level[v] or v in fixed]
+    if len(stored) < len(read_later):
         yield "all that is read again, but for the first layers", split(maps, nodes, stored)
     for grouped in (1, 2, 4) if training else (1,):
         chosen = cuts[::-1][::grouped][::-1]

@@ -57,10 +57,7 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
         report = verified_report(step, exact, _merge(exact, doubles)[0], example, changes=changes)
     else:
         report = verified_report(step, model, child, example, changes=changes, certificate=certificate)
-    if inplace:
-        replace_contents(model, child)
-        return model, report
-    return child, report
+    return (replace_contents(model, child) if inplace else child), report
 
 
 def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:

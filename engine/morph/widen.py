@@ -85,10 +85,7 @@ def widen(
     report = verified_report(
         step, model, child, example, changes=changes, certificate=None if noise else certificate, seed=seed
     )
-    if inplace:
-        replace_contents(model, child)
-        return model, report
-    return child, report
+    return (replace_contents(model, child) if inplace else child), report
 
 
 def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
@@ -128,10 +125,11 @@ def grow_tensor(name: str, tensor: Tensor, made: ParameterMap, step: Mapping[str
     return result.to(tensor.device), certificate
 
 
-def replace_contents(model: nn.Module, child: nn.Module) -> None:
-    """Make `model` what `child` is, keeping the object."""
+def replace_contents(model: nn.Module, child: nn.Module) -> nn.Module:
+    """`model`, made what `child` is, the same object as before."""
     model.__dict__.clear()
     model.__dict__.update(child.__dict__)
+    return model
 
 
 def spaces_of(model: nn.Module, step: Mapping[str, Any]) -> Spaces:

@@ -136,32 +136,35 @@ def test_a_missing_file_among_a_thousand_is_found_before_any_work(phantoms, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, monkeypatch, capsys):
-    (tmp_path / "normed.py").write_text(
-        "from torch import nn\n"
-        "def net(num_classes, in_channels):\n"
-        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.Upsample(scale_factor=2, mode='bicubic'),\n"
-        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "normed", raising=False)
-    command = ["train", phantoms, "--model", "normed:net", "--epochs", "1", "--out"]
-    assert run(*command, tmp_path / "run") == 2
+@pytest.fixture
+def normed(tmp_path, monkeypatch):
+    """Make `normed:net`, a network of the user's own with the given second layer."""
+
+    def write(layer: str) -> str:
+        (tmp_path / "normed.py").write_text(
+            "from torch import nn\n"
+            "def net(num_classes, in_channels):\n"
+            f"    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), {layer}, nn.ReLU(),\n"
+            "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "normed", raising=False)
+        return "normed:net"
+
+    return write
+
+
+def test_unsupported_module_is_named_with_the_remedy(phantoms, tmp_path, normed, capsys):
+    model = normed("nn.Upsample(scale_factor=2, mode='bicubic')")
+    assert run("train", phantoms, "--model", model, "--epochs", "1", "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: module '1'") and "bicubic" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("more", [[], ["--batch-norm", "frozen"]], ids=["live", "frozen"])
-def test_a_network_with_batch_norm_trains(phantoms, tmp_path, monkeypatch, more):
-    (tmp_path / "normed.py").write_text(
-        "from torch import nn\n"
-        "def net(num_classes, in_channels):\n"
-        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(),\n"
-        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "normed", raising=False)
-    assert run("train", phantoms, "--model", "normed:net", "--epochs", "1", "--out", tmp_path / "run", *more) == 0
+def test_a_network_with_batch_norm_trains(phantoms, tmp_path, normed, more):
+    model = normed("nn.BatchNorm2d(4)")
+    assert run("train", phantoms, "--model", model, "--epochs", "1", "--out", tmp_path / "run", *more) == 0
 
 
 def test_budget_too_small_for_any_tile(trained, phantoms, tmp_path, capsys):

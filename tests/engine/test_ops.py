@@ -2,27 +2,12 @@
 
 import pytest
 import torch
+from around import Around, image
 from exactness import assert_exact, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
-
-
-class Around(nn.Module):
-    """A function between two convolutions, so that it meets carries on both sides."""
-
-    def __init__(self, function, channels: int = 4):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(channels, 2, 3)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.function(self.first(x))).tanh().mean((2, 3))
-
-
-def image(*shape: int) -> Tensor:
-    return torch.randn(shape or (2, 2, 19, 14), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def blur_pool(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from around import Around, image
 from exactness import Step, assert_exact, buffers, errors, randomize, step, step_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,22 +20,6 @@ from gigamorph.engine.trace import Op, capture
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-class Around(nn.Module):
-    """A function between two convolutions, so that tiles hand carries on before and behind it."""
-
-    def __init__(self, function, channels: int = 4):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(channels, 2, 3)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.function(self.first(x))).tanh().mean((2, 3))
-
-
-def image(*shape: int) -> Tensor:
-    return torch.randn(shape or (2, 2, 19, 14), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 # -- reductions over the image, broadcast back ------------------------------------------------------------------------
