@@ -6,6 +6,8 @@ are copied equally often. Atom 0 stands for a fixed size (pixels, constants): wh
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from torch import Tensor
 
@@ -22,9 +24,12 @@ class Atoms:
         self.reason = np.zeros(1024, dtype=np.int64)
         self.reasons = ["", "its size is fixed"]
         self.reason[FIXED] = 1
+        self.fine: Atoms | None = None  # the same without what statistics over channels unite, if that is anything
 
     def new(self, count: int) -> np.ndarray:
         """`count` fresh atoms, each alone."""
+        if self.fine is not None:
+            self.fine.new(count)
         start, self.size = self.size, self.size + count
         self.starts.append(start)
         if self.size > len(self.parent):
@@ -56,8 +61,19 @@ class Atoms:
             self.reasons.append(why)
             self.reason[roots] = len(self.reasons) - 1
 
-    def unite(self, first: np.ndarray | Tensor, second: np.ndarray | Tensor, why: str) -> None:
-        """Unite two arrays of atoms position by position; `why` is the reason where one of them is FIXED."""
+    def channels(self, atoms: np.ndarray) -> np.ndarray:
+        """Finer classes: of the channels that are one and the same, not of those that only count together."""
+        return (self.fine or self).roots(atoms)
+
+    def unite(self, first: np.ndarray | Tensor, second: np.ndarray | Tensor, why: str, statistic: bool = False) -> None:
+        """Unite two arrays of atoms position by position; `why` is the reason where one of them is FIXED.
+
+        `statistic`: they are other channels, of which only the counts have to be equal.
+        """
+        if statistic and self.fine is None:
+            self.fine = copy.deepcopy(self)
+        elif not statistic and self.fine is not None:
+            self.fine.unite(first, second, why)
         a, b = self.roots(np.asarray(first).reshape(-1)), self.roots(np.asarray(second).reshape(-1))
         for one, other in ((a, b), (b, a)):
             fixed = one == FIXED

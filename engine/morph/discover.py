@@ -237,10 +237,12 @@ class Discover(Tracer):
                 if extreme:
                     self.freeze(atoms, "it is reduced over its channels in groups")
                 else:
-                    self.atoms.unite(atoms.numpy(), atoms[:, :1].expand_as(atoms).numpy(), f"a mean ({self.where_now})")
+                    alike = atoms[:, :1].expand_as(atoms).numpy()
+                    self.atoms.unite(atoms.numpy(), alike, f"a mean ({self.where_now})", statistic=True)
         elif not extreme:
             first = atoms[:1]
-            self.atoms.unite(first.numpy(), first[:, :1].expand_as(first).numpy(), f"a mean ({self.where_now})")
+            alike = first[:, :1].expand_as(first).numpy()
+            self.atoms.unite(first.numpy(), alike, f"a mean ({self.where_now})", statistic=True)
         shape = tuple(1 if a in axes else s for a, s in enumerate(label.vids.shape))
         out_atoms = torch.zeros((), dtype=torch.int64).expand(shape)
         vids = self.number(out_atoms)

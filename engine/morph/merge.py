@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import MorphError
 from .attributes import get_int, set_int
 from .discover import Axis
-from .provenance import Mismatch
-from .rebuild import ParameterMap, Plan, run_child
+from .provenance import Fault, Mismatch
+from .rebuild import ParameterMap, make_plan, run_child
 from .spaces import GROUPS, Space, Spaces, _resize, _skeleton, find_spaces
 from .verify import Certificate, Example, Report, as_inputs, cast, verified_report
 from .widen import replace_contents
@@ -75,7 +74,7 @@ def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     for folds, groups in zip(step["passes"], step["groups"], strict=True):
         spaces = find_spaces(model, *inputs, groups=groups)
         for key, first in folds.items():
-            if len(_units(spaces, spaces[key])[1]) != len(first):
+            if len(first) not in (len(_units(spaces, spaces[key], fine)[0]) for fine in (False, True)):
                 raise MorphError(f"space {key} has another width than in the network that was merged")
         try:
             model, _ = _fold(spaces, folds, tied=False)
@@ -87,47 +86,60 @@ def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
 # ------------------------------------------------------------------------------------------------ what is tied
 
 
-def _units(spaces: Spaces, space: Space) -> tuple[bool, list[int]]:
-    """What is folded as a whole: classes (channels, groups), or parts of a class that is the whole space.
+def _units(spaces: Spaces, space: Space, fine: bool) -> tuple[list[int], dict[Axis, np.ndarray]]:
+    """What is folded as a whole: the space's classes (channels, groups), or `fine` each channel.
 
-    Under a LayerNorm or a mean over channels all channels are one class. It lies on each tensor as often as the
-    greatest common divisor of its lengths there; that many parts are compared, each a channel in the simplest case.
+    They differ under a LayerNorm, a GroupNorm or a mean over channels, where all channels of a class count together.
 
     Returns:
-        Whether it is parts; then their numbers, else the classes' roots.
+        The units, in the order of the members, and for each member the unit at each place (-1: of another space).
     """
-    found = spaces.found
-    if len(space.order) == 1 and space.width > 1:
-        root = space.order[0]
-        parts = math.gcd(*(int((found.atoms.roots(found.axes[m]) == root).sum()) for m in space.members))
-        if parts > 1:
-            return True, list(range(parts))
-    return False, space.order
+    atoms = spaces.found.atoms
+    places: dict[Axis, np.ndarray] = {}
+    for member in space.members:
+        roots = atoms.roots(spaces.found.axes[member])
+        inside = np.isin(roots, space.order)
+        places[member] = np.where(inside, atoms.channels(spaces.found.axes[member]) if fine else roots, -1)
+    order = dict.fromkeys(np.concatenate(list(places.values())).tolist()) if fine else dict.fromkeys(space.order)
+    order.pop(-1, None)
+    return list(order), places
 
 
-def _ties(spaces: Spaces) -> Folds:
-    """Of each unit the first one with equal slices of all its tensors; only spaces where something is tied."""
-    found = spaces.found
+def _kept(spaces: Spaces, space: Space, folds: Folds) -> int:
+    """Width of a space after a fold."""
+    fine = len(folds[space.key]) != len(space.order)
+    units, places = _units(spaces, space, fine)
+    kept = [unit for i, unit in enumerate(units) if folds[space.key][i] == i]
+    return min(int(np.isin(place, kept).sum()) for place in places.values())
+
+
+def _ties(spaces: Spaces) -> dict[str, list[Folds]]:
+    """Of each space in which something is tied, what can be folded: classes, or else single channels.
+
+    A fold has for each unit the first one with equal slices of all their tensors.
+    """
     tensors = _tensors(spaces.model)
     hashes: dict[Axis, list[bytes]] = {}
-    result: Folds = {}
-    for space in spaces.growable():
-        is_parts, units = _units(spaces, space)
-        if len(units) < 2:
-            continue
-        marks: list[list[bytes]] = [[] for _ in units]
-        for member in space.members:
-            if member not in hashes:
-                hashes[member] = _hashes(tensors[member[0]], member[1])
-            roots = found.atoms.roots(found.axes[member])
-            whole = np.flatnonzero(roots == space.order[0])
-            for i, unit in enumerate(units):
-                places = np.split(whole, len(units))[i] if is_parts else np.flatnonzero(roots == unit)
-                marks[i] += [b"|", *(hashes[member][p] for p in places)]
-        first: dict[bytes, int] = {}
-        folds = [first.setdefault(b"".join(m), i) for i, m in enumerate(marks)]
-        if len(first) < len(units):
-            result[space.key] = folds
+    result: dict[str, list[Folds]] = {}
+    for space in spaces:
+        for fine in (False, True):
+            units, places = _units(spaces, space, fine)
+            if len(units) < 2 or (fine and len(units) == len(space.order)):
+                continue
+            number = {unit: i for i, unit in enumerate(units)}
+            marks: list[list[bytes]] = [[] for _ in units]
+            for member in space.members:
+                if member not in hashes:
+                    hashes[member] = _hashes(tensors[member[0]], member[1])
+                for mark in marks:
+                    mark.append(b"|")
+                for unit, digest in zip(places[member].tolist(), hashes[member], strict=True):
+                    if unit >= 0:
+                        marks[number[unit]].append(digest)
+            first: dict[bytes, int] = {}
+            folds = [first.setdefault(b"".join(m), i) for i, m in enumerate(marks)]
+            if len(first) < len(units):
+                result.setdefault(space.key, []).append({space.key: folds})
     return result
 
 
@@ -155,7 +167,7 @@ def _merge(
         spaces = find_spaces(child, *inputs, groups=untried[0])
         try:
             result = _fold_most(spaces, _ties(spaces))
-        except MorphError as error:
+        except Mismatch as error:
             result, reason = None, str(error)
         if result is None:
             untried = untried[1:] if spaces.found.has_groups else []
@@ -163,8 +175,7 @@ def _merge(
         child, folds, part = result
         for space in spaces:
             if space.key in folds:
-                kept = len(set(folds[space.key])) * (space.width // len(folds[space.key]))
-                changes.append(f"space {space.id} ({space.key}): {space.width} -> {kept}")
+                changes.append(f"space {space.id} ({space.key}): {space.width} -> {_kept(spaces, space, folds)}")
         passes.append(folds)
         groups.append(untried[0])
         certificate += part
@@ -174,30 +185,41 @@ def _merge(
     return child, passes, groups, changes, certificate
 
 
-def _fold_most(spaces: Spaces, found: Folds) -> tuple[nn.Module, Folds, Certificate] | None:
+def _fold_most(spaces: Spaces, ties: Mapping[str, list[Folds]]) -> tuple[nn.Module, Folds, Certificate] | None:
     """Fold all that is tied, or as many spaces as pass the proof; None if nothing is tied.
 
+    Spaces that cannot grow are folded when no other can be: where a shuffle wants an even number of channels, whether
+    a space is found free depends on the widths that were tried. The proof does not.
+
     Raises:
-        MorphError: none passes.
+        Mismatch: none passes.
     """
-    if not found:
-        return None
-    try:
-        child, certificate = _fold(spaces, found)
-        return child, found, certificate
-    except Mismatch as error:
-        reason = error
-    done: Folds = {}
-    best = None
-    for key, folds in found.items():
-        try:
-            best = _fold(spaces, done | {key: folds})
-        except Mismatch:
+    reason: Mismatch | None = None
+    for frozen in (False, True):
+        tied = [kinds for key, kinds in ties.items() if bool(spaces[key].frozen) == frozen]
+        if not tied:
             continue
-        done[key] = folds
-    if best is None:
-        raise MorphError(f"channels are equal, but folding them would change the function: {reason}")
-    return best[0], done, best[1]
+        folds: Folds = {key: fold for kinds in tied for key, fold in kinds[0].items()}
+        try:
+            child, certificate = _fold(spaces, folds)
+            return child, folds, certificate
+        except Mismatch as error:
+            reason = reason or error
+        done: Folds = {}
+        best = None
+        for kinds in tied:
+            for kind in kinds:
+                try:
+                    best = _fold(spaces, done | kind)
+                except Mismatch:
+                    continue
+                done |= kind
+                break
+        if best is not None:
+            return best[0], done, best[1]
+    if reason is not None:
+        raise Mismatch(f"channels are equal, but folding them would change the function: {reason}")
+    return None
 
 
 def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:
@@ -218,6 +240,8 @@ def _fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, C
     child = _with_tensors(spaces.model, small, sizes, wider)
     try:
         reduced = find_spaces(child, *spaces.inputs, groups=spaces.found.groups)
+    except Fault:
+        raise
     except MorphError as error:
         raise Mismatch(str(error)) from error
     maps = _prove(reduced, rows)
@@ -255,19 +279,15 @@ def _maps(
     The k-th row or column of a unit is folded into the k-th one of the unit that represents it.
     """
     found = spaces.found
-    unit = found.atoms.roots(np.arange(found.atoms.size))
-    fresh = found.atoms.size
+    every = np.arange(found.atoms.size)
+    unit = roots = found.atoms.roots(every)
     into: dict[int, int] = {}
     for key, first in folds.items():
         space = spaces[key]
-        is_parts, units = _units(spaces, space)
-        if is_parts:
-            for member in space.members:
-                atoms = found.axes[member]
-                inside = atoms[found.atoms.roots(atoms) == space.order[0]]
-                unit[inside] = fresh + np.arange(len(inside)) * len(units) // len(inside)
-            units = list(range(fresh, fresh + len(units)))
-            fresh += len(units)
+        fine = len(first) != len(space.order)
+        units, _ = _units(spaces, space, fine)
+        if fine:
+            unit = np.where(np.isin(roots, space.order), found.atoms.channels(every), unit)
         into |= {units[i]: units[j] for i, j in enumerate(first) if i != j}
 
     def fold(atoms: np.ndarray) -> tuple[Tensor, Tensor] | None:
@@ -310,7 +330,7 @@ def _maps(
 def _prove(reduced: Spaces, rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, ParameterMap]:
     """Check that copying the reduced network's rows thus is a widening; its maps, with those of the columns."""
     found = reduced.found
-    plan = Plan({})
+    plan = make_plan(found, {})
     for name, axes in rows.items():
         for axis, parents in axes.items():
             if (name, axis) not in found.axes:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
 from ..memory import format_bytes
-from .provenance import Mismatch
+from .provenance import Fault, Mismatch
 from .rebuild import Copies
 from .spaces import Space, Spaces, find_spaces
 from .stem import activation_bytes
@@ -164,6 +164,8 @@ def _step_cost(spaces: Spaces, space: Space, shape: tuple[int, ...]) -> Cost:
     for classes in (space.order[:1], space.order):
         try:
             return _cost_after(spaces, dict.fromkeys(classes, (2, 0)), shape)
+        except Fault:
+            raise
         except MorphError as error:
             reason = error
     raise reason

@@ -8,6 +8,7 @@ parent's?). Data movement needs no meaning: the very op is run on the labels.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,10 @@ class Mismatch(Exception):
     def __init__(self, message: str, vids: list[Tensor] | None = None):
         super().__init__(message)
         self.vids = vids or []
+
+
+class Fault(MorphError):
+    """Following an op failed, not the op: an error of this engine, which must not pass for one of the network."""
 
 
 @dataclass(slots=True)
@@ -69,14 +74,15 @@ class Tracer(TorchFunctionMode):
         self.path: list[str] = []
         self.where_now = "the model"
         self.latest: list[Tensor] = []  # vids that the latest op read
+        self.failed: Exception | None = None  # what the latest op that failed raised
         self.names: dict[int, str] = {}
         for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
             if t.is_floating_point():
                 self.names.setdefault(id(t), name)
         self.parameters: dict[str, Label] = {}
         self.followed_parameters: set[str] = {""}  # "": tensors that are none; the weights of linear ops are not in it
-        self.held = {id(t) for m in model.modules() for t in tree_flatten(list(vars(m).values()))[0]}
-        self.held |= {id(b) for b in model.buffers()}
+        plain = [v for m in model.modules() for k, v in vars(m).items() if k not in _STORES and _full(v)]
+        self.held = {id(t) for t in [*tree_flatten(plain)[0], *model.parameters(), *model.buffers()]}
 
     # ---------------------------------------------------------------- labels
 
@@ -163,12 +169,32 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- dispatch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._follow(func, args, kwargs or {})
+        except (Mismatch, MorphError):
+            raise
+        except Exception as error:
+            if error is self.failed:
+                raise
+            text = (str(error).splitlines() or [""])[0]
+            raise Fault(
+                f"{self.where_now} could not be followed: {type(error).__name__} {text}; report this"
+            ) from error
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The op itself; what it raises is the network's affair."""
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, written = op_name(func)
         leaves = tree_flatten((args, kwargs))[0]
         tensors = [a for a in leaves if isinstance(a, Tensor)]
         if reads_no_values(name) or not any(self.followed(t) for t in tensors):
-            result = func(*args, **kwargs)
+            result = self.call(func, args, kwargs)
             for t in tree_flatten(result)[0]:
                 if isinstance(t, Tensor) and id(t) not in self.held and id(t) not in self.names:
                     t._morph_constant = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -195,7 +221,7 @@ class Tracer(TorchFunctionMode):
         if name in families.DROPOUT and not kwargs.get("training", args[2] if len(args) > 2 else True):
             return args[0] if args else kwargs["input"]
         if name in families.FACTORIES:
-            result = func(*args, **kwargs)
+            result = self.call(func, args, kwargs)
             result._morph_constant = True
             return result
         if name == "setitem":
@@ -213,7 +239,7 @@ class Tracer(TorchFunctionMode):
         labels = [self.weight(t) if linear and i == 1 else self.need(t) for i, t in enumerate(tensors)]
         result = None
         if self.real:
-            result = func(*args, **kwargs)
+            result = self.call(func, args, kwargs)
             flat, entry.structure = tree_flatten(result)
             entry.outputs = [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in flat]
             entry.constants = [None if isinstance(t, Tensor) else t for t in flat]
@@ -389,7 +415,7 @@ class Tracer(TorchFunctionMode):
         joins = name in families.JOINS
         labels = {id(t): self.need(t) for t in tensors if joins or t.is_floating_point() or self.followed(t)}
         index = [t for t in tensors if id(t) not in labels]
-        result = func(*args, **kwargs)
+        result = self.call(func, args, kwargs)
         in_place = any(result is t for t in tensors)
         flat = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         if not joins and (len(labels) > 1 or id(tensors[0]) not in labels):  # an index that the network computes
@@ -441,18 +467,17 @@ class Tracer(TorchFunctionMode):
 
     def _setitem(self, target: Tensor, index: Any, value: Any) -> Any:
         label = self.need(target)
+        source = self.need(value) if isinstance(value, Tensor) else None
+        self.call(operator.setitem, (target, index, value), {})
         vids = label.vids.clone()
         atoms = None if label.atoms is None else label.atoms.clone()
-        if isinstance(value, Tensor):
-            source = self.need(value)
+        if source is not None:
             vids[index] = source.vids
             if atoms is not None:
                 assert source.atoms is not None
                 atoms[index] = source.atoms
-            target[index] = value
-        else:
+        else:  # the atoms stay: a constant fits any number of copies
             vids[index] = self.constant_vid(float(value))
-            target[index] = value  # the atoms stay: a constant fits any number of copies
         if any(isinstance(i, Tensor) and self.label(i) is not None for i in tree_flatten(index)[0]):
             raise MorphError(f"{self.where()} writes to a tensor at computed indices; this cannot be followed")
         self.set_label(target, Label(vids, atoms))
@@ -479,6 +504,7 @@ class Tracer(TorchFunctionMode):
                 m.training = t
 
 
+_STORES = ("_parameters", "_buffers", "_modules")
 _NORM_ARGUMENTS = {
     "batch_norm": "input running_mean running_var weight bias training momentum eps",
     "instance_norm": "input running_mean running_var weight bias use_input_stats momentum eps",
@@ -486,6 +512,11 @@ _NORM_ARGUMENTS = {
     "rms_norm": "input normalized_shape weight eps",
     "group_norm": "input num_groups weight bias eps",
 }
+
+
+def _full(value: Any) -> bool:
+    """Whether there can be a tensor in it."""
+    return not (value is None or isinstance(value, bool | int | float | str) or (isinstance(value, dict) and not value))
 
 
 def _expanded(small: Label, like: Label) -> Label:
@@ -551,4 +582,4 @@ def _pad_labels(args: Any, kwargs: Any, fill: int | None) -> Tensor:
     return labels
 
 
-__all__ = ["Entry", "Label", "Mismatch", "Tracer"]
+__all__ = ["Entry", "Fault", "Label", "Mismatch", "Tracer"]

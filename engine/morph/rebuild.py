@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attributes import Named, name_ints, set_int, unname_ints
 from .discover import Axis, Discover, row_vids
 from .lookup import FREE, MISSING, Rows
-from .provenance import Entry, Label, Mismatch, Tracer
+from .provenance import Entry, Fault, Label, Mismatch, Tracer
 
 RUNS = 5  # one to see that an attribute has to follow, one to see which, one to see that all is well; two to spare
 Copies = dict[int, tuple[int, int]]  # class (root atom) -> copies of each of its channels, and free ones
@@ -38,16 +38,26 @@ class ParameterMap:
 
 @dataclass
 class Plan:
-    """Copies per class, spread over the parameter axes."""
+    """Copies per class, spread over the parameter axes.
 
-    copies: Copies
+    Attributes:
+        counts: copies of each channel of the class of that root, and new ones, (2, atoms).
+        parents: parent's index of each new one along an axis.
+        free: which of them are new.
+    """
+
+    counts: np.ndarray
     parents: dict[Axis, Tensor] = field(default_factory=dict)
     free: dict[Axis, Tensor] = field(default_factory=dict)
 
 
 def make_plan(found: Discover, copies: Copies) -> Plan:
     """Order rule: maximal runs of equal class, without borders, are tiled as wholes, the free ones last (5.4)."""
-    plan = Plan(copies)
+    counts = np.zeros((2, found.atoms.size), dtype=np.int64)
+    counts[0] = 1
+    for root, kept_and_new in copies.items():
+        counts[:, root] = kept_and_new
+    plan = Plan(counts)
     borders = found.borders.find()
     known: dict[bytes, tuple[Tensor, Tensor]] = {}  # the vectors of a norm are laid out alike
     for axis, atoms in found.axes.items():
@@ -55,19 +65,18 @@ def make_plan(found: Discover, copies: Copies) -> Plan:
         ends = borders[atoms]
         key = roots.tobytes() + ends.tobytes()
         if key not in known:
-            known[key] = _lay_out(roots, ends, copies)
+            known[key] = _lay_out(roots, ends, counts)
         parents, free = known[key]
         if _moved(parents, len(roots)) or bool(free.any()):
             plan.parents[axis], plan.free[axis] = parents, free
     return plan
 
 
-def _lay_out(roots: np.ndarray, ends: np.ndarray, copies: Copies) -> tuple[Tensor, Tensor]:
+def _lay_out(roots: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Tensor]:
     """Parent's index of each new one, and which of them are free, for an axis with these classes and borders."""
     starts = np.flatnonzero(np.concatenate([[True], (roots[1:] != roots[:-1]) | ends[:-1]]))
     lengths = np.diff(np.append(starts, len(roots)))
-    of_run = [copies.get(r, (1, 0)) for r in roots[starts].tolist()]
-    kept, new = np.array(of_run).reshape(-1, 2).T
+    kept, new = counts[:, roots[starts]]
     total = kept + new
     run = np.repeat(np.arange(len(starts)), lengths * total)  # run of each new index
     first = np.repeat(np.cumsum(lengths * total) - lengths * total, lengths * total)
@@ -316,7 +325,16 @@ class Rebuild(Tracer):
             if isinstance(getattr(module, key, None), int):
                 setattr(module, key, value)
 
-    # ---------------------------------------------------------------- end
+    # ---------------------------------------------------------------- the run
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        try:
+            return super().forward(inputs)
+        except (Mismatch, Fault):
+            raise
+        except Exception as error:  # the network's code may raise anything at another width
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Mismatch(f"its forward fails at another width: {text}", self.latest) from error
 
     def finish(self, result: Any, old_result: list[Any]) -> dict[str, ParameterMap]:
         """Check the outputs; the maps of all tensors that change."""
@@ -332,7 +350,7 @@ class Rebuild(Tracer):
                 vids = self.need(leaf).vids
                 if not isinstance(old, Tensor) or vids.shape != old.shape or not torch.equal(vids, old):
                     raise Mismatch("an output would change", [vids])
-            elif isinstance(old, Tensor) or leaf != old:
+            elif isinstance(old, Tensor) or not np.array_equal(leaf, old):
                 raise Mismatch("an output that is no tensor would change")
         return {name: m for name, m in self.maps.items() if _changes(m, self.found.shapes[name])}
 
@@ -363,13 +381,10 @@ def run_child(
                 run.set_label(x, Label(vids, None))
             try:
                 maps = run.finish(run.forward(given), outputs)
-            except Exception as error:
+            except Mismatch as error:
                 if run.again and left:
                     continue  # it may have read the attribute too
-                if isinstance(error, Mismatch):
-                    raise Mismatch(f"{error} ({run.where_now})", error.vids) from error
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise Mismatch(f"its forward fails at another width: {text} ({run.where_now})", run.latest) from error
+                raise Mismatch(f"{error} ({run.where_now})", error.vids) from error
             if not run.again:
                 return maps
         raise Mismatch("sizes that modules keep as attributes contradict one another")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
+from ..memory import large_blocks_on_own_pages
 
 # The modules of local morphs are imported for their entries in `surgery.EDITS`.
 from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge, surgery, widen  # noqa: F401
@@ -197,7 +198,11 @@ def grow_file(recipe: Recipe, model: nn.Module, source: str | Path, target: str 
     Raises:
         MorphError: as for `grow`, or a file cannot be read or written; the target is what it was.
     """
-    source, target = Path(source), Path(target)
+    with large_blocks_on_own_pages():
+        _grow_file(recipe, model, Path(source), Path(target))
+
+
+def _grow_file(recipe: Recipe, model: nn.Module, source: Path, target: Path) -> None:
     between = [target.with_name(f".{target.name}.{secrets.token_hex(4)}.safetensors") for _ in recipe.morphs[1:]]
     model, state = _hollow(model), read_state(source)
     try:

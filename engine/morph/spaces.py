@@ -216,28 +216,32 @@ def _alone(spaces: Spaces, space: Space) -> bool:
 
 
 def _group(found: Discover) -> list[Space]:
-    axes: dict[int, list[Axis]] = {}
-    for axis, atoms in found.axes.items():
-        for root in dict.fromkeys(found.atoms.roots(atoms).tolist()):
-            axes.setdefault(root, []).append(axis)
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for root, members in axes.items():
-        groups.setdefault((tuple(members), found.atoms.frozen(root)), []).append(root)
-    spaces = []
-    for (members, frozen), roots in groups.items():
-        inside = set(roots)
-
-        def part(axis: Axis, inside: set[int] = inside) -> tuple[int, ...]:
-            return tuple(r for r in found.atoms.roots(found.axes[axis]).tolist() if r in inside)
-
-        narrowest = min((part(m) for m in members), key=len)
-        members = tuple(sorted(members, key=lambda m: m[0] not in found.linear_names))
+    """Classes that lie on the same axes, and are frozen for the same reason, are one space."""
+    roots = {axis: found.atoms.roots(atoms) for axis, atoms in found.axes.items()}
+    texts: dict[str, int] = {}
+    kind = np.array([texts.setdefault(text, len(texts)) for text in found.atoms.reasons])[found.atoms.reason]
+    count = len(texts)
+    for here in map(np.unique, roots.values()):
+        before, which = np.unique(kind[here], return_inverse=True)
+        kind[here] = count + which
+        count += len(before)
+    parts: dict[int, dict[Axis, np.ndarray]] = {}
+    for axis, classes in roots.items():
+        kinds = kind[classes]
+        for k in dict.fromkeys(kinds.tolist()):
+            parts.setdefault(k, {})[axis] = classes[kinds == k]
+    spaces: list[Space] = []
+    keys: set[str] = set()
+    for k, places in parts.items():
+        narrowest = min(places.values(), key=len)
+        members = tuple(sorted(places, key=lambda m: m[0] not in found.linear_names))
         name, axis = members[0]
         key = f"{name}:{axis}"
-        if any(key == s.key for s in spaces):
-            all_roots = found.atoms.roots(found.axes[name, axis]).tolist()
-            key += f"@{min(all_roots.index(r) for r in roots)}"
-        spaces.append(Space(len(spaces), members, narrowest, frozen, key))
+        if key in keys:
+            key += f"@{np.flatnonzero(kind[roots[name, axis]] == k)[0]}"
+        keys.add(key)
+        frozen = found.atoms.frozen(int(narrowest[0]))
+        spaces.append(Space(len(spaces), members, tuple(narrowest.tolist()), frozen, key))
     return spaces
 
 
@@ -259,9 +263,9 @@ def _skeleton(model: nn.Module, plan: Plan, found: Discover) -> nn.Module:
         else:
             made[id(old)] = _sized(made.get(id(old), old), axis, len(parents))
     for (name, axis), atoms in found.columns.items():
-        counts = [sum(plan.copies.get(r, (1, 0))) for r in found.atoms.roots(atoms).tolist()]
-        if sum(counts) != len(counts):
-            made[id(tensors[name])] = _sized(made.get(id(tensors[name]), tensors[name]), axis, sum(counts))
+        length = int(plan.counts[:, found.atoms.roots(atoms)].sum())
+        if length != len(atoms):
+            made[id(tensors[name])] = _sized(made.get(id(tensors[name]), tensors[name]), axis, length)
     for module in child.modules():
         for store in (module._parameters, module._buffers):
             for key, value in store.items():

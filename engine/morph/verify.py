@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -342,38 +342,42 @@ def _run(
     who: str,
 ) -> tuple[_Runs, list[tuple[int, ...]], int]:
     """Outputs by dtype and mode, the shapes of the eval outputs, and the FLOPs of one eval forward."""
-    work = copy.deepcopy(model)
-    buffers = {name: b.clone() for name, b in work.named_buffers()}
     runs: _Runs = {}
     shapes: list[tuple[int, ...]] = []
     counter = FlopCounterMode(display=False)
     devices = sorted({x.device.index or 0 for x in inputs if x.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices), full_precision(), NoDropout():
-        for dtype in (torch.float64, torch.float32):  # float64 first: casting down loses digits
-            cast(work, dtype)
-            with torch.no_grad():
-                for name, b in work.named_buffers():
-                    b.copy_(buffers[name])  # as they were before the train step of the other dtype
-            short = str(dtype).removeprefix("torch.")
+    for dtype in (torch.float64, torch.float32):
+        work = _converted(model, dtype)
+        short = str(dtype).removeprefix("torch.")
 
-            def call(given: tuple[Tensor, ...], training: bool, dtype: torch.dtype = dtype) -> list[Tensor]:
-                torch.manual_seed(0)
-                work.train(training)
-                given = tuple(x.to(dtype) if x.is_floating_point() else x.clone() for x in given)
-                try:
-                    result = work(*given)
-                except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                    mode = "train" if training else "eval"
-                    raise MorphError(f"{who} cannot be run in {mode} mode: {str(error).splitlines()[0]}") from error
-                result = outputs(result) if outputs else result
-                return [t.detach().double() for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        def call(
+            given: tuple[Tensor, ...], training: bool, work: nn.Module = work, dtype: torch.dtype = dtype
+        ) -> list[Tensor]:
+            torch.manual_seed(0)
+            work.train(training)
+            given = tuple(x.to(dtype) if x.is_floating_point() else x.clone() for x in given)
+            try:
+                result = work(*given)
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                mode = "train" if training else "eval"
+                raise MorphError(f"{who} cannot be run in {mode} mode: {str(error).splitlines()[0]}") from error
+            result = outputs(result) if outputs else result
+            return [t.detach().double() for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
 
-            if dtype == torch.float32:
-                with counter:
-                    runs[f"{short} eval"] = call(inputs, False)
-                shapes = [tuple(t.shape) for t in runs[f"{short} eval"]]
-            else:
+        with torch.no_grad(), torch.random.fork_rng(devices), full_precision(), NoDropout():
+            with counter if dtype == torch.float32 else nullcontext():
                 runs[f"{short} eval"] = call(inputs, False)
+            shapes = [tuple(t.shape) for t in runs[f"{short} eval"]]
             runs[f"{short} train"] = call(train_inputs, True)
             runs[f"{short} train"] += call(inputs, False)  # with the statistics that the train step left
+        del work, call
     return runs, shapes, counter.get_total_flops()
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another dtype, made in one step."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        value = p.detach().to(dtype if p.is_floating_point() else p.dtype, copy=True)
+        memo[id(p)] = nn.Parameter(value, p.requires_grad)
+    return cast(copy.deepcopy(model, memo), dtype)

@@ -42,7 +42,7 @@ def test_the_page_is_what_the_json_says(recorded: dict[str, Any]) -> None:
 def test_the_recorded_table_holds_its_limits(recorded: dict[str, Any]) -> None:
     networks = recorded["networks"]
     names = [n["network"] for n in networks]
-    assert names == [name for name in morph_nets.NETWORKS if name in names] and len(names) > 10
+    assert names == [name for name in morph_nets.NETWORKS if name in names] and len(names) >= 50
     assert recorded["counts"] == morph_table.count(networks) and recorded["limits"] == morph_table.LIMITS
     assert recorded["counts"]["wrong"] == 0
     for network in networks:
@@ -64,6 +64,15 @@ def test_all_transforms_are_exact_on_a_small_network() -> None:
     assert rows["identity, BatchNorm"]["float64_train"] > 1e-3  # shown, and not promised
     before, after = rows["widen x2"]["parameters"]
     assert after > 2 * before and rows["merge back"]["parameters"] == [before, before]
+
+
+def test_dropout_is_off_however_it_is_called() -> None:
+    class Drops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.2, training=self.training)
+
+    model = nn.Sequential(*small()[:3], Drops(), *small()[3:]).eval()
+    assert morph_table.attempt(model, X, "widen x2", morph_trials.transforms()["widen x2"], {})["verdict"] == "exact"
 
 
 def lying(error: float, train_only: bool = False) -> Any:

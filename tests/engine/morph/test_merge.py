@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from gigamorph.engine.morph.merge import _add_columns, merge, rebuild
 from gigamorph.engine.morph.optimizer import grow_optimizer
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
-from gigamorph.engine.morph.verify import compare
 from gigamorph.engine.morph.widen import widen
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 40))
 REORDERS = ("flip", "shuffle", "chunk", "gate")  # a class may lie on its tensors in different orders
 tally = {"seen": 0, "merged": 0}
 
@@ -84,9 +85,6 @@ def test_round_trip_is_exact(name: str, seed: int, split: str, double: bool, gro
     before = copy.deepcopy(wider.state_dict())
     merged, report = merge(wider, x)
     assert all(torch.equal(v, before[k]) for k, v in wider.state_dict().items())
-    if first != second:  # one kind of groups on top of the other: merge goes another way back, and may leave copies
-        assert report.changes and compare(parent, merged, x).float64 <= 1e-12
-        return
     assert report.certificate is not None and report.certificate.violations == 0 and report.changes
     assert_same(merged, parent)
     with pytest.raises(MorphError, match="nothing to merge"):
@@ -94,10 +92,10 @@ def test_round_trip_is_exact(name: str, seed: int, split: str, double: bool, gro
 
 
 @pytest.mark.slow
-@settings(max_examples=70, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=PROGRAMS, deadline=None, suppress_health_check=QUIET)
 @given(programs(), st.integers(0, 99), st.sampled_from(SPLITS))
 def test_random_programs(program: Program, seed: int, split: str) -> None:
-    """Sound; and exactly the parent, where no channels are reordered and the wide network's spaces are free."""
+    """Sound; and exactly the parent, where no channels are reordered."""
     parent = program.build().double()
     tally["seen"] += 1
     reorders = any(kind in REORDERS for kind, _, _ in program.lines)
@@ -106,14 +104,13 @@ def test_random_programs(program: Program, seed: int, split: str) -> None:
     except MorphError:
         return
     grown = len(report.changes)
-    frozen = len(find_spaces(parent, X.double()).growable()) - len(find_spaces(child, X.double()).growable())
     try:
         merged, report = merge(child, X.double())
     except MorphError as error:
-        assert frozen or not grown or reorders, error
+        assert not grown or reorders, error
         return
     tally["merged"] += 1
-    if not frozen and not reorders:
+    if not reorders:
         assert_same(merged, parent)
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with torch.no_grad():
@@ -161,6 +158,53 @@ def test_embeddings_are_merged() -> None:
 
     parent = Tokens()
     child, _ = widen(parent, X, factor=3)
+    merged, _ = merge(child, X)
+    assert_same(merged, parent)
+
+
+def test_a_norm_over_concatenated_maps_is_merged() -> None:
+    """Swin's patch merging: each channel lies on the norm's vectors in four places that are far apart."""
+
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.norm, self.mix = nn.Conv2d(3, 4, 1), nn.LayerNorm(4), nn.Linear(4, 4)
+            self.wide, self.down, self.head = nn.LayerNorm(16), nn.Linear(16, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).permute(0, 2, 3, 1)
+            x = x + self.mix(self.norm(x))
+            x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], 3)
+            return self.head(torch.relu(self.down(self.wide(x))).mean((1, 2)))
+
+    parent = scrambled(Merging(), 1)
+    child, report = widen(parent, X, {"stem.weight:0": 12, "down.weight:0": 9})
+    assert child.wide.weight.shape == (48,) and len(report.changes) == 2
+    merged, report = merge(child, X)
+    assert_same(merged, parent)
+    assert sorted(report.changes) == ["space 0 (stem.weight:0): 12 -> 4", "space 1 (down.weight:0): 9 -> 6"]
+    again = rebuild(child, json.loads(json.dumps(report.step)))
+    assert repr(again) == repr(parent)
+
+
+def test_tied_channels_of_a_space_that_cannot_grow_are_merged() -> None:
+    """A shuffle of an even number of channels: whether the space is found free depends on the widths that are tried."""
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.head = nn.Conv2d(3, 9, 1), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([x, self.a(x)], 1)
+            n, c, h, w = x.shape
+            return self.head(torch.relu(self.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))))
+
+    parent = Shuffled()
+    child, _ = widen(parent, X, {"a.weight:0": 21, "b.weight:0": 6})
+    assert "'view'" in find_spaces(child, X)["a.weight:0"].frozen
     merged, _ = merge(child, X)
     assert_same(merged, parent)
 
@@ -228,7 +272,7 @@ def test_equal_channels_that_are_no_copies_stay() -> None:
     net = Softmax()
     with torch.no_grad():
         net.a.weight[1], net.a.bias[1] = net.a.weight[0], net.a.bias[0]
-    with pytest.raises(MorphError, match="nothing to merge"):
+    with pytest.raises(MorphError, match="would change the function"):
         merge(net, X)
     uneven = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
     with torch.no_grad():

@@ -125,7 +125,7 @@ class TestLazy:
 
 MEMORY = """
 import sys, torch
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.memory import large_blocks_on_own_pages, peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.morph.store import Computed, Layout, layout, read_state, write_state
 source, target, tensors, mib = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 parts = {f"t{i}": Layout((mib << 18,), torch.float32) for i in range(tensors)}
@@ -134,7 +134,8 @@ state = read_state(source)
 grown = {name: Layout((2, *part.shape), part.dtype) for name, part in layout(state).items()}
 start = used_bytes()
 reset_peak()
-write_state(target, Computed(grown, lambda name: torch.stack([state[name], state[name] / 2])))
+with large_blocks_on_own_pages():
+    write_state(target, Computed(grown, lambda name: torch.stack([state[name], state[name] / 2])))
 print(peak_bytes() - start)
 """
 
