@@ -6,7 +6,8 @@
   file to normalised float32, against imagecodecs on its code stream, in turns.
 - 1024 x 1024 pixels of a 16384 x 16384 TIFF of 12-bit noise in zstd tiles of 512, at a place not read before.
 - Opening an uncompressed DICOM file of 600 MB, and 512 x 512 pixels of it.
-- The header of the mammogram.
+- The header of the mammogram, and the index of 10,000 of them by two processes (hard links to one file).
+- 1024 x 1024 pixels of that TIFF, of which the tiles are decoded already, as they are and augmented.
 
 Medians; files are in the page cache.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -32,7 +34,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import get_frame
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
+from gigamorph.engine.data.augment import Augment, augmented
 from gigamorph.engine.data.header import MG_FOR_PRESENTATION, read_info
+from gigamorph.engine.data.index import index_folder
 from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.pixels import open_pixels
 
@@ -40,6 +44,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 SIDE, TILE, REGION = 16384, 512, 1024
+HEADERS = 10_000
+AUGMENT = ("flip", "gamma=0.2,contrast=0.1,noise=0.02", "rotate=10,scale=0.1", "elastic=20",
+           "flip,rotate=10,scale=0.1,elastic=20,gamma=0.2,contrast=0.1,noise=0.02")  # fmt: skip
 
 
 def milliseconds(task: Callable[[], Any]) -> float:
@@ -81,6 +88,35 @@ def zstd_regions(folder: Path, repeats: int) -> dict[str, float]:
         opened.append((time.perf_counter() - start) * 1e3)
         read.append(milliseconds(lambda s=source, y=top, x=left: s.read(y, y + REGION, x, x + REGION)))
     return {"open_ms": statistics.median(opened), "region_ms": statistics.median(read), "region_ms_worst": max(read)}
+
+
+def augmented_regions(folder: Path, repeats: int) -> dict[str, float]:
+    """A region as it is, and as each of some augmentations shows it."""
+    plain = open_pixels(folder / "large.tif")
+    sources = {"plain": plain}
+    for text in AUGMENT:
+        sources[text] = augmented(plain, Augment.parse(text), seed=0, epoch=0, index=1)
+    region = (5000, 5000 + REGION, 7000, 7000 + REGION)
+    found = {}
+    for name, source in sources.items():
+        source.read(*region)
+        times = [milliseconds(lambda s=source: s.read(*region)) for _ in range(repeats)]
+        found[f"{name} ms"] = statistics.median(times)
+    return found
+
+
+def index_seconds(mammogram: Path, folder: Path) -> float:
+    """An index of many headers by two processes."""
+    (folder / "many").mkdir()
+    first = folder / "many" / "0.dcm"
+    shutil.copy(mammogram, first)
+    for number in range(1, HEADERS):
+        os.link(first, folder / "many" / f"{number}.dcm")
+    start = time.perf_counter()
+    found = index_folder(folder / "many", workers=2)
+    seconds = time.perf_counter() - start
+    assert len(found.records) == HEADERS
+    return seconds
 
 
 def uncompressed(folder: Path, repeats: int) -> dict[str, float]:
@@ -129,8 +165,10 @@ def main() -> None:
         results = {
             "jpeg_lossless_3062x2394": compressed_mammogram(mammogram, args.repeats),
             "zstd_tiff_16384_region_1024": zstd_regions(Path(folder), args.repeats),
+            "augmented_region_1024": augmented_regions(Path(folder), args.repeats),
             "uncompressed_dicom_600_MB": uncompressed(Path(folder), args.repeats),
             "header_ms": statistics.median(milliseconds(lambda: read_info(mammogram)) for _ in range(200)),
+            "index_of_10000_headers_two_processes_s": index_seconds(mammogram, Path(folder)),
         }
     print(json.dumps(results, indent=2))
     if args.json:

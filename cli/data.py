@@ -15,6 +15,7 @@ from . import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..engine.data.augment import Augment
     from ..engine.data.tables import Record, Table
 
 _SHOWN = 20  # problems that are printed
@@ -177,6 +178,7 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
     help="Write the images too: 16-bit grey values, chest wall left, every pixel, no patient data.",
 )
 @options.voi
+@options.for_processing
 @_workers
 def convert(
     source: str,
@@ -186,6 +188,7 @@ def convert(
     skip_missing: bool,
     file_format: str | None,
     voi: str,
+    for_processing: bool,
     workers: int | None,
 ) -> None:
     """Turn a public data set, as it was downloaded, into a table for training; its images too if asked for.
@@ -205,8 +208,14 @@ def convert(
     if file_format:
         with Count("images", len(records)) as count:
             records, errors = convert_images(
-                records, out, file_format=file_format, voi=voi, workers=workers, on_done=count.add  # pyright: ignore[reportArgumentType]
-            )  # fmt: skip
+                records,
+                out,
+                file_format=file_format,  # pyright: ignore[reportArgumentType]
+                voi=voi,
+                for_processing=for_processing,
+                workers=workers,
+                on_done=count.add,
+            )
         for error in errors:
             click.echo(f"left out: {error}", err=True)
         if not records:
@@ -244,7 +253,9 @@ def convert(
 @options.std
 @options.voi
 @click.option("--frame", type=click.IntRange(0), help="Of a file with several.")
-@click.option("--for-processing", is_flag=True, help="Accept images that are not meant for display.")
+@options.for_processing
+@options.augment
+@_seed
 def preview(
     image: str,
     out: str | None,
@@ -254,22 +265,31 @@ def preview(
     voi: str,
     frame: int | None,
     for_processing: bool,
+    augment: Augment | None,
+    seed: int,
 ) -> None:
     """Show exactly what the network will see of an image, and every step from the file to there.
 
-    Example: gigamorph data preview exam.dcm --out exam.png
+    With --augment one variation of it, as a training image is varied; another --seed gives another one.
+
+    Example: gigamorph data preview exam.dcm --augment rotate=10,elastic=20,noise=0.01 --out exam.png
     """
     from rich.console import Console
 
+    from ..engine.data.augment import augmented
     from ..engine.data.preview import preview as measure
     from ..engine.data.preview import thumbnail, write_preview
+    from ..engine.data.views import NormalizedSource
     from ..engine.pixels import Normalize, open_pixels
     from .picture import show_picture
 
     normalize = Normalize(mean, std)
     source = open_pixels(
-        image, normalize=normalize, voi=voi, channels=channels, frame=frame, for_processing=for_processing
-    )
+        image, normalize=None if augment else normalize, voi=voi, channels=channels, frame=frame,
+        for_processing=for_processing,
+    )  # fmt: skip
+    if augment:
+        source = NormalizedSource(augmented(source, augment, seed=seed, epoch=0, index=0), normalize)
     seen = measure(source)
     console = Console()
     rows = 2 * max(8, (console.size.height if console.is_terminal else 40) - len(seen.steps) - 6)

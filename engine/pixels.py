@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .affine import Affine
+from .affine import Affine, Map
 from .errors import DataError
 
 
@@ -122,6 +122,11 @@ class Normalize:
         """The inverse of `to_dict`."""
         return cls(tuple(values["mean"]), tuple(values["std"]))
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The step as it is shown and recorded; none where nothing is changed."""
+        return () if self == Normalize() else (f"minus {list(self.mean)}, over {list(self.std)}",)
+
     def per_channel(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std of each of `channels` channels."""
         if len(self.mean) == channels:
@@ -173,6 +178,11 @@ class ImageSource:
         return self.stored.to_original @ Affine.mirror(height, width, left_right=left_right, up_down=up_down)
 
     @property
+    def as_stored(self) -> ImageSource:
+        """The same image as the file stores it: not mirrored."""
+        return ImageSource(self.stored, normalize=self.normalize, flip=False, channels=self.shape[0])
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """Everything that was applied to the file's pixels, in order, to be shown and recorded.
 
@@ -186,9 +196,7 @@ class ImageSource:
             steps.append(f"mirrored {' and '.join(mirrored)} ({why})")
         if own != channels:
             steps.append(f"{own} to {channels} channels")
-        if self.normalize != Normalize():
-            steps.append(f"minus {list(self.normalize.mean)}, over {list(self.normalize.std)}")
-        return tuple(steps)
+        return (*steps, *self.normalize.steps)
 
     def _mirrored(self) -> tuple[bool, bool]:
         """(left-right, up-down)."""
@@ -300,9 +308,14 @@ class PixelBatch:
         return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
 
 
-def to_original(source: PixelSource) -> Affine:
+def to_original(source: PixelSource) -> Map:
     """From a source's coordinates to those of its file; the identity for sources that do not say."""
     return getattr(source, "to_original", Affine())
+
+
+def as_stored(source: PixelSource) -> PixelSource:
+    """The same image in the geometry of its file; itself for sources that do not say."""
+    return getattr(source, "as_stored", source)
 
 
 def steps_of(source: PixelSource) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ class _Task:
     mask_folder: Path
     file_format: Format
     voi: str
+    for_processing: bool
 
     def __str__(self) -> str:
         return str(self.record.path)
@@ -38,6 +39,7 @@ def convert_images(
     *,
     file_format: Format = "tiff",
     voi: str = "auto",
+    for_processing: bool = False,
     workers: int | None = None,
     on_done: Callable[[], object] | None = None,
 ) -> tuple[list[Record], list[DataError]]:
@@ -58,7 +60,14 @@ def convert_images(
         raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
     names = _unique([record.path.stem for record in records])
     tasks = [
-        _Task(record, folder / "images" / (name + _SUFFIX[file_format]), folder / "masks", file_format, voi)
+        _Task(
+            record,
+            folder / "images" / (name + _SUFFIX[file_format]),
+            folder / "masks",
+            file_format,
+            voi,
+            for_processing,
+        )
         for record, name in zip(records, names, strict=True)
     ]
     done: list[Record | DataError] = [DataError("")] * len(tasks)
@@ -84,7 +93,9 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _convert(task: _Task) -> Record:
-    source = open_pixels(task.record.path, voi=task.voi, channels=1, frame=task.record.frame)
+    source = open_pixels(
+        task.record.path, voi=task.voi, channels=1, frame=task.record.frame, for_processing=task.for_processing
+    )
     _write(source, task.target, task.file_format, 65535)
     back = source.to_original.inverse()
     findings = []

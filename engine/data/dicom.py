@@ -37,7 +37,7 @@ def open_dicom(
             if info.for_processing and not for_processing:
                 raise DataError(
                     f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or ask "
-                    "for it with for_processing=True"
+                    "for it with for_processing=True (--for-processing)"
                 )
             if info.matrix is not None:
                 return SlidePixels(ds, info, locate_frames(ds, file, stream, path), voi=voi, plane=frame)

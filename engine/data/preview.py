@@ -10,9 +10,10 @@ import numpy as np
 
 from ..errors import DataError
 from ..pixels import ImageSource, PixelSource, steps_of
-from .views import DownsampledSource
+from .views import DownsampledSource, NormalizedSource
 from .writers import PNG_PIXELS, whole_or_absent, write_png
 
+Seen = ImageSource | NormalizedSource
 _ROWS = 256
 # What a network that was trained on normalised images rarely sees.
 _FAR = 20.0
@@ -49,7 +50,7 @@ class Preview:
         return tuple(found)
 
 
-def preview(source: ImageSource) -> Preview:
+def preview(source: Seen) -> Preview:
     """Read the image through once, a few rows at a time."""
     _, height, width = source.shape
     total = squares = 0.0
@@ -69,13 +70,13 @@ def preview(source: ImageSource) -> Preview:
     return Preview(source.shape, steps_of(source), least, mean, std, most, black / count, white / count)
 
 
-def _grey(source: ImageSource, grey: np.float32) -> np.ndarray:
+def _grey(source: Seen, grey: np.float32) -> np.ndarray:
     """What a grey value becomes, per channel, computed as the source does."""
     mean, std = source.normalize.per_channel(source.shape[0])
     return ((np.float64(grey) - np.array(mean)) / np.array(std)).astype(np.float32)[:, None, None]
 
 
-def write_preview(source: ImageSource, path: str | Path) -> str:
+def write_preview(source: Seen, path: str | Path) -> str:
     """Write what the network sees as a 16-bit grey PNG, 0 black to 65535 white, before mean and std; say what it is.
 
     Images above 64 million pixels are averaged over blocks until they fit.
@@ -103,7 +104,7 @@ def write_preview(source: ImageSource, path: str | Path) -> str:
     return note
 
 
-def thumbnail(source: ImageSource, columns: int, rows: int) -> np.ndarray:
+def thumbnail(source: Seen, columns: int, rows: int) -> np.ndarray:
     """uint8 (height, width) of at most `rows` x `columns`: grey values, averaged over square blocks."""
     factor = max(1, math.ceil(max(source.shape[1] / rows, source.shape[2] / columns)))
     factor = min(factor, source.shape[1], source.shape[2])

@@ -1,13 +1,13 @@
-"""Pixel sources on top of pixel sources: mirrored and area-averaged images, still read by region."""
+"""Pixel sources on top of pixel sources: mirrored, area-averaged and normalised images, still read by region."""
 
 from __future__ import annotations
 
 from torch import Tensor, cat
 from torch.nn.functional import avg_pool2d
 
-from ..affine import Affine
+from ..affine import Affine, Map
 from ..errors import DataError
-from ..pixels import PixelSource, check_region, steps_of, to_original
+from ..pixels import Normalize, PixelSource, as_stored, check_region, steps_of, to_original
 
 # Input values that one step of averaging reads at most: 16 MiB of float32.
 _STEP = 2**22
@@ -21,11 +21,16 @@ class MirroredSource:
         self.shape, self.name = source.shape, source.name
 
     @property
-    def to_original(self) -> Affine:
+    def to_original(self) -> Map:
         """From this image's coordinates to those of the file."""
         _, height, width = self.shape
         mirror = Affine.mirror(height, width, left_right=self.left_right, up_down=self.up_down)
         return to_original(self.source) @ mirror
+
+    @property
+    def as_stored(self) -> PixelSource:
+        """The same image in the geometry of its file."""
+        return as_stored(self.source)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -56,9 +61,14 @@ class DownsampledSource:
         self.shape, self.name = (channels, height // factor, width // factor), source.name
 
     @property
-    def to_original(self) -> Affine:
+    def to_original(self) -> Map:
         """From this image's coordinates to those of the file."""
         return to_original(self.source) @ Affine.scale(self.factor)
+
+    @property
+    def as_stored(self) -> PixelSource:
+        """The same image in the geometry of its file."""
+        return as_stored(self.source)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -76,3 +86,29 @@ class DownsampledSource:
             pixels = self.source.read(first * factor, last * factor, left * factor, right * factor)
             strips.append(avg_pool2d(pixels, factor) if pixels.numel() else pixels[:, : last - first, : right - left])
         return cat(strips, 1)
+
+
+class NormalizedSource:
+    """An image of grey values with its normalisation on top, where other steps stand between the two."""
+
+    def __init__(self, source: PixelSource, normalize: Normalize) -> None:
+        self.source, self.normalize = source, normalize
+        self.shape, self.name = source.shape, source.name
+        self._mean, self._std = normalize.per_channel(source.shape[0])
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), *self.normalize.steps)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        values = self.source.read(top, bottom, left, right)
+        for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
+            if (mean, std) != (0.0, 1.0):
+                values[channel].sub_(mean).div_(std)
+        return values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import imagecodecs
 import numpy as np
@@ -13,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..affine import Affine, Map
 from ..errors import GigamorphError
+from ..pixels import PixelSource, as_stored, to_original
 from .checkpoint import write_atomically
 
 _TILE = 512
@@ -21,35 +22,32 @@ _TILE = 512
 PNG_PIXELS = 100_000_000
 
 
-class Readable(Protocol):
-    """The part of a pixel source that is used here."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor: ...
-
-
 def overlay_name(stem: str, shape: tuple[int, int, int]) -> str:
     """``stem.png``, or ``stem.tif`` for images too large for a PNG that is held whole."""
     return stem + (".png" if shape[1] * shape[2] <= PNG_PIXELS else ".tif")
 
 
-def write_overlay(source: Readable, evidence: Tensor, path: str | Path) -> None:
+def write_overlay(source: PixelSource, evidence: Tensor, path: str | Path, *, stored: bool = False) -> None:
     """Write an 8-bit RGB picture of the image in grey with the positive evidence in red to yellow.
 
     The evidence that half of the image has anyway (its median, where that is positive) is left uncoloured.
 
     Args:
-        source: the image (C, H, W); its channels are averaged.
+        source: the image (C, H, W) that the network saw; its channels are averaged.
         evidence: (h, w) float, at the network's stride; drawn bilinearly, scaled to its own maximum.
         path: ``.png``, or ``.tif`` (tiled, deflate).
+        stored: draw on the image as its file stores it, every pixel, the evidence carried back through mirroring and
+            averaging; else on what the network saw.
 
     Raises:
         GigamorphError: if the file cannot be written, or has another suffix.
     """
     path = Path(path)
-    strips = _strips(source, evidence)
+    place: Map = Affine.scale(source.shape[2] / evidence.shape[1], source.shape[1] / evidence.shape[0])
+    if stored:
+        seen, source = source, as_stored(source)
+        place = to_original(source).inverse() @ to_original(seen) @ place
+    strips = _strips(source, evidence, place)
     if path.suffix == ".png":
         picture = np.concatenate(list(strips)) if source.shape[1] <= _TILE else _gather(strips, source.shape)
         write_atomically(path, lambda p: p.write_bytes(imagecodecs.png_encode(picture, level=4)), "heat map")
@@ -89,25 +87,28 @@ def _tiff_writer(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int
     return write
 
 
-def _strips(source: Readable, evidence: Tensor) -> Iterator[NDArray[np.uint8]]:
-    """RGB strips of ``_TILE`` rows (the last one shorter), uint8 (rows, W, 3)."""
+def _strips(source: PixelSource, evidence: Tensor, place: Map) -> Iterator[NDArray[np.uint8]]:
+    """RGB strips of ``_TILE`` rows (the last one shorter), uint8 (rows, W, 3); ``place`` leads from cells to pixels."""
     _, height, width = source.shape
     low, high = _window(source)
     positive = evidence.detach().float().cpu()
     positive = (positive - positive.median().clamp(min=0)).clamp(min=0)
     positive = positive / positive.max().clamp(min=torch.finfo(torch.float32).tiny)
-    columns = _linear(width, positive.shape[1])
     for top in range(0, height, _TILE):
         bottom = min(top + _TILE, height)
         grey = source.read(top, bottom, 0, width).float().mean(0).sub_(low).div_(high - low).clamp_(0, 1)
-        heat = _sample(_sample(positive, _linear(height, positive.shape[0]), slice(top, bottom)).T, columns).T
+        parts = [
+            place.resample(positive.numpy(), top, bottom, left, min(left + _TILE, width))
+            for left in range(0, width, _TILE)
+        ]
+        heat = torch.from_numpy(np.concatenate(parts, 1))
         # Half-transparent at most, so that what lies below the evidence stays visible.
         alpha = heat.clamp(0, 1).sqrt().mul_(0.6)
         rgb = torch.stack((grey * (1 - alpha) + alpha, grey * (1 - alpha) + alpha * heat, grey * (1 - alpha)), -1)
         yield rgb.mul_(255).round_().to(torch.uint8).numpy()
 
 
-def _window(source: Readable) -> tuple[float, float]:
+def _window(source: PixelSource) -> tuple[float, float]:
     """The 0.5 and 99.8 percentiles of a sample of rows and columns."""
     _, height, width = source.shape
     step = max(1, width // 512)
@@ -115,16 +116,3 @@ def _window(source: Readable) -> tuple[float, float]:
     sample = torch.cat(rows).flatten().float()
     low, high = (float(torch.quantile(sample, q)) for q in (0.005, 0.998))
     return low, high if high > low else low + 1.0
-
-
-def _linear(size: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of ``size`` pixels the two cells around it and the weight of the second (pixel centres aligned)."""
-    position = ((torch.arange(size, dtype=torch.float64) + 0.5) * cells / size - 0.5).clamp(0, cells - 1)
-    first = position.floor().long()
-    return first, (first + 1).clamp(max=cells - 1), (position - first).float()
-
-
-def _sample(map_: Tensor, linear: tuple[Tensor, Tensor, Tensor], part: slice = slice(None)) -> Tensor:
-    first, second, weight = (t[part] for t in linear)
-    weight = weight[:, None]
-    return map_[first] * (1 - weight) + map_[second] * weight

@@ -13,7 +13,9 @@ from gigamorph.cli.count import Count
 from gigamorph.cli.data import data
 from gigamorph.cli.main import main
 from gigamorph.cli.picture import show_picture
+from gigamorph.engine.data.augment import Augment, augmented
 from gigamorph.engine.data.tables import read_table
+from gigamorph.engine.pixels import open_pixels
 
 
 def run(*args):
@@ -182,6 +184,24 @@ def test_preview(phantoms, tmp_path, capsys):
     (tmp_path / "white.png").write_bytes(imagecodecs.png_encode(grey))
     assert run("preview", tmp_path / "white.png") == 0
     assert "warning: all pixels are equal" in capsys.readouterr().err
+
+
+def test_preview_of_a_varied_image(phantoms, tmp_path, capsys):
+    """The picture and the steps are those of the image that training would see."""
+    image = sorted((phantoms / "images").glob("*_R_CC.dcm"))[0]
+    text = "rotate=20,elastic=4,contrast=0.3,noise=0.01"
+    out = tmp_path / "p.png"
+    assert run("preview", image, "--mean", "0.3", "--augment", text, "--seed", "4", "--out", out) == 0
+    said = capsys.readouterr().out
+    seen = augmented(open_pixels(image), Augment.parse(text), seed=4, epoch=0, index=0)
+    steps = [*seen.steps, "minus [0.3], over [1.0]"]
+    assert [line.split(". ", 1)[1] for line in said.splitlines() if ". " in line[:4]] == steps
+    assert any(step.startswith("turned by") for step in steps)
+    expected = seen.read(0, 160, 0, 128)[0].clip(0, 1).numpy() * 65535
+    assert np.abs(imagecodecs.png_decode(out.read_bytes()) - expected).max() < 1
+    assert run("preview", image, "--augment", "turn=20") == 2
+    error = capsys.readouterr().err
+    assert "augmentation turn=20: unknown; there are flip, rotate" in error
 
 
 def test_preview_of_the_real_mammogram(real_data, capsys):

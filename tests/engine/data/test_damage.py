@@ -17,6 +17,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+from fuzz import DEPTH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import BIG, DEFLATED, EXPLICIT, JPEG, RLE, corpus, damage, encode, item, picture, write_dicom
@@ -52,7 +53,7 @@ def open_all(paths: list[Path], memory: int) -> list[dict[str, Any]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_random_damage(sound: dict[str, bytes], tmp_path: Path) -> None:
     paths = []
-    for number in range(1200):
+    for number in range(600 * DEPTH):
         rng = np.random.default_rng([6, number])
         name = list(sound)[number % len(sound)]
         paths.append(tmp_path / f"{number}_{name.replace(' ', '_')}")
@@ -66,10 +67,10 @@ def test_random_damage(sound: dict[str, bytes], tmp_path: Path) -> None:
         assert not each["zero"], each
         assert each["seconds"] < 10, each
         assert each["grown"] < 300 * MiB, each
-    assert sum(each["error"] is not None for each in found) > 500
+    assert sum(each["error"] is not None for each in found) > 250 * DEPTH
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100 * DEPTH, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bytes_changed_and_cut_off(sound: dict[str, bytes], tmp_path: Path, data: st.DataObject) -> None:
     """As above, but hypothesis looks for the smallest change that does harm."""

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from gigamorph.engine.data.augment import Augment
 from gigamorph.engine.data.dataset import ImageDataset, collate
 from gigamorph.engine.data.phantom import write_phantoms
 from gigamorph.engine.data.tables import Record, read_table
 from gigamorph.engine.data.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import Normalize, PixelSource, as_batch, open_pixels
+from gigamorph.engine.pixels import Normalize, PixelSource, as_batch, open_pixels, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_items_and_collate(records: list[Record]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_with_workers(records: list[Record], workers: int) -> None:
-    dataset = ImageDataset(records, downsample=2, mirror=True)
+    dataset = ImageDataset(records, downsample=2, augment=Augment.parse("flip,rotate=10,noise=0.1"), seed=3)
     loader = DataLoader(dataset, batch_size=4, collate_fn=collate, num_workers=workers)
     seen = []
     for batch in loader:
@@ -56,8 +57,8 @@ def test_loader_with_workers(records: list[Record], workers: int) -> None:
     assert seen == list(range(16))
 
 
-def test_mirrors_are_drawn_from_seed_epoch_and_index(records: list[Record]) -> None:
-    dataset = ImageDataset(records, mirror=True, seed=5)
+def test_variations_are_drawn_from_seed_epoch_and_index(records: list[Record]) -> None:
+    dataset = ImageDataset(records, augment=Augment(flip="both"), seed=5)
     plain = ImageDataset(records)
 
     def drawn() -> list[tuple[bool, bool]]:
@@ -75,6 +76,17 @@ def test_mirrors_are_drawn_from_seed_epoch_and_index(records: list[Record]) -> N
     assert drawn() != first
     dataset.set_epoch(0)
     assert drawn() == first
+
+
+def test_normalisation_comes_after_what_is_varied(records: list[Record]) -> None:
+    """What lies outside the image is black before the normalisation, and grey values are varied on [0, 1]."""
+    normalize = Normalize((0.3,), (0.1,))
+    augment = Augment.parse("translate=40,contrast=0.5,gamma=0.5")
+    grey = whole(ImageDataset(records, augment=augment)[2]["image"])
+    item = ImageDataset(records, augment=augment, normalize=normalize)[2]["image"]
+    assert torch.equal(whole(item), (grey - 0.3) / 0.1)
+    assert grey.min() == 0 and steps_of(item)[-1] == "minus [0.3], over [0.1]"
+    assert [step.split()[0] for step in steps_of(item)[-4:-1]] == ["moved", "gamma", "contrast"]
 
 
 ARRAY = np.random.default_rng(0).random((3, 61, 47), dtype=np.float32)

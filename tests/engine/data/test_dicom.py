@@ -7,6 +7,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+from fuzz import DEPTH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import BIG, DEFLATED, EXPLICIT, JPEG, LOSSLESS, LOSSY, RLE, encode, item, picture, sequence
@@ -533,7 +534,7 @@ def test_truncated_real_files(real_data: Path, tmp_path: Path, where: float) -> 
             open_pixels(cut, frame=frame).read(0, 10, 0, 10)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=75 * DEPTH, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(syntax=st.sampled_from(LOSSLESS), seed=st.integers(0, 2**32 - 1))
 def test_flipped_bytes_never_crash(write_dicom: Write, syntax: str, seed: int) -> None:
     """Damage inside may decode to something, but to an image of the right shape, or it is a DataError."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fuzz import DEPTH
 from lookalikes import WRITERS
 
 from gigamorph.engine.data.tables import DATA_SETS, Record, read_data_set, read_table
@@ -44,7 +45,7 @@ def test_damaged_tables_of_public_data_sets(tmp_path: Path, name: str) -> None:
     assert tables
     rng = random.Random(name)
     refused = 0
-    for number in range(40):
+    for number in range(25 * DEPTH):
         shutil.copytree(tmp_path / "good", tmp_path / "bad")
         path = rng.choice(tables)
         target = tmp_path / "bad" / path.relative_to(tmp_path / "good")
@@ -57,7 +58,7 @@ def test_damaged_tables_of_public_data_sets(tmp_path: Path, name: str) -> None:
             assert str(tmp_path) in str(error), f"case {number}: {error}"
             assert "\n" not in str(error)
         shutil.rmtree(tmp_path / "bad")
-    assert refused > 5
+    assert refused > 3 * DEPTH
 
 
 def test_damaged_tables_of_ones_own(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_damaged_tables_of_ones_own(tmp_path: Path) -> None:
     good = (header + "".join(f"{n}.png,{n % 2},P{n},train,L,CC,{finding},0.5\n" for n in range(4))).encode()
     rng = random.Random(1)
     refused = 0
-    for number in range(400):
+    for number in range(200 * DEPTH):
         (tmp_path / "t.csv").write_bytes(damaged(good, rng))
         try:
             for record in read_table(tmp_path / "t.csv", check_files=False).records:
@@ -74,7 +75,7 @@ def test_damaged_tables_of_ones_own(tmp_path: Path) -> None:
         except DataError as error:
             refused += 1
             assert str(tmp_path) in str(error), f"case {number}: {error}"
-    assert 100 < refused < 400
+    assert 50 * DEPTH < refused < 200 * DEPTH
 
 
 def check(record: Record) -> None:

@@ -5,11 +5,18 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
+from gigamorph.engine import accelerate
+from gigamorph.engine.data.dataset import ImageDataset
+from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.data.tables import read_table
+from gigamorph.engine.data.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.pixels import Normalize, open_pixels, to_original
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
+from gigamorph.engine.train.predict import predict
 
 
 @pytest.fixture
@@ -95,3 +102,72 @@ def test_no_native_size_float_map_is_held(tmp_path):
     blank = Blank()
     write_overlay(blank, torch.rand(128, 128), tmp_path / "a.tif")
     assert blank.largest <= 512 * 4096
+
+
+def colour(path):
+    """How much red there is beyond grey, (H, W); 0 without evidence."""
+    picture = np.array(Image.open(path)).astype(int)
+    return picture[..., 0] - picture[..., 2]
+
+
+@pytest.mark.parametrize("up_down", [False, True])
+def test_evidence_goes_back_to_the_stored_image(tmp_path, up_down):
+    """Evidence at one cell of a mirrored and averaged image colours the pixels that the cell was made of."""
+    image = np.random.default_rng(0).random((602, 452), dtype=np.float32)
+    source = MirroredSource(
+        DownsampledSource(open_pixels(image, flip=True, normalize=Normalize((0.3,), (0.1,))), 3),
+        left_right=False,
+        up_down=up_down,
+    )
+    evidence = torch.zeros(50, 30)  # cells of 4 x 5 pixels of 3 x 3
+    evidence[7, 22] = 1
+    write_overlay(source, evidence, tmp_path / "a.png", stored=True)
+    found = colour(tmp_path / "a.png")
+    assert found.shape == (602, 452)
+    left, top, right, bottom = to_original(source).boxes([22 * 5, 7 * 4, 23 * 5, 8 * 4]).astype(int)
+    assert (left, right) == (452 - 23 * 15, 452 - 22 * 15)
+    assert (top, bottom) == ((600 - 8 * 12, 600 - 7 * 12) if up_down else (7 * 12, 8 * 12))
+    i, j = np.unravel_index(found.argmax(), found.shape)
+    assert top <= i < bottom and left <= j < right
+    # Drawn bilinearly: from one cell's middle to the next one's.
+    found[top - 6 : bottom + 6, left - 8 : right + 8] = 0
+    assert not found.any()
+    # Rows and columns that averaging leaves out are part of the picture, without evidence.
+    grey = np.array(Image.open(tmp_path / "a.png"))[..., 2].astype(float)
+    assert np.corrcoef(grey[300:].ravel(), image[300:].ravel())[0, 1] > 0.99
+
+
+def test_evidence_lies_on_a_mammogram_as_it_is_stored(tmp_path, real_data):
+    """A right MLO, shown to the network mirrored."""
+    path = real_data / "dicom" / "mg_ge_jpeg_lossless.dcm"
+    source = open_pixels(path)
+    assert to_original(source).points([0, 0]).tolist() == [2394, 0]
+    evidence = torch.zeros(96, 75)
+    evidence[40, 10] = 1
+    write_overlay(source, evidence, tmp_path / "a.png", stored=True)
+    found = colour(tmp_path / "a.png")
+    rows, columns = np.nonzero(found > 0.7 * found.max())
+    assert abs(rows.mean() - 40.5 * 3062 / 96) < 1 and abs(columns.mean() - (2394 - 10.5 * 2394 / 75)) < 1
+    stored = open_pixels(path, flip=False).read(2000, 2512, 0, 2394)[0].numpy()
+    picture = np.array(Image.open(tmp_path / "a.png"))[2000:2512, :, 2]
+    assert np.corrcoef(picture.ravel(), stored.ravel())[0, 1] > 0.99
+
+
+def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
+    """A network that sums what is brighter than its surroundings, on breasts of both sides."""
+    table = write_phantoms(tmp_path / "p", patients=4, height=384, width=288, seed=3)
+    records = [record for record in read_table(table).records if record.label]
+    assert {record.laterality for record in records} == {"L", "R"}
+    conv, linear = nn.Conv2d(1, 1, 7, padding=3, padding_mode="reflect"), nn.Linear(1, 2)
+    with torch.no_grad():
+        conv.weight.fill_(-1 / 48)[..., 3, 3] = 1
+        conv.bias.fill_(-0.3)
+        linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        linear.bias.zero_()
+    net = accelerate(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear))
+    predict(net, ImageDataset(records, channels=1), tmp_path / "out", ["0", "1"], heatmaps=True)
+    for record in records:
+        found = colour(tmp_path / "out" / "heatmaps" / f"{record.path.stem}.png")
+        top, bottom, left, right = record.findings[0].box
+        inside = found[top:bottom, left:right].sum()
+        assert found.max() > 100 and inside > 0.95 * found.sum(), (record.path.stem, inside / found.sum())
