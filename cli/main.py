@@ -65,3 +65,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+
+if TYPE_CHECKING:
+    from ..engine.data.augment import Augment
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -42,6 +45,18 @@ def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tu
         return tuple(float(part) for part in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is no list of numbers; write 0.5 or 0.1,0.2,0.3", ctx, param) from error
+
+
+def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None) -> Augment | None:
+    if value is None:
+        return None
+    from ..engine.data.augment import Augment
+    from ..engine.errors import GigamorphError
+
+    try:
+        return Augment.parse(value)
+    except GigamorphError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
 
 
 model: Any = click.option(
@@ -94,4 +109,15 @@ voi: Any = click.option(
     default="auto",
     show_default=True,
     help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.",
+)
+for_processing: Any = click.option(
+    "--for-processing", is_flag=True, help="Accept DICOM images that are not meant for display."
+)
+augment: Any = click.option(
+    "--augment",
+    metavar="LIST",
+    callback=_parse_augment,
+    help="Vary training images at random, up to the limits given: any of flip, rotate=10 (degrees), scale=0.1, shear=5 "
+    "(degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, brightness=0.05, noise=0.01, with "
+    "commas between them.",
 )

@@ -13,7 +13,7 @@ from . import options
 @click.argument("checkpoint", type=click.Path(dir_okay=False))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the predictions.")
-@click.option("--heatmaps", is_flag=True, help="Draw the evidence on each image, at native resolution.")
+@click.option("--heatmaps", is_flag=True, help="Draw the evidence on every pixel of each image, as its file stores it.")
 @click.option("--skip-bad", is_flag=True, help="Report damaged or missing images and go on.")
 @click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
 @options.memory_budget

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..engine.data.augment import Augment
+    from ..engine.train.fit import Data, TrainOptions
 
 
 @click.command()
@@ -20,6 +26,8 @@ from . import options
 @options.mean
 @options.std
 @options.voi
+@options.for_processing
+@options.augment
 @click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of AdamW.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True)
@@ -29,6 +37,13 @@ from . import options
 @click.option("--patience", type=click.IntRange(1), help="Stop after so many epochs without a better validation AUC.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @options.device
+@click.option(
+    "--devices",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Train on so many GPUs, or in so many processes on the CPU: an image on each at a time, gradients averaged.",
+)
+@click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped.")
 def train(
     data: str,
@@ -41,6 +56,8 @@ def train(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     voi: str,
+    for_processing: bool,
+    augment: Augment | None,
     epochs: int,
     lr: float,
     weight_decay: float,
@@ -50,6 +67,8 @@ def train(
     patience: int | None,
     seed: int,
     device: str,
+    devices: int | None,
+    split_image: bool,
     resume: bool,
 ) -> None:
     """Train a classifier on images of any size, with the gradients that the whole image gives.
@@ -60,14 +79,27 @@ def train(
     Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU.
 
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
-    --channels 3 --memory-budget 8GiB --out run
+    --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
     from ..engine.pixels import Normalize
-    from ..engine.train.fit import TrainOptions, fit
+    from ..engine.train import launch
+    from ..engine.train.fit import TrainOptions
     from ..engine.train.inputs import training_data
-    from .progress import ProgressView
 
-    images = training_data(data, channels=channels, normalize=Normalize(mean, std), voi=voi, seed=seed)
+    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
+    if devices not in (None, there):
+        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
+    if split_image and there == 1 and not launch.launched():
+        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
+    images = training_data(
+        data,
+        channels=channels,
+        normalize=Normalize(mean, std),
+        voi=voi,
+        for_processing=for_processing,
+        augment=augment,
+        seed=seed,
+    )
     chosen = TrainOptions(
         model=model,
         weights=weights,
@@ -82,11 +114,32 @@ def train(
         patience=patience,
         seed=seed,
         device=device,
+        split_image=split_image,
     )
+    if launch.launched():
+        with launch.group(device):
+            _train(images, chosen, out, resume)
+    elif there > 1:
+        launch.launch(_train, there, device, images, chosen, out, resume)
+    else:
+        _train(images, chosen, out, resume)
+
+
+def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
+    """Train in this process, alone or as one of several, of which the first reports."""
+    from ..engine.train.fit import fit
+    from ..engine.train.team import Team
+    from .progress import ProgressView
+
+    team = Team.here(chosen.split_image)
+    if not team.leads:
+        fit(images, chosen, out, resume=resume)
+        return
     counts = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
-    click.echo(f"{counts} images; classes {', '.join(images.classes)}; {model} on {device}")
+    several = "" if team.size == 1 else f" in {team.size} processes"
+    click.echo(f"{counts} images; classes {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
     try:
-        with ProgressView(device=device) as view:
+        with ProgressView(device=chosen.device) as view:
             metrics = fit(images, chosen, out, resume=resume, report=view).metrics
     except KeyboardInterrupt:
         if (Path(out) / "last.ckpt").exists():

@@ -16,6 +16,7 @@ from ..models.compat import make_torchvision_importable
 from .curves import write_log
 from .module import Classifier
 from .progress import Meter
+from .team import Team
 
 make_torchvision_importable()
 
@@ -30,9 +31,9 @@ class InterruptedTraining(Exception):
 class EpochLog(Callback):
     """One row per epoch: losses, AUC, rate, seconds, throughput and peak memory; drives the progress report too."""
 
-    def __init__(self, folder: Path, meter: Meter) -> None:
+    def __init__(self, folder: Path, meter: Meter, team: Team) -> None:
         self.rows: list[dict[str, float]] = []
-        self._folder, self._meter = folder, meter
+        self._folder, self._meter, self._team = folder, meter, team
         self._clock, self._pixels = time.monotonic(), 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -43,15 +44,16 @@ class EpochLog(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0 or self._pixels == 0:
-            epochs = trainer.max_epochs or 1
-            self._meter.start("train", int(trainer.num_training_batches), trainer.current_epoch, epochs, done=batch_idx)
+            epochs, images = trainer.max_epochs or 1, len(trainer.train_dataloader.dataset)  # pyright: ignore
+            done = self._team.done(batch_idx, images)
+            self._meter.start("train", images, trainer.current_epoch, epochs, done)
         self._pixels += sum(i["image"].shape[-2] * i["image"].shape[-1] for i in batch)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._meter.image_done()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        images = sum(int(n) for n in trainer.num_val_batches)
+        images = len(trainer.val_dataloaders.dataset)  # pyright: ignore[reportOptionalMemberAccess]
         self._meter.start("validate", images, trainer.current_epoch, trainer.max_epochs or 1)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -62,18 +64,20 @@ class EpochLog(Callback):
         seconds = time.monotonic() - self._clock
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         optimizer = trainer.optimizers[0]
+        pixels = self._team.all(self._pixels)[:: self._team.size // self._team.at_once]
         row = {
             "epoch": trainer.current_epoch + 1,
-            "train_loss": float(np.mean(pl_module.training_losses)),
+            "train_loss": float(np.mean(self._team.in_order(pl_module.training_losses))),
             **metrics,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
-            "megapixels_per_second": round(self._pixels / 1e6 / max(seconds, 1e-9), 3),
-            "peak_bytes": peak_bytes(pl_module.device),
+            "megapixels_per_second": round(sum(pixels) / 1e6 / max(seconds, 1e-9), 3),
+            "peak_bytes": max(self._team.all(peak_bytes(pl_module.device))),
         }
         self.rows.append(row)
         pl_module.training_losses.clear()
-        write_log(self._folder, self.rows)
+        if self._team.leads:
+            write_log(self._folder, self.rows)
         shown = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"loss {row['train_loss']:.4f}"]
         for name, label in (("val_loss", "val loss"), ("val_auc_image", "val AUC")):
             if name in metrics:
@@ -93,11 +97,11 @@ class Checkpoints(Checkpoint):
     The first Ctrl-C lets the image under way (or the validation, which Lightning cannot take up again in its midst)
     finish, writes ``last.ckpt`` and raises `InterruptedTraining`; a second one interrupts at once and leaves the
     former ``last.ckpt``. Lightning's own `ModelCheckpoint` writes its last checkpoint only when it also writes a best
-    one, and knows no place inside an epoch.
+    one, and knows no place inside an epoch. All processes of a team stop at the same place, at a Ctrl-C to any of them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, team: Team) -> None:
+        self._folder, self._team = folder, team
         self._best: list[float] | None = None
         self._asked = False
         self._stopped = False
@@ -117,15 +121,20 @@ class Checkpoints(Checkpoint):
             signal.signal(signal.SIGINT, self._former)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        if self._asked:
-            trainer.save_checkpoint(self._folder / "last.ckpt")
+        if any(self._team.all(self._asked)):
+            self._save(trainer, "last.ckpt")
             raise InterruptedTraining
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        trainer.save_checkpoint(self._folder / name)
+        self._team.wait()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Classifier)
-        pl_module.position = (trainer.current_epoch, batch_idx + 1)
+        done = self._team.done(batch_idx + 1, len(trainer.train_dataloader.dataset))  # pyright: ignore
+        pl_module.position = (trainer.current_epoch, done)
         # After the last image the epoch still lacks its validation: stopping there would skip it on resuming.
         if batch_idx + 1 < trainer.num_training_batches:
             self._stop_if_asked(trainer)
@@ -141,10 +150,10 @@ class Checkpoints(Checkpoint):
         if better:
             self._best = value
         self._stopped = trainer.should_stop
-        trainer.save_checkpoint(self._folder / "last.ckpt")
+        self._save(trainer, "last.ckpt")
         if better:
-            trainer.save_checkpoint(self._folder / "best.ckpt")
-        if self._asked:
+            self._save(trainer, "best.ckpt")
+        if any(self._team.all(self._asked)):
             raise InterruptedTraining
 
     def state_dict(self) -> dict[str, Any]:

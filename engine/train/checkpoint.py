@@ -53,10 +53,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written aside and then renamed."""
+    """Lightning's checkpoint files, written aside and then renamed; by the process that leads, all have the same."""
+
+    def __init__(self, leads: bool = True) -> None:
+        super().__init__()
+        self._leads = leads
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), "checkpoint")
+        if self._leads:
+            write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), "checkpoint")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .metrics import Prediction, scores
 from .module import Classifier, balanced_weights, prediction
 from .progress import Meter, Report
 from .sampler import EpochSampler
+from .team import Team
 
 make_torchvision_importable()
 
@@ -55,6 +56,8 @@ class TrainOptions:
     """Epochs without a better validation score after which the run ends."""
     seed: int = 0
     device: str = "cpu"
+    split_image: bool = False
+    """Whether processes share each image, a band of rows each, instead of having one each."""
 
 
 class Images(Protocol):
@@ -70,7 +73,8 @@ class Images(Protocol):
 class Data:
     """The images of a run, split by patient.
 
-    ``classes`` names the labels in order; ``preprocessing`` is all that turns a file into what the network sees.
+    ``classes`` names the labels in order; ``preprocessing`` is all that turns a file into what the network sees, and
+    how training images are varied. `fit` tells training images that have a ``set_epoch`` which epoch it is.
     """
 
     train: Images
@@ -101,19 +105,32 @@ def fit(
 
     A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
 
+    All processes of a group of `torch.distributed` train together when each of them calls this: with ``split_image``
+    they share each image, else each has one of its own and the gradients are averaged, so that an optimizer step has
+    ``accumulate`` images in either way. The first of them reports and writes. `gigamorph.engine.train.launch` starts
+    such processes; in other groups a process uses its current device. BatchNorm's running statistics are those of the
+    first process, as ever in DDP. Sums over processes may be rounded otherwise in a run that was resumed.
+
     Returns:
         The best checkpoint's scores on the validation and test images, with the hash of the split, time, peak memory
         and versions, as in ``metrics.json``; its predictions; and the network with its parameters.
 
     Raises:
         DataError: if the split leaks a patient or a checkpoint belongs to another split.
-        GigamorphError: if ``out`` already holds a run, or a file cannot be written.
+        GigamorphError: if ``out`` already holds a run, a file cannot be written, or ``accumulate`` is no multiple of
+            the number of images that are computed at a time.
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
     out = Path(out)
     _check(data)
     last = out / "last.ckpt"
-    record = _record(data, options)
+    team = Team.here(options.split_image)
+    if options.accumulate % team.at_once:
+        raise GigamorphError(
+            f"{options.accumulate} images per optimizer step cannot be dealt to {team.at_once} processes; make "
+            "accumulate a multiple, or let them share each image"
+        )
+    record = _record(data, options, team)
     stored = load_checkpoint(last) if resume else None
     if stored is not None:
         _check_same(stored["gigamorph"], record, last)
@@ -121,15 +138,16 @@ def fit(
         record["versions_at_start"] = stored["gigamorph"].get("versions_at_start", stored["gigamorph"]["versions"])
     elif last.exists():
         raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
+    team.wait()  # all have seen the folder as it was
     started = time.monotonic()
     torch.manual_seed(options.seed)
-    meter = Meter(report)
-    net = build_network(record, None if resume else options.weights)
+    meter = Meter(report if team.leads else None, team.at_once)
+    net = build_network(record, None if resume else options.weights, team.split)
     net.on_tile = meter.on_tile
-    module = _module(net, record, data, options, meter)
+    module = _module(net, record, data, options, meter, team)
     # A run that was stopped early and then interrupted lacks nothing but its scores.
     if stored is None or not stored["callbacks"]["Checkpoints"]["stopped"]:
-        _run(module, data, options, out, meter, stored)
+        _run(module, data, options, out, meter, team, stored)
 
     best = load_checkpoint(out / "best.ckpt")
     module.load_state_dict(best["state_dict"])
@@ -137,43 +155,47 @@ def fit(
     predictions = {}
     for name, stage in (("val", "validate"), ("test", "test")):
         if len(data.parts[name]):
-            predictions[name] = evaluate(net, data.parts[name], meter, stage)
+            predictions[name] = evaluate(net, data.parts[name], meter, stage, team)
             metrics[name] = scores(predictions[name])
     metrics |= {
         "seconds": round(time.monotonic() - started, 2),
         "peak_bytes": max(row["peak_bytes"] for row in load_checkpoint(last)["callbacks"]["EpochLog"]["rows"]),
         "split_sha256": record["split"]["sha256"],
+        "preprocessing": data.preprocessing,
         "seed": options.seed,
         "versions": record["versions"],
     }
     text = json.dumps(metrics, indent=1) + "\n"
-    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    if team.leads:
+        write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
     return Fitted(metrics, predictions, net)
 
 
-def build_network(record: dict[str, Any], weights: str | Path | None = None) -> Accelerated:
+def build_network(record: dict[str, Any], weights: str | Path | None = None, split: bool = False) -> Accelerated:
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
     options = record["options"]
     model = create_model(options["model"], len(record["classes"]), record["channels"], weights)
     model = model.to(options["device"])
-    return accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"])
+    return accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
 
 
-def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str) -> list[Prediction]:
-    """Predictions of the images, in order."""
+def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str, team: Team) -> list[Prediction]:
+    """Predictions of the images, in order; a collective of the team."""
     net.eval()
     meter.start(stage, len(images))
     found = []
     with torch.no_grad():
-        for index in range(len(images)):
+        for index in range(team.turn, len(images), team.at_once):
             item = images[index]
             meter.image(item["image"].shape[-2] * item["image"].shape[-1])
             found.append(prediction(item, net(item["image"])[0]))
             meter.image_done()
-    return found
+    return team.in_order(found)
 
 
-def _module(net: nn.Module, record: dict[str, Any], data: Data, options: TrainOptions, meter: Meter) -> Classifier:
+def _module(
+    net: nn.Module, record: dict[str, Any], data: Data, options: TrainOptions, meter: Meter, team: Team
+) -> Classifier:
     labels = [record.label for record in data.train.records]
     steps = options.epochs * -(-len(data.train) // options.accumulate)
     return Classifier(
@@ -185,18 +207,22 @@ def _module(net: nn.Module, record: dict[str, Any], data: Data, options: TrainOp
         steps=steps,
         class_weights=balanced_weights(labels, len(data.classes)) if options.class_weights else None,
         meter=meter,
+        team=team,
     )
 
 
 def _run(
-    module: Classifier, data: Data, options: TrainOptions, out: Path, meter: Meter, stored: dict[str, Any] | None
-) -> None:
-    checkpoints = Checkpoints(out)
-    callbacks: list[Callback] = [EpochLog(out, meter), checkpoints]
+    module: Classifier, data: Data, options: TrainOptions, out: Path, meter: Meter, team: Team,
+    stored: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    checkpoints = Checkpoints(out, team)
+    callbacks: list[Callback] = [EpochLog(out, meter, team), checkpoints]
     if options.patience is not None and len(data.val):
         # NaN never occurs: val_score falls back on the loss.
         callbacks.insert(0, EarlyStopping("val_score", mode="max", patience=options.patience, verbose=False))
-    sampler = EpochSampler(len(data.train), options.seed)
+    # Images that vary from epoch to epoch are told which one it is.
+    tell = getattr(data.train, "set_epoch", None)
+    sampler = EpochSampler(len(data.train), options.seed, team=team, on_epoch=tell)
     if stored is not None:
         sampler.epoch, sampler.skip = stored["gigamorph"]["position"]
     with warnings.catch_warnings():
@@ -205,13 +231,14 @@ def _run(
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         trainer = pl.Trainer(
             accelerator="gpu" if options.device.startswith("cuda") else "cpu",
-            devices=1,
+            # Lightning sees one process of its own everywhere; what several have in common is the team's.
+            devices=[torch.cuda.current_device()] if options.device.startswith("cuda") else 1,
             max_epochs=options.epochs,
-            accumulate_grad_batches=options.accumulate,
+            accumulate_grad_batches=options.accumulate // team.at_once,
             precision=PRECISIONS[options.precision],  # type: ignore[arg-type]
             gradient_clip_val=1.0,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(team.leads)],
             default_root_dir=out,
             logger=False,
             enable_progress_bar=False,
@@ -221,7 +248,8 @@ def _run(
             use_distributed_sampler=False,
         )
         train = DataLoader(cast(Any, data.train), sampler=sampler, collate_fn=list)
-        val = DataLoader(cast(Any, data.val), collate_fn=list) if len(data.val) else None
+        shared = team.share(range(len(data.val)))
+        val = DataLoader(cast(Any, data.val), sampler=shared, collate_fn=list) if shared else None
         try:
             if stored is None:
                 trainer.fit(module, train, val)
@@ -247,7 +275,7 @@ def _check(data: Data) -> None:
                 )
 
 
-def _record(data: Data, options: TrainOptions) -> dict[str, Any]:
+def _record(data: Data, options: TrainOptions, team: Team) -> dict[str, Any]:
     # The last two parts of a path: the folder may have moved when a run is resumed.
     split = {
         name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in images.records]
@@ -256,6 +284,7 @@ def _record(data: Data, options: TrainOptions) -> dict[str, Any]:
     return {
         "format": 1,
         "options": asdict(options),
+        "images_at_once": team.at_once,
         "classes": list(data.classes),
         "channels": data.channels,
         "preprocessing": data.preprocessing,
@@ -271,9 +300,14 @@ def _record(data: Data, options: TrainOptions) -> dict[str, Any]:
 def _check_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> None:
     if stored["split"]["sha256"] != record["split"]["sha256"]:
         raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
+    if stored.get("images_at_once", 1) != record["images_at_once"]:
+        raise GigamorphError(
+            f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "
+            f"not {record['images_at_once']}; resume with as many devices"
+        )
     for name, value in stored["options"].items():
         # Where and in how much memory a step is computed does not change what it computes.
-        if name not in ("memory_budget", "device", "weights") and record["options"].get(name) != value:
+        if name not in ("memory_budget", "device", "weights", "split_image") and record["options"].get(name) != value:
             raise GigamorphError(
                 f"{path}: was begun with {name}={value!r}, not {record['options'].get(name)!r}; resume with the same"
             )

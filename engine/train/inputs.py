@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.augment import Augment
 from ..data.dataset import ImageDataset
 from ..data.splits import assign_splits
 from ..data.tables import Record, read_table
@@ -22,9 +23,13 @@ def training_data(
     normalize: Normalize | None = None,
     voi: str = "auto",
     downsample: int = 1,
+    for_processing: bool = False,
+    augment: Augment | None = None,
     seed: int = 0,
 ) -> Data:
     """The images of a csv or of a folder per class, split by patient as the table says, or drawn by the seed.
+
+    Only the training images are varied as ``augment`` says, anew in each epoch.
 
     Raises:
         DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
@@ -37,15 +42,32 @@ def training_data(
         "flip": "auto",
         "downsample": downsample,
     }
-    parts = {
-        name: images([record for record in records if record.split == name], channels, preprocessing)
+    if for_processing:
+        preprocessing["for_processing"] = True
+    if augment is not None:
+        preprocessing["augment"] = str(augment)
+    train, val, test = (
+        images(
+            [record for record in records if record.split == name],
+            channels,
+            preprocessing,
+            augment=augment if name == "train" else None,
+            seed=seed,
+        )
         for name in ("train", "val", "test")
-    }
-    return Data(**parts, classes=tuple(read.classes), channels=channels, preprocessing=preprocessing)
+    )
+    return Data(train, val, test, classes=tuple(read.classes), channels=channels, preprocessing=preprocessing)
 
 
-def images(records: Sequence[Record], channels: int, preprocessing: dict[str, Any]) -> ImageDataset:
-    """Records as images that are prepared as a checkpoint's ``preprocessing`` says."""
+def images(
+    records: Sequence[Record],
+    channels: int,
+    preprocessing: dict[str, Any],
+    *,
+    augment: Augment | None = None,
+    seed: int = 0,
+) -> ImageDataset:
+    """Records as images that are prepared as a checkpoint's ``preprocessing`` says; varied only by ``augment``."""
     return ImageDataset(
         records,
         channels=channels,
@@ -53,6 +75,9 @@ def images(records: Sequence[Record], channels: int, preprocessing: dict[str, An
         voi=preprocessing["voi"],
         flip=preprocessing["flip"],
         downsample=preprocessing["downsample"],
+        for_processing=preprocessing.get("for_processing", False),
+        augment=augment,
+        seed=seed,
     )
 
 

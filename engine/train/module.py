@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import BudgetError
 from ..models.compat import make_torchvision_importable
 from .metrics import Prediction, scores
 from .progress import Meter
+from .team import Team
 
 make_torchvision_importable()
 
@@ -34,7 +36,11 @@ class Classifier(pl.LightningModule):
         record: what the checkpoint says of the run: plain containers, numbers and texts only.
         class_weights: (classes,) or None; weights of the loss.
         steps: optimizer steps of the whole run, for the cosine schedule.
+        team: the processes that train together. If each has images of its own, gradients are averaged over them at
+            each optimizer step.
     """
+
+    _averaged: nn.parallel.DistributedDataParallel | None
 
     def __init__(
         self,
@@ -47,9 +53,13 @@ class Classifier(pl.LightningModule):
         steps: int = 1,
         class_weights: Sequence[float] | None = None,
         meter: Meter | None = None,
+        team: Team | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self._team = team or Team()
+        # Not one of this module's children, among whose parameters those of the network would be twice.
+        self.__dict__["_averaged"] = _averaged(net) if self._team.at_once > 1 else None
         self.record = record
         self.seed, self.lr, self.weight_decay, self.steps = seed, lr, weight_decay, steps
         self._class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
@@ -58,7 +68,7 @@ class Classifier(pl.LightningModule):
         self.validation_losses: list[float] = []
         self.training_losses: list[float] = []
         self.position = (0, 0)
-        """Epoch, and examples of it that are done."""
+        """Epoch, and examples of it that are done, by all processes."""
         self._gradients: dict[str, Tensor] | None = None
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,20 +86,38 @@ class Classifier(pl.LightningModule):
         sources = [item["image"] for item in batch]
         self._meter.image(sum(s.shape[-2] * s.shape[-1] for s in sources))
         labels = torch.tensor([item["label"] for item in batch], device=self.device)
+        net = self.net if self._averaged is None or not self.training else self._averaged
         try:
-            return self.net(sources[0] if len(sources) == 1 else sources), labels
+            return net(sources[0] if len(sources) == 1 else sources), labels
         except BudgetError as error:  # the larger images of a set may not fit
             raise BudgetError(f"{batch[0]['record'].path}: {error}") from error
 
     def training_step(self, batch: Sequence[dict[str, Any]], batch_idx: int) -> Tensor:
-        seed = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx]).generate_state(1)[0]
+        number = batch_idx * self._team.at_once + self._team.turn
+        seed = np.random.SeedSequence([self.seed, self.current_epoch, number]).generate_state(1)[0]
         torch.manual_seed(int(seed))
-        logits, labels = self._logits(batch)
+        with self._accumulating(batch_idx):
+            logits, labels = self._logits(batch)
         loss = self.loss(logits, labels)
+        if not self._team.counts(batch_idx, len(self.trainer.train_dataloader.dataset)):  # pyright: ignore
+            return loss * 0  # an image that this process repeats while others have their last
         self.training_losses.append(loss.item())
         return loss
 
+    def _accumulating(self, batch_idx: int) -> contextlib.AbstractContextManager[Any]:
+        """Processes average their gradients when an optimizer step follows, not after each image."""
+        done = batch_idx + 1
+        last = done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
+        return contextlib.nullcontext() if self._averaged is None or last else self._averaged.no_sync()
+
+    def on_validation_start(self) -> None:
+        if self._team.at_once > 1:  # each process has statistics of its own images; the first one's are stored
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, batch: Sequence[dict[str, Any]], batch_idx: int) -> None:
+        if not self._team.counts(batch_idx, len(self.trainer.val_dataloaders.dataset)):  # pyright: ignore
+            return
         logits, labels = self._logits(batch)
         for item, row, label in zip(batch, logits, labels, strict=True):
             found = prediction(item, row)
@@ -97,8 +125,9 @@ class Classifier(pl.LightningModule):
             self.validation_losses.append(self.loss(row[None], label[None]).item())
 
     def on_validation_epoch_end(self) -> None:
-        found = scores(self.validated)
-        loss = float(np.mean(self.validation_losses)) if self.validation_losses else math.nan
+        found = scores(self._team.in_order(self.validated))
+        losses = self._team.in_order(self.validation_losses)
+        loss = float(np.mean(losses)) if losses else math.nan
         score = -loss if found["auc_image"] is None else float(found["auc_image"])
         # One class alone has no AUC; the loss then decides which epoch was best.
         self.log_dict({"val_loss": loss, "val_score": score})
@@ -122,19 +151,19 @@ class Classifier(pl.LightningModule):
         checkpoint["gigamorph"] = {
             **self.record,
             "position": list(self.position),
-            "training_losses": list(self.training_losses),
+            "training_losses": self._team.in_order(self.training_losses),
             # Inside an accumulation the gradients so far are part of the state.
             "gradients": {
-                name: p.grad.detach().cpu()
+                name: self._team.mean(p.grad.detach()).cpu()
                 for name, p in self.net.named_parameters()
-                if p.grad is not None and self.position[1] % self.trainer.accumulate_grad_batches
+                if p.grad is not None and self.position[1] % (self.trainer.accumulate_grad_batches * self._team.at_once)
             },
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint["gigamorph"]
         self.position = (stored["position"][0], stored["position"][1])
-        self.training_losses = list(stored["training_losses"])
+        self.training_losses = list(stored["training_losses"][self._team.turn :: self._team.at_once])
         self._gradients = stored["gradients"]
 
     def on_train_start(self) -> None:
@@ -142,6 +171,11 @@ class Classifier(pl.LightningModule):
             if self._gradients and name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter.device)
         self._gradients = None
+
+
+def _averaged(net: nn.Module) -> nn.parallel.DistributedDataParallel:
+    # A network may have parameters that an image does not reach; DDP must not wait for their gradients.
+    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def prediction(item: dict[str, Any], logits: Tensor) -> Prediction:

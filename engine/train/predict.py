@@ -14,6 +14,7 @@ import torch
 
 from ..accelerate import Accelerated
 from ..errors import BudgetError, DataError, GigamorphError
+from ..pixels import as_stored
 from .checkpoint import write_atomically
 from .fit import Images
 from .heatmap import overlay_name, write_overlay
@@ -37,8 +38,8 @@ def predict(
 
     ``predictions.csv`` gets one flushed line per image, so that whatever ends the run early leaves what was computed;
     ``breasts.csv`` (mean of the views of each breast) is written at the end, also after an error. With ``heatmaps``,
-    ``heatmaps/NAME.png`` shows the evidence for the predicted class on the image at native resolution (``.tif`` for
-    very large images), in the orientation in which the network sees the image.
+    ``heatmaps/NAME.png`` shows the evidence for the predicted class on every pixel of the image as its file stores it
+    (``.tif`` for very large images), so that it lies over the original and over boxes in the file's coordinates.
 
     Args:
         net: an accelerated network, pixel source -> (1, classes).
@@ -81,8 +82,9 @@ def predict(
                         result = replace(result, patient=number)
                     if heatmaps:
                         best = max(range(len(classes)), key=result.probabilities.__getitem__)
-                        path = out / "heatmaps" / overlay_name(_unique(Path(result.image).stem, names), source.shape)
-                        write_overlay(source, net.evidence(source, output=best)[0], path)
+                        name = overlay_name(_unique(Path(result.image).stem, names), as_stored(source).shape)
+                        evidence = net.evidence(source, output=best)[0]
+                        write_overlay(source, evidence, out / "heatmaps" / name, stored=True)
                 except BudgetError as error:  # the larger images of a set may not fit
                     raise BudgetError(f"{images.records[index].path}: {error}") from error
                 except DataError as error:

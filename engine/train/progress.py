@@ -30,13 +30,18 @@ Report = Callable[[Progress], None]
 
 
 class Meter:
-    """Counts images and pixels of a stage and reports them; its `on_tile` is hung on the accelerated network."""
+    """Counts images and pixels of a stage and reports them; its `on_tile` is hung on the accelerated network.
+
+    Args:
+        at_once: images that are computed at a time, one by each of so many processes; they are counted as if all were
+            as large as this process's.
+    """
 
     # Share of a training step's arithmetic that lies in the first pass: 1 of forward 1, recompute 1, backward 2.
     _FORWARD = 0.25
 
-    def __init__(self, report: Report | None) -> None:
-        self._report = report
+    def __init__(self, report: Report | None, at_once: int = 1) -> None:
+        self._report, self._at_once = report, at_once
         self._stage, self._epoch, self._epochs, self._images = "", 0, 1, 0
         self._image, self._pixels, self._current = 0, 0.0, 0.0
 
@@ -48,7 +53,7 @@ class Meter:
 
     def image(self, pixels: int) -> None:
         """The next image, of ``pixels`` pixels, begins."""
-        self._current = float(pixels)
+        self._current = float(pixels * self._at_once)
 
     def on_tile(self, event: Any) -> None:
         """Take the engine's ``TileEvent``."""
@@ -59,7 +64,7 @@ class Meter:
         self._send(share)
 
     def image_done(self) -> None:
-        self._image += 1
+        self._image = min(self._image + self._at_once, self._images)
         self._pixels += self._current
         self._current = 0.0
         self._send()

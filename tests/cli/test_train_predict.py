@@ -123,6 +123,12 @@ def test_wrong_column(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_wrong_augmentation(phantoms, tmp_path, capsys):
+    assert run("train", phantoms, "--augment", "flip,rotate=400", "--out", tmp_path / "run", *FAST) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("augmentation rotate=400: must be between 0 and 180")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_file_among_a_thousand_is_found_before_any_work(phantoms, tmp_path, capsys):
     image = next((phantoms.parent / "images").iterdir())
     for i in range(1000):

@@ -5,53 +5,17 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from training import Images, images, make_data
 
 from gigamorph.engine.data.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import Data, TrainOptions, fit
-
-
-@dataclass(frozen=True)
-class Source:
-    """A square of noise whose mean tells the class."""
-
-    name: str
-    seed: int
-    label: int
-    shape: tuple[int, int, int] = (1, 40, 33)
-
-    def read(self, top, bottom, left, right):
-        image = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)) * 0.5
-        image[:, 10:14, 20:24] += 3.0 * self.label
-        return image[:, top:bottom, left:right]
-
-
-class Images:
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        record = self.records[index]
-        number = int(record.path.stem)
-        source = Source(record.path.name, number, record.label, (1, 40, 33 + number % 3))
-        return {"image": source, "label": record.label, "index": index, "record": record}
-
-
-def images(count, first=0):
-    return Images([Record(Path(f"{i}.png"), i % 2, f"p{i}", laterality="L") for i in range(first, first + count)])
-
-
-def make_data():
-    return Data(images(7), images(4, 100), images(4, 200), ("normal", "finding"), 1, {"mean": 0.5})
+from gigamorph.engine.train.fit import TrainOptions, fit
 
 
 @pytest.fixture

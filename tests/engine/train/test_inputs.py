@@ -1,9 +1,12 @@
+import pydicom
 import pytest
+from pydicom.uid import DigitalMammographyXRayImageStorageForProcessing
 
+from gigamorph.engine.data.convert import convert_images
 from gigamorph.engine.data.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.pixels import Normalize
-from gigamorph.engine.train.inputs import prediction_records, training_data
+from gigamorph.engine.train.inputs import images, prediction_records, training_data
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,26 @@ def test_preprocessing_is_what_the_items_show(table):
     # the background is 0 before the normalisation
     assert image.read(0, 17, 0, 13).min().item() == pytest.approx(-0.5)
     assert sum(len(part) for part in data.parts.values()) == 8
+
+
+def test_images_that_are_not_for_display_must_be_asked_for(table, tmp_path):
+    """Once asked for it is part of the preprocessing that predicts."""
+    for path in (table.parent / "images").iterdir():
+        ds = pydicom.dcmread(path)
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = DigitalMammographyXRayImageStorageForProcessing
+        ds.PresentationIntentType = "FOR PROCESSING"
+        (tmp_path / "images").mkdir(exist_ok=True)
+        ds.save_as(tmp_path / "images" / path.name)
+    copy = tmp_path / table.name
+    copy.write_bytes(table.read_bytes())
+    with pytest.raises(DataError, match="For Processing"):
+        training_data(copy).train[0]["image"].read(0, 9, 0, 9)
+    data = training_data(copy, for_processing=True)
+    assert images(data.train.records, 1, data.preprocessing)[0]["image"].read(0, 9, 0, 9).shape == (1, 9, 9)
+    converted, errors = convert_images(data.train.records, tmp_path / "a")
+    assert not converted and len(errors) == len(data.train)
+    converted, errors = convert_images(data.train.records, tmp_path / "b", for_processing=True)
+    assert len(converted) == len(data.train) and not errors
 
 
 def test_records_to_predict_come_from_tables_folders_and_files(table, tmp_path):

@@ -1,0 +1,130 @@
+"""Several processes of one machine that train together, and the group in which processes meet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as torch_processes
+
+from ..errors import GigamorphError
+
+_PATIENCE = timedelta(days=7)
+"""How long a process waits for another, which may have a far larger image; those whose peer has died are ended."""
+_GRACE = 5.0
+"""Seconds that processes have to end by themselves when one has failed, and again before they are killed."""
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher (torchrun) has started."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+@contextlib.contextmanager
+def group(device: str, meeting: str = "env://") -> Iterator[None]:
+    """The process group of launched processes: gloo for the CPU, NCCL for GPUs, of which each process gets one.
+
+    Args:
+        device: "cpu" or "cuda".
+        meeting: an init_method of `torch.distributed`.
+
+    Raises:
+        GigamorphError: if this machine has fewer GPUs than processes.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device == "cuda":
+        own = int(os.environ.get("LOCAL_RANK", rank))
+        need_gpus(own + 1)
+        torch.cuda.set_device(own)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=_PATIENCE)
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+
+
+def need_gpus(number: int) -> None:
+    """Refuse what needs more GPUs than there are."""
+    if torch.cuda.device_count() < number:
+        raise GigamorphError(f"{number} GPUs were asked for and {torch.cuda.device_count()} are here; take fewer")
+
+
+def launch(function: Callable[..., Any], number: int, device: str, *args: Any) -> None:
+    """Call `function(*args)` in so many processes of this machine, which form a process group.
+
+    When one fails, all end. A first Ctrl-C is passed on to each, and they end as they see fit; a second one ends them.
+
+    Args:
+        function: of a module, for it is looked up by name in each process.
+        args: what can be pickled.
+
+    Raises:
+        GigamorphError: the first that a process raised; or, with its traceback, another error.
+        KeyboardInterrupt: after a Ctrl-C, when all processes have ended.
+    """
+    if device == "cuda":
+        need_gpus(number)
+    errors = multiprocessing.get_context("spawn").SimpleQueue()
+    threads = max(1, torch.get_num_threads() // number)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the processes: DDP advises on what is as it must be
+    logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it tells of each process that it ends
+    with tempfile.TemporaryDirectory() as folder:
+        given = (number, device, f"file://{folder}/meeting", threads, errors, function, args)
+        # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            context = torch_processes.start_processes(_child, given, number, join=False, start_method="spawn")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        assert context is not None
+        interrupted = False
+        while True:
+            try:
+                if context.join(grace_period=_GRACE):
+                    break
+            except KeyboardInterrupt:
+                processes: list[Any] = context.processes
+                for process in processes:
+                    if process.is_alive():
+                        process.kill() if interrupted else os.kill(process.pid, signal.SIGINT)
+                interrupted = True
+            except torch_processes.ProcessExitedException as error:
+                if interrupted:
+                    break
+                if errors.empty():
+                    killed = error.exit_code == -signal.SIGKILL
+                    hint = "it may have run out of memory" if killed else "see what it has printed"
+                    raise GigamorphError(f"{error}; {hint}") from error
+                raise errors.get() from None
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _child(
+    rank: int, number: int, device: str, meeting: str, threads: int, errors: Any, function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:  # fmt: skip
+    os.setpgrp()  # a terminal sends Ctrl-C to a group of processes; these get it from their parent, once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
+    torch.set_num_threads(threads)
+    try:
+        with group(device, meeting):
+            function(*args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # The processes that waited for this one fail behind it, and put in their errors behind this one.
+        known = isinstance(error, GigamorphError)
+        errors.put(error if known else RuntimeError(f"process {rank} failed:\n{traceback.format_exc()}"))
+        sys.exit(2)

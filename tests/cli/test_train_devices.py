@@ -1,0 +1,127 @@
+"""`gigamorph train --devices`: the processes that it starts, what they leave, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from exactness import errors
+
+from gigamorph.cli.main import main
+from gigamorph.engine.data.phantom import write_phantoms
+
+FAST = ["--model", "training:live", "--epochs", "3", "--accumulate", "4"]
+SPLIT = ["--devices", "2", "--split-image"]
+
+
+def run(*args) -> int:
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code  # pyright: ignore[reportReturnType]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=8, height=128, width=96, seed=1)
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def processes() -> dict[int, int]:
+    """The running processes of this machine, and which process has started each."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, rest = file.read_text().split(" ", 1)
+        except OSError:  # it has ended
+            continue
+        state, parent = rest.rpartition(")")[2].split()[:2]
+        if state != "Z":
+            found[int(number)] = int(parent)
+    return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, tmp_path, capfd):
+    command = ["train", phantoms, *FAST, "--out"]
+    assert run(*command, tmp_path / "alone") == 0
+    code = "from gigamorph.cli.main import main; main()"
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "split"), *SPLIT],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": helpers},
+    )  # fmt: skip
+    while not (tmp_path / "split" / "last.ckpt").exists():
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.005)
+    started = {number for number, parent in processes().items() if parent == child.pid}
+    assert len(started) >= 2
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    output, error = child.communicate(timeout=120)
+    assert child.returncode == 130, error
+    said = error.split("\n")
+    assert "--resume goes on from" in said[0] and [line for line in said[1:] if line] == ["interrupted"]
+    assert output.count("in 2 processes") == 1
+    assert not (tmp_path / "split" / "metrics.json").exists()
+    end = time.monotonic() + 30
+    while started & processes().keys() and time.monotonic() < end:  # the last to end is a helper of multiprocessing
+        time.sleep(0.1)
+    assert not started & processes().keys()
+
+    capfd.readouterr()
+    assert run(*command, tmp_path / "split", *SPLIT, "--resume") == 0
+    shown = capfd.readouterr()
+    assert shown.out.count("epoch 3/3") == 1 and not shown.err
+    first, second = (checkpoint(tmp_path / name)["state_dict"] for name in ("alone", "split"))
+    assert max(errors(first, second).values()) < 1e-9
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "split")]
+    assert metrics[0]["test"] == metrics[1]["test"] and metrics[0]["best_epoch"] == metrics[1]["best_epoch"]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_with_one_line(phantoms, tmp_path, capfd):
+    """Of a file that only one process opens; the others wait for it."""
+    victim = sorted((phantoms.parent / "images").iterdir())[0]
+    table = phantoms.with_name("damaged.csv")
+    lines = phantoms.read_text().splitlines()
+    table.write_text("\n".join(line.replace(victim.name, "damaged.dcm") for line in lines))
+    damaged = victim.with_name("damaged.dcm")
+    damaged.write_bytes(victim.read_bytes()[:2000])
+    assert run("train", table, *FAST, "--out", tmp_path / "run", "--devices", "2", "--batch-norm", "frozen") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and "damaged.dcm" in error and error.count("\n") == 1
+
+
+def test_a_process_that_a_launcher_has_started(phantoms, tmp_path, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    command = ["train", phantoms, *FAST, "--epochs", "1", "--out", tmp_path / "run"]
+    assert run(*command, "--devices", "2") == 2
+    assert "--devices 2 in one of 1 processes" in capsys.readouterr().err
+    assert run(*command, "--split-image") == 0
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_what_cannot_be(phantoms, tmp_path, capsys):
+    command = ["train", phantoms, *FAST, "--out", tmp_path / "run"]
+    assert run(*command, "--split-image") == 2
+    assert "between how many with --devices" in capsys.readouterr().err
+    assert run(*command, "--devices", "3") == 2
+    error = capsys.readouterr().err
+    assert "4 images per optimizer step cannot be dealt to 3 processes" in error and error.count("\n") == 1

@@ -1,0 +1,117 @@
+"""Several processes that train together, against one; and who has which image."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exactness import errors
+from processes import in_processes
+from training import run
+
+from gigamorph.engine.train.checkpoint import load_checkpoint
+from gigamorph.engine.train.fit import TrainOptions
+from gigamorph.engine.train.progress import Meter
+from gigamorph.engine.train.sampler import EpochSampler
+from gigamorph.engine.train.team import Team
+
+SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, lr=3e-3, seed=5, split_image=True)
+OWN = replace(SPLIT, model="training:normed", accumulate=8, split_image=False)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+@pytest.mark.parametrize("images", [1, 7, 8])
+def test_each_image_is_of_one_process(size, images):
+    order = list(range(100, 100 + images))
+    teams = [Team(rank, size) for rank in range(size)]
+    shares = [team.share(order) for team in teams]
+    assert len({len(share) for share in shares}) == 1 and {i for share in shares for i in share} == set(order)
+    counted = [
+        image
+        for number in range(len(shares[0]))
+        for team, share in zip(teams, shares, strict=True)
+        if team.counts(number, images)
+        for image in [share[number]]
+    ]
+    assert counted == order
+    assert teams[0].done(len(shares[0]), images) == images
+
+
+def test_an_image_that_is_split_is_of_all():
+    assert [Team(rank, 3, split=True).share([4, 2, 9]) for rank in range(3)] == [[4, 2, 9]] * 3
+
+
+def test_the_shares_of_an_epoch_go_on_where_it_was_interrupted():
+    whole = list(EpochSampler(13, 5, 3))
+    parts = [list(EpochSampler(13, 5, 3, 8, Team(rank, 4))) for rank in range(4)]
+    assert [image for turn in zip(*parts, strict=True) for image in turn][:5] == whole[8:]
+    assert len(EpochSampler(13, 5, team=Team(1, 4))) == 4
+
+
+def test_progress_counts_the_images_of_all():
+    seen = []
+    meter = Meter(seen.append, at_once=4)
+    meter.start("train", 6)
+    for _ in range(2):
+        meter.image(100)
+        meter.image_done()
+    assert [p.image for p in seen] == [0, 4, 6] and seen[-1].pixels == 800
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> tuple[list[Any], Path]:
+    """What four processes end with, and the folder of their runs."""
+    folder = tmp_path_factory.mktemp("four")
+    tasks = [
+        (run, folder / "split", SPLIT),
+        (run, folder / "split", replace(SPLIT, accumulate=8, split_image=False), True),
+        (run, folder / "own", OWN, False, 4),
+        (run, folder / "own", OWN, True),
+        (run, folder / "odd", replace(OWN, accumulate=6)),
+    ]
+    return in_processes(4, tmp_path_factory.mktemp("meeting"), tasks), folder
+
+
+def assert_like_one_process(options: TrainOptions, ends: list[Any], folder: Path, alone: Path) -> None:
+    wanted, metrics = run(alone, replace(options, split_image=False)), ends[0]
+    assert all(other == metrics | {"seconds": other["seconds"]} for other in ends), "the same in all processes"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    for name in ("best_epoch", "val", "test"):
+        assert metrics[name] == wanted[name]
+    for name in ("last.ckpt", "best.ckpt"):
+        first, second = (load_checkpoint(f / name) for f in (alone, folder))
+        both = first["state_dict"], second["state_dict"]
+        # A float32 loss of float64 logits and AdamW's quotients: rounding of sums, a few times amplified.
+        worst = errors(*both)
+        assert max(worst.values()) < 1e-9, worst
+        assert first["gigamorph"]["position"] == second["gigamorph"]["position"]
+    rows = [row.split(",")[:5] for f in (alone, folder) for row in (f / "log.csv").read_text().splitlines()]
+    assert rows[:3] == rows[3:]
+
+
+@pytest.mark.slow
+def test_an_image_over_four_processes(four, tmp_path):
+    ends, folder = four
+    assert_like_one_process(SPLIT, ends[0], folder / "split", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_an_image_for_each_of_four_processes_interrupted_and_resumed(four, tmp_path):
+    """A Ctrl-C to one process, in the middle of an optimizer step; the last images are fewer than processes."""
+    ends, folder = four
+    assert ends[2] == ["KeyboardInterrupt()"] * 4
+    assert_like_one_process(OWN, ends[3], folder / "own", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_refusals(four):
+    assert all("begun with 1 images at a time" in text for text in four[0][1])
+    assert all("6 images per optimizer step cannot be dealt to 4 processes" in text for text in four[0][4])
+    assert not (four[1] / "odd").exists()
+
+
+def test_no_image_is_split_in_a_process_alone(tmp_path):
+    assert "init_process_group" in run(tmp_path / "run", SPLIT)

@@ -1,0 +1,99 @@
+"""Runs of training: squares of noise whose mean tells the class, and runs that several processes make together."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gigamorph.engine.data.tables import Record
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.train.fit import Data, TrainOptions, fit
+from gigamorph.engine.train.progress import Progress, Report
+
+
+@dataclass(frozen=True)
+class Source:
+    """A square of noise whose mean tells the class."""
+
+    name: str
+    seed: int
+    label: int
+    shape: tuple[int, int, int] = (1, 40, 33)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        image = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)) * 0.5
+        image[:, 10:14, 20:24] += 3.0 * self.label
+        return image[:, top:bottom, left:right]
+
+
+class Images:
+    def __init__(self, records: list[Record]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        number = int(record.path.stem)
+        source = Source(record.path.name, number, record.label, (1, 40, 33 + number % 3))
+        return {"image": source, "label": record.label, "index": index, "record": record}
+
+
+def images(count: int, first: int = 0) -> Images:
+    return Images([Record(Path(f"{i}.png"), i % 2, f"p{i}", laterality="L") for i in range(first, first + count)])
+
+
+def make_data() -> Data:
+    return Data(images(7), images(4, 100), images(4, 200), ("normal", "finding"), 1, {"mean": 0.5})
+
+
+def network(num_classes: int, in_channels: int, live: bool) -> nn.Module:
+    norm = nn.BatchNorm2d(8) if live else nn.GroupNorm(2, 8)
+    net = nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, 2), norm, nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(8, 8, 3, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, num_classes),
+    ).double()  # fmt: skip
+    net.register_parameter("unreached", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    return net
+
+
+def live(num_classes: int, in_channels: int) -> nn.Module:
+    """Statistics of the image, dropout, and a parameter that no image reaches; in float64."""
+    return network(num_classes, in_channels, True)
+
+
+def normed(num_classes: int, in_channels: int) -> nn.Module:
+    """As `live`, without running statistics, which DDP has of the first process's images alone."""
+    return network(num_classes, in_channels, False)
+
+
+def uneven() -> Data:
+    return Data(images(13), images(5, 100), images(3, 200), ("normal", "finding"), 1, {})
+
+
+def press_at(stage: str, image: int) -> Report:
+    """A report that presses Ctrl-C when so many images of a stage are complete, once."""
+    pressed: list[Progress] = []
+
+    def report(progress: Progress) -> None:
+        if not pressed and (progress.stage, progress.image) == (stage, image):
+            pressed.append(progress)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def run(out: Path, options: TrainOptions, resume: bool = False, press: int | None = None) -> Any:
+    """The metrics of a run, or what it ended with; `press` is when the first process gets a Ctrl-C."""
+    report = None if press is None else press_at("train", press)
+    try:
+        return fit(uneven(), options, out, resume=resume, report=report).metrics
+    except (GigamorphError, KeyboardInterrupt) as error:
+        return repr(error)
