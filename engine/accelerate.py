@@ -22,10 +22,10 @@ from .graph import Graph
 from .memory import parse_bytes
 from .ops import Reduction, Small
 from .pixels import PixelBatch, PixelSource, as_batch
-from .plan import Plan, arrange
+from .plan import Plan, arrange, arrange_together
 from .processes import check_same, check_same_steps, world
 from .scan import Autocast, Pixels, TileEvent
-from .steps import Forward, ImageTensor, Prepared
+from .steps import Forward, ImageTensor, Prepared, run_together
 from .sweep import Sweep
 from .trace import Program, capture, refuse_backward_hooks
 from .verify import CannotVerify
@@ -49,6 +49,22 @@ class Form:
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Images:
+    """An image batch: its pixels, the tensor if it is one, and how it will be computed."""
+
+    pixels: Pixels
+    image: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    training: bool
+    image_grad: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pixels.shape)
+
+
 class Accelerated(nn.Module):
     """What `accelerate` returns. It shares the parameters, buffers and children of the network it was made from.
 
@@ -69,7 +85,7 @@ class Accelerated(nn.Module):
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
-        self._programs: OrderedDict[Any, Prepared] = OrderedDict()
+        self._programs: OrderedDict[Any, tuple[Prepared, ...]] = OrderedDict()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.training = model.training  # not train(): layers that the user has frozen stay so
         if batch_norm == "frozen":
@@ -141,15 +157,22 @@ class Accelerated(nn.Module):
             for m in self._network.modules()
         )
 
-    def _program(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool, image_grad: bool,
-        form: Form | None = None,
-    ) -> Prepared:  # fmt: skip
-        form = form or Form((), self._network)
+    def _program(self, images: Sequence[_Images], form: Form | None = None) -> tuple[Prepared, ...]:
+        """The network made ready for image batches: one alone, or several that go through it side by side."""
+        form, first = form or Form((), self._network), images[0]
+        device, training = first.device, first.training
+        if self.split is not None:
+            what = repr((first.shape, first.dtype, training, first.image_grad, self.memory_budget))
+            check_same(
+                band_group(self.split).group, what, device,
+                "processes that share an image have images of different shapes, other settings or other modes; give "
+                "all of them the same",
+            )  # fmt: skip
         wants = tuple(p.requires_grad for p in self.parameters())
         settings = (self.tile, self.memory_budget, self.carries)
         autocast, triton = Autocast.current(device), kernels.enabled(device)
-        key = (shape, dtype, device, training, image_grad, self._state(), wants, autocast, settings, triton)
+        shapes, image_grads = [one.shape for one in images], [one.image_grad for one in images]
+        key = (*shapes, first.dtype, device, training, *image_grads, self._state(), wants, autocast, settings, triton)
         key = (*key, world(), form.key)
         if key in self._programs:
             self._programs.move_to_end(key)
@@ -157,16 +180,20 @@ class Accelerated(nn.Module):
         if training:
             refuse_backward_hooks(self._network)
         if self._checked is not None:
-            self._check(shape[1], device)
-        program = capture(self._network, shape, dtype, device, form.call, form.inputs)
+            self._check(first.shape[1], device)
+        programs = [capture(self._network, s, first.dtype, device, form.call, form.inputs) for s in shapes]
         counted = self.memory_budget is not None or static.executor(device) is not None
-        bands = self._bands(program)
-        network, plan = arrange(
-            program, self.memory_budget, self.tile, training, self.carries, image_grad, counted, self.fallback,
-            bands=bands, agree=True,
-        )  # fmt: skip
-        sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
-        self._programs[key] = Prepared(network, sweeps, plan, bands=bands)
+        given = self.memory_budget, self.tile, training, self.carries
+        if len(images) > 1:
+            bands, arranged = None, arrange_together(programs, *given, image_grads, counted, self.fallback)
+        else:
+            bands = self._bands(programs[0])
+            arranged = [arrange(programs[0], *given, image_grads[0], counted, self.fallback, bands=bands, agree=True)]
+        prepared = []
+        for network, plan in arranged:
+            sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
+            prepared.append(Prepared(network, sweeps, plan, bands=bands))
+        self._programs[key] = tuple(prepared)
         if len(self._programs) > _REMEMBERED:
             self._programs.popitem(last=False)
         return self._programs[key]
@@ -184,16 +211,39 @@ class Accelerated(nn.Module):
 
         Args:
             x: a float tensor (N, C, H, W) on any device, a pixel source (one image), or a list of pixel sources.
-                Sources of unequal sizes are taken one after the other and their outputs concatenated; not with
-                BatchNorm in training mode, whose statistics are those of the whole batch.
+                Images of unequal sizes, tensors or sources, are taken one after the other and their outputs
+                concatenated; with BatchNorm in training mode side by side, for its statistics are those of all pixels
+                of all images, and its running statistics are updated once.
 
         Returns:
             What the network returns for the whole images.
         """
         if isinstance(x, (list, tuple)) and len({tuple(s.shape) for s in x}) > 1:
-            outputs = [self._step(as_batch(source), alone=False) for source in x]
-            return tree_map(lambda *parts: torch.cat(parts), *outputs)
-        return self._step(as_batch(x))
+            return self._several_sizes([as_batch(source) for source in x])
+        forward = self._open(as_batch(x))
+        forward.run()
+        return forward.output()
+
+    def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
+        """The outputs of image batches of several sizes, concatenated."""
+        images = [self._images(x) for x in batches]
+        (first,) = self._program(images[:1])
+        if any(isinstance(step, Small) and step.share is not None for step in first.network.steps):
+            if self.split is not None:
+                raise GigamorphError(
+                    "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
+                    'in training mode; give images of one size, or accelerate(..., batch_norm="frozen")'
+                )
+            forwards = self._ready(images, self._program(images))
+            run_together(forwards)
+            outputs = [forward.output() for forward in forwards]
+        else:
+            outputs = []
+            for x in batches:
+                forward = self._open(x)
+                forward.run()
+                outputs.append(forward.output())
+        return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _open(self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = ()) -> Forward:
         """The forward of an image batch, nothing of it computed yet.
@@ -202,6 +252,11 @@ class Accelerated(nn.Module):
             form: what is computed instead of the network's call.
             given: the further maps that it takes.
         """
+        images = [self._images(x)]
+        (forward,) = self._ready(images, self._program(images, form), given)
+        return forward
+
+    def _images(self, x: Tensor | PixelBatch) -> _Images:
         if isinstance(x, Tensor):
             if x.dim() != 4 or not x.is_floating_point():
                 raise GigamorphError(
@@ -213,36 +268,29 @@ class Accelerated(nn.Module):
             pixels, image, dtype, device = x, None, parameter.dtype, parameter.device
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
         training = torch.is_grad_enabled() and (image_grad or any(p.requires_grad for p in self.parameters()))
-        if self.split is not None:
-            what = repr((tuple(pixels.shape), dtype, training, image_grad, self.memory_budget))
-            check_same(
-                band_group(self.split).group, what, device,
-                "processes that share an image have images of different shapes, other settings or other modes; give "
-                "all of them the same",
-            )  # fmt: skip
-        prepared = self._program(tuple(pixels.shape), dtype, device, training, image_grad, form)
-        for other in self._programs.values():
-            if other is not prepared:
-                other.let_go()  # the plan has room for those of one program
-        if training:
-            groups = dict.fromkeys(op.group for op in prepared.network.program.ops if op.group is not None)
-            check_same_steps(groups, prepared.order, device)
-        inputs = dict(zip(prepared.network.program.inputs, given, strict=True))
-        state = self._bind_state(prepared.network.program)
-        state.update({v: t for v, t in inputs.items() if isinstance(t, Tensor)})
-        regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
-        return Forward(prepared, image, pixels, device, dtype, state, self.on_tile, regions)
+        return _Images(pixels, image, dtype, device, training, image_grad)
 
-    def _step(self, x: Tensor | PixelBatch, alone: bool = True) -> Any:
-        forward = self._open(x)
-        steps = forward.prepared.network.steps
-        if not alone and any(isinstance(step, Small) and step.couples_batch for step in steps):
-            raise GigamorphError(
-                "images of several sizes in one batch cannot share the statistics of a BatchNorm in training mode; "
-                'give images of one size, or accelerate(..., batch_norm="frozen")'
-            )
-        forward.run()
-        return forward.output()
+    def _ready(
+        self, images: Sequence[_Images], prepared: Sequence[Prepared], given: Sequence[Tensor | Pixels] = ()
+    ) -> list[Forward]:
+        """A forward for each image batch, on the parameters and buffers as they are now."""
+        for others in self._programs.values():
+            for other in others:
+                if all(other is not one for one in prepared):
+                    other.let_go()  # the plan has room for those of one program
+        first = prepared[0]
+        if images[0].training:
+            groups = dict.fromkeys(op.group for op in first.network.program.ops if op.group is not None)
+            check_same_steps(groups, first.order, images[0].device)
+        forwards = []
+        for one, ready in zip(images, prepared, strict=True):
+            inputs = dict(zip(ready.network.program.inputs, given, strict=True))
+            state = self._bind_state(ready.network.program)
+            state.update({v: t for v, t in inputs.items() if isinstance(t, Tensor)})
+            regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
+            forwards.append(Forward(ready, one.image, one.pixels, one.device, one.dtype, state, self.on_tile, regions))
+            forwards[-1].keep_to_budget()
+        return forwards
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.

@@ -77,10 +77,15 @@ class Bands:
 
     @contextlib.contextmanager
     def same_dice(self, device: torch.device) -> Iterator[None]:
-        """The same random numbers in all processes: they draw the same masks for what they compute alike."""
-        seed = int(self.gather(torch.randint(2**62, (1,)).to(device))[0])
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        """The random numbers of the first process in all: they draw the same masks for what they compute alike.
+
+        Those of the first process go on as they would if it were alone; those of the others stay where they are.
+        """
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus, enabled=self.rank > 0):
+            torch.set_rng_state(self.gather(torch.get_rng_state().to(device))[0].cpu())
+            for gpu in gpus:
+                torch.cuda.set_rng_state(self.gather(torch.cuda.get_rng_state(gpu).to(gpu))[0].cpu(), gpu)
             yield
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
@@ -157,11 +158,15 @@ def live_ops(program: Program) -> list[Op]:
     wanted = set(refs(program.output))
     live: list[Op] = []
     for op in reversed(program.ops):
-        writes_state = any(program.values[v].name or program.values[v].constant is not None for v in op.mutated)
-        if writes_state or wanted & set(op.outputs):
+        if writes_state(program, op) or wanted & set(op.outputs):
             wanted.update(op.inputs)
             live.append(op)
     return live[::-1]
+
+
+def writes_state(program: Program, op: Op) -> bool:
+    """Whether an op changes a parameter, a buffer or a constant."""
+    return any(program.values[v].name or program.values[v].constant is not None for v in op.mutated)
 
 
 def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> Small:
@@ -209,7 +214,8 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
         for node in made if isinstance(made, list) else [made]:
             if isinstance(node, Local):
                 if node.once is not None:
-                    node.drawn = maps.new_value(like=op.inputs[0])
+                    drawn = node.once(program.values[op.inputs[0]].dtype, torch.device("meta"))
+                    node.drawn = maps.new_value(drawn.shape, like=op.inputs[0])
                     nodes.append(_draw(program, node.once, op.inputs[0], node.drawn))
                 maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
                 for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):

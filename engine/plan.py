@@ -14,35 +14,39 @@ term is fitted to measurements (benchmarks/memory.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import static
+from . import static, trace
 from .backend import prepare
 from .bands import Bands, split_network
-from .errors import BudgetError, GigamorphError
-from .graph import Graph, Network, sort
+from .errors import BudgetError, GigamorphError, UnsupportedError
+from .graph import Graph, Network, sort, writes_state
 from .memory import available_bytes, format_bytes, parse_bytes
+from .ops import Small
 from .replay import FEWEST_TILES, static_bytes
 from .scan import Autocast, cast_dtype
 from .simulate import carry_shape, stock_peak, tile_peak
-from .strategy import stored_peak, strategies
+from .strategy import Strategy, every_strategy, stored_peak, strategies
 from .sweep import Sweep
-from .trace import Program, capture
+from .trace import Op, Program, capture
 
 # Sides that are tried, largest first: powers of two and their halves in between.
 _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
 # Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
 _PREFERRED = {"cpu": 512, "cuda": 4096}
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
-# keeps freed blocks: as much again as the activations of the tile in work once more than a few tiles have gone by, and
-# some copies of the weights. Retained tiles fill a part of that. All of it is fitted to the resident memory of
-# ResNet-18 and -50 (benchmarks/results/memory_cpu.json): eleven of twelve rows to 11 %.
+# keeps freed blocks: a multiple of the activations of the tile in work, which grows while tiles go by, and some copies
+# of the weights. Under a budget free pages are given back (`memory.Ceiling`), and the smaller share is enough; without
+# one, or where the budget has room, the larger. Retained tiles fill a part of the slack. All of it is fitted to the
+# resident memory of ResNet-18 and -50 over three steps (benchmarks/results/memory_cpu.json).
 _KERNEL_BYTES, _MOST_KERNELS = 90_000, 1024
 _HEAP_SHARE, _HEAP_SHARE_FEW_TILES, _FEW_TILES = 1.0, 0.35, 4
+_LOOSE_SHARE, _LOOSE_SHARE_FEW_TILES, _LOOSE_FEW_TILES = 2.5, 1.1, 8
 _WEIGHT_COPIES, _MOST_WEIGHT_COPIES = 2, 78_000_000
 _SLACK_FILLED = 0.25
 # Sweeps whose tile is counted: the heaviest ones by their blocks.
@@ -233,7 +237,7 @@ class _Estimate:
             sides=tuple(sides),
             budget=budget,
         )
-        retained = self._retain(plan, sweeps, held, slack)
+        retained = self._loosen(self._retain(plan, sweeps, held, slack), sweeps)
         if count_tile and static.executor(self.image.device) and sweeps[0].tiles - retained.retained >= FEWEST_TILES:
             statics = max(static_bytes(sweep, self.training) for sweep in sweeps if sweep.tiles >= FEWEST_TILES)
             arena = -(-_ARENA_SHARE * statics // static.CHUNK_BYTES) * static.CHUNK_BYTES
@@ -259,7 +263,7 @@ class _Estimate:
         return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=library)
 
     def _library(self, sweeps: list[Sweep], tile_bytes: int) -> tuple[int, int]:
-        """Bytes of compiled kernels, and of the heap's slack."""
+        """Bytes of compiled kernels, and of the heap's slack under a budget."""
         if self.image.device.type != "cpu" or not tile_bytes:
             return 0, 0
         compiled = 0
@@ -271,10 +275,25 @@ class _Estimate:
                 shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
             compiled += len(outputs) * shapes * (3 if self.training else 1)
         kernels = min(_MOST_KERNELS, compiled) * _KERNEL_BYTES
-        grads = self.gradient_bytes if self.training else 0
         share = _HEAP_SHARE_FEW_TILES if max(s.tiles for s in sweeps) <= _FEW_TILES else _HEAP_SHARE
-        copies = min(_WEIGHT_COPIES * grads, _MOST_WEIGHT_COPIES)  # made for the gradients of the weights
-        return kernels, int(share * max(0, tile_bytes - grads)) + copies
+        weights = self.gradient_bytes * (_WEIGHT_COPIES if self.training else 1)
+        copies = min(weights, _MOST_WEIGHT_COPIES)  # in the layout of the kernels, and made for the gradients
+        return kernels, int(share * self._activations(tile_bytes)) + copies
+
+    def _activations(self, tile_bytes: int) -> int:
+        return max(0, tile_bytes - (self.gradient_bytes if self.training else 0))
+
+    def _loosen(self, plan: Plan, sweeps: list[Sweep]) -> Plan:
+        """Let the heap take what it takes without a budget, or what the budget leaves it."""
+        if not plan.library_bytes:
+            return plan
+        tiles = max(s.tiles for s in sweeps)
+        share = _HEAP_SHARE_FEW_TILES if tiles <= _FEW_TILES else _HEAP_SHARE
+        loose = _LOOSE_SHARE_FEW_TILES if tiles - plan.retained <= _LOOSE_FEW_TILES else _LOOSE_SHARE
+        more = max(0, int((loose - share) * self._activations(plan.tile_bytes)))
+        if plan.budget is not None:
+            more = max(0, min(more, plan.budget - plan.peak_bytes))
+        return replace(plan, library_bytes=plan.library_bytes + more)
 
 
 def _block_bytes(sweep: Sweep) -> int:
@@ -369,6 +388,100 @@ def arrange(
     if found is None:
         raise refused or BudgetError("the bands of other processes do not fit their budget; give a larger one")
     return found[0], replace(found[1], choices=tuple(tried))
+
+
+_APART = (
+    ", so that they cannot share the statistics of a BatchNorm; give images of one size, or "
+    'accelerate(..., batch_norm="frozen")'
+)
+
+
+def arrange_together(
+    programs: Sequence[Program], budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    image_grads: Sequence[bool], count_tile: bool = True, fallback: str | None = None,
+) -> list[tuple[Network, Plan]]:  # fmt: skip
+    """As `arrange`, for images of several sizes that go through the steps side by side: the fastest choice that fits.
+
+    All have the same choice of stored maps. Those of all images are there at the same time, tiles one after the other.
+
+    Raises:
+        UnsupportedError: if the sizes lead the network through different steps, or it keeps something of each image.
+    """
+    arranged = [sort(program, fallback) for program in programs]
+    for op in _writes_of_images(programs[0]):
+        raise UnsupportedError(
+            f"{trace.place(op.module, op.line)}: '{op.name}' writes what it has of an image to a buffer{_APART}"
+        )
+    largest = max(range(len(programs)), key=lambda n: math.prod(programs[n].values[programs[n].image].shape))
+    every = [every_strategy(*pair, training, grad) for pair, grad in zip(arranged, image_grads, strict=True)]
+    known: list[dict[str, Strategy]] = [{} for _ in every]
+    refused: BudgetError | None = None
+    for strategy in strategies(*arranged[largest], training, image_grads[largest]):
+        found = [_named(strategy.name, *pair) for pair in zip(every, known, strict=True)]
+        networks = [one.network for one in found if one is not None]
+        for network, grad in zip(networks, image_grads, strict=False):
+            prepare(network, training, grad)
+        if len(networks) < len(programs) or len({_steps(network) for network in networks}) > 1:
+            raise UnsupportedError("images of these sizes go through the network by different steps" + _APART)
+        stored = [one.stored_bytes for one in found if one is not None]
+        try:
+            plans = _choose_together(networks, stored, budget, tile, training, carries, image_grads, count_tile)
+        except BudgetError as error:
+            refused = error
+        else:
+            return list(zip(networks, plans, strict=True))
+    assert refused is not None
+    raise refused
+
+
+def _writes_of_images(program: Program) -> Iterator[Op]:
+    """The ops, but for norms, that change a buffer by what they have of the image."""
+    seen = {program.image, *program.inputs}
+    for op in program.ops:
+        if seen.intersection(op.inputs):
+            seen.update(op.outputs)
+            if op.name not in ("batch_norm", "instance_norm") and writes_state(program, op):
+                yield op
+
+
+def _named(name: str, every: Iterator[Strategy], known: dict[str, Strategy]) -> Strategy | None:
+    """The strategy of a name; those that come before it get `known` on the way."""
+    for strategy in every if name not in known else ():
+        known[strategy.name] = strategy
+        if strategy.name == name:
+            break
+    return known.get(name)
+
+
+def _steps(network: Network) -> str:
+    """What two networks must have in common to be computed side by side."""
+    marks = [(type(step).__name__, isinstance(step, Small) and step.share is not None) for step in network.steps]
+    return repr((marks, network.ranges))
+
+
+def _choose_together(
+    networks: Sequence[Network], stored: Sequence[int], budget: int | None, tile: tuple[int, int] | None,
+    training: bool, carries: str, image_grads: Sequence[bool], count_tile: bool,
+) -> list[Plan]:  # fmt: skip
+    """A plan for each image, in what the stored maps and carries of the others leave of the budget."""
+    device = networks[0].program.values[0].device
+    limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
+    refused: BudgetError | None = None
+    for place in _places(carries, device):
+        resident, plans = list(stored), {}
+        try:
+            for n in sorted(range(len(networks)), key=lambda n: stored[n]):
+                left = limit - (sum(resident) - resident[n])
+                chosen = choose(networks[n], left, tile, training, place, image_grads[n], count_tile)
+                resident[n] = chosen.stored_bytes + (chosen.carry_bytes if place == "device" else 0)
+                # What one image has captured would have to be let go for the next one.
+                plans[n] = replace(chosen, budget=budget, replay_bytes=0)
+        except BudgetError as error:
+            refused = error
+        else:
+            return [plans[n] for n in range(len(networks))]
+    assert refused is not None
+    raise refused
 
 
 def choose(

@@ -6,7 +6,7 @@ Each collective here is called by all processes of its group in the same order, 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,16 +43,29 @@ class Gather(torch.autograd.Function):
         return grad[dist.get_rank(ctx.group)], None
 
 
-def merged(mean: Tensor, var: Tensor, pixels: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of the values of all processes.
+Moments = tuple[Tensor, Tensor, Tensor]
+"""Mean and biased variance, (C,), and the number of values, a scalar."""
 
-    Args:
-        mean: (C,), of this process's values.
-        var: (C,), likewise, biased.
-        pixels: how many values each is of; need not be the same in all processes.
+
+def merged(parts: Sequence[tuple[Tensor, ...]], group: dist.ProcessGroup | None) -> Moments:
+    """The moments of all values together, of those of parts (images of several sizes), and of all processes' parts.
+
+    How many values a part has, and how many parts a process, need not be the same.
     """
-    table = Gather.apply(torch.cat([mean, var, mean.new_full((1,), pixels)]), group)
-    means, variances, counts = table.split([len(mean), len(var), 1], 1)  # pyright: ignore[reportOptionalMemberAccess]
+    mean, var, count = parts[0] if len(parts) == 1 else _pooled(torch.stack([_row(*part) for part in parts]))
+    if group is not None:
+        mean, var, count = _pooled(Gather.apply(_row(mean, var, count), group))  # pyright: ignore[reportArgumentType]
+    return mean, var, count
+
+
+def _row(mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
+    return torch.cat([mean, var, count.reshape(1)])
+
+
+def _pooled(table: Tensor) -> Moments:
+    """The moments of all values, of a row for each part (Chan, Golub and LeVeque)."""
+    channels = (table.shape[1] - 1) // 2
+    means, variances, counts = table.split([channels, channels, 1], 1)
     counts = counts.detach()
     shares = counts / counts.sum()
     total = (shares * means).sum(0)

@@ -27,7 +27,7 @@ from .bands import Bands
 from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout, new_map
 from .geometry import AxisSchedule
 from .graph import Graph
-from .memory import return_free_pages
+from .memory import Ceiling, return_free_pages
 from .reduce import Accumulator, Target, Targets
 from .sweep import Carries, Sweep, Tile, area
 
@@ -202,6 +202,7 @@ class Scan:
         self.kept: Kept | None = None
         self.replay: Replay | None = None
         self.bands: Bands | None = None  # the processes that share the image
+        self.ceiling: Ceiling | None = None  # of the memory of this process; kept after every tile
         self.thrifty = False  # give free pages back behind each pass: other sweeps need other sizes
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
         self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of apportioned sources that have their gradient
@@ -272,7 +273,9 @@ class Scan:
             torch.manual_seed((seed + i * self.sweep.cols.steps + j) % 2**63)
             yield
 
-    def _tell(self, phase: str, i: int, j: int, done: int) -> None:
+    def _after_tile(self, phase: str, i: int, j: int, done: int) -> None:
+        if self.ceiling is not None:
+            self.ceiling.keep()
         if self.on_tile is not None:
             source = self.sweep.graph.sources[0]
             pixels = area(self.sweep.block(source, i, j)) * self.sources[source].shape[0]
@@ -330,7 +333,7 @@ class Scan:
                                 self.run(tile, keep)
                     self._pass_right(j, left, right)
                     left = right
-                    self._tell("forward", i, j, index + 1)
+                    self._after_tile("forward", i, j, index + 1)
                 self._pass_down(i, above, below)
                 above = below
         self.kept = kept
@@ -484,7 +487,7 @@ class Scan:
                         self.add_to_sources(source_grads, self.differentiate(recorded, targets, kept))
                     grads_right = grads_left
                     index = i * sweep.cols.steps + j
-                    self._tell("backward", i, j, sweep.tiles - index)
+                    self._after_tile("backward", i, j, sweep.tiles - index)
                 grads_below = grads_above
         self._zero_the_rest(source_grads)
         return kept.sums if replay is None else {v: total.clone() for v, total in kept.sums.items()}

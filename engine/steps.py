@@ -2,12 +2,15 @@
 
 Between the sweeps smalls are computed by ordinary PyTorch. A sweep takes its sources and smalls as tensors and gives
 its reductions and stored maps as tensors; autograd does the rest.
+
+Images of several sizes whose statistics are merged (BatchNorm in training mode) are several forwards that go through
+the same steps side by side: each step is done for all of them before the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from . import static
 from .bands import Bands
 from .carries import Rect, new_map
-from .graph import Graph, Network
+from .graph import Graph, Network, writes_state
+from .memory import Ceiling
 from .ops import Small
 from .plan import Plan
 from .replay import FEWEST_TILES, Replays
@@ -101,10 +105,15 @@ def _sum_over_bands(
 
 @dataclass(frozen=True)
 class Border:
-    """What goes in and out of a range of steps: values it reads, what later steps read of it, what is let go there."""
+    """What goes in and out of a range of steps: values it reads, what later steps read of it, what is let go there.
+
+    `aside` are the values that are read only where buffers are changed, which a second computation does not. They may
+    have changed until then, unlike `inputs`.
+    """
 
     part: range
     inputs: tuple[int, ...]
+    aside: tuple[int, ...]
     outputs: tuple[int, ...]
     ends: tuple[int, ...]
 
@@ -184,23 +193,19 @@ class Forward:
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
+        self.ceiling: Ceiling | None = None
+
+    def keep_to_budget(self) -> None:
+        """Begin a step: from here on the memory of this process is kept within the plan's budget, on the CPU."""
+        plan, values = self.prepared.plan, self.prepared.network.program.values
+        if plan.budget is not None and self.device.type == "cpu":
+            held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
+            self.ceiling = Ceiling(plan.budget, held, plan.tile_bytes)
 
     def run(self, first: int = 0, end: int | None = None) -> None:
         """The steps from `first` up to (without) `end`; values that no later step reads are let go."""
         with contextlib.nullcontext() if self.prepared.bands is None else self.prepared.bands.same_dice(self.device):
-            self._run(first, end)
-
-    def _run(self, first: int, end: int | None) -> None:
-        network = self.prepared.network
-        number, end = first, len(network.steps) if end is None else end
-        while number < end:
-            border = self.prepared.borders.get(number)
-            if border is not None and torch.is_grad_enabled():
-                Recomputed.run(self, border)
-                number = border.part.stop
-            else:
-                self.step(number)
-                number += 1
+            run_together([self], first, end)
 
     def step(self, number: int, again: bool = False) -> None:
         """Run one step; `again` says that this is not the first time, so that buffers stay as they are."""
@@ -210,6 +215,9 @@ class Forward:
             self.sweep(number)
         else:
             run_small(network, step, self.env, self.device, again)
+
+    def let_go(self, number: int) -> None:
+        """Forget the values that no step behind one reads."""
         for value in self.prepared.last_use.get(number, ()):
             self.env.pop(value, None)
 
@@ -248,7 +256,8 @@ class Forward:
         scan.replay = self.prepared.replay(index, self.device)
         scan.bands = self.prepared.bands
         scan.taps = {r.value: [self.taps[r.value]] for r in graph.reductions if r.value in self.taps}
-        scan.thrifty = self.device.type == "cpu" and plan.budget is not None and len(self.prepared.sweeps) > 1
+        scan.ceiling = self.ceiling
+        scan.thrifty = self.ceiling is not None and len(self.prepared.sweeps) > 1
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
         smalls = [self.env[v].to(cast_dtype(graph, v, self.env[v].dtype, scan.autocast)) for v in graph.smalls]
@@ -257,38 +266,101 @@ class Forward:
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
         """This forward with other values and another image tensor, for a range of its steps."""
         pixels = self.pixels if image is None else ImageTensor(image)
-        return Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
+        part = Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
+        part.ceiling = self.ceiling
+        return part
 
     def output(self) -> Any:
         """What the network returns."""
         return bind(self.prepared.network.program.output, self.env)
 
 
+def run_together(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> None:
+    """The steps from `first` up to (without) `end` of forwards that have the same steps, side by side."""
+    prepared = forwards[0].prepared
+    number, end = first, len(prepared.network.steps) if end is None else end
+    while number < end:
+        border = prepared.borders.get(number)
+        if border is not None and torch.is_grad_enabled():
+            Recomputed.run(forwards, number)
+            number = border.part.stop
+        else:
+            _step(forwards, number)
+            number += 1
+
+
+def _step(forwards: Sequence[Forward], number: int, again: bool = False) -> None:
+    """Run one step of all forwards; see `Forward.step`."""
+    smalls = [step for f in forwards if isinstance(step := f.prepared.network.steps[number], Small) and step.share]
+    first = forwards[0].prepared.network
+    if len(smalls) > 1:
+        _merge(smalls, forwards, again)
+    elif isinstance(op := first.steps[number], Op) and writes_state(first.program, op):
+        _count(number, forwards, again)
+    else:
+        for forward in forwards:
+            forward.step(number, again)
+    for forward in forwards:
+        forward.let_go(number)
+
+
+def _merge(smalls: Sequence[Small], forwards: Sequence[Forward], again: bool) -> None:
+    """Compute a statistic of all images; it has its effect once."""
+    first = smalls[0]
+    assert first.merge is not None
+    results = first.merge([small.share(f.env) for small, f in zip(smalls, forwards, strict=True) if small.share])
+    for small, forward in zip(smalls, forwards, strict=True):
+        forward.env.update(zip(small.outputs, results, strict=True))
+    if first.effect is not None and not again:
+        first.effect(forwards[0].env)
+
+
+def _count(number: int, forwards: Sequence[Forward], again: bool) -> None:
+    """Run an op that changes a buffer, whatever the image: once for all images, which have the buffer in common."""
+    first, *others = forwards
+    first.step(number, again)
+    made = [first.env[v] for v in _makes(first.prepared.network.steps[number])]
+    for other in others:
+        other.env.update(zip(_makes(other.prepared.network.steps[number]), made, strict=True))
+
+
 class Recomputed(torch.autograd.Function):
-    """A range of steps whose maps are let go, and computed again in the backward (Chen et al., 2016)."""
+    """A range of steps whose maps are let go, and computed again in the backward (Chen et al., 2016).
+
+    It is one function of what goes into the range in all forwards that are side by side.
+    """
 
     @staticmethod
-    def run(forward: Forward, border: Border) -> None:
-        """Run the steps of a range and put what they make and later steps read into the environment."""
-        env = forward.env
-        inputs = tuple(v for v in border.inputs if v in env)  # a map may be read for its dtype alone
-        image = [] if forward.image is None else [forward.image]
-        results = Recomputed.apply(forward, border, inputs, *(env[v] for v in inputs), *image)
-        env.update(zip(border.outputs, results, strict=True))  # pyright: ignore[reportArgumentType]
-        for value in border.ends:
-            env.pop(value, None)
+    def run(forwards: Sequence[Forward], number: int) -> None:
+        """Run the range that begins at a step and put what it makes and later steps read into the environments."""
+        borders = [forward.prepared.borders[number] for forward in forwards]
+        inputs, tensors = [], []
+        for forward, border in zip(forwards, borders, strict=True):
+            inputs.append(tuple(v for v in border.inputs if v in forward.env))  # a map may be read for its dtype alone
+            tensors += [forward.env[v] for v in inputs[-1]]
+            tensors += [] if forward.image is None else [forward.image]
+        results = iter(Recomputed.apply(forwards, borders, inputs, *tensors))  # pyright: ignore[reportArgumentType]
+        for forward, border in zip(forwards, borders, strict=True):
+            forward.env.update((v, next(results)) for v in border.outputs)
+            for value in border.ends:
+                forward.env.pop(value, None)
 
     @staticmethod
-    def forward(ctx: Any, whole: Forward, border: Border, inputs: tuple[int, ...], *tensors: Tensor):
+    def forward(
+        ctx: Any, wholes: Sequence[Forward], borders: list[Border], inputs: list[tuple[int, ...]], *tensors: Tensor
+    ):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.border, ctx.inputs = border, inputs
-        ctx.dice = _dice(whole.device)
-        ctx.whole = whole.part({}, None)
-        inside = whole.part(dict(zip(inputs, tensors, strict=False)), whole.image)
-        for number in border.part:
-            inside.step(number)
-        return tuple(inside.env[v] for v in border.outputs)
+        ctx.borders, ctx.inputs = borders, inputs
+        ctx.dice = _dice(wholes[0].device)
+        ctx.images = [whole.image is not None for whole in wholes]
+        ctx.wholes = [whole.part({}, None) for whole in wholes]
+        insides = _insides(wholes, inputs, ctx.images, tensors)
+        for whole, inside, border in zip(wholes, insides, borders, strict=True):
+            inside.env.update((v, whole.env[v]) for v in border.aside)
+        for number in borders[0].part:
+            _step(insides, number)
+        return tuple(inside.env[v] for inside, border in zip(insides, borders, strict=True) for v in border.outputs)
 
     @staticmethod
     @once_differentiable
@@ -297,17 +369,17 @@ class Recomputed(torch.autograd.Function):
             t.detach().requires_grad_(wanted)
             for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
         ]
-        image = tensors[len(ctx.inputs)] if len(tensors) > len(ctx.inputs) else None
-        inside = ctx.whole.part(dict(zip(ctx.inputs, tensors, strict=False)), image)
-        devices = [inside.device] if inside.device.type == "cuda" else []
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-            _throw(ctx.dice, inside.device)
-            for number in ctx.border.part:
-                inside.step(number, again=True)
-        roots = [inside.env.pop(v) for v in ctx.border.outputs]
+        insides = _insides(ctx.wholes, ctx.inputs, ctx.images, tensors)
+        device = insides[0].device
+        with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            _throw(ctx.dice, device)
+            for number in ctx.borders[0].part:
+                _step(insides, number, again=True)
+        roots = [i.env.pop(v) for i, border in zip(insides, ctx.borders, strict=True) for v in border.outputs]
         pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
         wanted = [t for t in tensors if t.requires_grad]
-        inside.env.clear()
+        for inside in insides:
+            inside.env.clear()
         del roots
         if not pairs:
             return None, None, None, *[None] * len(tensors)
@@ -315,6 +387,17 @@ class Recomputed(torch.autograd.Function):
         del pairs
         results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
         return None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
+
+
+def _insides(
+    wholes: Sequence[Forward], inputs: Sequence[tuple[int, ...]], images: Sequence[bool], tensors: Sequence[Tensor]
+) -> list[Forward]:
+    """The forwards of a range, on what goes into it: of each forward the values, and its image if that is a tensor."""
+    left, insides = iter(tensors), []
+    for whole, values, has_image in zip(wholes, inputs, images, strict=True):
+        env = {v: next(left) for v in values}
+        insides.append(whole.part(env, next(left) if has_image else None))
+    return insides
 
 
 def _dice(device: torch.device) -> list[Tensor]:
@@ -359,13 +442,17 @@ def _border(network: Network, part: range, last_use: Mapping[int, list[int]]) ->
     """What goes in and out of a range of steps."""
     steps = network.steps
     inputs: dict[int, None] = {}
+    aside: dict[int, None] = {}
     made: dict[int, None] = {}
     for number in part:
-        inputs.update(dict.fromkeys(v for v in _reads(steps[number]) if v not in made))
-        made.update(dict.fromkeys(_makes(steps[number])))
+        step = steps[number]
+        only = set(step.aside) if isinstance(step, Small) else set()
+        aside.update(dict.fromkeys(v for v in only if v not in made))
+        inputs.update(dict.fromkeys(v for v in _reads(step) if v not in made and v not in only))
+        made.update(dict.fromkeys(_makes(step)))
     later = set(refs(network.program.output)).union(*(_reads(step) for step in steps[part.stop :]))
     ends = tuple(v for number in part for v in last_use.get(number, ()))
-    return Border(part, tuple(inputs), tuple(v for v in made if v in later), ends)
+    return Border(part, tuple(inputs), tuple(aside), tuple(v for v in made if v in later), ends)
 
 
 def run_small(

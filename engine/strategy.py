@@ -44,20 +44,27 @@ class Strategy:
 
 def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
     """The choices that are worth it: the first keeps everything, each later one is slower and needs less memory."""
+    every = every_strategy(maps, nodes, training, image_grad)
+    least = next(every)
+    yield least
+    if len(least.network.sweeps) > 1:
+        for strategy in sorted(every, key=lambda s: (s.cost, s.stored_bytes)):
+            if strategy.stored_bytes < least.stored_bytes:
+                least = strategy
+                yield strategy
+
+
+def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
+    """All choices, that of keeping everything first; which there are does not depend on the image's size."""
     unit = max(1, sum(_cost(maps, node) for node in nodes if isinstance(node, Local)))
 
     def weigh(name: str, network: Network) -> Strategy:
         stored = stored_peak(network, training, network.wanted(image_grad))
         return Strategy(name, network, network_cost(network, training) / unit, stored)
 
-    least = weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
-    yield least
-    if len(least.network.sweeps) > 1:
-        others = [weigh(name, network) for name, network in _candidates(maps, nodes, training)]
-        for strategy in sorted(others, key=lambda s: (s.cost, s.stored_bytes)):
-            if strategy.stored_bytes < least.stored_bytes:
-                least = strategy
-                yield strategy
+    yield weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
+    for name, network in _candidates(maps, nodes, training):
+        yield weigh(name, network)
 
 
 def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, Network]]:

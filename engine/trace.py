@@ -8,6 +8,7 @@ computed; parameters are replaced by fake twins at the moment a call uses them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import random
 import sys
@@ -352,6 +353,26 @@ def cumulative_averages(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What a forward puts into its modules (caches, counters) is taken out again; it has tensors without values."""
+    kept: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        own = vars(module)
+        inside = {key: copy.copy(value) for key, value in own.items() if isinstance(value, (dict, list, set))}
+        kept.append((own, dict(own), inside))
+    try:
+        yield
+    finally:
+        for own, before, inside in kept:
+            for key in own.keys() - before.keys():
+                del own[key]
+            own.update(before)
+            for key, content in inside.items():
+                before[key].clear()
+                (before[key].extend if isinstance(content, list) else before[key].update)(content)
+
+
+@contextlib.contextmanager
 def synchronized_norms(recorder: _Recorder) -> Iterator[None]:
     """Records a SyncBatchNorm as the BatchNorm that it is, with its processes: its own forward runs on GPUs alone."""
     original = nn.SyncBatchNorm.forward
@@ -411,7 +432,7 @@ def capture(
             )
         )
         norms = cumulative_averages(model), synchronized_norms(recorder)
-        with module_paths(model, recorder.path), norms[0], norms[1], custom, recorder:
+        with attributes_kept(model), module_paths(model, recorder.path), norms[0], norms[1], custom, recorder:
             try:
                 result = (call or model)(image, *further)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -6,21 +6,23 @@ A norm with live statistics is three nodes:
     what the norm makes of them       small: merged over batch or groups, affine part, running statistics
     y = f(x, smalls)                  local, per pixel
 
-Means and variances of parts of equal size merge as mean(mean_i) and mean(var_i) + var(mean_i), in float64. No formula
-of a norm's backward appears: gradients of the smalls come back through autograd, and the reduction's adjoint is
-dmean/n + 2 (x - mean) dvar/n at each pixel.
+Means and variances of parts of equal size merge as mean(mean_i) and mean(var_i) + var(mean_i), in float64; images of
+several sizes, and processes, give theirs with the number of their pixels. No formula of a norm's backward appears:
+gradients of the smalls come back through autograd, and the reduction's adjoint is dmean/n + 2 (x - mean) dvar/n at each
+pixel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..processes import merged
+from ..processes import Moments, merged
 from ..trace import CumulativeAverage, Op, Ref
 from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
@@ -114,23 +116,26 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
     running = tuple(_number(given[name]) for name in ("running_mean", "running_var"))
     pixels, group = math.prod(values[value].shape) // channels, op.group
-    seen = () if group is None else (maps.new_value((), own, like=value),)  # pixels of all processes
+    seen = maps.new_value((), own, like=value)  # pixels of all images
 
-    def merge(env: Env) -> tuple[Tensor, ...]:
+    def share(env: Env) -> Moments:
         means, variances = (env[v].to(own).transpose(0, 1).flatten(1) for v in (mean, var))
-        middle, spread, count = means.mean(1), variances.mean(1) + means.var(1, correction=0), ()
-        if group is not None:
-            middle, spread, *count = merged(middle, spread, pixels, group)
-        return middle.to(dtype), spread.to(dtype), *count
+        return means.mean(1), variances.mean(1) + means.var(1, correction=0), means.new_full((), pixels)
+
+    def merge(shares: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        middle, spread, count = merged(shares, group)
+        return middle.to(dtype), spread.to(dtype), count
 
     def keep(env: Env) -> None:
-        unbiased = env[seen[0]] / (env[seen[0]] - 1) if seen else pixels / max(pixels - 1, 1)
+        unbiased = env[seen] / (env[seen] - 1).clamp(min=1)
         with torch.no_grad():
             for number, moment, factor in zip(running, (total_mean, total_var), (1.0, unbiased), strict=True):
                 _update(None if number is None else env[number], env[moment] * factor, _share(op, maps, env, momentum))
 
-    inputs = (mean, var, *(v for v in running if v is not None), *_counters(maps, momentum)[:1])
-    finalize = Small(merge, inputs, (total_mean, total_var, *seen), keep if running != (None, None) else None, True)
+    aside = (*(v for v in running if v is not None), *_counters(maps, momentum)[:1])
+    effect = keep if running != (None, None) else None
+    outputs = (total_mean, total_var, seen)
+    finalize = Small(lambda env: merge([share(env)]), (mean, var, *aside), outputs, effect, aside, share, merge)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
@@ -281,8 +286,9 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
                 if number is not None:
                     _update(env[number], env[moment].flatten(1).mean(0) * factor, given["momentum"])
 
-    inputs = (mean, var, *(v for v in (weight, bias, *running) if v is not None))
-    finalize = Small(affine, inputs, (scale, shift), keep if any(v is not None for v in running) else None)
+    aside = tuple(v for v in running if v is not None)
+    inputs = (mean, var, *(v for v in (weight, bias) if v is not None), *aside)
+    finalize = Small(affine, inputs, (scale, shift), keep if aside else None, aside)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (ScaleShift.apply(env[value], env[scale], env[shift], out),)  # pyright: ignore

@@ -434,11 +434,3 @@ def test_frozen_layers_stay_frozen() -> None:
     before = model[1].running_mean.clone()
     net(torch.randn(1, 1, 40, 40))
     assert torch.equal(before, model[1].running_mean)
-
-
-def test_sizes_that_would_share_live_statistics_are_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1)).train()
-    sizes = [torch.randn(1, 1, side, 30) for side in (24, 31)]
-    with pytest.raises(GigamorphError, match=r'several sizes.*batch_norm="frozen"'):
-        accelerate(model, tile=16)(sizes)
-    assert accelerate(model, tile=16, batch_norm="frozen")(sizes).shape == (2, 2, 1, 1)

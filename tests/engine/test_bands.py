@@ -58,7 +58,7 @@ def drawn(count: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[list[Any]]:
     tasks = [(in_bands, *case) for case in TWO]
-    tasks += [(refusals,), (dropout_in_the_head,), (rows_read, (400, 30)), (in_ddp_too, (97, 83)), (dense, True)]
+    tasks += [(refusals,), (dropout_in_the_head, True), (rows_read, (400, 30)), (in_ddp_too, (97, 83)), (dense, True)]
     return in_processes(2, tmp_path_factory.mktemp("two"), tasks)
 
 
@@ -106,17 +106,20 @@ def test_random_networks(tmp_path):
 
 @pytest.mark.slow
 def test_refusals(two):
-    for shapes, drops, evidence, budget in two[len(TWO)]:
+    for shapes, drops, evidence, budget, sizes in two[len(TWO)]:
         assert "different shapes" in shapes
         assert "'1'" in drops or "dropout" in drops
         assert "without split" in evidence
         assert "budget" in budget
+        assert "images of several sizes that are split over processes" in sizes
 
 
 @pytest.mark.slow
-def test_processes_drop_the_same(two):
+def test_processes_drop_what_the_first_would_drop_alone(two):
     first, second = two[len(TWO) + 1]
-    assert torch.equal(first, second) and first.count_nonzero()
+    assert torch.equal(first, second) and not torch.equal(first[:4], first[4:8])
+    alone = dropout_in_the_head(False)
+    assert max(errors(named([alone]), named([first])).values()) < LIMIT
 
 
 @pytest.mark.slow

@@ -118,6 +118,13 @@ def test_small_draws_are_stock_pytorchs(layer):
     assert_exact(model, image(6, 2, 17, 23), tile=(5, 8), seed=11)
 
 
+def test_a_channel_dropouts_mask_in_the_plan():
+    """It is a small, whatever the tile; it once counted as a map, which a tile's run on fake tensors could not read."""
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Dropout2d(), nn.AdaptiveAvgPool2d(1)), memory_budget="64MiB")
+    chosen = net.plan_for((1, 1, 1500, 1500))
+    assert chosen.tiles > (1, 1) and chosen.peak_bytes < 64 << 20
+
+
 @pytest.mark.parametrize("name", ["drop_path", "StochasticDepth"])
 def test_library_stochastic_depth(name):
     if name == "drop_path":

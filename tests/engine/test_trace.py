@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from gigamorph.engine import accelerate
 from gigamorph.engine.errors import UnsupportedError
 from gigamorph.engine.trace import Program, bind, capture, refs
 
@@ -84,6 +85,33 @@ def test_nothing_of_the_model_is_touched():
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert model.training and not model._forward_hooks and not torch.nn.modules.module._global_forward_hooks
+
+
+class Remembers(nn.Module):
+    """Keeps what it has computed, as EfficientFormerV2 does its attention biases in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.cache, self.seen, self.calls = nn.Parameter(torch.ones(3, 1, 1)), {}, [], 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.latest = x
+        self.seen.append(x.mean())
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.scale * 2
+        return (x * self.cache["scale"]).mean((2, 3))
+
+
+def test_what_a_forward_keeps_is_not_kept():
+    """Tensors without values would come to light in the model's next forward."""
+    model = Remembers()
+    model.cache["other"] = 1
+    capture(model, (1, 3, 8, 8), torch.float32, "cpu")
+    assert (model.cache, model.seen, model.calls, hasattr(model, "latest")) == ({"other": 1}, [], 0, False)
+    image = torch.randn(1, 3, 8, 8)
+    fast = accelerate(copy.deepcopy(model), tile=3)(image)
+    assert torch.allclose(model(image), fast) and fast.requires_grad
 
 
 def test_size_costs_nothing():

@@ -183,7 +183,7 @@ def dense(bands: bool) -> list[Tensor | None]:
 
 
 def refusals() -> list[str]:
-    """What is said to processes that have other images, random numbers by position, or too little memory."""
+    """What is said to processes that have other images, random numbers by position, too little memory, two sizes."""
     rank = dist.get_rank()
     drops = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.AdaptiveAvgPool2d(1)).double()
     net = accelerate(network("frozen"), tile=32, split=True)
@@ -192,6 +192,7 @@ def refusals() -> list[str]:
         lambda: accelerate(drops, tile=32, split=True)(image((40, 40))),
         lambda: net.evidence(image((40, 40))),
         lambda: accelerate(network("live"), memory_budget=1000, split=True)(image((40, 40))),
+        lambda: accelerate(network("live"), tile=32, split=True)([image((40, 40)), image((41, 40))]),
     ]
     found = []
     for call in calls:
@@ -202,14 +203,15 @@ def refusals() -> list[str]:
     return found
 
 
-def dropout_in_the_head() -> Tensor:
-    """The gradient of what lies before a dropout of channels and one of the pooled values."""
-    torch.manual_seed(dist.get_rank())
-    torch.rand(dist.get_rank())  # the processes' own random numbers differ
+def dropout_in_the_head(split: bool) -> Tensor:
+    """Outputs and gradients of two steps with a dropout of channels and one of the pooled values."""
+    rank = dist.get_rank() if split else 0
+    torch.manual_seed(rank)
+    torch.rand(rank)  # the processes' own random numbers differ
     net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Dropout2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout())
     for parameter in net.parameters():
         nn.init.constant_(parameter, 0.1)
-    fast = accelerate(net.double(), tile=8, split=True)
-    output = fast(image((20, 20)))
-    output.square().sum().backward()
-    return torch.cat([output.flatten(), *(p.grad.flatten() for p in net.parameters())]).detach()
+    fast = accelerate(net.double(), tile=8, split=split)
+    outputs = [fast(image((20, 20))) for _ in range(2)]
+    torch.stack(outputs).square().sum().backward()
+    return torch.cat([*(t.flatten() for t in outputs), *(p.grad.flatten() for p in net.parameters())]).detach()

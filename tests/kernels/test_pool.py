@@ -224,7 +224,7 @@ def test_planted_errors():
 
 def test_gradcheck_and_opcheck():
     g = torch.Generator().manual_seed(8)
-    x = random_map(1, 3, 5, 6, torch.float64, g).requires_grad_()
+    x = random_map(1, 2, 4, 5, torch.float64, g).requires_grad_()
     for place in PLACES[:2]:
         assert torch.autograd.gradcheck(lambda t, p=place: max_pool2d(t, *p), (x,))
     assert torch.autograd.gradcheck(global_sum, (x,))

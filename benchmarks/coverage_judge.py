@@ -1,0 +1,214 @@
+"""Whether a network's step agrees with stock PyTorch's, or differs by what stock's own rounding explains.
+
+The engine always runs as users run it; what is varied is stock. In this order, as far as needed:
+
+1.  Every tensor agrees to the limit.
+2.  Networks that cast to float32 themselves round there: both get float64 in place of float32.
+3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (those of a map one pixel wide): stock
+    gets plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
+4.  PyTorch's live BatchNorm rounds more than its definition: stock has it written out. Buffers are those of 1 or 3.
+5.  Stock's noise: what each of its tensors moves by when the result of every one of its operations, forward and
+    backward, is changed in the last bit at random (Monte Carlo arithmetic: Parker, 1997), or its maps have another
+    order in memory (other sums). A tensor may differ by four times its own noise: both sides round, and in a sum more
+    is rounded than its result, which alone is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from exactness import Step, step, step_errors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_DRAWS = 4
+_TIMES = 4  # of its noise
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def judge(
+    model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], casts: bool, limit: float
+) -> dict[str, Any]:
+    """Whether all is well ("good"), the worst "error" and its tensor, "notes", and the "float32" errors.
+
+    Args:
+        model: float64, in the mode to be compared; it is copied.
+        image: float64.
+        fast: makes the network that is judged of a copy.
+        casts: whether the network casts to float32 itself.
+        limit: of relative errors.
+    """
+    notes: list[str] = []
+    in_stock: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    with contextlib.ExitStack() as both:
+
+        def ours() -> Step:
+            return _run(fast(copy.deepcopy(model)), image)
+
+        def stock(*variants: contextlib.AbstractContextManager[Any]) -> Step:
+            with contextlib.ExitStack() as stack:
+                for variant in variants:
+                    stack.enter_context(variant)
+                return _run(copy.deepcopy(model), image)
+
+        got, truth = ours(), stock()
+        errors = step_errors(truth, got)
+        if casts and _worst(errors) > limit:
+            notes.append("casts to float32 itself, for this comparison to float64")
+            both.enter_context(double_casts())
+            got, truth = ours(), stock()
+            errors = step_errors(truth, got)
+        if _worst(errors) > limit:
+            plain = stock(contiguous_gradients())
+            if _worst(step_errors(truth, plain)) > 1000 * limit:
+                notes.append("stock's gradient is wrong unless its BatchNorm is given contiguous gradients, as here")
+                in_stock, truth = contiguous_gradients, plain
+                errors = step_errors(truth, got)
+        if _worst(errors) > limit and all(e <= limit for name, e in errors.items() if name.endswith(_STATISTICS)):
+            written = dataclasses.replace(stock(in_stock(), written_out()), buffers=truth.buffers)
+            others = step_errors(written, got)
+            if _worst(others) <= limit:
+                moved = _worst(errors)
+                notes.append(
+                    f"stock's BatchNorm rounds more than its definition, written out as here; it differs by {moved:.1e}"
+                )
+                truth, errors = written, others
+        good = _worst(errors) <= limit
+        worst = max(errors, key=lambda name: errors[name])
+        if not good:
+            noise = _noise(model, image, truth, in_stock)
+            times = {name: error / max(noise[name], 1e-300) for name, error in errors.items() if error > limit}
+            worst = max(times, key=lambda name: times[name])
+            notes.append(f"{times[worst]:.1f} times stock's own noise, which is {noise[worst]:.1e}")
+            good = times[worst] <= _TIMES
+    single = _float32(model, image, fast, truth, in_stock)
+    found = {"good": good, "error": errors[worst], "worst": worst, "float32": single}
+    return found | ({"notes": "; ".join(notes)} if notes else {})
+
+
+def _run(network: nn.Module, x: Tensor) -> Step:
+    torch.manual_seed(1)
+    return step(network, x)
+
+
+def _worst(errors: dict[str, float]) -> float:
+    return max(errors.values())
+
+
+def _float32(
+    model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], truth: Step,
+    in_stock: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> dict[str, float]:  # fmt: skip
+    """The errors of all outputs, and of all gradients, in float32, as multiples of stock PyTorch's own.
+
+    Stock's is the largest of a few roundings: a value that rounding moves over the kink of a ReLU makes a gradient
+    jump, and which value that is differs from rounding to rounding.
+    """
+
+    def distance(found: Step, what: str) -> float:
+        def flat(one: Step) -> Tensor:
+            tensors = one.outputs if what == "outputs" else [*one.gradients.values(), one.image]
+            return torch.cat([t.double().flatten() for t in tensors if t is not None])
+
+        return (flat(found) - flat(truth)).norm().item()
+
+    stock = []
+    for rounding in (contextlib.nullcontext(), *map(LastBits, range(_DRAWS))):
+        with in_stock(), rounding:
+            stock.append(_run(copy.deepcopy(model).float(), image.float()))
+    tiled = _run(fast(copy.deepcopy(model).float()), image.float())
+    ratios = {}
+    for what in ("outputs", "gradients"):
+        own, other = max(distance(one, what) for one in stock), distance(tiled, what)
+        ratios[what] = other / own if own else float(other > 0)
+    return ratios
+
+
+def _noise(
+    model: nn.Module, image: Tensor, truth: Step, in_stock: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> dict[str, float]:
+    """By tensor, how far stock's result moves where only rounding differs."""
+    runs = []
+    for draw in range(_DRAWS):
+        with in_stock(), LastBits(draw):
+            runs.append(_run(copy.deepcopy(model), image))
+    last = torch.channels_last
+    with in_stock():
+        runs.append(_run(copy.deepcopy(model).to(memory_format=last), image.contiguous(memory_format=last)))  # pyright: ignore
+    found = [step_errors(truth, dataclasses.replace(run, structure=truth.structure)) for run in runs]
+    return {name: max(errors[name] for errors in found) for name in found[0]}
+
+
+class LastBits(TorchDispatchMode):
+    """Changes each result of an operation in its last bit, up, down or not at all, also in the backward."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.dice = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Views, and tensors that were written to, are others' results.
+        new = [not r.alias_info for r in func._schema.returns]
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for fresh, one in zip(new * (len(results) if len(new) == 1 else 1), results, strict=False):
+            if fresh and isinstance(one, Tensor) and one.is_floating_point():
+                signs = torch.randint(-1, 2, one.shape, generator=self.dice, dtype=torch.int8)
+                one.mul_(signs.to(one.dtype).mul_(torch.finfo(one.dtype).eps).add_(1))
+        return result
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, make: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def written_out() -> contextlib.AbstractContextManager[None]:
+    """Live BatchNorm by its definition, without running statistics."""
+
+    def make(original: Any) -> Any:
+        def batch_norm(x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+                       momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
+            if not training:
+                return original(x, mean, var, weight, bias, training, momentum, eps)
+            dims = [d for d in range(x.dim()) if d != 1]
+            centred = x - x.mean(dims, keepdim=True)
+            y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+            shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+            y = y if weight is None else y * weight.reshape(shape)
+            return y if bias is None else y + bias.reshape(shape)
+
+        return batch_norm
+
+    return _patched(F, "batch_norm", make)
+
+
+def double_casts() -> contextlib.AbstractContextManager[None]:
+    """A network that casts to float32 casts to float64."""
+    return _patched(torch.Tensor, "float", lambda _original: torch.Tensor.double)
+
+
+def contiguous_gradients() -> contextlib.AbstractContextManager[None]:
+    """BatchNorm gets gradients in the plain order."""
+
+    def make(original: Any) -> Any:
+        def batch_norm(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if result.requires_grad:
+                result.register_hook(lambda grad: grad.contiguous())
+            return result
+
+        return batch_norm
+
+    return _patched(F, "batch_norm", make)

@@ -1,0 +1,61 @@
+"""Two forwards before one backward, with maps that are computed again: statistics and buffers move on in between."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from exactness import LIMIT, errors, randomize
+from split_image import network
+from sync_norms import with_ranges
+from torch import Tensor, nn
+
+from gigamorph.engine import accelerate
+
+PLAN = sys.modules["gigamorph.engine.plan"]
+
+
+def instance() -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    return randomize(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, 2, bias=False), nn.BatchNorm2d(4),
+            nn.ReLU(), nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1),
+        ).double()
+    )  # fmt: skip
+
+
+def two_forwards(model: nn.Module, images: list[Tensor]) -> dict[str, Any]:
+    torch.stack([model(x).square().sum() for x in images]).sum().backward()
+    found: dict[str, Any] = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    return (
+        found | {name: b.clone() for name, b in model.named_buffers()} | {str(n): x.grad for n, x in enumerate(images)}
+    )
+
+
+@pytest.mark.parametrize("ranges", [False, True], ids=["stored", "computed again"])
+@pytest.mark.parametrize("name", ["live", "cumulative", "excite, live", "instance"])
+def test_two_forwards(name: str, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ranges:
+        monkeypatch.setattr(PLAN, "strategies", with_ranges)
+    stock = instance().train() if name == "instance" else network(name)
+    fast = accelerate(copy.deepcopy(stock), tile=11)
+    images = [torch.randn(2, 2, 37, size, dtype=torch.float64) + size for size in (29, 29, 41)]
+    found = [two_forwards(net, [x.clone().requires_grad_() for x in images]) for net in (stock, fast)]
+    wrong = {n: e for n, e in errors(*found).items() if not e < LIMIT}
+    assert not wrong
+
+
+def test_a_parameter_changed_in_between_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by stock PyTorch: the gradient would be that of another network."""
+    monkeypatch.setattr(PLAN, "strategies", with_ranges)
+    net = network("live")
+    output = accelerate(net, tile=11)(torch.randn(2, 2, 37, 29, dtype=torch.float64))
+    with torch.no_grad():
+        net.get_parameter("blocks.0.two.weight").mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
