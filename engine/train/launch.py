@@ -122,9 +122,16 @@ def _child(
         with group(device, meeting):
             function(*args)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end(130)
     except Exception as error:
         # The processes that waited for this one fail behind it, and put in their errors behind this one.
         known = isinstance(error, GigamorphError)
         errors.put(error if known else RuntimeError(f"process {rank} failed:\n{traceback.format_exc()}"))
-        sys.exit(2)
+        _end(2)
+
+
+def _end(code: int) -> None:
+    """End this process at once: threads of a group that is still there may abort it if they are taken down in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
