@@ -138,9 +138,12 @@ def _noise(
     for draw in range(_DRAWS):
         with in_stock(), LastBits(draw):
             runs.append(_run(copy.deepcopy(model), image))
-    last = torch.channels_last
+    other_order = copy.deepcopy(model)
+    for parameter in other_order.parameters():
+        if parameter.dim() == 4:  # not the kernels of 3d convolutions, which have an order of their own
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     with in_stock():
-        runs.append(_run(copy.deepcopy(model).to(memory_format=last), image.contiguous(memory_format=last)))  # pyright: ignore
+        runs.append(_run(other_order, image.contiguous(memory_format=torch.channels_last)))
     found = [step_errors(truth, dataclasses.replace(run, structure=truth.structure)) for run in runs]
     return {name: max(errors[name] for errors in found) for name in found[0]}
 
