@@ -220,7 +220,10 @@ class Accelerated(nn.Module):
         """
         if isinstance(x, (list, tuple)) and len({tuple(s.shape) for s in x}) > 1:
             return self._several_sizes([as_batch(source) for source in x])
-        forward = self._open(as_batch(x))
+        return self._one_size(as_batch(x))
+
+    def _one_size(self, x: Tensor | PixelBatch) -> Any:
+        forward = self._open(x)
         forward.run()
         return forward.output()
 
@@ -238,11 +241,7 @@ class Accelerated(nn.Module):
             run_together(forwards)
             outputs = [forward.output() for forward in forwards]
         else:
-            outputs = []
-            for x in batches:
-                forward = self._open(x)
-                forward.run()
-                outputs.append(forward.output())
+            outputs = [self._one_size(x) for x in batches]
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _open(self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = ()) -> Forward:

@@ -7,7 +7,7 @@ import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -54,10 +54,14 @@ def _status(field: str) -> int:
 
 def return_free_pages() -> None:
     """Give what the C library's heap holds and nothing uses back to the system, where that is possible."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc's heap; None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager
@@ -67,16 +71,16 @@ def large_blocks_on_own_pages() -> Iterator[None]:
     For work on files, where the time that new pages cost does not count. Behind it blocks of up to 32 MiB stay with
     the process, as they do in one that has freed such blocks before.
     """
-    options = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if options is None:
+    set_option = _glibc("mallopt")
+    if set_option is None:
         yield
         return
-    options(_M_MMAP_THRESHOLD, 1 << 20)
+    set_option(_M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
     finally:
-        options(_M_MMAP_THRESHOLD, 32 << 20)
-        options(_M_TRIM_THRESHOLD, 64 << 20)
+        set_option(_M_MMAP_THRESHOLD, 32 << 20)
+        set_option(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Ceiling:

@@ -275,10 +275,9 @@ class _Estimate:
                 shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
             compiled += len(outputs) * shapes * (3 if self.training else 1)
         kernels = min(_MOST_KERNELS, compiled) * _KERNEL_BYTES
-        share = _HEAP_SHARE_FEW_TILES if max(s.tiles for s in sweeps) <= _FEW_TILES else _HEAP_SHARE
         weights = self.gradient_bytes * (_WEIGHT_COPIES if self.training else 1)
         copies = min(weights, _MOST_WEIGHT_COPIES)  # in the layout of the kernels, and made for the gradients
-        return kernels, int(share * self._activations(tile_bytes)) + copies
+        return kernels, int(_tight_share(sweeps) * self._activations(tile_bytes)) + copies
 
     def _activations(self, tile_bytes: int) -> int:
         return max(0, tile_bytes - (self.gradient_bytes if self.training else 0))
@@ -288,12 +287,16 @@ class _Estimate:
         if not plan.library_bytes:
             return plan
         tiles = max(s.tiles for s in sweeps)
-        share = _HEAP_SHARE_FEW_TILES if tiles <= _FEW_TILES else _HEAP_SHARE
         loose = _LOOSE_SHARE_FEW_TILES if tiles - plan.retained <= _LOOSE_FEW_TILES else _LOOSE_SHARE
-        more = max(0, int((loose - share) * self._activations(plan.tile_bytes)))
+        more = max(0, int((loose - _tight_share(sweeps)) * self._activations(plan.tile_bytes)))
         if plan.budget is not None:
             more = max(0, min(more, plan.budget - plan.peak_bytes))
         return replace(plan, library_bytes=plan.library_bytes + more)
+
+
+def _tight_share(sweeps: Sequence[Sweep]) -> float:
+    """The heap's slack under a budget, as a share of a tile's activations."""
+    return _HEAP_SHARE_FEW_TILES if max(s.tiles for s in sweeps) <= _FEW_TILES else _HEAP_SHARE
 
 
 def _block_bytes(sweep: Sweep) -> int:

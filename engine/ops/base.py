@@ -87,9 +87,9 @@ class Small:
 
     `run` gets the tensors of `inputs` by value number and returns those of `outputs`. `effect` changes buffers; it runs
     behind `run`, and not again where smalls are computed a second time for the backward; `aside` are the inputs that it
-    alone reads. Where the results of one image
-    depend on the others of the batch, `share` gives what an image (or several of one size) contributes, and `merge`
-    makes the outputs, the same for all images, of the shares of all; `run` is then both.
+    alone reads. Where the results of one image depend on the others of the batch, `share` gives what an image (or
+    several of one size) contributes, and `merge` makes the outputs, the same for all images, of the shares of all;
+    `run` is then both.
     """
 
     run: Callable[[Env], tuple[Tensor, ...]]
