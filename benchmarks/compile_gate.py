@@ -48,6 +48,7 @@ from gigamorph.kernels import conv2d_forward as dense_forward  # noqa: E402
 from gigamorph.kernels import conv2d_wgrad as dense_wgrad  # noqa: E402
 from gigamorph.kernels import depthwise as depth  # noqa: E402
 from gigamorph.kernels import layer_norm as channels_norm  # noqa: E402
+from gigamorph.kernels import layer_norm_linear as norm_linear  # noqa: E402
 from gigamorph.kernels import pointwise as points  # noqa: E402
 from gigamorph.kernels import pool as pools  # noqa: E402
 from gigamorph.kernels import stem as stems  # noqa: E402
@@ -332,14 +333,19 @@ def layer_norm(quick: bool) -> Iterator[Case]:
         for scene, dtype in scenes(quick, level == 4):
             x, v = scene.map(channels, level, dtype), vector(channels)
 
-            def launch(x=x, v=v) -> None:
-                channels_norm.launch_forward(x, v, v, 1e-6, torch.empty_like(x))
-                channels_norm.launch_backward(x, x, v, 1e-6, torch.empty_like(x))
+            def launch(x=x, v=v, dtype=dtype) -> None:
                 c, (_, _, h, w) = x.shape[1], x.shape
-                y = window(4 * c, h, w, x.dtype)
-                channels_norm.launch_linear_act(
-                    x, v, v, 1e-6, torch.empty(4 * c, c, dtype=x.dtype, device="meta"), vector(4 * c), "gelu", y
-                )
+                weight, y = torch.empty(4 * c, c, dtype=dtype, device="meta"), window(4 * c, h, w, dtype)
+                # Under autocast norms give float32 maps, and may read them.
+                wide = torch.empty_like(x, dtype=torch.float32)
+                channels_norm.launch_forward(x, v, v, 1e-6, torch.empty_like(x))
+                channels_norm.launch_forward(x, v, v, 1e-6, wide)
+                channels_norm.launch_forward(wide, v, v, 1e-6, wide)
+                channels_norm.launch_backward(x, x, v, 1e-6, torch.empty_like(x))
+                channels_norm.launch_backward(wide, x, v, 1e-6, torch.empty_like(x))
+                channels_norm.launch_backward(wide, wide, v, 1e-6, wide)
+                norm_linear.launch_linear_act(x, v, v, 1e-6, weight, vector(4 * c), "gelu", y)
+                norm_linear.launch_linear_act(wide, v, v, 1e-6, weight, vector(4 * c), "gelu", y)
 
             yield f"{channels} at 1/{level}, {scene.name}, {short(dtype)}", launch
 

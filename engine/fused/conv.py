@@ -34,7 +34,7 @@ from ..ops.base import arguments
 from ..trace import Op, Ref
 
 _ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ def fuse_convolutions(graph: Graph) -> dict[int, ConvSpec]:
     for conv in sorted(convs, key=lambda c: -depths[c.op.outputs[0]]):
         own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
         output = conv.op.outputs[0]
-        if values[output].dtype not in _DTYPES:
+        if values[output].dtype not in DTYPES:
             continue
         height, width = conv.reads[own["input"].value]
         assert isinstance(height, Window) and isinstance(width, Window)

@@ -72,6 +72,51 @@ class Net(nn.Module):
         return self.head(F.gelu(self.depthwise(self.blocks(self.stem(x)))).mean((2, 3)))
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """Of an (N, C, H, W) map, over its channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNextBlock(nn.Module):
+    """With linear layers between permutes, as in torchvision, or with 1x1 convolutions, as timm can have it."""
+
+    def __init__(self, channels: int, convolutions: bool, act: type[nn.Module] = nn.GELU):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = (LayerNorm2d if convolutions else nn.LayerNorm)(channels, eps=1e-6)
+        layer = (lambda c, k: nn.Conv2d(c, k, 1)) if convolutions else nn.Linear
+        self.mlp = nn.Sequential(layer(channels, 4 * channels), act(), nn.Dropout(0.0), layer(4 * channels, channels))
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.convolutions = convolutions
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x)
+        y = self.mlp(self.norm(y if self.convolutions else y.permute(0, 2, 3, 1)))
+        return x + (y if self.convolutions else y.permute(0, 3, 1, 2)) * self.gamma.reshape(1, -1, 1, 1)
+
+
+class ConvNext(nn.Module):
+    """Patches, two kinds of blocks, downsampling in between, a norm behind the pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 4, 4), LayerNorm2d(8))
+        self.first = ConvNextBlock(8, False)
+        self.down = nn.Sequential(LayerNorm2d(8, elementwise_affine=False), nn.Conv2d(8, 12, 2, 2))
+        self.second = nn.Sequential(ConvNextBlock(12, True), ConvNextBlock(12, False, nn.ReLU))
+        self.head = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.down(self.first(self.stem(x)))).mean((2, 3)))
+
+
+def build_convnext() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(ConvNext()).double()
+
+
 def build(act: type[nn.Module] = nn.ReLU) -> nn.Module:
     torch.manual_seed(0)
     return randomize(Net(act)).double().eval()
@@ -130,6 +175,41 @@ def assert_like_stock(model: nn.Module, x: Tensor, tile: int) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("size", [(75, 58), (64, 64)])
+@pytest.mark.parametrize("tile", [12, 24, 200])
+def test_convnext(fused_with_stock_ops: None, size: tuple[int, int], tile: int) -> None:
+    assert_exact(build_convnext(), image(*size), tile=(tile, tile))
+
+
+@pytest.mark.slow
+def test_convnext_with_triton_kernels(triton_kernels: None) -> None:
+    assert_exact(build_convnext(), image(40, 33), tile=(24, 24))
+
+
+def test_frozen_parameters_of_a_norm(fused_with_stock_ops: None) -> None:
+    """Each of the four may want no gradient."""
+    model = build_convnext()
+    model.first.norm.weight.requires_grad_(False)
+    model.second[0].norm.bias.requires_grad_(False)
+    model.second[0].mlp[0].weight.requires_grad_(False)
+    model.second[1].mlp[0].bias.requires_grad_(False)
+    assert_exact(model, image(50, 41), tile=(24, 24))
+
+
+def test_convnext_under_autocast(fused_with_stock_ops: None) -> None:
+    """As near to float64 as stock PyTorch comes: norms in float32, products in bfloat16."""
+    model, x = build_convnext(), image(96, 80)
+    exact = step(model, x).gradients
+    model, x = model.float(), x.float()
+    distances = []
+    for net in (model, accelerate(model, tile=32)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = step(net, x).gradients
+        distances.append(errors(exact, {name: grad.double() for name, grad in found.items()}))  # pyright: ignore
+    stock, ours = (sum(error**2 for error in found.values()) ** 0.5 for found in distances)
+    assert ours < 1.25 * stock, (ours, stock)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
 def test_blocks_with_triton_kernels(triton_kernels: None, act: type[nn.Module]) -> None:
@@ -156,6 +236,13 @@ class TestFusing:
         with torch.no_grad():
             net(image(64, 64))
         assert ops_of(net) == ["fused_stem", *["fused_conv2d"] * 6]
+
+    def test_a_norm_takes_the_linear_layer_behind_it(self) -> None:
+        net = accelerate(build_convnext(), tile=32)
+        net(image(64, 64))
+        names = [name for name in ops_of(net) if name not in ("permute", "mul", "add", "dropout")]
+        block = ["fused_conv2d", "fused_norm_linear", "fused_conv2d"]
+        assert names == ["fused_conv2d", "layer_norm", *block, "layer_norm", "fused_conv2d", *block, *block]
 
     def test_who_masks(self) -> None:
         """Readers apply the slope where all of them are convolutions or pools; a summand's gradient is not masked."""

@@ -1,0 +1,228 @@
+"""Layer normalisation over channels and the linear layer behind it in one kernel, as in a ConvNeXt block:
+
+    y = act(n w^T + b),   n = layer_norm(x)
+
+and its gradients, with dz = dy * act'(z), z = n w^T + b:
+
+    dw += sum over pixels of dz^T n,   db += sum of dz,   dx = layer_norm_backward(dz w)
+
+As a matrix product: rows are pixels, columns filters, depth channels. x is normalised as it is loaded, so n is never
+written; x is read once more for mean and rstd, the product reads it through the cache. Nothing but x is kept for the
+backward, which computes n and z again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import ACTIVATIONS, activate, activate_reference
+from .choice import run_fastest
+from .conv2d import conv2d_dgrad, conv2d_forward, conv2d_wgrad_
+from .dtypes import accumulator, dot_precision, sum_dtype
+from .layer_norm import count_pixels, is_flat, layer_norm, layer_norm_backward, layer_norm_reference, pixel_offsets
+from .pointwise import act_grad
+from .tuning import Config, forced_config, interpreting, matmul_config, power_of_two
+from .windows import empty_map, nhwc, spatial_strides
+
+
+@triton.jit
+def _layer_norm_linear_kernel(
+    x_ptr, ln_weight_ptr, ln_bias_ptr, w_ptr, bias_ptr, y_ptr,  # w: [K, C]
+    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
+    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
+    pixels, H, W, C, K, columns,  # columns: output channels of a program, a multiple of BN
+    EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr,
+    HAS_LN_WEIGHT: tl.constexpr, HAS_LN_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM] pixels
+    inside = (p < pixels)[:, None]
+    x_rows = x_ptr + pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None]
+    y_rows = y_ptr + pixel_offsets(p, H, W, y_sn, y_sh, y_sw, FLAT)[:, None]
+    mean = tl.zeros((BM,), ACC)
+    m2 = tl.zeros((BM,), ACC)
+    for c0 in range(0, C, BK):  # blocks of channels merge by Chan's formula
+        c = (c0 + tl.arange(0, BK))[None, :]
+        n = tl.minimum(C - c0, BK)
+        x = tl.load(x_rows + c, mask=inside & (c < C), other=0.0).to(ACC)  # [BM, BK]
+        part = tl.sum(x, 1) / n
+        centred = tl.where(c < C, x - part[:, None], 0.0)
+        delta = part - mean
+        mean += delta * n / (c0 + n)
+        m2 += tl.sum(centred * centred, 1) + delta * delta * (c0 * n) / (c0 + n)
+    mean = mean[:, None]
+    rstd = tl.rsqrt(m2 / C + EPS)[:, None]
+
+    first = tl.program_id(1) * columns
+    for k0 in range(first, tl.minimum(first + columns, K), BN):
+        k = k0 + tl.arange(0, BN)
+        acc = tl.zeros((BN, BM), ACC)
+        for c0 in range(0, C, BK):
+            c = c0 + tl.arange(0, BK)
+            wanted = c < C
+            a = tl.load(x_rows + c[None, :], mask=inside & wanted[None, :], other=0.0).to(ACC)
+            a = (a - mean) * rstd
+            if HAS_LN_WEIGHT:
+                a *= tl.load(ln_weight_ptr + c, mask=wanted, other=0.0).to(ACC)[None, :]
+            if HAS_LN_BIAS:
+                a += tl.load(ln_bias_ptr + c, mask=wanted, other=0.0).to(ACC)[None, :]
+            w = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & wanted[None, :], other=0.0)
+            # Computed values are the right operand: Hopper reads left ones from registers while it multiplies, and
+            # Triton (3.6, 3.7) may overwrite those too early (triton-lang/triton#9433).
+            acc = tl.dot(w, a.to(w_ptr.dtype.element_ty).T, acc, input_precision=PRECISION, out_dtype=ACC)
+        z = acc.T  # [BM, BN]
+        k = k[None, :]
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
+        tl.store(y_rows + k, activate(z, ACT).to(y_ptr.dtype.element_ty), mask=inside & (k < K))
+
+
+def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:
+    """The tile of the product: small enough for two blocks per multiprocessor.
+
+    A block does three things in turn (statistics, products, activations) of which each leaves something idle; the other
+    block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
+    """
+    if interpreting() or forced_config() is not None:
+        return matmul_config(device, dtype, pixels, filters, channels, described=False)
+    return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
+
+
+def launch_linear_act(
+    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    act: str, y: Tensor,
+) -> None:  # fmt: skip
+    """Write y = act(layer_norm(x) weight^T + bias) at each pixel.
+
+    Args:
+        x, y: (N, C, H, W) and (N, K, H, W) windows.
+        ln_weight, ln_bias: (C,), of any floating dtype.
+        weight: (K, C), dense, of y's dtype, which may be narrower than x's.
+        bias: (K,), of any floating dtype.
+    """
+    if not y.numel():
+        return
+    pixels, channels, filters = count_pixels(x, "layer_norm_linear_act"), x.shape[1], y.shape[1]
+    config = linear_config(x.device, weight.dtype, pixels, filters, channels)
+    rows, blocks = triton.cdiv(pixels, config.block_m), triton.cdiv(filters, config.block_n)
+    # One program takes all columns, so that statistics are computed once, unless that leaves the chip idle.
+    programs = 1 if interpreting() else 264
+    columns = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, rows))) * config.block_n
+    _layer_norm_linear_kernel[(rows, triton.cdiv(filters, columns))](
+        x, ln_weight, ln_bias, weight, bias, y, *spatial_strides(x), *spatial_strides(y), pixels, x.shape[2],
+        x.shape[3], channels, filters, columns, EPS=eps, BM=config.block_m, BN=config.block_n, BK=config.block_k,
+        FLAT=is_flat(x, y), HAS_LN_WEIGHT=ln_weight is not None, HAS_LN_BIAS=ln_bias is not None,
+        HAS_BIAS=bias is not None, ACT=act, PRECISION=dot_precision(weight.dtype), ACC=accumulator(weight.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def layer_norm_linear_act(
+    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    act: str,
+) -> Tensor:  # fmt: skip
+    """act(layer_norm(x) weight^T + bias) at each pixel, one pass over memory; differentiable, only x is kept.
+
+    Args:
+        x: (N, C, H, W), float64, float32, float16 or bfloat16.
+        ln_weight, ln_bias: (C,), or None.
+        weight: (K, C) or (K, C, 1, 1), of x's dtype or a narrower one, which the product is then computed in.
+        bias: (K,), or None.
+        act: "none", "relu", "relu6", "silu", "gelu" or "hardswish".
+
+    Returns:
+        (N, K, H, W) in channels-last memory, of weight's dtype.
+
+    Raises:
+        ValueError: for an unknown activation or shapes that do not fit.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"layer_norm_linear_act: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    if weight[0].numel() != x.shape[1]:
+        raise ValueError(f"layer_norm_linear_act: weight {tuple(weight.shape)} does not fit {x.shape[1]} channels")
+    return _layer_norm_linear_act(x, ln_weight, ln_bias, eps, weight.flatten(1), bias, act)
+
+
+@torch.library.custom_op("gigamorph::layer_norm_linear_act", mutates_args=())
+def _layer_norm_linear_act(
+    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    act: str,
+) -> Tensor:  # fmt: skip
+    x = nhwc(x)
+
+    def ours() -> Tensor:
+        y = empty_map(x.shape[0], weight.shape[0], x.shape[2], x.shape[3], weight)
+        launch_linear_act(x, ln_weight, ln_bias, eps, weight.contiguous(), bias, act, y)
+        return y
+
+    def stock() -> Tensor:
+        n = layer_norm(x, ln_weight, ln_bias, eps, weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            z = F.linear(n.permute(0, 2, 3, 1), weight, None if bias is None else bias.to(weight.dtype))
+        return activate_reference(z, act).permute(0, 3, 1, 2)
+
+    given = [name for name, t in (("scale", ln_weight), ("shift", ln_bias), ("bias", bias)) if t is not None]
+    settings = (tuple(weight.shape), str(weight.dtype), act, *given)
+    return run_fastest("layer_norm_linear_act", x, settings, ours, stock)
+
+
+@_layer_norm_linear_act.register_fake
+def _(x, ln_weight, ln_bias, eps, weight, bias, act):
+    return empty_map(x.shape[0], weight.shape[0], x.shape[2], x.shape[3], weight)
+
+
+def layer_norm_linear_act_backward(
+    dy: Tensor, x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor,
+    bias: Tensor | None, act: str, dweight: Tensor, dbias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dln_weight and dln_bias; the gradients of weight and bias are added to the buffers given.
+
+    Args:
+        dy: (N, K, H, W), of weight's dtype.
+        weight: (K, C).
+        dweight, dbias: (K, C) and (K,), or None, in float32 (float64 for float64).
+        others: as for `layer_norm_linear_act`.
+    """
+    n, filters, size = layer_norm(x, ln_weight, ln_bias, eps, weight.dtype), weight[:, :, None, None], x.shape[2:]
+    place = [1, 1], [0, 0, 0, 0], [1, 1], 1
+    if act != "none":
+        z, _ = conv2d_forward(n, filters, None, bias, None, *place, "none", False, [0, 0])
+        dy = act_grad(dy, z, act)
+        del z
+    conv2d_wgrad_(dweight[:, :, None, None], dbias, n, dy, None, "none", *place)
+    dn = conv2d_dgrad(dy, filters, None, None, "none", None, None, "none", size, *place)
+    return layer_norm_backward(dn, x, ln_weight, eps)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, ln_weight, ln_bias, ctx.eps, weight, bias, ctx.act = inputs
+    ctx.save_for_backward(x, ln_weight, ln_bias, weight, bias)
+
+
+def _backward(ctx, dy):
+    x, *parameters = ctx.saved_tensors
+    ln_weight, ln_bias, weight, bias = parameters
+    dweight = torch.zeros_like(weight, dtype=sum_dtype(weight.dtype))
+    dbias = dweight.new_zeros(weight.shape[0])
+    dx, *sums = layer_norm_linear_act_backward(
+        dy, x, ln_weight, ln_bias, ctx.eps, weight, bias, ctx.act, dweight, dbias
+    )
+    grads = (None if t is None else s.to(t.dtype) for s, t in zip((*sums, dweight, dbias), parameters, strict=True))
+    dln_weight, dln_bias, dweight, dbias = grads
+    return dx, dln_weight, dln_bias, None, dweight, dbias, None
+
+
+_layer_norm_linear_act.register_autograd(_backward, setup_context=_save)
+
+
+def layer_norm_linear_act_reference(
+    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    act: str,
+) -> Tensor:  # fmt: skip
+    """y in plain PyTorch."""
+    n = layer_norm_reference(x, ln_weight, ln_bias, eps)
+    return activate_reference(F.conv2d(n, weight.reshape(weight.shape[0], -1, 1, 1), bias), act)

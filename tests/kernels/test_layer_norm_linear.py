@@ -1,0 +1,186 @@
+"""LayerNorm and the linear layer behind it against the float64 oracle: values, gradients, windows, dtypes."""
+
+import contextlib
+
+import pytest
+import torch
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from torch import Tensor
+
+from gigamorph.kernels import choice
+from gigamorph.kernels import layer_norm_linear as module
+from gigamorph.kernels.layer_norm import layer_norm_reference
+from gigamorph.kernels.layer_norm_linear import (
+    launch_linear_act,
+    layer_norm_linear_act,
+    layer_norm_linear_act_reference,
+)
+from gigamorph.kernels.tuning import Config, forced
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+EPS = 1e-6
+
+
+def vector(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return (torch.randn(n, generator=generator, dtype=torch.float64) * 0.5 + 1).to(dtype).to(DEVICE)
+
+
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def inside(t: Tensor, pixels: Tensor) -> Tensor:
+    """A window in the middle of a larger buffer of NaN, holding `pixels`."""
+    n, c, h, w = pixels.shape
+    buffer = torch.full((n + 1, c, h + 3, w + 5), float("nan"), dtype=t.dtype, device=t.device)
+    window = buffer.contiguous(memory_format=torch.channels_last)[:n, :, 1 : 1 + h, 3 : 3 + w]
+    return window.copy_(pixels)
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def tf32(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param == "tf32")
+    return request.param == "tf32"
+
+
+def linear_case(shape, filters, dtype, generator) -> tuple[Tensor, ...]:
+    """x, ln_weight, ln_bias, weight, bias."""
+    x = random_map(*shape, dtype, generator, 2.0) + 1
+    ln_weight, ln_bias = vector(shape[1], dtype, generator), vector(shape[1], dtype, generator)
+    weight = torch.randn(filters, shape[1], generator=generator, dtype=torch.float64) / shape[1] ** 0.5
+    return x, ln_weight, ln_bias, weight.to(dtype).to(DEVICE), vector(filters, dtype, generator)
+
+
+def linear_gradients(arguments: tuple[Tensor, ...], act: str, dy: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in arguments]
+    y = layer_norm_linear_act_reference(*leaves[:3], EPS, *leaves[3:], act)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "filters", "act", "config"),
+    [
+        ((2, 24, 5, 7), 40, "gelu", Config("pointer", 16, 16, 16)),
+        ((1, 96, 3, 5), 130, "none", None),
+        ((1, 17, 4, 9), 33, "relu", Config("pointer", 32, 32, 16)),
+        ((1, 50, 1, 11), 7, "silu", Config("pointer", 16, 16, 64)),
+    ],
+    ids=str,
+)
+def test_linear(dtype, shape, filters, act, config, tf32):
+    generator = torch.Generator().manual_seed(11)
+    arguments = linear_case(shape, filters, dtype, generator)
+    oracle = layer_norm_linear_act_reference(
+        *(t.double() for t in arguments[:3]), EPS, *(t.double() for t in arguments[3:]), act
+    )
+    stock = layer_norm_linear_act_reference(*arguments[:3], EPS, *arguments[3:], act)
+    guarded = Guarded()
+    y = guarded.empty(*oracle.shape, dtype=dtype)
+    x, ln_weight, ln_bias, weight, bias = map(guarded, arguments)
+    with forced(config) if config else contextlib.nullcontext():
+        launch_linear_act(x, ln_weight, ln_bias, EPS, weight, bias, act, y)
+    guarded.check()
+    assert_close("y", y, oracle, tf32=tf32 and dtype == torch.float32, stock=stock)
+
+
+def test_linear_without_parameters_between_windows():
+    generator = torch.Generator().manual_seed(12)
+    x, _, _, weight, _ = linear_case((2, 20, 5, 6), 24, torch.float64, generator)
+    y = inside(x, torch.zeros(2, 24, 5, 6))
+    launch_linear_act(inside(x, x), None, None, EPS, weight, None, "none", y)
+    assert_close("y", y, layer_norm_linear_act_reference(x, None, None, EPS, weight, None, "none"))
+    assert y._base.isfinite().sum() == y.numel(), "something was written outside the window"
+
+
+def test_linear_splits_columns_between_programs(monkeypatch):
+    """As on a GPU, where a small map would leave the chip idle."""
+    monkeypatch.setattr(module, "interpreting", lambda: False)
+    generator = torch.Generator().manual_seed(13)
+    x, *parameters = linear_case((1, 20, 3, 6), 90, torch.float32, generator)
+    oracle = layer_norm_linear_act_reference(*doubled(x, *parameters[:2]), EPS, *doubled(*parameters[2:]), "gelu")
+    with forced(Config("pointer", 16, 16, 16)):
+        assert_close("y", layer_norm_linear_act(x, *parameters[:2], EPS, *parameters[2:], "gelu"), oracle, tf32=True)
+        assert_order_free(lambda: layer_norm_linear_act(x, *parameters[:2], EPS, *parameters[2:], "gelu"))
+
+
+@pytest.mark.parametrize("act", ["none", "gelu", "relu"])
+def test_linear_gradients(act):
+    generator = torch.Generator().manual_seed(14)
+    arguments = linear_case((2, 12, 3, 5), 20, torch.float64, generator)
+    dy = random_map(2, 20, 3, 5, torch.float64, generator)
+    leaves = [t.clone().requires_grad_() for t in arguments]
+    y = layer_norm_linear_act(*leaves[:3], EPS, leaves[3][:, :, None, None], leaves[4], act)
+    results = y.detach(), *torch.autograd.grad(y, leaves, dy)
+    names = ("y", "dx", "dln_weight", "dln_bias", "dweight", "dbias")
+    for name, result, oracle in zip(names, results, linear_gradients(arguments, act, dy), strict=True):
+        assert_close(name, result, oracle)
+
+
+def test_linear_gradcheck():
+    generator = torch.Generator().manual_seed(15)
+    leaves = [t.requires_grad_() for t in linear_case((1, 3, 1, 2), 2, torch.float64, generator)]
+    assert torch.autograd.gradcheck(lambda *t: layer_norm_linear_act(*t[:3], EPS, *t[3:], "gelu"), leaves)
+    assert torch.autograd.gradcheck(
+        lambda x, w: layer_norm_linear_act(x, None, None, EPS, w, None, "silu"), (leaves[0], leaves[3])
+    )
+
+
+def test_linear_opcheck():
+    generator = torch.Generator().manual_seed(16)
+    x, ln_weight, ln_bias, weight, bias = linear_case((2, 16, 3, 4), 24, torch.float32, generator)
+    leaves = [t.clone().requires_grad_() for t in (x, ln_weight, ln_bias, weight, bias)]
+    torch.library.opcheck(module._layer_norm_linear_act, (*leaves[:3], EPS, *leaves[3:], "gelu"))
+
+
+def test_linear_keeps_nothing_but_x():
+    """What autograd saves are the arguments."""
+    generator = torch.Generator().manual_seed(17)
+    leaves = [t.requires_grad_() for t in linear_case((1, 16, 6, 6), 24, torch.float32, generator)]
+    given_ = {t.data_ptr() for t in leaves}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        layer_norm_linear_act(*leaves[:3], EPS, *leaves[3:], "gelu")
+    assert saved and {t.data_ptr() for t in saved} <= given_
+
+
+def test_linear_refusals():
+    x, weight = torch.zeros(1, 8, 2, 2, device=DEVICE), torch.zeros(4, 9, device=DEVICE)
+    with pytest.raises(ValueError, match=r"weight \(4, 9\) does not fit 8 channels"):
+        layer_norm_linear_act(x, None, None, EPS, weight, None, "gelu")
+    with pytest.raises(ValueError, match="unknown activation 'tanh'; use one of none, relu"):
+        layer_norm_linear_act(x, None, None, EPS, weight[:, :8], None, "tanh")
+
+
+def test_linear_statistics_do_not_cancel():
+    """Blocks of channels far from each other and from zero: merged variances, not E[x^2] - E[x]^2."""
+    x = random_map(1, 64, 2, 3, torch.float32, torch.Generator().manual_seed(18)) + 10_000
+    x[:, 32:] += 3
+    eye = torch.eye(64, device=DEVICE)
+    with forced(Config("pointer", 16, 16, 16)):
+        y = layer_norm_linear_act(x, None, None, EPS, eye, None, "none")
+    oracle = layer_norm_reference(x.double(), None, None, EPS)
+    assert (y - oracle).abs().max() < 4e-3  # the mean itself is known to 5e-4; TF32 rounds to 1e-3
+
+
+@pytest.mark.parametrize("mode", ["triton", "stock"])
+@pytest.mark.parametrize("kinds", ["bf16 maps, float32 parameters", "float32 map, bf16 product"])
+def test_linear_in_mixed_precision(kinds, mode):
+    """Both under autocast: the norm's parameters stay in float32, and so may what it reads; one rounding in between."""
+    generator = torch.Generator().manual_seed(19)
+    x, ln_weight, ln_bias, weight, bias = linear_case((2, 24, 5, 7), 40, torch.bfloat16, generator)
+    if kinds.startswith("float32"):
+        x = x.float() + random_map(2, 24, 5, 7, torch.float32, generator, 1e-3)
+    arguments = x, ln_weight.float() * 1.001, ln_bias.float() * 1.001, weight, bias.float()
+    dy = random_map(2, 40, 5, 7, torch.bfloat16, generator)
+    leaves = [t.clone().requires_grad_() for t in arguments]
+    with choice.override(mode), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        y = layer_norm_linear_act(*leaves[:3], EPS, *leaves[3:], "gelu")
+    with choice.override(mode):
+        results = y.detach(), *torch.autograd.grad(y, leaves, dy)
+    oracle = linear_gradients(tuple(t.double() for t in arguments), "gelu", dy.double())
+    assert y.dtype == torch.bfloat16 and [t.dtype for t in results[1:]] == [t.dtype for t in arguments]
+    for name, result, want in zip(("y", "dx", "dg", "db", "dw", "dbias"), results, oracle, strict=True):
+        # n, z, dz and dn are rounded on the way, as in stock PyTorch
+        l2 = ((result.double() - want).norm() / want.norm()).item()
+        assert l2 < 6e-3, f"{name}: {l2}"
