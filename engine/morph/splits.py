@@ -11,8 +11,6 @@ the weight in most cases. Two families add up exactly in binary floating point:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,8 @@ from .lookup import FREE
 from .verify import Certificate
 
 SPLITS = ("sterbenz", "kraft")
-BLOCK = 1 << 16  # weights that are certified at a time: they stay in the cache
+BLOCK = 1 << 16  # weights that are worked on at a time
+Index = Tensor | slice
 
 
 def kraft_lengths(copies: int) -> list[int]:
@@ -40,24 +39,15 @@ def split_kraft(weight: Tensor, copies: int) -> list[Tensor]:
 
 def split_sterbenz(weight: Tensor, copies: int, generator: torch.Generator) -> list[Tensor]:
     """`copies` tensors that add up to `weight` exactly, in random shares that differ from element to element."""
-    parts = torch.empty((copies, *weight.shape), dtype=weight.dtype)
-    parts[0] = weight
-    for made in range(1, copies):
-        if made == 1:
-            largest = weight
-        else:
-            which = parts[:made].abs().max(0, keepdim=True).indices
-            largest = parts[:made].gather(0, which)[0]
-        share = torch.rand(weight.shape, generator=generator, dtype=torch.float32).mul_(0.5).add_(0.5)
-        share = (largest * share.to(weight.dtype)).to(weight.dtype)
-        rest = largest - share
-        swap = torch.rand(weight.shape, generator=generator) < 0.5  # neither place gets the larger part always
-        share, rest = torch.where(swap, rest, share), torch.where(swap, share, rest)
-        if made == 1:
-            parts[0] = share
-        else:
-            parts[:made].scatter_(0, which, share[None])
-        parts[made] = rest
+    parts = weight[None]
+    for _ in range(1, copies):
+        which = parts.abs().argmax(0, keepdim=True) if len(parts) > 1 else None
+        whole = weight if which is None else parts.gather(0, which)[0]
+        draw = torch.rand(weight.shape, generator=generator, dtype=torch.float32)
+        larger = (whole * torch.maximum(draw, 1 - draw).to(weight.dtype)).to(weight.dtype)
+        first = torch.where(draw < 0.5, whole - larger, larger)  # neither place gets the larger part always
+        kept = first[None] if which is None else parts.scatter(0, which, first[None])
+        parts = torch.cat([kept, (whole - first)[None]])
     return list(parts)
 
 
@@ -79,27 +69,49 @@ def split_columns(
     """
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
-    result = weight.new_zeros((weight.shape[0], len(columns), *weight.shape[2:]))
-    used = columns[columns >= 0]
-    counts = torch.bincount(used, minlength=weight.shape[1])
-    order = torch.argsort(torch.where(columns == FREE, weight.shape[1], columns), stable=True)
-    starts = torch.cumsum(counts, 0) - counts  # new columns of old column j: order[starts[j] : starts[j] + counts[j]]
-    for copies in torch.unique(counts).tolist():
-        if copies == 0:
-            continue
-        old = (counts == copies).nonzero().reshape(-1)
-        source = weight if len(old) == weight.shape[1] else weight[:, old]
-        if copies == 1:
-            parts = [source]
-        elif split == "kraft":
-            parts = split_kraft(source, copies)
-        else:
-            parts = split_sterbenz(source, copies, generator)
-        if noise and copies > 1:
-            parts = _add_noise(parts, noise * float(weight.double().std(unbiased=False)), generator)
-        for k, part in enumerate(parts):
-            result[:, order[starts[old] + k]] = part
+    result = weight.new_empty((weight.shape[0], len(columns), *weight.shape[2:]))
+    result[:, columns == FREE] = 0
+    deviation = float(weight.double().std(unbiased=False)) if noise else 0.0
+    groups = _by_copies(columns, weight.shape[1])
+    for rows in _blocks(weight):
+        for old, places in groups:
+            source, copies = weight[rows, old], len(places)
+            if copies < 2:
+                parts = [source] * copies
+            elif split == "kraft":
+                parts = split_kraft(source, copies)
+            else:
+                parts = split_sterbenz(source, copies, generator)
+            if noise and copies > 1:
+                parts = _add_noise(parts, noise * deviation, generator)
+            for place, part in zip(places, parts, strict=True):
+                result[rows, place] = part
     return result
+
+
+def _by_copies(columns: Tensor, width: int) -> list[tuple[Index, list[Index]]]:
+    """Old columns of the same number of copies, and for each copy the new ones in the order of the old."""
+    used = (columns != FREE).nonzero().reshape(-1)
+    counts = torch.bincount(columns[used], minlength=width)
+    order = used[torch.argsort(columns[used], stable=True)]
+    starts = torch.cumsum(counts, 0) - counts  # new columns of old column j: order[starts[j] : starts[j] + counts[j]]
+    groups = []
+    for copies in torch.unique(counts).tolist():
+        old = (counts == copies).nonzero().reshape(-1)
+        groups.append((_index(old), [_index(order[starts[old] + k]) for k in range(copies)]))
+    return groups
+
+
+def _index(places: Tensor) -> Index:
+    """A slice if the places count up one by one, which reads and writes without a list."""
+    first = int(places[0])
+    return slice(first, first + len(places)) if bool((places.diff() == 1).all()) else places
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """Rows that are worked on at a time: what is made of them stays in the cache."""
+    rows = max(1, BLOCK // max(weight[0].numel(), 1)) if len(weight) else 1
+    return [slice(i, i + rows) for i in range(0, len(weight), rows)]
 
 
 def _add_noise(parts: list[Tensor], scale: float, generator: torch.Generator) -> list[Tensor]:
@@ -121,36 +133,29 @@ def certify(weight: Tensor, grown: Tensor, columns: Tensor) -> Certificate:
         grown: (O, I', ...), the same rows.
         columns: old column of each new one (I'), FREE for zero ones.
     """
-    new = (columns == FREE).nonzero().reshape(-1)
-    violations = int((grown[:, new] != 0).sum()) if len(new) else 0
-    used = (columns >= 0).nonzero().reshape(-1)
-    counts = torch.bincount(columns[used], minlength=weight.shape[1])
-    order = used[torch.argsort(columns[used], stable=True)]
-    starts = torch.cumsum(counts, 0) - counts
-    rows = max(1, BLOCK // max(weight[0].numel(), 1)) if len(weight) else 1
-    for copies in torch.unique(counts).tolist():
-        old = (counts == copies).nonzero().reshape(-1)
-        # A single two-sum is exact in any of these formats; longer sums have room in float64 for their error terms.
-        exact = torch.float32 if copies <= 2 and weight.dtype != torch.float64 else torch.float64
-        for i in range(0, len(weight), rows):
-            want = weight[i : i + rows]
-            want = (want if len(old) == weight.shape[1] else want[:, old]).to(exact)
-            parts = (grown[i : i + rows, order[starts[old] + k]].to(exact) for k in range(copies))
-            violations += _violations(want, parts)
+    violations = int((grown[:, columns == FREE] != 0).sum())
+    groups = _by_copies(columns, weight.shape[1])
+    for rows in _blocks(weight):
+        for old, places in groups:
+            violations += _violations(weight[rows, old], [grown[rows, place] for place in places])
     return Certificate(weight.numel(), violations)
 
 
-def _violations(want: Tensor, parts: Iterator[Tensor]) -> int:
+def _violations(want: Tensor, parts: list[Tensor]) -> int:
     """How many sums over the parts are not exactly `want`."""
-    total = next(parts, None)
-    if total is None:  # no copy at all
+    if not parts:
         return int((want != 0).sum())
-    error = None
-    for part in parts:
+    if len(parts) == 2:
+        # If s is a + b rounded, s minus the larger of them is exact (Dekker), and equal to the other only if s is too.
+        a, b = parts
+        if torch.equal(a + b, want) and torch.equal(want - a, b) and torch.equal(want - b, a):
+            return 0
+    # A single two-sum is exact in any of these formats; longer sums have room in float64 for their error terms.
+    exact = torch.float32 if len(parts) <= 2 and want.dtype != torch.float64 else torch.float64
+    total, error = parts[0].to(exact), torch.zeros_like(want, dtype=exact)
+    for part in (part.to(exact) for part in parts[1:]):
         after = total + part
         back = after - total
-        part -= back
-        total -= after - back
-        error = part.add_(total) if error is None else error.add_(part).add_(total)
+        error += (part - back) + (total - (after - back))
         total = after
-    return int((total != want if error is None else (total - want).add_(error) != 0).sum())
+    return int(((total - want.to(exact)) + error != 0).sum())
