@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
-import tempfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import DataError, GigamorphError
+from ..errors import DataError
+from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 
 make_torchvision_importable()
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
-
-# It can only be read by setting it, which is not for threads: once, at the start.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object], what: str = "file") -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path`` in one step.
-
-    Raises:
-        GigamorphError: if it cannot be written (a full disk); a former file at ``path`` is untouched.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_UMASK)  # temporary files are private, what the user asked for is not
-        os.replace(temporary, path)
-    # torch's zip writer turns ENOSPC into a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
-        kept = "; the former one is kept" if path.exists() else ""
-        raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{kept}; free some space") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -64,8 +31,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), "checkpoint")
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a gigamorph checkpoint without running any code in it.
+def load_checkpoint(path: str | Path, key: str = "gigamorph") -> dict[str, Any]:
+    """Read a gigamorph checkpoint, told by an entry of it, without running any code in it.
 
     Raises:
         DataError: if it cannot be read or is not a checkpoint of ``gigamorph train``.
@@ -77,7 +44,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has many errors for a damaged file
         raise DataError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
+    if not isinstance(checkpoint, dict) or key not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
     return checkpoint
 

@@ -1,0 +1,43 @@
+"""Log-odds: scores that rank as probabilities do, and are never rounded to 0 or 1 as those are.
+
+For class c with logits l, p_c = softmax(l)_c and z_c = l_c - log sum_{k != c} exp(l_k) = log(p_c / (1 - p_c)); the
+probability is sigmoid(z_c). In float64 p is 1 from z = 37 on, where z still tells images apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, log_expit, logit, logsumexp
+
+Array = NDArray[np.float64]
+
+
+def of_logits(logits: ArrayLike) -> Array:
+    """Log-odds float64 (..., classes) of each class against all others, from logits of that shape.
+
+    A single output is taken as that of a sigmoid: its logit is its log-odds.
+    """
+    values = np.asarray(logits, np.float64)
+    classes = values.shape[-1]
+    if classes == 1:
+        return values.copy()
+    others = [np.delete(values, c, axis=-1) for c in range(classes)]
+    return np.stack([values[..., c] - logsumexp(others[c], axis=-1) for c in range(classes)], -1)
+
+
+def of_probabilities(probabilities: ArrayLike) -> Array:
+    """log(p / (1 - p)), float64; infinite for 0 and 1."""
+    return np.asarray(logit(np.asarray(probabilities, np.float64)))
+
+
+def probabilities(log_odds: ArrayLike) -> Array:
+    """The inverse of `of_probabilities`."""
+    return np.asarray(expit(np.asarray(log_odds, np.float64)))
+
+
+def mean(log_odds: Array) -> Array:
+    """Log-odds (...) of the mean of the probabilities along the first axis of (n, ...), without rounding them."""
+    with np.errstate(invalid="ignore"):  # inf - inf where all are certain
+        found = logsumexp(log_expit(log_odds), axis=0) - logsumexp(log_expit(-log_odds), axis=0)
+    return np.asarray(np.where(np.isnan(found), log_odds.max(0), found))

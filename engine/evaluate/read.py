@@ -1,0 +1,303 @@
+"""Predictions from csv files: those of gigamorph predict, or any with a column of labels and one of scores."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.splits import check_leaks
+from ..data.tables import SPLITS, Record, read_table
+from ..data.tables.cells import Rows, read_rows
+from ..data.tables.values import box_around
+from ..errors import DataError
+from ..files import write_atomically
+from . import odds
+from .cases import Cases
+from .froc import Marked
+
+Array = NDArray[np.float64]
+ODDS, PROBABILITY, SCORE, LABEL = "log_odds_", "p_", "score_", "label_"
+_KEYS = ("patient_id", "exam_id", "laterality")
+
+
+def read_cases(
+    path: str | Path,
+    *,
+    table: str | Path | None = None,
+    label: str | None = None,
+    score: str | None = None,
+    split: str | None = None,
+) -> Cases:
+    """The images of a csv with their truth and scores; those without a label too.
+
+    The scores are the columns log_odds_NAME, else p_NAME (of few digits in older files: ties), else score_NAME, which
+    only rank. The truth is the column label (number or name of the class), or label_NAME for each NAME: several labels
+    at once.
+
+    Args:
+        table: csv of the images, joined by image_path: labels where the predictions have none, and columns by which
+            to make subgroups.
+        label: column of the truth, 1 or 0, instead.
+        score: column of the score instead: the probability of label 1 if all values are from 0 to 1, else any number
+            that is larger for 1, which then only ranks.
+        split: train, val or test, of which the rows are; "all" takes all. None is for files that hold one split only.
+
+    Raises:
+        DataError: what is wrong, with file and line: columns, labels, scores, a patient in two splits.
+    """
+    path = Path(path)
+    rows = _read(path)
+    if table is not None:
+        _join(rows, Path(table))
+    _choose_split(rows, split)
+    if not rows.rows:
+        raise DataError(f"{path}: holds no rows of split {split}" if split else f"{path}: holds no predictions")
+    names, scores, probable = _scores(rows, score, label)
+    kind, outputs, truth, scores = _truth(rows, label, names, scores)
+    keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in _KEYS}
+    used = {"image_path", *_KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE)))}
+    return Cases(
+        outputs=outputs,
+        truth=truth,
+        scores=scores,
+        names=tuple(row.get("image_path") or place for row, place in zip(rows.rows, rows.places, strict=True)),
+        patients=keys["patient_id"],
+        exams=keys["exam_id"],
+        sides=keys["laterality"],
+        kind=kind,
+        probable=probable,
+        columns={
+            name: tuple(row[name] for row in rows.rows)
+            for name in (*rows.header, "laterality")
+            if name in rows.header and (name not in used or name == "laterality")
+        },
+    )
+
+
+def write_cases(path: str | Path, cases: Cases) -> Path:
+    """Write cases so that `read_cases` reads them back: scores with all their digits. Returns the path."""
+    path = Path(path)
+    outputs, truth, scores = list(cases.outputs), cases.truth, cases.scores
+    if cases.kind == "binary" and cases.probable:
+        outputs, scores = [f"not_{outputs[0]}", outputs[0]], np.concatenate([-scores, scores], 1)
+    label_columns = [LABEL + name for name in outputs] if cases.kind == "labels" else ["label"]
+    further = [name for name in cases.columns if name not in (*_KEYS, *label_columns)]
+    score_columns = [(ODDS if cases.probable else SCORE) + name for name in outputs]
+
+    def rows(file: Any) -> None:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image_path", *_KEYS, *label_columns, *score_columns, *further])
+        labels = truth if cases.kind == "labels" else cases.labels[:, None]
+        for i, name in enumerate(cases.names):
+            known = ["" if np.isnan(v) or v < 0 else int(v) for v in labels[i]]
+            keys = (cases.patients[i], cases.exams[i], cases.sides[i])
+            values = [repr(float(value)) for value in scores[i]]
+            writer.writerow([name, *keys, *known, *values, *(cases.columns[column][i] for column in further)])
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            rows(file)
+
+    write_atomically(path, write, "table")
+    return path
+
+
+def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[list[Marked], int]:
+    """Marks and lesions of the images, for FROC, and the number of findings without box and outline, which are left
+    out.
+
+    Args:
+        marks: csv with image_path, score, and row and column, or top, bottom, left and right (their middle counts);
+            in pixels of the file as stored, as gigamorph explain writes them.
+        table: csv whose findings are the lesions.
+        images: those that count, with marks or without.
+
+    Raises:
+        DataError: for columns, numbers or images that do not fit.
+    """
+    found = _read(Path(marks))
+    found.require("image_path", "score")
+    boxes = {"top", "bottom", "left", "right"} <= set(found.header)
+    if not boxes:
+        found.require("row", "column")
+    wanted = {_place(name, Path()): number for number, name in enumerate(images.names)}
+    places: list[list[tuple[float, float]]] = [[] for _ in wanted]
+    scores: list[list[float]] = [[] for _ in wanted]
+    for place, row in zip(found.places, found.rows, strict=True):
+        number = wanted.get(_place(row["image_path"], Path()))
+        if number is None:
+            continue  # of another split
+        sides = [_number(row, name, found, place) for name in (("top", "bottom", "left", "right") if boxes else ())]
+        if boxes:
+            places[number].append(((sides[0] + sides[1]) / 2, (sides[2] + sides[3]) / 2))
+        else:
+            places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
+        scores[number].append(_number(row, "score", found, place))
+    lesions, without = _lesions(Path(table), wanted)
+    return [
+        Marked(
+            cluster,
+            np.array(lesions[number], np.float64).reshape(-1, 4),
+            np.array(places[number], np.float64).reshape(-1, 2),
+            np.array(scores[number], np.float64),
+        )
+        for number, cluster in enumerate(images.clusters)
+    ], without
+
+
+def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[float]]], int]:
+    boxes: list[list[Sequence[float]]] = [[] for _ in wanted]
+    without, seen = 0, set()
+    for record in read_table(table, labels=False, check_files=False).records:
+        number = wanted.get(os.path.abspath(record.path))
+        if number is None:
+            continue
+        seen.add(number)
+        for finding in record.findings:
+            box = finding.box
+            if box is None and finding.outline:
+                rows, columns = zip(*finding.outline, strict=True)
+                box = box_around(min(rows), max(rows), min(columns), max(columns))
+            if box is None:
+                without += 1
+            else:
+                boxes[number].append(box)
+    if len(seen) < len(wanted):
+        missing = next(name for name, number in wanted.items() if number not in seen)
+        raise DataError(f"{table}: has no row of {missing}; give the table that was predicted from")
+    return boxes, without
+
+
+def _read(path: Path) -> Rows:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return read_rows(path)
+
+
+def _place(name: str, folder: Path) -> str:
+    return os.path.abspath(folder / name)
+
+
+def _join(rows: Rows, table: Path) -> None:
+    """Add the table's columns to the rows; what a row has already is kept."""
+    rows.require("image_path")
+    own = _read(table)
+    aliases = {"dicom_path": "image_path", "study_id": "exam_id"}
+    header = [aliases.get(name, name) for name in own.header]
+    if "image_path" not in header:
+        raise DataError(f"{table}: column image_path is missing; it has {', '.join(own.header)}")
+    by_place: dict[str, dict[str, str]] = {}
+    for row in own.rows:
+        named = dict(zip(header, row.values(), strict=True))
+        by_place[_place(named["image_path"], table.parent)] = named
+    for place, row in zip(rows.places, rows.rows, strict=True):
+        found = by_place.get(_place(row["image_path"], Path()))
+        if found is None:
+            raise DataError(
+                f"{rows.path}, {place}: {row['image_path']} is not in {table}; give the table it was predicted from"
+            )
+        for name in header:
+            if not row.get(name):
+                row[name] = found[name]
+    rows.header.extend(name for name in header if name not in rows.header)
+
+
+def _choose_split(rows: Rows, split: str | None) -> None:
+    """Keep the rows of the split; `DataError` for a patient in two, and for several splits at once."""
+    if "split" not in rows.header:
+        if split not in (None, "all"):
+            raise DataError(f"{rows.path}: has no column split; leave --split out, or give the table with --table")
+        return
+    given = {row["split"] for row in rows.rows}
+    if {"patient_id", "image_path"} <= set(rows.header):
+        check_leaks(
+            [
+                Record(Path(row["image_path"]), -1, row["patient_id"], split=row["split"])
+                for row in rows.rows
+                if row["split"] in SPLITS and row["patient_id"]
+            ]
+        )
+    if split == "all" or (split is None and len(given) == 1):
+        return
+    if split is None:
+        names = ", ".join(sorted(name or "none" for name in given))
+        raise DataError(f"{rows.path}: holds images of several splits ({names}); say which with --split test")
+    kept = [n for n, row in enumerate(rows.rows) if row["split"] == split]
+    rows.places[:] = [rows.places[n] for n in kept]
+    rows.rows[:] = [rows.rows[n] for n in kept]
+
+
+def _scores(rows: Rows, score: str | None, label: str | None) -> tuple[list[str], Array, bool]:
+    """Names of the outputs, scores (rows, outputs), and whether they are log-odds."""
+    if score is not None:
+        rows.require(score)
+        values = _table(rows, [score])
+        probable = bool(((values >= 0) & (values <= 1)).all())
+        return [(label or "label").removeprefix(LABEL)], odds.of_probabilities(values) if probable else values, probable
+    for prefix in (ODDS, PROBABILITY, SCORE):
+        columns = [name for name in rows.header if name.startswith(prefix)]
+        if columns:
+            values = _table(rows, columns)
+            if prefix == PROBABILITY:
+                if not ((values >= 0) & (values <= 1)).all():
+                    raise DataError(f"{rows.path}: columns p_... hold numbers below 0 or above 1: no probabilities")
+                values = odds.of_probabilities(values)
+            return [name.removeprefix(prefix) for name in columns], values, prefix != SCORE
+    there = ", ".join(rows.header)
+    raise DataError(f"{rows.path}: has no column log_odds_NAME, p_NAME or score_NAME, but {there}; name one: --score")
+
+
+def _truth(rows: Rows, label: str | None, names: list[str], scores: Array) -> tuple[Any, tuple[str, ...], Array, Array]:
+    """Kind, outputs, truth and scores of these."""
+    several = [LABEL + name for name in names]
+    if label is None and len(names) > 1 and set(several) <= set(rows.header):
+        return "labels", tuple(names), _numbers(rows, several), scores
+    column = label or ("label" if "label" in rows.header or len(names) != 1 else several[0])
+    rows.require(column)
+    if len(names) == 1:
+        return "binary", (names[0],), _numbers(rows, [column]), scores
+    numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
+    found = []
+    for place, row in zip(rows.places, rows.rows, strict=True):
+        if row[column] and row[column] not in numbers:
+            raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is none of the classes {', '.join(names)}")
+        found.append(numbers.get(row[column], -1))
+    labels = np.array(found)
+    truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(names))[labels])
+    if len(names) == 2:
+        return "binary", (names[1],), truth[:, 1:], scores[:, 1:]
+    return "classes", tuple(names), truth, scores
+
+
+def _numbers(rows: Rows, columns: Sequence[str]) -> Array:
+    """Labels 1, 0, or NaN where the cell is empty."""
+    found = np.full((len(rows.rows), len(columns)), np.nan)
+    for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
+        for j, column in enumerate(columns):
+            if row[column]:
+                found[i, j] = _number(row, column, rows, place)
+                if found[i, j] not in (0, 1):
+                    raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is neither 1 nor 0, nor empty")
+    return found
+
+
+def _table(rows: Rows, columns: Sequence[str]) -> Array:
+    """The numbers of some columns."""
+    pairs = zip(rows.places, rows.rows, strict=True)
+    return np.array([[_number(row, column, rows, place) for column in columns] for place, row in pairs])
+
+
+def _number(row: dict[str, str], column: str, rows: Rows, place: str) -> float:
+    try:
+        value = float(row[column])
+    except ValueError as error:
+        raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is no number") from error
+    if np.isnan(value):
+        raise DataError(f"{rows.path}, {place}: {column} is not a number (NaN)")
+    return value

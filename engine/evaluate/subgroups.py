@@ -1,0 +1,86 @@
+"""The same measures in parts of the rows: by view, density, manufacturer, age."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from . import curves, roc
+from .bootstrap import Resamples
+from .cases import Cases
+from .measures import one_class
+
+_FEW = 12  # numbers with more distinct values than this are put into bands
+
+
+def bands(values: Sequence[str], name: str) -> list[str]:
+    """The subgroup of each value: itself; for a column of many numbers its decade (ages) or quarter; "" if empty."""
+    numbers = [_number(value) for value in values]
+    given = [n for n, value in zip(numbers, values, strict=True) if value]
+    if any(n is None for n in given) or len(set(given)) <= _FEW:
+        return list(values)
+    if "age" in name.lower().split("_"):
+        return ["" if n is None else f"{int(n // 10) * 10}-{int(n // 10) * 10 + 9}" for n in numbers]
+    edges = np.unique(np.quantile(np.array(given, np.float64), [0, 0.25, 0.5, 0.75, 1]))
+    texts = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
+    last = len(texts) - 1
+    return ["" if n is None else texts[min(int(np.searchsorted(edges, n, "right")) - 1, last)] for n in numbers]
+
+
+def subgroups(
+    cases: Cases, column: int, by: str, threshold: float | None, *, count: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Of each value of a column: rows, patients, AUC with intervals, sensitivity and specificity at one threshold.
+
+    Args:
+        cases: at their level; values of several images of a breast are joined with a plus sign.
+        column: of the output.
+        by: name of the column.
+        threshold: score from which on a row is called, the same for all subgroups; None leaves these two out.
+
+    Raises:
+        DataError: if there is no such column.
+    """
+    if by not in cases.columns:
+        there = ", ".join(sorted(cases.columns)) or "none"
+        raise DataError(f"no column {by!r} to make subgroups by; there are {there} (--table joins those of the table)")
+    names = np.array(bands(cases.columns[by], by), dtype=str)
+    known = ~np.isnan(cases.truth[:, column])
+    return [
+        {"value": value or "not known", **_part(cases.where(known & (names == value)), column, threshold, count, seed)}
+        for value in sorted(set(names[known]), key=lambda text: (text == "", _number(text.split("-")[0]) or 0, text))
+    ]
+
+
+def _part(part: Cases, column: int, threshold: float | None, count: int, seed: int) -> dict[str, Any]:
+    truth, scores = part.truth[:, column], part.scores[:, column]
+    positives = int(truth.sum())
+    found: dict[str, Any] = {"rows": len(part), "patients": len(set(part.clusters)), "positives": positives}
+    if not 0 < positives < len(part):
+        found["undefined"] = one_class(len(part), positives, part.level)
+    else:
+        resamples = Resamples(part.clusters, count, seed)
+        weighted = curves.WeightedCurves(truth, scores)
+        around = resamples.intervals(lambda w: {"auc": curves.auc(*weighted.counts(w))})["auc"]
+        found["auc"] = {
+            "value": roc.auc(truth, scores),
+            "delong": roc.delong_interval(truth, roc.ranks(scores)),
+            "bootstrap": around,
+        }
+    if threshold is not None:
+        called: NDArray[np.bool_] = scores >= threshold
+        found["sensitivity"] = float(called[truth > 0].mean()) if positives else None
+        found["specificity"] = float((~called[truth == 0]).mean()) if positives < len(part) else None
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,24 @@
+"""Published methods, ready to run. A recipe's module is imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ..errors import GigamorphError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+RECIPES: dict[str, str] = {}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A recipe by its name.
+
+    Raises:
+        GigamorphError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise GigamorphError(f"recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
+    return importlib.import_module(f".{name}", __name__).RECIPE

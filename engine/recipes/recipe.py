@@ -1,0 +1,133 @@
+"""What a recipe is: a published method with its configuration, its training, and a synthetic task that shows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..data.tables import Record
+from ..errors import DataError, GigamorphError
+from ..files import write_atomically
+from ..train.checkpoint import versions
+from ..train.progress import Report
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where, and with what, a recipe runs."""
+
+    out: Path
+    seed: int = 0
+    device: str = "cpu"
+    memory_budget: int | None = None
+    """Bytes of a step; None lets the engine take what is free."""
+    resume: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    report: Report | None = None
+    """Called while it works, for a progress bar."""
+    say: Callable[[str], None] = _silent
+    """Called with a line for people."""
+
+    def part(self, name: str) -> Run:
+        """The run of a part of the recipe, in a folder of its own."""
+        return replace(self, out=self.out / name)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a synthetic task shows of a paper's claim."""
+
+    claim: str
+    """The paper's sentence, in our words."""
+    rule: str
+    """When the claim holds, said of `rows`."""
+    rows: list[dict[str, Any]]
+    """What was measured: plain numbers and texts, a row per seed where it is statistical."""
+    holds: bool
+    """The rule, applied to the rows."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published method that can be run."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    config: type
+    """A frozen dataclass whose defaults are the published hyper-parameters; `configs/NAME.toml` tells their sources."""
+    train: Callable[[Path, Any, Run], dict[str, Any]]
+    """(table, config, run) -> metrics, plain values; writes into run.out."""
+    synthetic: Callable[[Run, Sequence[int]], Claim]
+    """(run, seeds) -> what the synthetic task shows."""
+
+
+def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> None:
+    """Note in ``recipe.json`` what run this is, or check that it is the one to be resumed.
+
+    Raises:
+        GigamorphError: if the folder holds another run, or one that is not to be resumed, or none that could be.
+    """
+    path = run.out / "recipe.json"
+    split = [["/".join(r.path.parts[-2:]), r.patient_id, r.label, r.split] for r in records]
+    note = {
+        "recipe": name,
+        "seed": run.seed,
+        "precision": run.precision,
+        "config": json.loads(json.dumps(asdict(config))),
+        # It is passed on: it tells whether the data are the same, not who is in them.
+        "split_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
+    }
+    if not run.resume:
+        if path.exists():
+            raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
+        text = json.dumps({**note, "versions": versions()}, indent=1) + "\n"
+        write_atomically(path, lambda p: p.write_text(text), "run's record")
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise GigamorphError(f"{run.out}: holds no run of a recipe to resume; leave out --resume") from None
+    except (OSError, ValueError) as error:
+        raise GigamorphError(f"{path}: cannot be read ({error}); name another folder") from error
+    if stored.get("split_sha256") != note["split_sha256"]:
+        raise DataError(f"{path}: belongs to other data or another split; resume with the table it was begun with")
+    for key in ("recipe", "seed", "precision"):
+        if stored.get(key) != note[key]:
+            raise GigamorphError(f"{path}: was begun with {key} {stored.get(key)!r}, not {note[key]!r}; give the same")
+    for key, value in note["config"].items():
+        if stored["config"].get(key) != value:
+            raise GigamorphError(f"{path}: was begun with another {key} in its configuration; resume with the same")
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write ``metrics.json`` and return what is in it."""
+    metrics = {**metrics, "seed": run.seed, "versions": versions()}
+    text = json.dumps(metrics, indent=1) + "\n"
+    write_atomically(run.out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    return metrics
+
+
+def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
+    """Run a recipe's synthetic task and keep its claim in ``claim.json``.
+
+    Raises:
+        GigamorphError: if the folder holds a claim already.
+    """
+    path = run.out / "claim.json"
+    if path.exists():
+        raise GigamorphError(f"{path}: is there already; name another folder")
+    claim = recipe.synthetic(run, seeds)
+    text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions()}, indent=1) + "\n"
+    write_atomically(path, lambda p: p.write_text(text), "claim")
+    return claim

@@ -1,0 +1,119 @@
+"""Stages of training: which parameters learn, at which rate, and what the layers around them do meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..errors import GigamorphError
+
+_NORM = nn.modules.batchnorm._BatchNorm
+_DROPOUT = nn.modules.dropout._DropoutNd
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. An optimizer is made anew for each; patterns are matched against names with `fnmatch`."""
+
+    name: str
+    epochs: int
+    lr: float
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of parameters, or of modules, all of whose parameters are meant; all others are frozen."""
+    weight_decay: float = 0.0
+    """On weights, not on biases and norms. With "adam" and "sgd" it is a gradient, with "adamw" a decay of its own."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    momentum: float = 0.9
+    """Of "sgd", Nesterov's where it is not zero."""
+    batch_size: int = 1
+    accumulate: int = 1
+    """Batches per optimizer step, whose losses are averaged."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """"cosine" rises over the first tenth of the stage and then falls to zero."""
+    plateau: int | None = None
+    """The rate is divided by ten after so many epochs without a better score."""
+    patience: int | None = None
+    """The stage ends after so many epochs without a better score."""
+    dropout: float | None = None
+    """Probability of every dropout layer; None leaves each as it was built."""
+    batch_norm: Literal["train", "eval", "trainable"] = "train"
+    """"eval": all use and keep their stored statistics; "trainable": only those whose weights are frozen do."""
+    clip: float | None = None
+    """Largest norm of the gradients of a step."""
+
+
+def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
+    """Names of the parameters that a stage trains, in the module's order.
+
+    Raises:
+        GigamorphError: if a pattern names no parameter.
+    """
+    found: dict[str, None] = {}
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in stage.trainable:
+        hits = [name for name in names if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
+        if not hits:
+            there = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise GigamorphError(
+                f"stage '{stage.name}': {pattern!r} names no parameter of the network, whose parts are {there}"
+            )
+        found |= dict.fromkeys(hits)
+    return [name for name in names if name in found]
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+@contextlib.contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """On the way out, parameters learn or not, and dropout layers drop, as they did before."""
+    wants = [(p, p.requires_grad) for p in module.parameters()]
+    drops = [(m, m.p) for m in module.modules() if isinstance(m, _DROPOUT)]
+    try:
+        yield
+    finally:
+        for parameter, flag in wants:
+            parameter.requires_grad_(flag)
+        for layer, p in drops:
+            layer.p = p
+
+
+def freeze(module: nn.Module, stage: Stage) -> None:
+    """Let the stage's parameters learn and no others, and set its dropout."""
+    wanted = set(trainable_names(module, stage))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        parameter.grad = None
+    if stage.dropout is not None:
+        for layer in module.modules():
+            if isinstance(layer, _DROPOUT):
+                layer.p = stage.dropout
+
+
+def train_mode(module: nn.Module, stage: Stage) -> None:
+    """Training mode, with BatchNorm as the stage wants it; call `freeze` first."""
+    module.train()
+    for layer in module.modules():
+        if isinstance(layer, _NORM):
+            own = [p.requires_grad for p in layer.parameters(recurse=False)]
+            if stage.batch_norm == "eval" or (stage.batch_norm == "trainable" and own and not any(own)):
+                layer.eval()
+
+
+def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    decayed, others = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.momentum > 0)
+    return (torch.optim.Adam if stage.optimizer == "adam" else torch.optim.AdamW)(groups, lr=stage.lr)

@@ -1,0 +1,60 @@
+"""Resampled patients: the spread that it finds is the spread that there is."""
+
+import numpy as np
+import pytest
+
+from gigamorph.engine.evaluate.bootstrap import Resamples, interval
+
+
+def mean_of(values):
+    return lambda weights: {"mean": weights @ values / weights.sum(1)}
+
+
+def test_rows_of_a_patient_come_together():
+    clusters = ["b", "a", "b", "c", "b"]
+    resamples = Resamples(clusters, 300)
+    weights = np.concatenate(list(resamples.weights()))
+    assert weights.shape == (300, 5)
+    assert (weights[:, [0]] == weights[:, [2, 4]]).all()
+    assert (weights[:, 0] + weights[:, 1] + weights[:, 3] == 3).all()  # three patients are drawn
+    masked = np.concatenate(list(resamples.weights(np.array([True, False, True, False, False]))))
+    assert (masked == weights[:, [0, 2]]).all()
+
+
+def test_the_spread_of_a_mean_is_that_of_the_patients_not_of_the_rows():
+    random = np.random.default_rng(0)
+    of_patient = random.normal(size=200)
+    values = np.repeat(of_patient, 4)  # four views that say the same
+    clusters = [f"p{i}" for i in range(200) for _ in range(4)]
+    together = Resamples(clusters, 2000).values(mean_of(values))["mean"].std()
+    apart = Resamples([str(i) for i in range(800)], 2000).values(mean_of(values))["mean"].std()
+    assert together == pytest.approx(of_patient.std() / np.sqrt(200), rel=0.06)
+    assert apart == pytest.approx(together / 2, rel=0.06)  # too sure by the root of four
+
+
+def test_intervals_of_clustered_rows_cover_the_truth():
+    random = np.random.default_rng(1)
+    covered = {True: 0, False: 0}
+    for _ in range(200):
+        values = np.repeat(random.normal(size=40), 4) + 0.3 * random.normal(size=160)
+        for clustered in covered:
+            names = [str(i // 4 if clustered else i) for i in range(160)]
+            low, high = Resamples(names, 300).intervals(mean_of(values))["mean"]
+            covered[clustered] += low <= 0 <= high
+    assert covered[True] >= 180 and covered[False] <= 160
+
+
+def test_the_seed_decides_and_nothing_else():
+    clusters = [str(i) for i in range(30)]
+    values = np.arange(30.0)
+    one, two, other = (Resamples(clusters, 50, seed).intervals(mean_of(values))["mean"] for seed in (3, 3, 4))
+    assert one == two != other
+
+
+def test_an_interval_needs_nine_in_ten_resamples():
+    values = np.arange(100.0)
+    assert interval(values) == pytest.approx((2.475, 96.525))
+    values[:10] = np.nan
+    assert interval(values) is not None
+    values[10] = np.nan
+    assert interval(values) is None

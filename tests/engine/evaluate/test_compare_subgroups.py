@@ -1,0 +1,93 @@
+"""Two predictions of the same rows; the same measures in parts of the rows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gigamorph.engine import DataError
+from gigamorph.engine.evaluate import roc
+from gigamorph.engine.evaluate.cases import Cases
+from gigamorph.engine.evaluate.compare import compare
+from gigamorph.engine.evaluate.subgroups import bands, subgroups
+
+
+@pytest.fixture
+def cases() -> Cases:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 120)
+    return Cases(
+        outputs=("cancer",),
+        truth=labels[:, None].astype(float),
+        scores=(random.normal(size=120) + labels)[:, None],
+        names=tuple(f"i{n}" for n in range(120)),
+        patients=tuple(f"p{n // 2}" for n in range(120)),
+        exams=("",) * 120,
+        sides=("",) * 120,
+        columns={
+            "density": tuple("ABCD"[n % 4] for n in range(120)),
+            "age": tuple(str(30 + n % 50) for n in range(120)),
+        },
+    )
+
+
+def test_comparison_pairs_by_name_and_tests_as_delong(cases):
+    other = replace(cases, scores=cases.scores + np.random.default_rng(1).normal(size=(120, 1)))
+    order = np.random.default_rng(2).permutation(120)[:100]
+    found = compare(cases, other.where(order), count=500)
+    kept = np.sort(order)
+    expected = roc.paired_delong(cases.truth[kept, 0], cases.scores[kept, 0], other.scores[kept, 0])
+    assert (found["rows"], found["left_out"]) == (100, 20)
+    assert found["cancer"]["p"] == pytest.approx(expected.p) and found["cancer"]["second"] == expected.second
+    low, high = found["cancer"]["bootstrap"]
+    assert low < expected.difference < high
+    assert (low, high) == pytest.approx(expected.interval, abs=0.04)
+
+
+def test_comparison_of_equal_rankings_says_why_it_has_no_p(cases):
+    found = compare(cases, replace(cases, scores=cases.scores * 2), count=50)["cancer"]
+    assert found["p"] is None and found["difference"] == 0 and "rank alike" in found["why"]
+
+
+def test_comparison_refuses_what_cannot_be_paired(cases):
+    with pytest.raises(DataError, match="i3: the two predictions have different labels"):
+        truth = cases.truth.copy()
+        truth[3] = 1 - truth[3]
+        compare(cases, replace(cases, truth=truth))
+    with pytest.raises(DataError, match="no image in common"):
+        compare(cases, replace(cases, names=tuple(f"j{n}" for n in range(120))))
+    with pytest.raises(DataError, match="i0: is there twice"):
+        compare(cases, cases.where([0, 0, 1]))
+    with pytest.raises(DataError, match="other outputs: cancer; mass"):
+        compare(cases, replace(cases, outputs=("mass",)))
+
+
+def test_subgroups_have_their_own_areas_at_one_threshold(cases):
+    found = subgroups(cases, 0, "density", 0.5, count=50)
+    assert [row["value"] for row in found] == list("ABCD") and sum(row["rows"] for row in found) == 120
+    for number, row in enumerate(found):
+        part = cases.where(np.arange(120) % 4 == number)
+        assert row["auc"]["value"] == roc.auc(part.truth[:, 0], part.scores[:, 0])
+        called = part.scores[:, 0] >= 0.5
+        assert row["sensitivity"] == called[part.truth[:, 0] == 1].mean()
+        assert row["specificity"] == (~called)[part.truth[:, 0] == 0].mean()
+    with pytest.raises(DataError, match="no column 'maker' to make subgroups by; there are age, density"):
+        subgroups(cases, 0, "maker", None)
+
+
+def test_a_subgroup_of_one_class_says_so(cases):
+    one = replace(cases, columns={"maker": tuple("x" if t else "" for t in cases.truth[:, 0])})
+    found = subgroups(one, 0, "maker", None, count=20)
+    assert [row["value"] for row in found] == ["x", "not known"] and all(
+        "one class only" in r["undefined"] for r in found
+    )
+
+
+def test_numbers_are_put_into_decades_or_quarters():
+    ages = [str(age) for age in range(38, 72)]
+    assert bands(ages, "age")[:3] == ["30-39", "30-39", "40-49"] and bands(["61", "40"], "age") == ["61", "40"]
+    values = [str(n) for n in range(100)]
+    quarters = bands([*values, ""], "thickness")
+    assert [quarters.count(name) for name in dict.fromkeys(quarters)] == [25, 25, 25, 25, 1]
+    assert quarters[0] == "0 to 24.75" and quarters[99] == "74.25 to 99"
+    assert bands(["CC", "MLO"], "view") == ["CC", "MLO"]

@@ -1,0 +1,62 @@
+"""Free-response ROC of marks that can be counted by hand."""
+
+import numpy as np
+import pytest
+
+from gigamorph.engine.evaluate import froc
+from gigamorph.engine.evaluate.froc import Marked
+
+
+def image(patient, boxes, marks) -> Marked:
+    """`marks`: (row, column, score)."""
+    marks = np.array(marks, float).reshape(-1, 3)
+    return Marked(patient, np.array(boxes, float).reshape(-1, 4), marks[:, :2], marks[:, 2])
+
+
+IMAGES = [
+    # Two lesions; one is hit twice, the other once; one false mark.
+    image("a", [(0, 10, 0, 10), (20, 30, 20, 30)], [(5, 5, 0.9), (9, 9, 0.3), (25, 25, 0.5), (15, 15, 0.7)]),
+    # No lesion, two marks.
+    image("b", [], [(1, 1, 0.6), (2, 2, 0.2)]),
+    # A lesion that nothing finds: its end is excluded.
+    image("c", [(0, 10, 0, 10)], [(10, 5, 0.8)]),
+    image("d", [], []),
+]
+
+
+def test_curve_by_hand():
+    false, sensitivity = froc.curve(froc.events(IMAGES))
+    # thresholds:               none  0.9  0.8  0.7  0.6  0.5  0.2
+    assert (false[0] * 4).tolist() == [0, 0, 1, 2, 3, 3, 4]
+    assert (sensitivity[0] * 3).tolist() == pytest.approx([0, 1, 1, 1, 1, 2, 2])
+
+
+def test_measure_by_hand():
+    found = froc.measure(IMAGES, count=200)
+    assert (found["images"], found["images_with_lesions"], found["lesions"], found["marks"]) == (4, 2, 3, 7)
+    values = {row["false_marks_per_image"]: row["value"] for row in found["sensitivity"]}
+    third = pytest.approx(1 / 3)
+    assert values == {0.125: third, 0.25: third, 0.5: third, 1: pytest.approx(2 / 3), 2: pytest.approx(2 / 3),
+                      4: pytest.approx(2 / 3), 8: pytest.approx(2 / 3)}  # fmt: skip
+    assert found["mean_sensitivity"]["value"] == pytest.approx((3 * 1 / 3 + 4 * 2 / 3) / 7)
+
+
+def test_a_mark_in_two_boxes_finds_both_and_ties_happen_at_once():
+    one = froc.events([image("a", [(0, 10, 0, 10), (5, 15, 5, 15)], [(7, 7, 1.0), (50, 50, 1.0)])])
+    false, sensitivity = froc.curve(one)
+    assert false[0].tolist() == [0, 1] and sensitivity[0].tolist() == [0, 1]
+
+
+def test_weights_are_images_written_several_times():
+    times = np.array([2, 0, 3, 1])
+    false, sensitivity = froc.curve(froc.events(IMAGES), times[None].astype(float))
+    many = [one for one, n in zip(IMAGES, times, strict=True) for _ in range(n)]
+    expected_false, expected = froc.curve(froc.events(many))
+    for rate in froc.RATES:
+        assert froc.sensitivity_at(false, sensitivity, rate) == froc.sensitivity_at(expected_false, expected, rate)
+
+
+def test_without_lesions_it_says_so():
+    assert "no image" in froc.measure([IMAGES[1]])["undefined"]
+    found = froc.measure([image("a", [(0, 5, 0, 5)], [])], count=10)
+    assert found["mean_sensitivity"]["value"] == 0

@@ -1,0 +1,152 @@
+"""Every measure against scikit-learn where it has it, else against its definition, on random rows with ties."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit
+from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, f1_score, roc_curve
+
+from gigamorph.engine.evaluate import curves, measures
+from gigamorph.engine.evaluate.bootstrap import Resamples
+from gigamorph.engine.evaluate.cases import Cases
+
+
+def binary(labels, scores, patients=None, **more) -> Cases:
+    n = len(labels)
+    return Cases(
+        outputs=("cancer",),
+        truth=np.asarray(labels, float)[:, None],
+        scores=np.asarray(scores, float)[:, None],
+        names=tuple(f"image{i}" for i in range(n)),
+        patients=tuple(patients or [f"p{i}" for i in range(n)]),
+        exams=("",) * n,
+        sides=("",) * n,
+        **more,
+    )
+
+
+@st.composite
+def rows(draw):
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n = draw(st.integers(4, 60))
+    labels = np.concatenate([[0, 0, 1, 1], random.integers(0, 2, n - 4)])
+    z = random.normal(size=n) * draw(st.sampled_from([0.5, 2, 8]))
+    return random.permutation(labels), z.round(1) if draw(st.booleans()) else z
+
+
+@given(rows(), st.integers(0, 100))
+def test_weighted_curves_are_scikit_learns(case, seed):
+    labels, z = case
+    weights = np.random.default_rng(seed).uniform(0.1, 3, (2, len(z)))
+    true, false = curves.WeightedCurves(labels, z).counts(weights)
+    expected = [average_precision_score(labels, z, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(curves.average_precision(true, false), expected, rtol=0, atol=1e-12)
+    for rate in (0.0, 0.5, 0.9, 1.0):
+        for row, w in enumerate(weights):
+            fpr, tpr, _ = roc_curve(labels, z, sample_weight=w, drop_intermediate=False)
+            sensitivity = tpr[1 - fpr >= rate - 1e-9].max()
+            specificity = (1 - fpr)[tpr >= rate - 1e-9].max()
+            assert curves.sensitivity_at(true, false, rate)[row] == pytest.approx(sensitivity, rel=0, abs=1e-12)
+            assert curves.specificity_at(true, false, rate)[row] == pytest.approx(specificity, rel=0, abs=1e-12)
+    grid = np.linspace(0, 1, 7)
+    fpr, tpr, _ = roc_curve(labels, z, sample_weight=weights[0], drop_intermediate=False)
+    at = curves.rates(true, false, grid)[0]
+    inner = [k for k, g in enumerate(grid) if not np.isclose(fpr, g).any()]  # at a step both ends are on the curve
+    np.testing.assert_allclose(at[inner], np.interp(grid, fpr, tpr)[inner], rtol=0, atol=1e-12)
+
+
+@given(rows())
+def test_all_measures_of_an_output(case):
+    labels, z = case
+    cases = binary(labels, z)
+    found = measures.measure_output(cases, 0, Resamples(cases.clusters, 20), (0.8, 0.95))
+    assert found["positives"] == labels.sum() and found["negatives"] == (labels == 0).sum()
+    p = expit(z)
+    assert found["average_precision"]["value"] == pytest.approx(average_precision_score(labels, z), rel=0, abs=1e-12)
+    assert found["brier"]["value"] == pytest.approx(brier_score_loss(labels, p), rel=0, abs=1e-12)
+    for point in (*found["sensitivity_at_specificity"], *found["specificity_at_sensitivity"]):
+        called = z >= (np.inf if point["threshold"] is None else point["log_odds"])
+        sensitivity, specificity = called[labels == 1].mean(), (~called)[labels == 0].mean()
+        both = (sensitivity, specificity)
+        value, fixed = both if point in found["sensitivity_at_specificity"] else both[::-1]
+        assert point["value"] == pytest.approx(value) and fixed >= point["at"] - 1e-12
+
+
+@given(rows(), st.integers(0, 100))
+def test_resampled_values_are_those_of_repeated_rows(case, seed):
+    """A weight of three is the row written three times."""
+    labels, z = case
+    times = np.random.default_rng(seed).integers(0, 4, len(z))
+    if len(set(np.repeat(labels, times))) < 2:
+        return
+    many, scores = np.repeat(labels, times), np.repeat(z, times)
+    true, false = curves.WeightedCurves(labels, z).counts(times[None].astype(float))
+    assert curves.average_precision(true, false)[0] == pytest.approx(average_precision_score(many, scores), abs=1e-12)
+    weights = times[None].astype(float)
+    assert measures.pf1(labels, expit(z), weights)[0] == pytest.approx(measures.pf1(many, expit(scores))[0], abs=1e-12)
+
+
+def test_pf1_of_hard_calls_is_f1_and_of_the_competitions_code():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 50)
+    called = random.integers(0, 2, 50)
+    assert measures.pf1(labels, called)[0] == pytest.approx(f1_score(labels, called), abs=1e-12)
+    p = random.uniform(size=50)
+    # As the RSNA competition prints it.
+    y_true_count = ctp = cfp = 0.0
+    for label, prediction in zip(labels, p, strict=True):
+        if label:
+            y_true_count += 1
+            ctp += prediction
+        else:
+            cfp += prediction
+    c_precision, c_recall = ctp / (ctp + cfp), ctp / y_true_count
+    expected = 2 * (c_precision * c_recall) / (c_precision + c_recall)
+    assert measures.pf1(labels, p)[0] == pytest.approx(expected, abs=1e-12)
+    assert measures.pf1([1, 0], [0.0, 0.0])[0] == 0 and np.isnan(measures.pf1([0, 0], [0.5, 0.1])[0])
+
+
+@given(st.integers(0, 10000), st.integers(2, 5))
+def test_quadratic_kappa_is_scikit_learns_with_weights_too(seed, classes):
+    random = np.random.default_rng(seed)
+    labels, predicted = random.integers(0, classes, (2, 30))
+    times = random.integers(0, 3, (2, 30)).astype(float)
+    expected = cohen_kappa_score(labels, predicted, weights="quadratic")
+    assert measures.quadratic_kappa(labels, predicted, classes) == pytest.approx(expected, rel=0, abs=1e-12)
+    found = measures.weighted_kappa(labels, predicted, classes, times)
+    expected = [cohen_kappa_score(labels, predicted, weights="quadratic", sample_weight=w) for w in times]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_classes_are_measured_by_kappa_and_the_mean_of_their_areas():
+    labels = np.array([0, 1, 2, 2, 1, 0])
+    cases = Cases(
+        outputs=("a", "b", "c"),
+        truth=np.eye(3)[labels],
+        scores=np.eye(3)[[0, 1, 2, 1, 1, 0]] * 4 - 2,
+        names=tuple("uvwxyz"),
+        patients=tuple("uvwxyz"),
+        exams=("",) * 6,
+        sides=("",) * 6,
+        kind="classes",
+    )
+    resamples = Resamples(cases.clusters, 50)
+    found = measures.measure_classes(cases, resamples)
+    assert found["confusion"] == [[2, 0, 0], [0, 2, 0], [0, 1, 1]]
+    assert found["kappa"]["value"] == pytest.approx(cohen_kappa_score(labels, cases.predicted, weights="quadratic"))
+    mean = measures.measure_mean(cases, resamples)
+    assert mean["value"] == pytest.approx((1 + 0.875 + 0.75) / 3) and mean["left_out"] == []
+
+
+def test_one_class_is_said_and_nothing_is_made_up():
+    cases = binary([1, 1, 1], [0, 1, 2])
+    found = measures.measure_output(cases, 0, Resamples(cases.clusters, 10), (0.9,))
+    assert found["undefined"] == "one class only: all 3 images are positive" and "auc" not in found
+
+
+def test_scores_that_only_rank_have_no_calibration():
+    cases = binary([0, 1, 0, 1], [3, 900, 5, 4], probable=False)
+    found = measures.measure_output(cases, 0, Resamples(cases.clusters, 10), (0.5,))
+    assert found["auc"]["value"] == 0.75 and not {"brier", "ece", "pf1", "calibration"} & set(found)
+    assert found["sensitivity_at_specificity"][0]["threshold"] == 4.0

@@ -1,0 +1,156 @@
+"""Predictions and tables from csv files, and every mistake in them in one line."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+
+from gigamorph.engine import DataError
+from gigamorph.engine.evaluate.read import read_cases, read_marks, write_cases
+
+
+def write(path, text):
+    path.write_text(text.replace(" ", ""))
+    return path
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    return write(
+        tmp_path / "predictions.csv",
+        f"""image_path,patient_id,laterality,view,label,p_0,p_1
+        {tmp_path}/a.png,p1,L,CC,0,0.9,0.1
+        {tmp_path}/b.png,p1,L,MLO,1,0.4,0.6
+        {tmp_path}/c.png,p2,R,CC,,0.5,0.5
+        """,
+    )
+
+
+def test_two_classes_are_the_second_against_the_first(predictions):
+    cases = read_cases(predictions)
+    assert (cases.kind, cases.outputs, cases.probable) == ("binary", ("1",), True)
+    np.testing.assert_array_equal(cases.truth[:, 0], [0, 1, np.nan])
+    np.testing.assert_allclose(cases.scores[:, 0], logit([0.1, 0.6, 0.5]))
+    assert cases.patients == ("p1", "p1", "p2") and cases.sides == ("L", "L", "R")
+    assert set(cases.columns) == {"view", "label", "laterality"}
+
+
+def test_log_odds_count_and_not_the_rounded_probabilities(tmp_path):
+    path = write(
+        tmp_path / "p.csv",
+        "image_path,label,p_benign,p_malignant,log_odds_benign,log_odds_malignant\n"
+        "a,benign,0,1,-50.25,50.25\nb,malignant,0,1,-60,60\n",
+    )
+    assert read_cases(path).scores[:, 0].tolist() == [50.25, 60] and read_cases(path).outputs == ("malignant",)
+
+
+def test_the_table_gives_labels_and_columns(predictions, tmp_path):
+    table = write(
+        tmp_path / "t.csv",
+        """image_path,label,patient_id,density,split
+        c.png,1,q,B,test
+        b.png,0,q,C,test
+        a.png,0,q,D,test
+        """,
+    )
+    cases = read_cases(predictions, table=table)
+    assert cases.truth[:, 0].tolist() == [0, 1, 1]  # what the predictions have stays
+    assert cases.columns["density"] == ("D", "C", "B")
+    write(tmp_path / "t.csv", "image_path,label\na.png,1\nb.png,0\n")
+    with pytest.raises(DataError, match=r"line 4: .*c\.png is not in .*t\.csv"):
+        read_cases(predictions, table=table)
+
+
+def test_splits(predictions, tmp_path):
+    lines = "image_path,split,patient_id\na.png,train,{}\nb.png,test,p1\nc.png,test,p2\n"
+    (tmp_path / "p.csv").write_text(predictions.read_text().replace("a.png,p1", "a.png,"))
+    table = write(tmp_path / "t.csv", lines.format("p0"))
+    assert read_cases(tmp_path / "p.csv", table=table, split="test").names == (f"{tmp_path}/b.png", f"{tmp_path}/c.png")
+    assert len(read_cases(tmp_path / "p.csv", table=table, split="all")) == 3
+    with pytest.raises(DataError, match=r"several splits \(test, train\); say which with --split test"):
+        read_cases(tmp_path / "p.csv", table=table)
+    with pytest.raises(DataError, match="no rows of split val"):
+        read_cases(tmp_path / "p.csv", table=table, split="val")
+    with pytest.raises(DataError, match="has no column split"):
+        read_cases(predictions, split="test")
+    with pytest.raises(DataError, match="patient p1 is in train and test"):
+        read_cases(predictions, table=table, split="test")
+
+
+def test_any_columns_of_label_and_score(tmp_path):
+    path = write(tmp_path / "x.csv", "id,cancer,prob,rank\n1,0,0.2,7\n2,1,0.9,30\n")
+    cases = read_cases(path, label="cancer", score="prob")
+    np.testing.assert_allclose(expit(cases.scores[:, 0]), [0.2, 0.9])
+    assert (cases.outputs, cases.probable) == (("cancer",), True)
+    ranked = read_cases(path, label="cancer", score="rank")
+    assert ranked.scores[:, 0].tolist() == [7, 30] and not ranked.probable
+
+
+def test_several_labels(tmp_path):
+    path = write(tmp_path / "x.csv", "image_path,label_mass,label_calc,p_mass,p_calc\na,1,,0.5,0.1\nb,0,1,0.3,0.2\n")
+    cases = read_cases(path)
+    assert (cases.kind, cases.outputs) == ("labels", ("mass", "calc"))
+    np.testing.assert_array_equal(cases.truth, [[1, np.nan], [0, 1]])
+
+
+@pytest.mark.parametrize("level", ["image", "breast", "exam"])
+def test_written_cases_are_read_back_to_the_last_digit(predictions, tmp_path, level):
+    cases = read_cases(predictions).at(level)
+    back = read_cases(write_cases(tmp_path / "out.csv", cases))
+    assert (back.names, back.outputs, back.patients, back.sides) == (
+        cases.names, cases.outputs, cases.patients, cases.sides)  # fmt: skip
+    np.testing.assert_array_equal(back.scores, cases.scores)
+    np.testing.assert_array_equal(back.truth, cases.truth)
+
+
+def test_written_ranks_and_labels_are_read_back(tmp_path):
+    path = write(tmp_path / "x.csv", "image_path,label,score_a\nu,1,7\nv,0,30\n")
+    ranked = read_cases(write_cases(tmp_path / "y.csv", read_cases(path)))
+    assert ranked.scores[:, 0].tolist() == [7, 30] and not ranked.probable
+    path = write(tmp_path / "z.csv", "image_path,label_m,label_c,p_m,p_c\na,1,,0.5,0.1\nb,0,1,0.3,0.2\n")
+    labels = read_cases(write_cases(tmp_path / "w.csv", read_cases(path)))
+    np.testing.assert_array_equal(labels.truth, [[1, np.nan], [0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image_path,label\na,1\n", "has no column log_odds_NAME, p_NAME or score_NAME, but image_path, label"),
+        ("image_path,p_0,p_1\na,1,0\n", "column label is missing"),
+        ("image_path,label,p_0,p_1\na,1,nan,0.5\n", r"line 2: p_0 is not a number \(NaN\)"),
+        ("image_path,label,p_0,p_1\na,1,0.5,x\n", "line 2: p_1 'x' is no number"),
+        ("image_path,label,p_0,p_1\na,1,-0.5,1.5\n", "below 0 or above 1"),
+        ("image_path,label,p_0,p_1\na,2,0.5,0.5\n", "line 2: label '2' is none of the classes 0, 1"),
+        ("image_path,label,p_1\na,2,0.5\n", "line 2: label '2' is neither 1 nor 0, nor empty"),
+        ("image_path,label,p_0,p_1\n", "holds no predictions"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, text, message):
+    path = write(tmp_path / "p.csv", text)
+    with pytest.raises(DataError, match=message) as error:
+        read_cases(path)
+    assert "\n" not in str(error.value) and "p.csv" in str(error.value)
+
+
+def test_marks_and_lesions(predictions, tmp_path):
+    marks = write(
+        tmp_path / "marks.csv",
+        f"image_path,row,column,score\n{tmp_path}/a.png,5,6,0.9\n{tmp_path}/z.png,1,1,1\n{tmp_path}/a.png,50,60,0.1\n",
+    )
+    findings = json.dumps([{"box": [0, 10, 0, 10]}, {"outline": [[20, 20], [29.5, 30], [25, 40]]}, {"kind": "mass"}])
+    quoted = findings.replace('"', '""')
+    table = tmp_path / "t.csv"
+    table.write_text(f'image_path,findings\na.png,"{quoted}"\nb.png,\nc.png,\n')
+    found, without = read_marks(marks, table, read_cases(predictions))
+    assert without == 1 and [len(one.boxes) for one in found] == [2, 0, 0]
+    assert found[0].boxes.tolist() == [[0, 10, 0, 10], [20, 30, 20, 41]]
+    assert found[0].places.tolist() == [[5, 6], [50, 60]] and found[0].scores.tolist() == [0.9, 0.1]
+    assert found[0].patient == found[1].patient == "patient p1"
+    boxes = write(tmp_path / "b.csv", f"image_path,top,bottom,left,right,score\n{tmp_path}/a.png,0,10,20,40,1\n")
+    assert read_marks(boxes, table, read_cases(predictions))[0][0].places.tolist() == [[5, 30]]
+    with pytest.raises(DataError, match="column row, column is missing"):
+        read_marks(write(tmp_path / "x.csv", "image_path,score\na,1\n"), table, read_cases(predictions))
+    table.write_text("image_path,findings\na.png,\n")
+    with pytest.raises(DataError, match=r"has no row of .*b\.png"):
+        read_marks(marks, table, read_cases(predictions))

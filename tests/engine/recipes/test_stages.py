@@ -1,0 +1,310 @@
+"""Stages: which tensors move, what is frozen, and runs that are killed and resumed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.recipes import loop
+from gigamorph.engine.recipes.loop import Task, run_stages
+from gigamorph.engine.recipes.recipe import Run
+from gigamorph.engine.recipes.stages import Stage, freeze, make_optimizer, train_mode, trainable_names
+from gigamorph.engine.train.checkpoint import load_checkpoint
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Squares(Task):
+    """Noise with a bright or dark middle; the state counts epochs, and the loss depends on it."""
+
+    def __init__(self, fail_at=None, scores=None):
+        torch.manual_seed(3)
+        self.module = Net()
+        self.began, self.calls, self.fail_at, self.scores = [], 0, fail_at, scores
+        self.noise = 0.0
+
+    def examples(self, epoch):
+        rng = torch.Generator().manual_seed(1000 + epoch)
+        return [(torch.randn(1, 8, 8, generator=rng) + i % 3, i % 3) for i in range(8)]
+
+    def begin_epoch(self, epoch):
+        self.began.append(epoch)
+        self.noise = float(torch.rand(()))
+
+    def state(self):
+        return {"noise": self.noise}
+
+    def load_state(self, state):
+        self.noise = state["noise"]
+
+    def loss(self, batch):
+        self.calls += 1
+        if self.fail_at is not None and self.calls == self.fail_at:
+            raise RuntimeError("killed")
+        x = torch.stack([image for image, _ in batch]) + self.noise
+        return F.cross_entropy(self.module(x), torch.tensor([label for _, label in batch]))
+
+    def score(self):
+        x = torch.stack([torch.full((1, 8, 8), float(i)) for i in range(3)])
+        return -F.cross_entropy(self.module(x), torch.arange(3)).item()
+
+
+STAGES = (
+    Stage("head", 2, 1e-2, trainable=("head",), batch_norm="trainable", batch_size=2, accumulate=2),
+    Stage("all", 2, 1e-2, batch_size=3, weight_decay=1e-2, optimizer="adamw", schedule="cosine", dropout=0.1),
+    Stage("sgd", 1, 1e-2, trainable=("body.0", "head.*"), batch_norm="eval", batch_size=2, optimizer="sgd"),
+)
+
+
+def assert_same(first, second):
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (load_checkpoint(folder / name, "gigamorph_recipe") for folder in (first, second))
+        assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+        assert a["position"] == b["position"] and a["best"] == b["best"] and a["task"] == b["task"]
+    drop = [[{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes")} for row in c["rows"]] for c in (a, b)]
+    assert drop[0] == drop[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    task = Squares()
+    run_stages(task, STAGES, Run(out, seed=4))
+    return out, task
+
+
+# A run has 2 epochs of 4 batches, 2 of 3 and 1 of 4.
+@pytest.mark.parametrize(("every", "kills"), [(0.0, range(1, 19)), (1e9, range(2, 19, 5))])
+def test_killed_at_any_batch_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, every, kills):
+    monkeypatch.setattr(loop, "_SAVE_EVERY", every)
+    out, task = whole
+    for kill in kills:
+        folder = tmp_path / str(kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_stages(Squares(fail_at=kill), STAGES, Run(folder, seed=4))
+        resumed = Squares()
+        run_stages(resumed, STAGES, Run(folder, seed=4, resume=True))
+        assert_same(out, folder)
+        for name, value in task.module.state_dict().items():
+            assert torch.equal(value, resumed.module.state_dict()[name]), (kill, name)
+
+
+# Five epochs, the two best of them, and the ends of three stages.
+@pytest.mark.parametrize("nth", range(1, 11))
+def test_killed_while_a_file_is_written(whole, tmp_path, monkeypatch, nth):
+    count = []
+    replace_ = os.replace
+
+    def fail(source, target):
+        if str(target).endswith(".ckpt"):
+            count.append(target)
+            if len(count) == nth:
+                raise RuntimeError("power cut")
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(GigamorphError, match="power cut"):
+        run_stages(Squares(), STAGES, Run(tmp_path, seed=4))
+    run_stages(Squares(), STAGES, Run(tmp_path, seed=4, resume=True))
+    assert_same(whole[0], tmp_path)
+
+
+def test_killed_by_a_signal_that_cannot_be_caught(whole, tmp_path):
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_stages as t\n"
+        "class Killed(t.Squares):\n"
+        "    def loss(self, batch):\n"
+        "        if self.calls == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().loss(batch)\n"
+        "t.run_stages(Killed(), t.STAGES, t.Run(t.Path(sys.argv[2]), seed=4))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    run_stages(Squares(), STAGES, Run(tmp_path, seed=4, resume=True))
+    assert_same(whole[0], tmp_path)
+
+
+def test_ctrl_c_finishes_the_step_and_saves_it(whole, tmp_path):
+    class Interrupted(Squares):
+        def loss(self, batch):
+            if self.calls == 2:  # in the second half of the first optimizer step's two batches, plus one
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(batch)
+
+    former = signal.getsignal(signal.SIGINT)
+    task = Interrupted()
+    big = replace(STAGES[0], accumulate=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(task, (big, *STAGES[1:]), Run(tmp_path, seed=4))
+    assert signal.getsignal(signal.SIGINT) is former
+    assert load_checkpoint(tmp_path / "last.ckpt", "gigamorph_recipe")["position"] == [0, 0, 0, 3] and task.calls == 3
+    resumed = Squares()
+    run_stages(resumed, (big, *STAGES[1:]), Run(tmp_path, seed=4, resume=True))
+    assert resumed.calls == 15 and resumed.began == [1, 2, 3, 4]  # the epoch under way was not begun again
+
+
+def test_complete_run_is_not_trained_again(whole, tmp_path):
+    again = Squares(fail_at=1)
+    trained = run_stages(again, STAGES, Run(whole[0], seed=4, resume=True))
+    assert len(trained.rows) == 5 and [row["stage"] for row in trained.rows] == ["head"] * 2 + ["all"] * 2 + ["sgd"]
+    scores = [row["score"] for row in trained.rows]
+    assert trained.best_score == max(scores) and trained.best_epoch == 1 + scores.index(max(scores))
+    assert again.score() == pytest.approx(trained.best_score, abs=1e-12)  # the best weights are in the module
+
+
+def test_a_folder_is_not_overwritten_nor_resumed_with_other_settings(whole):
+    with pytest.raises(GigamorphError, match="already holds a run"):
+        run_stages(Squares(), STAGES, Run(whole[0], seed=4))
+    with pytest.raises(GigamorphError, match="other seed"):
+        run_stages(Squares(), STAGES, Run(whole[0], seed=5, resume=True))
+    with pytest.raises(GigamorphError, match="other stages"):
+        run_stages(Squares(), STAGES[:2], Run(whole[0], seed=4, resume=True))
+
+
+def test_module_is_left_as_it_was_but_for_its_weights(whole):
+    module = whole[1].module
+    assert all(p.requires_grad for p in module.parameters()) and module.head[0].p == 0.3 and not module.training
+
+
+# ----------------------------------------------------------------------------------------------------- stage tables
+
+
+def step(stage):
+    """Names of parameters and buffers that one step of a stage changes."""
+    torch.manual_seed(0)
+    net = Net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    freeze(net, stage)
+    train_mode(net, stage)
+    optimizer = make_optimizer(net, stage)
+    F.cross_entropy(net(torch.randn(4, 1, 6, 6)), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    return {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+
+
+def weights(*modules):
+    return {f"{m}.{k}" for m in modules for k in ("weight", "bias")}
+
+
+def statistics(*modules):
+    return {f"{m}.{k}" for m in modules for k in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_frozen_parameters_and_statistics_are_bit_identical_after_a_step(optimizer):
+    # The bias in front of a norm has no gradient but rounding; Adam moves it all the same.
+    head = Stage("s", 1, 0.1, trainable=("head",), weight_decay=0.1, optimizer=optimizer)
+    got = step(replace(head, batch_norm="trainable")) - {"head.1.bias"}
+    assert got == weights("head.1", "head.2") - {"head.1.bias"} | statistics("head.2")
+    got = step(replace(head, batch_norm="eval"))
+    assert got == weights("head.1", "head.2")
+    got = step(replace(head, batch_norm="train")) - {"head.1.bias"}
+    assert got == weights("head.1", "head.2") - {"head.1.bias"} | statistics("head.2", "body.1")
+
+
+def test_patterns_name_parameters_and_modules():
+    stage = Stage("s", 1, 0.1)
+    net = Net()
+    names = [name for name, _ in net.named_parameters()]
+    assert trainable_names(net, stage) == names
+    assert trainable_names(net, replace(stage, trainable=("head.1", "body.*.weight"))) == [
+        "body.0.weight", "body.1.weight", "head.1.weight", "head.1.bias"
+    ]  # fmt: skip
+    with pytest.raises(GigamorphError, match=r"stage 's': 'layer4' names no parameter .* parts are body, head"):
+        trainable_names(net, replace(stage, trainable=("head", "layer4")))
+
+
+def test_decay_is_on_weights_only_and_dropout_is_set():
+    net = Net()
+    stage = Stage("s", 1, 0.1, weight_decay=0.5, dropout=0.7)
+    freeze(net, stage)
+    decayed, others = make_optimizer(net, stage).param_groups
+    assert [p.ndim for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.5
+    assert all(p.ndim == 1 for p in others["params"]) and others["weight_decay"] == 0
+    assert net.head[0].p == 0.7
+
+
+# --------------------------------------------------------------------------------------------------------- scripted
+
+
+class Scripted(Squares):
+    """Scores as written down."""
+
+    def score(self):
+        return self.scores[len(self.began) - 1]
+
+
+def test_patience_plateau_and_best(tmp_path):
+    stage = Stage("a", 9, 1.0, plateau=2, patience=5, batch_size=8, optimizer="sgd", clip=1e-3)
+    task = Scripted(scores=[0.1, 0.5, 0.2, 0.4, 0.5, 0.1, 0.3, 0.9, 0.9])
+    trained = run_stages(task, [stage, replace(stage, name="b", epochs=1)], Run(tmp_path))
+    assert [row["stage"] for row in trained.rows] == ["a"] * 7 + ["b"]  # five epochs without more than 0.5
+    assert [row["lr"] for row in trained.rows] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 1])
+    assert (trained.best_epoch, trained.best_score) == (8, 0.9)
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    task = Squares()
+    before = [p.detach().clone() for p in task.module.parameters()]
+    run_stages(task, [Stage("a", 1, 1.0, optimizer="sgd", momentum=0.0, batch_size=8, clip=1e-3)], Run(tmp_path))
+    pairs = zip(task.module.parameters(), before, strict=True)
+    moved = math.sqrt(sum(((p.detach() - b) ** 2).sum().item() for p, b in pairs))
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "score"])
+def test_not_a_number_is_one_line_and_keeps_the_last_state(whole, tmp_path, what):
+    class Bad(Squares):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            if self.calls < 6 or what == "score":
+                return loss
+            return loss * math.nan if what == "loss" else loss + 0 * torch.sqrt(0 * loss)
+
+        def score(self):
+            return math.nan if what == "score" and self.calls > 4 else super().score()
+
+    with pytest.raises(GigamorphError) as caught:
+        run_stages(Bad(), STAGES, Run(tmp_path, seed=4))
+    text = str(caught.value)
+    assert "\n" not in text and f"the {what} is nan" in text and "stage 'head', epoch 2" in text and "last.ckpt" in text
+    assert ("step 1:" in text) == (what != "score")
+    run_stages(Squares(), STAGES, Run(tmp_path, seed=4, resume=True))
+    assert_same(whole[0], tmp_path)
+
+
+def test_no_examples(tmp_path):
+    class Empty(Squares):
+        def examples(self, epoch):
+            return []
+
+    with pytest.raises(GigamorphError, match="no training examples"):
+        run_stages(Empty(), STAGES, Run(tmp_path))
+
+
+def test_progress_is_reported(tmp_path):
+    seen = []
+    run_stages(Squares(), STAGES[:1], Run(tmp_path, report=seen.append))
+    assert [(p.epoch, p.image, p.images) for p in seen if p.stage == "head" and not p.note][:3] == [
+        (0, 0, 8), (0, 1, 8), (0, 2, 8)
+    ]  # fmt: skip
+    assert next(p.note for p in seen if p.note).startswith("head 1/2  loss ")
+    assert json.dumps((tmp_path / "log.csv").read_text().splitlines()[0]).count(",") == 6
