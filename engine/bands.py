@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .carries import new_map
 from .errors import GigamorphError, UnsupportedError
 from .geometry import Window, needed, same
 from .graph import Graph, Network
+from .maps import new_map
 from .ops import Env, Local, Reduction, Small
 from .trace import Op, refs
 
@@ -155,7 +155,7 @@ class Exchange:
         me = self.bands.rank
         shape = list(grad.shape)
         shape[self.axis] = self.own[me][1] - self.own[me][0]
-        result = new_map(grad, shape).zero_()
+        result = new_map(grad, shape, zero=True)
         if self.alike:
             return result.copy_(self._part(grad, self.need[me], self.own[me]))
         sent = {r: self._part(grad, self.need[me], _overlap(own, self.need[me])) for r, own in enumerate(self.own)}

@@ -15,21 +15,22 @@ others are added to the gradients of the carries, which the tiles above and to t
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
-import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from .errors import GigamorphError
+from .memory import format_bytes
 from .ops import Axes
 
-_OWN_PAGES = 1 << 20  # bytes
 Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
 
 
@@ -46,7 +47,8 @@ def memory_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d) if tensor.shape[d] > 1 else -math.inf, d))
 
 
-def _unpermute(dense: Tensor, order: list[int]) -> Tensor:
+def unpermute(dense: Tensor, order: list[int]) -> Tensor:
+    """A tensor whose dimensions lie in memory in this order, with its dimensions in their own order."""
     inverse = [0] * len(order)
     for position, d in enumerate(order):
         inverse[d] = position
@@ -57,26 +59,13 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
     """An uninitialised map with the dtype, device and memory order of `pattern` and another height and width."""
     shape = list(pattern.shape)
     shape[axes[0]], shape[axes[1]] = height, width
-    return _empty(pattern, shape)
+    return empty(pattern, shape)
 
 
-def _empty(pattern: Tensor, shape: Sequence[int]) -> Tensor:
+def empty(pattern: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of another shape with the dtype, device and memory order of `pattern`."""
     order = memory_order(pattern)
-    return _unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
-
-
-def new_map(pattern: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """An uninitialised tensor like `pattern` for a map that exists whole.
-
-    On the CPU it has pages of its own: what the C library's heap got back would stay with the process, in pieces.
-    """
-    shape = list(pattern.shape if shape is None else shape)
-    size = math.prod(shape) * pattern.element_size()
-    if pattern.device.type != "cpu" or size < _OWN_PAGES or isinstance(pattern, FakeTensor):
-        return _empty(pattern, shape)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    order = memory_order(pattern)
-    return _unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
+    return unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
 
 
 def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:
@@ -204,6 +193,20 @@ class HandOn(torch.autograd.Function):
         return None, grad, None
 
 
+@contextlib.contextmanager
+def disk_errors(size: int) -> Iterator[None]:
+    """A full disk is an error of one line, when a temporary file shall take so many bytes more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise GigamorphError(
+            f"{tempfile.gettempdir()}: no room for another {format_bytes(size)} of carries or maps ({error.strerror}); "
+            "point TMPDIR at a larger disk, or give a larger memory budget"
+        ) from None
+
+
 class CarryStore:
     """Keeps the carries that enter each tile between the two passes.
 
@@ -228,8 +231,9 @@ class CarryStore:
         assert self._file is not None
         order = memory_order(tensor)
         dense = tensor.permute(order).contiguous().cpu()
-        offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(dense.reshape(-1).view(torch.uint8).numpy().data)
+        with disk_errors(tensor.nbytes):
+            offset = self._file.seek(0, os.SEEK_END)
+            self._file.write(dense.reshape(-1).view(torch.uint8).numpy().data)
         return offset, order, dense.shape, tensor.dtype, tensor.device
 
     def get(self, handle: Any) -> Tensor:
@@ -241,6 +245,7 @@ class CarryStore:
         assert self._file is not None
         offset, order, shape, dtype, device = handle
         dense = torch.empty(shape, dtype=dtype)
-        self._file.seek(offset)
+        with disk_errors(dense.nbytes):  # what was written last may still be on its way
+            self._file.seek(offset)
         self._file.readinto(dense.reshape(-1).view(torch.uint8).numpy().data)
-        return _unpermute(dense, order).to(device)
+        return unpermute(dense, order).to(device)

@@ -93,6 +93,18 @@ class Network:
     def sweeps(self) -> list[Graph]:
         return [step for step in self.steps if isinstance(step, Graph)]
 
+    def swept(self) -> dict[int, int]:
+        """The stored maps that nothing but sweeps reads, and how many sweeps do."""
+        readers = dict.fromkeys((v for graph in self.sweeps for v in graph.stored), 0)
+        for step in self.steps:
+            for v in step.sources if isinstance(step, Graph) else ():
+                if v in readers:
+                    readers[v] += 1
+        others = [v for step in self.steps if not isinstance(step, Graph) for v in step.inputs]
+        for v in (*others, *refs(self.program.output)):
+            readers.pop(v, None)
+        return readers
+
     def trainable(self) -> set[int]:
         """The values that a gradient flows through: parameters, and what is made of them. Not the image's."""
         values = self.program.values

@@ -85,6 +85,7 @@ class Plan:
         stored_bytes: maps that exist whole, their gradients, and the ops behind them.
         library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
         sides: the tile of each sweep, in pixels of its largest source.
+        maps: where maps that sweeps alone read are stored: "device" or "disk".
         choices: which maps may be stored whole (`strategy.py`): those that did not fit, the one taken, and in the
             result of `plan` those that need still less.
         choice: which of them is taken.
@@ -107,6 +108,7 @@ class Plan:
     stored_bytes: int
     library_bytes: int
     sides: tuple[tuple[int, int], ...]
+    maps: str = "device"
     choices: tuple[Choice, ...] = ()
     choice: int = 0
     replay_bytes: int = 0

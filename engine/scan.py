@@ -24,9 +24,10 @@ from torch import Tensor
 from .. import kernels
 from .ahead import ReadAhead
 from .bands import Bands
-from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout, new_map
+from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
 from .geometry import AxisSchedule
 from .graph import Graph
+from .maps import Gradients, has_readers, let_files_go, let_rows_go, new_map
 from .memory import Ceiling, return_free_pages
 from .reduce import Accumulator, Target, Targets
 from .sweep import Carries, Sweep, Tile, area
@@ -205,7 +206,10 @@ class Scan:
         self.ceiling: Ceiling | None = None  # of the memory of this process; kept after every tile
         self.thrifty = False  # give free pages back behind each pass: other sweeps need other sizes
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
-        self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of apportioned sources that have their gradient
+        self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of `overwritten` sources that have their gradient
+        self.swept: Mapping[int, int] = {}  # stored maps that sweeps alone read, and how many do
+        self.map_place = "device"  # where those are kept
+        self.gradients = Gradients()  # of those
         self.taps: dict[int, list[Callable[[Tensor, Rect], None]]] = {}  # given every block of a map in pass 1
 
     def convert(self, pixels: Tensor) -> Tensor:
@@ -273,7 +277,9 @@ class Scan:
             torch.manual_seed((seed + i * self.sweep.cols.steps + j) % 2**63)
             yield
 
-    def _after_tile(self, phase: str, i: int, j: int, done: int) -> None:
+    def _after_tile(self, phase: str, i: int, j: int, done: int, maps: Iterable[Tensor | None]) -> None:
+        if self.map_place == "disk":
+            let_files_go((*maps, *(s.tensor for s in self.sources.values() if isinstance(s, StoredMap))))
         if self.ceiling is not None:
             self.ceiling.keep()
         if self.on_tile is not None:
@@ -333,7 +339,7 @@ class Scan:
                                 self.run(tile, keep)
                     self._pass_right(j, left, right)
                     left = right
-                    self._after_tile("forward", i, j, index + 1)
+                    self._after_tile("forward", i, j, index + 1, stored.values())
                 self._pass_down(i, above, below)
                 above = below
         self.kept = kept
@@ -401,7 +407,8 @@ class Scan:
         """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order."""
         axes = self.sweep.axes(value)
         if value not in gathered.stored:
-            gathered.stored[value] = new_map(like, self.sweep.graph.maps.shape(value))
+            place = self.map_place if value in self.swept else "device"
+            gathered.stored[value] = new_map(like, self.sweep.graph.maps.shape(value), place)
         return cut(gathered.stored[value], axes, self.sweep.block(value, i, j))
 
     def room_in_carry(
@@ -449,12 +456,36 @@ class Scan:
 
     # -- pass 2 -------------------------------------------------------------------------------------------------
 
-    def backward(self, grads: Sequence[Tensor | None], source_grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def source_grads(self, sources: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], set[int]]:
+        """Tensors for the gradients of sources, and which of them have been made now: those are given to autograd."""
+
+        def make(value: int, source: Tensor) -> Tensor:
+            place = self.map_place if value in self.swept else "device"
+            return new_map(source, None, place, zero=value not in self.overwritten)
+
+        found, made = {}, set(sources)
+        for value, source in sources.items():
+            if value in self.swept:
+                found[value], new = self.gradients.begin(value, partial(make, value, source))
+                made -= set() if new else {value}
+            else:
+                found[value] = make(value, source)
+        return found, made
+
+    @property
+    def overwritten(self) -> set[int]:
+        """Sources whose gradient has one share only at each place, so that it need not begin with zeros."""
+        return {v for v in self.sweep.apportioned if self.swept.get(v, 1) == 1}
+
+    def backward(
+        self, grads: Sequence[Tensor | None], source_grads: Mapping[int, Tensor], last: bool = False
+    ) -> dict[int, Tensor]:
         """Gradients of the smalls that want one, by value number; those of sources are put into `source_grads`.
 
         Args:
             grads: gradients of the reductions and of the stored maps, None for zero.
-            source_grads: tensors like the sources that want a gradient; zeros but for `Sweep.apportioned` sources.
+            source_grads: tensors like the sources that want a gradient; zeros but for `overwritten` sources.
+            last: there is no further backward of this pass: maps that nobody else will read may go while it runs.
         """
         sweep, kept = self.sweep, self.kept
         assert kept is not None
@@ -464,6 +495,8 @@ class Scan:
         grads_below: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
         again = [tile for tile in reversed(tiles) if tile not in kept.recorded]
+        ending = self._ending(grads) if last else []
+        files = [*self.stored.values(), *grads, *source_grads.values()]
         with self._reader(again) as reader:
             for i in reversed(range(sweep.rows.steps)):
                 above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
@@ -487,10 +520,18 @@ class Scan:
                         self.add_to_sources(source_grads, self.differentiate(recorded, targets, kept))
                     grads_right = grads_left
                     index = i * sweep.cols.steps + j
-                    self._after_tile("backward", i, j, sweep.tiles - index)
+                    self._after_tile("backward", i, j, sweep.tiles - index, files)
+                for value, tensor in ending:
+                    let_rows_go(tensor, sweep.axes(value), sweep.block(value, i, 0)[0])
                 grads_below = grads_above
         self._zero_the_rest(source_grads)
         return kept.sums if replay is None else {v: total.clone() for v, total in kept.sums.items()}
+
+    def _ending(self, grads: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+        """The maps that nobody reads after this backward: what was stored, and the gradients of that."""
+        own = dict(zip(self.sweep.graph.results, grads, strict=True))
+        pairs = [(v, t) for v, t in self.stored.items() if not has_readers(t)]
+        return [(v, t) for v, t in (*pairs, *own.items()) if v in self.swept and t is not None]
 
     def again(self, tile: Tile, targets: Targets, seed: int) -> Recorded:
         """Compute a tile in pass 2, as it was computed in pass 1."""
@@ -626,9 +667,10 @@ class Scan:
 
     def add_to_sources(self, source_grads: Mapping[int, Tensor], windows: WindowGrads) -> None:
         """Put the gradients of a tile's windows of the sources where they belong."""
+        overwritten = self.overwritten
         for (source, rect), grad in windows:
             target = cut(source_grads[source], self.sweep.axes(source), rect)
-            if source in self.sweep.apportioned:
+            if source in overwritten:
                 target.copy_(grad)
                 self.given.add((source, rect))
             else:
@@ -637,7 +679,7 @@ class Scan:
     def _zero_the_rest(self, source_grads: Mapping[int, Tensor]) -> None:
         """Zeros where no tile has given a gradient of a source that is not added up."""
         sweep = self.sweep
-        for source in sweep.apportioned & source_grads.keys():
+        for source in self.overwritten & source_grads.keys():
             for i in range(sweep.rows.steps):
                 for j in range(sweep.cols.steps):
                     if (source, rect := sweep.block(source, i, j)) not in self.given:

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from . import static
 from .bands import Bands
-from .carries import Rect, new_map
+from .carries import Rect
 from .graph import Graph, Network, writes_state
+from .maps import Gradients, add_reader
 from .memory import Ceiling
 from .ops import Small
 from .plan import Plan
@@ -52,6 +53,8 @@ class ScanFunction(torch.autograd.Function):
         """`sources` gives the places of source tensors among `tensors`; smalls come behind them."""
         ctx.scan, ctx.sources, ctx.bands = scan, sources, scan.bands
         wanted = [v for v, place in sources.items() if ctx.needs_input_grad[2 + place]]
+        for v in wanted:
+            add_reader(tensors[sources[v]], 1)
         ctx.set_materialize_grads(False)
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
@@ -66,26 +69,36 @@ class ScanFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None):
         saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
-        sweep, graph = ctx.scan.sweep, ctx.scan.sweep.graph
-        count = len(ctx.sources)
-        source_grads = {
-            v: new_map(tensors[place]) if v in sweep.apportioned else new_map(tensors[place]).zero_()
-            for v, place in ctx.sources.items()
-            if ctx.needs_input_grad[2 + place]
-        }
-        stored = [v for v in graph.results if v in sweep.unvalued]
-        ctx.scan.take({v: tensors[place] for v, place in ctx.sources.items()}, dict(zip(stored, kept, strict=True)))
-        sums = ctx.scan.backward(grads, source_grads)
-        ctx.scan.let_go()
+        scan: Scan = ctx.scan
+        sweep, graph = scan.sweep, scan.sweep.graph
+        count, last = len(ctx.sources), not _keeps_graph()
+        stored = dict(zip((v for v in graph.results if v in sweep.unvalued), kept, strict=True))
+        scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored)
+        scan.gradients.end(graph.stored)
+        wants = {v: tensors[place] for v, place in ctx.sources.items() if ctx.needs_input_grad[2 + place]}
+        try:
+            source_grads, made = scan.source_grads(wants)
+            sums = scan.backward(grads, source_grads, last)
+        except BaseException:
+            scan.gradients.clear()  # they are incomplete, and may live on in the error's traceback
+            raise
+        scan.let_go()
+        for tensor in wants.values() if last else ():
+            add_reader(tensor, -1)
         if ctx.bands is not None:
             wanted = [v for v, want in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True) if want]
             smalls = dict(zip(graph.smalls, tensors[count:], strict=True))
             _sum_over_bands(ctx.bands, graph, {v: smalls[v] for v in wanted}, sums, source_grads)
-        results: list[Tensor | None] = [source_grads.get(v) for v in ctx.sources]
+        results: list[Tensor | None] = [source_grads.get(v) if v in made else None for v in ctx.sources]
         for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
             total = sums.pop(value, None) if wanted else None
             results.append(torch.zeros_like(small) if wanted and total is None else total)
         return None, None, *results
+
+
+def _keeps_graph() -> bool:
+    """Within a backward: whether there may be another one of the same graph (`retain_graph`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
 
 def _sum_over_bands(
@@ -144,6 +157,11 @@ class Prepared:
         return {part.start: _border(self.network, part, self.last_use) for part in self.network.ranges}
 
     @cached_property
+    def swept(self) -> dict[int, int]:
+        """The stored maps that nothing but sweeps reads, and how many sweeps do; none of an image that is split."""
+        return self.network.swept() if self.bands is None else {}
+
+    @cached_property
     def sweep_of(self) -> dict[int, int]:
         """Which sweep a step is, by its place among the steps."""
         places = (number for number, step in enumerate(self.network.steps) if isinstance(step, Graph))
@@ -194,6 +212,7 @@ class Forward:
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
         self.ceiling: Ceiling | None = None
+        self.gradients = Gradients()
 
     def keep_to_budget(self) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's budget, on the CPU."""
@@ -256,7 +275,8 @@ class Forward:
         scan.replay = self.prepared.replay(index, self.device)
         scan.bands = self.prepared.bands
         scan.taps = {r.value: [self.taps[r.value]] for r in graph.reductions if r.value in self.taps}
-        scan.ceiling = self.ceiling
+        scan.ceiling, scan.gradients = self.ceiling, self.gradients
+        scan.swept, scan.map_place = self.prepared.swept, plan.maps
         scan.thrifty = self.ceiling is not None and len(self.prepared.sweeps) > 1
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
@@ -267,7 +287,7 @@ class Forward:
         """This forward with other values and another image tensor, for a range of its steps."""
         pixels = self.pixels if image is None else ImageTensor(image)
         part = Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
-        part.ceiling = self.ceiling
+        part.ceiling, part.gradients = self.ceiling, self.gradients
         return part
 
     def output(self) -> Any:
@@ -351,6 +371,8 @@ class Recomputed(torch.autograd.Function):
     ):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        for tensor, wanted in zip(tensors, ctx.needs_input_grad[3:], strict=True):
+            add_reader(tensor, int(wanted))
         ctx.borders, ctx.inputs = borders, inputs
         ctx.dice = _dice(wholes[0].device)
         ctx.images = [whole.image is not None for whole in wholes]
@@ -365,6 +387,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
+        last = not _keeps_graph()
         tensors = [
             t.detach().requires_grad_(wanted)
             for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
@@ -386,6 +409,8 @@ class Recomputed(torch.autograd.Function):
         ends, end_grads = zip(*pairs, strict=True)
         del pairs
         results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
+        for tensor in wanted if last else ():
+            add_reader(tensor, -1)
         return None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
 
 

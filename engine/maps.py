@@ -1,0 +1,159 @@
+"""Maps that exist whole: where they live, and when their memory goes back.
+
+On the CPU a map has pages of its own, in memory or in a file: what the C library's heap gets back would stay with the
+process, in pieces. Pages in memory go back row by row, as soon as the backward has read a row for the last time: while
+the gradient of one map comes into being, the next map and its gradient go. Pages of a file are written and read as
+memory, and are handed to the system after every tile; from then on they are no memory of this process.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import TensorWeakRef
+
+from .carries import disk_errors, empty, memory_order, unpermute
+from .ops import Axes
+
+_LEAST = 1 << 20  # bytes; smaller maps are left to the C library
+_GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
+
+
+class Pages(mmap.mmap):
+    """The memory of one map.
+
+    Attributes:
+        on_disk: whether it belongs to a file.
+        readers: how many backwards will still read the map.
+    """
+
+    on_disk: bool
+    readers: int
+
+    @classmethod
+    def make(cls, size: int, on_disk: bool) -> Pages:
+        """This many bytes, all zero.
+
+        Raises:
+            GigamorphError: if the disk is full.
+        """
+        if on_disk:
+            with tempfile.TemporaryFile(prefix="gigamorph-map-") as file, disk_errors(size):
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process later
+                else:
+                    os.ftruncate(file.fileno(), size)
+                pages = cls(file.fileno(), size)
+        else:
+            pages = cls(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.on_disk, pages.readers = on_disk, 0
+        return pages
+
+    def let_go(self, start: int, stop: int) -> None:
+        """Give back the pages that lie wholly between two bytes. Those in memory are zeros from then on."""
+        start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if _GIVES_BACK and start < stop:
+            self.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+_PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
+
+
+def pages_of(tensor: Tensor) -> Pages | None:
+    """The pages that a map lives on, if it has some of its own."""
+    return _PAGES.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
+
+
+def new_map(pattern: Tensor, shape: Sequence[int] | None = None, place: str = "device", zero: bool = False) -> Tensor:
+    """A tensor like `pattern` for a map that exists whole.
+
+    Args:
+        shape: if not that of `pattern`.
+        place: "device", or "disk" for a file that is mapped into memory.
+        zero: filled with zeros; without it with anything.
+
+    Raises:
+        GigamorphError: if the disk is full.
+    """
+    shape = list(pattern.shape if shape is None else shape)
+    size = math.prod(shape) * pattern.element_size()
+    if pattern.device.type != "cpu" or size < _LEAST or isinstance(pattern, FakeTensor):
+        made = empty(pattern, shape)
+        return made.zero_() if zero else made
+    pages = Pages.make(size, place == "disk")
+    order = memory_order(pattern)
+    made = unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
+    _PAGES[made.data_ptr()] = pages
+    return made
+
+
+def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
+    """Give back the memory of a map's rows from `first` on, which nobody will read again."""
+    pages = pages_of(tensor)
+    if pages is None or pages.on_disk:
+        return
+    order = memory_order(tensor)
+    position = order.index(axes[0])
+    row = math.prod(tensor.shape[d] for d in order[position + 1 :]) * tensor.element_size()
+    plane = row * tensor.shape[axes[0]]
+    for number in range(math.prod(tensor.shape[d] for d in order[:position])):
+        pages.let_go(number * plane + first * row, (number + 1) * plane)
+
+
+def let_files_go(tensors: Iterable[Tensor | None]) -> None:
+    """Hand the pages of those maps that live in files to the system."""
+    for tensor in tensors:
+        pages = None if tensor is None else pages_of(tensor)
+        if pages is not None and pages.on_disk:
+            pages.let_go(0, len(pages))
+
+
+def add_reader(tensor: Tensor, count: int) -> None:
+    """One more backward (or less) that will read a map."""
+    pages = pages_of(tensor)
+    if pages is not None:
+        pages.readers += count
+
+
+def has_readers(tensor: Tensor) -> bool:
+    """Whether a backward is still to come that reads a map."""
+    pages = pages_of(tensor)
+    return pages is not None and pages.readers > 0
+
+
+class Gradients:
+    """One gradient for each stored map, which the backward of every sweep that reads the map adds to.
+
+    The first of them gives it to autograd, which hands it to the sweep that wrote the map; the others give none.
+    """
+
+    def __init__(self) -> None:
+        self.there: dict[int, TensorWeakRef] = {}  # weak: what autograd has let go is of a backward that was broken off
+
+    def begin(self, value: int, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """The gradient of a map, and whether it has been made now."""
+        there = self.there.get(value)
+        found = None if there is None else there()
+        if found is not None:
+            return found, False
+        made = make()
+        self.there[value] = TensorWeakRef(made)
+        return made, True
+
+    def end(self, values: Iterable[int]) -> None:
+        """The gradients of these maps are complete."""
+        for value in values:
+            self.there.pop(value, None)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.there.clear()
