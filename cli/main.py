@@ -13,9 +13,11 @@ _COMMANDS = {
     "data": "Index, check, split, convert and preview images and public data sets; make phantoms.",
     "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and name every known trap with its fix.",
+    "eval": "Measure predictions: areas, operating points, calibration, subgroups, with intervals and a report.",
     "morph": "Grow a trained network without changing what it computes; check that it did not.",
     "plan": "Say how large a tile, and how much memory, a network and an image need.",
     "predict": "Predictions, and heat maps at native resolution, for images of any size.",
+    "recipe": "Published methods as recipes: their configurations, and their claims on synthetic tasks.",
     "train": "Train a classifier at native resolution inside a memory budget.",
 }
 

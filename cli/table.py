@@ -1,9 +1,9 @@
-"""A plan as people read it: a table with bars at a terminal, plain lines elsewhere."""
+"""Tables as people read them, a plan's with bars at a terminal; plain lines elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -52,6 +52,25 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
             table.add_row(name, format_bytes(size), bar, style=style)
         table.add_row()
     console.print(table)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print rows of numbers and texts under the names of their columns; what a row lacks stays empty."""
+    console = console or Console(highlight=False)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_shown(row.get(name)) for name in names))
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_choices(choices: Sequence[Choice], console: Console | None = None) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from click.core import ParameterSource
 
 from . import options
 
@@ -45,7 +46,11 @@ if TYPE_CHECKING:
 )
 @click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped.")
+@click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
+@click.option("--config", type=click.Path(), help="Of the recipe, TOML; by default as published.")
+@click.pass_context
 def train(
+    ctx: click.Context,
     data: str,
     out: str,
     model: str,
@@ -70,6 +75,8 @@ def train(
     devices: int | None,
     split_image: bool,
     resume: bool,
+    recipe: str | None,
+    config: str | None,
 ) -> None:
     """Train a classifier on images of any size, with the gradients that the whole image gives.
 
@@ -78,9 +85,18 @@ def train(
 
     Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU.
 
+    With --recipe the model, its images and the stages of its training stand in --config; of the other options only
+    --memory-budget, --precision (fp32 or bf16), --seed, --device and --resume are taken.
+
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
+    if recipe is not None:
+        _refuse_others(ctx, precision)
+        _train_recipe(recipe, config, data, out, memory_budget, precision, seed, device, resume)
+        return
+    if config is not None:
+        raise click.UsageError("--config is a recipe's; name the recipe with --recipe")
     from ..engine.pixels import Normalize
     from ..engine.train import launch
     from ..engine.train.fit import TrainOptions
@@ -157,3 +173,58 @@ def _scores(found: dict[str, float | int | None]) -> str:
         f"({found[plural]} {plural})"
         for name, plural in (("image", "images"), ("breast", "breasts"))
     )
+
+
+_OF_RECIPES = {"data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "resume"}
+
+
+def _refuse_others(ctx: click.Context, precision: str) -> None:
+    """What a recipe's configuration says cannot be said by an option as well."""
+    given = [
+        p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) is not ParameterSource.DEFAULT
+    ]
+    others = [p.opts[0] for p in given if p.name not in _OF_RECIPES]
+    if others:
+        raise click.UsageError(f"{', '.join(others)} cannot go with --recipe; it stands in the recipe's --config")
+    if precision == "fp16":
+        raise click.UsageError("recipes train in fp32 or bf16")
+
+
+def _train_recipe(
+    name: str,
+    config: str | None,
+    data: str,
+    out: str,
+    memory_budget: int | None,
+    precision: Any,
+    seed: int,
+    device: str,
+    resume: bool,
+) -> None:
+    from ..engine.recipes import get_recipe
+    from ..engine.recipes.config import load_config
+    from ..engine.recipes.recipe import Run
+    from .progress import ProgressView
+    from .table import show_rows
+
+    recipe = get_recipe(name)
+    chosen = recipe.config() if config is None else load_config(config, recipe.config)
+    try:
+        with ProgressView(device=device) as view:
+            run = Run(
+                Path(out),
+                seed=seed,
+                device=device,
+                memory_budget=memory_budget,
+                resume=resume,
+                precision=precision,
+                report=view,
+                say=view.say,
+            )
+            metrics = recipe.train(Path(data), chosen, run)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; the same command with --resume goes on from what is in {out}", err=True)
+        raise
+    plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
+    show_rows([{"measure": key, "value": value} for key, value in plain.items()])
+    click.echo(f"{out}/metrics.json has all of it")

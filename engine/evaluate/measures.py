@@ -51,13 +51,16 @@ def weighted_kappa(labels: NDArray[np.int64], predicted: NDArray[np.int64], clas
     return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
-def measure_output(cases: Cases, column: int, resamples: Resamples, at: Sequence[float]) -> dict[str, Any]:
+def measure_output(
+    cases: Cases, column: int, resamples: Resamples, at: Sequence[float], threshold: float | None = None
+) -> dict[str, Any]:
     """AUC, average precision, sensitivity and specificity, and, of probabilities, pF1 and calibration.
 
     Args:
         cases: of which the rows whose label is known count; the resamples are of all of them.
         column: of the output.
         at: specificities (and sensitivities) at which the other one is told.
+        threshold: score from which on a row is called, if one was fixed before.
     """
     rows = ~np.isnan(cases.truth[:, column])
     truth, scores = cases.truth[rows, column], roc.ranks(cases.scores[rows, column])
@@ -97,6 +100,8 @@ def measure_output(cases: Cases, column: int, resamples: Resamples, at: Sequence
         found["auc"]["why"] = "DeLong's variance needs two of each class and is 0 where the ranking is perfect"
     found["average_precision"] = with_interval("average_precision", float(average_precision_score(truth, scores)))
     found |= _operating_points(truth, scores, odds_, at, around, cases.probable)
+    if threshold is not None:
+        found["at_threshold"] = _calls(truth, odds_ >= threshold, resamples, rows)
     if cases.probable:
         found["pf1"] = with_interval("pf1", float(pf1(truth, p)[0]))
         found["brier"] = with_interval("brier", float(brier_score_loss(truth, p)))
@@ -128,6 +133,29 @@ def _operating_points(
             key = "sensitivity_at_specificity" if name == "sensitivity" else "specificity_at_sensitivity"
             rows[key].append({"at": rate, "value": value, **limit, "bootstrap": _listed(around[f"{name} {rate}"])})
     return rows
+
+
+def _calls(truth: Array, called: NDArray[np.bool_], resamples: Resamples, rows: NDArray[np.bool_]) -> dict[str, Any]:
+    """What comes of calling these rows; a predictive value of no calls is not defined."""
+
+    def statistics(weights: Array) -> dict[str, Array]:
+        hits, alarms = weights @ (called * truth), weights @ (called * (1 - truth))
+        positives, negatives = weights @ truth, weights @ (1 - truth)
+        above = {
+            "sensitivity": (hits, positives),
+            "specificity": (negatives - alarms, negatives),
+            "positive_predictive_value": (hits, hits + alarms),
+            "negative_predictive_value": (negatives - alarms, positives + negatives - hits - alarms),
+            "called": (hits + alarms, positives + negatives),
+        }
+        return {name: np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0) for name, (a, b) in above.items()}
+
+    around = resamples.intervals(statistics, rows)
+    values = {name: float(value[0]) for name, value in statistics(np.ones((1, len(truth)))).items()}
+    return {
+        name: {"value": None if np.isnan(value) else value, "bootstrap": _listed(around[name])}
+        for name, value in values.items()
+    }
 
 
 def _calibration(truth: Array, p: Array, z: Array) -> dict[str, Any]:

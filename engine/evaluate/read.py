@@ -66,7 +66,9 @@ def read_cases(
         outputs=outputs,
         truth=truth,
         scores=scores,
-        names=tuple(row.get("image_path") or place for row, place in zip(rows.rows, rows.places, strict=True)),
+        names=tuple(
+            row.get("image_path") or f"{path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
+        ),
         patients=keys["patient_id"],
         exams=keys["exam_id"],
         sides=keys["laterality"],

@@ -1,0 +1,116 @@
+"""``gigamorph eval``: how good predictions are, with intervals, plots and a report."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+if TYPE_CHECKING:
+    from ..engine.evaluate import Cases
+
+
+def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of rates; write 0.8,0.9", ctx, param) from error
+    if not all(0 < rate < 1 for rate in rates):
+        raise click.BadParameter(f"{value!r}: rates are between 0 and 1", ctx, param)
+    return rates
+
+
+@click.command()
+@click.argument("predictions", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for metrics, plots and report.")
+@click.option(
+    "--table",
+    type=click.Path(exists=True, dir_okay=False),
+    help="The csv that was predicted from: labels, splits, exams and columns that the predictions lack.",
+)
+@click.option("--label", metavar="COLUMN", help="Column of the truth, 1 or 0; by default label, or label_NAME of each.")
+@click.option(
+    "--score",
+    metavar="COLUMN",
+    help="Column of the score, larger for 1; by default log_odds_NAME, else p_NAME, else score_NAME.",
+)
+@click.option("--split", type=click.Choice(["train", "val", "test", "all"]), help="Evaluate the images of one split.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["image", "breast", "exam"]),
+    help="What is a row; may be given several times. By default images, and breasts and exams where they are fewer.",
+)
+@click.option("--by", multiple=True, metavar="COLUMN", help="Subgroups by the values of a column; several times.")
+@click.option(
+    "--compare",
+    "other",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Predictions of the same images by another model: paired DeLong test.",
+)
+@click.option(
+    "--marks",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Marks in the images, as gigamorph explain writes them: FROC against the findings of --table.",
+)
+@click.option("--threshold", type=float, help="A threshold that was fixed before: what comes of calling from it on.")
+@click.option(
+    "--rates",
+    default="0.8,0.9,0.95",
+    show_default=True,
+    callback=_parse_rates,
+    help="Specificities at which the sensitivity is told, and the other way round.",
+)
+@click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
+def eval(
+    predictions: str,
+    out: str,
+    table: str | None,
+    label: str | None,
+    score: str | None,
+    split: str | None,
+    levels: tuple[Any, ...],
+    by: tuple[str, ...],
+    other: str | None,
+    marks: str | None,
+    threshold: float | None,
+    rates: tuple[float, ...],
+    resamples: int,
+    seed: int,
+) -> None:
+    """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
+
+    PREDICTIONS is the csv of gigamorph predict, or any with a column of scores and one of labels. An image is a row; a
+    breast is the mean probability of its views; an exam is the highest of its breasts. metrics.json, plots and
+    report.html, which holds them all, come into --out.
+
+    Example: gigamorph eval predictions/predictions.csv --table table.csv --split test --by density --out evaluation
+    """
+    from ..engine.errors import GigamorphError
+    from ..engine.evaluate import read_cases, read_marks
+    from ..engine.evaluate.evaluate import Settings, evaluate
+    from ..engine.evaluate.report import headline, write_report
+
+    if (Path(out) / "metrics.json").exists():
+        raise GigamorphError(f"{out}: already holds metrics; name another --out")
+    if marks is not None and table is None:
+        raise click.UsageError("--marks needs the findings of --table")
+
+    def read(path: str) -> Cases:
+        return read_cases(path, table=table, label=label, score=score, split=split)
+
+    images = read(predictions)
+    settings = Settings(tuple(levels) or None, rates, threshold, by, resamples, seed)
+    marked, without = (None, 0) if marks is None or table is None else read_marks(marks, table, images)
+    found = evaluate(images, settings, other=None if other is None else read(other), marked=marked)
+    if marked is not None:
+        found["froc"]["findings_without_place"] = without
+    found |= {"split": split, "predictions_sha256": hashlib.sha256(Path(predictions).read_bytes()).hexdigest()}
+    page = write_report(out, images, found)
+    for line in headline(found):
+        click.echo(line)
+    click.echo(f"{page}, metrics.json and plots")

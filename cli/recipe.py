@@ -1,0 +1,72 @@
+"""``gigamorph recipe``: what a published method claims, shown on a synthetic task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..engine.recipes.recipe import Claim
+
+
+def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise click.BadParameter(f"{value!r}; write different whole numbers, as in 0,1,2", ctx, param)
+    return tuple(int(part) for part in parts)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--synthetic", is_flag=True, help="Run the synthetic task that shows the method's claim.")
+@click.option(
+    "--seeds",
+    default="0,1,2",
+    show_default=True,
+    metavar="LIST",
+    callback=_parse_seeds,
+    help="Of data and networks; the task runs once with each.",
+)
+@click.option("--out", type=click.Path(file_okay=False), help="Folder, new; recipe-NAME by default.")
+@options.device
+def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, device: str) -> int:
+    """Published methods as recipes: list them, print a configuration, see the claim on a synthetic task.
+
+    NAME is a recipe, or "list". Without --synthetic its configuration is printed: every published value with its
+    source, as TOML, to be kept in a file, changed, and given to gigamorph train --recipe NAME --config FILE.
+
+    The exit code of --synthetic is 0 where the claim holds and 1 where it does not.
+
+    Example: gigamorph recipe morphhr --synthetic
+    """
+    from ..engine.recipes import RECIPES, get_recipe
+    from ..engine.recipes.config import default_text
+    from .table import show_rows
+
+    if name == "list":
+        show_rows([{"recipe": key, "what it is": text} for key, text in RECIPES.items()])
+        return 0
+    chosen = get_recipe(name)
+    if not synthetic:
+        click.echo(default_text(name), nl=False)
+        return 0
+    from ..engine.recipes.recipe import Run, show_claim
+    from .progress import ProgressView
+
+    folder = Path(out or f"recipe-{name}")
+    click.echo(f"{chosen.title}\n{chosen.paper}")
+    with ProgressView(device=device) as view:
+        claim = show_claim(chosen, Run(folder, device=device, report=view, say=view.say), seeds)
+    click.echo()
+    show_rows(claim.rows)
+    click.echo(_verdict(claim, folder))
+    return int(not claim.holds)
+
+
+def _verdict(claim: Claim, folder: Path) -> str:
+    result = f"{'holds' if claim.holds else 'does not hold'} ({claim.seconds:.0f} s); {folder / 'claim.json'}"
+    return f"claim   {claim.claim}\nrule    {claim.rule}\nresult  {result}"

@@ -1,0 +1,131 @@
+"""Figures of an evaluation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import roc
+from .bootstrap import Resamples
+from .cases import Cases
+from .curves import WeightedCurves, rates
+
+_BAND = 500  # resamples behind the band of a curve
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
+    """ROC and precision-recall curves of each output that has both classes.
+
+    Args:
+        cases: at their level, labelled.
+        found: the outputs' measures by name.
+    """
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], color="0.75", linewidth=1)
+    shown = [(column, name) for column, name in enumerate(cases.outputs) if "auc" in found[name]]
+    for column, name in shown:
+        rows = ~np.isnan(cases.truth[:, column])
+        curve = WeightedCurves(cases.truth[rows, column], roc.ranks(cases.scores[rows, column]))
+        true, false = (counts[0] for counts in curve.counts(np.ones((1, int(rows.sum())))))
+        [line] = left.plot(np.append(0, false / false[-1]), np.append(0, true / true[-1]), linewidth=1.8, clip_on=False)
+        right.plot(*_steps(true, false), color=line.get_color(), linewidth=1.8, clip_on=False)
+        line.set_label(f"{name}: {found[name]['auc']['value']:.3f}")
+        if len(shown) == 1:
+            _band(left, cases, curve, rows, seed)
+            prevalence = found[name]["prevalence"]
+            right.axhline(prevalence, color="0.75", linewidth=1)
+            right.set_title(f"average precision {found[name]['average_precision']['value']:.3f}", fontsize=10)
+            left.set_title(f"area {found[name]['auc']['value']:.3f}", fontsize=10)
+    if len(shown) > 1:
+        left.legend(fontsize=8, title="area", loc="lower right")
+    left.set(xlabel="1 − specificity", ylabel="sensitivity")
+    right.set(xlabel="sensitivity (recall)", ylabel="positive predictive value (precision)")
+    for axes in (left, right):
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _steps(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision of the steps whose area is the average precision."""
+    recall, precision = true / true[-1], true / (true + false)
+    return np.stack([np.append(0, recall[:-1]), recall], 1).ravel(), np.repeat(precision, 2)
+
+
+def _band(axes: Axes, cases: Cases, curve: WeightedCurves, rows: np.ndarray, seed: int) -> None:
+    """Where the middle 95 % of the resampled curves run."""
+    grid = np.linspace(0, 1, 201)
+    resamples = Resamples(cases.clusters, _BAND, seed)
+    drawn = np.concatenate([rates(*curve.counts(weights), grid) for weights in resamples.weights(rows)])
+    drawn = drawn[~np.isnan(drawn).any(1)]
+    if len(drawn):
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        axes.fill_between(grid, low, high, alpha=0.15, linewidth=0)
+
+
+def calibration_figure(found: dict[str, Any]) -> Figure:
+    """Frequency against probability of each output that has a reliability curve."""
+    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.75", linewidth=1)
+    shown = {name: one["calibration"]["reliability"] for name, one in found.items() if "calibration" in one}
+    for name, curve in shown.items():
+        p, frequency = np.array(curve["probability"]), np.array(curve["frequency"])
+        # Only one output's intervals can be told apart.
+        error = np.array([frequency - curve["low"], np.array(curve["high"]) - frequency]) if len(shown) == 1 else None
+        axes.errorbar(p, frequency, None if error is None else np.maximum(error, 0), marker="o", markersize=4,
+                      linewidth=1.2, elinewidth=0.8, label=name)  # fmt: skip
+    if len(shown) > 1:
+        axes.legend(fontsize=8)
+    axes.set(xlabel="mean probability of the rows of a bin", ylabel="share of positives among them")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def subgroups_figure(rows: Sequence[dict[str, Any]], by: str) -> Figure:
+    """The area of each subgroup with its interval."""
+    shown = [row for row in rows if row.get("auc")]
+    figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(shown):
+        value, interval = row["auc"]["value"], row["auc"]["bootstrap"]
+        axes.plot([value], [place], "o", color="tab:blue", markersize=5)
+        if interval is not None:
+            axes.plot(interval, [place, place], color="tab:blue", linewidth=1.2)
+    axes.set_yticks(range(len(shown)), [f"{row['value']} ({row['rows']})" for row in shown])
+    axes.set(xlabel=f"area under the ROC curve, by {by}", ylim=(len(shown) - 0.5, -0.5), xlim=(0, 1.02))
+    axes.axvline(0.5, color="0.75", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def froc_figure(found: dict[str, Any]) -> Figure:
+    """Sensitivity per lesion against false marks per image, on a logarithmic axis."""
+    figure = Figure(figsize=(5.6, 4), layout="constrained")
+    axes = figure.subplots()
+    false, sensitivity = (np.array(found["curve"][name]) for name in ("false_marks_per_image", "sensitivity"))
+    axes.step(np.append(np.maximum(false, 0.01), max(10.0, false[-1])), np.append(sensitivity, sensitivity[-1]),
+              where="post", linewidth=1.8)  # fmt: skip
+    for row in found["sensitivity"]:
+        axes.plot([row["false_marks_per_image"]], [row["value"]], "o", color="tab:blue", markersize=4)
+        if row["bootstrap"]:
+            axes.plot([row["false_marks_per_image"]] * 2, row["bootstrap"], color="tab:blue", linewidth=0.8)
+    axes.set(xlabel="false marks per image", ylabel="lesions found", xscale="log", xlim=(0.05, 10), ylim=(0, 1.02))
+    axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,136 @@
+"""`gigamorph eval` from predictions to the report, and every bad input in one line."""
+
+import csv
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from gigamorph.cli.main import main
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Predictions, those of another network, and the table that they are of."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = ["a", "b", "table"]
+    paths = {name: folder / f"{name}.csv" for name in names}
+    opened = {name: path.open("w", newline="") for name, path in paths.items()}
+    writers = {name: csv.writer(file) for name, file in opened.items()}
+    for name in "ab":
+        writers[name].writerow(["image_path", "patient_id", "laterality", "view", "label", "log_odds_0", "log_odds_1"])
+    writers["table"].writerow(["image_path", "label", "patient_id", "split", "density", "findings"])
+    for patient in range(40):
+        split = "test" if patient < 30 else "val"
+        for side in "LR":
+            label = int(random.random() < 0.3)
+            for view in ("CC", "MLO"):
+                image = f"{patient}_{side}_{view}.png"
+                z = 40 + random.normal(size=2).cumsum() + 1.5 * label  # all probabilities are 1 in float64
+                for name, value in zip("ab", z, strict=True):
+                    row = [folder / image, f"P{patient}", side, view, label, repr(float(-value)), repr(float(value))]
+                    writers[name].writerow(row)
+                findings = json.dumps([{"box": [10, 20, 10, 20]}]) if label else ""
+                writers["table"].writerow([image, label, f"P{patient}", split, "ABCD"[patient % 4], findings])
+    for file in opened.values():
+        file.close()
+    return paths
+
+
+def test_all_of_it(files, tmp_path, capsys):
+    marks = tmp_path / "marks.csv"
+    rows = list(csv.DictReader(files["a"].open()))
+    lines = [f"{row['image_path']},{15 if k % 2 else 50},15,{k}" for k, row in enumerate(rows)]
+    marks.write_text("image_path,row,column,score\n" + "\n".join(lines))
+    out = tmp_path / "out"
+    options = [
+        "--table",
+        files["table"],
+        "--split",
+        "test",
+        "--by",
+        "density",
+        "--level",
+        "image",
+        "--level",
+        "exam",
+        "--marks",
+        marks,
+    ]
+    assert run("eval", files["a"], "--out", out, "--compare", files["b"], "--resamples", 100, *options) == 0
+    said = capsys.readouterr().out
+    found = json.loads((out / "metrics.json").read_text())
+    used = [row for row in rows if int(row["patient_id"][1:]) < 30]
+    labels, z = [int(r["label"]) for r in used], [float(r["log_odds_1"]) for r in used]
+    image = found["levels"]["image"]
+    assert image["rows"] == 120 and image["patients"] == 30 and found["split"] == "test"
+    assert image["outputs"]["1"]["auc"]["value"] == pytest.approx(roc_auc_score(labels, z), abs=1e-12)
+    precision = image["outputs"]["1"]["average_precision"]["value"]
+    assert precision == pytest.approx(average_precision_score(labels, z), abs=1e-12)
+    assert set(found["levels"]) == {"image", "exam"}
+    assert [row["value"] for row in image["subgroups"]["density"]["1"]["rows"]] == list("ABCD")
+    assert 0 < image["comparison"]["1"]["p"] < 1
+    assert found["froc"]["lesions"] == sum(labels) and found["froc"]["marks"] == 120
+    assert found["predictions_sha256"] == hashlib.sha256(files["a"].read_bytes()).hexdigest()
+    assert f"image level: AUC {roc_auc_score(labels, z):.3f} (" in said and "FROC: mean sensitivity" in said
+    assert (out / "report.html").stat().st_size > 50_000
+
+
+def test_the_same_command_writes_the_same_bytes(files, tmp_path):
+    for name in "xy":
+        assert run("eval", files["a"], "--out", tmp_path / name, "--level", "image", "--resamples", 50) == 0
+    names = sorted(path.name for path in (tmp_path / "x").iterdir())
+    assert len(names) >= 4
+    assert all((tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda row: row | {"label": "0"}, [], "one class only: all 160 images are negative"),
+        (lambda row: row | {"label": ""}, [], "no image has a label"),
+        (lambda row: row | {"log_odds_1": "nan"}, [], "line 2: log_odds_1 is not a number (NaN)"),
+        (lambda row: row | {"label": "7"}, [], "label '7' is none of the classes 0, 1"),
+        (lambda row: row, ["--score", "probability"], "column probability is missing"),
+        (lambda row: row, ["--label", "cancer"], "column cancer is missing"),
+        (lambda row: row, ["--by", "maker"], "no column 'maker' to make subgroups by; there are"),
+        (lambda row: row, ["--split", "test"], "has no column split"),
+        (lambda row: row, ["--threshold", "2"], "the threshold is a probability, between 0 and 1, not 2"),
+    ],
+)
+def test_bad_input_is_one_line(files, tmp_path, capsys, change, options, message):
+    rows = [change(row) for row in csv.DictReader(files["a"].open())]
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert run("eval", tmp_path / "p.csv", "--out", tmp_path / "out", "--resamples", 5, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_patient_in_two_splits_is_refused(files, tmp_path, capsys):
+    text = files["table"].read_text().replace("39_R_MLO.png,0,P39,val", "39_R_MLO.png,0,P39,train")
+    text = text.replace("39_R_MLO.png,1,P39,val", "39_R_MLO.png,1,P39,train")
+    files["table"].write_text(text)
+    assert run("eval", files["a"], "--table", files["table"], "--split", "test", "--out", tmp_path / "out") == 2
+    assert "patient P39 is in train and val" in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_overwritten_and_marks_need_findings(files, tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text("{}")
+    assert run("eval", files["a"], "--out", tmp_path) == 2
+    assert "already holds metrics" in capsys.readouterr().err
+    assert run("eval", files["a"], "--marks", files["b"], "--out", tmp_path / "out") == 2
+    assert "--marks needs the findings of --table" in capsys.readouterr().err

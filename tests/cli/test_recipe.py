@@ -1,0 +1,99 @@
+"""``gigamorph recipe`` and ``gigamorph train --recipe``, with a recipe of two lines."""
+
+import json
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+
+from gigamorph.cli.main import main
+from gigamorph.engine import recipes
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.recipes import config
+from gigamorph.engine.recipes.recipe import Claim, Recipe
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    return exit_.value.code
+
+
+@dataclass(frozen=True)
+class Config:
+    rate: float = 0.5
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A recipe that notes what it was called with, and whose claim holds with seed 0 only."""
+    calls = []
+
+    def train(table, config, run):
+        calls.append((table, config, run))
+        if config.rate == 13:
+            raise GigamorphError("no luck")
+        return {"auc": 0.75, "labelwise": {"a": 1.0}}
+
+    def synthetic(run, seeds):
+        rows = [{"seed": seed, "auc": 0.9 - seed, "kind": "x"} for seed in seeds]
+        return Claim("it learns", "auc > 0.5 in every row", rows, all(row["auc"] > 0.5 for row in rows), 1.0)
+
+    module = ModuleType("toy")
+    module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", "Nothing.", Config, train, synthetic)
+    monkeypatch.setitem(sys.modules, "gigamorph.engine.recipes.toy", module)
+    monkeypatch.setitem(recipes.RECIPES, "toy", "A recipe for tests.")
+    monkeypatch.setattr(config, "default_text", lambda name: "rate = 0.5  # Table 1\n")
+    return calls
+
+
+def test_list_configuration_and_unknown_name(toy, capsys):
+    assert run("recipe", "list") == 0
+    assert "A recipe for tests." in capsys.readouterr().out
+    assert run("recipe", "toy") == 0
+    assert capsys.readouterr().out == "rate = 0.5  # Table 1\n"
+    assert run("recipe", "nope") == 2
+    assert "recipe 'nope' is unknown; there are" in capsys.readouterr().err
+
+
+def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
+    assert run("recipe", "toy", "--synthetic", "--seeds", "0", "--out", tmp_path / "a") == 0
+    shown = capsys.readouterr().out
+    assert "result  holds" in shown and "0.9" in shown
+    stored = json.loads((tmp_path / "a" / "claim.json").read_text())
+    assert stored["rows"] == [{"seed": 0, "auc": 0.9, "kind": "x"}] and stored["holds"] is True
+    assert run("recipe", "toy", "--synthetic", "--seeds", "0, 1", "--out", tmp_path / "b") == 1
+    assert "does not hold" in capsys.readouterr().out
+    assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "b") == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "1,1", "-1"])
+def test_seeds_are_different_numbers(toy, seeds):
+    assert run("recipe", "toy", "--synthetic", "--seeds", seeds) == 2
+
+
+def test_train_hands_the_configuration_on(toy, tmp_path, capsys):
+    file = tmp_path / "toy.toml"
+    file.write_text("rate = 2\n")
+    shared = ("--memory-budget", "1GiB", "--seed", 3, "--precision", "bf16")
+    assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o", *shared) == 0
+    [(table, config, given)] = toy
+    assert table == tmp_path and config == Config(2.0)
+    assert (given.out, given.seed, given.memory_budget, given.precision) == (tmp_path / "o", 3, 2**30, "bf16")
+    assert "0.75" in capsys.readouterr().out
+    assert run("train", tmp_path, "--recipe", "toy", "--out", tmp_path / "o") == 0 and toy[1][1] == Config()
+    file.write_text("rate = 13\n")
+    assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
+    file.write_text("lr = 1\n")
+    assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
+    assert "'lr' is unknown" in capsys.readouterr().err
+
+
+def test_what_the_configuration_says_is_no_option_too(toy, tmp_path, capsys):
+    assert run("train", tmp_path, "--recipe", "toy", "--out", "o", "--epochs", 3) == 2
+    assert "--epochs cannot go with --recipe" in " ".join(capsys.readouterr().err.split())
+    assert run("train", tmp_path, "--out", "o", "--config", "x.toml") == 2
+    assert run("train", tmp_path, "--recipe", "toy", "--out", "o", "--precision", "fp16") == 2
+    assert not toy

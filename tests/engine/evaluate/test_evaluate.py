@@ -1,0 +1,112 @@
+"""What an evaluation holds as a whole, and the files that it is written to."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from gigamorph.engine import DataError
+from gigamorph.engine.evaluate.cases import Cases
+from gigamorph.engine.evaluate.evaluate import Settings, evaluate, levels_of
+from gigamorph.engine.evaluate.froc import Marked
+from gigamorph.engine.evaluate.report import headline, write_report
+
+
+def exams(seed=0, patients=30, **more) -> Cases:
+    """Two views of two breasts each."""
+    random = np.random.default_rng(seed)
+    n = 4 * patients
+    labels = np.repeat(random.random(2 * patients) < 0.3, 2)
+    return Cases(
+        outputs=("cancer",),
+        truth=labels[:, None].astype(float),
+        scores=(2 * random.normal(size=n) + 2 * labels)[:, None],
+        names=tuple(f"i{k}" for k in range(n)),
+        patients=tuple(f"Secret-Patient-{k // 4}" for k in range(n)),
+        exams=("",) * n,
+        sides=tuple("LLRR"[k % 4] for k in range(n)),
+        columns={"view": tuple(("CC", "MLO")[k % 2] for k in range(n))},
+        **more,
+    )
+
+
+FEW = Settings(resamples=50)
+
+
+def test_each_level_states_its_rule_and_is_the_area_of_its_rows():
+    images = exams()
+    found = evaluate(images, FEW)
+    assert list(found["levels"]) == ["image", "breast", "exam"]
+    for level, one in found["levels"].items():
+        cases = images.at(level)
+        assert one["rows"] == len(cases) == {"image": 120, "breast": 60, "exam": 30}[level] and one["patients"] == 30
+        area = one["outputs"]["cancer"]["auc"]
+        assert area["value"] == pytest.approx(roc_auc_score(cases.truth[:, 0], cases.scores[:, 0]), abs=1e-12)
+        assert area["bootstrap"][0] <= area["value"] <= area["bootstrap"][1]
+    assert "mean probability of a breast's views" in found["levels"]["breast"]["rule"]
+
+
+def test_levels_that_change_nothing_are_left_out():
+    images = exams()
+    assert levels_of(images.where(np.arange(0, 120, 4))) == ("image",)
+    assert levels_of(images.where(np.arange(0, 120, 2))) == ("image", "exam")
+    assert levels_of(images.at("breast")) == ("breast",)
+
+
+def test_a_threshold_given_is_told_what_comes_of_it():
+    images = exams()
+    found = evaluate(images, Settings(levels=("image",), threshold=0.8, resamples=50))["levels"]["image"]
+    called, truth = images.scores[:, 0] >= np.log(4), images.truth[:, 0] > 0
+    at = {name: measure["value"] for name, measure in found["outputs"]["cancer"]["at_threshold"].items()}
+    assert at["sensitivity"] == pytest.approx(called[truth].mean())
+    assert at["specificity"] == pytest.approx((~called)[~truth].mean())
+    assert at["positive_predictive_value"] == pytest.approx(truth[called].mean())
+    assert at["negative_predictive_value"] == pytest.approx((~truth)[~called].mean())
+    assert at["called"] == pytest.approx(called.mean())
+    with pytest.raises(DataError, match="between 0 and 1, not 3"):
+        evaluate(images, Settings(threshold=3, resamples=5))
+
+
+def test_nothing_to_measure_is_an_error():
+    images = exams()
+    with pytest.raises(DataError, match=r"one class only: all .* images are negative; nothing can be measured"):
+        evaluate(images.where(images.truth[:, 0] == 0), FEW)
+    unknown = Cases(**{**vars(images), "truth": np.full((120, 1), np.nan)})
+    with pytest.raises(DataError, match="no image has a label"):
+        evaluate(unknown, FEW)
+
+
+@pytest.mark.parametrize("kind", ["binary", "classes", "labels"])
+def test_files(tmp_path, kind):
+    images = exams()
+    if kind != "binary":
+        random = np.random.default_rng(1)
+        truth = np.eye(3)[random.integers(0, 3, 120)]
+        if kind == "labels":
+            truth[:, 1] = 0  # one class only: said, and left out of the mean
+            truth[:9, 0] = np.nan
+        values = {"outputs": ("a", "b", "c"), "truth": truth, "scores": random.normal(size=(120, 3)), "kind": kind}
+        images = Cases(**{**vars(images), **values})
+    mark = Marked("p", np.array([[0.0, 9, 0, 9]]), np.array([[5.0, 5], [20, 20]]), np.array([1.0, 2]))
+    settings = Settings(levels=("breast",), resamples=50, by=("view",) if kind == "binary" else ())
+    found = evaluate(images, settings, other=Cases(**{**vars(images), "scores": -images.scores}), marked=[mark])
+    page = write_report(tmp_path, images, found).read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(found))
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert {"breast_curves.png", "froc.png"} <= set(pictures) and page.count("data:image/png;base64,") == len(pictures)
+    # It holds all it shows, and no patient.
+    text = re.sub(r"base64,[^\"]*", "", page)
+    assert "http" not in text and "nan" not in text.lower() and text.count("src=") == text.count('src="data:image/png;')
+    assert "Secret" not in page and "Secret" not in (tmp_path / "metrics.json").read_text()
+    lines = headline(found)
+    if kind == "binary":
+        area = found["levels"]["breast"]["outputs"]["cancer"]["auc"]["value"]
+        assert lines[0].startswith(f"breast level: AUC {area:.3f} (")
+        assert page.index(f"{area:.3f}") < page.index("<img")  # first what matters
+    if kind == "labels":
+        assert any("b: one class only" in line for line in lines)
+        assert found["levels"]["breast"]["mean_auc"]["left_out"] == ["b"] and "mean without b" in page
+    if kind == "classes":
+        assert "kappa" in found["levels"]["breast"] and "Quadratic weighted kappa" in page
