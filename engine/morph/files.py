@@ -6,7 +6,6 @@ text for people, and the only copy beside a torch file.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from .front import downsampler
 from .inputs import _Mix
 from .recipe import Recipe, apply
 from .store import SafetensorsFile, atomic, read_state, write_state
-from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, cast, compare
+from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, cast, compare, duplicate
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 SIDE = 64  # of the images that checks take, before any front
@@ -196,7 +195,7 @@ def _heads(
     if any(softmax) != all(softmax):
         raise MorphError("the head grew both by independent outputs and by softmax classes; compare one growth a time")
     before = _Kept(parent, [], softmax[0])
-    work = cast(copy.deepcopy(before), torch.float32).eval()
+    work = cast(duplicate(before), torch.float32).eval()
     try:
         with torch.no_grad():
             width = work(example.float()).shape[1]

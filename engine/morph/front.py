@@ -15,7 +15,6 @@ and learns D(x) + gamma * g(x) from gamma = 0; it is exact in train mode whateve
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from ..errors import MorphError
 from .activation import PAct, activation
 from .stem import Stem, View, find_stem, view
-from .verify import Report, cast, verified_report
+from .verify import Report, cast, duplicate, verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
 DOWNSAMPLERS = ("area", "bilinear", "antialias")
@@ -124,13 +123,13 @@ def front(
     step = _step(model, stem, example.shape[1], r, mode, downsample, filters, act, seed)
     if inplace and not (step["at"] and step["at"][0]):
         raise MorphError("this front stands before the whole network, which cannot become it; use inplace=False")
-    child = repeat(copy.deepcopy(model), step)
+    child = repeat(duplicate(model), step)
     before = view(model, (1, example.shape[1], height // r, width // r), example)
     after = view(child, (1, example.shape[1], height, width), example)
     checked = model, child
     if mode in ("fold", "stages") and r & (r - 1):  # weights over r² are rounded: compare with float64 weights
-        exact = cast(copy.deepcopy(model), torch.float64)
-        checked = exact, repeat(copy.deepcopy(exact), step)
+        exact = cast(duplicate(model), torch.float64)
+        checked = exact, repeat(duplicate(exact), step)
     changes = [f"found: {stem}", *_describe(child, step), f"before: {before}", f"after: {after}"]
     changes.append(f"the child's image sides must be multiples of {r}")
     parent = nn.Sequential(downsampler(downsample, r), checked[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
 from .surgery import CONVS, edit, morphed, plain
-from .verify import Example, Report, as_inputs, cast
+from .verify import Example, Report, as_inputs, cast, duplicate
 
 SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
 KINDS = ("independent", "softmax")
@@ -75,11 +74,13 @@ def split_class(
     return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, **members))
 
 
-def grown_rows(weight: Tensor, bias: Tensor | None, outputs: int, kind: str) -> tuple[Tensor, Tensor | None]:
+def _grown_rows(
+    path: str, weight: Tensor, bias: Tensor | None, outputs: int, kind: str
+) -> tuple[Tensor, Tensor | None]:
     """Weight (outputs, ...) and bias with new rows of zeros; the bias -10^4 for a softmax."""
     new = outputs - len(weight)
     if new < 1:
-        raise MorphError(f"the head has {len(weight)} outputs already; give more than that")
+        raise MorphError(f"module '{path}' has {len(weight)} outputs already; give more than that")
     if bias is None and kind == "softmax":
         bias = weight.new_zeros(len(weight))
     weight = torch.cat([weight, weight.new_zeros(new, *weight.shape[1:])])
@@ -88,10 +89,12 @@ def grown_rows(weight: Tensor, bias: Tensor | None, outputs: int, kind: str) -> 
     return weight, bias
 
 
-def split_rows(weight: Tensor, bias: Tensor | None, index: int, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _split_rows(
+    path: str, weight: Tensor, bias: Tensor | None, index: int, shares: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Weight and bias with row `index` as often as there are shares, each logit plus the logarithm of its share."""
     if not 0 <= index < len(weight):
-        raise MorphError(f"the head has no class {index}; it has {len(weight)}")
+        raise MorphError(f"module '{path}' has no class {index}; it has {len(weight)}")
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     parts = (bias[index].double() + torch.tensor(shares, dtype=torch.float64, device=bias.device).log()).to(bias.dtype)
     bias = torch.cat([bias, parts[1:]])
@@ -103,12 +106,12 @@ def grow_head_state(
     state: Mapping[str, Tensor], path: str, outputs: int, kind: str = "independent"
 ) -> dict[str, Tensor]:
     """`grow_head` for the weights of a state_dict."""
-    return _changed(state, path, *grown_rows(*_rows(state, path), outputs, kind))
+    return _changed(state, path, *_grown_rows(path, *_rows(state, path), outputs, kind))
 
 
 def split_class_state(state: Mapping[str, Tensor], path: str, index: int, shares: Sequence[float]) -> dict[str, Tensor]:
     """`split_class` for the weights of a state_dict."""
-    return _changed(state, path, *split_rows(*_rows(state, path), index, shares))
+    return _changed(state, path, *_split_rows(path, *_rows(state, path), index, shares))
 
 
 def _rows(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor | None]:
@@ -128,14 +131,14 @@ def _changed(state: Mapping[str, Tensor], path: str, weight: Tensor, bias: Tenso
 def _grow_head(model: nn.Module, path: str, outputs: int, kind: str) -> list[str]:
     head = _head(model, path)
     with torch.no_grad():
-        return _set(head, path, *grown_rows(head.weight, head.bias, outputs, kind))
+        return _set(head, path, *_grown_rows(path, head.weight, head.bias, outputs, kind))
 
 
 @edit("split_class")
 def _split_class(model: nn.Module, path: str, index: int, shares: list[float]) -> list[str]:
     head = _head(model, path)
     with torch.no_grad():
-        return _set(head, path, *split_rows(head.weight, head.bias, index, shares))
+        return _set(head, path, *_split_rows(path, head.weight, head.bias, index, shares))
 
 
 def _head(model: nn.Module, path: str) -> Any:
@@ -221,7 +224,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
-    work = cast(copy.deepcopy(network), torch.float32).eval()
+    work = cast(duplicate(network), torch.float32).eval()
     try:
         with torch.no_grad():
             return _tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))

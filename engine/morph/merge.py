@@ -8,7 +8,6 @@ columns must be that widening's. So channels that only look alike are left as th
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from .discover import Axis
 from .provenance import Fault, Mismatch
 from .rebuild import ParameterMap, make_plan, run_child
 from .spaces import GROUPS, Space, Spaces, _resize, _skeleton, find_spaces
-from .verify import Certificate, Example, Report, as_inputs, cast, verified_report
+from .verify import Certificate, Example, Report, as_inputs, cast, duplicate, verified_report
 from .widen import replace_contents
 
 Sizes = dict[tuple[str, str], int]  # by module and attribute
@@ -51,7 +50,7 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
     step = {"op": "merge", "example": [list(x.shape) for x in inputs], "passes": passes, "groups": groups}
     if certificate.violations:  # the function is compared where that rounding does not hide anything
         changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
-        exact = cast(copy.deepcopy(model), torch.float64)
+        exact = cast(duplicate(model), torch.float64)
         doubles = tuple(x.double() if x.is_floating_point() else x for x in inputs)
         report = verified_report(step, exact, _merge(exact, doubles)[0], example, changes=changes)
     else:
@@ -384,7 +383,7 @@ def _with_tensors(model: nn.Module, values: Mapping[str, Tensor], sizes: Sizes, 
     """A copy of the model with other tensors, some of them smaller, and its modules' sizes set to that."""
     old = _tensors(model)
     changed = {id(old[name]): value for name, value in values.items() if value.shape != old[name].shape}
-    child = copy.deepcopy(model, {id(t): t for t in old.values()})
+    child = duplicate(model, {id(t): t for t in old.values()})
     made: dict[int, Tensor] = {}
     for module in child.modules():
         shapes: dict[str, tuple[torch.Size, torch.Size]] = {}

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import MorphError
 from .rebuild import ParameterMap
 from .splits import kraft_lengths
-from .verify import Report, require_equal
+from .verify import Report, duplicate, require_equal
 from .widen import grow_tensor, rebuild, tensor_maps
 
 OPTIMIZERS = (SGD, Adam, AdamW)
@@ -144,7 +144,7 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
     if shapes[0] != shapes[1]:
         raise MorphError("the average has other parameters than the parent; give an average of that very network")
     # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there; then come the weights.
-    grown = rebuild(copy.deepcopy(average).float().cpu(), report.step)
+    grown = rebuild(duplicate(average).float().cpu(), report.step)
     maps, targets, sources = _maps(parent, report.step), child.state_dict(), average.state_dict()
     for name, tensor in [*grown.named_parameters(), *grown.named_buffers()]:
         if name not in sources:
@@ -201,7 +201,7 @@ def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
 
 def _maps(parent: nn.Module, step: Mapping[str, Any]) -> dict[str, ParameterMap]:
     """The maps depend on the architecture alone; the recorded inputs are float32 on the CPU."""
-    return tensor_maps(copy.deepcopy(parent).float().cpu(), step)
+    return tensor_maps(duplicate(parent).float().cpu(), step)
 
 
 def _require_rates(lr: Rates, step: Mapping[str, Any], maps: Mapping[str, ParameterMap]) -> None:

@@ -8,7 +8,6 @@ weights alone and `grow_file` on a file, of which no more is in memory than the 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import secrets
@@ -27,7 +26,7 @@ from ..memory import large_blocks_on_own_pages
 # The modules of local morphs are imported for their entries in `surgery.EDITS`.
 from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge, surgery, widen  # noqa: F401
 from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state, tensor_bytes, write_state
-from .verify import Report
+from .verify import Report, duplicate
 
 FORMAT = "gigamorph recipe"
 VERSION = 1
@@ -163,7 +162,7 @@ def apply(recipe: Recipe, model: nn.Module) -> nn.Module:
     Raises:
         MorphError: the network is not of the first parent's architecture, or a morph is unknown.
     """
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     for number, morph in enumerate(recipe.morphs, 1):
         model = _repeat(model, morph, number)
     return model
@@ -268,9 +267,7 @@ def _check_child(parts: Mapping[str, Layout], morph: Morph, number: int) -> None
 
 def _hollow(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes but no memory."""
-    # What is in `memo` is not copied by deepcopy: the copy gets the hollow tensors at once, shared ones once.
-    memo = {id(t): _hollow_tensor(t, t.shape) for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)  # pyright: ignore[reportArgumentType]
+    return duplicate(model, {id(t): _hollow_tensor(t, t.shape) for t in [*model.parameters(), *model.buffers()]})
 
 
 def _hollow_tensor(tensor: Tensor, shape: tuple[int, ...]) -> Any:

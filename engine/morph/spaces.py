@@ -7,7 +7,6 @@ Where that fails, the channels that the failing op read are frozen with the op's
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +21,11 @@ from .discover import Axis, Discover
 from .lookup import Table
 from .provenance import Label, Mismatch
 from .rebuild import Copies, ParameterMap, Plan, make_plan, run_child
-from .verify import Example, as_inputs
+from .verify import Example, as_inputs, duplicate
 
 TRIALS = 60
 GROUPS = ("more", "wider")
+OUTPUT = "an output of the network"  # the reason why a space is frozen
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
         if isinstance(leaf, Tensor):
             label = found.need(leaf)
             assert label.atoms is not None
-            found.atoms.freeze(label.atoms, "an output of the network")
+            found.atoms.freeze(label.atoms, OUTPUT)
             outputs.append(label.vids)
         else:
             outputs.append(leaf)
@@ -168,7 +168,7 @@ def _elsewhere(model: nn.Module) -> bool:
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model).cpu()
+    model = duplicate(model).cpu()
     for module in model.modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor):
@@ -250,8 +250,7 @@ def _skeleton(model: nn.Module, plan: Plan, found: Discover) -> nn.Module:
 
     Weights of linear ops have that size alone, as their values are not read.
     """
-    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    child = copy.deepcopy(model, memo)
+    child = duplicate(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     made: dict[int, Tensor] = {}
     resized: set[int] = set()

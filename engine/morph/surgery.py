@@ -6,7 +6,6 @@ same step can be repeated on a fresh network whose weights are loaded afterwards
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import MorphError
-from .verify import Example, Report, as_inputs, cast, verified_report
+from .verify import Example, Report, as_inputs, cast, duplicate, verified_report
 
 EDITS: dict[str, Callable[..., list[str]]] = {}
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
@@ -66,24 +65,31 @@ def morphed(
     Raises:
         MorphError: the edit is not possible or not exact here; `model` is untouched.
     """
-    parent = cast(copy.deepcopy(model), torch.float64) if rounded else model
-    child = copy.deepcopy(parent)
+    parent = cast(duplicate(model), torch.float64) if rounded else model
+    child = duplicate(parent)
     changes = apply_edit(child, step)
     pair = view(parent, child) if view else (parent, child)
     try:
         report = verified_report(step, *pair, example, changes=changes, train=train)
+    except MorphError as error:
+        raise MorphError(f"{_where(step)}: {error}") from error
     except (AttributeError, LookupError, NotImplementedError) as error:
         raise MorphError(
-            f"{step['op']}: the network's code needs the module that was replaced to be of its old class "
+            f"{_where(step)}: the network's code needs the module that was replaced to be of its old class "
             f"({type(error).__name__}: {error}); the original is unchanged"
         ) from error
     if inplace:
         apply_edit(model, step)
         return model, report
     if rounded:
-        child = copy.deepcopy(model)
+        child = duplicate(model)
         apply_edit(child, step)
     return child, report
+
+
+def _where(step: dict[str, Any]) -> str:
+    paths = step.get("paths", [step["path"]] if "path" in step else [])
+    return f"{step['op']} at {', '.join(repr(path) for path in paths)}" if paths else step["op"]
 
 
 # -- modules by path ---------------------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
             cannot be told.
     """
     module_at(model, path)
-    work = copy.deepcopy(model).eval()
+    work = duplicate(model).eval()
     target = module_at(work, path)
     known: list[tuple[int, bool]] = [(-1, True)]  # of the latest layer: width, channels on axis 1
     found: set[Site] = set()

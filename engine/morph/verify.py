@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -231,6 +231,21 @@ def as_inputs(example: Example) -> tuple[Tensor, ...]:
     return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
+def duplicate(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy; what a hook has computed (the old `nn.utils.weight_norm`) is copied too, without its graph.
+
+    Args:
+        model: any network.
+        shared: id of a tensor -> what the copy has in its place.
+    """
+    memo: dict[int, Any] = dict(shared or {})
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`model.to(dtype)` that also casts tensors held as plain attributes; in place."""
     model.to(dtype)
@@ -380,4 +395,4 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for p in model.parameters():
         value = p.detach().to(dtype if p.is_floating_point() else p.dtype, copy=True)
         memo[id(p)] = nn.Parameter(value, p.requires_grad)
-    return cast(copy.deepcopy(model, memo), dtype)
+    return cast(duplicate(model, memo), dtype)

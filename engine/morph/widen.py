@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .provenance import Mismatch
 from .rebuild import Copies, ParameterMap
-from .spaces import Space, Spaces, find_spaces
+from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
 from .verify import Certificate, Example, Report, as_inputs, verified_report
 
@@ -65,6 +65,9 @@ def widen(
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
     spaces = find_spaces(model, *as_inputs(example), groups=groups)
+    if factor is not None and not spaces.growable():
+        reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
+        raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
     chosen, new = _choose(spaces, counts or {}, factor, free or {}, seed)
     step = {
         "op": "widen",

@@ -270,7 +270,7 @@ KINDS: dict[str, Callable[..., Maps]] = {
     "max_pool": _one(lambda x: F.max_pool2d(x, 3, 1, 1)),
     "resize": _one(lambda x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="bilinear")),
     "flip": _one(lambda x: x.flip(1)),
-    "pad": _one(lambda x: F.pad(x, (1, 0, 0, 1))[:, :, :8, 1:]),
+    "pad": _one(lambda x: F.pad(x, (1, 0, 0, 1))[:, :, : x.shape[2], 1:]),
     "chunk": _even(lambda x: list(x.chunk(2, 1))),
     "gate": _even(_gate),
     "shuffle": _even(_shuffle),

@@ -36,13 +36,29 @@ def test_a_copy_is_equal_and_nothing_is_touched() -> None:
     assert model.training and torch.equal(state, torch.get_rng_state())
 
 
-def test_tf32_setting_is_restored() -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+def test_tf32_is_off_in_a_check_and_back_afterwards() -> None:
+    """A network that looks at the settings while it is run."""
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [place.fp32_precision for place in places]
+    seen: list[tuple[Any, ...]] = []
+
+    class Looks(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((*(place.fp32_precision for place in places), torch.is_autocast_enabled("cpu")))
+            return super().forward(x)
+
     try:
-        compare(small(), small(), X)
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        for place in places:
+            place.fp32_precision = "tf32"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = compare(nn.Sequential(Looks(3, 4, 3)), nn.Sequential(Looks(3, 4, 3)), X)
+        assert set(seen) == {("ieee", "ieee", "ieee", "ieee", False)}
+        assert found.noise_eval < 1e-6
+        assert [place.fp32_precision for place in places] == ["tf32"] * 4
     finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def test_another_order_of_channels_is_within_the_noise() -> None:

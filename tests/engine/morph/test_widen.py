@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from exactness import randomize
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from morph_networks import build
 from morph_programs import BENIGN, LATTICE, Program, programs
@@ -61,7 +63,7 @@ def is_widened(program: Program, seed: int, split: str, free: bool, groups: str)
         assert "differs" not in str(error) and "violate" not in str(error), f"the check was deceived: {error}"
         return False
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(3, 3, 12, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with torch.no_grad():
         assert relative(child(x), model(x)) < 1e-9
     return bool(report.changes)
@@ -116,6 +118,35 @@ def test_integer_programs_are_equal_to_the_bit(program: Program, seed: int, grou
             counts = draw_counts(model, seed, groups=groups)
             child, _ = widen(model, X.to(dtype), counts, split="kraft", groups=groups)
             assert torch.equal(child(x), want)
+
+
+def times(model: nn.Module, factors: dict[str, int]) -> nn.Module:
+    """Each space as many times as wide, in powers of two."""
+    spaces = find_spaces(model, X)
+    copies = {key: [factor] * len(spaces[key].order) for key, factor in factors.items()}
+    step = {"copies": copies, "free": {}, "split": "kraft", "noise": 0.0, "seed": 0, "groups": "more"}
+    return rebuild(model, {"op": "widen", "example": [list(X.shape)]} | step)
+
+
+@settings(quiet, max_examples=10)
+@given(benign(), st.randoms(use_true_random=False))
+def test_widenings_compose(program: Program, order: random.Random) -> None:
+    """One space after the other, in any order, is all at once; by two and by two is by four."""
+    model = program.build()
+    keys = [s.key for s in find_spaces(model, X).growable()]
+    assume(not any("@" in key for key in keys))  # it counts channels, and another space on its axis moves them
+    once, single = times(model, dict.fromkeys(keys, 2)), model
+    order.shuffle(keys)
+    for key in keys:
+        single = times(single, {key: 2})
+    assert_same(once, single)
+    assert_same(times(model, dict.fromkeys(keys, 4)), times(once, dict.fromkeys(keys, 2)))
+
+
+def assert_same(one: nn.Module, two: nn.Module) -> None:
+    states = one.state_dict(), two.state_dict()
+    assert repr(one) == repr(two) and states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def test_counts_widths_and_factor() -> None:
@@ -406,36 +437,80 @@ def test_lattice_networks_are_equal_to_the_bit(name: str) -> None:
 # -- mutations: each must be stopped by a check -------------------------------------------------------------------
 
 
+class Shortcut(nn.Module):
+    """A residual block with a shortcut of its own, under BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)
+        self.shortcut, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((self.b(self.bn(self.a(x)).relu()) + self.shortcut(x)).relu().mean((2, 3)))
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    def mutate(child: Any) -> None:
+        tensor = child.state_dict()[name]
+        tensor.copy_(change(tensor))
+
+    return mutate
+
+
 def _later(tensor: Tensor) -> Tensor:
     return tensor.roll(1, 0)
 
 
-MUTATIONS: dict[str, Any] = {
-    "split times 1.01": ("3.weight", lambda t: t * 1.01),
-    "rolled statistics": ("1.running_var", _later),
-    "rolled scale": ("1.weight", _later),
-    "rows swapped": ("0.weight", _later),
-    "bias dropped": ("0.bias", torch.zeros_like),
-    "columns not split": ("3.weight", lambda t: t * 2),
-    "one wrong entry": ("3.weight", lambda t: t + 1e-4 * (torch.arange(t.numel()) == 5).view(t.shape)),
+MUTATIONS: dict[str, Callable[[Any], None]] = {
+    "split times 1.01": changed("b.weight", lambda t: t * 1.01),
+    "rolled statistics": changed("bn.running_var", _later),
+    "rolled scale": changed("bn.weight", _later),
+    "rows swapped": changed("a.weight", _later),
+    "bias dropped": changed("a.bias", torch.zeros_like),
+    "columns not split": changed("b.weight", lambda t: t * 2),
+    "one wrong entry": changed("b.weight", lambda t: t + 1e-4 * (torch.arange(t.numel()) == 5).view(t.shape)),
+    "shortcut forgotten": changed("shortcut.weight", _later),
+    "eps dropped": lambda child: setattr(child.bn, "eps", 1e-30),
+    "momentum dropped": lambda child: setattr(child.bn, "momentum", 0.2),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutated_weights_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutated_children_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from gigamorph.engine.morph import widen as module
 
-    model = randomize(small())
-    target, mutate = MUTATIONS[name]
-    original = module.grow_tensor
+    torch.manual_seed(0)
+    model, original = randomize(Shortcut()), module._grow
 
-    def wrong(key: str, tensor: Tensor, *rest: Any) -> Any:
-        grown, certificate = original(key, tensor, *rest)
-        return (mutate(grown) if key == target else grown), certificate
+    def wrong(*arguments: Any) -> Any:
+        child, certificate = original(*arguments)
+        with torch.no_grad():
+            MUTATIONS[name](child)
+        return child, certificate
 
-    monkeypatch.setattr(module, "grow_tensor", wrong)
+    counts = {"a.weight:0": [2, 1, 3, 1], "b.weight:0": [1, 2, 1, 1, 3, 2]}
+    assert widen(model, X, counts)[1].changes
+    monkeypatch.setattr(module, "_grow", wrong)
     with pytest.raises(MorphError, match="differs"):
-        widen(model, X, {"0.weight:0": [2, 1, 3, 1]})
+        widen(model, X, counts)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "response_norm"])
+def test_a_discovery_and_a_check_without_the_rule_for_norms_are_stopped(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gigamorph.engine.morph.atoms import Atoms
+    from gigamorph.engine.morph.lookup import Bags
+
+    model = Program((("conv1", 0, 3), ("batch_norm", 1, 1), (kind, 2, 2), ("relu", 3, 3)), "gap", 0).build().double()
+    unite = Atoms.unite
+    monkeypatch.setattr(Atoms, "unite", lambda *a, statistic=False, **o: None if statistic else unite(*a, **o))
+    counts = {"parts.0_conv1.weight:0": [1, 1, 3, 1, 2]}
+    with pytest.raises(MorphError, match="equal counts"):
+        widen(model, X.double(), counts)
+    monkeypatch.setattr(Bags, "find", lambda _, rows: torch.arange(len(rows)))
+    with pytest.raises(MorphError, match="differs"):
+        widen(model, X.double(), counts)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "add", "grouped", "response_norm", "chunk"])
