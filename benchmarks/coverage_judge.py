@@ -4,8 +4,8 @@ The engine always runs as users run it; what is varied is stock. In this order, 
 
 1.  Every tensor agrees to the limit.
 2.  Networks that cast to float32 themselves round there: both get float64 in place of float32.
-3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (those of a map one pixel wide): stock
-    gets plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
+3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (`engine/corrected.py`): stock gets
+    plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
 4.  PyTorch's live BatchNorm rounds more than its definition: stock has it written out. Buffers are those of 1 or 3.
 5.  Stock's noise: what each of its tensors moves by when the result of every one of its operations, forward and
     backward, is changed in the last bit at random (Monte Carlo arithmetic: Parker, 1997), or its maps have another
@@ -67,7 +67,7 @@ def judge(
         if _worst(errors) > limit:
             plain = stock(contiguous_gradients())
             if _worst(step_errors(truth, plain)) > 1000 * limit:
-                notes.append("stock's gradient is wrong unless its BatchNorm is given contiguous gradients, as here")
+                notes.append("stock's gradient is wrong unless its BatchNorm is given contiguous tensors, as here")
                 in_stock, truth = contiguous_gradients, plain
                 errors = step_errors(truth, got)
         if _worst(errors) > limit and all(e <= limit for name, e in errors.items() if name.endswith(_STATISTICS)):
@@ -203,11 +203,11 @@ def double_casts() -> contextlib.AbstractContextManager[None]:
 
 
 def contiguous_gradients() -> contextlib.AbstractContextManager[None]:
-    """BatchNorm gets gradients in the plain order."""
+    """BatchNorm gets maps and gradients in the plain order."""
 
     def make(original: Any) -> Any:
-        def batch_norm(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
+        def batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = original(x.contiguous(), *args, **kwargs)
             if result.requires_grad:
                 result.register_hook(lambda grad: grad.contiguous())
             return result

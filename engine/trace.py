@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .corrected import CORRECTED
 from .errors import UnsupportedError
 from .processes import world
 
@@ -101,6 +103,22 @@ def refs(tree: Any) -> list[int]:
 def bind(tree: Any, env: Any) -> Any:
     """The tree with every `Ref` replaced by `env[number]`."""
     return tree_map(lambda leaf: env[leaf.value] if isinstance(leaf, Ref) else leaf, tree)
+
+
+# Functions of these names in `torch` take their arguments in another order than those of torch.nn.functional.
+_OTHER_ORDER = frozenset({"batch_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "kl_div"})
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """What rules know a call by: the last part of its public name, or all of it where it has that part by chance."""
+    whole = str(resolve_name(func) or getattr(func, "__name__", func)).removesuffix(".__get__")
+    last, home = whole.rsplit(".", 1)[-1], getattr(func, "__module__", None) or "torch"
+    if home.startswith("torch._ops"):
+        return whole
+    plain = last.removesuffix("_")
+    other_order = plain in _OTHER_ORDER or plain.endswith(("_loss", "_logits", "_entropy"))
+    chance = not home.startswith(("torch", "gigamorph")) or (other_order and isinstance(func, BuiltinFunctionType))
+    return f"{home}.{last}" if chance else last
 
 
 def place(module: str, line: str) -> str:
@@ -202,7 +220,7 @@ class _Recorder(TorchFunctionMode):
         as_ref = lambda a: Ref(self.numbers[id(a)]) if isinstance(a, Tensor) else a  # noqa: E731
         ref_args, ref_kwargs = tree_map(as_ref, (args, kwargs))
         inputs = tuple(dict.fromkeys(refs((ref_args, ref_kwargs))))
-        name = (resolve_name(func) or getattr(func, "__name__", repr(func))).removesuffix(".__get__").rsplit(".", 1)[-1]
+        name = _name(func)
         where = self.where()
         for number in inputs:
             if number in self.stale:
@@ -225,7 +243,7 @@ class _Recorder(TorchFunctionMode):
         state = self._autocast()
         self.program.ops.append(
             Op(
-                func=func,
+                func=CORRECTED.get(func, func),  # pyright: ignore[reportArgumentType]
                 name=name,
                 args=ref_args,
                 kwargs=ref_kwargs,

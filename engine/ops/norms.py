@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..corrected import memory_format
 from ..processes import Moments, merged
 from ..trace import CumulativeAverage, Op, Ref
 from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
@@ -70,40 +71,7 @@ def batch_norm(op: Op, maps: Maps) -> Local | list[Node]:
     value = given["input"].value
     if given["training"] or given["running_mean"] is None:
         return _live_batch_norm(op, maps, given)
-    local = on_channels(op, maps, value)
-    plain = local.run
-
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        (result,) = plain(env, block)
-        if env[value].dim() == 4 and 1 in env[value].shape[2:] and result.requires_grad:
-            result = _LikeForward.apply(result)
-        return (result,)
-
-    local.run = run
-    return local
-
-
-class _LikeForward(torch.autograd.Function):
-    """Identity whose gradient has the memory order of its input.
-
-    PyTorch's batch_norm on the CPU computes a wrong gradient for a map one pixel wide if the gradient that comes in is
-    ordered channels-last and the map is not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor):
-        ctx.order = memory_format(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
-        return grads[0].contiguous(memory_format=ctx.order)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The order of a map in memory."""
-    nchw = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if nchw else torch.channels_last
+    return on_channels(op, maps, value)
 
 
 def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
@@ -143,11 +111,15 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         return (Normalize.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
-    return [reduction, finalize, _pixelwise(op, maps, value, "normalize", taken, run)]
+    statistics = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
+    local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**statistics, "eps": eps})
+    return [reduction, finalize, local]
 
 
-def _pixelwise(op: Op, maps: Maps, value: int, name: str, inputs: tuple[int, ...], run: Any) -> Local:
-    made = Op(op.func, name, (), {}, inputs, op.outputs[:1], (), op.module)
+def _pixelwise(
+    op: Op, maps: Maps, value: int, name: str, inputs: tuple[int, ...], run: Any, kwargs: dict[str, Any] | None = None
+) -> Local:
+    made = Op(op.func, name, (), kwargs or {}, inputs, op.outputs[:1], (), op.module)
     return Local(made, {value: maps.pointwise(value)}, (maps.axes[value],), run)
 
 
@@ -169,7 +141,6 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         x, mean, var, weight = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        # The kernel's result is wrong for gradients in another memory order than x, where x is one pixel wide.
         dy = grads[0].contiguous(memory_format=memory_format(x))
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, scale, mean, var, None, None, False, ctx.eps, [ctx.needs_input_grad[0], True, True]

@@ -1,12 +1,14 @@
 """What cannot be computed exactly is refused before any work, in one line that names the module and the remedy."""
 
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from gigamorph.engine import GigamorphError, UnsupportedError, accelerate
 
@@ -73,6 +75,28 @@ def numpy_dice(_net, x: Tensor) -> Tensor:
     return x * float(np.random.rand())
 
 
+@torch.library.custom_op("gigamorph_tests::relu", mutates_args=())
+def library_relu(x: Tensor) -> Tensor:
+    """An op of another library that is no ReLU."""
+    return x.flip(2).clone()
+
+
+@library_relu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """A function of another library that can be overridden, and is no sigmoid."""
+    return handle_torch_function(sigmoid, (x,), x) if has_torch_function_unary(x) else x.flip(2)
+
+
+def norm_of_torch(_net, x: Tensor) -> Tensor:
+    """torch.batch_norm takes weight and bias ahead of mean and variance."""
+    a, b = (torch.full((4,), value, dtype=x.dtype) for value in (0.5, 2.0))
+    return torch.batch_norm(x, a, b, a, b, False, 0.1, 1e-5, False)
+
+
 CASES = {
     "layer norm over columns": (nn.LayerNorm(24), r"'odd'.*one image axis alone"),
     "attention": (Attention(), r"'odd'.*position"),
@@ -105,6 +129,10 @@ CASES = {
     "broadcast of a smaller map": (Call(lambda m, x: x + x[:, :, :1, :1]), r"'odd'.*size"),
     "product over positions": (Call(lambda m, x: x @ x.transpose(2, 3) @ x), r"'odd'.*'matmul'"),
     "linear over columns": (Call(lambda m, x: F.linear(x, torch.ones(24, 24, dtype=x.dtype))), r"'odd'.*image axis"),
+    "custom op": (Call(lambda m, x: library_relu(x)), r"'odd'.*'gigamorph_tests.relu"),
+    "function of another library": (Call(lambda m, x: sigmoid(x)), r"'odd'.*test_refusals.sigmoid'"),
+    "operation of ATen": (Call(lambda m, x: torch.ops.aten.relu(x)), r"'odd'.*'aten.relu'"),
+    "norm of torch": (Call(norm_of_torch), r"'odd'.*'torch.batch_norm'"),
     "out=": (Call(lambda m, x: torch.add(x, 1, out=torch.empty_like(x))), r"'odd'"),
     "convolution with weights from the image": (
         Call(lambda m, x: F.conv2d(x, x[:1, :, :3, :3], padding=1).expand(-1, 4, -1, -1)),
@@ -132,6 +160,8 @@ def test_refused(case):
         net(torch.randn(1, 3, 20, 24, dtype=torch.float64))
     assert not tiles, "work was done before the refusal"
     assert "\n" not in str(refusal.value)
+    if "draws Python or numpy" not in str(refusal.value):  # that is known after the forward, not where it happened
+        assert re.search(r"\(\w+\.py:\d+\)", str(refusal.value)), "no line is named"
     assert isinstance(refusal.value, GigamorphError)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from types import BuiltinFunctionType, FunctionType
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from gigamorph.engine import accelerate
 from gigamorph.engine.errors import UnsupportedError
-from gigamorph.engine.trace import Program, bind, capture, refs
+from gigamorph.engine.ops.base import RULES
+from gigamorph.engine.trace import Program, _name, bind, capture, refs
 
 
 def replay(program: Program, model: nn.Module, image: Tensor):
@@ -204,3 +207,27 @@ def test_stale_aliases(change, read, fine):
     else:
         with pytest.raises(UnsupportedError, match="another view"):
             capture(Net(), (1, 3, 16, 16), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("namespace", [torch, torch._C._nn, torch.special, torch.linalg], ids=lambda m: m.__name__)
+def test_functions_of_one_name_take_their_arguments_in_one_order(namespace):
+    """Rules read arguments by their place, so a function with another order must not go by the name of the rule."""
+    compared = 0
+    for name in RULES:
+        function, known = getattr(namespace, name, None), getattr(F, name, None)
+        if not isinstance(function, BuiltinFunctionType) or not isinstance(known, FunctionType):
+            continue
+        if _name(function) != name:
+            continue
+        order = [arg.name for arg in torch._C._jit_get_schemas_for_operator(f"aten::{name}")[0].arguments]
+        known = torch.nn.functional.__dict__.get(f"_{name}", known)  # behind a switch on return_indices
+        expected = [arg for arg in inspect.signature(known).parameters if arg != "_stacklevel"]
+        same = {"self": "input", "train": "training"}
+        order = [same.get(arg, arg) for arg in order]
+        shared = [arg for arg in order if arg in expected]
+        places = [(order.index(arg), expected.index(arg)) for arg in shared]
+        assert all(own == other for own, other in places), (
+            f"{namespace.__name__}.{name}{order} is not F.{name}{expected}"
+        )
+        compared += bool(shared)
+    assert compared > 5 or namespace in (torch.special, torch.linalg)

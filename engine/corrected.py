@@ -1,0 +1,48 @@
+"""Calls whose gradients PyTorch 2.13 gets wrong on the CPU in some memory orders, made right.
+
+A map of one image, or one pixel wide, counts as ordered channels-last and plainly at once (dimensions of size one have
+no order). PyTorch's backward of batch_norm then reads the gradient in one order and the map in the other. It is right
+for all orders of the map where the gradient comes in the map's own (`memory_format`). instance_norm is batch_norm of
+one image; it is right where map and gradient both are plainly ordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The order of a map in memory."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def batch_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.batch_norm`, with a right gradient."""
+    return _ordered(F.batch_norm(input, *args, **kwargs), memory_format(input))
+
+
+def instance_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.instance_norm`, with a right gradient."""
+    if input.device.type != "cpu":
+        return F.instance_norm(input, *args, **kwargs)
+    return _ordered(F.instance_norm(input.contiguous(), *args, **kwargs), torch.contiguous_format)
+
+
+def _ordered(result: Tensor, order: torch.memory_format) -> Tensor:
+    if result.requires_grad and result.device.type == "cpu":
+        result.register_hook(lambda grad: grad.contiguous(memory_format=order))
+    return result
+
+
+CORRECTED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+}
