@@ -14,6 +14,7 @@ _COMMANDS = {
     "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and name every known trap with its fix.",
     "eval": "Measure predictions: areas, operating points, calibration, subgroups, with intervals and a report.",
+    "explain": "Maps of what a prediction rests on, on the pixels of the file: PNG, TIFF, DICOM SEG; marks.",
     "morph": "Grow a trained network without changing what it computes; check that it did not.",
     "plan": "Say how large a tile, and how much memory, a network and an image need.",
     "predict": "Predictions, and heat maps at native resolution, for images of any size.",

@@ -37,7 +37,7 @@ def predict(
     Example: gigamorph predict run/best.ckpt exam1.dcm exam2.dcm --heatmaps --out predictions
     """
     from ..engine.train.checkpoint import load_checkpoint
-    from ..engine.train.fit import build_network
+    from ..engine.train.fit import restore_network
     from ..engine.train.inputs import images as open_images
     from ..engine.train.inputs import prediction_records
     from ..engine.train.metrics import scores
@@ -47,9 +47,7 @@ def predict(
 
     stored = load_checkpoint(checkpoint)
     record = stored["gigamorph"]
-    record["options"] |= {"memory_budget": memory_budget, "device": device}
-    net = build_network(record)
-    net.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
+    net = restore_network(stored, memory_budget=memory_budget, device=device)
     records = prediction_records(images, record["classes"], check_files=not skip_bad)
     data = open_images(records, record["channels"], record["preprocessing"])
     with ProgressView(device=device) as view:

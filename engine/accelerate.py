@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -302,7 +303,7 @@ class Accelerated(nn.Module):
             output: index of the output (column of the network's first output tensor).
 
         Returns:
-            (N, h, w) float32 on the network's device, h and w at the stride of that map.
+            (N, h, w) float32 (of a float64 network float64) on the network's device, at the stride of that map.
 
         Raises:
             GigamorphError: if the network has no global pooling, or images are split over processes.
@@ -328,7 +329,8 @@ class Accelerated(nn.Module):
                     raise GigamorphError(f"output {output} does not exist; the network has {scores.shape[1]}")
                 grads = torch.autograd.grad(scores[:, output].sum(), leaves, allow_unused=True)
             size = graph.maps.size(graph.reductions[-1].value)
-            total = torch.zeros(scores.shape[0], *size, device=scan.device)
+            wide = torch.promote_types(leaves[0].dtype, torch.float32)
+            total = torch.zeros(scores.shape[0], *size, dtype=wide, device=scan.device)
             for value, grad in zip(graph.results, grads, strict=True):
                 reduction = pooled.get(value)
                 if reduction is not None and grad is not None and graph.maps.size(reduction.value) == size:
@@ -361,7 +363,7 @@ def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple
     grad = reduction.keep_dims(grad)
 
     def add(block: Tensor, rect: tuple[int, int, int, int]) -> None:
-        share = (block.float() * (grad.float() / reduction.count)).movedim(axes, (-2, -1))
+        share = (block.to(total.dtype) * (grad.to(total.dtype) / reduction.count)).movedim(axes, (-2, -1))
         share = share.reshape(share.shape[0], -1, *share.shape[-2:]).sum(1)
         total[:, rect[0] : rect[1], rect[2] : rect[3]] += share
 
@@ -425,6 +427,9 @@ def accelerate(
         tile = (tile, tile)
     if tile is not None and min(tile) < 1:
         raise GigamorphError(f"tile={tile} must be positive")
+    # Fake tensors import it at their first use, and it keeps the frames of its importer until the garbage collector
+    # runs: those of a step have its graph among their locals.
+    importlib.import_module("torch._dynamo")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     net = Accelerated(model, budget, tile, batch_norm, carries, fallback, split or None)
     if verify:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from ..errors import DataError
 from . import froc, odds
 from .bootstrap import Resamples
 from .cases import LEVELS, Cases, Level
 from .compare import compare
-from .measures import measure_classes, measure_mean, measure_output, one_class
+from .measures import measure_classes, measure_mean, measure_output
 from .subgroups import subgroups
 
 RATES = (0.8, 0.9, 0.95)
@@ -55,7 +53,8 @@ def evaluate(
         marked: marks and lesions, for FROC.
 
     Raises:
-        DataError: if nothing can be measured, for all rows are of one class or none has a label; unknown columns.
+        DataError: if nothing can be measured at any level, for all rows are of one class or none has a label; unknown
+            columns.
     """
     settings = settings or Settings()
     found: dict[str, Any] = {
@@ -71,6 +70,9 @@ def evaluate(
         if other is not None:
             options = {"count": settings.resamples, "seed": settings.seed}
             found["levels"][level]["comparison"] = compare(there, other.at(level), **options)
+    of_all = [output for one in found["levels"].values() for output in one["outputs"].values()]
+    if all("undefined" in output for output in of_all):
+        raise DataError(f"{of_all[0]['undefined']}; nothing can be measured")
     if marked is not None:
         found["froc"] = froc.measure(marked, count=settings.resamples, seed=settings.seed)
     found["versions"] = {name: version(name) for name in ("gigamorph", "numpy", "scipy", "scikit-learn")}
@@ -97,10 +99,6 @@ def _at_level(cases: Cases, settings: Settings) -> dict[str, Any]:
         name: measure_output(cases, column, resamples, settings.rates, threshold)
         for column, name in enumerate(cases.outputs)
     }
-    if all("undefined" in one for one in outputs.values()):
-        known = cases.truth[:, 0][~np.isnan(cases.truth[:, 0])]
-        # Of several classes the first one is all or nothing.
-        raise DataError(f"{one_class(len(known), int(known.sum()), cases.level)}; nothing can be measured")
     found: dict[str, Any] = {
         "rule": LEVELS[cases.level],
         "rows": len(cases),

@@ -34,10 +34,10 @@ def pf1(labels: ArrayLike, probabilities: ArrayLike, weights: Array | None = Non
 
 
 def quadratic_kappa(labels: ArrayLike, predicted: ArrayLike, classes: int) -> float | None:
-    """Cohen's kappa with quadratic weights of classes (n,); None where all rows have one class."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = cohen_kappa_score(labels, predicted, weights="quadratic", labels=list(range(classes)))
-    return None if np.isnan(value) else float(value)
+    """Cohen's kappa with quadratic weights of classes (n,); None where all have one and the same class."""
+    if len(np.union1d(labels, predicted)) < 2:
+        return None
+    return float(cohen_kappa_score(labels, predicted, weights="quadratic", labels=list(range(classes))))
 
 
 def weighted_kappa(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int, weights: Array) -> Array:

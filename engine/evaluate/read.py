@@ -14,16 +14,19 @@ from numpy.typing import NDArray
 from ..data.splits import check_leaks
 from ..data.tables import SPLITS, Record, read_table
 from ..data.tables.cells import Rows, read_rows
+from ..data.tables.generic import SPLIT_NAMES
 from ..data.tables.values import box_around
 from ..errors import DataError
 from ..files import write_atomically
 from . import odds
-from .cases import Cases
+from .cases import Cases, Level
 from .froc import Marked
 
 Array = NDArray[np.float64]
 ODDS, PROBABILITY, SCORE, LABEL = "log_odds_", "p_", "score_", "label_"
 _KEYS = ("patient_id", "exam_id", "laterality")
+_NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "exam"}
+"""The column that names the rows, by which it is known what they are."""
 
 
 def read_cases(
@@ -34,7 +37,7 @@ def read_cases(
     score: str | None = None,
     split: str | None = None,
 ) -> Cases:
-    """The images of a csv with their truth and scores; those without a label too.
+    """The images of a csv with their truth and scores; those without a label too. Of breasts.csv the breasts.
 
     The scores are the columns log_odds_NAME, else p_NAME (of few digits in older files: ties), else score_NAME, which
     only rank. The truth is the column label (number or name of the class), or label_NAME for each NAME: several labels
@@ -61,18 +64,21 @@ def read_cases(
     names, scores, probable = _scores(rows, score, label)
     kind, outputs, truth, scores = _truth(rows, label, names, scores)
     keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in _KEYS}
-    used = {"image_path", *_KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE)))}
+    levels: list[Level] = [level for level, column in _NAMES.items() if column in rows.header]
+    level = levels[0] if levels else "image"
+    used = {*_NAMES.values(), *_KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE)))}
     return Cases(
         outputs=outputs,
         truth=truth,
         scores=scores,
         names=tuple(
-            row.get("image_path") or f"{path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
+            row.get(_NAMES[level]) or f"{path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
         ),
         patients=keys["patient_id"],
         exams=keys["exam_id"],
         sides=keys["laterality"],
         kind=kind,
+        level=level,
         probable=probable,
         columns={
             name: tuple(row[name] for row in rows.rows)
@@ -94,7 +100,7 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
 
     def rows(file: Any) -> None:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_path", *_KEYS, *label_columns, *score_columns, *further])
+        writer.writerow([_NAMES[cases.level], *_KEYS, *label_columns, *score_columns, *further])
         labels = truth if cases.kind == "labels" else cases.labels[:, None]
         for i, name in enumerate(cases.names):
             known = ["" if np.isnan(v) or v < 0 else int(v) for v in labels[i]]
@@ -187,7 +193,7 @@ def _place(name: str, folder: Path) -> str:
 
 
 def _join(rows: Rows, table: Path) -> None:
-    """Add the table's columns to the rows; what a row has already is kept."""
+    """Add the table's columns to the rows; what a row has is kept, but who the patient is the table knows best."""
     rows.require("image_path")
     own = _read(table)
     aliases = {"dicom_path": "image_path", "study_id": "exam_id"}
@@ -205,7 +211,7 @@ def _join(rows: Rows, table: Path) -> None:
                 f"{rows.path}, {place}: {row['image_path']} is not in {table}; give the table it was predicted from"
             )
         for name in header:
-            if not row.get(name):
+            if not row.get(name) or (name in _KEYS and found[name]):
                 row[name] = found[name]
     rows.header.extend(name for name in header if name not in rows.header)
 
@@ -216,6 +222,8 @@ def _choose_split(rows: Rows, split: str | None) -> None:
         if split not in (None, "all"):
             raise DataError(f"{rows.path}: has no column split; leave --split out, or give the table with --table")
         return
+    for row in rows.rows:
+        row["split"] = SPLIT_NAMES.get(row["split"].lower(), row["split"])
     given = {row["split"] for row in rows.rows}
     if {"patient_id", "image_path"} <= set(rows.header):
         check_leaks(

@@ -58,7 +58,7 @@ def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
     for number, (name, predictions) in enumerate(curves.items()):
         labelled = [p for p in predictions if p.label is not None]
         labels = np.array([p.label for p in labelled])
-        false, true, _ = roc_curve(labels, np.array([p.probabilities[1] for p in labelled]))
+        false, true, _ = roc_curve(labels, np.array([p.log_odds[1] for p in labelled]))
         [line] = axes.plot(false, true, linewidth=2, clip_on=False)
         # Below the curve and to the right of it there is always room.
         at = 0.04 + 0.44 * number

@@ -96,7 +96,7 @@ def run_demo(
     native_seconds = time.monotonic() - started
 
     # The two positive test images that the network is surest of.
-    order = sorted(range(len(predictions)), key=lambda i: -predictions[i].probabilities[1])
+    order = sorted(range(len(predictions)), key=lambda i: -predictions[i].log_odds[1])
     examples, overlays = [], []
     for index in [i for i in order if predictions[i].label == 1][:2]:
         item = native.test[index]

@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader
 from ..accelerate import Accelerated, accelerate
 from ..data.tables import Record
 from ..errors import DataError, GigamorphError
+from ..memory import format_bytes
 from ..models import create_model
 from ..models.compat import make_torchvision_importable
 from .callbacks import Checkpoints, EpochLog, InterruptedTraining
+from .card import Card, write_card
 from .checkpoint import AtomicCheckpointIO, load_checkpoint, versions, write_atomically
-from .metrics import Prediction, scores
+from .metrics import Prediction, as_cases, scores
 from .module import Classifier, balanced_weights, prediction
 from .progress import Meter, Report
 from .sampler import EpochSampler
@@ -101,7 +103,8 @@ class Fitted:
 def fit(
     data: Data, options: TrainOptions, out: str | Path, *, resume: bool = False, report: Report | None = None
 ) -> Fitted:
-    """Train, and write into ``out``: ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json``.
+    """Train, and write into ``out``: ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json``,
+    ``model_card.md``.
 
     A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
 
@@ -168,7 +171,40 @@ def fit(
     text = json.dumps(metrics, indent=1) + "\n"
     if team.leads:
         write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+        write_card(out / "model_card.md", _card(data, options, net, metrics, predictions))
     return Fitted(metrics, predictions, net)
+
+
+def _card(
+    data: Data, options: TrainOptions, net: Accelerated, metrics: dict[str, Any],
+    predictions: dict[str, list[Prediction]],
+) -> Card:  # fmt: skip
+    kept = ("epochs", "lr", "weight_decay", "accumulate", "precision", "class_weights", "patience", "seed", "device")
+    budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
+    return Card(
+        title=f"{options.model} for {' and '.join(data.classes)}",
+        model={
+            "architecture": options.model,
+            "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
+            "input": f"images of any size, every pixel, channels: {data.channels}",
+            "output": f"log-odds of {', '.join(data.classes)}",
+            "batch norm": options.batch_norm or "statistics of the whole image while training",
+            "preprocessing": ", ".join(f"{name} {value}" for name, value in data.preprocessing.items()),
+        },
+        training={
+            "recipe": "cross-entropy, AdamW, cosine with warm-up (gigamorph train)",
+            "begun from": "weights that were given" if options.weights else "random weights",
+            **{name.replace("_", " "): getattr(options, name) for name in kept},
+            "best epoch": metrics["best_epoch"],
+            "memory budget of a step": budget,
+            "largest memory of the process": format_bytes(metrics["peak_bytes"]),
+            "seconds": metrics["seconds"],
+            "hash of the split": metrics["split_sha256"],
+        },
+        records={name: images.records for name, images in data.parts.items()},
+        classes=data.classes,
+        predictions={name: as_cases(found, data.classes) for name, found in predictions.items()},
+    )
 
 
 def build_network(record: dict[str, Any], weights: str | Path | None = None, split: bool = False) -> Accelerated:
@@ -177,6 +213,15 @@ def build_network(record: dict[str, Any], weights: str | Path | None = None, spl
     model = create_model(options["model"], len(record["classes"]), record["channels"], weights)
     model = model.to(options["device"])
     return accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
+
+
+def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, device: str) -> Accelerated:
+    """The trained network of a checkpoint (`load_checkpoint`), in another budget and on another device."""
+    record = checkpoint["gigamorph"]
+    here = {**record["options"], "memory_budget": memory_budget, "device": device}
+    net = build_network({**record, "options": here})
+    net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
+    return net
 
 
 def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str, team: Team) -> list[Prediction]:

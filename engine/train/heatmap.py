@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import imagecodecs
@@ -43,10 +43,8 @@ def write_overlay(source: PixelSource, evidence: Tensor, path: str | Path, *, st
         GigamorphError: if the file cannot be written, or has another suffix.
     """
     path = Path(path)
-    place: Map = Affine.scale(source.shape[2] / evidence.shape[1], source.shape[1] / evidence.shape[0])
-    if stored:
-        seen, source = source, as_stored(source)
-        place = to_original(source).inverse() @ to_original(seen) @ place
+    place = cells_to_pixels(source, evidence.shape, stored=stored)
+    source = as_stored(source) if stored else source
     strips = _strips(source, evidence, place)
     if path.suffix == ".png":
         picture = np.concatenate(list(strips)) if source.shape[1] <= _TILE else _gather(strips, source.shape)
@@ -55,6 +53,19 @@ def write_overlay(source: PixelSource, evidence: Tensor, path: str | Path, *, st
         write_atomically(path, _tiff_writer(strips, source.shape), "heat map")
     else:
         raise GigamorphError(f"{path}: heat maps are written as .png or .tif")
+
+
+def cells_to_pixels(source: PixelSource, shape: Sequence[int], *, stored: bool) -> Map:
+    """From the cells of a map (h, w) of all of an image to the pixels of that image, or (stored) of its file."""
+    place: Map = Affine.scale(source.shape[2] / shape[1], source.shape[1] / shape[0])
+    return to_original(as_stored(source)).inverse() @ to_original(source) @ place if stored else place
+
+
+def relative(evidence: Tensor) -> Tensor:
+    """Positive evidence, less what half of the image has anyway, as a share of its maximum: float32 in [0, 1]."""
+    positive = evidence.detach().float().cpu()
+    positive = (positive - positive.median().clamp(min=0)).clamp(min=0)
+    return positive / positive.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _gather(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -91,16 +102,11 @@ def _strips(source: PixelSource, evidence: Tensor, place: Map) -> Iterator[NDArr
     """RGB strips of ``_TILE`` rows (the last one shorter), uint8 (rows, W, 3); ``place`` leads from cells to pixels."""
     _, height, width = source.shape
     low, high = _window(source)
-    positive = evidence.detach().float().cpu()
-    positive = (positive - positive.median().clamp(min=0)).clamp(min=0)
-    positive = positive / positive.max().clamp(min=torch.finfo(torch.float32).tiny)
+    shown = relative(evidence).numpy()
     for top in range(0, height, _TILE):
         bottom = min(top + _TILE, height)
         grey = source.read(top, bottom, 0, width).float().mean(0).sub_(low).div_(high - low).clamp_(0, 1)
-        parts = [
-            place.resample(positive.numpy(), top, bottom, left, min(left + _TILE, width))
-            for left in range(0, width, _TILE)
-        ]
+        parts = [place.resample(shown, top, bottom, left, min(left + _TILE, width)) for left in range(0, width, _TILE)]
         heat = torch.from_numpy(np.concatenate(parts, 1))
         # Half-transparent at most, so that what lies below the evidence stays visible.
         alpha = heat.clamp(0, 1).sqrt().mul_(0.6)

@@ -1,4 +1,4 @@
-"""Area under the ROC curve per image and per breast, in float64 through scikit-learn."""
+"""Predictions of images and breasts, and how well they rank: what a run is followed by."""
 
 from __future__ import annotations
 
@@ -6,69 +6,75 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
+
+from ..evaluate import Cases, macro_auc
+from ..evaluate import odds as of
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What the network says of one image.
 
-    ``probabilities`` are the softmax of the outputs, one per class, float64. ``patient`` and ``laterality`` name the
-    breast; ``laterality`` is "" where it is not known, and then an image stands for itself.
+    ``log_odds`` are those of each class against all others, float64: large logits keep their order, which probabilities
+    near 1 do not. ``patient``, ``exam`` and ``laterality`` name the breast; ``laterality`` is "" where it is not known,
+    and then an image stands for itself.
     """
 
     image: str
-    probabilities: tuple[float, ...]
+    log_odds: tuple[float, ...]
     label: int | None = None
     patient: str = ""
     laterality: str = ""
     view: str = ""
+    exam: str = ""
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """The softmax of the network's outputs, one per class."""
+        return tuple(of.probabilities(self.log_odds).tolist())
 
 
-def auc(labels: Sequence[int], probabilities: NDArray[np.float64]) -> float | None:
-    """Area under the ROC curve; the mean over the classes, each against the rest, if there are more than two.
-
-    Args:
-        labels: class of each row.
-        probabilities: (images, classes), float64.
-
-    Returns:
-        None where it is not defined: fewer than two of the classes occur.
-    """
-    truth: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-    if len(np.unique(truth)) < 2:
-        return None
-    if probabilities.shape[1] == 2:
-        return float(roc_auc_score(truth, probabilities[:, 1]))
-    present = [c for c in range(probabilities.shape[1]) if 0 < np.count_nonzero(truth == c) < len(truth)]
-    return float(np.mean([roc_auc_score(truth == c, probabilities[:, c]) for c in present]))
+def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases:
+    """Predictions as what `gigamorph.engine.evaluate` measures; of two classes the second against the first."""
+    labels = np.array([-1 if p.label is None else p.label for p in predictions])
+    truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(classes))[labels])
+    scores = np.array([p.log_odds for p in predictions], np.float64)
+    binary = len(classes) == 2
+    return Cases(
+        outputs=tuple(classes[1:] if binary else classes),
+        truth=truth[:, 1:] if binary else truth,
+        scores=scores[:, 1:] if binary else scores,
+        names=tuple(p.image for p in predictions),
+        patients=tuple(p.patient for p in predictions),
+        exams=tuple(p.exam for p in predictions),
+        sides=tuple(p.laterality for p in predictions),
+        kind="binary" if binary else "classes",
+        columns={"view": tuple(p.view for p in predictions)},
+    )
 
 
 def per_breast(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """The mean of the views of each breast (patient and laterality); a breast's label is the highest of its views'.
+    """The mean probability of the views of each breast (patient, exam, side); its label is the highest of its views'.
 
     Images without patient or laterality stay single. The order is that of each breast's first image.
     """
-    groups: dict[tuple[str, str, str], list[Prediction]] = {}
-    for p in predictions:
-        known = p.patient and p.laterality
-        groups.setdefault((p.patient, p.laterality, "" if known else p.image), []).append(p)
-    breasts = []
-    for (patient, laterality, image), views in groups.items():
-        mean: list[float] = np.array([v.probabilities for v in views], dtype=np.float64).mean(0).tolist()
-        labels = [v.label for v in views if v.label is not None]
-        breasts.append(
-            Prediction(
-                image=image or f"{patient}_{laterality}",
-                probabilities=tuple(mean),
-                label=max(labels) if labels else None,
-                patient=patient,
-                laterality=laterality,
-                view="+".join(sorted(v.view for v in views if v.view)),
-            )
+    if not predictions:
+        return []
+    classes = [str(number) for number in range(len(predictions[0].log_odds))]
+    breasts = as_cases(predictions, classes).at("breast")
+    scores = breasts.scores if breasts.kind == "classes" else np.concatenate([-breasts.scores, breasts.scores], 1)
+    return [
+        Prediction(
+            image=breasts.names[i],
+            log_odds=tuple(scores[i].tolist()),
+            label=None if label < 0 else int(label),
+            patient=breasts.patients[i],
+            laterality=breasts.sides[i],
+            view=breasts.columns["view"][i],
+            exam=breasts.exams[i],
         )
-    return breasts
+        for i, label in enumerate(breasts.labels)
+    ]
 
 
 def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
@@ -88,4 +94,4 @@ def auc_of(predictions: Sequence[Prediction]) -> float | None:
     if not predictions:
         return None
     labels = [p.label for p in predictions if p.label is not None]
-    return auc(labels, np.array([p.probabilities for p in predictions], dtype=np.float64))
+    return macro_auc(labels, np.array([p.log_odds for p in predictions], np.float64))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..data.tables import Record
 from ..errors import BudgetError
+from ..evaluate import odds
 from ..models.compat import make_torchvision_importable
 from .metrics import Prediction, scores
 from .progress import Meter
@@ -179,7 +180,7 @@ def _averaged(net: nn.Module) -> nn.parallel.DistributedDataParallel:
 
 
 def prediction(item: dict[str, Any], logits: Tensor) -> Prediction:
-    """One image's prediction from its logits (classes,): softmax in float64.
+    """One image's prediction from its logits (classes,).
 
     Patient, laterality and view come from the table, else from the DICOM header.
     """
@@ -191,11 +192,12 @@ def prediction(item: dict[str, Any], logits: Tensor) -> Prediction:
         patient = getattr(header, "patient_id", None) or patient
     return Prediction(
         image=str(record.path),
-        probabilities=tuple(logits.detach().double().softmax(-1).cpu().tolist()),
+        log_odds=tuple(odds.of_logits(logits.detach().double().cpu().numpy()).tolist()),
         label=None if record.label < 0 else record.label,
         patient=patient,
         laterality=record.laterality or getattr(header, "laterality", None) or "",
         view=record.view or getattr(header, "view", None) or "",
+        exam=record.exam_id or "",
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..accelerate import Accelerated
 from ..errors import BudgetError, DataError, GigamorphError
+from ..evaluate.read import ODDS, PROBABILITY
 from ..pixels import as_stored
 from .checkpoint import write_atomically
 from .fit import Images
@@ -81,8 +82,8 @@ def predict(
                         number = patients.setdefault(result.patient, f"P{len(patients) + 1:05d}")
                         result = replace(result, patient=number)
                     if heatmaps:
-                        best = max(range(len(classes)), key=result.probabilities.__getitem__)
-                        name = overlay_name(_unique(Path(result.image).stem, names), as_stored(source).shape)
+                        best = max(range(len(classes)), key=result.log_odds.__getitem__)
+                        name = overlay_name(unique_name(Path(result.image).stem, names), as_stored(source).shape)
                         evidence = net.evidence(source, output=best)[0]
                         write_overlay(source, evidence, out / "heatmaps" / name, stored=True)
                 except BudgetError as error:  # the larger images of a set may not fit
@@ -105,7 +106,7 @@ def predict(
     return found, skipped
 
 
-def _unique(stem: str, taken: set[str]) -> str:
+def unique_name(stem: str, taken: set[str]) -> str:
     """``stem``, or ``stem-2`` and so on: files of several folders may share a name."""
     name, number = stem, 1
     while name in taken:
@@ -157,13 +158,15 @@ class _Table:
 
 
 def _header(classes: Sequence[str]) -> list[str]:
-    return ["image_path", "patient_id", "laterality", "view", "label", *(f"p_{name}" for name in classes)]
+    keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "label"]
+    return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
 def _row(result: Prediction) -> list[object]:
     label = "" if result.label is None else result.label
-    values = (f"{value:.6g}" for value in result.probabilities)
-    return [result.image, result.patient, result.laterality, result.view, label, *values]
+    # Probabilities are for reading; log-odds, with all digits, keep the order of images that the network is sure of.
+    values = (*(f"{value:.6g}" for value in result.probabilities), *(repr(value) for value in result.log_odds))
+    return [result.image, result.patient, result.exam, result.laterality, result.view, label, *values]
 
 
 def _write_all(path: Path, results: Sequence[Prediction], classes: Sequence[str]) -> None:

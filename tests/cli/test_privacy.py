@@ -52,6 +52,12 @@ def test_training_and_prediction_tell_no_patients(secret, tmp_path, capfd):
     said = capfd.readouterr()
     assert (tmp_path / "p" / "predictions.csv").read_text().count("P00001") == 16  # all images are of one PatientID
     assert told(tmp_path / "p", said.out, said.err) == []
+    checkpoint, predictions = tmp_path / "run" / "best.ckpt", tmp_path / "p" / "predictions.csv"
+    assert run("explain", checkpoint, secret.parent / "images", "--format", "tif", "--out", tmp_path / "e") == 0
+    labels = ["--table", secret, "--split", "all", "--resamples", 20, "--level", "image", "--by", "view"]
+    assert run("eval", predictions, *labels, "--out", tmp_path / "v") == 0
+    said = capfd.readouterr()
+    assert told(tmp_path / "e", said.out, said.err) == [] and told(tmp_path / "v", said.out, said.err) == []
     # Asked for, it is there: the test can fail.
     named = [tmp_path / "run" / "best.ckpt", secret.parent / "images", "--identifiers", "--out", tmp_path / "n"]
     assert run("predict", *named) == 0

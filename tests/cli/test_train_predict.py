@@ -44,7 +44,8 @@ def trained(phantoms, tmp_path_factory):
 
 
 def test_train_leaves_checkpoints_log_curves_and_metrics(trained):
-    assert {p.name for p in trained.iterdir()} == {"last.ckpt", "best.ckpt", "log.csv", "curves.png", "metrics.json"}
+    written = {"last.ckpt", "best.ckpt", "log.csv", "curves.png", "metrics.json", "model_card.md"}
+    assert {p.name for p in trained.iterdir()} == written
 
 
 def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path, capsys):
@@ -56,6 +57,9 @@ def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path
     for breast in breasts:
         views = [float(r["p_1"]) for r in images if r["patient_id"] == breast["patient_id"]]
         assert float(breast["p_1"]) == pytest.approx(np.mean(views), abs=1e-5)
+    for row in (*images, *breasts):
+        z = float(row["log_odds_1"])
+        assert float(row["p_1"]) == pytest.approx(1 / (1 + np.exp(-z)), rel=1e-5) and float(row["log_odds_0"]) == -z
     maps = sorted((out / "heatmaps").iterdir())
     assert len(maps) == 16 and all(m.read_bytes().startswith(b"\x89PNG") for m in maps)
     assert "16 images predicted, 0 skipped" in capsys.readouterr().out

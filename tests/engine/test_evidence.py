@@ -31,7 +31,7 @@ def test_equals_the_class_activation_map(pool, tile):
     expected = (maps * net.head.weight.detach()[2][:, None, None] * share).sum(1)
     got = accelerate(net, tile=tile).evidence(x, 2)
     assert got.shape == expected.shape
-    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
     assert all(p.grad is None for p in net.parameters())
 
 

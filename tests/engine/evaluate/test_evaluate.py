@@ -73,6 +73,10 @@ def test_nothing_to_measure_is_an_error():
     images = exams()
     with pytest.raises(DataError, match=r"one class only: all .* images are negative; nothing can be measured"):
         evaluate(images.where(images.truth[:, 0] == 0), FEW)
+    # Every exam has a lesion: of exams nothing can be told, of images all.
+    everyone = Cases(**{**vars(images), "truth": (np.arange(120) % 4 == 0)[:, None].astype(float)})
+    found = evaluate(everyone, FEW)["levels"]
+    assert "undefined" in found["exam"]["outputs"]["cancer"] and "auc" in found["image"]["outputs"]["cancer"]
     unknown = Cases(**{**vars(images), "truth": np.full((120, 1), np.nan)})
     with pytest.raises(DataError, match="no image has a label"):
         evaluate(unknown, FEW)

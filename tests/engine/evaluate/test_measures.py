@@ -150,3 +150,8 @@ def test_scores_that_only_rank_have_no_calibration():
     found = measures.measure_output(cases, 0, Resamples(cases.clusters, 10), (0.5,))
     assert found["auc"]["value"] == 0.75 and not {"brier", "ece", "pf1", "calibration"} & set(found)
     assert found["sensitivity_at_specificity"][0]["threshold"] == 4.0
+
+
+def test_kappa_of_one_class_is_not_defined():
+    assert measures.quadratic_kappa([1, 1], [1, 1], 3) is None
+    assert measures.quadratic_kappa([1, 1], [0, 1], 3) == 0  # as much as chance

@@ -56,14 +56,14 @@ def test_the_table_gives_labels_and_columns(predictions, tmp_path):
     )
     cases = read_cases(predictions, table=table)
     assert cases.truth[:, 0].tolist() == [0, 1, 1]  # what the predictions have stays
-    assert cases.columns["density"] == ("D", "C", "B")
+    assert cases.columns["density"] == ("D", "C", "B") and cases.patients == ("q", "q", "q")  # the table's patients
     write(tmp_path / "t.csv", "image_path,label\na.png,1\nb.png,0\n")
     with pytest.raises(DataError, match=r"line 4: .*c\.png is not in .*t\.csv"):
         read_cases(predictions, table=table)
 
 
 def test_splits(predictions, tmp_path):
-    lines = "image_path,split,patient_id\na.png,train,{}\nb.png,test,p1\nc.png,test,p2\n"
+    lines = "image_path,split,patient_id\na.png,Training,{}\nb.png,test,p1\nc.png,test,p2\n"
     (tmp_path / "p.csv").write_text(predictions.read_text().replace("a.png,p1", "a.png,"))
     table = write(tmp_path / "t.csv", lines.format("p0"))
     assert read_cases(tmp_path / "p.csv", table=table, split="test").names == (f"{tmp_path}/b.png", f"{tmp_path}/c.png")
@@ -74,6 +74,7 @@ def test_splits(predictions, tmp_path):
         read_cases(tmp_path / "p.csv", table=table, split="val")
     with pytest.raises(DataError, match="has no column split"):
         read_cases(predictions, split="test")
+    write(tmp_path / "t.csv", lines.format("p1"))
     with pytest.raises(DataError, match="patient p1 is in train and test"):
         read_cases(predictions, table=table, split="test")
 
@@ -98,8 +99,8 @@ def test_several_labels(tmp_path):
 def test_written_cases_are_read_back_to_the_last_digit(predictions, tmp_path, level):
     cases = read_cases(predictions).at(level)
     back = read_cases(write_cases(tmp_path / "out.csv", cases))
-    assert (back.names, back.outputs, back.patients, back.sides) == (
-        cases.names, cases.outputs, cases.patients, cases.sides)  # fmt: skip
+    for name in ("names", "outputs", "patients", "sides", "level"):
+        assert getattr(back, name) == getattr(cases, name)
     np.testing.assert_array_equal(back.scores, cases.scores)
     np.testing.assert_array_equal(back.truth, cases.truth)
 

@@ -1,37 +1,23 @@
-import numpy as np
+"""Predictions of images and breasts, and the areas that a run is followed by."""
+
 import pytest
+from scipy.special import expit, logit
 
-from gigamorph.engine.train.metrics import Prediction, auc, per_breast, scores
-
-
-def two(p):
-    return np.array([[1 - v, v] for v in p])
+from gigamorph.engine.train.metrics import Prediction, as_cases, auc_of, per_breast, scores
 
 
-def test_auc_counts_pairs_and_takes_values_outside_the_unit_interval():
-    assert auc([0, 0, 1, 1], two([0.1, 0.4, 0.35, 0.8])) == 0.75
-    # A sigmoid in float32, as torchmetrics applies it, makes these three equal.
-    assert auc([0, 0, 1], two([20.0, 25.0, 30.0])) == 1.0
-
-
-def test_auc_resolves_differences_below_float32():
-    assert auc([0, 1], two([0.5, 0.5 + 1e-12])) == 1.0
-
-
-def test_auc_of_one_class_is_none_and_of_three_is_the_mean_over_the_classes():
-    assert auc([1, 1], two([0.2, 0.3])) is None
-    p = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7], [0.4, 0.3, 0.3]])
-    assert auc([0, 1, 2, 1], p) == pytest.approx((1 + 1 + 1) / 3)
-    assert auc([0, 1, 1, 1], p) == pytest.approx(1.0)  # class 2 absent: mean over 0 and 1
+def predicted(image, probability, *more) -> Prediction:
+    z = float(logit(probability))
+    return Prediction(image, (-z, z), *more)
 
 
 def test_breast_is_the_mean_of_its_views():
     rows = [
-        Prediction("a", (0.8, 0.2), 0, "p1", "L", "CC"),
-        Prediction("b", (0.6, 0.4), 1, "p1", "L", "MLO"),
-        Prediction("c", (0.1, 0.9), 1, "p1", "R", "CC"),
-        Prediction("d", (0.5, 0.5), None, "", "", ""),
-        Prediction("e", (0.4, 0.6), None, "", "", ""),
+        predicted("a", 0.2, 0, "p1", "L", "CC"),
+        predicted("b", 0.4, 1, "p1", "L", "MLO"),
+        predicted("c", 0.9, 1, "p1", "R", "CC"),
+        predicted("d", 0.5, None, "", "", ""),
+        predicted("e", 0.6, None, "", "", ""),
     ]
     breasts = per_breast(rows)
     assert [(b.image, b.label, b.view) for b in breasts] == [
@@ -40,3 +26,26 @@ def test_breast_is_the_mean_of_its_views():
     assert breasts[0].probabilities == pytest.approx((0.7, 0.3))
     assert scores(rows) == {"images": 3, "auc_image": 1.0, "breasts": 2, "auc_breast": None}
     assert scores([])["auc_image"] is None
+
+
+def test_exams_of_a_patient_are_apart():
+    rows = [predicted("a", 0.2, 0, "p", "L", "CC", "e1"), predicted("b", 0.4, 1, "p", "L", "CC", "e2")]
+    assert [(b.image, b.exam, b.label) for b in per_breast(rows)] == [("p_e1_L", "e1", 0), ("p_e2_L", "e2", 1)]
+
+
+def test_sure_predictions_keep_their_order():
+    sure = [Prediction(str(z), (-z, z), int(z > 45), f"p{z}", "L") for z in (40.0, 50.0, 44.0, 60.0)]
+    assert {p.probabilities[1] for p in sure} == {1.0}
+    assert scores(sure)["auc_image"] == scores(sure)["auc_breast"] == 1.0
+
+
+def test_of_three_classes_the_area_is_the_mean_and_the_breast_adds_up_to_one():
+    rows = [
+        Prediction("a", tuple(logit([0.8, 0.1, 0.1])), 0, "p", "L"),
+        Prediction("b", tuple(logit([0.2, 0.7, 0.1])), 1, "p", "L"),
+        Prediction("c", tuple(logit([0.4, 0.3, 0.3])), 2, "q", "L"),
+    ]
+    assert auc_of(rows) == 1.0 and auc_of(rows[:1]) is None
+    breast = per_breast(rows)[0]
+    assert breast.probabilities == pytest.approx((0.5, 0.4, 0.1)) and breast.label == 1
+    assert expit(as_cases(rows, ("x", "y", "z")).at("exam").scores[0]) == pytest.approx([0.5, 0.4, 0.1])

@@ -1,0 +1,7 @@
+"""Why a network says what it says: exact maps at native resolution, in the coordinates of the file."""
+
+from .maps import Explanation, activation_map, gradient_map
+from .marks import Mark, find_marks
+from .write import explain
+
+__all__ = ["Explanation", "Mark", "activation_map", "explain", "find_marks", "gradient_map"]

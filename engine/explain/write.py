@@ -1,0 +1,123 @@
+"""Explanations of many images, as files beside a table of marks."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..accelerate import Accelerated
+from ..data.writers import write_tiff
+from ..errors import BudgetError, DataError, GigamorphError
+from ..files import write_atomically
+from ..pixels import as_stored
+from ..train.fit import Images
+from ..train.heatmap import overlay_name, write_overlay
+from ..train.predict import unique_name
+from ..train.progress import Meter
+from .maps import Explanation, activation_map, gradient_map
+from .marks import Mark, find_marks
+from .seg import write_segmentation
+
+Method = Literal["activation", "gradient"]
+Format = Literal["png", "tif", "seg", "binary-seg"]
+METHODS = {"activation": activation_map, "gradient": gradient_map}
+
+
+def explain(
+    net: Accelerated,
+    images: Images,
+    out: str | Path,
+    classes: Sequence[str],
+    *,
+    method: Method = "activation",
+    output: int | None = None,
+    formats: Sequence[Format] = ("png",),
+    skip_bad: bool = False,
+    meter: Meter | None = None,
+) -> tuple[int, list[str]]:
+    """Write the maps of images into ``out``, on the pixels of their files as stored, and ``marks.csv``.
+
+    For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it; ``NAME.map.tif``,
+    its values in float32; ``NAME.seg.dcm``, a fractional, or ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has
+    the peaks of class activation maps, for `gigamorph eval --marks`.
+
+    Args:
+        classes: names of the outputs.
+        output: whose map; None takes the second of two classes, else the most probable one.
+        formats: of png, tif, seg and binary-seg.
+        skip_bad: note an image that cannot be read or written so and go on; otherwise it ends the run.
+
+    Returns:
+        How many images were explained, and for each skipped one the message.
+
+    Raises:
+        GigamorphError: if ``out`` already holds marks, or cannot be written. DataError: a damaged image, named.
+    """
+    out, meter = Path(out), meter or Meter(None)
+    if (out / "marks.csv").exists():
+        raise GigamorphError(f"{out}: already holds explanations; name another --out")
+    net.eval()
+    rows: list[tuple[str, str, Mark]] = []
+    skipped: list[str] = []
+    names: set[str] = set()
+    done = 0
+    meter.start("explain", len(images))
+    for index in range(len(images)):
+        path = images.records[index].path
+        try:
+            source = images[index]["image"]
+            meter.image(source.shape[-2] * source.shape[-1])
+            which = _output(net, source, classes) if output is None else output
+            found = METHODS[method](net, source, which)
+            stem = unique_name(path.stem, names)
+            for one in formats:
+                _write(found, path, out, stem, one, classes[which])
+        except BudgetError as error:  # the larger images of a set may not fit
+            raise BudgetError(f"{path}: {error}") from error
+        except DataError as error:
+            if not skip_bad:
+                raise
+            skipped.append(str(error))
+            meter.note(f"skipped: {error}")
+        else:
+            done += 1
+            if method == "activation":
+                rows += [(str(path), classes[which], mark) for mark in find_marks(found)]
+        meter.image_done()
+    if method == "activation":
+        write_atomically(out / "marks.csv", lambda p: _write_marks(p, rows), "table")
+    return done, skipped
+
+
+def _output(net: Accelerated, source: object, classes: Sequence[str]) -> int:
+    if len(classes) == 2:
+        return 1
+    with torch.no_grad():
+        return int(net(source)[0].argmax())
+
+
+def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str) -> None:
+    if one == "png":
+        name = overlay_name(stem, as_stored(found.source).shape)
+        write_overlay(found.source, found.values, out / name, stored=True)
+    elif one == "tif":
+        dtype = np.dtype(np.float32)
+        path = out / f"{stem}.map.tif"
+        write_atomically(path, lambda p: write_tiff(p, found.size, dtype, found.read), "map")
+    elif one == "seg":
+        write_segmentation(found, image, out / f"{stem}.seg.dcm", label=label, kind="fractional")
+    else:
+        write_segmentation(found, image, out / f"{stem}.binary.seg.dcm", label=label, kind="binary")
+
+
+def _write_marks(path: Path, rows: Sequence[tuple[str, str, Mark]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image_path", "class", "row", "column", "score"])
+        for image, label, mark in rows:
+            writer.writerow([image, label, f"{mark.row:.2f}", f"{mark.column:.2f}", repr(mark.score)])

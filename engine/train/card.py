@@ -1,0 +1,170 @@
+"""The model card that is written with a trained network (Mitchell et al., 2019): what is known, and nothing else.
+
+It is passed on with the weights, so it names no patient and no path: counts, settings, figures, versions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.tables import Record
+from ..errors import DataError
+from ..evaluate import LEVELS, Cases
+from ..evaluate.evaluate import Settings, evaluate
+from ..files import write_atomically
+from .checkpoint import versions
+
+_COUNTED = ("view", "laterality", "density", "manufacturer")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells.
+
+    Attributes:
+        title: what the network is for, in a few words.
+        model: facts of the network by name: architecture, parameters, input.
+        training: facts of the training by name: recipe, settings, memory, time.
+        records: the images of each split.
+        classes: names of the labels, in order.
+        predictions: of the splits that were predicted ("val", "test"), images with their scores.
+        resamples: of the intervals' bootstrap.
+    """
+
+    title: str
+    model: Mapping[str, Any]
+    training: Mapping[str, Any]
+    records: Mapping[str, Sequence[Record]]
+    classes: Sequence[str]
+    predictions: Mapping[str, Cases] = field(default_factory=dict)
+    resamples: int = 2000
+
+
+def write_card(path: str | Path, card: Card) -> Path:
+    """Write the card as markdown; returns its path.
+
+    Raises:
+        GigamorphError: if it cannot be written.
+    """
+    path, text = Path(path), "\n".join(_lines(card)) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"), "model card")
+    return path
+
+
+def _lines(card: Card) -> list[str]:
+    found = {name: _evaluated(cases, card.resamples) for name, cases in card.predictions.items()}
+    return [
+        f"# Model card: {card.title}",
+        "",
+        "Written by gigamorph at the end of training, from what it knows. It names no patient and no file.",
+        *_section("Model", _facts(card.model)),
+        *_section("Training", _facts(card.training)),
+        *_section("Data", _data(card)),
+        *_section("Results", _results(found, card.resamples)),
+        *_section("Intended use and limits", _limits(card, found)),
+        *_section("Versions", _facts(versions())),
+    ]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines]
+
+
+def _facts(facts: Mapping[str, Any]) -> list[str]:
+    return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |" for cells in lines]
+
+
+def _data(card: Card) -> list[str]:
+    rows = []
+    for name, records in card.records.items():
+        labels = Counter(record.label for record in records)
+        counts = [labels[number] for number in range(len(card.classes))]
+        rows.append([name, len(records), len({record.patient_id for record in records}), *counts])
+    lines = _table(["split", "images", "patients", *(f"label {name}" for name in card.classes)], rows)
+    everything = [record for records in card.records.values() for record in records]
+    known = []
+    for column in _COUNTED:
+        values = Counter(getattr(record, column) for record in everything)
+        told = ", ".join(f"{value} {count}" for value, count in sorted(values.items(), key=str) if value is not None)
+        if told:
+            missing = f", not known {values[None]}" if values[None] else ""
+            known.append(f"- {column}: {told}{missing}")
+    return [*lines, "", "No patient is in two splits.", "", *(known or ["Views, densities and makers are not known."])]
+
+
+def _evaluated(cases: Cases, resamples: int) -> dict[str, Any] | str:
+    """What `evaluate` finds, or why it finds nothing."""
+    try:
+        return evaluate(cases, Settings(resamples=resamples))
+    except DataError as error:
+        return str(error)
+
+
+def _results(found: Mapping[str, dict[str, Any] | str], resamples: int) -> list[str]:
+    rows, notes = [], []
+    for split, one in found.items():
+        if isinstance(one, str):
+            notes.append(f"- {split}: {one}.")
+            continue
+        for level, at in one["levels"].items():
+            for name, output in at["outputs"].items():
+                if "undefined" in output:
+                    notes.append(f"- {split}, {level}, {name}: {output['undefined']}.")
+                else:
+                    rows.append([split, level, name, *_row(output)])
+            if "mean_auc" in at:
+                rows.append([split, level, "mean", at["rows"], "", _value(at["mean_auc"]), "", "", "", ""])
+    if not rows:
+        return [*(notes or ["No images were held out, so nothing was measured."])]
+    header = ["split", "level", "output", "rows", "positive", "AUC", "average precision", "sensitivity at 0.9"]
+    used = dict.fromkeys(level for _, level, *_ in rows)
+    return [
+        *_table([*header, "Brier score", "ECE"], rows),
+        "",
+        f"In parentheses: 95 % intervals, {resamples} resamples of patients. Sensitivity at specificity 0.9 or more. "
+        + " ".join(f"{level.capitalize()} level: {LEVELS[level]}." for level in used),
+        *(["", *notes] if notes else []),
+    ]
+
+
+def _row(output: dict[str, Any]) -> list[object]:
+    [at] = [point for point in output["sensitivity_at_specificity"] if point["at"] == 0.9]
+    measures = [output["auc"], output["average_precision"], at, output.get("brier"), output.get("ece")]
+    return [output["rows"], output["positives"], *("" if one is None else _value(one) for one in measures)]
+
+
+def _value(measure: dict[str, Any]) -> str:
+    if measure["value"] is None:
+        return "not defined"
+    interval = measure.get("bootstrap")
+    return f"{measure['value']:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _limits(card: Card, found: Mapping[str, dict[str, Any] | str]) -> list[str]:
+    """What follows from the rest; what it is meant for only its maker can say."""
+    patients = len({record.patient_id for record in card.records.get("test", ())})
+    lines = ["- Intended use: not stated. Whoever passes the model on states it here."]
+    if patients:
+        lines.append(f"- Tested on {patients} patients of the same table as it was trained on, and on no other data.")
+    else:
+        lines.append("- Not tested: there were no test images. Validation images chose the epoch, and flatter it.")
+    if any(not isinstance(one, str) for one in found.values()):
+        lines.append(
+            "- Probabilities are those of the prevalence in this table; at another one they need to be calibrated, and "
+            "thresholds chosen, anew."
+        )
+    everything = [record for records in card.records.values() for record in records]
+    unknown = [column for column in _COUNTED[2:] if all(getattr(record, column) is None for record in everything)]
+    if unknown:
+        lines.append(f"- Whether it does as well for each {' and '.join(unknown)} is not known: the table has none.")
+    lines.append("- No clinical study of it is known to the software that wrote this card.")
+    return lines

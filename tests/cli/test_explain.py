@@ -1,0 +1,109 @@
+"""`gigamorph explain` from a checkpoint to maps, marks and their free-response ROC."""
+
+import csv
+import json
+
+import highdicom
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from gigamorph.cli.main import main
+from gigamorph.engine import accelerate
+from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.models import create_model
+from gigamorph.engine.pixels import Normalize, open_pixels
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("p"), patients=6, height=160, width=128, seed=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("t") / "run"
+    assert (
+        run("train", table, "--out", out, "--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1") == 0
+    )
+    return out / "best.ckpt"
+
+
+def stock_gradient(checkpoint, path):
+    """Of the logit of the second class, in the file's geometry."""
+    net = create_model("lesionnet", weights=checkpoint).eval()
+    source = open_pixels(path, normalize=Normalize((0.3,), (0.1,)))
+    _, height, width = source.shape
+    x = source.read(0, height, 0, width)[None].requires_grad_()
+    [gradient] = torch.autograd.grad(net(x)[0, 1], x)
+    found = gradient[0].abs().amax(0).numpy()
+    return found[:, ::-1] if source.to_original.xx < 0 else found
+
+
+def test_all_formats_are_the_same_map_on_the_pixels_of_the_file(table, checkpoint, tmp_path, capsys):
+    images = sorted((table.parent / "images").iterdir())[:4]
+    formats = [part for one in ("png", "tif", "seg", "binary-seg") for part in ("--format", one)]
+    out = tmp_path / "out"
+    assert run("explain", checkpoint, *images, "--out", out, "--method", "gradient", *formats) == 0
+    assert "4 images explained, 0 skipped" in capsys.readouterr().out
+    assert len(list(out.iterdir())) == 16  # of gradients no marks
+    sides = set()
+    for path in images:
+        values = tifffile.imread(out / f"{path.stem}.map.tif")
+        expected = stock_gradient(checkpoint, path)
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5 * expected.max())
+        seg = highdicom.seg.segread(out / f"{path.stem}.seg.dcm")
+        assert seg.pixel_array.shape[-2:] == values.shape == (160, 128)
+        assert np.unravel_index(seg.pixel_array.squeeze().argmax(), values.shape) == np.unravel_index(
+            values.argmax(), values.shape
+        )
+        sides.add(path.stem.split("_")[1])
+    assert sides == {"L", "R"}
+
+
+def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
+    assert run("predict", checkpoint, table, "--out", tmp_path / "p") == 0
+    assert run("explain", checkpoint, table, "--out", tmp_path / "e") == 0
+    assert sorted(path.suffix for path in (tmp_path / "e").iterdir()) == [".csv", *[".png"] * 12]
+    with (tmp_path / "e" / "marks.csv").open() as file:
+        marks = list(csv.DictReader(file))
+    assert marks and {mark["class"] for mark in marks} == {"1"}
+    assert all(0 <= float(m["row"]) < 160 and 0 <= float(m["column"]) < 128 for m in marks)
+    path = sorted((table.parent / "images").iterdir())[0]
+    net = accelerate(create_model("lesionnet", weights=checkpoint), tile=64).eval()
+    evidence = net.evidence(open_pixels(path, normalize=Normalize((0.3,), (0.1,))), output=1)
+    own = [float(mark["score"]) for mark in marks if mark["image_path"] == str(path)]
+    assert own == sorted(own, reverse=True) and own[0] == pytest.approx(evidence.max().item(), rel=1e-4)
+    capsys.readouterr()
+    options = ["--table", table, "--split", "all", "--level", "image", "--resamples", "50"]
+    marked = ["--marks", tmp_path / "e" / "marks.csv", "--out", tmp_path / "v"]
+    assert run("eval", tmp_path / "p" / "predictions.csv", *options, *marked) == 0
+    froc = json.loads((tmp_path / "v" / "metrics.json").read_text())["froc"]
+    assert froc["images"] == 12 and froc["marks"] == len(marks) and froc["lesions"] > 0
+
+
+def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
+    path = sorted((table.parent / "images").iterdir())[0]
+    np.save(tmp_path / "a.npy", np.zeros((64, 64), np.float32))
+    cases = [
+        ([path, "--class", "cancer"], "has no class 'cancer'; there are 0, 1"),
+        ([tmp_path / "a.npy", "--format", "seg"], "is no DICOM file"),
+        ([tmp_path / "none.dcm"], "no such file"),
+    ]
+    for arguments, message in cases:
+        assert run("explain", checkpoint, *arguments, "--out", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    both = [tmp_path / "a.npy", path, "--format", "seg", "--skip-bad", "--out", tmp_path / "skip"]
+    assert run("explain", checkpoint, *both) == 0
+    assert "1 images explained, 1 skipped" in capsys.readouterr().out
+    assert run("explain", checkpoint, path, "--out", tmp_path / "skip") == 2
+    assert "already holds explanations" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""DICOM SEG, read back by highdicom and pydicom, on phantoms and on real mammograms."""
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+import torch
+
+from gigamorph.engine import DataError
+from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.explain.maps import Explanation
+from gigamorph.engine.explain.seg import REGION, write_segmentation
+from gigamorph.engine.pixels import as_stored, open_pixels
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return sorted(
+        (write_phantoms(tmp_path_factory.mktemp("p"), patients=2, height=200, width=152).parent / "images").iterdir()
+    )
+
+
+def explained(path) -> Explanation:
+    source = open_pixels(path)
+    values = torch.zeros(source.shape[1] // 8, source.shape[2] // 8)
+    values[5:8, 2:4], values[6, 3] = 1.0, 2.0
+    return Explanation(source, values)
+
+
+def check(path, tmp_path, kind) -> pydicom.Dataset:
+    """Write a SEG of an image and compare it with the map; returns it as pydicom reads it."""
+    found = explained(path)
+    out = tmp_path / "map.seg.dcm"
+    write_segmentation(found, path, out, label="malignant", kind=kind)
+    seg = highdicom.seg.segread(out)
+    source = pydicom.dcmread(path, stop_before_pixels=True)
+    frame = seg.get_pixels_by_source_instance(
+        [source.SOPInstanceUID], combine_segments=False, rescale_fractional=True, ignore_spatial_locations=True
+    )[0, ..., 0]
+    heat = found.relative().read(0, source.Rows, 0, source.Columns)
+    assert frame.shape == (source.Rows, source.Columns) and heat.max() > 0.9
+    if kind == "fractional":
+        np.testing.assert_allclose(frame, heat, atol=0.5 / 255 + 1e-6)
+    else:
+        np.testing.assert_array_equal(frame, heat >= REGION)
+    assert seg.get_segment_description(1).segment_label == "malignant"
+    # Where the chest wall is on the right in the file, so is the map's left.
+    mirrored = found.source.to_original.xx < 0
+    columns = np.flatnonzero(frame.max(0) > 0.5)
+    assert (columns.mean() > source.Columns / 2) == mirrored
+    return pydicom.dcmread(out)
+
+
+@pytest.mark.parametrize("kind", ["fractional", "binary"])
+@pytest.mark.parametrize("number", [0, 2])
+def test_phantoms(phantoms, tmp_path, kind, number):
+    seg = check(phantoms[number], tmp_path, kind)
+    source = pydicom.dcmread(phantoms[number], stop_before_pixels=True)
+    assert (seg.PatientID, seg.StudyInstanceUID) == (source.PatientID, source.StudyInstanceUID)
+    assert seg.Modality == "SEG" and seg.SegmentationType == kind.upper()
+    assert seg.pixel_array.shape[-2:] == (200, 152)
+    assert (
+        seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mg_ge_jpeg_lossless.dcm", "fractional"),
+        ("mg_ge_jpeg_lossless.dcm", "binary"),
+        pytest.param("mg_film_jpeg2000.dcm", "fractional", marks=pytest.mark.slow),
+        pytest.param("mg_film_jpeg_extended_12bit.dcm", "binary", marks=pytest.mark.slow),
+    ],
+)
+def test_real_mammograms(real_data, tmp_path, name, kind):
+    check(real_data / "dicom" / name, tmp_path, kind)
+
+
+def test_what_cannot_have_one_is_said_in_a_line(real_data, phantoms, tmp_path):
+    source = open_pixels(np.random.default_rng(0).random((40, 30), np.float32))
+    found = Explanation(source, torch.rand(10, 10))
+    np.save(tmp_path / "a.npy", np.zeros((40, 30)))
+    with pytest.raises(DataError, match=r"a\.npy: is no DICOM file"):
+        write_segmentation(found, tmp_path / "a.npy", tmp_path / "s.dcm", label="x", kind="binary")
+    stack = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
+    slices = Explanation(open_pixels(stack, frame=1), torch.rand(10, 10))
+    with pytest.raises(DataError, match="has 4 frames; a DICOM SEG is of one"):
+        write_segmentation(slices, stack, tmp_path / "s.dcm", label="x", kind="binary")
+    ds = pydicom.dcmread(phantoms[0])
+    del ds.StudyInstanceUID
+    ds.save_as(tmp_path / "b.dcm")
+    with pytest.raises(DataError, match=r"b\.dcm: cannot have a DICOM SEG: .*; write png or tif") as error:
+        write_segmentation(
+            explained(tmp_path / "b.dcm"), tmp_path / "b.dcm", tmp_path / "s.dcm", label="x", kind="binary"
+        )
+    assert "\n" not in str(error.value) and not (tmp_path / "s.dcm").exists()
+
+
+def test_a_map_without_evidence_is_an_empty_segment(phantoms, tmp_path):
+    source = open_pixels(phantoms[0])
+    nothing = Explanation(source, -torch.ones(20, 20))
+    write_segmentation(nothing, phantoms[0], tmp_path / "s.dcm", label="x", kind="binary")
+    assert pydicom.dcmread(tmp_path / "s.dcm").pixel_array.max() == 0
+    assert as_stored(source).shape == (1, 200, 152)
