@@ -125,13 +125,13 @@ def build(name: str) -> nn.Module:
     return NETWORKS[name]().double()
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0) -> float:
+def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0, side: int = 8) -> float:
     """The last loss."""
     model.train()
     loss = torch.zeros(())
     for step in range(start, start + steps):
         generator = torch.Generator().manual_seed(step)
-        x = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
+        x = torch.randn(6, 3, side, side, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 5, (6,), generator=generator)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
@@ -140,9 +140,9 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0) ->
     return loss.item()
 
 
-def outputs(model: nn.Module) -> Tensor:
+def outputs(model: nn.Module, side: int = 8) -> Tensor:
     """In train and eval mode, on a batch that was not trained on."""
-    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    x = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     with torch.no_grad():
         model.eval()
         result = model(x)
@@ -153,5 +153,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def doubled(model: nn.Module, times: int = 2, groups: str = "more") -> dict[str, int]:
-    return {s.key: times * s.width for s in find_spaces(copy.deepcopy(model).float(), X, groups=groups).growable()}
+def doubled(model: nn.Module, times: int = 2, groups: str = "more", side: int = 8) -> dict[str, int]:
+    spaces = find_spaces(copy.deepcopy(model).float(), torch.zeros(1, 3, side, side), groups=groups)
+    return {s.key: times * s.width for s in spaces.growable()}

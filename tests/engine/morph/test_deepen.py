@@ -255,9 +255,9 @@ def test_every_block_of_real_networks(name: str, path: str) -> None:
     model = randomize(timm.create_model(name, num_classes=3, **options))
     x = torch.randn(2, 3, 48, 48)
     last = path.endswith("fc1")
-    zero = insert_residual(model, x, path, "GELU", 1, norm=not last, hidden=4)[1].difference
-    assert zero.float64 == zero.float32 == 0
-    for act in ("GELU", "Hardswish", "Tanh") if DEEP else ("GELU",):
+    for act in ("GELU", "SiLU", "ReLU", "Hardswish", "Tanh") if DEEP else ("GELU",):
+        zero = insert_residual(model, x, path, act, 1, norm=not last, hidden=4)[1].difference
+        assert zero.float64 == zero.float32 == 0
         pact = insert_activation(model, x, path, act)[1].difference
         assert pact.float64 == pact.float32 == 0
         if act != "Tanh":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -155,6 +156,19 @@ class TestExact:
                 continue
             _, report = front(parent, torch.zeros(1, 3, 64, 64), r, mode)
             assert report.difference.float64_eval <= LIMIT
+
+    @pytest.mark.slow
+    @pytest.mark.skipif("GIGAMORPH_PROGRAMS" not in os.environ, reason="minutes; on request, as for random programs")
+    @pytest.mark.parametrize(("r", "mode"), [(2, "fold"), (4, "stages")])
+    @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", "repvgg_a0", "regnetx_002"])
+    def test_timm_at_full_size(self, name: str, r: int, mode: str) -> None:
+        """Acceptance A5: 2048 x 1536, in both modes, float32 within 8 times the parent's own noise."""
+        timm = pytest.importorskip("timm")
+        torch.manual_seed(0)
+        parent = randomize(timm.create_model(name, num_classes=5, drop_path_rate=0.0)).eval()
+        _, report = front(parent, torch.zeros(1, 3, 2048 // r, 1536 // r), r, mode)
+        assert report.difference.float64 <= LIMIT and report.difference.noise_ratio <= 8
+        print(f"{name}, r = {r}, {mode}: {report.difference}")
 
 
 class TestScan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def twin(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Optimizer
     return other, again
 
 
-def sensitivity(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Optimizer]) -> float:
+def sensitivity(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Optimizer], side: int = 8) -> float:
     """Change of the outputs after 10 steps if the parameters are changed by 2^-52 of themselves."""
     worst, want = 0.0, None
     for seed in range(4):
@@ -51,10 +52,10 @@ def sensitivity(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Op
             with torch.no_grad():
                 for p in other.parameters():
                     p *= 1 + 2.0**-52 * torch.randint(-1, 2, p.shape, generator=generator).double()
-        train(other, again, 10, start=5)
+        train(other, again, 10, start=5, side=side)
         if want is None:
-            want = outputs(other)
-        worst = max(worst, relative(outputs(other), want))
+            want = outputs(other, side)
+        worst = max(worst, relative(outputs(other, side), want))
     return worst
 
 
@@ -79,6 +80,51 @@ def test_training_commutes(name: str, kind: str) -> None:
     train(child, plain, 2, start=15)
     train(model, optimizer, 2, start=15)
     assert relative(outputs(child), outputs(model)) > 1e-4
+
+
+# Small ones of real families; all but the first only on request, as for random programs.
+REAL: dict[str, dict[str, Any]] = {
+    "test_efficientnet": {},
+    "test_resnet": {},
+    "test_convnext": {},
+    "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+    "mobilenetv2_035": {},
+    "regnety_002": {},
+    "convnext_atto": {},
+    "resnet10t": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", REAL if "GIGAMORPH_PROGRAMS" in os.environ else list(REAL)[:1])
+def test_training_of_real_networks_commutes(name: str, kind: str) -> None:
+    """Acceptance A4: SGD with momentum and decay, and AdamW."""
+    timm, side = pytest.importorskip("timm"), 64
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=5, **REAL[name]).double()
+    rates = {"sgd": {"lr": 1e-3}, "adamw": {"lr": 1e-4}}  # larger ones let MobileNet's training diverge
+
+    def make(parameters: Any) -> Optimizer:
+        optimizer = OPTIMIZERS[kind](parameters)
+        for group in optimizer.param_groups:
+            group |= rates[kind]
+        return optimizer
+
+    optimizer = make(model.parameters())
+    train(model, optimizer, 2, side=side)
+    x = torch.zeros(1, 3, side, side, dtype=torch.float64)
+    child, report = widen(model, x, doubled(model, side=side), split="kraft")
+    assert report.parameters[1] > 2 * report.parameters[0]
+    grown = grow_optimizer(optimizer, model, child, report, lr="commute")
+    limit = LIMIT * sensitivity(model, optimizer, make, side)
+    before = outputs(model, side)
+    train(model, optimizer, 10, start=5, side=side)
+    train(child, grown, 10, start=5, side=side)
+    want = outputs(model, side)
+    error = relative(outputs(child, side), want)
+    print(f"{name} {kind}: {error:.1e}, own sensitivity {limit / LIMIT:.1e}")
+    assert error <= limit < 1e-9 and relative(want, before) > 1e-2
 
 
 def test_training_commutes_with_different_powers() -> None:
