@@ -10,6 +10,7 @@ from typing import Any
 import rich_click as click
 
 _COMMANDS = {
+    "bench": "Measure how large, how fast, in how much memory; against stock PyTorch and its remedies.",
     "data": "Index, check, split, convert and preview images and public data sets; make phantoms.",
     "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and name every known trap with its fix.",

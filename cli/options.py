@@ -19,7 +19,7 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[
     return int(match[1]), int(match[2])
 
 
-def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
     from ..engine.errors import GigamorphError
@@ -69,7 +69,7 @@ model: Any = click.option(
 memory_budget: Any = click.option(
     "--memory-budget",
     metavar="SIZE",
-    callback=_parse_budget,
+    callback=parse_budget,
     help="Memory for a step, as in 4GiB; by default what is free.",
 )
 batch_norm: Any = click.option(

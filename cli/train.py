@@ -164,7 +164,7 @@ def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
     for part in ("val", "test"):
         if part in metrics:
             click.echo(f"{part}: {_scores(metrics[part])}")
-    click.echo(f"best epoch {metrics['best_epoch']}; {out}/best.ckpt, metrics.json, log.csv, curves.png")
+    click.echo(f"best epoch {metrics['best_epoch']}; {out}/best.ckpt, model_card.md, metrics.json, log.csv, curves.png")
 
 
 def _scores(found: dict[str, float | int | None]) -> str:

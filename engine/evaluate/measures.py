@@ -127,9 +127,10 @@ def _operating_points(
             rank = thresholds[place]
             score = float(distinct[int(rank)]) if np.isfinite(rank) else None  # None: above all scores
             limit: dict[str, float | None] = {"threshold": score}
-            if probable and score is not None:
-                log_odds = score if np.isfinite(score) else None  # of probability 0 or 1
-                limit = {"threshold": float(odds.probabilities(score)), "log_odds": log_odds}
+            if probable:
+                finite = score is not None and np.isfinite(score)  # that of probability 0 or 1 is not
+                probability = None if score is None else float(odds.probabilities(score))
+                limit = {"threshold": probability, "log_odds": score if finite else None}
             key = "sensitivity_at_specificity" if name == "sensitivity" else "specificity_at_sensitivity"
             rows[key].append({"at": rate, "value": value, **limit, "bootstrap": _listed(around[f"{name} {rate}"])})
     return rows

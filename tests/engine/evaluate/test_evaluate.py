@@ -69,6 +69,18 @@ def test_a_threshold_given_is_told_what_comes_of_it():
         evaluate(images, Settings(threshold=3, resamples=5))
 
 
+def test_subgroups_without_a_threshold_have_areas_only():
+    """The highest score is a negative's: no threshold reaches the specificity."""
+    images = exams()
+    scores = np.where(images.truth > 0, 0.0, 1.0)
+    found = evaluate(
+        Cases(**{**vars(images), "scores": scores}), Settings(levels=("image",), by=("view",), resamples=20)
+    )
+    part = found["levels"]["image"]["subgroups"]["view"]["cancer"]
+    assert part["threshold"] is None and [row["auc"]["value"] for row in part["rows"]] == [0, 0]
+    assert "sensitivity" not in part["rows"][0]
+
+
 def test_nothing_to_measure_is_an_error():
     images = exams()
     with pytest.raises(DataError, match=r"one class only: all .* images are negative; nothing can be measured"):

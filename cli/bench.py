@@ -1,0 +1,190 @@
+"""``gigamorph bench``: how large, how fast, in how much memory; against stock PyTorch and its remedies."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..engine.bench.results import LimitRow, Results, StepRow
+
+_json: Any = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here.")
+_peers: Any = click.option(
+    "--peer", "peers", multiple=True, metavar="NAME",
+    help="Compare these: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
+)  # fmt: skip
+_models: Any = click.option(
+    "--model", "models", multiple=True, default=["resnet18"], show_default=True, metavar="SPEC",
+    help="As in gigamorph plan; may be given several times.",
+)  # fmt: skip
+_channels: Any = click.option("--channels", type=click.Choice([1, 3]), default=3, show_default=True)
+_live: Any = click.option("--live", is_flag=True, help="BatchNorm with the image's own statistics, not frozen ones.")
+_inference: Any = click.option("--inference", is_flag=True, help="Predictions, not training steps.")
+_precision: Any = click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: autocast."
+)
+
+
+def _parse_sizes(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
+    return tuple(options.parse_size(ctx, param, value) for value in values)
+
+
+@click.group()
+def bench() -> None:
+    """Measure what this machine can take, and draw it.
+
+    Example: gigamorph bench step --model resnet18 --size 1024x1024 --size 2048x2048 --json steps.json
+    """
+
+
+@bench.command()
+@_models
+@click.option("--size", "sizes", multiple=True, required=True, metavar="HxW", callback=_parse_sizes,
+              help="May be given several times.")  # fmt: skip
+@_peers
+@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="All that a step may take, as in 8GiB.")
+@options.memory_budget
+@click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed steps of each, at most.")
+@click.option("--box", type=float, default=60.0, show_default=True, help="Seconds of one peer's timed steps at a size.")
+@click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Trace a step of each into here.")
+@_inference
+@_live
+@_precision
+@_channels
+@options.device
+@_json
+def step(
+    models: tuple[str, ...], sizes: tuple[tuple[int, int], ...], peers: tuple[str, ...], cap: int | None,
+    memory_budget: int | None, tile: int | None, rounds: int, box: float, profile: Path | None, inference: bool,
+    live: bool, precision: str, channels: int, device: str, path: Path | None,
+) -> None:  # fmt: skip
+    """Time and peak memory of a step over sizes; all in turns, so that a busy machine hurts all alike.
+
+    Without --memory-budget gigamorph takes what its default tile needs. lightstream takes the largest tile that the
+    budget holds, or without one 0.6 times stock's memory; smaller tiles do several times the work.
+
+    Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
+    """
+    from ..engine.bench.results import Task
+    from ..engine.bench.step import Options, exactness, measure
+
+    results = _begin(device)
+    chosen = Options(_known(peers), rounds, box, cap, memory_budget, tile, folder=profile)
+    tasks = [
+        Task(model, (1, channels, *size), not inference, "live" if live else "frozen", precision, device)
+        for model in models
+        for size in sizes
+    ]
+    for model in models:
+        if "gigamorph" in chosen.peers:
+            first = next(task for task in tasks if task.model == model)
+            results.steps += [row for row in exactness(first) if row.peer == "gigamorph"]
+            _show_step(results.steps[-1])
+        for task in tasks:
+            if task.model == model:
+                results.steps += measure(task, chosen, results.ceilings, _show_step)
+                _keep(results, path)
+
+
+@bench.command()
+@click.option("--model", default="resnet18", show_default=True, metavar="SPEC", help="As in gigamorph plan.")
+@click.option(
+    "--budget", required=True, metavar="SIZE", callback=options.parse_budget, help="All that a step may take."
+)
+@_peers
+@click.option("--longest", type=float, default=120.0, show_default=True, help="Seconds that one try may take.")
+@_inference
+@_live
+@_precision
+@_channels
+@options.device
+@_json
+def limit(
+    model: str, budget: int, peers: tuple[str, ...], longest: float, inference: bool, live: bool, precision: str,
+    channels: int, device: str, path: Path | None,
+) -> None:  # fmt: skip
+    """The largest square image that trains, or with --inference predicts, in a budget; found by trying.
+
+    Each size is tried in a process of its own. gigamorph is given 0.9 of the budget to plan with.
+
+    Example: gigamorph bench limit --model resnet18 --budget 1GiB --peer stock --peer gigamorph
+    """
+    from ..engine.bench.limit import Search, find
+    from ..engine.bench.results import Task
+
+    results = _begin(device)
+    task = Task(model, (1, channels, 0, 0), not inference, "live" if live else "frozen", precision, device)
+    for peer in _known(peers):
+        row = find(task, peer, Search(budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
+        results.limits.append(row)
+        _show_limit(row)
+        _keep(results, path)
+
+
+@bench.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
+def report(results: tuple[Path, ...], out: Path) -> None:
+    """One page, PNG pictures and tables of any results of gigamorph bench and benchmarks/gpu.py.
+
+    Example: gigamorph bench report steps.json limits.json --out report
+    """
+    from ..engine.bench.report import write_report
+
+    click.echo(str(write_report(results, out)))
+
+
+def _begin(device: str) -> Results:
+    """Empty results with this machine's ceilings."""
+    from ..engine.bench.child import Child
+    from ..engine.bench.machine import provenance
+    from ..engine.bench.results import Results
+
+    with Child() as child:
+        answer = child.ceilings(device)
+    ceilings = {name: value for name, value in answer.items() if isinstance(value, float)}
+    words = [word for word in sys.argv[1:] if not word.startswith("--json=")]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return Results("gigamorph " + shlex.join(words), provenance(), ceilings)
+
+
+def _keep(results: Results, path: Path | None) -> None:
+    if path is not None:
+        results.write(path)
+
+
+def _known(peers: tuple[str, ...]) -> tuple[str, ...]:
+    from ..engine.bench.peers import PEERS
+
+    for name in peers:
+        if name not in PEERS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(PEERS)}", param_hint="--peer")
+    return peers or tuple(PEERS)
+
+
+def _show_step(row: StepRow) -> None:
+    time = f"{row.median_seconds:7.2f} s  {row.mpx_per_s:6.2f} Mpx/s" if row.seconds else " " * 23
+    peak = f"{row.peak_bytes / 1e9:6.2f} GB  {row.bytes_per_pixel:6.0f} B/px" if row.peak_bytes else " " * 21
+    error = ""
+    if row.check is not None:
+        gradients = row.check.outputs if row.check.gradients is None else row.check.gradients
+        error = f"differs from {row.check.against} by {gradients:.0e}"
+    precision = " float64" if row.task.precision == "fp64" else ""
+    click.echo(f"{f'{row.task}{precision}':40} {row.peer:13} {row.status:13} {time}  {peak}  {row.reason or error}")
+
+
+def _show_limit(row: LimitRow) -> None:
+    found = f"{row.side} x {row.side}" if row.side else "none"
+    said = f", plan() says {row.predicted_side}" if row.predicted_side else ""
+    click.echo(f"{row.peer:13} {row.status:13} largest {found}{said}  {row.reason or ''}")

@@ -1,0 +1,60 @@
+"""Reads what `benchmarks/gpu.py` writes as results of the one format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .results import FAILED, OK, OUT_OF_MEMORY, WRONG, Check, KernelRow, Results, StepRow, Task
+
+_PEERS = {
+    "ours": "gigamorph", "eager": "stock", "channels_last": "channels-last", "compile": "compile",
+    "checkpoint": "checkpoint", "ours_stock": "gigamorph, PyTorch's kernels", "ours_op_by_op": "gigamorph, no replay",
+    "ours_third": "gigamorph, a third of stock's memory", "ours_8GiB": "gigamorph, 8 GiB",
+}  # fmt: skip
+_AGAINST = "channels_last"
+_BOUND = 0.03  # bfloat16: of loss and norm of the gradients
+
+
+def from_gpu(data: dict[str, Any]) -> Results:
+    """Steps and kernels of a run; its checks of kernels become the status of their rows."""
+    found = data["ceilings"].get("ceilings", {})
+    ceilings = {"gb_per_s": found["gb_per_s"], "tflop_per_s bf16": found["tflop_per_s"]} if "gb_per_s" in found else {}
+    machine = {k: v for k, v in data["ceilings"].get("machine", {}).items() if k != "clocks"}
+    steps = {name: row for name, row in data["steps"].items() if name != "choices"}
+    return Results(
+        "benchmarks/gpu.py",
+        machine,
+        ceilings,
+        steps=[_step(name, row, steps) for name, row in steps.items()],
+        kernels=[_kernel(name, row) for name, row in data["ops"].items()],
+    )
+
+
+def _step(name: str, row: dict[str, Any], others: dict[str, dict[str, Any]]) -> StepRow:
+    model, mode, side, how = name.split(" ")
+    task = Task(model, (1, 1, int(side), int(side)), mode == "train", "frozen", "bf16", "cuda")
+    made = StepRow(task, _PEERS.get(how, how))
+    if "error" in row:
+        made.status = OUT_OF_MEMORY if row["error"] == OUT_OF_MEMORY else FAILED
+        made.reason = row.get("message") or row["error"]
+        return made
+    made.seconds, made.first_seconds = row["seconds"], row["warm_up_seconds"]
+    made.peak_bytes = row["peak_bytes"] - row["left_bytes"] - row["image_bytes"]
+    made.nvml_bytes, made.predicted_bytes = row["nvml_peak_bytes"], row.get("planned_bytes")
+    made.settings = {k: row[k] for k in ("tile", "retained", "replayed", "carries") if k in row}
+    # An image that lies in host memory has other pixels than stock's.
+    expected = others.get(f"{model} {mode} {side} {_AGAINST}", {})
+    if how != _AGAINST and row["image_bytes"] and "loss" in expected:
+        errors = [abs(row[k] - expected[k]) / abs(expected[k]) for k in ("loss", "gradient") if k in row]
+        made.check = Check("channels-last", errors[0], errors[1] if len(errors) > 1 else None)
+        if not all(error <= _BOUND for error in errors):
+            made.status, made.reason = WRONG, f"loss or gradients differ from channels-last's by {max(errors):.1e}"
+    return made
+
+
+def _kernel(name: str, row: dict[str, Any]) -> KernelRow:
+    made = KernelRow(name, "bf16", row.get("flops", 0), row.get("bytes", 0), row.get("ms", {}), OK)
+    if "error" in row or "failed" in row:
+        made.status = FAILED
+        made.reason = row.get("message") or "; ".join(f"{k}: {v}" for k, v in row["failed"].items())
+    return made

@@ -1,0 +1,182 @@
+"""What is compared: stock PyTorch, its usual remedies for memory, lightstream, and gigamorph.
+
+A peer turns a network into a *step*: a function of the image that runs a forward (and, in training, the loss and the
+backward, so that the network's parameters hold their gradients) and returns the output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from ..accelerate import accelerate
+from ..errors import UnsupportedError
+from .results import Task
+
+Step = Callable[[Tensor], Tensor]
+Settings = dict[str, Any]
+Prepared = tuple[nn.Module, Step]  # what is called for a forward, and the step
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One of those that are compared.
+
+    Attributes:
+        name: short, as on the command line and in results.
+        label: as in pictures.
+        prepare: makes a step of a network, given the task and settings; with it comes what is called for a forward.
+        missing: why it cannot run a task on this machine, or None.
+        channels_last: whether network and image are given in that memory order.
+    """
+
+    name: str
+    label: str
+    prepare: Callable[[nn.Module, Task, Settings], Prepared]
+    missing: Callable[[Task], str | None] = lambda task: None
+    channels_last: bool = False
+
+
+def loss_of(output: Tensor) -> Tensor:
+    """The loss of every benchmark: the mean square of the output."""
+    return (output if output.dtype == torch.float64 else output.float()).square().mean()
+
+
+def autocast(task: Task) -> torch.autocast:
+    """The autocast that a task asks for."""
+    return torch.autocast(task.device, dtype=torch.bfloat16, enabled=task.precision == "bf16")
+
+
+def ordinary(net: nn.Module, task: Task) -> Prepared:
+    """A step in one forward and one backward."""
+
+    def train(image: Tensor) -> Tensor:
+        net.zero_grad(set_to_none=True)
+        with autocast(task):
+            output = first_tensor(net(image))
+        loss_of(output).backward()
+        return output.detach()
+
+    def infer(image: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(task):
+            return first_tensor(net(image))
+
+    return net, train if task.training else infer
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The output that the loss is taken of."""
+    return next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+
+
+def _stock(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    return ordinary(network, task)
+
+
+def _bf16(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    net, step = ordinary(network, task)
+
+    def run(image: Tensor) -> Tensor:
+        with torch.autocast(task.device, dtype=torch.bfloat16):
+            return step(image)
+
+    return net, run
+
+
+def _no_bf16(task: Task) -> str | None:
+    return None if task.precision == "fp32" else f"the task is in {task.precision}"
+
+
+def _compile(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    compiled: Any = torch.compile(network, dynamic=False)
+    return ordinary(compiled, task)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The outermost modules named as blocks or bottlenecks, as ResNets, ConvNeXts and most of timm have them."""
+    found: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            if "Block" in type(child).__name__ or "Bottleneck" in type(child).__name__:
+                found.append(child)
+            else:
+                search(child)
+
+    search(network)
+    return found
+
+
+def _checkpoint(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    """Keep the inputs of blocks alone; of a VGG those of the parts between poolings."""
+    found = blocks(network)
+    features = getattr(network, "features", None)
+    if not found and isinstance(features, nn.Sequential):
+        for name, part in list(_between_pools(features)):
+            features.add_module(name, part)
+            found.append(part)
+    if not found:
+        raise UnsupportedError(f"{task.model} has no blocks that could be checkpointed")
+    for block in found:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return ordinary(network, task)
+
+
+def _between_pools(features: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """Joins the layers up to each pooling under the name of the first; the others become identities."""
+    parts: list[tuple[str, nn.Module]] = []
+    names: list[str] = []
+    layers: list[nn.Module] = []
+    for name, layer in list(features.named_children()):
+        names.append(name)
+        layers.append(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            parts.append((names[0], nn.Sequential(*layers)))
+            for other in names[1:]:
+                features.add_module(other, nn.Identity())
+            names, layers = [], []
+    return parts
+
+
+def _no_gradients(task: Task) -> str | None:
+    return None if task.training else "it changes the backward only"
+
+
+def _lightstream(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    from .lightstream import streaming_step
+
+    return streaming_step(network, task, settings["tile"])
+
+
+def _no_lightstream(task: Task) -> str | None:
+    if importlib.util.find_spec("lightstream") is None:
+        return "lightstream is not installed; pip install 'gigamorph[peers]'"
+    if task.batch_norm == "live":
+        return "it freezes the norms"
+    return None
+
+
+def _gigamorph(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    return ordinary(accelerate(network, **settings), task)
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("stock", "stock PyTorch", _stock),
+        Peer("channels-last", "channels-last", _stock, channels_last=True),
+        Peer("bf16", "bf16 autocast", _bf16, _no_bf16, channels_last=True),
+        Peer("compile", "torch.compile", _compile, channels_last=True),
+        Peer("checkpoint", "checkpoint per block", _checkpoint, _no_gradients),
+        Peer("lightstream", "lightstream", _lightstream, _no_lightstream),
+        Peer("gigamorph", "gigamorph", _gigamorph),
+    )
+}

@@ -1,0 +1,204 @@
+"""Pictures of results: names stand at their lines, axes have units, and a line that ends says why."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .peers import PEERS
+from .results import NOT_RUN, OK, OUT_OF_MEMORY, WRONG, LimitRow, StepRow
+
+if TYPE_CHECKING:
+    from .profile import Timeline
+
+_COLOURS = {
+    "stock": "#c0392b", "channels-last": "#d98880", "bf16": "#af7ac5", "compile": "#7d6608", "checkpoint": "#d68910",
+    "lightstream": "#6c7a89", "gigamorph": "#1f618d",
+}  # fmt: skip
+_OTHERS = "#2e86c1"
+_LINE = 0.052  # height of a line of text, as a share of the axes
+
+
+def label(peer: str) -> str:
+    """A peer as pictures and tables call it."""
+    return PEERS[peer].label if peer in PEERS else peer
+
+
+def colour(peer: str) -> str:
+    return _COLOURS.get(peer, _OTHERS)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
+    path.write_bytes(png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """A PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
+    """Peak memory of a step against the image's pixels; where a peer runs out, its line ends in a cross."""
+    figure, axes = _panel(title)
+    caps = {row.cap_bytes for row in rows if row.cap_bytes}
+    cap = max(caps) / 1e9 if caps else None
+    ends: list[tuple[float, float, str, str]] = []
+    top = max((row.peak_bytes or 0) / 1e9 for row in rows)
+    for peer, line in _by_peer(rows):
+        x, y = _points(line, lambda row: row.peak_bytes and row.peak_bytes / 1e9)
+        if not x:
+            continue
+        axes.plot(x, y, "o-", color=colour(peer), linewidth=2.6 if peer == "gigamorph" else 1.6, markersize=5)
+        end = _end(line, max(x))
+        if end is not None:
+            height = cap or y[-1] * end.task.megapixels / x[-1]
+            top = max(top, height)
+            axes.plot([x[-1], end.task.megapixels], [y[-1], height], ":", color=colour(peer), linewidth=1.6)
+            axes.plot([end.task.megapixels], [height], "x", color=colour(peer), markersize=11, markeredgewidth=3)
+            name = f"{label(peer)}: out of memory"
+            ends.append((end.task.megapixels, height, name, colour(peer)))
+        else:
+            ends.append((x[-1], y[-1], f"{label(peer)}, {y[-1]:.2g} GB", colour(peer)))
+    if cap is not None:
+        last = max(row.task.megapixels for row in rows if row.status != NOT_RUN)
+        axes.plot([0, last], [cap, cap], color="0.35", linestyle="--", linewidth=1)
+        text = f"all that a step may take: {cap:.3g} GB"
+        axes.text(0.01 * last, cap, text, color="0.35", va="bottom", fontsize=9)
+        top = max(top, cap)
+    axes.set_ylim(0, 1.15 * top)
+    _finish(axes, rows, ends, "peak memory of a step in GB")
+    return figure
+
+
+def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
+    """Megapixels per second against the image's pixels."""
+    figure, axes = _panel(title)
+    ends = []
+    for peer, line in _by_peer(rows):
+        x, y = _points(line, lambda row: row.mpx_per_s)
+        if not x:
+            continue
+        axes.plot(x, y, "o-", color=colour(peer), linewidth=2.6 if peer == "gigamorph" else 1.6, markersize=5)
+        end = _end(line, max(x))
+        text = f"{label(peer)}, {y[-1]:.2g} Mpx/s"
+        if end is not None:
+            axes.plot([x[-1]], [y[-1]], "x", color=colour(peer), markersize=11, markeredgewidth=3)
+            text += ", then out of memory"
+        ends.append((x[-1], y[-1], text, colour(peer)))
+    axes.set_ylim(0, 1.15 * max((row.mpx_per_s or 0) for row in rows))
+    _finish(axes, rows, ends, "megapixels per second")
+    return figure
+
+
+def roofline_figure(rows: Sequence[StepRow], title: str) -> Figure:
+    """The share of stock's roofline at the largest size that most peers reached: one bar each."""
+    sizes = [row.task.megapixels for row in rows if row.roofline_share]
+    size = max(set(sizes), key=lambda s: (sizes.count(s), s))
+    bars = [(row.peer, 100 * row.roofline_share) for row in rows if row.task.megapixels == size and row.roofline_share]
+    bars.sort(key=lambda bar: bar[1])
+    figure = Figure(figsize=(8.2, 1.3 + 0.45 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for number, (peer, share) in enumerate(bars):
+        axes.barh(number, share, color=colour(peer), height=0.62)
+        axes.text(share, number, f" {share:.0f} %", va="center", color=colour(peer))
+    axes.axvline(100, color="0.35", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(bars)), [label(peer) for peer, _ in bars])
+    axes.set_xlim(0, 1.15 * max(100, *(share for _, share in bars)))
+    axes.set_xlabel("speed as a share of the roofline of unfused ops on this machine, in percent")
+    axes.set_title(f"{title}, {size:.3g} megapixels", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def limits_figure(rows: Sequence[LimitRow], title: str) -> Figure:
+    """The largest image of each peer in megapixels: one bar each."""
+    bars = sorted(((row, row.side**2 / 1e6) for row in rows if row.side), key=lambda bar: bar[1])
+    figure = Figure(figsize=(8.2, 1.3 + 0.45 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for number, (row, size) in enumerate(bars):
+        axes.barh(number, size, color=colour(row.peer), height=0.62)
+        more = "" if row.too_large else " and more"
+        axes.text(size, number, f" {row.side} × {row.side}{more}", va="center", color=colour(row.peer))
+    axes.set_yticks(range(len(bars)), [label(row.peer) for row, _ in bars])
+    axes.set_xlim(0, 1.3 * max(size for _, size in bars))
+    axes.set_xlabel("largest image in megapixels")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def timeline_figure(timeline: Timeline) -> Figure:
+    """Bytes allocated in one step against time, with a tick where a tile was done."""
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    axes = figure.subplots()
+    seconds, held = [p[0] for p in timeline.points], [p[1] / 2**20 for p in timeline.points]
+    axes.plot(seconds, held, color=_COLOURS["gigamorph"], linewidth=1)
+    top = max(held, default=1)
+    for phase, shade in (("forward", "#b7950b"), ("backward", "#884ea0")):
+        marks = [s for s, name, _ in timeline.tiles if name == phase]
+        if marks:
+            axes.vlines(marks, 0, 0.03 * top, color=shade, linewidth=1)
+            text = f"{phase}: {len(marks)} tiles, each tick is one done"
+            axes.text(marks[0], 0.04 * top, text, color=shade, fontsize=9)
+    axes.set(xlabel="seconds since the step began", ylabel="allocated in the step, MiB", ylim=(0, 1.1 * top))
+    axes.set_title(timeline.title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _panel(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _by_peer(rows: Sequence[StepRow]) -> Iterable[tuple[str, list[StepRow]]]:
+    """Peers with their rows by size; gigamorph last, so that its line lies on top."""
+    peers = sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph")
+    for peer in peers:
+        yield peer, sorted((row for row in rows if row.peer == peer), key=lambda row: row.task.megapixels)
+
+
+def _points(rows: Sequence[StepRow], value: Callable[[StepRow], float | None]) -> tuple[list[float], list[float]]:
+    good = [(row.task.megapixels, value(row)) for row in rows if row.status in (OK, WRONG)]
+    return [x for x, y in good if y], [y for _, y in good if y]
+
+
+def _end(rows: Sequence[StepRow], last: float) -> StepRow | None:
+    """The row at which a peer has run out of memory, behind its last point."""
+    return next((row for row in rows if row.status == OUT_OF_MEMORY and row.task.megapixels > last), None)
+
+
+def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, str, str]], what: str) -> None:
+    """Axes, and the names beside the ends of their lines, moved apart where they would touch."""
+    run = [row.task.megapixels for row in rows if row.status != NOT_RUN]
+    last = max(run)
+    axes.set_xlim(0, 1.5 * last)
+    axes.set_xticks(sorted({round(size, 2) for size in run}))
+    axes.set_xlabel("image in megapixels (square: " + ", ".join(_sides(rows)) + " pixels)")
+    axes.set_ylabel(what)
+    height = axes.get_ylim()[1]
+    places = sorted(ends, key=lambda end: end[1])
+    lowest = -math.inf
+    for x, y, text, shade in places:
+        place = max(y, lowest + _LINE * height)
+        lowest = place
+        axes.annotate(
+            text, (x, y), xytext=(x + 0.02 * last, place), textcoords="data", color=shade, va="center", fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )  # fmt: skip
+
+
+def _sides(rows: Sequence[StepRow]) -> list[str]:
+    return [str(side) for side in sorted({row.task.image[2] for row in rows})]

@@ -1,0 +1,304 @@
+"""The one format of benchmark results, and the one reader.
+
+A file of results is a JSON object: `format`, `what` (the command), `provenance` (machine, versions, commit, date),
+`ceilings` (measured in the same run) and lists of rows: `steps`, `limits`, `kernels`, `morphs`, `declared`. Rows hold
+what was measured; rates and shares follow from it. A row that could not be measured is there as well, with its status
+and the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+FORMAT = "gigamorph-bench 1"
+OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
+    "ok", "out of memory", "wrong", "refused", "failed", "not run",
+)  # fmt: skip
+STATUSES = (OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step that all peers are given.
+
+    Attributes:
+        model: as in `create_model`.
+        image: (N, C, H, W).
+        training: with a backward, or inference.
+        batch_norm: "frozen" (evaluation mode) or "live".
+        precision: "fp32", "fp64", or "bf16" (autocast over float32 parameters).
+        device: "cpu" or "cuda".
+    """
+
+    model: str
+    image: tuple[int, int, int, int]
+    training: bool = True
+    batch_norm: str = "frozen"
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    @property
+    def megapixels(self) -> float:
+        n, _, height, width = self.image
+        return n * height * width / 1e6
+
+    @property
+    def mode(self) -> str:
+        return "training" if self.training else "inference"
+
+    def __str__(self) -> str:
+        n, _, height, width = self.image
+        batch = f"{n} x " if n > 1 else ""
+        return f"{self.model} {self.mode} {batch}{height} x {width}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a step's results lie from those of another peer: relative L2 norms.
+
+    Attributes:
+        against: that peer.
+        outputs: of the outputs.
+        gradients: of all gradients together; None for inference.
+        worst: of the parameter that differs most, and its name.
+        buffers: of the running statistics; None where they do not change.
+        missing: trained parameters that got no gradient.
+    """
+
+    against: str
+    outputs: float
+    gradients: float | None = None
+    worst: tuple[str, float] | None = None
+    buffers: float | None = None
+    missing: int = 0
+
+
+@dataclass
+class StepRow:
+    """Time and memory of one peer's steps. Seconds and bytes.
+
+    Attributes:
+        settings: what the peer was given: tile, memory budget, ...
+        cap_bytes: what a step was allowed to take; None: what is free.
+        seconds: of each timed step.
+        cpu_seconds: of the process, all threads together, in each timed step (CPU): what other work on the machine
+            changes least.
+        first_seconds: making the network ready, and of the first step: recording, compiling, planning.
+        peak_bytes: parameters and what the steps added at most; the image is not counted.
+        process_bytes: peak of the whole process, Python and libraries included (CPU).
+        nvml_bytes: growth of the GPU's memory in use during the steps, by NVML.
+        predicted_bytes: what `plan` says of `peak_bytes`.
+        flops: of one step in stock PyTorch.
+        roofline_seconds: of one step in stock PyTorch: the sum over its ops of max(flops / rate, bytes / bandwidth).
+    """
+
+    task: Task
+    peer: str
+    status: str = OK
+    reason: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    cap_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    first_seconds: float | None = None
+    peak_bytes: int | None = None
+    process_bytes: int | None = None
+    nvml_bytes: int | None = None
+    predicted_bytes: int | None = None
+    flops: float | None = None
+    roofline_seconds: float | None = None
+    check: Check | None = None
+
+    @property
+    def median_seconds(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def median_cpu_seconds(self) -> float | None:
+        return statistics.median(self.cpu_seconds) if self.cpu_seconds else None
+
+    @property
+    def spread(self) -> float | None:
+        """Largest minus smallest time, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def mpx_per_s(self) -> float | None:
+        return self.task.megapixels / self.median_seconds if self.median_seconds else None
+
+    @property
+    def bytes_per_pixel(self) -> float | None:
+        return None if self.peak_bytes is None else self.peak_bytes / self.task.megapixels / 1e6
+
+    @property
+    def roofline_share(self) -> float | None:
+        """Of stock's roofline: above 1 only where ops are fused or maps stay in cache."""
+        return self.roofline_seconds / self.median_seconds if self.roofline_seconds and self.median_seconds else None
+
+
+@dataclass
+class Try:
+    """One size that was tried: its status, the peak in bytes and the seconds of its step."""
+
+    side: int
+    status: str
+    peak_bytes: int | None = None
+    seconds: float | None = None
+    reason: str | None = None
+
+
+@dataclass
+class LimitRow:
+    """The largest square image of one peer under a cap.
+
+    Attributes:
+        task: what is run; the image's height and width are those of `side`.
+        side: the largest side in pixels that fitted; None if none did.
+        too_large: the least side that did not fit; None if none was found.
+        predicted_side: by `plan`.
+        tries: in the order of trying.
+    """
+
+    task: Task
+    peer: str
+    cap_bytes: int
+    status: str = OK
+    reason: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    side: int | None = None
+    too_large: int | None = None
+    predicted_side: int | None = None
+    tries: list[Try] = field(default_factory=list)
+
+    @property
+    def agreement(self) -> float | None:
+        """Pixels found over pixels predicted."""
+        return (self.side / self.predicted_side) ** 2 if self.side and self.predicted_side else None
+
+
+@dataclass
+class KernelRow:
+    """One op and shape on a GPU: milliseconds of each candidate, and the floor by the ceilings.
+
+    Attributes:
+        ms: medians by candidate: "ours", "cudnn", "eager", "compile", ...
+    """
+
+    op: str
+    dtype: str
+    flops: float
+    bytes: float
+    ms: dict[str, float]
+    status: str = OK
+    reason: str | None = None
+
+    def floor_ms(self, ceilings: dict[str, float]) -> float:
+        """The least time by arithmetic and by traffic."""
+        return max(self.flops / ceilings["tflop_per_s"] / 1e9, self.bytes / ceilings["gb_per_s"] / 1e6)
+
+
+@dataclass
+class MorphRow:
+    """Growing a trained network, or its rival from scratch.
+
+    Attributes:
+        how: "widened", "widened, as many epochs", ...
+        morph_seconds: of the morph with its checks; None for a rival.
+        accuracy: the accuracy that both reach.
+        seconds, epochs: until it was reached, the parent's training included; None: never.
+        curve: (seconds, epoch, accuracy).
+    """
+
+    seed: int
+    how: str
+    morph_seconds: float | None
+    accuracy: float
+    seconds: float | None
+    epochs: int | None
+    curve: list[tuple[float, int, float]]
+    status: str = OK
+    reason: str | None = None
+
+
+@dataclass
+class DeclaredRow:
+    """A row of the declared list (`rows.py`): whether it was run, and if not, why."""
+
+    number: int
+    text: str
+    aim: str
+    status: str
+    reason: str | None = None
+    found: str | None = None
+
+
+_ROWS: dict[str, type] = {
+    "steps": StepRow, "limits": LimitRow, "kernels": KernelRow, "morphs": MorphRow, "declared": DeclaredRow,
+}  # fmt: skip
+
+
+@dataclass
+class Results:
+    """What one command measured, or what several did where a report joins them."""
+
+    what: str
+    provenance: dict[str, Any]
+    ceilings: dict[str, float] = field(default_factory=dict)
+    steps: list[StepRow] = field(default_factory=list)
+    limits: list[LimitRow] = field(default_factory=list)
+    kernels: list[KernelRow] = field(default_factory=list)
+    morphs: list[MorphRow] = field(default_factory=list)
+    declared: list[DeclaredRow] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON whole, or leave the old file as it was."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+        os.replace(partial, path)
+
+
+def read(path: Path) -> Results:
+    """Results of any benchmark of this project, those of `benchmarks/gpu.py` included.
+
+    Raises:
+        DataError: if the file is something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no results can be read ({error}); give a JSON file of gigamorph bench") from error
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        return _own(data)
+    if isinstance(data, dict) and {"ceilings", "checks", "ops", "steps", "skipped"} <= data.keys():
+        from .gpu_results import from_gpu
+
+        return from_gpu(data)
+    raise DataError(f"{path}: not results of gigamorph bench ({FORMAT!r}) or benchmarks/gpu.py; measure it again")
+
+
+def _own(data: dict[str, Any]) -> Results:
+    rows = {name: [_row(kind, row) for row in data.get(name, ())] for name, kind in _ROWS.items()}
+    return Results(data["what"], data["provenance"], data.get("ceilings", {}), **rows)
+
+
+def _row(kind: type, row: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    row = {name: value for name, value in row.items() if name in known}
+    if "task" in row:
+        row["task"] = Task(**{**row["task"], "image": tuple(row["task"]["image"])})
+    if row.get("check"):
+        worst = row["check"].get("worst")
+        row["check"] = Check(**{**row["check"], "worst": tuple(worst) if worst else None})
+    if "tries" in row:
+        row["tries"] = [Try(**one) for one in row["tries"]]
+    if "curve" in row:
+        row["curve"] = [tuple(point) for point in row["curve"]]
+    return kind(**row)

@@ -1,0 +1,112 @@
+"""Ceilings of this machine, and the least time that a step of stock PyTorch could take under them.
+
+Roofline (Williams, Waterman, Patterson 2009): an op takes at least its arithmetic over the machine's rate and its
+traffic over the bandwidth, whichever is more. Traffic is every tensor that the op reads or writes, once. Summed over
+the ops of an eager step this is what perfect kernels could reach that are not fused; a step above it fuses ops, or
+keeps maps in cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from .peers import autocast, first_tensor, loss_of
+from .results import Task
+
+_SECONDS = 1.5  # of each ceiling
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """Copy bandwidth (`gb_per_s`, bytes read plus written) and matrix rates by dtype (`tflop_per_s` float32, ...).
+
+    The best of many: a ceiling is what the machine can do, not what it does on average beside other work.
+    """
+    size = 2**28 if device == "cpu" else 2**32
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    found = {"gb_per_s": 2 * size / _least_seconds(lambda: target.copy_(source), device) / 1e9}
+    for name, dtype, side in (("fp32", torch.float32, 2048), ("bf16", torch.bfloat16, 8192)):
+        if name == "bf16" and device == "cpu":
+            continue
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        seconds = _least_seconds(lambda a=a, b=b: a @ b, device)
+        found[f"tflop_per_s {name}"] = 2 * side**3 / seconds / 1e12
+    return found
+
+
+def _least_seconds(run: Callable[[], Any], device: str) -> float:
+    best, spent = float("inf"), 0.0
+    run()
+    while spent < _SECONDS:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - started
+        best, spent = min(best, took), spent + took
+    return best
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step of stock PyTorch does: (flops, bytes) of an op, and how many such ops there are."""
+
+    ops: tuple[tuple[float, float, int], ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(flops * times for flops, _, times in self.ops)
+
+    def seconds(self, ceilings: dict[str, float], precision: str) -> float | None:
+        """The sum over ops of max(arithmetic, traffic); None where a ceiling is not known."""
+        rate, bandwidth = ceilings.get(f"tflop_per_s {precision}"), ceilings.get("gb_per_s")
+        if not rate or not bandwidth:
+            return None
+        return sum(max(flops / rate / 1e12, size / bandwidth / 1e9) * times for flops, size, times in self.ops)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[tuple[float, float]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        written = sum(t.nbytes for t in tree_leaves(result) if isinstance(t, Tensor))
+        if func.is_view or not written:
+            return result
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=result) if count is not None else 0
+        read = {id(t): t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self.ops[float(flops), float(sum(read.values()) + written)] += 1
+        return result
+
+
+def count(network: nn.Module, task: Task) -> Work:
+    """Count a step of stock PyTorch on fake tensors: nothing is computed."""
+    fake = FakeTensorMode()
+    state = {**dict(network.named_buffers()), **dict(network.named_parameters())}
+    twins: dict[str, Tensor] = {name: fake.from_tensor(t, static_shapes=True) for name, t in state.items()}
+    with fake, torch.set_grad_enabled(task.training):
+        image = torch.empty(task.image, dtype=torch.float64 if task.precision == "fp64" else torch.float32)
+        leaves = [t for t in twins.values() if t.requires_grad]
+        with _Count() as counter:
+            with autocast(task):
+                output = first_tensor(torch.func.functional_call(network, twins, (image,)))
+            if task.training:
+                torch.autograd.grad(loss_of(output), leaves, allow_unused=True)
+    return Work(tuple((flops, size, times) for (flops, size), times in counter.ops.items()))

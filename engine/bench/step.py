@@ -1,0 +1,208 @@
+"""Time and memory of a step over sizes: all peers in turns, A B A B, so that a noisy machine hurts all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BudgetError, UnsupportedError
+from ..plan import Plan, plan
+from . import check, roofline
+from .child import Child
+from .lightstream import norm_parameters, tiles_to_try
+from .peers import PEERS, Settings, autocast
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
+from .work import build
+
+Say = Callable[[StepRow], None]
+_EXACT_IMAGE, _EXACT_TILE = (160, 128), 64  # of the comparison in float64
+_TILE_SHARE = 0.75  # of stock's bytes: with less, lightstream does several times the work
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a comparison is run.
+
+    Attributes:
+        peers: names, in the order of their turns.
+        rounds: timed turns of each, at most.
+        box: seconds of one peer's timed turns at a size. One turn is taken whatever it costs, unless the first step,
+            which is not timed otherwise, took longer than the box: then it counts.
+        cap: bytes that a step may take, for all; None: what is free.
+        budget: bytes that gigamorph, and lightstream's tile, may take; a share of stock's bytes if below 1. None:
+            gigamorph takes what its default tile needs, lightstream its best tile in 0.75 of stock's.
+        tile: gigamorph's, in pixels; None lets the plan choose.
+        longest: seconds that one step may take.
+        folder: where each peer's step is profiled to; None: not profiled.
+    """
+
+    peers: tuple[str, ...] = tuple(PEERS)
+    rounds: int = 5
+    box: float = 60.0
+    cap: int | None = None
+    budget: float | None = None
+    tile: int | None = None
+    longest: float = 600.0
+    folder: Path | None = None
+
+
+def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say = lambda row: None) -> list[StepRow]:
+    """One row for each peer. Peers that fail are told as such; the others go on.
+
+    Args:
+        say: gets each row when it is done.
+    """
+    network = build(replace(task, device="cpu"))
+    work = roofline.count(network, task)
+    rows, cells = [], []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        reference: tuple[str, Path] | None = None
+        for name in options.peers:
+            row = StepRow(task, name, cap_bytes=options.cap, flops=work.flops,
+                          roofline_seconds=work.seconds(ceilings, task.precision))  # fmt: skip
+            rows.append(row)
+            cell = _first_step(row, network, options, stack)
+            if cell is None:
+                say(row)
+                continue
+            cells.append((row, cell))
+            path = folder / f"{name}.pt"
+            if _take(row, cell.save(path)) and reference is not None:
+                _judge(row, network, path, *reference)
+            elif row.status == OK:
+                reference = name, path
+        _take_turns(cells, options)
+        for row, cell in cells:
+            if options.folder is not None and row.seconds:
+                cell.profile(options.folder / f"{task} {row.peer}".replace(" ", "_"))
+            say(row)
+    return rows
+
+
+def exactness(task: Task, say: Say = lambda row: None) -> list[StepRow]:
+    """Stock and gigamorph in float64 on a small image in small tiles: how exact the whole computation is."""
+    small = replace(task, image=(1, task.image[1], *_EXACT_IMAGE), precision="fp64", device="cpu")
+    return measure(small, Options(("stock", "gigamorph"), rounds=1, box=0, tile=_EXACT_TILE), {}, say)
+
+
+def _first_step(row: StepRow, network: nn.Module, options: Options, stack: contextlib.ExitStack) -> Child | None:
+    """A process that has taken its first step; None, and the row's status, if there is none."""
+    why = PEERS[row.peer].missing(row.task)
+    if why is not None:
+        row.status, row.reason = NOT_RUN, why
+        return None
+    try:
+        choices = list(settings(row.peer, row.task, network, options))
+    except (BudgetError, UnsupportedError) as error:
+        row.status = REFUSED if isinstance(error, UnsupportedError) else OUT_OF_MEMORY
+        row.reason = str(error)
+        return None
+    known = _predict(row, network, choices[0])
+    for chosen in choices:
+        row.settings = {**chosen, **known}
+        cell = Child(options.longest)
+        if _take(row, started := cell.start(row.task, row.peer, chosen, options.cap)):
+            answer = cell.run(1)
+            if _take(row, answer):
+                stack.enter_context(cell)
+                row.first_seconds = started["prepare_seconds"] + answer["seconds"][0]
+                if answer["seconds"][0] > options.box > 0:
+                    _time(row, answer)
+                _note(row, answer)
+                return cell if row.status == OK else None
+        cell.__exit__()
+        if row.status not in (REFUSED, FAILED):
+            break
+    return None
+
+
+def settings(peer: str, task: Task, network: nn.Module, options: Options) -> list[Settings]:
+    """What a peer is given; where there are several, the first that works is taken."""
+    budget = options.budget
+    if peer == "lightstream" or (budget is not None and budget < 1):
+        stock = planned(network, task, None, options.tile).stock_bytes
+        assert stock is not None
+        share = budget if budget is not None and budget < 1 else _TILE_SHARE
+        budget = budget if budget is not None and budget >= 1 else share * stock
+    if peer == "gigamorph":
+        return [{"memory_budget": None if budget is None else int(budget), "tile": options.tile}]
+    if peer == "lightstream":
+        assert budget is not None
+        return [{"tile": tile} for tile in tiles_to_try(network, task, int(min(budget, options.cap or budget)))]
+    return [{}]
+
+
+@functools.lru_cache(maxsize=4)
+def planned(
+    network: nn.Module, task: Task, budget: int | None, tile: int | None = None, carries: str = "auto"
+) -> Plan:  # fmt: skip
+    """The plan of a task; see `plan`."""
+    dtype = torch.float64 if task.precision == "fp64" else torch.float32
+    with autocast(task):
+        return plan(
+            network, task.image, budget, tile=tile, dtype=dtype, device=task.device, training=task.training,
+            carries=carries,
+        )  # fmt: skip
+
+
+def _predict(row: StepRow, network: nn.Module, given: Settings) -> Settings:
+    """Notes what is known of the peak beforehand, if the network has a plan; returns what the plan chooses."""
+    if row.peer not in ("stock", "gigamorph"):
+        return {}
+    with contextlib.suppress(BudgetError, UnsupportedError):
+        made = planned(network, row.task, given.get("memory_budget"), given.get("tile"))
+        row.predicted_bytes = made.peak_bytes if row.peer == "gigamorph" else made.stock_bytes
+        if row.peer == "gigamorph":
+            return {"tile": list(made.tile), "retained": made.retained, "carries": made.carries}
+    return {}
+
+
+def _take(row: StepRow, answer: dict[str, Any]) -> bool:
+    """Whether a request went well; if not, the row says why."""
+    row.status, row.reason = answer["status"], answer.get("reason")
+    return row.status == OK
+
+
+def _time(row: StepRow, answer: dict[str, Any]) -> None:
+    row.seconds += answer["seconds"]
+    row.cpu_seconds += answer["cpu_seconds"]
+
+
+def _note(row: StepRow, answer: dict[str, Any]) -> None:
+    """Peaks grow from turn to turn; what exceeds the cap has run out of memory."""
+    row.peak_bytes = max(row.peak_bytes or 0, answer["peak_bytes"])
+    row.process_bytes, row.nvml_bytes = answer["process_bytes"], answer["nvml_bytes"]
+    if row.cap_bytes is not None and row.peak_bytes > row.cap_bytes:
+        row.status, row.reason = OUT_OF_MEMORY, f"its peak of {row.peak_bytes / 1e9:.2f} GB exceeds the cap"
+
+
+def _judge(row: StepRow, network: nn.Module, path: Path, against: str, reference: Path) -> None:
+    found, expected = torch.load(path), torch.load(reference)
+    untrained = frozenset(norm_parameters(network)) if row.peer == "lightstream" else frozenset()
+    row.check = check.compare(found, expected, against, untrained)
+    wrong = check.complaint(row.check, "bf16" if row.peer == "bf16" else row.task.precision)
+    if wrong is not None:
+        row.status, row.reason = WRONG, wrong
+
+
+def _take_turns(cells: list[tuple[StepRow, Child]], options: Options) -> None:
+    """Timed turns, each peer until its rounds or its box are used up."""
+    warm = 1 if any(row.task.device == "cuda" for row, _ in cells) else 0  # memory went back after the last turn
+    for _ in range(options.rounds):
+        for row, cell in cells:
+            if row.status not in (OK, WRONG) or (row.seconds and sum(row.seconds) + row.seconds[-1] > options.box):
+                continue
+            verdict = row.status, row.reason
+            if _take(row, answer := cell.run(1, warm)):
+                row.status, row.reason = verdict
+                _time(row, answer)
+                _note(row, answer)

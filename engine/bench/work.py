@@ -1,0 +1,170 @@
+"""What a measured process does: builds one peer's step, runs it, and says what that took."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate, freeze_batch_norm
+from ..errors import BudgetError, UnsupportedError
+from ..memory import peak_bytes, reset_peak, return_free_pages, used_bytes
+from ..models import create_model
+from .peers import PEERS, Settings, loss_of
+from .results import FAILED, OUT_OF_MEMORY, REFUSED, Task
+
+# What the C++ side says when the system refuses memory; oneDNN cannot tell why a primitive could not be made.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory")
+_WARM = 64  # side of the image by which the libraries load what they need
+
+
+def build(task: Task) -> nn.Module:
+    """The network of a task, with the same weights in every process."""
+    torch.manual_seed(0)
+    network = create_model(task.model, num_classes=1000, in_channels=task.image[1]).train(task.training)
+    if task.batch_norm == "frozen":
+        freeze_batch_norm(network)
+        _spread_statistics(network)
+    return network.to(task.device, torch.float64 if task.precision == "fp64" else torch.float32)
+
+
+def _spread_statistics(network: nn.Module) -> None:
+    """Give frozen norms statistics that a trained network might have, so that a mistake with them shows."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+
+
+def picture(task: Task, channels_last: bool) -> Tensor:
+    """Random pixels, the same in every process."""
+    dtype = torch.float64 if task.precision == "fp64" else torch.float32
+    image = torch.rand(task.image, generator=torch.Generator().manual_seed(1)).to(task.device, dtype)
+    return image.contiguous(memory_format=torch.channels_last) if channels_last else image
+
+
+class NvmlPeak:
+    """The largest memory in use on the GPU while it is open, by NVML, sampled every 2 ms; None without one."""
+
+    def __init__(self, device: str):
+        self.device, self.bytes = device, None if device == "cpu" else 0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> NvmlPeak:
+        if self.device == "cuda":
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True).start()
+        return self
+
+    def _watch(self, nvml: Any, handle: Any) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes or 0, nvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+
+
+class Work:
+    """One peer's steps in this process.
+
+    Args:
+        cap: bytes that parameters and steps may take. On a GPU the allocator keeps to it. On the CPU the address space
+            is held to twice as much, for the machine's sake: a step that goes beyond the cap is known by its peak.
+    """
+
+    def __init__(self, task: Task, peer: str, settings: Settings, cap: int | None):
+        self.task, chosen = task, PEERS[peer]
+        self.label = chosen.label
+        if task.device == "cuda" and cap is not None:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+        if task.device == "cpu":
+            self._warm()
+        started = time.perf_counter()
+        self.network = build(task)
+        if chosen.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.image = picture(task, chosen.channels_last or task.device == "cuda")
+        self.runs, self.step = chosen.prepare(self.network, task, settings)
+        self.prepare_seconds = time.perf_counter() - started
+        self.parameter_bytes = sum(t.nbytes for t in self.network.state_dict().values())
+        self.output: Tensor | None = None
+        gc.collect()
+        if task.device == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            return_free_pages()
+        self.before = used_bytes(task.device)
+        self.process_bytes = peak_bytes("cpu")
+        if task.device == "cpu" and cap is not None and sys.platform == "linux":
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + 2 * cap, held + 2 * cap))
+
+    def _warm(self) -> None:
+        """Have the libraries load what they need; it would count as the step's memory otherwise."""
+        small = create_model("lesionnet", in_channels=1).eval()
+        for net in (small, accelerate(small, tile=_WARM // 2)):
+            loss_of(net(torch.rand(1, 1, _WARM, _WARM))).backward()
+
+    def run(self, steps: int, warm: int = 0) -> dict[str, Any]:
+        """Run steps, the first `warm` of them untimed. Peaks are those of all so far.
+
+        Returns:
+            `seconds` and `cpu_seconds` of each timed step, and bytes as in `StepRow`.
+        """
+        device = self.task.device
+        reset_peak(device)
+        seconds, cpu_seconds = [], []
+        with NvmlPeak(device) as nvml:
+            for number in range(warm + steps):
+                self.output = None
+                started, cpu_started = time.perf_counter(), time.process_time()
+                self.output = self.step(self.image)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if number >= warm:
+                    seconds.append(time.perf_counter() - started)
+                    cpu_seconds.append(time.process_time() - cpu_started)
+        peak = peak_bytes(device)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # for those who have the next turn
+        else:
+            self.process_bytes = max(self.process_bytes, peak)
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds if device == "cpu" else [],
+            "peak_bytes": peak - self.before + self.parameter_bytes,
+            "process_bytes": self.process_bytes if device == "cpu" else None,
+            "nvml_bytes": nvml.bytes,
+        }
+
+    def results(self) -> dict[str, dict[str, Tensor]]:
+        """Output, gradients and running statistics after the last step, on the CPU."""
+        assert self.output is not None
+        state = {n: p.grad for n, p in self.network.named_parameters() if p.grad is not None}
+        buffers = {n: b for n, b in self.network.named_buffers() if b.is_floating_point()}
+        found = {"outputs": {"output": self.output}, "gradients": state, "buffers": buffers}
+        return {kind: {name: t.detach().cpu() for name, t in part.items()} for kind, part in found.items()}
+
+
+def status_of(error: BaseException) -> tuple[str, str]:
+    """Status and reason of a step that ended with an error."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, (BudgetError, torch.OutOfMemoryError, MemoryError)):
+        return OUT_OF_MEMORY, text
+    if isinstance(error, RuntimeError) and any(words in text.lower() for words in _NO_MEMORY):
+        return OUT_OF_MEMORY, text
+    if isinstance(error, UnsupportedError):
+        return REFUSED, text
+    return FAILED, f"{type(error).__name__}: {text}"

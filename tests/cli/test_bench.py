@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from bench_results import everything
+
+from gigamorph.cli.main import main
+from gigamorph.engine.bench import child, limit, step
+from gigamorph.engine.bench.results import OK, LimitRow, StepRow, Try, read
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", *args])
+    return exit_.value.code
+
+
+@pytest.fixture(autouse=True)
+def no_ceilings(monkeypatch):
+    monkeypatch.setattr(child.Child, "__init__", lambda self, longest=0: None)
+    monkeypatch.setattr(child.Child, "__exit__", lambda self, *error: None)
+    monkeypatch.setattr(child.Child, "ceilings", lambda self, device: {"status": "ok", "gb_per_s": 20.0})
+
+
+def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path, capsys):
+    given = []
+
+    def measure(task, options, ceilings, say):
+        given.append((task, options, ceilings))
+        row = StepRow(task, "stock", seconds=[2.0], peak_bytes=10**9)
+        say(row)
+        return [row]
+
+    monkeypatch.setattr(step, "measure", measure)
+    path = tmp_path / "steps.json"
+    monkeypatch.setattr("sys.argv", ["gigamorph", "bench", "step", "--model", "a", "--json", str(path)])
+    code = run("step", "--model", "a", "--model", "b", "--size", "100x200", "--size", "300x300", "--peer", "stock",
+               "--cap", "1GiB", "--inference", "--json", str(path))  # fmt: skip
+    assert code == 0
+    assert [(task.model, task.image) for task, *_ in given] == [
+        ("a", (1, 3, 100, 200)), ("a", (1, 3, 300, 300)), ("b", (1, 3, 100, 200)), ("b", (1, 3, 300, 300)),
+    ]  # fmt: skip
+    task, options, ceilings = given[0]
+    assert not task.training and options.cap == 2**30 and options.peers == ("stock",) and ceilings == {"gb_per_s": 20.0}
+    found = read(path)
+    assert len(found.steps) == 4 and str(tmp_path) not in json.dumps(found.what)
+    out = capsys.readouterr().out
+    assert "a inference 100 x 200" in out and "1.00 GB" in out
+
+
+def test_limit_prints_what_was_found(monkeypatch, tmp_path, capsys):
+    def find(task, peer, search, say):
+        say(Try(64, OK, 9, 1.0))
+        return LimitRow(task, peer, search.cap, side=64, predicted_side=96)
+
+    monkeypatch.setattr(limit, "find", find)
+    assert run("limit", "--budget", "2GiB", "--peer", "stock", "--json", str(tmp_path / "l.json")) == 0
+    assert read(tmp_path / "l.json").limits[0].cap_bytes == 2**31
+    assert "largest 64 x 64, plan() says 96" in capsys.readouterr().out
+
+
+def test_report_names_the_page(tmp_path, capsys):
+    everything().write(tmp_path / "a.json")
+    assert run("report", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("{}")
+    assert run("report", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")) == 2
+    assert "not results of gigamorph bench" in capsys.readouterr().err
+    assert run("step", "--size", "100x100", "--peer", "nobody") == 2
+    assert "none of stock, channels-last" in capsys.readouterr().err
+    assert run("step", "--size", "100") == 2 and "height x width" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""lightstream as a peer: its best tile, its split, and (where it is installed) that it computes what stock does."""
+
+import pytest
+import torch
+from torch import nn
+
+from gigamorph.engine import UnsupportedError
+from gigamorph.engine.bench import lightstream
+from gigamorph.engine.bench.results import OK, Task
+from gigamorph.engine.bench.step import Options, measure
+from gigamorph.engine.bench.work import build
+from gigamorph.engine.models import create_model
+
+
+def test_the_best_tile_goes_through_the_fewest_pixels():
+    # Facts: an overlap of 977 leaves 288 of 1280 pixels, so two tiles each way; all of 1024 and more leave nothing.
+    assert lightstream.work(1280, 977, (1536, 1536)) == (2 * 1280) ** 2
+    assert lightstream.work(1536, 977, (1536, 1536)) == 1536**2
+    task = Task("resnet18", (1, 3, 1536, 1536))
+    network = build(task)
+    (tile,) = lightstream.tiles_to_try(network, task, 1_000_000_000)
+    assert 977 + 32 < tile < 1536
+    smaller = range(1024, tile, 32)
+    assert all(lightstream.work(tile, 977, (1536, 1536)) <= lightstream.work(o, 977, (1536, 1536)) for o in smaller)
+    assert lightstream.tiles_to_try(network, Task("resnet18", (1, 3, 1024, 1024)), 100_000_000) == [1024]
+
+
+def test_tiles_of_an_unknown_network_grow_until_one_works():
+    tries = lightstream.tiles_to_try(create_model("lesionnet"), Task("lesionnet", (1, 1, 512, 512)), 20_000_000)
+    assert tries == sorted(tries) and tries[-1] == 512 and all(tile % 32 == 0 for tile in tries)
+    with pytest.raises(UnsupportedError, match="500 x 512"):
+        lightstream.tiles_to_try(create_model("lesionnet"), Task("lesionnet", (1, 1, 500, 512)), 20_000_000)
+
+
+def test_the_norms_are_what_it_does_not_train():
+    network = create_model("resnet18", in_channels=3)
+    names = lightstream.norm_parameters(network)
+    assert len(names) == 40 and "bn1.weight" in names and not any("conv" in name for name in names)
+
+
+def test_a_network_that_is_no_sequence_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head((2 * self.conv(x)).mean((2, 3)))
+
+    pytest.importorskip("lightstream")
+    with pytest.raises(UnsupportedError, match="no sequence"):
+        lightstream.streaming_step(Twice(), Task("-", (1, 1, 64, 64)), 64)
+
+
+@pytest.mark.slow
+def test_it_computes_what_stock_does_where_it_is_installed():
+    pytest.importorskip("lightstream")
+    task = Task("resnet18", (1, 3, 1088, 1088))
+    network = build(task)
+    assert isinstance(network, nn.Module) and torch.is_grad_enabled()
+    _, row = measure(task, Options(("stock", "lightstream"), rounds=1, box=1e-3), {})
+    assert row.status == OK and row.check is not None and row.check.missing == 40, row.reason

@@ -1,0 +1,109 @@
+"""The page says what the results say, with machine and versions, in one file."""
+
+import itertools
+import re
+
+import pytest
+from bench_results import everything, gpu_file
+
+from gigamorph.engine.bench import plots
+from gigamorph.engine.bench.report import write_report
+from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, REFUSED, Check, Results, StepRow, Task
+from gigamorph.engine.errors import GigamorphError
+
+
+def comparison() -> Results:
+    """Stock runs out at 9 megapixels under a cap of 4 GB, gigamorph does not."""
+    rows = []
+    for side, stock, ours in ((1000, 1e9, 0.5e9), (2000, 3e9, 0.6e9), (3000, None, 0.8e9)):
+        task = Task("resnet18", (1, 3, side, side))
+        if stock is None:
+            rows.append(StepRow(task, "stock", OUT_OF_MEMORY, "killed", cap_bytes=4 * 10**9))
+        else:
+            rows.append(StepRow(task, "stock", OK, seconds=[side / 500] * 3, peak_bytes=int(stock), cap_bytes=4 * 10**9,
+                                roofline_seconds=1.0))  # fmt: skip
+        check = Check("stock", 1e-7, 3e-5) if stock else None
+        rows.append(StepRow(task, "gigamorph", OK, seconds=[side / 1000] * 3, peak_bytes=int(ours), check=check,
+                            cap_bytes=4 * 10**9, predicted_bytes=int(ours), roofline_seconds=1.0))  # fmt: skip
+    rows.append(StepRow(Task("resnet18", (1, 3, 1000, 1000)), "lightstream", REFUSED, "no tile | here"))
+    machine = {"torch": "2.13.0", "cpu": "Some CPU", "threads": 2, "commit": "0123456789abcdef",
+               "date": "2026-11-20T10:00:00"}  # fmt: skip
+    return Results("gigamorph bench step --size 1000x1000", machine, {"gb_per_s": 20.0}, steps=rows)
+
+
+@pytest.fixture
+def page(tmp_path):
+    comparison().write(tmp_path / "a.json")
+    everything().write(tmp_path / "b.json")
+    path = write_report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "out")
+    return path.read_text(), (tmp_path / "out" / "report.md").read_text(), tmp_path / "out"
+
+
+def test_the_page_needs_nothing_else(page):
+    text, _, folder = page
+    assert not re.search(r"(src|href)='(?!data:)", text) and "<script" not in text
+    assert text.count("data:image/png;base64,") == len(list(folder.glob("*.png"))) >= 4
+
+
+def test_the_page_names_sizes_failures_machine_and_versions(page):
+    for text in page[:2]:
+        for word in ("out of memory", "refused", "killed", "Some CPU", "2.13.0", "0123456789ab", "2026-11-20",
+                     "gigamorph bench step --size 1000x1000", "not run", "no GPU", "3000 × 3000"):  # fmt: skip
+            assert word in text, word
+    assert "2 times as fast as stock PyTorch and takes 0.2 times its memory" in page[1]
+
+
+def test_markdown_tables_have_equal_rows(page):
+    rows = [line for line in page[1].splitlines() if line.startswith("|")]
+    assert rows and "no tile \\| here" in page[1]
+    widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    tables = re.split(r"\n(?!\|)", page[1])
+    for table in tables:
+        found = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines() if row.startswith("|")}
+        assert len(found) <= 1
+    assert widths
+
+
+def test_every_picture_in_the_markdown_exists(page):
+    _, text, folder = page
+    named = re.findall(r"\]\(([^)]+)\)", text)
+    assert named and all((folder / name).is_file() for name in named)
+
+
+def test_the_same_results_give_the_same_files(page, tmp_path):
+    again = write_report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "again").parent
+    for path in page[2].iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_stock_ends_in_a_marked_point():
+    figure = plots.memory_figure(comparison().steps, "title")
+    (axes,) = figure.axes
+    said = [text.get_text() for text in axes.texts]
+    assert "stock PyTorch: out of memory" in said and any(text.startswith("gigamorph, ") for text in said)
+    cross = next(line for line in axes.lines if line.get_marker() == "x")
+    assert list(cross.get_xdata()) == [9.0] and list(cross.get_ydata()) == [4.0]
+    assert "GB" in axes.get_ylabel() and "megapixels" in axes.get_xlabel()
+    assert axes.get_legend() is None
+
+
+def test_names_do_not_touch():
+    figure = plots.memory_figure(comparison().steps, "title")
+    (axes,) = figure.axes
+    ends = sorted(text.xyann[1] for text in axes.texts if hasattr(text, "xyann"))
+    gaps = [b - a for a, b in itertools.pairwise(ends)]
+    assert min(gaps) >= 0.05 * axes.get_ylim()[1]
+
+
+def test_results_of_the_gpu_script_are_drawn(tmp_path):
+    import json
+
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu_file()))
+    text = write_report([tmp_path / "gpu.json"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "some GPU" in text and "Kernels" in text and "3x3 forward" in text and "tried to allocate" in text
+
+
+def test_nothing_to_show_is_an_error(tmp_path):
+    Results("nothing", {}).write(tmp_path / "empty.json")
+    with pytest.raises(GigamorphError, match="no rows"):
+        write_report([tmp_path / "empty.json"], tmp_path / "out")

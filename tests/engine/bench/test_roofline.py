@@ -1,0 +1,39 @@
+"""Arithmetic and traffic are counted, and the floor follows from them."""
+
+import torch
+from torch import nn
+
+from gigamorph.engine.bench.results import Task
+from gigamorph.engine.bench.roofline import Work, count, measure_ceilings
+
+
+def test_a_convolution_and_its_gradients_are_counted_by_hand():
+    net = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    forward = 2 * 8 * 27 * 20 * 30  # an image that needs no gradient: the backward has the weight's alone
+    task = Task("-", (1, 3, 20, 30), training=False)
+    infer, train = count(net, task), count(net, Task("-", (1, 3, 20, 30)))
+    assert infer.flops == forward and train.flops == 2 * forward
+    image, weight, output = 3 * 600 * 4, net.weight.nbytes, 8 * 600 * 4
+    assert (forward, image + weight + output, 1) in infer.ops
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_traffic_op_by_op():
+    work = Work(((2e9, 1e6, 1), (0.0, 4e9, 2)))
+    ceilings = {"tflop_per_s fp32": 1e-3, "gb_per_s": 1.0}
+    assert work.seconds(ceilings, "fp32") == 2.0 + 2 * 4.0
+    assert work.seconds({}, "fp32") is None and work.seconds(ceilings, "bf16") is None
+
+
+def test_views_cost_nothing():
+    class Views(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)[:, ::2].unsqueeze(0)
+
+    assert count(Views(), Task("-", (1, 3, 8, 8), training=False)).ops == ()
+
+
+def test_ceilings_are_rates(monkeypatch):
+    monkeypatch.setattr("gigamorph.engine.bench.roofline._SECONDS", 0.01)
+    found = measure_ceilings("cpu")
+    assert found.keys() == {"gb_per_s", "tflop_per_s fp32"} and all(rate > 0 for rate in found.values())
+    assert torch.get_num_threads() > 0

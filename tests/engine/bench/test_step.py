@@ -1,0 +1,155 @@
+"""Peers take turns, and every one that fails is told apart from those that do not."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from gigamorph.engine.bench import step as bench_step
+from gigamorph.engine.bench.child import Child
+from gigamorph.engine.bench.peers import PEERS
+from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, Task
+from gigamorph.engine.bench.step import Options, measure
+
+TASK = Task("lesionnet", (1, 1, 96, 64))
+
+
+class Pretended:
+    """Stands in for a process: seconds and results by peer, in the order in which they are asked for."""
+
+    log: list[str] = []  # noqa: RUF012
+
+    def __init__(self, longest):
+        self.peer = ""
+
+    def __exit__(self, *error):
+        self.log.append(f"{self.peer} ends")
+
+    def __enter__(self):
+        return self
+
+    def start(self, task, peer, settings, cap):
+        self.peer = peer
+        if peer == "compile":
+            return {"status": FAILED, "reason": "no compiler"}
+        return {"status": OK, "prepare_seconds": 0.5}
+
+    def run(self, steps, warm=0):
+        self.log.append(self.peer)
+        if self.peer == "channels-last":
+            return {"status": OUT_OF_MEMORY, "reason": "no room"}
+        peak = 5000 if self.peer == "checkpoint" else 900
+        times = {"seconds": [1.0], "cpu_seconds": [1.5]}
+        return {"status": OK, **times, "peak_bytes": peak, "process_bytes": 9000, "nvml_bytes": None}
+
+    def save(self, path):
+        value = 2.0 if self.peer == "gigamorph" else 1.0
+        tensors = {"outputs": {"output": torch.tensor([value])}, "gradients": {"w": torch.ones(1)}, "buffers": {}}
+        torch.save(tensors, path)
+        return {"status": OK}
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(bench_step, "Child", Pretended)
+    monkeypatch.setattr(Pretended, "log", [])
+    return Pretended
+
+
+def test_peers_take_turns_and_keep_their_status(pretended):
+    peers = ("stock", "channels-last", "compile", "checkpoint", "gigamorph", "lightstream")
+    live = dataclasses.replace(TASK, batch_norm="live")
+    said = []
+    rows = measure(live, Options(peers, rounds=2, cap=1000), {}, said.append)
+    status = {row.peer: row.status for row in rows}
+    assert status == {
+        "stock": OK, "channels-last": OUT_OF_MEMORY, "compile": FAILED, "checkpoint": OUT_OF_MEMORY,
+        "gigamorph": WRONG, "lightstream": NOT_RUN,
+    }  # fmt: skip
+    reasons = {row.peer: row.reason or "" for row in rows}
+    assert "exceeds the cap" in reasons["checkpoint"] and "the output differs" in reasons["gigamorph"]
+    assert sorted(row.peer for row in said) == sorted(peers)
+    # First steps one after the other, then by turns: stock, gigamorph, stock, gigamorph.
+    turns = [name for name in pretended.log if not name.endswith("ends")]
+    assert turns == ["stock", "channels-last", "checkpoint", "gigamorph", *("stock", "gigamorph") * 2]
+    assert all(row.seconds == [1.0, 1.0] for row in rows if row.status in (OK, WRONG))
+    assert [row.first_seconds for row in rows if row.peer == "stock"] == [1.5]
+
+
+def test_a_box_of_time_ends_the_turns_but_not_before_two(pretended):
+    (row,) = measure(TASK, Options(("stock",), rounds=9, box=0.1), {})
+    assert len(row.seconds) == 2
+
+
+def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
+    ceilings = {"gb_per_s": 1.0, "tflop_per_s fp32": 1e-3}
+    stock, ours = measure(TASK, Options(("stock", "gigamorph"), rounds=1, tile=32), ceilings)
+    assert stock.predicted_bytes and ours.predicted_bytes and ours.settings["tile"] == [32, 32]
+    assert stock.flops == ours.flops and stock.roofline_seconds
+    assert stock.roofline_seconds >= (stock.flops or 0) / 1e9
+
+
+def test_real_processes_agree_in_float64(tmp_path):
+    """The whole way: processes, small tiles, results compared, a trace written."""
+    task = dataclasses.replace(TASK, precision="fp64")
+    options = Options(("stock", "checkpoint", "gigamorph"), rounds=1, tile=32, cap=2**30, folder=tmp_path)
+    stock, checkpoint, ours = measure(task, options, {})
+    assert stock.status == OK and stock.check is None, stock.reason
+    assert ours.status == OK and ours.check is not None, ours.reason
+    assert 0 < (ours.check.gradients or 0) < 1e-12 and ours.check.against == "stock"
+    assert checkpoint.status in (OK, REFUSED)
+    assert stock.peak_bytes and ours.peak_bytes and ours.process_bytes and ours.process_bytes > ours.peak_bytes
+    folder = next(path for path in tmp_path.iterdir() if "gigamorph" in path.name)
+    assert {path.name for path in folder.iterdir()} == {"trace.json", "timeline.json", "timeline.png"}
+
+
+def test_a_process_that_is_ended_by_the_system_has_run_out_of_memory():
+    with Child() as child:
+        child._process.kill()
+        assert child.run(1)["status"] == OUT_OF_MEMORY
+
+
+def test_a_step_that_takes_too_long_is_stopped():
+    with Child(longest=0.05) as child:
+        assert child.start(TASK, "stock", {}, None) == {"status": NOT_RUN, "reason": "stopped after 0 s"}
+        assert child._process.wait(10) < 0
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (MemoryError(), OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), OUT_OF_MEMORY),
+        (RuntimeError("std::bad_alloc"), OUT_OF_MEMORY),
+        (RuntimeError("shapes cannot be multiplied"), FAILED),
+    ],
+)
+def test_errors_have_a_status(error, status):
+    from gigamorph.engine.bench.work import status_of
+
+    assert status_of(error)[0] == status
+
+
+def test_every_peer_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: None)
+    inference = dataclasses.replace(TASK, training=False, precision="bf16")
+    why = {name: peer.missing(inference) for name, peer in PEERS.items()}
+    assert "pip install" in (why["lightstream"] or "") and "backward" in (why["checkpoint"] or "")
+    assert "bf16" in (why["bf16"] or "") and why["stock"] is why["gigamorph"] is None
+
+
+def test_checkpointing_a_vgg_keeps_its_function():
+    from torch import nn
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    net = types.SimpleNamespace()
+    net = nn.Module()
+    net.features = nn.Sequential(*layers)
+    net.forward = lambda x: net.features(x)
+    image = torch.rand(1, 1, 20, 20)
+    expected = net(image)
+    _, run = PEERS["checkpoint"].prepare(net, TASK, {})
+    assert torch.equal(run(image), expected)
+    assert layers[0].weight.grad is not None and layers[3].weight.grad is not None
