@@ -10,7 +10,9 @@ from ..errors import GigamorphError
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-RECIPES: dict[str, str] = {}
+RECIPES: dict[str, str] = {
+    "cae": "Zero-bias convolutional auto-encoders on a frozen backbone, and an SVM (Ahn et al., 2019).",
+}
 
 
 def get_recipe(name: str) -> Recipe:

@@ -1,0 +1,153 @@
+"""The recipe on images: maps of the frozen backbone, auto-encoders on them, an SVM on what these give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...data.dataset import ImageDataset
+from ...data.splits import assign_splits
+from ...data.tables import SPLITS, Record, read_table
+from ...errors import DataError
+from ...files import write_atomically
+from ...models import create_model
+from ...pixels import Normalize
+from ..features import Features, UpTo, frozen_features
+from ..loop import Task, run_stages, seed_of
+from ..recipe import Run, begin, finish
+from ..sized import Size
+from ..stages import Stage
+from .autoencoder import Stack
+from .config import CaeConfig
+from .svm import fit_svm, measure_svm
+
+Maps = Sequence[NDArray[Any]] | NDArray[Any]
+_BATCH = 64  # maps that are encoded at a time
+
+
+class Reconstruction(Task):
+    """A stack learns to reconstruct maps: all of it, or one layer of it on what those below hand to it."""
+
+    def __init__(self, stack: Stack, maps: Maps, device: str = "cpu", layer: int | None = None) -> None:
+        self.module, self.maps, self.device, self.layer = stack, maps, device, layer
+
+    def examples(self, epoch: int) -> Sequence[int]:
+        return range(len(self.maps))
+
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        maps = torch.from_numpy(np.stack([self.maps[index] for index in batch])).to(self.device)
+        stack: Stack = self.module  # pyright: ignore[reportAssignmentType]
+        return stack.joint_loss(maps) if self.layer is None else stack.layer_loss(maps, self.layer)
+
+
+def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
+    """A stack of auto-encoders, trained on maps (C, h, w) without labels; its files are in ``run.out``."""
+    torch.manual_seed(seed_of(run.seed, 1))
+    stack = Stack(
+        maps[0].shape[0], config.code_channels, feature=config.feature, kernel=config.kernel, mode=config.mode,
+        theta=config.theta, tied=config.tied, pool=config.pool,
+    )  # fmt: skip
+    stage = Stage(
+        "joint", config.epochs, config.lr, optimizer=config.optimizer, momentum=config.momentum,
+        batch_size=config.batch_size, plateau=config.plateau,
+    )  # fmt: skip
+    if config.training == "joint":
+        run_stages(Reconstruction(stack, maps, run.device), [stage], run)
+        return stack
+    for layer in range(len(config.code_channels)):
+        own = replace(stage, name=f"layer {layer + 1}", trainable=(f"layers.{layer}",))
+        run_stages(Reconstruction(stack, maps, run.device, layer), [own], run.part(f"layer_{layer + 1}"))
+    return stack
+
+
+@torch.no_grad()
+def vectors(maps: Maps, pyramid: Sequence[int], stack: Stack | None = None) -> NDArray[np.float32]:
+    """Features (n, d) of maps: what the stack gives of them, or they themselves; flattened, or averaged over cells."""
+    device = torch.device("cpu") if stack is None else next(stack.parameters()).device
+    # Native images have maps of several sizes, each computed on its own.
+    step = 1 if pyramid else _BATCH
+    found = []
+    for first in range(0, len(maps), step):
+        x = torch.from_numpy(np.stack(list(maps[first : first + step]))).to(device)
+        if stack is not None:
+            x = stack(x)
+        parts = [F.adaptive_avg_pool2d(x, side).flatten(1) for side in pyramid] if pyramid else [x.flatten(1)]
+        found.append(torch.cat(parts, 1).float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
+    """Train on a table's images and measure on its val and test splits; the raw features of the backbone beside it.
+
+    Writes the stack's checkpoints, ``metrics.json`` and, for all images of the table, ``features.npz`` with the arrays
+    features, labels, splits and paths.
+
+    Raises:
+        DataError: a patient in two splits, training images of one class only, or images that cannot be read.
+    """
+    read = read_table(table)
+    records = assign_splits(read.records, seed=run.seed)
+    parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
+    if len({records[i].label for i in parts["train"]}) < 2:
+        raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
+    pool = _pool(config, records)
+    begin(run, "cae", config, [*records, *pool])
+    torch.manual_seed(seed_of(run.seed, 0))  # without a file of weights they are drawn
+    network = create_model(config.model, max(2, len(read.classes)), config.channels, config.weights)
+    backbone = UpTo(network, config.layer)
+    maps = _maps(backbone, records, config, run)
+    stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)
+    labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
+    metrics: dict[str, Any] = {"classes": read.classes, "images": {name: len(own) for name, own in parts.items()}}
+    features = {"raw": vectors(maps, config.pyramid), "cae": vectors(maps, config.pyramid, stack)}
+    inside = parts["train"]
+    for name, values in features.items():
+        for kernel in config.svm:
+            model = fit_svm(
+                values[inside], labels[inside], patients[inside], kernel=kernel, c=config.c, folds=config.folds,
+                standardise=config.standardise,
+            )  # fmt: skip
+            metrics[f"{name}_{kernel}"] = {
+                part: measure_svm(model, values[own], labels[own])
+                for part, own in parts.items()
+                if own and part != "train"
+            }
+    exported = {
+        "features": features["cae"], "labels": labels, "splits": np.array([r.split for r in records]),
+        "paths": np.array([r.path.as_posix() for r in records]),
+    }  # fmt: skip
+    write_atomically(run.out / "features.npz", lambda path: np.savez(path, **exported), "features")
+    return finish(run, metrics)
+
+
+def _pool(config: CaeConfig, records: Sequence[Record]) -> list[Record]:
+    """The images without labels, none of a patient who is measured on."""
+    if config.unlabelled is None:
+        return []
+    pool = read_table(config.unlabelled, labels=False).records
+    measured = {record.patient_id for record in records if record.split != "train"}
+    for record in pool:
+        if record.patient_id in measured:
+            raise DataError(
+                f"{config.unlabelled}: patient {record.patient_id} is in the val or test split of the labelled table; "
+                "leave that patient out"
+            )
+    return pool
+
+
+def _maps(backbone: UpTo, records: Sequence[Record], config: CaeConfig, run: Run) -> Features:
+    images = ImageDataset(
+        records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels
+    )
+    return frozen_features(
+        backbone, images, run.out / "maps", size=Size(config.resize, config.crop), batch_size=config.batch_size,
+        memory_budget=run.memory_budget, device=run.device, report=run.report,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""Classifying what is held in memory: patches or embeddings of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .loop import Task
+
+Measure = Callable[[Tensor, Tensor], float | None]
+"""(labels (n,), logits (n, classes)) -> larger is better; None where it is not defined."""
+
+
+class TensorTask(Task):
+    """A network trained by cross-entropy on tensors.
+
+    Args:
+        module: (N, ...) -> (N, classes).
+        inputs, labels: (n, ...) and int64 (n,).
+        val: inputs and labels that choose the best epoch.
+        measure: of what is said of them; by default their negative loss.
+        vary: changes a batch of training inputs, at random.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        val: tuple[Tensor, Tensor] | None = None,
+        measure: Measure | None = None,
+        vary: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.module, self.inputs, self.labels, self.val = module, inputs, labels, val
+        self.measure, self.vary = measure or negative_loss, vary
+
+    def examples(self, epoch: int) -> Sequence[int]:
+        return range(len(self.inputs))
+
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        device = next(self.module.parameters()).device
+        inputs = self.inputs[list(batch)].to(device)
+        logits = self.module(inputs if self.vary is None else self.vary(inputs))
+        return F.cross_entropy(logits.float(), self.labels[list(batch)].to(device))
+
+    def score(self) -> float | None:
+        return None if self.val is None else self.measure(self.val[1], logits_of(self.module, self.val[0]))
+
+
+@torch.no_grad()
+def logits_of(module: nn.Module, inputs: Tensor, batch: int = 256) -> Tensor:
+    """float32 outputs on the CPU, in batches; the module is to be in evaluation mode."""
+    device = next(module.parameters()).device
+    return torch.cat([module(part.to(device)).float().cpu() for part in inputs.split(batch)])
+
+
+def accuracy(labels: Tensor, logits: Tensor) -> float:
+    """The share of rows whose largest logit is the label's."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def negative_loss(labels: Tensor, logits: Tensor) -> float:
+    """Minus the mean cross-entropy."""
+    return -float(F.cross_entropy(logits, labels))
