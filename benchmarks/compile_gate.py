@@ -49,6 +49,8 @@ from gigamorph.kernels import conv2d_wgrad as dense_wgrad  # noqa: E402
 from gigamorph.kernels import depthwise as depth  # noqa: E402
 from gigamorph.kernels import layer_norm as channels_norm  # noqa: E402
 from gigamorph.kernels import layer_norm_linear as norm_linear  # noqa: E402
+from gigamorph.kernels import moments as statistics  # noqa: E402
+from gigamorph.kernels import normalized_conv1x1 as normalized  # noqa: E402
 from gigamorph.kernels import pointwise as points  # noqa: E402
 from gigamorph.kernels import pool as pools  # noqa: E402
 from gigamorph.kernels import stem as stems  # noqa: E402
@@ -219,6 +221,23 @@ def conv2d_forward(quick: bool) -> Iterator[Case]:
 
 
 @family
+def conv2d_moments(quick: bool) -> Iterator[Case]:
+    """The convolutions in front of a BatchNorm in training: as they are, with statistics of their output."""
+    layers = [layer for layer in resnet50() if not quick or (layer.level == 8 and layer.channels == 128)]
+    for layer in layers:
+        for scene, dtype in scenes(quick, layer.kernel == 3):
+            if scene is GIGAPIXEL and layer.level > 4:
+                continue
+            x, y, padding = maps_of(layer, scene, dtype)
+
+            def launch(layer=layer, x=x, y=y, padding=padding) -> None:
+                place = (layer.stride,) * 2, padding, (1, 1), 1, "none"
+                dense_forward.launch(x, weights(layer, y.dtype), y, *place, moments=True)
+
+            yield f"{layer}, {scene.name}, {short(dtype)}", launch
+
+
+@family
 def conv2d_dgrad(quick: bool) -> Iterator[Case]:
     for layer, scene, dtype in convolutions(quick):
         x, y, padding = maps_of(layer, scene, dtype)
@@ -316,15 +335,33 @@ def batch_norm(quick: bool) -> Iterator[Case]:
 
             def launch(x=x, v=v) -> None:
                 y = torch.empty_like(x)
-                norm.moments._init_fn(x)
+                statistics.launch_moments(x)
+                statistics.launch_moments_backward(x, v.double(), v, v, 1 << 30, y, y)
                 norm.launch_normalize_act(x, v, v, v, v, None, "relu", y)
                 norm.launch_normalize_act(x, v, v, v, v, y, "relu", y)
-                norm.gradient_sums._init_fn(y, x, v, v, v, v, y, "relu")
-                norm.gradient_sums._init_fn(y, x, v, v, v, v, None, "silu")
+                norm.launch_gradient_sums(y, x, v, v, v, v, y, "relu")
+                norm.launch_gradient_sums(y, x, v, v, v, v, None, "silu")
                 norm.launch_normalize_act_backward(y, x, v, v, v, v, None, "relu", v, v, y, None)
                 norm.launch_normalize_act_backward(y, x, v, v, v, v, y, "relu", v, v, y, y)
+                norm.launch_normalize_act_gradients(y, x, v, v, v, v, None, "relu", y, None)
+                norm.launch_normalize_act_gradients(y, x, v, v, v, v, y, "relu", y, y)
 
             yield f"{channels} at 1/{level}, {scene.name}, {short(dtype)}", launch
+
+
+@family
+def normalized_conv1x1(quick: bool) -> Iterator[Case]:
+    """The last convolutions of ResNet-50's blocks behind a BatchNorm in training."""
+    for width, level in [(128, 8)] if quick else [(64, 4), (128, 8), (256, 16), (512, 32)]:
+        for scene, dtype in scenes(quick, level == 4):
+            x, y, v = scene.map(width, level, dtype), scene.map(4 * width, level, dtype), vector(width)
+            w = torch.empty(4 * width, width, dtype=dtype, device="meta")
+
+            def launch(x=x, y=y, v=v, w=w) -> None:
+                normalized.launch(x, v, v, v, v, "relu", w, None, y, True)
+                normalized.launch(x, v, v, v, v, "silu", w, vector(w.shape[0]), y, False)
+
+            yield f"{width}-{4 * width} at 1/{level}, {scene.name}, {short(dtype)}", launch
 
 
 @family

@@ -19,6 +19,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from kernel_checks import BOUNDS, DEVICE, Guarded, errors, poisoned, random_map
@@ -187,6 +188,22 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
             differentiable, lambda x, a, b: layer_norm(x, a, b, 1e-6),
             lambda x, a, b: layer_norm_reference(x, a, b, 1e-6), maps(vector, vector), dtype,
         )  # fmt: skip
+    if find_spec("gigamorph.kernels.layer_norm_linear"):
+        from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
+
+        def norm_linear() -> dict[str, Any]:
+            """The forward: the backward is made of kernels that have checks of their own."""
+            g = torch.Generator().manual_seed(4)
+            given = random_map(2, c, h, w, dtype, g), vector(g), vector(g), 1e-6
+            last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
+            bench = Bench(dtype)
+            with choice.override("triton"):
+                (y,) = bench.twice(lambda: (layer_norm_linear_act(*given, *last, "gelu"),))
+            wide = [t.double() if isinstance(t, Tensor) else t for t in (*given, *last)]
+            bench.compare("y", y, layer_norm_linear_act_reference(*wide, "gelu"))
+            return bench.row
+
+        yield "layer_norm_linear_act gelu", norm_linear
     if find_spec("gigamorph.kernels.pointwise"):
         from gigamorph.kernels.pointwise import add_act, affine_act, affine_act_reference
 
@@ -257,19 +274,31 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
 
 
 def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Moments, normalisation and its gradient in pieces."""
+    """Moments, normalisation and its gradient in pieces; statistics out of a convolution, a norm in front of one."""
+    with choice.override("triton"):
+        return _batch_norm(dtype, dry)
+
+
+def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     from gigamorph.kernels import batch_norm as bn
+    from gigamorph.kernels.conv2d import conv2d_moments
+    from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
+    from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
 
     c, h, w = (16, 9, 17) if dry else (96, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(2)
     x, dy = (random_map(2, c, h, w, dtype, g) for _ in range(2))
     weight, bias = _vector(g, c), _vector(g, c)
-    mean, m2 = bench.twice(lambda: bn.moments(x))
-    for name, result, expected in zip(("mean", "m2"), (mean, m2), bn.moments_reference(x.double()), strict=True):
-        # Not a rounded map but a sum in float32: its error is that of the sum, relative to the spread of x.
-        found = errors(result.double() + (1.0 if name == "mean" else 0.0), expected + (1.0 if name == "mean" else 0.0))
-        bench.row["errors"][name] = found
-        bench.row["ok"] &= found[1] <= BOUNDS[torch.float32][1]
+
+    def compare_moments(of: str, results: Sequence[Tensor], written: Tensor) -> None:
+        for name, result, expected in zip(("mean", "m2"), results, moments_reference(written.double()), strict=True):
+            # Not a rounded map but a sum in float32: its error is that of the sum, relative to the spread of x.
+            more = 1.0 if name == "mean" else 0.0
+            bench.row["errors"][name + of] = found = errors(result.double() + more, expected + more)
+            bench.row["ok"] &= found[1] <= BOUNDS[torch.float32][1]
+
+    mean, m2 = bench.twice(lambda: moments(x))
+    compare_moments("", (mean, m2), x)
     rstd = (m2 / (2 * h * w)).add(1e-5).rsqrt()
     shared = (mean, rstd, weight, bias)
     wide = tuple(t.double() for t in shared)
@@ -282,6 +311,30 @@ def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
         dy.double(), x.double(), *wide, y.double(), "relu", *(t.double() for t in means)
     )
     bench.compare("dx", dx, oracle[0])
+    zero = torch.zeros_like(mean).double()
+    oracle = bn.normalize_act_backward_reference(
+        dy.double(), x.double(), *wide, y.double(), "relu", zero, zero
+    )  # fmt: skip
+    results = bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, y, "relu", True))
+    for name, result, expected in zip(("dx, constant statistics", "dz"), results, oracle, strict=False):
+        bench.compare(name, result, expected)
+    (dx,) = bench.twice(lambda: (moments_backward(x, mean, bias, weight, 2 * h * w, dy),))
+    given = x, mean, bias, weight
+    bench.compare(
+        "gradient of moments", dx, moments_backward_reference(*(t.double() for t in given), 2 * h * w, dy.double())
+    )
+    one, last = x[:1], random_map(2 * c, c, 1, 1, dtype, g, c**-0.5)
+    made = bench.twice(lambda: normalized_conv1x1(one, *shared, "relu", last, None, True, [0, 0]))
+    bench.compare(
+        "behind a norm", made[0], normalized_conv1x1_reference(one.double(), *wide, "relu", last.double(), None)
+    )
+    compare_moments(" behind a norm", [part[0] for part in made[1:]], made[0])
+    for size in (1, 3):
+        filters = random_map(2 * c, c, size, size, dtype, g, 1 / (size * c**0.5))
+        place = [1, 1], [size // 2] * 4, [1, 1], 1
+        made = bench.twice(lambda f=filters, p=place: conv2d_moments(one, f, None, *p, [0, 0]))
+        bench.compare(f"{size}x{size}", made[0], F.conv2d(one.double(), filters.double(), None, 1, size // 2))
+        compare_moments(f" of {size}x{size}", [part[0] for part in made[1:]], made[0])
     return bench.row
 
 

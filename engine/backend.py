@@ -27,7 +27,7 @@ from .ops import Block, Env, Local, Small
 from .ops.base import Run, arguments
 from .trace import Op, Ref, Value
 
-_MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear", "normalize", "scale_shift"})
+_MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear", "live_batch_norm", "scale_shift"})
 
 
 def _plain(name: str) -> str:

@@ -159,6 +159,7 @@ class ImageSource:
         self.shape = (channels, height, width)
         self._mean, self._std = self.normalize.per_channel(channels)
         self._tables: list[np.ndarray] | None = None
+        self._uploaded: dict[tuple[int, torch.device], Tensor] = {}  # tables where they are looked up
 
     @property
     def name(self) -> str:
@@ -168,7 +169,7 @@ class ImageSource:
         return f"ImageSource({self.name!r}, shape={self.shape})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": None}
+        return {**self.__dict__, "_tables": None, "_uploaded": {}}
 
     @property
     def to_original(self) -> Affine:
@@ -203,6 +204,40 @@ class ImageSource:
         return self.stored.flips() if self.flip == "auto" else (bool(self.flip), False)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        values = self._read(top, bottom, left, right)
+        if self.stored.table is not None and isinstance(values, np.ndarray):
+            return self._look_up(values)
+        return self._scale(values)
+
+    @property
+    def can_develop(self) -> bool:
+        """Whether `read_stored` and `develop` give what `read` gives: stored values are integers of 8 or 16 bits."""
+        own, wanted = self.stored.shape[0], self.shape[0]
+        # Whether a colour image is grey can only be told by looking at it.
+        return _integer(self.stored.dtype) is not None and (own == wanted or own == 1)
+
+    def read_stored(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """The stored values of a region, as they are mirrored: uint8 or uint16, to be developed elsewhere."""
+        values = self._read(top, bottom, left, right)
+        dtype = _integer(self.stored.dtype)
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(np.array(values, dtype=dtype, order="C"))  # no negative strides
+        return values
+
+    def develop(self, stored: Tensor) -> Tensor:
+        """What `read` gives, bit for bit, from what `read_stored` gives, on the device where that is."""
+        if self.stored.table is None:
+            return self._scale(stored)
+        planes = []
+        for channel, table in enumerate(self._own_tables(self.stored.table)):
+            plane = stored[channel if len(stored) > 1 else 0].to(torch.int32).clamp_(max=len(table) - 1)
+            key = channel, stored.device
+            if key not in self._uploaded:
+                self._uploaded[key] = torch.from_numpy(table).to(stored.device)
+            planes.append(self._uploaded[key].index_select(0, plane.flatten()).view(plane.shape))
+        return torch.stack(planes)
+
+    def _read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
         mirror_x, mirror_y = self._mirrored()
         _, height, width = self.shape
@@ -211,19 +246,23 @@ class ImageSource:
         values = self.stored.read(*rows, *columns)
         axes = tuple(axis for axis, mirrored in ((1, mirror_y), (2, mirror_x)) if mirrored)
         if axes:
-            values = np.flip(values, axes) if isinstance(values, np.ndarray) else values.flip(axes)
-        if self.stored.table is not None and isinstance(values, np.ndarray):
-            return self._look_up(values, self.stored.table)
-        return self._scale(values)
+            values = np.flip(values, axes) if isinstance(values, np.ndarray) else _flipped(values, axes)
+        return values
 
-    def _look_up(self, values: np.ndarray, table: np.ndarray) -> Tensor:
-        """One gather per output channel: grey scale and normalisation are both in the table."""
+    def _own_tables(self, table: np.ndarray) -> list[np.ndarray]:
+        """For each channel a table with grey scale and normalisation in it."""
         if self._tables is None:
             grey = table / self.stored.full
             pairs = zip(self._mean, self._std, strict=True)
             self._tables = [((grey - mean) / std).astype(np.float32) for mean, std in pairs]
-        out = np.empty((len(self._tables), *values.shape[1:]), np.float32)
-        for channel, own in enumerate(self._tables):
+        return self._tables
+
+    def _look_up(self, values: np.ndarray) -> Tensor:
+        """One gather per output channel."""
+        assert self.stored.table is not None
+        tables = self._own_tables(self.stored.table)
+        out = np.empty((len(tables), *values.shape[1:]), np.float32)
+        for channel, own in enumerate(tables):
             plane = values[channel if len(values) > 1 else 0]
             # numpy widens the indices to 64 bits first; a few rows at a time they stay in the cache.
             for row in range(0, len(plane), 64):
@@ -306,6 +345,45 @@ class PixelBatch:
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
         return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
+
+
+class StoredBatch:
+    """A batch whose tiles are read as their files store them and become what a network sees on the device.
+
+    So half as many bytes are uploaded of 16-bit images, a quarter of 8-bit ones, and the host converts nothing.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, int, int, int]) -> None:
+        self.sources, self.shape = sources, shape
+
+    @classmethod
+    def of(cls, batch: PixelBatch) -> StoredBatch | None:
+        """The same batch, if its sources are stored alike and can be developed."""
+        sources = [s for s in batch.sources if isinstance(s, ImageSource) and s.can_develop]
+        alike = len({(s.stored.shape[0], _integer(s.stored.dtype)) for s in sources}) == 1
+        return cls(sources, batch.shape) if alike and len(sources) == len(batch) else None
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """uint8 or uint16 (images, stored channels, bottom - top, right - left)."""
+        return torch.stack([source.read_stored(top, bottom, left, right) for source in self.sources])
+
+    def develop(self, stored: Tensor) -> Tensor:
+        """float32 (images, channels, bottom - top, right - left), as `PixelBatch.read` gives it."""
+        return torch.stack([source.develop(own) for source, own in zip(self.sources, stored, strict=True)])
+
+
+def _flipped(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Mirrored; PyTorch mirrors no uint16, but the same bits as int16."""
+    if values.dtype == torch.uint16:
+        return values.view(torch.int16).flip(axes).view(torch.uint16)
+    return values.flip(axes)
+
+
+def _integer(dtype: np.dtype | torch.dtype) -> np.dtype | None:
+    """uint8 or uint16 in the byte order of this machine, if that is what is stored."""
+    name = str(dtype).removeprefix("torch.")
+    name = name if isinstance(dtype, torch.dtype) else np.dtype(dtype).newbyteorder("=").name
+    return np.dtype(name) if name in ("uint8", "uint16") else None
 
 
 def to_original(source: PixelSource) -> Map:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import kernels
 from .carries import Rect
 from .ops import Reduction
 
@@ -28,14 +29,20 @@ class Accumulator:
         self.seen = 0  # moments: pixels taken in, and below the sum of their squared deviations from the mean `total`
         self.deviations: Tensor | None = None
 
-    def add(self, i: int, j: int, block: Tensor, rect: Rect, width: int) -> None:
-        """Take in the block of tile (i, j), which lies at `rect` of a map of this width."""
-        self.merge(i, j, self.share(block), rect, width)
+    def share(self, block: Tensor, moments: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        """What a block gives, wherever it lies: its sum; mean and squared deviations; maximum and count or place.
 
-    def share(self, block: Tensor) -> tuple[Tensor, ...]:
-        """What a block gives, wherever it lies: its sum; mean and squared deviations; maximum and count or place."""
+        Args:
+            moments: mean and squared deviations, if they are known.
+        """
         reduction = self.reduction
         if reduction.kind == "moments":
+            if moments is not None:
+                return tuple(part.clone() for part in moments)
+            if self._by_kernel(block):
+                from ..kernels.moments import moments_of_each
+
+                return tuple(part[:, :, None, None] for part in moments_of_each(block))
             block = block.to(torch.promote_types(block.dtype, torch.float32))
             mean = block.mean(reduction.dims, keepdim=True)
             return mean, (block - mean).square_().sum(reduction.dims, keepdim=True, dtype=block.dtype)
@@ -47,7 +54,10 @@ class Accumulator:
         return part, (block == part).sum(reduction.dims, keepdim=True)
 
     def merge(self, i: int, j: int, share: tuple[Tensor, ...], rect: Rect, width: int) -> None:
-        """Take in what the block of tile (i, j) has given; those tensors may be written to."""
+        """Take in what the block of tile (i, j) has given, which lies at `rect` of a map of this width.
+
+        The tensors of the share may be written to.
+        """
         if self.reduction.kind == "moments":
             mean, deviations = share
             self._merge(mean, deviations, (rect[1] - rect[0]) * (rect[3] - rect[2]))
@@ -74,18 +84,38 @@ class Accumulator:
         self.total.add_(distance, alpha=pixels / both)
         self.seen = both
 
-    def pull(self, x: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
-        """What a part of the map gets of the gradients of mean and variance: dmean/n + 2 (x - mean) dvar/n."""
+    def pull(self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None) -> Tensor:
+        """What a part of the map gets of the gradients of mean and variance: dmean/n + 2 (x - mean) dvar/n + addend."""
         assert self.total is not None
         count, (dmean, dvar) = self.reduction.count, grads
         if dvar is None:
             assert dmean is not None
-            return (dmean / count).to(x.dtype).expand_as(x)
+            part = (dmean / count).to(x.dtype).expand_as(x)
+            return part if addend is None else part + addend
+        if self._by_kernel(x):
+            return self._pull_by_kernel(x, dmean, dvar, addend)
         slope = 2 * dvar / count
         pulled = torch.sub(x, self.total.to(slope.dtype)).mul_(slope)
         if dmean is not None:
             pulled.add_(dmean / count)
+        if addend is not None:
+            pulled.add_(addend)
         return pulled.to(x.dtype)
+
+    def _by_kernel(self, block: Tensor) -> bool:
+        """Whether `gigamorph.kernels` computes moments of this map."""
+        return block.dim() == 4 and self.reduction.dims == (2, 3) and kernels.enabled(block.device)
+
+    def _pull_by_kernel(self, x: Tensor, dmean: Tensor | None, dvar: Tensor, addend: Tensor | None) -> Tensor:
+        from ..kernels.moments import moments_backward
+
+        assert self.total is not None
+        parts = []
+        for n in range(x.shape[0]):
+            mean, dm, dv = (None if t is None else t[n].flatten() for t in (self.total, dmean, dvar))
+            own = None if addend is None else addend[n : n + 1]
+            parts.append(moments_backward(x[n : n + 1], mean, dm, dv, self.reduction.count, own))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def partial(self, block: Tensor) -> Tensor:
         """The block's own share of the reduction, kept dimensions and all."""

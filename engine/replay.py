@@ -32,6 +32,7 @@ from .sweep import Carries, Sweep, Tile, area
 
 FEWEST_TILES = 8  # of a sweep: among fewer, too few are alike
 MOST_KINDS = 64  # of tiles that are recorded; where strides do not divide the tile there are many
+MOST_RECORDINGS = 4 * MOST_KINDS  # kept of a sweep: both passes, and as many again for other outputs or settings
 
 Kind = tuple[int, int]  # the first row and column of tiles of their signatures
 Parts = Mapping[tuple[str, int], Rect]
@@ -96,6 +97,8 @@ class Bench:
     def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording:
         """The recording of a key, which is made for tile (i, j) if there is none."""
         if key not in self.recordings:
+            while len(self.recordings) >= MOST_RECORDINGS:
+                del self.recordings[next(iter(self.recordings))]  # the oldest
             self.recordings[key] = Recording(Outline(self.sweep, i, j, self.scan.taken), work, self.arena)
         return self.recordings[key]
 
@@ -128,6 +131,7 @@ class Replays:
         )  # fmt: skip
         key = scan.device, scan.dtype, scan.autocast, settings
         if key not in self.benches:
+            self.benches.clear()  # other settings: what was recorded under the former ones is as large as this will be
             self.benches[key] = Bench(self.sweep, scan, self.arena)
         return self.benches[key]
 
@@ -245,7 +249,7 @@ def _compute(bench: Bench, recording: Recording) -> None:
 
     def publish(tile: Tile, value: int, block: Tensor) -> None:
         for number in sweep.reductions.get(value, ()):
-            for place, part in enumerate(accumulators[number].share(block)):
+            for place, part in enumerate(accumulators[number].share(block, tile.shares.get(value))):
                 recording.give(("share", number, place), part)
         if value in graph.stored:
             recording.give(("stored", value), block)

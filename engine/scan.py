@@ -29,6 +29,7 @@ from .geometry import AxisSchedule
 from .graph import Graph
 from .maps import Gradients, has_readers, let_files_go, let_rows_go, new_map
 from .memory import Ceiling, return_free_pages
+from .pixels import StoredBatch
 from .reduce import Accumulator, Target, Targets
 from .sweep import Carries, Sweep, Tile, area
 
@@ -205,6 +206,7 @@ class Scan:
         self.bands: Bands | None = None  # the processes that share the image
         self.ceiling: Ceiling | None = None  # of the memory of this process; kept after every tile
         self.thrifty = False  # give free pages back behind each pass: other sweeps need other sizes
+        self.deferred = False  # nobody will read what pass 1 stores, where it does nothing else it is left out
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
         self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of `overwritten` sources that have their gradient
         self.swept: Mapping[int, int] = {}  # stored maps that sweeps alone read, and how many do
@@ -218,17 +220,21 @@ class Scan:
         return moved.contiguous(memory_format=self.memory_format)
 
     def let_go(self) -> None:
-        """Forget stored maps: autograd keeps them between the passes, and lets them go when it can."""
+        """Forget stored maps and smalls: autograd keeps them between the passes, and lets them go when it can."""
         self.sources = {v: s for v, s in self.sources.items() if not isinstance(s, StoredMap)}
         self.stored = {}
+        if self.kept is not None and not self.kept.recorded:
+            self.kept.smalls = {}
         if self.thrifty:
             return_free_pages()
 
-    def take(self, sources: Mapping[int, Tensor], stored: Mapping[int, Tensor]) -> None:
-        """Take back the stored maps that autograd has kept: the sources, and what pass 1 has stored."""
-        axes = self.sweep.graph.maps.axes
+    def take(self, sources: Mapping[int, Tensor], stored: Mapping[int, Tensor], smalls: Sequence[Tensor]) -> None:
+        """Take back what autograd has kept: the stored maps that are read, those that pass 1 made, and the smalls."""
+        axes, kept = self.sweep.graph.maps.axes, self.kept
         self.sources = {**{v: StoredMap(t, axes[v]) for v, t in sources.items()}, **self.sources}
         self.stored = dict(stored)
+        if kept is not None and not kept.smalls:
+            kept.smalls = self.prepare(smalls, kept.leaves)
 
     def read(self, source: int, rect: Rect) -> Tensor:
         """A rectangle of a source as it is computed with; of a stored map on the device a view."""
@@ -237,6 +243,9 @@ class Scan:
     def _convert(self, source: int, pixels: Tensor) -> Tensor:
         if source != self.sweep.graph.image:  # maps that are there have the dtype that they are meant to have
             return pixels.to(self.device, non_blocking=True)
+        image = self.sources[source]
+        if isinstance(image, StoredBatch):
+            pixels = image.develop(pixels.to(self.device, non_blocking=True))
         return self.convert(pixels)
 
     def _on_device(self, source: int) -> bool:
@@ -256,14 +265,16 @@ class Scan:
         with ReadAhead(lambda s, rect: self.sources[s].read(*rect), self._convert, self.device, rects) as ahead:
             yield Reader(lambda s, rect: ahead(s, rect) if s in away else self.read(s, rect), ahead.advance)
 
-    def prepare(self, smalls: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Detached smalls by value number, convolution weights in the memory order of the maps."""
+    def prepare(self, smalls: Sequence[Tensor], leaves: Iterable[int] = ()) -> dict[int, Tensor]:
+        """Detached smalls, convolution weights in the memory order of the maps; `leaves` want a gradient."""
         prepared = {}
         for value, small in zip(self.sweep.graph.smalls, smalls, strict=True):
             small = small.detach()
             if small.dim() == 4 and small.device.type == self.device.type:
                 small = small.contiguous(memory_format=self.memory_format)
             prepared[value] = small
+        for value in leaves:
+            prepared[value].requires_grad_()
         return prepared
 
     @contextlib.contextmanager
@@ -300,18 +311,18 @@ class Scan:
             wanted_sources: the sources that will want one.
         """
         sweep, graph = self.sweep, self.sweep.graph
-        env = self.prepare(smalls)
+        leaves = [v for v, wanted in zip(graph.smalls, wants, strict=False) if wanted]
+        env = self.prepare(smalls, leaves)
         accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
         seed = int(torch.randint(2**62, ())) if sweep.random else 0
         kept = None
         inputs = {v for v in graph.sources if v in wanted_sources}
-        if any(wants) or inputs:
-            leaves = [v for v, wanted in zip(graph.smalls, wants, strict=True) if wanted]
-            for value in leaves:
-                env[value].requires_grad_()
+        if leaves or inputs:
             needs = sweep.needs_grad({*inputs, *leaves})
             kept = Kept(CarryStore(self.place), seed, env, leaves, inputs, needs, accumulators)
+        if self.deferred and self.deferrable:
+            return self._defer(kept)
         replay = None if self.replay is None or self.taps else self.replay.forward(self, env)
         above: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
@@ -348,6 +359,22 @@ class Scan:
                 info = graph.program.values[value]
                 stored[value] = torch.empty(info.shape, dtype=info.dtype, device=self.device)
         return (*[v for a in accumulators for v in self._values(a)], *[stored[v] for v in graph.stored])
+
+    @property
+    def deferrable(self) -> bool:
+        """Whether pass 1 leaves nothing for pass 2 but what it stores."""
+        sweep = self.sweep
+        return not (sweep.graph.reductions or sweep.carried or sweep.random or sweep.unvalued or self.retained)
+
+    def _defer(self, kept: Kept | None) -> tuple[Tensor, ...]:
+        """What pass 1 would leave, without it: stored maps have a shape but no values."""
+        sweep, values = self.sweep, self.sweep.graph.program.values
+        if kept is not None:
+            kept.above = [{} for _ in range(sweep.rows.steps)]
+            kept.left = {(i, j): {} for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)}
+        self.kept = kept
+        infos = [values[v] for v in sweep.graph.stored]
+        return tuple(torch.empty((), dtype=info.dtype, device=self.device).expand(info.shape) for info in infos)
 
     def _values(self, accumulator: Accumulator) -> tuple[Tensor, ...]:
         """The values of a reduction; of a band without rows what changes no total."""
@@ -394,8 +421,10 @@ class Scan:
         sweep, i, j = self.sweep, tile.i, tile.j
         block = block.detach()
         rect, axes = sweep.block(value, i, j), sweep.axes(value)
+        width = sweep.graph.maps.size(value)[1]
         for number in sweep.reductions.get(value, ()):
-            gathered.accumulators[number].add(i, j, block, rect, sweep.graph.maps.size(value)[1])
+            accumulator = gathered.accumulators[number]
+            accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value)), rect, width)
         if value in sweep.graph.stored:
             self.room_in_store(value, i, j, block, gathered).copy_(block)
         for tap in self.taps.get(value, ()):
@@ -618,25 +647,18 @@ class Scan:
     def _block_grad(self, tile: Tile, value: int, numbers: list[int], block: Tensor, targets: Targets) -> Tensor | None:
         """The gradient of a block of which moments are taken, or that is stored, or both."""
         total: Tensor | None = None
-        owned = False  # whether `total` may be written to
-        for number in numbers:
-            target = targets[value][number]
+        taken = [targets[value][number] for number in numbers]
+        for target in sorted(taken, key=lambda target: target.accumulator is not None):  # the map itself first
             if all(grad is None for grad in target.grads):
                 continue
             if target.accumulator is None:
                 (grad,) = target.grads
                 assert grad is not None
-                part, fresh = self._own(tile, value, grad), False
+                total = self._own(tile, value, grad)
             else:
                 valued = not (tile.second_pass and value in self.sweep.unvalued)
                 x = block if valued else self._own(tile, value, self.stored[value])
-                part, fresh = target.accumulator.pull(x, target.grads), target.grads[1] is not None
-            if total is None:
-                total, owned = part, fresh
-            elif fresh or owned:
-                total, owned = (total.add_(part) if owned else part.add_(total)), True
-            else:
-                total, owned = total + part, True
+                total = target.accumulator.pull(x, target.grads, total)
         return total
 
     def _own(self, tile: Tile, value: int, stored: Tensor) -> Tensor:

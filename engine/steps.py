@@ -27,6 +27,7 @@ from .graph import Graph, Network, writes_state
 from .maps import Gradients, add_reader
 from .memory import Ceiling
 from .ops import Small
+from .pixels import PixelBatch, StoredBatch
 from .plan import Plan
 from .replay import FEWEST_TILES, Replays
 from .scan import Pixels, Scan, StoredMap, TileEvent, cast_dtype
@@ -43,6 +44,12 @@ class ImageTensor:
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         return self.tensor[:, :, top:bottom, left:right]
+
+
+def as_uploaded(pixels: Pixels, device: torch.device) -> Pixels:
+    """The image batch in the form in which its tiles go to a device: to a GPU as the files store them."""
+    stored = StoredBatch.of(pixels) if isinstance(pixels, PixelBatch) and device.type == "cuda" else None
+    return stored or pixels
 
 
 class ScanFunction(torch.autograd.Function):
@@ -73,7 +80,7 @@ class ScanFunction(torch.autograd.Function):
         sweep, graph = scan.sweep, scan.sweep.graph
         count, last = len(ctx.sources), not _keeps_graph()
         stored = dict(zip((v for v in graph.results if v in sweep.unvalued), kept, strict=True))
-        scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored)
+        scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored, tensors[count:])
         scan.gradients.end(graph.stored)
         wants = {v: tensors[place] for v, place in ctx.sources.items() if ctx.needs_input_grad[2 + place]}
         try:
@@ -231,7 +238,7 @@ class Forward:
         network = self.prepared.network
         step = network.steps[number]
         if isinstance(step, Graph):
-            self.sweep(number)
+            self.sweep(number, again and any(number == part.stop - 1 for part in network.ranges))
         else:
             run_small(network, step, self.env, self.device, again)
 
@@ -240,9 +247,10 @@ class Forward:
         for value in self.prepared.last_use.get(number, ()):
             self.env.pop(value, None)
 
-    def sweep(self, number: int) -> None:
-        """Run the sweep at a place among the steps."""
+    def sweep(self, number: int, deferred: bool = False) -> None:
+        """Run the sweep at a place among the steps; see `Scan.deferred`."""
         scan, tensors, smalls = self.scan(number)
+        scan.deferred = deferred
         graph = scan.sweep.graph
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *smalls)):
             places = {v: place for place, v in enumerate(tensors)}
@@ -261,7 +269,7 @@ class Forward:
         tensors: dict[int, Tensor] = {}
         for value in graph.sources:
             if value == graph.image:
-                sources[value] = self.pixels
+                sources[value] = as_uploaded(self.pixels, self.device)
                 if self.image is not None:
                     tensors[value] = self.image
             elif value in self.given:
@@ -276,7 +284,7 @@ class Forward:
         scan.bands = self.prepared.bands
         scan.taps = {r.value: [self.taps[r.value]] for r in graph.reductions if r.value in self.taps}
         scan.ceiling, scan.gradients = self.ceiling, self.gradients
-        scan.swept, scan.map_place = self.prepared.swept, plan.maps
+        scan.swept, scan.map_place = self.prepared.swept, network.place
         scan.thrifty = self.ceiling is not None and len(self.prepared.sweeps) > 1
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)

@@ -39,6 +39,7 @@ class Sweep:
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
+        self.moments = {r.value for r in graph.reductions if r.kind == "moments"}
         self.readers = readers_of(graph)
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
 
@@ -174,6 +175,7 @@ class Tile:
         carry_grads: where the gradients of `carries` are added, set before the tile is differentiated.
         handed_back: gradients of the carries that the tile handed on, likewise.
         alone: stored maps and their gradients are there as this tile's blocks, not whole.
+        shares: what ops have computed of the moments of their outputs.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class Tile:
         self.handed_back: Carries | None = None
         self.second_pass = False  # the stored maps are there
         self.alone = False
+        self.shares: dict[int, tuple[Tensor, ...]] = {}
 
     def window(
         self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None
@@ -262,7 +265,8 @@ class Tile:
         run = self.sweep.in_place.get(output, local.run)
         if self.second_pass:
             run = self.sweep.unvalued.get(output, run)
-        result = run(env, Block(rows, cols, pad, self.sum_of, margin))
+        shares = self.shares if output in self.sweep.moments and not self.second_pass else None
+        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares))
         if margin != (0, 0):
             self.margins[output] = margin
         for value in windows:

@@ -1,17 +1,18 @@
 """Batch normalisation in training, in pieces that work on parts of a map (tiles), so that a map need not fit in memory:
 
-    moments         mean = sum x / n,   m2 = sum (x - mean)^2                 of each channel of a window; windows merge
-    normalize_act   y = act(z),   z = xhat * weight + bias + residual,   xhat = (x - mean) * rstd
-    gradient_sums   dbias = sum dz,   dweight = sum dz * xhat,   dz = dy * act'(z)        these add over windows
+    normalize_act            y = act(z),   z = xhat * weight + bias + residual,   xhat = (x - mean) * rstd
+    gradient_sums            dbias = sum dz,   dweight = sum dz * xhat,   dz = dy * act'(z)      these add over windows
     normalize_act_backward   dx = weight * rstd * (dz - dbias / n - xhat * dweight / n)
 
+Where statistics are values of their own, whose gradients others put together, as in the engine's sweeps, the backward
+is two other passes, which add up to the same:
+
+    normalize_act_gradients  dx = weight * rstd * dz, and in the same pass dbias and dweight
+    moments_backward         dx += dmean / n + 2 (x - mean) dvar / n                             (moments.py)
+
 Each is one pass over memory. x (the raw output of the convolution) is all that is kept: z is computed again in
-registers. Where a residual was added, `gate` stands for z: z itself, or y for ReLU and ReLU6.
-
-Variances never come as E[x^2] - E[x]^2, which cancels. A program follows mean and m2 of each row of its tiles by
-Welford's recurrence, and parts merge by Chan's formula, always in the same order: two runs agree bit by bit.
-
-    delta = mean_b - mean_a,   mean = mean_a + delta * n_b/n,   m2 = m2_a + m2_b + delta^2 * n_a*n_b/n
+registers. Where a residual was added, `gate` stands for z: z itself, or y for ReLU and ReLU6. The statistics are those
+of `moments`, or come out of the epilogue of the convolution that makes x (`conv2d_moments`).
 """
 
 from __future__ import annotations
@@ -20,87 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from .activations import ACTIVATIONS, activate, activate_reference, slope, slope_reference
+from .activations import ACTIVATIONS, MASKS, activate, activate_reference, slope, slope_reference
+from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
-from .layer_norm import Stream, count_pixels, is_flat, pixel_offsets, stream_config
-from .tuning import interpreting, power_of_two
-from .windows import empty_map, nhwc, spatial_strides
-
-MOST_BLOCK_CHANNELS = 128  # 256 bytes of 16-bit channels lie side by side: whole cache lines
-
-Moments = tuple[int, Tensor, Tensor]  # values per channel, their mean, the sum of their squared deviations from it
-
-
-@triton.jit
-def _merge_rows(count, mean, m2):
-    """The moments of all rows together: counts [BM], mean and m2 [BM, BC] to [BC]."""
-    total = tl.sum(count, 0)
-    overall = tl.sum(count[:, None] * mean, 0) / total
-    # Once more around the first result: sums of numbers far from zero have lost digits that the deviations need.
-    overall += tl.sum(count[:, None] * (mean - overall[None, :]), 0) / total
-    away = mean - overall[None, :]
-    return overall, tl.sum(m2 + count[:, None] * away * away, 0)
-
-
-@triton.jit
-def _moments_kernel(
-    x_ptr, mean_ptr, m2_ptr,  # parts: [programs, C]
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    pixels, H, W, C, steps,  # steps: tiles of BM pixels per program
-    BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    first = tl.program_id(0) * steps * BM
-    count = tl.zeros((BM,), ACC)
-    mean = tl.zeros((BM, BC), ACC)
-    m2 = tl.zeros((BM, BC), ACC)
-    for step in range(steps):
-        p = first + step * BM + tl.arange(0, BM)
-        inside = p < pixels
-        at = pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None] + c[None, :]
-        x = tl.load(x_ptr + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(ACC)  # [BM, BC]
-        count += tl.where(inside, 1.0, 0.0).to(ACC)
-        # Rows stand at one count until the map ends; from there on nothing changes them.
-        weight = tl.where(inside, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
-        before = x - mean
-        mean += before * weight
-        m2 += tl.where(inside[:, None], before * (x - mean), 0.0)
-    mean, m2 = _merge_rows(count, mean, m2)
-    at = tl.program_id(0).to(tl.int64) * C + c
-    tl.store(mean_ptr + at, mean, mask=c < C)
-    tl.store(m2_ptr + at, m2, mask=c < C)
-
-
-@triton.jit
-def _merge_kernel(
-    part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr,  # [parts, C], [parts, C], [C], [C]
-    parts, share, pixels, C,  # every part but the last is of `share` pixels
-    BM: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    count = tl.zeros((BM,), ACC)
-    mean = tl.zeros((BM, BC), ACC)
-    m2 = tl.zeros((BM, BC), ACC)
-    for first in range(0, parts, BM):
-        part = first + tl.arange(0, BM)
-        n = tl.where(part < parts, tl.minimum(share, pixels - part * share), 0).to(ACC)
-        at = part.to(tl.int64)[:, None] * C + c[None, :]
-        keep = (part < parts)[:, None] & (c < C)[None, :]
-        delta = tl.load(part_mean_ptr + at, mask=keep, other=0.0) - mean
-        weight = n / tl.maximum(count + n, 1.0)
-        mean += delta * weight[:, None]
-        m2 += tl.load(part_m2_ptr + at, mask=keep, other=0.0) + delta * delta * (count * weight)[:, None]
-        count += n
-    mean, m2 = _merge_rows(count, mean, m2)
-    tl.store(mean_ptr + c, mean, mask=c < C)
-    tl.store(m2_ptr + c, m2, mask=c < C)
-
-
-@triton.jit
-def _channel(ptr, c, C, ACC: tl.constexpr):
-    """One number per channel, [1, BC]."""
-    return tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
+from .layer_norm import Stream, is_flat, pixel_offsets
+from .moments import channel, share_out, strides_of
+from .pointwise import act_grad
+from .windows import empty_map, nhwc
 
 
 @triton.jit
@@ -114,9 +43,9 @@ def _normalize_act_kernel(
     HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    mean, rstd = _channel(mean_ptr, c, C, ACC), _channel(rstd_ptr, c, C, ACC)
-    scale = rstd * _channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
-    bias = _channel(bias_ptr, c, C, ACC) if HAS_BIAS else tl.zeros((1, BC), ACC)
+    mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
+    scale = rstd * channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
+    bias = channel(bias_ptr, c, C, ACC) if HAS_BIAS else tl.zeros((1, BC), ACC)
     first = tl.program_id(0) * steps * BM
     for step in range(steps):
         p = first + step * BM + tl.arange(0, BM)
@@ -156,9 +85,9 @@ def _gradient_sums_kernel(
     HAS_GATE: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    mean, rstd = _channel(mean_ptr, c, C, ACC), _channel(rstd_ptr, c, C, ACC)
-    scale = rstd * _channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
-    bias = _channel(bias_ptr, c, C, ACC) if HAS_BIAS else tl.zeros((1, BC), ACC)
+    mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
+    scale = rstd * channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
+    bias = channel(bias_ptr, c, C, ACC) if HAS_BIAS else tl.zeros((1, BC), ACC)
     dbias = tl.zeros((BM, BC), ACC)
     dweight = tl.zeros((BM, BC), ACC)
     first = tl.program_id(0) * steps * BM
@@ -180,6 +109,7 @@ def _gradient_sums_kernel(
 @triton.jit
 def _normalize_act_backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, gate_ptr, mean_dz_ptr, mean_dz_xhat_ptr, dx_ptr, dz_ptr,
+    sums_ptr,  # [programs, 2, C]
     dy_sn: tl.int64, dy_sh: tl.int64, dy_sw: tl.int64,
     x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
     g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
@@ -187,13 +117,17 @@ def _normalize_act_backward_kernel(
     dz_sn: tl.int64, dz_sh: tl.int64, dz_sw: tl.int64,
     pixels, H, W, C, steps,
     BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_DZ: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DZ: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    mean, rstd = _channel(mean_ptr, c, C, ACC), _channel(rstd_ptr, c, C, ACC)
-    scale = rstd * _channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
-    bias = _channel(bias_ptr, c, C, ACC) if HAS_BIAS else tl.zeros((1, BC), ACC)
-    mean_dz, mean_dz_xhat = _channel(mean_dz_ptr, c, C, ACC), _channel(mean_dz_xhat_ptr, c, C, ACC)
+    mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
+    scale = rstd * channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
+    bias = channel(bias_ptr, c, C, ACC) if HAS_BIAS else tl.zeros((1, BC), ACC)
+    if SUMS:
+        dbias = tl.zeros((BM, BC), ACC)
+        dweight = tl.zeros((BM, BC), ACC)
+    else:
+        mean_dz, mean_dz_xhat = channel(mean_dz_ptr, c, C, ACC), channel(mean_dz_xhat_ptr, c, C, ACC)
     first = tl.program_id(0) * steps * BM
     for step in range(steps):
         p = first + step * BM + tl.arange(0, BM)
@@ -206,77 +140,24 @@ def _normalize_act_backward_kernel(
         if HAS_DZ:
             at = pixel_offsets(p, H, W, dz_sn, dz_sh, dz_sw, FLAT)[:, None] + c[None, :]
             tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=keep)
-        dx = scale * (dz - mean_dz - centred * rstd * mean_dz_xhat)
+        if SUMS:
+            dbias += dz
+            dweight += dz * (centred * rstd)
+            dx = scale * dz
+        else:
+            dx = scale * (dz - mean_dz - centred * rstd * mean_dz_xhat)
         at = pixel_offsets(p, H, W, dx_sn, dx_sh, dx_sw, FLAT)[:, None] + c[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+    if SUMS:
+        row = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        tl.store(row + c, tl.sum(dbias, 0), mask=c < C)
+        tl.store(row + C + c, tl.sum(dweight, 0), mask=c < C)
 
 
 def _config(x: Tensor, op: str, act: str = "none") -> tuple[int, Stream, tuple[int, int]]:
-    """Pixels, tiles, and the grid: shares of pixels x blocks of channels."""
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
-    pixels = count_pixels(x, op)
-    config = stream_config(pixels, x.shape[1], MOST_BLOCK_CHANNELS)
-    return pixels, config, (config.programs(pixels), -(-x.shape[1] // config.block_c))
-
-
-def _strides(like: Tensor, *maps: Tensor | None) -> list[int]:
-    return [stride for x in maps for stride in spatial_strides(like if x is None else x)]
-
-
-# -- statistics ---------------------------------------------------------------------------------------------------
-
-
-def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 of an (N, C, H, W) window; see `moments`."""
-    channels, dtype = x.shape[1], sum_dtype(x.dtype)
-    if not x.numel():
-        return x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype)
-    pixels, config, grid = _config(x, "moments")
-    parts = torch.empty(2, grid[0], channels, dtype=dtype, device=x.device)
-    _moments_kernel[grid](
-        x, parts[0], parts[1], *spatial_strides(x), pixels, x.shape[2], x.shape[3], channels, config.steps,
-        BM=config.block_m, BC=config.block_c, FLAT=is_flat(x), ACC=accumulator(x.dtype), num_warps=config.num_warps,
-    )  # fmt: skip
-    mean, m2 = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
-    block = power_of_two(channels, 4, 16384 if interpreting() else 16)  # narrow: more programs for little work
-    _merge_kernel[(triton.cdiv(channels, block),)](
-        parts[0], parts[1], mean, m2, grid[0], config.share, pixels, channels, BM=power_of_two(grid[0], 1, 128),
-        BC=block, ACC=accumulator(x.dtype),
-    )  # fmt: skip
-    return mean, m2
-
-
-@torch.library.custom_op("gigamorph::moments", mutates_args=())
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations of each channel of a window, (C,) in float32 (float64 for float64).
-
-    Args:
-        x: (N, C, H, W), float64, float32, float16 or bfloat16.
-    """
-    return launch_moments(nhwc(x))
-
-
-@moments.register_fake
-def _(x):
-    mean, m2 = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
-    return mean, m2
-
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of two windows together, by Chan's formula."""
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    count = count_a + count_b
-    if count_a == 0 or count_b == 0:
-        return a if count_b == 0 else b
-    delta = mean_b - mean_a
-    return count, mean_a + delta * (count_b / count), m2_a + m2_b + delta.square() * (count_a * (count_b / count))
-
-
-def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations in plain PyTorch."""
-    mean = x.mean((0, 2, 3))
-    return mean, (x - mean.reshape(-1, 1, 1)).square().sum((0, 2, 3))
+    return share_out(x, op)
 
 
 # -- forward ------------------------------------------------------------------------------------------------------
@@ -296,7 +177,7 @@ def launch_normalize_act(
         return
     pixels, config, grid = _config(x, "normalize_act", act)
     _normalize_act_kernel[grid](
-        x, mean, rstd, weight, bias, residual, y, *_strides(x, x, residual, y), pixels, x.shape[2], x.shape[3],
+        x, mean, rstd, weight, bias, residual, y, *strides_of(x, x, residual, y), pixels, x.shape[2], x.shape[3],
         x.shape[1], config.steps, BM=config.block_m, BC=config.block_c, FLAT=is_flat(x, residual, y),
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACT=act,
         ACC=accumulator(x.dtype), num_warps=config.num_warps,
@@ -310,9 +191,17 @@ def normalize_act(
 ) -> Tensor:  # fmt: skip
     """act((x - mean) * rstd * weight + bias + residual) in channels-last memory; see `launch_normalize_act`."""
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
-    y = empty_map(*x.shape, x)
-    launch_normalize_act(x, mean, rstd, weight, bias, residual, act, y)
-    return y
+
+    def ours() -> Tensor:
+        y = empty_map(*x.shape, x)
+        launch_normalize_act(x, mean, rstd, weight, bias, residual, act, y)
+        return y
+
+    def stock() -> Tensor:
+        y = nhwc(F.batch_norm(x, mean, rstd.square().reciprocal(), weight, bias, False, 0.0, 0.0))
+        return activate_reference(y if residual is None else y.add_(residual), act)
+
+    return run_fastest("normalize_act", x, (weight is None, bias is None, residual is None, act), ours, stock)
 
 
 @normalize_act.register_fake
@@ -335,6 +224,31 @@ def normalize_act_reference(
     return activate_reference(z, act), z
 
 
+def _setup_normalize(ctx, inputs, output) -> None:
+    x, mean, rstd, weight, bias, residual, ctx.act = inputs
+    if residual is not None and ctx.act not in (*MASKS, "none"):
+        raise ValueError(
+            f"normalize_act: the output does not show the slope of {ctx.act!r} behind a sum; add before it"
+        )
+    gate = output if residual is not None and ctx.act != "none" else None
+    ctx.save_for_backward(x, mean, rstd, weight, bias, gate)
+    ctx.dtypes = [None if t is None else t.dtype for t in (mean, rstd, weight, bias, residual)]
+
+
+def _differentiate_normalize(ctx, dy):
+    x, mean, rstd, weight, bias, gate = ctx.saved_tensors
+    keep = ctx.needs_input_grad[5] and gate is not None
+    dx, dz, dbias, dweight = normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, ctx.act, keep)
+    scale = 1.0 if weight is None else weight.to(dbias.dtype)
+    wide = rstd.to(dbias.dtype)
+    grads = -dbias * scale * wide, dweight * scale / wide, dweight, dbias, dz if keep else dy
+    made = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+    return dx, *made, None
+
+
+normalize_act.register_autograd(_differentiate_normalize, setup_context=_setup_normalize)
+
+
 # -- backward -----------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +263,7 @@ def launch_gradient_sums(
     pixels, config, grid = _config(x, "gradient_sums", act)
     sums = torch.empty(grid[0], 2, channels, dtype=sum_dtype(x.dtype), device=x.device)
     _gradient_sums_kernel[grid](
-        dy, x, mean, rstd, weight, bias, gate, sums, *_strides(x, dy, x, gate), pixels, x.shape[2], x.shape[3],
+        dy, x, mean, rstd, weight, bias, gate, sums, *strides_of(x, dy, x, gate), pixels, x.shape[2], x.shape[3],
         channels, config.steps, BM=config.block_m, BC=config.block_c, FLAT=is_flat(dy, x, gate),
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, ACT=act,
         ACC=accumulator(x.dtype), num_warps=config.num_warps,
@@ -393,12 +307,32 @@ def launch_normalize_act_backward(
         return
     pixels, config, grid = _config(x, "normalize_act_backward", act)
     _normalize_act_backward_kernel[grid](
-        dy, x, mean, rstd, weight, bias, gate, mean_dz, mean_dz_xhat, dx, dz, *_strides(x, dy, x, gate, dx, dz),
+        dy, x, mean, rstd, weight, bias, gate, mean_dz, mean_dz_xhat, dx, dz, None, *strides_of(x, dy, x, gate, dx, dz),
         pixels, x.shape[2], x.shape[3], x.shape[1], config.steps, BM=config.block_m, BC=config.block_c,
         FLAT=is_flat(dy, x, gate, dx, dz), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None, HAS_DZ=dz is not None, ACT=act, ACC=accumulator(x.dtype),
+        HAS_GATE=gate is not None, HAS_DZ=dz is not None, SUMS=False, ACT=act, ACC=accumulator(x.dtype),
         num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def launch_normalize_act_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    act: str, dx: Tensor, dz: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dx = weight * rstd * dz, and dz if given; return the sums of dz and of dz * xhat. Args as above."""
+    channels = x.shape[1]
+    if not x.numel():
+        return x.new_zeros(channels, dtype=sum_dtype(x.dtype)), x.new_zeros(channels, dtype=sum_dtype(x.dtype))
+    pixels, config, grid = _config(x, "normalize_act_gradients", act)
+    sums = torch.empty(grid[0], 2, channels, dtype=sum_dtype(x.dtype), device=x.device)
+    _normalize_act_backward_kernel[grid](
+        dy, x, mean, rstd, weight, bias, gate, None, None, dx, dz, sums, *strides_of(x, dy, x, gate, dx, dz),
+        pixels, x.shape[2], x.shape[3], channels, config.steps, BM=config.block_m, BC=config.block_c,
+        FLAT=is_flat(dy, x, gate, dx, dz), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None, HAS_DZ=dz is not None, SUMS=True, ACT=act, ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
 @torch.library.custom_op("gigamorph::normalize_act_backward", mutates_args=())
@@ -422,6 +356,46 @@ def _gradients(x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
 @normalize_act_backward.register_fake
 def _(dy, x, mean, rstd, weight, bias, gate, act, mean_dz, mean_dz_xhat, keep_dz):
     return _gradients(x, keep_dz)
+
+
+@torch.library.custom_op("gigamorph::normalize_act_gradients", mutates_args=())
+def normalize_act_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    act: str, keep_dz: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx with the statistics taken as constants, dz (empty unless `keep_dz`), dbias and dweight, in one pass.
+
+    Args:
+        dy, x, gate: as for `gradient_sums`.
+    """
+    dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
+
+    def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, dz = _gradients(x, keep_dz)
+        sums = launch_normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, act, dx, dz if keep_dz else None)
+        return dx, dz, *sums
+
+    def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
+        z = gate
+        if z is None and act != "none":
+            z = F.batch_norm(x, mean, var, weight, bias, False, 0.0, 0.0)
+        dz = dy if z is None else act_grad(dy, z, act)
+        scale = torch.ones_like(mean) if weight is None else weight
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dz, x, scale, mean, var, None, None, False, 0.0, [True, True, True]
+        )
+        kept = (dz.clone() if dz is dy else dz) if keep_dz else x.new_empty(0)
+        return nhwc(dx), kept, dbias.to(wide), dweight.to(wide)
+
+    settings = (weight is None, bias is None, gate is None, act, keep_dz)
+    return run_fastest("normalize_act_gradients", x, settings, ours, stock) if x.numel() else ours()
+
+
+@normalize_act_gradients.register_fake
+def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
+    dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
+    return *_gradients(x, keep_dz), dbias, dweight
 
 
 def normalize_act_backward_reference(

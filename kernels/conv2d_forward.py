@@ -9,6 +9,9 @@ As a matrix product: rows are output pixels, columns the output channels of a gr
 The forward of a network uses act, scale, shift and residual; the data gradient is the same product with turned weights
 (`conv2d_dgrad.py`) and uses `mask`, the slope of the activation that made x, applied before dx is written.
 
+For a BatchNorm in training behind it, the epilogue also gives mean and squared deviations of what a tile writes, after
+it was rounded: statistics cost no pass over memory of their own.
+
 The left operand is loaded and multiplied as it is: computed in registers (a slope applied to it, say), Triton would let
 the next turn of the loop overwrite it under products still in flight (triton-lang/triton#9433, sm_90).
 
@@ -22,13 +25,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate, activate_reference, slope, slope_reference
-from .dtypes import accumulator, dot_precision
+from .dtypes import accumulator, dot_precision, sum_dtype
+from .moments import merge_parts, tile_moments
 from .tuning import has_descriptors, matmul_config
 from .windows import (
     as_one_row,
@@ -66,17 +71,18 @@ def gemm_columns(
 
 
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
-@triton.jit(do_not_specialize=["OH", "segments", "top", "shift_even", "shift_odd"])
+@triton.jit(do_not_specialize=["OH", "OW", "segments", "top", "shift_even", "shift_odd"])
 def _conv2d_descriptor_kernel(
     x_desc, x_odd_desc, w_desc,  # windows; the odd ones are used for a stride of two
     scale_ptr, shift_ptr,  # [COUT]
     residual_desc, mask_desc, y_desc, z_desc,  # maps of the output's size
-    OH, COUT, segments,  # output rows, output channels, segments per row
+    mean_ptr, m2_ptr,  # [tiles, COUT], of what each tile writes
+    OH, OW, COUT, segments,  # output rows and columns, output channels, segments per row
     top, dil_h, shift_even, shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
     CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, MASK: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     blocks = tl.cdiv(COUT, BN)
@@ -110,12 +116,19 @@ def _conv2d_descriptor_kernel(
     y = activate(acc, ACT)
     if MASK != "none":
         y *= slope(mask_desc.load([n, i, j0, k0]).reshape(BM, BN).to(ACC), MASK)
-    y_desc.store([n, i, j0, k0], y.to(y_desc.dtype).reshape(1, 1, BM, BN))
+    y = y.to(y_desc.dtype)
+    y_desc.store([n, i, j0, k0], y.reshape(1, 1, BM, BN))
+    if MOMENTS:
+        mean, m2 = tile_moments(y.to(ACC), j0 + tl.arange(0, BM) < OW, tl.minimum(BM, OW - j0), ACC)
+        at = segment.to(tl.int64) * COUT + k
+        tl.store(mean_ptr + at, mean, mask=k < COUT)
+        tl.store(m2_ptr + at, m2, mask=k < COUT)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])
 def _conv2d_pointer_kernel(
     x_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, mask_ptr, y_ptr, z_ptr,
+    mean_ptr, m2_ptr,  # [tiles, groups * COUT], of what each tile writes
     x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
     r_sn: tl.int64, r_sh: tl.int64, r_sw: tl.int64,
     m_sn: tl.int64, m_sh: tl.int64, m_sw: tl.int64,
@@ -125,7 +138,7 @@ def _conv2d_pointer_kernel(
     top, left, stride_h, stride_w, dil_h, dil_w,
     R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, MASK: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(COUT, BN)
     pid = tl.program_id(0)
@@ -167,15 +180,24 @@ def _conv2d_pointer_kernel(
         at = (n * m_sn + i * m_sh + j * m_sw)[:, None] + channel[None, :]
         y *= slope(tl.load(mask_ptr + at, mask=keep, other=0.0).to(ACC), MASK)
     at = (n * y_sn + i * y_sh + j * y_sw)[:, None] + channel[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=keep)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=keep)
+    if MOMENTS:
+        mean, m2 = tile_moments(y.to(ACC), inside, tl.minimum(BM, N * OH * OW - pid // blocks * BM), ACC)
+        at = (pid // blocks).to(tl.int64) * (tl.num_programs(1) * COUT) + channel
+        tl.store(mean_ptr + at, mean, mask=wanted)
+        tl.store(m2_ptr + at, m2, mask=wanted)
 
 
 def launch(
     x: Tensor, weight: Tensor, y: Tensor, stride: tuple[int, int], padding: Sequence[int], dilation: tuple[int, int],
     groups: int, act: str, *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
-    z: Tensor | None = None, mask: Tensor | None = None, mask_act: str = "none",
-) -> None:  # fmt: skip
+    z: Tensor | None = None, mask: Tensor | None = None, mask_act: str = "none", moments: bool = False,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Write y, and z if given (what the activation is applied to); see the formula above.
+
+    With `moments` mean and sum of squared deviations of each channel of y are returned, as `moments.moments(y)` would:
+    (K,) in float32 (float64 for float64).
 
     Args:
         x: (N, C, H, W) window.
@@ -189,7 +211,8 @@ def launch(
     filters, depth, r, s = weight.shape
     _, _, oh, ow = y.shape
     if not y.numel():
-        return
+        none = y.new_zeros(filters, dtype=sum_dtype(y.dtype))
+        return (none, none.clone()) if moments else None
     top, left = padding[0], padding[2]
     maps = (x, y, residual, z, mask)
     matrix = weight.permute(0, 2, 3, 1).reshape(filters, r * s * depth)
@@ -212,33 +235,41 @@ def launch(
     options = {
         "R": r, "S": s, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
         "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "HAS_RESIDUAL": residual is not None,
-        "HAS_Z": z is not None, "ACT": act, "MASK": mask_act, "PRECISION": dot_precision(x.dtype),
-        "ACC": accumulator(x.dtype), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "HAS_Z": z is not None, "ACT": act, "MASK": mask_act, "MOMENTS": moments,
+        "PRECISION": dot_precision(x.dtype), "ACC": accumulator(x.dtype), "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }  # fmt: skip
+
+    def parts(tiles: int) -> Tensor:
+        return torch.empty(2, tiles if moments else 0, filters, dtype=sum_dtype(y.dtype), device=y.device)
+
     if config.form == "descriptor":
         box_a, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
         even, odd, shift_even, shift_odd = column_phases(x, stride[1], left)
         x_desc, y_desc = describe(even, box_a), describe(y, box_y)
         x_odd_desc = x_desc if stride[1] == 1 else describe(odd, box_a)
         segments = triton.cdiv(run, config.block_m)
+        sums = parts(images * lines * segments)
         _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
             x_desc, x_odd_desc, describe(matrix, [config.block_n, config.block_k]), scale, shift,
             y_desc if residual is None else describe(residual, box_y),
             y_desc if mask is None else describe(mask, box_y), y_desc, y_desc if z is None else describe(z, box_y),
-            lines, filters, segments, top, dilation[0], shift_even, shift_odd, CIN=depth, STRIDE_H=stride[0],
-            STRIDE_W=stride[1], DIL_W=dilation[1], **options,
+            *sums, lines, run, filters, segments, top, dilation[0], shift_even, shift_odd, CIN=depth,
+            STRIDE_H=stride[0], STRIDE_W=stride[1], DIL_W=dilation[1], **options,
         )  # fmt: skip
-        return
+        return merge_parts(sums, config.block_m, run) if moments else None
     if n * oh * ow + config.block_m >= 2**31:
         raise ValueError(
             f"conv2d: an output of {n} x {oh} x {ow} pixels is too large for the pointer form; use smaller tiles"
         )
     strides = [spatial_strides(y if t is None else t) for t in (x, residual, mask, y, z)]
     grid = (triton.cdiv(n * oh * ow, config.block_m) * triton.cdiv(filters // groups, config.block_n), groups)
+    sums = parts(triton.cdiv(n * oh * ow, config.block_m))
     _conv2d_pointer_kernel[grid](
-        x, matrix, scale, shift, residual, mask, y, z, *[v for triple in strides for v in triple],
+        x, matrix, scale, shift, residual, mask, y, z, *sums, *[v for triple in strides for v in triple],
         n, h, w, oh, ow, channels // groups, filters // groups, top, left, *stride, *dilation, **options,
     )  # fmt: skip
+    return merge_parts(sums, config.block_m, n * oh * ow) if moments else None
 
 
 def conv2d_forward_reference(

@@ -115,7 +115,7 @@ def matmul_config(
         )  # fmt: skip
     itemsize, half = dtype.itemsize, dtype.itemsize <= 2
     if not described:
-        return _pointer_config(device, itemsize, pixels, channels_out, depth)
+        return _pointer_config(device, itemsize, pixels, channels_out, depth, epilogue_maps)
     block_k = power_of_two(depth, 16, 128 // itemsize)
     wide = half and taps * depth >= 512 and not costly and epilogue_maps <= 2
     block_m, block_n = power_of_two(pixels, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
@@ -128,13 +128,17 @@ def matmul_config(
     return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages)
 
 
-def _pointer_config(device: torch.device, itemsize: int, pixels: int, channels_out: int, depth: int) -> Config:
+def _pointer_config(
+    device: torch.device, itemsize: int, pixels: int, channels_out: int, depth: int, epilogue_maps: int
+) -> Config:
     """Addresses take registers: a pointer per 16 bytes and thread for each operand, per element where not aligned."""
     scattered = depth * itemsize % 16 > 0 or channels_out * itemsize % 16 > 0
     block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
     block_m = power_of_two(pixels, 64, 64 if scattered else 128)
     block_k = power_of_two(depth, 16, (64 if scattered else 128) // itemsize)
-    num_warps = 8 if scattered or block_m * block_n * itemsize > 128 * 64 * 2 else 4
+    full = block_m * block_n * itemsize >= 128 * 64 * 2
+    wide = block_m * block_n * itemsize > 128 * 64 * 2 or (full and epilogue_maps > 1)
+    num_warps = 8 if scattered or wide else 4
     stage = (block_m + block_n) * block_k * itemsize
     return Config("pointer", block_m, block_n, block_k, num_warps, min(4, (shared_limit(device) - 3072) // stage))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..graph import Graph
+from .batch_norm import fuse_batch_norms
 from .conv import fuse_convolutions
 from .layer_norm import fuse_layer_norms
 from .masks import pass_masks
@@ -12,7 +13,7 @@ from .stem import fuse_stem
 
 
 def fuse(graph: Graph, training: bool, image_grad: bool) -> None:
-    """Give convolutions with what follows them, layer norms and max-pooling to the kernels.
+    """Give convolutions and norms with what follows them, and max-pooling, to the kernels.
 
     Args:
         training: whether there will be a backward.
@@ -20,6 +21,7 @@ def fuse(graph: Graph, training: bool, image_grad: bool) -> None:
     """
     convs, pools = fuse_convolutions(graph), take_pools(graph)
     fuse_layer_norms(graph, convs)
+    fuse_batch_norms(graph, convs)
     if not image_grad:
         fuse_stem(graph, convs, pools)
     if training:

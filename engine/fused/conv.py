@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...kernels.activations import MASKS
-from ...kernels.conv2d import conv2d_dgrad, conv2d_forward, conv2d_wgrad_
+from ...kernels.conv2d import conv2d_dgrad, conv2d_forward, conv2d_moments, conv2d_wgrad_
 from ...kernels.dtypes import sum_dtype
 from ...kernels.pointwise import act_grad
 from ..geometry import Window
@@ -46,6 +46,7 @@ class ConvSpec:
         channels_last: whether x, y and residual have shape (N, H, W, C) and the weight (K, C): a linear layer.
         masked: whether all readers of the output apply the activation's slope to its gradient.
         input_act: the activation whose slope is applied to the gradient of x, because x is masked.
+        y: the output, once it is known what is fused.
     """
 
     x: int
@@ -59,6 +60,7 @@ class ConvSpec:
     act: str = "none"
     masked: bool = False
     input_act: str = "none"
+    y: int = -1
 
 
 class FusedConv(torch.autograd.Function):
@@ -78,7 +80,12 @@ class FusedConv(torch.autograd.Function):
             return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
         place = spec.stride, block.pad, spec.dilation, spec.groups
-        y, z = conv2d_forward(x, weight, None, bias, residual, *place, spec.act, keep_z, block.margin)
+        z = None
+        if block.shares is not None and not spec.channels_last:  # nothing is fused behind a map that is reduced
+            y, *moments = conv2d_moments(x, weight, bias, *place, block.margin)
+            block.shares[spec.y] = tuple(part[:, :, None, None] for part in moments)
+        else:
+            y, z = conv2d_forward(x, weight, None, bias, residual, *place, spec.act, keep_z, block.margin)
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         if needs:
             gate = None if spec.act == "none" or spec.masked else (z if keep_z else y)
@@ -164,18 +171,26 @@ def fuse_convolutions(graph: Graph) -> dict[int, ConvSpec]:
                 chain.append(next_op)
                 next_op = follower()
         if next_op is not None:
-            spec.residual = _other_summand(graph, next_op, chain[-1].op.outputs[0])
+            spec.residual = other_summand(graph, next_op, chain[-1].op.outputs[0])
             if spec.residual is not None:
                 chain.append(next_op)
                 next_op = follower()
-        if next_op is not None and (act := _activation(next_op.op)) is not None:
+        if next_op is not None and (act := activation_of(next_op.op)) is not None:
             spec.act = act
             chain.append(next_op)
         taken.update(local.op.outputs[0] for local in chain)
-        fused[chain[-1].op.outputs[0]] = spec
+        spec.y = chain[-1].op.outputs[0]
+        fused[spec.y] = spec
         _replace(graph, chain, spec)
     graph.smalls = small_inputs(graph)
     return fused
+
+
+def is_pixelwise(graph: Graph, spec: ConvSpec, value: int) -> bool:
+    """Whether a convolution of a map is a linear layer on the channels of each pixel, and nothing is added to it."""
+    shape = graph.program.values[spec.weight].shape
+    pixel = spec.channels_last or (tuple(shape[2:]) == (1, 1) and spec.stride == (1, 1) and spec.groups == 1)
+    return pixel and spec.x == value and spec.residual is None and graph.maps.size(spec.y) == graph.maps.size(value)
 
 
 def _is_pixel_linear(graph: Graph, local: Local) -> bool:
@@ -220,7 +235,7 @@ def _fold_scale(graph: Graph, spec: ConvSpec, scale: int) -> None:
     spec.weight, spec.bias = made[0], None if bias is None else made[1]
 
 
-def _other_summand(graph: Graph, local: Local, value: int) -> int | None:
+def other_summand(graph: Graph, local: Local, value: int) -> int | None:
     """The map that is added to `value`, of the same shape and dtype, if the op is that sum."""
     op, values = local.op, graph.program.values
     operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
@@ -232,7 +247,7 @@ def _other_summand(graph: Graph, local: Local, value: int) -> int | None:
     return other if other != value and other in graph.maps and alike and same_dtype else None
 
 
-def _activation(op: Op) -> str | None:
+def activation_of(op: Op) -> str | None:
     name = op.name.removesuffix("_")
     if name == "gelu" and op.kwargs.get("approximate", "none") != "none":
         return None

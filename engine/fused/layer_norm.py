@@ -24,7 +24,7 @@ from ..graph import Graph, private_maps, readers_of, small_inputs
 from ..ops import Block, Env, Local
 from ..ops.base import arguments
 from ..trace import Op
-from .conv import DTYPES, ConvSpec, as_autocast_wants
+from .conv import DTYPES, ConvSpec, as_autocast_wants, is_pixelwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def fuse_layer_norms(graph: Graph, convs: dict[int, ConvSpec]) -> None:
         if last is not None and _is_to_nchw(last):
             chain, last = [norm, last], reader(last)
         linear = None if last is None else convs.get(last.op.outputs[0])
-        if last is not None and linear is not None and _is_pixelwise(graph, linear, chain[-1].op.outputs[0]):
+        if last is not None and linear is not None and is_pixelwise(graph, linear, chain[-1].op.outputs[0]):
             del convs[last.op.outputs[0]]
             _replace(graph, norm, last, spec, linear)
             dropped = {id(local) for local in chain}
@@ -143,13 +143,6 @@ def _is_to_nchw(local: Local) -> bool:
     dims = local.op.args[1:] or (local.op.kwargs["dims"],)
     dims = dims[0] if len(dims) == 1 else dims
     return [d % 4 for d in dims] == [0, 3, 1, 2]
-
-
-def _is_pixelwise(graph: Graph, spec: ConvSpec, value: int) -> bool:
-    """Whether a convolution of a map is a linear layer on the channels of each pixel, and nothing is added to it."""
-    shape = graph.program.values[spec.weight].shape
-    pixel = spec.channels_last or (tuple(shape[2:]) == (1, 1) and spec.stride == (1, 1) and spec.groups == 1)
-    return pixel and spec.x == value and spec.residual is None
 
 
 def _run_alone(spec: NormSpec):

@@ -186,6 +186,13 @@ def test_convnext_with_triton_kernels(triton_kernels: None) -> None:
     assert_exact(build_convnext(), image(40, 33), tile=(24, 24))
 
 
+def test_a_norm_before_a_padded_convolution_of_a_pixel(fused_with_stock_ops: None) -> None:
+    """The padding is not normalised."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), LayerNorm2d(8), nn.Conv2d(8, 4, 1, padding=1), nn.AdaptiveAvgPool2d(1))
+    assert_exact(model.double(), image(50, 41), tile=(24, 24))
+
+
 def test_frozen_parameters_of_a_norm(fused_with_stock_ops: None) -> None:
     """Each of the four may want no gradient."""
     model = build_convnext()

@@ -247,6 +247,13 @@ def test_fused_blocks(remembered: Remembered, fused_with_stock_ops: None) -> Non
     assert remembered.replayed > 0
 
 
+def test_fused_live_norms(remembered: Remembered, fused_with_stock_ops: None) -> None:
+    """Statistics that come with a convolution's output, and gradients that norms add to the sums themselves."""
+    model = build(nn.BatchNorm2d).train()
+    assert_replays_agree(remembered, model, image(96, 128), image_gradient=False, limit=LIMIT, tile=16)
+    assert remembered.replayed > 0
+
+
 @pytest.mark.slow
 def test_triton_kernels(remembered: Remembered) -> None:
     """In the interpreter: of five strips the three in the middle are alike."""

@@ -10,21 +10,22 @@ from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, rand
 from torch import Tensor
 from torch.nn import functional as F
 
-from gigamorph.kernels import batch_norm as module
+from gigamorph.kernels import choice
+from gigamorph.kernels import moments as module
+from gigamorph.kernels.activations import activate_reference
 from gigamorph.kernels.batch_norm import (
-    Moments,
     gradient_sums,
     launch_normalize_act,
     launch_normalize_act_backward,
-    merge_moments,
-    moments,
-    moments_reference,
+    launch_normalize_act_gradients,
     normalize_act,
     normalize_act_backward,
     normalize_act_backward_reference,
+    normalize_act_gradients,
     normalize_act_reference,
 )
 from gigamorph.kernels.layer_norm import Stream
+from gigamorph.kernels.moments import Moments, merge_moments, moments, moments_backward, moments_reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTS = ["none", "relu", "relu6", "silu", "gelu", "hardswish"]
@@ -60,55 +61,6 @@ def tiles(request, monkeypatch):
     """The configuration of the interpreter, and one with many programs, each of several tiles."""
     if request.param == "small tiles":
         monkeypatch.setattr(module, "stream_config", small_tiles)
-
-
-# -- statistics ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 1, 4, 5)], ids=str)
-@pytest.mark.parametrize("place", ["guarded", "window", "contiguous"])
-def test_moments(dtype, shape, place, tiles):
-    x = random_map(*shape, dtype, torch.Generator().manual_seed(1), 2.0) + 1
-    guarded = Guarded()
-    given_ = {"guarded": guarded, "window": window, "contiguous": torch.Tensor.contiguous}[place](x)
-    mean, m2 = moments(given_)
-    guarded.check()
-    oracle_mean, oracle_m2 = moments_reference(x.double())
-    assert_close("mean", mean, oracle_mean)
-    assert_close("m2", m2, oracle_m2)
-
-
-@pytest.mark.parametrize("offset", [100.0, 10_000.0])
-def test_moments_do_not_cancel(offset, tiles):
-    """E[x^2] - E[x]^2 in float32 keeps no digit of the variance at an offset of 10,000."""
-    x = random_map(1, 6, 20, 41, torch.float32, torch.Generator().manual_seed(2)) + offset
-    _, oracle = moments_reference(x.double())
-    _, m2 = moments(x)
-    assert ((m2 - oracle) / oracle).abs().max() < 1e-8 * offset + 1e-6
-    naive = x.square().sum((0, 2, 3)) - x.sum((0, 2, 3)).square() / (20 * 41)
-    assert ((naive - oracle) / oracle).abs().max() > 1e-7 * offset
-
-
-def test_moments_of_a_map_that_begins_constant(monkeypatch):
-    """The background of a mammogram: a shift taken from the first pixels would be of no use."""
-    monkeypatch.setattr(module, "stream_config", small_tiles)
-    x = random_map(1, 5, 12, 16, torch.float32, torch.Generator().manual_seed(3)) + 1000
-    x[:, :, :7] = 0
-    mean, m2 = moments(x)
-    oracle_mean, oracle_m2 = moments_reference(x.double())
-    assert_close("mean", mean, oracle_mean)
-    assert_close("m2", m2, oracle_m2)
-
-
-@pytest.mark.parametrize("cuts", [(5,), (1, 2, 9), (0, 12)], ids=str)
-def test_moments_of_tiles_merge(cuts):
-    x = random_map(2, 7, 12, 5, torch.float64, torch.Generator().manual_seed(4)) + 3
-    count, mean, m2 = merged(x.tensor_split(cuts, 2))
-    oracle_mean, oracle_m2 = moments_reference(x)
-    assert count == 120
-    assert_close("mean", mean, oracle_mean)
-    assert_close("m2", m2, oracle_m2)
 
 
 def merged(parts: Sequence[Tensor]) -> Moments:
@@ -190,6 +142,16 @@ def test_backward(dtype, shape, act, gated):
         for name, result, oracle in zip(("sum dz", "sum dz * xhat"), sums, sums_oracle, strict=True):
             assert_close(name, result, oracle)
 
+        none = torch.zeros_like(means[0]).double()
+        (dx_oracle, *_) = normalize_act_backward_reference(*doubled(*given_), act, none, none)
+        dx, dz = guarded.empty(*shape, dtype=dtype), guarded.empty(*shape, dtype=dtype)
+        sums = launch_normalize_act_gradients(*given_, act, dx, dz)
+        guarded.check()
+        assert_close("dx of constant statistics", dx, dx_oracle)
+        assert_close("dz in one pass", dz, dz_oracle)
+        for name, result, oracle in zip(("sum dz", "sum dz * xhat"), sums, sums_oracle, strict=True):
+            assert_close(f"{name} in one pass", result, oracle)
+
 
 def test_windows_are_read_and_written_in_place(tiles):
     generator = torch.Generator().manual_seed(7)
@@ -245,6 +207,7 @@ def test_order_of_programs(tiles):
             *moments(x), normalize_act(x, *per_channel, dy, "gelu"),
             *gradient_sums(dy, x, *per_channel, None, "gelu"),
             *normalize_act_backward(dy, x, *per_channel, None, "gelu", *per_channel[:2], True),
+            *normalize_act_gradients(dy, x, *per_channel, None, "gelu", True),
         )
     )  # fmt: skip
 
@@ -286,6 +249,74 @@ class TiledBatchNorm(torch.autograd.Function):
         return torch.cat(dx, 2), dweight, dbias, None if y is None else torch.cat(dz, 2), None, None
 
 
+def by_autograd(x, weight, bias, residual=None, act="none"):
+    """A BatchNorm in training written down as two ops that autograd knows."""
+    mean, m2 = moments(x)
+    rstd = (m2 / (x.shape[0] * x.shape[2] * x.shape[3]) + EPS).rsqrt()
+    return normalize_act(x, mean, rstd, weight, bias, residual, act)
+
+
+class SweptBatchNorm(torch.autograd.Function):
+    """act(batch_norm(x) + residual) as the engine's sweeps do it: statistics are values with gradients of their own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, act):
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        mean, m2 = moments(x)
+        rstd = (m2 / count + EPS).rsqrt()
+        y = normalize_act(x, mean, rstd, weight, bias, residual, act)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, None if residual is None else y)
+        ctx.act, ctx.count = act, count
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, mean, rstd, weight, bias, gate = ctx.saved_tensors
+        dx, dz, dbias, dweight = normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, ctx.act, True)
+        dmean, dvar = -weight * rstd * dbias, -weight * rstd.square() * dweight / 2
+        dx = moments_backward(x, mean, dmean, dvar, ctx.count, dx)
+        return dx, dweight, dbias, dz if ctx.needs_input_grad[3] else None, None
+
+
+def in_sweeps(*leaves, act):
+    return SweptBatchNorm.apply(*leaves, *[None] * (4 - len(leaves)), act)
+
+
+@pytest.mark.parametrize("mode", ["triton", "stock"])
+@pytest.mark.parametrize(("act", "skip"), [("none", False), ("relu", False), ("silu", False), ("relu", True)])
+def test_sweeps_equal_batch_norm(mode, act, skip):
+    generator = torch.Generator().manual_seed(18)
+    x, residual, dy = (random_map(2, 20, 6, 5, torch.float64, generator) for _ in range(3))
+    weight, bias = vectors(20, torch.float64, generator)[2:]
+    leaves = [t.clone().requires_grad_() for t in (x + 5, weight, bias, residual)][: 4 if skip else 3]
+    with choice.override(mode):
+        y = in_sweeps(*leaves, act=act)
+        results = y.detach(), *torch.autograd.grad(y, leaves, dy)
+        y = by_autograd(*leaves, act=act)
+        for result, other in zip(results, (y.detach(), *torch.autograd.grad(y, leaves, dy)), strict=True):
+            assert (result - other).abs().max() <= 1e-12
+    z = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.1, EPS)
+    y = activate_reference(z + leaves[3] if skip else z, act)
+    oracles = y.detach(), *torch.autograd.grad(y, leaves, dy)
+    for name, result, oracle in zip(("y", "dx", "dweight", "dbias", "dresidual"), results, oracles, strict=False):
+        assert (result - oracle).abs().max() <= 1e-12, name
+
+
+def test_gradcheck_of_sweeps():
+    generator = torch.Generator().manual_seed(19)
+    x = random_map(1, 3, 3, 2, torch.float64, generator).requires_grad_()
+    weight, bias = (t.requires_grad_() for t in vectors(3, torch.float64, generator)[2:])
+    assert torch.autograd.gradcheck(lambda *t: in_sweeps(*t, act="gelu"), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *t: by_autograd(*t, act="silu"), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *t: by_autograd(t[0], None, None, t[1]), (x, x.detach().requires_grad_()))
+
+
+def test_a_slope_behind_a_sum_that_the_output_does_not_show():
+    x = torch.randn(1, 3, 2, 2, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match="does not show the slope of 'silu' behind a sum"):
+        by_autograd(x, None, None, x.detach(), "silu")
+
+
 @pytest.mark.parametrize("cuts", [(), (4,), (1, 5)], ids=str)
 @pytest.mark.parametrize(
     ("act", "skip"), [("relu", False), ("silu", False), ("relu", True)], ids=["relu", "silu", "residual, relu"]
@@ -323,6 +354,7 @@ def test_opcheck():
     for keep_dz in (True, False):
         args = (dy, x, *per_channel, None, "relu", *per_channel[:2], keep_dz)
         torch.library.opcheck(normalize_act_backward, args)
+        torch.library.opcheck(normalize_act_gradients, (dy, x, *per_channel, x, "relu", keep_dz))
 
 
 def test_empty_map():
@@ -337,18 +369,10 @@ def test_refusals():
     zeros = torch.zeros(3, device=DEVICE)
     with pytest.raises(ValueError, match="normalize_act: unknown activation 'tanh'; use one of none, relu"):
         normalize_act(torch.zeros(1, 3, 2, 2, device=DEVICE), zeros, zeros, None, None, None, "tanh")
-    with pytest.raises(ValueError, match=r"moments: a map of .* pixels is too large"):
-        module._config(torch.empty(2, 8, 32768, 32768, device="meta"), "moments")
 
 
 class TestPlantedErrors:
     """Mistakes the checks above must see."""
-
-    def test_merging_without_the_distance_of_means(self):
-        x = random_map(2, 7, 12, 5, torch.float64, torch.Generator().manual_seed(13))
-        m2 = sum(moments(part)[1] for part in x.tensor_split((5,), 2))
-        with pytest.raises(AssertionError):
-            assert_close("m2", m2, moments_reference(x)[1])
 
     def test_slope_at_the_wrong_value(self):
         """The bias forgotten where z is computed again."""
@@ -362,25 +386,3 @@ class TestPlantedErrors:
         for result, want in zip(sums, oracle[2:], strict=True):
             with pytest.raises(AssertionError):
                 assert_close("sum", result, want)
-
-    def test_masked_pixels_counted(self, monkeypatch):
-        """A pixel of zeros behind the last one is taken for part of the map."""
-        longer = random_map(1, 9, 6, 5, torch.float32, torch.Generator().manual_seed(15)) + 1
-        longer[:, :, 5] = 0
-        x = longer[:, :, :5]
-        monkeypatch.setattr(module, "count_pixels", lambda t, op: 26)
-        with pytest.raises(AssertionError):
-            assert_close("mean", moments(x)[0], moments_reference(x.double())[0])
-
-    def test_read_past_the_pixels(self, monkeypatch):
-        x = Guarded()(random_map(1, 9, 5, 5, torch.float32, torch.Generator().manual_seed(16)))
-        monkeypatch.setattr(module, "count_pixels", lambda t, op: 26)
-        with pytest.raises(AssertionError, match="not finite"):
-            assert_close("mean", moments(x)[0], moments_reference(x.double())[0])
-
-    def test_program_that_takes_its_neighbours_share(self, monkeypatch):
-        monkeypatch.setattr(module, "stream_config", small_tiles)
-        x = random_map(1, 9, 5, 5, torch.float32, torch.Generator().manual_seed(17))
-        monkeypatch.setattr(Stream, "share", property(lambda config: config.block_m))
-        with pytest.raises(AssertionError):
-            assert_close("m2", moments(x)[1], moments_reference(x.double())[1])

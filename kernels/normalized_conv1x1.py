@@ -1,0 +1,161 @@
+"""The 1x1 convolution behind a BatchNorm in training, which normalises its input as it loads it:
+
+    y = act(n) w^T + shift,   n = (x - mean) * rstd * weight + bias
+
+with mean and squared deviations of each channel of y, as the next BatchNorm wants them, from the same tiles. So of two
+layers one map is read and one written; the normalised one never exists.
+
+As a matrix product: rows are pixels, columns filters, depth channels. Only where a window is a pixel is this worth it:
+a larger filter would normalise each pixel once per tap. The backward is made of others' pieces: `normalize_act` makes
+the input of the weight gradient again, `normalize_act_gradients` takes the data gradient back through the norm.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import ACTIVATIONS, activate
+from .batch_norm import normalize_act, normalize_act_reference
+from .choice import run_fastest
+from .conv2d import conv2d_forward, conv2d_moments
+from .dtypes import accumulator, dot_precision, sum_dtype
+from .layer_norm import count_pixels, is_flat, pixel_offsets
+from .layer_norm_linear import linear_config
+from .moments import merge_parts, moments_of_each, tile_moments
+from .windows import empty_map, nhwc, spatial_strides
+
+
+@triton.jit
+def _normalized_conv1x1_kernel(
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, w_ptr, shift_ptr, y_ptr,  # w: [K, C]
+    part_mean_ptr, part_m2_ptr,  # [tiles, K], of what each tile writes
+    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
+    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
+    pixels, H, W, C, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    MOMENTS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(K, BN)
+    tile = tl.program_id(0) // blocks
+    p = tile * BM + tl.arange(0, BM)  # [BM] pixels
+    k = tl.program_id(0) % blocks * BN + tl.arange(0, BN)  # [BN] filters
+    inside = p < pixels
+    x_rows = x_ptr + pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None]
+    acc = tl.zeros((BN, BM), ACC)
+    for c0 in range(0, C, BK):
+        c = c0 + tl.arange(0, BK)
+        wanted = c < C
+        scale = tl.load(rstd_ptr + c, mask=wanted, other=0.0).to(ACC)
+        scale *= tl.load(weight_ptr + c, mask=wanted, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + c, mask=wanted, other=0.0).to(ACC)
+        bias = tl.load(bias_ptr + c, mask=wanted, other=0.0).to(ACC)
+        a = tl.load(x_rows + c[None, :], mask=inside[:, None] & wanted[None, :], other=0.0).to(ACC)
+        a = activate((a - mean[None, :]) * scale[None, :] + bias[None, :], ACT)  # [BM, BK]
+        w = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & wanted[None, :], other=0.0)
+        # Computed values are the right operand: Hopper reads left ones from registers while it multiplies, and
+        # Triton (3.6, 3.7) may overwrite those too early (triton-lang/triton#9433).
+        acc = tl.dot(w, a.to(w_ptr.dtype.element_ty).T, acc, input_precision=PRECISION, out_dtype=ACC)
+    y = acc.T  # [BM, BN]
+    if HAS_SHIFT:
+        y += tl.load(shift_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    y = y.to(y_ptr.dtype.element_ty)
+    y_rows = y_ptr + pixel_offsets(p, H, W, y_sn, y_sh, y_sw, FLAT)[:, None]
+    tl.store(y_rows + k[None, :], y, mask=inside[:, None] & (k < K)[None, :])
+    if MOMENTS:
+        part_mean, part_m2 = tile_moments(y.to(ACC), inside, tl.minimum(BM, pixels - tile * BM), ACC)
+        at = tile.to(tl.int64) * K + k
+        tl.store(part_mean_ptr + at, part_mean, mask=k < K)
+        tl.store(part_m2_ptr + at, part_m2, mask=k < K)
+
+
+def launch(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str, w: Tensor, shift: Tensor | None,
+    y: Tensor, moments: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write y; mean and m2 of each of its channels over all images, empty unless `moments`.
+
+    Args:
+        x, y: (N, C, H, W) and (N, K, H, W) windows.
+        mean, rstd, weight, bias, shift: (C,) and (K,), of any floating dtype.
+        w: (K, C), dense, of x's dtype.
+    """
+    pixels, channels, filters = count_pixels(x, "normalized_conv1x1"), x.shape[1], y.shape[1]
+    if not y.numel():
+        none = y.new_zeros(filters if moments else 0, dtype=sum_dtype(y.dtype))
+        return none, none.clone()
+    config = linear_config(x.device, x.dtype, pixels, filters, channels)
+    tiles = triton.cdiv(pixels, config.block_m)
+    parts = torch.empty(2, tiles if moments else 0, filters, dtype=sum_dtype(y.dtype), device=y.device)
+    _normalized_conv1x1_kernel[(tiles * triton.cdiv(filters, config.block_n),)](
+        x, mean, rstd, weight, bias, w, shift, y, *parts, *spatial_strides(x), *spatial_strides(y), pixels, x.shape[2],
+        x.shape[3], channels, filters, BM=config.block_m, BN=config.block_n, BK=config.block_k, FLAT=is_flat(x, y),
+        HAS_SHIFT=shift is not None, MOMENTS=moments, ACT=act, PRECISION=dot_precision(x.dtype),
+        ACC=accumulator(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if not moments:
+        return y.new_empty(0, dtype=parts.dtype), y.new_empty(0, dtype=parts.dtype)
+    return merge_parts(parts, config.block_m, pixels)
+
+
+@torch.library.custom_op("gigamorph::normalized_conv1x1", mutates_args=())
+def normalized_conv1x1(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str, w: Tensor, shift: Tensor | None,
+    moments: bool, margin: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y with a margin as `conv2d_forward` leaves it, and mean and m2 of each channel of each image, if wanted.
+
+    Args:
+        x: (N, C, H, W), float64, float32, float16 or bfloat16.
+        mean, rstd, weight, bias: (C,), of any floating dtype.
+        act: "none", "relu", "relu6", "silu", "gelu" or "hardswish".
+        w: (K, C, 1, 1), of x's dtype; shift: (K,).
+        moments: whether the last two are wanted, (N, K) in float32 (float64 for float64); else they are empty.
+        margin: rows above and columns to the left of the result that are left unwritten.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"normalized_conv1x1: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    x = nhwc(x)
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        whole, *_ = _outputs(x, w, moments, margin)
+        y = whole[:, :, margin[0] :, margin[1] :]
+        alone = moments and x.shape[0] == 1
+        found = launch(x, mean, rstd, weight, bias, act, w.flatten(1).contiguous(), shift, y, alone)
+        if moments:
+            found = (found[0][None], found[1][None]) if alone else moments_of_each(y)
+        return whole, *found
+
+    def stock() -> tuple[Tensor, Tensor, Tensor]:
+        n = normalize_act(x, mean, rstd, weight, bias, None, act)
+        place = [1, 1], [0, 0, 0, 0], [1, 1], 1
+        if moments:
+            return conv2d_moments(n, w, shift, *place, margin)
+        whole, _ = conv2d_forward(n, w, None, shift, None, *place, "none", False, margin)
+        return whole, *(x.new_empty(0, dtype=sum_dtype(x.dtype)) for _ in range(2))
+
+    settings = (tuple(w.shape), act, shift is None, moments, *margin)
+    return run_fastest("normalized_conv1x1", x, settings, ours, stock)
+
+
+def _outputs(x: Tensor, w: Tensor, moments: bool, margin: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    whole = empty_map(x.shape[0], w.shape[0], x.shape[2] + margin[0], x.shape[3] + margin[1], x)
+    shape = (x.shape[0], w.shape[0]) if moments else (0,)
+    mean, m2 = (x.new_empty(shape, dtype=sum_dtype(x.dtype)) for _ in range(2))
+    return whole, mean, m2
+
+
+@normalized_conv1x1.register_fake
+def _(x, mean, rstd, weight, bias, act, w, shift, moments, margin):
+    return _outputs(x, w, moments, margin)
+
+
+def normalized_conv1x1_reference(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str, w: Tensor, shift: Tensor | None
+) -> Tensor:
+    """y in plain PyTorch."""
+    n, _ = normalize_act_reference(x, mean, rstd, weight, bias, None, act)
+    return F.conv2d(n, w, shift)

@@ -1,0 +1,215 @@
+"""BatchNorm with live statistics by the kernels: the sweeps give what stock PyTorch gives on the whole image."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exactness import FLOOR, assert_exact, errors, randomize, step
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph import kernels
+from gigamorph.engine import accelerate
+from gigamorph.engine.fused import batch_norm as fused_norm
+from gigamorph.engine.fused import conv as fused_conv
+from gigamorph.engine.graph import Graph
+from gigamorph.engine.strategy import strategies
+from gigamorph.kernels import choice
+
+if not torch.cuda.is_available():
+    import interpreter
+
+    interpreter.install()
+
+PLAN = sys.modules["gigamorph.engine.plan"]  # the package's attribute of that name is the function
+
+
+@pytest.fixture
+def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fused graph, each op of it computed by PyTorch."""
+    monkeypatch.setattr(kernels, "enabled", lambda device: True)
+    with choice.override("stock"):
+        yield
+
+
+class Block(nn.Module):
+    """Norms with an activation behind them, with a sum and an activation, with a sum alone, and with nothing."""
+
+    def __init__(self, channels: int, out: int, stride: int, act: type[nn.Module], **norm: bool):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out, **norm), act(),
+            nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out, **norm),
+        )  # fmt: skip
+        self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride), nn.BatchNorm2d(out, **norm))
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.main(x) + self.skip(x))
+
+
+class Bottleneck(nn.Module):
+    """A 1x1 convolution behind a norm and its activation, one with a bias behind a norm alone, and a padded one."""
+
+    def __init__(self, channels: int, act: type[nn.Module]):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(channels, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), act(),
+            nn.Conv2d(6, 10, 1, bias=False), nn.BatchNorm2d(10),
+            nn.Conv2d(10, 9, 1), nn.BatchNorm2d(9), act(),
+            nn.Conv2d(9, channels, 1, padding=1, bias=False), nn.BatchNorm2d(channels), nn.AvgPool2d(3, 1),
+        )  # fmt: skip
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.main(x))
+
+
+class Net(nn.Module):
+    def __init__(self, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 7, 2, 3), nn.BatchNorm2d(8), act(), nn.MaxPool2d(3, 2, 1))
+        self.first, self.second = Block(8, 8, 1, act), Block(8, 12, 2, act, affine=False)
+        self.bottleneck = Bottleneck(12, act)
+        self.depthwise = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bottleneck(self.second(self.first(self.stem(x))))
+        return self.head((x + self.depthwise(x)).mean((2, 3)))
+
+
+def build(act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(Net(act)).double().train()
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+def sweeps(net: nn.Module) -> list[Graph]:
+    ((prepared,),) = net._programs.values()
+    return prepared.network.sweeps  # pyright: ignore
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU])
+@pytest.mark.parametrize("shape", [(1, 1, 75, 58), (2, 1, 64, 64)], ids=str)
+@pytest.mark.parametrize("tile", [16, 200])
+def test_equals_stock(fused_with_stock_ops: None, act: type[nn.Module], shape: tuple[int, ...], tile: int) -> None:
+    assert_exact(build(act), image(*shape), tile=(tile, tile))
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_strategies(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Whatever is stored, and whatever is computed again."""
+    taken: list[str] = []
+
+    def one(*args):
+        found = list(strategies(*args))
+        taken.append(found[min(number, len(found) - 1)].name)
+        yield found[min(number, len(found) - 1)]
+
+    monkeypatch.setattr(PLAN, "strategies", one)
+    assert_exact(build(), image(1, 1, 80, 72), tile=(24, 24))
+    assert taken
+
+
+def test_several_sizes(fused_with_stock_ops: None) -> None:
+    """Images side by side: the statistics are those of all of them, the tiles those of each."""
+    model, images = build(), [image(1, 1, 64, 48), image(1, 1, 40, 72)]
+    outputs = torch.cat(list(accelerate(model, tile=24)(images)))
+    outputs.square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    monkey = build()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "enabled", lambda device: False)
+        expected = torch.cat(list(accelerate(monkey, tile=24)(images)))
+        expected.square().sum().backward()
+    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+    wrong = errors({name: p.grad for name, p in monkey.named_parameters()}, found)
+    assert max(wrong.values()) < 1e-11, wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+def test_with_triton_kernels(act: type[nn.Module]) -> None:
+    with choice.override("triton"):
+        assert_exact(build(act), image(1, 1, 40, 33), tile=(24, 24))
+
+
+def test_under_autocast(fused_with_stock_ops: None) -> None:
+    """As near to float64 as stock PyTorch comes, where the gradient is not zero in exact arithmetic."""
+    model, x = build(), image(1, 1, 96, 80)
+    exact = step(model, x).gradients
+    sizes = {name: grad.norm().item() for name, grad in exact.items() if grad is not None}
+    counted = [name for name, size in sizes.items() if size > FLOOR * max(sizes.values())]
+    model, x = model.float(), x.float()
+    distances = []
+    for net in (model, accelerate(model, tile=32)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = step(net, x).gradients
+        distances.append(errors(exact, {name: grad.double() for name, grad in found.items()}))  # pyright: ignore
+    stock, ours = (sum(found[name] ** 2 for name in counted) ** 0.5 for found in distances)
+    assert ours < 1.25 * stock, (ours, stock)
+
+
+class TestFusing:
+    """Which ops become one."""
+
+    def test_norms_take_sums_and_activations(self, fused_with_stock_ops: None) -> None:
+        net = accelerate(build(), tile=32)
+        net(image(1, 1, 64, 64))
+        names = [local.op.name for graph in sweeps(net) for local in graph.locals]
+        fused = {"fused_conv2d", "fused_normalize", "fused_norm_conv", "max_pool2d"}
+        assert set(names) == {*fused, "avg_pool2d", "add", "relu"}
+        assert names.count("add") == names.count("relu") == 1, "behind the pooling"
+
+    def test_norms_take_the_convolution_of_a_pixel_behind_them(self, fused_with_stock_ops: None) -> None:
+        net = accelerate(build(), tile=32)
+        net(image(1, 1, 64, 64))
+        names = [local.op.name for graph in sweeps(net) for local in graph.locals]
+        assert names.count("fused_norm_conv") == 2, "the padded one stays apart"
+
+    def test_an_activation_behind_a_sum_that_does_not_show_its_slope_stays_apart(
+        self, fused_with_stock_ops: None
+    ) -> None:
+        net = accelerate(build(nn.SiLU), tile=32)
+        net(image(1, 1, 64, 64))
+        names = [local.op.name for graph in sweeps(net) for local in graph.locals]
+        assert names.count("silu") == 3 and names.count("add") == 1
+
+    def test_statistics_come_out_of_convolutions_in_the_first_pass_alone(
+        self, fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[bool] = []
+        plain, normalized = fused_conv.conv2d_moments, fused_norm.normalized_conv1x1
+        monkeypatch.setattr(fused_conv, "conv2d_moments", lambda *args: calls.append(True) or plain(*args))
+        monkeypatch.setattr(fused_norm, "normalized_conv1x1", lambda *args: calls.append(True) or normalized(*args))
+        from gigamorph.kernels import moments
+
+        monkeypatch.setattr(moments, "moments_of_each", None)  # nothing is read a second time for its statistics
+        net = accelerate(build(), tile=200)
+        loss = net(image(1, 1, 64, 64)).square().sum()
+        first = len(calls)
+        assert first == 12, "one for each norm"
+        loss.backward()
+        assert len(calls) == first
+
+    def test_norms_without_parameters_and_normalization_by_length(self, fused_with_stock_ops: None) -> None:
+        """F.batch_norm without a module, without parameters, in a function."""
+
+        class Bare(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = F.relu(F.batch_norm(self.conv(x), None, None, training=True))
+                return F.normalize(x, dim=1).mean((2, 3))
+
+        torch.manual_seed(0)
+        assert_exact(Bare().double(), image(1, 1, 30, 41), tile=(16, 16))
