@@ -135,6 +135,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     if not boxes:
         found.require("row", "column")
     wanted = {_place(name, Path()): number for number, name in enumerate(images.names)}
+    if len(wanted) < len(images):
+        raise DataError(f"{images.names[0]}: an image or its frames are there twice; marks are of images of one frame")
     places: list[list[tuple[float, float]]] = [[] for _ in wanted]
     scores: list[list[float]] = [[] for _ in wanted]
     for place, row in zip(found.places, found.rows, strict=True):

@@ -85,10 +85,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]
 
 def _data(card: Card) -> list[str]:
     rows = []
-    for name, records in card.records.items():
-        labels = Counter(record.label for record in records)
-        counts = [labels[number] for number in range(len(card.classes))]
-        rows.append([name, len(records), len({record.patient_id for record in records}), *counts])
+    for split, records in card.records.items():
+        counts = [sum(_is(record, number, name) for record in records) for number, name in enumerate(card.classes)]
+        rows.append([split, len(records), len({record.patient_id for record in records}), *counts])
     lines = _table(["split", "images", "patients", *(f"label {name}" for name in card.classes)], rows)
     everything = [record for records in card.records.values() for record in records]
     known = []
@@ -99,6 +98,11 @@ def _data(card: Card) -> list[str]:
             missing = f", not known {values[None]}" if values[None] else ""
             known.append(f"- {column}: {told}{missing}")
     return [*lines, "", "No patient is in two splits.", "", *(known or ["Views, densities and makers are not known."])]
+
+
+def _is(record: Record, number: int, name: str) -> bool:
+    """Whether an image is of a class, or has a label."""
+    return record.label == number or (record.label < 0 and record.labels.get(name) == 1)
 
 
 def _evaluated(cases: Cases, resamples: int) -> dict[str, Any] | str:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gigamorph.engine.evaluate import froc
 from gigamorph.engine.evaluate.froc import Marked
@@ -45,6 +47,33 @@ def test_a_mark_in_two_boxes_finds_both_and_ties_happen_at_once():
     one = froc.events([image("a", [(0, 10, 0, 10), (5, 15, 5, 15)], [(7, 7, 1.0), (50, 50, 1.0)])])
     false, sensitivity = froc.curve(one)
     assert false[0].tolist() == [0, 1] and sensitivity[0].tolist() == [0, 1]
+
+
+@given(st.integers(0, 10000))
+def test_curve_is_the_count_at_each_threshold(seed):
+    random = np.random.default_rng(seed)
+    images = []
+    for _ in range(6):
+        corner = random.integers(0, 20, (random.integers(0, 3), 2))
+        sides = corner + random.integers(1, 12, corner.shape)
+        boxes = np.stack([corner[:, 0], sides[:, 0], corner[:, 1], sides[:, 1]], 1)
+        marks = random.integers(0, 25, (random.integers(0, 8), 3))
+        images.append(image("p", boxes, marks))
+    lesions = sum(len(one.boxes) for one in images)
+    false, sensitivity = froc.curve(froc.events(images))
+    at = dict(zip(np.round(false[0] * 6).astype(int).tolist(), sensitivity[0], strict=True))  # the last of each
+    for threshold in np.unique(np.concatenate([one.scores for one in images])):
+        hits = alarms = 0
+        for one in images:
+            shown = one.scores >= threshold
+            inside = np.array([[b[0] <= r < b[1] and b[2] <= c < b[3] for b in one.boxes] for r, c in one.places])
+            inside = inside.reshape(len(one.places), len(one.boxes))
+            hits += inside[shown].any(0).sum()
+            alarms += (~inside[shown].any(1)).sum()
+        if lesions:
+            assert hits / lesions <= at[alarms] + 1e-12
+            points = np.isclose(false[0] * 6, alarms) & np.isclose(sensitivity[0] * lesions, hits)
+            assert points.any()
 
 
 def test_weights_are_images_written_several_times():

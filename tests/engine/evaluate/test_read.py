@@ -152,6 +152,9 @@ def test_marks_and_lesions(predictions, tmp_path):
     assert read_marks(boxes, table, read_cases(predictions))[0][0].places.tolist() == [[5, 30]]
     with pytest.raises(DataError, match="column row, column is missing"):
         read_marks(write(tmp_path / "x.csv", "image_path,score\na,1\n"), table, read_cases(predictions))
+    twice = read_cases(predictions).where([0, 0, 1])
+    with pytest.raises(DataError, match=r"a\.png: an image or its frames are there twice"):
+        read_marks(marks, table, twice)
     table.write_text("image_path,findings\na.png,\n")
     with pytest.raises(DataError, match=r"has no row of .*b\.png"):
         read_marks(marks, table, read_cases(predictions))

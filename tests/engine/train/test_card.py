@@ -74,4 +74,8 @@ def test_several_outputs_have_a_row_each_and_a_mean(tmp_path, kind):
     base = predicted(test)
     cases = Cases(**{**vars(base), "truth": truth, "scores": scores, "outputs": ("a", "b", "c"), "kind": kind})
     text = write_card(tmp_path / "card.md", card(predictions={"test": cases})).read_text()
+    if kind == "labels":
+        many = [Record(Path("x"), -1, str(k), labels={"a": 1.0, "b": float(k % 2)}) for k in range(5)]
+        told = card(records={"test": many}, classes=("a", "b", "c"), predictions={})
+        assert "| test | 5 | 5 | 5 | 2 | 0 |" in write_card(tmp_path / "labels.md", told).read_text()
     assert text.count("| test | image |") == 4 and "| test | image | mean | 30 |" in text

@@ -1,0 +1,64 @@
+"""The model card of a recipe's network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..data.tables import Record
+from ..evaluate import Cases
+from ..memory import format_bytes, peak_bytes
+from ..train.card import Card, write_card
+from .recipe import Run
+
+
+def recipe_card(
+    run: Run,
+    name: str,
+    config: Any,
+    *,
+    parameters: int,
+    records: Mapping[str, Sequence[Record]],
+    classes: Sequence[str],
+    predictions: Mapping[str, Cases],
+) -> Path:
+    """Write ``model_card.md`` into the run's folder; returns its path.
+
+    Args:
+        name: of the recipe.
+        config: its configuration, of which files are not named.
+        parameters: of the trained network.
+        records: the images of each split.
+        classes: names of the labels, in order; of several labels any.
+        predictions: of the images of "val" and "test".
+    """
+    settings = {key: _told(key, value) for key, value in asdict(config).items()}
+    budget = "what is free" if run.memory_budget is None else format_bytes(run.memory_budget)
+    card = Card(
+        title=f"{name}, {settings.get('model', 'several extractors')}",
+        model={"recipe": name, "parameters": f"{parameters:,}", "output": ", ".join(classes)},
+        training={
+            **settings,
+            "seed": run.seed,
+            "precision": run.precision,
+            "device": run.device,
+            "memory budget of a step": budget,
+            "largest memory of the process": format_bytes(peak_bytes(run.device)),
+        },
+        records=records,
+        classes=classes,
+        predictions=predictions,
+    )
+    return write_card(run.out / "model_card.md", card)
+
+
+def _told(key: str, value: Any) -> Any:
+    """A setting as it is told: of a file only that it was given, of stages one after the other."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(name, own)}" for name, own in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(str(_told(key, own)) for own in value) or "none"
+    is_file = isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
+    return "given" if is_file or (key in ("weights", "unlabelled") and value is not None) else value
