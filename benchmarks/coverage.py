@@ -96,7 +96,7 @@ SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256)]
 OWN_SIZES = {"halonet26t": (512, 256)}
 TILE = 48
 LIMIT = 1e-12
-TIMEOUT = 1800  # seconds for one network in one mode
+TIMEOUT = 3600  # seconds for one network in one mode
 RESULTS = ROOT / "benchmarks" / "results" / "coverage_census.json"
 
 
@@ -226,7 +226,8 @@ class Child:
             )
         process = self.process
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(TIMEOUT, process.kill)
+        late = threading.Event()
+        timer = threading.Timer(TIMEOUT, lambda: (late.set(), process.kill()))
         timer.start()
         try:
             process.stdin.write(f"{name} {mode}\n")
@@ -239,7 +240,8 @@ class Child:
         if answer:
             return json.loads(answer)
         self.process = None
-        message = f"the process died with code {process.wait()}"
+        died = f"the process died with code {process.wait()}"
+        message = f"no verdict within {TIMEOUT} s" if late.is_set() else died
         return {"network": name, "mode": mode, "class": CLASSES[name], "verdict": "wrong", "message": message}
 
     def close(self) -> None:

@@ -74,6 +74,12 @@ def test_another_order_of_rough_sums_is_rounding():
     assert found["good"] and found["error"] > LIMIT and "times stock's own noise" in found["notes"]
 
 
+def test_noise_does_not_excuse_everything():
+    """A stock step that moves this much is wrong itself, or its rounding says nothing."""
+    found = judged(1e10, reordered)
+    assert not found["good"] and found["error"] > 1e-9
+
+
 def test_an_error_is_no_rounding():
     for rough in (0.0, 1e6):  # the noise of one tensor is no excuse for another
         found = judged(rough, off_by(1e-10, "fine.weight"))
