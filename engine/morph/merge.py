@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MorphError
+from ..memory import freed_pages_kept
 from .attributes import get_int, set_int
 from .discover import Axis
 from .provenance import Fault, Mismatch
@@ -30,6 +31,7 @@ Sizes = dict[tuple[str, str], int]  # by module and attribute
 Folds = dict[str, list[int]]  # space key -> of each of its units, the first one that is equal
 
 
+@freed_pages_kept()
 def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """A narrower network that computes the same function, with every set of tied channels folded into one.
 

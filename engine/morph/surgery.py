@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import MorphError
+from ..memory import freed_pages_kept
 from .verify import Example, Report, as_inputs, cast, duplicate, verified_report
 
 EDITS: dict[str, Callable[..., list[str]]] = {}
@@ -40,6 +41,7 @@ def apply_edit(model: nn.Module, step: dict[str, Any]) -> list[str]:
     return EDITS[step["op"]](model, **{key: value for key, value in step.items() if key != "op"})
 
 
+@freed_pages_kept()
 def morphed(
     model: nn.Module,
     step: dict[str, Any],

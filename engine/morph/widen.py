@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
+from ..memory import freed_pages_kept
 from .provenance import Mismatch
 from .rebuild import Copies, ParameterMap
 from .spaces import OUTPUT, Space, Spaces, find_spaces
@@ -24,6 +25,7 @@ from .verify import Certificate, Example, Report, as_inputs, verified_report
 Counts = Mapping[int | str, int | Sequence[int]]
 
 
+@freed_pages_kept()
 def widen(
     model: nn.Module,
     example: Example,

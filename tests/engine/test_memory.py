@@ -1,0 +1,30 @@
+"""What becomes of freed memory."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from gigamorph.engine.memory import freed_pages_kept, return_free_pages, used_bytes
+
+MIB = 1 << 20
+
+
+def grow_and_free() -> int:
+    """Bytes that the process still holds of 256 MiB in blocks of 4 MiB."""
+    return_free_pages()
+    before = used_bytes()
+    blocks = [torch.ones(MIB) for _ in range(64)]
+    assert used_bytes() - before > 200 * MIB
+    del blocks
+    return used_bytes() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_pages_are_kept_and_then_returned() -> None:
+    before = used_bytes()
+    with freed_pages_kept():
+        assert grow_and_free() > 200 * MIB
+    assert used_bytes() - before < 50 * MIB
