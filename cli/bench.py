@@ -131,6 +131,61 @@ def limit(
 
 
 @bench.command()
+@click.option("--match", default="", help="Only ops whose name contains this.")
+@_json
+def kernels(match: str, path: Path | None) -> None:
+    """Each kernel against cuDNN, eager PyTorch and torch.compile, per shape, with its floor. Needs a GPU.
+
+    Example: gigamorph bench kernels --match "3x3" --json kernels.json
+    """
+    from ..engine.bench.kernels import measure
+
+    found = measure(match, lambda row: click.echo(f"{row.op:40} {row.ms} {row.reason or ''}"))
+    results = _begin("cuda")
+    results.kernels = found
+    _keep(results, path)
+
+
+@bench.command()
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Sets of runs.")
+@_json
+def morph(seeds: int, path: Path | None) -> None:
+    """Time of growing a network, and time until it is as good as one trained from scratch.
+
+    Example: gigamorph bench morph --seeds 1
+    """
+    from ..engine.bench.morph import measure
+
+    results = _begin("cpu")
+    results.morphs = measure(range(seeds), say=click.echo)
+    for row in results.morphs:
+        reached = f"after {row.seconds:.1f} s, {row.epochs} epochs" if row.seconds else "never"
+        click.echo(f"seed {row.seed}  {row.how:36} accuracy {row.accuracy:.1%} {reached}")
+    _keep(results, path)
+
+
+@bench.command()
+@click.option("--row", "numbers", type=int, multiple=True, help="Only these numbers.")
+@_json
+def rows(numbers: tuple[int, ...], path: Path | None) -> None:
+    """The declared list of comparisons: run what this machine allows, say why of the others.
+
+    Example: gigamorph bench rows --row 10 --row 11 --json rows.json
+    """
+    import torch
+
+    from ..engine.bench.rows import run
+
+    results = _begin("cuda" if torch.cuda.is_available() else "cpu")
+    for outcome in run(results.ceilings, numbers, _show_step):
+        results.declared.append(outcome.row)
+        results.steps += outcome.steps
+        row = outcome.row
+        click.echo(f"{row.number:2} {row.status:13} {row.text}: {row.found or row.reason}")
+        _keep(results, path)
+
+
+@bench.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
 def report(results: tuple[Path, ...], out: Path) -> None:

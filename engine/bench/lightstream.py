@@ -24,6 +24,7 @@ from .results import Task
 # Pixels by which tiles overlap in the backward, both sides together: lightstream's own statistics. The best tile is the
 # one with which the backward goes through the fewest pixels.
 OVERLAPS = {"resnet18": 977, "resnet34": 1873, "resnet50": 881, "timm:vgg16": 372}
+_MOST_WORK = 8  # times the image's pixels; where tiles that fit do more, the whole image is one tile
 _LARGER = 1.12  # from one tile that is tried to the next
 _LOW, _HIGH = 128, 256  # sides from which the memory of larger ones follows
 _SMALL = 64  # side of the image on which a split is checked
@@ -64,7 +65,8 @@ def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
     overlap = OVERLAPS.get(task.model, 0) if task.training else 0
     useful = [side for side in fitting if side >= overlap + _STEP]
     if overlap and useful:
-        return [min(useful, key=lambda side: work(side, overlap, task.image[2:]))]
+        best = min(useful, key=lambda side: work(side, overlap, task.image[2:]))
+        return [best if work(best, overlap, task.image[2:]) <= _MOST_WORK * height * width else sides[-1]]
     tries = [max(useful or fitting or sides[:1])]
     while tries[-1] < sides[-1]:
         tries.append(next((side for side in sides if side >= _LARGER * tries[-1]), sides[-1]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("numpy", "triton", "lightning", "lightstream", "timm", "torchvision")
 
 
@@ -27,10 +27,10 @@ def _cpu() -> str:
 
 def _git(*args: str) -> str | None:
     """What git says of this checkout; None where the package lies in no checkout of its own."""
-    if not (_ROOT / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
     with contextlib.suppress(OSError):
-        return subprocess.run(["git", *args], cwd=_ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return None
 
 

@@ -266,7 +266,7 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """Results of any benchmark of this project, those of `benchmarks/gpu.py` included.
+    """Results of `gigamorph bench`, `benchmarks/gpu.py` or `benchmarks/morph_training.py`.
 
     Raises:
         DataError: if the file is something else.
@@ -281,7 +281,14 @@ def read(path: Path) -> Results:
         from .gpu_results import from_gpu
 
         return from_gpu(data)
-    raise DataError(f"{path}: not results of gigamorph bench ({FORMAT!r}) or benchmarks/gpu.py; measure it again")
+    if isinstance(data, dict) and {"settings", "seeds", "summary"} <= data.keys():
+        from .morph import rows_of
+
+        return Results("benchmarks/morph_training.py", data.get("provenance", {}), morphs=rows_of(data))
+    raise DataError(
+        f"{path}: not results of gigamorph bench ({FORMAT!r}), benchmarks/gpu.py or benchmarks/morph_training.py; "
+        "measure it again"
+    )
 
 
 def _own(data: dict[str, Any]) -> Results:

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from bench_results import everything
 
 from gigamorph.cli.main import main
@@ -71,3 +72,25 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert run("step", "--size", "100x100", "--peer", "nobody") == 2
     assert "none of stock, channels-last" in capsys.readouterr().err
     assert run("step", "--size", "100") == 2 and "height x width" in capsys.readouterr().err
+
+
+def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_path, capsys):
+    from gigamorph.engine.bench import morph, rows
+    from gigamorph.engine.bench.results import NOT_RUN, DeclaredRow, MorphRow
+
+    row = DeclaredRow(3, "VGG16", "fast", NOT_RUN, "needs a GPU")
+    monkeypatch.setattr(rows, "run", lambda ceilings, numbers, say: iter([rows.Outcome(row)]))
+    assert run("rows", "--json", str(tmp_path / "r.json")) == 0
+    assert read(tmp_path / "r.json").declared == [row]
+    made = MorphRow(0, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)])
+    monkeypatch.setattr(morph, "measure", lambda seeds, say: [made])
+    assert run("morph", "--json", str(tmp_path / "m.json")) == 0
+    assert read(tmp_path / "m.json").morphs == [made]
+    out = capsys.readouterr().out
+    assert "needs a GPU" in out and "after 12.0 s, 7 epochs" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_kernels_need_a_gpu(capsys):
+    assert run("kernels") == 2
+    assert "needs a GPU" in capsys.readouterr().err

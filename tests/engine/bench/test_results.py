@@ -1,6 +1,7 @@
 """The format of results: what is written is read, whatever benchmark of this project wrote it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from bench_results import everything, gpu_file
@@ -47,3 +48,9 @@ def test_results_of_the_gpu_script_are_read_by_the_same_reader(tmp_path):
     assert last.check is None and (compiled.status, compiled.reason) == (OUT_OF_MEMORY, "tried to allocate")
     assert found.kernels[0].ms["ours"] == 2.0 and found.kernels[1].reason == "ours: no"
     assert found.provenance["gpu"] == "some GPU" and found.ceilings["gb_per_s"] == 4e3
+
+
+def test_the_committed_results_of_growing_are_read():
+    found = read(Path(__file__).parents[3] / "benchmarks" / "results" / "morph_training.json")
+    assert {row.how for row in found.morphs} >= {"widened", "deepened", "widened, from scratch, same epochs"}
+    assert all(row.curve and (row.seconds is None or row.seconds > 0) for row in found.morphs)
