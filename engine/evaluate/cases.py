@@ -46,7 +46,9 @@ class Cases:
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bad = np.flatnonzero(np.isnan(self.scores).any(1))
+        # Of probabilities 0 and 1 the log-odds are infinite.
+        fine = ~np.isnan(self.scores) if self.probable else np.isfinite(self.scores)
+        bad = np.flatnonzero(~fine.all(1))
         if len(bad):
             raise DataError(f"{self.names[bad[0]]}: its score is not a number; predict it again, or leave it out")
 

@@ -31,7 +31,8 @@ def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
     places = {name: row for row, name in enumerate(second.names)}
     rows = [row for row, name in enumerate(first.names) if name in places]
     if not rows:
-        raise DataError(f"the two predictions have no {first.level} in common ({first.names[0]}; {second.names[0]})")
+        names = "; ".join(cases.names[0] if len(cases) else "none" for cases in (first, second))
+        raise DataError(f"the two predictions have no {first.level} with a label in common ({names})")
     one, two = first.where(rows), second.where([places[first.names[row]] for row in rows])
     differ = np.flatnonzero(~np.isclose(one.truth, two.truth, equal_nan=True).all(1))
     if len(differ):

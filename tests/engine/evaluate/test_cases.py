@@ -80,3 +80,5 @@ def test_of_several_labels_each_is_known_or_not():
 def test_scores_that_are_no_numbers_are_refused():
     with pytest.raises(DataError, match="i1: its score is not a number"):
         images([("p", "", "", 0, 1.0), ("q", "", "", 1, np.nan)])
+    with pytest.raises(DataError, match="i0: its score is not a number"):
+        images([("p", "", "", 0, np.inf)], probable=False)

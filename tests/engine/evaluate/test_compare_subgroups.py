@@ -54,7 +54,7 @@ def test_comparison_refuses_what_cannot_be_paired(cases):
         truth = cases.truth.copy()
         truth[3] = 1 - truth[3]
         compare(cases, replace(cases, truth=truth))
-    with pytest.raises(DataError, match="no image in common"):
+    with pytest.raises(DataError, match="no image with a label in common"):
         compare(cases, replace(cases, names=tuple(f"j{n}" for n in range(120))))
     with pytest.raises(DataError, match="i0: is there twice"):
         compare(cases, cases.where([0, 0, 1]))

@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from gigamorph.engine import DataError
@@ -126,3 +128,37 @@ def test_files(tmp_path, kind):
         assert found["levels"]["breast"]["mean_auc"]["left_out"] == ["b"] and "mean without b" in page
     if kind == "classes":
         assert "kappa" in found["levels"]["breast"] and "Quadratic weighted kappa" in page
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["binary", "classes", "labels"]), st.integers(1, 12), st.booleans())
+def test_whatever_the_rows_are_there_are_plain_values_or_one_line(seed, kind, n, probable):
+    random = np.random.default_rng(seed)
+    outputs = ("a",) if kind == "binary" else ("a", "b", "c")
+    truth = random.integers(0, 2, (n, len(outputs))).astype(float)
+    if kind == "classes":
+        truth = np.eye(3)[random.integers(0, 3, n)]
+    truth[random.random(n) < 0.3] = np.nan
+    ends = [-np.inf, np.inf] if probable else [-9e9, 9e9]
+    scores = random.choice([*ends, -800.0, -1.0, 0.0, 0.5, 40.0, 50.0], (n, len(outputs)))
+    cases = Cases(
+        outputs=outputs,
+        truth=truth,
+        scores=scores,
+        names=tuple(map(str, range(n))),
+        patients=tuple(random.choice(["", "p", "q", "r"], n).tolist()),
+        exams=tuple(random.choice(["", "e"], n).tolist()),
+        sides=tuple(random.choice(["", "L", "R"], n).tolist()),
+        kind=kind,
+        probable=probable,
+        columns={"age": tuple(random.choice(["", "40", "55.5"], n).tolist())},
+    )
+    given_ = Settings(levels=("image", "breast", "exam"), threshold=0.5, by=("age",), resamples=5)
+    try:
+        found = evaluate(cases, given_, other=Cases(**{**vars(cases), "scores": scores[::-1]}))
+    except DataError as error:
+        told = ("nothing can be measured", "no image with a label in common")
+        assert any(text in str(error) for text in told) and "\n" not in str(error)
+    else:
+        json.dumps(found, allow_nan=False)
+        assert len(headline(found)) >= 3
