@@ -82,12 +82,14 @@ class Network:
 
     Attributes:
         ranges: steps whose maps are let go after the forward and computed again in the backward.
+        place: where stored maps that sweeps alone read are kept: "device", "host" or "disk".
     """
 
     program: Program
     maps: Maps
     steps: list[Op | Small | Graph]
     ranges: list[range] = field(default_factory=list)
+    place: str = "device"
 
     @property
     def sweeps(self) -> list[Graph]:

@@ -130,17 +130,17 @@ class Accumulator:
         return block.amax(reduction.dims, keepdim=True)
 
     def values(self) -> tuple[Tensor, ...]:
-        """The reduction's values as stock PyTorch returns them."""
+        """The reduction's values as stock PyTorch returns them: tensors that the caller may change."""
         assert self.total is not None
         if self.deviations is not None:
-            return self.total.to(self.dtype), (self.deviations / self.seen).to(self.dtype)
+            return self.total.to(self.dtype, copy=True), (self.deviations / self.seen).to(self.dtype)
         value = (self.total / self.reduction.count if self.reduction.count != 1 else self.total).to(self.dtype)
         found = [value]
         if len(self.reduction.outputs) > 1:  # a band's maximum: how many elements have it
             first = self.reduction.first_only
             counts = [(part == self.total) * (1 if first else note) for part, note in self.maxima.values()]
             found.append(torch.stack(counts).sum(0, dtype=torch.float64))
-        return tuple(t if self.reduction.keepdim else t.squeeze(self.reduction.dims) for t in found)
+        return tuple((t if self.reduction.keepdim else t.squeeze(self.reduction.dims)).clone() for t in found)
 
     def shares(self) -> dict[tuple[int, int], Tensor]:
         """For a maximum: per tile, the factor on the gradient of the tile's own maximum."""

@@ -104,3 +104,29 @@ def test_bilinear_in_low_precision(align_corners):
         rounding = torch.finfo(dtype).eps * truth.norm()
         assert tiled <= max(1.5 * stock, rounding)
         net = net.double()
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x, keepdim: x.mean((2, 3), keepdim),
+        lambda x, keepdim: x.sum((2, 3), keepdim),
+        lambda x, keepdim: x.flatten(2).max(2, keepdim).values,
+        lambda x, keepdim: F.adaptive_max_pool2d(x, 1),
+        lambda x, keepdim: F.adaptive_avg_pool2d(x, 1).flatten(1 if keepdim else 0),
+    ],
+    ids=["mean", "sum", "max", "pooled maximum", "pooled mean"],
+)
+def test_what_is_pooled_may_be_changed_in_place(pool, keepdim):
+    """Classifiers begin with a dropout in place; the tensor is the caller's own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return pool(self.conv(x), keepdim).mul_(3).square()
+
+    assert_exact(Net().double(), image(), tile=(5, 4))
