@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _DRAWS = 4
 _TIMES = 4  # of its noise
-_ROUNDING = 1e-9  # more than this is an error, whatever stock's noise
+ROUNDING = 1e-9  # more than this is an error, whatever stock's noise
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -37,6 +37,8 @@ def judge(
     model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], casts: bool, limit: float
 ) -> dict[str, Any]:
     """Whether all is well ("good"), the worst "error" and its tensor, "notes", and the "float32" errors.
+
+    Also the largest "noise" of any tensor, 0 where it was not needed.
 
     Args:
         model: float64, in the mode to be compared; it is copied.
@@ -77,19 +79,20 @@ def judge(
             if _worst(others) <= limit:
                 moved = _worst(errors)
                 notes.append(
-                    f"stock's BatchNorm rounds more than its definition, written out as here; it differs by {moved:.1e}"
+                    f"stock's BatchNorm rounds more than its definition, written out here (it differs by {moved:.1e})"
                 )
                 truth, errors = written, others
         good = _worst(errors) <= limit
-        worst = max(errors, key=lambda name: errors[name])
+        worst, rounding = max(errors, key=lambda name: errors[name]), 0.0
         if not good:
             noise = _noise(model, image, truth)
             times = {name: error / max(noise[name], 1e-300) for name, error in errors.items() if error > limit}
             worst = max(times, key=lambda name: times[name])
             notes.append(f"{times[worst]:.1f} times stock's own noise, which is {noise[worst]:.1e}")
-            good = times[worst] <= _TIMES and _worst(errors) <= _ROUNDING
+            rounding = max(noise.values())
+            good = times[worst] <= _TIMES and _worst(errors) <= ROUNDING
     single = _float32(model, image, fast, truth, in_stock)
-    found = {"good": good, "error": errors[worst], "worst": worst, "float32": single}
+    found = {"good": good, "error": errors[worst], "worst": worst, "noise": rounding, "float32": single}
     return found | ({"notes": "; ".join(notes)} if notes else {})
 
 

@@ -1,0 +1,143 @@
+"""The page docs/coverage.md from the JSON of coverage.py."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+CLASSES = {
+    "a": "nothing but the last pooling looks at the whole image",
+    "b": "statistics of the whole image inside: squeeze-and-excite, group norm, response norm, linear attention",
+    "c": "attention over all positions somewhere",
+    "fixed": "takes images of one size alone",
+}
+MODES = {"eval": "frozen", "live": "live"}  # what the page calls them
+VERDICTS = {
+    "exact": "computed tile by tile, and the same as stock PyTorch",
+    "taken whole": 'the same, with `fallback="whole"`: an op in the middle takes a whole map',
+    "refused": "an error that names the module and the line",
+    "wrong": "anything else",
+}
+
+Row = dict[str, Any]
+
+
+def page(result: dict[str, Any]) -> str:
+    """The whole page; the same JSON gives the same page."""
+    rows = result["networks"]
+    return "\n".join([_head(result), _counts(rows), _reading(result), _networks(rows), _remarks(rows)])
+
+
+def _head(result: dict[str, Any]) -> str:
+    wrong = sum(row["verdict"] == "wrong" for row in result["networks"])
+    names = {row["network"] for row in result["networks"]}
+    tile = next(row["tile"] for row in result["networks"] if "tile" in row)
+    return f"""# Which networks are exact
+
+Written by `python benchmarks/coverage.py --markdown` from `benchmarks/results/coverage_census.json`; do not edit.
+
+{len(names)} networks (timm {result["timm"]}, torchvision {result["torchvision"]}, and small U-Nets and a feature
+pyramid of our own), unmodified, in tiles of {tile} pixels: outputs, the gradient of every parameter and of the image,
+and every buffer after one training step, against stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
+"""
+
+
+def _counts(rows: list[Row]) -> str:
+    lines = ["| class | norms | networks | " + " | ".join(VERDICTS) + " |", "|---|---|---|" + "---|" * len(VERDICTS)]
+    groups = [
+        *(([kind], mode) for kind, mode in itertools.product(CLASSES, MODES)),
+        *((list(CLASSES), mode) for mode in MODES),
+    ]
+    for kinds, mode in groups:
+        own = [row["verdict"] for row in rows if row["class"] in kinds and row["mode"] == mode]
+        name = kinds[0] if len(kinds) == 1 else "all"
+        found = [str(own.count(verdict)) for verdict in VERDICTS]
+        lines.append(f"| {name} | {MODES[mode]} | {len(own)} | " + " | ".join(found) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _reading(result: dict[str, Any]) -> str:
+    kinds = "\n".join(f"- **{name}**: {what}." for name, what in CLASSES.items())
+    verdicts = "\n".join(f"- **{name}**: {what}." for name, what in VERDICTS.items())
+    return f"""## How to read it
+
+Classes:
+
+{kinds}
+
+Norms are frozen (the network in evaluation mode, one image) or live (every module in training mode, four images).
+Weights are random, and so are the running statistics of frozen norms.
+
+Verdicts:
+
+{verdicts}
+
+*Error* is the largest relative error of any output, gradient or buffer in float64, of a network that casts to float32
+itself with these casts made float64. The limit is {result["limit"]:.0e}. Where it is passed, stock PyTorch's own
+rounding decides: its step is repeated with the result of every operation changed in the last bit at random, and with
+maps in another memory order; a tensor may differ by four times what that moves it, and never by more than 1e-9.
+
+PyTorch's BatchNorm on the CPU computes wrong gradients for some memory orders of a single image
+(`engine/corrected.py`). Where that happens in stock's step, it is stock that is given contiguous tensors, so that it is
+right; the remark says so.
+
+*float32* is the error of the gradients in float32, measured against float64, as a multiple of stock PyTorch's own.
+Below 1 the tiles are nearer to the truth than stock is.
+"""
+
+
+def _numbered(rows: list[Row]) -> dict[str, int]:
+    """The remarks in the order in which they first come, by their text."""
+    found = dict.fromkeys(text for row in rows for text in _texts(row))
+    return {text: number for number, text in enumerate(found, 1)}
+
+
+def _texts(row: Row) -> list[str]:
+    """The remarks on a row, in words that rows share."""
+    texts = [row.get("message", ""), *row.get("notes", "").split("; ")]
+    if "statistics" in row:
+        texts.append(f"running statistics {row['statistics']}")
+    if "dropout off" in row:
+        texts.append("dropout is switched off on both sides: of whole maps it is drawn tile by tile")
+    return [_shared(text) for text in texts if text and not text.startswith("it differs by")]
+
+
+def _shared(text: str) -> str:
+    text = text.removesuffix('; or have the map whole: accelerate(..., fallback="whole")')
+    text = re.sub(r" \(\w+\.py:\d+\)| \(it differs by .*\)", "", text)
+    return re.sub(r"^[0-9.]+ times stock's own noise, which is .*", "within four times stock's own rounding", text)
+
+
+def _cells(row: Row | None, numbers: dict[str, int]) -> str:
+    if row is None:
+        return " | | "
+    error = f"{row['error']:.0e}" if "error" in row else ""
+    single = f"{row['float32']['gradients']:.2f}" if "float32" in row else ""
+    remarks = ", ".join(f"[{numbers[text]}](#remarks)" for text in _texts(row))
+    verdict = "**wrong**" if row["verdict"] == "wrong" else row["verdict"]
+    return f"{verdict} {remarks}".strip() + f" | {error} | {single}"
+
+
+def _networks(rows: list[Row]) -> str:
+    numbers = _numbered(rows)
+    by = {(row["network"], row["mode"]): row for row in rows}
+    lines = [
+        "## Networks",
+        "",
+        "| network | class | size | frozen | error | float32 | live | error | float32 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["network"] for row in rows):
+        both = [by.get((name, mode)) for mode in MODES]
+        any_row = next(row for row in both if row is not None)
+        size = next((" x ".join(map(str, row["size"])) for row in both if row is not None and "size" in row), "")
+        cells = " | ".join(_cells(row, numbers) for row in both)
+        lines.append(f"| {name} | {any_row['class']} | {size} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _remarks(rows: list[Row]) -> str:
+    return "\n".join(["## Remarks", "", *(f"{number}. {text}" for text, number in _numbered(rows).items())]) + "\n"
