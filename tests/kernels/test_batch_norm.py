@@ -308,7 +308,9 @@ def test_gradcheck_of_sweeps():
     weight, bias = (t.requires_grad_() for t in vectors(3, torch.float64, generator)[2:])
     assert torch.autograd.gradcheck(lambda *t: in_sweeps(*t, act="gelu"), (x, weight, bias))
     assert torch.autograd.gradcheck(lambda *t: by_autograd(*t, act="silu"), (x, weight, bias))
-    assert torch.autograd.gradcheck(lambda *t: by_autograd(t[0], None, None, t[1]), (x, x.detach().requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda *t: by_autograd(t[0], None, None, t[1]), (x, x.detach().clone().requires_grad_())
+    )
 
 
 def test_a_slope_behind_a_sum_that_the_output_does_not_show():

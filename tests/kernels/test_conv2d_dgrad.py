@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import Guarded, assert_close, assert_order_free, random_map
 from torch import Tensor
 
+from gigamorph.kernels import conv2d_dgrad as module
 from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad, phases
 from gigamorph.kernels.windows import output_size
 
@@ -183,3 +184,26 @@ def test_random(kernel, stride, dilation, size, padding, groups, seed) -> None:
     dgrad(guard(dy), guard(weight), dx, stride, padding, dilation, groups)
     guard.check()
     assert_close("dx", dx, conv2d_dgrad_reference(dy, weight, size, stride, padding, dilation, groups))
+
+
+class TestPlantedErrors:
+    """Mistakes the checks above must see."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("fault", ["filters not turned", "phase one pixel off", "addend", "mask", "gate"])
+    def test_wrong_parts(self, monkeypatch: pytest.MonkeyPatch, fault: str, dtype: torch.dtype) -> None:
+        case = Case(3, stride=2, padding=(1, 1, 1, 1))
+        o = operands(case, dtype)
+        oracle = reference(case, o.double)
+        right, found = module.turned, module.phases
+        if fault == "filters not turned":
+            turned_back = lambda *given: right(*given).flip(2, 3).contiguous(memory_format=torch.channels_last)  # noqa: E731
+            monkeypatch.setattr(module, "turned", turned_back)
+        elif fault == "phase one pixel off":
+            shifted = lambda *given: [p._replace(padding=p.padding + 1) for p in found(*given)]  # noqa: E731
+            monkeypatch.setattr(module, "phases", shifted)
+        else:
+            part = getattr(o, fault)
+            part[1, 3].neg_()
+        with pytest.raises(AssertionError, match="dx: relative"):
+            assert_close("dx", run(case, o), oracle, tf32=dtype == torch.float32)

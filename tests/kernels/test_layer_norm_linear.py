@@ -184,3 +184,20 @@ def test_linear_in_mixed_precision(kinds, mode):
         # n, z, dz and dn are rounded on the way, as in stock PyTorch
         l2 = ((result.double() - want).norm() / want.norm()).item()
         assert l2 < 6e-3, f"{name}: {l2}"
+
+
+class TestPlantedErrors:
+    """Mistakes the checks above must see."""
+
+    @pytest.mark.parametrize("fault", ["eps", "shift of the norm", "one weight", "activation"])
+    def test_wrong_parts(self, fault):
+        generator = torch.Generator().manual_seed(20)
+        arguments = linear_case((1, 24, 5, 7), 40, torch.float32, generator)
+        oracle = layer_norm_linear_act_reference(*doubled(*arguments[:3]), EPS, *doubled(*arguments[3:]), "gelu")
+        x, scale, shift, weight, bias = (t.clone() for t in arguments)
+        eps, act = (0.1, "gelu") if fault == "eps" else (EPS, "silu" if fault == "activation" else "gelu")
+        if fault == "one weight":
+            weight[7, 3] *= 1.2
+        given = x, scale, None if fault.startswith("shift") else shift, eps, weight, bias, act
+        with pytest.raises(AssertionError, match="y: relative"):
+            assert_close("y", layer_norm_linear_act(*given), oracle, tf32=True)
