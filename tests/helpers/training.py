@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gigamorph.engine.data.augment import Augment
 from gigamorph.engine.data.tables import Record
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.train.fit import Data, TrainOptions, fit
+from gigamorph.engine.train.inputs import training_data
 from gigamorph.engine.train.progress import Progress, Report
 
 
@@ -97,3 +99,8 @@ def run(out: Path, options: TrainOptions, resume: bool = False, press: int | Non
         return fit(uneven(), options, out, resume=resume, report=report).metrics
     except (GigamorphError, KeyboardInterrupt) as error:
         return repr(error)
+
+
+def run_augmented(table: Path, augment: str, out: Path, options: TrainOptions) -> dict[str, Any]:
+    """The metrics of a run on a table of images that are varied."""
+    return fit(training_data(table, augment=Augment.parse(augment), seed=5), options, out).metrics

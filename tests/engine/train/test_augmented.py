@@ -3,12 +3,16 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exactness import errors
+from processes import in_processes
+from training import run_augmented
 
 from gigamorph.engine.data import dataset
 from gigamorph.engine.data.augment import Augment
@@ -84,3 +88,20 @@ def test_a_resumed_run_sees_the_images_of_an_uninterrupted_one(
     assert all(torch.equal(first[key], second[key]) for key in first)
     plain = fit(training_data(table, seed=5), OPTIONS, tmp_path / "plain").net.state_dict()
     assert any(not np.array_equal(first["net." + key].numpy(), plain[key].numpy()) for key in plain)
+
+
+@pytest.mark.slow
+def test_processes_vary_images_as_one_alone_does(table: Path, tmp_path: Path) -> None:
+    """Each with an image of its own, or with its rows of one: what is drawn depends on seed, epoch and image alone."""
+    own = replace(OPTIONS, model="training:normed")
+    split = replace(own, model="training:live", split_image=True)
+    runs = {"own": own, "split": split}
+    (tmp_path / "meeting").mkdir()
+    tasks = [(run_augmented, table, str(AUGMENT), tmp_path / name, options) for name, options in runs.items()]
+    ends = in_processes(2, tmp_path / "meeting", tasks)
+    for (name, options), found in zip(runs.items(), ends, strict=True):
+        wanted = run_augmented(table, str(AUGMENT), tmp_path / f"{name} alone", replace(options, split_image=False))
+        assert [(end["best_epoch"], end["val"]) for end in found] == [(wanted["best_epoch"], wanted["val"])] * 2
+        states = (load_checkpoint(tmp_path / folder / "last.ckpt")["state_dict"] for folder in (f"{name} alone", name))
+        worst = errors(*states)
+        assert max(worst.values()) < 1e-9, (name, worst)
