@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, str] = {
     "cae": "Zero-bias convolutional auto-encoders on a frozen backbone, and an SVM (Ahn et al., 2019).",
+    "dvme": "Frozen self-supervised extractors fused by attention (Truong et al., 2021).",
+    "morphhr": "A low-resolution network is grown to read high resolution (Wei et al., 2021).",
 }
 
 

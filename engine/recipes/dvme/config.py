@@ -1,0 +1,72 @@
+"""Settings of the recipe; the defaults are the published ones, and `configs/dvme.toml` tells their sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import GigamorphError
+
+Protocol = Literal["linear", "dvme", "no_attention", "finetune", "finetune_dvme"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """One frozen network and how its embedding is taken."""
+
+    name: str
+    model: str
+    weights: str | None = None
+    blocks: int = 0
+    """0: the network without its classifier; n: the class tokens of the last n blocks of a vision transformer."""
+
+
+PUBLISHED = (
+    ExtractorConfig("simclr", "timm:resnet50"),
+    ExtractorConfig("swav", "timm:resnet50"),
+    ExtractorConfig("dino", "timm:vit_small_patch8_224.dino", blocks=4),
+)
+
+
+@dataclass(frozen=True)
+class DvmeConfig:
+    """Extractors, what is trained on their embeddings, and on how many images."""
+
+    extractors: tuple[ExtractorConfig, ...] = PUBLISHED
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    resize: tuple[int, ...] = (256,)
+    crop: int = 224
+    voi: str = "auto"
+
+    protocols: tuple[Protocol, ...] = ("linear", "dvme", "no_attention")
+    subsets: tuple[int, ...] = (50, 500, 0)
+    folds: int = 5
+    metric: Literal["auc", "kappa"] = "auc"
+
+    p: int = 512
+    hidden: int = 512
+    dropout: float = 0.2
+    tokens: Literal["scalar", "block"] = "scalar"
+    heads: int = 1
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 1e-3
+    plateau: int = 5
+    patience: int = 10
+    augment: str = "flip"
+    transformers: tuple[str, ...] = ("dino",)
+    transformer_lr: float = 1e-4
+    transformer_batch: int = 16
+
+    def __post_init__(self) -> None:
+        names = [extractor.name for extractor in self.extractors]
+        if not names or len(set(names)) < len(names):
+            raise GigamorphError("extractors must be named, each by a name of its own")
+        if any(not name.replace("_", "").isalnum() for name in names):
+            raise GigamorphError("names of extractors are folders: letters, digits and underscores")
+        if not self.subsets or min(self.subsets) < 0 or self.folds < 1:
+            raise GigamorphError("subsets must be numbers of images, 0 for all, and folds 1 or more")

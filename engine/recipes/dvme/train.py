@@ -1,0 +1,116 @@
+"""The recipe on images: embeddings of all extractors, then the protocols on every subset and repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...data.augment import Augment
+from ...data.dataset import ImageDataset
+from ...data.splits import assign_splits
+from ...data.tables import SPLITS, Record, read_table
+from ...pixels import Normalize
+from ..features import frozen_features
+from ..loop import seed_of
+from ..recipe import Run, begin, finish
+from ..sized import Size
+from .compare import check_parts, compare_heads, folder, summarise
+from .config import DvmeConfig
+from .extractors import make_extractor
+from .protocols import fit_networks, measure
+from .subsets import draw_subset
+
+
+def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
+    """Run the protocols on a table's images: learn on its train split, choose on val, measure on test.
+
+    Writes the embeddings, the checkpoints of every training in a folder of its own, and ``metrics.json``: rows (one
+    for each training), summary (mean and deviation over the folds) and attention (how much each extractor attends to
+    each, over the test images, of the first fold of the largest subset).
+
+    Raises:
+        DataError: a patient in two splits, a class without training images, val or test of one class only, weights
+            that do not fit, or images that cannot be read.
+    """
+    read = read_table(table)
+    records = assign_splits(read.records, seed=run.seed)
+    parts = {name: [r for r in records if r.split == name] for name in SPLITS}
+    labels = {name: [r.label for r in own] for name, own in parts.items()}
+    classes = len(read.classes)
+    check_parts(labels, classes)
+    begin(run, "dvme", config, records)
+    embeddings: dict[str, dict[str, Tensor]] = {name: {} for name in SPLITS}
+    for number, extractor in enumerate(config.extractors):
+        network = _extractor(config, number, run)
+        for name, own in parts.items():
+            found = frozen_features(
+                network, _images(own, config), run.out / "embeddings", size=Size(config.resize, config.crop),
+                batch_size=config.batch_size, memory_budget=run.memory_budget, device=run.device, report=run.report,
+                stage=extractor.name,
+            )  # fmt: skip
+            embeddings[name][extractor.name] = torch.from_numpy(np.stack(list(found)))
+    known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}
+    rows, heads = compare_heads(known, classes, config, run)
+    rows += _finetune(config, parts, known["train"][0], classes, run)
+    metrics: dict[str, Any] = {
+        "classes": read.classes, "images": {name: len(own) for name, own in parts.items()}, "metric": config.metric,
+        "rows": rows, "summary": summarise(rows),
+    }  # fmt: skip
+    if heads:
+        largest = next(size for size in sorted(config.subsets, key=lambda size: -(size or len(parts["train"]))))
+        test = [embedding.to(run.device) for embedding in embeddings["test"].values()]
+        metrics["attention"] = {
+            "extractors": list(embeddings["test"]),
+            "rows_attend_to_columns": heads[largest, 0].head.attention_map(test).tolist(),  # pyright: ignore
+        }
+    return finish(run, metrics)
+
+
+def _finetune(
+    config: DvmeConfig, parts: dict[str, list[Record]], embeddings: dict[str, Tensor], classes: int, run: Run
+) -> list[dict[str, Any]]:
+    rows = []
+    test = _images(parts["test"], config)
+    truth = torch.tensor([record.label for record in parts["test"]])
+    names = [extractor.name for extractor in config.extractors]
+    for size in config.subsets:
+        for fold in range(config.folds):
+            chosen = draw_subset([r.label for r in parts["train"]], classes, size, fold, run.seed)
+            images = _images(
+                [parts["train"][i] for i in chosen], config, Augment.parse(config.augment), run.seed + fold
+            )
+            for protocol in [p for p in config.protocols if p.startswith("finetune")]:
+                for group in [[name] for name in names] if protocol == "finetune" else [names]:
+                    what = group[0] if protocol == "finetune" else "all"
+                    networks: list[nn.Module] = [_extractor(config, names.index(name), run) for name in group]
+                    own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
+                    task = fit_networks(
+                        protocol, networks, [embeddings[name].shape[1] for name in group], images,
+                        _images(parts["val"], config), classes, config, own,
+                        transformer=bool(set(group) & set(config.transformers)),
+                    )  # fmt: skip
+                    found = measure(config.metric, classes)(truth, task.predict(test))
+                    row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what}
+                    rows.append({**row, "train": len(chosen), "test": found})
+    return rows
+
+
+def _extractor(config: DvmeConfig, number: int, run: Run) -> nn.Module:
+    own = config.extractors[number]
+    torch.manual_seed(seed_of(run.seed, 0, number))  # without a file of weights they are drawn
+    return make_extractor(own.model, config.channels, own.weights, own.blocks)
+
+
+def _images(
+    records: Sequence[Record], config: DvmeConfig, augment: Augment | None = None, seed: int = 0
+) -> ImageDataset:
+    return ImageDataset(
+        records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels,
+        augment=augment, seed=seed,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""The child: a front for larger images in front of the parent, exactly; and the control, whose front is new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...morph.activation import PAct, insert_activation
+from ...morph.deepen import insert_identity
+from ...morph.files import Grown, add_morph
+from ...morph.front import front
+from ...morph.verify import Report
+from ...morph.widen import widen
+from ..loop import seed_of
+from .config import Config
+
+
+def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tuple[Grown, list[Report]]:
+    """The morphed child of a parent: child(x) == parent(mean of r x r pixels of x), in evaluation mode.
+
+    Every morph is verified in float64 and in the network's own dtype; see `gigamorph.engine.morph`. With ``renew`` the
+    front and the stem are new (`renew_front`), and the equality is lost with them.
+
+    Raises:
+        MorphError: what is asked for cannot be exact.
+    """
+    reports: list[Report] = []
+    example = parent.example()
+    for path in config.deepen:
+        child, report = insert_identity(parent.network, example, path)
+        reports.append(report)
+        parent = add_morph(parent, child, report)
+        child, report = insert_activation(parent.network, example, f"{path}.1", config.act)
+        reports.append(report)
+        parent = add_morph(parent, child, report)
+    child, report = front(
+        parent.network, example, config.factor, config.front, filters=config.filters, act=config.act, seed=seed_of(seed)
+    )
+    reports.append(report)
+    if renew:
+        renew_front(child, report.step, seed)
+    if config.front == "stages":
+        _centre(child, report.step)
+    grown = add_morph(parent, child, report)
+    if config.widen is not None:
+        child, report = widen(grown.network, grown.example(), factor=config.widen, seed=seed_of(seed, 1))
+        reports.append(report)
+        grown = add_morph(grown, child, report)
+    return grown, reports
+
+
+def renew_front(child: nn.Module, step: dict[str, Any], seed: int) -> list[str]:
+    """Give random weights to the front that a step has brought and to the stem that reads it; returns their names.
+
+    This is the control of the ablation: the same architecture and the same trunk, but its front has to be learnt.
+    Convolutions get He's initialisation; P-activations are ordinary activations from the start.
+
+    Args:
+        child: changed in place.
+        step: of the report of `gigamorph.engine.morph.front.front`.
+    """
+    generator = torch.Generator().manual_seed(seed_of(seed, 2))
+    renewed = []
+    for path in step["at"] or ["front"]:
+        for name, module in child.get_submodule(path).named_modules(prefix=path):
+            if isinstance(module, nn.Conv2d):
+                with torch.no_grad():
+                    std = (2 / module.weight[0].numel()) ** 0.5
+                    module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                    if module.bias is not None:
+                        module.bias.zero_()
+            elif isinstance(module, PAct):
+                nn.init.ones_(module.a)
+            else:
+                continue
+            renewed.append(name)
+    return renewed
+
+
+def _centre(child: nn.Module, step: dict[str, Any]) -> None:
+    """Let the random filters that read the image have mean zero, so that slow grey levels do not drown fine detail.
+
+    What reads them has weight zero, so the child's function stays what it is.
+    """
+    path = f"{step['at'][0]}.front" if step["at"] else "front"
+    first = next(m for m in child.get_submodule(path).modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        new = first.weight[step["channels"] :]
+        new -= new.mean((2, 3), keepdim=True)

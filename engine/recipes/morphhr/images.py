@@ -1,0 +1,73 @@
+"""Images for parent and child: shrunk by r, and at full size, cut to whole cells of r x r pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...affine import Map
+from ...data.augment import Augment
+from ...data.dataset import ImageDataset
+from ...data.tables import Record
+from ...errors import DataError
+from ...pixels import Normalize, PixelSource, check_region, steps_of, to_original
+from .config import Config
+
+
+class WholeCells:
+    """An image without the rows and columns at its lower and right border that do not fill a cell of r x r pixels."""
+
+    def __init__(self, source: PixelSource, r: int) -> None:
+        channels, height, width = source.shape
+        if height < r or width < r:
+            raise DataError(f"{source.name}: {height} x {width} pixels hold no cell of {r} x {r}")
+        self.source, self.r, self.name = source, r, source.name
+        self.shape = (channels, height - height % r, width - width % r)
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), f"cut to whole cells of {self.r} x {self.r} pixels")
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        return self.source.read(top, bottom, left, right)
+
+
+class ChildImages(ImageDataset):
+    """Images at full size, cut to whole cells of r x r pixels."""
+
+    r = 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {**item, "image": WholeCells(item["image"], self.r)}
+
+
+def parent_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+    """What the parent sees: the mean of each cell of r x r pixels."""
+    return ImageDataset(records, downsample=config.factor, **_given(config, augment, seed))
+
+
+def child_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+    """What the child sees: every pixel of the same cells."""
+    images = ChildImages(records, **_given(config, augment, seed))
+    images.r = config.factor
+    return images
+
+
+def _given(config: Config, augment: bool, seed: int) -> dict[str, Any]:
+    return {
+        "normalize": Normalize(config.mean, config.std),
+        "voi": config.voi,
+        "channels": config.channels,
+        "augment": Augment.parse(config.augment) if augment and config.augment else None,
+        "seed": seed,
+    }

@@ -1,0 +1,141 @@
+"""The method from table to metrics: parent, morph, equality on the images themselves, child; and the ablation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...accelerate import accelerate
+from ...data.tables import Record
+from ...errors import MorphError
+from ...evaluate.cases import Cases
+from ...evaluate.read import write_cases
+from ...evaluate.roc import delong_interval
+from ...models import create_model
+from ...morph.files import Grown, save_network
+from ..classify import ImageTask, Target, auc_of, read_target
+from ..loop import Trained, run_stages
+from ..recipe import Run, begin, finish
+from ..stages import Stage
+from ..tta import FLIPS, PLAIN
+from .config import Config
+from .grow import grow
+from .images import child_images, parent_images
+
+_TOLERANCE = 1e-3  # between logits, float32, relative to the largest: sums over r² pixels in another order
+
+
+@dataclass(frozen=True)
+class _Data:
+    parts: dict[str, list[Record]]
+    target: Target
+    config: Config
+    run: Run
+
+    def task(self, net: torch.nn.Module, images: Any, stages: Sequence[Stage]) -> ImageTask:
+        """`images`: `parent_images` or `child_images`."""
+        return ImageTask(
+            net,
+            images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
+            images(self.parts["val"], self.config),
+            self.target,
+            memory_budget=self.run.memory_budget,
+            balanced=self.config.balanced,
+            batch=max(stage.batch_size for stage in stages),
+        )
+
+
+def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
+    """Run MorphHR on a table of images; see ``docs/recipes/morphhr.md`` for what is written.
+
+    Args:
+        table: a csv or folder, as `read_table` takes it, with images of high resolution.
+
+    Returns:
+        As in ``metrics.json``: of each arm its area under the ROC curve per image (the mean over the labels, and each),
+        and its epochs; and how far parent and morphed child differ on validation images.
+
+    Raises:
+        DataError: what is wrong with the table or an image.
+        MorphError: the network has no front that could be exact.
+        GigamorphError: a loss that is not finite, or a folder that holds another run.
+    """
+    parts, target = read_target(table, config.task, config.labels, run.seed)
+    begin(run, "morphhr", config, [record for part in parts.values() for record in part])
+    data = _Data(parts, target, config, run)
+    torch.manual_seed(run.seed)
+    parent = Grown(
+        create_model(config.model, len(target.names), config.channels, config.weights), channels=config.channels
+    )
+    run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
+    task = data.task(parent.network, parent_images, config.low)
+    trained = run_stages(task, config.low, run.part("parent"))
+    metrics: dict[str, Any] = {}
+    if "finetune" in config.arms:
+        metrics["finetune"] = _results(data, task, parent_images, trained, "parent")
+    for arm in ("scratch", "morph"):
+        if arm not in config.arms:
+            continue
+        torch.manual_seed(run.seed)
+        child, reports = grow(copy.deepcopy(parent), config, run.seed, renew=arm == "scratch")
+        if arm == "morph":
+            for line in reports[-1].changes if not config.widen else reports[0].changes:
+                run.say(line)
+            metrics["difference"] = _compare(data, parent, child)
+        run.say(f"training the {'morphed child' if arm == 'morph' else 'child with a new front'} at full resolution")
+        task = data.task(child.network, child_images, config.high)
+        trained = run_stages(task, config.high, run.part(arm))
+        save_network(run.out / arm / "model.safetensors", child)
+        metrics[arm] = _results(data, task, child_images, trained, arm)
+    last = next(arm for arm in ("morph", "scratch", "finetune") if arm in config.arms)
+    return finish(run, {"auc": metrics[last]["auc"], **metrics})
+
+
+def _compare(data: _Data, parent: Grown, child: Grown) -> float:
+    """The largest difference of parent and child on validation images, which training starts from.
+
+    Raises:
+        MorphError: if it is more than rounding, for what was verified in float64 was another function then.
+    """
+    records, config, budget = data.parts["val"][:4], data.config, data.run.memory_budget
+    nets = [accelerate(g.network.eval().to(data.run.device), memory_budget=budget) for g in (parent, child)]
+    worst, largest = 0.0, 1.0
+    with torch.no_grad():
+        small, large = parent_images(records, config), child_images(records, config)
+        for i in range(len(records)):
+            first, second = nets[0](small[i]["image"]).double(), nets[1](large[i]["image"]).double()
+            worst = max(worst, (first - second).abs().max().item())
+            largest = max(largest, first.abs().max().item())
+    if not worst <= _TOLERANCE * largest:
+        raise MorphError(f"parent and child differ by {worst:g} on validation images; report this")
+    data.run.say(f"parent and morphed child agree to {worst:.1e} on {len(records)} validation images")
+    return worst
+
+
+def _results(data: _Data, task: ImageTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
+    if data.parts["test"]:
+        flips = FLIPS if data.config.flips else PLAIN
+        cases = task.predict(images(data.parts["test"], data.config), flips)
+        write_cases(data.run.out / folder / "test.csv", cases)
+        found |= _scores(cases)
+    else:
+        found["auc"] = trained.best_score
+    if found["auc"] is None:
+        data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
+    return found
+
+
+def _scores(cases: Cases) -> dict[str, Any]:
+    mean, each = auc_of(cases)
+    if len(each) > 1:
+        return {"auc": mean, "labelwise": each}
+    known = ~np.isnan(cases.truth[:, 0])
+    interval = delong_interval(cases.truth[known, 0], cases.scores[known, 0]) if mean is not None else None
+    return {"auc": mean, "interval": interval and list(interval)}

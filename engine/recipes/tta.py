@@ -1,0 +1,57 @@
+"""Predictions that are averaged: over mirrored images (test-time augmentation) and over networks (ensembles)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.views import MirroredSource
+from ..evaluate import odds
+from ..evaluate.cases import Array, Cases
+from ..train.fit import Images
+
+PLAIN = ((False, False),)
+FLIPS = ((False, False), (True, False), (False, True), (True, True))
+"""(left-right, up-down): the image, its two mirror images, and both at once."""
+
+
+def predict(
+    net: Callable[[Any], Any],
+    images: Images,
+    flips: Sequence[tuple[bool, bool]] = PLAIN,
+    *,
+    labels: bool = False,
+    batch: int = 1,
+    done: Callable[[int], object] | None = None,
+) -> Array:
+    """Log-odds (images, outputs) of each output, from the mean of its probabilities over mirrored images.
+
+    Args:
+        net: a list of pixel sources -> logits (images, outputs); in evaluation mode.
+        labels: outputs are labels, each with a sigmoid of its own; classes, with a softmax, otherwise.
+        batch: images that are computed at a time.
+        done: called with each batch's number of pixels.
+    """
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(images), batch):
+            sources = [images[i]["image"] for i in range(first, min(first + batch, len(images)))]
+            seen = []
+            for left_right, up_down in flips:
+                mirrored = left_right or up_down
+                views = [MirroredSource(s, left_right=left_right, up_down=up_down) if mirrored else s for s in sources]
+                seen.append(net(views).double().cpu().numpy())
+            logits = np.stack(seen)
+            found.append(odds.mean(logits if labels else odds.of_logits(logits)))
+            if done is not None:
+                done(sum(source.shape[-2] * source.shape[-1] for source in sources))
+    return np.concatenate(found)
+
+
+def averaged(members: Sequence[Cases]) -> Cases:
+    """The ensemble of networks that predicted the same images: the mean of their probabilities."""
+    return replace(members[0], scores=odds.mean(np.stack([member.scores for member in members])))

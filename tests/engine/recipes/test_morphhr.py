@@ -1,0 +1,234 @@
+"""MorphHR: the front's equality and memory, the ablation, the 14-label task, kills, bad tables, real images."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gigamorph.engine.data.phantom import PhantomImage
+from gigamorph.engine.data.tables import Record, write_table
+from gigamorph.engine.data.tables.chestxray14 import FINDINGS
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.models import create_model
+from gigamorph.engine.models.lesionnet import LesionNet
+from gigamorph.engine.morph.activation import PAct
+from gigamorph.engine.morph.files import Grown, open_network
+from gigamorph.engine.morph.front import front
+from gigamorph.engine.morph.stem import activation_bytes
+from gigamorph.engine.recipes.classify import ImageTask, Target, batch_weights
+from gigamorph.engine.recipes.morphhr.config import Config
+from gigamorph.engine.recipes.morphhr.grow import grow
+from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
+from gigamorph.engine.recipes.morphhr.train import train
+from gigamorph.engine.recipes.recipe import Run
+from gigamorph.engine.recipes.stages import Stage
+
+SMALL = Config(
+    model="lesionnet", channels=1, mean=(0.5,), std=(0.2,), factor=2, filters=4, augment="flip",
+    arms=("finetune", "scratch", "morph"),
+    low=(Stage("low", 1, 1e-3, batch_size=4),), high=(Stage("high", 2, 1e-3, batch_size=2, accumulate=2),),
+)  # fmt: skip
+
+
+def write(folder, labels, sizes=((33, 40),), columns=None, splits=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for i, label in enumerate(labels):
+        path = folder / f"{i}.npy"
+        height, width = sizes[i % len(sizes)]
+        np.save(path, np.random.default_rng(i).integers(0, 65535, (height, width), dtype=np.uint16))
+        split = (splits or ["train", "train", "train", "train", "val", "val", "test", "test"])[i % 8]
+        own = {} if columns is None else {name: float((i + n) % 2) for n, name in enumerate(columns)}
+        records.append(Record(path, label, f"p{i}", split, labels=own))
+    return write_table(folder / "table.csv", records, ["no", "yes"])
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data"), [0, 1] * 8, sizes=((33, 40), (40, 33)))
+
+
+@pytest.fixture(scope="module")
+def whole(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return out, train(table, SMALL, Run(out, seed=2))
+
+
+# ----------------------------------------------------------------------------------------------------------- the front
+
+
+@pytest.mark.parametrize("model", ["lesionnet", "resnet18"])
+def test_child_is_parent_on_shrunk_images_and_new_front_is_not(model):
+    torch.manual_seed(0)
+    parent = create_model(model, 2, 1).double().eval()
+    config = Config(model=model, channels=1, factor=4, filters=5)
+    child, _ = grow(Grown(parent), config, seed=1)
+    fresh, _ = grow(Grown(parent), config, seed=1, renew=True)
+    x = torch.randn(2, 1, 96, 72, dtype=torch.float64)
+    with torch.no_grad():
+        want = parent(F.avg_pool2d(x, 4))
+        assert (child.network(x) - want).abs().max() < 1e-12
+        assert (fresh.network(x) - want).abs().max() > 1e-3
+    shapes = [{k: v.shape for k, v in net.network.state_dict().items()} for net in (child, fresh)]
+    assert shapes[0] == shapes[1]
+
+
+def test_widen_and_deepen_with_p_activations_keep_the_function():
+    torch.manual_seed(0)
+    parent = LesionNet(2, 1, width=4).double().eval()
+    config = Config(model="lesionnet", channels=1, factor=2, filters=4, act="GELU", widen=1.5, deepen=("stages.0.0",))
+    child, reports = grow(Grown(parent), config, seed=1)
+    x = torch.randn(1, 1, 48, 64, dtype=torch.float64)
+    assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-10
+    assert [r.transform for r in reports] == ["identity", "activation", "front", "widen"]
+    learnt = [m for m in child.network.modules() if isinstance(m, PAct)]
+    assert len(learnt) == 2
+    child.network(x).sum().backward()
+    assert all(m.a.grad is not None and m.a.grad.abs().sum() > 0 for m in learnt)
+
+
+def test_new_filters_see_detail_not_grey_level():
+    child, _ = grow(Grown(LesionNet(2, 1).eval()), Config(channels=1, factor=4, filters=8), seed=0)
+    first = next(m for m in child.network.modules() if isinstance(m, nn.Conv2d))
+    assert first.weight[1:].mean((2, 3)).abs().max() < 1e-6 < first.weight[1:].abs().mean()
+
+
+def test_receptive_field_stride_and_memory_of_the_resnet_50_front():
+    """In parent pixels the field is unchanged; 16 channels at stride 2 replace 64 at the same stride of the image."""
+    parent = create_model("resnet18", 2, 1).eval()
+    _, report = front(parent, torch.zeros(1, 1, 64, 64), 4, filters=16)
+    assert report.after.stride == (4 * report.before.stride[0], 4 * report.before.stride[1]) == (128, 128)
+    assert report.before.size == (64, 64) and report.after.size == (256, 256)
+    # Two stages of 3x3/2 before the stem: k1 + (k2 - 1) s1 with strides 2 and 4.
+    assert report.after.field[0] == 1 + 2 + 2 * 2 + 4 * (report.before.field[0] - 1)
+    stock = create_model("resnet18", 2, 1).eval()
+    large = (1, 1, 256, 256)
+    assert report.after.activation_bytes < 0.3 * activation_bytes(stock, large, torch.zeros(1, 1, 64, 64))
+
+
+# -------------------------------------------------------------------------------------------------------------- targets
+
+
+def test_losses_and_weights():
+    logits = torch.randn(4, 3, dtype=torch.float64)
+    truth = Target(("a", "b", "c")).truth([Record("x", n, "p") for n in (0, 2, 2, 2)])
+    got = Target(("a", "b", "c")).loss(logits, truth)
+    assert got.item() == pytest.approx(F.cross_entropy(logits.float(), torch.tensor([0, 2, 2, 2])).item(), abs=1e-6)
+    weights = batch_weights(torch.tensor([0, 2, 2, 2]))
+    assert weights.tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3]) and weights.mean().item() == pytest.approx(1)
+    balanced = Target(("a", "b", "c")).loss(logits, truth, balanced=True)
+    each = F.cross_entropy(logits.float(), torch.tensor([0, 2, 2, 2]), reduction="none")
+    assert balanced.item() == pytest.approx((each[0] / 2 + each[1:].mean() / 2).item(), abs=1e-6)
+
+    several = Target(("a", "b"), "labels")
+    truth = several.truth([Record("x", -1, "p", labels={"a": 1.0}), Record("y", -1, "p", labels={"a": 0.0, "b": 1.0})])
+    assert np.isnan(truth[0, 1])
+    logits = torch.tensor([[2.0, 5.0], [1.0, -1.0]])
+    want = (F.softplus(torch.tensor([-2.0, 1.0, 1.0]))).mean()
+    assert several.loss(logits, truth).item() == pytest.approx(want.item(), abs=1e-6)
+
+
+def test_fourteen_labels_of_chestxray14(tmp_path):
+    table = write(tmp_path / "data", [0] * 16, columns=FINDINGS)
+    config = replace(SMALL, task="labels", arms=("morph",), flips=False)
+    metrics = train(table, config, Run(tmp_path / "out"))
+    each = metrics["morph"]["labelwise"]
+    assert tuple(each) == FINDINGS and len(each) == 14
+    assert metrics["auc"] == pytest.approx(np.mean(list(each.values())))
+    header = next(csv.reader((tmp_path / "out" / "morph" / "test.csv").open()))
+    assert {f"label_{name}" for name in FINDINGS} <= set(header)
+    with pytest.raises(DataError, match="has no column label_Fracture; there are Atelectasis"):
+        train(table, replace(config, labels=("Fracture",)), Run(tmp_path / "other"))
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def test_ablation_of_one_command(whole):
+    out, metrics = whole
+    assert metrics["auc"] == metrics["morph"]["auc"] and 0 <= metrics["auc"] <= 1
+    for arm in ("finetune", "scratch", "morph"):
+        assert 0 <= metrics[arm]["auc"] <= 1 and "interval" in metrics[arm]
+    assert metrics["difference"] < 1e-5
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    child = open_network("lesionnet", out / "morph" / "model.safetensors", 2, 1)
+    assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("nth", [4, 12])
+def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path, monkeypatch, nth):
+    calls, loss = [], ImageTask.loss
+
+    def killed(task, batch):
+        calls.append(1)
+        if len(calls) == nth:
+            raise RuntimeError("killed")
+        return loss(task, batch)
+
+    monkeypatch.setattr(ImageTask, "loss", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(table, SMALL, Run(tmp_path, seed=2))
+    metrics = train(table, SMALL, Run(tmp_path, seed=2, resume=True))
+    assert metrics == whole[1]
+    for arm in ("scratch", "morph"):
+        assert (tmp_path / arm / "model.safetensors").read_bytes() == (
+            whole[0] / arm / "model.safetensors"
+        ).read_bytes()
+
+
+def test_bad_tables_and_settings(tmp_path):
+    kinds = [0, 0, 0, 0, 1, 0, 1, 0]
+    with pytest.raises(DataError, match="split train has only images with no = 1; give it patients of both kinds"):
+        train(write(tmp_path / "a", kinds), SMALL, Run(tmp_path / "ao"))
+    with pytest.raises(DataError, match="split val has only"):
+        train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 1, 0]), SMALL, Run(tmp_path / "bo"))
+    folder = tmp_path / "c"
+    table = write(folder, [0, 1] * 4)
+    table.write_text(table.read_text().replace("p5", "p1"))
+    with pytest.raises(DataError, match="patient p1 is in train and val"):
+        train(table, SMALL, Run(tmp_path / "co"))
+    assert not any((tmp_path / f"{name}o").exists() for name in "abc")
+    with pytest.raises(GigamorphError, match="factor = 1"):
+        Config(factor=1)
+    with pytest.raises(GigamorphError, match="arms must name"):
+        Config(arms=("morph", "morph"))
+
+
+def test_loss_that_is_no_number_keeps_the_state(table, tmp_path, monkeypatch):
+    calls, loss = [], ImageTask.loss
+
+    def bad(task, batch):
+        calls.append(1)
+        return loss(task, batch) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(ImageTask, "loss", bad)
+    with pytest.raises(GigamorphError, match="the loss is nan"):
+        train(table, SMALL, Run(tmp_path, seed=2))
+    assert (tmp_path / "parent" / "last.ckpt").exists()
+
+
+def test_phantoms_hide_their_label_from_shrunk_images():
+    """The mean of each cell is that of the image without specks, but for rounding to 16 bits."""
+    plain = PhantomImage(HEIGHT, WIDTH, seed=(3, 1, 2)).read(0, HEIGHT, 0, WIDTH) / 4095
+    found = phantom((3, 1, 2), upright=True, fine=True) / 65535
+    cells = F.avg_pool2d(torch.from_numpy(found - plain)[None], FACTOR)
+    assert cells.abs().max() < 1 / 65535 and np.abs(found - plain).max() > 0.2
+
+
+def test_two_steps_on_real_images(real_data, tmp_path):
+    names = ["mg_film_jpeg2000", "mg_film_jpeg_extended_12bit", "mg_ge_jpeg_lossless"]
+    records = []
+    for i, split in enumerate(["train", "train", "val", "val"]):
+        path = real_data / "dicom" / f"{names[i]}.dcm" if i < 3 else real_data / "nih_chest_xray.png"
+        records.append(Record(path, i % 2, f"p{i}", split))
+    table = write_table(tmp_path / "table.csv", records, ["0", "1"])
+    high = (Stage("high", 1, 1e-4, accumulate=1),)
+    config = replace(SMALL, factor=4, arms=("morph",), low=(Stage("low", 1, 1e-4),), high=high, flips=False)
+    metrics = train(table, config, Run(tmp_path / "out", memory_budget=400 * 2**20))
+    assert metrics["difference"] < 1e-4
+    assert len((tmp_path / "out" / "morph" / "log.csv").read_text().splitlines()) == 2
