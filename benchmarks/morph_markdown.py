@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,15 @@ Row = dict[str, Any]
 def page(result: dict[str, Any]) -> str:
     """The whole page; the same JSON gives the same page."""
     networks, source, limits = result["networks"], result["provenance"], result["limits"]
-    commits = dict.fromkeys(network["commit"][:12] for network in networks)
+    commits = Counter(row["commit"][:12] for network in networks for row in network["transforms"].values())
     reasons = _reasons(networks)
     parts = [_head(result), _summary(networks)]
     parts += [_group(title, names, networks, reasons) for title, names in GROUPS.items()]
     parts += [_refusals(reasons), _frozen(networks)]
     parts.append(
-        f"Measured on {source['date'][:10]} at commit {', '.join(commits)} with torch {source['torch']}, "
-        f"{source['cpu']}, one thread for each network. Limits: float64 {limits['float64']:.0e}, float32 "
+        f"Rows by commit: {', '.join(f'{commit} {rows}' for commit, rows in commits.most_common())}. The last of them "
+        f"were measured on {source['date'][:10]} with torch {source['torch']}, {source['cpu']}, one thread for each "
+        f"network. Limits: float64 {limits['float64']:.0e}, float32 "
         f"{limits['ratio']:g} times the noise.\n"
     )
     return "\n".join(parts)

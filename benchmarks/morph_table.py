@@ -186,9 +186,11 @@ def check_all(
     reports: dict[str, dict[str, Any]] = {}
 
     def one(name: str) -> dict[str, Any]:
-        report = reports[name] = child_process(name, only) | {"commit": commit}
-        keep([reports[n] for n in names if n in reports])
+        report = reports[name] = child_process(name, only)
         rows = report["transforms"]
+        for row in rows.values():
+            row["commit"] = commit
+        keep([reports[n] for n in names if n in reports])
         verdicts = [row["verdict"] for row in rows.values()]
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
         print(f"{name:32} {counts}, {sum(r.get('seconds', 0) for r in rows.values()):.0f} s", flush=True)
@@ -199,6 +201,18 @@ def check_all(
 
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(one, names))
+
+
+def merge(kept: list[dict[str, Any]], new: list[dict[str, Any]], whole: bool) -> list[dict[str, Any]]:
+    """`kept` with its networks replaced by the new ones, or only those transforms that they have if not `whole`."""
+    made = {report["network"]: report for report in kept}
+    for report in new:
+        rows = report["transforms"]
+        if not whole:
+            rows = made.get(report["network"], {}).get("transforms", {}) | rows
+            rows = {name: rows[name] for name in [*morph_markdown.WHAT, *rows] if name in rows}
+        made[report["network"]] = report | {"transforms": rows}
+    return [made[name] for name in morph_nets.NETWORKS if name in made]
 
 
 def count(reports: list[dict[str, Any]]) -> dict[str, int]:
@@ -212,7 +226,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="networks checked at once")
     parser.add_argument("--only", nargs="+", default=[], help="names or parts of names; * is a wildcard")
     parser.add_argument("--transforms", nargs="+", default=[], help="some transforms only")
-    parser.add_argument("--json", type=Path, help="write all rows to this file; with --only, replace theirs in it")
+    parser.add_argument("--json", type=Path, help="write all rows to this file; with --only or --transforms, theirs")
     parser.add_argument("--write", action="store_true", help=f"write {morph_markdown.PAGE.name} from {JSON.name}")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -233,14 +247,13 @@ def main() -> int:
     source = provenance()
     kept = (
         json.loads(options.json.read_text())["networks"]
-        if options.only and options.json and options.json.exists()
+        if (options.only or options.transforms) and options.json and options.json.exists()
         else []
     )
 
     def keep(reports: list[dict[str, Any]]) -> None:
         if options.json:
-            made = {report["network"]: report for report in [*kept, *reports]}
-            merged = [made[name] for name in morph_nets.NETWORKS if name in made]
+            merged = merge(kept, reports, whole=not options.transforms)
             result: dict[str, Any] = {
                 "limits": LIMITS,
                 "counts": count(merged),
