@@ -272,6 +272,26 @@ def test_autocast(remembered: Remembered) -> None:
     assert remembered.replayed > 0
 
 
+def test_recordings_are_few(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes when there are too many; other settings let all of the former ones go."""
+    net = accelerate(build().eval(), tile=24)
+    x = image(133, 118)
+    first = step(net, x)
+    (bench,) = remembered.benches
+    monkeypatch.setattr(replay, "MOST_RECORDINGS", len(bench.recordings))
+    oldest, *others = list(bench.recordings)
+    i, j = oldest[1]
+    bench.recording(i, j, ("another output", (i, j)), lambda recording: None)
+    assert list(bench.recordings) == [*others, ("another output", (i, j))]
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", not torch.backends.cudnn.deterministic)
+    again = step(net, x)
+    assert len(remembered.benches) == 2
+    ((prepared,),) = net._programs.values()
+    (replays,) = prepared.replays.values()  # pyright: ignore
+    assert list(replays.benches.values()) == [remembered.benches[1]]
+    assert all(torch.equal(a, b) for a, b in zip(first.outputs, again.outputs, strict=True))
+
+
 def test_retained_tiles_are_not_replayed(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last seven tiles keep their graph from pass 1."""
     monkeypatch.setattr(steps, "Scan", lambda *args: Scan(*args[:5], 7, *args[6:]))
