@@ -9,8 +9,6 @@ pixel source, and stores time, peak resident memory and what the plan had predic
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,11 +17,10 @@ import numpy as np
 import torch
 
 from gigamorph.engine import accelerate, open_pixels, plan
+from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.bench.results import Results, StepRow, Task
 from gigamorph.engine.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models.resnet import resnet18
-
-sys.path.insert(0, str(Path(__file__).parent))
-from provenance import provenance
 
 
 def write_image(path: Path, side: int, strip: int = 512) -> None:
@@ -76,28 +73,18 @@ def main() -> None:
         seconds = time.perf_counter() - started
         peak = peak_bytes()
     megapixels = options.side**2 / 1e6
-    result = {
-        "what": "one exact training step, image on disk, float32, frozen BatchNorm",
-        "model": "resnet18",
-        "width": options.width,
-        "image": [1, options.side, options.side],
-        "megapixels": megapixels,
-        "tile": list(planned.tile),
-        "carries": planned.carries,
-        "carry_bytes": planned.carry_bytes,
-        "budget_bytes": parse_bytes(options.budget),
-        "predicted_peak_bytes": planned.peak_bytes,
-        "stock_predicted_bytes": planned.stock_bytes,
-        "peak_resident_bytes": peak,
-        "seconds_forward": forward,
-        "seconds_step": seconds,
-        "megapixels_per_second": megapixels / seconds,
-        "loss": loss.item(),
-        "gradient_norm": torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm().item(),
-        "provenance": provenance(),
-    }
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
+        row = StepRow(
+            Task(model, (1, 1, options.side, options.side)), "gigamorph", seconds=[seconds], process_bytes=peak,
+            predicted_bytes=planned.peak_bytes,
+            settings={
+                "image": "on disk, read by tile", "memory_budget": parse_bytes(options.budget),
+                "tile": list(planned.tile), "carries": planned.carries, "carry_bytes": planned.carry_bytes,
+                "stock_bytes": planned.stock_bytes, "forward_seconds": forward,
+            },
+        )  # fmt: skip
+        Results("benchmarks/gigapixel.py", provenance(), steps=[row]).write(options.json)
     print(f"{megapixels:.0f} Mpx in {seconds:.0f} s ({megapixels / seconds:.2f} Mpx/s), "
           f"peak resident memory {format_bytes(peak)}")  # fmt: skip
 

@@ -1,8 +1,9 @@
 """How large an image can be: the largest square that a peer trains, or predicts, under a cap; by bisection.
 
-Each size is tried in a process of its own, whose peak tells whether it kept to the cap. The search begins
-at what `plan` predicts, so that it takes few tries, and ends within 3 % of the side, 6 % of the pixels. gigamorph keeps
-its carries in memory on the CPU: with those on disk an image may be larger still, and takes hours.
+Each size is tried in a process of its own, whose peak tells whether it kept to the cap; on the CPU it gives freed
+memory back at once, so that the peak is what is needed, not what the C library keeps. The search begins at what `plan`
+predicts, so that it takes few tries, and ends within 3 % of the side, 6 % of the pixels. gigamorph keeps its carries in
+memory on the CPU: with those on disk an image may be larger still, and takes hours.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
     options = Options(cap=search.cap, budget=int(search.share * search.cap), longest=search.longest)
     for chosen in settings(row.peer, task, network, options):
         row.settings = {**chosen, "carries": _carries(task)} if row.peer == "gigamorph" else chosen
-        with Child(search.longest) as child:
+        with Child(search.longest, lean=True) as child:
             answer = child.start(task, row.peer, row.settings, search.cap)
             if answer["status"] == OK:
                 answer = child.run(search.steps)

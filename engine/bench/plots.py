@@ -165,7 +165,7 @@ def _panel(title: str) -> tuple[Figure, Axes]:
 
 def _by_peer(rows: Sequence[StepRow]) -> Iterable[tuple[str, list[StepRow]]]:
     """Peers with their rows by size; gigamorph last, so that its line lies on top."""
-    peers = sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph")
+    peers = sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph")  # a stable sort
     for peer in peers:
         yield peer, sorted((row for row in rows if row.peer == peer), key=lambda row: row.task.megapixels)
 
@@ -185,8 +185,12 @@ def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, 
     run = [row.task.megapixels for row in rows if row.status != NOT_RUN]
     last = max(run)
     axes.set_xlim(0, 1.5 * last)
-    axes.set_xticks(sorted({round(size, 2) for size in run}))
-    axes.set_xlabel("image in megapixels (square: " + ", ".join(_sides(rows)) + " pixels)")
+    shown: list[float] = []
+    for size in sorted(set(run)):
+        if not shown or size - shown[-1] > 0.06 * last:
+            shown.append(size)
+    axes.set_xticks(shown, [f"{size:.3g}" for size in shown])
+    axes.set_xlabel("image in megapixels" + _sides(rows))
     axes.set_ylabel(what)
     height = axes.get_ylim()[1]
     places = sorted(ends, key=lambda end: end[1])
@@ -200,5 +204,9 @@ def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, 
         )  # fmt: skip
 
 
-def _sides(rows: Sequence[StepRow]) -> list[str]:
-    return [str(side) for side in sorted({row.task.image[2] for row in rows})]
+def _sides(rows: Sequence[StepRow]) -> str:
+    """The sides, if all images are square."""
+    sizes = {row.task.image[2:] for row in rows}
+    if any(height != width for height, width in sizes):
+        return ""
+    return " (square: " + ", ".join(str(side) for side, _ in sorted(sizes)) + " pixels)"

@@ -96,7 +96,7 @@ class _Group:
 
 def _machine(run: Results) -> str:
     made = run.provenance
-    return made.get("gpu") or f"{made.get('threads', '?')} threads of a {made.get('cpu', 'CPU')}"
+    return made.get("gpu") or f"{made.get('cpu', 'CPU')}, {made.get('threads', '?')} threads"
 
 
 def _grouped(runs: Sequence[Results], rows: Callable[[Results], Sequence[Any]]) -> dict[_Group, list[tuple[int, Any]]]:
@@ -122,17 +122,19 @@ def _steps(runs: Sequence[Results]) -> list[Section]:
     for group, numbered in _grouped(runs, lambda run: [r for r in run.steps if r.task.precision != "fp64"]).items():
         rows: list[StepRow] = [row for _, row in numbered]
         section = Section(group.title, _headline(rows, [row for _, row in exact if row.task.model == group.task.model]))
-        if any(row.peak_bytes for row in rows):
+        several = len({(row.task.image, row.peer) for row in rows}) > 1
+        if several and any(row.peak_bytes for row in rows):
             section.pictures[f"memory_{group.name}.png"] = plots.memory_figure(rows, group.title)
-        if any(row.seconds for row in rows):
+        if several and any(row.seconds for row in rows):
             section.pictures[f"speed_{group.name}.png"] = plots.throughput_figure(rows, group.title)
-        if any(row.roofline_share for row in rows):
+        if several and any(row.roofline_share for row in rows):
             section.pictures[f"roofline_{group.name}.png"] = plots.roofline_figure(rows, group.title)
         section.head = [
-            "image", "peer", "status", "time, s (spread)", "CPU time, s", "Mpx/s", "peak, GB", "bytes per pixel",
-            "predicted / peak", "of the roofline", "first step, s", "differs from", "run", "remarks",
+            "image", "peer", "status", "time, s (spread)", "CPU time, s", "Mpx/s", "peak, GB", "whole process, GB",
+            "bytes per pixel", "predicted / peak", "of the roofline", "first step, s", "differs from", "run", "remarks",
         ]  # fmt: skip
-        section.rows = [_step_cells(number, row) for number, row in numbered]
+        references = {(row.task, row.check.against) for row in rows if row.check is not None}
+        section.rows = [_step_cells(number, row, (row.task, row.peer) in references) for number, row in numbered]
         sections.append(section)
     if exact:
         rows_ = [[row.task.model, row.task.mode, f"{row.task.image[2]} × {row.task.image[3]}",
@@ -167,9 +169,9 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> str:
     return " ".join(lines)
 
 
-def _step_cells(number: int, row: StepRow) -> Cells:
+def _step_cells(number: int, row: StepRow, reference: bool) -> Cells:
     n, _, height, width = row.task.image
-    time = f"{row.median_seconds:.2f} ({row.spread:.0%})" if row.seconds else ""
+    time = _number(row.median_seconds, ".2f") + (f" ({row.spread:.0%})" if len(row.seconds) > 1 else "")
     ratio = row.predicted_bytes / row.peak_bytes if row.predicted_bytes and row.peak_bytes else None
     against = ""
     if row.check is not None:
@@ -179,11 +181,12 @@ def _step_cells(number: int, row: StepRow) -> Cells:
     if row.check is not None and row.check.missing:
         remarks.append(f"{row.check.missing} parameters are not trained")
     if row.status == OK and row.check is None:
-        remarks.append("the others are compared with it")
+        remarks.append("the others are compared with it" if reference else "its result was not compared")
     return [
         f"{f'{n} × ' if n > 1 else ''}{height} × {width}", plots.label(row.peer), row.status, time,
         _number(row.median_cpu_seconds, ".2f"), _number(row.mpx_per_s, ".3g"),
         _number(row.peak_bytes and row.peak_bytes / 1e9, ".2f"),
+        _number(row.process_bytes and row.process_bytes / 1e9, ".2f"),
         _number(row.bytes_per_pixel, ".0f"), _number(ratio, ".2f"), _number(row.roofline_share, ".0%"),
         _number(row.first_seconds, ".1f"), against, str(number), "; ".join(part for part in remarks if part),
     ]  # fmt: skip

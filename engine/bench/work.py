@@ -52,11 +52,12 @@ def picture(task: Task, channels_last: bool) -> Tensor:
 
 
 class NvmlPeak:
-    """The largest memory in use on the GPU while it is open, by NVML, sampled every 2 ms; None without one."""
+    """How much the memory in use on the GPU grows while it is open, by NVML, sampled every 2 ms; None on the CPU."""
 
     def __init__(self, device: str):
         self.device, self.bytes = device, None if device == "cpu" else 0
         self._stop = threading.Event()
+        self._before = 0
 
     def __enter__(self) -> NvmlPeak:
         if self.device == "cuda":
@@ -64,12 +65,13 @@ class NvmlPeak:
 
             pynvml.nvmlInit()
             handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            self._before = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
             threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True).start()
         return self
 
     def _watch(self, nvml: Any, handle: Any) -> None:
         while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes or 0, nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            self.bytes = max(self.bytes or 0, nvml.nvmlDeviceGetMemoryInfo(handle).used - self._before)
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
