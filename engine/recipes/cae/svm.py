@@ -54,7 +54,7 @@ def measure_svm(model: Any, features: NDArray[Any], labels: ArrayLike) -> dict[s
     truth = np.asarray(labels)
     predicted = model.predict(features)
     count = int(max(truth.max(), model.classes_.max())) + 1
-    scores = _columns(model.decision_function(features), model.classes_, count)
+    scores = svm_scores(model, features, count)
     best = getattr(model, "best_estimator_", model)
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
@@ -64,8 +64,9 @@ def measure_svm(model: Any, features: NDArray[Any], labels: ArrayLike) -> dict[s
     }
 
 
-def _columns(decision: NDArray[Any], classes: NDArray[Any], count: int) -> NDArray[np.float64]:
+def svm_scores(model: Any, features: NDArray[Any], count: int) -> NDArray[np.float64]:
     """Scores (n, count), a column per class number; a class that was not in training has the least score."""
+    decision, classes = model.decision_function(features), model.classes_
     if decision.ndim == 1:
         decision = np.stack([-decision, decision], 1)
     scores = np.full((len(decision), count), decision.min() - 1.0)

@@ -17,9 +17,12 @@ from ...data.dataset import ImageDataset
 from ...data.splits import assign_splits
 from ...data.tables import SPLITS, Record, read_table
 from ...errors import DataError
+from ...evaluate import Cases
 from ...files import write_atomically
 from ...models import create_model
 from ...pixels import Normalize
+from ..card import recipe_card
+from ..classify import Target
 from ..features import Features, UpTo, frozen_features
 from ..loop import Task, run_stages, seed_of
 from ..recipe import Run, begin, finish
@@ -27,7 +30,7 @@ from ..sized import Size
 from ..stages import Stage
 from .autoencoder import Stack
 from .config import CaeConfig
-from .svm import fit_svm, measure_svm
+from .svm import fit_svm, measure_svm, svm_scores
 
 Maps = Sequence[NDArray[Any]] | NDArray[Any]
 _BATCH = 64  # maps that are encoded at a time
@@ -108,13 +111,19 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
     metrics: dict[str, Any] = {"classes": read.classes, "images": {name: len(own) for name, own in parts.items()}}
     features = {"raw": vectors(maps, config.pyramid), "cae": vectors(maps, config.pyramid, stack)}
-    inside = parts["train"]
+    inside, told = parts["train"], {}
     for name, values in features.items():
         for kernel in config.svm:
             model = fit_svm(
                 values[inside], labels[inside], patients[inside], kernel=kernel, c=config.c, folds=config.folds,
                 standardise=config.standardise,
             )  # fmt: skip
+            if name == "cae":
+                told |= {
+                    f"{part}, {kernel} SVM": _cases(model, values[own], [records[i] for i in own], read.classes)
+                    for part, own in parts.items()
+                    if own and part != "train"
+                }
             metrics[f"{name}_{kernel}"] = {
                 part: measure_svm(model, values[own], labels[own])
                 for part, own in parts.items()
@@ -125,7 +134,18 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         "paths": np.array([r.path.as_posix() for r in records]),
     }  # fmt: skip
     write_atomically(run.out / "features.npz", lambda path: np.savez(path, **exported), "features")
+    recipe_card(
+        run, "cae", config, parameters=sum(p.numel() for own in (backbone, stack) for p in own.parameters()),
+        records={name: [records[i] for i in own] for name, own in parts.items()}, classes=read.classes,
+        predictions=told,
+    )  # fmt: skip
     return finish(run, metrics)
+
+
+def _cases(model: Any, features: NDArray[Any], records: Sequence[Record], classes: Sequence[str]) -> Cases:
+    """What an SVM says of images: scores that rank, and are no probabilities."""
+    found = Target(tuple(classes)).cases(records, svm_scores(model, features, len(classes)))
+    return replace(found, probable=False)
 
 
 def _pool(config: CaeConfig, records: Sequence[Record]) -> list[Record]:

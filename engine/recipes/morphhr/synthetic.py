@@ -99,8 +99,8 @@ def synthetic(run: Run, seeds: Sequence[int]) -> Claim:
     return Claim(
         "A label that only full resolution shows is learnt by the morphed child, faster and better than with a new "
         "front, while the parent stays at chance.",
-        "For every seed: 0.5 lies in the parent's 95 % interval (DeLong), the morphed child's AUC on test images is not "
-        "below that with a new front, and it takes no more epochs to 0.8 on validation images; on average it takes "
+        "For every seed: 0.5 lies in the parent's 95 % interval (DeLong), the morphed child's AUC on test images is "
+        "not below that with a new front, and it takes no more epochs to 0.8 on validation images; on average it takes "
         "fewer.",
         rows,
         holds,

@@ -19,6 +19,7 @@ from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
 from ...models import create_model
 from ...morph.files import Grown, save_network
+from ..card import recipe_card
 from ..classify import ImageTask, Target, auc_of, read_target
 from ..loop import Trained, run_stages
 from ..recipe import Run, begin, finish
@@ -120,15 +121,20 @@ def _compare(data: _Data, parent: Grown, child: Grown) -> float:
 
 def _results(data: _Data, task: ImageTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
+    predictions = {}
     if data.parts["test"]:
         flips = FLIPS if data.config.flips else PLAIN
-        cases = task.predict(images(data.parts["test"], data.config), flips)
+        cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
         write_cases(data.run.out / folder / "test.csv", cases)
         found |= _scores(cases)
     else:
         found["auc"] = trained.best_score
     if found["auc"] is None:
         data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
+    recipe_card(
+        data.run.part(folder), "morphhr", data.config, parameters=sum(p.numel() for p in task.module.parameters()),
+        records=data.parts, classes=data.target.names, predictions=predictions,
+    )  # fmt: skip
     return found
 
 

@@ -195,6 +195,8 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
         first, second = _stack(tmp_path / "whole" / part), _stack(tmp_path / "cut" / part)
         assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert resumed == whole == json.loads((tmp_path / "cut" / "metrics.json").read_text())
+    card = (tmp_path / "cut" / "model_card.md").read_text()
+    assert "# Model card: cae" in card and "SVM | image |" in card and str(tmp_path) not in card
     assert {"raw_linear", "raw_rbf", "cae_linear", "cae_rbf"} <= set(whole) and set(whole["cae_rbf"]) == {"test"}
     stored = np.load(tmp_path / "whole" / "features.npz")
     assert stored["features"].shape == (12, 64 * 8 * 6) and list(stored["splits"][-4:]) == ["test"] * 4

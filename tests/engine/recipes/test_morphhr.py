@@ -141,6 +141,8 @@ def test_fourteen_labels_of_chestxray14(tmp_path):
     assert tuple(each) == FINDINGS and len(each) == 14
     assert metrics["auc"] == pytest.approx(np.mean(list(each.values())))
     header = next(csv.reader((tmp_path / "out" / "morph" / "test.csv").open()))
+    card = (tmp_path / "out" / "morph" / "model_card.md").read_text()
+    assert "# Model card: morphhr" in card and "| test | image | mean |" in card and str(tmp_path) not in card
     assert {f"label_{name}" for name in FINDINGS} <= set(header)
     with pytest.raises(DataError, match="has no column label_Fracture; there are Atelectasis"):
         train(table, replace(config, labels=("Fracture",)), Run(tmp_path / "other"))
