@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 RECIPES: dict[str, str] = {
     "cae": "Zero-bias convolutional auto-encoders on a frozen backbone, and an SVM (Ahn et al., 2019).",
     "dvme": "Frozen self-supervised extractors fused by attention (Truong et al., 2021).",
+    "end2end": "A patch classifier becomes a whole-image classifier (Shen et al., 2017, 2019).",
     "morphhr": "A low-resolution network is grown to read high resolution (Wei et al., 2021).",
 }
 

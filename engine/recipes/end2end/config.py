@@ -1,0 +1,107 @@
+"""What end2end can be told; the defaults are those of ``configs/end2end.toml``, which names their sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import GigamorphError
+from ..stages import Stage
+
+CLASSES = ("background", "calc_mal", "calc_ben", "mass_mal", "mass_ben")
+"""Of patches, in the order of the patch network's outputs."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Patches; of the published sets S1 has 1 and 1, S10 has 10 and 10, S30 has 30 and 30."""
+
+    side: int = 224
+    per_lesion: int = 10
+    """1 takes the patch around the lesion's centroid."""
+    background: int = 10
+    """Of each image."""
+    positive: float = 0.9
+    """Share of the lesion, or of the patch, in which both must overlap."""
+    negative: float = 0.35
+    """Share in which a background patch may overlap with any lesion at most."""
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.per_lesion < 1 or self.background < 0:
+            raise GigamorphError("side and per_lesion must be 1 or more, background 0 or more")
+        if not 0 < self.positive <= 1 or not 0 <= self.negative < 1:
+            raise GigamorphError(f"overlaps positive = {self.positive}, negative = {self.negative} are no shares")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the whole-image network's top; each halves the resolution."""
+
+    kind: Literal["residual", "vgg"]
+    """"residual": `repeat` units of 1x1, 3x3, 1x1 convolutions; "vgg": `repeat` 3x3 convolutions and max-pooling."""
+    depth: int
+    repeat: int = 1
+    expand: int = 4
+    """A residual block has expand x depth output channels: [512-512-2048] is depth 512, expand 4."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole-image network: the features of a patch network, and what is put on top."""
+
+    name: str = "resnet50"
+    backbone: str = "resnet50"
+    weights: str | None = None
+    """A file of weights that the patch network's backbone starts from."""
+    blocks: tuple[Block, ...] = (Block("residual", 512, 2, 2), Block("residual", 512, 2, 2))
+    heatmap: bool = False
+    """Whether the patch network's classes stand between features and blocks, as five maps."""
+    heatmap_pool: tuple[int, int] = (7, 5)
+    """Sides of the mean pooling (stride 1) before, and of the max-pooling after the classes."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shen's all convolutional design: patch network, whole-image network, ensemble, transfer."""
+
+    resize: tuple[int, ...] = (1152, 896)
+    """Height and width of the images; empty for native resolution."""
+    channels: int = 3
+    mean: tuple[float, ...] = (52.18 / 255,)
+    std: tuple[float, ...] = (1 / 255,)
+    voi: str = "auto"
+    sampling: Sampling = Sampling()
+    models: tuple[Model, ...] = (Model(),)
+    """More than one make an ensemble, whose probabilities are averaged; a backbone's patches are learnt once."""
+    augment: str = "flip,rotate=25,scale=0.2,shear=11.5,brightness=0.078"
+    flips: bool = True
+    """Average predictions over mirrored images."""
+    patch: tuple[Stage, ...] = (
+        Stage("head", 3, 1e-3, trainable=("head",), weight_decay=1e-2, batch_size=32, dropout=0.5, batch_norm="eval"),
+        Stage(
+            "top", 10, 1e-4, trainable=("features.layer3.5", "features.layer4", "head"), weight_decay=1e-4,
+            batch_size=32, dropout=0.0, batch_norm="trainable",
+        ),
+        Stage("all", 37, 1e-5, weight_decay=1e-4, batch_size=32, dropout=0.0),
+    )  # fmt: skip
+    whole: tuple[Stage, ...] = (
+        Stage("top", 30, 1e-4, trainable=("top", "head"), weight_decay=1e-3, batch_size=2, patience=10,
+              batch_norm="trainable"),
+        Stage("all", 20, 1e-5, weight_decay=1e-2, batch_size=2, patience=10, batch_norm="eval"),
+    )  # fmt: skip
+    start: str | None = None
+    """The folder of a finished run on another data set: its whole-image networks are transferred, without patches."""
+    transfer: tuple[Stage, ...] = (
+        Stage("transfer", 50, 1e-6, weight_decay=1e-2, batch_size=2, dropout=0.0, patience=10, batch_norm="eval"),
+    )
+    patients: tuple[int, ...] = ()
+    """Of the transfer's learning curve: so many training patients; empty for all of them."""
+
+    def __post_init__(self) -> None:
+        if len(self.resize) not in (0, 2):
+            raise GigamorphError(f"resize = {list(self.resize)} must be height and width, or empty")
+        names = [model.name for model in self.models]
+        if not names or len(set(names)) < len(names):
+            raise GigamorphError("models need different names, and there must be one")
+        if self.patients and self.start is None:
+            raise GigamorphError("patients are those of the transfer's learning curve; name the run to start from")

@@ -1,0 +1,157 @@
+"""Images at the size of the method, the lesions on them, and patches as pixel sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...data.augment import Augment, augmented
+from ...data.dataset import ImageDataset
+from ...data.tables import Finding, Record
+from ...data.views import NormalizedSource
+from ...errors import DataError
+from ...files import write_atomically
+from ...pixels import Normalize, PixelSource, check_region, open_pixels
+from ..sized import Size, read_sized
+from .config import CLASSES, Config
+from .sampler import Lesion, Patch, breast_box, sample
+
+_FULL = 65535
+
+
+def opened(record: Record, config: Config) -> PixelSource:
+    """The image as its file stores it, unmirrored, so that findings lie where the table says."""
+    return open_pixels(record.path, voi=config.voi, flip=False, channels=config.channels, frame=record.frame)
+
+
+def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Record]:
+    """Records of images at the configured size, which are written once as 16-bit ``.npy``; at native size, themselves.
+
+    A file is whole or absent, so what was interrupted goes on with the images that are missing.
+    """
+    if not config.resize:
+        return list(records)
+    made = []
+    for number, record in enumerate(records):
+        path = folder / f"{number:06d}.npy"
+        if not path.exists():
+            image = read_sized(opened(record, replace(config, channels=1)), Size(config.resize))
+            pixels = (image[0].clamp(0, 1) * _FULL).round().numpy().astype(np.uint16)
+            write_atomically(path, lambda p, pixels=pixels: np.save(p, pixels), "image")
+        made.append(replace(record, path=path, frame=None))
+    return made
+
+
+def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
+    """The lesions of an image from its findings, as masks of ``shape``; findings without pathology are left out.
+
+    A finding's mask is its mask file, else its box. Kinds that begin with calc are calcifications, others masses.
+    """
+    found = []
+    for finding in record.findings:
+        if finding.pathology:
+            label = CLASSES.index(
+                ("calc" if finding.kind.startswith("calc") else "mass")
+                + ("_mal" if finding.pathology.startswith("malignant") else "_ben")
+            )
+            found.append(Lesion(_mask(finding, record, shape), label))
+    return found
+
+
+def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if finding.mask is not None:
+        source = open_pixels(finding.mask, flip=False, channels=1)
+        mask = source.read(0, source.shape[1], 0, source.shape[2])[None] > 0
+    elif finding.box is not None:
+        source = open_pixels(record.path, flip=False, frame=record.frame)
+        mask = torch.zeros(1, 1, *source.shape[1:], dtype=torch.bool)
+        mask[..., finding.box[0] : finding.box[1], finding.box[2] : finding.box[3]] = True
+    else:
+        raise DataError(f"{record.path}: a finding has neither mask nor box; give one, or leave the finding out")
+    return F.interpolate(mask.to(torch.uint8), shape, mode="nearest")[0, 0].numpy().astype(bool)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A patch and the image it is of."""
+
+    image: int
+    patch: Patch
+
+
+def sample_all(originals: Sequence[Record], records: Sequence[Record], config: Config, seed: int) -> list[Place]:
+    """The patches of images; every image has random numbers of its own.
+
+    Args:
+        originals: with findings in pixels of their files.
+        records: the same images at the configured size.
+    """
+    places = []
+    for number, (original, record) in enumerate(zip(originals, records, strict=True)):
+        source = opened(record, replace(config, channels=1))
+        image = source.read(0, source.shape[1], 0, source.shape[2])[0].numpy()
+        rng = np.random.default_rng([seed, number])
+        found = sample(breast_box(image), lesions(original, image.shape), config.sampling, rng)
+        places += [Place(number, patch) for patch in found]
+    return places
+
+
+class Window:
+    """A square of an image; black beyond its borders."""
+
+    def __init__(self, source: PixelSource, top: int, left: int, side: int) -> None:
+        self.source, self.top, self.left = source, top, left
+        self.shape = (source.shape[0], side, side)
+        self.name = source.name
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        _, height, width = self.source.shape
+        out = torch.zeros(self.shape[0], bottom - top, right - left)
+        y, x = self.top + top, self.left + left
+        inside = max(y, 0), min(self.top + bottom, height), max(x, 0), min(self.left + right, width)
+        if inside[0] < inside[1] and inside[2] < inside[3]:
+            out[:, inside[0] - y : inside[1] - y, inside[2] - x : inside[3] - x] = self.source.read(*inside)
+        return out
+
+
+class Patches:
+    """Patches of images as a sequence of (pixels (C, side, side) float32, class); varied anew in each epoch."""
+
+    def __init__(
+        self, records: Sequence[Record], places: Sequence[Place], config: Config, *, augment: bool, seed: int = 0
+    ) -> None:
+        self.records, self.places, self.config, self.seed, self.epoch = records, places, config, seed, 0
+        self.augment = Augment.parse(config.augment) if augment and config.augment else None
+        self.normalize = Normalize(config.mean, config.std)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        place, side = self.places[index], self.config.sampling.side
+        source: PixelSource = opened(self.records[place.image], self.config)
+        source = Window(source, place.patch.top, place.patch.left, side)
+        if self.augment is not None:
+            source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index)
+        return NormalizedSource(source, self.normalize).read(0, side, 0, side), place.patch.label
+
+
+def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+    """The images of the whole-image network."""
+    return ImageDataset(
+        records,
+        normalize=Normalize(config.mean, config.std),
+        voi=config.voi,
+        flip=False,
+        channels=config.channels,
+        augment=Augment.parse(config.augment) if augment and config.augment else None,
+        seed=seed,
+    )

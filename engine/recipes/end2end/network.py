@@ -1,0 +1,148 @@
+"""The patch network, and its conversion into a whole-image network (Shen et al., 2017, 2019).
+
+Both have parts of the same names, by which stages say what they train: ``features`` (the backbone up to its last maps),
+``top`` (the new blocks, of the whole-image network), ``heatmap`` (its variant) and ``head`` (the classifier).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import GigamorphError
+from ...models import create_model
+from ...models.resnet import ResNet
+from .config import CLASSES, Block, Model
+
+
+class Maps(nn.Module):
+    """A network up to its last maps, by its ``forward_features`` (networks of timm have it)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        for name in ("fc", "head", "classifier", "pre_logits"):  # parameters that nothing would train
+            if isinstance(getattr(net, name, None), nn.Module):
+                setattr(net, name, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x)  # pyright: ignore[reportCallIssue]
+
+
+def features(spec: str, channels: int, weights: str | Path | None = None) -> nn.Module:
+    """The backbone ``spec`` up to its last maps: (N, channels, H, W) -> (N, C, h, w)."""
+    net = create_model(spec, 2, channels, weights)
+    if isinstance(net, ResNet):
+        parts = [(name, part) for name, part in net.named_children() if name not in ("avgpool", "fc")]
+        return nn.Sequential(OrderedDict(parts))
+    if hasattr(net, "forward_features"):
+        return Maps(net)
+    raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; give it a forward_features")
+
+
+def width_of(maps: nn.Module, channels: int) -> int:
+    """How many maps a backbone ends in."""
+    training = maps.training
+    with torch.no_grad():
+        found = maps.eval()(torch.zeros(1, channels, 64, 64)).shape[1]
+    maps.train(training)
+    return found
+
+
+class PatchNet(nn.Module):
+    """(N, channels, h, w) -> (N, 5): features, their mean, and a classifier."""
+
+    def __init__(self, maps: nn.Module, width: int, classes: int = len(CLASSES)) -> None:
+        super().__init__()
+        self.features = maps
+        self.head = nn.Sequential(nn.Dropout(0.0), nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class Bottleneck(nn.Module):
+    """1x1 (with the stride), 3x3, 1x1 convolutions; the skip is a strided projection in a block's first unit."""
+
+    def __init__(self, inputs: int, depth: int, expand: int, stride: int) -> None:
+        super().__init__()
+        out = depth * expand
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, depth, 1, stride), nn.BatchNorm2d(depth), nn.ReLU(),
+            nn.Conv2d(depth, depth, 3, padding=1), nn.BatchNorm2d(depth), nn.ReLU(),
+            nn.Conv2d(depth, out, 1), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != out:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, out, 1, stride), nn.BatchNorm2d(out))
+        self.relu, self.dropout = nn.ReLU(), nn.Dropout2d(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.relu(self.body(x) + self.skip(x)))
+
+
+def top_blocks(inputs: int, blocks: Sequence[Block]) -> tuple[nn.Sequential, int]:
+    """The blocks on top of the features, and how many maps they end in; He's initialisation."""
+    layers = nn.Sequential()
+    for block in blocks:
+        if block.kind == "residual":
+            for unit in range(block.repeat):
+                layers.append(Bottleneck(inputs, block.depth, block.expand, 2 if unit == 0 else 1))
+                inputs = block.depth * block.expand
+        else:
+            for _ in range(block.repeat):
+                layers += nn.Sequential(
+                    nn.Conv2d(inputs, block.depth, 3, padding=1), nn.BatchNorm2d(block.depth), nn.ReLU(),
+                    nn.Dropout2d(0.0),
+                )  # fmt: skip
+                inputs = block.depth
+            layers.append(nn.MaxPool2d(2))
+    for module in layers.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return layers, inputs
+
+
+class WholeNet(nn.Module):
+    """(N, channels, H, W) -> (N, 2): features of the patch network, its class maps or not, blocks, and a classifier."""
+
+    def __init__(self, maps: nn.Module, heatmap: nn.Module | None, top: nn.Sequential, width: int) -> None:
+        super().__init__()
+        self.features, self.heatmap, self.top = maps, heatmap, top
+        self.head = nn.Sequential(nn.Dropout(0.0), nn.Linear(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if self.heatmap is not None:
+            x = self.heatmap(x)
+        return self.head(self.top(x).mean((2, 3)))
+
+
+def convert(patch: PatchNet, model: Model) -> WholeNet:
+    """A whole-image network from a trained patch network, which is left as it is.
+
+    With ``heatmap`` the patch network's classifier looks at every place of the maps, as a 1x1 convolution with its
+    weights, and only its classes (ReLU, max-pooled) are handed on.
+    """
+    maps, classifier = copy.deepcopy(patch.features), patch.head[-1]
+    assert isinstance(classifier, nn.Linear)
+    width, heatmap = classifier.in_features, None
+    if model.heatmap:
+        conv = nn.Conv2d(width, classifier.out_features, 1)
+        with torch.no_grad():
+            conv.weight.copy_(classifier.weight[:, :, None, None])
+            conv.bias.copy_(classifier.bias)  # pyright: ignore[reportOptionalMemberAccess]
+        mean, largest = model.heatmap_pool
+        heatmap = nn.Sequential(
+            OrderedDict(mean=nn.AvgPool2d(mean, 1), classes=conv, relu=nn.ReLU(), pool=nn.MaxPool2d(largest))
+        )
+        width = classifier.out_features
+    top, width = top_blocks(width, model.blocks)
+    return WholeNet(maps, heatmap, top, width).to(classifier.weight)

@@ -1,0 +1,222 @@
+"""The method from table to metrics: patches, patch network, whole-image networks, their ensemble; or the transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...data.tables import SPLITS, Record
+from ...errors import DataError, GigamorphError
+from ...evaluate.cases import Cases
+from ...evaluate.read import write_cases
+from ...files import write_atomically
+from ..card import recipe_card
+from ..classify import ImageTask, Target, auc_of, batch_weights, read_target
+from ..loop import Task, Trained, run_stages
+from ..recipe import Run, begin, finish
+from ..stages import Stage
+from ..tta import FLIPS, PLAIN, averaged
+from .config import CLASSES, Config, Model
+from .images import Patches, resized, sample_all, whole_images
+from .network import PatchNet, WholeNet, convert, features, width_of
+
+Parts = dict[str, list[Record]]
+
+
+class PatchTask(Task):
+    """The patch classifier: cross-entropy in which all classes of a batch count the same; the score is the accuracy."""
+
+    def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
+        self.module, self.train, self.val, self.batch = module, train, val, batch
+
+    def examples(self, epoch: int) -> Any:
+        self.train.epoch = epoch
+        return self.train
+
+    def loss(self, batch: Sequence[Any]) -> Tensor:
+        self.meter.image(batch[0][0].shape[-2] * batch[0][0].shape[-1])
+        logits, labels = self._logits(batch)
+        return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
+
+    def score(self) -> float | None:
+        right = 0
+        for first in range(0, len(self.val), self.batch):
+            batch = [self.val[i] for i in range(first, min(first + self.batch, len(self.val)))]
+            logits, labels = self._logits(batch)
+            right += int((logits.argmax(1) == labels).sum())
+        return right / len(self.val) if len(self.val) else None
+
+    def _logits(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        device = next(self.module.parameters()).device
+        labels = torch.tensor([label for _, label in batch], device=device)
+        return self.module(torch.stack([pixels for pixels, _ in batch]).to(device)), labels
+
+
+def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
+    """Run Shen's method on a table of images with two classes; see ``docs/recipes/end2end.md`` for what is written.
+
+    Args:
+        table: a csv or folder, as `read_table` takes it; lesions in its column findings (kind, pathology, mask or
+            box), which only the patch network learns from.
+
+    Returns:
+        As in ``metrics.json``: accuracy of the patch networks; area under the ROC curve per image of each whole-image
+        network on the test images, plain and averaged over mirrored images, and of the ensemble; of a transfer, before
+        and after training with so many patients.
+
+    Raises:
+        DataError: what is wrong with the table or an image, or that no training image has a lesion.
+        GigamorphError: a loss that is not finite, or a folder that holds another run.
+    """
+    parts, target = read_target(table, "classes", (), run.seed)
+    if len(target.names) != 2:
+        raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
+    begin(run, "end2end", config, [record for part in parts.values() for record in part])
+    everyone = [record for split in SPLITS for record in parts[split]]
+    run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
+    sized = iter(resized(everyone, config, run.out / "images"))
+    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    if config.start is not None:
+        return finish(run, _transfer(images, target, config, run))
+    metrics: dict[str, Any] = {}
+    patch_nets: dict[tuple[str, str | None], PatchNet] = {}
+    for model in config.models:
+        key = model.backbone, model.weights
+        if key not in patch_nets:
+            patch_nets[key], accuracy = _patch_network(parts, images, model, config, run)
+            metrics[f"patch_accuracy_{model.name}"] = accuracy
+    members = []
+    for number, model in enumerate(config.models):
+        run.say(f"{model.name}: training the whole-image network with image labels")
+        torch.manual_seed(run.seed + number)
+        net = convert(patch_nets[model.backbone, model.weights], model)
+        own = run.part(model.name)
+        task = _task(net, images, target, config, run, config.whole)
+        trained = run_stages(task, config.whole, own)
+        write_atomically(own.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
+        metrics[model.name], cases = _results(task, images, config, own, trained)
+        members.append(cases)
+    metrics["auc"] = auc_of(averaged(members))[0] if len(members[0]) else None
+    if len(members) > 1 and len(members[0]):
+        write_cases(run.out / "ensemble.csv", averaged(members))
+    return finish(run, metrics)
+
+
+def _patch_network(
+    parts: Parts, images: Parts, model: Model, config: Config, run: Run
+) -> tuple[PatchNet, float | None]:
+    sets = {}
+    for number, split in enumerate(("train", "val")):
+        places = sample_all(parts[split], images[split], config, run.seed + number)
+        counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
+        told = ", ".join(f"{count} {name}" for name, count in zip(CLASSES, counts, strict=True))
+        run.say(f"{model.name}: patches of {split}: {told}")
+        if split == "train" and not counts[1:].any():
+            raise DataError("no training image has a lesion with a pathology; patches need the column findings")
+        sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
+    torch.manual_seed(run.seed)
+    maps = features(model.backbone, config.channels, model.weights)
+    net = PatchNet(maps, width_of(maps, config.channels))
+    task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in config.patch))
+    trained = run_stages(task, config.patch, run.part(f"{model.name}-patches"))
+    return net, trained.best_score
+
+
+def _task(net: WholeNet, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage]) -> ImageTask:
+    return ImageTask(
+        net,
+        whole_images(images["train"], config, augment=True, seed=run.seed),
+        whole_images(images["val"], config),
+        target,
+        memory_budget=run.memory_budget,
+        balanced=True,
+        batch=max(stage.batch_size for stage in stages),
+    )
+
+
+def _results(
+    task: ImageTask, images: Parts, config: Config, run: Run, trained: Trained | None
+) -> tuple[dict[str, Any], Cases]:
+    test = whole_images(images["test"], config)
+    found: dict[str, Any] = {}
+    predictions: dict[str, Cases] = {}
+    if trained is not None:
+        found = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
+        found["stages"] = [row["stage"] for row in trained.rows]
+    if len(test):
+        cases = task.predict(test, PLAIN)
+        found["auc_single"] = auc_of(cases)[0]
+        if config.flips:
+            cases = task.predict(test, FLIPS)
+        found["auc"], predictions["test"] = auc_of(cases)[0], cases
+        if found["auc"] is None:
+            run.say("split test has images of one class only, so its area under the ROC curve is not defined")
+        write_cases(run.out / "test.csv", cases)
+    else:
+        found["auc"], cases = None, task.target.cases([], np.empty((0, 2)))
+    if trained is not None:
+        recipe_card(
+            run, "end2end", config, parameters=sum(p.numel() for p in task.module.parameters()), records=images,
+            classes=task.target.names, predictions=predictions,
+        )  # fmt: skip
+    return found, cases
+
+
+def _transfer(images: Parts, target: Target, config: Config, run: Run) -> dict[str, Any]:
+    """Train the whole-image networks of a finished run on, at a small rate, with more and more patients."""
+    assert config.start is not None
+    metrics: dict[str, Any] = {"curve": []}
+    order = _patients(images["train"], run.seed)
+    for count in config.patients or (len(order),):
+        if count > len(order):
+            raise DataError(f"patients = {count}, but there are {len(order)} training patients")
+        chosen = set(order[:count])
+        own = {**images, "train": [r for r in images["train"] if r.patient_id in chosen]}
+        members: list[Cases] = []
+        row: dict[str, Any] = {"patients": count, "images": len(own["train"])}
+        for model in config.models:
+            part = run.part(f"{model.name}-{count}")
+            net = _load(Path(config.start) / model.name / "model.pt", model, config)
+            task = _task(net, own, target, config, run, config.transfer)
+            task.module.eval().to(run.device)
+            if "before" not in metrics.get(model.name, {}):
+                metrics[model.name] = {"before": _results(task, images, config, part, None)[0]["auc"]}
+            run.say(f"{model.name}: transfer with {count} patients ({len(own['train'])} images)")
+            trained = run_stages(task, config.transfer, part)
+            write_atomically(part.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
+            found, cases = _results(task, images, config, part, trained)
+            row[f"auc_{model.name}"] = found["auc"]
+            members.append(cases)
+        row["auc"] = auc_of(averaged(members))[0] if len(members[0]) else None
+        metrics["curve"].append(row)
+    metrics["auc"] = metrics["curve"][-1]["auc"]
+    return metrics
+
+
+def _patients(records: Sequence[Record], seed: int) -> list[str]:
+    """Training patients in the order in which the learning curve takes them: drawn, the classes alternating."""
+    label: dict[str, int] = {}
+    for record in records:
+        label[record.patient_id] = max(record.label, label.get(record.patient_id, 0))
+    drawn = np.random.default_rng([seed, 7]).permutation(sorted(label)).tolist()
+    kinds = [[p for p in drawn if label[p] == 1], [p for p in drawn if label[p] == 0]]
+    return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
+
+
+def _load(path: Path, model: Model, config: Config) -> WholeNet:
+    maps = features(model.backbone, config.channels)
+    net = convert(PatchNet(maps, width_of(maps, config.channels)), replace(model, weights=None))
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise GigamorphError(f"{path}: no such network; start must be the folder of a finished run") from error
+    except Exception as error:  # torch has many errors for a damaged file
+        raise GigamorphError(f"{path}: does not fit model {model.name!r}: {str(error).splitlines()[0]}") from error
+    return net
