@@ -82,13 +82,13 @@ def test_training_commutes(name: str, kind: str) -> None:
     assert relative(outputs(child), outputs(model)) > 1e-4
 
 
-# Small ones of real families; all but the first only on request, as for random programs.
+# Small ones of real families; all but the first only on request, as for random programs. Not MobileNetV2: in ten steps
+# of SGD it turns a relative change of 2^-52 into one of 3e-2, which says nothing of the grown one's equal difference.
 REAL: dict[str, dict[str, Any]] = {
     "test_efficientnet": {},
     "test_resnet": {},
     "test_convnext": {},
     "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
-    "mobilenetv2_035": {},
     "regnety_002": {},
     "convnext_atto": {},
     "resnet10t": {},
@@ -103,7 +103,7 @@ def test_training_of_real_networks_commutes(name: str, kind: str) -> None:
     timm, side = pytest.importorskip("timm"), 64
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=5, **REAL[name]).double()
-    rates = {"sgd": {"lr": 1e-3}, "adamw": {"lr": 1e-4}}  # larger ones let MobileNet's training diverge
+    rates = {"sgd": {"lr": 1e-3}, "adamw": {"lr": 1e-4}}
 
     def make(parameters: Any) -> Optimizer:
         optimizer = OPTIMIZERS[kind](parameters)
