@@ -15,6 +15,7 @@ RECIPES: dict[str, str] = {
     "dvme": "Frozen self-supervised extractors fused by attention (Truong et al., 2021).",
     "end2end": "A patch classifier becomes a whole-image classifier (Shen et al., 2017, 2019).",
     "morphhr": "A low-resolution network is grown to read high resolution (Wei et al., 2021).",
+    "siamese": "Soft labels from the distances of contralateral patches (Van Vorst and Shen, 2024).",
 }
 
 

@@ -15,11 +15,15 @@ from ...data.augment import Augment
 from ...data.dataset import ImageDataset
 from ...data.splits import assign_splits
 from ...data.tables import SPLITS, Record, read_table
+from ...evaluate import odds
 from ...pixels import Normalize
+from ..card import recipe_card
+from ..classify import Target
 from ..features import frozen_features
 from ..loop import seed_of
 from ..recipe import Run, begin, finish
 from ..sized import Size
+from ..tensors import logits_of
 from .compare import check_parts, compare_heads, folder, summarise
 from .config import DvmeConfig
 from .extractors import make_extractor
@@ -30,7 +34,8 @@ from .subsets import draw_subset
 def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     """Run the protocols on a table's images: learn on its train split, choose on val, measure on test.
 
-    Writes the embeddings, the checkpoints of every training in a folder of its own, and ``metrics.json``: rows (one
+    Writes the embeddings, the checkpoints of every training in a folder of its own, beside those of the DVME head of
+    the first fold of the largest subset its model card, and ``metrics.json``: rows (one
     for each training), summary (mean and deviation over the folds) and attention (how much each extractor attends to
     each, over the test images, of the first fold of the largest subset).
 
@@ -69,6 +74,13 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
             "extractors": list(embeddings["test"]),
             "rows_attend_to_columns": heads[largest, 0].head.attention_map(test).tolist(),  # pyright: ignore
         }
+        logits = logits_of(heads[largest, 0], torch.cat(list(embeddings["test"].values()), 1))
+        log_odds = odds.of_logits(logits.double().cpu().numpy())
+        recipe_card(
+            run.part(folder("dvme", "all", largest, 0)), "dvme", config,
+            parameters=sum(p.numel() for p in heads[largest, 0].parameters()), records=parts, classes=read.classes,
+            predictions={"test": Target(tuple(read.classes)).cases(parts["test"], log_odds)},
+        )  # fmt: skip
     return finish(run, metrics)
 
 

@@ -3,7 +3,7 @@
 Every image has a row of specks, upright or across; the label is which. For the parent's first training, on shrunk
 images, each speck fills a cell of r x r pixels. In the task each speck is a single pixel, and the rest of its cell is
 darker, so that the cell's mean is unchanged: shrinking removes all of it. What the trunk knows of rows serves the
-morphed child as soon as its front shows it the specks; a child with a new front has to learn both from few images.
+morphed child as soon as its front shows it the specks; a child with a new front has to learn both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .images import parent_images
 from .train import train
 
 HEIGHT, WIDTH, FACTOR = 128, 96, 4
-IMAGES = {"source": 600, "train": 400, "val": 60, "test": 160}
+IMAGES = {"source": 600, "train": 800, "val": 60, "test": 160}
 _ROW = 8  # specks
 _COARSE, _FINE = 0.4, 0.3  # of the full grey range
 _FULL = 65535
@@ -48,8 +48,8 @@ CONFIG = Config(
     flips=False,
     low=(Stage("finetune", 1, 3e-4, optimizer="adamw", batch_size=8),),
     high=(
-        Stage("front", 6, 1e-2, trainable=("stem",), optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
-        Stage("all", 2, 1e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
+        Stage("front", 3, 1e-2, trainable=("stem",), optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
+        Stage("all", 1, 1e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
     ),
 )
 _PARENT = (Stage("source", 4, 3e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),)

@@ -272,6 +272,8 @@ def test_linear_evaluation_leaves_extractors_as_they_are(table, tmp_path, monkey
         assert all(torch.equal(value, before[name]) for name, value in extractor.state_dict().items())
     assert {r["folds"] for r in found["summary"]} == {2}
     assert np.allclose(np.sum(found["attention"]["rows_attend_to_columns"], 1), 1)
+    [card] = tmp_path.rglob("model_card.md")
+    assert "| test | image |" in card.read_text() and str(tmp_path) not in card.read_text()
 
 
 def test_native_resolution_within_a_budget(table, tmp_path):

@@ -1,0 +1,57 @@
+"""Settings of the recipe; `configs/siamese.toml` tells which are from the paper (few) and which are ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import GigamorphError
+
+
+@dataclass(frozen=True)
+class SiameseConfig:
+    """Pairs, networks, soft labels, and what is measured downstream."""
+
+    model: str = "resnet18"
+    weights: str | None = None
+    layer: str = "layer4"
+    channels: int = 1
+    mean: tuple[float, ...] = (0.3,)
+    std: tuple[float, ...] = (0.2,)
+    voi: str = "auto"
+
+    mirror: Literal["auto", "table"] = "auto"
+    skip_unpaired: bool = False
+    registration: Literal["auto", "simpleitk", "gauss_newton", "none"] = "auto"
+    patch: int = 224
+    stride: int = 224
+    tissue: float = 0.5
+
+    dim: int = 128
+    dual: bool = True
+    labels: Literal["gmm", "exp", "rank", "hard"] = "gmm"
+    margin: float = 1.0
+    negatives: float = 1.0
+    agreement: float = 0.1
+    least_share: float = 0.01
+    most_share: float = 0.2
+    jitter: float = 0.1
+    noise: float = 0.02
+
+    warm_up: int = 5
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    probe_epochs: int = 30
+    maps: bool = True
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.stride < 1 or not 0 <= self.tissue <= 1:
+            raise GigamorphError("patch and stride must be at least 1, tissue a share from 0 to 1")
+        if not 0 < self.least_share <= self.most_share < 1:
+            raise GigamorphError("least_share and most_share must be shares between 0 and 1, the least first")
+        if not self.fractions or not all(0 < f <= 1 for f in self.fractions):
+            raise GigamorphError("fractions must be shares of the labelled patches, above 0 and not above 1")

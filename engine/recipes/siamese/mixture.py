@@ -1,0 +1,95 @@
+"""Soft labels: how probable it is, by its distance, that a pair of patches differs.
+
+A mixture of two Gaussians is fitted to all distances; the label is the posterior of the component with the larger
+mean. With unequal variances that posterior turns back in the tails; it is kept from doing so beyond the means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.mixture import GaussianMixture
+
+from ...errors import GigamorphError
+
+Array = NDArray[np.float64]
+Rule = Literal["gmm", "exp", "rank", "hard"]
+_FLOOR = 1e-6  # least variance of a component, of that of all distances: 1e-6 of it, so that none becomes a spike
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two Gaussians; [1] is of pairs that differ."""
+
+    means: tuple[float, float]
+    deviations: tuple[float, float]
+    share: float
+    """Of the pairs that differ."""
+
+    @property
+    def separated(self) -> bool:
+        """Whether the means are further apart than one (pooled) standard deviation."""
+        pooled = np.sqrt((self.deviations[0] ** 2 + self.deviations[1] ** 2) / 2)
+        return bool(self.means[1] - self.means[0] > pooled)
+
+    def posterior(self, distances: ArrayLike) -> Array:
+        """P(differs) of distances (n,), never falling as the distance grows."""
+        d = np.asarray(distances, np.float64)
+        # The log-odds are quadratic in d and turn once: below the smaller mean if the other component is wider, else
+        # above the larger mean.
+        (low, high), (a, b) = self.means, (0.5 / deviation**2 for deviation in self.deviations)
+        if a != b:
+            turn = (a * low - b * high) / (a - b)
+            d = np.minimum(d, turn) if a < b else np.maximum(d, turn)
+        odds = self._log_odds(d)
+        return 1 / (1 + np.exp(-np.clip(odds, -500, 500)))
+
+    def _log_odds(self, d: Array) -> Array:
+        terms = [
+            -0.5 * ((d - mean) / deviation) ** 2 - np.log(deviation)
+            for mean, deviation in zip(self.means, self.deviations, strict=True)
+        ]
+        return terms[1] - terms[0] + np.log(self.share) - np.log1p(-self.share)
+
+
+def fit_mixture(distances: ArrayLike, *, least: float = 0.01, most: float = 0.2) -> Mixture:
+    """Expectation-maximisation on distances (n,), from their lower and upper parts.
+
+    Args:
+        least, most: the share of pairs that differ is kept between these.
+    """
+    d = np.asarray(distances, np.float64)
+    if len(d) < 4 or not np.isfinite(d).all():
+        raise GigamorphError(f"{len(d)} distances, or some that are not finite, cannot be told apart; give more pairs")
+    spread = max(float(d.var()), 1e-12)
+    start = np.quantile(d, [0.5, 0.95])[:, None]
+    model = GaussianMixture(
+        2, means_init=start, weights_init=[0.9, 0.1], reg_covar=_FLOOR * spread, max_iter=500, tol=1e-6, random_state=0
+    ).fit(d[:, None])
+    means, variances = np.asarray(model.means_)[:, 0], np.asarray(model.covariances_)[:, 0, 0]
+    first, second = np.argsort(means)
+    share = float(np.clip(np.asarray(model.weights_)[second], least, most))
+    deviations = np.sqrt(variances)
+    return Mixture(
+        (float(means[first]), float(means[second])), (float(deviations[first]), float(deviations[second])), share
+    )
+
+
+def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture) -> Array:
+    """Labels (n,) from 0 (alike) to 1 (different) of distances (n,).
+
+    gmm: the mixture's posterior. hard: 1 where that is above 1/2. exp: 1 - exp(-D^2 / s^2), s the mixture's larger
+    mean. rank: the share of smaller distances, to the power of 1 / share of the mixture, so that few are near 1.
+    """
+    d = np.asarray(distances, np.float64)
+    if rule == "gmm":
+        return mixture.posterior(d)
+    if rule == "hard":
+        return (mixture.posterior(d) > 0.5).astype(np.float64)
+    if rule == "exp":
+        return 1 - np.exp(-((d / max(mixture.means[1], 1e-12)) ** 2))
+    places = np.searchsorted(np.sort(d), d) / max(len(d) - 1, 1)
+    return places ** (1 / mixture.share)

@@ -1,0 +1,137 @@
+"""The cells of a grid on registered pairs, as files of patches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import DataError
+from ...files import write_atomically
+from ...pixels import Normalize, PixelSource, to_original
+from ..features import image_digest
+from .config import SiameseConfig
+from .pairs import Pair, open_side
+from .register import breast_mask, downsampled, registered
+
+_SMALL = 16  # a cell's tissue is judged on blocks of so many parts of its side
+
+
+def sources_of(pair: Pair, config: SiameseConfig) -> tuple[PixelSource, PixelSource]:
+    """Both breasts of a pair in the geometry of the left one."""
+    normalize = Normalize(config.mean, config.std)
+    left, right = (
+        open_side(record, mirror=config.mirror, normalize=normalize, channels=config.channels, voi=config.voi)
+        for record in (pair.left, pair.right)
+    )
+    return left, registered(left, right, config.registration)
+
+
+def cells_of(left: PixelSource, right: PixelSource, config: SiameseConfig) -> NDArray[np.int64]:
+    """Top and left (n, 2) of the grid's cells that lie in both breasts, with the wanted share of tissue in each."""
+    _, height, width = left.shape
+    places = [
+        (top, x)
+        for top in range(0, height - config.patch + 1, config.stride)
+        for x in range(0, width - config.patch + 1, config.stride)
+    ]
+    factor = max(1, config.patch // _SMALL)
+    masks = [_mask(source, factor) for source in (left, right)]
+    side = config.patch // factor
+    found = [
+        (top, x)
+        for top, x in places
+        if min(m[top // factor : top // factor + side, x // factor : x // factor + side].mean() for m in masks)
+        >= config.tissue
+    ]
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def _mask(source: PixelSource, factor: int) -> NDArray[np.bool_]:
+    """The breast, on an image averaged over blocks, the last of which may be cut off."""
+    small = downsampled(source, factor)
+    _, height, width = small.shape
+    mask = breast_mask(small.read(0, height, 0, width).mean(0).numpy())
+    return np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """The patches of one pair."""
+
+    pair: Pair
+    path: Path
+    cells: NDArray[np.int64]
+
+
+def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
+    """The patches (n, 2, C, h, w) of a pair in a file of ``folder``, which is kept under a hash of images and settings.
+
+    Raises:
+        DataError: an image that cannot be read, or in which there is no breast.
+    """
+    names = ("mean", "std", "voi", "mirror", "registration", "patch", "stride", "tissue", "channels")
+    key = json.dumps([getattr(config, name) for name in names])
+    digests = [f"{image_digest(record.path)} {record.frame}" for record in (pair.left, pair.right)]
+    path = folder / f"{hashlib.sha256(' '.join([key, *digests]).encode()).hexdigest()}.npz"
+    if not path.exists():
+        left, right = sources_of(pair, config)
+        cells = cells_of(left, right, config)
+        side = config.patch
+        found = np.empty((len(cells), 2, config.channels, side, side), np.float32)
+        for index, (top, x) in enumerate(cells.tolist()):
+            for number, source in enumerate((left, right)):
+                found[index, number] = source.read(top, top + side, x, x + side).numpy()
+        boxes = np.array([_original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
+
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez(file, patches=found, cells=cells, boxes=boxes)
+
+        write_atomically(path, save, "patches")
+    with np.load(path, allow_pickle=False) as stored:
+        return PatchFile(pair, path, stored["cells"])
+
+
+def _original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
+    """(n, 4) left, top, right, bottom of the cells in their file."""
+    top, x = cells[:, 0].astype(np.float64), cells[:, 1].astype(np.float64)
+    return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
+
+
+class PatchPairs(Sequence[NDArray[Any]]):
+    """All patches of pairs in their order, (2, C, h, w) each; a file is read when one of its patches is asked for."""
+
+    def __init__(self, files: Sequence[PatchFile]) -> None:
+        self.files = [file for file in files if len(file.cells)]
+        if not self.files:
+            raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
+        self._ends = np.cumsum([len(file.cells) for file in self.files]).tolist()
+        self._open: tuple[int, NDArray[Any]] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        number, place = self.where(index)
+        if self._open is None or self._open[0] != number:
+            with np.load(self.files[number].path, allow_pickle=False) as stored:
+                self._open = number, stored["patches"]
+        return self._open[1][place]
+
+    def where(self, index: int) -> tuple[int, int]:
+        """Which file a patch is in, and its place there."""
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    @property
+    def patients(self) -> list[str]:
+        """Of every patch."""
+        return [file.pair.left.patient_id for file in self.files for _ in file.cells]

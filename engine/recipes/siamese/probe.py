@@ -1,0 +1,80 @@
+"""What an encoder is worth for classifying patches: a linear probe, and fine-tuning, on few labels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from ...errors import DataError
+from ..features import evaluating
+from ..loop import run_stages, seed_of
+from ..recipe import Run
+from ..stages import Stage
+from ..tensors import TensorTask, logits_of
+from .config import SiameseConfig
+from .network import Embedding
+
+
+class Classifier(nn.Module):
+    """The encoder of an embedding with a linear layer in the projection's place: patches -> logits of two classes."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self.maps = copy.deepcopy(embedding.maps)
+        self.fc = nn.Linear(embedding.project.in_features, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.maps(x).mean((2, 3)))
+
+
+class _Features(nn.Module):
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding.features(x)
+
+
+def probed(embedding: Embedding, x: Tensor, y: Tensor, test: Tensor) -> NDArray[np.float64]:
+    """Log-odds (n,) of test patches, by logistic regression on the frozen encoder's features of labelled ones.
+
+    Raises:
+        DataError: labelled patches of one class only.
+    """
+    if len(y.unique()) < 2:
+        raise DataError("the labelled patches have one class only; a probe needs patches with and without a finding")
+    network = _Features(embedding)
+    with evaluating(network):
+        features, others = logits_of(network, x).numpy(), logits_of(network, test).numpy()
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return model.fit(features, y.numpy()).decision_function(others)
+
+
+def fine_tuned(
+    embedding: Embedding, x: Tensor, y: Tensor, test: Tensor, config: SiameseConfig, run: Run
+) -> NDArray[np.float64]:
+    """Log-odds (n,) of test patches, by a copy of the encoder, all of which has learnt from the labelled ones."""
+    torch.manual_seed(seed_of(run.seed, 7))
+    task = TensorTask(Classifier(embedding), x, y, vary=_flipped)
+    stage = Stage(
+        "fine-tune", config.probe_epochs, config.lr, weight_decay=config.weight_decay,
+        batch_size=min(config.batch_size, 32), schedule="cosine",
+    )  # fmt: skip
+    run_stages(task, [stage], run)
+    logits = logits_of(task.module, test).double().numpy()
+    return logits[:, 1] - logits[:, 0]
+
+
+def _flipped(x: Tensor) -> Tensor:
+    for axis in (2, 3):
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(axis), x)
+    return x

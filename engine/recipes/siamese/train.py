@@ -1,0 +1,165 @@
+"""The recipe on images: pairs, patches, two networks; soft labels, asymmetry maps, and a probe."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...accelerate import accelerate
+from ...data.splits import assign_splits
+from ...data.tables import SPLITS, Finding, Record, read_table
+from ...dense import write_map
+from ...evaluate.roc import auc
+from ...files import write_atomically
+from ...models import create_model
+from ..features import evaluating
+from ..loop import run_stages, seed_of
+from ..recipe import Run, begin, finish
+from ..stages import Stage
+from .config import SiameseConfig
+from .network import AsymmetryMap, Embedding
+from .pairs import Pair, StackedSource, find_pairs
+from .patches import PatchFile, PatchPairs, sources_of, write_patches
+from .probe import fine_tuned, probed
+from .task import SiameseTask
+
+
+def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
+    """Learn from a table's pairs of contralateral views; the labels are not used but for the probe.
+
+    Writes the patches, the checkpoints, ``encoder.pt`` (a state_dict of the backbone, for `create_model`),
+    ``soft_labels.csv`` (a row for each pair of patches: place, distance, label), ``maps/NAME.tif`` (the distances over
+    each pair of the test split, at native resolution, on the left breast's grid) and ``metrics.json``.
+
+    Raises:
+        DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
+    """
+    read = read_table(table, labels=False)
+    records = assign_splits(read.records, seed=run.seed)
+    pairs = {name: [] for name in SPLITS}
+    for pair in find_pairs(records, skip_unpaired=config.skip_unpaired):
+        pairs[str(pair.left.split)].append(pair)
+    begin(run, "siamese", config, records)
+    files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
+    patches = PatchPairs(files["train"])
+    networks = [_network(config, run, number) for number in range(2 if config.dual else 1)]
+    task = SiameseTask(networks, patches, patches.patients, config, run.device)
+    stage = Stage("pairs", config.epochs, config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size)
+    run_stages(task, [stage], run)
+    _write_labels(run, task, patches)
+    state = networks[0].maps.network.state_dict()
+    write_atomically(run.out / "encoder.pt", lambda path: torch.save(state, path), "encoder")
+    metrics: dict[str, Any] = {
+        "pairs": {name: len(own) for name, own in pairs.items()},
+        "patches": {name: sum(len(file.cells) for file in own) for name, own in files.items()},
+        "epochs": task.history,
+        "probe": _downstream(files, networks[0], config, run),
+    }
+    if config.maps:
+        for number, pair in enumerate(pairs["test"]):
+            _write_map(networks[0], pair, config, run, run.out / "maps" / f"{number}.tif")
+        metrics["maps"] = {f"maps/{number}.tif": pair.name for number, pair in enumerate(pairs["test"])}
+    return finish(run, metrics)
+
+
+def _network(config: SiameseConfig, run: Run, number: int) -> Embedding:
+    torch.manual_seed(seed_of(run.seed, 0, number))
+    network = create_model(config.model, 2, config.channels, config.weights)
+    return Embedding(network, config.layer, config.dim, config.channels, config.patch)
+
+
+def _write_labels(run: Run, task: SiameseTask, patches: PatchPairs) -> None:
+    networks: list[Embedding] = list(task.module)  # pyright: ignore[reportArgumentType, reportAssignmentType]
+    distances = np.mean([task.distances(network)[0] for network in networks], 0)
+    labels = torch.stack([task.measure(network)[0] for network in networks]).mean(0)
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["patient_id", "exam_id", "view", "top", "left", "distance", "soft_label"])
+            for index, (d, label) in enumerate(zip(distances.tolist(), labels.tolist(), strict=True)):
+                number, place = patches.where(index)
+                own = patches.files[number]
+                first = own.pair.left
+                writer.writerow(
+                    [first.patient_id, first.exam_id or "", first.view, *own.cells[place].tolist(), d, label]
+                )
+
+    write_atomically(run.out / "soft_labels.csv", write, "soft labels")
+
+
+def _write_map(network: Embedding, pair: Pair, config: SiameseConfig, run: Run, path: Path) -> None:
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    module = AsymmetryMap(network)
+    with evaluating(module):
+        net = accelerate(module, run.memory_budget)
+        write_map(net, StackedSource(*sources_of(pair, config)), path)
+
+
+def _downstream(files: dict[str, list[PatchFile]], network: Embedding, config: SiameseConfig, run: Run) -> Any:
+    """AUC of telling patches with a finding from others, on the test split, for fractions of the labelled patches."""
+    x, y = _labelled(files["train"])
+    test, test_y = _labelled(files["test"])
+    if min(len(set(part.tolist())) for part in (y, test_y)) < 2:
+        return "the table has no findings in patches of both the train and the test split"
+    torch.manual_seed(seed_of(run.seed, 8))
+    scratch = Embedding(create_model(config.model, 2, config.channels), config.layer, config.dim, config.channels,
+                        config.patch)  # fmt: skip
+    starts = {"siamese": network, "scratch": scratch.to(run.device)}
+    if config.weights is not None:
+        starts["weights"] = _network(config, run, 0).to(run.device)
+    rows = []
+    for fraction in config.fractions:
+        chosen = _fraction(y, fraction, run.seed)
+        for name, start in starts.items():
+            own = Run(run.out / "probe" / f"{name}_{fraction}", run.seed, run.device, resume=run.resume)
+            scores = {
+                "probe": probed(start, x[chosen], y[chosen], test),
+                "fine_tuned": fine_tuned(start, x[chosen], y[chosen], test, config, own),
+            }
+            found = {key: auc(test_y.numpy(), value) for key, value in scores.items()}
+            rows.append({"fraction": fraction, "patches": len(chosen), "start": name, **found})
+    return rows
+
+
+def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
+    """Places of that share of each class, two of each at least."""
+    found = []
+    for label in (0, 1):
+        own = torch.nonzero(y == label)[:, 0].numpy()
+        count = min(len(own), max(2, round(fraction * len(own))))
+        found.append(np.random.default_rng([seed, label]).permutation(own)[:count])
+    return torch.from_numpy(np.concatenate(found))
+
+
+def _labelled(files: Sequence[PatchFile]) -> tuple[Tensor, Tensor]:
+    """Single patches of both breasts, and whether the middle of a finding's box is in them."""
+    patches, labels = [], []
+    for file in files:
+        with np.load(file.path, allow_pickle=False) as stored:
+            for number, record in enumerate((file.pair.left, file.pair.right)):
+                patches.append(stored["patches"][:, number])
+                labels += [_has_finding(box, record) for box in stored["boxes"][number]]
+    if not patches:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate(patches)), torch.tensor(labels, dtype=torch.int64)
+
+
+def _has_finding(box: np.ndarray, record: Record) -> int:
+    left, top, right, bottom = box
+
+    def inside(finding: Finding) -> bool:
+        if finding.box is None:
+            return False
+        y, x = (finding.box[0] + finding.box[1]) / 2, (finding.box[2] + finding.box[3]) / 2
+        return bool(top <= y < bottom and left <= x < right)
+
+    return int(any(inside(finding) for finding in record.findings))
