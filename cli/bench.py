@@ -69,8 +69,8 @@ def step(
 ) -> None:  # fmt: skip
     """Time and peak memory of a step over sizes; all in turns, so that a busy machine hurts all alike.
 
-    Without --memory-budget gigamorph takes what its default tile needs. lightstream takes the largest tile that the
-    budget holds, or without one 0.6 times stock's memory; smaller tiles do several times the work.
+    Without --memory-budget gigamorph takes what its default tile needs. lightstream takes its best tile in that budget,
+    or without one in 0.75 of stock's memory; smaller tiles do several times the work.
 
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """

@@ -8,7 +8,7 @@ from torch import nn
 from gigamorph.engine import BudgetError
 from gigamorph.engine.bench import limit
 from gigamorph.engine.bench.limit import Search, find
-from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, Task, Try
+from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, LimitRow, Task, Try
 
 TASK = Task("lesionnet", (1, 1, 0, 0))
 
@@ -77,6 +77,35 @@ def test_the_prediction_is_the_largest_side_that_plan_allows(monkeypatch):
     side = limit.predicted_side(nn.Identity(), TASK, "gigamorph", Search(1000))
     assert side is not None and 5000 / 1.01 - 32 <= side <= 5000
     assert limit.predicted_side(nn.Identity(), TASK, "checkpoint", Search(1000)) is None
+
+
+@pytest.mark.parametrize("peak, status", [(1000, OK), (1001, OUT_OF_MEMORY)])
+def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch, peak, status):
+    given = {}
+
+    class Pretended:
+        def __init__(self, longest, lean):
+            given.update(longest=longest, lean=lean)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def start(self, task, peer, settings, cap):
+            given.update(image=task.image, settings=settings, cap=cap)
+            return {"status": OK}
+
+        def run(self, steps):
+            return {"status": OK, "peak_bytes": peak, "seconds": [2.0, 1.0]}
+
+    monkeypatch.setattr(limit, "Child", Pretended)
+    row = LimitRow(TASK, "gigamorph", 1000)
+    found = limit._try(row, nn.Identity(), 96, Search(1000, longest=7.0))
+    assert (found.side, found.status, found.peak_bytes, found.seconds) == (96, status, peak, 1.0)
+    assert given["lean"] and given["longest"] == 7.0 and given["cap"] == 1000 and given["image"] == (1, 1, 96, 96)
+    assert given["settings"] == {"memory_budget": 900, "tile": None, "carries": "device"}
 
 
 @pytest.mark.slow
