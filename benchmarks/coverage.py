@@ -20,6 +20,7 @@ and those that are there already are not computed again. The last line counts.
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import itertools
 import json
@@ -138,8 +139,8 @@ def check(name: str, mode: str) -> dict[str, Any]:
     torch.manual_seed(0)
     began = time.perf_counter()
     model = randomize(build(name)).double().eval()
-    size = OWN_SIZES.get(name) or _legal_size(model)
     model.train(mode == "live")
+    size = OWN_SIZES.get(name) or _legal_size(copy.deepcopy(model), BATCH[mode])
     report: dict[str, Any] = {"network": name, "mode": mode, "class": CLASSES[name], "size": size, "tile": TILE}
     image = torch.randn(BATCH[mode], 3, *size, dtype=torch.float64)
     fallback = None
@@ -201,13 +202,14 @@ def _calibrate(model: Any, size: tuple[int, int]) -> None:
         norm.momentum = momentum
 
 
-def _legal_size(model: Any) -> tuple[int, int]:
+def _legal_size(model: Any, batch: int) -> tuple[int, int]:
+    """The first size that the network takes in its mode; its running statistics may change."""
     import torch
 
     for height, width in SIZES:
         try:
             with torch.no_grad():
-                model(torch.zeros(1, 3, height, width, dtype=torch.float64))
+                model(torch.zeros(batch, 3, height, width, dtype=torch.float64))
         except (RuntimeError, AssertionError):
             continue
         return height, width

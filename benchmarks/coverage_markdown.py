@@ -42,6 +42,7 @@ Written by `python benchmarks/coverage.py --markdown` from `benchmarks/results/c
 {len(names)} networks (timm {result["timm"]}, torchvision {result["torchvision"]}, and small U-Nets and a feature
 pyramid of our own), unmodified, in tiles of {tile} pixels: outputs, the gradient of every parameter and of the image,
 and every buffer after one training step, against stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
+Rows are measured one by one; the commit in the JSON is that of the last.
 """
 
 
@@ -56,6 +57,11 @@ def _counts(rows: list[Row]) -> str:
         name = kinds[0] if len(kinds) == 1 else "all"
         found = [str(own.count(verdict)) for verdict in VERDICTS]
         lines.append(f"| {name} | {MODES[mode]} | {len(own)} | " + " | ".join(found) + " |")
+    by = {(row["network"], row["mode"]) for row in rows}
+    names = dict.fromkeys(row["network"] for row in rows)
+    for mode, name in MODES.items():
+        missing = ", ".join(network for network in names if (network, mode) not in by)
+        lines += ["", f"Not measured yet with {name} norms: {missing}."] if missing else []
     return "\n".join(lines) + "\n"
 
 
@@ -113,7 +119,7 @@ def _shared(text: str) -> str:
 
 def _cells(row: Row | None, numbers: dict[str, int]) -> str:
     if row is None:
-        return " | | "
+        return "not measured | |"
     error = f"{row['error']:.0e}" if "error" in row else ""
     single = f"{row['float32']['gradients']:.2f}" if "float32" in row else ""
     remarks = ", ".join(f"[{numbers[text]}](#remarks)" for text in _texts(row))
