@@ -3,9 +3,10 @@
     python benchmarks/live_norm.py --json benchmarks/results/live_norm_cpu.json
     python benchmarks/live_norm.py --models resnet18 --side 1024 --rounds 1
 
-Every figure comes from a process of its own (as in memory.py: two steps, the image and what was there before are not
-counted). The processes take turns, so that a busy machine hurts all alike; the ratio is that of the medians. The
-budgets are shares of stock's measured peak; the plan then chooses which maps are stored.
+Every figure comes from a process of its own that has done a small step in the same way before: two steps, of which the
+image and what was there before, libraries with it, are not counted. The processes take turns, so that a busy machine
+hurts all alike; times are the processors' seconds, and the ratio is that of the medians. The budgets are shares of
+stock's measured peak, parameters included; the plan then chooses which maps are stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,7 @@ def build(model: str, how: str, budget: int | None) -> nn.Module:
 
 def child(task: dict[str, Any]) -> None:
     """Measure in this process and print as JSON."""
-    small = torch.randn(1, 3, 64, 64)
-    build(task["model"], "stock", None)(small).square().mean().backward()
+    build(task["model"], task["how"], None)(torch.randn(1, 3, 64, 64)).square().mean().backward()
     net = build(task["model"], task["how"], task["budget"])
     image = torch.randn(1, 3, task["side"], task["side"]).contiguous(memory_format=torch.channels_last)
     print(json.dumps(measure_steps(net, image, STEPS)))
@@ -68,12 +69,12 @@ def run(model: str, side: int, how: str, budget: int | None) -> dict[str, Any]:
     return in_own_process(__file__, {"model": model, "side": side, "how": how, "budget": budget})
 
 
-def rows_of(model: str, side: int, rounds: int) -> list[dict[str, Any]]:
+def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list[dict[str, Any]]:
     """One row for stock, checkpoint and each budget that can be kept."""
     stock = run(model, side, "stock", None)["bytes"]
     rows: list[dict[str, Any]] = [{"how": "stock", "budget": None}, {"how": "checkpoint", "budget": None}]
     network = build(model, "stock", None)
-    for share in (None, *SHARES):
+    for share in (None, *shares):
         budget = None if share is None else int(share * stock)
         try:
             made = plan(network, (side, side), budget)
@@ -83,15 +84,17 @@ def rows_of(model: str, side: int, rounds: int) -> list[dict[str, Any]]:
         chosen = made.choices[made.choice]
         rows.append({
             "how": "ours", "share": share, "budget": budget, "predicted": made.peak_bytes, "tile": made.tile,
-            "stored": chosen.name, "forwards": chosen.forwards, "stored_bytes": chosen.bytes,
+            "stored": chosen.name, "forwards": chosen.forwards, "stored_bytes": chosen.bytes, "maps": made.maps,
         })  # fmt: skip
     measured = [[run(model, side, row["how"], row["budget"]) for row in rows] for _ in range(rounds)]
     for number, row in enumerate(rows):
         own = [turn[number] for turn in measured]
         row |= {"model": model, "side": side}
-        row |= {what: [r[what] for r in own] for what in ("seconds", "bytes")}
-        row["time"] = statistics.median(row["seconds"]) / statistics.median([turn[0]["seconds"] for turn in measured])
-        row["memory"] = max(row["bytes"]) / max(turn[0]["bytes"] for turn in measured)
+        row |= {what: [r[what] for r in own] for what in own[0]}
+        first = [turn[0] for turn in measured]
+        row["time"] = statistics.median(row["cpu_seconds"]) / statistics.median([r["cpu_seconds"] for r in first])
+        row["memory"] = max(row["bytes"]) / max(r["bytes"] for r in first)
+        row["added_memory"] = max(row["added"]) / max(r["added"] for r in first)
         print(line(row), flush=True)
     return rows
 
@@ -99,7 +102,8 @@ def rows_of(model: str, side: int, rounds: int) -> list[dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     """A row as people read it."""
     text = f"{row['model']:9} {row['side']:5} {row['how']:10} {row.get('share') or '':<5} "
-    text += f"time {row['time']:5.2f}  memory {row['memory']:5.2f}  {max(row['bytes']) / 1e9:5.2f} GB"
+    text += f"time {row['time']:5.2f}  memory {row['memory']:5.2f} ({row['added_memory']:.2f} without parameters)"
+    text += f"  {max(row['bytes']) / 1e9:5.2f} GB"
     if row["how"] == "ours":
         text += f"  predicted/measured {row['predicted'] / max(row['bytes']):5.2f}  {row['stored']}"
     return text
@@ -110,13 +114,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets, in peaks of stock")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         child(options.child)
         return
-    rows = [row for model in options.models for row in rows_of(model, options.side, options.rounds)]
+    rows = [row for model in options.models for row in rows_of(model, options.side, options.rounds, options.shares)]
     if options.json:
         result = {
             "what": "a training step with live BatchNorm, float32, CPU; the image is not counted",

@@ -62,9 +62,9 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
     return empty(pattern, shape)
 
 
-def empty(pattern: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of another shape with the dtype, device and memory order of `pattern`."""
-    order = memory_order(pattern)
+def empty(pattern: Tensor, shape: Sequence[int], order: list[int] | None = None) -> Tensor:
+    """An uninitialised tensor of another shape with the dtype, device and (or that given) memory order of `pattern`."""
+    order = memory_order(pattern) if order is None else order
     return unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
 
 

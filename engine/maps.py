@@ -78,7 +78,8 @@ def new_map(pattern: Tensor, shape: Sequence[int] | None = None, place: str = "d
 
     Args:
         shape: if not that of `pattern`.
-        place: "device", or "disk" for a file that is mapped into memory.
+        place: "device", that of `pattern`; "host", pinned memory where there is a GPU; or "disk",
+            a file that is mapped into memory.
         zero: filled with zeros; without it with anything.
 
     Raises:
@@ -86,11 +87,15 @@ def new_map(pattern: Tensor, shape: Sequence[int] | None = None, place: str = "d
     """
     shape = list(pattern.shape if shape is None else shape)
     size = math.prod(shape) * pattern.element_size()
-    if pattern.device.type != "cpu" or size < _LEAST or isinstance(pattern, FakeTensor):
-        made = empty(pattern, shape)
+    order = memory_order(pattern)
+    here = pattern.device.type if place == "device" else "cpu"
+    if place == "host" and torch.cuda.is_available():
+        dense = torch.empty([shape[d] for d in order], dtype=pattern.dtype, pin_memory=True)
+        return unpermute(dense.zero_() if zero else dense, order)
+    if here != "cpu" or size < _LEAST or isinstance(pattern, FakeTensor):
+        made = empty(pattern if place == "device" else pattern.new_empty(0, device="cpu"), shape, order)
         return made.zero_() if zero else made
     pages = Pages.make(size, place == "disk")
-    order = memory_order(pattern)
     made = unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
     _PAGES[made.data_ptr()] = pages
     return made

@@ -14,8 +14,11 @@ term is fitted to measurements (benchmarks/memory.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ from .ops import Small
 from .replay import FEWEST_TILES, static_bytes
 from .scan import Autocast, cast_dtype
 from .simulate import carry_shape, stock_peak, tile_peak
-from .strategy import Strategy, every_strategy, stored_peak, strategies
+from .strategy import PLACES, Strategy, every_strategy, stored_peak, strategies
 from .sweep import Sweep
 from .trace import Op, Program, capture
 
@@ -49,6 +52,12 @@ _HEAP_SHARE, _HEAP_SHARE_FEW_TILES, _FEW_TILES = 1.0, 0.35, 4
 _LOOSE_SHARE, _LOOSE_SHARE_FEW_TILES, _LOOSE_FEW_TILES = 2.5, 1.1, 8
 _WEIGHT_COPIES, _MOST_WEIGHT_COPIES = 2, 78_000_000
 _SLACK_FILLED = 0.25
+# How many sides, from the largest on, are tried before another choice of stored maps is.
+_COARSE = 3
+# How many choices of stored maps, from the one that needs least on, are tried with smaller tiles.
+_SMALL_TILES = 3
+# Of maps elsewhere, the parts that are here at a time: a tile's own, the next one's, and gradients of one of them.
+_AWAY_TILES = 3
 # Sweeps whose tile is counted: the heaviest ones by their blocks.
 _COUNTED = 2
 # Static tensors of a tile's replay lie in chunks, and those at the end of the image are larger than in the middle.
@@ -85,7 +94,8 @@ class Plan:
         stored_bytes: maps that exist whole, their gradients, and the ops behind them.
         library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
         sides: the tile of each sweep, in pixels of its largest source.
-        maps: where maps that sweeps alone read are stored: "device" or "disk".
+        maps: where maps that sweeps alone read are stored: "device", "host" or "disk".
+        away_bytes: what they take there, if that is not the device.
         choices: which maps may be stored whole (`strategy.py`): those that did not fit, the one taken, and in the
             result of `plan` those that need still less.
         choice: which of them is taken.
@@ -109,6 +119,7 @@ class Plan:
     library_bytes: int
     sides: tuple[tuple[int, int], ...]
     maps: str = "device"
+    away_bytes: int = 0
     choices: tuple[Choice, ...] = ()
     choice: int = 0
     replay_bytes: int = 0
@@ -136,13 +147,12 @@ class Plan:
 
     def __str__(self) -> str:
         n, c, height, width = self.image
-        where = {"device": "on the device", "host": "in host memory", "disk": "on disk"}[self.carries]
         lines = [
             ("image", f"{n} x {c} x {height} x {width} ({n * height * width / 1e6:.1f} Mpx)"),
             ("step", "training, two passes" if self.training else "inference, one pass"),
             ("tile", f"{self.tile[0]} x {self.tile[1]}, {self.tiles[0]} x {self.tiles[1]} of them"),
             ("parameters", format_bytes(self.parameter_bytes)),
-            ("carries", f"{format_bytes(self.carry_bytes)} {where}" if self.training else "none kept"),
+            ("carries", f"{format_bytes(self.carry_bytes)} {PLACES[self.carries]}" if self.training else "none kept"),
             ("strips in work", format_bytes(self.strip_bytes)),
             ("one tile", format_bytes(self.tile_bytes)),
         ]
@@ -150,6 +160,8 @@ class Plan:
             lines.append(("retained tiles", f"{format_bytes(self.retained_bytes)} ({self.retained} not recomputed)"))
         if self.stored_bytes:
             lines.append(("whole maps", format_bytes(self.stored_bytes)))
+        if self.away_bytes:
+            lines.append(("whole maps", f"{format_bytes(self.away_bytes)} {PLACES[self.maps]}"))
         if self.library_bytes:
             lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap)"))
         if len(self.sides) > 1:
@@ -176,25 +188,32 @@ def _nbytes(shape: Any, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+Peaks = dict[Any, tuple[int, int]]  # by sweep and tile, see `tile_peak`
+
+
 class _Estimate:
     """The parts of a plan that do not depend on the tile, and plans for tiles."""
 
-    def __init__(self, network: Network, training: bool, image_grad: bool):
+    def __init__(self, network: Network, training: bool, image_grad: bool, peaks: Peaks | None = None):
         self.network, self.training = network, training
+        self.peaks = {} if peaks is None else peaks
         values, image = network.program.values, network.program.image
         self.image = values[image]
         self.wanted = network.wanted(image_grad)
         autocast = Autocast.current(self.image.device)
         smalls: dict[int, int] = {}
+        copies = self.sweep_bytes = 0
         for graph in network.sweeps:
-            for v in graph.smalls:
-                smalls[v] = _nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast))
+            own = {v: _nbytes(values[v].shape, cast_dtype(graph, v, values[v].dtype, autocast)) for v in graph.smalls}
+            smalls.update(own)
+            kernels = (own[v] for v in own if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1)
+            copies, self.sweep_bytes = max(copies, sum(kernels)), max(self.sweep_bytes, sum(own.values()))
         named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
-        kernels = sum(smalls[v] for v in smalls if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1)
         made = sum(_nbytes(values[v].shape, values[v].dtype) for v in smalls if values[v].name is None)
-        # parameters; made smalls (folded weights); copies of kernels in the maps' memory order; sums of gradients
+        # parameters; made smalls (folded weights); copies of a sweep's kernels in the maps' memory order; sums of
+        # gradients
         self.gradient_bytes = sum(smalls.values())
-        self.parameter_bytes = sum(named.values()) + made + kernels + (self.gradient_bytes if training else 0)
+        self.parameter_bytes = sum(named.values()) + made + copies + (self.gradient_bytes if training else 0)
         self.stored_bytes = stored_peak(network, training, self.wanted)
         if image_grad:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
@@ -217,10 +236,12 @@ class _Estimate:
         peak = held = 0
         if count_tile:
             for sweep in sorted(sweeps, key=_block_bytes)[-_COUNTED:]:
-                own, held = tile_peak(sweep.graph, sweep, self.training, self.wanted)
+                own, held = self._tile_peak(sweep)
                 peak = max(peak, own)
         # In pass 2 two strips' gradients are in work, and one strip's carries where they are not on the device.
         strips = strip * ((2 if carries == "device" else 3) if self.training else 2)
+        if self.network.place != "device":
+            strips += _AWAY_TILES * max(_away_bytes(self.network, sweep) for sweep in sweeps)
         kernels, slack = self._library(sweeps, peak)
         plan = Plan(
             image=tuple(self.image.shape),  # pyright: ignore[reportArgumentType]
@@ -240,7 +261,12 @@ class _Estimate:
             budget=budget,
         )
         retained = self._loosen(self._retain(plan, sweeps, held, slack), sweeps)
-        if count_tile and static.executor(self.image.device) and sweeps[0].tiles - retained.retained >= FEWEST_TILES:
+        if (
+            count_tile
+            and self.network.place == "device"
+            and static.executor(self.image.device)
+            and sweeps[0].tiles - retained.retained >= FEWEST_TILES
+        ):
             statics = max(static_bytes(sweep, self.training) for sweep in sweeps if sweep.tiles >= FEWEST_TILES)
             arena = -(-_ARENA_SHARE * statics // static.CHUNK_BYTES) * static.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of smalls, and the sums of their gradients
@@ -248,6 +274,15 @@ class _Estimate:
             if replayed.peak_bytes <= limit:
                 return self._retain(replayed, sweeps, held, slack)
         return retained
+
+    def _tile_peak(self, sweep: Sweep) -> tuple[int, int]:
+        """`tile_peak`, once for sweeps of several choices that do the same."""
+        graph = sweep.graph
+        made = (v for local in graph.locals for v in (*local.op.outputs, *local.reads))
+        key = (sweep.tile, *graph.sources, -1, *graph.results, -1, *made)
+        if key not in self.peaks:
+            self.peaks[key] = tile_peak(graph, sweep, self.training, self.wanted)
+        return self.peaks[key]
 
     def _retain(self, plan: Plan, sweeps: list[Sweep], held: int, slack: int) -> Plan:
         """Retain tiles with what a plan leaves of its budget; each holds `held` bytes, its part of the heap's slack."""
@@ -277,12 +312,12 @@ class _Estimate:
                 shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
             compiled += len(outputs) * shapes * (3 if self.training else 1)
         kernels = min(_MOST_KERNELS, compiled) * _KERNEL_BYTES
-        weights = self.gradient_bytes * (_WEIGHT_COPIES if self.training else 1)
+        weights = self.sweep_bytes * (_WEIGHT_COPIES if self.training else 1)
         copies = min(weights, _MOST_WEIGHT_COPIES)  # in the layout of the kernels, and made for the gradients
         return kernels, int(_tight_share(sweeps) * self._activations(tile_bytes)) + copies
 
     def _activations(self, tile_bytes: int) -> int:
-        return max(0, tile_bytes - (self.gradient_bytes if self.training else 0))
+        return max(0, tile_bytes - (self.sweep_bytes if self.training else 0))
 
     def _loosen(self, plan: Plan, sweeps: list[Sweep]) -> Plan:
         """Let the heap take what it takes without a budget, or what the budget leaves it."""
@@ -299,6 +334,13 @@ class _Estimate:
 def _tight_share(sweeps: Sequence[Sweep]) -> float:
     """The heap's slack under a budget, as a share of a tile's activations."""
     return _HEAP_SHARE_FEW_TILES if max(s.tiles for s in sweeps) <= _FEW_TILES else _HEAP_SHARE
+
+
+def _away_bytes(network: Network, sweep: Sweep) -> int:
+    """A tile's part of the maps that its sweep reads and writes elsewhere than on the device."""
+    graph, swept, values = sweep.graph, network.swept(), network.program.values
+    total = sum(_nbytes(values[v].shape, values[v].dtype) for v in (*graph.sources, *graph.stored) if v in swept)
+    return total // sweep.tiles
 
 
 def _block_bytes(sweep: Sweep) -> int:
@@ -369,30 +411,70 @@ def arrange(
     """
     maps, nodes = sort(program, fallback)
     tried: list[Choice] = []
-    found: tuple[Network, Plan] | None = None
-    refused: BudgetError | None = None
+    found: Plan | None = None
+    options: list[tuple[Network, int]] = []
+    peaks: Peaks = {}
+    ready: set[int] = set()
+    device = program.values[0].device
     for strategy in strategies(maps, nodes, training, image_grad):
         network, stored = strategy.network, strategy.stored_bytes
         if bands is not None:
+            if network.place != "device":
+                continue  # all processes would need the same disk
             network = split_network(network, bands)
             stored = stored_peak(network, training, network.wanted(image_grad))
+        if network.place == "disk" and strategy.away_bytes > _free_disk():
+            continue
         tried.append(Choice(strategy.name, strategy.cost, stored))
-        if found is None:
-            prepare(network, training, image_grad)
-            try:
-                found = network, choose(network, budget, tile, training, carries, image_grad, count_tile)
-            except BudgetError as error:
-                refused = error
-            if bands is not None and agree and not bands.all_agree(found is not None, program.values[0].device):
-                found = None
-            if found is None:
-                continue
-            found = network, replace(found[1], choice=len(tried) - 1)
-        if not compare:
+        options.append((network, strategy.away_bytes))
+
+        def fit(number: int, coarse: bool) -> Plan | None:
+            network, away = options[number]
+            _prepare_once(network, ready, training, image_grad)
+            plan = fitting(network, budget, tile, training, carries, image_grad, count_tile, peaks, coarse)
+            if bands is not None and agree and not bands.all_agree(plan is not None, device):
+                plan = None
+            return plan and replace(plan, choice=number, maps=network.place, away_bytes=away)
+
+        if len(options) == 1 and (plan := fit(0, coarse=True)) is not None:
+            found = plan
+        if found is not None and not compare:
             break
     if found is None:
-        raise refused or BudgetError("the bands of other processes do not fit their budget; give a larger one")
-    return found[0], replace(found[1], choices=tuple(tried))
+        found = _first(partial(fit, coarse=True), 1, len(options))
+    if found is None:  # small tiles, where nothing else helps
+        found = _first(partial(fit, coarse=False), max(0, len(options) - _SMALL_TILES), len(options))
+    if found is None and bands is not None and agree:
+        raise BudgetError("the bands of some processes do not fit their budget; give a larger one")
+    if found is None:
+        choose(options[-1][0], budget, tile, training, carries, image_grad, count_tile)  # says what it needs
+    assert found is not None
+    return options[found.choice][0], replace(found, choices=tuple(tried))
+
+
+def _prepare_once(network: Network, ready: set[int], training: bool, image_grad: bool) -> None:
+    """`prepare`, where that was not done yet; choices that differ in the place of maps alone share their steps."""
+    if id(network.steps) not in ready:
+        prepare(network, training, image_grad)
+        ready.add(id(network.steps))
+
+
+def _first(fit: Callable[[int], Plan | None], first: int, end: int) -> Plan | None:
+    """The plan of the first choice that fits; each needs less than the one before it."""
+    found: Plan | None = None
+    while first < end:
+        middle = (first + end) // 2
+        plan = fit(middle)
+        if plan is None:
+            first = middle + 1
+        else:
+            found, end = plan, middle
+    return found
+
+
+def _free_disk() -> int:
+    """Bytes that temporary files may take."""
+    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 _APART = (
@@ -420,23 +502,30 @@ def arrange_together(
     largest = max(range(len(programs)), key=lambda n: math.prod(programs[n].values[programs[n].image].shape))
     every = [every_strategy(*pair, training, grad) for pair, grad in zip(arranged, image_grads, strict=True)]
     known: list[dict[str, Strategy]] = [{} for _ in every]
-    refused: BudgetError | None = None
-    for strategy in strategies(*arranged[largest], training, image_grads[largest]):
-        found = [_named(strategy.name, *pair) for pair in zip(every, known, strict=True)]
+    made: list[tuple[list[Network], list[Plan]]] = []
+    ready: set[int] = set()
+    options = [s.name for s in strategies(*arranged[largest], training, image_grads[largest])]
+
+    def fit(number: int) -> Plan | None:
+        found = [_named(options[number], *pair) for pair in zip(every, known, strict=True)]
         networks = [one.network for one in found if one is not None]
         for network, grad in zip(networks, image_grads, strict=False):
-            prepare(network, training, grad)
+            _prepare_once(network, ready, training, grad)
         if len(networks) < len(programs) or len({_steps(network) for network in networks}) > 1:
             raise UnsupportedError("images of these sizes go through the network by different steps" + _APART)
         stored = [one.stored_bytes for one in found if one is not None]
-        try:
-            plans = _choose_together(networks, stored, budget, tile, training, carries, image_grads, count_tile)
-        except BudgetError as error:
-            refused = error
-        else:
-            return list(zip(networks, plans, strict=True))
-    assert refused is not None
-    raise refused
+        plans = _choose_together(networks, stored, budget, tile, training, carries, image_grads, count_tile)
+        if plans is not None:
+            made.append((networks, plans))
+        return None if plans is None else plans[0]
+
+    if fit(0) is None and _first(fit, 1, len(options)) is None:
+        limit = format_bytes(_limit(budget, programs[0].values[0].device))
+        raise BudgetError(
+            f"no tile fits: {len(programs)} images of several sizes share the statistics of a BatchNorm and are there "
+            f"at the same time, the budget is {limit}; give a larger budget or fewer images"
+        )
+    return list(zip(*made[-1], strict=True))
 
 
 def _writes_of_images(program: Program) -> Iterator[Op]:
@@ -467,26 +556,23 @@ def _steps(network: Network) -> str:
 def _choose_together(
     networks: Sequence[Network], stored: Sequence[int], budget: int | None, tile: tuple[int, int] | None,
     training: bool, carries: str, image_grads: Sequence[bool], count_tile: bool,
-) -> list[Plan]:  # fmt: skip
+) -> list[Plan] | None:  # fmt: skip
     """A plan for each image, in what the stored maps and carries of the others leave of the budget."""
     device = networks[0].program.values[0].device
-    limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
-    refused: BudgetError | None = None
+    limit = _limit(budget, device)
     for place in _places(carries, device):
         resident, plans = list(stored), {}
-        try:
-            for n in sorted(range(len(networks)), key=lambda n: stored[n]):
-                left = limit - (sum(resident) - resident[n])
-                chosen = choose(networks[n], left, tile, training, place, image_grads[n], count_tile)
-                resident[n] = chosen.stored_bytes + (chosen.carry_bytes if place == "device" else 0)
-                # What one image has captured would have to be let go for the next one.
-                plans[n] = replace(chosen, budget=budget, replay_bytes=0)
-        except BudgetError as error:
-            refused = error
+        for n in sorted(range(len(networks)), key=lambda n: stored[n]):
+            left = limit - (sum(resident) - resident[n])
+            chosen = fitting(networks[n], left, tile, training, place, image_grads[n], count_tile)
+            if chosen is None:
+                break
+            resident[n] = chosen.stored_bytes + (chosen.carry_bytes if place == "device" else 0)
+            # What one image has captured would have to be let go for the next one.
+            plans[n] = replace(chosen, budget=budget, replay_bytes=0, maps=networks[n].place)
         else:
             return [plans[n] for n in range(len(networks))]
-    assert refused is not None
-    raise refused
+    return None
 
 
 def choose(
@@ -504,29 +590,54 @@ def choose(
     Raises:
         BudgetError: if no tile fits.
     """
+    plan = fitting(network, budget, tile, training, carries, image_grad, count_tile)
+    if plan is not None:
+        return plan
     estimate = _Estimate(network, training, image_grad)
     device = estimate.image.device
-    limit = int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
     height, width = network.maps.size(network.program.image)
-    sides = _sides(device, height, width, len(network.sweeps) > 1) if tile is None else [tile]
-    places = _places(carries, device)
-    for place in places:
+    sides, place = _sides(network, tile), _places(carries, device)[-1]
+    least = estimate.plan(sides[-1], place, budget)
+    for side in sides:
+        if estimate.plan(side, place, budget, count_tile=False).peak_bytes < least.peak_bytes:
+            least = min(least, estimate.plan(side, place, budget), key=lambda plan: plan.peak_bytes)
+    what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
+    raise BudgetError(
+        f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
+        f"(tile {least.tile[0]} x {least.tile[1]}, carries {least.carries}), the budget is "
+        f"{format_bytes(_limit(budget, device))}; give a larger budget or a smaller batch"
+    )
+
+
+def fitting(
+    network: Network, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    image_grad: bool = False, count_tile: bool = True, peaks: Peaks | None = None, coarse: bool | None = None,
+) -> Plan | None:  # fmt: skip
+    """As `choose`; None if no tile fits.
+
+    Args:
+        peaks: what was found for other choices of stored maps of this program.
+        coarse: where there are several sweeps, try only the largest tiles (or only the others), for small ones cost
+            more time than another choice of stored maps.
+    """
+    estimate = _Estimate(network, training, image_grad, peaks)
+    device = estimate.image.device
+    limit = _limit(budget, device)
+    sides = _sides(network, tile)
+    if len(network.sweeps) > 1 and len(sides) > _COARSE and coarse is not None:
+        sides = sides[:_COARSE] if coarse else sides[_COARSE:]
+    for place in _places(carries, device):
         for side in sides:
             plan = estimate.plan(side, place, budget, count_tile=False)
             if plan.peak_bytes <= limit and (count_tile or tile is None):
                 plan = estimate.plan(side, place, budget, limit=limit)
             if plan.peak_bytes <= limit:
                 return plan
-    least = estimate.plan(sides[-1], places[-1], budget)
-    for side in sides:
-        if estimate.plan(side, places[-1], budget, count_tile=False).peak_bytes < least.peak_bytes:
-            least = min(least, estimate.plan(side, places[-1], budget), key=lambda plan: plan.peak_bytes)
-    what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
-    raise BudgetError(
-        f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
-        f"(tile {least.tile[0]} x {least.tile[1]}, carries {least.carries}), the budget is {format_bytes(limit)}; "
-        "give a larger budget or a smaller batch"
-    )
+    return None
+
+
+def _limit(budget: int | None, device: torch.device) -> int:
+    return int(_FREE_SHARE * available_bytes(device)) if budget is None else budget
 
 
 def _places(carries: str, device: torch.device) -> list[str]:
@@ -535,10 +646,14 @@ def _places(carries: str, device: torch.device) -> list[str]:
     return ["device", "disk"] if device.type == "cpu" else ["device", "host", "disk"]
 
 
-def _sides(device: torch.device, height: int, width: int, several: bool) -> list[tuple[int, int]]:
+def _sides(network: Network, tile: tuple[int, int] | None) -> list[tuple[int, int]]:
     """Tiles worth trying, largest first. Sweeps of a few layers gain less from large tiles than one of all layers."""
-    preferred = _PREFERRED.get(device.type, 1024)
-    if several and device.type == "cpu":
+    if tile is not None:
+        return [tile]
+    height, width = network.maps.size(network.program.image)
+    kind = network.program.values[network.program.image].device.type
+    preferred = _PREFERRED.get(kind, 1024)
+    if len(network.sweeps) > 1 and kind == "cpu":
         preferred //= 2
     longest = max(height, width)
     sides = [side for side in _SIDES if side <= preferred and side < longest]

@@ -373,8 +373,12 @@ class Scan:
             kept.above = [{} for _ in range(sweep.rows.steps)]
             kept.left = {(i, j): {} for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)}
         self.kept = kept
-        infos = [values[v] for v in sweep.graph.stored]
-        return tuple(torch.empty((), dtype=info.dtype, device=self.device).expand(info.shape) for info in infos)
+        results = []
+        for value in sweep.graph.stored:
+            away = value in self.swept and self.map_place != "device"
+            one = torch.empty((), dtype=values[value].dtype, device="cpu" if away else self.device)
+            results.append(one.expand(values[value].shape))
+        return tuple(results)
 
     def _values(self, accumulator: Accumulator) -> tuple[Tensor, ...]:
         """The values of a reduction; of a band without rows what changes no total."""
@@ -662,8 +666,11 @@ class Scan:
         return total
 
     def _own(self, tile: Tile, value: int, stored: Tensor) -> Tensor:
-        """A tile's part of a stored map or of its gradient."""
-        return stored if tile.alone else cut(stored, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
+        """A tile's part of a stored map or of its gradient, on the device."""
+        if tile.alone:
+            return stored
+        own = cut(stored, self.sweep.axes(value), self.sweep.block(value, tile.i, tile.j))
+        return own.to(self.device, non_blocking=True)
 
     def differentiate(self, recorded: Recorded, targets: Targets, kept: Kept) -> WindowGrads:
         """Add a recorded tile's gradients to the sums and to the carries' gradients; those of sources are returned."""
@@ -696,7 +703,7 @@ class Scan:
                 target.copy_(grad)
                 self.given.add((source, rect))
             else:
-                target.add_(grad)
+                target.add_(grad.to(target.device))
 
     def _zero_the_rest(self, source_grads: Mapping[int, Tensor]) -> None:
         """Zeros where no tile has given a gradient of a source that is not added up."""

@@ -186,7 +186,8 @@ class Prepared:
 
     def replay(self, index: int, device: torch.device) -> Replays | None:
         """The replays of a sweep, if the plan has room for them."""
-        executor = static.executor(device) if self.plan.replayed and self.bands is None else None
+        usable = self.plan.replayed and self.bands is None and self.network.place == "device"
+        executor = static.executor(device) if usable else None
         if executor is not None and index not in self.replays and self.sweeps[index].tiles >= FEWEST_TILES:
             self.replays[index] = Replays(self.sweeps[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None

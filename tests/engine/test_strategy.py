@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gigamorph.engine import accelerate
+from gigamorph.engine import strategy as strategy_module
 from gigamorph.engine.graph import Graph, crossing, sort, split
 from gigamorph.engine.models.resnet import resnet18, resnet50
 from gigamorph.engine.strategy import Strategy, cut_maps, network_cost, ranges_between, stored_peak, strategies
@@ -155,7 +156,7 @@ def test_every_choice_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         net.get_submodule("12").eval()  # its draws depend on the tile
     number = len(list(strategies(*sorted_program(net), training=True, image_grad=True)))
     assert number > 3
-    for chosen in range(number):
+    for chosen in range(0, number, -(-number // 6)):  # six of them, from all over the curve
         monkeypatch.setattr(PLAN, "strategies", lambda *a, n=chosen: list(strategies(*a))[: n + 1][-1:])
         assert_exact(net, image, tile=32)
 
@@ -175,8 +176,10 @@ def test_cuts_of_a_resnet_are_the_outputs_of_its_blocks() -> None:
     assert not set(cuts) & {v for node in nodes if getattr(node, "kind", "") == "moments" for v in [node.value]}
 
 
-def test_what_lives_is_counted() -> None:
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: two convolutions with live norms, both outputs of 8 x 8 x 4 in float64, 2048 bytes."""
+    monkeypatch.setattr(strategy_module, "_GIVES_ROWS_BACK", row_by_row)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
@@ -187,7 +190,10 @@ def test_what_lives_is_counted() -> None:
     assert len(network.sweeps) == 3
     pooled = 2 * 4 * 8  # what the pooling gives, and its gradient
     assert 0 <= stored_peak(network, False, wanted) - 2 * 2048 <= pooled  # one is read while the other is written
-    assert 0 <= stored_peak(network, True, wanted) - 4 * 2048 <= pooled  # in the backward of the second all four
+    # In the backward of the second all four; or the second output and its gradient go while that of the first comes.
+    assert 0 <= stored_peak(network, True, wanted) - (3 if row_by_row else 4) * 2048 <= pooled
+    network.place = "disk"
+    assert stored_peak(network, True, wanted) <= pooled
     cuts = cut_maps(maps, nodes)
     ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
     ranged.ranges = ranges_between(ranged, cuts)
