@@ -68,7 +68,7 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
             ends.append((end.task.megapixels, height, name, colour(peer)))
         else:
             ends.append((x[-1], y[-1], f"{label(peer)}, {y[-1]:.2g} GB", colour(peer)))
-    if cap is not None:
+    if cap is not None and top > 0.5 * cap:  # else nobody comes near it
         last = max(row.task.megapixels for row in rows if row.status != NOT_RUN)
         axes.plot([0, last], [cap, cap], color="0.35", linestyle="--", linewidth=1)
         text = f"all that a step may take: {cap:.3g} GB"

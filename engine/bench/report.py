@@ -121,7 +121,8 @@ def _steps(runs: Sequence[Results]) -> list[Section]:
     ]
     for group, numbered in _grouped(runs, lambda run: [r for r in run.steps if r.task.precision != "fp64"]).items():
         rows: list[StepRow] = [row for _, row in numbered]
-        section = Section(group.title, _headline(rows, [row for _, row in exact if row.task.model == group.task.model]))
+        last = [row for number, row in numbered if number == numbered[-1][0]]  # times of one run alone are compared
+        section = Section(group.title, _headline(last, [row for _, row in exact if row.task.model == group.task.model]))
         several = len({(row.task.image, row.peer) for row in rows}) > 1
         if several and any(row.peak_bytes for row in rows):
             section.pictures[f"memory_{group.name}.png"] = plots.memory_figure(rows, group.title)
@@ -159,8 +160,9 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> str:
         if pairs:
             ours, other, speed, memory = max(pairs, key=lambda pair: pair[0].task.megapixels)
             side = f"{ours.task.image[2]} × {ours.task.image[3]}"
-            cpu = (other.median_cpu_seconds or 0) / (ours.median_cpu_seconds or 1)
-            by_cpu = f" ({cpu:.2g} by CPU time)" if cpu else ""
+            by_cpu = ""
+            if other.median_cpu_seconds and ours.median_cpu_seconds:
+                by_cpu = f" ({other.median_cpu_seconds / ours.median_cpu_seconds:.2g} by CPU time)"
             lines.append(f"At {side} gigamorph is {speed:.2g} times as fast as {plots.label(peer)}{by_cpu} "
                          f"and takes {memory:.2g} times its memory.")  # fmt: skip
     for row in exact:

@@ -37,7 +37,7 @@ def recipe_card(
     settings = {key: _told(key, value) for key, value in asdict(config).items()}
     budget = "what is free" if run.memory_budget is None else format_bytes(run.memory_budget)
     card = Card(
-        title=f"{name}, {settings.get('model', 'several extractors')}",
+        title=f"{name}, {settings.get('model', 'see the configuration')}",
         model={"recipe": name, "parameters": f"{parameters:,}", "output": ", ".join(classes)},
         training={
             **settings,
