@@ -94,7 +94,7 @@ BATCH = {"eval": 1, "live": 4}
 VERDICTS = ("exact", "taken whole", "refused", "wrong")
 # The first that the network itself can take.
 # halonet's blocks need multiples of 256, more than one of them.
-SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256)]
+SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256), (299, 307)]
 OWN_SIZES = {"halonet26t": (512, 256)}
 TILE = 48
 LIMIT = 1e-12

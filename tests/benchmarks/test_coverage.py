@@ -33,7 +33,6 @@ def test_every_network_frozen(recorded: dict[str, Any]) -> None:
     assert frozen == list(census.CLASSES) and len(frozen) == 176
 
 
-@pytest.mark.xfail(strict=True, reason="rows with live norms are missing; the page names them")
 def test_every_network_in_both_modes(recorded: dict[str, Any]) -> None:
     """The 176 of the census, in its order."""
     found = [(row["network"], row["mode"]) for row in recorded["networks"]]
@@ -69,7 +68,7 @@ def test_counts_and_remarks_of_the_page() -> None:
     text = page({"networks": rows, **source})
     assert "| a | frozen | 1 | 1 | 0 | 0 | 0 |\n" in text and "| all | live | 1 | 0 | 0 | 0 | 1 |\n" in text
     assert "Not measured yet with live norms: two." in text
-    assert "| one | a | 8 x 9 | exact | 2e-13 | 0.50 | **wrong** [1](#remarks) |  |  |\n" in text
+    assert "| one | a | 8 x 9 | exact | 2e-13 | 1.00 | **wrong** [1](#remarks) |  |  |\n" in text
     assert text.count("module 'x' fails") == 1 and "Wrong: 1" in text
 
 
