@@ -22,6 +22,9 @@ from ..tensors import TensorTask, logits_of
 from .config import SiameseConfig
 from .network import Embedding
 
+_C = 0.01  # inverse strength of the probe's penalty: a handful of labels is to give a direction, not a perfect fit
+_MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
+
 
 class Classifier(nn.Module):
     """The encoder of an embedding with a linear layer in the projection's place: patches -> logits of two classes."""
@@ -47,6 +50,8 @@ class _Features(nn.Module):
 def probed(embedding: Embedding, x: Tensor, y: Tensor, test: Tensor) -> NDArray[np.float64]:
     """Log-odds (n,) of test patches, by logistic regression on the frozen encoder's features of labelled ones.
 
+    It learns from the four mirrorings of each labelled patch, as fine-tuning does; a test patch is seen as it is.
+
     Raises:
         DataError: labelled patches of one class only.
     """
@@ -54,9 +59,10 @@ def probed(embedding: Embedding, x: Tensor, y: Tensor, test: Tensor) -> NDArray[
         raise DataError("the labelled patches have one class only; a probe needs patches with and without a finding")
     network = _Features(embedding)
     with evaluating(network):
-        features, others = logits_of(network, x).numpy(), logits_of(network, test).numpy()
-    model: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    return model.fit(features, y.numpy()).decision_function(others)
+        features = torch.cat([logits_of(network, x.flip(axes)) for axes in _MIRRORINGS]).numpy()
+        others = logits_of(network, test).numpy()
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000))
+    return model.fit(features, y.repeat(len(_MIRRORINGS)).numpy()).decision_function(others)
 
 
 def fine_tuned(
