@@ -227,7 +227,8 @@ def steps(dry: bool) -> list[Step]:
         hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_8GiB", *STOCK, "checkpoint")
         frozen = [Step("resnet18", training, 64, how) for training in (True, False) for how in hows
                   if training or how not in ("ours_third", "ours_8GiB", "checkpoint")]  # fmt: skip
-        return [*frozen, *(Step("resnet18_live", True, 64, how) for how in ("ours", "channels_last"))]
+        # At 64 pixels the last statistics are of four values: stock's own bfloat16 gradient is off by a tenth.
+        return [*frozen, *(Step("resnet18_live", True, 256, how) for how in ("ours", "channels_last"))]
     train, infer = True, False
     wanted = [
         ("resnet50", train, 4096, ("ours", *STOCK, "ours_third", "checkpoint")),

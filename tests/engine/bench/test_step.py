@@ -77,9 +77,10 @@ def test_peers_take_turns_and_keep_their_status(pretended):
     assert [row.first_seconds for row in rows if row.peer == "stock"] == [1.5]
 
 
-def test_a_box_of_time_ends_the_turns_but_not_before_two(pretended):
-    (row,) = measure(TASK, Options(("stock",), rounds=9, box=0.1), {})
-    assert len(row.seconds) == 2
+@pytest.mark.parametrize("box, turns", [(0.1, 1), (1.5, 1), (2.5, 2)])
+def test_a_box_of_time_ends_the_turns_but_not_before_the_first(pretended, box, turns):
+    (row,) = measure(TASK, Options(("stock",), rounds=9, box=box), {})
+    assert len(row.seconds) == turns
 
 
 def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
