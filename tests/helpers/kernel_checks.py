@@ -63,6 +63,17 @@ def assert_close(
         assert l2 <= slack * own, f"{told}; stock's own relative L2 is {own:.2e}"
 
 
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def window(pixels: Tensor) -> Tensor:
+    """A copy in the middle of a larger channels-last buffer of NaN."""
+    n, c, h, w = pixels.shape
+    buffer = torch.full((n + 1, c, h + 3, w + 5), float("nan"), dtype=pixels.dtype, device=pixels.device)
+    return buffer.contiguous(memory_format=torch.channels_last)[:n, :, 1 : 1 + h, 3 : 3 + w].copy_(pixels)
+
+
 class Guarded:
     """Tensors inside buffers of NaN: a read outside makes the result NaN, a write outside changes the band."""
 

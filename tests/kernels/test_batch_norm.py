@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,17 +39,6 @@ def vectors(channels: int, dtype: torch.dtype, generator: torch.Generator) -> tu
     rstd, weight = (torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2))
     mean, rstd, weight, bias = (t.to(dtype).to(DEVICE) for t in (mean, rstd, weight, bias))
     return mean, rstd, weight, bias
-
-
-def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
-
-
-def window(pixels: Tensor) -> Tensor:
-    """A copy in the middle of a larger buffer of NaN."""
-    n, c, h, w = pixels.shape
-    buffer = torch.full((n + 1, c, h + 3, w + 5), float("nan"), dtype=pixels.dtype, device=pixels.device)
-    return buffer.contiguous(memory_format=torch.channels_last)[:n, :, 1 : 1 + h, 3 : 3 + w].copy_(pixels)
 
 
 def small_tiles(pixels: int, channels: int, most: int) -> Stream:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
 from torch import Tensor
 
 from gigamorph.kernels import choice
@@ -34,18 +34,6 @@ def gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor)
     given = iter(leaves)
     y = layer_norm_reference(*(None if t is None else next(given) for t in (x, weight, bias)), EPS)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-
-def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
-
-
-def inside(t: Tensor, pixels: Tensor) -> Tensor:
-    """A window in the middle of a larger buffer of NaN, holding `pixels`."""
-    n, c, h, w = pixels.shape
-    buffer = torch.full((n + 1, c, h + 3, w + 5), float("nan"), dtype=t.dtype, device=t.device)
-    window = buffer.contiguous(memory_format=torch.channels_last)[:n, :, 1 : 1 + h, 3 : 3 + w]
-    return window.copy_(pixels)
 
 
 @pytest.fixture(params=["computed", "small tiles"])
@@ -136,16 +124,16 @@ def test_windows_are_read_and_written_in_place(dtype, tiles):
     x, dy = (random_map(2, 20, 5, 6, dtype, generator) for _ in range(2))
     weight, bias = vector(20, dtype, generator), vector(20, dtype, generator)
     oracle_y, oracle_dx, oracle_dweight, oracle_dbias = gradients(*doubled(x, weight, bias, dy))
-    y, dx = inside(x, torch.zeros_like(x)), inside(x, torch.zeros_like(x))
-    x, dy = inside(x, x), inside(x, dy)
+    y, dx = window(torch.zeros_like(x)), window(torch.zeros_like(x))
+    x, dy = window(x), window(dy)
     launch_forward(x, weight, bias, EPS, y)
     dweight, dbias = launch_backward(dy, x, weight, EPS, dx)
     for name, result, oracle in (
         ("y", y, oracle_y), ("dx", dx, oracle_dx), ("dweight", dweight, oracle_dweight), ("dbias", dbias, oracle_dbias),
     ):  # fmt: skip
         assert_close(name, result, oracle)
-    for window in (y, dx):
-        assert window._base.isfinite().sum() == window.numel(), "something was written outside the window"
+    for result in (y, dx):
+        assert result._base.isfinite().sum() == result.numel(), "something was written outside the window"
 
 
 def test_large_mean_does_not_cancel():
@@ -288,6 +276,6 @@ class TestPlantedErrors:
         x, weight, oracle = self.case()
         monkeypatch.setattr(module, "is_flat", lambda *maps: True)
         y = torch.empty_like(x)
-        launch_forward(inside(x, x), weight, None, EPS, y)
+        launch_forward(window(x), weight, None, EPS, y)
         with pytest.raises(AssertionError, match="not finite"):
             assert_close("y", y, oracle)

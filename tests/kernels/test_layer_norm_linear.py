@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
 from torch import Tensor
 
 from gigamorph.kernels import choice
@@ -23,18 +23,6 @@ EPS = 1e-6
 
 def vector(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     return (torch.randn(n, generator=generator, dtype=torch.float64) * 0.5 + 1).to(dtype).to(DEVICE)
-
-
-def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
-
-
-def inside(t: Tensor, pixels: Tensor) -> Tensor:
-    """A window in the middle of a larger buffer of NaN, holding `pixels`."""
-    n, c, h, w = pixels.shape
-    buffer = torch.full((n + 1, c, h + 3, w + 5), float("nan"), dtype=t.dtype, device=t.device)
-    window = buffer.contiguous(memory_format=torch.channels_last)[:n, :, 1 : 1 + h, 3 : 3 + w]
-    return window.copy_(pixels)
 
 
 @pytest.fixture(params=["ieee", "tf32"])
@@ -87,8 +75,8 @@ def test_linear(dtype, shape, filters, act, config, tf32):
 def test_linear_without_parameters_between_windows():
     generator = torch.Generator().manual_seed(12)
     x, _, _, weight, _ = linear_case((2, 20, 5, 6), 24, torch.float64, generator)
-    y = inside(x, torch.zeros(2, 24, 5, 6))
-    launch_linear_act(inside(x, x), None, None, EPS, weight, None, "none", y)
+    y = window(torch.zeros(2, 24, 5, 6, dtype=x.dtype, device=x.device))
+    launch_linear_act(window(x), None, None, EPS, weight, None, "none", y)
     assert_close("y", y, layer_norm_linear_act_reference(x, None, None, EPS, weight, None, "none"))
     assert y._base.isfinite().sum() == y.numel(), "something was written outside the window"
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map, window
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,13 +28,6 @@ from gigamorph.kernels.tuning import Config, forced
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(2, 24, 5, 7), (1, 130, 9, 3)]
-
-
-def window(pixels: Tensor) -> Tensor:
-    """A copy in the middle of a larger buffer of NaN."""
-    n, c, h, w = pixels.shape
-    buffer = torch.full((n + 1, c, h + 3, w + 5), float("nan"), dtype=pixels.dtype, device=pixels.device)
-    return buffer.contiguous(memory_format=torch.channels_last)[:n, :, 1 : 1 + h, 3 : 3 + w].copy_(pixels)
 
 
 def small_tiles(pixels: int, channels: int, most: int) -> Stream:
