@@ -5,8 +5,9 @@
 
 Every figure comes from a process of its own that has done a small step in the same way before: two steps, of which the
 image and what was there before, libraries with it, are not counted. The processes take turns, so that a busy machine
-hurts all alike; times are the processors' seconds, and the ratio is that of the medians. The budgets are shares of
-stock's measured peak, parameters included; the plan then chooses which maps are stored.
+hurts all alike. A time is the ratio to stock of the medians, by the clock and (for a busy machine) by the processors'
+seconds, where threads that wait count as threads that work. The budgets are shares of stock's measured peak,
+parameters included; the plan then chooses which maps are stored.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list
         row |= {"model": model, "side": side}
         row |= {what: [r[what] for r in own] for what in own[0]}
         first = [turn[0] for turn in measured]
-        row["time"] = statistics.median(row["cpu_seconds"]) / statistics.median([r["cpu_seconds"] for r in first])
+        for what, name in (("seconds", "time"), ("cpu_seconds", "cpu_time")):
+            row[name] = statistics.median(row[what]) / statistics.median([r[what] for r in first])
         row["memory"] = max(row["bytes"]) / max(r["bytes"] for r in first)
         row["added_memory"] = max(row["added"]) / max(r["added"] for r in first)
         print(line(row), flush=True)
@@ -102,7 +104,7 @@ def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list
 def line(row: dict[str, Any]) -> str:
     """A row as people read it."""
     text = f"{row['model']:9} {row['side']:5} {row['how']:10} {row.get('share') or '':<5} "
-    text += f"time {row['time']:5.2f}  memory {row['memory']:5.2f} ({row['added_memory']:.2f} without parameters)"
+    text += f"time {row['time']:5.2f} (CPU {row['cpu_time']:.2f})  memory {row['memory']:5.2f} ({row['added_memory']:.2f} without parameters)"
     text += f"  {max(row['bytes']) / 1e9:5.2f} GB"
     if row["how"] == "ours":
         text += f"  predicted/measured {row['predicted'] / max(row['bytes']):5.2f}  {row['stored']}"

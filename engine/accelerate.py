@@ -22,6 +22,7 @@ from .errors import GigamorphError
 from .graph import Graph
 from .memory import parse_bytes
 from .ops import Reduction, Small
+from .pages import Spare
 from .pixels import PixelBatch, PixelSource, as_batch
 from .plan import Plan, arrange, arrange_together
 from .processes import check_same, check_same_steps, world
@@ -87,6 +88,7 @@ class Accelerated(nn.Module):
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._programs: OrderedDict[Any, tuple[Prepared, ...]] = OrderedDict()
+        self._spare = Spare()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.training = model.training  # not train(): layers that the user has frozen stay so
         if batch_norm == "frozen":
@@ -100,7 +102,7 @@ class Accelerated(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
-        return {**self.__dict__, "_programs": OrderedDict(), "on_tile": None}
+        return {**self.__dict__, "_programs": OrderedDict(), "_spare": Spare(), "on_tile": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
         twin = self.__class__.__new__(self.__class__)
@@ -289,7 +291,7 @@ class Accelerated(nn.Module):
             state.update({v: t for v, t in inputs.items() if isinstance(t, Tensor)})
             regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
             forwards.append(Forward(ready, one.image, one.pixels, one.device, one.dtype, state, self.on_tile, regions))
-            forwards[-1].keep_to_budget()
+            forwards[-1].keep_to_plan(self._spare)
         return forwards
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:

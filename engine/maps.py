@@ -1,18 +1,15 @@
 """Maps that exist whole: where they live, and when their memory goes back.
 
-On the CPU a map has pages of its own, in memory or in a file: what the C library's heap gets back would stay with the
-process, in pieces. Pages in memory go back row by row, as soon as the backward has read a row for the last time: while
-the gradient of one map comes into being, the next map and its gradient go. Pages of a file are written and read as
-memory, and are handed to the system after every tile; from then on they are no memory of this process.
+On the CPU a map has pages of its own (`pages.py`). Where memory is short, they go back row by row, as soon as the
+backward has read a row for the last time: while the gradient of one map comes into being, the next map and its gradient
+go. Pages of a file are written and read as memory, and are handed to the system after every tile; from then on they are
+no memory of this process.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakValueDictionary
 
@@ -21,48 +18,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
-from .carries import disk_errors, empty, memory_order, unpermute
+from .carries import empty, memory_order, unpermute
 from .ops import Axes
+from .pages import Pages, Spare
 
 _LEAST = 1 << 20  # bytes; smaller maps are left to the C library
 _GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
-
-
-class Pages(mmap.mmap):
-    """The memory of one map.
-
-    Attributes:
-        on_disk: whether it belongs to a file.
-        readers: how many backwards will still read the map.
-    """
-
-    on_disk: bool
-    readers: int
-
-    @classmethod
-    def make(cls, size: int, on_disk: bool) -> Pages:
-        """This many bytes, all zero.
-
-        Raises:
-            GigamorphError: if the disk is full.
-        """
-        if on_disk:
-            with tempfile.TemporaryFile(prefix="gigamorph-map-") as file, disk_errors(size):
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process later
-                else:
-                    os.ftruncate(file.fileno(), size)
-                pages = cls(file.fileno(), size)
-        else:
-            pages = cls(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.on_disk, pages.readers = on_disk, 0
-        return pages
-
-    def let_go(self, start: int, stop: int) -> None:
-        """Give back the pages that lie wholly between two bytes. Those in memory are zeros from then on."""
-        start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if _GIVES_BACK and start < stop:
-            self.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 _PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
@@ -73,7 +34,10 @@ def pages_of(tensor: Tensor) -> Pages | None:
     return _PAGES.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
 
 
-def new_map(pattern: Tensor, shape: Sequence[int] | None = None, place: str = "device", zero: bool = False) -> Tensor:
+def new_map(
+    pattern: Tensor, shape: Sequence[int] | None = None, place: str = "device", zero: bool = False,
+    spare: Spare | None = None,
+) -> Tensor:  # fmt: skip
     """A tensor like `pattern` for a map that exists whole.
 
     Args:
@@ -81,6 +45,7 @@ def new_map(pattern: Tensor, shape: Sequence[int] | None = None, place: str = "d
         place: "device", that of `pattern`; "host", pinned memory where there is a GPU; or "disk",
             a file that is mapped into memory.
         zero: filled with zeros; without it with anything.
+        spare: pages of maps that are gone, which it may take, and to which its own go one day.
 
     Raises:
         GigamorphError: if the disk is full.
@@ -95,16 +60,20 @@ def new_map(pattern: Tensor, shape: Sequence[int] | None = None, place: str = "d
     if here != "cpu" or size < _LEAST or isinstance(pattern, FakeTensor):
         made = empty(pattern if place == "device" else pattern.new_empty(0, device="cpu"), shape, order)
         return made.zero_() if zero else made
-    pages = Pages.make(size, place == "disk")
-    made = unpermute(torch.frombuffer(pages, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
+    if place == "disk":
+        pages = Pages.make(size, on_disk=True)
+        memory = memoryview(pages)
+    else:
+        pages, memory = (Spare() if spare is None else spare).take(size)
+    made = unpermute(torch.frombuffer(memory, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
     _PAGES[made.data_ptr()] = pages
-    return made
+    return made.zero_() if zero and not pages.clear else made
 
 
 def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
     """Give back the memory of a map's rows from `first` on, which nobody will read again."""
     pages = pages_of(tensor)
-    if pages is None or pages.on_disk:
+    if pages is None or pages.on_disk or not _GIVES_BACK:
         return
     order = memory_order(tensor)
     position = order.index(axes[0])

@@ -17,7 +17,6 @@ from .errors import GigamorphError
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST = (1 << 31) - 1  # that it takes
-_NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
 
 
 def parse_bytes(size: int | float | str) -> int:
@@ -102,29 +101,6 @@ def _heap(thresholds: dict[int, int]) -> Iterator[None]:
     finally:
         set_option(_M_MMAP_THRESHOLD, 32 << 20)
         set_option(_M_TRIM_THRESHOLD, 64 << 20)
-
-
-class Ceiling:
-    """Keeps what a step adds to this process within a budget, on the CPU.
-
-    What the C library's heap holds and nothing uses may come to twice what is in use (its aligned blocks do not fit
-    into holes of their own size), and pages that went back to the system cost time to get again: about a fifth of a
-    step's time if it happens at every tile. So they go back only where the next tile would not fit otherwise.
-
-    Args:
-        budget: for `held` and all that is added from now on.
-        held: bytes of the budget that are in use already.
-        work: bytes that are allocated at a time between two calls of `keep`.
-    """
-
-    def __init__(self, budget: int, held: int, work: int):
-        return_free_pages()
-        self.bytes = used_bytes() - held + budget - int(_NEW_SHARE * work)
-
-    def keep(self) -> None:
-        """Give free pages back if the process holds more than it should before the next piece of work."""
-        if used_bytes() > self.bytes:
-            return_free_pages()
 
 
 def used_bytes(device: torch.device | str = "cpu") -> int:

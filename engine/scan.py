@@ -25,10 +25,11 @@ from .. import kernels
 from .ahead import ReadAhead
 from .bands import Bands
 from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
+from .ceiling import Ceiling
 from .geometry import AxisSchedule
 from .graph import Graph
 from .maps import Gradients, has_readers, let_files_go, let_rows_go, new_map
-from .memory import Ceiling, return_free_pages
+from .pages import Spare
 from .pixels import StoredBatch
 from .reduce import Accumulator, Target, Targets
 from .sweep import Carries, Sweep, Tile, area
@@ -205,7 +206,6 @@ class Scan:
         self.replay: Replay | None = None
         self.bands: Bands | None = None  # the processes that share the image
         self.ceiling: Ceiling | None = None  # of the memory of this process; kept after every tile
-        self.thrifty = False  # give free pages back behind each pass: other sweeps need other sizes
         self.deferred = False  # nobody will read what pass 1 stores, where it does nothing else it is left out
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
         self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of `overwritten` sources that have their gradient
@@ -225,8 +225,6 @@ class Scan:
         self.stored = {}
         if self.kept is not None and not self.kept.recorded:
             self.kept.smalls = {}
-        if self.thrifty:
-            return_free_pages()
 
     def take(self, sources: Mapping[int, Tensor], stored: Mapping[int, Tensor], smalls: Sequence[Tensor]) -> None:
         """Take back what autograd has kept: the stored maps that are read, those that pass 1 made, and the smalls."""
@@ -441,7 +439,7 @@ class Scan:
         axes = self.sweep.axes(value)
         if value not in gathered.stored:
             place = self.map_place if value in self.swept else "device"
-            gathered.stored[value] = new_map(like, self.sweep.graph.maps.shape(value), place)
+            gathered.stored[value] = new_map(like, self.sweep.graph.maps.shape(value), place, spare=self.spare)
         return cut(gathered.stored[value], axes, self.sweep.block(value, i, j))
 
     def room_in_carry(
@@ -494,7 +492,7 @@ class Scan:
 
         def make(value: int, source: Tensor) -> Tensor:
             place = self.map_place if value in self.swept else "device"
-            return new_map(source, None, place, zero=value not in self.overwritten)
+            return new_map(source, None, place, zero=value not in self.overwritten, spare=self.spare)
 
         found, made = {}, set(sources)
         for value, source in sources.items():
@@ -504,6 +502,11 @@ class Scan:
             else:
                 found[value] = make(value, source)
         return found, made
+
+    @property
+    def spare(self) -> Spare | None:
+        """Pages for new maps."""
+        return None if self.ceiling is None else self.ceiling.spare
 
     @property
     def overwritten(self) -> set[int]:
@@ -554,7 +557,7 @@ class Scan:
                     grads_right = grads_left
                     index = i * sweep.cols.steps + j
                     self._after_tile("backward", i, j, sweep.tiles - index, files)
-                for value, tensor in ending:
+                for value, tensor in ending if self.ceiling is None or self.ceiling.near else ():
                     let_rows_go(tensor, sweep.axes(value), sweep.block(value, i, 0)[0])
                 grads_below = grads_above
         self._zero_the_rest(source_grads)

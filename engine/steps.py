@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 from . import static
 from .bands import Bands
 from .carries import Rect
+from .ceiling import Ceiling
 from .graph import Graph, Network, writes_state
 from .maps import Gradients, add_reader
-from .memory import Ceiling
 from .ops import Small
+from .pages import Spare
 from .pixels import PixelBatch, StoredBatch
 from .plan import Plan
 from .replay import FEWEST_TILES, Replays
@@ -222,12 +223,17 @@ class Forward:
         self.ceiling: Ceiling | None = None
         self.gradients = Gradients()
 
-    def keep_to_budget(self) -> None:
-        """Begin a step: from here on the memory of this process is kept within the plan's budget, on the CPU."""
+    def keep_to_plan(self, spare: Spare) -> None:
+        """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
+
+        Args:
+            spare: pages of maps that are gone, for those of this step.
+        """
         plan, values = self.prepared.plan, self.prepared.network.program.values
-        if plan.budget is not None and self.device.type == "cpu":
+        if self.device.type == "cpu":
             held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
-            self.ceiling = Ceiling(plan.budget, held, plan.tile_bytes)
+            strict = plan.budget is not None
+            self.ceiling = Ceiling(plan.budget or plan.peak_bytes, held, plan.tile_bytes, spare, strict)
 
     def run(self, first: int = 0, end: int | None = None) -> None:
         """The steps from `first` up to (without) `end`; values that no later step reads are let go."""
@@ -286,7 +292,6 @@ class Forward:
         scan.taps = {r.value: [self.taps[r.value]] for r in graph.reductions if r.value in self.taps}
         scan.ceiling, scan.gradients = self.ceiling, self.gradients
         scan.swept, scan.map_place = self.prepared.swept, network.place
-        scan.thrifty = self.ceiling is not None and len(self.prepared.sweeps) > 1
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
         smalls = [self.env[v].to(cast_dtype(graph, v, self.env[v].dtype, scan.autocast)) for v in graph.smalls]

@@ -136,15 +136,3 @@ def test_measured_memory_keeps_to_the_budget(budget):
     measured, planned = map(int, run.stdout.split())
     assert planned <= parse_bytes(budget)
     assert measured < 1.1 * parse_bytes(budget)
-
-
-def test_free_pages_go_back_only_where_the_next_tile_would_not_fit(monkeypatch):
-    memory = sys.modules["gigamorph.engine.memory"]
-    in_use, returned = [1000], []
-    monkeypatch.setattr(memory, "used_bytes", lambda: in_use[-1])
-    monkeypatch.setattr(memory, "return_free_pages", lambda: returned.append(in_use[-1]))
-    ceiling = memory.Ceiling(budget=500, held=300, work=100)  # up to 1200 in all, of which a tile adds 70
-    for used in (1100, 1130, 1131, 1050):
-        in_use.append(used)
-        ceiling.keep()
-    assert returned == [1000, 1131]

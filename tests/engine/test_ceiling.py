@@ -1,0 +1,52 @@
+"""What nothing uses goes back to the system only where a step would not fit otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from gigamorph.engine import ceiling as module
+from gigamorph.engine.ceiling import Ceiling
+from gigamorph.engine.pages import Pages, Spare
+
+
+class Machine:
+    """A process whose use of memory is told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.used, self.trimmed = 1000, []
+        patch.setattr(module, "used_bytes", lambda: self.used)
+        patch.setattr(module, "return_free_pages", lambda: self.trimmed.append(self.used))
+
+
+def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    ceiling = Ceiling(500, held=300, work=100, spare=Spare(), strict=True)  # to 1200 in all, of which a tile adds 70
+    near = []
+    for machine.used in (1000, 1031, 1100, 1130, 1131, 1050):
+        ceiling.keep()
+        near.append(ceiling.near)
+    assert machine.trimmed == [1000, 1131]
+    assert near == [False, True, True, True, True, True]
+
+
+def test_without_a_budget_the_heap_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    ceiling = Ceiling(500, held=300, work=100, spare=Spare(), strict=False)
+    machine.used = 5000
+    ceiling.keep()
+    assert not machine.trimmed and ceiling.near
+
+
+def test_spare_pages_go_first_and_no_more_of_them_than_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, spare = Machine(monkeypatch), Spare()
+    spare.pages = [Pages.make(size, on_disk=False) for size in (200, 100, 50)]
+    ceiling = Ceiling(500, held=300, work=100, spare=spare, strict=True)  # 350 of the 1000 are spare: to 850 in all
+    assert ceiling.bytes == 1000 - 350 - 300 + 500 - 70
+    machine.trimmed.clear()
+    machine.used = ceiling.bytes + 1
+    ceiling.keep()
+    assert spare.bytes == 150  # the oldest went
+    machine.used = ceiling.bytes + 120
+    ceiling.keep()
+    assert spare.bytes == 0
+    assert machine.trimmed == [ceiling.bytes + 1, ceiling.bytes + 120]  # the machine of this test has got no room by it

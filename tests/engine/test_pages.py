@@ -1,0 +1,175 @@
+"""The pages of maps that are gone serve the next ones."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import mmap
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+from exactness import randomize, step, step_errors
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gigamorph.engine import accelerate
+from gigamorph.engine import maps as maps_module
+from gigamorph.engine.maps import let_rows_go, new_map
+from gigamorph.engine.memory import used_bytes
+from gigamorph.engine.pages import Spare
+
+MIB = 1 << 20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do not go back")
+
+
+def a_map(spare: Spare, size: int = MIB, zero: bool = False) -> torch.Tensor:
+    return new_map(torch.empty(0, 0, 0, 0), (1, 1, size // 4096, 1024), zero=zero, spare=spare)
+
+
+def test_pages_of_a_dead_map_serve_the_next() -> None:
+    spare = Spare()
+    first = a_map(spare)
+    place = first.data_ptr()
+    view = first[:, :, 2:5]
+    del first
+    assert not spare.pages  # a view still reads them
+    del view
+    assert spare.bytes == MIB
+    assert a_map(spare).data_ptr() == place
+    other, more = a_map(spare), a_map(spare)
+    assert other.data_ptr() != more.data_ptr()
+
+
+def test_zeros_where_zeros_are_asked_for() -> None:
+    spare = Spare()
+    a_map(spare).fill_(torch.nan)
+    assert a_map(spare).isnan().all()  # nothing is cleared that need not be
+    again = a_map(spare, zero=True)
+    assert not again.any()
+
+
+def test_pages_are_not_taken_for_far_smaller_maps() -> None:
+    spare = Spare()
+    del (big := [a_map(spare, 8 * MIB), a_map(spare, 2 * MIB)])[:]
+    assert not big and spare.bytes == 10 * MIB
+    small = a_map(spare, MIB)
+    assert spare.bytes == 8 * MIB
+    del small
+    a_map(spare, 3 * MIB)
+    assert spare.bytes == 13 * MIB  # pages that did not fit are still there
+
+
+@linux
+def test_pages_of_which_rows_went_back_do_not_wait() -> None:
+    spare = Spare()
+    let_rows_go(a_map(spare), (2, 3), 1)
+    assert not spare.pages
+
+
+@linux
+def test_shrinking_gives_the_memory_back() -> None:
+    spare = Spare()
+    a_map(spare, 64 * MIB).fill_(1)
+    before = used_bytes()
+    spare.shrink(64 * MIB)
+    assert spare.bytes == 64 * MIB
+    spare.shrink(64 * MIB - 1)
+    assert spare.bytes == 0
+    assert before - used_bytes() > 60 * MIB
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 6), st.booleans()), max_size=20))
+def test_maps_that_live_together_never_share_memory(moves: list[tuple[bool, int, bool]]) -> None:
+    spare, live = Spare(), {}
+    for number, (dies, size, zero) in enumerate(moves):
+        if dies and live:
+            live.pop(min(live))
+        else:
+            live[number] = made = a_map(spare, size * MIB // 2, zero)
+            assert not zero or not made.any()
+            made.fill_(number)
+        assert all((t == n).all() for n, t in live.items())
+        if size == 6:
+            spare.shrink(2 * MIB)
+
+
+class Live(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(1 if n == 0 else 8, 8, 3, padding=1, bias=False) for n in range(3)]
+        self.body = nn.Sequential(*(m for conv in layers for m in (conv, nn.BatchNorm2d(8), nn.ReLU())))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).mean((2, 3))
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.setattr(maps_module, "_LEAST", 1)
+    return randomize(Live().double()).train()
+
+
+def test_the_next_step_needs_no_new_pages(live: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, x = accelerate(live, memory_budget="1GiB", tile=32), torch.randn(1, 1, 64, 64, dtype=torch.float64)
+    made, make = [], mmap.mmap.__new__
+
+    def counted(cls, *args, **kwargs):
+        made.append(args)
+        return make(cls, *args, **kwargs)
+
+    monkeypatch.setattr(maps_module.Pages, "__new__", counted)
+    counts = []
+    for _ in range(3):
+        made.clear()
+        fast(x).sum().backward()
+        counts.append(len(made))
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0]
+
+
+def test_steps_on_spare_pages_are_those_on_new_ones(live: nn.Module) -> None:
+    """Bit for bit, whatever was there before."""
+    fast = accelerate(live, memory_budget="1GiB", tile=16)
+    for _ in range(3):
+        x = torch.randn(2, 1, 61, 53, dtype=torch.float64)
+        new = step(accelerate(copy.deepcopy(live), memory_budget="1GiB", tile=16), x)
+        found = step_errors(new, step(fast, x))
+        assert max(found.values()) == 0, found
+        for pages in fast._spare.pages:
+            torch.frombuffer(pages, dtype=torch.float64).fill_(torch.nan)
+    assert fast._spare.bytes
+
+
+def test_copies_of_a_network_have_pages_of_their_own(live: nn.Module) -> None:
+    fast = accelerate(live, memory_budget="1GiB", tile=32)
+    fast(torch.randn(1, 1, 64, 64, dtype=torch.float64)).sum().backward()
+    assert fast._spare.bytes
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert not twin._spare.pages
+
+
+def test_pages_go_with_the_network(live: nn.Module) -> None:
+    fast = accelerate(live, memory_budget="1GiB", tile=32)
+    fast(torch.randn(1, 1, 64, 64, dtype=torch.float64)).sum().backward()
+    gc.collect()
+    there = len(maps_module._PAGES)
+    assert there
+    del fast
+    gc.collect()
+    assert len(maps_module._PAGES) < there
+
+
+@linux
+def test_a_process_that_is_forked_gets_none() -> None:
+    """Workers that read images would otherwise keep a copy of the maps of the step in which they were made."""
+    spare = Spare()
+    a_map(spare, 64 * MIB).fill_(1)
+    before = used_bytes()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if used_bytes() < before - 60 * MIB else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
