@@ -21,8 +21,10 @@ def recipe_card(
     *,
     parameters: int,
     records: Mapping[str, Sequence[Record]],
-    classes: Sequence[str],
-    predictions: Mapping[str, Cases],
+    classes: Sequence[str] = (),
+    predictions: Mapping[str, Cases] | None = None,
+    output: str | None = None,
+    measured: Sequence[str] = (),
 ) -> Path:
     """Write ``model_card.md`` into the run's folder; returns its path.
 
@@ -33,12 +35,13 @@ def recipe_card(
         records: the images of each split.
         classes: names of the labels, in order; of several labels any.
         predictions: of the images of "val" and "test".
+        output, measured: what a network says that predicts no images, and lines of how well.
     """
     settings = {key: _told(key, value) for key, value in asdict(config).items()}
     budget = "what is free" if run.memory_budget is None else format_bytes(run.memory_budget)
     card = Card(
         title=f"{name}, {settings.get('model', 'see the configuration')}",
-        model={"recipe": name, "parameters": f"{parameters:,}", "output": ", ".join(classes)},
+        model={"recipe": name, "parameters": f"{parameters:,}", "output": output or ", ".join(classes)},
         training={
             **settings,
             "seed": run.seed,
@@ -49,7 +52,8 @@ def recipe_card(
         },
         records=records,
         classes=classes,
-        predictions=predictions,
+        predictions=predictions or {},
+        measured=measured,
     )
     return write_card(run.out / "model_card.md", card)
 

@@ -33,6 +33,7 @@ class Card:
         classes: names of the labels, in order.
         predictions: of the splits that were predicted ("val", "test"), images with their scores.
         resamples: of the intervals' bootstrap.
+        measured: lines of the results, of a network that predicts no images.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Card:
     classes: Sequence[str]
     predictions: Mapping[str, Cases] = field(default_factory=dict)
     resamples: int = 2000
+    measured: Sequence[str] = ()
 
 
 def write_card(path: str | Path, card: Card) -> Path:
@@ -64,7 +66,7 @@ def _lines(card: Card) -> list[str]:
         *_section("Model", _facts(card.model)),
         *_section("Training", _facts(card.training)),
         *_section("Data", _data(card)),
-        *_section("Results", _results(found, card.resamples)),
+        *_section("Results", [*card.measured] or _results(found, card.resamples)),
         *_section("Intended use and limits", _limits(card, found)),
         *_section("Versions", _facts(versions())),
     ]

@@ -7,6 +7,8 @@ from typing import Literal
 
 from ...errors import GigamorphError
 
+Start = Literal["siamese", "scratch", "weights", "simclr", "byol"]
+
 
 @dataclass(frozen=True)
 class SiameseConfig:
@@ -22,7 +24,7 @@ class SiameseConfig:
 
     mirror: Literal["auto", "table"] = "auto"
     skip_unpaired: bool = False
-    registration: Literal["auto", "simpleitk", "gauss_newton", "none"] = "auto"
+    registration: Literal["auto", "simpleitk", "bspline", "gauss_newton", "none"] = "auto"
     patch: int = 224
     stride: int = 224
     tissue: float = 0.5
@@ -44,6 +46,11 @@ class SiameseConfig:
     lr: float = 1e-3
     weight_decay: float = 1e-4
 
+    starts: tuple[Start, ...] = ("siamese", "scratch")
+    temperature: float = 0.5
+    momentum: float = 0.996
+    hidden: int = 4096
+    crop: float = 0.2
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     probe_epochs: int = 30
     maps: bool = True
@@ -55,3 +62,7 @@ class SiameseConfig:
             raise GigamorphError("least_share and most_share must be shares between 0 and 1, the least first")
         if not self.fractions or not all(0 < f <= 1 for f in self.fractions):
             raise GigamorphError("fractions must be shares of the labelled patches, above 0 and not above 1")
+        if "weights" in self.starts and self.weights is None:
+            raise GigamorphError('starts names "weights", but none are given; set weights to a file, or to "timm"')
+        if not (self.temperature > 0 and 0 <= self.momentum < 1 and 0 < self.crop <= 1 and self.hidden >= 1):
+            raise GigamorphError("wanted: temperature > 0, 0 <= momentum < 1, 0 < crop <= 1 and hidden >= 1")

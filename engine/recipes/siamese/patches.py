@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +68,20 @@ class PatchFile:
 
     pair: Pair
     path: Path
+    """float32 (n, 2, C, h, w), as ``.npy``."""
     cells: NDArray[np.int64]
+    """(n, 2): top and left."""
+    boxes: NDArray[np.float64]
+    """(2, n, 4): where they are in the files of left and right; left, top, right, bottom."""
+
+    @property
+    def patches(self) -> NDArray[np.float32]:
+        """A memory map, of which only what is taken is read."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
 
 def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
-    """The patches (n, 2, C, h, w) of a pair in a file of ``folder``, which is kept under a hash of images and settings.
+    """The patches of a pair in files of ``folder``, which are kept under a hash of images and settings.
 
     Raises:
         DataError: an image that cannot be read, or in which there is no breast.
@@ -80,8 +89,9 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
     names = ("mean", "std", "voi", "mirror", "registration", "patch", "stride", "tissue", "channels")
     key = json.dumps([getattr(config, name) for name in names])
     digests = [f"{image_digest(record.path)} {record.frame}" for record in (pair.left, pair.right)]
-    path = folder / f"{hashlib.sha256(' '.join([key, *digests]).encode()).hexdigest()}.npz"
-    if not path.exists():
+    path = folder / f"{hashlib.sha256(' '.join([key, *digests]).encode()).hexdigest()}.npy"
+    places = path.with_suffix(".npz")
+    if not places.exists() or not path.exists():
         left, right = sources_of(pair, config)
         cells = cells_of(left, right, config)
         side = config.patch
@@ -90,14 +100,18 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
             for number, source in enumerate((left, right)):
                 found[index, number] = source.read(top, top + side, x, x + side).numpy()
         boxes = np.array([_original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
+        _save(path, lambda file: np.save(file, found))
+        _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
+    with np.load(places, allow_pickle=False) as stored:
+        return PatchFile(pair, path, stored["cells"], stored["boxes"])
 
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, patches=found, cells=cells, boxes=boxes)
 
-        write_atomically(path, save, "patches")
-    with np.load(path, allow_pickle=False) as stored:
-        return PatchFile(pair, path, stored["cells"])
+def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
+    write_atomically(path, save, "patches")
 
 
 def _original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
@@ -107,7 +121,7 @@ def _original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) ->
 
 
 class PatchPairs(Sequence[NDArray[Any]]):
-    """All patches of pairs in their order, (2, C, h, w) each; a file is read when one of its patches is asked for."""
+    """All patches of pairs in their order, (2, C, h, w) each; a patch is read when it is asked for."""
 
     def __init__(self, files: Sequence[PatchFile]) -> None:
         self.files = [file for file in files if len(file.cells)]
@@ -122,9 +136,8 @@ class PatchPairs(Sequence[NDArray[Any]]):
     def __getitem__(self, index: Any) -> Any:
         number, place = self.where(index)
         if self._open is None or self._open[0] != number:
-            with np.load(self.files[number].path, allow_pickle=False) as stored:
-                self._open = number, stored["patches"]
-        return self._open[1][place]
+            self._open = number, self.files[number].patches
+        return np.array(self._open[1][place])
 
     def where(self, index: int) -> tuple[int, int]:
         """Which file a patch is in, and its place there."""

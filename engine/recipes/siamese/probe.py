@@ -19,6 +19,7 @@ from ..loop import run_stages, seed_of
 from ..recipe import Run
 from ..stages import Stage
 from ..tensors import TensorTask, logits_of
+from .augment import mirrored
 from .config import SiameseConfig
 from .network import Embedding
 
@@ -70,7 +71,7 @@ def fine_tuned(
 ) -> NDArray[np.float64]:
     """Log-odds (n,) of test patches, by a copy of the encoder, all of which has learnt from the labelled ones."""
     torch.manual_seed(seed_of(run.seed, 7))
-    task = TensorTask(Classifier(embedding), x, y, vary=_flipped)
+    task = TensorTask(Classifier(embedding), x, y, vary=mirrored)
     stage = Stage(
         "fine-tune", config.probe_epochs, config.lr, weight_decay=config.weight_decay,
         batch_size=min(config.batch_size, 32), schedule="cosine",
@@ -78,9 +79,3 @@ def fine_tuned(
     run_stages(task, [stage], run)
     logits = logits_of(task.module, test).double().numpy()
     return logits[:, 1] - logits[:, 0]
-
-
-def _flipped(x: Tensor) -> Tensor:
-    for axis in (2, 3):
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(axis), x)
-    return x

@@ -1,6 +1,6 @@
-"""Registration: the affine map that lays one breast on the other, found on small copies of both.
+"""Registration: the map that lays one breast on the other, found on small copies of both.
 
-With SimpleITK: mean squares, gradient descent. Without: phase correlation of the breasts' masks for the
+With SimpleITK: `itk`. Without: affine, by phase correlation of the breasts' masks for the
 shift, then Gauss-Newton steps on the mean square difference of the smoothed images (Lucas and Kanade, 1981; the
 gradient of the moving image where the map leads, times the coordinates).
 """
@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from ...affine import Affine, Map
 from ...data.sampling import SampledSource
 from ...data.views import DownsampledSource
-from ...errors import DataError, GigamorphError
+from ...errors import DataError
 from ...pixels import PixelSource, check_region, to_original
+from . import itk
 
 Array = NDArray[np.float64]
-Method = Literal["auto", "simpleitk", "gauss_newton", "none"]
+Method = Literal["auto", "simpleitk", "bspline", "gauss_newton", "none"]
 
 _SIDE = 192  # pixels of the longer side of the small copies
 _AIR = 0.05  # of the largest grey value: below is no breast
@@ -41,21 +42,20 @@ def breast_mask(image: NDArray[Any]) -> NDArray[np.bool_]:
     return labels == 1 + int(sizes.argmax())
 
 
-def register(fixed: PixelSource, moving: PixelSource, method: Method = "auto") -> Affine:
-    """Where each point of `fixed` lies in `moving`: an affine map of their pixel coordinates.
+def register(fixed: PixelSource, moving: PixelSource, method: Method = "auto") -> Map:
+    """Where each point of `fixed` lies in `moving`: a map of their pixel coordinates, affine unless it is "bspline".
 
     Raises:
         DataError: an image in which there is no breast.
-        GigamorphError: "simpleitk" is wanted and not installed.
+        GigamorphError: "simpleitk" or "bspline" is wanted, and SimpleITK not installed.
     """
     if method == "none":
         return Affine()
-    sitk = _simpleitk() if method in ("auto", "simpleitk") else None
-    if sitk is None and method == "simpleitk":
-        raise GigamorphError("registration with SimpleITK needs it: pip install 'gigamorph[register]'")
+    if method == "auto":
+        method = "simpleitk" if itk.simpleitk() is not None else "gauss_newton"
     factor = max(1, max(*fixed.shape[1:], *moving.shape[1:]) // _SIDE)
-    small = [_small(source, factor) for source in (fixed, moving)]
-    found = _with_simpleitk(sitk, *small) if sitk is not None else _gauss_newton(*small)
+    ways = {"simpleitk": itk.affine, "bspline": itk.free_form, "gauss_newton": _gauss_newton}
+    found = ways[method](*(_small(source, factor) for source in (fixed, moving)))
     return Affine.scale(factor) @ found @ Affine.scale(1 / factor)
 
 
@@ -142,35 +142,3 @@ def _phase_correlation(fixed: Array, moving: Array) -> tuple[float, float]:
     where = np.unravel_index(int(peak.argmax()), peak.shape)
     down, right = (float(w) if w < s / 2 else float(w - s) for w, s in zip(where, shape, strict=True))
     return down, right
-
-
-def _simpleitk() -> Any:
-    try:
-        import SimpleITK
-    except ImportError:
-        return None
-    return SimpleITK
-
-
-def _with_simpleitk(sitk: Any, fixed: Array, moving: Array) -> Affine:
-    images = []
-    for values in (fixed, moving):
-        image = sitk.GetImageFromArray(values)
-        image.SetOrigin((0.5, 0.5))  # its coordinates are then those of `Affine`
-        images.append(image)
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMeanSquares()
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-5, 500, 0.7, 1e-10)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([4, 2, 1])
-    method.SetSmoothingSigmasPerLevel([4, 2, 0])
-    method.SetNumberOfThreads(1)  # sums in one order: the same map every time
-    centre = sitk.CenteredTransformInitializer(
-        *images, sitk.AffineTransform(2), sitk.CenteredTransformInitializerFilter.MOMENTS
-    )
-    method.SetInitialTransform(centre, inPlace=False)
-    found = method.Execute(*images)
-    x0, y0 = found.TransformPoint((0.0, 0.0))
-    (xx, yx), (xy, yy) = (found.TransformPoint(point) for point in ((1.0, 0.0), (0.0, 1.0)))
-    return Affine(xx - x0, xy - x0, x0, yx - y0, yy - y0, y0)

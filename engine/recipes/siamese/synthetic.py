@@ -25,6 +25,7 @@ from ..stages import Stage
 from .config import SiameseConfig
 from .network import Embedding
 from .probe import fine_tuned, probed
+from .starts import self_supervised
 from .task import SiameseTask
 
 _HEIGHT, _WIDTH, _SIDE, _SYMMETRY = 256, 192, 32, 0.97
@@ -33,6 +34,7 @@ _PAIRS, _LESIONS, _LABELLED, _DRAWS, _TEST = 2000, 0.1, (8, 20, 60), 3, 500
 _FEW = _LABELLED[:2]
 _SETTINGS = SiameseConfig(
     patch=_SIDE, dim=32, warm_up=1, epochs=15, batch_size=32, lr=2e-3, mean=(0.3,), std=(0.1,), probe_epochs=30,
+    hidden=256,
 )  # fmt: skip
 
 
@@ -80,15 +82,19 @@ def _one(run: Run, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     x, y = _patches(_DRAWS * max(_LABELLED), (seed, 2))
     test, test_y = _patches(_TEST, (seed, 3))
-    scratch = _network((seed, 2))
+    # Prefixes of the columns: of the probe, and of fine-tuning.
+    starts = {("probe", "fine_tuned"): networks[0], ("untrained_probe", "scratch"): _network((seed, 2))}
+    for name in ("simclr", "byol"):
+        part = Run(run.out / name, seed, run.device, report=run.report)
+        starts[f"{name}_probe", name] = self_supervised(name, _network((seed, 0)), pairs, _SETTINGS, part)
     for count in _LABELLED:
-        found: dict[str, list[float]] = {"probe": [], "untrained_probe": [], "fine_tuned": [], "scratch": []}
+        found: dict[str, list[float]] = {}
         for draw in range(_DRAWS):
             few, labels = x[draw * count : (draw + 1) * count], y[draw * count : (draw + 1) * count]
-            for start, probe, tuned in ((networks[0], "probe", "fine_tuned"), (scratch, "untrained_probe", "scratch")):
+            for (probe, tuned), start in starts.items():
                 own = Run(run.out / f"{tuned}_{count}_{draw}", seed, run.device, report=run.report)
-                found[probe].append(_auc(test_y, probed(start, few, labels, test)))
-                found[tuned].append(_auc(test_y, fine_tuned(start, few, labels, test, _SETTINGS, own)))
+                found.setdefault(probe, []).append(_auc(test_y, probed(start, few, labels, test)))
+                found.setdefault(tuned, []).append(_auc(test_y, fine_tuned(start, few, labels, test, _SETTINGS, own)))
         row |= {f"{name}_{count}": round(float(np.mean(values)), 4) for name, values in found.items()}
     run.say("  ".join(f"{key} {value}" for key, value in row.items()))
     return row

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import GigamorphError
 from ..loop import Task
+from .augment import jittered, mirrored
 from .config import SiameseConfig
 from .mixture import Mixture, fit_mixture, soft_labels
 from .network import Embedding, distance, soft_contrastive
@@ -119,12 +120,7 @@ class SiameseTask(Task):
 
     def _vary(self, x: Tensor) -> Tensor:
         """One mirroring for both patches of a pair; contrast, brightness and noise for each patch on its own."""
-        for axis in (3, 4):
-            turned = torch.rand(len(x), 1, 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(turned, x.flip(axis), x)
-        shape = (*x.shape[:2], 1, 1, 1)
-        contrast, brightness = (1 + self.config.jitter * (2 * torch.rand(shape, device=x.device) - 1) for _ in range(2))
-        return x * contrast + (brightness - 1) + self.config.noise * torch.randn_like(x)
+        return jittered(mirrored(x), self.config.jitter, self.config.noise)
 
 
 def _told(mixture: Mixture) -> dict[str, float]:

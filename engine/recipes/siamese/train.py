@@ -17,9 +17,9 @@ from ...data.tables import SPLITS, Finding, Record, read_table
 from ...dense import write_map
 from ...evaluate.roc import auc
 from ...files import write_atomically
-from ...models import create_model
+from ..card import recipe_card
 from ..features import evaluating
-from ..loop import run_stages, seed_of
+from ..loop import run_stages
 from ..recipe import Run, begin, finish
 from ..stages import Stage
 from .config import SiameseConfig
@@ -27,6 +27,7 @@ from .network import AsymmetryMap, Embedding
 from .pairs import Pair, StackedSource, find_pairs
 from .patches import PatchFile, PatchPairs, sources_of, write_patches
 from .probe import fine_tuned, probed
+from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
 
 
@@ -34,8 +35,9 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     """Learn from a table's pairs of contralateral views; the labels are not used but for the probe.
 
     Writes the patches, the checkpoints, ``encoder.pt`` (a state_dict of the backbone, for `create_model`),
-    ``soft_labels.csv`` (a row for each pair of patches: place, distance, label), ``maps/NAME.tif`` (the distances over
-    each pair of the test split, at native resolution, on the left breast's grid) and ``metrics.json``.
+    ``model_card.md``, ``soft_labels.csv`` (a row for each pair of patches: place, distance, label), ``maps/NAME.tif``
+    (the distances over each pair of the test split, at native resolution, on the left breast's grid) and
+    ``metrics.json``.
 
     Raises:
         DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
@@ -48,30 +50,40 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
     patches = PatchPairs(files["train"])
-    networks = [_network(config, run, number) for number in range(2 if config.dual else 1)]
+    networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
     task = SiameseTask(networks, patches, patches.patients, config, run.device)
     stage = Stage("pairs", config.epochs, config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size)
     run_stages(task, [stage], run)
     _write_labels(run, task, patches)
-    state = networks[0].maps.network.state_dict()
-    write_atomically(run.out / "encoder.pt", lambda path: torch.save(state, path), "encoder")
+    write_encoder(networks[0], run.out)
     metrics: dict[str, Any] = {
         "pairs": {name: len(own) for name, own in pairs.items()},
         "patches": {name: sum(len(file.cells) for file in own) for name, own in files.items()},
         "epochs": task.history,
-        "probe": _downstream(files, networks[0], config, run),
+        "probe": _downstream(files, patches, networks[0], config, run),
     }
     if config.maps:
         for number, pair in enumerate(pairs["test"]):
             _write_map(networks[0], pair, config, run, run.out / "maps" / f"{number}.tif")
         metrics["maps"] = {f"maps/{number}.tif": pair.name for number, pair in enumerate(pairs["test"])}
+    recipe_card(
+        run, "siamese", config, parameters=sum(p.numel() for p in networks[0].parameters()),
+        records={name: [record for record in records if record.split == name] for name in SPLITS},
+        output=f"maps of {config.layer}, their projection, and distances of pairs of patches",
+        measured=_told(metrics["probe"]),
+    )  # fmt: skip
     return finish(run, metrics)
 
 
-def _network(config: SiameseConfig, run: Run, number: int) -> Embedding:
-    torch.manual_seed(seed_of(run.seed, 0, number))
-    network = create_model(config.model, 2, config.channels, config.weights)
-    return Embedding(network, config.layer, config.dim, config.channels, config.patch)
+def _told(probe: Any) -> list[str]:
+    """The comparison of the starts, as lines of the model card."""
+    if isinstance(probe, str):
+        return [f"- Patches were not classified: {probe}."]
+    return [
+        f"- Patches with a finding against others, {row['patches']} labelled ones ({row['fraction']:.0%}), start "
+        f"{row['start']}: AUC {row['probe']:.3f} by a linear probe, {row['fine_tuned']:.3f} fine-tuned."
+        for row in probe
+    ]
 
 
 def _write_labels(run: Run, task: SiameseTask, patches: PatchPairs) -> None:
@@ -104,18 +116,15 @@ def _write_map(network: Embedding, pair: Pair, config: SiameseConfig, run: Run, 
         write_map(net, StackedSource(*sources_of(pair, config)), path)
 
 
-def _downstream(files: dict[str, list[PatchFile]], network: Embedding, config: SiameseConfig, run: Run) -> Any:
+def _downstream(
+    files: dict[str, list[PatchFile]], patches: PatchPairs, network: Embedding, config: SiameseConfig, run: Run
+) -> Any:
     """AUC of telling patches with a finding from others, on the test split, for fractions of the labelled patches."""
     x, y = _labelled(files["train"])
     test, test_y = _labelled(files["test"])
     if min(len(set(part.tolist())) for part in (y, test_y)) < 2:
         return "the table has no findings in patches of both the train and the test split"
-    torch.manual_seed(seed_of(run.seed, 8))
-    scratch = Embedding(create_model(config.model, 2, config.channels), config.layer, config.dim, config.channels,
-                        config.patch)  # fmt: skip
-    starts = {"siamese": network, "scratch": scratch.to(run.device)}
-    if config.weights is not None:
-        starts["weights"] = _network(config, run, 0).to(run.device)
+    starts = make_starts(network, patches, config, run)
     rows = []
     for fraction in config.fractions:
         chosen = _fraction(y, fraction, run.seed)
@@ -144,10 +153,9 @@ def _labelled(files: Sequence[PatchFile]) -> tuple[Tensor, Tensor]:
     """Single patches of both breasts, and whether the middle of a finding's box is in them."""
     patches, labels = [], []
     for file in files:
-        with np.load(file.path, allow_pickle=False) as stored:
-            for number, record in enumerate((file.pair.left, file.pair.right)):
-                patches.append(stored["patches"][:, number])
-                labels += [_has_finding(box, record) for box in stored["boxes"][number]]
+        for number, record in enumerate((file.pair.left, file.pair.right)):
+            patches.append(file.patches[:, number])
+            labels += [_has_finding(box, record) for box in file.boxes[number]]
     if not patches:
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
     return torch.from_numpy(np.concatenate(patches)), torch.tensor(labels, dtype=torch.int64)

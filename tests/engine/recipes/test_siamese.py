@@ -24,11 +24,14 @@ from gigamorph.engine.pixels import open_pixels
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.recipe import Run
 from gigamorph.engine.recipes.siamese import SiameseConfig, train
+from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.mixture import Mixture, fit_mixture, soft_labels
 from gigamorph.engine.recipes.siamese.network import AsymmetryMap, Embedding, distance, soft_contrastive
 from gigamorph.engine.recipes.siamese.pairs import find_pairs
+from gigamorph.engine.recipes.siamese.patches import PatchPairs, sources_of, write_patches
 from gigamorph.engine.recipes.siamese.probe import probed
 from gigamorph.engine.recipes.siamese.register import register, registered
+from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
 
 SMALL = SiameseConfig(
@@ -312,6 +315,25 @@ def table(tmp_path_factory):
     return write_table(folder / "cc.csv", [replace(r, split=splits[r.patient_id]) for r in views], read.classes)
 
 
+def test_patches_are_those_of_the_images_and_are_kept(table, tmp_path, monkeypatch):
+    pairs = find_pairs(read_table(table, labels=False).records)[:2]
+    files = [write_patches(pair, SMALL, tmp_path) for pair in pairs]
+    found = PatchPairs(files)
+    assert len(found) == sum(len(file.cells) for file in files) and len(found.patients) == len(found)
+    for index in np.random.default_rng(0).permutation(len(found)):
+        number, place = found.where(int(index))
+        top, left = files[number].cells[place]
+        wanted = [s.read(top, top + 32, left, left + 32).numpy() for s in sources_of(pairs[number], SMALL)]
+        np.testing.assert_array_equal(found[int(index)], np.stack(wanted))
+    # A kill between the two files of a pair: both are written again; what is there is not.
+    files[0].path.with_suffix(".npz").unlink()
+    again = write_patches(pairs[0], SMALL, tmp_path)
+    np.testing.assert_array_equal(again.patches, files[0].patches)
+    np.testing.assert_array_equal(again.boxes, files[0].boxes)
+    monkeypatch.setattr("gigamorph.engine.recipes.siamese.patches.sources_of", None)
+    assert write_patches(pairs[1], SMALL, tmp_path).path == files[1].path
+
+
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch):
     whole = train(table, SMALL, Run(tmp_path / "whole", seed=3))
     assert whole["pairs"] == {"train": 3, "val": 1, "test": 2} and len(whole["epochs"]) == 2
@@ -344,6 +366,44 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     create_model("lesionnet", 2, 1, tmp_path / "cut" / "encoder.pt")
 
 
+def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_path, monkeypatch):
+    from gigamorph.engine.models import create_model
+
+    weights = tmp_path / "weights.pt"
+    torch.save(create_model("lesionnet", 2, 1).state_dict(), weights)
+    config = replace(
+        SMALL, weights=str(weights), starts=("byol", "weights", "simclr", "scratch", "siamese"), hidden=16, epochs=2,
+        batch_size=3, maps=False,
+    )  # fmt: skip
+    whole = train(table, config, Run(tmp_path / "whole", seed=3))
+    assert [row["start"] for row in whole["probe"]] == list(config.starts)
+    assert all(0 <= row[key] <= 1 for row in whole["probe"] for key in ("probe", "fine_tuned"))
+    card = (tmp_path / "whole" / "model_card.md").read_text()
+    assert "# Model card: siamese, lesionnet" in card and "- weights: given" in card and str(tmp_path) not in card
+    row = whole["probe"][0]
+    assert f"(100%), start byol: AUC {row['probe']:.3f} by a linear probe, {row['fine_tuned']:.3f} fine-tuned." in card
+    # A checkpoint after each step; killed inside the second epoch of both methods.
+    monkeypatch.setattr("gigamorph.engine.recipes.loop._SAVE_EVERY", 0.0)
+    for task in (BYOLTask, SimCLRTask):
+        loss, calls = task.loss, []
+
+        def killed(self, batch, loss=loss, calls=calls):
+            calls.append(batch)
+            if len(calls) == -(-len(self.pairs) // config.batch_size) + 3:
+                raise RuntimeError("killed")
+            return loss(self, batch)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(task, "loss", killed)
+            train(table, config, Run(tmp_path / "cut", seed=3, resume=task is SimCLRTask))
+        assert len(calls) > 3
+    assert train(table, config, Run(tmp_path / "cut", seed=3, resume=True)) == whole
+    for name in ("byol", "simclr"):
+        first, second = (torch.load(tmp_path / run / "starts" / name / "encoder.pt") for run in ("whole", "cut"))
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+        create_model("lesionnet", 2, 1, tmp_path / "cut" / "starts" / name / "encoder.pt")
+
+
 def test_two_steps_on_real_images(real_data, tmp_path):
     paths = sorted((real_data / "dicom").glob("mg_*.dcm"))[:2]
     own = [Record(path, 0, "P0", "train", side, "CC") for path, side in zip(paths, "LR", strict=True)]
@@ -351,6 +411,7 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     config = replace(SMALL, mirror="table", patch=256, stride=1024, tissue=0.3, epochs=2, warm_up=1, batch_size=8)
     found = train(table, config, Run(tmp_path / "run"))
     assert found["patches"]["train"] >= 2 and found["probe"].startswith("the table has no findings")
+    assert "- Patches were not classified: the table" in (tmp_path / "run" / "model_card.md").read_text()
 
 
 def test_bad_input_is_told_in_one_line(table, tmp_path):

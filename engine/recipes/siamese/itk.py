@@ -1,0 +1,84 @@
+"""Registration by SimpleITK: mean squares from coarse to fine; affine, and with a B-spline before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...affine import Affine, Map
+from ...errors import GigamorphError
+from .free_form import FreeForm
+
+Array = NDArray[np.float64]
+
+_MESH = 4  # cells of the spline's grid along each side of the image: lesions are smaller, and are not bent away
+
+
+def simpleitk() -> Any:
+    """The module, or None where it is not installed."""
+    try:
+        import SimpleITK
+    except ImportError:
+        return None
+    return SimpleITK
+
+
+def affine(fixed: Array, moving: Array) -> Affine:
+    """The affine map from points of `fixed` to those of `moving` (h, w)."""
+    sitk = _required()
+    images = _images(sitk, fixed, moving)
+    method = _method(sitk)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-5, 500, 0.7, 1e-10)
+    method.SetOptimizerScalesFromPhysicalShift()
+    centre = sitk.CenteredTransformInitializer(
+        *images, sitk.AffineTransform(2), sitk.CenteredTransformInitializerFilter.MOMENTS
+    )
+    method.SetInitialTransform(centre, inPlace=False)
+    found = method.Execute(*images)
+    x0, y0 = found.TransformPoint((0.0, 0.0))
+    (xx, yx), (xy, yy) = (found.TransformPoint(point) for point in ((1.0, 0.0), (0.0, 1.0)))
+    return Affine(xx - x0, xy - x0, x0, yx - y0, yy - y0, y0)
+
+
+def free_form(fixed: Array, moving: Array) -> Map:
+    """A cubic B-spline deformation, then `affine`."""
+    sitk = _required()
+    first = affine(fixed, moving)
+    images = _images(sitk, fixed, moving)
+    method = _method(sitk)
+    method.SetOptimizerAsLBFGSB(gradientConvergenceTolerance=1e-6, numberOfIterations=100)
+    method.SetMovingInitialTransform(
+        sitk.AffineTransform([first.xx, first.xy, first.yx, first.yy], [first.x0, first.y0])
+    )
+    spline = sitk.BSplineTransformInitializer(images[0], [_MESH, _MESH])
+    method.SetInitialTransform(spline, inPlace=True)
+    method.Execute(*images)
+    grid = spline.GetCoefficientImages()
+    moves = np.stack([sitk.GetArrayFromImage(own) for own in grid])
+    return first @ FreeForm(moves, grid[0].GetOrigin(), grid[0].GetSpacing())
+
+
+def _required() -> Any:
+    sitk = simpleitk()
+    if sitk is None:
+        raise GigamorphError("registration with SimpleITK needs it: pip install 'gigamorph[register]'")
+    return sitk
+
+
+def _images(sitk: Any, *values: Array) -> list[Any]:
+    images = [sitk.GetImageFromArray(own) for own in values]
+    for image in images:
+        image.SetOrigin((0.5, 0.5))  # its coordinates are then those of `Affine`
+    return images
+
+
+def _method(sitk: Any) -> Any:
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMeanSquares()
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetShrinkFactorsPerLevel([4, 2, 1])
+    method.SetSmoothingSigmasPerLevel([4, 2, 0])
+    method.SetNumberOfThreads(1)  # sums in one order: the same map every time
+    return method

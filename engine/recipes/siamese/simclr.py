@@ -1,0 +1,41 @@
+"""SimCLR (Chen et al., arXiv 2002.05709): a patch's other view is to be found among all views of the batch.
+
+l(i, j) = -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t))      eq. 1; s the cosine of two projections
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import SiameseConfig
+from .network import Embedding
+from .two_views import Projected, TwoViews
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
+    """Eq. 1, averaged over both orders of all pairs of views a, b (n, dim)."""
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+class SimCLRTask(TwoViews):
+    """The encoder of an embedding learns by `nt_xent` of what a head of two linear layers makes of its features."""
+
+    def __init__(
+        self, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str = "cpu"
+    ) -> None:
+        super().__init__(pairs, config, device)
+        width = embedding.project.in_features
+        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+        self.module = self.projected = Projected(embedding.maps, head)
+
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        first, second = self.projected(self.views(batch)).chunk(2)
+        return nt_xent(first, second, self.config.temperature)

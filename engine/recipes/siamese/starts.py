@@ -1,0 +1,94 @@
+"""What a classifier of patches can start from: nothing, published weights, SimCLR, BYOL, or the Siamese networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import GigamorphError
+from ...files import write_atomically
+from ...models import create_model
+from ..loop import run_stages, seed_of
+from ..recipe import Run
+from ..stages import Stage
+from .byol import BYOLTask
+from .config import SiameseConfig
+from .network import Embedding
+from .patches import PatchPairs
+from .simclr import SimCLRTask
+
+_TASKS = {"simclr": SimCLRTask, "byol": BYOLTask}
+
+
+def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool = True) -> Embedding:
+    """The network of the configuration, with its weights if it names any; its other weights are those of `number`."""
+    torch.manual_seed(seed_of(run.seed, 0, number))
+    if weights and config.weights == "timm":
+        network = _of_timm(config)
+    else:
+        network = create_model(config.model, 2, config.channels, config.weights if weights else None)
+    return Embedding(network, config.layer, config.dim, config.channels, config.patch).to(run.device)
+
+
+def _of_timm(config: SiameseConfig) -> nn.Module:
+    """The network with the weights that timm publishes for it (ImageNet's mostly), fitted to the image's channels."""
+    kind, _, name = config.model.partition(":")
+    if kind != "timm":
+        raise GigamorphError('weights = "timm" are of a model timm:NAME; name one as model, or a file as weights')
+    create_model(config.model, 2, config.channels)  # complains where timm or the model is missing
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=2, in_chans=config.channels)
+    except Exception as error:  # there are none, or they cannot be fetched: each way has its own errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GigamorphError(
+            f"timm has no weights of {name!r} at hand ({reason}); fetch them once online, or name a file as weights"
+        ) from error
+
+
+def make_starts(siamese: Embedding, patches: PatchPairs, config: SiameseConfig, run: Run) -> dict[str, Embedding]:
+    """The starts that the configuration names, in its order.
+
+    SimCLR and BYOL begin with the weights of the first Siamese network and leave theirs in ``starts/NAME``.
+    """
+    found: dict[str, Embedding] = {}
+    for name in config.starts:
+        if name == "siamese":
+            found[name] = siamese
+        elif name == "scratch":
+            found[name] = make_network(config, run, 8, weights=False)
+        elif name == "weights":
+            found[name] = make_network(config, run, 0)
+        else:
+            own = run.part(f"starts/{name}")
+            found[name] = self_supervised(name, make_network(config, run, 0), patches, config, own)
+            write_encoder(found[name], own.out)
+    return found
+
+
+def self_supervised(
+    name: str, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, run: Run
+) -> Embedding:
+    """The embedding, its encoder trained by "simclr" or "byol" on the patches (n, 2, C, h, w) of pairs.
+
+    Epochs, steps, patches a step, rate and decay are those of the Siamese networks.
+    """
+    task = _TASKS[name](embedding, pairs, config, run.device)
+    stage = Stage(
+        name, config.epochs, config.lr, trainable=task.trainable, weight_decay=config.weight_decay,
+        batch_size=2 * config.batch_size,
+    )  # fmt: skip
+    run_stages(task, [stage], run)
+    task.look()
+    return embedding
+
+
+def write_encoder(embedding: Embedding, folder: Path) -> None:
+    """``encoder.pt``: a state_dict of the backbone, for `create_model`."""
+    state = embedding.maps.network.state_dict()
+    write_atomically(folder / "encoder.pt", lambda path: torch.save(state, path), "encoder")
