@@ -53,6 +53,8 @@ class Model:
     backbone: str = "resnet50"
     weights: str | None = None
     """A file of weights that the patch network's backbone starts from."""
+    layer: str | None = None
+    """The module whose output are the features; None where the backbone itself says so (a `forward_features`)."""
     blocks: tuple[Block, ...] = (Block("residual", 512, 2, 2), Block("residual", 512, 2, 2))
     heatmap: bool = False
     """Whether the patch network's classes stand between features and blocks, as five maps."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...errors import GigamorphError
 from ...models import create_model
 from ...models.resnet import ResNet
+from ..features import UpTo, evaluating
 from .config import CLASSES, Block, Model
 
 
@@ -34,24 +35,26 @@ class Maps(nn.Module):
         return self.net.forward_features(x)  # pyright: ignore[reportCallIssue]
 
 
-def features(spec: str, channels: int, weights: str | Path | None = None) -> nn.Module:
-    """The backbone ``spec`` up to its last maps: (N, channels, H, W) -> (N, C, h, w)."""
+def features(spec: str, channels: int, weights: str | Path | None = None, layer: str | None = None) -> nn.Module:
+    """The backbone ``spec`` up to its last maps, or up to a module's: (N, channels, H, W) -> (N, C, h, w)."""
     net = create_model(spec, 2, channels, weights)
+    if layer is not None:
+        return UpTo(net, layer)
     if isinstance(net, ResNet):
         parts = [(name, part) for name, part in net.named_children() if name not in ("avgpool", "fc")]
         return nn.Sequential(OrderedDict(parts))
     if hasattr(net, "forward_features"):
         return Maps(net)
-    raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; give it a forward_features")
+    raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; name the module as layer")
 
 
 def width_of(maps: nn.Module, channels: int) -> int:
     """How many maps a backbone ends in."""
-    training = maps.training
-    with torch.no_grad():
-        found = maps.eval()(torch.zeros(1, channels, 64, 64)).shape[1]
-    maps.train(training)
-    return found
+    with evaluating(maps), torch.no_grad():
+        found = maps(torch.zeros(1, channels, 64, 64))
+    if not isinstance(found, torch.Tensor) or found.ndim != 4:
+        raise GigamorphError("the backbone's features are no maps (N, C, h, w); name another layer")
+    return found.shape[1]
 
 
 class PatchNet(nn.Module):

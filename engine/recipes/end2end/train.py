@@ -86,9 +86,9 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     if config.start is not None:
         return finish(run, _transfer(images, target, config, run))
     metrics: dict[str, Any] = {}
-    patch_nets: dict[tuple[str, str | None], PatchNet] = {}
+    patch_nets: dict[tuple[str | None, ...], PatchNet] = {}
     for model in config.models:
-        key = model.backbone, model.weights
+        key = model.backbone, model.weights, model.layer
         if key not in patch_nets:
             patch_nets[key], accuracy = _patch_network(parts, images, model, config, run)
             metrics[f"patch_accuracy_{model.name}"] = accuracy
@@ -96,7 +96,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     for number, model in enumerate(config.models):
         run.say(f"{model.name}: training the whole-image network with image labels")
         torch.manual_seed(run.seed + number)
-        net = convert(patch_nets[model.backbone, model.weights], model)
+        net = convert(patch_nets[model.backbone, model.weights, model.layer], model)
         own = run.part(model.name)
         task = _task(net, images, target, config, run, config.whole)
         trained = run_stages(task, config.whole, own)
@@ -122,7 +122,7 @@ def _patch_network(
             raise DataError("no training image has a lesion with a pathology; patches need the column findings")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
-    maps = features(model.backbone, config.channels, model.weights)
+    maps = features(model.backbone, config.channels, model.weights, model.layer)
     net = PatchNet(maps, width_of(maps, config.channels))
     task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in config.patch))
     trained = run_stages(task, config.patch, run.part(f"{model.name}-patches"))
@@ -211,7 +211,7 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
 
 
 def _load(path: Path, model: Model, config: Config) -> WholeNet:
-    maps = features(model.backbone, config.channels)
+    maps = features(model.backbone, config.channels, layer=model.layer)
     net = convert(PatchNet(maps, width_of(maps, config.channels)), replace(model, weights=None))
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

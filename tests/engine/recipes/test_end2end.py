@@ -318,6 +318,22 @@ def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path, monkeypa
         assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def test_any_backbone_at_native_resolution_within_a_budget(table, tmp_path):
+    own = replace(SMALL.models[0], name="any", backbone="lesionnet", layer="stages")
+    config = replace(SMALL, models=(own,), resize=(), flips=False)
+    found = train(table, config, Run(tmp_path / "run", memory_budget=64 * 2**20))
+    assert 0 <= found["any"]["auc"] <= 1
+    # Its whole-image network is found again by another run.
+    config = replace(config, start=str(tmp_path / "run"))
+    assert train(table, config, Run(tmp_path / "next"))["any"]["before"] == found["any"]["auc"]
+    net = convert(PatchNet(features("lesionnet", 1, layer="stages"), 32), own).double().eval()
+    x = torch.randn(1, 1, 160, 128, dtype=torch.float64)
+    assert (accelerate(net, tile=(64, 64))(x) - net(x)).abs().max() < 1e-12
+    for layer, told in (("body", "is no module"), ("fc", "are no maps")):
+        with pytest.raises(GigamorphError, match=told):
+            train(table, replace(SMALL, models=(replace(own, layer=layer),)), Run(tmp_path / layer))
+
+
 def test_transfer_and_its_learning_curve(whole, tmp_path):
     other = write(tmp_path / "other", [1, 0] * 4, findings=False)
     config = replace(SMALL, start=str(whole[0]), patients=(2, 4))
@@ -345,10 +361,33 @@ def test_bad_tables(tmp_path):
         train(write(tmp_path / "a", [0, 1] * 4, findings=False), SMALL, Run(tmp_path / "ao"))
     with pytest.raises(DataError, match="split val has only images with"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 0, 1]), SMALL, Run(tmp_path / "bo"))
+    table = write(tmp_path / "c", [0, 1] * 4)
+    table.write_text(table.read_text().replace("p5", "p1"))
+    with pytest.raises(DataError, match="patient p1 is in train and val"):
+        train(table, SMALL, Run(tmp_path / "co"))
+    table = write_table(
+        tmp_path / "c" / "three.csv",
+        [Record(tmp_path / "c" / f"{i}.npy", i % 3, f"p{i}", ("train", "val")[i // 4]) for i in range(8)],
+        ["0", "1", "2"],
+    )
+    with pytest.raises(DataError, match="has the classes 0, 1, 2; the method tells two apart"):
+        train(table, SMALL, Run(tmp_path / "do"))
+    assert not any((tmp_path / f"{name}o").exists() for name in "bcd")
     with pytest.raises(GigamorphError, match="models need different names"):
         Config(models=(Model("a"), Model("a")))
     with pytest.raises(GigamorphError, match="name the run to start from"):
         Config(patients=(5,))
+
+
+@pytest.mark.parametrize(("stages", "kept"), [("patch", "a-patches"), ("whole", "a")])
+def test_loss_that_is_no_number_keeps_the_state(table, tmp_path, stages, kept):
+    wild = tuple(replace(stage, lr=1e30 * number) for number, stage in enumerate(getattr(SMALL, stages)))
+    config = replace(SMALL, models=SMALL.models[:1], **{stages: wild})
+    with pytest.raises(GigamorphError, match=r"stage 'all', epoch 1, step \d: the (loss|gradient) is") as caught:
+        train(table, config, Run(tmp_path))
+    assert "\n" not in str(caught.value) and str(tmp_path / kept / "last.ckpt") in str(caught.value)
+    stored = torch.load(tmp_path / kept / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in stored["state_dict"].values())
 
 
 def test_two_steps_on_real_images(real_data, tmp_path):
