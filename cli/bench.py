@@ -70,7 +70,8 @@ def step(
     """Time and peak memory of a step over sizes; all in turns, so that a busy machine hurts all alike.
 
     Without --memory-budget gigamorph takes what its default tile needs. lightstream takes its best tile in that budget,
-    or without one in 0.75 of stock's memory; smaller tiles do several times the work.
+    or without one in 0.75 of stock's memory; smaller tiles do several times the work. Beside gigamorph it gets a second
+    row, in the memory that gigamorph took.
 
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """
@@ -236,7 +237,7 @@ def _show_step(row: StepRow) -> None:
         gradients = row.check.outputs if row.check.gradients is None else row.check.gradients
         error = f"differs from {row.check.against} by {gradients:.0e}"
     precision = " float64" if row.task.precision == "fp64" else ""
-    click.echo(f"{f'{row.task}{precision}':40} {row.peer:13} {row.status:13} {time}  {peak}  {row.reason or error}")
+    click.echo(f"{f'{row.task}{precision}':40} {row.peer:31} {row.status:13} {time}  {peak}  {row.reason or error}")
 
 
 def _show_limit(row: LimitRow) -> None:

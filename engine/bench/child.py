@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .results import FAILED, NOT_RUN, OUT_OF_MEMORY, Task
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, Task
 
 Answer = dict[str, Any]
 _LEAN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -108,6 +108,16 @@ class Child:
         return self.ask("profile", folder=str(folder))
 
 
+def measure_alone(
+    task: Task, peer: str, settings: dict[str, Any], steps: int, *, cap: int | None = None, longest: float = 600.0,
+    lean: bool = False,
+) -> Answer:  # fmt: skip
+    """Steps of a peer in a process that ends with them; see `Child` and `Work.run`."""
+    with Child(longest, lean) as child:
+        answer = child.start(task, peer, settings, cap)
+        return child.run(steps) if answer["status"] == OK else answer
+
+
 def serve() -> None:
     """Answer requests until the input ends or one fails."""
     answers = os.fdopen(os.dup(1), "w")
@@ -119,7 +129,7 @@ def serve() -> None:
     work: Work | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        answer: Answer = {"status": "ok"}
+        answer: Answer = {"status": OK}
         try:
             match request["do"]:
                 case "start":
@@ -144,7 +154,7 @@ def serve() -> None:
         except Exception as error:
             answer["status"], answer["reason"] = status_of(error)
         print(json.dumps(answer), file=answers, flush=True)
-        if answer["status"] != "ok":
+        if answer["status"] != OK:
             os._exit(0)  # what an error has left in memory would count
 
 

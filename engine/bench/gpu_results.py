@@ -40,7 +40,7 @@ def _step(name: str, row: dict[str, Any], others: dict[str, dict[str, Any]]) -> 
         return made
     made.seconds, made.first_seconds = row["seconds"], row["warm_up_seconds"]
     made.peak_bytes = row["peak_bytes"] - row["left_bytes"] - row["image_bytes"]
-    made.predicted_bytes = row.get("planned_bytes")  # its NVML figure holds other processes' memory as well
+    made.nvml_bytes, made.predicted_bytes = row.get("nvml_bytes"), row.get("planned_bytes")
     made.settings = {k: row[k] for k in ("tile", "retained", "replayed", "carries") if k in row}
     # An image that lies in host memory has other pixels than stock's.
     expected = others.get(f"{model} {mode} {side} {_AGAINST}", {})

@@ -15,7 +15,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import BudgetError, UnsupportedError
 from ..models.compat import make_torchvision_importable
 from ..simulate import stock_peak
 from .peers import Prepared, autocast, first_tensor, loss_of
@@ -44,10 +44,39 @@ def trunk_names(network: nn.Module) -> list[str]:
 
 
 def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
-    """Tiles: the best that fits the budget; without one that does anything, larger ones until one does.
+    """Tiles: the best that fits the budget; without one that does anything, larger ones until one does."""
+    sides, fitting = _tiles(network, task, budget)
+    overlap = _overlap(task)
+    useful = [side for side in fitting if side >= overlap + _STEP]
+    if overlap and useful:
+        return [_best(useful, task) or sides[-1]]
+    tries = [max(useful or fitting or sides[:1])]
+    while tries[-1] < sides[-1]:
+        tries.append(next((side for side in sides if side >= _LARGER * tries[-1]), sides[-1]))
+    return [side for side in tries if side >= overlap + _STEP] or sides[-1:]
+
+
+def tile_within(network: nn.Module, task: Task, budget: int) -> int:
+    """The best tile that keeps to the budget.
+
+    Raises:
+        BudgetError: where all that fit leave nothing of the overlap, or do more than eight times the work.
+    """
+    _, fitting = _tiles(network, task, budget)
+    overlap = _overlap(task)
+    best = _best(fitting, task) if overlap else max(fitting, default=None)
+    if best is None:
+        raise BudgetError(
+            f"no tile of lightstream's that fits {budget / 1e9:.2f} GB does less than {_MOST_WORK} times the work "
+            f"(its overlap is {overlap} pixels); give it more memory"
+        )
+    return best
+
+
+def _tiles(network: nn.Module, task: Task, budget: int) -> tuple[list[int], list[int]]:
+    """All sides that leave no rest (lightstream's results are wrong otherwise), and those of them that fit.
 
     A tile's memory is counted as that of a step of stock PyTorch on an image of its size, beside the parameters.
-    Tiles leave no rest: lightstream's results are wrong otherwise.
     """
     n, channels, height, width = task.image
     sides = [
@@ -61,16 +90,20 @@ def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
     device = torch.device("cpu")
     low, high = (stock_peak(network, (n, channels, k, k), torch.float32, device, task.training) for k in (_LOW, _HIGH))
     pixel = (high - low) / (_HIGH**2 - _LOW**2)  # gradients of the parameters do not grow with the image
-    fitting = [side for side in sides if parameters + high + pixel * (side**2 - _HIGH**2) <= budget]
-    overlap = OVERLAPS.get(task.model, 0) if task.training else 0
-    useful = [side for side in fitting if side >= overlap + _STEP]
-    if overlap and useful:
-        best = min(useful, key=lambda side: work(side, overlap, task.image[2:]))
-        return [best if work(best, overlap, task.image[2:]) <= _MOST_WORK * height * width else sides[-1]]
-    tries = [max(useful or fitting or sides[:1])]
-    while tries[-1] < sides[-1]:
-        tries.append(next((side for side in sides if side >= _LARGER * tries[-1]), sides[-1]))
-    return [side for side in tries if side >= overlap + _STEP] or sides[-1:]
+    return sides, [side for side in sides if parameters + high + pixel * (side**2 - _HIGH**2) <= budget]
+
+
+def _overlap(task: Task) -> int:
+    """0: not known, or none."""
+    return OVERLAPS.get(task.model, 0) if task.training else 0
+
+
+def _best(sides: list[int], task: Task) -> int | None:
+    """The tile that goes through the fewest pixels; None if that is too many."""
+    size, overlap = task.image[2:], _overlap(task)
+    useful = [side for side in sides if side >= overlap + _STEP or side >= max(size)]
+    best = min(useful, key=lambda side: work(side, overlap, size), default=None)
+    return best if best is not None and work(best, overlap, size) <= _MOST_WORK * math.prod(size) else None
 
 
 def work(side: int, overlap: int, size: tuple[int, ...]) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..errors import BudgetError, UnsupportedError
-from .child import Child
+from .child import measure_alone
 from .peers import PEERS
-from .results import NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, LimitRow, Task, Try
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, LimitRow, Task, Try
 from .step import Options, planned, settings
 from .work import build
 
@@ -127,11 +127,10 @@ def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
     options = Options(cap=search.cap, budget=int(search.share * search.cap), longest=search.longest)
     for chosen in settings(row.peer, task, network, options):
         row.settings = {**chosen, "carries": _carries(task)} if row.peer == "gigamorph" else chosen
-        with Child(search.longest, lean=True) as child:
-            answer = child.start(task, row.peer, row.settings, search.cap)
-            if answer["status"] == OK:
-                answer = child.run(search.steps)
-        if answer["status"] not in (REFUSED, "failed"):
+        answer = measure_alone(
+            task, row.peer, row.settings, search.steps, cap=search.cap, longest=search.longest, lean=True
+        )
+        if answer["status"] not in (REFUSED, FAILED):
             break
     if answer["status"] != OK:
         return Try(side, answer["status"], reason=answer["reason"])

@@ -7,8 +7,10 @@ backward, so that the network's parameters hold their gradients) and returns the
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,7 @@ class Peer:
         prepare: makes a step of a network, given the task and settings; with it comes what is called for a forward.
         missing: why it cannot run a task on this machine, or None.
         channels_last: whether network and image are given in that memory order.
+        compiles: whether the first step takes a time of its own, which says nothing of the others.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Peer:
     prepare: Callable[[nn.Module, Task, Settings], Prepared]
     missing: Callable[[Task], str | None] = lambda task: None
     channels_last: bool = False
+    compiles: bool = False
 
 
 def loss_of(output: Tensor) -> Tensor:
@@ -82,13 +86,7 @@ def _stock(network: nn.Module, task: Task, settings: Settings) -> Prepared:
 
 
 def _bf16(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    net, step = ordinary(network, task)
-
-    def run(image: Tensor) -> Tensor:
-        with torch.autocast(task.device, dtype=torch.bfloat16):
-            return step(image)
-
-    return net, run
+    return ordinary(network, replace(task, precision="bf16"))
 
 
 def _no_bf16(task: Task) -> str | None:
@@ -98,6 +96,12 @@ def _no_bf16(task: Task) -> str | None:
 def _compile(network: nn.Module, task: Task, settings: Settings) -> Prepared:
     compiled: Any = torch.compile(network, dynamic=False)
     return ordinary(compiled, task)
+
+
+def _no_compiler(task: Task) -> str | None:
+    if task.device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        return None
+    return "torch.compile needs a C++ compiler on the CPU; install g++"
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -115,8 +119,12 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _checkpoint(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    """Keep the inputs of blocks alone; of a VGG those of the parts between poolings."""
+def checkpointed(network: nn.Module) -> nn.Module:
+    """Has a network keep the inputs of its blocks alone; a VGG those of the parts between poolings.
+
+    Raises:
+        UnsupportedError: if it has neither.
+    """
     found = blocks(network)
     features = getattr(network, "features", None)
     if not found and isinstance(features, nn.Sequential):
@@ -124,10 +132,14 @@ def _checkpoint(network: nn.Module, task: Task, settings: Settings) -> Prepared:
             features.add_module(name, part)
             found.append(part)
     if not found:
-        raise UnsupportedError(f"{task.model} has no blocks that could be checkpointed")
+        raise UnsupportedError(f"{type(network).__name__} has no blocks that could be checkpointed")
     for block in found:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return ordinary(network, task)
+    return network
+
+
+def _checkpoint(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    return ordinary(checkpointed(network), task)
 
 
 def _between_pools(features: nn.Sequential) -> list[tuple[str, nn.Module]]:
@@ -174,7 +186,7 @@ PEERS = {
         Peer("stock", "stock PyTorch", _stock),
         Peer("channels-last", "channels-last", _stock, channels_last=True),
         Peer("bf16", "bf16 autocast", _bf16, _no_bf16, channels_last=True),
-        Peer("compile", "torch.compile", _compile, channels_last=True),
+        Peer("compile", "torch.compile", _compile, _no_compiler, channels_last=True, compiles=True),
         Peer("checkpoint", "checkpoint per block", _checkpoint, _no_gradients),
         Peer("lightstream", "lightstream", _lightstream, _no_lightstream),
         Peer("gigamorph", "gigamorph", _gigamorph),

@@ -12,14 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .peers import PEERS
-from .results import NOT_RUN, OK, OUT_OF_MEMORY, WRONG, LimitRow, StepRow
+from .results import EQUAL_MEMORY, NOT_RUN, OK, OUT_OF_MEMORY, WRONG, LimitRow, StepRow
 
 if TYPE_CHECKING:
     from .profile import Timeline
 
 _COLOURS = {
     "stock": "#c0392b", "channels-last": "#d98880", "bf16": "#af7ac5", "compile": "#7d6608", "checkpoint": "#d68910",
-    "lightstream": "#6c7a89", "gigamorph": "#1f618d",
+    "lightstream": "#6c7a89", EQUAL_MEMORY: "#aab7b8", "gigamorph": "#1f618d",
 }  # fmt: skip
 _OTHERS = "#2e86c1"
 _LINE = 0.052  # height of a line of text, as a share of the axes

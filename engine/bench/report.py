@@ -18,7 +18,21 @@ from matplotlib.figure import Figure
 
 from ..errors import GigamorphError
 from . import plots
-from .results import FAILED, NOT_RUN, OK, DeclaredRow, KernelRow, LimitRow, MorphRow, Results, StepRow, Task, read
+from .results import (
+    EQUAL_MEMORY,
+    FAILED,
+    NOT_RUN,
+    OK,
+    OUT_OF_MEMORY,
+    DeclaredRow,
+    KernelRow,
+    LimitRow,
+    MorphRow,
+    Results,
+    StepRow,
+    Task,
+    read,
+)
 
 Cells = list[str]
 _STYLE = """
@@ -165,6 +179,10 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> str:
                 by_cpu = f" ({other.median_cpu_seconds / ours.median_cpu_seconds:.2g} by CPU time)"
             lines.append(f"At {side} gigamorph is {speed:.2g} times as fast as {plots.label(peer)}{by_cpu} "
                          f"and takes {memory:.2g} times its memory.")  # fmt: skip
+    short = [row.task for row in rows if row.peer == EQUAL_MEMORY and row.status == OUT_OF_MEMORY]
+    if short:
+        sides = ", ".join(f"{task.image[2]} × {task.image[3]}" for task in short)
+        lines.append(f"In the memory that gigamorph took lightstream cannot run at {sides}.")
     for row in exact:
         if row.check is not None and row.check.gradients is not None:
             lines.append(f"In float64 its gradients differ from stock's by {row.check.gradients:.0e}.")

@@ -22,6 +22,7 @@ FORMAT = "gigamorph-bench 1"
 OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
     "ok", "out of memory", "wrong", "refused", "failed", "not run",
 )  # fmt: skip
+EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream, capped by what gigamorph took
 STATUSES = (OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN)
 
 
@@ -86,6 +87,7 @@ class StepRow:
     """Time and memory of one peer's steps. Seconds and bytes.
 
     Attributes:
+        peer: as in `PEERS`; behind a comma may stand how it was run.
         settings: what the peer was given: tile, memory budget, ...
         cap_bytes: what a step was allowed to take; None: what is free.
         seconds: of each timed step.
@@ -116,6 +118,11 @@ class StepRow:
     flops: float | None = None
     roofline_seconds: float | None = None
     check: Check | None = None
+
+    @property
+    def base_peer(self) -> str:
+        """The peer as in `PEERS`."""
+        return self.peer.partition(",")[0]
 
     @property
     def median_seconds(self) -> float | None:

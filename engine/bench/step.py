@@ -17,9 +17,9 @@ from ..errors import BudgetError, UnsupportedError
 from ..plan import Plan, plan
 from . import check, roofline
 from .child import Child
-from .lightstream import norm_parameters, tiles_to_try
+from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .peers import PEERS, Settings, autocast
-from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
+from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
 from .work import build
 
 Say = Callable[[StepRow], None]
@@ -35,7 +35,7 @@ class Options:
         peers: names, in the order of their turns.
         rounds: timed turns of each, at most.
         box: seconds of one peer's timed turns at a size. One turn is taken whatever it costs, unless the first step,
-            which is not timed otherwise, took longer than the box: then it counts.
+            which is not timed otherwise, took longer than the box: then it counts (not where it compiles).
         cap: bytes that a step may take, for all; None: what is free.
         budget: bytes that gigamorph, and lightstream's tile, may take; a share of stock's bytes if below 1. None:
             gigamorph takes what its default tile needs, lightstream its best tile in 0.75 of stock's.
@@ -55,20 +55,25 @@ class Options:
 
 
 def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say = lambda row: None) -> list[StepRow]:
-    """One row for each peer. Peers that fail are told as such; the others go on.
+    """One row for each peer, and `EQUAL_MEMORY`. Peers that fail are told as such; the others go on.
 
     Args:
         say: gets each row when it is done.
     """
     network = build(replace(task, device="cpu"))
     work = roofline.count(network, task)
-    rows, cells = [], []
+    rows: list[StepRow] = []
+    cells: list[tuple[StepRow, Child]] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         reference: tuple[str, Path] | None = None
-        for name in options.peers:
+        for name in (*options.peers, EQUAL_MEMORY):
             row = StepRow(task, name, cap_bytes=options.cap, flops=work.flops,
                           roofline_seconds=work.seconds(ceilings, task.precision))  # fmt: skip
+            if name == EQUAL_MEMORY:
+                row.cap_bytes = _equal_cap(rows)
+                if row.cap_bytes is None:
+                    continue
             rows.append(row)
             cell = _first_step(row, network, options, stack)
             if cell is None:
@@ -88,6 +93,13 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
     return rows
 
 
+def _equal_cap(rows: list[StepRow]) -> int | None:
+    """What gigamorph took, where lightstream was run as well."""
+    run = {row.peer: row for row in rows if row.status != NOT_RUN}
+    ours = run.get("gigamorph")
+    return ours.peak_bytes if ours is not None and ours.status in (OK, WRONG) and "lightstream" in run else None
+
+
 def exactness(task: Task, say: Say = lambda row: None) -> list[StepRow]:
     """Stock and gigamorph in float64 on a small image in small tiles: how exact the whole computation is."""
     small = replace(task, image=(1, task.image[1], *_EXACT_IMAGE), precision="fp64", device="cpu")
@@ -96,12 +108,12 @@ def exactness(task: Task, say: Say = lambda row: None) -> list[StepRow]:
 
 def _first_step(row: StepRow, network: nn.Module, options: Options, stack: contextlib.ExitStack) -> Child | None:
     """A process that has taken its first step; None, and the row's status, if there is none."""
-    why = PEERS[row.peer].missing(row.task)
+    why = PEERS[row.base_peer].missing(row.task)
     if why is not None:
         row.status, row.reason = NOT_RUN, why
         return None
     try:
-        choices = list(settings(row.peer, row.task, network, options))
+        choices = settings(row.peer, row.task, network, replace(options, cap=row.cap_bytes))
     except (BudgetError, UnsupportedError) as error:
         row.status = REFUSED if isinstance(error, UnsupportedError) else OUT_OF_MEMORY
         row.reason = str(error)
@@ -110,15 +122,15 @@ def _first_step(row: StepRow, network: nn.Module, options: Options, stack: conte
     for chosen in choices:
         row.settings = {**chosen, **known}
         cell = Child(options.longest)
-        if _take(row, started := cell.start(row.task, row.peer, chosen, options.cap)):
+        if _take(row, started := cell.start(row.task, row.base_peer, chosen, row.cap_bytes)):
             answer = cell.run(1)
             if _take(row, answer):
-                stack.enter_context(cell)
                 row.first_seconds = started["prepare_seconds"] + answer["seconds"][0]
-                if answer["seconds"][0] > options.box > 0:
+                if answer["seconds"][0] > options.box > 0 and not PEERS[row.base_peer].compiles:
                     _time(row, answer)
                 _note(row, answer)
-                return cell if row.status == OK else None
+                if row.status == OK:
+                    return stack.enter_context(cell)
         cell.__exit__()
         if row.status not in (REFUSED, FAILED):
             break
@@ -128,6 +140,9 @@ def _first_step(row: StepRow, network: nn.Module, options: Options, stack: conte
 def settings(peer: str, task: Task, network: nn.Module, options: Options) -> list[Settings]:
     """What a peer is given; where there are several, the first that works is taken."""
     budget = options.budget
+    if peer == EQUAL_MEMORY:
+        assert options.cap is not None
+        return [{"tile": tile_within(network, task, options.cap)}]
     if peer == "lightstream" or (budget is not None and budget < 1):
         stock = planned(network, task, None, options.tile).stock_bytes
         assert stock is not None
@@ -187,7 +202,7 @@ def _note(row: StepRow, answer: dict[str, Any]) -> None:
 
 def _judge(row: StepRow, network: nn.Module, path: Path, against: str, reference: Path) -> None:
     found, expected = torch.load(path), torch.load(reference)
-    untrained = frozenset(norm_parameters(network)) if row.peer == "lightstream" else frozenset()
+    untrained = frozenset(norm_parameters(network)) if row.base_peer == "lightstream" else frozenset()
     row.check = check.compare(found, expected, against, untrained)
     wrong = check.complaint(row.check, "bf16" if row.peer == "bf16" else row.task.precision)
     if wrong is not None:

@@ -22,6 +22,7 @@ from .results import FAILED, OUT_OF_MEMORY, REFUSED, Task
 
 # What the C++ side says when the system refuses memory; oneDNN cannot tell why a primitive could not be made.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory")
+_ADDRESSES = 2**30  # bytes that the stacks and heaps of new threads may reserve; they take next to no memory
 _WARM = 64  # side of the image by which the libraries load what they need
 
 
@@ -82,7 +83,8 @@ class Work:
 
     Args:
         cap: bytes that parameters and steps may take. On a GPU the allocator keeps to it. On the CPU the address space
-            is held to twice as much, for the machine's sake: a step that goes beyond the cap is known by its peak.
+            is held to twice as much and some room, for the machine's sake: a step that goes beyond the cap is known by
+            its peak.
     """
 
     def __init__(self, task: Task, peer: str, settings: Settings, cap: int | None):
@@ -111,7 +113,7 @@ class Work:
         self.process_bytes = peak_bytes("cpu")
         if task.device == "cpu" and cap is not None and sys.platform == "linux":
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (held + 2 * cap, held + 2 * cap))
+            resource.setrlimit(resource.RLIMIT_AS, (held + 2 * cap + _ADDRESSES,) * 2)
 
     def _warm(self) -> None:
         """Have the libraries load what they need; it would count as the step's memory otherwise."""

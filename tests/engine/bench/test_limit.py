@@ -83,28 +83,16 @@ def test_the_prediction_is_the_largest_side_that_plan_allows(monkeypatch):
 def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch, peak, status):
     given = {}
 
-    class Pretended:
-        def __init__(self, longest, lean):
-            given.update(longest=longest, lean=lean)
+    def pretend(task, peer, settings, steps, **more):
+        given.update(image=task.image, settings=settings, steps=steps, **more)
+        return {"status": OK, "peak_bytes": peak, "seconds": [2.0, 1.0]}
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def start(self, task, peer, settings, cap):
-            given.update(image=task.image, settings=settings, cap=cap)
-            return {"status": OK}
-
-        def run(self, steps):
-            return {"status": OK, "peak_bytes": peak, "seconds": [2.0, 1.0]}
-
-    monkeypatch.setattr(limit, "Child", Pretended)
+    monkeypatch.setattr(limit, "measure_alone", pretend)
     row = LimitRow(TASK, "gigamorph", 1000)
     found = limit._try(row, nn.Identity(), 96, Search(1000, longest=7.0))
     assert (found.side, found.status, found.peak_bytes, found.seconds) == (96, status, peak, 1.0)
     assert given["lean"] and given["longest"] == 7.0 and given["cap"] == 1000 and given["image"] == (1, 1, 96, 96)
+    assert given["steps"] == 2
     assert given["settings"] == {"memory_budget": 900, "tile": None, "carries": "device"}
 
 

@@ -8,7 +8,7 @@ from bench_results import everything, gpu_file
 
 from gigamorph.engine.bench import plots
 from gigamorph.engine.bench.report import write_report
-from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, REFUSED, Check, Results, StepRow, Task
+from gigamorph.engine.bench.results import EQUAL_MEMORY, OK, OUT_OF_MEMORY, REFUSED, Check, Results, StepRow, Task
 from gigamorph.engine.errors import GigamorphError
 
 
@@ -51,6 +51,15 @@ def test_the_page_names_sizes_failures_machine_and_versions(page):
                      "gigamorph bench step --size 1000x1000", "not run", "no GPU", "3000 × 3000"):  # fmt: skip
             assert word in text, word
     assert "2 times as fast as stock PyTorch and takes 0.2 times its memory" in page[1]
+
+
+def test_what_lightstream_cannot_do_in_gigamorphs_memory_is_said(tmp_path):
+    made = comparison()
+    task = Task("resnet18", (1, 3, 2000, 2000))
+    made.steps.append(StepRow(task, EQUAL_MEMORY, OUT_OF_MEMORY, "no tile", cap_bytes=600_000_000))
+    made.write(tmp_path / "a.json")
+    text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "In the memory that gigamorph took lightstream cannot run at 2000 × 2000." in text
 
 
 def test_markdown_tables_have_equal_rows(page):

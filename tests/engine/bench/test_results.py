@@ -43,6 +43,7 @@ def test_results_of_the_gpu_script_are_read_by_the_same_reader(tmp_path):
     ours, eager, last, compiled = found.steps
     assert ours.task == Task("resnet18", (1, 1, 64, 64), True, "frozen", "bf16", "cuda")
     assert (ours.peer, ours.status, ours.peak_bytes, ours.predicted_bytes) == ("gigamorph", OK, 500, 520)
+    assert ours.nvml_bytes == 700
     assert ours.median_seconds == 0.2 and ours.check is not None and ours.check.gradients == 0
     assert eager.status == WRONG and "1.0e-01" in (eager.reason or "")
     assert last.check is None and (compiled.status, compiled.reason) == (OUT_OF_MEMORY, "tried to allocate")

@@ -1,15 +1,15 @@
 """Peers take turns, and every one that fails is told apart from those that do not."""
 
 import dataclasses
-import types
 
 import pytest
 import torch
+from torch import nn
 
 from gigamorph.engine.bench import step as bench_step
 from gigamorph.engine.bench.child import Child
 from gigamorph.engine.bench.peers import PEERS
-from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, Task
+from gigamorph.engine.bench.results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, Task
 from gigamorph.engine.bench.step import Options, measure
 
 TASK = Task("lesionnet", (1, 1, 96, 64))
@@ -83,6 +83,36 @@ def test_a_box_of_time_ends_the_turns_but_not_before_the_first(pretended, box, t
     assert len(row.seconds) == turns
 
 
+def test_lightstream_gets_a_second_row_in_what_gigamorph_took(pretended, monkeypatch):
+    monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(bench_step, "tiles_to_try", lambda *_: [64])
+    monkeypatch.setattr(bench_step, "tile_within", lambda network, task, budget: budget // 10)
+    peers = ("stock", "lightstream", "gigamorph")
+    rows = measure(TASK, Options(peers, rounds=1, cap=1000), {})
+    assert [row.peer for row in rows] == [*peers, EQUAL_MEMORY]
+    assert [row.cap_bytes for row in rows] == [1000, 1000, 1000, 900]
+    assert (rows[-1].settings, rows[-1].status, rows[-1].base_peer) == ({"tile": 90}, OK, "lightstream")
+    monkeypatch.undo()
+    monkeypatch.setattr(bench_step, "Child", Pretended)
+    monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: name)
+    last = measure(TASK, Options(peers, rounds=1, cap=10**9), {})[-1]
+    assert last.status == OUT_OF_MEMORY and "no tile" in (last.reason or "") and not last.seconds
+    monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: None)
+    assert [row.peer for row in measure(TASK, Options(peers, rounds=1), {})] == list(peers)
+
+
+def test_the_first_step_of_what_compiles_is_no_time_of_a_step(pretended, monkeypatch):
+    monkeypatch.setattr(Pretended, "start", lambda self, *_: {"status": OK, "prepare_seconds": 0.0})
+    monkeypatch.setattr(Pretended, "run", lambda self, steps, warm=0: {
+        "status": OK, "seconds": [next(clock)], "cpu_seconds": [1.0], "peak_bytes": 1, "process_bytes": 1,
+        "nvml_bytes": None})  # fmt: skip
+    clock = iter((30.0, 2.0, 30.0))
+    (row,) = measure(TASK, Options(("compile",), rounds=1, box=1.0), {})
+    assert (row.seconds, row.first_seconds) == ([2.0], 30.0)
+    (row,) = measure(TASK, Options(("stock",), rounds=1, box=1.0), {})
+    assert row.seconds == [30.0]
+
+
 def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
     ceilings = {"gb_per_s": 1.0, "tflop_per_s fp32": 1e-3}
     stock, ours = measure(TASK, Options(("stock", "gigamorph"), rounds=1, tile=32), ceilings)
@@ -140,12 +170,36 @@ def test_every_peer_says_why_it_cannot_run(monkeypatch):
     assert "bf16" in (why["bf16"] or "") and why["stock"] is why["gigamorph"] is None
 
 
-def test_checkpointing_a_vgg_keeps_its_function():
-    from torch import nn
+def test_bf16_is_bf16_within_and_float32_is_not():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
+    seen = []
+    next(net.children()).register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for peer in ("bf16", "stock"):
+        _, run = PEERS[peer].prepare(net, TASK, {})
+        run(torch.rand(1, 1, 8, 8))
+    assert seen == [torch.bfloat16, torch.float32]
 
+
+def test_compiling_needs_a_compiler_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("gigamorph.engine.bench.peers.shutil.which", lambda name: None)
+    assert "g++" in (PEERS["compile"].missing(TASK) or "")
+    assert PEERS["compile"].missing(dataclasses.replace(TASK, device="cuda")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PEERS["compile"].missing(TASK) is not None, reason="no C++ compiler")
+def test_real_processes_compile_and_change_the_memory_order():
+    stock, last, bf16, compiled = measure(TASK, Options(("stock", "channels-last", "bf16", "compile"), rounds=1), {})
+    for row in (last, compiled, bf16):
+        assert row.status == OK and row.seconds and row.check and row.check.against == "stock", row.reason
+    assert compiled.first_seconds and compiled.first_seconds > 2 * compiled.seconds[0]
+    assert (last.check.gradients or 0) < 1e-3 and 1e-4 < (bf16.check.gradients or 0) < 1e-1
+    assert stock.status == OK
+
+
+def test_checkpointing_a_vgg_keeps_its_function():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)]
-    net = types.SimpleNamespace()
     net = nn.Module()
     net.features = nn.Sequential(*layers)
     net.forward = lambda x: net.features(x)
