@@ -173,9 +173,11 @@ def family(launches: Callable[[bool], Iterator[Case]]) -> Callable[[bool], Itera
 
 def convolutions(quick: bool) -> Iterator[tuple[Layer, Scene, torch.dtype]]:
     """Every layer in every scene in bfloat16, some in float32 and some on whole gigapixel maps."""
-    layers = [*resnet50(), *convnext_tiny(), *others()]
-    if quick:
-        layers = [layer for layer in layers if layer.level == 8 and layer.channels in (128, 192)]
+    if quick:  # a 3x3 of either dtype, one whose slope is read from z, and the 1x1 and 2x2/2 of ConvNeXt
+        layers = [layer for layer in (*convnext_tiny(), *others()) if layer.level == 8 and layer.channels in (128, 192)]
+        yield Layer(128, 128, 3, 1, 8, "relu"), TILE, torch.float32
+    else:
+        layers = [*resnet50(), *convnext_tiny(), *others()]
     for layer in layers:
         for scene, dtype in scenes(quick, layer.level == 4 or (layer.kernel == 3 and not layer.residual)):
             if scene is not GIGAPIXEL or layer.level == 4:
@@ -183,9 +185,9 @@ def convolutions(quick: bool) -> Iterator[tuple[Layer, Scene, torch.dtype]]:
 
 
 def scenes(quick: bool, single: bool) -> Iterator[tuple[Scene, torch.dtype]]:
-    """Sizes and dtypes; float32 too if `single`."""
+    """Sizes and dtypes; float32 too if `single`. A sample is in bfloat16."""
     yield TILE, torch.bfloat16
-    if single:
+    if single and not quick:
         yield TILE, torch.float32
     if not quick:
         yield MAMMOGRAM, torch.bfloat16
@@ -223,7 +225,7 @@ def conv2d_forward(quick: bool) -> Iterator[Case]:
 @family
 def conv2d_moments(quick: bool) -> Iterator[Case]:
     """The convolutions in front of a BatchNorm in training: as they are, with statistics of their output."""
-    layers = [layer for layer in resnet50() if not quick or (layer.level == 8 and layer.channels == 128)]
+    layers = [layer for layer in resnet50() if not quick or str(layer) == "128-128 3x3 at 1/8"]
     for layer in layers:
         for scene, dtype in scenes(quick, layer.kernel == 3):
             if scene is GIGAPIXEL and layer.level > 4:
@@ -271,9 +273,10 @@ def conv2d_wgrad(quick: bool) -> Iterator[Case]:
 @family
 def depthwise(quick: bool) -> Iterator[Case]:
     """ConvNeXt's 7x7, and the 3x3 of mobile networks, which is strided too."""
-    sizes = [(96, 7, 1, 4, "none"), (32, 3, 1, 2, "relu6"), (96, 3, 2, 2, "relu6")]
+    sizes = [(96, 7, 1, 4, "none"), (96, 3, 2, 2, "relu6")]
     if not quick:
-        sizes += [(192, 7, 1, 8, "none"), (384, 7, 1, 16, "none"), (768, 7, 1, 32, "none"), (144, 5, 2, 4, "hardswish")]
+        sizes += [(32, 3, 1, 2, "relu6"), (144, 5, 2, 4, "hardswish")]
+        sizes += [(192, 7, 1, 8, "none"), (384, 7, 1, 16, "none"), (768, 7, 1, 32, "none")]
     for channels, kernel, stride, level, act in sizes:
         layer = Layer(channels, channels, kernel, stride, level, act, groups=channels)
         for scene, dtype in scenes(quick, level == 4 or act == "relu6"):

@@ -122,6 +122,6 @@ def test_what_cannot_be(phantoms, tmp_path, capsys):
     command = ["train", phantoms, *FAST, "--out", tmp_path / "run"]
     assert run(*command, "--split-image") == 2
     assert "between how many with --devices" in capsys.readouterr().err
-    assert run(*command, "--devices", "3") == 2
+    assert run(*command, "--accumulate", "3", "--devices", "2") == 2
     error = capsys.readouterr().err
-    assert "4 images per optimizer step cannot be dealt to 3 processes" in error and error.count("\n") == 1
+    assert "3 images per optimizer step cannot be dealt to 2 processes" in error and error.count("\n") == 1

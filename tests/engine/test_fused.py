@@ -8,7 +8,7 @@ import pytest
 import torch
 from exactness import assert_exact, errors, randomize, step
 from hypothesis import HealthCheck, assume, given, settings
-from random_net import Program, programs
+from random_net import Program, examples, programs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -133,7 +133,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=100, deadline=None, derandomize=True,
+    max_examples=examples(80), deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(programs(max_steps=12))

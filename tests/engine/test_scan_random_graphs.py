@@ -1,10 +1,9 @@
 """Random networks, images and tiles: the scan gives stock PyTorch's outputs and gradients, in float64."""
 
-import pytest
 import torch
 from exactness import assert_exact
 from hypothesis import HealthCheck, assume, given, settings
-from random_net import Program, programs
+from random_net import Program, examples, programs
 from torch.utils._pytree import tree_leaves
 
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -18,14 +17,13 @@ def check(program: Program) -> None:
     assert_exact(model, image, tile=program.tile, carries=program.carries)
 
 
-@settings(max_examples=120, **CHECKS)
+@settings(max_examples=examples(100), **CHECKS)
 @given(programs())
 def test_random_networks(program: Program) -> None:
     check(program)
 
 
-@pytest.mark.slow
-@settings(max_examples=500, **CHECKS)
+@settings(max_examples=examples(150), **CHECKS)
 @given(programs(max_steps=14))
 def test_deeper_random_networks(program: Program) -> None:
     check(program)

@@ -13,7 +13,7 @@ import torch
 from exactness import FLOOR, assert_exact, compare, randomize, step
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from random_net import Program, programs
+from random_net import Program, examples, programs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -52,14 +52,14 @@ def arbitrary(seed: int):
     return choose
 
 
-@settings(max_examples=60, **CHECKS)
+@settings(max_examples=examples(50), **CHECKS)
 @given(programs(statistics=True), st.integers(0, 10**6))
 def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=200, **CHECKS)
+@settings(max_examples=examples(80), **CHECKS)
 @given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
 def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)

@@ -7,6 +7,7 @@ step on the meta device; a step that PyTorch itself rejects there is left out of
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Options = dict[str, Any]
+
+
+def examples(usual: int) -> int:
+    """How many random networks a test draws: GIGAMORPH_PROGRAMS=10000 for more than in a usual run."""
+    return max(usual, int(os.environ.get("GIGAMORPH_PROGRAMS", "0")))
 
 
 @dataclass(frozen=True)
