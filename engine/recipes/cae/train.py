@@ -18,6 +18,7 @@ from ...data.splits import assign_splits
 from ...data.tables import SPLITS, Record, read_table
 from ...errors import DataError
 from ...evaluate import Cases
+from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...models import create_model
 from ...pixels import Normalize
@@ -90,7 +91,8 @@ def vectors(maps: Maps, pyramid: Sequence[int], stack: Stack | None = None) -> N
 def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     """Train on a table's images and measure on its val and test splits; the raw features of the backbone beside it.
 
-    Writes the stack's checkpoints, ``metrics.json`` and, for all images of the table, ``features.npz`` with the arrays
+    Writes the stack's checkpoints, ``metrics.json``, predictions of val and test by each machine (``test_rbf.csv``, for
+    `gigamorph eval`) and, for all images of the table, ``features.npz`` with the arrays
     features, labels, splits and paths.
 
     Raises:
@@ -120,7 +122,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
             )  # fmt: skip
             if name == "cae":
                 told |= {
-                    f"{part}, {kernel} SVM": _cases(model, values[own], [records[i] for i in own], read.classes)
+                    (part, kernel): _cases(model, values[own], [records[i] for i in own], read.classes)
                     for part, own in parts.items()
                     if own and part != "train"
                 }
@@ -134,10 +136,12 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         "paths": np.array([r.path.as_posix() for r in records]),
     }  # fmt: skip
     write_atomically(run.out / "features.npz", lambda path: np.savez(path, **exported), "features")
+    for (part, kernel), cases in told.items():
+        write_cases(run.out / f"{part}_{kernel}.csv", cases)
     recipe_card(
         run, "cae", config, parameters=sum(p.numel() for own in (backbone, stack) for p in own.parameters()),
         records={name: [records[i] for i in own] for name, own in parts.items()}, classes=read.classes,
-        predictions=told,
+        predictions={f"{part}, {kernel} SVM": cases for (part, kernel), cases in told.items()},
     )  # fmt: skip
     return finish(run, metrics)
 

@@ -16,6 +16,7 @@ from ...data.dataset import ImageDataset
 from ...data.splits import assign_splits
 from ...data.tables import SPLITS, Record, read_table
 from ...evaluate import odds
+from ...evaluate.read import write_cases
 from ...pixels import Normalize
 from ..card import recipe_card
 from ..classify import Target
@@ -35,9 +36,9 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     """Run the protocols on a table's images: learn on its train split, choose on val, measure on test.
 
     Writes the embeddings, the checkpoints of every training in a folder of its own, beside those of the DVME head of
-    the first fold of the largest subset its model card, and ``metrics.json``: rows (one
-    for each training), summary (mean and deviation over the folds) and attention (how much each extractor attends to
-    each, over the test images, of the first fold of the largest subset).
+    the first fold of the largest subset its model card and ``test.csv`` (for `gigamorph eval`), and ``metrics.json``:
+    rows (one for each training), summary (mean and deviation over the folds) and attention (how much each extractor
+    attends to each, over the test images, of that head).
 
     Raises:
         DataError: a patient in two splits, a class without training images, val or test of one class only, weights
@@ -76,10 +77,12 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
         }
         logits = logits_of(heads[largest, 0], torch.cat(list(embeddings["test"].values()), 1))
         log_odds = odds.of_logits(logits.double().cpu().numpy())
+        cases = Target(tuple(read.classes)).cases(parts["test"], log_odds)
+        own = run.part(folder("dvme", "all", largest, 0))
+        write_cases(own.out / "test.csv", cases)
         recipe_card(
-            run.part(folder("dvme", "all", largest, 0)), "dvme", config,
-            parameters=sum(p.numel() for p in heads[largest, 0].parameters()), records=parts, classes=read.classes,
-            predictions={"test": Target(tuple(read.classes)).cases(parts["test"], log_odds)},
+            own, "dvme", config, parameters=sum(p.numel() for p in heads[largest, 0].parameters()), records=parts,
+            classes=read.classes, predictions={"test": cases},
         )  # fmt: skip
     return finish(run, metrics)
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from gigamorph.engine.data.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.evaluate import read_cases
+from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.models import create_model
 from gigamorph.engine.recipes.cae import CaeConfig, train
 from gigamorph.engine.recipes.cae.autoencoder import MODES, ConvAutoEncoder, Stack
@@ -198,6 +200,10 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     card = (tmp_path / "cut" / "model_card.md").read_text()
     assert "# Model card: cae" in card and "SVM | image |" in card and str(tmp_path) not in card
     assert {"raw_linear", "raw_rbf", "cae_linear", "cae_rbf"} <= set(whole) and set(whole["cae_rbf"]) == {"test"}
+    for kernel in ("linear", "rbf"):
+        cases = read_cases(tmp_path / "cut" / f"test_{kernel}.csv")
+        assert len(cases.names) == 4 and not cases.probable
+        assert auc(cases.truth[:, 0], cases.scores[:, 0]) == whole[f"cae_{kernel}"]["test"]["auc"]
     stored = np.load(tmp_path / "whole" / "features.npz")
     assert stored["features"].shape == (12, 64 * 8 * 6) and list(stored["splits"][-4:]) == ["test"] * 4
 

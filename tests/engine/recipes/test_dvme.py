@@ -12,9 +12,12 @@ from torch import nn
 
 from gigamorph.engine.data.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.evaluate import read_cases
+from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.dvme import DvmeConfig, ExtractorConfig, train
+from gigamorph.engine.recipes.dvme.compare import folder
 from gigamorph.engine.recipes.dvme.extractors import Extractor, load_backbone, make_extractor
 from gigamorph.engine.recipes.dvme.head import DVMEHead, SelfAttention
 from gigamorph.engine.recipes.dvme.protocols import Finetuning, Linear, measure
@@ -274,6 +277,13 @@ def test_linear_evaluation_leaves_extractors_as_they_are(table, tmp_path, monkey
     assert np.allclose(np.sum(found["attention"]["rows_attend_to_columns"], 1), 1)
     [card] = tmp_path.rglob("model_card.md")
     assert "| test | image |" in card.read_text() and str(tmp_path) not in card.read_text()
+    cases = read_cases(card.parent / "test.csv")
+    [row] = [
+        row
+        for row in found["rows"]
+        if row["protocol"] == "dvme" and card.parent == tmp_path / folder("dvme", "all", row["subset"], row["fold"])
+    ]
+    assert auc(cases.truth[:, 0], cases.scores[:, 0]) == pytest.approx(row["test"], abs=1e-12)
 
 
 def test_native_resolution_within_a_budget(table, tmp_path):
