@@ -42,9 +42,11 @@ from .trace import Op, Program, capture
 _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
 # Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
 _PREFERRED = {"cpu": 512, "cuda": 4096}
+# The same for sweeps of a few layers on the CPU, as the square root of a strip's pixels; and a strip's rows at least.
+_PREFERRED_STRIP, _LEAST_ROWS = 384, 16
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
 # keeps freed blocks: a multiple of the activations of the tile in work, which grows while tiles go by, and some copies
-# of the weights. Under a budget free pages are given back (`memory.Ceiling`), and the smaller share is enough; without
+# of the weights. Under a budget free pages are given back (`ceiling.py`), and the smaller share is enough; without
 # one, or where the budget has room, the larger. Retained tiles fill a part of the slack. All of it is fitted to the
 # resident memory of ResNet-18 and -50 over three steps (benchmarks/results/memory_cpu.json).
 _KERNEL_BYTES, _MOST_KERNELS = 90_000, 1024
@@ -358,8 +360,10 @@ def _block_bytes(sweep: Sweep) -> int:
 def sweep_sides(network: Network, tile: tuple[int, int]) -> list[tuple[int, int]]:
     """The tile of each sweep, in pixels of its largest source, for a tile of the image.
 
-    Deeper sweeps get tiles whose widest block holds about as many values as that of the first sweep.
+    Deeper sweeps get tiles whose widest block holds about as many values as that of the first sweep; strips of whole
+    rows stay strips.
     """
+    strips = tile[1] == network.maps.size(network.program.image)[1]
 
     def density(graph: Graph) -> float:
         height, width = graph.extent
@@ -372,8 +376,11 @@ def sweep_sides(network: Network, tile: tuple[int, int]) -> list[tuple[int, int]
         if graph.image in graph.sources:
             sides.append(tile)
             continue
+        height, width = graph.extent
         factor = math.sqrt(density(first) / density(graph))
-        sides.append(tuple(max(1, min(n, _round(t * factor))) for t, n in zip(tile, graph.extent, strict=True)))  # pyright: ignore
+        across = width if strips else max(1, min(width, _round(tile[1] * factor)))
+        down = tile[0] * tile[1] * factor**2 / across if strips else tile[0] * factor
+        sides.append((max(1, min(height, _round(down))), across))
     return sides
 
 
@@ -447,7 +454,11 @@ def arrange(
     if found is None and bands is not None and agree:
         raise BudgetError("the bands of some processes do not fit their budget; give a larger one")
     if found is None:
-        choose(options[-1][0], budget, tile, training, carries, image_grad, count_tile)  # says what it needs
+        frugal = sorted(range(len(options)), key=lambda number: tried[number].bytes)[:_SMALL_TILES]
+        networks = [options[number][0] for number in frugal]
+        for network in networks:
+            _prepare_once(network, ready, training, image_grad)
+        raise _too_little(networks, budget, tile, training, carries, image_grad)
     assert found is not None
     return options[found.choice][0], replace(found, choices=tuple(tried))
 
@@ -593,16 +604,26 @@ def choose(
     plan = fitting(network, budget, tile, training, carries, image_grad, count_tile)
     if plan is not None:
         return plan
-    estimate = _Estimate(network, training, image_grad)
-    device = estimate.image.device
-    height, width = network.maps.size(network.program.image)
-    sides, place = _sides(network, tile), _places(carries, device)[-1]
-    least = estimate.plan(sides[-1], place, budget)
-    for side in sides:
-        if estimate.plan(side, place, budget, count_tile=False).peak_bytes < least.peak_bytes:
-            least = min(least, estimate.plan(side, place, budget), key=lambda plan: plan.peak_bytes)
+    raise _too_little([network], budget, tile, training, carries, image_grad)
+
+
+def _too_little(
+    networks: Sequence[Network], budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    image_grad: bool,
+) -> BudgetError:  # fmt: skip
+    """The refusal of a budget, with the least that one of these choices of stored maps needs."""
+    image = networks[0].program.image
+    device, (height, width) = networks[0].program.values[image].device, networks[0].maps.size(image)
+    place, least = _places(carries, device)[-1], None
+    for network in networks:
+        estimate = _Estimate(network, training, image_grad)
+        for side in reversed(_sides(network, tile)):
+            if least is None or estimate.plan(side, place, None, count_tile=False).peak_bytes < least.peak_bytes:
+                found = estimate.plan(side, place, budget)
+                least = found if least is None or found.peak_bytes < least.peak_bytes else least
+    assert least is not None
     what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
-    raise BudgetError(
+    return BudgetError(
         f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
         f"(tile {least.tile[0]} x {least.tile[1]}, carries {least.carries}), the budget is "
         f"{format_bytes(_limit(budget, device))}; give a larger budget or a smaller batch"
@@ -647,19 +668,33 @@ def _places(carries: str, device: torch.device) -> list[str]:
 
 
 def _sides(network: Network, tile: tuple[int, int] | None) -> list[tuple[int, int]]:
-    """Tiles worth trying, largest first. Sweeps of a few layers gain less from large tiles than one of all layers."""
+    """Tiles worth trying, largest first.
+
+    Sweeps of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
+    where these are not too low: a strip lies in one piece in a stored map.
+    """
     if tile is not None:
         return [tile]
     height, width = network.maps.size(network.program.image)
     kind = network.program.values[network.program.image].device.type
     preferred = _PREFERRED.get(kind, 1024)
-    if len(network.sweeps) > 1 and kind == "cpu":
-        preferred //= 2
+    stripes = len(network.sweeps) > 1 and kind == "cpu"
+    if stripes:
+        preferred = _PREFERRED_STRIP
     longest = max(height, width)
     sides = [side for side in _SIDES if side <= preferred and side < longest]
     if longest <= preferred:
         sides.insert(0, longest)
-    return [(min(side, height), min(side, width)) for side in sides] or [(height, width)]
+    tiles = [(min(side, height), min(side, width)) for side in sides]
+    if stripes:
+        tiles = [_strip(h * w, height, width) or (h, w) for h, w in tiles]
+    return list(dict.fromkeys(tiles)) or [(height, width)]
+
+
+def _strip(pixels: int, height: int, width: int) -> tuple[int, int] | None:
+    """About so many pixels as a strip of whole rows, if it is not too low."""
+    rows = pixels // width
+    return (min(_round(rows), height), width) if rows >= _LEAST_ROWS else None
 
 
 def plan(

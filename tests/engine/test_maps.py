@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_in_one_line(on_disk: list[str], monkeypatch: pytest
 
 def test_the_plan_takes_the_disk_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     net = resnet18(width=16, in_channels=1).train()
-    found = plan(net, (1024, 1024), "50MiB")
+    found = plan(net, (1024, 1024), "40MiB")
     assert found.maps == "disk" and found.away_bytes > found.stored_bytes
     assert "on disk" in str(found) and found.choices[found.choice].name.endswith("; on disk")
     assert plan(net, (1024, 1024), "60MiB").maps == "device"

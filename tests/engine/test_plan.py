@@ -1,5 +1,6 @@
 """The plan: what it promises, what it refuses, and that every choice it makes leaves the results exact."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -136,3 +137,16 @@ def test_measured_memory_keeps_to_the_budget(budget):
     measured, planned = map(int, run.stdout.split())
     assert planned <= parse_bytes(budget)
     assert measured < 1.1 * parse_bytes(budget)
+
+
+def test_a_refused_budget_is_told_what_is_enough() -> None:
+    """Over all choices of stored maps, not for one of them."""
+    net = create_model("resnet18", width=8, in_channels=1).train()
+    with pytest.raises(BudgetError) as refused:
+        plan(net, (512, 512), "1MiB")
+    least = re.search(r"needs at least ([0-9.]+ [KM]iB)", str(refused.value))
+    assert least is not None
+    enough = int(1.01 * parse_bytes(least[1].replace(" ", "")))  # the text has three digits
+    assert plan(net, (512, 512), enough).peak_bytes <= enough
+    with pytest.raises(BudgetError):
+        plan(net, (512, 512), int(0.97 * enough))
