@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gigamorph.cli.main import main
 from gigamorph.cli.morph import morph
-from gigamorph.engine.models import resnet18
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.store import read_state, write_state
 
 
@@ -21,18 +21,24 @@ def run(*args):
     return exit_.value.code
 
 
+def tiny(num_classes, in_channels):
+    """Five residual blocks: what a morph takes grows with the layers."""
+    return ResNet(BasicBlock, (2, 1, 1, 1), num_classes, in_channels, width=4)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with the weights of a small network, whose factory is found in it."""
     (tmp_path / "tiny_net.py").write_text(
-        "from gigamorph.engine.models import resnet18\n"
-        "def tiny(num_classes, in_channels):\n    return resnet18(num_classes, in_channels, width=4)\n"
+        "from gigamorph.engine.models.resnet import BasicBlock, ResNet\n"
+        "def tiny(num_classes, in_channels):\n"
+        "    return ResNet(BasicBlock, (2, 1, 1, 1), num_classes, in_channels, width=4)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny_net", raising=False)
     torch.manual_seed(0)
-    write_state("a.safetensors", resnet18(2, 1, width=4).state_dict())
-    write_state("rgb.safetensors", resnet18(2, 3, width=4).state_dict())
+    write_state("a.safetensors", tiny(2, 1).state_dict())
+    write_state("rgb.safetensors", tiny(2, 3).state_dict())
     return tmp_path
 
 
@@ -76,10 +82,10 @@ def test_the_grown_weights_load_into_the_rebuilt_network(folder):
     from gigamorph.engine.morph.recipe import Recipe, apply
 
     assert grow("widen", "a", "b", "--space", "conv1.weight:0=7", "--free", "1=2", "--split", "kraft") == 0
-    net = apply(Recipe.load("b.recipe.json"), resnet18(2, 1, width=4))
+    net = apply(Recipe.load("b.recipe.json"), tiny(2, 1))
     net.load_state_dict(read_state("b.safetensors"), strict=True)
     assert net.conv1.out_channels == 7  # type: ignore[union-attr]
-    old = resnet18(2, 1, width=4)
+    old = tiny(2, 1)
     old.load_state_dict(read_state("a.safetensors"))
     x = torch.randn(1, 1, 64, 64)
     assert torch.allclose(net.eval()(x), old.eval()(x), atol=1e-5)
@@ -251,7 +257,7 @@ def test_a_terminal_gets_tables(folder):
     from gigamorph.engine.morph.planner import plan_growth
     from gigamorph.engine.morph.widen import widen
 
-    net, image = resnet18(2, 1, width=4), torch.randn(1, 1, 64, 64)
+    net, image = tiny(2, 1), torch.randn(1, 1, 64, 64)
     console = Console(file=StringIO(), force_terminal=True, width=160, highlight=False)
     show_report(widen(net, image, factor=2)[1], console)
     show_growth(plan_growth(net, image), console)

@@ -40,8 +40,8 @@ def network(name: str, seed: int = 0, **more: Any) -> nn.Module:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     ("size", "tile"),
-    [((97, 65), (24, 40)), pytest.param((67, 131), 17, marks=pytest.mark.slow), ((64, 64), 512)],
-    ids=["97x65 in 24x40", "67x131 in 17", "64x64 in one"],
+    [((97, 65), (24, 40)), pytest.param((41, 67), 17, marks=pytest.mark.slow), ((64, 64), 512)],
+    ids=["97x65 in 24x40", "41x67 in 17", "64x64 in one"],
 )
 def test_exact(name, size, tile):
     image = torch.randn(1, 3, *size, dtype=torch.float64)
@@ -99,7 +99,7 @@ def distance(truth: Step, got: Step) -> tuple[float, float]:
         ("convnext_atto", pure(torch.float32), 3),
         pytest.param("convnext_atto", autocast, 5, marks=pytest.mark.slow),
         pytest.param("resnet50", pure(torch.float32), 3, marks=pytest.mark.slow),
-        pytest.param("resnet50", autocast, 5, marks=pytest.mark.slow),
+        pytest.param("resnet50", autocast, 3, marks=pytest.mark.slow),
         pytest.param("densenet121", pure(torch.float32), 3, marks=pytest.mark.slow),
     ],
     ids=["resnet18 float32", "resnet18 bfloat16", "resnet18 autocast", "convnext_atto float32",
@@ -116,7 +116,7 @@ def test_error_no_larger_than_stock(name, run, seeds):
     ratios: list[tuple[float, float]] = []
     for seed in range(seeds):
         model = network(name, seed, **more)
-        image = torch.randn(1, 3, 97, 129, generator=torch.Generator().manual_seed(seed))
+        image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(seed))
         truth = step(copy.deepcopy(model).double(), image.double())
         stock = distance(truth, run(copy.deepcopy(model), image))
         tiled = distance(truth, run(accelerate(copy.deepcopy(model), tile=32), image))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import multiprocessing
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,33 +28,41 @@ def in_processes(number: int, folder: Path, tasks: Sequence[Task]) -> list[list[
     """
     named = [(function.__module__, function.__name__, args) for function, *args in tasks]
     (folder / "tasks").write_bytes(pickle.dumps(named))
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(number), str(folder)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(number)
-    ]
+    command = [sys.executable, __file__, str(number), str(folder)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        for child in children:
-            _, text = child.communicate(timeout=_SECONDS)
-            assert child.returncode == 0, text[-3000:]
+        _, text = child.communicate(timeout=_SECONDS)
+        assert child.returncode == 0, text[-3000:]
     finally:
-        for child in children:
-            child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
     return [list(results) for results in zip(*ranks, strict=True)]
 
 
-def _main(rank: int, number: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    tasks: list[tuple[str, str, list[Any]]] = pickle.loads((folder / "tasks").read_bytes())
+def _work(rank: int, number: int, folder: Path, functions: list[Callable[..., Any]], given: list[list[Any]]) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
-    functions: list[Callable[..., Any]] = [getattr(importlib.import_module(module), name) for module, name, _ in tasks]
-    results = [function(*args) for function, (_, _, args) in zip(functions, tasks, strict=True)]
+    results = [function(*args) for function, args in zip(functions, given, strict=True)]
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
+def _main(number: int, folder: Path) -> None:
+    """Import all that takes long, once, and fork: nothing has run that a fork could not take over."""
+    importlib.import_module("torch._dynamo")
+    torch.set_num_threads(1)
+    tasks: list[tuple[str, str, list[Any]]] = pickle.loads((folder / "tasks").read_bytes())
+    functions: list[Callable[..., Any]] = [getattr(importlib.import_module(module), name) for module, name, _ in tasks]
+    given = [args for _, _, args in tasks]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_work, args=(rank, number, folder, functions, given)) for rank in range(number)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))
+
+
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    _main(int(sys.argv[1]), Path(sys.argv[2]))

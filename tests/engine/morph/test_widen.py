@@ -33,7 +33,7 @@ from gigamorph.engine.morph.widen import _grow, grow_tensor, rebuild, tensor_map
 
 X = torch.zeros(1, 3, 8, 8)
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 100))  # 10,000 take a quarter of an hour
+PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 60))  # 10,000 take a quarter of an hour
 quiet = settings(deadline=None, suppress_health_check=QUIET)
 fast = settings(quiet, max_examples=30)
 

@@ -232,7 +232,8 @@ def table(tmp_path_factory):
 
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch):
     protocols = ("linear", "dvme", "no_attention", "finetune", "finetune_dvme")
-    config = replace(SMALL, protocols=protocols, folds=1, transformers=("b",), transformer_batch=2)
+    small = tuple(ExtractorConfig(name, "lesionnet") for name in "ab")  # checkpoints of all trainings are written twice
+    config = replace(SMALL, extractors=small, protocols=protocols, folds=1, transformers=("b",), transformer_batch=2)
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
     trainings = {(r["subset"], r["protocol"], r["extractor"]) for r in whole["rows"]}
     assert len(trainings) == len(whole["rows"]) == 2 * (2 + 1 + 1 + 2 + 1)
