@@ -62,6 +62,8 @@ class SiameseConfig:
             raise GigamorphError("least_share and most_share must be shares between 0 and 1, the least first")
         if not self.fractions or not all(0 < f <= 1 for f in self.fractions):
             raise GigamorphError("fractions must be shares of the labelled patches, above 0 and not above 1")
+        if len(set(self.starts)) < len(self.starts):
+            raise GigamorphError("starts must name each start once")
         if "weights" in self.starts and self.weights is None:
             raise GigamorphError('starts names "weights", but none are given; set weights to a file, or to "timm"')
         if not (self.temperature > 0 and 0 <= self.momentum < 1 and 0 < self.crop <= 1 and self.hidden >= 1):

@@ -3,7 +3,8 @@
 Both breasts of a phantom woman share outline, normal masses, lines and most of their texture. One pair of patches in
 ten has a mass or an asymmetry in one of the two. The networks see no label; the soft labels are then compared with
 the truth. One of the networks becomes the start of a classifier of single patches, trained on few labelled patches of
-other women, and is compared with the same classifier from scratch.
+other women, and is compared with the same classifier from scratch, and from networks that have learnt from the same
+patches by SimCLR and BYOL.
 """
 
 from __future__ import annotations

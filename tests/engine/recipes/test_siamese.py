@@ -406,12 +406,20 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
 
 def test_two_steps_on_real_images(real_data, tmp_path):
     paths = sorted((real_data / "dicom").glob("mg_*.dcm"))[:2]
-    own = [Record(path, 0, "P0", "train", side, "CC") for path, side in zip(paths, "LR", strict=True)]
+    own = []
+    for patient, split in (("P0", "train"), ("P1", "test")):
+        for path, side in zip(paths, "LR", strict=True):
+            link = tmp_path / f"{patient}{side}.dcm"
+            link.symlink_to(path)
+            own.append(Record(link, 0, patient, split, side, "CC"))
     table = write_table(tmp_path / "real.csv", own, ["0"])
     config = replace(SMALL, mirror="table", patch=256, stride=1024, tissue=0.3, epochs=2, warm_up=1, batch_size=8)
-    found = train(table, config, Run(tmp_path / "run"))
+    found = train(table, config, Run(tmp_path / "run", memory_budget=200 * 2**20))
     assert found["patches"]["train"] >= 2 and found["probe"].startswith("the table has no findings")
     assert "- Patches were not classified: the table" in (tmp_path / "run" / "model_card.md").read_text()
+    shape = open_pixels(paths[0]).shape[1:]
+    seen = tifffile.imread(tmp_path / "run" / "maps" / "0.tif")
+    assert seen.shape[:2] == tuple((side // 8 - 32) // 16 + 1 for side in shape) and np.isfinite(seen).all()
 
 
 def test_bad_input_is_told_in_one_line(table, tmp_path):

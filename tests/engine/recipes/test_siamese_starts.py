@@ -231,6 +231,8 @@ def test_weights_of_timm_are_asked_for(monkeypatch, tmp_path):
 def test_weights_that_are_not_there_are_told_in_one_line(monkeypatch, tmp_path):
     with pytest.raises(GigamorphError, match='starts names "weights"'):
         SiameseConfig(starts=("weights",))
+    with pytest.raises(GigamorphError, match="each start once"):
+        SiameseConfig(starts=("byol", "byol"))
     with pytest.raises(GigamorphError, match="0 < crop <= 1"):
         SiameseConfig(crop=0.0)
     with pytest.raises(GigamorphError, match="of a model timm:NAME"):
