@@ -84,7 +84,8 @@ def machine() -> Row:
     """Where the figures come from."""
     import torch
     import triton
-    from provenance import provenance
+
+    from gigamorph.engine.bench.machine import provenance
 
     return {**provenance(), "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(),
             "cuda": torch.version.cuda, "hip": torch.version.hip, **clocks()}  # fmt: skip

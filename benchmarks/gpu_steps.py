@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gigamorph.engine import accelerate, open_pixels, plan, static
+from gigamorph.engine.bench.peers import checkpointed, loss_of
+from gigamorph.engine.bench.work import NvmlPeak
 from gigamorph.engine.memory import parse_bytes, peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models import create_model
 from gigamorph.kernels import choice
@@ -36,7 +36,6 @@ MODELS = {
     "vgg16": "timm:vgg16",
 }
 LIVE = "_live"  # behind a model's name: its BatchNorms take the statistics of the image
-BLOCKS = {"BasicBlock", "Bottleneck", "ConvNeXtBlock"}  # what checkpointing keeps the inputs of
 TILE = 2048
 ON_GPU = 8192  # largest side whose image is given to us on the GPU
 
@@ -60,51 +59,10 @@ class Step:
         return f"{self.model} {'train' if self.training else 'infer'} {self.side} {self.how}"
 
 
-class NvmlPeak:
-    """The largest memory in use on the GPU, by NVML, sampled every 2 ms; None without NVML."""
-
-    def __init__(self) -> None:
-        self.bytes: int | None = None
-        self._stop = threading.Event()
-
-    def __enter__(self) -> NvmlPeak:
-        if DEVICE.type == "cuda":
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-            self._thread = threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True)
-            self._thread.start()
-        return self
-
-    def _watch(self, nvml: Any, handle: Any) -> None:
-        while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes or 0, nvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-
-
 def build(model: str) -> nn.Module:
     torch.manual_seed(0)
     network = create_model(MODELS[model.removesuffix(LIVE)], num_classes=1000, in_channels=1)
     return network.train(model.endswith(LIVE)).to(DEVICE)
-
-
-def checkpointed(network: nn.Module) -> nn.Module:
-    """Keep the inputs of residual blocks alone; of VGG those of the parts between poolings."""
-    blocks = [m for m in network.modules() if type(m).__name__ in BLOCKS]
-    if not blocks:
-        parts: list[list[nn.Module]] = [[]]
-        for layer in network.features.children():  # pyright: ignore
-            parts[-1].append(layer)
-            if isinstance(layer, nn.MaxPool2d):
-                parts.append([])
-        blocks = [nn.Sequential(*part) for part in parts if part]
-        network.features = nn.Sequential(*blocks)
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return network
 
 
 def prepare(step: Step, tile: int | None) -> nn.Module:
@@ -158,7 +116,7 @@ def once(step: Step, network: nn.Module, image: Any) -> dict[str, float]:
     """One step; its loss, and the norm of the gradients."""
     network.zero_grad(set_to_none=True)
     with _mode(step):
-        loss = network(image).float().square().mean()
+        loss = loss_of(network(image))
     if not step.training:
         return {"loss": loss.item()}
     loss.backward()
@@ -176,6 +134,7 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
 
     The first step is not timed. Above 8192 pixels it is taken on a smaller image, whose tiles are the same, and the
     large one's program is recorded ahead. `left_bytes` is what earlier entries have left in memory: not this one's.
+    `nvml_bytes` is what the GPU's memory in use grew by in the steps, by NVML.
     """
     if DEVICE.type == "cuda":
         gc.collect()
@@ -197,7 +156,7 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
     warm_up = time.perf_counter() - began
     reset_peak(DEVICE)
     seconds: list[float] = []
-    with NvmlPeak() as nvml:
+    with NvmlPeak(DEVICE.type) as nvml:
         while len(seconds) < 5 and (not seconds or sum(seconds) + seconds[-1] < box):
             started = time.perf_counter()
             first = once(step, network, image)
@@ -206,7 +165,7 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
     row = {
         "model": step.model, "training": step.training, "side": step.side, "how": step.how, "seconds": seconds,
         "median_seconds": statistics.median(seconds), "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
-        "peak_bytes": peak_bytes(DEVICE), "left_bytes": left, "nvml_peak_bytes": nvml.bytes,
+        "peak_bytes": peak_bytes(DEVICE), "left_bytes": left, "nvml_bytes": nvml.bytes,
         "parameter_bytes": parameters, "image_bytes": image.nbytes if isinstance(image, Tensor) else 0,
         "warm_up_seconds": warm_up, **first,
     }  # fmt: skip

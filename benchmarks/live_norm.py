@@ -29,7 +29,8 @@ from gigamorph.engine.models import create_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from own_process import in_own_process, measure_steps
-from provenance import provenance
+
+from gigamorph.engine.bench.machine import provenance
 
 SHARES = (0.7, 0.56, 0.43, 0.34, 0.25)
 STEPS = 2

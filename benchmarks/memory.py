@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gigamorph.engine import BudgetError
-from gigamorph.engine.bench.child import Child
+from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, Results, StepRow, Task
 from gigamorph.engine.bench.step import planned
@@ -35,10 +35,7 @@ GB = 1e9
 def measure(task: Task, peer: str, settings: dict[str, Any], predicted: int | None) -> StepRow:
     """One row, printed."""
     row = StepRow(task, peer, settings=settings, predicted_bytes=predicted)
-    with Child() as child:
-        answer = child.start(task, peer.partition(",")[0], settings, None)
-        if answer["status"] == OK:
-            answer = child.run(STEPS)
+    answer = measure_alone(task, row.base_peer, settings, STEPS)
     row.status, row.reason = answer["status"], answer.get("reason")
     if row.status == OK:
         row.seconds, row.cpu_seconds = answer["seconds"], answer["cpu_seconds"]

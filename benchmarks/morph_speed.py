@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from provenance import provenance
 from torch import Tensor, nn
 
+from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.morph.spaces import find_spaces
 from gigamorph.engine.morph.widen import widen
 

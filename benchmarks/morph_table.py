@@ -38,10 +38,10 @@ import morph_markdown
 import morph_nets
 import morph_trials
 import torch
-from provenance import provenance
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.spaces import find_spaces
 

@@ -30,10 +30,10 @@ import morph_digits
 import torch
 from morph_digits import Digits, Net
 from morph_training_report import RIVALS, differences, draw, summary
-from provenance import provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.morph.activation import PAct
 from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.optimizer import grow_optimizer

@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,14 +33,12 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import get_frame
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
+from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.data.augment import Augment, augmented
 from gigamorph.engine.data.header import MG_FOR_PRESENTATION, read_info
 from gigamorph.engine.data.index import index_folder
 from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.pixels import open_pixels
-
-sys.path.insert(0, str(Path(__file__).parent))
-from provenance import provenance
 
 SIDE, TILE, REGION = 16384, 512, 1024
 HEADERS = 10_000

@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
-
+from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]

@@ -23,12 +23,23 @@ _models: Any = click.option(
     "--model", "models", multiple=True, default=["resnet18"], show_default=True, metavar="SPEC",
     help="As in gigamorph plan; may be given several times.",
 )  # fmt: skip
-_channels: Any = click.option("--channels", type=click.Choice([1, 3]), default=3, show_default=True)
-_live: Any = click.option("--live", is_flag=True, help="BatchNorm with the image's own statistics, not frozen ones.")
-_inference: Any = click.option("--inference", is_flag=True, help="Predictions, not training steps.")
-_precision: Any = click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: autocast."
-)
+
+
+def _task(command: Any) -> Any:
+    """Options that say which step is run, where, and where its results go."""
+    for option in (
+        _json,
+        options.device,
+        click.option("--channels", type=click.Choice([1, 3]), default=3, show_default=True),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
+            help="bf16: autocast.",
+        ),
+        click.option("--live", is_flag=True, help="BatchNorm with the image's own statistics, not frozen ones."),
+        click.option("--inference", is_flag=True, help="Predictions, not training steps."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def _parse_sizes(
@@ -56,12 +67,7 @@ def bench() -> None:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed steps of each, at most.")
 @click.option("--box", type=float, default=60.0, show_default=True, help="Seconds of one peer's timed steps at a size.")
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Trace a step of each into here.")
-@_inference
-@_live
-@_precision
-@_channels
-@options.device
-@_json
+@_task
 def step(
     models: tuple[str, ...], sizes: tuple[tuple[int, int], ...], peers: tuple[str, ...], cap: int | None,
     memory_budget: int | None, tile: int | None, rounds: int, box: float, profile: Path | None, inference: bool,
@@ -103,12 +109,7 @@ def step(
 )
 @_peers
 @click.option("--longest", type=float, default=120.0, show_default=True, help="Seconds that one try may take.")
-@_inference
-@_live
-@_precision
-@_channels
-@options.device
-@_json
+@_task
 def limit(
     model: str, budget: int, peers: tuple[str, ...], longest: float, inference: bool, live: bool, precision: str,
     channels: int, device: str, path: Path | None,

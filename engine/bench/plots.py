@@ -101,6 +101,7 @@ def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
 
 def roofline_figure(rows: Sequence[StepRow], title: str) -> Figure:
     """The share of stock's roofline at the largest size that most peers reached: one bar each."""
+    rows = [row for row in rows if row.status in (OK, WRONG)]
     sizes = [row.task.megapixels for row in rows if row.roofline_share]
     size = max(set(sizes), key=lambda s: (sizes.count(s), s))
     bars = [(row.peer, 100 * row.roofline_share) for row in rows if row.task.megapixels == size and row.roofline_share]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -28,9 +29,11 @@ _SECONDS = 1.5  # of each ceiling
 
 
 def measure_ceilings(device: str) -> dict[str, float]:
-    """Copy bandwidth (`gb_per_s`, bytes read plus written) and matrix rates by dtype (`tflop_per_s` float32, ...).
+    """Copy bandwidth (`gb_per_s`, bytes read plus written) and arithmetic by dtype (`tflop_per_s fp32`, ...).
 
-    The best of many: a ceiling is what the machine can do, not what it does on average beside other work.
+    Arithmetic is that of a matrix product or of a convolution, whichever is faster: on a CPU they come from two
+    libraries, of which one may use wider vectors than the other. The best of many counts: a ceiling is what the machine
+    can do, not what it does on average beside other work.
     """
     size = 2**28 if device == "cpu" else 2**32
     source = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -40,8 +43,13 @@ def measure_ceilings(device: str) -> dict[str, float]:
         if name == "bf16" and device == "cpu":
             continue
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        seconds = _least_seconds(lambda a=a, b=b: a @ b, device)
-        found[f"tflop_per_s {name}"] = 2 * side**3 / seconds / 1e12
+        c, k = 256, 3  # channels and kernel of a square map of the same side as its channels
+        x, w = (torch.randn(*shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+                for shape in ((1, c, c, c), (c, c, k, k)))  # fmt: skip
+        with torch.no_grad():
+            product = 2 * side**3 / _least_seconds(lambda a=a, b=b: a @ b, device)
+            convolution = 2 * c**4 * k**2 / _least_seconds(lambda x=x, w=w: conv2d(x, w, padding=1), device)
+        found[f"tflop_per_s {name}"] = max(product, convolution) / 1e12
     return found
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from gigamorph.engine import BudgetError
 from gigamorph.engine.bench import limit
+from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.limit import Search, find
 from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, LimitRow, Task, Try
 
@@ -94,6 +95,13 @@ def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch,
     assert given["lean"] and given["longest"] == 7.0 and given["cap"] == 1000 and given["image"] == (1, 1, 96, 96)
     assert given["steps"] == 2
     assert given["settings"] == {"memory_budget": 900, "tile": None, "carries": "device"}
+
+
+def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
+    """The stacks and heaps of threads reserve more addresses than such a cap has bytes."""
+    task = Task("lesionnet", (1, 1, 512, 512))
+    answer = measure_alone(task, "gigamorph", {"tile": 128}, 1, cap=14 * 2**20, lean=True)
+    assert answer["status"] == OK and answer["peak_bytes"] < 14 * 2**20, answer
 
 
 @pytest.mark.slow

@@ -62,6 +62,26 @@ def test_what_lightstream_cannot_do_in_gigamorphs_memory_is_said(tmp_path):
     assert "In the memory that gigamorph took lightstream cannot run at 2000 × 2000." in text
 
 
+def test_the_headline_compares_with_what_kept_to_the_cap(tmp_path):
+    made = comparison()
+    stock = next(row for row in made.steps if row.peer == "stock" and row.status == OUT_OF_MEMORY)
+    stock.seconds, stock.peak_bytes = [9.0], 5 * 10**9  # a step that ended, but took more than it may
+    made.write(tmp_path / "a.json")
+    text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "At 2000 × 2000 gigamorph is 2 times as fast as stock PyTorch" in text and "At 3000" not in text
+
+
+def test_exactness_names_the_peer_and_says_gigamorphs_largest_error_once(tmp_path):
+    made = comparison()
+    task = Task("resnet18", (1, 3, 113, 97), batch_norm="live", precision="fp64")
+    for peer, error in (("checkpoint", 0.5), ("gigamorph", 1e-15), ("gigamorph", 4e-14)):
+        made.steps.append(StepRow(task, peer, check=Check("stock", error, error), settings={"tile": [64, 64]}))
+    made.write(tmp_path / "a.json")
+    text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
+    assert text.count("In float64 its gradients differ from stock's by 4e-14 at most.") == 1 and "by 5e-01" not in text
+    assert "| resnet18 | training | 113 × 97 | live | checkpoint per block | tile 64 × 64 | 5e-01 |" in text
+
+
 def test_markdown_tables_have_equal_rows(page):
     rows = [line for line in page[1].splitlines() if line.startswith("|")]
     assert rows and "no tile \\| here" in page[1]
@@ -94,6 +114,14 @@ def test_stock_ends_in_a_marked_point():
     assert list(cross.get_xdata()) == [9.0] and list(cross.get_ydata()) == [4.0]
     assert "GB" in axes.get_ylabel() and "megapixels" in axes.get_xlabel()
     assert axes.get_legend() is None
+
+
+def test_what_exceeded_the_cap_has_no_bar():
+    made = comparison()
+    stock = next(row for row in made.steps if row.peer == "stock" and row.status == OUT_OF_MEMORY)
+    stock.seconds, stock.roofline_seconds = [9.0], 3.0
+    (axes,) = plots.roofline_figure(made.steps, "title").axes
+    assert axes.get_title(loc="left") == "title, 4 megapixels" and len(axes.patches) == 2
 
 
 def test_names_do_not_touch():

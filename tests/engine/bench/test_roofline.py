@@ -1,5 +1,6 @@
 """Arithmetic and traffic are counted, and the floor follows from them."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -30,6 +31,14 @@ def test_views_cost_nothing():
             return x.permute(0, 2, 3, 1)[:, ::2].unsqueeze(0)
 
     assert count(Views(), Task("-", (1, 3, 8, 8), training=False)).ops == ()
+
+
+@pytest.mark.parametrize("product, convolution", [(1.0, 1e9), (1e9, 1.0)])
+def test_the_ceiling_is_the_faster_of_product_and_convolution(monkeypatch, product, convolution):
+    seconds = iter((1.0, product, convolution))
+    monkeypatch.setattr("gigamorph.engine.bench.roofline._least_seconds", lambda run, device: next(seconds))
+    flops = 2 * 2048**3 if product < convolution else 2 * 9 * 256 * 256 * 256**2  # 3x3, 256 to 256 channels, 256 x 256
+    assert measure_ceilings("cpu")["tflop_per_s fp32"] == flops / 1e12
 
 
 def test_ceilings_are_rates(monkeypatch):
