@@ -3,8 +3,8 @@
     python benchmarks/live_norm.py --json benchmarks/results/live_norm_cpu.json
     python benchmarks/live_norm.py --models resnet18 --side 1024 --rounds 1
 
-Every figure comes from a process of its own that has done a small step in the same way before: two steps, of which the
-image and what was there before, libraries with it, are not counted. The processes take turns, so that a busy machine
+Every figure comes from a process of its own that has done a small step of another network before: the fastest of three
+steps and the peak of them, of which the image and what was there before, libraries with it, are not counted. The processes take turns, so that a busy machine
 hurts all alike. A time is the ratio to stock of the medians, by the clock and (for a busy machine) by the processors'
 seconds, where threads that wait count as threads that work. The budgets are shares of stock's measured peak,
 parameters included; the plan then chooses which maps are stored.
@@ -20,62 +20,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from gigamorph.engine import BudgetError, accelerate, plan
-from gigamorph.engine.models import create_model
-
-sys.path.insert(0, str(Path(__file__).parent))
-from own_process import in_own_process, measure_steps
-
+from gigamorph.engine import BudgetError, plan
+from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.bench.results import OK, Task
+from gigamorph.engine.bench.work import build
 
 SHARES = (0.7, 0.56, 0.43, 0.34, 0.25)
-STEPS = 2
+STEPS = 3
+PEERS = {"stock": "channels-last", "checkpoint": "checkpoint", "ours": "gigamorph"}
 
 
-class Checkpointed(nn.Module):
-    """A residual block that keeps its input alone."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
-
-
-def build(model: str, how: str, budget: int | None) -> nn.Module:
-    torch.manual_seed(0)
-    network = create_model(model, num_classes=1000, in_channels=3).train()
-    if how == "ours":
-        return accelerate(network, memory_budget=budget)
-    if how == "checkpoint":
-        for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
-            for name, block in list(stage.named_children()):
-                setattr(stage, name, Checkpointed(block))
-    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def child(task: dict[str, Any]) -> None:
-    """Measure in this process and print as JSON."""
-    build(task["model"], task["how"], None)(torch.randn(1, 3, 64, 64)).square().mean().backward()
-    net = build(task["model"], task["how"], task["budget"])
-    image = torch.randn(1, 3, task["side"], task["side"]).contiguous(memory_format=torch.channels_last)
-    print(json.dumps(measure_steps(net, image, STEPS)))
+def task_of(model: str, side: int) -> Task:
+    return Task(model, (1, 3, side, side), batch_norm="live")
 
 
 def run(model: str, side: int, how: str, budget: int | None) -> dict[str, Any]:
-    return in_own_process(__file__, {"model": model, "side": side, "how": how, "budget": budget})
+    """Bytes and least seconds of some steps in a process of their own; what fails ends this one."""
+    task = task_of(model, side)
+    answer = measure_alone(task, PEERS[how], {"memory_budget": budget} if how == "ours" else {}, STEPS)
+    if answer["status"] != OK:
+        sys.exit(f"{task}, {how}: {answer['reason']}")
+    parameters = sum(t.nbytes for t in build(task).state_dict().values())
+    return {
+        "bytes": answer["peak_bytes"], "added": answer["peak_bytes"] - parameters,
+        "seconds": min(answer["seconds"]), "cpu_seconds": min(answer["cpu_seconds"]),
+    }  # fmt: skip
 
 
 def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list[dict[str, Any]]:
     """One row for stock, checkpoint and each budget that can be kept."""
     stock = run(model, side, "stock", None)["bytes"]
     rows: list[dict[str, Any]] = [{"how": "stock", "budget": None}, {"how": "checkpoint", "budget": None}]
-    network = build(model, "stock", None)
+    network = build(task_of(model, side))
     for share in (None, *shares):
         budget = None if share is None else int(share * stock)
         try:
@@ -105,7 +82,8 @@ def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list
 def line(row: dict[str, Any]) -> str:
     """A row as people read it."""
     text = f"{row['model']:9} {row['side']:5} {row['how']:10} {row.get('share') or '':<5} "
-    text += f"time {row['time']:5.2f} (CPU {row['cpu_time']:.2f})  memory {row['memory']:5.2f} ({row['added_memory']:.2f} without parameters)"
+    text += f"time {row['time']:5.2f} (CPU {row['cpu_time']:.2f})"
+    text += f"  memory {row['memory']:5.2f} ({row['added_memory']:.2f} without parameters)"
     text += f"  {max(row['bytes']) / 1e9:5.2f} GB"
     if row["how"] == "ours":
         text += f"  predicted/measured {row['predicted'] / max(row['bytes']):5.2f}  {row['stored']}"
@@ -119,11 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets, in peaks of stock")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child is not None:
-        child(options.child)
-        return
     rows = [row for model in options.models for row in rows_of(model, options.side, options.rounds, options.shares)]
     if options.json:
         result = {

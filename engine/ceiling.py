@@ -20,7 +20,7 @@ class Ceiling:
         held: bytes of the limit that are in use already.
         work: bytes that are allocated at a time between two calls of `keep`.
         spare: pages of maps that are gone.
-        strict: the limit is a budget that the user has given; without it the heap keeps what it has.
+        strict: whether the heap gives back what it has; else only the spare pages go.
 
     Attributes:
         near: whether there was no room for more than one further piece of work at the last call of `keep`.

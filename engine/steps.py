@@ -232,7 +232,8 @@ class Forward:
         plan, values = self.prepared.plan, self.prepared.network.program.values
         if self.device.type == "cpu":
             held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
-            strict = plan.budget is not None
+            # The plan of a single sweep without a budget has room for what the heap keeps.
+            strict = plan.budget is not None or len(self.prepared.sweeps) > 1
             self.ceiling = Ceiling(plan.budget or plan.peak_bytes, held, plan.tile_bytes, spare, strict)
 
     def run(self, first: int = 0, end: int | None = None) -> None:

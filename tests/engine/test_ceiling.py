@@ -29,7 +29,7 @@ def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: 
     assert near == [False, True, True, True, True, True]
 
 
-def test_without_a_budget_the_heap_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ceiling_that_is_not_strict_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     ceiling = Ceiling(500, held=300, work=100, spare=Spare(), strict=False)
     machine.used = 5000
