@@ -4,10 +4,10 @@
     python benchmarks/live_norm.py --models resnet18 --side 1024 --rounds 1
 
 Every figure comes from a process of its own that has done a small step of another network before: the fastest of three
-steps and the peak of them, of which the image and what was there before, libraries with it, are not counted. The processes take turns, so that a busy machine
-hurts all alike. A time is the ratio to stock of the medians, by the clock and (for a busy machine) by the processors'
-seconds, where threads that wait count as threads that work. The budgets are shares of stock's measured peak,
-parameters included; the plan then chooses which maps are stored.
+steps and the peak of them, of which the image and what was there before, libraries with it, are not counted. The
+processes take turns, so that a busy machine hurts all alike. A time is the ratio to stock (in channels_last) of the
+medians, by the clock and (for a busy machine) by the processors' seconds, where threads that wait count as threads that
+work. The budgets are shares of stock's measured peak, parameters included; the plan then chooses which maps are stored.
 """
 
 from __future__ import annotations
