@@ -113,7 +113,8 @@ class Work:
         self.process_bytes = peak_bytes("cpu")
         if task.device == "cpu" and cap is not None and sys.platform == "linux":
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (held + 2 * cap + _ADDRESSES,) * 2)
+            limit = held + 2 * cap + _ADDRESSES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def _warm(self) -> None:
         """Have the libraries load what they need; it would count as the step's memory otherwise."""
