@@ -130,8 +130,8 @@ MEASURE = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-@pytest.mark.parametrize("budget", ["400MiB", "500MiB"])
-def test_measured_memory_keeps_to_the_budget(budget):
+def test_measured_memory_keeps_to_the_budget():
+    budget = "400MiB"
     code = textwrap.dedent(MEASURE.format(budget=budget))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     measured, planned = map(int, run.stdout.split())

@@ -23,7 +23,7 @@ def test_random_networks(program: Program) -> None:
     check(program)
 
 
-@settings(max_examples=examples(150), **CHECKS)
+@settings(max_examples=examples(100), **CHECKS)
 @given(programs(max_steps=14))
 def test_deeper_random_networks(program: Program) -> None:
     check(program)

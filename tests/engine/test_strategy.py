@@ -59,7 +59,7 @@ def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> No
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(80), **CHECKS)
+@settings(max_examples=examples(50), **CHECKS)
 @given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
 def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)
