@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import html
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +137,11 @@ def _steps(runs: Sequence[Results]) -> list[Section]:
     ]
     for group, numbered in _grouped(runs, lambda run: [r for r in run.steps if r.task.precision != "fp64"]).items():
         rows: list[StepRow] = [row for _, row in numbered]
-        last = [row for number, row in numbered if number == numbered[-1][0]]  # times of one run alone are compared
-        section = Section(group.title, _headline(last, [row for _, row in exact if row.task.model == group.task.model]))
+        # Times of one run alone are compared: of the one with the most rows, of several such the last.
+        sizes = Counter(number for number, _ in numbered)
+        fullest = max(sizes, key=lambda number: (sizes[number], number))
+        one = [row for number, row in numbered if number == fullest]
+        section = Section(group.title, _headline(one, [row for _, row in exact if row.task.model == group.task.model]))
         several = len({(row.task.image, row.peer) for row in rows}) > 1
         if several and any(row.peak_bytes for row in rows):
             section.pictures[f"memory_{group.name}.png"] = plots.memory_figure(rows, group.title)

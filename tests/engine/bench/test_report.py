@@ -71,6 +71,17 @@ def test_the_headline_compares_with_what_kept_to_the_cap(tmp_path):
     assert "At 2000 × 2000 gigamorph is 2 times as fast as stock PyTorch" in text and "At 3000" not in text
 
 
+def test_the_headline_is_of_the_fullest_run(tmp_path):
+    """Not of a later one that has a small size or two."""
+    full, small = comparison(), comparison()
+    small.steps = [row for row in small.steps if row.task.image[2] == 1000]
+    full.write(tmp_path / "a.json")
+    small.write(tmp_path / "b.json")
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    text = write_report(paths, tmp_path / "out").with_suffix(".md").read_text()
+    assert "At 2000 × 2000 gigamorph is" in text and "At 1000" not in text
+
+
 def test_exactness_names_the_peer_and_says_gigamorphs_largest_error_once(tmp_path):
     made = comparison()
     task = Task("resnet18", (1, 3, 113, 97), batch_norm="live", precision="fp64")
