@@ -151,3 +151,16 @@ def test_a_refused_budget_is_told_what_is_enough() -> None:
     assert plan(net, (512, 512), enough).peak_bytes <= enough
     with pytest.raises(BudgetError):
         plan(net, (512, 512), int(0.97 * enough))
+
+
+def test_sweeps_of_few_layers_take_strips_of_whole_rows():
+    strides = (1, 2, 1, 2)
+    convs = [nn.Conv2d(2 if n else 1, 2, 3, stride, 1, bias=False) for n, stride in enumerate(strides)]
+    layers = [m for conv in convs for m in (conv, nn.BatchNorm2d(2), nn.ReLU())]
+    net = randomize(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)).double()).train()
+    made = plan(net, (1500, 600), dtype=torch.float64)
+    assert made.tile == (224, 600) and made.tiles == (7, 1)
+    assert [width for _, width in made.sides] == [600, 600, 300, 300, 150][: len(made.sides)]
+    assert_exact(net, torch.randn(1, 1, 1500, 600, dtype=torch.float64))
+    height, width = plan(net, (1500, 20000), dtype=torch.float64).tile  # strips would be too low
+    assert height == width
