@@ -9,7 +9,6 @@ no memory of this process.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakValueDictionary
 
@@ -23,9 +22,6 @@ from .ops import Axes
 from .pages import Pages, Spare
 
 _LEAST = 1 << 20  # bytes; smaller maps are left to the C library
-_GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
-
-
 _PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
 
 
@@ -73,7 +69,7 @@ def new_map(
 def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
     """Give back the memory of a map's rows from `first` on, which nobody will read again."""
     pages = pages_of(tensor)
-    if pages is None or pages.on_disk or not _GIVES_BACK:
+    if pages is None or pages.on_disk:
         return
     order = memory_order(tensor)
     position = order.index(axes[0])

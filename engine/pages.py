@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 
 from .carries import disk_errors
 
+_GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
 _LARGEST_SHARE = 2  # of what is asked for, that spare pages may have
 
 
@@ -56,7 +58,7 @@ class Pages(mmap.mmap):
     def let_go(self, start: int, stop: int) -> None:
         """Give back the pages that lie wholly between two bytes. Those in memory are zeros from then on."""
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if start < stop:
+        if _GIVES_BACK and start < stop:
             self.madvise(mmap.MADV_DONTNEED, start, stop - start)
             self.whole = False
 

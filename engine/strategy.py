@@ -215,9 +215,8 @@ def moved_bytes(network: Network, training: bool) -> int:
             read = sum(value_bytes(values[v]) for v in graph.sources if v in swept)
             written = sum(value_bytes(values[v]) for v in graph.stored if v in swept)
             total += (read + written) * (1 + (training and number in inside))
-            total += (
-                (3 * read + written) if training else 0
-            )  # sources and gradients; a gradient of a source is added to
+            if training:  # sources and gradients; a gradient of a source is added to
+                total += 3 * read + written
     return total
 
 
