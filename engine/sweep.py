@@ -129,7 +129,7 @@ class Sweep:
         needs = {v for v in self.graph.sources if v in wanted}
         for local in self.graph.locals:
             if any(v in needs for v in local.reads) or any(v in wanted for v in local.op.inputs):
-                needs.update(v for v in local.op.outputs if values[v].dtype.is_floating_point)
+                needs.update(v for v in local.op.outputs if values[v].takes_grad)
         return needs
 
 
