@@ -136,7 +136,7 @@ def _print_one(seed: int, shrinks: bool) -> int:
     import inspect
 
     from judge import judge, shrink
-    from random_modules import build, draw
+    from random_modules import draw
     from random_modules.piece import PIECES
 
     _ready()
@@ -147,7 +147,7 @@ def _print_one(seed: int, shrinks: bool) -> int:
     print(spec)
     for name in sorted({part.name for part in spec.pieces}):
         print(f"\n{inspect.getsource(PIECES[name])}")
-    network = build(spec)
+    network = spec.build()
     for number, piece in enumerate(network.pieces):
         options = {k: v for k, v in vars(piece).items() if not k.startswith("_") and k != "training"}
         print(f"pieces.{number}: {options} {piece}")

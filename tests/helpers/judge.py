@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from random_modules import Spec, build, changes, state
+from random_modules import Spec, changes, state
 from random_modules.play import Player, Seen
 from random_modules.spec import smaller
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def judge(spec: Spec, make: Make = tiled) -> Verdict:
         spec: of the network and of what is done to it.
         make: what is judged.
     """
-    stock = _play(spec, build(spec))
+    stock = _play(spec, spec.build())
     if stock.error is not None and stock.phase == "change":
         spec = replace(spec, visits=spec.visits[: len(stock.seen)])
     if any(not t.isfinite().all() for seen in stock.seen for t in _floats(seen)):
@@ -111,7 +111,7 @@ def _floats(seen: Seen) -> list[Tensor]:
 
 def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
     _reset()
-    player = Player(spec, make(build(spec), spec.tile))
+    player = Player(spec, make(spec.build(), spec.tile))
     refusal, judged = "", _Noise(spec, stock)
     for number in range(len(spec.visits)):
         fails = number >= len(stock.seen)
@@ -223,13 +223,13 @@ class _Noise:
     def _measure(self) -> None:
         self.noise = [defaultdict(float) for _ in self.truth]
         for bits in (1, 2):
-            for noise, want, got in zip(self.noise, self.truth, _play(self.spec, build(self.spec), bits).seen,
+            for noise, want, got in zip(self.noise, self.truth, _play(self.spec, self.spec.build(), bits).seen,
                                         strict=False):  # fmt: skip
                 for name, error in distances(want, got).items():
                     noise[name] = max(noise[name], error)
         # Some of stock's own gradients are wrong where a norm gets them in another order in memory.
         with plain_order():
-            plain = _play(self.spec, build(self.spec)).seen
+            plain = _play(self.spec, self.spec.build()).seen
         moved = max((max(distances(a, b).values()) for a, b in zip(self.truth, plain, strict=False)), default=0.0)
         if moved > 1e-7:
             self.plain = plain

@@ -72,9 +72,9 @@ class Deep(nn.Module):
         self.first, self.norm, self.last = nn.Linear(width, 4), nn.LayerNorm(4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor, maps: list[Tensor]) -> Any:
-        y = self.norm(self.first(x.amax((2, 3)))).relu_()
+        y = self.norm(self.first(x.amax((2, 3))))
         y += 1
-        return self.last(y)
+        return self.last(y.relu_())
 
 
 @head("raw", 1)

@@ -12,7 +12,7 @@ from .piece import Piece, conv
 
 
 class Conv(Piece):
-    weight = 10
+    weight = 20
 
     def make(self, width: int, dice: random.Random) -> None:
         self.conv = conv(width, dice)
@@ -22,7 +22,7 @@ class Conv(Piece):
 
 
 class ConvNormRelu(Piece):
-    weight = 10
+    weight = 20
 
     def make(self, width: int, dice: random.Random) -> None:
         self.conv, self.norm = conv(width, dice), nn.BatchNorm2d(width, momentum=dice.choice([0.1, 0.3]))
@@ -33,7 +33,7 @@ class ConvNormRelu(Piece):
 
 
 class Bottleneck(Piece):
-    weight = 4
+    weight = 8
 
     def make(self, width: int, dice: random.Random) -> None:
         self.first, self.second = conv(width), conv(width)
@@ -47,7 +47,7 @@ class Bottleneck(Piece):
 
 
 class Activation(Piece):
-    weight = 3
+    weight = 6
 
     def make(self, width: int, dice: random.Random) -> None:
         make = dice.choice([nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Softplus, nn.Mish, nn.PReLU, nn.Tanh])
@@ -58,7 +58,7 @@ class Activation(Piece):
 
 
 class Pool(Piece):
-    weight = 4
+    weight = 8
 
     def make(self, width: int, dice: random.Random) -> None:
         self.pool = dice.choice([
@@ -71,7 +71,7 @@ class Pool(Piece):
 
 
 class Up(Piece):
-    weight = 2
+    weight = 4
 
     def make(self, width: int, dice: random.Random) -> None:
         self.up = dice.choice([
@@ -84,7 +84,7 @@ class Up(Piece):
 
 
 class Norm(Piece):
-    weight = 4
+    weight = 8
 
     def make(self, width: int, dice: random.Random) -> None:
         self.norm = dice.choice([
@@ -109,7 +109,7 @@ class ChannelNorm(Piece):
 class Gate(Piece):
     """Squeeze and excite, or a gate of a pooled map by other means."""
 
-    weight = 3
+    weight = 6
 
     def make(self, width: int, dice: random.Random) -> None:
         self.down, self.up = nn.Conv2d(width, 2, 1), nn.Conv2d(2, width, 1)

@@ -9,7 +9,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from . import attributes, changes, custom, hooks, modes, norms, outputs, plain, roots, state
+from .net import build
 from .piece import PIECES
 
 _FAMILIES = (plain, modes, state, norms, attributes, custom)  # imported for the pieces that they register
@@ -89,6 +92,10 @@ class Spec:
     tile: tuple[int, int] = (5, 7)
     visits: tuple[Visit, ...] = field(default=(Visit(),))
 
+    def build(self) -> nn.Module:
+        """The network, float64, in training mode; the same at each call."""
+        return build(self)
+
     def __str__(self) -> str:
         usual = Spec(self.seed)
         lines = [f"seed {self.seed}"]
@@ -121,7 +128,7 @@ def _visit(dice: random.Random, number: int, size: tuple[int, int], batch: int, 
         grad=grad,
         size=size,
         batch=batch,
-        style=_pick(dice, {"positional": 3, "keyword": 2, "mixed": 1} if inputs else {"positional": 9, "keyword": 1}),
+        style=_pick(dice, {"positional": 3, "keyword": 2, "mixed": 1} if inputs else {"positional": 24, "keyword": 1}),
         image=_pick(dice, {"leaf": 4, "plain": 4, "inner": 1}),
         layout=_pick(dice, {"plain": 8, "channels_last": 1, "strided": 1}),
         loss=_pick(dice, {"all": 6, "first": 1, "last": 1}),

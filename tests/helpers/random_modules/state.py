@@ -264,7 +264,7 @@ class PowerIteration(Piece):
             v = F.normalize(weight.t() @ self.u, dim=0)
             if self.training:
                 self.u.copy_(F.normalize(weight @ v, dim=0))
-        sigma = self.u @ weight @ v
+        sigma = self.u.clone() @ weight @ v
         return F.conv2d(x, self.conv.weight / sigma, self.conv.bias, padding=1)
 
 
