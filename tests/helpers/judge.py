@@ -106,7 +106,8 @@ def judge(spec: Spec, make: Make = tiled) -> Verdict:
 
 
 def _floats(seen: Seen) -> list[Tensor]:
-    return [t for tensors in seen.tensors.values() for t in tensors.values() if t.is_floating_point()]
+    kinds = [tensors for kind, tensors in seen.tensors.items() if kind in ("gradient", "buffer") or "output" in kind]
+    return [t for tensors in kinds for t in tensors.values() if t.is_floating_point()]
 
 
 def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
@@ -244,10 +245,13 @@ def distances(want: Seen, got: Seen) -> dict[str, float]:
         largest = max(norms.values(), default=0.0)
         for name, tensor in tensors.items():
             other, full = others.get(name), f"{kind} {name}".strip()
+            if other is not None and torch.equal(tensor, other):
+                found[full] = 0.0
+                continue
             if other is None or other.shape != tensor.shape or not torch.equal(other.isfinite(), tensor.isfinite()):
                 found[full] = float("inf")
                 continue
-            distance = 0.0 if torch.equal(tensor, other) else (_plain(other) - _plain(tensor)).norm().item()
+            distance = (_plain(other) - _plain(tensor)).norm().item()
             scale = max(norms[name], FLOOR * largest)
             found[full] = distance / scale if scale else distance
     return found

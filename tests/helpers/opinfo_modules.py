@@ -27,7 +27,7 @@ _LEFT_OUT = re.compile(
     r"^_|^(linalg|fft|sparse|torch\.ops|jiterator|signal|empty|rand|normal|bernoulli|multinomial|cauchy|exponential)"
     r"|^(geometric|log_normal|uniform|new_empty|to_sparse|histc|histogram|svd|pca|geqrf|ormqr|lu|cholesky|triangular)"
     r"|^(qr|eig|symeig|pinverse|logdet|slogdet|inverse|stft|istft|full|ones$|zeros$|arange|linspace|logspace|eye|tri)"
-    r"|dropout|embedding|rrelu|ctc_loss|resize|item$|equal$|allclose|byte$|short$|char$|half$|bfloat16$|chalf|cdouble"
+    r"|dropout|polygamma|zeta|embedding|rrelu|ctc_loss|resize|item$|equal$|allclose|byte$|short$|char$|half$|bfloat16$|chalf|cdouble"
     r"|cfloat|scaled_dot|multi_head|fractional|gumbel|grid_sampler_3d|bincount|unique|nonzero|block_diag|cartesian"
 )
 

@@ -64,7 +64,7 @@ class Net(nn.Module):
 def build(spec: Spec) -> nn.Module:
     """The network, float64, in training mode; the same for the same spec."""
     state = torch.get_rng_state()
-    torch.manual_seed(spec.seed)
+    torch.default_generator.manual_seed(spec.seed)
     kinds = (*(roots.ROOTS[name] for name in spec.roots), Net)
     net = (type("Net", kinds, {}) if len(kinds) > 1 else Net)(spec)
     net = net.double()

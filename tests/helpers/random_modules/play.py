@@ -178,7 +178,7 @@ class Player:
     def change(self, number: int) -> None:
         """What the user does before a visit."""
         visit, self.phase = self.spec.visits[number], "change"
-        torch.manual_seed(self.spec.seed + 17 * number)
+        torch.default_generator.manual_seed(self.spec.seed + 17 * number)
         for part in visit.changes:
             self.net = changes.CHANGES[part.name](self.net, random.Random(part.seed)) or self.net
         if visit.mode:
@@ -196,7 +196,7 @@ class Player:
     def visit(self, number: int) -> Seen:
         """The call and what follows it, and what is seen then."""
         visit = self.spec.visits[number]
-        torch.manual_seed(self.spec.seed + number)
+        torch.default_generator.manual_seed(self.spec.seed + number)
         random.seed(1)
         np.random.seed(1)
         seen = Seen()
