@@ -1,0 +1,235 @@
+"""The soundness trial: random modules, each exact as stock PyTorch has it, or refused.
+
+A module does whatever a forward may do: gradient modes, state, hooks, containers, call styles, and things that its user
+changes between steps. It is run with stock PyTorch and accelerated, in float64, and everything that can be seen is
+compared after every step (`tests/helpers/judge.py`). With --opinfo, instead: PyTorch's own samples of its operations,
+each between two convolutions. Verdicts:
+
+    exact        everything agrees
+    refused      by an error of gigamorph that names the place and the remedy; stock runs afterwards as before
+    unclear      refused, but the message names no place or no remedy
+    wrong        something differs
+    traceback    any other exception
+    lenient      it runs where stock raises
+    stock fails  stock raises, and so do we; or stock's numbers say nothing. Not counted.
+
+    python benchmarks/soundness.py --modules 20000 [--seed 0] [--workers 2] [--json FILE] [--shrink]
+    python benchmarks/soundness.py --seed-of 17 [--shrink]
+    python benchmarks/soundness.py --opinfo [--only conv] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+
+KINDS = ("exact", "refused", "unclear", "wrong", "traceback", "lenient", "stock fails")
+BAD = ("wrong", "traceback", "unclear")
+CHUNK = 20
+SECONDS = 120  # for one module
+
+
+@dataclass(frozen=True)
+class Found:
+    """A judged module or sample, ready to be sent between processes."""
+
+    name: str
+    kind: str
+    reason: str
+    group: str
+    text: str = ""
+
+
+def _ready() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _alarm(_signal: int, _frame: Any) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def _judged(name: str, call: Any) -> Found:
+    """The verdict of a call, whatever happens in it."""
+    signal.signal(signal.SIGALRM, _alarm)
+    signal.alarm(SECONDS)
+    try:
+        verdict, text = call()
+        return Found(name, verdict.kind, verdict.reason, verdict.group, text)
+    except Exception as error:  # a fault of the trial itself must not pass for a verdict of the engine
+        reason = f"trial: {type(error).__name__}: {error}"[:300]
+        return Found(name, "traceback", reason, f"traceback: {reason[:100]}")
+    finally:
+        signal.alarm(0)
+
+
+def _modules(seeds: list[int], shrinks: bool) -> list[Found]:
+    from judge import judge, shrink
+    from random_modules import draw
+
+    def one(seed: int) -> tuple[Any, str]:
+        spec = draw(seed)
+        verdict = judge(spec)
+        if shrinks and verdict.kind in BAD:
+            spec, verdict = shrink(spec, verdict, tries=60)
+        return verdict, str(spec) if verdict.kind in BAD else ""
+
+    return [_judged(str(seed), lambda seed=seed: one(seed)) for seed in seeds]
+
+
+def _samples(names: list[str], _shrinks: bool) -> list[Found]:
+    from judge import judge
+    from opinfo_modules import samples
+
+    found = []
+    for name in names:
+        for number, sample in enumerate(samples(name)):
+            label = f"{name}#{number}"
+            found.append(_judged(label, lambda sample=sample: (judge(sample), str(sample))))
+    return found
+
+
+def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Iterator[tuple[int, list[Found]]]:
+    """Chunks in processes; one that dies is tried again element by element, and the element named."""
+    waiting = [(chunk, False) for chunk in reversed(chunks)]
+    context = multiprocessing.get_context("spawn")
+    while waiting:
+        pool = ProcessPoolExecutor(workers, context, _ready)
+        running: dict[Any, tuple[list[Any], bool]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    chunk, alone = waiting.pop()
+                    running[pool.submit(work, chunk, shrinks)] = chunk, alone
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = done.result()
+                    yield len(running.pop(done)[0]), result
+        except BrokenProcessPool:
+            for chunk, alone in running.values():
+                if alone:
+                    yield 1, [Found(str(chunk[0]), "traceback", "the process died", "traceback: the process died")]
+                else:
+                    waiting.extend(([one], True) for one in chunk)
+            workers = 1 if any(alone for _, alone in waiting) else workers
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _print_one(seed: int, shrinks: bool) -> int:
+    """One module, its source and its verdict."""
+    import inspect
+
+    from judge import judge, shrink
+    from random_modules import draw
+    from random_modules.piece import PIECES
+
+    _ready()
+    spec = draw(seed)
+    verdict = judge(spec)
+    if shrinks and verdict.kind in BAD:
+        spec, verdict = shrink(spec, verdict)
+    print(spec)
+    for name in sorted({part.name for part in spec.pieces}):
+        print(f"\n{inspect.getsource(PIECES[name])}")
+    network = spec.build()
+    for number, piece in enumerate(network.pieces):
+        options = {k: v for k, v in vars(piece).items() if not k.startswith("_") and k != "training"}
+        print(f"pieces.{number}: {options} {piece}")
+    print(f"\n{verdict.kind} (visit {verdict.visit}): {verdict.reason}\n{verdict.details}")
+    return int(verdict.kind in BAD)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", type=int, default=2000, help="how many are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed-of", type=int, help="print and run this module alone")
+    parser.add_argument("--shrink", action="store_true", help="leave out of bad modules what is not needed")
+    parser.add_argument("--opinfo", action="store_true", help="PyTorch's samples of its operations")
+    parser.add_argument("--only", default="", help="operations whose name has this in it")
+    parser.add_argument("--first", type=int, default=40, help="how many reasons are printed")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if given.seed_of is not None:
+        return _print_one(given.seed_of, given.shrink)
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if given.opinfo:
+        from opinfo_modules import operations
+
+        names = [name for name in operations() if given.only in name]
+        work, chunks = _samples, [[name] for name in names]
+    else:
+        seeds = list(range(given.seed, given.seed + given.modules))
+        work, chunks = _modules, [seeds[n : n + CHUNK] for n in range(0, len(seeds), CHUNK)]
+    console, began = Console(), time.perf_counter()
+    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+               TextColumn("{task.fields[counts]}")]  # fmt: skip
+    found: list[Found] = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
+        for count, result in _run(work, chunks, given.workers, given.shrink):
+            found += result
+            counts = Counter(one.kind for one in found)
+            rate = f"{len(found) / (time.perf_counter() - began):.1f}/s"
+            told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
+            progress.update(task, advance=count, rate=rate, counts=told)
+    seconds = time.perf_counter() - began
+    counts = Counter(one.kind for one in found)
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        if one.kind in (*BAD, "lenient"):
+            groups.setdefault(one.group, []).append(one)
+    ordered = sorted(groups.values(), key=lambda group: (-len(group), group[0].name))
+    for group in ordered[: given.first]:
+        names = " ".join(one.name for one in group[:4])
+        console.print(f"{len(group):>5}  {group[0].kind}: {group[0].reason[:150]}  [{names}]", markup=False)
+    per_second = len(found) / seconds
+    console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {per_second:.1f} per s")
+    if given.json:
+        from gigamorph.engine.bench.machine import provenance
+
+        report: dict[str, Any] = {
+            "machine": provenance(),
+            "modules": None if given.opinfo else {"first": given.seed, "count": given.modules},
+            "counts": {kind: counts[kind] for kind in KINDS},
+            "seconds": round(seconds, 1),
+            "refusals": dict(Counter(one.group for one in found if one.kind == "refused").most_common(100)),
+            "bad": [{"name": g[0].name, "times": len(g), "kind": g[0].kind, "reason": g[0].reason, "spec": g[0].text}
+                    for g in ordered],
+        }  # fmt: skip
+        if given.opinfo:
+            report["operations"] = _by_operation(found)
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(counts[kind] for kind in BAD))
+
+
+def _by_operation(found: list[Found]) -> dict[str, dict[str, int]]:
+    table: dict[str, Counter[str]] = {}
+    for one in found:
+        table.setdefault(one.name.split("#")[0], Counter())[one.kind] += 1
+    return {name: dict(counts) for name, counts in sorted(table.items())}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,303 @@
+"""The judgement on one random module: accelerated, it does what stock PyTorch does, or it is refused.
+
+After every visit all that can be seen is compared: outputs and their types, gradients and where there are none,
+inputs, buffers, parameters, attributes, modes, what was left outside of the network, random generators, the process.
+Tensors may differ by 1e-10, or by a hundred times what a change of the image's last bits makes in stock.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from random_modules import Spec, changes, state
+from random_modules.play import Player, Seen
+from random_modules.spec import smaller
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine import GigamorphError, accelerate
+
+LIMIT = 1e-10
+NOISE = 100
+FLOOR = 1e-3
+ROUGH = 1e-7  # a network whose own noise is larger says nothing
+KINDS = ("exact", "refused", "unclear", "wrong", "traceback", "lenient", "stock fails")
+BAD = ("wrong", "traceback", "unclear")
+
+Make = Callable[[nn.Module, tuple[int, int]], nn.Module]
+_PLACE = re.compile(r"module '|the model|the network|the image|image|input|argument|output|attribute|line \d|\.py:\d")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement, one of `KINDS`, and why: what differs, or the message, and at which visit.
+
+    A refusal whose message names no place or no remedy is "unclear"; a run where stock fails is "lenient". What cannot
+    be judged, because stock fails as well or its numbers say nothing, is "stock fails".
+    """
+
+    kind: str
+    reason: str = ""
+    visit: int = -1
+    details: str = ""
+
+    @property
+    def group(self) -> str:
+        """The reason without numbers, for counting."""
+        return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", f"{self.kind}: {self.reason}")[:160]
+
+
+@dataclass
+class _Run:
+    """What was seen at each visit, and the exception that ended it."""
+
+    seen: list[Seen]
+    error: BaseException | None = None
+    phase: str = ""
+
+
+def tiled(net: nn.Module, tile: tuple[int, int]) -> nn.Module:
+    """The engine."""
+    return accelerate(net, tile=tile)
+
+
+def _reset() -> None:
+    state.reset()
+    changes.reset()
+
+
+def _play(spec: Spec, net: nn.Module, bits: int = 0) -> _Run:
+    """All visits, up to an exception."""
+    _reset()
+    player, seen = Player(spec, net, bits), []
+    try:
+        for number in range(len(spec.visits)):
+            player.change(number)
+            seen.append(player.visit(number))
+    except Exception as error:
+        return _Run(seen, error, player.phase)
+    return _Run(seen)
+
+
+def judge(spec: Spec, make: Make = tiled) -> Verdict:
+    """Run the scenario with stock PyTorch and with the accelerated network, and compare.
+
+    Args:
+        spec: of the network and of what is done to it.
+        make: what is judged.
+    """
+    stock = _play(spec, spec.build())
+    if stock.error is not None and stock.phase == "change":
+        spec = replace(spec, visits=spec.visits[: len(stock.seen)])
+    if any(not t.isfinite().all() for seen in stock.seen for t in _floats(seen)):
+        return Verdict("stock fails", "stock's numbers are not finite")
+    try:
+        return _compare(spec, stock, make)
+    finally:
+        _reset()
+
+
+def _floats(seen: Seen) -> list[Tensor]:
+    kinds = [tensors for kind, tensors in seen.tensors.items() if kind in ("gradient", "buffer") or "output" in kind]
+    return [t for tensors in kinds for t in tensors.values() if t.is_floating_point()]
+
+
+def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
+    _reset()
+    player = Player(spec, make(spec.build(), spec.tile))
+    refusal, judged = "", _Noise(spec, stock)
+    for number in range(len(spec.visits)):
+        fails = number >= len(stock.seen)
+        try:
+            player.change(number)
+            before = _state(player)
+            try:
+                seen = player.visit(number)
+            except GigamorphError as error:
+                if fails:
+                    return Verdict("stock fails", _told(error), number)
+                if player.phase != "forward":
+                    return _refused(str(error), number, f"late, in the {player.phase}: ")
+                changed = _unequal(before, _state(player))
+                if changed:
+                    return Verdict("wrong", f"after the refusal: {changed}", number, str(error))
+                refusal = refusal or str(error)
+                player.net = player.network
+                seen = player.visit(number)
+                if number == 0:
+                    changed = _unequal(stock.seen[0], seen)
+                    if changed:
+                        return Verdict("wrong", f"stock after the refusal: {changed}", number, str(error))
+        except Exception as error:
+            if fails:
+                return Verdict("stock fails", _told(error), number)
+            if isinstance(error, GigamorphError):
+                return _refused(str(error), number, f"in the {player.phase}: ")
+            after = "after a refusal: " if refusal else ""
+            return Verdict(
+                "traceback",
+                f"{after}{player.phase}: {_told(error)}",
+                number,
+                "".join(traceback.format_exception(error)),
+            )
+        if fails:
+            return Verdict("lenient", f"stock says {_told(stock.error)}", number)
+        differs = judged.differences(number, seen)
+        if differs:
+            after = "after a refusal: " if refusal else ""
+            return Verdict("wrong", after + differs[0], number, "\n".join(differs[:12]))
+        if judged.rough:
+            return Verdict("stock fails", "stock's own noise is too large", number)
+    return _refused(refusal, number) if refusal else Verdict("exact")
+
+
+def _refused(message: str, number: int, when: str = "") -> Verdict:
+    clear = "\n" not in message and _PLACE.search(message) and len(message.rpartition(";")[0]) > 0
+    return Verdict("refused" if clear else "unclear", when + message, number)
+
+
+def _told(error: BaseException | None) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def _state(player: Player) -> Seen:
+    from random_modules.play import look
+
+    return look(player.network, frozenset())
+
+
+def _unequal(a: Seen, b: Seen) -> str:
+    """The first thing that differs, in any bit."""
+    for name in {**a.facts, **b.facts}:
+        if a.facts.get(name) != b.facts.get(name):
+            return f"{name} is {b.facts.get(name)} instead of {a.facts.get(name)}"
+    for kind, tensors in a.tensors.items():
+        for name, tensor in tensors.items():
+            if not torch.equal(tensor.nan_to_num(), b.tensors[kind][name].nan_to_num()):
+                return f"{kind} {name} is changed"
+    return ""
+
+
+class _Noise:
+    """Compares with stock's run; how much rounding may explain is measured when it is first asked for."""
+
+    def __init__(self, spec: Spec, stock: _Run):
+        self.spec, self.truth = spec, stock.seen
+        self.noise: list[dict[str, float]] | None = None
+        self.plain: list[Seen] | None = None
+        self.rough = False
+
+    def differences(self, number: int, seen: Seen) -> list[str]:
+        """What differs from stock, the worst first."""
+        want = self.truth[number]
+        facts = [
+            f"{name}: {seen.facts.get(name, 'missing')} instead of {want.facts.get(name, 'missing')}"
+            for name in {**want.facts, **seen.facts}
+            if seen.facts.get(name, "missing") != want.facts.get(name, "missing")
+        ]
+        if facts:
+            return facts
+        errors = distances(want, seen)
+        if max(errors.values(), default=0.0) <= LIMIT:
+            return []
+        if self.noise is None:
+            self._measure()
+        assert self.noise is not None
+        if self.plain is not None and number < len(self.plain):
+            errors = distances(self.plain[number], seen)
+        noise = self.noise[number]
+        bad = {n: e for n, e in errors.items() if e > max(LIMIT, NOISE * noise.get(n, 0.0))}
+        if bad and max(noise.values(), default=0.0) > ROUGH:
+            self.rough = True
+            return []
+        return [f"{n}: differs by {e:.1e}" for n, e in sorted(bad.items(), key=lambda item: -item[1])]
+
+    def _measure(self) -> None:
+        self.noise = [defaultdict(float) for _ in self.truth]
+        for bits in (1, 2):
+            for noise, want, got in zip(self.noise, self.truth, _play(self.spec, self.spec.build(), bits).seen,
+                                        strict=False):  # fmt: skip
+                for name, error in distances(want, got).items():
+                    noise[name] = max(noise[name], error)
+        # Some of stock's own gradients are wrong where a norm gets them in another order in memory.
+        with plain_order():
+            plain = _play(self.spec, self.spec.build()).seen
+        moved = max((max(distances(a, b).values()) for a, b in zip(self.truth, plain, strict=False)), default=0.0)
+        if moved > 1e-7:
+            self.plain = plain
+
+
+def distances(want: Seen, got: Seen) -> dict[str, float]:
+    """Relative errors by name; infinite where shapes, or the places of what is not finite, differ."""
+    found: dict[str, float] = {}
+    for kind, tensors in want.tensors.items():
+        others = got.tensors.get(kind, {})
+        norms = {name: _plain(t).norm().item() for name, t in tensors.items()}
+        largest = max(norms.values(), default=0.0)
+        for name, tensor in tensors.items():
+            other, full = others.get(name), f"{kind} {name}".strip()
+            if other is not None and torch.equal(tensor, other):
+                found[full] = 0.0
+                continue
+            if other is None or other.shape != tensor.shape or not torch.equal(other.isfinite(), tensor.isfinite()):
+                found[full] = float("inf")
+                continue
+            distance = (_plain(other) - _plain(tensor)).norm().item()
+            scale = max(norms[name], FLOOR * largest)
+            found[full] = distance / scale if scale else distance
+    return found
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.double().nan_to_num(posinf=0, neginf=0)
+
+
+def plain_order() -> AbstractContextManager[Any]:
+    """Norms get maps and gradients in the plain order: PyTorch's own on the CPU misread some others."""
+
+    def in_order(original: Any) -> Any:
+        def norm(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = original(x.contiguous(), *args, **kwargs)
+            if result.requires_grad:
+                result.register_hook(lambda grad: grad.contiguous())
+            return result
+
+        return norm
+
+    names = ("batch_norm", "instance_norm", "group_norm")
+    return mock.patch.multiple(F, **{name: in_order(getattr(F, name)) for name in names})
+
+
+def shrink(spec: Spec, verdict: Verdict, make: Make = tiled, tries: int = 150) -> tuple[Spec, Verdict]:
+    """A smaller spec with a bad verdict of the same kind."""
+    again = True
+    while again and tries > 0:
+        again = False
+        for candidate in smaller(spec):
+            tries -= 1
+            if tries <= 0:
+                break
+            try:
+                found = judge(candidate, make)
+            except Exception:
+                continue
+            if found.kind == verdict.kind and _same(found.reason, verdict.reason):
+                spec, verdict, again = candidate, found, True
+                break
+    return spec, verdict
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether two reasons are likely of one cause: of the same kind of thing."""
+    kind = re.compile(r"^(after a refusal: |after the refusal: )?(\w+( \w+)?)")
+    one, other = kind.match(a), kind.match(b)
+    return bool(one and other and one.group(2) == other.group(2))

@@ -1,0 +1,9 @@
+"""Random modules for the soundness trial: small networks that do whatever a forward may do, and what is done to them.
+
+`draw(seed)` gives a `Spec`: plain data, printable, and smaller when parts of it are left out. Its `build()` makes the
+network, always the same one.
+"""
+
+from .spec import Spec, Visit, draw
+
+__all__ = ["Spec", "Visit", "draw"]
