@@ -309,7 +309,7 @@ _FAKE = ("FakeTensor", "fake tensor", "fake mode", "Fake", "meta tensor", "Meta 
 
 
 def _let_go(weak: list[Any], refuse: bool) -> None:
-    """Make sure that no tensor without values is left anywhere: caches that hold one are emptied, the rest is refused."""
+    """Make sure that no tensor without values is left: caches that hold one are emptied, others refused."""
     left = [ref for ref in weak if ref() is not None]
     if not left:
         return

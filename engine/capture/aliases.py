@@ -4,7 +4,7 @@ A view is known by the calls that made it from its *root*, the first tensor of i
 to the root, by the inverse of those calls; whatever else looks at the memory is made again from the root when it is
 read. So
 
-    y = x[:, :2]; y.mul_(3); z = x + 1          becomes          y' = x[:, :2] * 3;  x' = x with [:, :2] = y';  z = x' + 1
+    y = x[:, :2]; y.mul_(3); z = x + 1          becomes        y' = x[:, :2] * 3;  x' = x with [:, :2] = y';  z = x' + 1
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def signature(thing: Any) -> Any:
 
 @dataclass(frozen=True)
 class Read:
-    """A Python value that the forward took from tensors of its state; the program is right as long as it is the same."""
+    """A Python value that the forward took from tensors of its state; right as long as it is the same."""
 
     take: Callable[[], Any]
     value: Any

@@ -183,10 +183,9 @@ def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) 
         if number in env:
             return True
         value = program.values[number]
-        if value.name is not None or value.constant is not None:
-            if number not in makers:
-                env[number] = state(number)
-                return True
+        if (value.name is not None or value.constant is not None) and number not in makers:
+            env[number] = state(number)
+            return True
         op = makers.get(number)
         if op is None or op.name.rstrip("_") in RANDOM or not all(find(v) for v in op.inputs):
             return False
@@ -199,8 +198,8 @@ def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) 
 
 RANDOM = frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rand randn randint "
-    "randperm rand_like randn_like randint_like bernoulli normal uniform exponential cauchy geometric log_normal random "
-    "multinomial poisson rrelu gumbel_softmax empty empty_like new_empty empty_strided".split()
+    "randperm rand_like randn_like randint_like bernoulli normal uniform exponential cauchy geometric log_normal "
+    "random multinomial poisson rrelu gumbel_softmax empty empty_like new_empty empty_strided".split()
 )
 
 

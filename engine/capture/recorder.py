@@ -29,8 +29,8 @@ _ENGINE = os.path.dirname(os.path.dirname(__file__))
 _TAKEN = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy",
                     "is_nonzero", "equal", "allclose", "__array__"})  # fmt: skip
 _REFUSED = {
-    "register_hook": "registers a hook on a tensor, which would see the gradients of tiles; use gigamorph explain, or a "
-    "hook on a parameter outside of the forward",
+    "register_hook": "registers a hook on a tensor, which would see the gradients of tiles; use gigamorph explain, or "
+    "a hook on a parameter outside of the forward",
     "register_post_accumulate_grad_hook": "registers a hook on a tensor; do so outside of the forward",
     "retain_grad": "keeps the gradient of a tensor; return the tensor and differentiate with respect to it outside",
     "backward": "differentiates inside the forward; do so outside of it",

@@ -1,9 +1,9 @@
 """What a forward changes besides its result, as a recording finds it, and how each later call does the same.
 
-Before a recording the contents of every holder (holders.py) are noted; after it they are compared and put back. A change
-becomes an `Effect`, done once at the end of each call: a counter that went from 3 to 4 is set to 4 (the guard holds for
-3 alone, so the next call is recorded anew), a feature left in an attribute or appended to a list is the value that the
-call has computed.
+Before a recording the contents of every holder (holders.py) are noted; after it they are compared and put back. A
+change becomes an `Effect`, done once at the end of each call: a counter that went from 3 to 4 is set to 4 (the guard
+holds for 3 alone, so the next call is recorded anew), a feature left in an attribute or appended to a list is the value
+that the call has computed.
 """
 
 from __future__ import annotations
