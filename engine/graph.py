@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,6 +69,21 @@ class Graph:
     def results(self) -> list[int]:
         """The values that the sweep gives: those of its reductions, then the stored maps."""
         return [v for r in self.reductions for v in r.outputs] + self.stored
+
+    @cached_property
+    def reach(self) -> dict[int, frozenset[int]]:
+        """The sources and smalls that each result's gradient reaches, if there is one."""
+        values = self.program.values
+        found = {v: frozenset([v]) for v in (*self.sources, *self.smalls)}
+        nothing: frozenset[int] = frozenset()
+        for local in self.locals:
+            inputs = (*local.reads, *local.op.inputs, *(() if local.drawn is None else (local.drawn,)))
+            reached = nothing.union(*(found.get(v, nothing) for v in inputs))
+            found.update((v, reached if values[v].takes_grad else nothing) for v in local.op.outputs)
+        for reduction in self.reductions:
+            reached = found.get(reduction.value, nothing)
+            found.update((v, reached if values[v].takes_grad else nothing) for v in reduction.outputs)
+        return {v: found.get(v, nothing) for v in self.results}
 
     def apply_rule(self, op: Op) -> Local:
         """The local op that a rewritten convolution is."""

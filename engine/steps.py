@@ -25,6 +25,7 @@ from .capture.program import call
 from .capture.trees import realize
 from .carries import Rect
 from .ceiling import Ceiling
+from .errors import GigamorphError
 from .graph import Graph, Network
 from .maps import Gradients, add_reader
 from .ops import Small
@@ -67,7 +68,8 @@ class ScanFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
-        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.unvalued]
+        results = tuple(map(_no_view, results))
+        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         scan.let_go()
@@ -76,15 +78,21 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
-        saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        saved = _saved(ctx)
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         scan: Scan = ctx.scan
         sweep, graph = scan.sweep, scan.sweep.graph
         count, last = len(ctx.sources), not _keeps_graph()
-        stored = dict(zip((v for v in graph.results if v in sweep.unvalued), kept, strict=True))
+        stored = dict(zip((v for v in graph.results if v in sweep.reread), kept, strict=True))
         scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored, tensors[count:])
         scan.gradients.end(graph.stored)
-        wants = {v: tensors[place] for v, place in ctx.sources.items() if ctx.needs_input_grad[2 + place]}
+        reached = frozenset[int]().union(
+            *(graph.reach[v] for v, grad in zip(graph.results, grads, strict=True) if grad is not None)
+        )
+        readers = [tensors[place] for place in ctx.sources.values() if ctx.needs_input_grad[2 + place]]
+        wants = {
+            v: tensors[place] for v, place in ctx.sources.items() if ctx.needs_input_grad[2 + place] and v in reached
+        }
         try:
             source_grads, made = scan.source_grads(wants)
             sums = scan.backward(grads, source_grads, last)
@@ -92,16 +100,38 @@ class ScanFunction(torch.autograd.Function):
             scan.gradients.clear()  # they are incomplete, and may live on in the error's traceback
             raise
         scan.let_go()
-        for tensor in wants.values() if last else ():
+        for tensor in readers if last else ():
             add_reader(tensor, -1)
         if ctx.bands is not None:
             wanted = [v for v, want in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True) if want]
             smalls = dict(zip(graph.smalls, tensors[count:], strict=True))
             _sum_over_bands(ctx.bands, graph, {v: smalls[v] for v in wanted}, sums, source_grads)
         results: list[Tensor | None] = [source_grads.get(v) if v in made else None for v in ctx.sources]
-        for value, wanted in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True):
-            results.append(sums.pop(value, None) if wanted else None)
+        for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
+            total = sums.pop(value, None) if wanted and value in reached else None
+            results.append(torch.zeros_like(small) if wanted and value in reached and total is None else total)
         return None, None, *results
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The tensor as one that is no view of its memory: users may change outputs in place."""
+    if not tensor._is_view():
+        return tensor
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What autograd has kept for the backward."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise GigamorphError(
+            "the backward needs a tensor that was changed in place since the forward (an output, a weight or the "
+            f"image); change a copy of it, or change it after the backward ({str(error).split(';')[0]})"
+        ) from error
 
 
 def _keeps_graph() -> bool:
@@ -223,6 +253,11 @@ class Forward:
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
+        program = prepared.network.program
+        self.passed = {
+            program.image: image,
+            **{v: state.get(v) for v in program.inputs},
+        }  # results that come from outside
         self.ceiling: Ceiling | None = None
         self.gradients = Gradients()
 
@@ -317,7 +352,8 @@ class Forward:
         program = self.prepared.network.program
         left: dict[int, Tensor] = {}
         for v in refs(tree):
-            tensor = self.image if v == program.image and v not in self.env else self.env[v]
+            tensor = self.passed.get(v)
+            tensor = self.env[v] if tensor is None else tensor
             cut = program.grad and tensor.requires_grad and not program.values[v].differentiable
             left[v] = tensor.detach() if cut else tensor
         return bind(tree, left)
@@ -414,8 +450,7 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None):
         last = not _keeps_graph()
         tensors = [
-            t.detach().requires_grad_(wanted)
-            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+            t.detach().requires_grad_(wanted) for t, wanted in zip(_saved(ctx), ctx.needs_input_grad[3:], strict=True)
         ]
         insides = _insides(ctx.wholes, ctx.inputs, ctx.images, tensors)
         device = insides[0].device

@@ -39,6 +39,8 @@ class Sweep:
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
+        # Stored maps whose values the second pass takes from where they are stored.
+        self.reread = {r.value for r in graph.reductions if r.kind == "moments" and r.value in self.unvalued}
         self.moments = {r.value for r in graph.reductions if r.kind == "moments"}
         self.readers = readers_of(graph)
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import random
 import traceback
 import types
@@ -197,6 +198,8 @@ class _Recording:
         around = process.recording(
             recorder.custom_function, recorder.from_numpy, recorder.synchronized, recorder.reseeded
         )
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        told, log.disabled = log.disabled, True  # it prints whole tracebacks of errors that are the network's own
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
@@ -218,6 +221,7 @@ class _Recording:
             raise _own_error(error, recorder.last) from error
         finally:
             torch.set_autocast_cache_enabled(caching)
+            log.disabled = told
             self.snapshot.restore()
 
     def _finish(self, program: Program, result: Any) -> None:

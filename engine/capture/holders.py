@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,12 +69,10 @@ def _attributes(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Hol
 
 def _mapping(thing: dict[Any, Any], name: str, parent: tuple[Holder, Any] | None, kind: str = "") -> Holder:
     def write(contents: dict[Any, Any]) -> None:
-        if list(dict.items(thing)) != [] or contents:
-            dict.clear(thing)
-            dict.update(thing, contents)
-            if hasattr(thing, "move_to_end"):
-                for key in contents:
-                    thing.move_to_end(key)  # pyright: ignore[reportAttributeAccessIssue]
+        kind = OrderedDict if isinstance(thing, OrderedDict) else dict
+        kind.clear(thing)
+        for key, value in contents.items():
+            kind.__setitem__(thing, key, value)  # not the class's own, which may do more
 
     return Holder(thing, name, lambda: dict(dict.items(thing)), write, parent, kind, fast=thing)
 

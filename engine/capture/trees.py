@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -35,7 +37,9 @@ class Made:
         made = copy.copy(self.like)
         items = realize(self.items)
         if isinstance(made, dict):
-            dict.update(made, items)
+            kind = OrderedDict if isinstance(made, OrderedDict) else dict
+            for key, value in items.items():
+                kind.__setitem__(made, key, value)  # not the class's own, which may do more
         elif isinstance(made, list):
             list.extend(made, items)
         elif isinstance(made, set):
@@ -74,7 +78,9 @@ def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any],
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return leaf(value)
-        if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.ModuleType, nn.Module)):
+        if isinstance(
+            value, (str, bytes, int, float, complex, type(None), type, torch.Size, types.ModuleType, nn.Module)
+        ):
             return value
         if id(value) in inside:
             raise UnsupportedError(f"{where} holds a {type(value).__name__} that contains itself; return plain values")
@@ -94,13 +100,14 @@ def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any],
             return node.unflatten_fn([visit(child) for child in children], context)
         if isinstance(value, (dict, list, set)):
             like = copy.copy(value)
-            like.clear()
-            items = dict.copy(value) if isinstance(value, dict) else list(value)
+            kind = next(c for c in (OrderedDict, dict, list, set) if isinstance(value, c))
+            kind.clear(like)
+            items = dict(dict.items(value)) if isinstance(value, dict) else list(value)
             return Made(like, visit(items), _attributes(value, visit))
         fields = _attributes(value, visit)
         if not fields or (of_library(value) and not isinstance(value, types.SimpleNamespace)):
             return value
-        like = object.__new__(type(value))
+        like = type(value).__new__(type(value))
         return Made(like, None, fields)
 
     return visit(value)
