@@ -369,6 +369,9 @@ class Forward:
             target = self.targets.get(before)
             if target is None:
                 continue
+            if before in program.assigned:
+                target.data = self.env[after].detach()
+                continue
             grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
                 target.copy_(self.env[after])
