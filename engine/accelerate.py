@@ -8,6 +8,7 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import kernels
 from . import static
 from .bands import Bands, band_group
+from .capture.arguments import Arguments
 from .errors import GigamorphError
 from .graph import Graph
 from .memory import parse_bytes
@@ -29,11 +31,12 @@ from .processes import check_same, check_same_steps, world
 from .scan import Autocast, Pixels, TileEvent
 from .steps import Forward, ImageTensor, Prepared, run_together
 from .sweep import Sweep
-from .trace import Program, capture, refuse_backward_hooks
+from .trace import Program, Spec, capture, refuse_backward_hooks
 from .verify import CannotVerify
 from .verify import verify as verify_network
 
 _REMEMBERED = 16  # image sizes whose program and plan are kept
+_VARIANTS = 4  # programs of one size, of different states of the network
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class Form:
     Attributes:
         key: tells it from others.
         call: gets the image and further maps.
-        inputs: shapes and dtypes of those maps, whose image axes are the last two.
+        inputs: shapes and dtypes of those maps, whose image axes are the last two, and whether they want a gradient.
+        vectors: the same of tensors without image axes, which it gets behind the maps.
     """
 
     key: Hashable
     call: Callable[..., Any]
-    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    inputs: tuple[Spec, ...] = ()
+    vectors: tuple[Spec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Accelerated(nn.Module):
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
-        self._programs: OrderedDict[Any, tuple[Prepared, ...]] = OrderedDict()
+        self._programs: OrderedDict[Any, list[tuple[Prepared, ...]]] = OrderedDict()
         self._spare = Spare()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.training = model.training  # not train(): layers that the user has frozen stay so
@@ -171,20 +176,29 @@ class Accelerated(nn.Module):
                 "processes that share an image have images of different shapes, other settings or other modes; give "
                 "all of them the same",
             )  # fmt: skip
-        wants = tuple(p.requires_grad for p in self.parameters())
         settings = (self.tile, self.memory_budget, self.carries)
         autocast, triton = Autocast.current(device), kernels.enabled(device)
         shapes, image_grads = [one.shape for one in images], [one.image_grad for one in images]
-        key = (*shapes, first.dtype, device, training, *image_grads, self._state(), wants, autocast, settings, triton)
-        key = (*key, world(), form.key)
-        if key in self._programs:
-            self._programs.move_to_end(key)
-            return self._programs[key]
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = (*shapes, first.dtype, device, training, *image_grads, modes, autocast, settings, triton)
+        key = (*key, world(), form.key, form.inputs, form.vectors)
+        known = self._programs.setdefault(key, [])
+        self._programs.move_to_end(key)
+        for place, ready in enumerate(known):
+            if ready[0].network.program.guard.holds():
+                known.insert(0, known.pop(place))
+                return ready
         if training:
             refuse_backward_hooks(self._network)
         if self._checked is not None:
             self._check(first.shape[1], device)
-        programs = [capture(self._network, s, first.dtype, device, form.call, form.inputs) for s in shapes]
+        programs = [
+            capture(self._network, one.shape, first.dtype, device, form.call, form.inputs, form.vectors, one.image_grad)
+            for one in images
+        ]
+        for ready in known:  # what a call changes may differ (a counter), and all else be the same
+            if all(one.network.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
+                return ready
         counted = self.memory_budget is not None or static.executor(device) is not None
         given = self.memory_budget, self.tile, training, self.carries
         if len(images) > 1:
@@ -196,10 +210,11 @@ class Accelerated(nn.Module):
         for network, plan in arranged:
             sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
             prepared.append(Prepared(network, sweeps, plan, bands=bands))
-        self._programs[key] = tuple(prepared)
+        known.insert(0, tuple(prepared))
+        del known[_VARIANTS:]
         if len(self._programs) > _REMEMBERED:
             self._programs.popitem(last=False)
-        return self._programs[key]
+        return known[0]
 
     def _check(self, channels: int, device: torch.device) -> None:
         """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
@@ -209,26 +224,41 @@ class Accelerated(nn.Module):
             verify_network(self._network, make, channels, device)
             checked.add(state)
 
-    def forward(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource]) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output for an image batch.
 
         Args:
-            x: a float tensor (N, C, H, W) on any device, a pixel source (one image), or a list of pixel sources.
-                Images of unequal sizes, tensors or sources, are taken one after the other and their outputs
-                concatenated; with BatchNorm in training mode side by side, for its statistics are those of all pixels
-                of all images, and its running statistics are updated once.
+            args: what the network's own forward takes. The first image among them, a float tensor (N, C, H, W) on any
+                device or a pixel source, says the size; further tensors with these H and W as their last two axes
+                (images, masks) are read tile by tile as well, all other tensors (metadata) whole. Python values are
+                part of the recording.
+                A list of pixel sources or tensors in the place of an only argument is a batch. Images of unequal sizes
+                are taken one after the other and their outputs concatenated; with BatchNorm in training mode side by
+                side, for its statistics are those of all pixels of all images, and its running statistics are updated
+                once.
+            kwargs: likewise, by name.
 
         Returns:
             What the network returns for the whole images.
         """
-        if isinstance(x, (list, tuple)) and len({tuple(s.shape) for s in x}) > 1:
-            return self._several_sizes([as_batch(source) for source in x])
-        return self._one_size(as_batch(x))
+        if len(args) == 1 and not kwargs and not isinstance(args[0], dict):
+            (x,) = args
+            if isinstance(x, (list, tuple)) and len({tuple(s.shape) for s in x}) > 1:
+                return self._several_sizes([as_batch(source) for source in x])
+            return self._one_size(as_batch(x))
+        given = Arguments.of(self._network, args, kwargs)
+        form = Form(given.key, given.call, given.inputs, given.vectors)
+        return self._one_size(given.image, form, given.maps, given.others)
 
-    def _one_size(self, x: Tensor | PixelBatch) -> Any:
-        forward = self._open(x)
+    def _one_size(
+        self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = (),
+        vectors: Sequence[Tensor] = (),
+    ) -> Any:  # fmt: skip
+        forward = self._open(x, form, given, vectors)
         forward.run()
-        return forward.output()
+        output = forward.output()
+        forward.leave()
+        return output
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""
@@ -243,22 +273,27 @@ class Accelerated(nn.Module):
             forwards = self._ready(images, self._program(images))
             run_together(forwards)
             outputs = [forward.output() for forward in forwards]
+            forwards[0].leave()
         else:
             outputs = [self._one_size(x) for x in batches]
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
-    def _open(self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = ()) -> Forward:
+    def _open(
+        self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = (),
+        vectors: Sequence[Tensor] = (),
+    ) -> Forward:  # fmt: skip
         """The forward of an image batch, nothing of it computed yet.
 
         Args:
             form: what is computed instead of the network's call.
             given: the further maps that it takes.
+            vectors: the further tensors without image axes.
         """
-        images = [self._images(x)]
-        (forward,) = self._ready(images, self._program(images, form), given)
+        images = [self._images(x, (*given, *vectors))]
+        (forward,) = self._ready(images, self._program(images, form), given, vectors)
         return forward
 
-    def _images(self, x: Tensor | PixelBatch) -> _Images:
+    def _images(self, x: Tensor | PixelBatch, further: Sequence[Any] = ()) -> _Images:
         if isinstance(x, Tensor):
             if x.dim() != 4 or not x.is_floating_point():
                 raise GigamorphError(
@@ -269,14 +304,16 @@ class Accelerated(nn.Module):
             parameter = next(self.parameters(), torch.empty(0))
             pixels, image, dtype, device = x, None, parameter.dtype, parameter.device
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
-        training = torch.is_grad_enabled() and (image_grad or any(p.requires_grad for p in self.parameters()))
+        wanting = (*further, *self.parameters())
+        training = torch.is_grad_enabled() and (image_grad or any(getattr(t, "requires_grad", False) for t in wanting))
         return _Images(pixels, image, dtype, device, training, image_grad)
 
     def _ready(
-        self, images: Sequence[_Images], prepared: Sequence[Prepared], given: Sequence[Tensor | Pixels] = ()
-    ) -> list[Forward]:
+        self, images: Sequence[_Images], prepared: Sequence[Prepared], given: Sequence[Tensor | Pixels] = (),
+        vectors: Sequence[Tensor] = (),
+    ) -> list[Forward]:  # fmt: skip
         """A forward for each image batch, on the parameters and buffers as they are now."""
-        for others in self._programs.values():
+        for others in chain.from_iterable(self._programs.values()):
             for other in others:
                 if all(other is not one for one in prepared):
                     other.let_go()  # the plan has room for those of one program
@@ -286,11 +323,20 @@ class Accelerated(nn.Module):
             check_same_steps(groups, first.order, images[0].device)
         forwards = []
         for one, ready in zip(images, prepared, strict=True):
-            inputs = dict(zip(ready.network.program.inputs, given, strict=True))
-            state = self._bind_state(ready.network.program)
-            state.update({v: t for v, t in inputs.items() if isinstance(t, Tensor)})
+            program, image, pixels = ready.network.program, one.image, one.pixels
+            inputs = dict(zip(program.inputs, given, strict=True))
+            tensors = {v: t for v, t in inputs.items() if isinstance(t, Tensor)}
+            tensors.update(zip(program.vectors, vectors, strict=True))
+            state = {**self._bind_state(program), **tensors}
             regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
-            forwards.append(Forward(ready, one.image, one.pixels, one.device, one.dtype, state, self.on_tile, regions))
+            written = {v for v, _ in program.updates}
+            targets = {v: state[v] for v in written if v in state}
+            # What is written to at the end of the call may be read in its backward.
+            state.update((v, state[v].clone()) for v in written & ready.kept_for_backward if v in state)
+            if program.image in written and image is not None:
+                targets[program.image], image = image, image.clone()
+                pixels = ImageTensor(image)
+            forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, self.on_tile, regions, targets))
             forwards[-1].keep_to_plan(self._spare)
         return forwards
 
@@ -356,7 +402,7 @@ class Accelerated(nn.Module):
             if value.name is not None:
                 env[number] = state[value.name]
             elif value.constant is not None:
-                env[number] = value.constant
+                env[number] = value.constant if value.find is None else value.find()
         return env
 
 

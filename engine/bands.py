@@ -31,7 +31,7 @@ from .geometry import Window, needed, same
 from .graph import Graph, Network
 from .maps import new_map
 from .ops import Env, Local, Reduction, Small
-from .trace import Op, refs
+from .trace import Op
 
 Rows = tuple[int, int]
 
@@ -217,7 +217,7 @@ class _Splitter:
         self.network, self.bands, self.maps = network, bands, network.maps
         self.stored = {v for graph in network.sweeps for v in graph.stored}
         self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later sweeps
-        self.whole: set[int] = set(refs(network.program.output)) & self.stored  # those needed whole
+        self.whole: set[int] = set(network.program.results()) & self.stored  # those needed whole
         for step in network.steps:
             if isinstance(step, Op):
                 self.whole |= self.stored & set(step.inputs)

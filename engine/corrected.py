@@ -25,7 +25,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def batch_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.batch_norm`, with a right gradient."""
+    """`F.batch_norm`, with a right gradient; its momentum may be a tensor."""
+    args = tuple(float(a) if n == 5 else a for n, a in enumerate(args))
+    kwargs = {name: float(a) if name == "momentum" else a for name, a in kwargs.items()}
     return _ordered(F.batch_norm(input, *args, **kwargs), memory_format(input))
 
 

@@ -71,7 +71,9 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
     values = [each.values if isinstance(each.values, Tensor) else each for each in given]
     forward = net._open(batch, Form(key, with_loss, specs), values)
     forward.run()
-    return forward.output()
+    loss = forward.output()
+    forward.leave()
+    return loss
 
 
 def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
@@ -106,6 +108,7 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         info, axes = network.program.values[value], network.maps.axes[value]
         with sink(out, tuple(info.shape), axes, info.dtype) as forward.taps[value]:
             forward.run()
+        forward.leave()
 
 
 def written(x: Tensor) -> Tensor:
@@ -154,20 +157,23 @@ def _tensor(values: Any) -> Tensor:
 def _outputs(net: Accelerated, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
     """What the network returns for an image size, with (shape, dtype) in place of tensors."""
     known = _OUTPUTS.setdefault(net, OrderedDict())
-    key = (shape, dtype, device, net._state())
-    if key not in known:
+    key = (shape, dtype, device, torch.is_grad_enabled())
+    if key not in known or not known[key][0].holds():
         program = capture(net._network, shape, dtype, device)
         values = program.values
-        known[key] = tree_map(
-            lambda leaf: (
-                _Shape(tuple(values[leaf.value].shape), values[leaf.value].dtype) if isinstance(leaf, Ref) else leaf
+        known[key] = (
+            program.guard,
+            tree_map(
+                lambda leaf: (
+                    _Shape(tuple(values[leaf.value].shape), values[leaf.value].dtype) if isinstance(leaf, Ref) else leaf
+                ),
+                program.output,
             ),
-            program.output,
         )
         if len(known) > _REMEMBERED:
             known.popitem(last=False)
     known.move_to_end(key)
-    return known[key]
+    return known[key][1]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,6 +70,21 @@ class Graph:
         """The values that the sweep gives: those of its reductions, then the stored maps."""
         return [v for r in self.reductions for v in r.outputs] + self.stored
 
+    @cached_property
+    def reach(self) -> dict[int, frozenset[int]]:
+        """The sources and smalls that each result's gradient reaches, if there is one."""
+        values = self.program.values
+        found = {v: frozenset([v]) for v in (*self.sources, *self.smalls)}
+        nothing: frozenset[int] = frozenset()
+        for local in self.locals:
+            inputs = (*local.reads, *local.op.inputs, *(() if local.drawn is None else (local.drawn,)))
+            reached = nothing.union(*(found.get(v, nothing) for v in inputs))
+            found.update((v, reached if values[v].takes_grad else nothing) for v in local.op.outputs)
+        for reduction in self.reductions:
+            reached = found.get(reduction.value, nothing)
+            found.update((v, reached if values[v].takes_grad else nothing) for v in reduction.outputs)
+        return {v: found.get(v, nothing) for v in self.results}
+
     def apply_rule(self, op: Op) -> Local:
         """The local op that a rewritten convolution is."""
         made = apply_rule(op, self.maps)
@@ -103,7 +119,7 @@ class Network:
                 if v in readers:
                     readers[v] += 1
         others = [v for step in self.steps if not isinstance(step, Graph) for v in step.inputs]
-        for v in (*others, *refs(self.program.output)):
+        for v in (*others, *self.program.results()):
             readers.pop(v, None)
         return readers
 
@@ -114,7 +130,7 @@ class Network:
 
         def follow(inputs: Iterable[int], outputs: Iterable[int]) -> None:
             if not found.isdisjoint(inputs):
-                found.update(v for v in outputs if values[v].dtype.is_floating_point)
+                found.update(v for v in outputs if values[v].takes_grad)
 
         for step in self.steps:
             if not isinstance(step, Graph):
@@ -168,19 +184,14 @@ def small_inputs(graph: Graph) -> list[int]:
 
 
 def live_ops(program: Program) -> list[Op]:
-    """Ops that the output or a buffer depends on; unused branches (auxiliary heads) are dropped."""
-    wanted = set(refs(program.output))
+    """Ops that the output or a change of state depends on; unused branches (auxiliary heads) are dropped."""
+    wanted = set(program.results())
     live: list[Op] = []
     for op in reversed(program.ops):
-        if writes_state(program, op) or wanted & set(op.outputs):
+        if wanted & set(op.outputs):
             wanted.update(op.inputs)
             live.append(op)
     return live[::-1]
-
-
-def writes_state(program: Program, op: Op) -> bool:
-    """Whether an op changes a parameter, a buffer or a constant."""
-    return any(program.values[v].name or program.values[v].constant is not None for v in op.mutated)
 
 
 def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> Small:
@@ -218,13 +229,9 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
                 )
             made = apply_rule(op, maps)
         except UnsupportedError as refusal:
-            if op.mutated:
-                raise
             if fallback != "whole":
                 raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
             made = Whole(op)
-        if any(program.values[v].name for v in op.mutated) and not isinstance(made, list):
-            raise _refuse(op, f"'{op.name}' writes the image's values into a parameter or buffer")
         for node in made if isinstance(made, list) else [made]:
             if isinstance(node, Local):
                 if node.once is not None:
@@ -244,16 +251,12 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
 
 
 def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
-    """Nodes that the output or a buffer depends on; rules may have gone round some ops."""
-    values = maps.program.values
-    wanted = set(refs(maps.program.output))
+    """Nodes that the output or a change of state depends on; rules may have gone round some ops."""
+    wanted = set(maps.program.results())
     live: list[Node | Op] = []
     for node in reversed(nodes):
         op = node.op if isinstance(node, (Local, Whole)) else node
-        kept = isinstance(node, Small) and node.effect is not None
-        if isinstance(op, Op):
-            kept = any(values[v].name or values[v].constant is not None for v in op.mutated)
-        if kept or wanted & set(_makes(node)):
+        if wanted & set(_makes(node)):
             wanted.update([op.value] if isinstance(op, Reduction) else op.inputs)
             wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
             live.append(node)
@@ -334,7 +337,7 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
 def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     """Maps that must be stored: those that ops take in one piece, and the program's outputs."""
     found = {v for node in nodes if isinstance(node, Whole) for v in maps.inputs(node.op)}
-    return found | {v for v in refs(maps.program.output) if v in maps}
+    return found | {v for v in maps.program.results() if v in maps}
 
 
 def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> list[int]:
@@ -363,9 +366,14 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
     steps: list[Op | Small | Graph] = []
+    late = _for_state_alone(maps, nodes)
     for now in range(last + 1):
         for node in nodes:
-            if not isinstance(node, (Local, Reduction)) and level.get(next(iter(_makes(node)), -1), 0) == now:
+            if (
+                not isinstance(node, (Local, Reduction))
+                and id(node) not in late
+                and level.get(next(iter(_makes(node)), -1), 0) == now
+            ):
                 steps.append(node.op if isinstance(node, Whole) else node)
         here = [r for r in reductions if level[r.value] == now]
         written = [v for v in kept if level[v] == now]
@@ -373,11 +381,27 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
             given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
             there = {*given, *(v for v in kept if level[v] < now)}
             steps.append(_sweep(maps, nodes, makers, here, written, there))
+    steps += [node for node in nodes if isinstance(node, (Op, Small)) and id(node) in late]
     network = Network(maps.program, maps, steps)
     if not network.sweeps:
         raise UnsupportedError("the model's output does not depend on the image")
-    _check_written(network)
     return network
+
+
+def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
+    """The computations on smalls, by identity, that only what a call leaves in buffers and attributes depends on.
+
+    They come last, in the order of the calls: no range of sweeps that is computed again has them inside.
+    """
+    wanted = set(refs(maps.program.output))
+    late: set[int] = set()
+    for node in reversed(nodes):
+        alone = isinstance(node, (Op, Small)) and not any(v in maps for v in (*node.inputs, *node.outputs))
+        if alone and not wanted & set(_makes(node)):
+            late.add(id(node))
+        else:
+            wanted.update(_reads(node, maps), node.op.inputs if isinstance(node, Local) else ())
+    return late
 
 
 def _sweep(
@@ -400,16 +424,6 @@ def _sweep(
     graph = Graph(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
     graph.smalls = small_inputs(graph)
     return graph
-
-
-def _check_written(network: Network) -> None:
-    """An op behind a sweep that writes in place into a value which the sweep reads would change it under our hands."""
-    swept: set[int] = set()
-    for step in network.steps:
-        if isinstance(step, Graph):
-            swept.update(step.smalls)
-        elif isinstance(step, Op) and swept & set(step.mutated):
-            raise _refuse(step, f"'{step.name}' writes in place into a tensor that earlier layers read")
 
 
 def build_network(program: Program, fallback: str | None = None) -> Network:

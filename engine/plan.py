@@ -28,7 +28,7 @@ from . import static, trace
 from .backend import prepare
 from .bands import Bands, split_network
 from .errors import BudgetError, GigamorphError, UnsupportedError
-from .graph import Graph, Network, sort, writes_state
+from .graph import Graph, Network, sort
 from .memory import available_bytes, format_bytes, parse_bytes
 from .ops import Small
 from .replay import FEWEST_TILES, static_bytes
@@ -36,7 +36,7 @@ from .scan import Autocast, cast_dtype
 from .simulate import carry_shape, stock_peak, tile_peak
 from .strategy import PLACES, Strategy, every_strategy, stored_peak, strategies
 from .sweep import Sweep
-from .trace import Op, Program, capture
+from .trace import Op, Program, capture, refs
 
 # Sides that are tried, largest first: powers of two and their halves in between.
 _SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
@@ -540,13 +540,17 @@ def arrange_together(
 
 
 def _writes_of_images(program: Program) -> Iterator[Op]:
-    """The ops, but for norms, that change a buffer by what they have of the image."""
-    seen = {program.image, *program.inputs}
+    """The ops, but for norms, that make what a call leaves in buffers and attributes of what they have of the image."""
+    seen = {program.image, *program.inputs, *program.vectors}
+    makers: dict[int, Op] = {}
     for op in program.ops:
         if seen.intersection(op.inputs):
-            seen.update(op.outputs)
-            if op.name not in ("batch_norm", "instance_norm") and writes_state(program, op):
-                yield op
+            # Running statistics are those of all images.
+            made = op.outputs[:1] if op.name in ("batch_norm", "instance_norm") else op.outputs
+            seen.update(made)
+            makers.update(dict.fromkeys(made, op))
+    left = set(program.results()) - set(refs(program.output))
+    yield from (makers[v] for v in sorted(left & seen) if v in makers)
 
 
 def _named(name: str, every: Iterator[Strategy], known: dict[str, Strategy]) -> Strategy | None:

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves
 
 from . import static
 from .bands import Bands
+from .capture.program import call
+from .capture.trees import realize
 from .carries import Rect
 from .ceiling import Ceiling
-from .graph import Graph, Network, writes_state
+from .errors import GigamorphError
+from .graph import Graph, Network
 from .maps import Gradients, add_reader
 from .ops import Small
 from .pages import Spare
@@ -66,7 +68,8 @@ class ScanFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
-        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.unvalued]
+        results = tuple(map(_no_view, results))
+        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         scan.let_go()
@@ -75,15 +78,21 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
-        saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        saved = _saved(ctx)
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         scan: Scan = ctx.scan
         sweep, graph = scan.sweep, scan.sweep.graph
         count, last = len(ctx.sources), not _keeps_graph()
-        stored = dict(zip((v for v in graph.results if v in sweep.unvalued), kept, strict=True))
+        stored = dict(zip((v for v in graph.results if v in sweep.reread), kept, strict=True))
         scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored, tensors[count:])
         scan.gradients.end(graph.stored)
-        wants = {v: tensors[place] for v, place in ctx.sources.items() if ctx.needs_input_grad[2 + place]}
+        reached = frozenset[int]().union(
+            *(graph.reach[v] for v, grad in zip(graph.results, grads, strict=True) if grad is not None)
+        )
+        readers = [tensors[place] for place in ctx.sources.values() if ctx.needs_input_grad[2 + place]]
+        wants = {
+            v: tensors[place] for v, place in ctx.sources.items() if ctx.needs_input_grad[2 + place] and v in reached
+        }
         try:
             source_grads, made = scan.source_grads(wants)
             sums = scan.backward(grads, source_grads, last)
@@ -91,7 +100,7 @@ class ScanFunction(torch.autograd.Function):
             scan.gradients.clear()  # they are incomplete, and may live on in the error's traceback
             raise
         scan.let_go()
-        for tensor in wants.values() if last else ():
+        for tensor in readers if last else ():
             add_reader(tensor, -1)
         if ctx.bands is not None:
             wanted = [v for v, want in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True) if want]
@@ -99,9 +108,30 @@ class ScanFunction(torch.autograd.Function):
             _sum_over_bands(ctx.bands, graph, {v: smalls[v] for v in wanted}, sums, source_grads)
         results: list[Tensor | None] = [source_grads.get(v) if v in made else None for v in ctx.sources]
         for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
-            total = sums.pop(value, None) if wanted else None
-            results.append(torch.zeros_like(small) if wanted and total is None else total)
+            total = sums.pop(value, None) if wanted and value in reached else None
+            results.append(torch.zeros_like(small) if wanted and value in reached and total is None else total)
         return None, None, *results
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The tensor as one that is no view of its memory: users may change outputs in place."""
+    if not tensor._is_view():
+        return tensor
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What autograd has kept for the backward."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise GigamorphError(
+            "the backward needs a tensor that was changed in place since the forward (an output, a weight or the "
+            f"image); change a copy of it, or change it after the backward ({str(error).split(';')[0]})"
+        ) from error
 
 
 def _keeps_graph() -> bool:
@@ -126,15 +156,10 @@ def _sum_over_bands(
 
 @dataclass(frozen=True)
 class Border:
-    """What goes in and out of a range of steps: values it reads, what later steps read of it, what is let go there.
-
-    `aside` are the values that are read only where buffers are changed, which a second computation does not. They may
-    have changed until then, unlike `inputs`.
-    """
+    """What goes in and out of a range of steps: values it reads, what later steps read of it, what is let go there."""
 
     part: range
     inputs: tuple[int, ...]
-    aside: tuple[int, ...]
     outputs: tuple[int, ...]
     ends: tuple[int, ...]
 
@@ -163,6 +188,12 @@ class Prepared:
     def borders(self) -> dict[int, Border]:
         """The ranges that are computed again, by their first step."""
         return {part.start: _border(self.network, part, self.last_use) for part in self.network.ranges}
+
+    @cached_property
+    def kept_for_backward(self) -> set[int]:
+        """The values that a step other than the updates of norms' statistics reads."""
+        found = {v for part in self.borders.values() for v in part.inputs}
+        return found.union(*(_reads(step) for step in self.network.steps if not isinstance(step, Small)))
 
     @cached_property
     def swept(self) -> dict[int, int]:
@@ -206,6 +237,7 @@ class Forward:
         state: parameters, buffers and constants by value number.
         on_tile: called after each tile.
         given: further maps from outside, read by region.
+        targets: the tensors that `Program.updates` change, by the value that they come with.
 
     Attributes:
         taps: by the number of a map that the network gives away as it is made, what gets its blocks.
@@ -214,12 +246,18 @@ class Forward:
     def __init__(
         self, prepared: Prepared, image: Tensor | None, pixels: Pixels, device: torch.device, dtype: torch.dtype,
         state: dict[int, Tensor], on_tile: Callable[[TileEvent], None] | None, given: Mapping[int, Pixels],
+        targets: Mapping[int, Tensor] | None = None,
     ):  # fmt: skip
-        self.given = given
+        self.given, self.targets = given, targets or {}
         self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
+        program = prepared.network.program
+        self.passed = {
+            program.image: image,
+            **{v: state.get(v) for v in program.inputs},
+        }  # results that come from outside
         self.ceiling: Ceiling | None = None
         self.gradients = Gradients()
 
@@ -242,13 +280,13 @@ class Forward:
             run_together([self], first, end)
 
     def step(self, number: int, again: bool = False) -> None:
-        """Run one step; `again` says that this is not the first time, so that buffers stay as they are."""
+        """Run one step; `again` says that this is not the first time."""
         network = self.prepared.network
         step = network.steps[number]
         if isinstance(step, Graph):
             self.sweep(number, again and any(number == part.stop - 1 for part in network.ranges))
         else:
-            run_small(network, step, self.env, self.device, again)
+            run_small(network, step, self.env, self.device)
 
     def let_go(self, number: int) -> None:
         """Forget the values that no step behind one reads."""
@@ -307,7 +345,31 @@ class Forward:
 
     def output(self) -> Any:
         """What the network returns."""
-        return bind(self.prepared.network.program.output, self.env)
+        return realize(self._bound(self.prepared.network.program.output))
+
+    def _bound(self, tree: Any) -> Any:
+        """A tree of results with its tensors; those that no gradient flows through want none."""
+        program = self.prepared.network.program
+        left: dict[int, Tensor] = {}
+        for v in refs(tree):
+            tensor = self.passed.get(v)
+            tensor = self.env[v] if tensor is None else tensor
+            cut = program.grad and tensor.requires_grad and not program.values[v].differentiable
+            left[v] = tensor.detach() if cut else tensor
+        return bind(tree, left)
+
+    def leave(self) -> None:
+        """What a call changes besides its result: buffers, the image where it is written to, attributes."""
+        program = self.prepared.network.program
+        for before, after in program.updates:
+            target = self.targets.get(before)
+            if target is None:
+                continue
+            grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+                target.copy_(self.env[after])
+        for effect in program.effects:
+            effect.apply(self._bound)
 
 
 def run_together(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> None:
@@ -327,11 +389,8 @@ def run_together(forwards: Sequence[Forward], first: int = 0, end: int | None = 
 def _step(forwards: Sequence[Forward], number: int, again: bool = False) -> None:
     """Run one step of all forwards; see `Forward.step`."""
     smalls = [step for f in forwards if isinstance(step := f.prepared.network.steps[number], Small) and step.share]
-    first = forwards[0].prepared.network
     if len(smalls) > 1:
-        _merge(smalls, forwards, again)
-    elif isinstance(op := first.steps[number], Op) and writes_state(first.program, op):
-        _count(number, forwards, again)
+        _merge(smalls, forwards)
     else:
         for forward in forwards:
             forward.step(number, again)
@@ -339,24 +398,13 @@ def _step(forwards: Sequence[Forward], number: int, again: bool = False) -> None
         forward.let_go(number)
 
 
-def _merge(smalls: Sequence[Small], forwards: Sequence[Forward], again: bool) -> None:
-    """Compute a statistic of all images; it has its effect once."""
+def _merge(smalls: Sequence[Small], forwards: Sequence[Forward]) -> None:
+    """Compute a statistic of all images."""
     first = smalls[0]
     assert first.merge is not None
     results = first.merge([small.share(f.env) for small, f in zip(smalls, forwards, strict=True) if small.share])
     for small, forward in zip(smalls, forwards, strict=True):
         forward.env.update(zip(small.outputs, results, strict=True))
-    if first.effect is not None and not again:
-        first.effect(forwards[0].env)
-
-
-def _count(number: int, forwards: Sequence[Forward], again: bool) -> None:
-    """Run an op that changes a buffer, whatever the image: once for all images, which have the buffer in common."""
-    first, *others = forwards
-    first.step(number, again)
-    made = [first.env[v] for v in _makes(first.prepared.network.steps[number])]
-    for other in others:
-        other.env.update(zip(_makes(other.prepared.network.steps[number]), made, strict=True))
 
 
 class Recomputed(torch.autograd.Function):
@@ -393,8 +441,6 @@ class Recomputed(torch.autograd.Function):
         ctx.images = [whole.image is not None for whole in wholes]
         ctx.wholes = [whole.part({}, None) for whole in wholes]
         insides = _insides(wholes, inputs, ctx.images, tensors)
-        for whole, inside, border in zip(wholes, insides, borders, strict=True):
-            inside.env.update((v, whole.env[v]) for v in border.aside)
         for number in borders[0].part:
             _step(insides, number)
         return tuple(inside.env[v] for inside, border in zip(insides, borders, strict=True) for v in border.outputs)
@@ -404,8 +450,7 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None):
         last = not _keeps_graph()
         tensors = [
-            t.detach().requires_grad_(wanted)
-            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+            t.detach().requires_grad_(wanted) for t, wanted in zip(_saved(ctx), ctx.needs_input_grad[3:], strict=True)
         ]
         insides = _insides(ctx.wholes, ctx.inputs, ctx.images, tensors)
         device = insides[0].device
@@ -469,8 +514,7 @@ def _last_uses(network: Network) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     for number, step in enumerate(network.steps):
         last.update(dict.fromkeys(_reads(step), number))
-    kept = {*refs(network.program.output)}
-    kept.update(v for v, value in enumerate(network.program.values) if value.name or value.constant is not None)
+    kept = {*network.program.results(), *network.program.state()}
     uses: dict[int, list[int]] = {}
     for value, number in last.items():
         if value not in kept:
@@ -482,39 +526,25 @@ def _border(network: Network, part: range, last_use: Mapping[int, list[int]]) ->
     """What goes in and out of a range of steps."""
     steps = network.steps
     inputs: dict[int, None] = {}
-    aside: dict[int, None] = {}
     made: dict[int, None] = {}
     for number in part:
-        step = steps[number]
-        only = set(step.aside) if isinstance(step, Small) else set()
-        aside.update(dict.fromkeys(v for v in only if v not in made))
-        inputs.update(dict.fromkeys(v for v in _reads(step) if v not in made and v not in only))
-        made.update(dict.fromkeys(_makes(step)))
-    later = set(refs(network.program.output)).union(*(_reads(step) for step in steps[part.stop :]))
+        inputs.update(dict.fromkeys(v for v in _reads(steps[number]) if v not in made))
+        made.update(dict.fromkeys(_makes(steps[number])))
+    later = set(network.program.results()).union(*(_reads(step) for step in steps[part.stop :]))
     ends = tuple(v for number in part for v in last_use.get(number, ()))
-    return Border(part, tuple(inputs), tuple(aside), tuple(v for v in made if v in later), ends)
+    return Border(part, tuple(inputs), tuple(v for v in made if v in later), ends)
 
 
-def run_small(
-    network: Network, op: Op | Small, env: dict[int, Tensor], device: torch.device, again: bool = False
-) -> None:
-    """Run an op on smalls (or on maps that are stored whole) with ordinary autograd; effects not `again`."""
+def run_small(network: Network, op: Op | Small, env: dict[int, Tensor], device: torch.device) -> None:
+    """Run an op on smalls (or on maps that are stored whole) with ordinary autograd; what it reads stays as it is."""
     if isinstance(op, Small):
         env.update(zip(op.outputs, op.run(env), strict=True))
-        if op.effect is not None and not again:
-            op.effect(env)
         return
     # A map that is only asked for its dtype and device is stood in for by an empty tensor.
     values = network.program.values
     maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in network.maps.inputs(op) if v not in env}
-    scope = {**{v: env[v] for v in op.inputs if v in env}, **maps}
     with _autocast(op, device):
-        result = op.func(*bind(op.args, scope), **bind(op.kwargs, scope))
-    tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-    # Calls that return nothing (an assignment to a slice) give a new value to the tensor they wrote to.
-    if len(tensors) < len(op.outputs):
-        tensors += [scope[v] for v in op.mutated][: len(op.outputs) - len(tensors)]
-    env.update(zip(op.outputs, tensors, strict=False))
+        env.update(zip(op.outputs, call(op, {**{v: env[v] for v in op.inputs if v in env}, **maps}), strict=False))
 
 
 def _autocast(op: Op, device: torch.device):

@@ -24,7 +24,7 @@ from .backend import unvalued_runs
 from .graph import Graph, Network, crossing, levels, split
 from .ops import Local, Maps, Node, Reduction, Small
 from .ops.base import arguments
-from .trace import Op, Value, refs
+from .trace import Op, Value
 
 # Arithmetic that could be done while a byte is moved; pointwise ops cost what they move.
 _FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
@@ -132,7 +132,7 @@ def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
     last: dict[int, int] = {}
     for place, node in enumerate(order):
         last.update(dict.fromkeys(node.reads, place))
-    last.update((v, len(order)) for v in refs(maps.program.output))
+    last.update((v, len(order)) for v in maps.program.results())
     level = levels(maps, nodes)
     live: set[int] = {maps.program.image}
     found: dict[int, int] = {}
@@ -228,7 +228,7 @@ class _Lifetimes:
         self.steps, self.ranges, self.wanted = steps, network.ranges, wanted
         self.end = len(steps)
         self.made: dict[int, int] = {}
-        self.last: dict[int, int] = dict.fromkeys(refs(network.program.output), self.end)
+        self.last: dict[int, int] = dict.fromkeys(network.program.results(), self.end)
         self.readers: dict[int, list[int]] = {}
         self.unvalued: set[int] = set()
         for number, step in enumerate(steps):
@@ -253,7 +253,7 @@ class _Lifetimes:
         self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
         # A band's own rows go when what the sweeps read has been fetched; in the backward their gradient stands there.
         self.held = {v for step in steps if not isinstance(step, Small) for v in _reads(step)}
-        self.held.update(refs(network.program.output))
+        self.held.update(network.program.results())
 
     def forward(self, now: int, training: bool) -> int:
         """Bytes while a step is computed."""

@@ -39,6 +39,8 @@ class Sweep:
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
+        # Stored maps whose values the second pass takes from where they are stored.
+        self.reread = {r.value for r in graph.reductions if r.kind == "moments" and r.value in self.unvalued}
         self.moments = {r.value for r in graph.reductions if r.kind == "moments"}
         self.readers = readers_of(graph)
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
@@ -129,7 +131,7 @@ class Sweep:
         needs = {v for v in self.graph.sources if v in wanted}
         for local in self.graph.locals:
             if any(v in needs for v in local.reads) or any(v in wanted for v in local.op.inputs):
-                needs.update(v for v in local.op.outputs if values[v].dtype.is_floating_point)
+                needs.update(v for v in local.op.outputs if values[v].takes_grad)
         return needs
 
 

@@ -87,18 +87,14 @@ class Local:
 class Small:
     """A computation on smalls that is not a recorded call; it runs once per step.
 
-    `run` gets the tensors of `inputs` by value number and returns those of `outputs`. `effect` changes buffers; it runs
-    behind `run`, and not again where smalls are computed a second time for the backward; `aside` are the inputs that it
-    alone reads. Where the results of one image depend on the others of the batch, `share` gives what an image (or
-    several of one size) contributes, and `merge` makes the outputs, the same for all images, of the shares of all;
-    `run` is then both.
+    `run` gets the tensors of `inputs` by value number and returns those of `outputs`. Where the results of one image
+    depend on the others of the batch, `share` gives what an image (or several of one size) contributes, and `merge`
+    makes the outputs, the same for all images, of the shares of all; `run` is then both.
     """
 
     run: Callable[[Env], tuple[Tensor, ...]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    effect: Callable[[Env], None] | None = None
-    aside: tuple[int, ...] = ()
     share: Callable[[Env], tuple[Tensor, ...]] | None = None
     merge: Callable[[Sequence[tuple[Tensor, ...]]], tuple[Tensor, ...]] | None = None
 

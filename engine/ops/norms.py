@@ -15,7 +15,7 @@ pixel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..corrected import memory_format
 from ..processes import Moments, merged
-from ..trace import CumulativeAverage, Op, Ref
+from ..trace import Op, Ref
 from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
 from .promote import promoted
@@ -35,25 +35,30 @@ def _number(ref: Any) -> int | None:
     return ref.value if isinstance(ref, Ref) else None
 
 
-def _update(buffer: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
-    if buffer is not None:
-        buffer.mul_(1 - momentum).add_((value * momentum).to(buffer.dtype))
+def _running(
+    op: Op, numbers: Sequence[int | None], momentum: float | Ref,
+    statistics: Callable[[Env], tuple[Tensor, Tensor]], inputs: tuple[int, ...],
+) -> list[Small]:  # fmt: skip
+    """What a call makes of running statistics: new values, which later calls of the norm and later steps read.
 
+    Args:
+        numbers: the running mean and variance, None for those that are not kept.
+        statistics: mean and unbiased variance of this call.
+        inputs: what `statistics` reads.
+    """
+    after = dict(zip(op.mutated, op.outputs[len(op.outputs) - len(op.mutated) :], strict=True))
+    kept = [number for number in numbers if number is not None]
+    if not kept:
+        return []
 
-def _counters(maps: Maps, momentum: float) -> list[int]:
-    """The counter of batches of a cumulative average: its value at first, and after each use of the norm."""
-    name = momentum.counter if isinstance(momentum, CumulativeAverage) else None
-    return [v for v, value in enumerate(maps.program.values) if name is not None and value.name == name]
+    def run(env: Env) -> tuple[Tensor, ...]:
+        share = env[momentum.value] if isinstance(momentum, Ref) else momentum
+        with torch.no_grad():
+            new = dict(zip(numbers, statistics(env), strict=True))
+            return tuple(env[v] * (1 - share) + (new[v] * share).to(env[v].dtype) for v in kept)
 
-
-def _share(op: Op, maps: Maps, env: Env, momentum: float) -> float | Tensor:
-    """What a new statistic counts: the momentum, or one over the number of batches for a cumulative average."""
-    if not isinstance(momentum, CumulativeAverage):
-        return momentum
-    counts = _counters(maps, momentum)
-    # All uses of a shared norm have counted when the first of them gets here.
-    later = sum(v > op.outputs[0] for v in counts)
-    return 1 / (env[counts[0]].to(exact(env[counts[0]].device)) - later)
+    counted = (momentum.value,) if isinstance(momentum, Ref) else ()
+    return [Small(run, (*inputs, *kept, *counted), tuple(after[v] for v in kept))]
 
 
 def _need_channels(op: Op, maps: Maps, value: int) -> None:
@@ -94,16 +99,12 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         middle, spread, count = merged(shares, group)
         return middle.to(dtype), spread.to(dtype), count
 
-    def keep(env: Env) -> None:
-        unbiased = env[seen] / (env[seen] - 1).clamp(min=1)
-        with torch.no_grad():
-            for number, moment, factor in zip(running, (total_mean, total_var), (1.0, unbiased), strict=True):
-                _update(None if number is None else env[number], env[moment] * factor, _share(op, maps, env, momentum))
+    def statistics(env: Env) -> tuple[Tensor, Tensor]:
+        return env[total_mean], env[total_var] * (env[seen] / (env[seen] - 1).clamp(min=1))
 
-    aside = (*(v for v in running if v is not None), *_counters(maps, momentum)[:1])
-    effect = keep if running != (None, None) else None
     outputs = (total_mean, total_var, seen)
-    finalize = Small(lambda env: merge([share(env)]), (mean, var, *aside), outputs, effect, aside, share, merge)
+    finalize = Small(lambda env: merge([share(env)]), (mean, var), outputs, share, merge)
+    updates = _running(op, running, momentum, statistics, outputs)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
@@ -111,9 +112,9 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         return (Normalize.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
-    statistics = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
-    local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**statistics, "eps": eps})
-    return [reduction, finalize, local]
+    parts = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
+    local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**parts, "eps": eps})
+    return [reduction, finalize, *updates, local]
 
 
 def _pixelwise(
@@ -250,21 +251,18 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
             offset = offset + env[bias].to(own).reshape(1, c, *ones)
         return factor.to(dtype), offset.to(dtype)
 
-    def keep(env: Env) -> None:
+    def statistics(env: Env) -> tuple[Tensor, Tensor]:
         unbiased = reduction.count / max(reduction.count - 1, 1)
-        with torch.no_grad():
-            for number, moment, factor in zip(running, (mean, var), (1.0, unbiased), strict=True):
-                if number is not None:
-                    _update(env[number], env[moment].flatten(1).mean(0) * factor, given["momentum"])
+        means, variances = (env[v].flatten(1).mean(0) for v in (mean, var))
+        return means, variances * unbiased
 
-    aside = tuple(v for v in running if v is not None)
-    inputs = (mean, var, *(v for v in (weight, bias) if v is not None), *aside)
-    finalize = Small(affine, inputs, (scale, shift), keep if aside else None, aside)
+    updates = _running(op, running, given.get("momentum", 0.1), statistics, (mean, var))
+    finalize = Small(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), (scale, shift))
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (ScaleShift.apply(env[value], env[scale], env[shift], out),)  # pyright: ignore
 
-    return [reduction, finalize, _pixelwise(op, maps, value, "scale_shift", (value, scale, shift), run)]
+    return [reduction, finalize, *updates, _pixelwise(op, maps, value, "scale_shift", (value, scale, shift), run)]
 
 
 class ScaleShift(torch.autograd.Function):

@@ -151,6 +151,7 @@ ELEMENTWISE = [
     "contiguous",
     "clone",
     "detach",
+    "straight_through",
     "zeros_like",
     "ones_like",
 ]

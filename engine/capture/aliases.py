@@ -1,0 +1,151 @@
+"""Tensors that share memory, in a recording where every write makes a new value.
+
+A view is known by the calls that made it from its *root*, the first tensor of its memory. A write to a view is a write
+to the root, by the inverse of those calls; whatever else looks at the memory is made again from the root when it is
+read. So
+
+    y = x[:, :2]; y.mul_(3); z = x + 1          becomes        y' = x[:, :2] * 3;  x' = x with [:, :2] = y';  z = x' + 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+
+@dataclass(slots=True)
+class Step:
+    """A call that made a view: `func(*args, **kwargs)[index]`, with `parent` standing for what it was made from."""
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parent: Tensor
+    outputs: tuple[Tensor, ...]
+    index: int
+
+
+@dataclass(slots=True)
+class Memory:
+    """The memory of a root and its views; `version` counts the writes."""
+
+    root: Tensor
+    version: int = 0
+    last: str = ""  # what wrote last, for messages
+
+
+@dataclass(slots=True)
+class Alias:
+    """A tensor, how it was made from its root, and up to which write its value is known."""
+
+    tensor: Tensor
+    memory: Memory
+    chain: tuple[Step, ...] = ()
+    version: int = 0
+
+    @property
+    def untracked(self) -> bool:
+        """Whether it was made by `.data`, whose writes autograd does not notice."""
+        return any(step.name == "data" for step in self.chain)
+
+
+@dataclass
+class Aliases:
+    """All tensors of a recording, by identity."""
+
+    of: dict[int, Alias] = field(default_factory=dict)
+    memories: dict[int, Memory] = field(default_factory=dict)
+
+    def add(self, tensor: Tensor, step: Step | None) -> None:
+        """A tensor that has come into being; `step` made it, if it is a view."""
+        key = tensor.untyped_storage()._cdata
+        memory = self.memories.get(key)
+        if memory is None or step is None or id(step.parent) not in self.of:
+            self.memories[key] = memory = Memory(tensor)
+            self.of[id(tensor)] = Alias(tensor, memory)
+            return
+        chain = (*self.of[id(step.parent)].chain, step)
+        self.of[id(tensor)] = Alias(tensor, memory, chain, memory.version)
+
+    def parent(self, tensor: Tensor, inputs: list[Tensor]) -> Tensor | None:
+        """The input that an output looks at the memory of."""
+        key = tensor.untyped_storage()._cdata
+        if key not in self.memories:
+            return None
+        return next((t for t in inputs if t.untyped_storage()._cdata == key), None)
+
+    def twin(self, tensor: Tensor) -> Tensor | None:
+        """A known tensor that is the same piece of memory."""
+        memory = self.memories.get(tensor.untyped_storage()._cdata)
+        form = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        for alias in self.of.values() if memory is not None else ():
+            t = alias.tensor
+            if alias.memory is memory and (t.shape, t.stride(), t.storage_offset(), t.dtype) == form:
+                return t
+        return None
+
+
+_SAME = frozenset({"detach", "data", "alias", "contiguous", "view_as_real_same", "to"})
+_RESHAPES = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as", "reshape_as"}
+)
+_SWAPS = frozenset({"transpose", "swapaxes", "swapdims", "t", "mT", "T"})
+_PIECES = frozenset(
+    {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select", "narrow", "unsafe_chunk"}
+)
+
+
+def inverse(step: Step, where: str) -> tuple[Callable[..., Any], str, Callable[[Any, Any], tuple[Any, ...]]]:
+    """The call that gives the parent with a new value in the place of the view: function, name, and its arguments.
+
+    Raises:
+        UnsupportedError: for views whose writes have no such form.
+    """
+    name, parent, child = step.name, step.parent, step.outputs[step.index]
+    if name == "__getitem__":
+        index = step.args[1]
+        return Tensor.__setitem__, "__setitem__", lambda p, c: (p, index, c)
+    if name in _RESHAPES and child.numel() == parent.numel():
+        return torch.reshape, "reshape", lambda _p, c: (c, tuple(parent.shape))
+    if name in _SWAPS and child.dim() == parent.dim() == 2:
+        return torch.transpose, "transpose", lambda _p, c: (c, 0, 1)
+    if name in _SWAPS and len(step.args) == 3:
+        return torch.transpose, "transpose", lambda _p, c: (c, *step.args[1:])
+    if name == "permute" and not step.kwargs:
+        dims = step.args[1] if len(step.args) == 2 and not isinstance(step.args[1], int) else step.args[1:]
+        dims = [d % parent.dim() for d in dims]
+        return torch.permute, "permute", lambda _p, c: (c, tuple(dims.index(d) for d in range(len(dims))))
+    if name in _PIECES:
+        where_in = _piece(step)
+        return Tensor.__setitem__, "__setitem__", lambda p, c: (p, where_in, c)
+    raise UnsupportedError(
+        f"{where} changes in place what '{step.name}' has made, while its memory is read through another view; "
+        "write that change out of place"
+    )
+
+
+def is_same(step: Step) -> bool:
+    """Whether a view is all of its parent, in its form."""
+    child = step.outputs[step.index]
+    return step.name in _SAME and child.shape == step.parent.shape
+
+
+def _piece(step: Step) -> tuple[Any, ...]:
+    """The index of a piece that lies along one dimension."""
+    parent, child = step.parent, step.outputs[step.index]
+    names = {"unbind": 1, "select": 1, "narrow": 1}
+    place = names.get(step.name, 2)
+    dim = step.kwargs.get("dim", step.args[place] if len(step.args) > place else 0) % parent.dim()
+    if child.dim() < parent.dim() or step.name in ("narrow", "select"):
+        start = (child.storage_offset() - parent.storage_offset()) // max(parent.stride(dim), 1)
+    else:
+        start = sum(t.shape[dim] for t in step.outputs[: step.index])
+    along = start if child.dim() < parent.dim() else slice(start, start + child.shape[dim])
+    return (*[slice(None)] * dim, along)

@@ -1,0 +1,123 @@
+"""What a recording changes in the process: one at a time, and undone on any exit.
+
+PyTorch shows a function mode neither custom autograd functions nor `torch.from_numpy`, and a SyncBatchNorm's own
+forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement does what the original
+does in every other thread, and would still do so if an interrupt came between two lines of the undoing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+LOCK = threading.RLock()
+
+
+class Replacements:
+    """Attributes that have another value for a while."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def put(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
+        """Replace `owner.name` by `make(its value)`."""
+        original = getattr(owner, name)
+        own = vars(owner).get(name, _NONE) if isinstance(owner, type) else original
+
+        def undo() -> None:
+            if own is not _NONE:
+                setattr(owner, name, own)
+            elif name in vars(owner):
+                delattr(owner, name)
+
+        self._undo.append(undo)  # before the change, so that no interrupt can come between
+        setattr(owner, name, make(original))
+
+    def undo(self) -> None:
+        interrupt: BaseException | None = None
+        while self._undo:
+            try:
+                self._undo[-1]()
+                self._undo.pop()
+            except KeyboardInterrupt as error:  # a second Ctrl-C waits until all is as it was
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+
+_NONE = object()
+
+
+@contextmanager
+def recording(
+    apply: Callable[[Callable[..., Any], type, tuple[Any, ...], dict[str, Any]], Any],
+    from_numpy: Callable[[Callable[..., Any], Any], Any],
+    synchronized: Callable[[nn.SyncBatchNorm, torch.Tensor], torch.Tensor],
+    reseeded: Callable[[str], None],
+) -> Iterator[None]:
+    """One recording at a time in the process; calls that a function mode does not see are handed over.
+
+    Args:
+        apply: gets the original, the class, positional and keyword arguments of a custom `autograd.Function`'s call.
+        from_numpy: gets `torch.from_numpy` and its argument.
+        synchronized: the forward of a SyncBatchNorm.
+        reseeded: told the name of a call that sets a random generator.
+    """
+    mine = threading.get_ident()
+
+    def replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
+        def around(original: Callable[..., Any]) -> Callable[..., Any]:
+            own = make(original)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                here = own if threading.get_ident() == mine and active[0] else original
+                return here(*args, **kwargs)
+
+            return call
+
+        return around
+
+    def seeding(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            reseeded(getattr(original, "__name__", "manual_seed"))
+            return original(*args, **kwargs)
+
+        return call
+
+    def function_apply(original: Any) -> Any:
+        plain = original.__func__
+
+        def call(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == mine and active[0]:
+                return apply(plain, cls, args, kwargs)
+            return plain(cls, *args, **kwargs)
+
+        return classmethod(call)
+
+    active = [True]
+    with LOCK:
+        changes = Replacements()
+        try:
+            changes.put(torch.autograd.Function, "apply", function_apply)
+            changes.put(torch, "from_numpy", replaced(lambda original: lambda array: from_numpy(original, array)))
+            changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: synchronized))
+            for owner, name in _SEEDING:
+                changes.put(owner, name, replaced(seeding))
+            yield
+        finally:
+            active[0] = False
+            changes.undo()
+
+
+# `fork_rng` puts a state back by these, too.
+_SEEDING = tuple(
+    (owner, name)
+    for owner in (torch, torch.random, torch.cuda, torch.cuda.random)
+    for name in ("manual_seed", "seed", "set_rng_state", "manual_seed_all", "seed_all", "set_rng_state_all")
+    if hasattr(owner, name)
+)

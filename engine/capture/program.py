@@ -1,0 +1,208 @@
+"""The recorded forward as data: values, calls, the result, and what else each call of the network changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value's number, standing where a tensor stood among the arguments of a call."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Value:
+    """What is known of one tensor of the program: its shape and dtype at the captured image size."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    name: str | None = None  # parameter or buffer name
+    constant: Tensor | None = None  # a tensor that the model holds as a plain attribute
+    trainable: bool = False  # a parameter or constant that wants a gradient
+    differentiable: bool = True  # whether a gradient flows through it, if the forward was recorded with gradients
+    find: Callable[[], Tensor] | None = None  # where a constant is looked up that each call replaces
+
+    @property
+    def takes_grad(self) -> bool:
+        return self.differentiable and (self.dtype.is_floating_point or self.dtype.is_complex)
+
+
+@dataclass(slots=True)
+class Op:
+    """One recorded call. `args` and `kwargs` hold `Ref`s in place of tensors."""
+
+    func: Callable[..., Any]
+    name: str  # the last part of its public name, e.g. "conv2d", "add_", "__getitem__"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    mutated: tuple[int, ...]  # inputs that the call wrote to; their new values are among the outputs
+    module: str  # path of the module that made the call
+    autocast: tuple[bool, torch.dtype] | None = None  # where it differs from the state the forward began in
+    line: str = ""  # file and line of the call in the network's own code
+    group: Any = None  # the processes that a SyncBatchNorm shares its statistics with
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.module or 'the model'}"
+
+
+@dataclass
+class Program:
+    """The recorded forward.
+
+    Attributes:
+        image: the image batch.
+        inputs: further maps that are given from outside, with the image axes last.
+        vectors: further tensors that are given from outside and have no image axes.
+        grad: whether gradients were on; without, `Value.differentiable` says nothing.
+        output: the forward's result, a pytree with `Ref`s in place of tensors.
+        updates: tensors from outside (parameters, buffers, constants, arguments) that a call writes to, with the value
+            that they have at its end; (before, after).
+        effects: what else a call changes, see `state.Effect`.
+        reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
+    """
+
+    image: int
+    inputs: tuple[int, ...] = ()
+    vectors: tuple[int, ...] = ()
+    ops: list[Op] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    grad: bool = True
+    output: Any = None
+    updates: list[tuple[int, int]] = field(default_factory=list)
+    effects: list[Any] = field(default_factory=list)
+    reads: list[Any] = field(default_factory=list)
+    guard: Any = None
+
+    def results(self) -> list[int]:
+        """All values that a call leaves: in its result, in tensors that it changes, in attributes."""
+        left = [after for _, after in self.updates]
+        return [*refs(self.output), *left, *(v for effect in self.effects for v in refs(effect.tree))]
+
+    def take_over(self, other: Program) -> bool:
+        """Whether another recording is the same but for what calls change and depend on; that is taken from it."""
+        mine, theirs = self._form(), other._form()
+        try:
+            same = bool(mine == theirs)
+        except (RuntimeError, ValueError):  # arrays or tensors among the arguments
+            same = False
+        if same:
+            self.effects, self.reads, self.guard = other.effects, other.reads, other.guard
+            for value, new in zip(self.values, other.values, strict=False):
+                value.constant, value.find = new.constant, new.find
+        return same
+
+    def _form(self) -> Any:
+        # Rules add values of their own behind those of the recording.
+        last = max((v for op in self.ops for v in (*op.inputs, *op.outputs)), default=0)
+        values = [(v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable)
+                  for v in self.values[: last + 1]]  # fmt: skip
+        results = [refs(effect.tree) for effect in self.effects]
+        return self.image, self.inputs, self.vectors, self.grad, self.ops, values, self.output, self.updates, results
+
+    def state(self) -> list[int]:
+        """The values that are there before a call: parameters, buffers, constants."""
+        return [v for v, value in enumerate(self.values) if value.name is not None or value.constant is not None]
+
+
+def refs(tree: Any) -> list[int]:
+    """Numbers of all values in a tree of arguments, in order."""
+    return [leaf.value for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
+
+
+def bind(tree: Any, env: Any) -> Any:
+    """The tree with every `Ref` replaced by `env[number]`."""
+    return tree_map(lambda leaf: env[leaf.value] if isinstance(leaf, Ref) else leaf, tree)
+
+
+def call(op: Op, env: Any) -> list[Tensor]:
+    """The op's outputs; what it writes to is copied before, so that `env` stays as it is."""
+    scope = {v: env[v].clone() if v in op.mutated else env[v] for v in op.inputs}
+    result = op.func(*bind(op.args, scope), **bind(op.kwargs, scope))
+    tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    made = {id(t): t for t in (*tensors, *(scope[v] for v in op.mutated))}
+    return list(made.values())
+
+
+# Functions of these names in `torch` take their arguments in another order than those of torch.nn.functional.
+_OTHER_ORDER = frozenset({"batch_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "kl_div"})
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """What rules know a call by: the last part of its public name, or all of it where it has that part by chance."""
+    if isinstance(func, CustomFunction):
+        return func.name
+    whole = str(resolve_name(func) or getattr(func, "__name__", func)).removesuffix(".__get__")
+    last, home = whole.rsplit(".", 1)[-1], getattr(func, "__module__", None) or "torch"
+    if home.startswith("torch._ops"):
+        return whole
+    plain = last.removesuffix("_")
+    other_order = plain in _OTHER_ORDER or plain.endswith(("_loss", "_logits", "_entropy"))
+    chance = not home.startswith(("torch", "gigamorph")) or (other_order and isinstance(func, BuiltinFunctionType))
+    return f"{home}.{last}" if chance else last
+
+
+@dataclass(frozen=True)
+class CustomFunction:
+    """The call of a custom `autograd.Function`."""
+
+    cls: type
+
+    @property
+    def name(self) -> str:
+        return f"autograd.Function '{self.cls.__name__}'"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.cls.apply(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def place(module: str, line: str) -> str:
+    """What messages call a place in the network."""
+    where = f"module '{module}'" if module else "the model"
+    return f"{where} ({line})" if line else where
+
+
+def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) -> Tensor | None:
+    """A value that depends on the network's state alone, computed; None if it depends on anything else."""
+    makers = {v: op for op in program.ops for v in op.outputs}
+    env: dict[int, Tensor] = {}
+
+    def find(number: int) -> bool:
+        if number in env:
+            return True
+        value = program.values[number]
+        if (value.name is not None or value.constant is not None) and number not in makers:
+            env[number] = state(number)
+            return True
+        op = makers.get(number)
+        if op is None or op.name.rstrip("_") in RANDOM or not all(find(v) for v in op.inputs):
+            return False
+        with torch.no_grad():
+            env.update(zip(op.outputs, call(op, env), strict=True))
+        return True
+
+    return env[wanted] if find(wanted) else None
+
+
+RANDOM = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rand randn randint "
+    "randperm rand_like randn_like randint_like bernoulli normal uniform exponential cauchy geometric log_normal "
+    "random multinomial poisson rrelu gumbel_softmax empty empty_like new_empty empty_strided".split()
+)
+
+
+def spec(values: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]:
+    """Shape, dtype and whether a gradient is wanted, of tensors that are given from outside."""
+    return tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in values)
