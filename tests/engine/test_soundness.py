@@ -16,6 +16,7 @@ import pytest
 import torch
 from judge import BAD, judge, shrink
 from random_modules import Spec, Visit, draw
+from random_modules.play import inputs
 from random_modules.spec import Part, smaller
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,6 +57,13 @@ def test_a_seed_is_always_the_same_module() -> None:
         assert draw(seed) == draw(seed)
         first, second = (draw(seed).build().state_dict() for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first if isinstance(first[k], Tensor))
+
+
+def test_noise_is_of_the_last_bits() -> None:
+    spec, visit = PLANTED, Visit()
+    image, other = (inputs(spec, visit, 0, bits)["image"] for bits in (0, 1))
+    share = ((other - image) / image).abs().max().item()
+    assert 0 < share < 5e-15 and torch.equal(image, inputs(spec, visit, 0)["image"])
 
 
 def planted(change: Callable[..., Any]) -> Callable[[nn.Module, tuple[int, int]], nn.Module]:
