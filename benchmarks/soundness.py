@@ -87,7 +87,7 @@ def _modules(seeds: list[int], shrinks: bool) -> list[Found]:
         spec = draw(seed)
         verdict = judge(spec)
         if shrinks and verdict.kind in BAD:
-            spec, verdict = shrink(spec, verdict, tries=60)
+            spec, verdict = shrink(spec, verdict)
         return verdict, str(spec) if verdict.kind in BAD else ""
 
     return [_judged(str(seed), lambda seed=seed: one(seed)) for seed in seeds]
@@ -161,7 +161,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed-of", type=int, help="print and run this module alone")
-    parser.add_argument("--shrink", action="store_true", help="leave out of bad modules what is not needed")
+    parser.add_argument(
+        "--shrink", action="store_true", help="and print the first of each reason without what is not needed"
+    )
     parser.add_argument("--opinfo", action="store_true", help="PyTorch's samples of its operations")
     parser.add_argument("--only", default="", help="operations whose name has this in it")
     parser.add_argument("--first", type=int, default=40, help="how many reasons are printed")
@@ -182,28 +184,38 @@ def main() -> int:
     else:
         seeds = list(range(given.seed, given.seed + given.modules))
         work, chunks = _modules, [seeds[n : n + CHUNK] for n in range(0, len(seeds), CHUNK)]
-    console, began = Console(), time.perf_counter()
+    console, began = Console(soft_wrap=True), time.perf_counter()
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
                TextColumn("{task.fields[counts]}")]  # fmt: skip
-    found: list[Found] = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
-        for count, result in _run(work, chunks, given.workers, given.shrink):
-            found += result
-            counts = Counter(one.kind for one in found)
-            rate = f"{len(found) / (time.perf_counter() - began):.1f}/s"
-            told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
-            progress.update(task, advance=count, rate=rate, counts=told)
+
+    def carry_out(chunks: list[list[Any]], shrinks: bool = False) -> list[Found]:
+        found: list[Found] = []
+        start = time.perf_counter()
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
+            for count, result in _run(work, chunks, given.workers, shrinks):
+                found += result
+                counts = Counter(one.kind for one in found)
+                rate = f"{len(found) / (time.perf_counter() - start):.1f}/s"
+                told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
+                progress.update(task, advance=count, rate=rate, counts=told)
+        return found
+
+    found = carry_out(chunks)
     seconds = time.perf_counter() - began
     counts = Counter(one.kind for one in found)
     groups: dict[str, list[Found]] = {}
-    for one in found:
+    for one in sorted(found, key=lambda one: int(one.name) if one.name.isdigit() else 0):
         if one.kind in (*BAD, "lenient"):
             groups.setdefault(one.group, []).append(one)
     ordered = sorted(groups.values(), key=lambda group: (-len(group), group[0].name))
     for group in ordered[: given.first]:
         names = " ".join(one.name for one in group[:4])
         console.print(f"{len(group):>5}  {group[0].kind}: {group[0].reason[:150]}  [{names}]", markup=False)
+    if given.shrink and not given.opinfo:
+        first = [int(group[0].name) for group in ordered[: given.first]]
+        for small in carry_out([[seed] for seed in first], shrinks=True):
+            console.print(f"{small.text}\n  {small.kind}: {small.reason}\n", markup=False)
     per_second = len(found) / seconds
     console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {per_second:.1f} per s")
     if given.json:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from judge import BAD, judge, shrink
 from random_modules import Spec, Visit, draw
+from random_modules.play import inputs
 from random_modules.spec import Part, smaller
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,6 +57,13 @@ def test_a_seed_is_always_the_same_module() -> None:
         assert draw(seed) == draw(seed)
         first, second = (draw(seed).build().state_dict() for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first if isinstance(first[k], Tensor))
+
+
+def test_noise_is_of_the_last_bits() -> None:
+    spec, visit = PLANTED, Visit()
+    image, other = (inputs(spec, visit, 0, bits)["image"] for bits in (0, 1))
+    share = ((other - image) / image).abs().max().item()
+    assert 0 < share < 5e-15 and torch.equal(image, inputs(spec, visit, 0)["image"])
 
 
 def planted(change: Callable[..., Any]) -> Callable[[nn.Module, tuple[int, int]], nn.Module]:
@@ -107,12 +115,12 @@ def _ordinary(net: nn.Module, result: Any, image: Tensor) -> Any:
 
 def _fake(net: nn.Module, result: Any, image: Tensor) -> Any:
     with FakeTensorMode():
-        return torch.empty(3), *result[1:]
+        net.pieces[1].left = torch.empty(3)
+    return result
 
 
 def _image(net: nn.Module, result: Any, image: Tensor) -> Any:
-    with torch.no_grad():
-        image[0, 0, 0, 0] += 1
+    image.data[0, 0, 0, 0] += 1
     return result
 
 
@@ -122,13 +130,16 @@ def _draws(net: nn.Module, result: Any, image: Tensor) -> Any:
 
 
 def _state(net: nn.Module, result: Any, image: Tensor) -> Any:
-    with torch.no_grad():
-        net.pieces[0].norm.running_mean.add_(1e-6)
+    net.pieces[0].norm.running_mean.data += 1e-6
     return result
 
 
 def _refuses_late(net: nn.Module, result: Any, image: Tensor) -> Any:
     raise GigamorphError("the model does something; do something else")
+
+
+def _scaled(result: Any) -> Any:
+    return tuple(one * 1.5 for one in result) if isinstance(result, tuple) else result * 1.5
 
 
 def _stops(net: nn.Module, result: Any, image: Tensor) -> Any:
@@ -227,7 +238,7 @@ def test_the_process_is_looked_at() -> None:
 
 def test_modules_shrink_to_their_fault() -> None:
     spec = Spec(**{**vars(PLANTED), "skips": (1,), "fitted": (Part("freeze"),), "optimizer": "AdamW"})
-    change = planted(lambda net, result, image: result if len(net.pieces) < 2 else _state(net, result, image))
+    change = planted(lambda net, result, image: result if len(net.pieces) < 2 else _scaled(result))
     found = judge(spec, change)
     small, still = shrink(spec, found, change)
     assert still.kind == "wrong" and len(small.pieces) == 2 and len(small.visits) == 1 and not small.fitted

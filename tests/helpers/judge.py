@@ -290,14 +290,17 @@ def shrink(spec: Spec, verdict: Verdict, make: Make = tiled, tries: int = 150) -
                 found = judge(candidate, make)
             except Exception:
                 continue
-            if found.kind == verdict.kind and _same(found.reason, verdict.reason):
+            if found.kind == verdict.kind and _same(found, verdict):
                 spec, verdict, again = candidate, found, True
                 break
     return spec, verdict
 
 
-def _same(a: str, b: str) -> bool:
-    """Whether two reasons are likely of one cause: of the same kind of thing."""
+def _same(a: Verdict, b: Verdict) -> bool:
+    """Whether two verdicts are likely of one cause: of the same kind of thing, with the same exception."""
+    if a.kind in ("traceback", "unclear"):
+        return a.group[:60] == b.group[:60]
     kind = re.compile(r"^(after a refusal: |after the refusal: )?(\w+( \w+)?)")
-    one, other = kind.match(a), kind.match(b)
-    return bool(one and other and one.group(2) == other.group(2))
+    one, other = kind.match(a.reason), kind.match(b.reason)
+    missing = ("NoneType" in a.reason) == ("NoneType" in b.reason)
+    return bool(one and other and one.group(2) == other.group(2) and missing)

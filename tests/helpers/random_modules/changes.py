@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import attributes, hooks
-from .piece import Piece, conv
+from .piece import Piece, conv, ramp
 
 CHANGES: dict[str, Callable[[nn.Module, random.Random], nn.Module | None]] = {}
 _OFTEN = {"knob": 4, "norm_momentum": 2, "norm_eps": 2, "conv_geometry": 2, "replace_forward": 2, "root_attribute": 2}
@@ -180,6 +180,21 @@ def load_state(net: nn.Module, dice: random.Random) -> None:
 @change
 def assign_state(net: nn.Module, dice: random.Random) -> None:
     net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+
+
+@change
+def update_norms(net: nn.Module, dice: random.Random) -> None:
+    """As stochastic weight averaging does it: norms without momentum, under no_grad."""
+    images = ramp(1, net.stem.in_channels, 11, 13) * 3
+    torch.optim.swa_utils.update_bn([images, images.sin()], net)
+
+
+@change
+def moving_average(net: nn.Module, dice: random.Random) -> nn.Module:
+    """The network's exponential moving average takes its place."""
+    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(net)
+    return averaged.module
 
 
 @change

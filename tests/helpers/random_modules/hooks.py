@@ -94,7 +94,10 @@ def backward_hook(net: nn.Module, dice: random.Random) -> None:
 
 @fitting
 def parameter_hook(net: nn.Module, dice: random.Random) -> None:
-    parameter = dice.choice(list(net.parameters()))
+    found = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    if not found:
+        return
+    parameter = dice.choice(found)
     if dice.random() < 0.5:
         parameter.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
     else:
