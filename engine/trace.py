@@ -450,9 +450,10 @@ def capture(
             )
         )
         norms = cumulative_averages(model), synchronized_norms(recorder)
-        with attributes_kept(model), module_paths(model, recorder.path), norms[0], norms[1], custom, recorder:
+        plain = torch.compiler.set_stance("force_eager")  # what is compiled is recorded as what it was compiled from
+        with attributes_kept(model), module_paths(model, recorder.path), norms[0], norms[1], custom, plain, recorder:
             try:
-                result = (call or model)(image, *further)
+                result = (model if call is None else call)(image, *further)  # a module may have no truth value
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UnsupportedError(
                     f"{recorder.last} takes a Python value or a shape from the image ({error.func}); "  # pyright: ignore
