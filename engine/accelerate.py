@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import kernels
 from . import static
-from .arguments import check_network, tile_sides
+from .arguments import CARRIES, check_choice, check_network, image_shape, tile_sides
 from .bands import Bands, band_group
 from .delegation import Container, Delegate, is_container
 from .entrance import entrance
@@ -117,11 +117,18 @@ class Accelerated(Delegate):
     def extra_repr(self) -> str:
         return f"accelerated: memory_budget={self.memory_budget}, tile={self.tile}"
 
-    def plan_for(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = None) -> Plan:
-        """The plan that an image batch of this shape (N, C, H, W) will run with."""
-        device = torch.device(device) if device is not None else self._device()
+    def plan_for(self, shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Plan:
+        """The plan that an image batch of this shape (N, C, H, W) will run with.
+
+        Args:
+            dtype: of the image; None takes that of the parameters.
+            device: where it would run; None takes that of the parameters, or the CPU for those on the meta device.
+        """
+        device = torch.device(self._device() if device is None else device)
+        device = torch.device("cpu") if device.type == "meta" else device
+        dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         training = torch.is_grad_enabled()
-        program = capture(self._network, tuple(shape), dtype, device)
+        program = capture(self._network, image_shape(shape), dtype, device)
         bands = self._bands(program)
         return arrange(
             program, self.memory_budget, self.tile, training, self.carries, fallback=self.fallback, bands=bands
@@ -304,7 +311,7 @@ class Accelerated(Delegate):
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
         self.need_all_rows("evidence")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a part of it needs gradients
             forward = self._open(as_batch(x))
             steps = forward.prepared.network.steps
             pooling = [n for n, step in enumerate(steps) if isinstance(step, Graph) and step.reductions]
@@ -417,12 +424,9 @@ def accelerate(
     if isinstance(model, Accelerated):
         raise GigamorphError("the model is accelerated already")
     check_network(model)
-    if batch_norm not in (None, "frozen"):
-        raise GigamorphError(f'batch_norm={batch_norm!r} is not known; give "frozen" or None')
-    if carries not in ("auto", "device", "host", "disk"):
-        raise GigamorphError(f'carries={carries!r} is not known; give "auto", "device", "host" or "disk"')
-    if fallback not in (None, "whole"):
-        raise GigamorphError(f'fallback={fallback!r} is not known; give "whole" or None')
+    check_choice("batch_norm", batch_norm, ("frozen", None))
+    check_choice("carries", carries, CARRIES)
+    check_choice("fallback", fallback, ("whole", None))
     # Fake tensors import it at their first use, and it keeps the frames of its importer until the garbage collector
     # runs: those of a step have its graph among their locals.
     importlib.import_module("torch._dynamo")

@@ -18,6 +18,9 @@ _WRAPPERS = {  # and how to put them around an accelerated network, where they w
 }
 
 
+CARRIES = ("auto", "device", "host", "disk")  # where carries are kept
+
+
 def check_network(model: Any) -> None:
     """Refuse what is no network, and what shares one among processes or devices before it is accelerated.
 
@@ -37,6 +40,29 @@ def check_network(model: Any) -> None:
                 raise UnsupportedError(f"{where} is wrapped in {kind.__name__}; wrap last: {_WRAPPERS[kind.__name__]}")
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Refuse what is not one of an argument's values.
+
+    Raises:
+        GigamorphError: with those that there are.
+    """
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        known = [f'"{choice}"' if choice else "None" for choice in choices]
+        raise GigamorphError(f"{name}={value!r} is not known; give {', '.join(known[:-1])} or {known[-1]}")
+
+
+def image_shape(shape: Any) -> tuple[int, int, int, int]:
+    """(N, C, H, W) of an image batch.
+
+    Raises:
+        GigamorphError: if these are not four whole positive numbers.
+    """
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 4 or not all(is_whole(size) and size >= 1 for size in sizes):
+        raise GigamorphError(f"the shape {shape!r} is not (N, C, H, W) of an image batch")
+    return tuple(int(size) for size in sizes)  # pyright: ignore[reportReturnType]
+
+
 def tile_sides(tile: Any) -> tuple[int, int] | None:
     """Height and width of a tile, from a side or two of them.
 
@@ -46,7 +72,7 @@ def tile_sides(tile: Any) -> tuple[int, int] | None:
     if tile is None:
         return None
     sides = list(tile) if isinstance(tile, Sequence) and not isinstance(tile, str) else [tile, tile]
-    if len(sides) != 2 or not all(_is_whole(side) for side in sides):
+    if len(sides) != 2 or not all(is_whole(side) for side in sides):
         raise GigamorphError(f"tile={tile!r} is not understood; give a side, or (height, width), in whole pixels")
     height, width = (int(side) for side in sides)
     if min(height, width) < 1:
@@ -54,7 +80,8 @@ def tile_sides(tile: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _is_whole(side: Any) -> bool:
+def is_whole(side: Any) -> bool:
+    """Whether something is a whole number, also one of numpy or a float."""
     if isinstance(side, bool) or not isinstance(side, numbers.Real):
         return False
     return float(side).is_integer()

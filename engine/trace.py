@@ -188,7 +188,11 @@ class _Recorder(TorchFunctionMode):
                 f"{self.where()} uses a tensor that was made outside of any recorded call (a scripted or compiled "
                 "part?); give the plain eager module"
             )
-        twin = self.fake.from_tensor(tensor, static_shapes=True)
+        if tensor.is_inference() or tensor.is_meta:  # a twin must tell when it is written to, and be on the device
+            device = self.device if tensor.is_meta else tensor.device
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        else:
+            twin = self.fake.from_tensor(tensor, static_shapes=True)
         self.alive.append(tensor)
         self.twins[id(tensor)] = twin
         name = self.names.get(id(tensor))
@@ -437,7 +441,7 @@ def capture(
     fake = FakeTensorMode(allow_non_fake_inputs=False)
     recorder = _Recorder(model, fake, device)
     dice = random.getstate(), np.random.get_state()
-    with torch.no_grad(), fake, enable_python_dispatcher():
+    with torch.inference_mode(False), torch.no_grad(), fake, enable_python_dispatcher():
         image = torch.empty(shape, dtype=dtype, device=device)
         recorder.program.image = recorder.new_value(image)
         further = [torch.empty(tuple(size), dtype=kind, device=device) for size, kind in inputs]

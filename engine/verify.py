@@ -77,7 +77,8 @@ def verify(
         UnsupportedError: if the network is refused.
     """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    dice, plain = torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False)
+    with dice, torch.inference_mode(False), torch.enable_grad(), plain:
         images, expected = _first_that_runs(network, channels, device)
         tile = tuple(-(-side // 3) for side in images[0].shape[2:])
         shaken = [image * (1 + torch.finfo(image.dtype).eps * torch.randn_like(image)) for image in images]

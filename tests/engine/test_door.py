@@ -15,7 +15,7 @@ from exactness import LIMIT, errors, named
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import Accelerated, GigamorphError, UnsupportedError, accelerate
+from gigamorph.engine import Accelerated, GigamorphError, UnsupportedError, accelerate, dense_loss, plan, write_map
 
 
 class Own(nn.Module):
@@ -205,6 +205,7 @@ def test_containers():
         other[0]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 def test_hooks_on_the_accelerated_network():
     """They see its input, output and their gradients, as those of any module."""
     logs = []
@@ -266,6 +267,22 @@ def test_networks_without_values():
         lazy(image().float())
     lazy._network(image().float())
     lazy(image().float())
+
+
+def test_plans_of_networks_without_values_and_of_others_than_float32():
+    for network in (Own().double(), Own().to("meta"), Own().bfloat16()):
+        net = accelerate(network.eval())
+        assert plan(net, (60, np.int64(50)), tile=[32, 40.0]).tile == (32, 40)
+        assert net.plan_for((1, 1, 60, 50)).tile == (60, 50)
+    for size in (500, (500,), "500", None, (1.5, 3), (0, 3)):
+        with pytest.raises(GigamorphError, match="image_size="):
+            plan(Own(), size)
+    for shape in (60, (60, 50), (0, 1, 60, 50)):
+        with pytest.raises(GigamorphError, match="is not"):
+            accelerate(Own()).plan_for(shape)
+    for choice in ({"carries": "x"}, {"carries": ["host"]}, {"fallback": True}, {"batch_norm": 1}):
+        with pytest.raises(GigamorphError, match=r"is not known; give .* or "):
+            accelerate(Own(), **choice)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -512,3 +529,33 @@ def test_threads_on_two_networks_with_dropout():
     for found in in_threads(*(lambda net=net: work(net) for net in nets)):
         for want, have in found:
             torch.testing.assert_close(want, have)
+
+
+# -- inference mode ------------------------------------------------------------------------------------------------
+
+
+def test_networks_made_in_inference_mode():
+    """Parameters and buffers that know of no changes; those in training mode are written to."""
+    with torch.inference_mode():
+        model, net = pair(Outputs)
+        results = [named([*network(image()), *network(image()), *network.buffers()]) for network in (model, net)]
+    assert max(errors(*results).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_all_that_computes_in_inference_mode(training, tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)).double().train(training)
+    labels = torch.ones(2, 33, 25, dtype=torch.int64)
+    pooled = nn.Sequential(copy.deepcopy(model), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        net, classes = (accelerate(copy.deepcopy(m), tile=16) for m in (model, pooled))
+        out = torch.empty(2, 2, 33, 25, dtype=torch.float64)
+        with mode():
+            write_map(net, image(), out)
+            loss = dense_loss(net, image(), labels, nn.CrossEntropyLoss())
+            evidence, several = classes.evidence(image(), 1), classes([image()[:1], image()[1:, :, :20]])
+            accelerate(copy.deepcopy(pooled), tile=16, verify=True)(image())
+        grads = torch.autograd.grad(classes(image()).square().sum(), list(classes.parameters()))
+        results.append(named([out, loss, evidence, several, *grads]) | dict(classes.named_buffers()))
+    assert max(errors(*results).values()) == 0
