@@ -413,9 +413,9 @@ def accelerate(
         split: compute each image on several processes, each a band of its rows: those of a group of
             `torch.distributed`, or with True all. Every process gives the same images, reads the rows that it needs of
             them, and has the outputs and gradients of the whole; the budget is that of one process.
-        verify: compare outputs, gradients and buffers of copies of the network in float64 with those of ordinary
-            PyTorch, on a small image: now, if the first convolution tells the image's channels, else at the first
-            image; and again in each mode (`train()`, `eval()`) at its first image.
+        verify: compare two steps of copies of the network in float64 with those of ordinary PyTorch, on small images:
+            outputs, gradients, buffers, attributes and the image itself. Now, if the first convolution tells the
+            image's channels, else at the first image; and again in each mode (`train()`, `eval()`) at its first image.
 
     Raises:
         GigamorphError: for arguments that are not understood, or if `verify` finds a difference. Networks that cannot

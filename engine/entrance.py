@@ -44,19 +44,27 @@ def _uncompiled() -> Callable[..., Any]:
 
 def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     refuse_transforms(lambda: chain(_tensors((args, kwargs)), net.parameters(), net.buffers()))
+    image = next(_tensors((args, kwargs)), None)
+    if image is not None and not image.numel() and method.__name__ == "forward":
+        device = net._device()
+        return net._network(*tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args), **kwargs)
+    try:
+        with turns.turn(net):
+            return method(net, *args, **kwargs)
+    except RuntimeError as error:  # to look before would take longer than a small image
+        _name_the_valueless(net, image, error)
+        raise
+
+
+def _name_the_valueless(net: Any, image: Tensor | None, error: RuntimeError) -> None:
+    """Say of an error that comes of tensors without values which they are."""
     for name, tensor in chain(net.named_parameters(), net.named_buffers()):
         if tensor.is_meta:
             raise GigamorphError(
                 f"'{name}' is on the meta device and has no values; call to_empty(device=...) and load weights first"
-            )
-    images = next(_tensors((args, kwargs)), None)
-    if images is not None and images.is_meta:
-        raise GigamorphError("the image is on the meta device and has no values; plan(net, size) needs none")
-    if images is not None and not images.numel() and method.__name__ == "forward":
-        device = net._device()
-        return net._network(*tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args), **kwargs)
-    with turns.turn(net):
-        return method(net, *args, **kwargs)
+            ) from error
+    if image is not None and image.is_meta:
+        raise GigamorphError("the image is on the meta device and has no values; plan(net, size) needs none") from error
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

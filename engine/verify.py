@@ -108,8 +108,11 @@ def verify(
 
 def _twin(network: nn.Module) -> nn.Module:
     """A copy in float64, without dropout by position."""
+    # Weights that were computed from others (weight_norm, pruning masks) are computed anew at the next call.
+    attributes = [value for module in network.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and value.grad_fn is not None]
     try:
-        twin = copy.deepcopy(network).double()
+        twin = copy.deepcopy(network, {id(value): value.detach().clone() for value in computed}).double()
     except RuntimeError as error:
         raise CannotVerify(
             f"verify: the network cannot be copied ({str(error).splitlines()[0]}); leave verify=True away"
