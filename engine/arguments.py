@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .delegation import Delegate
 from .errors import GigamorphError, UnsupportedError
 
 _WRAPPERS = {  # and how to put them around an accelerated network, where they work
@@ -34,6 +35,8 @@ def check_network(model: Any) -> None:
     if "_parameters" not in vars(model):
         raise GigamorphError(f"{type(model).__name__} is not set up; call super().__init__() in its __init__")
     for name, module in model.named_modules():
+        if isinstance(module, Delegate) and module is not model:
+            raise GigamorphError(f"module '{name}' is accelerated already; accelerate the whole network, or that alone")
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
                 where = f"module '{name}'" if name else "the model"

@@ -99,6 +99,9 @@ class Delegate(nn.Module):
         twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return twin
 
+    def __prepare_scriptable__(self) -> Self:  # asked for by torch.jit.script
+        raise UnsupportedError("an accelerated network is no TorchScript; script the network itself")
+
     def _replicate_for_data_parallel(self) -> Self:
         raise UnsupportedError(
             "nn.DataParallel makes threads of replicas, which an accelerated network has none of; use "

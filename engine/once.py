@@ -18,7 +18,7 @@ _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
-    """Refuse a forward under `torch.func` or on dual tensors, neither of which can look into the tiles.
+    """Refuse a forward under `torch.func`, on dual tensors, or that is being traced: none can look into the tiles.
 
     Args:
         tensors: gives all that goes in: images, parameters, buffers.
@@ -27,6 +27,13 @@ def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
         raise UnsupportedError(
             "torch.func (grad, vjp, jvp, vmap, ...) cannot transform an accelerated network, which computes by tiles; "
             + _REMEDY
+        )
+    modes = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
+    traced = any(torch._C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL))
+    if traced or torch._C._get_tracing_state() is not None:
+        raise UnsupportedError(
+            "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, ONNX, "
+            "fake tensors); give the network itself, whose parameters it shares"
         )
     # One level at most can be entered; outside of it there are no tangents.
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors()):

@@ -36,7 +36,7 @@ def turn(net: Any) -> Iterator[None]:
 
 
 def current() -> Lock | None:
-    """The lock of the network whose turn it is in this thread."""
+    """The lock of the network whose forward runs in this thread, for its backward."""
     return getattr(_here, "lock", None)
 
 
@@ -58,14 +58,14 @@ def again(lock: Lock | None) -> Iterator[None]:
             "backward, or give each thread its own accelerate(model)"
         )
     try:
-        with _held(lock):
+        with _held(None):  # what is computed and differentiated within, maybe by autograd's threads, has this turn
             yield
     finally:
         lock.release()
 
 
 @contextlib.contextmanager
-def _held(lock: Lock) -> Iterator[None]:
+def _held(lock: Lock | None) -> Iterator[None]:
     before = current()
     _here.lock = lock
     try:

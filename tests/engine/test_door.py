@@ -13,6 +13,8 @@ import pytest
 import torch
 from exactness import LIMIT, errors, named
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from gigamorph.engine import Accelerated, GigamorphError, UnsupportedError, accelerate, dense_loss, plan, write_map
@@ -254,6 +256,11 @@ def test_what_is_no_network(model):
         accelerate(model)
 
 
+def test_a_part_that_is_accelerated_already():
+    with pytest.raises(GigamorphError, match="module '1' is accelerated already"):
+        accelerate(nn.Sequential(nn.Conv2d(1, 1, 3), accelerate(nn.Conv2d(1, 1, 3))))
+
+
 def test_networks_without_values():
     net = accelerate(Own().to("meta"), tile=16)
     with pytest.raises(GigamorphError, match=r"'conv\.weight' is on the meta device"):
@@ -429,6 +436,29 @@ def test_other_derivatives_are_refused(name, make):
     with pytest.raises(UnsupportedError, match=r"tiles; take"):
         ELSE[name](net, image())
     net(image()).sum().backward()
+
+
+def _fake(net: Any, x: Tensor) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return net(mode.from_tensor(x))
+
+
+TRACES = {
+    "jit.trace": torch.jit.trace,
+    "jit.script": lambda net, _x: torch.jit.script(net),
+    "export": lambda net, x: torch.export.export(net, (x,)),
+    "make_fx": lambda net, x: make_fx(net)(x),  # held the image as a constant
+    "fake tensors": _fake,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TRACES)
+def test_traces_are_refused(name):
+    model, net = pair(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()))
+    with pytest.raises(UnsupportedError, match="network itself"):
+        TRACES[name](net.eval(), image())
+    assert max(errors(named([model(image())]), named([net(image())])).values()) <= LIMIT
 
 
 def test_first_derivatives_with_create_graph():
