@@ -170,7 +170,15 @@ def stock_peak(
     """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
     fake = FakeTensorMode()
     state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    twins: dict[str, Tensor] = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if not (tensor.is_meta or tensor.is_inference()):
+            return fake.from_tensor(tensor, static_shapes=True)
+        with fake, torch.inference_mode(False):
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return like.requires_grad_(tensor.requires_grad)
+
+    twins: dict[str, Tensor] = {name: twin(tensor) for name, tensor in state.items()}
     with fake:
         image = torch.empty(shape, dtype=dtype, device=device)
         with _Meter() as meter, torch.set_grad_enabled(training):
