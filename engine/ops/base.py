@@ -103,8 +103,8 @@ class Small:
 class Reduction:
     """A reduction over the whole image.
 
-    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over the image axes, which
-    keep size one, count being the pixels. `outputs` are the values it gives.
+    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over `dims`, which keep size
+    one, count being the elements; `precise` ones are taken in float64. `outputs` are the values it gives.
     """
 
     op: Op
@@ -116,9 +116,18 @@ class Reduction:
     first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
     outputs: tuple[int, ...] = ()
     form: Callable[[Tensor], Tensor] | None = None  # of a block, instead of its sum over `dims`
+    precise: bool = False
+    per_pixel: int = 1  # moments: how many elements of a pixel go into one of them
+    nan_counts: bool = False  # maximum: NaN are the largest elements; without it all gradients are NaN with them
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.op.outputs[:1]
+        self.nan_counts = self.nan_counts or self.first_only
+
+    def has(self, x: Tensor, maximum: Tensor) -> Tensor:
+        """Where elements, or maxima of parts, are the maximum that the gradient goes to."""
+        same = x == maximum
+        return same | (x.isnan() & maximum.isnan()) if self.nan_counts else same
 
     def keep_dims(self, result: Tensor) -> Tensor:
         """A tensor of the result's shape with the reduced dimensions kept, of size one."""

@@ -27,13 +27,26 @@ def positions(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
     return F.interpolate(ramp, **kwargs).flatten()  # pyright: ignore[reportArgumentType]
 
 
+def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
+    """Which outputs of an interpolation lie behind the middle of the last input of an axis."""
+    given = arguments(op, INTERPOLATE)
+    if given["align_corners"]:
+        return torch.zeros(size_out, dtype=torch.bool)
+    scale, factor = size_in / size_out, given["scale_factor"]
+    if factor is not None and not given["recompute_scale_factor"]:
+        scale = 1 / (factor[axis] if isinstance(factor, (tuple, list)) else factor)
+    return (torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5 > size_in - 1
+
+
 class _Blend:
     """One axis: the two inputs of every output, and the weight of the second."""
 
     def __init__(self, op: Op, size_in: int, size_out: int, axis: int):
         places = positions(op, size_in, size_out, axis).clamp(0, size_in - 1)
         lower = places.floor().cummax(0).values
-        self.weights: list[float] = (places - lower).clamp(min=0).tolist()
+        weights = (places - lower).clamp(min=0)
+        # Behind the last input PyTorch blends it with itself; a weight of zero would make an infinite one NaN.
+        self.weights: list[float] = torch.where(_behind(op, size_in, size_out, axis), 0.5, weights).tolist()
         first = tuple(int(i) for i in lower.tolist())
         self.access = Gather(size_in, size_out, first, tuple(min(i + 1, size_in - 1) for i in first))
 
