@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry import Access, Window
+from ..geometry import Window
 from ..trace import Op, Ref
 from .base import (
     Axes,
@@ -52,10 +50,12 @@ def permute(op: Op, maps: Maps) -> Local:
     return _local(op, maps, value, (dims.index(h), dims.index(w)))
 
 
-@rule("transpose", "swapaxes", "swapdims")
+@rule("transpose", "swapaxes", "swapdims", "mT", "adjoint", "t", "T")
 def transpose(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
-    rest = [*op.args[1:], *op.kwargs.values()]
+    rest = [*op.args[1:], *op.kwargs.values()] or [-2, -1]
+    if op.name == "T" and len(maps.shape(value)) != 2:
+        raise Refusal("'T' of more than two dimensions; use permute")
     a, b = dimensions(rest, len(maps.shape(value)))
     swap = {a: b, b: a}
     h, w = maps.axes[value]
@@ -181,65 +181,6 @@ def cat(op: Op, maps: Maps) -> Local | list[Node]:
         raise Refusal(f"'{op.name}' joins maps along an image axis")
     local = Local(op, {v: maps.pointwise(v) for v in values}, ((h, w),), replay(op))
     return [*made, local] if made else local
-
-
-@rule("__getitem__", "narrow")
-def getitem(op: Op, maps: Maps) -> Local:
-    """Slices: of channels per pixel, of an image axis a window with stride (a crop)."""
-    value = op.inputs[0]
-    if value not in maps or len(op.inputs) > 1:
-        raise Refusal("indexing with a tensor")
-    shape, axes = maps.shape(value), maps.axes[value]
-    if op.name == "narrow":
-        given = arguments(op, "input dim start length")
-        dim = given["dim"] % len(shape)
-        index: Any = (slice(None),) * dim + (slice(given["start"], given["start"] + given["length"]),)
-    else:
-        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
-    used = sum(item is not None and item is not Ellipsis for item in index)
-    if not any(item is Ellipsis for item in index):
-        index = (*index, Ellipsis)
-    spot = next(i for i, item in enumerate(index) if item is Ellipsis)
-    index = (*index[:spot], *[slice(None)] * (len(shape) - used), *index[spot + 1 :])
-
-    accesses: list[Access] = []
-    out_axes: list[int] = []
-    tile_index: list[Any] = []
-    dim = position = 0
-    for item in index:
-        if item is None:
-            tile_index.append(None)
-            position += 1
-            continue
-        if dim in axes and value in maps.flat:
-            if not isinstance(item, slice) or item.indices(shape[dim]) != (0, shape[dim], 1):
-                raise Refusal("indexing picks positions of the image")
-            accesses = list(maps.pointwise(value))
-            out_axes = [position, position]
-            tile_index.append(slice(None))
-            position += 1
-        elif dim in axes:
-            if not isinstance(item, slice):
-                raise Refusal("indexing picks positions of the image")
-            start, stop, step = item.indices(shape[dim])
-            if step < 1:
-                raise Refusal("a slice runs backwards along an image axis")
-            accesses.append(Window(shape[dim], len(range(start, stop, step)), 1, step, -start))
-            out_axes.append(position)
-            tile_index.append(slice(None, None, step))
-            position += 1
-        elif isinstance(item, (slice, int)):
-            tile_index.append(item)
-            position += isinstance(item, slice)
-        else:
-            raise Refusal("indexing with a list")
-        dim += 1
-    key = tuple(tile_index)
-
-    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (env[value][key],)
-
-    return Local(op, {value: (accesses[0], accesses[1])}, ((out_axes[0], out_axes[1]),), run)
 
 
 @rule("pad")
