@@ -106,7 +106,9 @@ def bind(tree: Any, env: Any) -> Any:
 
 
 # Functions of these names in `torch` take their arguments in another order than those of torch.nn.functional.
-_OTHER_ORDER = frozenset({"batch_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "kl_div"})
+_OTHER_ORDER = frozenset(
+    {"batch_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "kl_div", "embedding"}
+)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from . import (
     along,
+    contract,
     flat,
     indices,
     losses,
@@ -32,6 +33,7 @@ __all__ = [
     "SumOf",
     "Whole",
     "along",
+    "contract",
     "find_rule",
     "flat",
     "indices",
