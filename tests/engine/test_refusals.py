@@ -100,11 +100,10 @@ def norm_of_torch(_net, x: Tensor) -> Tensor:
 CASES = {
     "layer norm over columns": (nn.LayerNorm(24), r"'odd'.*one image axis alone"),
     "attention": (Attention(), r"'odd'.*position"),
-    "antialias": (
-        Call(lambda m, x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)),
-        r"'odd'.*bilinear",
+    "antialias to one column": (
+        Call(lambda m, x: F.interpolate(x, (9, 1), mode="bilinear", antialias=True)),
+        r"'odd'.*one column",
     ),
-    "bicubic": (Call(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), r"'odd'.*bicubic"),
     "grid_sample": (
         Call(lambda m, x: F.grid_sample(x, torch.zeros(x.shape[0], 3, 3, 2, dtype=x.dtype), align_corners=False)),
         r"'odd'.*'grid_sample'",
