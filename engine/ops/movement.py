@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry import Window
+from ..geometry import Access, Window
 from ..trace import Op, Ref
 from .base import (
     Axes,
@@ -162,25 +165,69 @@ def select(op: Op, maps: Maps) -> Local:
     return _local(op, maps, value, (h - (drop and dim < h), w - (drop and dim < w)))
 
 
-@rule("cat", "concat", "concatenate", "stack")
+@rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
 def cat(op: Op, maps: Maps) -> Local | list[Node]:
+    given = arguments(op, "tensors dim", dim={"hstack": 1, "dstack": 2}.get(op.name, 0))
+    dim = given["dim"] % len(maps.shape(op.outputs[0]))
     some = maps.inputs(op)[0]
+    if dim in maps.axes[some] and op.name != "stack":
+        return _end_to_end(op, maps, [ref.value for ref in given["tensors"]], dim)
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
-    given = arguments(op, "tensors dim", dim=0)
-    values = [ref.value for ref in given["tensors"]]
+    values = [ref.value for ref in arguments(op, "tensors")["tensors"]]
     if any(v not in maps for v in values):
         raise Refusal(f"'{op.name}' joins a map with a tensor that is none")
     if len({maps.axes[v] for v in values}) > 1 or len({maps.extent(v) for v in values}) > 1:
         raise Refusal(f"'{op.name}' joins maps whose image axes differ")
     h, w = maps.axes[values[0]]
-    rank = len(maps.shape(op.outputs[0]))
-    dim = given["dim"] % rank
     if op.name == "stack":
         h, w = h + (dim <= h), w + (dim <= w)
-    elif dim in (h, w):
-        raise Refusal(f"'{op.name}' joins maps along an image axis")
     local = Local(op, {v: maps.pointwise(v) for v in values}, ((h, w),), replay(op))
     return [*made, local] if made else local
+
+
+def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
+    """Maps (and smalls with rows of their own) joined along an image axis: each is padded by the length of the others.
+
+    Rows of the second wait, as carries, until the first has ended; so the last tiles do most of the work.
+    """
+    axes = next(maps.axes[v] for v in values if v in maps)
+    rank, nodes = len(maps.shape(op.outputs[0])), []
+    if axes[0] == axes[1]:
+        raise Refusal(f"'{op.name}' joins flattened maps along their positions; join them before they are flattened")
+    total = [maps.shape(op.outputs[0])[axis] for axis in axes]
+    reads: dict[int, tuple[Access, Access]] = {}
+    offset = 0
+    for value in values:
+        shape = maps.shape(value)
+        part = replace(op, args=(), kwargs={}, inputs=(value,))
+        if value not in maps:
+            part, made = promoted(part, maps, axes, rank, size=(shape[axes[0]], shape[axes[1]]))
+            nodes.extend(made)
+        elif value in reads:  # once more: under a number of its own
+            made, _ = twin(part, maps, value)
+            part = replace(part, inputs=made.op.outputs)
+            nodes.append(made)
+        (own,) = part.inputs
+        if own not in maps or maps.axes[own] != axes:
+            raise Refusal(f"'{op.name}' joins maps whose image axes differ")
+        both = list(maps.pointwise(own))
+        both[axes.index(dim)] = Window(shape[dim], total[axes.index(dim)], pad=offset)
+        reads[own] = both[0], both[1]
+        offset += shape[dim]
+    parts = tuple(reads)
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (torch.cat([env[v] for v in parts], dim),)
+
+    return [*nodes, Local(replace(op, name="end_to_end", args=(), kwargs={}, inputs=parts), reads, (axes,), run)]
+
+
+def twin(op: Op, maps: Maps, value: int) -> tuple[Local, int]:
+    """The same map under another number, for an op that reads it in two ways."""
+    made = maps.new_value(like=value)
+    maps.axes[made] = maps.axes[value]
+    own = replace(op, name="twin", args=(), kwargs={}, inputs=(value,), outputs=(made,))
+    return Local(own, {value: maps.pointwise(value)}, (maps.axes[made],), lambda env, _block: (env[value],)), made
 
 
 @rule("pad")
