@@ -22,8 +22,6 @@ def _per_pixel(op: Op, maps: Maps, value: int) -> Local:
 def ordered(op: Op, maps: Maps) -> Local | Whole:
     value = op.inputs[0]
     given = arguments(op, "input dim" if op.name != "msort" else "input", dim=-1 if "sort" in op.name else None)
-    if "stable" in op.kwargs and op.args[1:] and isinstance(op.args[1], bool):
-        given["dim"] = op.kwargs.get("dim", -1)
     dim = 0 if op.name == "msort" else given["dim"]
     if dim % len(maps.shape(value)) in maps.axes[value]:
         raise Refusal(f"'{op.name}' goes along an image axis; pool over it before")

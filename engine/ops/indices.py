@@ -7,6 +7,7 @@ is indexed in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..geometry import Access, Gather, Window
-from ..trace import Op, Ref, bind
-from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, keeps_state, replay, rule
+from ..trace import Op, Ref, bind, refs
+from .base import Block, Env, Local, Maps, Node, Refusal, Small, Whole, arguments, keeps_state, replay, rule
 from .promote import promoted
 
 
@@ -48,12 +49,33 @@ def origins(maps: Maps, key: Sequence[Any]) -> list[int | None]:
     return [size - 2 if size > 1 else None for size in found.shape]
 
 
+def numbered(maps: Maps, key: Sequence[Any], like: int) -> tuple[list[Any], list[Node]]:
+    """The key with lists, and tensors of another device than the map's, as smalls that are made once per step."""
+    device, nodes, made = maps.program.values[like].device, [], []
+    for item in key:
+        elsewhere = isinstance(item, Ref) and maps.program.values[item.value].device != device
+        if item is None or isinstance(item, (slice, int)) or (isinstance(item, Ref) and not elsewhere):
+            made.append(item)
+            continue
+        shape = maps.shape(item.value) if isinstance(item, Ref) else torch.tensor(item).shape
+        number = maps.new_value(shape, torch.int64, like=like)
+        nodes.append(_index(item, number, device))
+        made.append(Ref(number))
+    return made, nodes
+
+
+def _index(item: Any, number: int, device: torch.device) -> Small:
+    if isinstance(item, Ref):
+        return Small(lambda env: (env[item.value].to(device),), (item.value,), (number,))
+    return Small(lambda _env: (torch.tensor(item, device=device),), (), (number,))
+
+
 def _positions() -> Refusal:
     return Refusal("indexing picks positions of the image; slice them")
 
 
 @rule("__getitem__", "narrow")
-def getitem(op: Op, maps: Maps) -> Local:
+def getitem(op: Op, maps: Maps) -> Local | list[Node]:
     value = op.inputs[0]
     if value not in maps or any(v in maps for v in op.inputs[1:]):
         raise Refusal("indexing with a tensor that depends on the image; use gather or torch.where")
@@ -83,12 +105,15 @@ def getitem(op: Op, maps: Maps) -> Local:
         accesses.append(Window(shape[axis], len(range(start, stop, step)), 1, step, -start))
         key[where[axis]] = slice(None, None, step)
     came = origins(maps, key)
+    key, made = numbered(maps, key, value)
     tile_key = tuple(key)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (env[value][bind(tile_key, env)],)
 
-    return Local(op, {value: (accesses[0], accesses[1])}, ((came.index(axes[0]), came.index(axes[1])),), run)
+    own = replace(op, inputs=(value, *refs(tile_key)))
+    local = Local(own, {value: (accesses[0], accesses[1])}, ((came.index(axes[0]), came.index(axes[1])),), run)
+    return [*made, local] if made else local
 
 
 _ALONG_INDEX = {

@@ -20,6 +20,7 @@ from .base import (
     Node,
     Refusal,
     Run,
+    Small,
     Whole,
     arguments,
     dimensions,
@@ -102,13 +103,13 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(op: Op, maps: Maps) -> Local:
+def expand(op: Op, maps: Maps) -> Local | Small:
     value, out = op.inputs[0], op.outputs[0]
     if value not in maps:  # expand_as
-        over = op.inputs[1]
-        ones = [1] * (len(maps.shape(out)) - len(maps.shape(value))) + list(maps.shape(value))
+        over, shape = op.inputs[1], maps.shape(out)
+        ones = [1] * (len(shape) - len(maps.shape(value))) + list(maps.shape(value))
         if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
-            raise Refusal(f"'{op.name}' spreads a tensor over the image that depends on the position already")
+            return Small(lambda env: (env[value].expand(shape),), (value,), op.outputs)  # of the image's size as it is
         return spread(op, maps, value, over, out, maps.axes[over])
     shift = len(maps.shape(out)) - len(maps.shape(value))
     h, w = (axis + shift for axis in maps.axes[value])
@@ -170,6 +171,8 @@ def cat(op: Op, maps: Maps) -> Local | list[Node]:
     given = arguments(op, "tensors dim", dim={"hstack": 1, "dstack": 2}.get(op.name, 0))
     dim = given["dim"] % len(maps.shape(op.outputs[0]))
     some = maps.inputs(op)[0]
+    if any(tuple(maps.shape(ref.value)) == (0,) for ref in given["tensors"]):
+        raise Refusal(f"'{op.name}' joins an empty tensor; leave it out")
     if dim in maps.axes[some] and op.name != "stack":
         return _end_to_end(op, maps, [ref.value for ref in given["tensors"]], dim)
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))

@@ -44,7 +44,7 @@ def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
 
 
 @rule(*ELEMENTWISE)
-def elementwise(op: Op, maps: Maps) -> Local | Small | list[Node]:
+def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
     keeps_state(op, maps)
     if op.name in ("to", "type_as") and len(op.inputs) > 1:
         return _like_another(op, maps)
@@ -55,16 +55,16 @@ def elementwise(op: Op, maps: Maps) -> Local | Small | list[Node]:
     return [*made, local] if made else local
 
 
-def _like_another(op: Op, maps: Maps) -> Local | Small:
+def _like_another(op: Op, maps: Maps) -> Local | list[Node]:
     """A tensor in the dtype and on the device of another, of which nothing else is read."""
     value, like = op.inputs[0], maps.program.values[op.outputs[0]]
     if value not in maps:
-        return Small(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)
+        return [Small(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)]
     own = replace(op, inputs=(value,))
     return Local(own, {value: maps.pointwise(value)}, (maps.axes[value],), lambda env, _: (env[value].to(like.dtype),))
 
 
-def _random(made: Local | Small | list[Node], random: bool) -> Local | list[Node]:
+def _random(made: Local | list[Node], random: bool) -> Local | list[Node]:
     local = made[-1] if isinstance(made, list) else made
     assert isinstance(local, Local)
     local.random = random

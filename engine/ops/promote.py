@@ -42,6 +42,9 @@ def promoted(
             continue
         if over is not None and maps.merged(over):
             raise Refusal(f"'{op.name}' combines a flattened map with a tensor that depends on the position in it")
+        for axis, own in zip(axes, size if axes[0] != axes[1] else (size[0] * size[1],) * 2, strict=True):
+            if shape[axis] not in (1, own):
+                raise Refusal(f"'{op.name}' combines a map with a tensor that has more rows or columns than the map")
         source = _spread_source(maps, value)
         spreads = source is not None and rank == len(maps.shape(value)) and axes[0] != axes[1]
         if source is not None and over is not None and spreads and all(maps.shape(source)[axis] == 1 for axis in axes):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..geometry import Access, Gather, Window
 from ..trace import Op, Ref, bind, refs
 from .base import Block, Env, Local, Maps, Node, Refusal, arguments, keeps_state, rule
-from .indices import origins, spelt_out
+from .indices import numbered, origins, spelt_out
 from .promote import promoted
 
 
@@ -172,6 +172,7 @@ def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | l
         rows, cols = maps.size(target)
         reads[target] = Gather(rows, rows, tuple(range(rows))), Gather(cols, cols, tuple(range(cols)))
     dtype = maps.program.values[op.outputs[0]].dtype
+    number: Any = None if value is not None else written
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         if background is None:
@@ -187,11 +188,14 @@ def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | l
             if here is None:
                 return (x,)
             place[axis] = here
-        x[bind(tuple(place), env)] = written if value is None else env[value]
+        x[bind(tuple(place), env)] = number if value is None else env[value]
         return (x,)
 
-    inputs = dict.fromkeys((*reads, *([] if value is None else [value]), *refs(key)))
-    return [*nodes, Local(_renamed_call(op, tuple(inputs)), reads, (axes,), run)]
+    over = next(iter(reads))
+    items, made = numbered(maps, items, over)
+    nodes += made
+    inputs = [*reads, *([] if value is None else [value]), *refs(items)]
+    return [*nodes, Local(_renamed_call(op, tuple(dict.fromkeys(inputs))), reads, (axes,), run)]
 
 
 def _under(region: _Region) -> Window:
