@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..geometry import Window
 from ..trace import Op
-from .base import Block, Env, Local, Maps, Refusal, Whole, arguments, dimensions, replay, rule
+from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dimensions, replay, rule
+from .pointwise import aligned_axes
+from .promote import promoted
 
 
 def _per_pixel(op: Op, maps: Maps, value: int) -> Local:
@@ -48,6 +50,19 @@ def diff(op: Op, maps: Maps) -> Local:
         return (torch.diff(env[value], n, dim),)
 
     return Local(op, {value: (reads[0], reads[1])}, (axes,), run)
+
+
+@rule("cosine_similarity")
+def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
+    """Of the channels of two maps, or of a map and a vector."""
+    given = arguments(op, "x1 x2 dim", dim=1)
+    rank = max(len(maps.shape(v)) for v in op.inputs)
+    axes, dim = aligned_axes(op, maps, rank), given["dim"] % rank
+    if dim in axes:
+        raise Refusal(f"'{op.name}' goes along an image axis; pool the products and the squares")
+    op, made = promoted(op, maps, axes, rank)
+    after = axes[0] - (dim < axes[0]), axes[1] - (dim < axes[1])
+    return [*made, Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (after,), replay(op))]
 
 
 @rule("rot90", "fliplr", "flipud")

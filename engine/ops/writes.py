@@ -28,23 +28,25 @@ def setitem(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 def _where(op: Op, maps: Maps, target: int, mask: int, written: Any) -> Local | list[Node]:
-    """y[mask] = v, with one truth value for each element."""
+    """y[mask] = v, with one truth value for each element, or for all that the last dimensions hold."""
     keeps_state(op, maps)
-    if maps.shape(mask) != maps.shape(target) or (isinstance(written, Ref) and maps.shape(written.value)):
+    more = len(maps.shape(target)) - len(maps.shape(mask))
+    fits = maps.shape(target)[: len(maps.shape(mask))] == maps.shape(mask) and (mask in maps or not more)
+    if not fits or (isinstance(written, Ref) and maps.shape(written.value)):
         raise Refusal("an assignment by a mask of another shape; use torch.where")
     over = target if target in maps else mask
-    axes, rank = maps.axes[over], len(maps.shape(over))
-    own, made = promoted(_renamed_call(op, (target, mask)), maps, axes, rank)
+    axes, rank = maps.axes[over], len(maps.shape(target))
+    own, made = promoted(_renamed_call(op, (target, mask)), maps, axes, rank, among=() if more else None)
     here, there = own.inputs
-    if maps.extent(here) != maps.extent(there) or maps.axes[here] != maps.axes[there]:
+    if here not in maps or maps.extent(here) != maps.extent(there) or maps.axes[here] != maps.axes[there]:
         raise Refusal("an assignment by a mask whose image axes lie elsewhere; use torch.where")
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (torch.where(env[there], bind(written, env), env[here]).to(env[here].dtype),)
+        holds = env[there].reshape(*env[there].shape, *[1] * more)
+        return (torch.where(holds, bind(written, env), env[here]).to(env[here].dtype),)
 
     own.inputs = tuple(dict.fromkeys((here, there, *refs(written))))
-    local = Local(own, {v: maps.pointwise(v) for v in (here, there)}, (axes,), run)
-    return [*made, local]
+    return [*made, Local(own, {v: maps.pointwise(v) for v in (here, there)}, (axes,), run)]
 
 
 def _renamed_call(op: Op, inputs: tuple[int, ...]) -> Op:

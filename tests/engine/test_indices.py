@@ -71,6 +71,7 @@ WRITES = {
     "a map in a region": lambda x: assigned(x, (ALL, ALL, slice(4, 9), slice(0, 6)), x[:, :, 3:8, 8:] * 2),
     "a smaller map": lambda x: assigned(x, (ALL, slice(2), slice(9, 18), slice(7)), F.avg_pool2d(x, 2)[:, :2]),
     "by a mask": lambda x: assigned(x, x < 0.1, 0.3),
+    "by a mask of positions": lambda x: assigned(x.movedim(1, -1), x[:, 0] < 0.1, 0.3).movedim(-1, 1),
     "by a mask, a small": lambda x: assigned(x, x < 0.1, x.new_ones(())),
     "to zeros": lambda x: collected(x, torch.zeros_like),
     "to an empty tensor": lambda x: collected(x, lambda x: torch.empty(2, 4, 19, 14, dtype=x.dtype)),

@@ -27,6 +27,10 @@ JOINS = {
     "sorted channels": lambda x: x.sort(1)[0] + x.sort(dim=1, descending=True).indices + x.argsort(1),
     "cumulative channels": lambda x: x.cumprod(1) + x.cummax(1).values + torch.cummin(x, dim=1)[0] + x.cumsum(1),
     "rot90 of channels and batch": lambda x: x[:1].repeat(4, 1, 1, 1).rot90(2, (0, 1))[:2] + x.fliplr(),
+    "cosine similarity": lambda x: (
+        x * F.cosine_similarity(x, x.flip(1) + 1)[:, None]
+        + F.cosine_similarity(x, torch.arange(1.0, 5.0, dtype=x.dtype)[None, :, None, None], dim=1).unsqueeze(1)
+    ),
     "transposed": lambda x: x.mT + 1,
     "transposed, then a convolution": lambda x: x.transpose(2, 3).relu().mT,
 }

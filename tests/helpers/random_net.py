@@ -278,7 +278,9 @@ STEPS["pixel_unshuffle"] = Kind(
         x[0][..., : x[0].shape[2] // (r := o["downscale_factor"]) * r, : x[0].shape[3] // r * r], r
     ),
 )
-STEPS["pixel_shuffle"] = Kind(lambda d, s: {}, lambda m, x, o: F.pixel_shuffle(torch.cat([x[0]] * 4, 1), 2))
+STEPS["pixel_shuffle"] = Kind(
+    lambda d, s: {}, lambda m, x, o: F.pixel_shuffle(torch.cat([x[0], x[0] * 0.8, x[0].tanh(), -x[0]], 1), 2)
+)
 
 
 def _matrix(x: Tensor, columns: int) -> Tensor:
@@ -357,6 +359,11 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _own(x: Tensor) -> Tensor:
+    """The same, with a gradient in the map's own memory order: stock's batch norm of one image needs that (2.13)."""
+    return F.avg_pool2d(x, 1)
+
+
 def _written(x: Tensor, key: Any, value: Any) -> Tensor:
     y = x.clone()
     y[key] = value
@@ -383,10 +390,12 @@ POINTWISE |= {
     "copysign": lambda x: torch.copysign(x, 0.3 - x),
     "special": lambda x: torch.special.expit(x) + torch.special.ndtr(x.clamp(-2, 2)),
     "full_like": lambda x: x * torch.full_like(x, 0.5) + x.data,
-    "einsum": lambda x: torch.einsum("nchw,cd->ndhw", x, _matrix(x, 3)),
-    "einsum of tokens": lambda x: torch.einsum("npc,cd->ndp", x.flatten(2).mT, _matrix(x, 2)).unflatten(2, x.shape[2:]),
-    "tensordot": lambda x: torch.tensordot(x, _matrix(x, 3), ([1], [0])).movedim(-1, 1),
-    "conv1d": lambda x: F.conv1d(x.flatten(2), _matrix(x, 2).T[..., None]).unflatten(2, x.shape[2:]),
+    "einsum": lambda x: torch.einsum("nchw,cd->ndhw", _own(x), _matrix(x, 3)),
+    "einsum of tokens": lambda x: torch.einsum("npc,cd->ndp", _own(x).flatten(2).mT, _matrix(x, 2)).unflatten(
+        2, x.shape[2:]
+    ),
+    "tensordot": lambda x: torch.tensordot(_own(x), _matrix(x, 3), ([1], [0])).movedim(-1, 1),
+    "conv1d": lambda x: F.conv1d(_own(x).flatten(2), _matrix(x, 2).T[..., None]).unflatten(2, x.shape[2:]),
     "listed channels": lambda x: x[:, [x.shape[1] - 1, 0, 0]],
     "repeat_interleave": lambda x: x[:, :2].repeat_interleave(2, 1),
     "write a channel": lambda x: _written(x, (ALL, 0), x.sum(1) * 0.1),
@@ -545,8 +554,10 @@ HEADS |= {
     "rows": lambda x: x.mean(3),
     "the map": lambda x: x,
     "map and mean": lambda x: {"map": x, "mean": x.mean((2, 3))},
-    "Gram": lambda x: torch.einsum("nchw,ndhw->ncd", x, x) / x[0, 0].numel(),
-    "class activation": lambda x: torch.einsum("nchw,nhw,cd->nd", x, x.mean(1), _matrix(x, 2)) / x[0, 0].numel(),
+    "Gram": lambda x: torch.einsum("nchw,ndhw->ncd", *[_own(x)] * 2) / x[0, 0].numel(),
+    "class activation": lambda x: (
+        torch.einsum("nchw,nhw,cd->nd", y := _own(x), y.mean(1), _matrix(x, 2)) / x[0, 0].numel()
+    ),
     "mirrored": lambda x: x.flip(3).mT,
     "softmax of mean": lambda x: F.log_softmax(x.mean((2, 3)) @ _matrix(x, 2), 1),
 }
@@ -598,7 +609,7 @@ def _try(kind: Kind, step: Step, shapes: list[tuple[int, ...]], module_shape: tu
             module = module.double().eval()
         with torch.no_grad():
             result = kind.run(module, inputs, step.options)
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
         return []
     results = [result] if isinstance(result, Tensor) else list(result)
     if len(results) != kind.outputs or any(0 in r.shape for r in results):
