@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .carries import CarryStore
+from .geometry import AxisSchedule
 from .graph import Graph
 from .reduce import Accumulator
 from .scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
@@ -81,7 +82,7 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
     """
     values = graph.program.values
     image = values[graph.image]
-    i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
+    i, j = _usual(sweep.rows, graph), _usual(sweep.cols, graph)
     autocast = Autocast.current(image.device)
     with FakeTensorMode():
         sources = {v: _fake_source(graph, v) for v in graph.sources}
@@ -125,6 +126,13 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
             recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
             scan.differentiate(recorded, targets, kept)
         return meter.peak, held
+
+
+def _usual(axis: AxisSchedule, graph: Graph) -> int:
+    """The step whose tile is counted: one in the middle, or the heaviest where maps are joined end to end."""
+    if not any(local.op.name == "end_to_end" for local in graph.locals):
+        return axis.steps // 2
+    return max(range(axis.steps), key=lambda step: sum(hi - lo for lo, hi in (axis.block(v, step) for v in axis.kept)))
 
 
 def _fake_source(graph: Graph, value: int) -> Pixels:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ..geometry import Access, same
 from ..trace import Op, Program, Value, bind
+from .names import ASSIGNMENTS
 
 Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
 Span = tuple[int, int]
@@ -267,17 +268,27 @@ def out_of_place(op: Op) -> Callable[..., Any]:
     """The op's function without its in-place effect, with the result's dtype kept as in-place calls keep it."""
     if op.kwargs.get("out") is not None:
         raise Refusal(f"'{op.name}' writes to out=; drop that argument")
+    name = ASSIGNMENTS.get(op.name)
     if op.name.endswith("_") and not op.name.endswith("__"):
         name = op.name[:-1]
+    if name is not None:
         plain = getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(F, name, None)
         if plain is None:
             raise Refusal(f"'{op.name}' has no out-of-place form")
 
         def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if name.startswith("logical_"):  # PyTorch lets the gradient through the form in place, and not the other
+                return op.func(first.clone(), *args, **kwargs)
             return plain(first, *args, **kwargs).to(first.dtype)
 
         return call
     return op.func
+
+
+def keeps_state(op: Op, maps: Maps) -> None:
+    """Refuse an op that writes the image's values into what the model keeps."""
+    if any(maps.program.values[v].name or maps.program.values[v].constant is not None for v in op.mutated):
+        raise Refusal(f"'{op.name}' writes the image's values into a parameter, buffer or attribute")
 
 
 def plain_kwargs(op: Op) -> dict[str, Any]:
