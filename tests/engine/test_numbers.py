@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
+from gigamorph.engine.bands import Maximum
+from gigamorph.engine.ops import Reduction
 
 SIZE = (11, 9)
 TILE = (6, 5)
@@ -296,3 +299,17 @@ def test_float32_inside_of_float64():
     own = noise(network, x)
     assert found["output 0"] < 1e-15 and found["behind"] < 1e-15
     assert all(error <= 8 * own[name] for name, error in found.items() if error > 1e-15), (found, own)
+
+
+@pytest.mark.parametrize(("first_only", "wanted"), [(True, [0.0, 0.0, 1.0]), (False, [0.25, 0.0, 0.75])])
+def test_maxima_of_processes_with_nan(first_only, wanted):
+    """Of several bands' NaN pooling takes the last one, and a maximum all of them."""
+    values = torch.tensor([[math.nan], [2.0], [math.nan]])
+    numbers = torch.tensor([[1.0], [1.0], [1.0 if first_only else 3.0]])
+    reduction = Reduction(None, 0, "max", 1, (0,), True, first_only, outputs=(1,), nan_counts=True)
+    for rank in range(3):
+        gathered = iter((values, numbers))
+        bands = SimpleNamespace(rank=rank, gather=lambda _, gathered=gathered: next(gathered))
+        x = values[rank].clone().requires_grad_()
+        Maximum.apply(x, numbers[rank], reduction, bands).sum().backward()
+        assert x.grad.tolist() == [wanted[rank]]
