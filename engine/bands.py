@@ -105,16 +105,18 @@ class Gathered(torch.autograd.Function):
 class Maximum(torch.autograd.Function):
     """The largest of what the processes have; its gradient goes to where stock PyTorch's goes.
 
-    That is all equal elements in equal parts, of which each process gives the number, or the first.
+    That is all equal elements in equal parts, of which each process gives the number, or the first (the last NaN).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, number: Tensor, first_only: bool, bands: Bands):
+    def forward(ctx: Any, x: Tensor, number: Tensor, reduction: Reduction, bands: Bands):
         values, numbers = bands.gather(x), bands.gather(number)
         total = values.amax(0)
-        tops = torch.where(values == total, numbers, 0)
-        if first_only:
-            tops = (tops > 0) & ((tops > 0).cumsum(0) == 1)
+        tops = torch.where(reduction.has(values, total), numbers, 0)
+        if reduction.first_only:
+            there = tops > 0
+            last = there & (there.flip(0).cumsum(0).flip(0) == 1)
+            tops = torch.where(total.isnan(), last, there & (there.cumsum(0) == 1))
         ctx.save_for_backward((tops / tops.sum(0))[bands.rank])
         return total
 
@@ -347,7 +349,7 @@ class _Splitter:
         part, number = maps.new_value(like=output), maps.new_value(dtype=wide, like=output)
 
         def largest(env: Env) -> tuple[Tensor, ...]:
-            return (Maximum.apply(env[part], env[number].detach(), reduction.first_only, bands),)  # pyright: ignore
+            return (Maximum.apply(env[part], env[number].detach(), reduction, bands),)  # pyright: ignore
 
         merges.append(Small(largest, (part, number), (output,)))
         return replace(reduction, value=own, outputs=(part, number))

@@ -44,11 +44,11 @@ def moments(op: Op, maps: Maps, value: int, dims: tuple[int, ...] = ()) -> tuple
     shape = [1 if d in axes else size for d, size in enumerate(maps.shape(value))]
     count = math.prod(maps.shape(value)[d] for d in axes)
     dtype = exact(info.device) if dims else wide(info.dtype)
-    outputs = tuple(maps.new_value(shape, dtype, like=value) for _ in range(2))
+    mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
     reduction = Reduction(
-        op, value, "moments", count, axes, True, outputs=outputs, precise=bool(dims), per_pixel=count // pixels
+        op, value, "moments", count, axes, True, outputs=(mean, var), precise=bool(dims), per_pixel=count // pixels
     )
-    return reduction, *outputs
+    return reduction, mean, var
 
 
 def mapped(
