@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
-from gigamorph.engine import GigamorphError, accelerate
+from gigamorph.engine import accelerate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,14 +65,7 @@ def agree(*results: dict[str, Any]) -> None:
     assert max(errors(*results).values()) <= LIMIT
 
 
-def waiting(names: Any, reason: str, error: type[Exception]) -> list[Any]:
-    mark = pytest.mark.xfail(reason=reason, strict=True, raises=error)
-    return [pytest.param(name, marks=mark) for name in names]
-
-
-@pytest.mark.parametrize(
-    "name", [*MASKED, *PARAMETRIZED, *waiting(SPECTRAL, "gradient mode is not recorded yet", RuntimeError)]
-)
+@pytest.mark.parametrize("name", [*MASKED, *PARAMETRIZED, *SPECTRAL])
 def test_training(name):
     agree(*(steps(net.train()) for net in (network(name), accelerate(network(name), tile=16))))
 
@@ -97,9 +90,7 @@ def test_copies(name, how, when):
     agree(*results)
 
 
-@pytest.mark.parametrize(
-    "name", [*PARAMETRIZED, *waiting(MASKED, "attributes that a forward sets are not kept yet", GigamorphError)]
-)
+@pytest.mark.parametrize("name", [*MASKED, *PARAMETRIZED])
 def test_verify(name):
     """It copies also what `copy.deepcopy` refuses: weights that were computed from others."""
     net = accelerate(network(name), tile=16, verify=True)

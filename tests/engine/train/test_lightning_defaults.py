@@ -111,12 +111,7 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-def waiting(value: Any) -> Any:
-    mark = pytest.mark.xfail(reason="a change of momentum is not noticed yet", strict=True, raises=AssertionError)
-    return pytest.param(value, marks=mark)
-
-
-@pytest.mark.parametrize("name", [name if name != "SWA" else waiting(name) for name in CALLBACKS])
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_fit_validate_test_predict(name, tmp_path):
     epochs = 3 if name == "SWA" else 2
     agree([trained(n, tmp_path, callbacks=CALLBACKS[name](), max_epochs=epochs) for n in both()])
@@ -176,7 +171,7 @@ def test_without_a_fit_before(what, tmp_path):
     agree(results)
 
 
-@pytest.mark.parametrize("trained", [waiting(False), waiting(True)])
+@pytest.mark.parametrize("trained", [False, True])
 def test_update_bn_of_the_network_itself(trained):
     """It takes the momentum away and gives it back; what was recorded with another one is not used."""
     results, images = [], data().dataset.tensors[0][:2]
