@@ -12,6 +12,7 @@ import copy
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
@@ -302,14 +303,17 @@ class _Recorder(TorchFunctionMode):
 
 @contextlib.contextmanager
 def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep `path` equal to the stack of modules whose forward is running."""
+    """Keep `path` equal to the stack of modules whose forward is running in this thread."""
+    mine = threading.get_ident()  # the hooks are the whole process's
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, _args: Any) -> None:
-        path.append(names.get(id(module), type(module).__name__))
+        if threading.get_ident() == mine:
+            path.append(names.get(id(module), type(module).__name__))
 
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
-        path.pop()
+        if threading.get_ident() == mine:
+            path.pop()
 
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(enter),
