@@ -708,6 +708,8 @@ class Scan:
         """Put the gradients of a tile's windows of the sources where they belong."""
         overwritten = self.overwritten
         for (source, rect), grad in windows:
+            if source not in source_grads:  # the gradients that there are do not reach it
+                continue
             target = cut(source_grads[source], self.sweep.axes(source), rect)
             if source in overwritten:
                 target.copy_(grad)

@@ -69,7 +69,7 @@ class ScanFunction(torch.autograd.Function):
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
         results = tuple(map(_no_view, results))
-        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.read_again]
+        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         scan.let_go()
@@ -83,7 +83,7 @@ class ScanFunction(torch.autograd.Function):
         scan: Scan = ctx.scan
         sweep, graph = scan.sweep, scan.sweep.graph
         count, last = len(ctx.sources), not _keeps_graph()
-        stored = dict(zip((v for v in graph.results if v in sweep.read_again), kept, strict=True))
+        stored = dict(zip((v for v in graph.results if v in sweep.reread), kept, strict=True))
         scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored, tensors[count:])
         scan.gradients.end(graph.stored)
         reached = frozenset[int]().union(

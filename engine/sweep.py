@@ -40,7 +40,7 @@ class Sweep:
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
         self.moments = {r.value for r in graph.reductions if r.kind == "moments"}
-        self.read_again = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
+        self.reread = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
         self.readers = readers_of(graph)
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
 

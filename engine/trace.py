@@ -13,8 +13,7 @@ import functools
 import gc
 import logging
 import random
-import traceback
-import types
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,14 +46,17 @@ Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, boo
 
 @contextlib.contextmanager
 def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep `path` equal to the stack of modules whose forward is running."""
+    """Keep `path` equal to the stack of modules whose forward is running in this thread."""
+    mine = threading.get_ident()  # the hooks are the whole process's
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, _args: Any) -> None:
-        path.append(names.get(id(module), type(module).__name__))
+        if threading.get_ident() == mine:
+            path.append(names.get(id(module), type(module).__name__))
 
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
-        path.pop()
+        if threading.get_ident() == mine:
+            path.pop()
 
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(enter),

@@ -534,6 +534,43 @@ def test_threads_on_one_network():
         assert max(errors(named(want), named(have)).values()) <= LIMIT
 
 
+MET = [threading.Event(), threading.Event(), threading.Event()]
+
+
+class Met(nn.Conv2d):
+    """Recorded while another thread's module comes to its end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        MET[1].set()
+        MET[2].wait(20)
+        return super().forward(x)
+
+
+class Elsewhere(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        MET[0].set()
+        MET[1].wait(20)
+        return x
+
+
+def test_modules_in_other_threads_while_one_records():
+    """They were taken for the recorded network's, and either of the two failed."""
+    other, net = Elsewhere(), accelerate(nn.Sequential(Met(1, 1, 3)).double(), tile=16)
+    other.register_forward_hook(lambda *_: None)
+
+    def elsewhere() -> None:
+        try:
+            other(image())
+        finally:
+            MET[2].set()
+
+    def record() -> Tensor:
+        MET[0].wait(20)
+        return net(image())
+
+    torch.testing.assert_close(in_threads(elsewhere, record)[1], net._network(image()))
+
+
 def test_threads_on_two_networks_with_dropout():
     """Both passes over the tiles of a network draw the same masks, whatever the other network does."""
 

@@ -90,7 +90,7 @@ def test_copies(name, how, when):
     agree(*results)
 
 
-@pytest.mark.parametrize("name", [*PARAMETRIZED, *MASKED])
+@pytest.mark.parametrize("name", [*MASKED, *PARAMETRIZED])
 def test_verify(name):
     """It copies also what `copy.deepcopy` refuses: weights that were computed from others."""
     net = accelerate(network(name), tile=16, verify=True)
