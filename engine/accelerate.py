@@ -256,9 +256,7 @@ class Accelerated(nn.Module):
     ) -> Any:  # fmt: skip
         forward = self._open(x, form, given, vectors)
         forward.run()
-        output = forward.output()
-        forward.leave()
-        return output
+        return forward.finish()
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""
@@ -272,8 +270,7 @@ class Accelerated(nn.Module):
                 )
             forwards = self._ready(images, self._program(images))
             run_together(forwards)
-            outputs = [forward.output() for forward in forwards]
-            forwards[0].leave()
+            outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
         else:
             outputs = [self._one_size(x) for x in batches]
         return tree_map(lambda *parts: torch.cat(parts), *outputs)

@@ -71,9 +71,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
     values = [each.values if isinstance(each.values, Tensor) else each for each in given]
     forward = net._open(batch, Form(key, with_loss, specs), values)
     forward.run()
-    loss = forward.output()
-    forward.leave()
-    return loss
+    return forward.finish()
 
 
 def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
@@ -108,7 +106,7 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         info, axes = network.program.values[value], network.maps.axes[value]
         with sink(out, tuple(info.shape), axes, info.dtype) as forward.taps[value]:
             forward.run()
-        forward.leave()
+        forward.finish()
 
 
 def written(x: Tensor) -> Tensor:

@@ -254,10 +254,8 @@ class Forward:
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
         program = prepared.network.program
-        self.passed = {
-            program.image: image,
-            **{v: state.get(v) for v in program.inputs},
-        }  # results that come from outside
+        # Results that are arguments, and tensors that a call writes to: the user gets those themselves.
+        self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
         self.ceiling: Ceiling | None = None
         self.gradients = Gradients()
 
@@ -333,7 +331,13 @@ class Forward:
         scan.swept, scan.map_place = self.prepared.swept, network.place
         for step in graph.prelude:
             run_small(network, step, self.env, self.device)
-        smalls = [self.env[v].to(cast_dtype(graph, v, self.env[v].dtype, scan.autocast)) for v in graph.smalls]
+        reached = frozenset[int]().union(*graph.reach.values())
+        smalls = [
+            (self.env[v] if v in reached else self.env[v].detach()).to(
+                cast_dtype(graph, v, self.env[v].dtype, scan.autocast)
+            )
+            for v in graph.smalls
+        ]
         return scan, tensors, smalls
 
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
@@ -358,18 +362,24 @@ class Forward:
             left[v] = tensor.detach() if cut else tensor
         return bind(tree, left)
 
-    def leave(self) -> None:
-        """What a call changes besides its result: buffers, the image where it is written to, attributes."""
+    def finish(self) -> Any:
+        """The result, after what a call changes besides: buffers, arguments that it writes to, attributes."""
         program = self.prepared.network.program
         for before, after in program.updates:
             target = self.targets.get(before)
             if target is None:
                 continue
+            if before in program.assigned:
+                target.data = self.env[after].detach()
+                continue
             grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
                 target.copy_(self.env[after])
+            self.passed[after] = target
+        result = self.output()
         for effect in program.effects:
             effect.apply(self._bound)
+        return result
 
 
 def run_together(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> None:

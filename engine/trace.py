@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import (
 
 from .capture import process
 from .capture.guard import Guard, Read, inside_of, replaced
-from .capture.holders import Holder, walk
+from .capture.holders import Holder, mentioned, walk
 from .capture.program import Op, Program, Ref, Value, bind, place, refs
 from .capture.program import name_of as _name
 from .capture.recorder import CumulativeAverage, Recorder
@@ -196,7 +196,7 @@ class _Recording:
         """Run the forward; note what it returns and changes; put back what it has changed."""
         recorder, program = self.recorder, self.recorder.program
         around = process.recording(
-            recorder.custom_function, recorder.from_numpy, recorder.synchronized, recorder.reseeded
+            recorder.custom_function, recorder.from_numpy, recorder.synchronized, recorder.reseeded, self._asking()
         )
         log = logging.getLogger("torch._subclasses.fake_tensor")
         told, log.disabled = log.disabled, True  # it prints whole tracebacks of errors that are the network's own
@@ -224,6 +224,12 @@ class _Recording:
             log.disabled = told
             self.snapshot.restore()
 
+    def _asking(self) -> list[dict[str, Any]]:
+        """The globals of the network's own code that ask for the type of something."""
+        own = [function for function in self.snapshot.found.functions if "type" in mentioned(function.__code__)]
+        spaces = {id(function.__globals__): function.__globals__ for function in own}
+        return [space for space in spaces.values() if "type" not in space]
+
     def _finish(self, program: Program, result: Any) -> None:
         recorder, snapshot = self.recorder, self.snapshot
         leaf = lambda t: Ref(recorder.present(recorder.twin(t)))  # noqa: E731
@@ -233,7 +239,7 @@ class _Recording:
                 f"the model returns a {type(result).__name__} without tensors that can be seen; "
                 "return a tensor, or a tuple, list or dict of tensors"
             )
-        program.effects = snapshot.effects(leaf)
+        program.effects = snapshot.effects(leaf, recorder.twins)
         program.updates = recorder.updates()
 
     def _guard(self, program: Program) -> Guard:

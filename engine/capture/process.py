@@ -8,12 +8,13 @@ does in every other thread, and would still do so if an interrupt came between t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 LOCK = threading.RLock()
 
@@ -38,6 +39,11 @@ class Replacements:
         self._undo.append(undo)  # before the change, so that no interrupt can come between
         setattr(owner, name, make(original))
 
+    def add(self, space: dict[str, Any], name: str, value: Any) -> None:
+        """Add a global that was not there."""
+        self._undo.append(lambda: space.pop(name, None))
+        space[name] = value
+
     def undo(self) -> None:
         interrupt: BaseException | None = None
         while self._undo:
@@ -53,12 +59,30 @@ class Replacements:
 _NONE = object()
 
 
+class _Meta(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            return torch.Tensor if type(args[0]) is FakeTensor else type(args[0])
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return isinstance(thing, type)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, type)
+
+
+class _Type(type, metaclass=_Meta):
+    """Stands for `type` in the globals of a network's own code: a tensor without values is a `Tensor` to it."""
+
+
 @contextmanager
 def recording(
     apply: Callable[[Callable[..., Any], type, tuple[Any, ...], dict[str, Any]], Any],
     from_numpy: Callable[[Callable[..., Any], Any], Any],
     synchronized: Callable[[nn.SyncBatchNorm, torch.Tensor], torch.Tensor],
     reseeded: Callable[[str], None],
+    spaces: Iterable[dict[str, Any]] = (),
 ) -> Iterator[None]:
     """One recording at a time in the process; calls that a function mode does not see are handed over.
 
@@ -67,6 +91,7 @@ def recording(
         from_numpy: gets `torch.from_numpy` and its argument.
         synchronized: the forward of a SyncBatchNorm.
         reseeded: told the name of a call that sets a random generator.
+        spaces: globals of the network's own code that ask for `type(x)`: of a tensor without values it is `Tensor`.
     """
     mine = threading.get_ident()
 
@@ -108,6 +133,8 @@ def recording(
             changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: synchronized))
             for owner, name in _SEEDING:
                 changes.put(owner, name, replaced(seeding))
+            for space in spaces:
+                changes.add(space, "type", _Type)
             yield
         finally:
             active[0] = False

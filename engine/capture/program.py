@@ -68,6 +68,7 @@ class Program:
         vectors: further tensors that are given from outside and have no image axes.
         grad: whether gradients were on; without, `Value.differentiable` says nothing.
         output: the forward's result, a pytree with `Ref`s in place of tensors.
+        assigned: those of the updated tensors whose memory a call replaces (`tensor.data = ...`).
         updates: tensors from outside (parameters, buffers, constants, arguments) that a call writes to, with the value
             that they have at its end; (before, after).
         effects: what else a call changes, see `state.Effect`.
@@ -82,6 +83,7 @@ class Program:
     grad: bool = True
     output: Any = None
     updates: list[tuple[int, int]] = field(default_factory=list)
+    assigned: set[int] = field(default_factory=set)
     effects: list[Any] = field(default_factory=list)
     reads: list[Any] = field(default_factory=list)
     guard: Any = None

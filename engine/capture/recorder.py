@@ -317,6 +317,8 @@ class Recorder(TorchFunctionMode):
             number = self._emit(Tensor.detach, "detach", (number,), tensor, False)
         self._refuse_reads(tensor)
         self._write(tensor, number, tracked=False)
+        if id(tensor) in self.first:
+            self.program.assigned.add(self.first[id(tensor)])
 
     def _refuse_reads(self, tensor: Tensor) -> None:
         """A write that autograd does not notice changes what earlier calls have kept for their gradients."""

@@ -85,15 +85,18 @@ class Snapshot:
             if not _same(holder.read(), contents):
                 holder.write(contents)
 
-    def effects(self, leaf: Callable[[Tensor], Any]) -> list[Effect]:
+    def effects(self, leaf: Callable[[Tensor], Any], twins: Mapping[int, Tensor]) -> list[Effect]:
         """What has changed since, with `leaf(tensor)` in the place of tensors that the forward made.
+
+        Args:
+            twins: by the identity of real tensors what stood for them: assigning one (`self.count += 1`) is no change.
 
         Raises:
             UnsupportedError: naming module and attribute, for changes that cannot be done again.
         """
         found = []
         for holder, before in zip(self.found.holders, self.contents, strict=True):
-            after = holder.read()
+            after = {k: before[k] if _twin(before.get(k), v, twins) else v for k, v in holder.read().items()}
             if not _same(after, before):
                 found.append(self._effect(holder, before, after, leaf))
         return found
@@ -125,6 +128,10 @@ class Snapshot:
                 f"module {holder.name} makes or replaces its {what} '{changed[0]}' in the forward; run the network "
                 "once before, or make it in the constructor"
             )
+
+
+def _twin(old: Any, new: Any, twins: Mapping[int, Tensor]) -> bool:
+    return isinstance(new, Tensor) and twins.get(id(old)) is new
 
 
 def _alike(old: Any, new: Any) -> bool:

@@ -78,10 +78,10 @@ def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any],
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return leaf(value)
-        if isinstance(
-            value, (str, bytes, int, float, complex, type(None), type, torch.Size, types.ModuleType, nn.Module)
-        ):
+        if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.ModuleType, nn.Module)):
             return value
+        if isinstance(value, torch.Size):  # to pytrees a tuple
+            return Made(value, None, {})
         if id(value) in inside:
             raise UnsupportedError(f"{where} holds a {type(value).__name__} that contains itself; return plain values")
         if keep(value):
