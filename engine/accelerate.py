@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -18,8 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import kernels
 from . import static
+from .arguments import CARRIES, check_choice, check_network, image_shape, tile_sides
 from .bands import Bands, band_group
 from .capture.arguments import Arguments
+from .delegation import Container, Delegate, is_container
+from .entrance import entrance
 from .errors import GigamorphError
 from .graph import Graph
 from .memory import parse_bytes
@@ -72,8 +74,17 @@ class _Images:
         return tuple(self.pixels.shape)
 
 
-class Accelerated(nn.Module):
-    """What `accelerate` returns. It shares the parameters, buffers and children of the network it was made from.
+class Accelerated(Delegate):
+    """What `accelerate` returns: the network it was made from, with a forward by tiles.
+
+    It shares the network's parameters, buffers and children. Whatever a module is asked for (`train`, `to`,
+    `state_dict`, `load_state_dict`, extra state, hooks on those) the network does, with its own methods where its class
+    overrides some, also as the child of another module. Attributes that are read or set are the network's, but for
+    those that `accelerate` was given. Methods of the network run as they are, on the network: what they compute by
+    calling `self(x)` or parts of it is right, but ordinary PyTorch on the whole image; only calls of `net` itself, and
+    `evidence`, go by tiles. Hooks on `net` see its input and output, hooks on modules in it are recorded.
+
+    Threads that use one `net` take turns; `torch.compile` leaves it as it is.
 
     Attributes:
         on_tile: called with a `TileEvent` after each tile, for progress; None for silence.
@@ -83,59 +94,46 @@ class Accelerated(nn.Module):
         self, model: nn.Module, memory_budget: int | None, tile: tuple[int, int] | None, batch_norm: str | None,
         carries: str, fallback: str | None = None, split: Any = None,
     ):  # fmt: skip
-        super().__init__()
-        # The very dictionaries of the network: state_dict keys, .to(), load_state_dict and deepcopy come out alike.
-        self.__dict__["_parameters"] = model._parameters
-        self.__dict__["_buffers"] = model._buffers
-        self.__dict__["_modules"] = model._modules
-        self.__dict__["_network"] = model
+        super().__init__(model)
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._programs: OrderedDict[Any, list[tuple[Prepared, ...]]] = OrderedDict()
         self._spare = Spare()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
-        self.training = model.training  # not train(): layers that the user has frozen stay so
+        self.seal()
         if batch_norm == "frozen":
             freeze_batch_norm(model)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_network"], name)
-
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
-        return {**self.__dict__, "_programs": OrderedDict(), "_spare": Spare(), "on_tile": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        state = self.__getstate__()
-        # The network first, so that the shared dictionaries come out shared.
-        network = copy.deepcopy(state.pop("_network"), memo)
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in state.items()})
-        twin.__dict__["_network"] = network
-        for name in ("_parameters", "_buffers", "_modules"):
-            twin.__dict__[name] = network.__dict__[name]
-        return twin
+        return {**super().__getstate__(), "_programs": OrderedDict(), "_spare": Spare(), "on_tile": None}
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)
-        self._network.training = mode
         if self.batch_norm == "frozen":
             freeze_batch_norm(self._network)
+        return self
+
+    def eval(self) -> Accelerated:
+        super().eval()
         return self
 
     def extra_repr(self) -> str:
         return f"accelerated: memory_budget={self.memory_budget}, tile={self.tile}"
 
-    def plan_for(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = None) -> Plan:
-        """The plan that an image batch of this shape (N, C, H, W) will run with."""
-        device = torch.device(device) if device is not None else self._device()
+    def plan_for(self, shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Plan:
+        """The plan that an image batch of this shape (N, C, H, W) will run with.
+
+        Args:
+            dtype: of the image; None takes that of the parameters.
+            device: where it would run; None takes that of the parameters, or the CPU for those on the meta device.
+        """
+        device = torch.device(self._device() if device is None else device)
+        device = torch.device("cpu") if device.type == "meta" else device
+        dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         training = torch.is_grad_enabled()
-        program = capture(self._network, tuple(shape), dtype, device)
+        program = capture(self._network, image_shape(shape), dtype, device)
         bands = self._bands(program)
         return arrange(
             program, self.memory_budget, self.tile, training, self.carries, fallback=self.fallback, bands=bands
@@ -224,6 +222,7 @@ class Accelerated(nn.Module):
             verify_network(self._network, make, channels, device)
             checked.add(state)
 
+    @entrance
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output for an image batch.
 
@@ -337,6 +336,7 @@ class Accelerated(nn.Module):
             forwards[-1].keep_to_plan(self._spare)
         return forwards
 
+    @entrance
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.
 
@@ -354,7 +354,7 @@ class Accelerated(nn.Module):
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
         self.need_all_rows("evidence")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a part of it needs gradients
             forward = self._open(as_batch(x))
             steps = forward.prepared.network.steps
             pooling = [n for n, step in enumerate(steps) if isinstance(step, Graph) and step.reductions]
@@ -401,6 +401,10 @@ class Accelerated(nn.Module):
             elif value.constant is not None:
                 env[number] = value.constant if value.find is None else value.find()
         return env
+
+
+class AcceleratedContainer(Container, Accelerated):
+    """An accelerated `nn.Sequential` or other container: it has a length and items, too."""
 
 
 def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):
@@ -452,9 +456,9 @@ def accelerate(
         split: compute each image on several processes, each a band of its rows: those of a group of
             `torch.distributed`, or with True all. Every process gives the same images, reads the rows that it needs of
             them, and has the outputs and gradients of the whole; the budget is that of one process.
-        verify: compare outputs, gradients and buffers of copies of the network in float64 with those of ordinary
-            PyTorch, on a small image: now, if the first convolution tells the image's channels, else at the first
-            image; and again in each mode (`train()`, `eval()`) at its first image.
+        verify: compare two steps of copies of the network in float64 with those of ordinary PyTorch, on small images:
+            outputs, gradients, buffers, attributes and the image itself. Now, if the first convolution tells the
+            image's channels, else at the first image; and again in each mode (`train()`, `eval()`) at its first image.
 
     Raises:
         GigamorphError: for arguments that are not understood, or if `verify` finds a difference. Networks that cannot
@@ -462,21 +466,16 @@ def accelerate(
     """
     if isinstance(model, Accelerated):
         raise GigamorphError("the model is accelerated already")
-    if batch_norm not in (None, "frozen"):
-        raise GigamorphError(f'batch_norm={batch_norm!r} is not known; give "frozen" or None')
-    if carries not in ("auto", "device", "host", "disk"):
-        raise GigamorphError(f'carries={carries!r} is not known; give "auto", "device", "host" or "disk"')
-    if fallback not in (None, "whole"):
-        raise GigamorphError(f'fallback={fallback!r} is not known; give "whole" or None')
-    if isinstance(tile, int):
-        tile = (tile, tile)
-    if tile is not None and min(tile) < 1:
-        raise GigamorphError(f"tile={tile} must be positive")
+    check_network(model)
+    check_choice("batch_norm", batch_norm, ("frozen", None))
+    check_choice("carries", carries, CARRIES)
+    check_choice("fallback", fallback, ("whole", None))
     # Fake tensors import it at their first use, and it keeps the frames of its importer until the garbage collector
     # runs: those of a step have its graph among their locals.
     importlib.import_module("torch._dynamo")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    net = Accelerated(model, budget, tile, batch_norm, carries, fallback, split or None)
+    kind = AcceleratedContainer if is_container(model) else Accelerated
+    net = kind(model, budget, tile_sides(tile), batch_norm, carries, fallback, split or None)
     if verify:
         net._checked = set()
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)

@@ -333,7 +333,8 @@ class _Splitter:
                 return total.to(dtypes[0]), (shares * (var + (mean - total).square())).sum(0).to(dtypes[1])
 
             merges.append(Small(moments, partial, reduction.outputs))
-            return replace(reduction, value=own, count=max(1, pixels[bands.rank]), outputs=partial)
+            count = max(1, pixels[bands.rank]) * reduction.per_pixel
+            return replace(reduction, value=own, count=count, outputs=partial)
         (output,) = reduction.outputs
         if reduction.kind == "sum":
             part = maps.new_value(dtype=wide, like=output)

@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .accelerate import Accelerated, Form
+from .entrance import entrance
 from .errors import GigamorphError
 from .map_files import sink
 from .pixels import PixelBatch, PixelSource, as_batch
@@ -29,6 +30,7 @@ _OUTPUTS: WeakKeyDictionary[nn.Module, OrderedDict[Any, Any]] = WeakKeyDictionar
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
 
 
+@entrance
 def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[Any, Any], Any]) -> Any:
     """A loss of a network's maps: equal, with all gradients, to `criterion(net(x), labels)`.
 
@@ -74,6 +76,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
     return forward.finish()
 
 
+@entrance
 def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
     """Compute a map that a network returns, equal to its ordinary output, and write it block by block.
 

@@ -46,7 +46,11 @@ def new_map(
     Raises:
         GigamorphError: if the disk is full.
     """
-    shape = list(pattern.shape if shape is None else shape)
+    # Not as a view of the memory that it takes: as the network's output it may be changed in place.
+    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, spare).data
+
+
+def _new_map(pattern: Tensor, shape: list[int], place: str, zero: bool, spare: Spare | None) -> Tensor:
     size = math.prod(shape) * pattern.element_size()
     order = memory_order(pattern)
     here = pattern.device.type if place == "device" else "cpu"

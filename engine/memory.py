@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import numbers
 import re
 import resource
 import sys
@@ -23,13 +25,15 @@ def parse_bytes(size: int | float | str) -> int:
     """Bytes from a number or a text such as ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
 
     Raises:
-        GigamorphError: if the text is no size, or the size is not positive.
+        GigamorphError: if it is no size, or the size is not positive.
     """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", size.lower())
         if not match or match[2] not in _UNITS:
             raise GigamorphError(f"memory size {size!r} is not understood; write it like 4GiB, 800MiB or 6GB")
         size = float(match[1]) * _UNITS[match[2]]
+    if isinstance(size, bool) or not isinstance(size, numbers.Real) or not math.isfinite(size):
+        raise GigamorphError(f"memory size {size!r} is not understood; give bytes, or write it like 4GiB")
     if size <= 0:
         raise GigamorphError(f"memory size {size} must be positive")
     return int(size)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from . import static, trace
+from .arguments import CARRIES, check_choice, check_network, is_whole, tile_sides
 from .backend import prepare
 from .bands import Bands, split_network
 from .errors import BudgetError, GigamorphError, UnsupportedError
@@ -707,7 +708,7 @@ def plan(
     budget: int | str | None = None,
     *,
     tile: int | tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     training: bool = True,
     carries: str = "auto",
@@ -719,7 +720,7 @@ def plan(
         image_size: (H, W), (C, H, W) or (N, C, H, W); without them N is 1 and C what the first layer takes.
         budget: bytes (``"4GiB"``); None takes what is free.
         tile: side or (height, width); None chooses.
-        dtype: dtype of the image.
+        dtype: dtype of the image; None takes that of the parameters.
         device: device the step would run on.
         training: with a backward, or inference.
         carries: "device", "host", "disk" or "auto".
@@ -728,23 +729,29 @@ def plan(
         UnsupportedError: if the network cannot be computed exactly.
         BudgetError: if no tile fits the budget.
     """
-    shape = _full_shape(model, tuple(image_size))
+    check_network(model)
+    check_choice("carries", carries, CARRIES)
+    shape = _full_shape(model, image_size)
     network = model.__dict__.get("_network", model)
+    if dtype is None:
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     device = torch.device(device)
     program = capture(network, shape, dtype, device)
-    side = (tile, tile) if isinstance(tile, int) else tile
+    side = tile_sides(tile)
     limit = None if budget is None else parse_bytes(budget)
     _, chosen = arrange(program, limit, side, training, carries, compare=True)
-    stock = sum(t.nbytes for t in network.state_dict().values()) + stock_peak(network, shape, dtype, device, training)
+    held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    stock = held + stock_peak(network, shape, dtype, device, training)
     return replace(chosen, stock_bytes=stock)
 
 
-def _full_shape(model: nn.Module, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+def _full_shape(model: nn.Module, given: Sequence[int]) -> tuple[int, int, int, int]:
+    size = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
     if len(size) == 2:
         first = next((p for p in model.parameters() if p.dim() == 4), None)
         size = (3 if first is None else first.shape[1], *size)
     if len(size) == 3:
         size = (1, *size)
-    if len(size) != 4 or min(size) < 1:
-        raise GigamorphError(f"image_size={size} is not (H, W), (C, H, W) or (N, C, H, W)")
-    return size  # pyright: ignore[reportReturnType]
+    if len(size) != 4 or not all(is_whole(side) and side >= 1 for side in size):
+        raise GigamorphError(f"image_size={given!r} is not (H, W), (C, H, W) or (N, C, H, W)")
+    return tuple(int(side) for side in size)  # pyright: ignore[reportReturnType]

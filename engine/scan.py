@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from . import turns
 from .ahead import ReadAhead
 from .bands import Bands
 from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
@@ -212,6 +213,7 @@ class Scan:
         self.swept: Mapping[int, int] = {}  # stored maps that sweeps alone read, and how many do
         self.map_place = "device"  # where those are kept
         self.gradients = Gradients()  # of those
+        self.fell: dict[tuple[int, int], int] = {}  # of tiles with random numbers, what tells those that were drawn
         self.taps: dict[int, list[Callable[[Tensor, Rect], None]]] = {}  # given every block of a map in pass 1
 
     def convert(self, pixels: Tensor) -> Tensor:
@@ -282,9 +284,11 @@ class Scan:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with turns.DICE, torch.random.fork_rng(devices=devices):
             torch.manual_seed((seed + i * self.sweep.cols.steps + j) % 2**63)
             yield
+            if self.device.type == "cpu":
+                turns.check_dice(self.fell.setdefault((i, j), turns.dice()))
 
     def _after_tile(self, phase: str, i: int, j: int, done: int, maps: Iterable[Tensor | None]) -> None:
         if self.map_place == "disk":
@@ -313,7 +317,10 @@ class Scan:
         env = self.prepare(smalls, leaves)
         accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
-        seed = int(torch.randint(2**62, ())) if sweep.random else 0
+        seed = 0
+        if sweep.random:
+            with turns.DICE:
+                seed = int(torch.randint(2**62, ()))
         kept = None
         inputs = {v for v in graph.sources if v in wanted_sources}
         if leaves or inputs:

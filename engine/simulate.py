@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .carries import CarryStore
+from .geometry import AxisSchedule
 from .graph import Graph
 from .reduce import Accumulator
 from .scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
@@ -81,7 +82,7 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
     """
     values = graph.program.values
     image = values[graph.image]
-    i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
+    i, j = _usual(sweep.rows, graph), _usual(sweep.cols, graph)
     autocast = Autocast.current(image.device)
     with FakeTensorMode():
         sources = {v: _fake_source(graph, v) for v in graph.sources}
@@ -127,6 +128,13 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
         return meter.peak, held
 
 
+def _usual(axis: AxisSchedule, graph: Graph) -> int:
+    """The step whose tile is counted: one in the middle, or the heaviest where maps are joined end to end."""
+    if not any(local.op.name == "end_to_end" for local in graph.locals):
+        return axis.steps // 2
+    return max(range(axis.steps), key=lambda step: sum(hi - lo for lo, hi in (axis.block(v, step) for v in axis.kept)))
+
+
 def _fake_source(graph: Graph, value: int) -> Pixels:
     """A source on fake tensors: the image's pixels are made when they are read, a stored map is there."""
     info = graph.program.values[value]
@@ -170,7 +178,15 @@ def stock_peak(
     """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
     fake = FakeTensorMode()
     state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    twins: dict[str, Tensor] = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in state.items()}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if not (tensor.is_meta or tensor.is_inference()):
+            return fake.from_tensor(tensor, static_shapes=True)
+        with fake, torch.inference_mode(False):
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return like.requires_grad_(tensor.requires_grad)
+
+    twins: dict[str, Tensor] = {name: twin(tensor) for name, tensor in state.items()}
     with fake:
         image = torch.empty(shape, dtype=dtype, device=device)
         with _Meter() as meter, torch.set_grad_enabled(training):

@@ -100,7 +100,8 @@ class Arena:
         while chunk < len(self.chunks) and offset + size > self.chunks[chunk].numel():
             chunk, offset = chunk + 1, 0
         if chunk == len(self.chunks):
-            self.chunks.append(torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, device=device))
+            with torch.inference_mode(False):  # it will be written to within and without
+                self.chunks.append(torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, device=device))
         end = offset + -(-size // _ALIGNMENT) * _ALIGNMENT
         return self.chunks[chunk][offset : offset + size], (chunk, end)
 
@@ -127,7 +128,8 @@ class Static:
     def _room(self, tensor: Tensor) -> Tensor:
         strides = _dense_strides(tensor)
         if self._arena is None or not tensor.numel():
-            return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+            with torch.inference_mode(False):  # it will be written to within and without
+                return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
         flat, self._end = self._arena.take(self._end, tensor.numel() * tensor.element_size(), tensor.device)
         flat = flat.view(tensor.dtype)
         # .data: the neighbours are other tensors, and autograd need not hear that one of them is written.

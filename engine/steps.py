@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import static
+from . import static, turns
 from .bands import Bands
 from .capture.program import call
 from .capture.trees import realize
@@ -28,6 +27,7 @@ from .ceiling import Ceiling
 from .errors import GigamorphError
 from .graph import Graph, Network
 from .maps import Gradients, add_reader
+from .once import once
 from .ops import Small
 from .pages import Spare
 from .pixels import PixelBatch, StoredBatch
@@ -61,7 +61,7 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scan: Scan, sources: dict[int, int], *tensors: Tensor):
         """`sources` gives the places of source tensors among `tensors`; smalls come behind them."""
-        ctx.scan, ctx.sources, ctx.bands = scan, sources, scan.bands
+        ctx.scan, ctx.sources, ctx.bands, ctx.turn = scan, sources, scan.bands, turns.current()
         wanted = [v for v, place in sources.items() if ctx.needs_input_grad[2 + place]]
         for v in wanted:
             add_reader(tensors[sources[v]], 1)
@@ -69,21 +69,21 @@ class ScanFunction(torch.autograd.Function):
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
         results = tuple(map(_no_view, results))
-        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.reread]
+        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.read_again]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         scan.let_go()
         return results
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor | None):
         saved = _saved(ctx)
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         scan: Scan = ctx.scan
         sweep, graph = scan.sweep, scan.sweep.graph
         count, last = len(ctx.sources), not _keeps_graph()
-        stored = dict(zip((v for v in graph.results if v in sweep.reread), kept, strict=True))
+        stored = dict(zip((v for v in graph.results if v in sweep.read_again), kept, strict=True))
         scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored, tensors[count:])
         scan.gradients.end(graph.stored)
         reached = frozenset[int]().union(
@@ -446,17 +446,19 @@ class Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         for tensor, wanted in zip(tensors, ctx.needs_input_grad[3:], strict=True):
             add_reader(tensor, int(wanted))
-        ctx.borders, ctx.inputs = borders, inputs
-        ctx.dice = _dice(wholes[0].device)
+        ctx.borders, ctx.inputs, ctx.turn = borders, inputs, turns.current()
         ctx.images = [whole.image is not None for whole in wholes]
         ctx.wholes = [whole.part({}, None) for whole in wholes]
         insides = _insides(wholes, inputs, ctx.images, tensors)
-        for number in borders[0].part:
-            _step(insides, number)
+        with turns.DICE if any(sweep.random for sweep in wholes[0].prepared.sweeps) else contextlib.nullcontext():
+            ctx.dice = _dice(wholes[0].device)
+            for number in borders[0].part:
+                _step(insides, number)
+            ctx.fell = turns.dice()
         return tuple(inside.env[v] for inside, border in zip(insides, borders, strict=True) for v in border.outputs)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor | None):
         last = not _keeps_graph()
         tensors = [
@@ -464,10 +466,12 @@ class Recomputed(torch.autograd.Function):
         ]
         insides = _insides(ctx.wholes, ctx.inputs, ctx.images, tensors)
         device = insides[0].device
-        with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        gpus = [device] if device.type == "cuda" else []
+        with torch.enable_grad(), turns.DICE, torch.random.fork_rng(devices=gpus):
             _throw(ctx.dice, device)
             for number in ctx.borders[0].part:
                 _step(insides, number, again=True)
+            turns.check_dice(ctx.fell)
         roots = [i.env.pop(v) for i, border in zip(insides, ctx.borders, strict=True) for v in border.outputs]
         pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
         wanted = [t for t in tensors if t.requires_grad]

@@ -39,9 +39,8 @@ class Sweep:
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(graph.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
-        # Stored maps whose values the second pass takes from where they are stored.
-        self.reread = {r.value for r in graph.reductions if r.kind == "moments" and r.value in self.unvalued}
         self.moments = {r.value for r in graph.reductions if r.kind == "moments"}
+        self.read_again = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
         self.readers = readers_of(graph)
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
 
@@ -311,7 +310,12 @@ class Tile:
             for value in local.op.outputs:
                 if value in targets:
                     through.add(value)
-                if value in through or (value in self.needs and value in sweep.carried and self.hands_on(value)):
+                # Random numbers are drawn whoever reads them, or those behind them would be others.
+                if (
+                    value in through
+                    or local.random
+                    or (value in self.needs and value in sweep.carried and self.hands_on(value))
+                ):
                     reached.add(value)
             if any(v in reached for v in local.op.outputs):
                 for value in local.reads:

@@ -198,13 +198,14 @@ class _Recording:
         around = process.recording(
             recorder.custom_function, recorder.from_numpy, recorder.synchronized, recorder.reseeded, self._asking()
         )
+        plain = torch.compiler.set_stance("force_eager")  # what is compiled is recorded as what it was compiled from
         log = logging.getLogger("torch._subclasses.fake_tensor")
         told, log.disabled = log.disabled, True  # it prints whole tracebacks of errors that are the network's own
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
-            with around, module_paths(self.model, recorder.path), cumulative_averages(self.model), recorder:
-                result = (self.call or self.model)(image, *further)
+            with around, module_paths(self.model, recorder.path), cumulative_averages(self.model), plain, recorder:
+                result = (self.model if self.call is None else self.call)(image, *further)
             self._finish(program, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedError(

@@ -1,30 +1,55 @@
-"""The self-check: a small image through copies of the network, tile by tile and in ordinary PyTorch, in float64."""
+"""The self-check: two steps of copies of the network on small images, by tiles and in ordinary PyTorch, in float64."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import GigamorphError
 
 # Tried in this order, for networks that take no odd or no small sizes. Three tiles each way.
 _SIZES = ((97, 75), (128, 96), (224, 224))
 _IMAGES = 2
+_STEPS = 2  # what the first leaves behind, the second works with
+_GROWTH = 1.01  # of the parameters from one step to the next, as of an optimizer
 _LIMIT = 1e-10
 _NOISE = 100  # a difference may be this many times what a last-bit change of the image makes
 _FLOOR = 1e-3  # of the largest tensor of a kind: smaller ones are measured against that
+_DEEPEST = 6  # containers within containers that are looked into
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What a step leaves: outputs, gradients and buffers by name."""
+@dataclass
+class _Record:
+    """What some steps leave.
 
-    tensors: dict[str, dict[str, Tensor]]
+    Attributes:
+        tensors: by kind, and then by name; told apart by their distance.
+        facts: types, flags and counts by name; told apart by their equality.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str, value: Any) -> None:
+        """Take down a value and all that it holds."""
+        for place, leaf in _leaves(value, 0):
+            whole = f"{kind} {name}{place}"
+            if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor):
+                self.tensors.setdefault(kind, {})[whole] = leaf.detach().clone()
+                self.facts[f"the dtype of {whole}"] = leaf.dtype
+            elif type(leaf) is float:
+                self.tensors.setdefault(kind, {})[whole] = torch.tensor(leaf, dtype=torch.float64)
+            else:
+                self.facts[whole] = leaf
 
 
 class CannotVerify(GigamorphError):
@@ -35,9 +60,11 @@ def verify(
     network: nn.Module, accelerated: Callable[[nn.Module, tuple[int, int]], nn.Module], channels: int,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Compare outputs, gradients and buffers of a small image; nothing of the network or of random generators changes.
+    """Compare two steps on different small images, with and without gradients, and all that they leave behind.
 
-    Layers of element-wise dropout are left out: they draw others in other tiles. Hooks run, on the copies.
+    That is outputs with their types, gradients and whether there are any, buffers, what modules hold in attributes, and
+    the image itself. Nothing of the network or of random generators changes. Layers of element-wise dropout are left
+    out: they draw others in other tiles. Hooks run, on the copies.
 
     Args:
         network: the network in the mode that is to be checked.
@@ -46,34 +73,46 @@ def verify(
 
     Raises:
         CannotVerify: if it cannot be copied, or ordinary PyTorch fails on the small images.
-        GigamorphError: naming the tensor that differs most.
+        GigamorphError: naming what differs most.
         UnsupportedError: if the network is refused.
     """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        image, expected = _first_that_runs(_twin(network), channels, device)
-        tile = tuple(-(-side // 3) for side in image.shape[2:])
-        last_bits = 1 + torch.finfo(image.dtype).eps * torch.randn_like(image)
-        noise = _distance(expected, _step(_twin(network), image * last_bits))
-        got = _distance(expected, _step(accelerated(_twin(network), tile), image))  # pyright: ignore[reportArgumentType]
-        worst = max(got, key=lambda name: got[name] / max(_LIMIT, _NOISE * noise[name]))
-        if got[worst] <= max(_LIMIT, _NOISE * noise[worst]):
+    dice, plain = torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False)
+    with dice, torch.inference_mode(False), torch.enable_grad(), plain:
+        images, expected = _first_that_runs(network, channels, device)
+        tile = tuple(-(-side // 3) for side in images[0].shape[2:])
+        shaken = [image * (1 + torch.finfo(image.dtype).eps * torch.randn_like(image)) for image in images]
+        again = _run(_twin(network), shaken)
+        noise = _distance(expected, again)
+        got = _run(_twin(network), images, lambda twin: accelerated(twin, tile))  # pyright: ignore[reportArgumentType]
+        found = _distance(expected, got)
+        fact = next((f for f in _other_facts(expected, got) if f not in _other_facts(expected, again)), None)
+        worst = max(found, key=lambda name: found[name] / max(_LIMIT, _NOISE * noise.get(name, 0)))
+        within = found[worst] <= max(_LIMIT, _NOISE * noise.get(worst, 0))
+        if within and fact is None:
             return
-        other = _distance(expected, _step(_twin(network), image, seed=1))
+        other = _distance(expected, _run(_twin(network), images, seed=1))
     if max(other.values()) > _LIMIT:
         raise GigamorphError(
             "verify: the network draws random numbers for each pixel, so no two runs agree; check it in eval() mode"
         )
+    if fact is not None:
+        differs = f"{fact} is {_told(got.facts, fact)} instead of {_told(expected.facts, fact)}"
+    else:
+        differs = f"{worst} differs by {found[worst]:.1e} from ordinary PyTorch"
     raise GigamorphError(
-        f"verify: {worst} differs by {got[worst]:.1e} from ordinary PyTorch (image {tuple(image.shape)}, tile "
-        f"{tile[0]} x {tile[1]}); do not use the accelerated network, and report this"
+        f"verify: {differs} (image {tuple(images[0].shape)}, tile {tile[0]} x {tile[1]}); do not use the accelerated "
+        "network, and report this"
     )
 
 
 def _twin(network: nn.Module) -> nn.Module:
     """A copy in float64, without dropout by position."""
+    # Weights that were computed from others (weight_norm, pruning masks) are computed anew at the next call.
+    attributes = [value for module in network.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and value.grad_fn is not None]
     try:
-        twin = copy.deepcopy(network).double()
+        twin = copy.deepcopy(network, {id(value): value.detach().clone() for value in computed}).double()
     except RuntimeError as error:
         raise CannotVerify(
             f"verify: the network cannot be copied ({str(error).splitlines()[0]}); leave verify=True away"
@@ -84,67 +123,134 @@ def _twin(network: nn.Module) -> nn.Module:
     return twin
 
 
-def _first_that_runs(twin: nn.Module, channels: int, device: torch.device) -> tuple[Tensor, _Step]:
-    """A small image, and what ordinary PyTorch makes of it."""
-    failure: Exception | None = None
-    before = copy.deepcopy(twin.state_dict())
+def _first_that_runs(network: nn.Module, channels: int, device: torch.device) -> tuple[list[Tensor], _Record]:
+    """Small images, one for each step, and what ordinary PyTorch makes of them."""
+    failure = "?"
     for height, width in _SIZES:
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(_IMAGES, channels, height, width, dtype=torch.float64, generator=generator).to(device)
+        shape = (_STEPS, _IMAGES, channels, height, width)
+        images = list(torch.randn(shape, dtype=torch.float64, generator=generator).to(device))
         try:
-            return image, _step(twin, image)
+            return images, _run(_twin(network), images)
+        except CannotVerify:
+            raise
         except Exception as error:  # whatever a network says of sizes that it does not take
-            failure = error
-            twin.load_state_dict(before)
+            failure = (str(error).splitlines() or [type(error).__name__])[0]
     raise CannotVerify(
-        f"verify: the network does not run on small images in float64 ({str(failure).splitlines()[0]}); "
-        "leave verify=True away"
+        f"verify: the network does not run on small images in float64 ({failure}); leave verify=True away"
     )
 
 
-def _step(network: nn.Module, image: Tensor, seed: int = 0) -> _Step:
-    torch.manual_seed(seed)
-    leaf = image.clone().requires_grad_()
-    outputs = [t for t in tree_leaves(network(leaf)) if isinstance(t, Tensor)]
+def _run(
+    twin: nn.Module, images: list[Tensor], form: Callable[[nn.Module], nn.Module] = lambda twin: twin, seed: int = 0
+) -> _Record:
+    """A training step and an inference on each image.
+
+    Args:
+        twin: a copy of the network, which the steps change.
+        form: what is called in its place.
+    """
+    record, network = _Record(), form(twin)
+    for number, image in enumerate(images):
+        when = f"(step {number + 1})"
+        torch.manual_seed(seed)
+        leaf = image.clone().requires_grad_()
+        given = leaf * 1  # which the network may change
+        outputs = network(given)
+        record.add("output", when, outputs)
+        record.add("image", f"after the call {when}", given)
+        tensors = [t for _, t in _leaves(outputs, 0) if isinstance(t, Tensor)]
+        record.facts[f"the outputs' requires_grad {when}"] = [t.requires_grad for t in tensors]
+        wanted = {"the image": leaf, **{n: p for n, p in twin.named_parameters() if p.requires_grad}}
+        grads = _gradients(tensors, list(wanted.values()))
+        for name, grad in zip(wanted, grads, strict=True):
+            record.add("gradient", f"of '{name}' {when}", grad)
+        _left_behind(record, twin, when)
+        torch.manual_seed(seed)
+        given = image.clone()
+        with torch.no_grad():
+            record.add("output", f"without gradients {when}", network(given))
+        record.add("image", f"after the call without gradients {when}", given)
+        _left_behind(record, twin, f"without gradients {when}")
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(_GROWTH)
+    return record
+
+
+def _gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:
+    """Those of a sum of all outputs, each number with a random weight."""
     generator = torch.Generator().manual_seed(2)
-    loss = sum(
-        (t * torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device)).sum()
-        for t in outputs
-        if t.requires_grad
-    )
-    wanted = {"the image": leaf, **{n: p for n, p in network.named_parameters() if p.requires_grad}}
-    grads = [None] * len(wanted)
-    if isinstance(loss, Tensor):
-        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    buffers = {f"buffer '{n}'": b.detach().clone() for n, b in network.named_buffers()}
-    pairs = zip(wanted.items(), grads, strict=True)
-    gradients = {f"gradient of '{n}'": torch.zeros_like(t) if g is None else g for (n, t), g in pairs}
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        inferred = [t for t in tree_leaves(network(image)) if isinstance(t, Tensor)]
-    results = {f"output {n}": t.detach() for n, t in enumerate(outputs)}
-    results |= {f"output {n} without gradients": t for n, t in enumerate(inferred)}
-    return _Step({"output": results, "gradient": gradients, "buffer": buffers})
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in outputs]
+    weights = [torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device) for t in real]
+    terms = [(t * weight).sum() for t, weight in zip(real, weights, strict=True) if t.requires_grad]
+    if not terms:
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(sum(terms, torch.zeros(()).to(terms[0])), wanted, allow_unused=True))
 
 
-def _distance(expected: _Step, got: _Step) -> dict[str, float]:
-    """Relative errors by name; infinite where shapes, or the places of what is not finite, differ."""
+def _left_behind(record: _Record, twin: nn.Module, when: str) -> None:
+    """Take down buffers and what modules hold in attributes of their own."""
+    for name, buffer in twin.named_buffers():
+        record.add("buffer", f"'{name}' {when}", buffer)
+    for path, module in twin.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE:
+                record.add("attribute", f"'{path}.{name}' {when}" if path else f"'{name}' {when}", value)
+
+
+def _leaves(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """(place, value) of tensors and plain values within a value, and the types of what holds them."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    items: Any = None
+    if value is None or isinstance(value, Tensor | bool | int | float | complex | str | bytes | torch.dtype):
+        yield "", kind if isinstance(value, FakeTensor) else value
+        return
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple | deque):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value) or type(value).__name__ == "SimpleNamespace":
+        items = vars(value).items() if hasattr(value, "__dict__") else None
+    yield "", kind
+    for key, item in (items or ()) if depth < _DEEPEST else ():
+        for place, leaf in _leaves(item, depth + 1):
+            yield f"[{key!r}]{place}", leaf
+
+
+def _other_facts(expected: _Record, got: _Record) -> dict[str, None]:
+    """The facts that are not the same, what is missing included."""
+    missing = object()
+    names = dict.fromkeys([*expected.facts, *got.facts])
+    return {n: None for n in names if expected.facts.get(n, missing) != got.facts.get(n, missing)}
+
+
+def _told(facts: dict[str, Any], name: str) -> str:
+    return str(facts[name])[:80] if name in facts else "not there"
+
+
+def _distance(expected: _Record, got: _Record) -> dict[str, float]:
+    """Relative errors by name; infinite where one is missing, or shapes or the places of what is not finite differ."""
     found: dict[str, float] = {}
-    for kind, tensors in expected.tensors.items():
-        others = got.tensors[kind]
-        if tensors.keys() != others.keys():
-            return {f"the number of {kind}s": float("inf")}
+    for kind in dict.fromkeys([*expected.tensors, *got.tensors]):
+        tensors, others = expected.tensors.get(kind, {}), got.tensors.get(kind, {})
         largest = max((_plain(t).norm().item() for t in tensors.values()), default=0.0)
-        for name, want in tensors.items():
-            have = others[name]
-            if have.shape != want.shape or not torch.equal(have.isfinite(), want.isfinite()):
+        for name in dict.fromkeys([*tensors, *others]):
+            want, have = tensors.get(name), others.get(name)
+            if (
+                want is None
+                or have is None
+                or have.shape != want.shape
+                or not torch.equal(have.isfinite(), want.isfinite())
+            ):
                 found[name] = float("inf")
-                continue
-            scale = max(_plain(want).norm().item(), _FLOOR * largest)
-            distance = (_plain(have) - _plain(want)).norm().item()
-            found[name] = distance / scale if scale else distance
+            else:
+                scale = max(_plain(want).norm().item(), _FLOOR * largest)
+                distance = (_plain(have) - _plain(want)).norm().item()
+                found[name] = distance / scale if scale else distance
     return found
 
 
 def _plain(t: Tensor) -> Tensor:
+    t = torch.view_as_real(t) if t.is_complex() else t
     return t.double().nan_to_num(posinf=0, neginf=0)

@@ -150,7 +150,8 @@ class Recorder(TorchFunctionMode):
         if tensor.layout != torch.strided:
             raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
         with torch.inference_mode(False):
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            device = self.device if tensor.is_meta else tensor.device  # plans take networks without values
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             twin.requires_grad_(tensor.requires_grad)
         self.alive.append(tensor)
         self.twins[id(tensor)] = twin

@@ -1,6 +1,21 @@
 """One rule per op: how it is computed tile by tile, or why it cannot be."""
 
-from . import flat, losses, movement, norms, pointwise, promote, reductions, reshape, upsample, window
+from . import (
+    along,
+    contract,
+    flat,
+    indices,
+    losses,
+    movement,
+    norms,
+    pointwise,
+    promote,
+    reductions,
+    reshape,
+    upsample,
+    window,
+    writes,
+)
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
 
 __all__ = [
@@ -17,8 +32,11 @@ __all__ = [
     "Small",
     "SumOf",
     "Whole",
+    "along",
+    "contract",
     "find_rule",
     "flat",
+    "indices",
     "losses",
     "movement",
     "norms",
@@ -28,4 +46,5 @@ __all__ = [
     "reshape",
     "upsample",
     "window",
+    "writes",
 ]

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ..geometry import Access, same
 from ..trace import Op, Program, Value, bind
+from .names import ASSIGNMENTS
 
 Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
 Span = tuple[int, int]
@@ -103,8 +104,8 @@ class Small:
 class Reduction:
     """A reduction over the whole image.
 
-    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over the image axes, which
-    keep size one, count being the pixels. `outputs` are the values it gives.
+    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over `dims`, which keep size
+    one, count being the elements; `precise` ones are taken in float64. `outputs` are the values it gives.
     """
 
     op: Op
@@ -116,9 +117,18 @@ class Reduction:
     first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
     outputs: tuple[int, ...] = ()
     form: Callable[[Tensor], Tensor] | None = None  # of a block, instead of its sum over `dims`
+    precise: bool = False
+    per_pixel: int = 1  # moments: how many elements of a pixel go into one of them
+    nan_counts: bool = False  # maximum: NaN are the largest elements; without it all gradients are NaN with them
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.op.outputs[:1]
+        self.nan_counts = self.nan_counts or self.first_only
+
+    def has(self, x: Tensor, maximum: Tensor) -> Tensor:
+        """Where elements, or maxima of parts, are the maximum that the gradient goes to."""
+        same = x == maximum
+        return same | (x.isnan() & maximum.isnan()) if self.nan_counts else same
 
     def keep_dims(self, result: Tensor) -> Tensor:
         """A tensor of the result's shape with the reduced dimensions kept, of size one."""
@@ -258,17 +268,27 @@ def out_of_place(op: Op) -> Callable[..., Any]:
     """The op's function without its in-place effect, with the result's dtype kept as in-place calls keep it."""
     if op.kwargs.get("out") is not None:
         raise Refusal(f"'{op.name}' writes to out=; drop that argument")
+    name = ASSIGNMENTS.get(op.name)
     if op.name.endswith("_") and not op.name.endswith("__"):
         name = op.name[:-1]
+    if name is not None:
         plain = getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(F, name, None)
         if plain is None:
             raise Refusal(f"'{op.name}' has no out-of-place form")
 
         def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if name.startswith("logical_"):  # PyTorch lets the gradient through the form in place, and not the other
+                return op.func(first.clone(), *args, **kwargs)
             return plain(first, *args, **kwargs).to(first.dtype)
 
         return call
     return op.func
+
+
+def keeps_state(op: Op, maps: Maps) -> None:
+    """Refuse an op that writes the image's values into what the model keeps."""
+    if any(maps.program.values[v].name or maps.program.values[v].constant is not None for v in op.mutated):
+        raise Refusal(f"'{op.name}' writes the image's values into a parameter, buffer or attribute")
 
 
 def plain_kwargs(op: Op) -> dict[str, Any]:

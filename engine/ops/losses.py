@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from ..trace import Op, Ref
-from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, Whole, arguments, replay, rule
+from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
 from .pointwise import elementwise
 from .reductions import exact, small
 
@@ -131,24 +131,6 @@ def _made(
 def one_hot(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-
-
-@rule("gather", "scatter", "take_along_dim")
-def along_channels(op: Op, maps: Maps) -> Local | Whole:
-    """Elements picked or put by index along a dimension that is none of the image's; or a few positions of a map."""
-    order = {"gather": "input dim index", "scatter": "input dim index src", "take_along_dim": "input indices dim"}
-    dim = arguments(op, order[op.name.removesuffix("_")])["dim"]
-    places = {maps.axes[v] for v in maps.inputs(op)}
-    value = op.inputs[0]
-    if op.name == "gather" and maps.inputs(op) == [value] and dim % len(maps.shape(value)) in maps.axes[value]:
-        return Whole(op)
-    small_tensors = [v for v in op.inputs if v not in maps and len(maps.shape(v))]
-    if len(places) > 1 or len({maps.extent(v) for v in maps.inputs(op)}) > 1 or small_tensors or dim is None:
-        raise Refusal(f"'{op.name}' needs an index for each position of the image")
-    (axes,) = places
-    if dim % len(maps.shape(op.outputs[0])) in axes:
-        raise Refusal(f"'{op.name}' picks positions of the image")
-    return Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,), replay(op))
 
 
 @rule("written")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from .base import (
     Node,
     Refusal,
     Run,
+    Small,
     Whole,
     arguments,
     dimensions,
@@ -52,10 +54,12 @@ def permute(op: Op, maps: Maps) -> Local:
     return _local(op, maps, value, (dims.index(h), dims.index(w)))
 
 
-@rule("transpose", "swapaxes", "swapdims")
+@rule("transpose", "swapaxes", "swapdims", "mT", "adjoint", "t", "T")
 def transpose(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
-    rest = [*op.args[1:], *op.kwargs.values()]
+    rest = [*op.args[1:], *op.kwargs.values()] or [-2, -1]
+    if op.name == "T" and len(maps.shape(value)) != 2:
+        raise Refusal("'T' of more than two dimensions; use permute")
     a, b = dimensions(rest, len(maps.shape(value)))
     swap = {a: b, b: a}
     h, w = maps.axes[value]
@@ -99,13 +103,13 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(op: Op, maps: Maps) -> Local:
+def expand(op: Op, maps: Maps) -> Local | Small:
     value, out = op.inputs[0], op.outputs[0]
     if value not in maps:  # expand_as
-        over = op.inputs[1]
-        ones = [1] * (len(maps.shape(out)) - len(maps.shape(value))) + list(maps.shape(value))
+        over, shape = op.inputs[1], maps.shape(out)
+        ones = [1] * (len(shape) - len(maps.shape(value))) + list(maps.shape(value))
         if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
-            raise Refusal(f"'{op.name}' spreads a tensor over the image that depends on the position already")
+            return Small(lambda env: (env[value].expand(shape),), (value,), op.outputs)  # of the image's size as it is
         return spread(op, maps, value, over, out, maps.axes[over])
     shift = len(maps.shape(out)) - len(maps.shape(value))
     h, w = (axis + shift for axis in maps.axes[value])
@@ -162,84 +166,71 @@ def select(op: Op, maps: Maps) -> Local:
     return _local(op, maps, value, (h - (drop and dim < h), w - (drop and dim < w)))
 
 
-@rule("cat", "concat", "concatenate", "stack")
+@rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
 def cat(op: Op, maps: Maps) -> Local | list[Node]:
+    given = arguments(op, "tensors dim", dim={"hstack": 1, "dstack": 2}.get(op.name, 0))
+    dim = given["dim"] % len(maps.shape(op.outputs[0]))
     some = maps.inputs(op)[0]
+    if any(tuple(maps.shape(ref.value)) == (0,) for ref in given["tensors"]):
+        raise Refusal(f"'{op.name}' joins an empty tensor; leave it out")
+    if dim in maps.axes[some] and op.name != "stack":
+        return _end_to_end(op, maps, [ref.value for ref in given["tensors"]], dim)
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
-    given = arguments(op, "tensors dim", dim=0)
-    values = [ref.value for ref in given["tensors"]]
+    values = [ref.value for ref in arguments(op, "tensors")["tensors"]]
     if any(v not in maps for v in values):
         raise Refusal(f"'{op.name}' joins a map with a tensor that is none")
     if len({maps.axes[v] for v in values}) > 1 or len({maps.extent(v) for v in values}) > 1:
         raise Refusal(f"'{op.name}' joins maps whose image axes differ")
     h, w = maps.axes[values[0]]
-    rank = len(maps.shape(op.outputs[0]))
-    dim = given["dim"] % rank
     if op.name == "stack":
         h, w = h + (dim <= h), w + (dim <= w)
-    elif dim in (h, w):
-        raise Refusal(f"'{op.name}' joins maps along an image axis")
     local = Local(op, {v: maps.pointwise(v) for v in values}, ((h, w),), replay(op))
     return [*made, local] if made else local
 
 
-@rule("__getitem__", "narrow")
-def getitem(op: Op, maps: Maps) -> Local:
-    """Slices: of channels per pixel, of an image axis a window with stride (a crop)."""
-    value = op.inputs[0]
-    if value not in maps or len(op.inputs) > 1:
-        raise Refusal("indexing with a tensor")
-    shape, axes = maps.shape(value), maps.axes[value]
-    if op.name == "narrow":
-        given = arguments(op, "input dim start length")
-        dim = given["dim"] % len(shape)
-        index: Any = (slice(None),) * dim + (slice(given["start"], given["start"] + given["length"]),)
-    else:
-        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
-    used = sum(item is not None and item is not Ellipsis for item in index)
-    if not any(item is Ellipsis for item in index):
-        index = (*index, Ellipsis)
-    spot = next(i for i, item in enumerate(index) if item is Ellipsis)
-    index = (*index[:spot], *[slice(None)] * (len(shape) - used), *index[spot + 1 :])
+def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
+    """Maps (and smalls with rows of their own) joined along an image axis: each is padded by the length of the others.
 
-    accesses: list[Access] = []
-    out_axes: list[int] = []
-    tile_index: list[Any] = []
-    dim = position = 0
-    for item in index:
-        if item is None:
-            tile_index.append(None)
-            position += 1
-            continue
-        if dim in axes and value in maps.flat:
-            if not isinstance(item, slice) or item.indices(shape[dim]) != (0, shape[dim], 1):
-                raise Refusal("indexing picks positions of the image")
-            accesses = list(maps.pointwise(value))
-            out_axes = [position, position]
-            tile_index.append(slice(None))
-            position += 1
-        elif dim in axes:
-            if not isinstance(item, slice):
-                raise Refusal("indexing picks positions of the image")
-            start, stop, step = item.indices(shape[dim])
-            if step < 1:
-                raise Refusal("a slice runs backwards along an image axis")
-            accesses.append(Window(shape[dim], len(range(start, stop, step)), 1, step, -start))
-            out_axes.append(position)
-            tile_index.append(slice(None, None, step))
-            position += 1
-        elif isinstance(item, (slice, int)):
-            tile_index.append(item)
-            position += isinstance(item, slice)
-        else:
-            raise Refusal("indexing with a list")
-        dim += 1
-    key = tuple(tile_index)
+    Rows of the second wait, as carries, until the first has ended; so the last tiles do most of the work.
+    """
+    axes = next(maps.axes[v] for v in values if v in maps)
+    rank, nodes = len(maps.shape(op.outputs[0])), []
+    if axes[0] == axes[1]:
+        raise Refusal(f"'{op.name}' joins flattened maps along their positions; join them before they are flattened")
+    total = [maps.shape(op.outputs[0])[axis] for axis in axes]
+    reads: dict[int, tuple[Access, Access]] = {}
+    offset = 0
+    for value in values:
+        shape = maps.shape(value)
+        part = replace(op, args=(), kwargs={}, inputs=(value,))
+        if value not in maps:
+            part, made = promoted(part, maps, axes, rank, size=(shape[axes[0]], shape[axes[1]]))
+            nodes.extend(made)
+        elif value in reads:  # once more: under a number of its own
+            made, _ = twin(part, maps, value)
+            part = replace(part, inputs=made.op.outputs)
+            nodes.append(made)
+        (own,) = part.inputs
+        if own not in maps or maps.axes[own] != axes:
+            raise Refusal(f"'{op.name}' joins maps whose image axes differ")
+        both = list(maps.pointwise(own))
+        both[axes.index(dim)] = Window(shape[dim], total[axes.index(dim)], pad=offset)
+        reads[own] = both[0], both[1]
+        offset += shape[dim]
+    parts = tuple(reads)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (env[value][key],)
+        return (torch.cat([env[v] for v in parts], dim),)
 
-    return Local(op, {value: (accesses[0], accesses[1])}, ((out_axes[0], out_axes[1]),), run)
+    return [*nodes, Local(replace(op, name="end_to_end", args=(), kwargs={}, inputs=parts), reads, (axes,), run)]
+
+
+def twin(op: Op, maps: Maps, value: int) -> tuple[Local, int]:
+    """The same map under another number, for an op that reads it in two ways."""
+    made = maps.new_value(like=value)
+    maps.axes[made] = maps.axes[value]
+    own = replace(op, name="twin", args=(), kwargs={}, inputs=(value,), outputs=(made,))
+    return Local(own, {value: maps.pointwise(value)}, (maps.axes[made],), lambda env, _block: (env[value],)), made
 
 
 @rule("pad")

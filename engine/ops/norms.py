@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from ..corrected import memory_format
 from ..processes import Moments, merged
 from ..trace import Op, Ref
-from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
+from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
 from .promote import promoted
-from .reductions import exact, mapped, moments
+from .reductions import exact, mapped, moments, small, wide
 
 
 def _number(ref: Any) -> int | None:
@@ -189,22 +189,31 @@ def layer_norm(op: Op, maps: Maps) -> Local | list[Node]:
 def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int, ...]) -> list[Node]:
     """Each sample over the image and what lies behind it; weight and bias have a value for each position."""
     value = given["input"].value
-    reduction, mean, var = moments(op, maps, value)
     values = maps.program.values
-    dtype, out = values[mean].dtype, values[op.outputs[0]].dtype
-    own, centred = exact(values[value].device), op.name == "layer_norm"
+    dtype, out = wide(values[value].dtype), values[op.outputs[0]].dtype
+    own = exact(values[value].device)
     eps = torch.finfo(values[value].dtype).eps if given["eps"] is None else given["eps"]
     shape = [1 if d in normalized else size for d, size in enumerate(maps.shape(value))]
-    scale, shift = (maps.new_value(shape, dtype, like=value) for _ in range(2))
+    count = math.prod(maps.shape(value)[d] for d in normalized)
+    centred = op.name == "layer_norm"
+    made = tuple(maps.new_value(shape, dtype, like=value) for _ in range(4 if centred else 1))
+    statistics: list[Node]
+    if centred:
+        reduction, mean, var = moments(op, maps, value)
 
-    def affine(env: Env) -> tuple[Tensor, ...]:
-        means, variances = env[mean].to(own), env[var].to(own)
-        middle = means.mean(normalized, keepdim=True)
-        spread = variances.mean(normalized, keepdim=True) + (means - middle).square().mean(normalized, keepdim=True)
-        if not centred:
-            spread, middle = spread + middle.square(), torch.zeros_like(middle)
-        factor = torch.rsqrt(spread + eps)
-        return factor.to(dtype), (-middle * factor).to(dtype)
+        def affine(env: Env) -> tuple[Tensor, ...]:
+            means, variances = env[mean].to(own), env[var].to(own)
+            middle = means.mean(normalized, keepdim=True)
+            spread = variances.mean(normalized, keepdim=True) + (means - middle).square().mean(normalized, keepdim=True)
+            factor = torch.rsqrt(_over(count, spread, dtype) + eps)
+            return _affine(middle, factor, torch.zeros_like(factor), dtype)
+
+        statistics = [reduction, Small(affine, (mean, var), made)]
+    else:
+        square, squares = mapped(op, maps, "square", (value,), lambda x: x.to(dtype).pow(2), dtype)
+        total = maps.new_value(shape, dtype, like=value)
+        reduction = Reduction(op, squares, "sum", count, normalized, True, outputs=(total,))
+        statistics = [square, reduction, small((total,), made[0], lambda t: torch.rsqrt(t + eps))]
 
     op, smalls = promoted(op, maps, maps.axes[value], len(maps.shape(value)))
     given = arguments(op, "input normalized_shape weight bias eps")
@@ -212,16 +221,27 @@ def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int
     weighted = given["weight"] is not None
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:
-        *elements, factor, offset = rest
-        y = ScaleShift.apply(x, factor, offset, dtype)
+        elements, smalls = list(rest[: len(factors)]), rest[len(factors) :]
+        y = ScaleShift.apply(x, *smalls, dtype) if centred else x * smalls[0]
         if weighted:
             y = y * elements.pop(0)
         for element in elements:
             y = y + element
         return y.to(out)
 
-    local, _ = mapped(op, maps, op.name, (value, *factors), run, out, (scale, shift), op.outputs[0])
-    return [reduction, Small(affine, (mean, var), (scale, shift)), *smalls, local]
+    local, _ = mapped(op, maps, op.name, (value, *factors), run, out, made, op.outputs[0])
+    return [*statistics, *smalls, local]
+
+
+def _affine(mean: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What `ScaleShift` takes beside the map; the offset is of the scale as rounded, so that a mean gives zero."""
+    scale = scale.to(dtype)
+    return mean.to(dtype), scale, shift.to(dtype), (shift - mean * scale).detach().to(dtype)
+
+
+def _over(count: int, spread: Tensor, dtype: torch.dtype) -> Tensor:
+    """A variance, infinite where the sum of squares overflows that PyTorch takes it from."""
+    return (spread * count).to(dtype).to(spread.dtype) / count
 
 
 def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Node]:
@@ -234,7 +254,7 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
     ones = (1,) * (len(values[value].shape) - 2)
     dtype, out = values[mean].dtype, values[op.outputs[0]].dtype
     own = exact(values[value].device)
-    scale, shift = (maps.new_value((n, c, *ones), dtype, like=value) for _ in range(2))
+    made = tuple(maps.new_value((n, c, *ones), dtype, like=value) for _ in range(4))
     weight, bias = _number(given["weight"]), _number(given["bias"])
     running = [_number(given.get(name)) for name in ("running_mean", "running_var")]
 
@@ -242,14 +262,14 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         means, variances = (env[v].to(own).reshape(n, groups, -1) for v in (mean, var))
         middle = means.mean(2, keepdim=True)
         spread = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
+        if op.name == "group_norm":
+            spread = _over(reduction.count * c // groups, spread, dtype)
         factor = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, *ones)
         middle = middle.expand(n, groups, c // groups).reshape(n, c, *ones)
         if weight is not None:
             factor = factor * env[weight].to(own).reshape(1, c, *ones)
-        offset = -middle * factor
-        if bias is not None:
-            offset = offset + env[bias].to(own).reshape(1, c, *ones)
-        return factor.to(dtype), offset.to(dtype)
+        shift = torch.zeros_like(factor) if bias is None else env[bias].to(own).reshape(1, c, *ones).expand_as(factor)
+        return _affine(middle, factor, shift, dtype)
 
     def statistics(env: Env) -> tuple[Tensor, Tensor]:
         unbiased = reduction.count / max(reduction.count - 1, 1)
@@ -257,28 +277,35 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         return means, variances * unbiased
 
     updates = _running(op, running, given.get("momentum", 0.1), statistics, (mean, var))
-    finalize = Small(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), (scale, shift))
+    finalize = Small(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), made)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (ScaleShift.apply(env[value], env[scale], env[shift], out),)  # pyright: ignore
+        return (ScaleShift.apply(env[value], *(env[v] for v in made), out),)  # pyright: ignore
 
-    return [reduction, finalize, *updates, _pixelwise(op, maps, value, "scale_shift", (value, scale, shift), run)]
+    return [reduction, finalize, *updates, _pixelwise(op, maps, value, "scale_shift", (value, *made), run)]
 
 
 class ScaleShift(torch.autograd.Function):
-    """x * scale + shift in `dtype`, with smalls of size one in every dimension that they are broadcast along."""
+    """(x - mean) * scale + shift in `dtype`, with smalls of size one in every dimension that they are broadcast along.
+
+    Computed as x * scale + offset, offset = shift - mean * scale. The gradient of the scale is a sum of (x - mean) dy:
+    one of x dy, and of dy apart, would leave rounding alone where the mean is large.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype):
-        ctx.save_for_backward(x, scale)
-        return torch.addcmul(shift, x, scale).to(dtype)
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype
+    ):  # fmt: skip
+        ctx.save_for_backward(x, mean, scale)
+        return torch.addcmul(offset, x, scale).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         (dy,) = grads
-        x, scale = ctx.saved_tensors
+        x, mean, scale = ctx.saved_tensors
         dx = (dy * scale).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return dx, _sum_like(dy * x, scale), _sum_like(dy, scale), None
+        dshift = _sum_like(dy, scale)
+        return dx, -scale * dshift, _sum_like((x - mean).mul_(dy), scale), dshift, None, None
 
 
 def _sum_like(x: Tensor, small: Tensor) -> Tensor:

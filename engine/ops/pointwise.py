@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,147 +16,14 @@ from .base import (
     Maps,
     Node,
     Refusal,
+    Small,
     arguments,
+    keeps_state,
     replay,
     rule,
 )
+from .names import ELEMENTWISE
 from .promote import promoted
-
-ELEMENTWISE = [
-    "relu",
-    "relu6",
-    "silu",
-    "gelu",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "leaky_relu",
-    "sigmoid",
-    "tanh",
-    "elu",
-    "selu",
-    "celu",
-    "softplus",
-    "softsign",
-    "mish",
-    "logsigmoid",
-    "threshold",
-    "hardshrink",
-    "softshrink",
-    "tanhshrink",
-    "add",
-    "sub",
-    "subtract",
-    "mul",
-    "multiply",
-    "div",
-    "divide",
-    "true_divide",
-    "floor_divide",
-    "pow",
-    "float_power",
-    "square",
-    "sqrt",
-    "rsqrt",
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log1p",
-    "log2",
-    "log10",
-    "abs",
-    "absolute",
-    "neg",
-    "negative",
-    "positive",
-    "sign",
-    "clamp",
-    "clip",
-    "clamp_min",
-    "clamp_max",
-    "minimum",
-    "maximum",
-    "fmin",
-    "fmax",
-    "reciprocal",
-    "erf",
-    "sin",
-    "cos",
-    "tan",
-    "atan",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "frac",
-    "addcmul",
-    "addcdiv",
-    "where",
-    "lerp",
-    "masked_fill",
-    "nan_to_num",
-    "remainder",
-    "fmod",
-    "logaddexp",
-    "hypot",
-    "atan2",
-    "xlogy",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-    "logical_and",
-    "logical_or",
-    "logical_not",
-    "logical_xor",
-    "bitwise_not",
-    "bitwise_and",
-    "bitwise_or",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "__add__",
-    "__radd__",
-    "__sub__",
-    "__rsub__",
-    "rsub",
-    "__mul__",
-    "__rmul__",
-    "__truediv__",
-    "__rtruediv__",
-    "__rdiv__",
-    "__pow__",
-    "__rpow__",
-    "__neg__",
-    "__invert__",
-    "__and__",
-    "__or__",
-    "__gt__",
-    "__lt__",
-    "__ge__",
-    "__le__",
-    "__eq__",
-    "__ne__",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "long",
-    "int",
-    "bool",
-    "to",
-    "type",
-    "type_as",
-    "contiguous",
-    "clone",
-    "detach",
-    "straight_through",
-    "zeros_like",
-    "ones_like",
-]
 
 
 def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
@@ -176,11 +45,23 @@ def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
 
 @rule(*ELEMENTWISE)
 def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
+    keeps_state(op, maps)
+    if op.name in ("to", "type_as") and len(op.inputs) > 1:
+        return _like_another(op, maps)
     rank = len(maps.shape(op.outputs[0]))
     axes = aligned_axes(op, maps, rank)
     op, made = promoted(op, maps, axes, rank)
-    local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,), replay(op))
+    local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,) * len(op.outputs), replay(op))
     return [*made, local] if made else local
+
+
+def _like_another(op: Op, maps: Maps) -> Local | list[Node]:
+    """A tensor in the dtype and on the device of another, of which nothing else is read."""
+    value, like = op.inputs[0], maps.program.values[op.outputs[0]]
+    if value not in maps:
+        return [Small(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)]
+    own = replace(op, inputs=(value,))
+    return Local(own, {value: maps.pointwise(value)}, (maps.axes[value],), lambda env, _: (env[value].to(like.dtype),))
 
 
 def _random(made: Local | list[Node], random: bool) -> Local | list[Node]:
@@ -201,6 +82,16 @@ def on_channels(op: Op, maps: Maps, value: int) -> Local:
 def only_maps(op: Op, maps: Maps, *values: int) -> None:
     if set(maps.inputs(op)) - set(values):
         raise Refusal(f"'{op.name}' takes its parameters from the image")
+
+
+@rule("bucketize", "isin")
+def compared(op: Op, maps: Maps) -> Local:
+    """Each element of a map against all elements of a small."""
+    value = op.inputs[0]
+    if value not in maps:
+        raise Refusal(f"'{op.name}' compares a tensor with all positions of the image")
+    only_maps(op, maps, value)
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
 @rule("prelu")

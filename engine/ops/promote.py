@@ -7,7 +7,7 @@ tensor, and as a source of the sweep that reads it, it is read tile by tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,27 +18,36 @@ from ..trace import Op, Ref
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, Small, arguments
 
 
-def promoted(op: Op, maps: Maps, axes: Axes, rank: int) -> tuple[Op, list[Node]]:
+def promoted(
+    op: Op, maps: Maps, axes: Axes, rank: int, among: Container[int] | None = None, size: tuple[int, int] | None = None
+) -> tuple[Op, list[Node]]:
     """The op with every small that depends on the position in the image replaced by a map.
 
     Args:
         axes: where the image axes lie in a broadcast of `rank` dimensions; one axis twice if they are flattened.
+        among: the inputs that are looked at; None for all.
+        size: height and width, where the op reads no map that has them.
     """
-    over = maps.inputs(op)[0]
-    size = maps.size(over)
+    over = next(iter(maps.inputs(op)), None)
+    if size is None:
+        assert over is not None
+        size = maps.size(over)
     nodes: list[Node] = []
     names: dict[int, int] = {}
     for value in op.inputs:
-        if value in maps:
+        if value in maps or (among is not None and value not in among):
             continue
         shape = [1] * (rank - len(maps.shape(value))) + list(maps.shape(value))
         if all(shape[axis] == 1 for axis in axes):
             continue
-        if maps.merged(over):
+        if over is not None and maps.merged(over):
             raise Refusal(f"'{op.name}' combines a flattened map with a tensor that depends on the position in it")
+        for axis, own in zip(axes, size if axes[0] != axes[1] else (size[0] * size[1],) * 2, strict=True):
+            if shape[axis] not in (1, own):
+                raise Refusal(f"'{op.name}' combines a map with a tensor that has more rows or columns than the map")
         source = _spread_source(maps, value)
         spreads = source is not None and rank == len(maps.shape(value)) and axes[0] != axes[1]
-        if source is not None and spreads and all(maps.shape(source)[axis] == 1 for axis in axes):
+        if source is not None and over is not None and spreads and all(maps.shape(source)[axis] == 1 for axis in axes):
             number = maps.new_value(like=value)
             maps.axes[number] = axes
             nodes.append(spread(op, maps, source, over, number, axes))

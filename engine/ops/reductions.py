@@ -32,16 +32,23 @@ def exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def moments(op: Op, maps: Maps, value: int) -> tuple[Reduction, int, int]:
-    """The reduction to mean and variance over the image, whose axes keep size one, and their value numbers."""
+def moments(op: Op, maps: Maps, value: int, dims: tuple[int, ...] = ()) -> tuple[Reduction, int, int]:
+    """The reduction to mean and variance over the image, whose axes keep size one, and their value numbers.
+
+    With `dims`, over these dimensions, and in float64 whatever the map is in.
+    """
     if maps.merged(value):
         raise Refusal(f"'{op.name}' of a flattened map that holds more than the image")
-    axes = tuple(dict.fromkeys(maps.axes[value]))
+    info, pixels = maps.program.values[value], math.prod(maps.size(value))
+    axes = dims or tuple(dict.fromkeys(maps.axes[value]))
     shape = [1 if d in axes else size for d, size in enumerate(maps.shape(value))]
-    dtype = wide(maps.program.values[value].dtype)
-    mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
-    reduction = Reduction(op, value, "moments", math.prod(maps.size(value)), axes, True, outputs=(mean, var))
-    return reduction, mean, var
+    count = math.prod(maps.shape(value)[d] for d in axes)
+    dtype = exact(info.device) if dims else wide(info.dtype)
+    outputs = tuple(maps.new_value(shape, dtype, like=value) for _ in range(2))
+    reduction = Reduction(
+        op, value, "moments", count, axes, True, outputs=outputs, precise=bool(dims), per_pixel=count // pixels
+    )
+    return reduction, *outputs
 
 
 def mapped(
@@ -136,18 +143,23 @@ class _Call:
     def small_like_output(self, dtype: torch.dtype) -> int:
         return self.maps.new_value(self.maps.shape(self.output), dtype, like=self.output)
 
-    def reduce(self, value: int, kind: str, output: int, count: int = 1, keepdim: bool | None = None) -> Reduction:
+    def reduce(
+        self, value: int, kind: str, output: int, count: int = 1, keepdim: bool | None = None, nan_counts: bool = False
+    ) -> Reduction:
         keepdim = self.keepdim if keepdim is None else keepdim
-        return Reduction(self.op, value, kind, count, self.dims, keepdim, outputs=(output,))
+        return Reduction(self.op, value, kind, count, self.dims, keepdim, outputs=(output,), nan_counts=nan_counts)
 
-    def of(self, name: str, function: Callable[[Tensor], Tensor], kind: str, behind: Callable[[Tensor], Tensor]):
+    def of(
+        self, name: str, function: Callable[[Tensor], Tensor], kind: str, behind: Callable[[Tensor], Tensor],
+        nan_counts: bool = False,
+    ) -> list[Node]:  # fmt: skip
         """function(x) -> reduced -> behind(it)."""
         own = wide(self.maps.program.values[self.value].dtype)
         local, made = self.mapped(name, lambda x: function(x.to(own)), own)
         total = self.small_like_output(own)
         dtype = self.dtype
         last = small((total,), self.output, lambda t: behind(t).to(dtype))
-        return [local, self.reduce(made, kind, total), last]
+        return [local, self.reduce(made, kind, total, nan_counts=nan_counts), last]
 
 
 def _sum(call: _Call) -> list[Node]:
@@ -166,19 +178,39 @@ def _sum(call: _Call) -> list[Node]:
 def _max(call: _Call) -> list[Node] | None:
     if not call.maps.program.values[call.value].dtype.is_floating_point:
         return None
-    return [call.reduce(call.value, "max", call.output)]
+    return [call.reduce(call.value, "max", call.output, nan_counts=call.op.name == "max")]
 
 
 def _min(call: _Call) -> list[Node] | None:
     if not call.maps.program.values[call.value].dtype.is_floating_point:
         return None
-    return call.of("negative", torch.neg, "max", torch.neg)
+    return call.of("negative", torch.neg, "max", torch.neg, nan_counts=call.op.name == "min")
 
 
 def root(x: Tensor) -> Tensor:
     """The square root; at zero its gradient is zero, as those of norms and standard deviations are."""
     zero = x == 0
     return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
+
+
+class Root(torch.autograd.Function):
+    """A standard deviation in `dtype`. Its gradient is zero where it is zero, and overflows where that dtype does."""
+
+    @staticmethod
+    def forward(ctx: Any, variance: Tensor, dtype: torch.dtype):
+        result = variance.sqrt().to(dtype)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        (result,) = ctx.saved_tensors
+        return torch.where(result == 0, 0, grads[0] / (result * 2)), None
+
+
+def squared(x: Tensor) -> Tensor:
+    """The square; its gradient has no factor 2 x, which overflows before x does."""
+    return x * x
 
 
 def _norm(call: _Call) -> list[Node] | None:
@@ -188,11 +220,11 @@ def _norm(call: _Call) -> list[Node] | None:
     if call.given.get("dtype") is not None or call.given.get("out") is not None:
         return None
     if p in (2, None, "fro"):
-        return call.of("square", torch.square, "sum", root)
+        return call.of("square", squared, "sum", root)
     if p == 1:
         return call.of("absolute", torch.abs, "sum", lambda t: t)
     if p == math.inf:
-        return call.of("absolute", torch.abs, "max", lambda t: t)
+        return call.of("absolute", torch.abs, "max", lambda t: t, nan_counts=True)
     return None
 
 
@@ -201,34 +233,35 @@ def _spread(call: _Call) -> list[Node]:
     correction = call.given.get("correction")
     if correction is None:
         correction = 0 if call.given.get("unbiased") is False else 1
-    taken, mean, var = moments(call.op, call.maps, call.value)
-    count = math.prod(call.shape[d] for d in call.dims)
+    taken, mean, var = moments(call.op, call.maps, call.value, call.dims)
+    count = taken.count
     factor = count / (count - correction) if count > correction else math.inf
-    rest = tuple(d for d in call.dims if d not in call.maps.axes[call.value])
     squeezed = () if call.keepdim else call.dims
-    own, dtype, op = exact(call.maps.program.values[call.value].device), call.dtype, call.op
+    dtype, op = call.dtype, call.op
 
     def finish(means: Tensor, variances: Tensor) -> tuple[Tensor, ...]:
-        means, variances = means.to(own), variances.to(own)
-        if rest:
-            variances = variances.mean(rest, keepdim=True) + means.var(rest, correction=0, keepdim=True)
-            means = means.mean(rest, keepdim=True)
         spread = variances * factor
         if op.name.startswith("std"):
-            spread = root(spread)
+            spread = Root.apply(spread, dtype)
+        means = torch.where(spread.isnan(), torch.nan, means)  # so PyTorch follows a mean that is infinite
         return tuple(t.squeeze(squeezed).to(dtype) for t in (spread, means)[: len(op.outputs)])
 
     return [taken, Small(lambda env: finish(env[mean], env[var]), (mean, var), op.outputs)]
 
 
-def shifted_exp(call: _Call) -> tuple[list[Node], int, int, int]:
-    """exp(x - max), the maximum, and the sum of the exponentials; both keep their dimensions."""
+def finite(top: Tensor) -> Tensor:
+    """The maximum as logsumexp takes it: none where it is infinite."""
+    return torch.where(top.isinf(), 0, top).detach()
+
+
+def shifted_exp(call: _Call, shift: Callable[[Tensor], Tensor]) -> tuple[list[Node], int, int, int]:
+    """exp(x - shift(max)), the maximum, and the sum of the exponentials; both keep their dimensions."""
     own = wide(call.maps.program.values[call.value].dtype)
     kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
     top, total = (call.maps.new_value(kept, own, like=call.value) for _ in range(2))
 
     def shifted(x: Tensor, most: Tensor) -> Tensor:
-        return torch.exp(x.to(own) - torch.where(most.isinf(), 0, most).detach())
+        return torch.exp(x.to(own) - shift(most))
 
     local, made = call.mapped("shifted_exp", shifted, own, top)
     first = call.reduce(call.value, "max", top, keepdim=True)
@@ -236,11 +269,11 @@ def shifted_exp(call: _Call) -> tuple[list[Node], int, int, int]:
 
 
 def _logsumexp(call: _Call) -> list[Node]:
-    nodes, _, top, total = shifted_exp(call)
+    nodes, _, top, total = shifted_exp(call, finite)
     squeezed, dtype = () if call.keepdim else call.dims, call.dtype
 
     def finish(most: Tensor, sums: Tensor) -> Tensor:
-        return (sums.log() + torch.where(most.isinf(), 0, most).detach()).squeeze(squeezed).to(dtype)
+        return (sums.log() + finite(most)).squeeze(squeezed).to(dtype)
 
     return [*nodes, small((top, total), call.output, finish)]
 
@@ -248,12 +281,12 @@ def _logsumexp(call: _Call) -> list[Node]:
 def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
     """Softmax along the one axis in which a flattened map's positions lie."""
     call = _Call(op, maps, value, (dim,), {"keepdim": True})
-    nodes, made, top, total = shifted_exp(call)
+    nodes, made, top, total = shifted_exp(call, torch.Tensor.detach)
     dtype = call.dtype
     if logarithm:
 
         def finish(x: Tensor, most: Tensor, sums: Tensor) -> Tensor:
-            return (x.to(sums.dtype) - torch.where(most.isinf(), 0, most).detach() - sums.log()).to(dtype)
+            return (x.to(sums.dtype) - most.detach() - sums.log()).to(dtype)
 
         last, _ = mapped(op, maps, "log_softmax", (value,), finish, dtype, (top, total), call.output)
     else:
@@ -267,7 +300,7 @@ def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], 
     """x / max(|x|, eps) with the Euclidean norm over the image."""
     call = _Call(op, maps, value, dims, {"keepdim": True})
     own, dtype = wide(maps.program.values[value].dtype), call.dtype
-    local, made = call.mapped("square", lambda x: x.to(own).square(), own)
+    local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
     kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
     total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
     scale = small((total,), length, lambda t: root(t).clamp_min(eps))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..geometry import Access, Gather, Window, same
 from ..trace import Op
-from .base import Block, Env, Flat, Local, Maps, Refusal, Whole, rule
+from .base import Block, Env, Flat, Local, Maps, Refusal, Small, Whole, rule
 
 
 def _place(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
@@ -33,8 +33,11 @@ def _place(before: Sequence[int], after: Sequence[int], axis: int, took: int, si
 
 
 @rule("reshape", "view", "reshape_as", "view_as", "flatten", "unflatten")
-def reshape(op: Op, maps: Maps) -> Local | Whole:
+def reshape(op: Op, maps: Maps) -> Local | Small | Whole:
     value = op.inputs[0]
+    if value not in maps:  # a tensor in the shape of a map
+        shape = maps.shape(op.outputs[0])
+        return Small(lambda env: (env[value].reshape(shape),), (value,), op.outputs)
     before, after = maps.shape(value), maps.shape(op.outputs[0])
     if maps.program.values[value].dtype != maps.program.values[op.outputs[0]].dtype:
         raise Refusal("'view' reinterprets the bytes of a map")

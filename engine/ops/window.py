@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..geometry import Gather, Window
 from ..trace import Op, bind
 from .base import Block, Env, Local, Maps, Reduction, Refusal, Whole, arguments, need_nchw, pair, replay, rule
-from .resample import INTERPOLATE, bilinear, positions
+from .resample import INTERPOLATE, bilinear, positions, weighted
 
 
 def _windows(
@@ -217,15 +217,19 @@ def adaptive_pool2d(op: Op, maps: Maps) -> Reduction | Whole:
 
 
 @rule("interpolate", "upsample", "upsample_nearest")
-def interpolate(op: Op, maps: Maps) -> Local:
+def interpolate(op: Op, maps: Maps) -> Local | Reduction:
     value = op.inputs[0]
     need_nchw(op, maps, value)
     given = arguments(op, INTERPOLATE, mode="nearest")
     mode = given["mode"]
     if mode == "bilinear" and not given["antialias"]:
         return bilinear(op, maps, value)
+    if mode == "area" and tuple(maps.shape(op.outputs[0])[2:]) == (1, 1):
+        return Reduction(op, value, "sum", math.prod(maps.size(value)), (2, 3), True)
+    if mode in ("bilinear", "bicubic", "area"):
+        return weighted(op, maps, value)
     if mode not in ("nearest", "nearest-exact"):
-        raise Refusal(f"upsampling with mode='{mode}' is not possible yet; use mode='nearest' or 'bilinear'")
+        raise Refusal(f"'{op.name}' with mode='{mode}' of a map; use 'nearest', 'bilinear', 'bicubic' or 'area'")
     size_in, shape = maps.size(value), maps.shape(op.outputs[0])
     sources = [positions(op, size_in[axis], shape[2 + axis], axis).long().tolist() for axis in (0, 1)]
     rows, cols = (Gather(size_in[axis], shape[2 + axis], tuple(sources[axis])) for axis in (0, 1))

@@ -8,7 +8,9 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph.engine import GigamorphError, accelerate
+from gigamorph.engine.ops import Local
+from gigamorph.engine.ops.base import RULES
 
 
 def image(*shape: int) -> Tensor:
@@ -155,3 +157,43 @@ def test_no_draws_in_evaluation():
     before = torch.get_rng_state()
     assert_exact(copy.deepcopy(model), image(2, 2, 17, 23), tile=(5, 8))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_draws_that_no_reader_of_a_tile_needs():
+    """A tile whose block is read by later tiles alone was not drawn again, and those behind it drew its numbers."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.conv = nn.Parameter(torch.ones(())), nn.Conv2d(1, 1, 3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = F.dropout(x, 0.5), F.dropout(x * self.scale, 0.5)
+            return self.conv(first).mean((2, 3)), second
+
+    for tile in (1, 2, 3, 8):
+        net = accelerate(Two().double(), tile=tile)
+        second = net(image(1, 1, 20, 19))[1]
+        (grad,) = torch.autograd.grad(second.square().sum() / 2, [net.scale])
+        torch.testing.assert_close(grad, second.square().sum())
+
+
+def test_draws_of_others_in_the_middle_of_a_tile_are_noticed(monkeypatch):
+    """Between the passes anybody may draw; among a tile's own draws it would make another mask, and is refused."""
+    plain, others = RULES["tanh"], []
+
+    def rule(op, maps) -> Local:
+        local = plain(op, maps)
+        run = local.run
+        local.run = lambda env, block: ([torch.rand(n) for n in others], run(env, block))[1]
+        return local
+
+    monkeypatch.setitem(RULES, "tanh", rule)
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout(0.5), nn.Tanh()).double(), tile=8)
+    loss = net(image(1, 1, 20, 19)).sum()
+    torch.rand(3)
+    loss.backward()
+    loss = net(image(1, 1, 20, 19)).sum()
+    others.append(1)  # as if by a thread
+    with pytest.raises(GigamorphError, match="another thread drew"):
+        loss.backward()

@@ -100,11 +100,10 @@ def norm_of_torch(_net, x: Tensor) -> Tensor:
 CASES = {
     "layer norm over columns": (nn.LayerNorm(24), r"'odd'.*one image axis alone"),
     "attention": (Attention(), r"'odd'.*position"),
-    "antialias": (
-        Call(lambda m, x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)),
-        r"'odd'.*bilinear",
+    "antialias to one column": (
+        Call(lambda m, x: F.interpolate(x, (9, 1), mode="bilinear", antialias=True)),
+        r"'odd'.*one column",
     ),
-    "bicubic": (Call(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), r"'odd'.*bicubic"),
     "grid_sample": (
         Call(lambda m, x: F.grid_sample(x, torch.zeros(x.shape[0], 3, 3, 2, dtype=x.dtype), align_corners=False)),
         r"'odd'.*'grid_sample'",
@@ -120,7 +119,7 @@ CASES = {
     "flip": (Call(lambda m, x: x.flip(3) + x), r"'odd'|the model"),
     "sort": (Call(lambda m, x: x.sort(dim=2)[0]), r"'odd'.*'sort'"),
     "cumsum along rows": (Call(lambda m, x: x.cumsum(2) + x), r"'odd'|the model"),
-    "cat along rows": (Call(lambda m, x: torch.cat([x, x], 2)), r"'odd'.*image axis"),
+    "cat of positions": (Call(lambda m, x: torch.cat([x.flatten(2)] * 2, 2)[:, :, None]), r"'odd'.*flattened"),
     "split along columns": (Call(lambda m, x: x.chunk(2, 3)[0]), r"'odd'.*image axis"),
     "one row": (Call(lambda m, x: x[:, :, 3].unsqueeze(2) + x), r"'odd'.*positions of the image"),
     "rows by list": (Call(lambda m, x: x[:, :, [0, 2]]), r"'odd'"),

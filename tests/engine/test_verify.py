@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from gigamorph.engine import GigamorphError, UnsupportedError, accelerate
 from gigamorph.engine.ops import Local
 from gigamorph.engine.ops.base import RULES
+from gigamorph.engine.verify import verify
 
 
 class Net(nn.Module):
@@ -97,6 +99,82 @@ def test_refused_networks_are_refused_at_construction():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Softmin(-1))
     with pytest.raises(UnsupportedError):
         accelerate(nn.Sequential(model[0], nn.Upsample(scale_factor=2, mode="bicubic")), verify=True)
+
+
+# -- all that a step leaves -------------------------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Leaves something behind in every way that there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(4, 1, 1))
+        self.register_buffer("mean", torch.zeros(4))
+        self.average, self.calls, self.seen = torch.zeros(4), 0, []
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.conv(x.mul_(2))
+        moments = y.detach().mean((0, 2, 3))
+        self.mean = 0.9 * self.mean + 0.1 * moments
+        self.average = self.average + moments
+        self.calls += 1
+        self.seen.append(moments.sum())
+        self.last = y
+        return {"map": y * self.gate.detach(), "means": (y.mean((2, 3)), y.detach().amax((2, 3))), "classes": 2}
+
+
+class Restored(Stateful):
+    """With one thing after each call as it was before."""
+
+    def __init__(self, twin: Stateful, fault: str):
+        self.__dict__.update(fault=fault, twin=twin, weights=twin.conv.weight.detach().clone())
+        nn.Module.__init__(self)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        twin, fault = self.twin, self.fault
+        before, image = {"mean": twin.mean, "average": twin.average, "calls": twin.calls}, x.clone()
+        if fault == "stale":
+            twin.conv.weight.data = self.weights.clone()
+        out = twin(x)
+        if fault in before:
+            setattr(twin, fault, before[fault])
+        elif fault == "seen":
+            twin.seen.pop()
+        elif fault == "last":
+            del twin.last
+        elif fault == "image":
+            x.data.copy_(image)
+        elif fault == "zeros":
+            out["map"] = out["map"] + 0 * twin.gate
+        elif fault == "type":
+            out["means"] = list(out["means"])
+        elif fault == "flag":
+            out["means"] = (out["means"][0], out["means"][1] + 0 * out["means"][0])
+        elif fault == "number":
+            out["classes"] = 3
+        return out
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("mean", "buffer 'mean'"), ("average", "attribute 'average'"), ("calls", "'calls' .* is 0 instead of 1"),
+        ("seen", "attribute 'seen'"), ("last", "attribute 'last' .* not there"), ("image", "image after the call"),
+        ("zeros", "gradient of 'gate'"), ("type", "list instead of builtins.tuple"), ("flag", "requires_grad"),
+        ("number", "'classes'] is 3 instead of 2"), ("stale", r"\(step 2\)"), ("none", None),
+    ],
+)  # fmt: skip
+def test_all_that_a_step_leaves_is_compared(fault, named):
+    """Also what only the second step shows: weights that were taken over once."""
+    network = Stateful()
+    check = lambda: verify(network, lambda twin, _tile: Restored(twin, fault), 3, torch.device("cpu"))  # noqa: E731
+    if named is None:
+        check()
+    else:
+        with pytest.raises(GigamorphError, match=named):
+            check()
+    assert network.calls == 0 and not network.seen and not network.mean.any()
 
 
 # -- hooks ----------------------------------------------------------------------------------------------------------

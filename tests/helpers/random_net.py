@@ -202,13 +202,18 @@ STEPS["avg_pool"] = Kind(lambda d, s: _draw_pool(d, True), lambda m, x, o: F.avg
 
 
 def _draw_interpolate(draw: Any, shape: tuple[int, ...]) -> Options:
-    mode: Options = {"mode": draw(st.sampled_from(["nearest", "nearest-exact", "bilinear"]))}
-    if mode["mode"] == "bilinear":
+    mode: Options = {"mode": draw(st.sampled_from(["nearest", "nearest-exact", "bilinear", "bicubic", "area"]))}
+    narrowest = 1
+    if mode["mode"] in ("bilinear", "bicubic"):
         mode["align_corners"] = draw(st.booleans())
+        mode["antialias"] = shape[3] > 1 and draw(st.booleans())
+        narrowest += mode["antialias"]  # PyTorch 2.13 gets one column wrong
     if draw(st.booleans()):
         factor = draw(st.sampled_from([2, 2.0, 1.5, (2, 3), (1.0, 2.0), 3, 0.6]))
-        return {**mode, "scale_factor": factor, "recompute_scale_factor": draw(st.sampled_from([None, True]))}
-    return {**mode, "size": tuple(draw(st.integers(1, 2 * size + 1)) for size in shape[2:])}
+        if shape[3] * _two(factor)[1] >= narrowest:
+            return {**mode, "scale_factor": factor, "recompute_scale_factor": draw(st.sampled_from([None, True]))}
+    height, width = shape[2:]
+    return {**mode, "size": (draw(st.integers(1, 2 * height + 1)), draw(st.integers(narrowest, 2 * width + 1)))}
 
 
 STEPS["interpolate"] = Kind(_draw_interpolate, lambda m, x, o: F.interpolate(x[0], **o))
@@ -273,7 +278,9 @@ STEPS["pixel_unshuffle"] = Kind(
         x[0][..., : x[0].shape[2] // (r := o["downscale_factor"]) * r, : x[0].shape[3] // r * r], r
     ),
 )
-STEPS["pixel_shuffle"] = Kind(lambda d, s: {}, lambda m, x, o: F.pixel_shuffle(torch.cat([x[0]] * 4, 1), 2))
+STEPS["pixel_shuffle"] = Kind(
+    lambda d, s: {}, lambda m, x, o: F.pixel_shuffle(torch.cat([x[0], x[0] * 0.8, x[0].tanh(), -x[0]], 1), 2)
+)
 
 
 def _matrix(x: Tensor, columns: int) -> Tensor:
@@ -350,6 +357,64 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "expand": lambda x: x + x.mean(1, keepdim=True).expand_as(x),
     "repeat": lambda x: x.mean(1, keepdim=True).repeat(1, 3, 1, 1),
 }
+
+
+def _own(x: Tensor) -> Tensor:
+    """The same, with a gradient in the map's own memory order: stock's batch norm of one image needs that (2.13)."""
+    return F.avg_pool2d(x, 1)
+
+
+def _written(x: Tensor, key: Any, value: Any) -> Tensor:
+    y = x.clone()
+    y[key] = value
+    return y
+
+
+def _collected(x: Tensor) -> Tensor:
+    """Channels put into an empty tensor, one half after the other."""
+    y, half = torch.empty_like(x), x.shape[1] // 2
+    y[:, :half], y[:, half:] = x[:, :half].tanh(), x[:, half:] * 0.5
+    return y
+
+
+def _framed(x: Tensor) -> Tensor:
+    y = x.new_zeros(*x.shape[:2], x.shape[2] + 3, x.shape[3] + 1)
+    y[:, :, 1:-2, :-1] = x
+    return y
+
+
+ALL = slice(None)
+POINTWISE |= {
+    "asinh": torch.asinh,
+    "sinc": lambda x: torch.sinc(x * 0.3),
+    "copysign": lambda x: torch.copysign(x, 0.3 - x),
+    "special": lambda x: torch.special.expit(x) + torch.special.ndtr(x.clamp(-2, 2)),
+    "full_like": lambda x: x * torch.full_like(x, 0.5) + x.data,
+    "einsum": lambda x: torch.einsum("nchw,cd->ndhw", _own(x), _matrix(x, 3)),
+    "einsum of tokens": lambda x: torch.einsum("npc,cd->ndp", _own(x).flatten(2).mT, _matrix(x, 2)).unflatten(
+        2, x.shape[2:]
+    ),
+    "tensordot": lambda x: torch.tensordot(_own(x), _matrix(x, 3), ([1], [0])).movedim(-1, 1),
+    "conv1d": lambda x: F.conv1d(_own(x).flatten(2), _matrix(x, 2).T[..., None]).unflatten(2, x.shape[2:]),
+    "listed channels": lambda x: x[:, [x.shape[1] - 1, 0, 0]],
+    "repeat_interleave": lambda x: x[:, :2].repeat_interleave(2, 1),
+    "write a channel": lambda x: _written(x, (ALL, 0), x.sum(1) * 0.1),
+    "write a number": lambda x: _written(x, (ALL, slice(1, None)), 0.3) + x,
+    "write by a mask": lambda x: _written(x, x < -0.3, -0.3),
+    "write the border": lambda x: _written(_written(x, (ALL, ALL, -1), 0.2), (..., slice(0, 1)), 0.0),
+    "collect": _collected,
+    "index_add": lambda x: x.index_add(1, torch.tensor([0, 0]), torch.cat([x, x], 1)[:, :2], alpha=0.5),
+    "sorted channels": lambda x: x.sort(1)[0] * 0.5 + x,
+}
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "frame": _framed,
+    "rows repeated": lambda x: x[:, :, ::2].repeat_interleave(2, 2),
+    "diff": lambda x: x.diff(dim=2),
+    "diff of columns": lambda x: x.diff(n=2, dim=-1),
+    "last row first": lambda x: torch.cat([x[:, :, -1:], x], 2),
+    "rolled": lambda x: torch.cat([x[..., 2:], x[..., :2]], -1),
+}
+STEPS["moved"] = Kind(lambda d, s: {"how": d(st.sampled_from(sorted(MOVED)))}, lambda m, x, o: MOVED[o["how"]](x[0]))
 STEPS["pointwise"] = Kind(
     lambda d, s: {"how": d(st.sampled_from(sorted(POINTWISE)))}, lambda m, x, o: POINTWISE[o["how"]](x[0])
 )
@@ -455,7 +520,9 @@ STEPS["join"] = Kind(
     lambda d, s: {"how": d(st.sampled_from(sorted(JOINS)))}, lambda m, x, o: JOINS[o["how"]](*x), inputs="same"
 )
 STEPS["cat"] = Kind(
-    lambda d, s: {"dim": d(st.sampled_from([1, -3]))}, lambda m, x, o: torch.cat(x, o["dim"]), inputs="sized"
+    lambda d, s: {"dim": d(st.sampled_from([1, 1, -3, -3, 2, -1]))},
+    lambda m, x, o: torch.cat(x, o["dim"]),
+    inputs="sized",
 )
 STEPS["chunk"] = Kind(lambda d, s: {}, lambda m, x, o: x[0].chunk(2, 1), outputs=2)
 STEPS["split"] = Kind(
@@ -487,6 +554,11 @@ HEADS |= {
     "rows": lambda x: x.mean(3),
     "the map": lambda x: x,
     "map and mean": lambda x: {"map": x, "mean": x.mean((2, 3))},
+    "Gram": lambda x: torch.einsum("nchw,ndhw->ncd", *[_own(x)] * 2) / x[0, 0].numel(),
+    "class activation": lambda x: (
+        torch.einsum("nchw,nhw,cd->nd", y := _own(x), y.mean(1), _matrix(x, 2)) / x[0, 0].numel()
+    ),
+    "mirrored": lambda x: x.flip(3).mT,
     "softmax of mean": lambda x: F.log_softmax(x.mean((2, 3)) @ _matrix(x, 2), 1),
 }
 
@@ -537,7 +609,7 @@ def _try(kind: Kind, step: Step, shapes: list[tuple[int, ...]], module_shape: tu
             module = module.double().eval()
         with torch.no_grad():
             result = kind.run(module, inputs, step.options)
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
         return []
     results = [result] if isinstance(result, Tensor) else list(result)
     if len(results) != kind.outputs or any(0 in r.shape for r in results):

@@ -1,0 +1,182 @@
+"""PyTorch's pointwise functions, one by one, as function, as method and in place, against stock."""
+
+import pytest
+import torch
+from around import image
+from exactness import assert_exact
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine import UnsupportedError, accelerate
+from gigamorph.engine.ops import names
+from gigamorph.engine.ops.base import RULES
+
+# How a function is called where it takes more than one map: `x` between 0.1 and 0.9, `y` another map like it.
+CALLS = {
+    **dict.fromkeys("addcmul addcdiv".split(), lambda f, x, y: f(x, y, x + 1, value=0.5)),
+    **dict.fromkeys(
+        "add sub subtract mul multiply div divide true_divide floor_divide atan2 arctan2 copysign hypot fmax fmin fmod "
+        "remainder maximum minimum logaddexp logaddexp2 xlogy xlog1py nextafter pow float_power rsub eq ne lt le gt ge "
+        "greater greater_equal less less_equal not_equal logical_and logical_or logical_xor ldexp isclose igamma "
+        "igammac gammainc gammaincc".split(),
+        lambda f, x, y: f(x, y),
+    ),
+    **dict.fromkeys(
+        "bitwise_and bitwise_or bitwise_xor gcd lcm __xor__".split(), lambda f, x, y: f(integer(x), integer(y))
+    ),
+    **dict.fromkeys(
+        "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__".split(),
+        lambda f, x, y: f(integer(x), integer(y) % 3),
+    ),
+    **dict.fromkeys("acosh arccosh".split(), lambda f, x, y: f(x + 1)),
+    "bitwise_not": lambda f, x, y: f(integer(x)),
+    "zeta": lambda f, x, y: f(x + 1.5, y.detach() + 0.5),
+    "heaviside": lambda f, x, y: f(x - 0.5, y),
+    "clamp": lambda f, x, y: f(x, 0.3, 0.7),
+    "clip": lambda f, x, y: f(x, max=y),
+    "clamp_min": lambda f, x, y: f(x, y),
+    "clamp_max": lambda f, x, y: f(x, 0.6),
+    "lerp": lambda f, x, y: f(x, y, x * y),
+    "masked_fill": lambda f, x, y: f(x, y > 0.5, 0.25),
+    "mvlgamma": lambda f, x, y: f(x + 1, 2),
+    "multigammaln": lambda f, x, y: f(x + 1, 2),
+    "threshold": lambda f, x, y: f(x, 0.5, 0.2),
+    "where": lambda f, x, y: f(x > 0.5, x, y),
+    "round": lambda f, x, y: f(x, decimals=1),
+    "logit": lambda f, x, y: f(x, eps=0.2),
+    "full_like": lambda f, x, y: f(x, 0.5),
+    "fake_quantize_per_tensor_affine": lambda f, x, y: f(x, 0.1, 1, 0, 7),
+    "empty_like": lambda f, x, y: f(x).copy_(y),
+    **{
+        f"{kind}_polynomial_{letter}": lambda f, x, y: f(x, 3)
+        for kind in ("chebyshev", "shifted_chebyshev", "hermite", "laguerre", "legendre")
+        for letter in ("t", "u", "v", "w", "h", "he", "l", "p")
+    },
+}
+OTHER_TYPE = ("bitwise_left_shift", "bitwise_right_shift", "float_power", "ldexp")  # no in-place form for these inputs
+
+
+def integer(x: Tensor) -> Tensor:
+    return (x * 20).long()
+
+
+def spellings(name: str, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The results of every way to call a function."""
+    call = CALLS.get(name, lambda f, x, y: f(x))
+    homes = [home for home in (torch, torch.special, F) if hasattr(home, name)]
+    forms = [getattr(homes[0], name)] if homes else []
+    if hasattr(Tensor, name) and name != "where":  # that begins with the condition
+        forms.append(lambda first, *rest, **options: getattr(first, name)(*rest, **options))
+    if hasattr(Tensor, f"{name}_") and name not in OTHER_TYPE:
+        forms.append(lambda first, *rest, **options: getattr(first.clone(), f"{name}_")(*rest, **options))
+    return [made for form in forms for made in _tensors(call(form, x, y))]
+
+
+def _tensors(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+class Net(nn.Module):
+    """A function between two convolutions, with a path beside it for functions without a gradient."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 2, 3, padding=1), nn.LazyConv2d(2, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).sigmoid() * 0.8 + 0.1
+        return self.last(torch.cat([x, *(t.to(x.dtype) for t in self.function(x, x.flip(1) * 0.5 + 0.2))], 1))
+
+
+def exact(function) -> None:
+    net = Net(function).double()
+    net(image())
+    try:
+        net(image()).sum().backward()
+    except RuntimeError as error:
+        if "derivative for" not in str(error) and "derivative" not in str(error):
+            raise
+        net.function = lambda x, y: function(x.detach(), y.detach())
+    assert_exact(net, image(1, 2, 9, 8), tile=(5, 4))
+
+
+@pytest.mark.parametrize("name", [n for n in (*names.TAGGED, *names.ALIASES, *names.COMPOSED) if n != "polygamma"])
+def test_function(name):
+    exact(lambda x, y: spellings(name, x, y))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: [x + y, 1 + x, x - y, 1 - x, x * y, 2 * x, x / y, 2 / x, x // y, 2 // x, x % y, 2 % x],
+        lambda x, y: [x**y, x**2, 2**x, -x, +x, abs(x), x > y, x < 0.5, x >= y, x <= y, x == y, x != y],
+        lambda x, y: [~(x > y), (x > y) & (x < 0.5), True | (x > y), False ^ (x > y), integer(x) << 1, 1 << integer(x)],
+        lambda x, y: [integer(x) >> 1, 64 >> integer(x) % 5, 5 & integer(x), integer(x) ^ 3, 7 | integer(x)],
+        lambda x, y: [
+            assigned(x, y, kind) for kind in ("+=", "-=", "*=", "/=", "//=", "%=", "**=")
+        ] + [assigned(integer(x), integer(y) % 3, kind) for kind in ("&=", "|=", "^=", "<<=", ">>=")],
+        lambda x, y: [x.data, x.detach() * x, x.type(torch.float32), x.to(torch.float32).type_as(y), x.half().to(y)],
+        lambda x, y: [torch.polygamma(2, x), x.polygamma(1), x.clone().polygamma_(1)],
+        lambda x, y: [F.relu(x.clone(), True), F.leaky_relu_(x - 0.5), torch.relu_(x - 0.5), F.elu(x - 0.5, 1.0, True)],
+        lambda x, y: [torch.bucketize(x, torch.tensor([0.2, 0.4, 0.8], dtype=x.dtype)), torch.isin(integer(x), 3)],
+    ],
+)  # fmt: skip
+def test_operators(function):
+    exact(function)
+
+
+def assigned(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """`x` after an assignment."""
+    scope = {"x": x.clone(), "y": y}
+    exec(f"x {kind} y", scope)
+    return scope["x"]
+
+
+def test_the_list_is_that_of_pytorch():
+    """Whatever PyTorch tags as pointwise has a rule, or is named as not taken."""
+    tagged = set()
+    for name in torch._C._dispatch_get_all_op_names():
+        home, _, rest = name.partition("::")
+        base, _, overload = rest.partition(".")
+        if home == "aten" and torch.Tag.pointwise in getattr(getattr(torch.ops.aten, base), overload or "default").tags:
+            tagged.add(base if base.endswith("__") else base.removeprefix("special_").rstrip("_"))
+    assert not tagged - set(RULES) - names.NOT_TAKEN
+    if torch.__version__.startswith("2.13"):
+        assert {n for n in names.TAGGED if n not in tagged} == set()
+
+
+def test_an_average_of_images_in_a_buffer_is_refused():
+    """The update needs rows put into the buffer: it must not be left out."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("average", torch.zeros(1, 3, 16, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x - self.average.mul_(0.9).add_(x, alpha=0.1)
+
+    with pytest.raises(UnsupportedError, match="writes the image's values into a parameter, buffer"):
+        accelerate(Net(), tile=8)(torch.rand(1, 3, 16, 12))
+
+
+def test_a_tensor_in_the_dtype_of_a_map():
+    """`.to(map)` and `.type_as(map)` read the dtype alone, also where the tensor's own is another."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.taps = nn.Conv2d(2, 4, 3), nn.Parameter(torch.tensor([1.0, 2.0, 1.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            kernel = (self.taps[:, None] * self.taps).to(x).expand(4, 1, 3, 3)
+            x = F.conv2d(x, kernel / 16, groups=4) * torch.arange(4).type_as(x)[:, None, None]
+            ramp = torch.arange(x.shape[-1]).type_as(x).repeat(2, 4, x.shape[-2])
+            x = x + ramp[..., : x.shape[-2] * x.shape[-1]].view_as(x) * ramp[0, 0, : x.shape[-1]].expand_as(x)
+            return (x.to(self.taps) + x.type_as(kernel)).tanh()
+
+    net = Net().double()
+    net.taps.data = net.taps.data.float()
+    assert_exact(net, image(), tile=(5, 4), limit=1e-6)  # the gradient of `taps` is float32

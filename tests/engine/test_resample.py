@@ -1,0 +1,96 @@
+"""interpolate in all its modes against stock, and its geometry at many sizes."""
+
+import itertools
+
+import pytest
+import torch
+from around import Around, image
+from exactness import assert_exact, step
+from torch import nn
+from torch.nn import functional as F
+
+from gigamorph.engine import accelerate
+from gigamorph.engine.ops import Block, Local, Maps
+from gigamorph.engine.ops.window import interpolate
+from gigamorph.engine.trace import Op, Program, Ref, Value
+
+MODES = {
+    "bicubic": {"mode": "bicubic"},
+    "bicubic corners": {"mode": "bicubic", "align_corners": True},
+    "area": {"mode": "area"},
+    "antialiased": {"mode": "bilinear", "antialias": True},
+    "antialiased corners": {"mode": "bilinear", "antialias": True, "align_corners": True},
+    "antialiased bicubic": {"mode": "bicubic", "antialias": True},
+    "antialiased bicubic corners": {"mode": "bicubic", "antialias": True, "align_corners": True},
+    "nearest-exact": {"mode": "nearest-exact"},
+    "bilinear": {"mode": "bilinear"},
+    "bilinear corners": {"mode": "bilinear", "align_corners": True},
+    "nearest": {"mode": "nearest"},
+}
+TARGETS = [
+    {"size": (31, 9)},
+    {"size": (8, 33)},
+    {"scale_factor": 2},
+    {"scale_factor": (0.7, 1.6)},
+    {"scale_factor": 0.45, "recompute_scale_factor": True},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_networks(mode):
+    for target in TARGETS:
+        assert_exact(Around(lambda x, t=target: F.interpolate(x, **t, **MODES[mode])).double(), image(), tile=(5, 4))
+
+
+def test_modules():
+    up = nn.Sequential(nn.Upsample(scale_factor=1.5, mode="bicubic"), nn.Upsample((40, 30), mode="nearest-exact"))
+    assert_exact(Around(up).double(), image(), tile=(5, 4))
+    assert_exact(Around(lambda x: x + F.interpolate(x, 1, mode="area")).double(), image(), tile=(5, 4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_geometry(mode):
+    """At every place of a block, for many sizes: the block is that of the whole, from nothing but its window."""
+    sizes = [1, 2, 3, 7, 16, 29, 64]
+    for n, m in itertools.product(sizes, [1, 2, 5, 13, 28, 64, 97]):
+        check(n, 3, {"size": (m, 4)}, mode)
+    for n, factor in itertools.product(sizes, [0.3, 0.5, 0.77, 1.0, 1.9, 3]):
+        for recompute in (None, True):
+            if int(n * factor) > 0:
+                check(n, 5, {"scale_factor": (factor, 1.0), "recompute_scale_factor": recompute}, mode)
+
+
+def check(height: int, width: int, target: dict, mode: str) -> None:
+    options = {**target, **MODES[mode]}
+    x = torch.rand(1, 1, height, width, dtype=torch.float64)
+    whole = F.interpolate(x, **options)
+    values = [Value(t.shape, t.dtype, t.device) for t in (x, whole)]
+    op = Op(F.interpolate, "interpolate", (Ref(0),), options, (0,), (1,), (), "")
+    local = interpolate(op, Maps(Program(0, values=values), {0: (2, 3)}))
+    if not isinstance(local, Local):
+        return  # the mean of all
+    (value,) = local.reads
+    rows, cols = local.reads[value]
+    edges = sorted({0, whole.shape[2] // 3, whole.shape[2] // 2, whole.shape[2]})
+    for lo, hi in itertools.pairwise(edges):
+        spans = rows.span(lo, hi), cols.span(0, whole.shape[3])
+        window = x[:, :, slice(*spans[0]), slice(*spans[1])]
+        (block,) = local.run({value: window}, Block((lo, hi), (0, whole.shape[3])))
+        assert (block - whole[:, :, lo:hi]).abs().max() < 1e-13, (height, options, lo, hi)
+        ready = rows.ready(spans[0][1])
+        assert hi <= ready or spans[0][1] == height
+    starts = [rows.span(o, o + 1) for o in range(whole.shape[2])]
+    assert starts == sorted(starts) and [e for _, e in starts] == sorted(e for _, e in starts)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "antialiased", "area"])
+def test_low_precision(mode):
+    """The sums run in float32: no further from float64 than stock is."""
+    net = Around(lambda x: F.interpolate(x, (31, 9), **MODES[mode]))
+    truth = step(net.double(), image()).outputs[0]
+    for dtype in (torch.float32, *([torch.bfloat16] if mode != "antialiased" else [])):  # which stock has not
+        net = net.to(dtype)
+        stock = (step(net, image().to(dtype)).outputs[0] - truth).norm()
+        tiled = (step(accelerate(net, tile=8), image().to(dtype)).outputs[0] - truth).norm()
+        assert tiled <= max(1.5 * stock, torch.finfo(dtype).eps * truth.norm())
+        net = net.double()
