@@ -115,7 +115,7 @@ CASES = {
     "numpy random": (Call(numpy_dice), r"random numbers"),
     "in place through a view": (Call(write_through_view), r"'odd'.*another view"),
     "assignment to a region": (Call(lambda m, x: x.clone().index_fill_(2, torch.tensor([1]), 0.0)), r"'odd'"),
-    "roll": (Call(lambda m, x: x.roll(1, 2) + x), r"'odd'|the model"),
+    "roll of all": (Call(lambda m, x: x.roll(1) + x), r"'odd'.*without a dimension"),
     "flip": (Call(lambda m, x: x.flip(3) + x), r"'odd'|the model"),
     "sort": (Call(lambda m, x: x.sort(dim=2)[0]), r"'odd'.*'sort'"),
     "cumsum along rows": (Call(lambda m, x: x.cumsum(2) + x), r"'odd'|the model"),
