@@ -69,6 +69,7 @@ class Ends(nn.Module):
         lambda x: x.mT,
         lambda x: x.permute(3, 0, 2, 1),
         lambda x: {"as it is": x, "mirrored": x.flip(2), "joined": torch.cat([x, x * 2], 2)},
+        lambda x: torch.cat([x.mean((2, 3))[..., None], x.flatten(2)], 2),
         lambda x: (x.flip(3) * 2).roll(1, 2).softmax(1),
     ],
 )

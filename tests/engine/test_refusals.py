@@ -119,7 +119,6 @@ CASES = {
     "flip": (Call(lambda m, x: x.flip(3) + x), r"'odd'|the model"),
     "sort": (Call(lambda m, x: x.sort(dim=2)[0]), r"'odd'.*'sort'"),
     "cumsum along rows": (Call(lambda m, x: x.cumsum(2) + x), r"'odd'|the model"),
-    "cat of positions": (Call(lambda m, x: torch.cat([x.flatten(2)] * 2, 2)[:, :, None]), r"'odd'.*flattened"),
     "split along columns": (Call(lambda m, x: x.chunk(2, 3)[0]), r"'odd'.*image axis"),
     "one row": (Call(lambda m, x: x[:, :, 3].unsqueeze(2) + x), r"'odd'.*positions of the image"),
     "rows by list": (Call(lambda m, x: x[:, :, [0, 2]]), r"'odd'"),
