@@ -6,12 +6,15 @@ it before the whole map is there; it is taken whole, which a network may do with
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..geometry import Window
 from ..trace import Op
 from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dimensions, replay, rule
+from .circular import circular_pad
 from .pointwise import aligned_axes
 from .promote import promoted
 
@@ -63,6 +66,35 @@ def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
     op, made = promoted(op, maps, axes, rank)
     after = axes[0] - (dim < axes[0]), axes[1] - (dim < axes[1])
     return [*made, Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (after,), replay(op))]
+
+
+@rule("roll")
+def roll(op: Op, maps: Maps) -> Local | Whole | list[Node]:
+    """Of rows and columns: a circular padding on one side, of which the other side is cut off."""
+    given = arguments(op, "input shifts dims")
+    value = op.inputs[0]
+    shape, axes = maps.shape(value), maps.axes[value]
+    shifts, dims = (tuple(n) if isinstance(n, (tuple, list)) else (n,) for n in (given["shifts"], given["dims"]))
+    if dims in ((), (None,)):
+        raise Refusal("'roll' without a dimension")
+    dims = [d % len(shape) for d in dims]
+    if not set(dims) & set(axes):
+        return _per_pixel(op, maps, value)
+    if value in maps.flat or not set(dims) <= set(axes) or len(set(dims)) < len(dims):
+        return Whole(op)
+    steps = [dict(zip(dims, shifts, strict=True)).get(axis, 0) % shape[axis] for axis in axes]
+    steps = [
+        n - shape[axis] if 2 * n > shape[axis] else n for n, axis in zip(steps, axes, strict=True)
+    ]  # the short way
+    amounts = [amount for n in steps for amount in (max(n, 0), max(-n, 0))]
+    longer = list(shape)
+    for n, axis in zip(steps, axes, strict=True):
+        longer[axis] += abs(n)
+    padded = maps.new_value(longer, like=value)
+    nodes = circular_pad(replace(op, outputs=(padded,)), maps, value, (amounts[0], amounts[1], amounts[2], amounts[3]))
+    rows, cols = (Window(longer[a], shape[a], pad=min(n, 0)) for n, a in zip(steps, axes, strict=True))
+    own = replace(op, name="rolled", args=(), kwargs={}, inputs=(padded,))
+    return [*nodes, Local(own, {padded: (rows, cols)}, (axes,), lambda env, _block: (env[padded],))]
 
 
 @rule("rot90", "fliplr", "flipud")

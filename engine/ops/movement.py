@@ -167,13 +167,15 @@ def select(op: Op, maps: Maps) -> Local:
 
 
 @rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
-def cat(op: Op, maps: Maps) -> Local | list[Node]:
+def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     given = arguments(op, "tensors dim", dim={"hstack": 1, "dstack": 2}.get(op.name, 0))
     dim = given["dim"] % len(maps.shape(op.outputs[0]))
     some = maps.inputs(op)[0]
     if any(tuple(maps.shape(ref.value)) == (0,) for ref in given["tensors"]):
         raise Refusal(f"'{op.name}' joins an empty tensor; leave it out")
     if dim in maps.axes[some] and op.name != "stack":
+        if some in maps.flat:
+            return Whole(op)  # a token more: what follows (attention pooling) sees all of them
         return _end_to_end(op, maps, [ref.value for ref in given["tensors"]], dim)
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
     values = [ref.value for ref in arguments(op, "tensors")["tensors"]]
@@ -195,8 +197,6 @@ def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
     """
     axes = next(maps.axes[v] for v in values if v in maps)
     rank, nodes = len(maps.shape(op.outputs[0])), []
-    if axes[0] == axes[1]:
-        raise Refusal(f"'{op.name}' joins flattened maps along their positions; join them before they are flattened")
     total = [maps.shape(op.outputs[0])[axis] for axis in axes]
     reads: dict[int, tuple[Access, Access]] = {}
     offset = 0

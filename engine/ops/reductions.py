@@ -308,14 +308,12 @@ def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], 
     return [local, call.reduce(made, "sum", total, keepdim=True), scale, last]
 
 
-@rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "roll", "logcumsumexp")
+@rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "logcumsumexp")
 def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
     """Ops along given dimensions that keep the rank: per pixel iff no image axis is among them."""
     value = op.inputs[0]
     given: dict[str, Any] = {}
-    if op.name == "roll":
-        dims = arguments(op, "input shifts dims")["dims"]
-    elif op.name == "flip":
+    if op.name == "flip":
         dims = op.kwargs.get("dims", op.args[1:])
         dims = dims[0] if len(dims) == 1 else dims
     elif op.name == "normalize":

@@ -31,6 +31,11 @@ JOINS = {
         x * F.cosine_similarity(x, x.flip(1) + 1)[:, None]
         + F.cosine_similarity(x, torch.arange(1.0, 5.0, dtype=x.dtype)[None, :, None, None], dim=1).unsqueeze(1)
     ),
+    "roll": lambda x: x.roll(1, 2) * x + x.roll((-2, 3), (2, 3)) + x.roll(20, -1),
+    "roll by half": lambda x: torch.roll(x, shifts=[-7, 9], dims=[3, 2]).tanh(),
+    "roll of windows": lambda x: (
+        x.movedim(1, -1).roll((-3, -3), (1, 2)).tanh().roll((3, 3), dims=(1, 2)).movedim(-1, 1)
+    ),
     "transposed": lambda x: x.mT + 1,
     "transposed, then a convolution": lambda x: x.transpose(2, 3).relu().mT,
 }
@@ -64,6 +69,7 @@ class Ends(nn.Module):
         lambda x: x.mT,
         lambda x: x.permute(3, 0, 2, 1),
         lambda x: {"as it is": x, "mirrored": x.flip(2), "joined": torch.cat([x, x * 2], 2)},
+        lambda x: torch.cat([x.mean((2, 3))[..., None], x.flatten(2)], 2),
         lambda x: (x.flip(3) * 2).roll(1, 2).softmax(1),
     ],
 )
@@ -71,7 +77,7 @@ def test_the_whole_output(function):
     assert_exact(Ends(function).double(), image(), tile=(5, 4))
 
 
-@pytest.mark.parametrize("function", [lambda x: x.flip(3), lambda x: x.rot90(2, (2, 3)), lambda x: x.roll(1, 2)])
+@pytest.mark.parametrize("function", [lambda x: x.flip(3), lambda x: x.rot90(2, (2, 3))])
 def test_a_mirrored_map_in_the_middle(function):
     """It is taken whole, which has to be allowed."""
     net = Around(lambda x: x + function(x)).double()
