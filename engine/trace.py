@@ -14,6 +14,8 @@ import gc
 import logging
 import random
 import threading
+import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
