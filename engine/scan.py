@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -535,6 +536,8 @@ class Scan:
         targets = self.targets(kept, grads)
         kept.sums = {}
         replay = None if self.replay is None else self.replay.backward(self, kept, targets)
+        if not all(map(_has_grad, chain.from_iterable(targets.values()))):
+            kept.recorded.clear()  # what hands gradients on was laid out for all of them
         grads_below: dict[int, Tensor] = {}
         tiles = [(i, j) for i in range(sweep.rows.steps) for j in range(sweep.cols.steps)]
         again = [tile for tile in reversed(tiles) if tile not in kept.recorded]
@@ -618,7 +621,8 @@ class Scan:
             keep: in pass 1, what is done with the blocks besides.
         """
         recorded = Recorded(tile)
-        reached, through = tile.reach(targets)
+        wanted = targets if keep is not None else {v for v, taken in targets.items() if any(map(_has_grad, taken))}
+        reached, through = tile.reach(wanted)
 
         def publish(tile: Tile, value: int, block: Tensor) -> Tensor | None:
             if keep is not None:
@@ -739,6 +743,10 @@ class Scan:
                 dim = self.sweep.axes(value)[along]
                 target.narrow(dim, lo - start, end - lo).add_(handed_back[value].narrow(dim, 0, end - lo))
         return grads
+
+
+def _has_grad(target: Target) -> bool:
+    return any(grad is not None for grad in target.grads)
 
 
 def _handed_back_alone(tile: Tile, value: int, block: Tensor, _targets: Targets) -> Tensor:

@@ -302,6 +302,7 @@ class Tile:
     def reach(self, targets: Container[int]) -> tuple[set[int], set[int]]:
         """Values whose block in this tile a gradient comes back to, and those it reaches through an op of this tile."""
         sweep, i, j = self.sweep, self.i, self.j
+        values = sweep.graph.program.values
         reached: set[int] = set()
         through: set[int] = set()
         for local in reversed(sweep.graph.locals):
@@ -317,7 +318,7 @@ class Tile:
                     or (value in self.needs and value in sweep.carried and self.hands_on(value))
                 ):
                     reached.add(value)
-            if any(v in reached for v in local.op.outputs):
+            if any(v in reached and values[v].takes_grad for v in local.op.outputs):
                 for value in local.reads:
                     window = sweep.reads(local, value, i, j)
                     if area(split(window, sweep.block(value, i, j))[2]):  # not carries alone
