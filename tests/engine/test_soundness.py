@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph.engine import GigamorphError
 
-MODULES = int(os.environ.get("GIGAMORPH_MODULES", "160"))
+MODULES = int(os.environ.get("GIGAMORPH_MODULES", "80"))
 CHUNK = 20
 PLANTED = Spec(
     seed=3,
