@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph.engine import GigamorphError
 
-MODULES = int(os.environ.get("GIGAMORPH_MODULES", "240"))
-CHUNK = 30
+MODULES = int(os.environ.get("GIGAMORPH_MODULES", "80"))
+CHUNK = 20
 PLANTED = Spec(
     seed=3,
     pieces=(Part("ConvNormRelu", 1), Part("Counter", 3), Part("Gate")),

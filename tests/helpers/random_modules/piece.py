@@ -58,6 +58,6 @@ def conv(width: int, dice: random.Random | None = None, out: int | None = None) 
 
 
 def ramp(*shape: int) -> Tensor:
-    """Fixed numbers between -1 and 1, float64, that draw nothing."""
+    """Fixed numbers between -0.8 and 1.2, one of them alone not 0; float64, and nothing is drawn."""
     count = torch.Size(shape).numel()
-    return torch.linspace(-1, 1, count + 2, dtype=torch.float64)[1:-1].reshape(shape)
+    return torch.linspace(-0.8, 1.2, count + 2, dtype=torch.float64)[1:-1].reshape(shape)
