@@ -20,6 +20,7 @@ from . import static
 from .arguments import CARRIES, check_choice, check_network, image_shape, tile_sides
 from .bands import Bands, band_group
 from .capture.arguments import Arguments
+from .capture.program import wants
 from .delegation import Container, Delegate, is_container
 from .entrance import entrance
 from .errors import GigamorphError
@@ -177,7 +178,7 @@ class Accelerated(Delegate):
         settings = (self.tile, self.memory_budget, self.carries)
         autocast, triton = Autocast.current(device), kernels.enabled(device)
         shapes, image_grads = [one.shape for one in images], [one.image_grad for one in images]
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = *(wants(one.image) for one in images), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         key = (*shapes, first.dtype, device, training, *image_grads, modes, autocast, settings, triton)
         key = (*key, world(), form.key, form.inputs, form.vectors)
         known = self._programs.setdefault(key, [])
@@ -191,7 +192,9 @@ class Accelerated(Delegate):
         if self._checked is not None:
             self._check(first.shape[1], device)
         programs = [
-            capture(self._network, one.shape, first.dtype, device, form.call, form.inputs, form.vectors, one.image_grad)
+            capture(
+                self._network, one.shape, first.dtype, device, form.call, form.inputs, form.vectors, wants(one.image)
+            )
             for one in images
         ]
         for ready in known:  # what a call changes may differ (a counter), and all else be the same
@@ -400,6 +403,8 @@ class Accelerated(Delegate):
                 env[number] = state[value.name]
             elif value.constant is not None:
                 env[number] = value.constant if value.find is None else value.find()
+        if not torch.is_inference_mode_enabled():  # tensors of inference mode cannot be kept for a backward
+            env.update((number, tensor.clone()) for number, tensor in env.items() if tensor.is_inference())
         return env
 
 

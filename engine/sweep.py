@@ -300,11 +300,12 @@ class Tile:
             cut(grad, axes, own).add_(cut(getattr(self.handed_back, side)[value], axes, place))
 
     def reach(self, targets: Container[int]) -> tuple[set[int], set[int]]:
-        """Values whose block in this tile a gradient comes back to, and those it reaches through an op of this tile."""
+        """Values whose block in this tile is needed for gradients, and those they reach through an op of this tile."""
         sweep, i, j = self.sweep, self.i, self.j
         values = sweep.graph.program.values
         reached: set[int] = set()
         through: set[int] = set()
+        read: set[int] = set()  # for their values alone
         for local in reversed(sweep.graph.locals):
             if not sweep.computes(local.op.outputs[0], i, j):
                 continue
@@ -314,13 +315,15 @@ class Tile:
                 # Random numbers are drawn whoever reads them, or those behind them would be others.
                 if (
                     value in through
+                    or value in read
                     or local.random
                     or (value in self.needs and value in sweep.carried and self.hands_on(value))
                 ):
                     reached.add(value)
-            if any(v in reached and values[v].takes_grad for v in local.op.outputs):
+            if any(v in reached for v in local.op.outputs):
+                flows = any(v in reached and values[v].takes_grad for v in local.op.outputs)
                 for value in local.reads:
                     window = sweep.reads(local, value, i, j)
                     if area(split(window, sweep.block(value, i, j))[2]):  # not carries alone
-                        through.add(value)
+                        (through if flows else read).add(value)
         return reached, through

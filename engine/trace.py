@@ -36,14 +36,14 @@ from .capture.guard import Guard, Read, inside_of, replaced
 from .capture.holders import Holder, mentioned, walk
 from .capture.program import Op, Program, Ref, Value, bind, place, refs
 from .capture.program import name_of as _name
-from .capture.recorder import CumulativeAverage, Recorder
+from .capture.recorder import Recorder
 from .capture.state import Snapshot, owner_now
 from .capture.trees import taken_apart
 from .errors import UnsupportedError
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
 
-Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool]
+Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool | str]
 
 
 @contextlib.contextmanager
@@ -104,29 +104,10 @@ def refuse_backward_hooks(model: nn.Module) -> None:
             )
 
 
-@contextlib.contextmanager
-def cumulative_averages(model: nn.Module) -> Iterator[None]:
-    """For BatchNorms without momentum: their forward would turn the counter into a Python number, once and for all."""
-    changed: list[nn.modules.batchnorm._BatchNorm] = []
-    try:
-        for module in model.modules():
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.num_batches_tracked is None:
-                continue
-            if module.momentum is None:
-                mark = CumulativeAverage(1.0)
-                mark.module = module
-                changed.append(module)
-                module.momentum = mark  # pyright: ignore[reportAttributeAccessIssue]
-        yield
-    finally:
-        for module in changed:
-            module.momentum = None  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def capture(
     model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
     call: Callable[..., Any] | None = None, inputs: Sequence[Spec] = (), vectors: Sequence[Spec] = (),
-    image_grad: bool = False,
+    image_grad: bool | str = False,
 ) -> Program:  # fmt: skip
     """Record a call of the model, its own hooks included, on an image batch, in the gradient mode that is on.
 
@@ -140,7 +121,7 @@ def capture(
         call: what is recorded in place of the model's call, given the image, the `inputs` and the `vectors`.
         inputs: shapes and dtypes of further maps, with the image axes last, and whether a gradient of them is wanted.
         vectors: the same of further tensors that have no image axes.
-        image_grad: whether a gradient of the image is wanted.
+        image_grad: whether a gradient of the image is wanted; "made" if it is no leaf of the graph.
 
     Raises:
         UnsupportedError: for what cannot be recorded or done again: TorchScript, Python random numbers, data-dependent
@@ -163,10 +144,15 @@ class _Recording:
         self.snapshot = Snapshot(walk(model, () if call is None else (call,)))
         self.dice = _dice()
         fake = FakeTensorMode(allow_non_fake_inputs=False)
-        self.fake, self.recorder = fake, Recorder(model, fake, device, self.snapshot.was_there)
+        self.fake, self.recorder = fake, Recorder(model, fake, device, self.snapshot)
 
     def run(
-        self, shape: tuple[int, ...], dtype: torch.dtype, inputs: Sequence[Spec], vectors: Sequence[Spec], grad: bool
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        inputs: Sequence[Spec],
+        vectors: Sequence[Spec],
+        grad: bool | str,
     ) -> Program:
         recorder, program = self.recorder, self.recorder.program
         weak = recorder.weak
@@ -200,7 +186,13 @@ class _Recording:
         """Run the forward; note what it returns and changes; put back what it has changed."""
         recorder, program = self.recorder, self.recorder.program
         around = process.recording(
-            recorder.custom_function, recorder.from_numpy, recorder.synchronized, recorder.reseeded, self._asking()
+            recorder.custom_function,
+            recorder.from_numpy,
+            recorder.batch_norm,
+            recorder.synchronized,
+            recorder.reseeded,
+            recorder.checkpointed,
+            self._asking(),
         )
         plain = torch.compiler.set_stance("force_eager")  # what is compiled is recorded as what it was compiled from
         log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -208,7 +200,7 @@ class _Recording:
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
-            with around, module_paths(self.model, recorder.path), cumulative_averages(self.model), plain, recorder:
+            with around, module_paths(self.model, recorder.path), plain, recorder:
                 result = (self.model if self.call is None else self.call)(image, *further)
             self._finish(program, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -14,7 +14,7 @@ from ..errors import GigamorphError
 from ..pixels import PixelBatch, PixelSource, as_batch
 from .program import spec
 
-Given = tuple[tuple[int, ...], torch.dtype, bool]
+Given = tuple[tuple[int, ...], torch.dtype, bool | str]
 
 
 class _Value:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -80,8 +81,10 @@ class _Type(type, metaclass=_Meta):
 def recording(
     apply: Callable[[Callable[..., Any], type, tuple[Any, ...], dict[str, Any]], Any],
     from_numpy: Callable[[Callable[..., Any], Any], Any],
+    batch_norm: Callable[[Callable[..., Any], nn.Module, torch.Tensor], torch.Tensor],
     synchronized: Callable[[nn.SyncBatchNorm, torch.Tensor], torch.Tensor],
     reseeded: Callable[[str], None],
+    checkpointed: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
     spaces: Iterable[dict[str, Any]] = (),
 ) -> Iterator[None]:
     """One recording at a time in the process; calls that a function mode does not see are handed over.
@@ -89,8 +92,10 @@ def recording(
     Args:
         apply: gets the original, the class, positional and keyword arguments of a custom `autograd.Function`'s call.
         from_numpy: gets `torch.from_numpy` and its argument.
+        batch_norm: the forward of a BatchNorm, after the original.
         synchronized: the forward of a SyncBatchNorm.
         reseeded: told the name of a call that sets a random generator.
+        checkpointed: gets the generator function of non-reentrant checkpointing and its arguments.
         spaces: globals of the network's own code that ask for `type(x)`: of a tensor without values it is `Tensor`.
     """
     mine = threading.get_ident()
@@ -131,6 +136,13 @@ def recording(
             changes.put(torch.autograd.Function, "apply", function_apply)
             changes.put(torch, "from_numpy", replaced(lambda original: lambda array: from_numpy(original, array)))
             changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: synchronized))
+            norm = nn.modules.batchnorm._BatchNorm
+            changes.put(norm, "forward", replaced(lambda original: lambda m, x: batch_norm(original, m, x)))
+            changes.put(
+                torch.utils.checkpoint,
+                "_checkpoint_without_reentrant_generator",
+                replaced(lambda original: lambda *args, **kwargs: checkpointed(original, args, kwargs)),
+            )
             for owner, name in _SEEDING:
                 changes.put(owner, name, replaced(seeding))
             for space in spaces:

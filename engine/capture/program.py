@@ -207,6 +207,13 @@ RANDOM = frozenset(
 )
 
 
-def spec(values: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]:
+def wants(tensor: Any) -> bool | str:
+    """Whether a gradient of a tensor is wanted: "made" if it is no leaf of the graph, so that it may be written to."""
+    if not torch.is_grad_enabled() or not getattr(tensor, "requires_grad", False):
+        return False
+    return True if tensor.is_leaf else "made"
+
+
+def spec(values: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype, bool | str], ...]:
     """Shape, dtype and whether a gradient is wanted, of tensors that are given from outside."""
-    return tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in values)
+    return tuple((tuple(t.shape), t.dtype, wants(t)) for t in values)

@@ -22,6 +22,7 @@ from ..processes import world
 from .aliases import Alias, Aliases, Step, inverse, is_same
 from .modes import straight_through
 from .program import CustomFunction, Op, Program, Ref, Value, bind, known_values, name_of, place, refs
+from .state import Snapshot
 
 _TORCH = os.path.dirname(torch.__file__)
 _ENGINE = os.path.dirname(os.path.dirname(__file__))
@@ -77,13 +78,13 @@ class Recorder(TorchFunctionMode):
         model: the network.
         fake: makes tensors without values.
         device: of the image.
-        was_there: whether an object is older than the recording.
+        snapshot: what was there before the recording.
     """
 
     def __init__(
-        self, model: nn.Module, fake: FakeTensorMode, device: torch.device, was_there: Callable[[Any], bool]
+        self, model: nn.Module, fake: FakeTensorMode, device: torch.device, snapshot: Snapshot
     ):  # fmt: skip
-        self.fake, self.device, self.was_there = fake, device, was_there
+        self.fake, self.device, self.snapshot = fake, device, snapshot
         self.entry_grad, self.entry_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.program = Program(image=0, grad=self.entry_grad)
         self.names: dict[int, str] = {}
@@ -114,11 +115,11 @@ class Recorder(TorchFunctionMode):
 
     # -- values -------------------------------------------------------------------------------------------------
 
-    def given(self, shape: Any, dtype: torch.dtype, grad: bool = False) -> Tensor:
-        """A tensor that comes from outside, without values."""
-        with torch.inference_mode(False):
-            made = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-            made.requires_grad_(grad and (dtype.is_floating_point or dtype.is_complex))
+    def given(self, shape: Any, dtype: torch.dtype, grad: bool | str = False) -> Tensor:
+        """A tensor that comes from outside, without values; see `program.wants`."""
+        with torch.inference_mode(False), torch.enable_grad():
+            made = torch.empty(tuple(shape), dtype=dtype, device=self.device).requires_grad_(bool(grad))
+            made = made.clone() if grad == "made" else made
         self.first[id(made)] = self.new_value(made)
         self.aliases.add(made, None)
         return made
@@ -268,7 +269,7 @@ class Recorder(TorchFunctionMode):
             raise UnsupportedError(f"{self.where()} calls requires_grad_() on a tensor; do so outside of the forward")
         if name == "__init__" or not any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             return
-        if not all(self.was_there(a) for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)):
+        if not all(self.snapshot.was_there(a) for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)):
             raise UnsupportedError(
                 f"{self.where()} draws from a generator that the forward makes; draw these numbers once, in the "
                 "constructor, and keep them in a buffer"
@@ -535,7 +536,10 @@ class Recorder(TorchFunctionMode):
         if cls.__module__ == "torch.utils.checkpoint" and cls.__name__ == "CheckpointFunction":
             run, _preserve, *rest = args
             wants = any(isinstance(a, Tensor) and a.requires_grad for a in rest)
-            with contextlib.nullcontext() if wants else torch.no_grad():
+            if not wants:
+                with torch.no_grad():
+                    return run(*rest)
+            with self._run_twice():
                 return run(*rest)
         if not _active(self):
             return plain(cls, *args, **kwargs)
@@ -546,6 +550,35 @@ class Recorder(TorchFunctionMode):
         """A real tensor on an array's memory; it is a constant where it is used."""
         with unset_fake_temporarily():
             return original(array)
+
+    def batch_norm(self, original: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
+        """A BatchNorm without momentum would turn its counter into a Python number, once and for all."""
+        if module.momentum is not None or module.num_batches_tracked is None:
+            return original(module, x)
+        mark = CumulativeAverage(1.0)
+        mark.module = module
+        module.momentum = mark
+        try:
+            return original(module, x)
+        finally:
+            module.momentum = None
+
+    def checkpointed(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[None]:
+        """The calls inside of a non-reentrant checkpoint."""
+        with self._run_twice():
+            yield from original(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _run_twice(self) -> Iterator[None]:
+        """Refuse changes of state in what stock computes a second time in its backward, and changes twice."""
+        where = self.where()
+        before = self.updates(), self.snapshot.now()
+        yield
+        if torch.is_grad_enabled() and (self.updates(), self.snapshot.now()) != before:
+            raise UnsupportedError(
+                f"{where} checkpoints layers that change their state (running statistics), which stock PyTorch changes "
+                "again in the backward; leave checkpointing out, the memory budget does its work"
+            )
 
     def synchronized(self, module: nn.SyncBatchNorm, x: Tensor) -> Tensor:
         """A SyncBatchNorm as the BatchNorm that it is, with its processes."""

@@ -79,6 +79,10 @@ class Snapshot:
         self.found = found
         self.contents = [holder.read() for holder in found.holders]
 
+    def now(self) -> list[int]:
+        """The identities of all contents, to see whether any changes."""
+        return [id(value) for holder in self.found.holders for value in holder.read().values()]
+
     def restore(self) -> None:
         """Put everything back."""
         for holder, contents in zip(self.found.holders, self.contents, strict=True):
