@@ -24,6 +24,9 @@ _AT_BORDERS = frozenset({"avg_pool2d", "circular"})
 
 def translates(sweep: Sweep) -> bool:
     """Whether tiles of a sweep can be alike at all."""
+    graph = sweep.graph
+    if not graph.maps.resident.isdisjoint(graph.sources) or any(r.grid is not None for r in graph.reductions):
+        return False  # they ask where in the image they are
     accesses = (access for local in sweep.graph.locals for both in local.reads.values() for access in both)
     return not sweep.random and all(isinstance(access, (Window, Chain)) for access in accesses)
 

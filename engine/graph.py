@@ -59,8 +59,10 @@ class Graph:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Height and width that are cut into tiles: those of the largest source."""
-        sizes = [self.maps.size(v) for v in self.sources]
+        """Height and width that are cut into tiles: those of the largest source (of a resident what it is spread to)."""
+        resident = self.maps.resident
+        spread = [local.op.outputs[0] for local in self.locals if not resident.isdisjoint(local.reads)]
+        sizes = [self.maps.size(v) for v in (*(v for v in self.sources if v not in resident), *spread)]
         whole = [height for _, height in (self.offsets or {}).values()]
         return max(*whole, *(h for h, _ in sizes), 0), max(w for _, w in sizes)
 

@@ -28,6 +28,7 @@ from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
 from .ceiling import Ceiling
 from .geometry import AxisSchedule
 from .graph import Graph
+from .grid import new_accumulator
 from .maps import Gradients, has_readers, let_files_go, let_rows_go, new_map
 from .pages import Spare
 from .pixels import StoredBatch
@@ -311,7 +312,7 @@ class Scan:
         sweep, graph = self.sweep, self.sweep.graph
         leaves = [v for v, wanted in zip(graph.smalls, wants, strict=False) if wanted]
         env = self.prepare(smalls, leaves)
-        accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
+        accumulators = [new_accumulator(r, graph) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
         seed = int(torch.randint(2**62, ())) if sweep.random else 0
         kept = None
@@ -426,7 +427,7 @@ class Scan:
         width = sweep.graph.maps.size(value)[1]
         for number in sweep.reductions.get(value, ()):
             accumulator = gathered.accumulators[number]
-            accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value)), rect, width)
+            accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value), rect), rect, width)
         if value in sweep.graph.stored:
             self.room_in_store(value, i, j, block, gathered).copy_(block)
         for tap in self.taps.get(value, ()):
@@ -595,7 +596,7 @@ class Scan:
         for accumulator in kept.accumulators:
             reduction = accumulator.reduction
             own = tuple(left.pop(0) for _ in reduction.outputs)
-            shares = accumulator.shares() if accumulator.maxima and own[0] is not None else {}
+            shares = accumulator.shares() if accumulator.has_shares and own[0] is not None else {}
             if reduction.kind != "moments":
                 own = tuple(None if grad is None else reduction.keep_dims(grad) / reduction.count for grad in own)
             targets.setdefault(reduction.value, []).append(Target(accumulator, own, shares))
@@ -631,7 +632,7 @@ class Scan:
             for number, target in enumerate(taken):
                 if not target.of_block:
                     assert target.accumulator is not None
-                    root = target.accumulator.partial(block)
+                    root = target.accumulator.partial(block, self.sweep.block(value, tile.i, tile.j))
                     recorded.add(root, partial(self._partial_grad, tile, value, number, root.detach()))
             return result
 
@@ -647,6 +648,7 @@ class Scan:
         if grad is None:
             return None
         assert target.accumulator is not None
+        grad = target.accumulator.part_of(grad, self.sweep.block(value, tile.i, tile.j))
         if target.accumulator.reduction.kind == "max" and target.shares:
             grad = grad * target.shares[tile.i, tile.j]
         return grad.to(root.dtype).expand_as(root)
@@ -665,7 +667,7 @@ class Scan:
             else:
                 valued = not (tile.second_pass and value in self.sweep.unvalued)
                 x = block if valued else self._own(tile, value, self.stored[value])
-                total = target.accumulator.pull(x, target.grads, total)
+                total = target.accumulator.pull(x, target.grads, total, self.sweep.block(value, tile.i, tile.j))
         return total
 
     def _own(self, tile: Tile, value: int, stored: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry import Access, same
+from ..geometry import Access, Cells, same
 from ..trace import Op, Program, Value, bind
 
 Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
@@ -108,7 +108,8 @@ class Reduction:
     """A reduction over the whole image.
 
     `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over the image axes, which
-    keep size one, count being the pixels. `outputs` are the values it gives.
+    keep size one, count being the pixels. `outputs` are the values it gives. With a `grid` the image is cut into cells,
+    each of which gives a value (see grid.py); a dimension of `dims` whose axis has several cells is kept.
     """
 
     op: Op
@@ -120,6 +121,7 @@ class Reduction:
     first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
     outputs: tuple[int, ...] = ()
     form: Callable[[Tensor], Tensor] | None = None  # of a block, instead of its sum over `dims`
+    grid: tuple[Cells, Cells] | None = None  # of rows and columns
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.op.outputs[:1]
@@ -161,6 +163,7 @@ class Maps:
     program: Program
     axes: dict[int, Axes] = field(default_factory=dict)
     flat: dict[int, Flat] = field(default_factory=dict)
+    resident: set[int] = field(default_factory=set)  # smalls that local ops read by region: see promote.py
 
     def new_value(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int) -> int:
         """Number of a further value, with the device, and unless given the shape and dtype, of another."""
