@@ -90,7 +90,7 @@ def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access
 def spread_strip(
     op: Op, maps: Maps, value: int, shape: Sequence[int], axes: Axes, size: tuple[int, int], output: int | None = None
 ) -> tuple[list[Node], int]:
-    """A small with a value for each row, or each column, as a map of this size; `shape` is its own, of the map's rank."""
+    """A small with a value for each row or column as a map of this size; `shape` is its own, of the map's rank."""
     nodes, there = resident(maps, value, axes, shape)
     full = list(shape)
     for axis, n in zip(axes, size, strict=True):
@@ -99,7 +99,7 @@ def spread_strip(
     maps.axes[number] = axes
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        sizes = [-1] * len(full)
+        sizes = list(maps.shape(number))
         sizes[axes[0]], sizes[axes[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
         return (env[there].expand(sizes),)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..trace import Op
-from .base import RULES, Env, Local, Maps, Node, Refusal, find_rule
+from .base import Env, Local, Maps, Node, Refusal, find_rule
 from .pointwise import ELEMENTWISE
 from .promote import over_resident, renamed, resident, spread_strip
 
@@ -31,8 +31,10 @@ def rise(op: Op, maps: Maps) -> list[Node] | None:
     if len(shape) != 4 or 1 in shape[2:] or shape[2:] not in {maps.size(v) for v in maps.axes}:
         return None
     inputs = {v: tuple(maps.shape(v)) for v in op.inputs}
-    if not inputs or any(len(given) > 4 or given[-2:] == shape[2:] for given in inputs.values()):
+    if any(len(given) > 4 or given[-2:] == shape[2:] for given in inputs.values()):
         return None
+    if all(given[-2:] in ((), (1,), (1, 1)) for given in inputs.values()):
+        return None  # `promoted` spreads one value for all positions where it meets a map
     try:
         if op.name in _RESAMPLES:
             return _resampled(op, maps)
@@ -54,3 +56,46 @@ def _resampled(op: Op, maps: Maps) -> list[Node] | None:
     assert rule is not None
     made = rule(renamed(op, {value: there}), maps)
     return [*nodes, made] if isinstance(made, Local) else None
+
+
+def _repeated(op: Op, maps: Maps) -> list[Node] | None:
+    value, output = op.inputs[0], op.outputs[0]
+    own, full = tuple(maps.shape(value)), tuple(maps.shape(output))
+    own = (1,) * (4 - len(own)) + own
+    kept = (*own[:2], *full[2:]) if op.name in ("repeat", "tile") else full
+    if kept != full or any(size not in (1, whole) for size, whole in zip(own, full, strict=True)):
+        return None
+    nodes, _ = spread_strip(op, maps, value, own, (2, 3), (full[2], full[3]), output)
+    return nodes
+
+
+def _broadcast(op: Op, maps: Maps) -> list[Node] | None:
+    size = maps.shape(op.outputs[0])[-2], maps.shape(op.outputs[0])[-1]
+    nodes: list[Node] = []
+    names: dict[int, int] = {}
+    for value in dict.fromkeys(op.inputs):
+        shape = [1] * (4 - len(maps.shape(value))) + list(maps.shape(value))
+        if shape[2:] != [1, 1]:
+            made, names[value] = spread_strip(op, maps, value, shape, (2, 3), size)
+            nodes.extend(made)
+    rule = find_rule(op.name)
+    assert rule is not None
+    made = rule(renamed(op, names), maps)
+    return [*nodes, *(made if isinstance(made, list) else [made])]
+
+
+def _product(op: Op, maps: Maps) -> list[Node] | None:
+    """An outer product: a column of rows by a row of columns."""
+    left, right = op.inputs if len(op.inputs) == 2 else (op.inputs[0],) * 2
+    if maps.shape(left)[-1] != 1 or len(maps.shape(left)) != 4 or len(maps.shape(right)) != 4:
+        return None
+    output = op.outputs[0]
+    size = maps.shape(output)[2], maps.shape(output)[3]
+    nodes, rows = resident(maps, left, (2, 3))
+    more, cols = resident(maps, right, (2, 3))
+
+    def run(env: Env, _block: object) -> tuple[Tensor, ...]:
+        return (env[rows] * env[cols],)
+
+    own = Op(torch.mul, "outer_product", (), {}, (rows, cols), (output,), (), op.module, op.line)
+    return [*nodes, *more, Local(own, {v: over_resident(maps, v, size) for v in (rows, cols)}, ((2, 3),), run)]
