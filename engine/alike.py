@@ -24,9 +24,6 @@ _AT_BORDERS = frozenset({"avg_pool2d", "circular"})
 
 def translates(sweep: Sweep) -> bool:
     """Whether tiles of a sweep can be alike at all."""
-    graph = sweep.graph
-    if not graph.maps.resident.isdisjoint(graph.sources) or any(r.grid is not None for r in graph.reductions):
-        return False  # they ask where in the image they are
     accesses = (access for local in sweep.graph.locals for both in local.reads.values() for access in both)
     return not sweep.random and all(isinstance(access, (Window, Chain)) for access in accesses)
 
@@ -47,6 +44,10 @@ def axis_signature(sweep: Sweep, axis: int, step: int) -> Signature | None:
             if any(padding) and local.op.name in _AT_BORDERS:
                 return None
             found.append((*(n - start for n in access.span(*outputs)), *padding))
+    for reduction in sweep.graph.reductions:
+        start, end = schedule.block(reduction.value, step)
+        if reduction.grid is not None and start < end and not reduction.grid[axis].every:
+            found.append(tuple(reduction.grid[axis].parts(start, end)))
     return tuple(found)
 
 

@@ -51,7 +51,9 @@ class GridAccumulator(Accumulator):
     def has_shares(self) -> bool:
         return bool(self.rects)
 
-    def part_of(self, whole: Tensor, rect: Rect) -> Tensor:
+    def part_of(self, whole: Tensor, rect: Rect | None) -> Tensor:
+        if rect is None:  # it is the part already
+            return whole
         for axis, cells, span in zip(self.axes, self.grid, (rect[:2], rect[2:]), strict=True):
             start, end = cells.touched(*span)
             whole = whole.narrow(axis, start, end - start)
@@ -69,7 +71,7 @@ class GridAccumulator(Accumulator):
     def share(
         self, block: Tensor, moments: tuple[Tensor, ...] | None = None, rect: Rect | None = None
     ) -> tuple[Tensor, ...]:
-        """Of the cells that a block touches: sums; means and squared deviations; maxima and count or place."""
+        """Of the cells that a block touches: sums; means and squared deviations; maxima and count or place in it."""
         assert rect is not None
         reduction = self.reduction
         if reduction.kind == "moments":
@@ -91,16 +93,17 @@ class GridAccumulator(Accumulator):
 
     def _sums(self, block: Tensor, rect: Rect) -> Tensor:
         wide = torch.float32 if block.dtype in (torch.float16, torch.bfloat16) else block.dtype
-        for axis, cells, lo in zip(self.axes, self.grid, rect[::2], strict=True):
+        for axis, cells, lo in zip(self.axes, self.grid, (rect[0], rect[2]), strict=True):
             block = _cell_sums(block, axis, cells, lo, wide)
         rest = [d for d in self.reduction.dims if d not in self.axes]
         return block.sum(rest, keepdim=True, dtype=wide) if rest else block.to(wide)
 
     def _maxima(self, block: Tensor, rect: Rect) -> tuple[Tensor, Tensor]:
-        """The maximum of each cell, and the place in the whole map of the first element that has it."""
-        (h, w), (rows, cols) = self.axes, self.grid
+        """The maximum of each cell, and where the first element is that has it, in rows and columns of the whole map
+        counted from the block's corner."""
+        (h, w), (rows, cols), (top, _, left, _) = self.axes, self.grid, rect
         if rows.every or cols.every:
-            dim, cells, lo = (w, cols, rect[2]) if rows.every else (h, rows, rect[0])
+            dim, cells, lo = (w, cols, left) if rows.every else (h, rows, top)
             parts = cells.parts(lo, lo + block.shape[dim])
             found = [block.narrow(dim, start, end - start).max(dim, keepdim=True) for start, end in parts]
             value = torch.cat([values for values, _ in found], dim)
@@ -110,12 +113,13 @@ class GridAccumulator(Accumulator):
             across = across.view([-1 if d == other else 1 for d in range(block.dim())])
             row, column = (across, along) if rows.every else (along, across)
         else:
-            row_parts, col_parts = rows.parts(*rect[:2]), cols.parts(*rect[2:])
+            row_parts = rows.parts(top, top + block.shape[h])
+            col_parts = cols.parts(left, left + block.shape[w])
             lines = [[_first_maximum(block, *high, *wide) for wide in col_parts] for high in row_parts]
             value, row, column = (
                 torch.cat([torch.cat([cell[n] for cell in line], w) for line in lines], h) for n in range(3)
             )
-        return value, (row + rect[0]) * self.width + column + rect[2]
+        return value, row * self.width + column
 
     # -- of all tiles ---------------------------------------------------------------------------------------------
 
@@ -138,6 +142,7 @@ class GridAccumulator(Accumulator):
         total, places = self.part_of(self.total, rect), self.part_of(self.places, rect)
         self.rects[i, j] = rect
         if self.reduction.first_only:
+            note = note + (rect[0] * self.width + rect[2])
             better = (part > total) | ((part == total) & (note < places)) | (part.isnan() & ~total.isnan())
             places.copy_(torch.where(better, note, places))
         else:
@@ -159,7 +164,7 @@ class GridAccumulator(Accumulator):
     def pull(
         self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None, rect: Rect | None = None
     ) -> Tensor:
-        assert self.total is not None and rect is not None
+        assert self.total is not None
         whole, own = self.total, [None if grad is None else self.part_of(grad, rect) for grad in grads]
         try:
             self.total = self.part_of(whole, rect)

@@ -139,7 +139,7 @@ class Accumulator:
         """Whether tiles take back different parts of the gradient: `shares`."""
         return bool(self.maxima)
 
-    def part_of(self, whole: Tensor, rect: Rect) -> Tensor:
+    def part_of(self, whole: Tensor, rect: Rect | None) -> Tensor:
         """Of a tensor like the result (kept dimensions and all), the part that a block at `rect` has a share in."""
         return whole
 

@@ -648,7 +648,7 @@ class Scan:
         if grad is None:
             return None
         assert target.accumulator is not None
-        grad = target.accumulator.part_of(grad, self.sweep.block(value, tile.i, tile.j))
+        grad = target.accumulator.part_of(grad, _place(tile, value))
         if target.accumulator.reduction.kind == "max" and target.shares:
             grad = grad * target.shares[tile.i, tile.j]
         return grad.to(root.dtype).expand_as(root)
@@ -667,7 +667,7 @@ class Scan:
             else:
                 valued = not (tile.second_pass and value in self.sweep.unvalued)
                 x = block if valued else self._own(tile, value, self.stored[value])
-                total = target.accumulator.pull(x, target.grads, total, self.sweep.block(value, tile.i, tile.j))
+                total = target.accumulator.pull(x, target.grads, total, _place(tile, value))
         return total
 
     def _own(self, tile: Tile, value: int, stored: Tensor) -> Tensor:
@@ -732,6 +732,11 @@ class Scan:
                 dim = self.sweep.axes(value)[along]
                 target.narrow(dim, lo - start, end - lo).add_(handed_back[value].narrow(dim, 0, end - lo))
         return grads
+
+
+def _place(tile: Tile, value: int) -> Rect | None:
+    """Where a tile's block lies in the map; None where what belongs to the block is there alone."""
+    return None if tile.alone else tile.sweep.block(value, tile.i, tile.j)
 
 
 def _handed_back_alone(tile: Tile, value: int, block: Tensor, _targets: Targets) -> Tensor:
