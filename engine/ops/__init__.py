@@ -1,6 +1,6 @@
 """One rule per op: how it is computed tile by tile, or why it cannot be."""
 
-from . import flat, grids, losses, movement, norms, pointwise, promote, reductions, reshape, upsample, window
+from . import flat, grids, losses, movement, norms, pointwise, products, promote, reductions, reshape, upsample, window
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "movement",
     "norms",
     "pointwise",
+    "products",
     "promote",
     "reductions",
     "reshape",
