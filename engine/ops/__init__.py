@@ -1,6 +1,20 @@
 """One rule per op: how it is computed tile by tile, or why it cannot be."""
 
-from . import flat, grids, losses, movement, norms, pointwise, products, promote, reductions, reshape, upsample, window
+from . import (
+    flat,
+    grids,
+    losses,
+    movement,
+    norms,
+    order,
+    pointwise,
+    products,
+    promote,
+    reductions,
+    reshape,
+    upsample,
+    window,
+)
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
 
 __all__ = [
@@ -23,6 +37,7 @@ __all__ = [
     "losses",
     "movement",
     "norms",
+    "order",
     "pointwise",
     "products",
     "promote",

@@ -163,8 +163,11 @@ def select(op: Op, maps: Maps) -> Local:
 
 
 @rule("cat", "concat", "concatenate", "stack")
-def cat(op: Op, maps: Maps) -> Local | list[Node]:
+def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     some = maps.inputs(op)[0]
+    along = arguments(op, "tensors dim", dim=0)["dim"] % len(maps.shape(op.outputs[0]))
+    if some in maps.flat and op.name != "stack" and along in maps.axes[some]:
+        return Whole(op)  # a token more: what follows (attention pooling) sees all of them
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
     given = arguments(op, "tensors dim", dim=0)
     values = [ref.value for ref in given["tensors"]]

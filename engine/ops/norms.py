@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..corrected import memory_format
 from ..processes import Moments, merged
 from ..trace import CumulativeAverage, Op, Ref
-from .base import Block, Env, Local, Maps, Node, Refusal, Small, arguments, replay, rule
+from .base import Block, Env, Flat, Local, Maps, Node, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
 from .promote import promoted
 from .reductions import exact, mapped, moments
@@ -76,9 +76,14 @@ def batch_norm(op: Op, maps: Maps) -> Local | list[Node]:
 
 def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     value, momentum, eps = given["input"].value, given["momentum"], given["eps"]
-    _need_channels(op, maps, value)
-    reduction, mean, var = moments(op, maps, value)
     values = maps.program.values
+    rows, channel = _rows(op, maps, value), 1
+    if rows is None:
+        _need_channels(op, maps, value)
+        reduction, mean, var = moments(op, maps, value)
+    else:
+        reduction, mean, var = moments(op, maps, rows.op.outputs[0])
+        channel = 3
     channels, dtype = values[value].shape[1], values[mean].dtype
     own = exact(values[value].device)
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
@@ -87,7 +92,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     seen = maps.new_value((), own, like=value)  # pixels of all images
 
     def share(env: Env) -> Moments:
-        means, variances = (env[v].to(own).transpose(0, 1).flatten(1) for v in (mean, var))
+        means, variances = (env[v].to(own).movedim(channel, 0).flatten(1) for v in (mean, var))
         return means.mean(1), variances.mean(1) + means.var(1, correction=0), means.new_full((), pixels)
 
     def merge(shares: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -113,7 +118,22 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
     statistics = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
     local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**statistics, "eps": eps})
-    return [reduction, finalize, local]
+    return [*([] if rows is None else [rows]), reduction, finalize, local]
+
+
+def _rows(op: Op, maps: Maps, value: int) -> Local | None:
+    """Of a map of rows (N*H*W, C), as BatchNorm1d takes it, the samples apart: (N, H*W, 1, C)."""
+    if value not in maps.flat or len(maps.shape(value)) != 2 or maps.axes[value] != (0, 0):
+        return None
+    flat, channels = maps.flat[value], maps.shape(value)[1]
+    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, channels), like=value)
+    maps.axes[made], maps.flat[made] = (1, 1), Flat(flat.height, flat.width)
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (env[value].reshape(flat.ahead, -1, flat.behind, channels),)
+
+    own = Op(op.func, "rows", (), {}, (value,), (made,), (), op.module)
+    return Local(own, {value: maps.pointwise(value)}, ((1, 1),), run)
 
 
 def _pixelwise(

@@ -14,6 +14,7 @@ from .base import (
     Maps,
     Node,
     Refusal,
+    Whole,
     arguments,
     replay,
     rule,
@@ -213,9 +214,11 @@ def local_response_norm(op: Op, maps: Maps) -> Local:
 
 
 @rule("linear")
-def linear(op: Op, maps: Maps) -> Local:
+def linear(op: Op, maps: Maps) -> Local | Whole:
     given = arguments(op, "input weight bias")
     value = given["input"].value
+    if value in maps.flat and len(maps.shape(value)) - 1 in maps.axes[value]:
+        return Whole(op)  # a classifier behind a flatten: a weight for each position
     if len(maps.shape(value)) - 1 in maps.axes[value]:
         raise Refusal("'linear' contracts an image axis")
     only_maps(op, maps, value)

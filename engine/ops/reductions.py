@@ -77,7 +77,7 @@ def small(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor])
     return Small(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
 
 
-def _axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
+def axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
     """Image axes after the dimensions `dims` were reduced."""
     if keepdim:
         return axes
@@ -106,7 +106,7 @@ def reduction(op: Op, maps: Maps) -> Local | list[Node]:
     dims = dimensions(given["dim"], rank)
     hit = set(dims) & set(axes)
     if not hit:
-        out = _axes_after(axes, dims, given["keepdim"])
+        out = axes_after(axes, dims, given["keepdim"])
         return Local(op, {value: maps.pointwise(value)}, (out,) * len(op.outputs), replay(op))
     dtype = maps.program.values[value].dtype
     form = _FORMS.get(op.name)
@@ -335,17 +335,6 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
     if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
         return softmax_over_image(op, maps, value, dims[0], op.name == "log_softmax")
     return [Whole(op)]
-
-
-@rule("topk", "kthvalue")
-def largest(op: Op, maps: Maps) -> Local | Whole:
-    """The largest values along a dimension: per pixel, or (multiple-instance heads) of a stored map."""
-    value = op.inputs[0]
-    only_maps(op, maps, value)
-    dim = arguments(op, "input k dim", dim=-1)["dim"] % len(maps.shape(value))
-    if dim in maps.axes[value]:
-        return Whole(op)
-    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],) * 2, replay(op))
 
 
 _FORMS: dict[str, Callable[[_Call], list[Node] | None]] = {
