@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
 from .ops.flat import unflatten
+from .ops.norms import norm_of_small
 from .ops.rising import rise
 from .trace import Op, Program, place, refs
 
@@ -226,7 +227,7 @@ def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, l
         derived.update(op.outputs if ours else ())
         risen = None
         if op.name in _LIKE_MAP or not maps.inputs(op):
-            risen = rise(op, maps) if ours and rising else None
+            risen = (rising and rise(op, maps)) or norm_of_small(op, maps) if ours else None
             if risen is None:
                 nodes.append(op)
                 taken.follow(op)

@@ -15,7 +15,7 @@ pixel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..trace import CumulativeAverage, Op, Ref
 from .base import Block, Env, Flat, Local, Maps, Node, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
 from .promote import promoted
-from .reductions import exact, mapped, moments
+from .reductions import exact, mapped, moments, wide
 
 
 def _number(ref: Any) -> int | None:
@@ -77,14 +77,8 @@ def batch_norm(op: Op, maps: Maps) -> Local | list[Node]:
 def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     value, momentum, eps = given["input"].value, given["momentum"], given["eps"]
     values = maps.program.values
-    rows, channel = _rows(op, maps, value), 1
-    if rows is None:
-        _need_channels(op, maps, value)
-        reduction, mean, var = moments(op, maps, value)
-    else:
-        reduction, mean, var = moments(op, maps, rows.op.outputs[0])
-        channel = 3
-    channels, dtype = values[value].shape[1], values[mean].dtype
+    taking, read, moments_of = _take_moments(op, maps, value)
+    channels, dtype = values[value].shape[1], wide(values[value].dtype)
     own = exact(values[value].device)
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
     running = tuple(_number(given[name]) for name in ("running_mean", "running_var"))
@@ -92,7 +86,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     seen = maps.new_value((), own, like=value)  # pixels of all images
 
     def share(env: Env) -> Moments:
-        means, variances = (env[v].to(own).movedim(channel, 0).flatten(1) for v in (mean, var))
+        means, variances = (t.to(own) for t in moments_of(env))
         return means.mean(1), variances.mean(1) + means.var(1, correction=0), means.new_full((), pixels)
 
     def merge(shares: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -108,7 +102,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     aside = (*(v for v in running if v is not None), *_counters(maps, momentum)[:1])
     effect = keep if running != (None, None) else None
     outputs = (total_mean, total_var, seen)
-    finalize = Small(lambda env: merge([share(env)]), (mean, var, *aside), outputs, effect, aside, share, merge)
+    finalize = Small(lambda env: merge([share(env)]), (*read, *aside), outputs, effect, aside, share, merge)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
@@ -116,9 +110,46 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         return (Normalize.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
+    if value not in maps:
+        return [finalize, Small(lambda env: run(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
     statistics = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
     local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**statistics, "eps": eps})
-    return [*([] if rows is None else [rows]), reduction, finalize, local]
+    return [*taking, finalize, local]
+
+
+def norm_of_small(op: Op, maps: Maps) -> list[Node] | None:
+    """Live BatchNorm of what is reduced from images: like that of a map it is over all images and processes."""
+    if op.name != "batch_norm" or op.autocast is not None:
+        return None
+    given = arguments(op, "input running_mean running_var weight bias training momentum eps", training=False,
+                      momentum=0.1, eps=1e-5)  # fmt: skip
+    if not given["training"] and given["running_mean"] is not None:
+        return None
+    return _live_batch_norm(op, maps, given)
+
+
+def _take_moments(
+    op: Op, maps: Maps, value: int
+) -> tuple[list[Node], tuple[int, ...], Callable[[Env], tuple[Tensor, Tensor]]]:
+    """Means and variances of each channel, (C, parts of equal size): what takes them, what is read of it, and how."""
+    if value not in maps:
+        dims = [d for d in range(len(maps.shape(value))) if d != 1]
+
+        def of_small(env: Env) -> tuple[Tensor, Tensor]:
+            var, mean = torch.var_mean(env[value].to(wide(env[value].dtype)), dims, correction=0)
+            return mean[:, None], var[:, None]
+
+        return [], (value,), of_small
+    rows = _rows(op, maps, value)
+    if rows is None:
+        _need_channels(op, maps, value)
+    reduction, mean, var = moments(op, maps, value if rows is None else rows.op.outputs[0])
+    channel = 1 if rows is None else 3
+
+    def of_map(env: Env) -> tuple[Tensor, Tensor]:
+        return env[mean].movedim(channel, 0).flatten(1), env[var].movedim(channel, 0).flatten(1)
+
+    return [*([] if rows is None else [rows]), reduction], (mean, var), of_map
 
 
 def _rows(op: Op, maps: Maps, value: int) -> Local | None:
