@@ -28,7 +28,7 @@ from .base import (
     rule,
 )
 from .circular import circular_pad
-from .promote import promoted, spread
+from .promote import promoted, spread, spread_strip
 from .reflect import mirrored_pad
 
 
@@ -99,11 +99,14 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(op: Op, maps: Maps) -> Local:
+def expand(op: Op, maps: Maps) -> Local | list[Node]:
     value, out = op.inputs[0], op.outputs[0]
     if value not in maps:  # expand_as
         over = op.inputs[1]
         ones = [1] * (len(maps.shape(out)) - len(maps.shape(value))) + list(maps.shape(value))
+        one = [ones[axis] == 1 for axis in maps.axes[over]]
+        if sorted(one) == [False, True] and over not in maps.flat:  # a value for each row or column
+            return spread_strip(op, maps, value, ones, maps.axes[over], maps.size(over), out)[0]
         if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
             raise Refusal(f"'{op.name}' spreads a tensor over the image that depends on the position already")
         return spread(op, maps, value, over, out, maps.axes[over])
