@@ -319,7 +319,7 @@ class ReplayedBackward:
                 continue
             place = sweep.axes(value), sweep.block(value, i, j)
             if target.accumulator is not None and target.accumulator.reduction.grid is not None:
-                parts = {("grad", value, number, k): grad for k, grad in enumerate(target.grads)}
+                parts: dict[Name, Tensor | None] = {("grad", value, number, k): g for k, g in enumerate(target.grads)}
                 parts["total", value, number] = target.accumulator.total if target.of_block else None
                 rect = place[1]
                 found.update((n, target.accumulator.part_of(t, rect)) for n, t in parts.items() if t is not None)

@@ -1,9 +1,9 @@
 """Rules of matrix products: matmul, @, bmm, baddbmm.
 
-    (N, HW, C) @ (C, D)                 per pixel: a matrix for all positions, or one for each
-    (N, C, HW) @ (N, HW, D)             a sum over the positions: Gram and covariance matrices, attention pooling
-    (N, C, HW) @ (HW, 2)                the same with a constant: soft-argmax, pooling with fixed weights
-    (N, C, H, W) @ (W,), (H,) @ ...     a sum over one of the image's axes, weighted
+(N, HW, C) @ (C, D)                 per pixel: a matrix for all positions, or one for each
+(N, C, HW) @ (N, HW, D)             a sum over the positions: Gram and covariance matrices, attention pooling
+(N, C, HW) @ (HW, 2)                the same with a constant: soft-argmax, pooling with fixed weights
+(N, C, H, W) @ (W,), (H,) @ ...     a sum over one of the image's axes, weighted
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
             return x[..., :c, :] @ x[..., c:, :].transpose(-1, -2)
 
     both = {v: maps.pointwise(v) for v in (left, right)}
-    joined = Op(op.func, "pair", (), {}, (left, right), (pair,), (), op.module, op.line)
+    joined = Op(op.func, "pair", (), {}, (left, right), (pair,), (), op.module, line=op.line)
     nodes.append(Local(joined, both, (maps.axes[pair],), join))
     if not any(vectors):
         return [*nodes, Reduction(op, pair, "sum", 1, (), True, form=product)]
@@ -150,7 +150,7 @@ def _over_one_axis(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (env[value].to(wide) * env[weights].to(wide),)
 
-    own = Op(torch.mul, "weighted", (), {}, (value, weights), (made,), (), op.module, op.line)
+    own = Op(torch.mul, "weighted", (), {}, (value, weights), (made,), (), op.module, line=op.line)
     local = Local(own, {v: maps.pointwise(v) for v in (value, weights)}, (axes,), run)
     rows, cols = (Cells(n, 1 if axis == dim else n) for axis, n in zip(axes, size, strict=True))
     return [*nodes, local, Reduction(op, made, "sum", 1, (dim,), False, grid=(rows, cols))]

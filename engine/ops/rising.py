@@ -97,5 +97,5 @@ def _product(op: Op, maps: Maps) -> list[Node] | None:
     def run(env: Env, _block: object) -> tuple[Tensor, ...]:
         return (env[rows] * env[cols],)
 
-    own = Op(torch.mul, "outer_product", (), {}, (rows, cols), (output,), (), op.module, op.line)
+    own = Op(torch.mul, "outer_product", (), {}, (rows, cols), (output,), (), op.module, line=op.line)
     return [*nodes, *more, Local(own, {v: over_resident(maps, v, size) for v in (rows, cols)}, ((2, 3),), run)]
