@@ -39,7 +39,7 @@ def promoted(op: Op, maps: Maps, axes: Axes, rank: int) -> tuple[Op, list[Node]]
             continue
         if maps.merged(over):
             raise Refusal(f"'{op.name}' combines a flattened map with a tensor that depends on the position in it")
-        if (maps.axes[over][0] != maps.axes[over][1]) and sorted(shape[axis] == 1 for axis in axes) == [False, True]:
+        if axes[0] != axes[1] and sorted(shape[axis] == 1 for axis in axes) == [False, True]:
             made, names[value] = spread_strip(op, maps, value, shape, axes, size)
             nodes.extend(made)
             continue
