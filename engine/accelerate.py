@@ -366,7 +366,7 @@ class Accelerated(Delegate):
             forward.run(0, pooling[-1])
             scan, _, smalls = forward.scan(pooling[-1])
             graph, results = scan.sweep.graph, scan.forward(smalls)
-            pooled = {r.outputs[0]: r for r in graph.reductions if r.kind != "moments"}
+            pooled = {r.outputs[0]: r for r in graph.reductions if r.kind != "moments" and r.grid is None}
             with torch.enable_grad():
                 leaves = [r.detach().requires_grad_() for r in results]
                 forward.env.update(zip(graph.results, leaves, strict=True))

@@ -44,6 +44,10 @@ def axis_signature(sweep: Sweep, axis: int, step: int) -> Signature | None:
             if any(padding) and local.op.name in _AT_BORDERS:
                 return None
             found.append((*(n - start for n in access.span(*outputs)), *padding))
+    for reduction in sweep.graph.reductions:
+        start, end = schedule.block(reduction.value, step)
+        if reduction.grid is not None and start < end and not reduction.grid[axis].every:
+            found.append(tuple(reduction.grid[axis].parts(start, end)))
     return tuple(found)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .errors import GigamorphError, UnsupportedError
-from .geometry import Window, needed, same
+from .geometry import Cells, Window, needed, same
 from .graph import Graph, Network
 from .maps import new_map
 from .ops import Env, Local, Reduction, Small
@@ -323,19 +323,32 @@ class _Splitter:
         values = maps.program.values
         height, width = maps.size(reduction.value)
         dtypes = [values[v].dtype for v in reduction.outputs]
+        top = bands.rows(height, bands.rank)[0]
+        if reduction.grid is not None:
+            rows, cols = reduction.grid
+            reduction = replace(reduction, grid=(replace(rows, first=top), cols))
         wide = torch.float32 if values[own].device.type == "mps" else torch.float64
         if reduction.kind == "moments":
             partial = tuple(maps.new_value(like=v) for v in reduction.outputs)
-            pixels = [width * (b - a) for a, b in (bands.rows(height, r) for r in range(bands.count))]
+            parts = [bands.rows(height, r) for r in range(bands.count)]
+            pixels = [width * (b - a) for a, b in parts]
+            grid, axis, rank = reduction.grid, maps.axes[own][0], len(maps.shape(own))
+            each = None if grid is None else _shares_of_cells(grid, axis, rank, parts)
 
             def moments(env: Env) -> tuple[Tensor, ...]:
                 mean, var = Gathered.apply(torch.stack([env[v].to(wide) for v in partial]), bands).unbind(1)  # pyright: ignore
-                shares = mean.new_tensor(pixels).div_(sum(pixels)).view(-1, *[1] * (mean.dim() - 1))
+                if each is None:
+                    shares = mean.new_tensor(pixels).div_(sum(pixels)).view(-1, *[1] * (mean.dim() - 1))
+                else:
+                    shares = each.to(mean)
+                    mean, var = (torch.where(shares == 0, 0, t) for t in (mean, var))
                 total = (shares * mean).sum(0)
                 return total.to(dtypes[0]), (shares * (var + (mean - total).square())).sum(0).to(dtypes[1])
 
             merges.append(Small(moments, partial, reduction.outputs))
             count = max(1, pixels[bands.rank]) * reduction.per_pixel
+            if grid is not None:
+                count = max(1, reduction.count if grid[0].every else parts[bands.rank][1] - top)
             return replace(reduction, value=own, count=count, outputs=partial)
         (output,) = reduction.outputs
         if reduction.kind == "sum":
@@ -353,6 +366,15 @@ class _Splitter:
 
         merges.append(Small(largest, (part, number), (output,)))
         return replace(reduction, value=own, outputs=(part, number))
+
+
+def _shares_of_cells(grid: tuple[Cells, Cells], axis: int, rank: int, parts: Sequence[Rows]) -> Tensor:
+    """What part each process has of the pixels of each row, or of each column: (processes, *like the result)."""
+    rows = grid[0]
+    if not rows.every:
+        return torch.tensor([(b - a) / rows.size for a, b in parts], dtype=torch.float64).view(-1, *[1] * rank)
+    own = torch.tensor([[top <= row < bottom for row in range(rows.size)] for top, bottom in parts])
+    return own.view(len(parts), *(rows.size if d == axis else 1 for d in range(rank)))
 
 
 def _fetch(source: int, target: int, exchange: Exchange) -> Small:

@@ -13,7 +13,7 @@ and the rows [kept, frontier) are the carry (design: the halo-carry scan).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -185,6 +185,46 @@ def same(size: int) -> Window:
     return Window(size, size)
 
 
+def repeated(size: int) -> Window:
+    """The access of an op that reads the only index of an axis at every output."""
+    return Window(1, size, stride=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """An axis cut into `count` cells as adaptive pooling cuts it.
+
+    Cell u holds the indices from floor(u size / count) to ceil((u + 1) size / count); neighbours may share one.
+
+    Args:
+        size: of the whole axis.
+        count: how many cells there are: 1, or as many as indices, or anything else.
+        first: the index of the whole axis at which the map begins that is reduced (a band's own rows).
+    """
+
+    size: int
+    count: int
+    first: int = 0
+
+    @property
+    def every(self) -> bool:
+        """Whether each index is a cell of its own."""
+        return self.count == self.size
+
+    def span(self, cell: int) -> tuple[int, int]:
+        """The indices of a cell, in the map that is reduced."""
+        return cell * self.size // self.count - self.first, -(-(cell + 1) * self.size // self.count) - self.first
+
+    def touched(self, lo: int, hi: int) -> tuple[int, int]:
+        """The half-open range of cells that have some of the indices [lo, hi); hi > lo."""
+        return (lo + self.first) * self.count // self.size, -(-(hi + self.first) * self.count // self.size)
+
+    def parts(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Of each cell that is touched, the indices among [lo, hi), counted from `lo`."""
+        spans = (self.span(cell) for cell in range(*self.touched(lo, hi)))
+        return [(max(start, lo) - lo, min(end, hi) - lo) for start, end in spans]
+
+
 @dataclass(frozen=True)
 class AxisSchedule:
     """Frontiers and carries of every value along one axis.
@@ -256,6 +296,7 @@ def schedule_axis(
     reads: Reads,
     offsets: Mapping[int, tuple[int, int]] | None = None,
     targets: Sequence[int] | None = None,
+    resident: Container[int] = (),
 ) -> AxisSchedule:
     """Run the frontier rule over a program for one axis.
 
@@ -266,6 +307,8 @@ def schedule_axis(
         reads: for every local op in order: its output values and (input value, access) pairs.
         offsets: sources that are a part of an axis: the first index, and the size of all of it.
         targets: the values that are wanted; nothing is computed but what they need. None for everything.
+        resident: sources that no op has to wait for, whatever part of them it reads. What reads nothing else goes at
+            the pace of the tiles.
     """
     steps = max(1, -(-size // tile))
     ends = [min(size, (i + 1) * tile) for i in range(steps)]
@@ -278,7 +321,9 @@ def schedule_axis(
     for outputs, inputs in reads:
         for out in outputs:
             sizes[out] = inputs[0][1].size_out
-            frontier[out] = [min(access.ready(frontier[v][i]) for v, access in inputs) for i in range(steps)]
+            waits = [(v, access) for v, access in inputs if v not in resident]
+            frontier[out] = [min(access.ready(frontier[v][i]) for v, access in waits) for i in range(steps)] if waits \
+                else [-(-end * sizes[out] // size) for end in ends]  # fmt: skip
             consumers[out] = []
         for value, access in inputs:
             consumers[value].append((outputs[0], access))

@@ -24,6 +24,8 @@ from torch import Tensor
 from .errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
 from .ops.flat import unflatten
+from .ops.norms import norm_of_small
+from .ops.rising import rise
 from .trace import Op, Program, place, refs
 
 # Calls that read a map only for its dtype and device.
@@ -60,8 +62,10 @@ class Graph:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Height and width that are cut into tiles: those of the largest source."""
-        sizes = [self.maps.size(v) for v in self.sources]
+        """Height and width that are cut into tiles: those of the largest source, or of what residents make."""
+        resident = self.maps.resident
+        spread = [local.op.outputs[0] for local in self.locals if not resident.isdisjoint(local.reads)]
+        sizes = [self.maps.size(v) for v in (*(v for v in self.sources if v not in resident), *spread)]
         whole = [height for _, height in (self.offsets or {}).values()]
         return max(*whole, *(h for h, _ in sizes), 0), max(w for _, w in sizes)
 
@@ -213,21 +217,38 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
     Raises:
         UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
     """
+    try:
+        return _sort(program, fallback, rising=True)
+    except UnsupportedError as refusal:
+        try:
+            return _sort(program, fallback, rising=False)
+        except UnsupportedError:
+            raise refusal from None
+
+
+def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, list[Node | Op]]:
+    """`sort`; `rising` makes maps block by block of smalls that are spread over the image."""
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
     nodes: list[Node | Op] = []
     taken = _TakenWhole(maps, fallback == "whole")
+    derived = set(maps.axes)  # what depends on the image
     for op in live_ops(program):
+        ours = not derived.isdisjoint(op.inputs)
+        derived.update(op.outputs if ours else ())
+        risen = None
         if op.name in _LIKE_MAP or not maps.inputs(op):
-            nodes.append(op)
-            taken.follow(op)
-            continue
+            risen = (rising and rise(op, maps)) or norm_of_small(op, maps) if ours else None
+            if risen is None:
+                nodes.append(op)
+                taken.follow(op)
+                continue
         try:
             if op.autocast is not None:
                 raise _refuse(
                     op, f"'{op.name}' runs in an autocast region of its own; put autocast around the whole model"
                 )
-            made = apply_rule(op, maps)
+            made = risen or apply_rule(op, maps)
         except UnsupportedError as refusal:
             if fallback != "whole":
                 raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None

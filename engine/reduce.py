@@ -31,11 +31,14 @@ class Accumulator:
         self.seen = 0  # moments: elements taken in, and below the sum of their squared deviations from the mean `total`
         self.deviations: Tensor | None = None
 
-    def share(self, block: Tensor, moments: tuple[Tensor, ...] | None = None, look: bool = True) -> tuple[Tensor, ...]:
+    def share(
+        self, block: Tensor, moments: tuple[Tensor, ...] | None = None, rect: Rect | None = None, look: bool = True
+    ) -> tuple[Tensor, ...]:
         """What a block gives, wherever it lies: its sum; mean and squared deviations; maximum and count or place.
 
         Args:
             moments: mean and squared deviations, if they are known.
+            rect: where the block lies, which a reduction to a grid asks for.
             look: see `moments_of`.
         """
         reduction = self.reduction
@@ -89,7 +92,9 @@ class Accumulator:
         )
         self.seen = both
 
-    def pull(self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None) -> Tensor:
+    def pull(
+        self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None, rect: Rect | None = None
+    ) -> Tensor:
         """What a part of the map gets of the gradients of mean and variance: dmean/n + 2 (x - mean) dvar/n + addend."""
         assert self.total is not None
         count, (dmean, dvar) = self.reduction.count, grads
@@ -123,7 +128,7 @@ class Accumulator:
             parts.append(moments_backward(x[n : n + 1], mean, dm, dv, self.reduction.count, own))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def partial(self, block: Tensor) -> Tensor:
+    def partial(self, block: Tensor, rect: Rect | None = None) -> Tensor:
         """The block's own share of the reduction, kept dimensions and all."""
         reduction = self.reduction
         if reduction.form is not None:
@@ -136,6 +141,15 @@ class Accumulator:
         if reduction.nan_counts:
             return Largest.apply(block, reduction)  # pyright: ignore[reportReturnType]
         return block.amax(reduction.dims, keepdim=True)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether tiles take back different parts of the gradient: `shares`."""
+        return bool(self.maxima)
+
+    def part_of(self, whole: Tensor, rect: Rect | None) -> Tensor:
+        """Of a tensor like the result (kept dimensions and all), the part that a block at `rect` has a share in."""
+        return whole
 
     def values(self) -> tuple[Tensor, ...]:
         """The reduction's values as stock PyTorch returns them: tensors that the caller may change."""

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..kernels.choice import current_mode
 from .alike import Outline, Signature, axis_signature, translates
 from .carries import CarryStore, Rect, cut
-from .reduce import Accumulator, Target, Targets
+from .grid import new_accumulator
+from .reduce import Target, Targets
 from .scan import Gathered, Kept, Read, Scan
 from .static import Arena, Executor, Name, Static, copy_all
 from .sweep import Carries, Sweep, Tile, area
@@ -245,11 +246,13 @@ class ReplayedForward:
 def _compute(bench: Bench, recording: Recording) -> None:
     """The work of a tile in pass 1."""
     sweep, graph = bench.sweep, bench.sweep.graph
-    accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
+    accumulators = [new_accumulator(r, graph) for r in graph.reductions]
 
     def publish(tile: Tile, value: int, block: Tensor) -> None:
+        rect = sweep.block(value, tile.i, tile.j)
         for number in sweep.reductions.get(value, ()):
-            for place, part in enumerate(accumulators[number].share(block, tile.shares.get(value), look=False)):
+            shared = tile.shares.get(value)
+            for place, part in enumerate(accumulators[number].share(block, shared, rect, look=False)):
                 recording.give(("share", number, place), part)
         if value in graph.stored:
             recording.give(("stored", value), block)
@@ -275,8 +278,8 @@ class ReplayedBackward:
         for value, taken in targets.items():
             for number, target in enumerate(taken):
                 self.form.append((value, number, tuple(grad is not None for grad in target.grads), bool(target.shares)))
-                if target.accumulator is None:
-                    continue  # a stored map: a part of its gradient for each tile
+                if target.accumulator is None or target.accumulator.reduction.grid is not None:
+                    continue  # a stored map, rows or columns: a part of the gradient for each tile
                 for place, grad in enumerate(target.grads):
                     if grad is not None:
                         step["grad", value, number, place] = grad
@@ -316,6 +319,11 @@ class ReplayedBackward:
             if not any(there) or not sweep.computes(value, i, j):
                 continue
             place = sweep.axes(value), sweep.block(value, i, j)
+            if target.accumulator is not None and target.accumulator.reduction.grid is not None:
+                parts: dict[Name, Tensor | None] = {("grad", value, number, k): g for k, g in enumerate(target.grads)}
+                parts["total", value, number] = target.accumulator.total if target.of_block else None
+                rect = place[1]
+                found.update((n, target.accumulator.part_of(t, rect)) for n, t in parts.items() if t is not None)
             if target.accumulator is None:
                 found["stored", value] = cut(target.grads[0], *place)  # pyright: ignore[reportArgumentType]
             elif target.of_block and value in sweep.unvalued:
@@ -355,9 +363,10 @@ def _static_targets(bench: Bench, form: list[tuple[int, int, tuple[bool, ...], b
             targets.setdefault(value, []).append(Target(None, (recording.inputs.get(("stored", value)),), {}))
             continue
         reduction = graph.reductions[numbers[number]]
-        accumulator = Accumulator(reduction, graph.program.values[reduction.outputs[0]].dtype)
-        accumulator.total = step.get(("total", value, number))
-        grads = tuple(step["grad", value, number, k] if given else None for k, given in enumerate(there))
+        accumulator = new_accumulator(reduction, graph)
+        given = step if reduction.grid is None else recording.inputs
+        accumulator.total = given.get(("total", value, number))
+        grads = tuple(given["grad", value, number, k] if wanted else None for k, wanted in enumerate(there))
         share = recording.inputs.get(("share", value, number))
         shares = {(recording.i, recording.j): share} if shared and share is not None else {}
         targets.setdefault(value, []).append(Target(accumulator, grads, shares))

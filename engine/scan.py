@@ -30,6 +30,7 @@ from .carries import CarryStore, HandOn, Rect, cut, empty_like_layout
 from .ceiling import Ceiling
 from .geometry import AxisSchedule
 from .graph import Graph
+from .grid import new_accumulator
 from .maps import Gradients, has_readers, let_files_go, let_rows_go, new_map
 from .pages import Spare
 from .pixels import StoredBatch
@@ -316,7 +317,7 @@ class Scan:
         sweep, graph = self.sweep, self.sweep.graph
         leaves = [v for v, wanted in zip(graph.smalls, wants, strict=False) if wanted]
         env = self.prepare(smalls, leaves)
-        accumulators = [Accumulator(r, graph.program.values[r.outputs[0]].dtype) for r in graph.reductions]
+        accumulators = [new_accumulator(r, graph) for r in graph.reductions]
         stored: dict[int, Tensor] = {}
         seed = 0
         if sweep.random:
@@ -434,7 +435,7 @@ class Scan:
         width = sweep.graph.maps.size(value)[1]
         for number in sweep.reductions.get(value, ()):
             accumulator = gathered.accumulators[number]
-            accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value)), rect, width)
+            accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value), rect), rect, width)
         if value in sweep.graph.stored:
             self.room_in_store(value, i, j, block, gathered).copy_(block)
         for tap in self.taps.get(value, ()):
@@ -605,7 +606,7 @@ class Scan:
         for accumulator in kept.accumulators:
             reduction = accumulator.reduction
             own = tuple(left.pop(0) for _ in reduction.outputs)
-            shares = accumulator.shares() if accumulator.maxima and own[0] is not None else {}
+            shares = accumulator.shares() if accumulator.has_shares and own[0] is not None else {}
             if reduction.kind != "moments":
                 own = tuple(None if grad is None else reduction.keep_dims(grad) / reduction.count for grad in own)
             targets.setdefault(reduction.value, []).append(Target(accumulator, own, shares))
@@ -642,7 +643,7 @@ class Scan:
             for number, target in enumerate(taken):
                 if not target.of_block:
                     assert target.accumulator is not None
-                    root = target.accumulator.partial(block)
+                    root = target.accumulator.partial(block, self.sweep.block(value, tile.i, tile.j))
                     recorded.add(root, partial(self._partial_grad, tile, value, number, root.detach()))
             return result
 
@@ -658,6 +659,7 @@ class Scan:
         if grad is None:
             return None
         assert target.accumulator is not None
+        grad = target.accumulator.part_of(grad, _place(tile, value))
         if target.accumulator.reduction.kind == "max" and target.shares:
             grad = grad * target.shares[tile.i, tile.j]
         return grad.to(root.dtype).expand_as(root)
@@ -676,7 +678,7 @@ class Scan:
             else:
                 valued = not (tile.second_pass and value in self.sweep.unvalued)
                 x = block if valued else self._own(tile, value, self.stored[value])
-                total = target.accumulator.pull(x, target.grads, total)
+                total = target.accumulator.pull(x, target.grads, total, _place(tile, value))
         return total
 
     def _own(self, tile: Tile, value: int, stored: Tensor) -> Tensor:
@@ -747,6 +749,11 @@ class Scan:
 
 def _has_grad(target: Target) -> bool:
     return any(grad is not None for grad in target.grads)
+
+
+def _place(tile: Tile, value: int) -> Rect | None:
+    """Where a tile's block lies in the map; None where what belongs to the block is there alone."""
+    return None if tile.alone else tile.sweep.block(value, tile.i, tile.j)
 
 
 def _handed_back_alone(tile: Tile, value: int, block: Tensor, _targets: Targets) -> Tensor:

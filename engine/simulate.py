@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .carries import CarryStore
 from .geometry import AxisSchedule
 from .graph import Graph
-from .reduce import Accumulator
+from .grid import new_accumulator
 from .scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
 from .sweep import Carries, Sweep, Tile
 
@@ -105,10 +105,10 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
             smalls[value].requires_grad_()
         inputs = {v for v in graph.sources if v in wanted}
         needs = sweep.needs_grad({*leaves, *inputs})
-        accumulators = [Accumulator(r, values[r.outputs[0]].dtype) for r in graph.reductions]
-        for accumulator in accumulators:
-            if accumulator.reduction.kind == "moments":
-                accumulator.total = torch.empty(values[accumulator.reduction.outputs[0]].shape, device=image.device)
+        accumulators = [new_accumulator(r, graph) for r in graph.reductions]
+        for one in accumulators:
+            if one.reduction.kind == "moments":
+                one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
         kept = Kept(CarryStore("device"), 0, smalls, leaves, inputs, needs, accumulators)
         grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in graph.results]
         targets = scan.targets(kept, grads)

@@ -48,10 +48,11 @@ class Sweep:
         graph = self.graph
         reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in graph.locals]
         sources = {value: graph.maps.size(value)[axis] for value in graph.sources}
+        resident = graph.maps.resident
         if axis == 0 and graph.offsets is not None:
             targets = [*(r.value for r in graph.reductions), *graph.stored]
-            return schedule_axis(tile, graph.extent[axis], sources, reads, graph.offsets, targets)
-        return schedule_axis(tile, graph.extent[axis], sources, reads)
+            return schedule_axis(tile, graph.extent[axis], sources, reads, graph.offsets, targets, resident)
+        return schedule_axis(tile, graph.extent[axis], sources, reads, resident=resident)
 
     def _is_carried(self, value: int) -> bool:
         for axis in (self.rows, self.cols):

@@ -227,6 +227,9 @@ class Recorder(TorchFunctionMode):
         self._refuse(func, name, tensors, args, kwargs)
         if name in _TAKEN and tensors:
             return self._taken(func, name, args, kwargs)
+        if not tensors and self._own_generator(args, kwargs):
+            with unset_fake_temporarily(), self._no_inference():
+                return func(*args, **kwargs)  # a constant where it is used
         before = [(t, t._version) for t in tensors]
         with self._no_inference():
             result = func(*args, **kwargs)
@@ -267,13 +270,16 @@ class Recorder(TorchFunctionMode):
             raise UnsupportedError(f"{self.where()} {_REFUSED[name]}")
         if name == "requires_grad_" and tensors and tensors[0].requires_grad != (*args[1:], *kwargs.values(), True)[0]:
             raise UnsupportedError(f"{self.where()} calls requires_grad_() on a tensor; do so outside of the forward")
-        if name == "__init__" or not any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
-            return
-        if not all(self.snapshot.was_there(a) for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)):
+        if tensors and self._own_generator(args, kwargs):
             raise UnsupportedError(
                 f"{self.where()} draws from a generator that the forward makes; draw these numbers once, in the "
                 "constructor, and keep them in a buffer"
             )
+
+    def _own_generator(self, args: Any, kwargs: Any) -> bool:
+        """Whether a call draws from a generator that the forward has made: the same numbers in each call."""
+        found = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+        return any(not self.snapshot.was_there(generator) for generator in found)
 
     def _taken(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """A Python value of tensors that depend on the network's state alone."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry import Access, same
+from ..geometry import Access, Cells, same
 from ..trace import Op, Program, Value, bind
 from .names import ASSIGNMENTS
 
@@ -105,7 +105,9 @@ class Reduction:
     """A reduction over the whole image.
 
     `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over `dims`, which keep size
-    one, count being the elements; `precise` ones are taken in float64. `outputs` are the values it gives.
+    one, count being the elements; `precise` ones are taken in float64. `outputs` are the values it gives. With a `grid`
+    the image is cut into cells, each of which gives a value (see grid.py); a dimension of `dims` whose axis has several
+    cells is kept.
     """
 
     op: Op
@@ -120,6 +122,7 @@ class Reduction:
     precise: bool = False
     per_pixel: int = 1  # moments: how many elements of a pixel go into one of them
     nan_counts: bool = False  # maximum: NaN are the largest elements; without it all gradients are NaN with them
+    grid: tuple[Cells, Cells] | None = None  # of rows and columns
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.op.outputs[:1]
@@ -167,6 +170,7 @@ class Maps:
     program: Program
     axes: dict[int, Axes] = field(default_factory=dict)
     flat: dict[int, Flat] = field(default_factory=dict)
+    resident: set[int] = field(default_factory=set)  # smalls that local ops read by region: see promote.py
 
     def new_value(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int) -> int:
         """Number of a further value, with the device, and unless given the shape and dtype, of another."""
@@ -283,12 +287,6 @@ def out_of_place(op: Op) -> Callable[..., Any]:
 
         return call
     return op.func
-
-
-def keeps_state(op: Op, maps: Maps) -> None:
-    """Refuse an op that writes the image's values into what the model keeps."""
-    if any(maps.program.values[v].name or maps.program.values[v].constant is not None for v in op.mutated):
-        raise Refusal(f"'{op.name}' writes the image's values into a parameter, buffer or attribute")
 
 
 def plain_kwargs(op: Op) -> dict[str, Any]:

@@ -20,60 +20,6 @@ from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Run, 
 from .promote import renamed
 
 
-@rule("matmul", "__matmul__", "bmm")
-def matmul(op: Op, maps: Maps) -> Local | list[Node]:
-    """A matrix per pixel, or the same for all pixels; or a sum over the pixels of outer products."""
-    given = list(op.args[:2])
-    if len(given) < 2:
-        given += [op.kwargs[name] for name in ("other", "mat2") if name in op.kwargs]
-    left, right = (ref.value for ref in given)
-    if min(len(maps.shape(left)), len(maps.shape(right))) < 2 and not (left in maps and len(maps.shape(right)) == 1):
-        raise Refusal(f"'{op.name}' contracts positions of the image")
-    behind = {v: tuple(axis - len(maps.shape(v)) for axis in maps.axes[v]) for v in (left, right) if v in maps}
-    if len(behind) == 2 and left != right and behind[left] == (-1, -1) and behind[right] == (-2, -2):
-        return _outer_products(op, maps, left, right)
-    contracted = -1 in behind.get(left, ()) or (-2 in behind.get(right, ()))
-    if contracted or len(set(behind.values())) > 1 or (len(behind) == 2 and max(behind[left]) > -3):
-        raise Refusal(f"'{op.name}' contracts positions of the image")
-    if len({maps.extent(v) for v in behind}) > 1:
-        raise Refusal(f"'{op.name}' combines maps of different sizes")
-    axes = next(iter(behind.values()))
-    for other in {left, right} - set(behind):
-        shape = maps.shape(other)
-        if any(axis <= -3 and -axis <= len(shape) and shape[axis] != 1 for axis in axes):
-            raise Refusal(f"'{op.name}' takes a matrix of its own for each position of the image")
-    # A vector on the right takes the last dimension away.
-    rank = len(maps.shape(op.outputs[0])) + (len(maps.shape(right)) == 1)
-    return Local(op, {v: maps.pointwise(v) for v in behind}, ((axes[0] + rank, axes[1] + rank),), replay(op))
-
-
-def _outer_products(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
-    """(..., c, pixels) @ (..., pixels, d): both factors in one map, and a sum of the products of its blocks."""
-    if maps.flat[left] != maps.flat[right] or maps.merged(left):
-        raise Refusal(f"'{op.name}' contracts maps of different sizes")
-    c, d = maps.shape(left)[-2], maps.shape(right)[-1]
-    batch = torch.broadcast_shapes(maps.shape(left)[:-2], maps.shape(right)[:-2])
-    values = maps.program.values
-    dtype = torch.promote_types(values[left].dtype, values[right].dtype)
-    pair = maps.new_value((*batch, c + d, maps.shape(left)[-1]), dtype, like=left)
-    maps.axes[pair] = (len(batch) + 1, len(batch) + 1)
-    maps.flat[pair] = maps.flat[left]
-
-    def join(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        parts = env[left], env[right].transpose(-1, -2)
-        return (torch.cat([part.expand(*batch, *part.shape[-2:]).to(dtype) for part in parts], -2),)
-
-    def product(block: Tensor) -> Tensor:
-        x = block.flatten(-2).to(torch.promote_types(block.dtype, torch.float32))
-        with torch.autocast(block.device.type, enabled=False):
-            return x[..., :c, :] @ x[..., c:, :].transpose(-1, -2)
-
-    both = {v: maps.pointwise(v) for v in (left, right)}
-    joined = Op(op.func, "pair", (), {}, (left, right), (pair,), (), op.module)
-    reduction = Reduction(op, pair, "sum", 1, (), True, form=product)
-    return [Local(joined, both, (maps.axes[pair],), join), reduction]
-
-
 @rule("scaled_dot_product_attention")
 def attention(op: Op, maps: Maps) -> Local:
     """Per pixel where the image axes are among the batch dimensions."""

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..geometry import Access, Gather, Window
 from ..trace import Op, Ref, bind, refs
-from .base import Block, Env, Local, Maps, Node, Refusal, Small, Whole, arguments, keeps_state, replay, rule
+from .base import Block, Env, Local, Maps, Node, Refusal, Small, Whole, arguments, replay, rule
 from .promote import promoted
 
 
@@ -127,7 +127,6 @@ _ALONG_INDEX = {
 @rule(*_ALONG_INDEX)
 def along_index(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     """Channels that an index picks, the same for all pixels or of each pixel its own; or a few positions of a map."""
-    keeps_state(op, maps)
     dim, name = arguments(op, _ALONG_INDEX[op.name.removesuffix("_")])["dim"], op.name
     first = maps.inputs(op)[0]
     rank, axes, extent = len(maps.shape(first)), maps.axes[first], maps.extent(first)

@@ -30,7 +30,7 @@ from .base import (
     rule,
 )
 from .circular import circular_pad
-from .promote import promoted, spread
+from .promote import promoted, spread, spread_strip
 from .reflect import mirrored_pad
 
 
@@ -103,11 +103,14 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(op: Op, maps: Maps) -> Local | Small:
+def expand(op: Op, maps: Maps) -> Local | Small | Node:
     value, out = op.inputs[0], op.outputs[0]
     if value not in maps:  # expand_as
         over, shape = op.inputs[1], maps.shape(out)
         ones = [1] * (len(shape) - len(maps.shape(value))) + list(maps.shape(value))
+        one = [ones[axis] == 1 for axis in maps.axes[over]]
+        if sorted(one) == [False, True] and over not in maps.flat:  # a value for each row or column
+            return spread_strip(op, maps, value, ones, maps.axes[over], maps.size(over), out)[0]
         if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
             return Small(lambda env: (env[value].expand(shape),), (value,), op.outputs)  # of the image's size as it is
         return spread(op, maps, value, over, out, maps.axes[over])

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..corrected import memory_format
 from ..processes import Moments, merged
 from ..trace import Op, Ref
-from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, arguments, replay, rule
+from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Small, arguments, replay, rule
 from .pointwise import on_channels, only_maps
 from .promote import promoted
 from .reductions import exact, mapped, moments, small, wide
@@ -81,10 +81,9 @@ def batch_norm(op: Op, maps: Maps) -> Local | list[Node]:
 
 def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     value, momentum, eps = given["input"].value, given["momentum"], given["eps"]
-    _need_channels(op, maps, value)
-    reduction, mean, var = moments(op, maps, value)
     values = maps.program.values
-    channels, dtype = values[value].shape[1], values[mean].dtype
+    taking, read, moments_of = _take_moments(op, maps, value)
+    channels, dtype = values[value].shape[1], wide(values[value].dtype)
     own = exact(values[value].device)
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
     running = tuple(_number(given[name]) for name in ("running_mean", "running_var"))
@@ -92,7 +91,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     seen = maps.new_value((), own, like=value)  # pixels of all images
 
     def share(env: Env) -> Moments:
-        means, variances = (env[v].to(own).transpose(0, 1).flatten(1) for v in (mean, var))
+        means, variances = (t.to(own) for t in moments_of(env))
         return means.mean(1), variances.mean(1) + means.var(1, correction=0), means.new_full((), pixels)
 
     def merge(shares: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -103,7 +102,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         return env[total_mean], env[total_var] * (env[seen] / (env[seen] - 1).clamp(min=1))
 
     outputs = (total_mean, total_var, seen)
-    finalize = Small(lambda env: merge([share(env)]), (mean, var), outputs, share, merge)
+    finalize = Small(lambda env: merge([share(env)]), read, outputs, share, merge)
     updates = _running(op, running, momentum, statistics, outputs)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
@@ -112,9 +111,61 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         return (Normalize.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
+    if value not in maps:
+        return [finalize, *updates, Small(lambda env: run(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
     parts = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
     local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**parts, "eps": eps})
-    return [reduction, finalize, *updates, local]
+    return [*taking, finalize, *updates, local]
+
+
+def norm_of_small(op: Op, maps: Maps) -> list[Node] | None:
+    """Live BatchNorm of what is reduced from images: like that of a map it is over all images and processes."""
+    if op.name != "batch_norm" or op.autocast is not None:
+        return None
+    given = arguments(op, "input running_mean running_var weight bias training momentum eps", training=False,
+                      momentum=0.1, eps=1e-5)  # fmt: skip
+    if not given["training"] and given["running_mean"] is not None:
+        return None
+    return _live_batch_norm(op, maps, given)
+
+
+def _take_moments(
+    op: Op, maps: Maps, value: int
+) -> tuple[list[Node], tuple[int, ...], Callable[[Env], tuple[Tensor, Tensor]]]:
+    """Means and variances of each channel, (C, parts of equal size): what takes them, what is read of it, and how."""
+    if value not in maps:
+        dims = [d for d in range(len(maps.shape(value))) if d != 1]
+
+        def of_small(env: Env) -> tuple[Tensor, Tensor]:
+            var, mean = torch.var_mean(env[value].to(wide(env[value].dtype)), dims, correction=0)
+            return mean[:, None], var[:, None]
+
+        return [], (value,), of_small
+    rows = _rows(op, maps, value)
+    if rows is None:
+        _need_channels(op, maps, value)
+    reduction, mean, var = moments(op, maps, value if rows is None else rows.op.outputs[0])
+    channel = 1 if rows is None else 3
+
+    def of_map(env: Env) -> tuple[Tensor, Tensor]:
+        return env[mean].movedim(channel, 0).flatten(1), env[var].movedim(channel, 0).flatten(1)
+
+    return [*([] if rows is None else [rows]), reduction], (mean, var), of_map
+
+
+def _rows(op: Op, maps: Maps, value: int) -> Local | None:
+    """Of a map of rows (N*H*W, C), as BatchNorm1d takes it, the samples apart: (N, H*W, 1, C)."""
+    if value not in maps.flat or len(maps.shape(value)) != 2 or maps.axes[value] != (0, 0):
+        return None
+    flat, channels = maps.flat[value], maps.shape(value)[1]
+    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, channels), like=value)
+    maps.axes[made], maps.flat[made] = (1, 1), Flat(flat.height, flat.width)
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (env[value].reshape(flat.ahead, -1, flat.behind, channels),)
+
+    own = Op(op.func, "rows", (), {}, (value,), (made,), (), op.module)
+    return Local(own, {value: maps.pointwise(value)}, ((1, 1),), run)
 
 
 def _pixelwise(

@@ -17,8 +17,8 @@ from .base import (
     Node,
     Refusal,
     Small,
+    Whole,
     arguments,
-    keeps_state,
     replay,
     rule,
 )
@@ -45,7 +45,6 @@ def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
 
 @rule(*ELEMENTWISE)
 def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
-    keeps_state(op, maps)
     if op.name in ("to", "type_as") and len(op.inputs) > 1:
         return _like_another(op, maps)
     rank = len(maps.shape(op.outputs[0]))
@@ -105,9 +104,11 @@ def local_response_norm(op: Op, maps: Maps) -> Local:
 
 
 @rule("linear")
-def linear(op: Op, maps: Maps) -> Local:
+def linear(op: Op, maps: Maps) -> Local | Whole:
     given = arguments(op, "input weight bias")
     value = given["input"].value
+    if value in maps.flat and len(maps.shape(value)) - 1 in maps.axes[value]:
+        return Whole(op)  # a classifier behind a flatten: a weight for each position
     if len(maps.shape(value)) - 1 in maps.axes[value]:
         raise Refusal("'linear' contracts an image axis")
     only_maps(op, maps, value)

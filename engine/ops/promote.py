@@ -1,8 +1,10 @@
-"""Smalls that meet a map with a value for each position of it.
+"""Smalls that meet a map with a value for each position of it, or for each row or column.
 
 One that has been spread over the image before (`expand`, an upsampled pooling) is spread block by block instead. Others
 (a position embedding, what ops on a whole map made) are maps that are there: a promoted value is a further name for the
-tensor, and as a source of the sweep that reads it, it is read tile by tile.
+tensor, and as a source of the sweep that reads it, it is read tile by tile. So is a *resident*, which is smaller than
+the image along an axis: a value for each row (N, C, H, 1), a grid (N, C, 6, 6) that is upsampled. It is there whole
+before the sweep, and ops read the part of it that their block wants.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..geometry import Access, repeated, same
 from ..trace import Op, Ref
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, Small, arguments
 
@@ -45,6 +48,10 @@ def promoted(
         for axis, own in zip(axes, size if axes[0] != axes[1] else (size[0] * size[1],) * 2, strict=True):
             if shape[axis] not in (1, own):
                 raise Refusal(f"'{op.name}' combines a map with a tensor that has more rows or columns than the map")
+        if over is not None and axes[0] != axes[1] and sorted(shape[axis] == 1 for axis in axes) == [False, True]:
+            made, names[value] = spread_strip(op, maps, value, shape, axes, size)
+            nodes.extend(made)
+            continue
         source = _spread_source(maps, value)
         spreads = source is not None and rank == len(maps.shape(value)) and axes[0] != axes[1]
         if source is not None and over is not None and spreads and all(maps.shape(source)[axis] == 1 for axis in axes):
@@ -72,6 +79,41 @@ def spread(op: Op, maps: Maps, source: int, over: int, output: int, axes: Axes) 
 
     own = Op(op.func, "spread", (), {}, (over, source), (output,), (), op.module)
     return Local(own, {over: maps.pointwise(over)}, (axes,), run)
+
+
+def resident(maps: Maps, value: int, axes: Axes, shape: Sequence[int] | None = None) -> tuple[list[Node], int]:
+    """A small as something that local ops read by region, like a map; `shape` if it has further dimensions of one."""
+    shape = list(maps.shape(value) if shape is None else shape)
+    number = maps.new_value(shape, like=value)
+    maps.axes[number] = axes
+    maps.resident.add(number)
+    return [Small(lambda env: (env[value].reshape(shape),), (value,), (number,))], number
+
+
+def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access, Access]:
+    """How an op over a map of this size reads a resident that it repeats along the axes where that has one index."""
+    rows, cols = (same(n) if own == n else repeated(n) for own, n in zip(maps.size(value), size, strict=True))
+    return rows, cols
+
+
+def spread_strip(
+    op: Op, maps: Maps, value: int, shape: Sequence[int], axes: Axes, size: tuple[int, int], output: int | None = None
+) -> tuple[list[Node], int]:
+    """A small with a value for each row or column as a map of this size; `shape` is its own, of the map's rank."""
+    nodes, there = resident(maps, value, axes, shape)
+    full = list(shape)
+    for axis, n in zip(axes, size, strict=True):
+        full[axis] = n
+    number = maps.new_value(full, like=value) if output is None else output
+    maps.axes[number] = axes
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        sizes = list(maps.shape(number))
+        sizes[axes[0]], sizes[axes[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        return (env[there].expand(sizes),)
+
+    own = Op(op.func, "spread", (), {}, (there,), (number,), (), op.module)
+    return [*nodes, Local(own, {there: over_resident(maps, there, size)}, (axes,), run)], number
 
 
 def _spread_source(maps: Maps, value: int) -> int | None:

@@ -1,4 +1,5 @@
-"""Rules of reductions over dimensions: of channels per pixel, of the whole image as a sum, a maximum or moments.
+"""Rules of reductions over dimensions: of channels per pixel; of the whole image, or of each of its rows or columns,
+as a sum, a maximum or moments.
 
 Everything else is made of these three, with a local op before and a small behind:
 
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from ..trace import Op
 from .base import Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, arguments, dimensions, replay, rule
+from .grids import Grid, is_read, strip_grid
 from .pointwise import elementwise, only_maps
+from .promote import over_resident, resident
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -32,22 +35,29 @@ def exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def moments(op: Op, maps: Maps, value: int, dims: tuple[int, ...] = ()) -> tuple[Reduction, int, int]:
+def moments(
+    op: Op, maps: Maps, value: int, dims: tuple[int, ...] = (), grid: Grid | None = None
+) -> tuple[Reduction, int, int]:
     """The reduction to mean and variance over the image, whose axes keep size one, and their value numbers.
 
-    With `dims`, over these dimensions, and in float64 whatever the map is in.
+    With `dims`, over these dimensions, and in float64 whatever the map is in. With a grid it is over those of the
+    image's axes that are among `dims`.
     """
     if maps.merged(value):
         raise Refusal(f"'{op.name}' of a flattened map that holds more than the image")
     info, pixels = maps.program.values[value], math.prod(maps.size(value))
     axes = dims or tuple(dict.fromkeys(maps.axes[value]))
+    if grid is not None:
+        axes = tuple(d for d in dict.fromkeys(maps.axes[value]) if d in dims)
+    precise = bool(dims) and grid is None
     shape = [1 if d in axes else size for d, size in enumerate(maps.shape(value))]
     count = math.prod(maps.shape(value)[d] for d in axes)
-    dtype = exact(info.device) if dims else wide(info.dtype)
+    dtype = exact(info.device) if precise else wide(info.dtype)
     mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
     reduction = Reduction(
-        op, value, "moments", count, axes, True, outputs=(mean, var), precise=bool(dims), per_pixel=count // pixels
-    )
+        op, value, "moments", count, axes, True, outputs=(mean, var), precise=precise, grid=grid,
+        per_pixel=count // pixels if grid is None else 1,
+    )  # fmt: skip
     return reduction, mean, var
 
 
@@ -65,7 +75,9 @@ def mapped(
         return (function(*(env[v] for v in (*values, *smalls))),)
 
     own = Op(op.func, name, (), {}, (*values, *smalls), (made,), (), op.module)
-    return Local(own, {v: maps.pointwise(v) for v in values}, (maps.axes[made],), run), made
+    reads = {v: maps.pointwise(v) for v in values}
+    reads.update({v: over_resident(maps, v, maps.size(made)) for v in smalls if v in maps.resident})
+    return Local(own, reads, (maps.axes[made],), run), made
 
 
 def small(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> Small:
@@ -73,7 +85,7 @@ def small(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor])
     return Small(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
 
 
-def _axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
+def axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
     """Image axes after the dimensions `dims` were reduced."""
     if keepdim:
         return axes
@@ -102,11 +114,11 @@ def reduction(op: Op, maps: Maps) -> Local | list[Node]:
     dims = dimensions(given["dim"], rank)
     hit = set(dims) & set(axes)
     if not hit:
-        out = _axes_after(axes, dims, given["keepdim"])
+        out = axes_after(axes, dims, given["keepdim"])
         return Local(op, {value: maps.pointwise(value)}, (out,) * len(op.outputs), replay(op))
     dtype = maps.program.values[value].dtype
     form = _FORMS.get(op.name)
-    if hit != set(axes) or form is None or dtype.is_complex or (op.name in ("max", "min") and len(op.outputs) > 1):
+    if form is None or dtype.is_complex or any(is_read(maps, v) for v in op.outputs[1:] if op.name in ("max", "min")):
         return [Whole(op)]
     return form(_Call(op, maps, value, dims, given)) or [Whole(op)]
 
@@ -136,9 +148,19 @@ class _Call:
         self.shape = maps.shape(value)
         self.output = op.outputs[0]
         self.dtype = maps.program.values[self.output].dtype
+        self.grid = strip_grid(maps, value, set(dims))
+
+    @property
+    def first(self) -> bool:
+        """Whether the gradient of a maximum goes to the first of equal elements: where it has an index."""
+        return len(self.op.outputs) > 1 and self.op.name in ("max", "min")
 
     def mapped(self, name: str, function: Callable[..., Tensor], dtype: torch.dtype, *smalls: int) -> tuple[Local, int]:
         return mapped(self.op, self.maps, name, (self.value,), function, dtype, smalls)
+
+    def kept(self, value: int) -> tuple[list[Node], int]:
+        """The result with its dimensions kept, as local ops take it."""
+        return ([], value) if self.grid is None else resident(self.maps, value, self.maps.axes[self.value])
 
     def small_like_output(self, dtype: torch.dtype) -> int:
         return self.maps.new_value(self.maps.shape(self.output), dtype, like=self.output)
@@ -147,7 +169,18 @@ class _Call:
         self, value: int, kind: str, output: int, count: int = 1, keepdim: bool | None = None, nan_counts: bool = False
     ) -> Reduction:
         keepdim = self.keepdim if keepdim is None else keepdim
-        return Reduction(self.op, value, kind, count, self.dims, keepdim, outputs=(output,), nan_counts=nan_counts)
+        return Reduction(
+            self.op,
+            value,
+            kind,
+            count,
+            self.dims,
+            keepdim,
+            self.first,
+            (output,),
+            nan_counts=nan_counts,
+            grid=self.grid,
+        )
 
     def of(
         self, name: str, function: Callable[[Tensor], Tensor], kind: str, behind: Callable[[Tensor], Tensor],
@@ -175,14 +208,24 @@ def _sum(call: _Call) -> list[Node]:
     return [local, call.reduce(made, "sum", call.output, count)]
 
 
+def _finds_maxima(call: _Call) -> bool:
+    """Whether maxima are taken tile by tile: the first of equal elements is known where the image axes are the last."""
+    maps, axes = call.maps, tuple(axis - len(call.shape) for axis in call.maps.axes[call.value])
+    if call.first and call.grid is None and (axes not in ((-2, -1), (-1, -1)) or maps.merged(call.value)):
+        return False
+    if call.first and len(call.shape) != (3 if axes == (-1, -1) else 4):
+        return False
+    return maps.program.values[call.value].dtype.is_floating_point
+
+
 def _max(call: _Call) -> list[Node] | None:
-    if not call.maps.program.values[call.value].dtype.is_floating_point:
+    if not _finds_maxima(call):
         return None
     return [call.reduce(call.value, "max", call.output, nan_counts=call.op.name == "max")]
 
 
 def _min(call: _Call) -> list[Node] | None:
-    if not call.maps.program.values[call.value].dtype.is_floating_point:
+    if not _finds_maxima(call):
         return None
     return call.of("negative", torch.neg, "max", torch.neg, nan_counts=call.op.name == "min")
 
@@ -233,13 +276,18 @@ def _spread(call: _Call) -> list[Node]:
     correction = call.given.get("correction")
     if correction is None:
         correction = 0 if call.given.get("unbiased") is False else 1
-    taken, mean, var = moments(call.op, call.maps, call.value, call.dims)
-    count = taken.count
+    taken, mean, var = moments(call.op, call.maps, call.value, call.dims, call.grid)
+    count = math.prod(call.shape[d] for d in call.dims)
     factor = count / (count - correction) if count > correction else math.inf
+    rest, own = tuple(d for d in call.dims if d not in taken.dims), exact(call.maps.program.values[call.value].device)
     squeezed = () if call.keepdim else call.dims
     dtype, op = call.dtype, call.op
 
     def finish(means: Tensor, variances: Tensor) -> tuple[Tensor, ...]:
+        if rest:
+            means, variances = means.to(own), variances.to(own)
+            variances = variances.mean(rest, keepdim=True) + means.var(rest, correction=0, keepdim=True)
+            means = means.mean(rest, keepdim=True)
         spread = variances * factor
         if op.name.startswith("std"):
             spread = Root.apply(spread, dtype)
@@ -263,9 +311,10 @@ def shifted_exp(call: _Call, shift: Callable[[Tensor], Tensor]) -> tuple[list[No
     def shifted(x: Tensor, most: Tensor) -> Tensor:
         return torch.exp(x.to(own) - shift(most))
 
-    local, made = call.mapped("shifted_exp", shifted, own, top)
+    found, there = call.kept(top)
+    local, made = call.mapped("shifted_exp", shifted, own, there)
     first = call.reduce(call.value, "max", top, keepdim=True)
-    return [first, local, call.reduce(made, "sum", total, keepdim=True)], made, top, total
+    return [first, *found, local, call.reduce(made, "sum", total, keepdim=True)], made, top, total
 
 
 def _logsumexp(call: _Call) -> list[Node]:
@@ -279,33 +328,34 @@ def _logsumexp(call: _Call) -> list[Node]:
 
 
 def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
-    """Softmax along the one axis in which a flattened map's positions lie."""
+    """Softmax along an image axis, or along the one in which a flattened map's positions lie."""
     call = _Call(op, maps, value, (dim,), {"keepdim": True})
     nodes, made, top, total = shifted_exp(call, torch.Tensor.detach)
     dtype = call.dtype
+    found, sums = call.kept(total)
     if logarithm:
+        more, most = call.kept(top)
 
         def finish(x: Tensor, most: Tensor, sums: Tensor) -> Tensor:
             return (x.to(sums.dtype) - most.detach() - sums.log()).to(dtype)
 
-        last, _ = mapped(op, maps, "log_softmax", (value,), finish, dtype, (top, total), call.output)
-    else:
-        last, _ = mapped(
-            op, maps, "softmax", (made,), lambda e, sums: (e / sums).to(dtype), dtype, (total,), call.output
-        )
-    return [*nodes, last]
+        last, _ = mapped(op, maps, "log_softmax", (value,), finish, dtype, (most, sums), call.output)
+        return [*nodes, *found, *more, last]
+    last, _ = mapped(op, maps, "softmax", (made,), lambda e, sums: (e / sums).to(dtype), dtype, (sums,), call.output)
+    return [*nodes, *found, last]
 
 
 def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], eps: float) -> list[Node]:
-    """x / max(|x|, eps) with the Euclidean norm over the image."""
+    """x / max(|x|, eps) with the Euclidean norm over the image, or over one of its axes."""
     call = _Call(op, maps, value, dims, {"keepdim": True})
     own, dtype = wide(maps.program.values[value].dtype), call.dtype
     local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
     kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
     total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
     scale = small((total,), length, lambda t: root(t).clamp_min(eps))
-    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (length,), call.output)
-    return [local, call.reduce(made, "sum", total, keepdim=True), scale, last]
+    found, there = call.kept(length)
+    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (there,), call.output)
+    return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]
 
 
 @rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "logcumsumexp")
@@ -328,22 +378,11 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
     dims, axes = dimensions(dims, len(maps.shape(value))), set(maps.axes[value])
     if not set(dims) & axes:
         return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-    if axes <= set(dims) and op.name == "normalize" and given["p"] == 2 and given.get("out") is None:
+    if op.name == "normalize" and given["p"] == 2 and given.get("out") is None:
         return normalize_over_image(op, maps, value, dims, given["eps"])
-    if axes == set(dims) and op.name in ("softmax", "log_softmax"):
+    if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
         return softmax_over_image(op, maps, value, dims[0], op.name == "log_softmax")
     return [Whole(op)]
-
-
-@rule("topk", "kthvalue")
-def largest(op: Op, maps: Maps) -> Local | Whole:
-    """The largest values along a dimension: per pixel, or (multiple-instance heads) of a stored map."""
-    value = op.inputs[0]
-    only_maps(op, maps, value)
-    dim = arguments(op, "input k dim", dim=-1)["dim"] % len(maps.shape(value))
-    if dim in maps.axes[value]:
-        return Whole(op)
-    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],) * 2, replay(op))
 
 
 _FORMS: dict[str, Callable[[_Call], list[Node] | None]] = {

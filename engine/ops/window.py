@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..geometry import Gather, Window
 from ..trace import Op, bind
-from .base import Block, Env, Local, Maps, Reduction, Refusal, Whole, arguments, need_nchw, pair, replay, rule
+from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, need_nchw, pair, replay, rule
 from .resample import INTERPOLATE, bilinear, positions, weighted
 
 
@@ -202,18 +202,6 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
         return (F.avg_pool2d(x, kernel, stride, divisor_override=1) / counts,)
 
     return Local(op, {value: (height, width)}, ((2, 3),), run, fill=0.0)
-
-
-@rule("adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
-def adaptive_pool2d(op: Op, maps: Maps) -> Reduction | Whole:
-    value = op.inputs[0]
-    need_nchw(op, maps, value)
-    size = maps.shape(op.outputs[0])[-2:]
-    if tuple(size) != (1, 1) or len(op.outputs) > 1:
-        return Whole(op)
-    if "avg" in op.name:
-        return Reduction(op, value, "sum", math.prod(maps.size(value)), (2, 3), True)
-    return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
 
 
 @rule("interpolate", "upsample", "upsample_nearest")

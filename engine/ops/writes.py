@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..geometry import Access, Gather, Window
 from ..trace import Op, Ref, bind, refs
-from .base import Block, Env, Local, Maps, Node, Refusal, arguments, keeps_state, rule
+from .base import Block, Env, Local, Maps, Node, Refusal, arguments, rule
 from .indices import numbered, origins, spelt_out
 from .promote import promoted
 
@@ -29,7 +29,6 @@ def setitem(op: Op, maps: Maps) -> Local | list[Node]:
 
 def _where(op: Op, maps: Maps, target: int, mask: int, written: Any) -> Local | list[Node]:
     """y[mask] = v, with one truth value for each element, or for all that the last dimensions hold."""
-    keeps_state(op, maps)
     more = len(maps.shape(target)) - len(maps.shape(mask))
     fits = maps.shape(target)[: len(maps.shape(mask))] == maps.shape(mask) and (mask in maps or not more)
     if not fits or (isinstance(written, Ref) and maps.shape(written.value)):
@@ -113,7 +112,6 @@ def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | l
         key: what stands between the brackets, with Refs in place of tensors.
         written: a Ref or a number.
     """
-    keeps_state(op, maps)
     if any(v in maps for v in refs(key)):
         raise Refusal("an assignment goes by an index that depends on the image; use torch.where or scatter")
     shape, value = maps.shape(target), written.value if isinstance(written, Ref) else None

@@ -225,6 +225,25 @@ def test_live_norms(remembered: Remembered, norm: Any) -> None:
     assert len(remembered.benches) > 2 and remembered.replayed > 0
 
 
+class Strips(nn.Module):
+    """Sums, maxima and moments of rows and columns, which gate the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.rows, self.last = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.conv(x)
+        rows = self.rows(x.mean(3, keepdim=True)).sigmoid() * x.std(2, keepdim=True) + x.max(3, keepdim=True).values
+        x = self.last(x * rows * x.amax(2, keepdim=True))
+        return x.sum(3), x.var(2), x.max(2).values, F.adaptive_max_pool2d(x, (3, 4)), F.adaptive_avg_pool2d(x, (2, 5))
+
+
+def test_rows_columns_and_grids(remembered: Remembered) -> None:
+    assert_replays_agree(remembered, Strips().double(), image(96, 128), limit=LIMIT, tile=16)
+    assert remembered.replayed > 0
+
+
 def test_live_norms_are_exact(remembered: Remembered) -> None:
     assert_exact(build(nn.BatchNorm2d).train(), image(96, 128), tile=(32, 16))
 

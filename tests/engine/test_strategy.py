@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from exactness import FLOOR, assert_exact, compare, randomize, step
+from grid_modules import MODULES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_net import Program, examples, programs
@@ -55,6 +56,34 @@ def arbitrary(seed: int):
 @settings(max_examples=examples(50), **CHECKS)
 @given(programs(statistics=True), st.integers(0, 10**6))
 def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
+    check(program, seed)
+
+
+class Gated(nn.Module):
+    """Blocks that reduce maps to rows, columns and grids, one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        names = "coordinate attention", "pyramid", "strip pooling", "triplet attention"
+        self.first = nn.Conv2d(2, 4, 3, 2, 1)
+        self.blocks = nn.Sequential(*(MODULES[name]() for name in names))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.blocks(self.first(x))
+        return x.mean((2, 3)), F.adaptive_max_pool2d(x, 3), x.amax(3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_columns_and_grids_with_any_maps_stored(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(PLAN, "strategies", arbitrary(seed))
+    image = torch.randn(3, 2, 27, 22, dtype=torch.float64)
+    assert_exact(Gated().double(), image, tile=(9, 7))
+
+
+@settings(max_examples=examples(15), **CHECKS)
+@given(programs(statistics=True, strips=True), st.integers(0, 10**6))
+def test_random_networks_with_strips(program: Program, seed: int) -> None:
     check(program, seed)
 
 

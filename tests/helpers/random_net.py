@@ -486,6 +486,33 @@ STATISTICS: dict[str, Kind] = {
         lambda s, o: Gate(s[1]),
     ),
 }
+STRIPS: dict[str, Kind] = {
+    "strips": Kind(
+        lambda d, s: {"by": d(st.sampled_from(["rows", "columns", "sum", "product", "max", "var", "grid"]))},
+        lambda m, x, o: m(x[0], o["by"]),  # pyright: ignore
+        lambda s, o: Strips(s[1]),
+    ),
+}
+
+
+class Strips(nn.Module):
+    """Positions weighted by what is reduced to rows, to columns, or to a grid."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.rows, self.cols = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, (1, 3), padding=(0, 1))
+
+    def forward(self, x: Tensor, by: str) -> Tensor:
+        if by == "grid":
+            found = torch.tanh(self.rows(F.adaptive_avg_pool2d(x, (3, 2))))
+            return x * F.interpolate(found, x.shape[2:], mode="bilinear").sigmoid()
+        if by == "max":
+            return x * self.rows(x.amax(3, keepdim=True)).sigmoid() + F.adaptive_max_pool2d(x, (1, None))
+        if by == "var":
+            return x * self.rows(x.var(3, keepdim=True, correction=0) + x.mean(3, keepdim=True)).sigmoid()
+        rows, cols = self.rows(x.mean(3, keepdim=True)), self.cols(F.adaptive_avg_pool2d(x, (1, None)))
+        weights = {"rows": rows, "columns": cols, "sum": rows + cols, "product": rows.tanh() @ cols.tanh()}[by]
+        return x * weights.sigmoid()
 
 
 class Gate(nn.Module):
@@ -564,7 +591,7 @@ HEADS |= {
 
 
 def kind_of(name: str) -> Kind:
-    return STEPS[name] if name in STEPS else STATISTICS[name]
+    return {**STEPS, **STATISTICS, **STRIPS}[name]
 
 
 class RandomNet(nn.Module):
@@ -621,10 +648,10 @@ def _try(kind: Kind, step: Step, shapes: list[tuple[int, ...]], module_shape: tu
 
 
 @st.composite
-def programs(draw: Any, max_steps: int = 7, statistics: bool = False) -> Program:
+def programs(draw: Any, max_steps: int = 7, statistics: bool = False, strips: bool = False) -> Program:
     """Networks of up to `max_steps` steps and three outputs, with an image and a tile of any size.
 
-    With `statistics` of the whole image in the middle of the network, too.
+    With `statistics` of the whole image in the middle of the network, too, or with those of rows, columns and grids.
     """
     side = st.sampled_from([7, 13, 16, 17, 1, 2, 5, 9, 11, 19, 23, 29, 31, 32, 33, 37])
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(side), draw(side))
@@ -635,6 +662,7 @@ def programs(draw: Any, max_steps: int = 7, statistics: bool = False) -> Program
     steps: list[Step] = []
     for _ in range(draw(st.integers(2, max_steps)) * 3 // 2):  # some are rejected
         names = sorted(STEPS) + ["conv"] * 6 + ["join"] * 3 + ["cat"] * 2 + sorted(STATISTICS) * (8 * statistics)
+        names += sorted(STRIPS) * (16 * strips)
         name = draw(st.sampled_from(names))
         kind = kind_of(name)
         # Late maps first: most networks are deep; the others are branches.

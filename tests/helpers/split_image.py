@@ -79,6 +79,22 @@ class Ties(nn.Module):
         return y.amax((2, 3)), F.adaptive_max_pool2d(y, 1), y.logsumexp((2, 3)), y.norm(dim=(2, 3))
 
 
+class Strips(nn.Module):
+    """Statistics of rows and of columns, and of a grid whose cells overlap, spread over the map again."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, 2, 1), nn.BatchNorm2d(4)
+        self.rows, self.cells = nn.Conv2d(4, 4, (3, 1), padding=(1, 0)), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.norm(self.conv(x))
+        rows = self.rows(x.mean(3, keepdim=True)).sigmoid() * x.var(2, keepdim=True)
+        cells = F.interpolate(self.cells(F.adaptive_avg_pool2d(x, (3, 2))), x.shape[2:], mode="bilinear")
+        x = x * rows + cells * x.amax(2, keepdim=True) - x.std(3, keepdim=True)
+        return x.mean((2, 3)), F.adaptive_max_pool2d(x, (2, 5)), x.max(3).values.mean(2), x.amax(3).mean(2)
+
+
 NETS: dict[str, Any] = {
     "frozen": lambda: Net(nn.BatchNorm2d).eval(),
     "live": lambda: Net(lambda c: nn.BatchNorm2d(c, momentum=0.3)).train(),
@@ -90,6 +106,7 @@ NETS: dict[str, Any] = {
     "amax": lambda: Net(nn.BatchNorm2d, pooling=Amax()).train(),
     "unet": lambda: Unet().train(),
     "ties": Ties,
+    "strips": lambda: Strips().train(),
     "circular": lambda: nn.Sequential(
         nn.Conv2d(2, 3, 5, padding=3, padding_mode="circular"),
         nn.ReLU(),

@@ -10,6 +10,7 @@ import torch
 from exactness import randomize
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
 from gigamorph.engine.errors import GigamorphError
@@ -18,8 +19,12 @@ from gigamorph.engine.ops import Maps
 from gigamorph.engine.strategy import Strategy, cut_maps, ranges_between, strategies
 
 
+def pool(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 2)
+
+
 class Branches(nn.Module):
-    """Norms one behind the other and side by side, shared by two paths, with and without momentum."""
+    """Norms one behind the other and side by side, of a pooled grid too, with and without momentum."""
 
     def __init__(self):
         super().__init__()
@@ -27,12 +32,13 @@ class Branches(nn.Module):
         self.second, self.two = nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.SyncBatchNorm(6, momentum=None)
         self.aside, self.three = nn.Conv2d(4, 6, 1, bias=False), nn.SyncBatchNorm(6, affine=False)
         self.third, self.four = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6).eval()
-        self.last = nn.Linear(6, 3)
+        self.grid, self.last = nn.SyncBatchNorm(6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(self.first(x)).relu()
         x = (self.two(self.second(x)) + self.three(self.aside(x))).relu()
         x = (x + self.four(self.third(x))).relu()
+        x = x * self.grid(pool(x)).mean((2, 3), keepdim=True).sigmoid()
         return self.last(x.mean((2, 3)))
 
     def train(self, mode: bool = True) -> Branches:
@@ -59,7 +65,9 @@ def in_one_process(net: Branches, xs: list[Tensor]) -> list[Tensor]:
     xs = [x.relu() for x in norm(net.one, [net.first(x) for x in xs])]
     main, aside = norm(net.two, [net.second(x) for x in xs]), norm(net.three, [net.aside(x) for x in xs])
     xs = [(a + b).relu() for a, b in zip(main, aside, strict=True)]
-    return [net.last((x + net.four(net.third(x))).relu().mean((2, 3))) for x in xs]
+    xs = [(x + net.four(net.third(x))).relu() for x in xs]
+    grids = [grid.mean((2, 3), keepdim=True).sigmoid() for grid in norm(net.grid, [pool(x) for x in xs])]
+    return [net.last((x * grid).mean((2, 3))) for x, grid in zip(xs, grids, strict=True)]
 
 
 def images(rank: int, step: int, sizes: list[tuple[int, int]]) -> Tensor:

@@ -1,0 +1,134 @@
+"""Matrix products over the positions of the image: sums over tiles, with other maps, constants and vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from around import Around, image
+from exactness import assert_exact
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine import UnsupportedError, accelerate
+
+
+def ramp(n: int, x: Tensor, *shape: int) -> Tensor:
+    return torch.linspace(-1, 1, n, dtype=x.dtype).view(shape or (n,))
+
+
+def positions(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3]
+
+
+def attention_mil(x: Tensor) -> Tensor:
+    """Gated attention over all positions (Ilse et al., 2018)."""
+    h = x.flatten(2).transpose(1, 2)
+    a = (torch.tanh(h) * torch.sigmoid(h)).sum(2, keepdim=True).transpose(1, 2).softmax(-1)
+    return torch.bmm(a, h).transpose(1, 2)[..., None]
+
+
+def covariance(x: Tensor) -> Tensor:
+    f = x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
+    return (f.bmm(f.transpose(1, 2)) / (f.shape[2] - 1)).sum(1)[..., None, None]
+
+
+def centred_covariance(x: Tensor) -> Tensor:
+    """By a matrix that takes the mean away (iSQRT-COV, Li et al., 2018)."""
+    m = positions(x)
+    centre = (torch.eye(m, dtype=x.dtype) - 1 / m) / m
+    f = x.reshape(*x.shape[:2], m)
+    return f.bmm(centre.expand(x.shape[0], m, m)).bmm(f.transpose(1, 2)).sum(1)[..., None, None]
+
+
+def soft_argmax(x: Tensor) -> Tensor:
+    """Where the mass of each channel lies, by a matrix of coordinates."""
+    rows, cols = torch.meshgrid(ramp(x.shape[2], x), ramp(x.shape[3], x), indexing="ij")
+    return (x.flatten(2).softmax(-1) @ torch.stack([rows.flatten(), cols.flatten()], 1)).sum(-1)[..., None, None]
+
+
+def context(x: Tensor) -> Tensor:
+    """GCNet (Cao et al., 2019)."""
+    mask = x[:, :1].flatten(2).softmax(2).unsqueeze(-1)
+    return (x.flatten(2).unsqueeze(1) @ mask).squeeze(1).unsqueeze(-1)
+
+
+def double_attention(x: Tensor) -> Tensor:
+    """Gathered over all positions, and given to each (Chen et al., 2018)."""
+    a, b, v = x.flatten(2), x.flatten(2).softmax(-1), x[:, :3].flatten(2).softmax(1)
+    return torch.matmul(torch.bmm(a, b[:, :3].permute(0, 2, 1)), v).view_as(x)
+
+
+FUNCTIONS = {
+    "attention pooling": attention_mil,
+    "Gram matrix": lambda x: (x.flatten(2) @ x.flatten(2).transpose(1, 2) / positions(x)).sum(1)[..., None, None],
+    "covariance": covariance,
+    "centred covariance": centred_covariance,
+    "soft-argmax": soft_argmax,
+    "context": context,
+    "double attention": double_attention,
+    "weights of positions": lambda x: (x.flatten(2) @ ramp(positions(x), x))[..., None, None],
+    "weights first": lambda x: (ramp(positions(x), x) @ x.flatten(2).transpose(1, 2))[..., None, None],
+    "weights first, as a row": lambda x: (
+        (ramp(positions(x), x)[None] @ x.flatten(2).transpose(1, 2)).transpose(1, 2)[..., None]
+    ),
+    "weights of columns": lambda x: (x @ ramp(x.shape[3], x)).unsqueeze(-1),
+    "weights of rows": lambda x: torch.matmul(ramp(x.shape[2], x), x).unsqueeze(2),
+    "class activation": lambda x: (ramp(8, x, 2, 4) @ x.flatten(2)).view(x.shape[0], 2, *x.shape[2:]).sum(1, True),
+    "a vector of channels": lambda x: (ramp(4, x) @ x.flatten(2)).view(x.shape[0], 1, *x.shape[2:]),
+    "a matrix per pixel": lambda x: (x.permute(0, 2, 3, 1) @ ramp(16, x, 4, 4)).permute(0, 3, 1, 2),
+    "baddbmm": lambda x: torch.baddbmm(
+        ramp(16, x, 1, 4, 4), x.flatten(2), x.flatten(2).transpose(1, 2), beta=0.5, alpha=0.1
+    ).sum(2)[..., None, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    assert_exact(Around(lambda x: x * FUNCTIONS[name](x)).double(), image(), tile=(5, 4))
+
+
+class Vlad(nn.Module):
+    """NetVLAD (Arandjelovic et al., 2016): residuals of all positions to each centre, expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.assign = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 1)
+        self.centres = nn.Parameter(torch.rand(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(self.conv(x), dim=1)
+        a, x = self.assign(x).flatten(2).softmax(1), x.flatten(2)
+        residual = x.expand(3, -1, -1, -1).permute(1, 0, 2, 3)
+        residual = residual - self.centres.expand(x.shape[-1], -1, -1).permute(1, 2, 0).unsqueeze(0)
+        return F.normalize((residual * a.unsqueeze(2)).sum(-1), dim=2).flatten(1)
+
+
+class Learned(nn.Module):
+    """Weights of positions, of rows and of columns that are learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.positions, self.rows = nn.Parameter(torch.rand(19 * 14, 3)), nn.Parameter(torch.rand(19))
+        self.cols = nn.Parameter(torch.rand(14))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.conv(x)
+        return x.flatten(2) @ self.positions, self.rows @ x, x @ self.cols
+
+
+@pytest.mark.parametrize("net", [Vlad, Learned])
+def test_heads(net):
+    torch.manual_seed(0)
+    assert_exact(net().double(), image(), tile=(5, 4))
+
+
+def all_with_all(x: Tensor) -> Tensor:
+    weights = (x.flatten(2).transpose(1, 2) @ x.flatten(2)).softmax(-1)
+    return (x.flatten(2) @ weights).view_as(x)
+
+
+def test_all_with_all_is_refused():
+    net = accelerate(Around(all_with_all).double())
+    with pytest.raises(UnsupportedError, match=r"'matmul' contracts positions.*fallback=\"whole\""):
+        net(image())
