@@ -69,7 +69,9 @@ class Delegate(nn.Module):
         return getattr(network, name)
 
     def _is_own(self, name: str) -> bool:
-        return "_sealed" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name)
+        if "_sealed" not in self.__dict__ or name in self.__dict__:
+            return True
+        return hasattr(type(self), name) and name != "forward" and name not in _ASKED_OF_THE_NETWORK
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_own(name):

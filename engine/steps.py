@@ -338,7 +338,7 @@ class Forward:
             )
             for v in graph.smalls
         ]
-        return scan, tensors, smalls
+        return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, smalls
 
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
         """This forward with other values and another image tensor, for a range of its steps."""

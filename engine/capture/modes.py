@@ -14,7 +14,8 @@ from torch import Tensor
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx: Any, old: Tensor, new: Tensor):
+    def forward(ctx: Any, old: Tensor, new: Tensor):
+        ctx.set_materialize_grads(False)
         return new.expand_as(old).clone()
 
     @staticmethod

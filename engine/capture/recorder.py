@@ -361,9 +361,10 @@ class Recorder(TorchFunctionMode):
 
     def _written(self, func: Any, args: Any, kwargs: Any, changed: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
         """The arguments that a call wrote to; not those that share their memory."""
-        written = [*changed, *self._running(func, args, kwargs)]
-        if len(written) < 2:
-            return written
+        running = self._running(func, args, kwargs)
+        if len(changed) < 2:
+            return [*changed, *running]
+        written = changed
         memory = lambda t: t.untyped_storage()._cdata  # noqa: E731
         first = [t for t in outputs if any(t is w for w in written)]
         out = kwargs.get("out")
@@ -372,7 +373,7 @@ class Recorder(TorchFunctionMode):
         found: dict[int, Tensor] = {}
         for tensor in [*(t for t in first if any(t is w for w in written)), *written]:
             found.setdefault(memory(tensor), tensor)
-        return list(found.values())
+        return [*found.values(), *running]
 
     def _running(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         """The running statistics that a norm changes without telling autograd."""

@@ -210,7 +210,12 @@ class _Noise:
         if max(errors.values(), default=0.0) <= LIMIT:
             return []
         if self.noise is None:
+            left = state.left_behind()
+            kept = list(left["tally"]), dict(left["cache"])
             self._measure()
+            left["tally"][:] = kept[0]
+            left["cache"].clear()
+            left["cache"].update(kept[1])
         assert self.noise is not None
         if self.plain is not None and number < len(self.plain):
             errors = distances(self.plain[number], seen)
