@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .ops import Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
+from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
 from .ops.flat import unflatten
 from .ops.norms import norm_of_small
 from .ops.rising import rise
@@ -244,11 +244,10 @@ def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, l
                 taken.follow(op)
                 continue
         try:
-            if op.autocast is not None:
-                raise _refuse(
-                    op, f"'{op.name}' runs in an autocast region of its own; put autocast around the whole model"
-                )
             made = risen or apply_rule(op, maps)
+            if op.autocast is not None:
+                kind = program.values[program.image].device.type
+                made = [in_region(node, op, kind) for node in (made if isinstance(made, list) else [made])]
         except UnsupportedError as refusal:
             if fallback != "whole":
                 raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
@@ -269,6 +268,26 @@ def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, l
                 taken.begin(node.op)
             nodes.append(node)
     return maps, _live_nodes(maps, unflatten(maps, nodes))
+
+
+def in_region(node: Node, op: Op, kind: str) -> Node:
+    """A node of an op that ran in an autocast region of its own: it computes in that region.
+
+    Args:
+        kind: of the device.
+    """
+    assert op.autocast is not None
+    enabled, dtype = op.autocast
+    if not isinstance(node, Local):
+        return node  # their dtypes are those of the recording
+    run = node.run
+
+    def in_its_own(env: Env, block: Block) -> tuple[Tensor, ...]:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return run(env, block)
+
+    # Under a name of its own no rewrite takes it for the op outside of the region.
+    return replace(node, op=replace(node.op, name=f"{node.op.name} in autocast"), run=in_its_own, unvalued=None)
 
 
 def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:

@@ -135,16 +135,7 @@ CASES = {
         Call(lambda m, x: F.conv2d(x, x[:1, :, :3, :3], padding=1).expand(-1, 4, -1, -1)),
         r"'odd'.*weights",
     ),
-    "region of its own for autocast": (
-        Call(lambda m, x: _without_autocast(x)),
-        r"'odd'.*autocast",
-    ),
 }
-
-
-def _without_autocast(x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return F.conv2d(x, torch.ones(4, 4, 1, 1, dtype=x.dtype))
 
 
 @pytest.mark.parametrize("case", CASES)
