@@ -220,6 +220,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__set__":
             return self._assigned(func, args)
+        if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
+            return func(*args, **kwargs)
         args, kwargs = tree_map(lambda a: self.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
         if func is Tensor.new and args[1:] and not isinstance(args[1], (list, Tensor)):
             func = Tensor.new_empty

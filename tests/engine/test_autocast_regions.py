@@ -1,12 +1,13 @@
-"""Autocast regions inside the forward: on maps, on pooled vectors, inside and outside of autocast around the network."""
+"""Autocast regions inside the forward: on maps, on pooled vectors, within autocast around it or not."""
 
 import copy
 
 import pytest
 import torch
-from gigamorph.engine import accelerate
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gigamorph.engine import accelerate
 
 
 class Net(nn.Module):

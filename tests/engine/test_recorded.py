@@ -1,0 +1,555 @@
+"""What a forward does besides its ops: gradient modes, state, hooks, attributes, random numbers, results.
+
+Every case is a network whose recording was once silently wrong, or ended in a raw error. Each runs three training steps
+and one in evaluation mode, stock and by tiles, with a change in between if it has one; outputs, gradients (and whether
+there are any), buffers and what it keeps must agree in float64.
+"""
+
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from gigamorph.engine import accelerate
+from gigamorph.engine.errors import GigamorphError, UnsupportedError
+
+LIMIT = 1e-11
+
+
+class Base(nn.Module):
+    """Two convolutions around `middle`, pooling and a classifier; cases override `middle`, or `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("flat", torch.zeros(8))
+        self.scale, self.seen, self.calls = nn.Parameter(torch.ones(4, 1, 1)), [], 0
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.second(self.middle(self.first(x))).relu().mean((2, 3)))
+
+
+Middle = Callable[[Any, Tensor], Tensor]
+
+
+def silent_stem(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.norm(x)
+
+
+@torch.no_grad()
+def teacher(net: Any, x: Tensor) -> Tensor:
+    return F.conv2d(x, net.scale.reshape(4, 1, 1, 1).expand(4, 1, 3, 3) / 9, padding=1, groups=4)
+
+
+def switched_off(net: Any, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    mean = x.mean((0, 2, 3), keepdim=True)
+    torch.set_grad_enabled(True)
+    return x - mean
+
+
+def written_silently(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x.mul_(2)
+    return x + 1
+
+
+def weight_clipped(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.scale.clamp_(0.9, 0.99)
+    return x * net.scale
+
+
+def own_statistics(how: str) -> Middle:
+    def middle(net: Any, x: Tensor) -> Tensor:
+        new = x.mean((0, 2, 3)).detach()
+        if how == "assigned":
+            net.mean = 0.9 * net.mean + 0.1 * new
+        elif how == "data":
+            net.mean.data.mul_(0.9).add_(new)
+        elif how == "data assigned":
+            net.mean.data = net.mean.data * 0.9 + new
+        elif how == "view":
+            net.flat[:4].lerp_(new, 0.1)
+            net.flat.view(2, 4)[1] += 1
+        elif how == "flat":
+            net.flat.copy_(torch.cat([new, new + net.flat[:4]]))
+        elif how == "norm of views":
+            F.batch_norm(x, net.flat[:4], net.flat[4:], training=True)
+        return x - net.mean[:, None, None]
+
+    return middle
+
+
+def counted(net: Any, x: Tensor) -> Tensor:
+    net.calls += 1
+    return x * (1 + 0.1 * net.calls)
+
+
+def kept(net: Any, x: Tensor) -> Tensor:
+    net.seen.append(x.mean((2, 3)).detach())
+    net.loss, net.feature = x.square().mean(), x
+    return x
+
+
+def replaced_list(net: Any, x: Tensor) -> Tensor:
+    net.seen = [x.amax((2, 3)), {"size": x.shape, "mean": x.mean()}]
+    return x
+
+
+def averaged(net: Any, x: Tensor) -> Tensor:
+    """A plain tensor attribute that is read and replaced."""
+    net.average = (
+        0.5 * getattr(net, "average", torch.zeros(4, 1, 1, dtype=x.dtype)) + x.mean((0, 2, 3))[:, None, None].detach()
+    )
+    return x - net.average
+
+
+def norm_in_reverse(net: Any, x: Tensor) -> Tensor:
+    features = [x, x.relu(), x * x.mean((2, 3), keepdim=True).sigmoid()]
+    return sum(net.norm(feature) for feature in reversed(features))
+
+
+def norm_unused(net: Any, x: Tensor) -> Tensor:
+    net.norm(x)
+    return x
+
+
+def ghost_norm(net: Any, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    both = net.flat.repeat(n)
+    mean, var = both[: n * c].clone(), both[: n * c].clone()
+    y = F.batch_norm(x.reshape(1, n * c, h, w), mean, var, training=True).reshape(x.shape)
+    net.mean.copy_(mean.view(n, c).mean(0))
+    return y
+
+
+def drawn(net: Any, x: Tensor) -> Tensor:
+    noise = torch.randn(4, 1, 1, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    return x + noise
+
+
+def asks_for_grad(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if torch.is_grad_enabled() and x.requires_grad else x - 1
+
+
+def asks_for_type(net: Any, x: Tensor) -> Tensor:
+    return x + 1 if type(x) is torch.Tensor else x * 0
+
+
+def own_momentum(net: Any, x: Tensor) -> Tensor:
+    return net.norm(x) * (1 + net.norm.num_batches_tracked.item() / 10)
+
+
+def shapes(net: Any, x: Tensor) -> Tensor:
+    return x + x.new(x.shape).fill_(2) + torch.from_numpy(torch.arange(4.0).double().numpy())[:, None, None]
+
+
+@functools.lru_cache
+def _table(count: int) -> Tensor:
+    return torch.arange(float(count), dtype=torch.float64)[:, None, None]
+
+
+def cached(net: Any, x: Tensor) -> Tensor:
+    return x + _table(x.shape[1])
+
+
+MIDDLES: dict[str, Middle] = {
+    "no_grad around a norm": silent_stem,
+    "decorated": lambda net, x: x + teacher(net, x),
+    "switched": switched_off,
+    "a gate without gradients": lambda net, x: x * x.mean((2, 3), keepdim=True).detach().sigmoid(),
+    "written without gradients": written_silently,
+    "a weight that is clipped": weight_clipped,
+    "a parameter behind detach alone": lambda net, x: x * net.scale.detach(),
+    "branch on gradients": asks_for_grad,
+    "the type of a tensor": asks_for_type,
+    **{f"statistics, {how}": own_statistics(how)
+       for how in ("assigned", "data", "data assigned", "view", "flat", "norm of views")},
+    "a counter": counted,
+    "losses and features": kept,
+    "a list that is replaced": replaced_list,
+    "a plain tensor that is replaced": averaged,
+    "one norm in reverse order": norm_in_reverse,
+    "a norm that nobody reads": norm_unused,
+    "a norm that views the batch": ghost_norm,
+    "a generator of its own": drawn,
+    "an item of a buffer": own_momentum,
+    "new and from_numpy": shapes,
+    "a cached table": cached,
+    "channels written through a view": lambda net, x: _write(x * 1),
+    "complex numbers": lambda net, x: torch.view_as_real(torch.complex(x, x.flip(1)).exp()).sum(-1),
+    "Variable": lambda net, x: x + torch.autograd.Variable(torch.ones(4, 1, 1, dtype=x.dtype)),
+    "einsum of channels": lambda net, x: torch.einsum("nchw,oc->nohw", x, net.head.weight.repeat(2, 1)),
+}  # fmt: skip
+
+
+def _write(x: Tensor) -> Tensor:
+    y = x[:, 1:3]
+    y.mul_(3)
+    x[:, 0] = y[:, 1]
+    return x + y.sum(1, keepdim=True)
+
+
+def network(middle: Middle, seed: int = 0) -> Base:
+    torch.manual_seed(seed)
+    return type("Net", (Base,), {"middle": middle})().double()
+
+
+def plain(thing: Any) -> Any:
+    """Attributes with tensors as lists and modules left out."""
+    if isinstance(thing, Tensor):
+        return thing
+    if isinstance(thing, dict):
+        return {k: plain(v) for k, v in thing.items()}
+    if isinstance(thing, (list, tuple)) and not isinstance(thing, torch.Size):
+        return [plain(v) for v in thing]
+    return thing
+
+
+def steps(net: Any, network: Any, change: Callable[[Any], None] | None = None) -> list[dict[str, Any]]:
+    found = []
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2, weight_decay=1e-2)
+    for number in range(4):
+        if number == 2 and change is not None:
+            change(network)
+        if number == 3:
+            network.eval()
+        torch.manual_seed(number)
+        x = torch.randn(2, 1, 23, 18, dtype=torch.float64)
+        optimizer.zero_grad()
+        out = net(x)
+        leaves = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        terms = [(t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape)).sum() for t in leaves
+                 if t.requires_grad]  # fmt: skip
+        if terms:
+            sum(terms).backward()
+        optimizer.step()
+        kept = {k: plain(v) for k, v in vars(network).items() if not k.startswith("_")}
+        found.append({
+            "out": leaves, "grads": {n: p.grad for n, p in network.named_parameters()}, "image": x,
+            "wants": [t.requires_grad for t in leaves], "buffers": dict(network.named_buffers()), "kept": kept,
+        })  # fmt: skip
+        found[-1] = copy.deepcopy({k: _detached(v) for k, v in found[-1].items()})
+    return found
+
+
+def _detached(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {k: _detached(v) for k, v in tree.items() if not callable(v)}
+    return [_detached(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, Tensor):
+        assert a.shape == b.shape and a.dtype == b.dtype, where
+        assert (a - b).abs().max() <= LIMIT * b.abs().max().clamp_min(1) if a.numel() else True, where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for n, (p, q) in enumerate(zip(a, b, strict=True)):
+            same(p, q, f"{where}[{n}]")
+    else:
+        assert a == b, where
+
+
+def agree(stock: Base, change: Callable[[Any], None] | None = None, **options: Any) -> None:
+    twin = copy.deepcopy(stock)
+    _table.cache_clear()
+    wanted = steps(stock, stock, change)
+    got = steps(accelerate(twin, tile=(7, 10), **options), twin, change)
+    _table.cache_clear()
+    same(got, wanted)
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_the_same_as_stock(name):
+    agree(network(MIDDLES[name]), fallback="whole" if name == "complex numbers" else None)
+
+
+# -- a stale recording ----------------------------------------------------------------------------------------------
+
+
+def with_options(net: Any, x: Tensor) -> Tensor:
+    return F.dropout(net.norm(x), getattr(net, "p", 0.0)) * getattr(net, "temperature", 1.0) + net.table * SETTING["x"]
+
+
+SETTING = {"x": 1.0}
+
+
+def other_forward(net: Any) -> None:
+    net.first.forward = lambda x: F.conv2d(x, net.first.weight * 2, None, padding=1)
+
+
+def other_class(net: Any) -> None:
+    class Mine(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    net.first.__class__ = Mine
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "momentum": lambda net: setattr(net.norm, "momentum", 0.5),
+    "eps": lambda net: setattr(net.norm, "eps", 0.1),
+    "stride": lambda net: setattr(net.second, "stride", (1, 1)),
+    "dilation": lambda net: setattr(net.second, "dilation", (2, 2)),
+    "temperature": lambda net: setattr(net, "temperature", 3.0),
+    "plain tensor": lambda net: setattr(net, "table", torch.ones(4, 1, 1, dtype=torch.float64) * 5),
+    "plain tensor in place": lambda net: net.table.add_(1),
+    "forward": other_forward,
+    "class": other_class,
+    "module": lambda net: setattr(net, "first", copy.deepcopy(net.first)),
+    "hook": lambda net: net.first.register_forward_hook(lambda m, a, y: y * 2),
+    "setting of the file": lambda net: SETTING.update(x=4.0),
+    "frozen": lambda net: net.second.requires_grad_(False),
+    "norm in evaluation mode": lambda net: net.norm.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_noticed(name):
+    stock = network(with_options)
+    stock.table = torch.ones(4, 1, 1, dtype=torch.float64)
+
+    def change(net: Any) -> None:
+        CHANGES[name](net)
+
+    try:
+        twin = copy.deepcopy(stock)
+        wanted = steps(stock, stock, change)
+        SETTING["x"] = 1.0
+        same(steps(accelerate(twin, tile=9), twin, change), wanted)
+    finally:
+        SETTING["x"] = 1.0
+
+
+def test_nothing_is_recorded_again_without_a_change():
+    net = accelerate(network(with_options), tile=9)
+    net.table = torch.ones(4, 1, 1, dtype=torch.float64)
+    x = torch.randn(2, 1, 23, 18, dtype=torch.float64)
+    for _ in range(3):
+        net(x).sum().backward()
+        net.norm.momentum = 0.1  # another object of the same value
+    assert [len(known) for known in net._programs.values()] == [1]
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    logits: Tensor
+    maps: list[Tensor]
+    size: Any = None
+
+
+class Named(dict):
+    """A mapping of one's own."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y, m: Result(y, [m], m.shape),
+        lambda y, m: types.SimpleNamespace(logits=y, maps=(m, None)),
+        lambda y, m: Named(logits=y, more=Named(m=m)),
+        lambda y, m: [y, {"m": m.detach()}, "text", 3],
+    ],
+)
+def test_containers(make):
+    class Net(Base):
+        def forward(self, x: Tensor) -> Any:
+            m = self.second(self.first(x))
+            return make(self.head(m.mean((2, 3))), m)
+
+    torch.manual_seed(0)
+    stock = Net().double()
+    x = torch.randn(1, 1, 20, 17, dtype=torch.float64)
+    got, wanted = accelerate(copy.deepcopy(stock), tile=8)(x), stock(x)
+
+    def compare(a: Any, b: Any) -> None:
+        assert type(a) is type(b)
+        if isinstance(b, Tensor):
+            assert torch.allclose(a, b, atol=1e-12) and a.requires_grad == b.requires_grad and type(a) is Tensor
+        elif isinstance(b, dict):
+            assert list(a) == list(b)
+            [compare(a[k], b[k]) for k in b]
+        elif isinstance(b, (list, tuple)):
+            [compare(p, q) for p, q in zip(a, b, strict=True)]
+        elif hasattr(b, "__dict__"):
+            compare(vars(a), vars(b))
+        else:
+            assert a == b
+
+    compare(got, wanted)
+
+
+def test_a_function_that_holds_tensors_is_refused():
+    class Net(Base):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            return y.mean((2, 3)), lambda: y
+
+    with pytest.raises(UnsupportedError, match="a function that it returns"):
+        accelerate(Net(), tile=8)(torch.randn(1, 1, 16, 16))
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------
+
+
+class Siamese(nn.Module):
+    """Two images through one encoder, a mask and metadata; contrastive distance and a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, a: Tensor, b: Tensor, *, mask: Tensor | None = None, meta: Tensor | None = None, power: int = 2):
+        x, y = self.encoder(a), self.encoder(b if mask is None else b * mask)
+        u, v = x.mean((2, 3)), y.mean((2, 3))
+        if meta is not None:
+            v = v + self.fc(meta)
+        return (u - v).abs().pow(power).sum(1), x - y
+
+
+@pytest.mark.parametrize("extra", [{}, {"power": 3}, {"mask": True}, {"mask": True, "meta": True}])
+def test_siamese(extra):
+    torch.manual_seed(0)
+    stock = Siamese().double()
+    nets = accelerate(copy.deepcopy(stock), tile=9), stock
+    a, b = (torch.randn(2, 1, 25, 22, dtype=torch.float64) for _ in range(2))
+    given = dict(extra)
+    if "mask" in given:
+        given["mask"] = (torch.rand(2, 1, 25, 22) > 0.3).double()
+    if "meta" in given:
+        given["meta"] = torch.randn(2, 3, dtype=torch.float64)
+    for _ in range(2):
+        results = []
+        for net in nets:
+            pair = [t.clone().requires_grad_() for t in (a, b)]
+            distance, change = net(pair[0], b=pair[1], **given)
+            # Contrastive (Hadsell et al., 2006): one pair belongs together, the other does not.
+            loss = distance[0].square() + F.relu(1 - distance[1]).square() + change.square().mean()
+            net.zero_grad()
+            loss.backward()
+            results.append([loss, *(t.grad for t in pair), *(p.grad for p in net.parameters()), *net.buffers()])
+        for got, wanted in zip(*results, strict=True):
+            assert (got is None) == (wanted is None)
+            assert got is None or torch.allclose(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_the_image_may_be_changed_in_place():
+    class Net(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            x.sub_(0.5)
+            x[:, :, :3] = 0
+            return super().forward(x)
+
+    stock = network(Base.middle)
+    stock.__class__ = Net
+    agree(stock)
+
+
+# -- the process ----------------------------------------------------------------------------------------------------
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+def test_custom_functions_on_vectors_are_exact_and_on_maps_refused():
+    class Net(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return Custom.apply(super().forward(x))
+
+    torch.manual_seed(0)
+    agree(Net().double())
+    with pytest.raises(UnsupportedError, match=r"autograd.Function 'Custom'"):
+        accelerate(network(lambda net, x: Custom.apply(x)), tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_stays_after_an_interrupted_recording(error):
+    """Custom functions, hooks, caches, attributes and generators are as before, and stock runs bit for bit."""
+
+    def middle(net: Any, x: Tensor) -> Tensor:
+        net.calls += 1
+        net.seen.append(x)
+        _table(x.shape[1])
+        if net.calls == 2:
+            raise error("stop")
+        return x + _table(4)
+
+    stock, x = network(middle), torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    stock.norm(stock.first(x))  # its buffers are not as new
+    _table.cache_clear()
+    before, state = copy.deepcopy(stock), torch.get_rng_state()
+    stock.calls = before.calls = 1
+    apply = torch.autograd.Function.apply
+    with pytest.raises(error):
+        accelerate(stock, tile=8)(x)
+    assert torch.autograd.Function.apply == apply and not nn.modules.module._global_forward_hooks
+    assert stock.calls == 1 and stock.seen == [] and torch.equal(torch.get_rng_state(), state)
+    stock.calls = before.calls = 5
+    assert torch.equal(stock(x), before(x))
+    assert torch.equal(Custom.apply(x), x * 2)
+
+
+REFUSED: dict[str, tuple[Middle, str]] = {
+    "hook on a tensor": (lambda net, x: (x.register_hook(lambda g: g), x)[1], "hook on a tensor"),
+    "retained gradient": (lambda net, x: (x.retain_grad(), x)[1], "gradient of a tensor"),
+    "seeded": (lambda net, x: (torch.manual_seed(0), x)[1], "manual_seed"),
+    "forked": (lambda net, x: (_fork(), x)[1], "set_rng_state"),
+    "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], "gradient inside the forward"),
+    "checkpointed statistics": (
+        lambda net, x: torch.utils.checkpoint.checkpoint(net.norm, x, use_reentrant=False), "again in the backward"),
+    "a new layer": (lambda net, x: (setattr(net, "made", nn.ReLU()), x)[1], "in the forward"),
+    "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+}  # fmt: skip
+
+
+def _fork() -> None:
+    with torch.random.fork_rng():
+        torch.rand(1)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    middle, match = REFUSED[name]
+    stock = network(middle)
+    before = copy.deepcopy(stock)
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    with pytest.raises(GigamorphError, match=match):
+        accelerate(stock, tile=8)(x)
+    torch.manual_seed(1)
+    got = stock(x)
+    torch.manual_seed(1)
+    assert torch.equal(got, before(x))
