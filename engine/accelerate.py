@@ -326,10 +326,11 @@ class Accelerated(Delegate):
             inputs = dict(zip(program.inputs, given, strict=True))
             tensors = {v: t for v, t in inputs.items() if isinstance(t, Tensor)}
             tensors.update(zip(program.vectors, vectors, strict=True))
-            state = {**self._bind_state(program), **tensors}
+            kept = {**self._bind_state(program), **tensors}
+            state = {v: _for_backward(t) for v, t in kept.items()}
             regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
             written = {v for v, _ in program.updates}
-            targets = {v: state[v] for v in written if v in state}
+            targets = {v: kept[v] for v in written if v in kept}
             # What is written to at the end of the call may be read in its backward.
             state.update((v, state[v].clone()) for v in written & ready.kept_for_backward if v in state)
             if program.image in written and image is not None:
@@ -403,13 +404,16 @@ class Accelerated(Delegate):
                 env[number] = state[value.name]
             elif value.constant is not None:
                 env[number] = value.constant if value.find is None else value.find()
-        if not torch.is_inference_mode_enabled():  # tensors of inference mode cannot be kept for a backward
-            env.update((number, tensor.clone()) for number, tensor in env.items() if tensor.is_inference())
         return env
 
 
 class AcceleratedContainer(Container, Accelerated):
     """An accelerated `nn.Sequential` or other container: it has a length and items, too."""
+
+
+def _for_backward(tensor: Tensor) -> Tensor:
+    """The tensor; one that was made in inference mode cannot be kept for a backward, but its copy can."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):

@@ -84,7 +84,7 @@ def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]
     image = values[graph.image]
     i, j = _usual(sweep.rows, graph), _usual(sweep.cols, graph)
     autocast = Autocast.current(image.device)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
         sources = {v: _fake_source(graph, v) for v in graph.sources}
         scan = Scan(sweep, sources, image.device, image.dtype)
 

@@ -24,7 +24,6 @@ from .capture.program import call
 from .capture.trees import realize
 from .carries import Rect
 from .ceiling import Ceiling
-from .errors import GigamorphError
 from .graph import Graph, Network
 from .maps import Gradients, add_reader
 from .once import once
@@ -78,7 +77,7 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *grads: Tensor | None):
-        saved = _saved(ctx)
+        saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         scan: Scan = ctx.scan
         sweep, graph = scan.sweep, scan.sweep.graph
@@ -119,19 +118,6 @@ def _no_view(tensor: Tensor) -> Tensor:
         return tensor
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    """What autograd has kept for the backward."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace" not in str(error):
-            raise
-        raise GigamorphError(
-            "the backward needs a tensor that was changed in place since the forward (an output, a weight or the "
-            f"image); change a copy of it, or change it after the backward ({str(error).split(';')[0]})"
-        ) from error
 
 
 def _keeps_graph() -> bool:
@@ -462,7 +448,8 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None):
         last = not _keeps_graph()
         tensors = [
-            t.detach().requires_grad_(wanted) for t, wanted in zip(_saved(ctx), ctx.needs_input_grad[3:], strict=True)
+            t.detach().requires_grad_(wanted)
+            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
         ]
         insides = _insides(ctx.wholes, ctx.inputs, ctx.images, tensors)
         device = insides[0].device

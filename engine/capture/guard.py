@@ -21,6 +21,13 @@ from .state import Effect, Snapshot
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.Size, torch.dtype, torch.device)
 
 
+def _asked(question: Callable[[], Any]) -> Any:
+    try:
+        return question()
+    except RuntimeError:  # precisions were set by both of PyTorch's two ways
+        return "mixed"
+
+
 def process_state() -> tuple[Any, ...]:
     """Settings of the process that ops obey or that a forward may ask for."""
     module = nn.modules.module
@@ -29,12 +36,12 @@ def process_state() -> tuple[Any, ...]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.get_default_dtype(),
         torch.get_default_device(),
-        torch.get_float32_matmul_precision(),
+        _asked(torch.get_float32_matmul_precision),
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        _asked(lambda: torch.backends.cuda.matmul.allow_tf32),
+        _asked(lambda: torch.backends.cudnn.allow_tf32),
         tuple(module._global_forward_hooks.values()),
         tuple(module._global_forward_pre_hooks.values()),
         bool(module._global_backward_hooks or module._global_backward_pre_hooks),

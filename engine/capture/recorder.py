@@ -268,6 +268,8 @@ class Recorder(TorchFunctionMode):
             name = "grad"
         if func is torch.autograd.grad or func is torch.autograd.backward:
             name = "grad"
+        if name == "resize_" and tensors and _ints(args[1:]) == tuple(tensors[0].shape):
+            return
         if name in _REFUSED and tensors:
             raise UnsupportedError(f"{self.where()} {_REFUSED[name]}")
         if name == "requires_grad_" and tensors and tensors[0].requires_grad != (*args[1:], *kwargs.values(), True)[0]:
@@ -624,6 +626,10 @@ class Recorder(TorchFunctionMode):
 
 _PROPERTIES = {getattr(Tensor, n).__set__: n for n in ("data", "grad", "requires_grad", "names", "real", "imag")
                if hasattr(getattr(Tensor, n, None), "__set__")}  # fmt: skip
+
+
+def _ints(args: Any) -> tuple[int, ...]:
+    return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
 
 
 def _reciprocal(counter: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def image(height: int, width: int) -> Tensor:
 
 
 def ops_of(net: nn.Module) -> list[str]:
-    ((prepared,),) = net._programs.values()
+    (((prepared,),),) = net._programs.values()
     (graph,) = prepared.network.sweeps  # pyright: ignore
     return [local.op.name for local in graph.locals]
 

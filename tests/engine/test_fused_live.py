@@ -92,7 +92,7 @@ def image(*shape: int) -> Tensor:
 
 
 def sweeps(net: nn.Module) -> list[Graph]:
-    ((prepared,),) = net._programs.values()
+    (((prepared,),),) = net._programs.values()
     return prepared.network.sweeps  # pyright: ignore
 
 
