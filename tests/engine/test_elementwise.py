@@ -222,6 +222,8 @@ def nothing_written(x: Tensor, p: Tensor) -> Tensor:
         (lambda x, p: x.nanquantile(p.sigmoid(), dim=1, interpolation="midpoint").movedim(0, 1), 1),
         (lambda x, p: torch.linalg.vector_norm(x, 0, dim=1, keepdim=True), 1),
         (lambda x, p: nothing_written(x, p), 2),  # zeros
+        (lambda x, p: x.clone().eq_(p), 2),  # zeros
+        (lambda x, p: F.pad((x * p)[..., :0], (4, 4)), 2),  # zeros
     ],
 )
 def test_an_input_that_an_op_has_no_gradient_for(call, outputs):
