@@ -424,7 +424,9 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     steps += [node for node in nodes if isinstance(node, (Op, Small)) and id(node) in late]
     network = Network(maps.program, maps, steps)
     if not network.sweeps:
-        raise UnsupportedError("the model's output does not depend on the image")
+        raise UnsupportedError(
+            "the model's output does not depend on the image; call the model itself, without accelerate"
+        )
     return network
 
 

@@ -211,6 +211,7 @@ class Scan:
         self.ceiling: Ceiling | None = None  # of the memory of this process; kept after every tile
         self.deferred = False  # nobody will read what pass 1 stores, where it does nothing else it is left out
         self.stored: dict[int, Tensor] = {}  # in pass 2: what pass 1 has stored
+        self.touched: set[int] = set()  # in pass 2: sources that some tile has a gradient for
         self.given: set[tuple[int, Rect]] = set()  # in pass 2: parts of `overwritten` sources that have their gradient
         self.swept: Mapping[int, int] = {}  # stored maps that sweeps alone read, and how many do
         self.map_place = "device"  # where those are kept
@@ -536,6 +537,7 @@ class Scan:
         assert kept is not None
         targets = self.targets(kept, grads)
         kept.sums = {}
+        self.touched.clear()
         replay = None if self.replay is None else self.replay.backward(self, kept, targets)
         if not all(map(_has_grad, chain.from_iterable(targets.values()))):
             kept.recorded.clear()  # what hands gradients on was laid out for all of them
@@ -716,6 +718,7 @@ class Scan:
         for (source, rect), grad in windows:
             if source not in source_grads:  # the gradients that there are do not reach it
                 continue
+            self.touched.add(source)
             target = cut(source_grads[source], self.sweep.axes(source), rect)
             if source in overwritten:
                 target.copy_(grad)

@@ -105,10 +105,16 @@ class ScanFunction(torch.autograd.Function):
             wanted = [v for v, want in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True) if want]
             smalls = dict(zip(graph.smalls, tensors[count:], strict=True))
             _sum_over_bands(ctx.bands, graph, {v: smalls[v] for v in wanted}, sums, source_grads)
-        results: list[Tensor | None] = [source_grads.get(v) if v in made else None for v in ctx.sources]
+        # Where no tile's graph has led to an input, none leads there: an op takes it and has no gradient for it.
+        # But nothing is run for a map without elements, whose gradients are zeros.
+        empty = any(0 in graph.maps.shape(v) for local in graph.locals for v in local.op.outputs)
+        untouched = set[int]() if empty or ctx.bands is not None else made - scan.touched - scan.swept.keys()
+        results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
         for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
             total = sums.pop(value, None) if wanted and value in reached else None
-            results.append(torch.zeros_like(small) if wanted and value in reached and total is None else total)
+            results.append(
+                torch.zeros_like(small) if empty and wanted and value in reached and total is None else total
+            )
         return None, None, *results
 
 

@@ -39,6 +39,7 @@ _REFUSED = {
     "set_": "puts another memory under a tensor; write values with copy_",
     "resize_": "changes the size of a tensor in place; make a new one",
     "resize_as_": "changes the size of a tensor in place; make a new one",
+    "native_group_norm": "calls native_group_norm with the image's size as numbers; use F.group_norm",
     "share_memory_": "moves a tensor to shared memory; do so outside of the forward",
 }
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ..geometry import Access, Cells, same
 from ..trace import Op, Program, Value, bind
-from .names import ASSIGNMENTS
+from .names import ASSIGNMENTS, COMPARISONS
 
 Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
 Span = tuple[int, int]
@@ -281,7 +281,7 @@ def out_of_place(op: Op) -> Callable[..., Any]:
             raise Refusal(f"'{op.name}' has no out-of-place form")
 
         def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if name.startswith("logical_"):  # PyTorch lets the gradient through the form in place, and not the other
+            if name.startswith("logical_") or name in COMPARISONS:  # in place PyTorch has a gradient, else not
                 return op.func(first.clone(), *args, **kwargs)
             return plain(first, *args, **kwargs).to(first.dtype)
 

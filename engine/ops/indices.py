@@ -132,6 +132,8 @@ def along_index(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     rank, axes, extent = len(maps.shape(first)), maps.axes[first], maps.extent(first)
     if dim is None:
         raise Refusal(f"'{name}' without a dimension")
+    if len(maps.shape(op.outputs[0])) != rank:
+        raise Refusal(f"'{name}' by an index of other dimensions than the map; give it as many")
     if dim % rank in axes:
         if name == "gather" and maps.inputs(op) == [op.inputs[0]]:
             return Whole(op)

@@ -51,6 +51,9 @@ OPERATORS = """
     __and__ __rand__ __or__ __ror__ __rxor__ __rlshift__ __rrshift__ __gt__ __lt__ __ge__ __le__ __eq__ __ne__
 """.split()
 
+# Their forms in place have a gradient, of zeros, where the others have none.
+COMPARISONS = frozenset("eq ne lt le gt ge greater greater_equal less less_equal not_equal".split())
+
 # Operators that write to their left side, and the function that gives the same out of place.
 ASSIGNMENTS = {
     "__iadd__": "add",

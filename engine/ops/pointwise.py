@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..trace import Op
 from .base import (
+    Axes,
     Block,
     Env,
     Local,
@@ -23,7 +24,7 @@ from .base import (
     rule,
 )
 from .names import ELEMENTWISE
-from .promote import promoted
+from .promote import over_resident, promoted, renamed
 
 
 def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
@@ -49,9 +50,36 @@ def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
         return _like_another(op, maps)
     rank = len(maps.shape(op.outputs[0]))
     axes = aligned_axes(op, maps, rank)
+    op, wider = _widened(op, maps, axes, maps.shape(op.outputs[0]))
     op, made = promoted(op, maps, axes, rank)
+    made = [*wider, *made]
     local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,) * len(op.outputs), replay(op))
     return [*made, local] if made else local
+
+
+def _widened(op: Op, maps: Maps, axes: Axes, shape: torch.Size) -> tuple[Op, list[Node]]:
+    """The op with maps of one row or column, where the result has more, as maps of the result's size."""
+    nodes: list[Node] = []
+    names: dict[int, int] = {}
+    for value in maps.inputs(op):
+        size = shape[axes[0]], shape[axes[1]]
+        own = maps.size(value)
+        if value in maps.flat or own == size or any(n not in (1, m) for n, m in zip(own, size, strict=True)):
+            continue
+        full = list(maps.shape(value))
+        for axis, n in zip(maps.axes[value], size, strict=True):
+            full[axis] = n
+        made, lies = maps.new_value(full, like=value), maps.axes[value]
+        maps.axes[made], names[value] = lies, made
+
+        def run(env: Env, block: Block, value: int = value, full: list[int] = full, lies: Axes = lies):
+            sizes = list(full)
+            sizes[lies[0]], sizes[lies[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+            return (env[value].expand(sizes),)
+
+        spread = Op(op.func, "spread", (), {}, (value,), (made,), (), op.module)
+        nodes.append(Local(spread, {value: over_resident(maps, value, size)}, (lies,), run))
+    return (renamed(op, names), nodes) if names else (op, nodes)
 
 
 def _like_another(op: Op, maps: Maps) -> Local | list[Node]:

@@ -95,8 +95,8 @@ class _Region:
         lo, hi = span
         first = max(0, -((self.start - lo) // self.step))
         last = min(self.count, -((self.start - hi) // self.step))
-        if first >= last:
-            return None
+        if first >= last:  # a write to nothing at all has a gradient, of zeros
+            return slice(0, 0) if not self.count else None
         begin = self.start + first * self.step - lo
         return begin if self.gone else slice(begin, begin + (last - first - 1) * self.step + 1, self.step)
 

@@ -1,5 +1,7 @@
 """PyTorch's pointwise functions, one by one, as function, as method and in place, against stock."""
 
+import copy
+
 import pytest
 import torch
 from around import image
@@ -183,3 +185,66 @@ def test_a_tensor_in_the_dtype_of_a_map():
     net = Net().double()
     net.taps.data = net.taps.data.float()
     assert_exact(net, image(), tile=(5, 4), limit=1e-6)  # the gradient of `taps` is float32
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "shape"), [(1, 9, (2, 7, 1)), (8, 1, (5,)), (1, 1, (6, 5)), (1, 9, (7, 9))]
+)
+def test_a_tensor_with_more_rows_or_columns_than_the_map(height, width, shape):
+    """A map of one row or column is repeated where the result has more, between ops that read neighbours."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
+            self.other = nn.Parameter(torch.rand(shape) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).sigmoid()
+            y = torch.hypot(self.other - x, torch.where(self.other > 1, x, self.other) / 2)
+            return self.last(y) * y.mean()
+
+    for tile in ((1, 4), (3, 2), (9, 9)):
+        assert_exact(Net().double(), image(2, 2, height, width), tile=tile)
+
+
+def nothing_written(x: Tensor, p: Tensor) -> Tensor:
+    y = x * 1
+    y[:, :, 5:5] = p
+    return y
+
+
+@pytest.mark.parametrize(
+    ("call", "outputs"),
+    [
+        (lambda x, p: x.clone().logical_and_(p), 2),
+        (lambda x, p: x.clone().logical_xor_(p > 0), 2),
+        (lambda x, p: x.nanquantile(p.sigmoid(), dim=1, interpolation="midpoint").movedim(0, 1), 1),
+        (lambda x, p: torch.linalg.vector_norm(x, 0, dim=1, keepdim=True), 1),
+        (lambda x, p: nothing_written(x, p), 2),  # zeros
+        (lambda x, p: x.clone().eq_(p), 2),  # zeros
+        (lambda x, p: F.pad((x * p)[..., :0], (4, 4)), 2),  # zeros
+    ],
+)
+def test_an_input_that_an_op_has_no_gradient_for(call, outputs):
+    """Stock leaves no gradient there, not even one of zeros: neither has the tensor, nor has the image."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(outputs, 2, 3)
+            self.given = nn.Parameter(torch.full((1,), 0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(call(self.first(x), self.given))
+
+    stock = Net().double()
+    fast = accelerate(copy.deepcopy(stock), tile=(5, 4))
+    found = []
+    for net in (stock, fast):
+        x = image(1, 2, 9, 8).requires_grad_()
+        net(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    assert [g is None for g in found[1]] == [g is None for g in found[0]]
+    for want, got in zip(*found, strict=True):
+        assert want is None or torch.allclose(got, want, rtol=1e-12, atol=1e-12)

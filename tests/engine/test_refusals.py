@@ -98,6 +98,14 @@ def norm_of_torch(_net, x: Tensor) -> Tensor:
 
 
 CASES = {
+    "the image's size as numbers": (
+        Call(lambda m, x: torch.native_group_norm(x, None, None, x.shape[0], 4, x.shape[2] * x.shape[3], 2, 1e-5)[0]),
+        r"'odd'.*native_group_norm.*F.group_norm",
+    ),
+    "an empty index": (
+        Call(lambda m, x: x + x.gather(1, torch.zeros(0, dtype=torch.long)).sum()),
+        r"'odd'.*'gather'",
+    ),
     "layer norm over columns": (nn.LayerNorm(24), r"'odd'.*one image axis alone"),
     "attention": (Attention(), r"'odd'.*position"),
     "antialias to one column": (
@@ -181,7 +189,7 @@ def test_output_without_the_image():
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * 2
 
-    with pytest.raises(UnsupportedError, match="does not depend on the image"):
+    with pytest.raises(UnsupportedError, match="does not depend on the image; "):
         accelerate(Constant(), tile=8)(torch.randn(1, 3, 20, 24))
 
 
