@@ -734,9 +734,12 @@ def plan(
     shape = _full_shape(model, image_size)
     network = model.__dict__.get("_network", model)
     if dtype is None:
-        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        floating = [p.dtype for p in network.parameters() if p.is_floating_point()]
+        dtype = floating[0] if floating else torch.float32
+    assert dtype is not None
     device = torch.device(device)
-    program = capture(network, shape, dtype, device)
+    with torch.set_grad_enabled(training):
+        program = capture(network, shape, dtype, device)
     side = tile_sides(tile)
     limit = None if budget is None else parse_bytes(budget)
     _, chosen = arrange(program, limit, side, training, carries, compare=True)

@@ -366,7 +366,7 @@ def _static_targets(bench: Bench, form: list[tuple[int, int, tuple[bool, ...], b
         accumulator = new_accumulator(reduction, graph)
         given = step if reduction.grid is None else recording.inputs
         accumulator.total = given.get(("total", value, number))
-        grads = tuple(given["grad", value, number, k] if wanted else None for k, wanted in enumerate(there))
+        grads = tuple(given.get(("grad", value, number, k)) if wanted else None for k, wanted in enumerate(there))
         share = recording.inputs.get(("share", value, number))
         shares = {(recording.i, recording.j): share} if shared and share is not None else {}
         targets.setdefault(value, []).append(Target(accumulator, grads, shares))

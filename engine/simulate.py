@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .capture.holders import walk
+from .capture.state import Snapshot
 from .carries import CarryStore
 from .geometry import AxisSchedule
 from .graph import Graph
@@ -187,14 +189,18 @@ def stock_peak(
             return like.requires_grad_(tensor.requires_grad)
 
     twins: dict[str, Tensor] = {name: twin(tensor) for name, tensor in state.items()}
-    with fake:
-        image = torch.empty(shape, dtype=dtype, device=device)
-        with _Meter() as meter, torch.set_grad_enabled(training):
-            meter.ignore(twins, image)
-            output = torch.func.functional_call(model, twins, (image,))
-            if training:
-                roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-                inputs = [t for t in twins.values() if t.requires_grad]
-                del output
-                torch.autograd.grad(roots, inputs, allow_unused=True)
+    before = Snapshot(walk(model))
+    try:
+        with fake:
+            image = torch.empty(shape, dtype=dtype, device=device)
+            with _Meter() as meter, torch.set_grad_enabled(training):
+                meter.ignore(twins, image)
+                output = torch.func.functional_call(model, twins, (image,))
+                if training:
+                    roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+                    inputs = [t for t in twins.values() if t.requires_grad]
+                    del output
+                    torch.autograd.grad(roots, inputs, allow_unused=True)
+    finally:
+        before.restore()  # what the forward keeps has no values
     return meter.peak

@@ -104,6 +104,10 @@ def refuse_backward_hooks(model: nn.Module) -> None:
             )
 
 
+def _three(given: Spec) -> tuple[Sequence[int], torch.dtype, bool | str]:
+    return (given[0], given[1], given[2]) if len(given) == 3 else (given[0], given[1], False)
+
+
 def capture(
     model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
     call: Callable[..., Any] | None = None, inputs: Sequence[Spec] = (), vectors: Sequence[Spec] = (),
@@ -159,8 +163,8 @@ class _Recording:
         try:
             with self.fake, enable_python_dispatcher():
                 image = recorder.given(shape, dtype, grad)
-                maps = [recorder.given(*spec) for spec in inputs]
-                rest = [recorder.given(*spec) for spec in vectors]
+                maps = [recorder.given(*_three(spec)) for spec in inputs]
+                rest = [recorder.given(*_three(spec)) for spec in vectors]
                 program.image = recorder.numbers[id(image)]
                 program.inputs = tuple(recorder.numbers[id(t)] for t in maps)
                 program.vectors = tuple(recorder.numbers[id(t)] for t in rest)

@@ -69,7 +69,7 @@ def _attributes(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Hol
 
 def _mapping(thing: dict[Any, Any], name: str, parent: tuple[Holder, Any] | None, kind: str = "") -> Holder:
     def write(contents: dict[Any, Any]) -> None:
-        kind = OrderedDict if isinstance(thing, OrderedDict) else dict
+        kind: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
         kind.clear(thing)
         for key, value in contents.items():
             kind.__setitem__(thing, key, value)  # not the class's own, which may do more

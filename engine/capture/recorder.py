@@ -265,7 +265,7 @@ class Recorder(TorchFunctionMode):
 
     def _refuse(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         """What cannot be done again in later calls."""
-        if name == "__get__" and func in (Tensor.grad.__get__,):  # pyright: ignore[reportAttributeAccessIssue]
+        if name == "__get__" and func in (Tensor.grad.__get__,):  # pyright: ignore[reportOptionalMemberAccess]
             name = "grad"
         if func is torch.autograd.grad or func is torch.autograd.backward:
             name = "grad"
@@ -418,7 +418,7 @@ class Recorder(TorchFunctionMode):
             number = self._number(tensor)
             numbers.append(number)
             after.append((tensor, number, is_written))
-        plain = Tensor.detach if name == "data" else CORRECTED.get(func, func)
+        plain: Any = Tensor.detach if name == "data" else CORRECTED.get(func, func)
         # Silent calls without a graph to cut are recorded as they are.
         wants = any(self.program.values[v].differentiable for v in refs((ref_args, ref_kwargs)))
         self._append(plain, "detach" if name == "data" else name, ref_args, ref_kwargs, tuple(numbers), mutated)

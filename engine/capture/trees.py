@@ -37,7 +37,7 @@ class Made:
         made = copy.copy(self.like)
         items = realize(self.items)
         if isinstance(made, dict):
-            kind = OrderedDict if isinstance(made, OrderedDict) else dict
+            kind: Any = OrderedDict if isinstance(made, OrderedDict) else dict
             for key, value in items.items():
                 kind.__setitem__(made, key, value)  # not the class's own, which may do more
         elif isinstance(made, list):
@@ -100,14 +100,14 @@ def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any],
             return node.unflatten_fn([visit(child) for child in children], context)
         if isinstance(value, (dict, list, set)):
             like = copy.copy(value)
-            kind = next(c for c in (OrderedDict, dict, list, set) if isinstance(value, c))
+            kind: Any = next(c for c in (OrderedDict, dict, list, set) if isinstance(value, c))
             kind.clear(like)
             items = dict(dict.items(value)) if isinstance(value, dict) else list(value)
             return Made(like, visit(items), _attributes(value, visit))
         fields = _attributes(value, visit)
         if not fields or (of_library(value) and not isinstance(value, types.SimpleNamespace)):
             return value
-        like = type(value).__new__(type(value))
+        like = type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
         return Made(like, None, fields)
 
     return visit(value)

@@ -103,7 +103,7 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(op: Op, maps: Maps) -> Local | Small | Node:
+def expand(op: Op, maps: Maps) -> Node | list[Node]:
     value, out = op.inputs[0], op.outputs[0]
     if value not in maps:  # expand_as
         over, shape = op.inputs[1], maps.shape(out)
