@@ -265,7 +265,7 @@ class Recorder(TorchFunctionMode):
 
     def _refuse(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         """What cannot be done again in later calls."""
-        if name == "__get__" and func in (Tensor.grad.__get__,):  # pyright: ignore[reportOptionalMemberAccess]
+        if name == "__get__" and func in (Tensor.grad.__get__,):  # pyright: ignore
             name = "grad"
         if func is torch.autograd.grad or func is torch.autograd.backward:
             name = "grad"
