@@ -1,0 +1,61 @@
+"""What the guard costs: the time in which a call finds that nothing has changed since the recording.
+
+python benchmarks/guard.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.models.compat import make_torchvision_importable
+from gigamorph.engine.trace import capture
+
+NETWORKS = ("resnet50", "efficientnet_b2", "convnext_tiny")
+_ROUNDS = 200
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Milliseconds of one check (median and worst of rounds), and of the recording that it saves."""
+    import timm
+
+    model = timm.create_model(name).train()
+    began = time.perf_counter()
+    guard = capture(model, (1, 3, 512, 512), torch.float32, "cpu").guard
+    recorded = time.perf_counter() - began
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        held = guard.holds()
+        times.append((time.perf_counter() - began) * 1e3)
+        assert held
+    return {
+        "network": name, "modules": sum(1 for _ in model.modules()), "check_ms": statistics.median(times),
+        "worst_ms": max(times), "recording_ms": recorded * 1e3,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    make_torchvision_importable()  # timm needs it
+    rows = [measure(name) for name in NETWORKS]
+    for row in rows:
+        print(
+            f"{row['network']:18} {row['modules']:4} modules   check {row['check_ms']:.3f} ms (worst "
+            f"{row['worst_ms']:.2f})   recording {row['recording_ms']:.0f} ms"
+        )
+    if given.json:
+        given.json.write_text(json.dumps({"machine": provenance(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
