@@ -137,7 +137,17 @@ def capture(
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
             raise UnsupportedError(f"module '{name}' is lazy; run the model once before")
     with process.LOCK:
-        return _Recording(model, torch.device(device), call).run(shape, dtype, inputs, vectors, image_grad)
+        for tries in range(3, 0, -1):
+            try:
+                return _Recording(model, torch.device(device), call).run(shape, dtype, inputs, vectors, image_grad)
+            except _DrewError:  # or another thread did meanwhile
+                if tries == 1:
+                    raise
+        raise AssertionError
+
+
+class _DrewError(UnsupportedError):
+    """A random generator has another state after a recording."""
 
 
 class _Recording:
@@ -171,7 +181,7 @@ class _Recording:
                 self._forward(image, [*maps, *rest])
                 del image, maps, rest
             if not _same_dice(self.dice, _dice()):
-                raise UnsupportedError(
+                raise _DrewError(
                     "the model's forward draws Python or numpy random numbers or seeds torch's, so it is another "
                     "program at each call; draw them with torch, and seed outside of the forward"
                 )

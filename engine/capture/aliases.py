@@ -38,7 +38,6 @@ class Memory:
 
     root: Tensor
     version: int = 0
-    last: str = ""  # what wrote last, for messages
 
 
 @dataclass(slots=True)
@@ -92,7 +91,7 @@ class Aliases:
         return None
 
 
-_SAME = frozenset({"detach", "data", "alias", "contiguous", "view_as_real_same", "to"})
+_SAME = frozenset({"detach", "data", "alias", "contiguous", "to"})
 _RESHAPES = frozenset(
     {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as", "reshape_as"}
 )

@@ -89,20 +89,17 @@ class Recorder(TorchFunctionMode):
         self.entry_grad, self.entry_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.program = Program(image=0, grad=self.entry_grad)
         self.names: dict[int, str] = {}
-        self.by_name: dict[str, Tensor] = {}
         for name, tensor in [
             *model.named_buffers(remove_duplicate=False),
             *model.named_parameters(remove_duplicate=False),
         ]:
             self.names[id(tensor)] = name
-            self.by_name[name] = tensor
         self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
         self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
         self.alive: list[Any] = []  # ids stay unique only while their objects live
         self.weak: list[weakref.ref[Tensor]] = []
         self.aliases = Aliases()
-        self.real: dict[int, Tensor] = {}  # memory of real tensors -> fake twin of the one that has it
         self.path: list[str] = []
         self.line = ""  # of the call that is being recorded
         self.last = ""  # module of the latest call, for errors that come to light after its hooks have run
@@ -463,7 +460,6 @@ class Recorder(TorchFunctionMode):
         elif not tracked and self.program.values[number].differentiable and not root.requires_grad:
             number = self._emit(Tensor.detach, "detach", (number,), root, False)
         memory.version += 1
-        memory.last = self.where()
         root_alias = self.aliases.of[id(root)]
         self.numbers[id(root)], root_alias.version = number, memory.version
         if tensor is not root:
