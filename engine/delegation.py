@@ -71,7 +71,7 @@ class Delegate(nn.Module):
     def _is_own(self, name: str) -> bool:
         if "_sealed" not in self.__dict__ or name in self.__dict__:
             return True
-        return hasattr(type(self), name) and name != "forward" and name not in _ASKED_OF_THE_NETWORK
+        return hasattr(type(self), name) and name not in _ASKED_OF_THE_NETWORK
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_own(name):
