@@ -67,7 +67,6 @@ class ScanFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
-        results = tuple(map(_no_view, results))
         kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *kept)
@@ -116,14 +115,6 @@ class ScanFunction(torch.autograd.Function):
                 torch.zeros_like(small) if empty and wanted and value in reached and total is None else total
             )
         return None, None, *results
-
-
-def _no_view(tensor: Tensor) -> Tensor:
-    """The tensor as one that is no view of its memory: users may change outputs in place."""
-    if not tensor._is_view():
-        return tensor
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _keeps_graph() -> bool:

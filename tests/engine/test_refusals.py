@@ -57,12 +57,6 @@ class Double(torch.autograd.Function):
         return grad * 3
 
 
-def write_through_view(_net, x: Tensor) -> Tensor:
-    y = x * 1
-    y[:, :2].mul_(2)
-    return y + x
-
-
 def branch_on_value(_net, x: Tensor) -> Tensor:
     return x * 2 if x.mean() > 0 else x
 
