@@ -144,7 +144,7 @@ def spectral_norm(net: nn.Module, dice: random.Random) -> None:
 @fitting
 def pruned(net: nn.Module, dice: random.Random) -> None:
     module = some(net, dice, nn.Conv2d)
-    if _is_plain(module):
+    if _is_plain(module) and module.weight.is_contiguous():  # which pruning asks for
         prune.l1_unstructured(module, "weight", amount=0.4)
 
 
