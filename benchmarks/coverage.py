@@ -136,8 +136,8 @@ def check(name: str, mode: str) -> dict[str, Any]:
     from exactness import randomize
 
     from gigamorph.engine import GigamorphError, accelerate
-    from gigamorph.engine.graph import build_network
-    from gigamorph.engine.trace import capture
+    from gigamorph.engine.capture.trace import capture
+    from gigamorph.engine.lowering.graph import build_network
 
     torch.manual_seed(0)
     began = time.perf_counter()

@@ -4,8 +4,8 @@ The engine always runs as users run it; what is varied is stock. In this order, 
 
 1.  Every tensor agrees to the limit.
 2.  Networks that cast to float32 themselves round there: both get float64 in place of float32.
-3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (`engine/corrected.py`): stock gets
-    plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
+3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (`engine/capture/corrected.py`): stock
+    gets plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
 4.  PyTorch's live BatchNorm rounds more than its definition: stock has it written out. Buffers are those of 1 or 3.
 5.  Stock's noise: what each of its tensors moves by when the result of every one of its operations, forward and
     backward, is changed in the last bit at random (Monte Carlo arithmetic: Parker, 1997), or its maps have another

@@ -88,8 +88,8 @@ rounding decides: its step is repeated with the result of every operation change
 maps in another memory order; a tensor may differ by four times what that moves it, and never by more than 1e-9.
 
 PyTorch's BatchNorm on the CPU computes wrong gradients for some memory orders of a single image
-(`engine/corrected.py`). Where that happens in stock's step, it is stock that is given contiguous tensors, so that it is
-right; the remark says so.
+(`engine/capture/corrected.py`). Where that happens in stock's step, it is stock that is given contiguous tensors, so
+that it is right; the remark says so.
 
 *float32* is the error of the outputs in float32, measured against float64, as a multiple of stock PyTorch's own.
 Below 1 the tiles are nearer to the truth than stock is. {_gradients(result["networks"])}

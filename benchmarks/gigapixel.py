@@ -19,8 +19,8 @@ import torch
 from gigamorph.engine import accelerate, open_pixels, plan
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import Results, StepRow, Task
-from gigamorph.engine.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models.resnet import resnet18
+from gigamorph.engine.tiling.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
 
 
 def write_image(path: Path, side: int, strip: int = 512) -> None:

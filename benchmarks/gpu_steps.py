@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate, open_pixels, plan, static
+from gigamorph.engine import accelerate, open_pixels, plan
 from gigamorph.engine.bench.peers import checkpointed, loss_of
 from gigamorph.engine.bench.work import NvmlPeak
-from gigamorph.engine.memory import parse_bytes, peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.cuda_graphs import static
 from gigamorph.engine.models import create_model
+from gigamorph.engine.tiling.memory import parse_bytes, peak_bytes, reset_peak, used_bytes
 from gigamorph.kernels import choice
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

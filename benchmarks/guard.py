@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.models.compat import make_torchvision_importable
-from gigamorph.engine.trace import capture
 
 NETWORKS = ("resnet50", "efficientnet_b2", "convnext_tiny")
 _ROUNDS = 200

@@ -34,11 +34,11 @@ from pydicom.encaps import get_frame
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.data.augment import Augment, augmented
-from gigamorph.engine.data.header import MG_FOR_PRESENTATION, read_info
-from gigamorph.engine.data.index import index_folder
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.datasets.augment import Augment, augmented
+from gigamorph.engine.datasets.index import index_folder
+from gigamorph.engine.images.header import MG_FOR_PRESENTATION, read_info
+from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 SIDE, TILE, REGION = 16384, 512, 1024
 HEADERS = 10_000

@@ -15,8 +15,8 @@ from . import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..engine.data.augment import Augment
-    from ..engine.data.tables import Record, Table
+    from ..engine.datasets.augment import Augment
+    from ..engine.datasets.tables import Record, Table
 
 _SHOWN = 20  # problems that are printed
 
@@ -63,8 +63,8 @@ def index(folder: str, out: str, identifiers: bool, workers: int | None) -> None
 
     Example: gigamorph data index downloads/dicom --out index.csv
     """
-    from ..engine.data.index import index_folder
-    from ..engine.data.tables import write_table
+    from ..engine.datasets.index import index_folder
+    from ..engine.datasets.tables import write_table
     from ..engine.errors import DataError
     from .count import Count
 
@@ -99,7 +99,7 @@ def check(source: str, out: str | None, dataset: str | None, workers: int | None
     """
     import csv
 
-    from ..engine.data.check import KINDS, check_images
+    from ..engine.datasets.check import KINDS, check_images
     from ..engine.errors import DataError
     from .count import Count
 
@@ -147,8 +147,8 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
 
     Example: gigamorph data split table.csv --out split.csv --seed 1
     """
-    from ..engine.data.splits import assign_splits, fill_validation
-    from ..engine.data.tables import read_table, write_table
+    from ..engine.datasets.splits import assign_splits, fill_validation
+    from ..engine.datasets.tables import read_table, write_table
 
     read = read_table(table, check_files=False)
     given = any(record.split for record in read.records)
@@ -198,8 +198,8 @@ def convert(
 
     Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
     """
-    from ..engine.data.convert import convert_images
-    from ..engine.data.tables import DATA_SETS, write_table
+    from ..engine.datasets.convert import convert_images
+    from ..engine.datasets.tables import DATA_SETS, write_table
     from ..engine.errors import DataError
     from .count import Count
 
@@ -276,11 +276,11 @@ def preview(
     """
     from rich.console import Console
 
-    from ..engine.data.augment import augmented
-    from ..engine.data.preview import preview as measure
-    from ..engine.data.preview import thumbnail, write_preview
-    from ..engine.data.views import NormalizedSource
-    from ..engine.pixels import Normalize, open_pixels
+    from ..engine.datasets.augment import augmented
+    from ..engine.datasets.preview import preview as measure
+    from ..engine.datasets.preview import thumbnail, write_preview
+    from ..engine.datasets.views import NormalizedSource
+    from ..engine.images.pixels import Normalize, open_pixels
     from .picture import show_picture
 
     normalize = Normalize(mean, std)
@@ -346,8 +346,8 @@ def phantom(
 
     Example: gigamorph data phantom --out phantoms --patients 20 --breasts 2 --size 3328x2560
     """
-    from ..engine.data.parallel import available_cpus
-    from ..engine.data.phantom import write_phantoms
+    from ..engine.datasets.phantom import write_phantoms
+    from ..engine.images.parallel import available_cpus
     from .count import Count
 
     images = patients * 2 * breasts
@@ -380,7 +380,7 @@ def _open(
     skip_missing: bool = False,
 ) -> Table:
     """A public data set if it is one, else a table or folder of one's own."""
-    from ..engine.data.tables import DATA_SETS, detect, read_data_set, read_table
+    from ..engine.datasets.tables import DATA_SETS, detect, read_data_set, read_table
 
     name = dataset or (detect(source) if Path(source).is_dir() else None)
     if name is None:

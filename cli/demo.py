@@ -19,7 +19,7 @@ def demo(out: str, seed: int, device: str) -> None:
 
     Example: gigamorph demo --out demo-run
     """
-    from ..engine.memory import format_bytes
+    from ..engine.tiling.memory import format_bytes
     from ..engine.train.demo import BUDGET, FACTOR, run_demo
     from ..engine.train.report import write_report
     from .progress import ProgressView

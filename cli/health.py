@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ..engine.memory import available_bytes, format_bytes
+from ..engine.tiling.memory import available_bytes, format_bytes
 
 PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
 _SAFE_LIGHTNING = (2, 6, 6)

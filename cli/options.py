@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 if TYPE_CHECKING:
-    from ..engine.data.augment import Augment
+    from ..engine.datasets.augment import Augment
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -23,7 +23,7 @@ def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is None:
         return None
     from ..engine.errors import GigamorphError
-    from ..engine.memory import parse_bytes
+    from ..engine.tiling.memory import parse_bytes
 
     try:
         return parse_bytes(value)
@@ -50,7 +50,7 @@ def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tu
 def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None) -> Augment | None:
     if value is None:
         return None
-    from ..engine.data.augment import Augment
+    from ..engine.datasets.augment import Augment
     from ..engine.errors import GigamorphError
 
     try:

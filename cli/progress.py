@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from ..engine.memory import format_bytes, peak_bytes, used_bytes
+from ..engine.tiling.memory import format_bytes, peak_bytes, used_bytes
 from ..engine.train.progress import Progress
 
 

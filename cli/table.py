@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.memory import format_bytes
-from ..engine.plan import Plan
+from ..engine.planning.plan import Plan
+from ..engine.tiling.memory import format_bytes
 
 if TYPE_CHECKING:
     from ..kernels.choice import Choice

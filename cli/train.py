@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from . import options
 
 if TYPE_CHECKING:
-    from ..engine.data.augment import Augment
+    from ..engine.datasets.augment import Augment
     from ..engine.train.fit import Data, TrainOptions
 
 
@@ -97,7 +97,7 @@ def train(
         return
     if config is not None:
         raise click.UsageError("--config is a recipe's; name the recipe with --recipe")
-    from ..engine.pixels import Normalize
+    from ..engine.images.pixels import Normalize
     from ..engine.train import launch
     from ..engine.train.fit import TrainOptions
     from ..engine.train.inputs import training_data

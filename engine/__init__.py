@@ -3,9 +3,9 @@
 from .accelerate import Accelerated, accelerate
 from .dense import dense_loss, write_map
 from .errors import BudgetError, DataError, GigamorphError, UnsupportedError
-from .pixels import open_pixels
-from .plan import Plan, plan
-from .scan import TileEvent
+from .images.pixels import open_pixels
+from .planning.plan import Plan, plan
+from .tiling.scan import TileEvent
 
 __all__ = [
     "Accelerated",

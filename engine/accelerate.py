@@ -16,25 +16,25 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import kernels
-from . import static
-from .arguments import CARRIES, check_choice, check_network, image_shape, tile_sides
-from .bands import Bands, band_group
 from .capture.arguments import Arguments
 from .capture.program import wants
-from .delegation import Container, Delegate, is_container
-from .entrance import entrance
+from .capture.trace import Program, Spec, capture, refuse_backward_hooks
+from .cuda_graphs import static
 from .errors import GigamorphError
-from .graph import Graph
-from .memory import parse_bytes
-from .ops import Reduction, Small
-from .pages import Spare
-from .pixels import PixelBatch, PixelSource, as_batch
-from .plan import Plan, arrange, arrange_together
-from .processes import check_same, check_same_steps, world
-from .scan import Autocast, Pixels, TileEvent
-from .steps import Forward, ImageTensor, Prepared, run_together
-from .sweep import Sweep
-from .trace import Program, Spec, capture, refuse_backward_hooks
+from .execution.steps import Forward, ImageTensor, Prepared, run_together
+from .images.pixels import PixelBatch, PixelSource, as_batch
+from .lowering.graph import Graph
+from .lowering.ops import Reduction, Small
+from .module.arguments import CARRIES, check_choice, check_network, image_shape, tile_sides
+from .module.delegation import Container, Delegate, is_container
+from .module.entrance import entrance
+from .parallel.processes import check_same, check_same_steps, world
+from .planning.plan import Plan, arrange, arrange_together
+from .tiling.bands import Bands, band_group
+from .tiling.memory import parse_bytes
+from .tiling.pages import Spare
+from .tiling.scan import Autocast, Pixels, TileEvent
+from .tiling.sweep import Sweep
 from .verify import CannotVerify
 from .verify import verify as verify_network
 

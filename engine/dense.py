@@ -19,11 +19,11 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .accelerate import Accelerated, Form
-from .entrance import entrance
+from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
-from .map_files import sink
-from .pixels import PixelBatch, PixelSource, as_batch
-from .trace import Program, Ref, capture
+from .images.pixels import PixelBatch, PixelSource, as_batch
+from .module.entrance import entrance
+from .tiling.map_files import sink
 
 _REMEMBERED = 16
 _OUTPUTS: WeakKeyDictionary[nn.Module, OrderedDict[Any, Any]] = WeakKeyDictionary()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, UnsupportedError
 from ..models.compat import make_torchvision_importable
-from ..simulate import stock_peak
+from ..planning.simulate import stock_peak
 from .peers import Prepared, autocast, first_tensor, loss_of
 from .results import Task
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..accelerate import Accelerated
-from ..scan import TileEvent
+from ..tiling.scan import TileEvent
 from .plots import save, timeline_figure
 
 if TYPE_CHECKING:

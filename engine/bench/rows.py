@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..memory import available_bytes
+from ..tiling.memory import available_bytes
 from .results import FAILED, NOT_RUN, OK, DeclaredRow, StepRow, Task
 from .step import Options, measure
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import BudgetError, UnsupportedError
-from ..plan import Plan, plan
+from ..planning.plan import Plan, plan
 from . import check, roofline
 from .child import Child
 from .lightstream import norm_parameters, tile_within, tiles_to_try

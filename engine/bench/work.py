@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze_batch_norm
 from ..errors import BudgetError, UnsupportedError
-from ..memory import peak_bytes, reset_peak, return_free_pages, used_bytes
 from ..models import create_model
+from ..tiling.memory import peak_bytes, reset_peak, return_free_pages, used_bytes
 from .peers import PEERS, Settings, loss_of
 from .results import FAILED, OUT_OF_MEMORY, REFUSED, Task
 

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..corrected import CORRECTED
 from ..errors import UnsupportedError
-from ..processes import world
+from ..parallel.processes import world
 from .aliases import Alias, Aliases, Step, inverse, is_same
+from .corrected import CORRECTED
 from .modes import straight_through
 from .program import CustomFunction, Op, Program, Ref, Value, bind, known_values, name_of, place, refs
 from .state import Snapshot

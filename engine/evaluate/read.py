@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.splits import check_leaks
-from ..data.tables import SPLITS, Record, read_table
-from ..data.tables.cells import Rows, read_rows
-from ..data.tables.generic import SPLIT_NAMES
-from ..data.tables.values import box_around
+from ..datasets.splits import check_leaks
+from ..datasets.tables import SPLITS, Record, read_table
+from ..datasets.tables.cells import Rows, read_rows
+from ..datasets.tables.generic import SPLIT_NAMES
+from ..datasets.tables.values import box_around
 from ..errors import DataError
 from ..files import write_atomically
 from . import odds

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..accelerate import Accelerated
-from ..affine import Map
 from ..errors import GigamorphError
-from ..pixels import PixelSource, as_stored
+from ..images.affine import Map
+from ..images.pixels import PixelSource, as_stored
 from ..train.heatmap import cells_to_pixels, relative
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..accelerate import Accelerated
-from ..data.writers import write_tiff
 from ..errors import BudgetError, DataError, GigamorphError
 from ..files import write_atomically
-from ..pixels import as_stored
+from ..images.pixels import as_stored
+from ..images.writers import write_tiff
 from ..train.fit import Images
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.predict import unique_name

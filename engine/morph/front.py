@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
-from ..memory import freed_pages_kept
+from ..tiling.memory import freed_pages_kept
 from .activation import PAct, activation
 from .stem import Stem, View, find_stem, view
 from .verify import Report, cast, duplicate, verified_report

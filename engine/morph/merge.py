@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MorphError
-from ..memory import freed_pages_kept
+from ..tiling.memory import freed_pages_kept
 from .attributes import get_int, set_int
 from .discover import Axis
 from .provenance import Fault, Mismatch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..memory import format_bytes
+from ..tiling.memory import format_bytes
 from .planner import Growth, Row, short
 from .store import atomic
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
-from ..memory import format_bytes
+from ..tiling.memory import format_bytes
 from .provenance import Fault, Mismatch
 from .rebuild import Copies
 from .spaces import Space, Spaces, find_spaces

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from ..capture.trace import module_paths, refuse_custom_functions
 from ..errors import MorphError
-from ..trace import module_paths, refuse_custom_functions
 from . import families
 from .families import op_name, reads_no_values
 from .lookup import Table

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from ..memory import large_blocks_on_own_pages
+from ..tiling.memory import large_blocks_on_own_pages
 
 # The modules of local morphs are imported for their entries in `surgery.EDITS`.
 from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge, surgery, widen  # noqa: F401

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from ..capture.trace import Op, Program, Ref, capture, refs
 from ..errors import GigamorphError, MorphError
-from ..trace import Op, Program, Ref, capture, refs
 
 Shape = tuple[int, int, int, int]
 

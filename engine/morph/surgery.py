@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import MorphError
-from ..memory import freed_pages_kept
+from ..tiling.memory import freed_pages_kept
 from .verify import Example, Report, as_inputs, cast, duplicate, verified_report
 
 EDITS: dict[str, Callable[..., list[str]]] = {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from ..memory import freed_pages_kept
+from ..tiling.memory import freed_pages_kept
 from .provenance import Mismatch
 from .rebuild import Copies, ParameterMap
 from .spaces import OUTPUT, Space, Spaces, find_spaces

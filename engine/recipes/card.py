@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.tables import Record
+from ..datasets.tables import Record
 from ..evaluate import Cases
-from ..memory import format_bytes, peak_bytes
+from ..tiling.memory import format_bytes, peak_bytes
 from ..train.card import Card, write_card
 from .recipe import Run
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..accelerate import accelerate
-from ..data.splits import assign_splits
-from ..data.tables import SPLITS, Record, read_table
+from ..datasets.splits import assign_splits
+from ..datasets.tables import SPLITS, Record, read_table
 from ..errors import BudgetError, DataError
 from ..evaluate.cases import Array, Cases
 from ..evaluate.roc import labelwise_auc

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
-from ..data.dataset import ImageDataset
+from ..datasets.dataset import ImageDataset
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
-from ..pixels import PixelSource
+from ..images.pixels import PixelSource
 from ..train.progress import Meter, Report
 from .sized import Size, read_sized
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..errors import GigamorphError
 from ..files import write_atomically
-from ..memory import peak_bytes, reset_peak
 from ..models.compat import make_torchvision_importable
+from ..tiling.memory import peak_bytes, reset_peak
 from ..train.checkpoint import load_checkpoint
 from ..train.module import cosine_with_warmup
 from ..train.progress import Meter

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.phantom import PhantomImage
-from ..data.phantom.image import LESIONS, Kind
+from ..datasets.phantom import PhantomImage
+from ..datasets.phantom.image import LESIONS, Kind
 
 CLASSES: tuple[str, ...] = ("normal", *LESIONS)
 _HEIGHT, _WIDTH, _SHIFT = 256, 192, 6

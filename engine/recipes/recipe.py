@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.tables import Record
+from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..train.checkpoint import versions

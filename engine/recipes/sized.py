@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.views import DownsampledSource
+from ..datasets.views import DownsampledSource
 from ..errors import GigamorphError
-from ..pixels import PixelSource
+from ..images.pixels import PixelSource
 
 
 @dataclass(frozen=True)

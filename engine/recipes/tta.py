@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.views import MirroredSource
+from ..datasets.views import MirroredSource
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
 from ..train.fit import Images

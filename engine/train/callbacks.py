@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..memory import peak_bytes, reset_peak
 from ..models.compat import make_torchvision_importable
+from ..tiling.memory import peak_bytes, reset_peak
 from .curves import write_log
 from .module import Classifier
 from .progress import Meter

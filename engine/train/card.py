@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.tables import Record
+from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import LEVELS, Cases
 from ..evaluate.evaluate import Settings, evaluate

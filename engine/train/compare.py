@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ..accelerate import accelerate
 from ..errors import GigamorphError
-from ..memory import peak_bytes, reset_peak, used_bytes
+from ..images.pixels import PixelSource, open_pixels
 from ..models import create_model
-from ..pixels import PixelSource, open_pixels
+from ..tiling.memory import peak_bytes, reset_peak, used_bytes
 
 _STEPS = 3
 

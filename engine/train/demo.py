@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.phantom import write_phantoms
+from ..datasets.phantom import write_phantoms
 from ..errors import GigamorphError
-from ..pixels import Normalize
+from ..images.pixels import Normalize
 from .compare import StepCost, measure_step
 from .fit import TrainOptions, fit
 from .heatmap import write_overlay

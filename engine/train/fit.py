@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..accelerate import Accelerated, accelerate
-from ..data.tables import Record
+from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
-from ..memory import format_bytes
 from ..models import create_model
 from ..models.compat import make_torchvision_importable
+from ..tiling.memory import format_bytes
 from .callbacks import Checkpoints, EpochLog, InterruptedTraining
 from .card import Card, write_card
 from .checkpoint import AtomicCheckpointIO, load_checkpoint, versions, write_atomically
@@ -63,7 +63,7 @@ class TrainOptions:
 
 
 class Images(Protocol):
-    """What `gigamorph.engine.data.dataset.ImageDataset` offers: records, and items that open their file."""
+    """What `gigamorph.engine.datasets.dataset.ImageDataset` offers: records, and items that open their file."""
 
     records: list[Record]
 

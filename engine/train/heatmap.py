@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..affine import Affine, Map
 from ..errors import GigamorphError
-from ..pixels import PixelSource, as_stored, to_original
+from ..images.affine import Affine, Map
+from ..images.pixels import PixelSource, as_stored, to_original
 from .checkpoint import write_atomically
 
 _TILE = 512

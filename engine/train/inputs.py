@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data.augment import Augment
-from ..data.dataset import ImageDataset
-from ..data.splits import assign_splits
-from ..data.tables import Record, read_table
+from ..datasets.augment import Augment
+from ..datasets.dataset import ImageDataset
+from ..datasets.splits import assign_splits
+from ..datasets.tables import Record, read_table
 from ..errors import DataError
-from ..pixels import Normalize
+from ..images.pixels import Normalize
 from .fit import Data
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.tables import Record
+from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate import odds
 from ..models.compat import make_torchvision_importable

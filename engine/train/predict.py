@@ -15,7 +15,7 @@ import torch
 from ..accelerate import Accelerated
 from ..errors import BudgetError, DataError, GigamorphError
 from ..evaluate.read import ODDS, PROBABILITY
-from ..pixels import as_stored
+from ..images.pixels import as_stored
 from .checkpoint import write_atomically
 from .fit import Images
 from .heatmap import overlay_name, write_overlay

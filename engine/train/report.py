@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..memory import format_bytes
+from ..tiling.memory import format_bytes
 from .checkpoint import versions, write_atomically
 from .compare import StepCost
 from .curves import roc_figure, save_figure

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch import distributed as dist
 
-from ..processes import world
+from ..parallel.processes import world
 
 T = TypeVar("T")
 _NOTHING: Any = object()

@@ -13,9 +13,9 @@ from gigamorph.cli.count import Count
 from gigamorph.cli.data import data
 from gigamorph.cli.main import main
 from gigamorph.cli.picture import show_picture
-from gigamorph.engine.data.augment import Augment, augmented
-from gigamorph.engine.data.tables import read_table
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.datasets.augment import Augment, augmented
+from gigamorph.engine.datasets.tables import read_table
+from gigamorph.engine.images.pixels import open_pixels
 
 
 def run(*args):

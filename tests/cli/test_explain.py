@@ -11,9 +11,9 @@ import torch
 
 from gigamorph.cli.main import main
 from gigamorph.engine import accelerate
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.images.pixels import Normalize, open_pixels
 from gigamorph.engine.models import create_model
-from gigamorph.engine.pixels import Normalize, open_pixels
 
 
 def run(*args):

@@ -7,7 +7,7 @@ import pydicom
 import pytest
 
 from gigamorph.cli.main import main
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.phantom import write_phantoms
 
 
 def run(*args):

@@ -16,7 +16,7 @@ import torch
 from exactness import errors
 
 from gigamorph.cli.main import main
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.phantom import write_phantoms
 
 FAST = ["--model", "training:live", "--epochs", "3", "--accumulate", "4"]
 SPLIT = ["--devices", "2", "--split-image"]

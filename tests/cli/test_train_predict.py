@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gigamorph.cli.main import main
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.phantom import write_phantoms
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
@@ -67,8 +67,8 @@ def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):
     from gigamorph.engine import open_pixels
+    from gigamorph.engine.images.pixels import Normalize
     from gigamorph.engine.models import create_model
-    from gigamorph.engine.pixels import Normalize
 
     image = sorted((phantoms.parent / "images").iterdir())[3]
     assert run("predict", trained / "best.ckpt", image, "--out", tmp_path / "out") == 0

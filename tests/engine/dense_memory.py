@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
 from gigamorph.engine.dense import dense_loss, write_map
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 WIDTH, CLASSES = 500, 8
 

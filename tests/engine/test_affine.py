@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.affine import Affine
-from gigamorph.engine.data.views import DownsampledSource, MirroredSource
+from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import open_pixels, steps_of, to_original
+from gigamorph.engine.images.affine import Affine
+from gigamorph.engine.images.pixels import open_pixels, steps_of, to_original
 
 numbers = st.floats(-100, 100, allow_subnormal=False)
 

@@ -6,10 +6,10 @@ from exactness import assert_exact, randomize
 from torch import nn
 from torch.nn import functional as F
 
-from gigamorph.engine.backend import fold_batch_norm, in_place_runs
-from gigamorph.engine.graph import build_network
-from gigamorph.engine.sweep import Sweep
-from gigamorph.engine.trace import capture
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.backend import fold_batch_norm, in_place_runs
+from gigamorph.engine.lowering.graph import build_network
+from gigamorph.engine.tiling.sweep import Sweep
 
 
 def graph_of(net: nn.Module, size: int = 40):

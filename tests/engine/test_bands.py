@@ -27,7 +27,7 @@ from split_image import (
 )
 
 from gigamorph.engine import GigamorphError, accelerate
-from gigamorph.engine.geometry import Chain, Gather, Mirror, Spread, Window, needed, schedule_axis
+from gigamorph.engine.lowering.geometry import Chain, Gather, Mirror, Spread, Window, needed, schedule_axis
 
 Case = tuple[Any, ...]  # name, size, tile, whether maps are computed again
 TILES = (32, 17, 200, 5, 64, 23, 32, 32, 19, 7, 17, 11)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gigamorph.engine.carries import CarryStore, Layout, cut, empty_like_layout
+from gigamorph.engine.tiling.carries import CarryStore, Layout, cut, empty_like_layout
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gigamorph.engine import ceiling as module
-from gigamorph.engine.ceiling import Ceiling
-from gigamorph.engine.pages import Pages, Spare
+from gigamorph.engine.tiling import ceiling as module
+from gigamorph.engine.tiling.ceiling import Ceiling
+from gigamorph.engine.tiling.pages import Pages, Spare
 
 
 class Machine:

@@ -7,10 +7,10 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine.graph import sort
-from gigamorph.engine.ops import Whole
-from gigamorph.engine.ops.contract import _labels
-from gigamorph.engine.trace import capture
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.graph import sort
+from gigamorph.engine.lowering.ops import Whole
+from gigamorph.engine.lowering.ops.contract import _labels
 
 
 class Contraction(nn.Module):

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from gigamorph.engine import GigamorphError, UnsupportedError, accelerate, open_pixels
 from gigamorph.engine.dense import dense_loss, write_map
-from gigamorph.engine.strategy import strategies
+from gigamorph.engine.planning.strategy import strategies
 
-PLAN = sys.modules["gigamorph.engine.plan"]
+PLAN = sys.modules["gigamorph.engine.planning.plan"]
 CLASSES, HEIGHT, WIDTH = 3, 45, 38
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import GigamorphError, accelerate
-from gigamorph.engine.ops import Local
-from gigamorph.engine.ops.base import RULES
+from gigamorph.engine.lowering.ops import Local
+from gigamorph.engine.lowering.ops.base import RULES
 
 
 def image(*shape: int) -> Tensor:

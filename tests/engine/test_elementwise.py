@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
-from gigamorph.engine.ops import names
-from gigamorph.engine.ops.base import RULES
+from gigamorph.engine.lowering.ops import names
+from gigamorph.engine.lowering.ops.base import RULES
 
 # How a function is called where it takes more than one map: `x` between 0.1 and 0.9, `y` another map like it.
 CALLS = {

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from gigamorph import kernels
 from gigamorph.engine import accelerate
-from gigamorph.engine.fused.conv import FusedConv
+from gigamorph.engine.lowering.fused.conv import FusedConv
 from gigamorph.kernels import choice
 
 if not torch.cuda.is_available():
@@ -303,7 +303,7 @@ class TestFusing:
             kept.append(dw.dtype)
             return plain(dw, *args)
 
-        import gigamorph.engine.fused.conv as fused
+        import gigamorph.engine.lowering.fused.conv as fused
 
         original, fused.conv2d_wgrad_ = fused.conv2d_wgrad_, spy  # pyright: ignore
         try:
@@ -325,7 +325,7 @@ class TestFusing:
                 saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
                 return t
 
-            from gigamorph.engine.scan import Scan
+            from gigamorph.engine.tiling.scan import Scan
 
             plain = Scan.record
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from gigamorph import kernels
 from gigamorph.engine import accelerate
-from gigamorph.engine.fused import batch_norm as fused_norm
-from gigamorph.engine.fused import conv as fused_conv
-from gigamorph.engine.graph import Graph
-from gigamorph.engine.strategy import strategies
+from gigamorph.engine.lowering.fused import batch_norm as fused_norm
+from gigamorph.engine.lowering.fused import conv as fused_conv
+from gigamorph.engine.lowering.graph import Graph
+from gigamorph.engine.planning.strategy import strategies
 from gigamorph.kernels import choice
 
 if not torch.cuda.is_available():
@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 
-PLAN = sys.modules["gigamorph.engine.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gigamorph.engine.geometry import Access, Gather, Mirror, Spread, Window, same, schedule_axis
+from gigamorph.engine.lowering.geometry import Access, Gather, Mirror, Spread, Window, same, schedule_axis
 
 CHECKS = settings(max_examples=300, derandomize=True, deadline=None)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
-from gigamorph.engine.geometry import Cells
-from gigamorph.engine.graph import Graph, build_network
-from gigamorph.engine.trace import capture
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.geometry import Cells
+from gigamorph.engine.lowering.graph import Graph, build_network
 
 
 def network(name: str) -> nn.Module:

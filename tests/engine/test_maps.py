@@ -18,13 +18,13 @@ from exactness import assert_exact, randomize, step, step_errors
 from torch import Tensor, nn
 
 from gigamorph.engine import GigamorphError, accelerate, plan
-from gigamorph.engine import maps as maps_module
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.models.resnet import resnet18
-from gigamorph.engine.scan import Scan
-from gigamorph.engine.strategy import Strategy
+from gigamorph.engine.planning.strategy import Strategy
+from gigamorph.engine.tiling import maps as maps_module
+from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.tiling.scan import Scan
 
-PLAN = sys.modules["gigamorph.engine.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do not go back")
 
 

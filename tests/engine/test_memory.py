@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gigamorph.engine.memory import freed_pages_kept, return_free_pages, used_bytes
+from gigamorph.engine.tiling.memory import freed_pages_kept, return_free_pages, used_bytes
 
 MIB = 1 << 20
 

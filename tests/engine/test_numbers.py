@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
-from gigamorph.engine.bands import Maximum
-from gigamorph.engine.ops import Reduction
+from gigamorph.engine.lowering.ops import Reduction
+from gigamorph.engine.tiling.bands import Maximum
 
 SIZE = (11, 9)
 TILE = (6, 5)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gigamorph.engine import accelerate
-from gigamorph.engine import maps as maps_module
-from gigamorph.engine.maps import let_rows_go, new_map
-from gigamorph.engine.memory import used_bytes
-from gigamorph.engine.pages import Spare
+from gigamorph.engine.tiling import maps as maps_module
+from gigamorph.engine.tiling.maps import let_rows_go, new_map
+from gigamorph.engine.tiling.memory import used_bytes
+from gigamorph.engine.tiling.pages import Spare
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do not go back")

@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigamorph.engine.data.phantom import write_phantoms
-from gigamorph.engine.data.tiles import CACHE
+from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import Normalize, PixelBatch, PixelSource, as_batch, open_pixels
+from gigamorph.engine.images.pixels import Normalize, PixelBatch, PixelSource, as_batch, open_pixels
+from gigamorph.engine.images.tiles import CACHE
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
 COLOUR = np.random.default_rng(1).integers(0, 256, (101, 77, 3), dtype=np.uint8)
@@ -346,7 +346,7 @@ def test_batch() -> None:
 MEASURE = """
 import resource, sys
 import numpy as np, torch
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.pixels import open_pixels
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

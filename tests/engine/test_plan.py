@@ -11,8 +11,8 @@ from exactness import assert_exact, randomize
 from torch import nn
 
 from gigamorph.engine import BudgetError, GigamorphError, accelerate, plan
-from gigamorph.engine.memory import parse_bytes
 from gigamorph.engine.models import create_model
+from gigamorph.engine.tiling.memory import parse_bytes
 
 
 def small_net() -> nn.Module:
@@ -110,7 +110,7 @@ def test_plan_reads_well():
 MEASURE = """
     import torch
     from gigamorph.engine import accelerate, plan
-    from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
+    from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
     from gigamorph.engine.models import create_model
     torch.set_num_threads(1)
     net = create_model("resnet18", num_classes=2, in_channels=1).eval()

@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import kernels
-from gigamorph.engine import accelerate, alike, dense_loss, plan, replay, static, steps
-from gigamorph.engine.plan import Plan
-from gigamorph.engine.scan import Scan
+from gigamorph.engine import accelerate, dense_loss, plan
+from gigamorph.engine.cuda_graphs import alike, replay, static
+from gigamorph.engine.execution import steps
+from gigamorph.engine.planning.plan import Plan
+from gigamorph.engine.tiling.scan import Scan
 from gigamorph.kernels import choice
 
 if not torch.cuda.is_available():

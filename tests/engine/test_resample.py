@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
-from gigamorph.engine.ops import Block, Local, Maps
-from gigamorph.engine.ops.window import interpolate
-from gigamorph.engine.trace import Op, Program, Ref, Value
+from gigamorph.engine.capture.trace import Op, Program, Ref, Value
+from gigamorph.engine.lowering.ops import Block, Local, Maps
+from gigamorph.engine.lowering.ops.window import interpolate
 
 MODES = {
     "bicubic": {"mode": "bicubic"},

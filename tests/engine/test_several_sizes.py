@@ -18,9 +18,9 @@ from split_image import network as residual_network
 from torch import Tensor, nn
 
 from gigamorph.engine import BudgetError, UnsupportedError, accelerate
-from gigamorph.engine.strategy import strategies
+from gigamorph.engine.planning.strategy import strategies
 
-PLAN = sys.modules["gigamorph.engine.plan"]
+PLAN = sys.modules["gigamorph.engine.planning.plan"]
 Shape = tuple[int, int, int, int]
 SIZES: list[Shape] = [(1, 2, 61, 43), (2, 2, 20, 37), (1, 2, 9, 30)]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine import UnsupportedError, accelerate
-from gigamorph.engine.graph import build_network
-from gigamorph.engine.trace import Op, capture
+from gigamorph.engine.capture.trace import Op, capture
+from gigamorph.engine.lowering.graph import build_network
 
 
 @pytest.fixture(autouse=True)

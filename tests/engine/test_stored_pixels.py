@@ -11,10 +11,11 @@ import torch
 from exactness import step
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate, open_pixels, steps
-from gigamorph.engine.affine import Affine
-from gigamorph.engine.pixels import ImageSource, Normalize, PixelBatch, StoredBatch
-from gigamorph.engine.scan import Scan
+from gigamorph.engine import accelerate, open_pixels
+from gigamorph.engine.execution import steps
+from gigamorph.engine.images.affine import Affine
+from gigamorph.engine.images.pixels import ImageSource, Normalize, PixelBatch, StoredBatch
+from gigamorph.engine.tiling.scan import Scan
 
 
 class Stored:

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gigamorph.engine import accelerate
-from gigamorph.engine import strategy as strategy_module
-from gigamorph.engine.graph import Graph, crossing, sort, split
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.graph import Graph, crossing, sort, split
 from gigamorph.engine.models.resnet import resnet18, resnet50
-from gigamorph.engine.strategy import Strategy, cut_maps, network_cost, ranges_between, stored_peak, strategies
-from gigamorph.engine.trace import capture
+from gigamorph.engine.planning import strategy as strategy_module
+from gigamorph.engine.planning.strategy import Strategy, cut_maps, network_cost, ranges_between, stored_peak, strategies
 
-PLAN = sys.modules["gigamorph.engine.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
 from gigamorph.engine.capture.program import call
-from gigamorph.engine.ops.base import RULES
-from gigamorph.engine.trace import Program, _name, bind, capture, refs
+from gigamorph.engine.capture.trace import Program, _name, bind, capture, refs
+from gigamorph.engine.lowering.ops.base import RULES
 
 
 def replay(program: Program, model: nn.Module, image: Tensor):

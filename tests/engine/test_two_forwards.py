@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gigamorph.engine import accelerate
 
-PLAN = sys.modules["gigamorph.engine.plan"]
+PLAN = sys.modules["gigamorph.engine.planning.plan"]
 
 
 def instance() -> nn.Module:

@@ -13,7 +13,7 @@ from gigamorph.engine import accelerate
 from gigamorph.engine.models.resnet import resnet18
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-PLAN = sys.modules["gigamorph.engine.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
 
 
 @pytest.mark.parametrize("ranges", [False, True])

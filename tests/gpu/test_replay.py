@@ -10,7 +10,8 @@ import torch
 from exactness import randomize
 from torch import nn
 
-from gigamorph.engine import accelerate, static
+from gigamorph.engine import accelerate
+from gigamorph.engine.cuda_graphs import static
 from gigamorph.engine.models import create_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.graph import crossing, split
-from gigamorph.engine.ops import Maps
-from gigamorph.engine.strategy import Strategy, cut_maps, ranges_between, strategies
+from gigamorph.engine.lowering.graph import crossing, split
+from gigamorph.engine.lowering.ops import Maps
+from gigamorph.engine.planning.strategy import Strategy, cut_maps, ranges_between, strategies
 
 
 def pool(x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def with_ranges(maps: Maps, nodes: list[Any], *_: Any) -> Iterator[Strategy]:
 
 def store(ranges: bool) -> None:
     """Let plans keep all maps that are read again, or compute again those between two cuts."""
-    sys.modules["gigamorph.engine.plan"].strategies = with_ranges if ranges else strategies  # pyright: ignore
+    sys.modules["gigamorph.engine.planning.plan"].strategies = with_ranges if ranges else strategies  # pyright: ignore
 
 
 def in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None) -> dict[str, Any]:

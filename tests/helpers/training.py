@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gigamorph.engine.data.augment import Augment
-from gigamorph.engine.data.tables import Record
+from gigamorph.engine.datasets.augment import Augment
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.train.fit import Data, TrainOptions, fit
 from gigamorph.engine.train.inputs import training_data

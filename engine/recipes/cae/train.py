@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.dataset import ImageDataset
-from ...data.splits import assign_splits
-from ...data.tables import SPLITS, Record, read_table
+from ...datasets.dataset import ImageDataset
+from ...datasets.splits import assign_splits
+from ...datasets.tables import SPLITS, Record, read_table
 from ...errors import DataError
 from ...evaluate import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
+from ...images.pixels import Normalize
 from ...models import create_model
-from ...pixels import Normalize
 from ..card import recipe_card
 from ..classify import Target
 from ..features import Features, UpTo, frozen_features

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...accelerate import accelerate
-from ...data.dataset import ImageDataset
+from ...datasets.dataset import ImageDataset
 from ...evaluate import odds
 from ...evaluate.measures import quadratic_kappa
 from ...evaluate.roc import macro_auc

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.phantom.image import LESIONS, Kind
+from ...datasets.phantom.image import LESIONS, Kind
 from ..loop import run_stages, seed_of
 from ..phantom_patches import CLASSES, phantom_patches
 from ..recipe import Claim, Run

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...data.augment import Augment
-from ...data.dataset import ImageDataset
-from ...data.splits import assign_splits
-from ...data.tables import SPLITS, Record, read_table
+from ...datasets.augment import Augment
+from ...datasets.dataset import ImageDataset
+from ...datasets.splits import assign_splits
+from ...datasets.tables import SPLITS, Record, read_table
 from ...evaluate import odds
 from ...evaluate.read import write_cases
-from ...pixels import Normalize
+from ...images.pixels import Normalize
 from ..card import recipe_card
 from ..classify import Target
 from ..features import frozen_features

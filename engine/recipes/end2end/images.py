@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.augment import Augment, augmented
-from ...data.dataset import ImageDataset
-from ...data.tables import Finding, Record
-from ...data.views import NormalizedSource
+from ...datasets.augment import Augment, augmented
+from ...datasets.dataset import ImageDataset
+from ...datasets.tables import Finding, Record
+from ...datasets.views import NormalizedSource
 from ...errors import DataError
 from ...files import write_atomically
-from ...pixels import Normalize, PixelSource, check_region, open_pixels
+from ...images.pixels import Normalize, PixelSource, check_region, open_pixels
 from ..sized import Size, read_sized
 from .config import CLASSES, Config
 from .sampler import Lesion, Patch, breast_box, sample

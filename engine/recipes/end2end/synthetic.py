@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.phantom import PhantomImage
-from ...data.tables import Finding, Record, write_table
+from ...datasets.phantom import PhantomImage
+from ...datasets.tables import Finding, Record, write_table
 from ...models.lesionnet import LesionNet
 from ..recipe import Claim, Run
 from ..stages import Stage

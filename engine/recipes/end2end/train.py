@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.tables import SPLITS, Record
+from ...datasets.tables import SPLITS, Record
 from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases

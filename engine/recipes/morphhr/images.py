@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ...affine import Map
-from ...data.augment import Augment
-from ...data.dataset import ImageDataset
-from ...data.tables import Record
+from ...datasets.augment import Augment
+from ...datasets.dataset import ImageDataset
+from ...datasets.tables import Record
 from ...errors import DataError
-from ...pixels import Normalize, PixelSource, check_region, steps_of, to_original
+from ...images.affine import Map
+from ...images.pixels import Normalize, PixelSource, check_region, steps_of, to_original
 from .config import Config
 
 

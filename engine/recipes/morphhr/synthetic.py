@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.phantom import PhantomImage
-from ...data.tables import Record, write_table
+from ...datasets.phantom import PhantomImage
+from ...datasets.tables import Record, write_table
 from ...models.lesionnet import LesionNet
 from ..classify import ImageTask, Target
 from ..loop import run_stages

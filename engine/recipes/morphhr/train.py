@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...accelerate import accelerate
-from ...data.tables import Record
+from ...datasets.tables import Record
 from ...errors import MorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases

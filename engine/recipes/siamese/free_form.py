@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ...affine import Coordinates, Map
 from ...errors import DataError
+from ...images.affine import Coordinates, Map
 
 _CLOSE, _STEPS = 1e-6, 200  # pixels, and how often the way back is bettered at most
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...affine import Affine, Map
 from ...errors import GigamorphError
+from ...images.affine import Affine, Map
 from .free_form import FreeForm
 
 Array = NDArray[np.float64]

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...affine import Map
-from ...data.tables import Record
-from ...data.views import MirroredSource
+from ...datasets.tables import Record
+from ...datasets.views import MirroredSource
 from ...errors import DataError
-from ...pixels import Normalize, PixelSource, open_pixels, to_original
+from ...images.affine import Map
+from ...images.pixels import Normalize, PixelSource, open_pixels, to_original
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...errors import DataError
 from ...files import write_atomically
-from ...pixels import Normalize, PixelSource, to_original
+from ...images.pixels import Normalize, PixelSource, to_original
 from ..features import image_digest
 from .config import SiameseConfig
 from .pairs import Pair, open_side

@@ -15,11 +15,11 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...affine import Affine, Map
-from ...data.sampling import SampledSource
-from ...data.views import DownsampledSource
+from ...datasets.sampling import SampledSource
+from ...datasets.views import DownsampledSource
 from ...errors import DataError
-from ...pixels import PixelSource, check_region, to_original
+from ...images.affine import Affine, Map
+from ...images.pixels import PixelSource, check_region, to_original
 from . import itk
 
 Array = NDArray[np.float64]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...data.phantom import PhantomImage
-from ...data.phantom.image import Kind
+from ...datasets.phantom import PhantomImage
+from ...datasets.phantom.image import Kind
 from ...evaluate.roc import auc
 from ..loop import run_stages, seed_of
 from ..recipe import Claim, Run

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...accelerate import accelerate
-from ...data.splits import assign_splits
-from ...data.tables import SPLITS, Finding, Record, read_table
+from ...datasets.splits import assign_splits
+from ...datasets.tables import SPLITS, Finding, Record, read_table
 from ...dense import write_map
 from ...evaluate.roc import auc
 from ...files import write_atomically

@@ -8,12 +8,12 @@ import numpy as np
 import pydicom
 import pytest
 
-from gigamorph.engine.data.convert import convert_images
-from gigamorph.engine.data.phantom import write_phantoms
-from gigamorph.engine.data.preview import preview, thumbnail, write_preview
-from gigamorph.engine.data.tables import Finding, Record, read_table
+from gigamorph.engine.datasets.convert import convert_images
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.datasets.preview import preview, thumbnail, write_preview
+from gigamorph.engine.datasets.tables import Finding, Record, read_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import Normalize, open_pixels
+from gigamorph.engine.images.pixels import Normalize, open_pixels
 
 
 def whole(path: Path, **options: object) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_preview_png_holds_what_the_network_sees(phantoms: list[Record], tmp_pat
 
 def test_large_previews_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grey = np.random.default_rng(0).integers(0, 65536, (100, 90), dtype=np.uint16)
-    monkeypatch.setattr("gigamorph.engine.data.preview.PNG_PIXELS", 1000)
+    monkeypatch.setattr("gigamorph.engine.datasets.preview.PNG_PIXELS", 1000)
     assert write_preview(open_pixels(grey), tmp_path / "p.png") == "mean over blocks of 3 x 3 pixels"
     picture = imagecodecs.png_decode((tmp_path / "p.png").read_bytes())
     expected = grey[:99].reshape(33, 3, 30, 3).mean((1, 3))

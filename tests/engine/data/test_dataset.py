@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from gigamorph.engine.data.augment import Augment
-from gigamorph.engine.data.dataset import ImageDataset, collate
-from gigamorph.engine.data.phantom import write_phantoms
-from gigamorph.engine.data.tables import Record, read_table
-from gigamorph.engine.data.views import DownsampledSource, MirroredSource
+from gigamorph.engine.datasets.augment import Augment
+from gigamorph.engine.datasets.dataset import ImageDataset, collate
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.datasets.tables import Record, read_table
+from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import Normalize, PixelSource, as_batch, open_pixels, steps_of
+from gigamorph.engine.images.pixels import Normalize, PixelSource, as_batch, open_pixels, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_area_average_by_region(data: st.DataObject, factor: int) -> None:
 def test_area_average_reads_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_pixels(ARRAY)
     expected = whole(DownsampledSource(source, 4))
-    monkeypatch.setattr("gigamorph.engine.data.views._STEP", 3 * 44 * 4 * 2)
+    monkeypatch.setattr("gigamorph.engine.datasets.views._STEP", 3 * 44 * 4 * 2)
     sizes = []
     read = source.read
     monkeypatch.setattr(source, "read", lambda *region: (sizes.append(region), read(*region))[1])

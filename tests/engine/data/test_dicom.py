@@ -17,10 +17,10 @@ from pydicom.pixels import apply_voi_lut, apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
-from gigamorph.engine.data.dicom import open_dicom, read_info
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.dicom import open_dicom, read_info
+from gigamorph.engine.images.pixels import open_pixels
 
 Write = Callable[..., Path]
 # Damaged headers make pydicom warn before we raise.

@@ -14,8 +14,8 @@ from pydicom.sequence import Sequence
 from pydicom.sr._snomed_dict import mapping
 from pydicom.sr.codedict import codes
 
-from gigamorph.engine.data import mammography
-from gigamorph.engine.data.dicom import open_dicom, read_info
+from gigamorph.engine.images import mammography
+from gigamorph.engine.images.dicom import open_dicom, read_info
 
 Write = Callable[..., Path]
 

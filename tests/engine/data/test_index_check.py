@@ -9,12 +9,12 @@ import lookalikes
 import numpy as np
 import pytest
 
-from gigamorph.engine.data.check import KINDS, Problem, check_images
-from gigamorph.engine.data.index import index_folder
-from gigamorph.engine.data.phantom import write_phantoms
-from gigamorph.engine.data.tables import Record, read_table, write_table
+from gigamorph.engine.datasets.check import KINDS, Problem, check_images
+from gigamorph.engine.datasets.index import index_folder
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.pixels import open_pixels
 
 
 def test_index(tmp_path: Path) -> None:

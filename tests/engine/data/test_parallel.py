@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from gigamorph.engine.data.parallel import run_parallel
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.images.parallel import run_parallel
 
 
 def work(item: int) -> int:

@@ -9,13 +9,13 @@ from pydicom import dcmread
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import avg_pool2d
 
-from gigamorph.engine.data.dataset import ImageDataset
-from gigamorph.engine.data.dicom import read_info
-from gigamorph.engine.data.phantom import make_array, write_phantoms
-from gigamorph.engine.data.splits import check_leaks
-from gigamorph.engine.data.tables import read_table
+from gigamorph.engine.datasets.dataset import ImageDataset
+from gigamorph.engine.datasets.phantom import make_array, write_phantoms
+from gigamorph.engine.datasets.splits import check_leaks
+from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import PixelSource, open_pixels
+from gigamorph.engine.images.dicom import read_info
+from gigamorph.engine.images.pixels import PixelSource, open_pixels
 
 
 def blocks(pixels: np.ndarray, factor: int) -> np.ndarray:

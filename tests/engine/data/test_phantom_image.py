@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
 
-from gigamorph.engine.data.phantom import LESIONS, PhantomImage, write_phantoms
-from gigamorph.engine.data.phantom import files as phantom_files
-from gigamorph.engine.data.phantom.files import write_dicom, write_tiff
-from gigamorph.engine.data.phantom.texture import normals, power_law
-from gigamorph.engine.data.tables import Record, read_table
+from gigamorph.engine.datasets.phantom import LESIONS, PhantomImage, write_phantoms
+from gigamorph.engine.datasets.phantom import files as phantom_files
+from gigamorph.engine.datasets.phantom.files import write_dicom, write_tiff
+from gigamorph.engine.datasets.phantom.texture import normals, power_law
+from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.pixels import open_pixels
 
 HEIGHT, WIDTH = 300, 251
 IMAGE = PhantomImage(HEIGHT, WIDTH, seed=5, side=6, view="MLO", lesions=LESIONS, symmetry=0.7)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from image_files import EXPLICIT, JPEG, LOSSLESS, RLE, encode, picture, write_dicom, write_slide
 
-from gigamorph.engine.data.dicom import open_dicom, read_info
-from gigamorph.engine.data.tiles import CACHE
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.dicom import open_dicom, read_info
+from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.tiles import CACHE
 
 GREY = picture(12, (45, 70))
 COLOUR = picture(8, (45, 70, 3))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.data.splits import assign_splits, check_leaks, fill_validation, leaks
-from gigamorph.engine.data.tables import Record
+from gigamorph.engine.datasets.splits import assign_splits, check_leaks, fill_validation, leaks
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError
 
 

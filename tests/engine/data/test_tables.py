@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gigamorph.engine.data.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
+from gigamorph.engine.datasets.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
 from gigamorph.engine.errors import DataError
 
 HEADER = "image_path,label,patient_id,split\n"

@@ -8,7 +8,7 @@ import pytest
 from fuzz import DEPTH
 from lookalikes import WRITERS
 
-from gigamorph.engine.data.tables import DATA_SETS, Record, read_data_set, read_table
+from gigamorph.engine.datasets.tables import DATA_SETS, Record, read_data_set, read_table
 from gigamorph.engine.errors import DataError
 
 

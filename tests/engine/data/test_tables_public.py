@@ -6,8 +6,8 @@ from pathlib import Path
 import lookalikes
 import pytest
 
-from gigamorph.engine.data.tables import DATA_SETS, Finding, Record, detect, read_data_set, read_table, write_table
-from gigamorph.engine.data.tables.cells import read_rows
+from gigamorph.engine.datasets.tables import DATA_SETS, Finding, Record, detect, read_data_set, read_table, write_table
+from gigamorph.engine.datasets.tables.cells import read_rows
 from gigamorph.engine.errors import DataError
 
 

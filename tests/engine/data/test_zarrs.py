@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from image_files import picture, write_zarr
 
-from gigamorph.engine.data.tiles import CACHE
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.tiles import CACHE
 
 GREY = picture(16, (45, 70))
 COLOUR = picture(8, (3, 45, 70))

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gigamorph.engine import GigamorphError, accelerate
-from gigamorph.engine.data.views import DownsampledSource, MirroredSource
+from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.explain import activation_map, find_marks, gradient_map
 from gigamorph.engine.explain.maps import Explanation
+from gigamorph.engine.images.pixels import open_pixels
 from gigamorph.engine.models import create_model
-from gigamorph.engine.pixels import open_pixels
 
 
 def image(height, width, channels=1, seed=0) -> torch.Tensor:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gigamorph.engine import DataError
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.explain.seg import REGION, write_segmentation
-from gigamorph.engine.pixels import as_stored, open_pixels
+from gigamorph.engine.images.pixels import as_stored, open_pixels
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gigamorph.engine.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, _shapes, grow_file
 from gigamorph.engine.morph.store import Computed, Layout, layout, write_state
 from gigamorph.engine.morph.widen import widen
+from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 op, source, target, layers, width = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 

@@ -125,7 +125,7 @@ class TestLazy:
 
 MEMORY = """
 import sys, torch
-from gigamorph.engine.memory import large_blocks_on_own_pages, peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.tiling.memory import large_blocks_on_own_pages, peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.morph.store import Computed, Layout, layout, read_state, write_state
 source, target, tensors, mib = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 parts = {f"t{i}": Layout((mib << 18,), torch.float32) for i in range(tensors)}

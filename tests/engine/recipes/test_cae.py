@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.data.tables import Record, write_table
+from gigamorph.engine.datasets.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate import read_cases
 from gigamorph.engine.evaluate.roc import auc

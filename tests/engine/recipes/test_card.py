@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gigamorph.engine.data.tables import Record
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.recipes.card import recipe_card
 from gigamorph.engine.recipes.classify import Target
 from gigamorph.engine.recipes.recipe import Run

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import nn
 
-from gigamorph.engine.data.tables import Record, write_table
+from gigamorph.engine.datasets.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate import read_cases
 from gigamorph.engine.evaluate.roc import auc

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gigamorph.engine.accelerate import accelerate
-from gigamorph.engine.data.tables import Finding, Record, write_table
+from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.cases import Cases
+from gigamorph.engine.images.pixels import open_pixels
 from gigamorph.engine.models import create_model
-from gigamorph.engine.pixels import open_pixels
 from gigamorph.engine.recipes.classify import ImageTask
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.end2end.config import CLASSES, Block, Config, Model, Sampling

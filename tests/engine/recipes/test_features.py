@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from gigamorph.engine.data.dataset import ImageDataset
-from gigamorph.engine.data.tables import Record
+from gigamorph.engine.datasets.dataset import ImageDataset
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.pixels import Normalize, open_pixels
+from gigamorph.engine.images.pixels import Normalize, open_pixels
 from gigamorph.engine.recipes import features
 from gigamorph.engine.recipes.features import UpTo, fingerprint, frozen_features, image_digest
 from gigamorph.engine.recipes.sized import Size, read_sized

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gigamorph.engine.data.phantom import PhantomImage
-from gigamorph.engine.data.tables import Record, write_table
-from gigamorph.engine.data.tables.chestxray14 import FINDINGS
+from gigamorph.engine.datasets.phantom import PhantomImage
+from gigamorph.engine.datasets.tables import Record, write_table
+from gigamorph.engine.datasets.tables.chestxray14 import FINDINGS
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models import create_model
 from gigamorph.engine.models.lesionnet import LesionNet

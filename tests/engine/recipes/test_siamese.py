@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gigamorph.engine import accelerate
-from gigamorph.engine.affine import Affine
-from gigamorph.engine.data.phantom import PhantomImage, write_phantoms
-from gigamorph.engine.data.sampling import SampledSource
-from gigamorph.engine.data.tables import Record, read_table, write_table
+from gigamorph.engine.datasets.phantom import PhantomImage, write_phantoms
+from gigamorph.engine.datasets.sampling import SampledSource
+from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.affine import Affine
+from gigamorph.engine.images.pixels import open_pixels
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.recipe import Run
 from gigamorph.engine.recipes.siamese import SiameseConfig, train

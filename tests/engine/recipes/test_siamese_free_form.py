@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.affine import Affine
-from gigamorph.engine.data.elastic import Elastic
-from gigamorph.engine.data.phantom import PhantomImage
-from gigamorph.engine.data.sampling import SampledSource
+from gigamorph.engine.datasets.elastic import Elastic
+from gigamorph.engine.datasets.phantom import PhantomImage
+from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.pixels import open_pixels
+from gigamorph.engine.images.affine import Affine
+from gigamorph.engine.images.pixels import open_pixels
 from gigamorph.engine.recipes.siamese.free_form import FreeForm
 from gigamorph.engine.recipes.siamese.register import breast_mask, downsampled, register, registered
 

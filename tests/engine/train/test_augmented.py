@@ -14,11 +14,11 @@ from exactness import errors
 from processes import in_processes
 from training import run_augmented
 
-from gigamorph.engine.data import dataset
-from gigamorph.engine.data.augment import Augment
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets import dataset
+from gigamorph.engine.datasets.augment import Augment
+from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.pixels import steps_of
+from gigamorph.engine.images.pixels import steps_of
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import TrainOptions, fit
 from gigamorph.engine.train.inputs import images, training_data

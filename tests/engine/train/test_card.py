@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from gigamorph.engine.data.tables import Record
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.evaluate import Cases
 from gigamorph.engine.train.card import Card, write_card
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training import Images, images, make_data
 
-from gigamorph.engine.data.tables import Record
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import TrainOptions, fit

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine import accelerate
-from gigamorph.engine.data.dataset import ImageDataset
-from gigamorph.engine.data.phantom import write_phantoms
-from gigamorph.engine.data.tables import read_table
-from gigamorph.engine.data.views import DownsampledSource, MirroredSource
+from gigamorph.engine.datasets.dataset import ImageDataset
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.datasets.tables import read_table
+from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.pixels import Normalize, open_pixels, to_original
+from gigamorph.engine.images.pixels import Normalize, open_pixels, to_original
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
 from gigamorph.engine.train.predict import predict
 

@@ -2,10 +2,10 @@ import pydicom
 import pytest
 from pydicom.uid import DigitalMammographyXRayImageStorageForProcessing
 
-from gigamorph.engine.data.convert import convert_images
-from gigamorph.engine.data.phantom import write_phantoms
+from gigamorph.engine.datasets.convert import convert_images
+from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.pixels import Normalize
+from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.train.inputs import images, prediction_records, training_data
 
 

@@ -1,0 +1,378 @@
+"""Capture: run the unmodified forward once on fake tensors of the true image size and write down every call.
+
+The result is one flat list of API-level calls (`torch.nn.functional.conv2d`, `Tensor.add`, ...) in single-assignment
+form: each tensor is a numbered value, in-place calls give a new number. Nothing of the model is changed, moved or
+computed; parameters are replaced by fake twins at the moment a call uses them. What a forward does besides is recorded
+as well (`capture/`): gradient modes, writes through views, state that it changes; or it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import random
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+from ..errors import UnsupportedError
+from . import process
+from .guard import Guard, Read, inside_of, replaced
+from .holders import Holder, mentioned, walk
+from .program import Op, Program, Ref, Value, bind, place, refs
+from .program import name_of as _name
+from .recorder import Recorder
+from .state import Snapshot, owner_now
+from .trees import taken_apart
+
+__all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
+
+Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool | str]
+
+
+@contextlib.contextmanager
+def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep `path` equal to the stack of modules whose forward is running in this thread."""
+    mine = threading.get_ident()  # the hooks are the whole process's
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() == mine:
+            path.append(names.get(id(module), type(module).__name__))
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        if threading.get_ident() == mine:
+            path.pop()
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def refuse_custom_functions(refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """Custom autograd.Functions do not pass through a function mode: calling one raises `refusal(its name)`."""
+
+    def apply(cls: type, *_args: Any, **_kwargs: Any) -> Any:
+        raise refusal(cls.__name__)
+
+    original = torch.autograd.Function.__dict__.get("apply")
+    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        if original is None:
+            del torch.autograd.Function.apply
+        else:
+            torch.autograd.Function.apply = original
+
+
+def refuse_backward_hooks(model: nn.Module) -> None:
+    """Hooks on a module's gradients would not run: the backward goes through tiles, not through modules.
+
+    Raises:
+        UnsupportedError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            where = f"module '{name}'" if name else "the model"
+            raise UnsupportedError(
+                f"{where} has a backward hook, which would see no gradients of the whole image; remove it, or use "
+                "a hook on the parameter (Tensor.register_hook)"
+            )
+
+
+def _three(given: Spec) -> tuple[Sequence[int], torch.dtype, bool | str]:
+    return (given[0], given[1], given[2]) if len(given) == 3 else (given[0], given[1], False)
+
+
+def capture(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
+    call: Callable[..., Any] | None = None, inputs: Sequence[Spec] = (), vectors: Sequence[Spec] = (),
+    image_grad: bool | str = False,
+) -> Program:  # fmt: skip
+    """Record a call of the model, its own hooks included, on an image batch, in the gradient mode that is on.
+
+    One recording runs at a time in a process. After it, finished or not, network and process are as they were before.
+
+    Args:
+        model: the network, in the training or evaluation mode that is to be recorded.
+        shape: (N, C, H, W) of the image batch; any size, nothing of it is allocated.
+        dtype: dtype of the image as the network gets it.
+        device: device of the image; on a machine without it the fake tensors still carry it.
+        call: what is recorded in place of the model's call, given the image, the `inputs` and the `vectors`.
+        inputs: shapes and dtypes of further maps, with the image axes last, and whether a gradient of them is wanted.
+        vectors: the same of further tensors that have no image axes.
+        image_grad: whether a gradient of the image is wanted; "made" if it is no leaf of the graph.
+
+    Raises:
+        UnsupportedError: for what cannot be recorded or done again: TorchScript, Python random numbers, data-dependent
+            control flow, hooks on tensors, changes of parameters and layers, tensors left where nothing finds them.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(f"module '{name}' is TorchScript; give the plain eager module")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise UnsupportedError(f"module '{name}' is lazy; run the model once before")
+    with process.LOCK:
+        for tries in range(3, 0, -1):
+            try:
+                return _Recording(model, torch.device(device), call).run(shape, dtype, inputs, vectors, image_grad)
+            except _DrewError:  # or another thread did meanwhile
+                if tries == 1:
+                    raise
+        raise AssertionError
+
+
+class _DrewError(UnsupportedError):
+    """A random generator has another state after a recording."""
+
+
+class _Recording:
+    """One recording: what was there before, the recorder, and putting everything back."""
+
+    def __init__(self, model: nn.Module, device: torch.device, call: Callable[..., Any] | None):
+        self.model, self.call = model, call
+        self.snapshot = Snapshot(walk(model, () if call is None else (call,)))
+        self.dice = _dice()
+        fake = FakeTensorMode(allow_non_fake_inputs=False)
+        self.fake, self.recorder = fake, Recorder(model, fake, device, self.snapshot)
+
+    def run(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        inputs: Sequence[Spec],
+        vectors: Sequence[Spec],
+        grad: bool | str,
+    ) -> Program:
+        recorder, program = self.recorder, self.recorder.program
+        weak = recorder.weak
+        try:
+            with self.fake, enable_python_dispatcher():
+                image = recorder.given(shape, dtype, grad)
+                maps = [recorder.given(*_three(spec)) for spec in inputs]
+                rest = [recorder.given(*_three(spec)) for spec in vectors]
+                program.image = recorder.numbers[id(image)]
+                program.inputs = tuple(recorder.numbers[id(t)] for t in maps)
+                program.vectors = tuple(recorder.numbers[id(t)] for t in rest)
+                self._forward(image, [*maps, *rest])
+                del image, maps, rest
+            if not _same_dice(self.dice, _dice()):
+                raise _DrewError(
+                    "the model's forward draws Python or numpy random numbers or seeds torch's, so it is another "
+                    "program at each call; draw them with torch, and seed outside of the forward"
+                )
+        except BaseException as error:
+            _put_back_dice(self.dice)
+            traceback.clear_frames(error.__traceback__)  # their variables would keep tensors without values
+            recorder.forget()
+            _let_go(weak, refuse=False)
+            raise
+        program.guard = self._guard(program)
+        recorder.forget()
+        _let_go(weak, refuse=True)
+        return program
+
+    def _forward(self, image: Tensor, further: Sequence[Tensor]) -> None:
+        """Run the forward; note what it returns and changes; put back what it has changed."""
+        recorder, program = self.recorder, self.recorder.program
+        around = process.recording(
+            recorder.custom_function,
+            recorder.from_numpy,
+            recorder.batch_norm,
+            recorder.synchronized,
+            recorder.reseeded,
+            recorder.checkpointed,
+            self._asking(),
+        )
+        plain = torch.compiler.set_stance("force_eager")  # what is compiled is recorded as what it was compiled from
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        told, log.disabled = log.disabled, True  # it prints whole tracebacks of errors that are the network's own
+        caching = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it would keep weights without values
+        try:
+            with around, module_paths(self.model, recorder.path), plain, recorder:
+                result = (self.model if self.call is None else self.call)(image, *further)
+            self._finish(program, result)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UnsupportedError(
+                f"{recorder.last} takes a Python value or a shape from the image ({error.func}); "
+                "such data-dependent control flow cannot be recorded"
+            ) from error
+        except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
+            raise UnsupportedError(
+                f"{recorder.last} calls what cannot be recorded ({str(error).splitlines()[0]}); use plain PyTorch"
+            ) from error
+        except Exception as error:
+            if recorder.leak is not None:  # a scripted function wraps what is raised inside of it
+                raise recorder.leak from None
+            raise _own_error(error, recorder.last) from error
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+            log.disabled = told
+            self.snapshot.restore()
+
+    def _asking(self) -> list[dict[str, Any]]:
+        """The globals of the network's own code that ask for the type of something."""
+        own = [function for function in self.snapshot.found.functions if "type" in mentioned(function.__code__)]
+        spaces = {id(function.__globals__): function.__globals__ for function in own}
+        return [space for space in spaces.values() if "type" not in space]
+
+    def _finish(self, program: Program, result: Any) -> None:
+        recorder, snapshot = self.recorder, self.snapshot
+        leaf = lambda t: Ref(recorder.present(recorder.twin(t)))  # noqa: E731
+        program.output = taken_apart(result, leaf, snapshot.was_there, "the result of the model")
+        if not refs(program.output):
+            raise UnsupportedError(
+                f"the model returns a {type(result).__name__} without tensors that can be seen; "
+                "return a tensor, or a tuple, list or dict of tensors"
+            )
+        program.effects = snapshot.effects(leaf, recorder.twins)
+        program.updates = recorder.updates()
+
+    def _guard(self, program: Program) -> Guard:
+        """What the recording depends on; constants that each call replaces are looked up where they are."""
+        snapshot = self.snapshot
+        loose = replaced(program.effects)
+        below = inside_of(snapshot.found, loose)
+        places = {
+            id(content): (holder, key)
+            for holder, contents in zip(snapshot.found.holders, snapshot.contents, strict=True)
+            for key, content in contents.items()
+            if isinstance(content, Tensor) and (id(holder) in below or key in loose.get(id(holder), ()))
+        }
+        for value in program.values:
+            if value.constant is not None and id(value.constant) in places:
+                value.find = functools.partial(_content, *places[id(value.constant)])
+        state = _State(self.model, program)
+        reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
+        return Guard(snapshot, program.effects, reads)
+
+
+class _State:
+    """The tensors of the network's state by value number, as they are now."""
+
+    def __init__(self, model: nn.Module, program: Program):
+        self.model, self.program = model, program
+
+    def __call__(self, number: int) -> Tensor:
+        value = self.program.values[number]
+        if value.name is None:
+            found = value.constant if value.find is None else value.find()
+            assert found is not None
+            return found
+        *path, last = value.name.split(".")
+        owner = self.model.get_submodule(".".join(path))
+        found = owner._parameters.get(last)
+        found = owner._buffers.get(last) if found is None else found
+        assert found is not None
+        return found
+
+
+def _content(holder: Holder, key: Any) -> Tensor:
+    owner = owner_now(holder)
+    return owner[key] if isinstance(owner, (dict, list)) else holder.read()[key]
+
+
+def _dice() -> tuple[Any, ...]:
+    """The states of the random generators; nothing is drawn while recording."""
+    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+
+
+def _same_dice(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    arrays = zip(before[1], now[1], strict=True)
+    same = all(np.array_equal(a, b) for a, b in arrays)  # pyright: ignore[reportArgumentType]
+    return before[0] == now[0] and same and torch.equal(before[2], now[2])
+
+
+def _put_back_dice(state: tuple[Any, ...]) -> None:
+    if not _same_dice(state, _dice()):
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.default_generator.set_state(state[2])
+
+
+def _own_error(error: Exception, where: str) -> Exception:
+    """The network's own error as it is; one that only tensors without values raise as a refusal."""
+    text = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    if "functions with out=" in str(error):
+        return UnsupportedError(f"{where} writes to out= what gradients flow through; drop that argument")
+    if isinstance(error, UnsupportedError) or not any(word in str(error) for word in _FAKE):
+        return error
+    return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch ops")
+
+
+_FAKE = ("FakeTensor", "fake tensor", "fake mode", "Fake", "meta tensor", "Meta tensor", "data_ptr", "data pointer",
+         "doesn't have storage", "numpy")  # fmt: skip
+
+
+def _let_go(weak: list[Any], refuse: bool) -> None:
+    """Make sure that no tensor without values is left: caches that hold one are emptied, others refused."""
+    left = [ref for ref in weak if ref() is not None]
+    if not left:
+        return
+    gc.collect()
+    left = [ref for ref in left if ref() is not None]
+    if not left:
+        return
+    for cache in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
+        if _reaches(cache, {id(ref()) for ref in left}):
+            cache.cache_clear()
+    left = [ref for ref in left if ref() is not None]
+    names = sorted({_drop(ref()) for ref in left if ref() is not None})
+    if names and refuse:
+        raise UnsupportedError(
+            f"the forward leaves tensors in {names[0]}, where later calls would not put theirs; return them, or keep "
+            "them in an attribute of a module"
+        )
+
+
+def _reaches(thing: Any, wanted: set[int], depth: int = 5) -> bool:
+    inside = [part for part in gc.get_referents(thing) if not isinstance(part, (type, types.ModuleType))]
+    if any(id(part) in wanted for part in inside):
+        return True
+    return depth > 0 and any(
+        _reaches(part, wanted, depth - 1) for part in inside if isinstance(part, (dict, list, tuple, set))
+    )
+
+
+def _drop(tensor: Tensor | None) -> str:
+    """Take a tensor without values out of what holds it; what messages call that."""
+    found = ""
+    for holder in gc.get_referrers(tensor):
+        if isinstance(holder, dict):
+            for key in [key for key, value in holder.items() if value is tensor]:
+                del holder[key]
+            found = "a dict that is no attribute of a module"
+        elif isinstance(holder, list):
+            holder[:] = [item for item in holder if item is not tensor]
+            found = "a list that is no attribute of a module"
+        elif isinstance(holder, set):
+            holder.discard(tensor)
+            found = "a set that is no attribute of a module"
+        elif isinstance(holder, types.CellType):
+            found = "a function that it returns or keeps"
+    return found or "an object that is no attribute of a module"

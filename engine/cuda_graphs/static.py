@@ -1,0 +1,149 @@
+"""Tensors at fixed addresses, and what captures work on them."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..tiling.carries import memory_order
+
+Name = tuple[Any, ...]  # what a static tensor holds
+
+
+class Executor(Protocol):
+    """Captures functions that read and write static tensors, and besides them only what they make."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """What does again all that `run` does on the device. `run` is called for that, but need have no effect."""
+        ...
+
+
+class CudaGraphs:
+    """Captures as CUDA graphs that share a memory pool: a function leaves nothing in it, so they may follow freely.
+
+    They share a stream too, for a pool's blocks are used again on their own stream only.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self.device):
+            if not self.graphs:  # a pool ends with the last graph that uses it
+                self.pool = torch.cuda.graph_pool_handle()
+                torch.cuda.empty_cache()  # what tiles and former graphs have left behind is of no use to the pool
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+            gc.disable()  # a graph or an event that is collected during a capture spoils it
+            try:
+                with torch.cuda.stream(self.stream):
+                    # Thread-local: the thread that reads pixels goes on pinning memory.
+                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                    try:
+                        run()
+                    finally:
+                        graph.capture_end()
+            finally:
+                if collecting:
+                    gc.enable()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self.graphs.add(graph)
+        return graph.replay
+
+
+@functools.cache
+def _graphs(device: torch.device) -> CudaGraphs:
+    return CudaGraphs(device)
+
+
+def executor(device: torch.device) -> Executor | None:
+    """What captures on a device; None where nothing is gained by it. Tests put another in its place."""
+    return _graphs(device) if device.type == "cuda" else None
+
+
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy (target, source) pairs; those that lie alike in memory go in few launches."""
+    groups: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        alike = target.stride() == source.stride()
+        targets, sources = groups.setdefault((alike, target.dtype, source.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    with torch.no_grad():
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
+
+
+CHUNK_BYTES = 32 * 2**20
+_ALIGNMENT = 512  # that of PyTorch's own allocations
+
+
+class Arena:
+    """Memory that several `Static` use in turn, each from the beginning: none needs its tensors when another works."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Tensor] = []
+
+    def take(self, start: tuple[int, int], size: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
+        """Bytes behind a place (chunk, offset), and the place behind them."""
+        chunk, offset = start
+        while chunk < len(self.chunks) and offset + size > self.chunks[chunk].numel():
+            chunk, offset = chunk + 1, 0
+        if chunk == len(self.chunks):
+            with torch.inference_mode(False):  # it will be written to within and without
+                self.chunks.append(torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, device=device))
+        end = offset + -(-size // _ALIGNMENT) * _ALIGNMENT
+        return self.chunks[chunk][offset : offset + size], (chunk, end)
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of a dense tensor in the memory order of another."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor.stride()  # the same also where an axis has size one
+    return torch.empty_permuted(tensor.shape, memory_order(tensor), device="meta").stride()
+
+
+class Static:
+    """Tensors at fixed addresses by name: `inputs` are loaded before captured work reads them, it gives `outputs`.
+
+    Args:
+        arena: where they lie, if they need not last longer than the work.
+    """
+
+    def __init__(self, arena: Arena | None = None) -> None:
+        self.inputs: dict[Name, Tensor] = {}
+        self.outputs: dict[Name, Tensor] = {}
+        self._arena, self._end = arena, (0, 0)
+
+    def _room(self, tensor: Tensor) -> Tensor:
+        strides = _dense_strides(tensor)
+        if self._arena is None or not tensor.numel():
+            with torch.inference_mode(False):  # it will be written to within and without
+                return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+        flat, self._end = self._arena.take(self._end, tensor.numel() * tensor.element_size(), tensor.device)
+        flat = flat.view(tensor.dtype)
+        # .data: the neighbours are other tensors, and autograd need not hear that one of them is written.
+        return flat.as_strided(tensor.shape, strides, flat.storage_offset()).data
+
+    def load(self, tensors: Mapping[Name, Tensor]) -> None:
+        """Copy tensors in; the same names and shapes each time."""
+        for name, tensor in tensors.items():
+            if name not in self.inputs:
+                self.inputs[name] = self._room(tensor)
+        copy_all((self.inputs[name], tensor) for name, tensor in tensors.items())
+
+    def give(self, name: Name, tensor: Tensor) -> None:
+        """Copy a result to where it stays; called by the work that is captured."""
+        if name not in self.outputs:
+            self.outputs[name] = self._room(tensor)
+        self.outputs[name].copy_(tensor)

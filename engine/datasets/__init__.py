@@ -1,0 +1,1 @@
+"""Tables of public data sets, checks, splits, augmentation, conversion, phantoms."""

@@ -1,0 +1,232 @@
+"""A whole data set looked through: files that cannot be read, images that are there twice, wrong sides, leaks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from ..images.header import DicomInfo, read_info
+from ..images.parallel import run_parallel
+from ..images.pixels import ImageSource, open_pixels
+from .index import is_dicom
+from .splits import leaks
+from .tables.schema import Record
+
+KINDS = {
+    "unreadable": "cannot be opened or decoded",
+    "blank": "all pixels are equal",
+    "duplicate": "the same pixels twice, perhaps mirrored",
+    "leak": "a patient or an image in two splits",
+    "patient": "one patient under two names, so that no split by patient holds",
+    "laterality": "table, header and pixels disagree on the side of the breast",
+    "view": "table and header disagree on the view",
+    "flag": "not a standard view for presentation: to know, not to mend",
+}
+_ROWS = 256
+# How much brighter the half with the breast must be before its side counts as seen.
+_CLEAR = 1.3
+# Without PatientOrientation the side on which images of a laterality lie is learnt from so many, if so many agree.
+_FEW, _MOST = 3, 0.8
+# A PatientID that more patients of the table have is what an anonymiser wrote into all files.
+_PLACEHOLDER = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one image."""
+
+    path: Path
+    kind: str
+    """A key of `KINDS`."""
+    message: str
+    """What is wrong; names files and splits, no patients."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What one image says of itself."""
+
+    digest: bytes
+    """Of shape and pixels; the same for an image and its mirror image."""
+    blank: bool
+    brighter: str | None
+    """"left" or "right" half of the stored image, where it is clear."""
+    info: DicomInfo | None
+
+
+def check_images(
+    records: Sequence[Record],
+    *,
+    workers: int | None = None,
+    on_done: Callable[[], object] | None = None,
+) -> list[Problem]:
+    """Decode every image, in parallel, and compare all with each other and with the table; in the table's order.
+
+    Nothing stops at the first bad file. Held in memory are 32 bytes and a header per image.
+    on_done: called after each image.
+    """
+    facts: list[_Facts | DataError] = [DataError("")] * len(records)
+    places = [(record.path, record.frame) for record in records]
+    for number, result in run_parallel(_inspect, places, workers=workers, chunk=4):
+        facts[number] = result
+        if on_done is not None:
+            on_done()
+    pairs = list(zip(records, facts, strict=True))
+    good = [(record, fact) for record, fact in pairs if isinstance(fact, _Facts)]
+    problems = [Problem(record.path, "unreadable", _reason(fact, record.path)) for record, fact in pairs
+                if isinstance(fact, DataError)]  # fmt: skip
+    problems += [Problem(r.path, "blank", f"all {_size(f)} pixels are equal") for r, f in good if f.blank]
+    problems += _duplicates(good)
+    problems += _leaks(records, good)
+    problems += _disagreements(good)
+    problems += [Problem(r.path, "flag", ", ".join(f.info.flags)) for r, f in good if f.info and f.info.flags]
+    order = {record.path: number for number, record in enumerate(records)}
+    return sorted(problems, key=lambda problem: (order[problem.path], list(KINDS).index(problem.kind)))
+
+
+def _inspect(place: tuple[Path, int | None]) -> _Facts:
+    path, frame = place
+    info = read_info(path) if is_dicom(path) else None
+    frames: Iterable[int | None] = [frame]
+    if frame is None and info is not None and info.matrix is None and info.frames > 1:
+        frames = range(info.frames)
+    # Grey values as stored, so that the choice of a window makes no difference.
+    parts = [_read_through(open_pixels(path, voi="none", flip=False, frame=number)) for number in frames]
+    digests, blanks, columns = zip(*parts, strict=True)
+    digest = digests[0] if len(parts) == 1 else blake2b(b"".join(digests), digest_size=32).digest()
+    return _Facts(digest, all(blanks), _brighter(np.sum(columns, 0)), info)
+
+
+def _read_through(source: ImageSource) -> tuple[bytes, bool, np.ndarray]:
+    """Digest, whether all pixels are equal, and the mean grey of every column."""
+    channels, height, width = source.shape
+    seed = f"{channels} {height} {width}".encode()
+    plain, mirrored = blake2b(seed, digest_size=32), blake2b(seed, digest_size=32)
+    columns = np.zeros(width)
+    least, most = np.inf, -np.inf
+    for top in range(0, height, _ROWS):
+        strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
+        plain.update(np.ascontiguousarray(strip).data)
+        mirrored.update(np.ascontiguousarray(strip[:, :, ::-1]).data)
+        columns += strip.sum((0, 1), dtype=np.float64)
+        least, most = min(least, float(strip.min())), max(most, float(strip.max()))
+    return min(plain.digest(), mirrored.digest()), least == most, columns / (channels * height)
+
+
+def _brighter(columns: np.ndarray) -> str | None:
+    """The half that holds more above the darkest column, if it is clear."""
+    weight = columns - columns.min()
+    half = len(weight) // 2
+    left, right = weight[:half].sum(), weight[len(weight) - half :].sum()
+    if max(left, right) < _CLEAR * min(left, right) or left == right:
+        return None
+    return "left" if left > right else "right"
+
+
+def _reason(error: DataError, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _size(fact: _Facts) -> str:
+    return f"{fact.info.rows} x {fact.info.columns}" if fact.info else ""
+
+
+def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+    groups: dict[bytes, list[Record]] = defaultdict(list)
+    for record, fact in good:
+        if not fact.blank:
+            groups[fact.digest].append(record)
+    problems = []
+    for group in groups.values():
+        for record in group[1:]:
+            first = group[0]
+            text = f"has the pixels of {first.path}"
+            if record.split != first.split:
+                problems.append(
+                    Problem(record.path, "leak", f"{text}, which is in {first.split}, this in {record.split}")
+                )
+            elif record.patient_id != first.patient_id:
+                problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
+            else:
+                problems.append(Problem(record.path, "duplicate", text))
+    return problems
+
+
+def _leaks(records: Sequence[Record], good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+    of_patient: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        of_patient[record.patient_id].append(record)
+    problems = []
+    for patient, splits in leaks(records).items():
+        for split in splits[1:]:
+            path = next(record.path for record in of_patient[patient] if record.split == split)
+            problems.append(Problem(path, "leak", f"its patient is in {' and '.join(splits)}"))
+    return problems + _renamed(good)
+
+
+def _renamed(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+    """Images that the headers give to one patient, and the table to two."""
+    of_header: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record, fact in good:
+        # A table without patients lets each image stand for itself.
+        if fact.info and fact.info.patient_id and Path(record.patient_id).name != record.path.name:
+            of_header[fact.info.patient_id].setdefault(record.patient_id, record)
+    problems = []
+    for names in of_header.values():
+        first, *others = names.values()
+        if len(names) > _PLACEHOLDER:
+            continue
+        for record in others:
+            text = f"has the PatientID of {first.path}, but another patient in the table"
+            if record.split != first.split:
+                text = f"{text}; they are in {first.split} and {record.split}"
+            problems.append(Problem(record.path, "leak" if record.split != first.split else "patient", text))
+    return problems
+
+
+def _disagreements(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+    usual = _usual_sides(good)
+    problems = []
+    for record, fact in good:
+        info = fact.info
+        side = record.laterality or (info.laterality if info else None)
+        if info and record.laterality and info.laterality and record.laterality != info.laterality:
+            text = f"is {record.laterality} in the table, {info.laterality} in the header"
+            problems.append(Problem(record.path, "laterality", text))
+        if info and record.view and info.view and record.view != info.view:
+            problems.append(Problem(record.path, "view", f"is {record.view} in the table, {info.view} in the header"))
+        expected = _expected_side(fact) or usual.get(side or "")
+        if expected and fact.brighter and fact.brighter != expected:
+            why = "PatientOrientation puts" if _expected_side(fact) else f"other {side} images have"
+            text = f"{why} the breast on the {expected}, the pixels on the {fact.brighter}: mirrored or mislabelled"
+            problems.append(Problem(record.path, "laterality", text))
+    return problems
+
+
+def _expected_side(fact: _Facts) -> str | None:
+    """Where PatientOrientation puts the chest wall, and the breast with it."""
+    info = fact.info
+    if info is None or not info.is_mammogram or info.orientation is None:
+        return None
+    return {"A": "left", "P": "right"}.get(info.orientation[0][:1])
+
+
+def _usual_sides(good: Iterable[tuple[Record, _Facts]]) -> dict[str, str]:
+    """On which half images of each laterality lie that have no PatientOrientation, where most agree."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for record, fact in good:
+        side = record.laterality or (fact.info.laterality if fact.info else None)
+        if side and fact.brighter and _expected_side(fact) is None:
+            seen[side][fact.brighter] += 1
+    usual = {}
+    for side, counts in seen.items():
+        half, count = counts.most_common(1)[0]
+        if counts.total() >= _FEW and count >= _MOST * counts.total():
+            usual[side] = half
+    return usual

@@ -1,0 +1,81 @@
+"""Records as a PyTorch data set of pixel sources: no pixel is read before the network asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from ..images.pixels import Normalize, PixelSource, open_pixels
+from .augment import Augment, augmented
+from .tables import Record
+from .views import DownsampledSource, NormalizedSource
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images of a table; an item is dict(image=PixelSource, label=int, index=int, record=Record).
+
+    normalize, voi, flip, channels, for_processing: as in `pixels.open_pixels`.
+    downsample: average factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
+    augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
+    `set_epoch` at the start of every epoch.
+
+    A file is opened when its item is asked for, and closed with the source. `DataError` names a file that is unusable.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        normalize: Normalize | None = None,
+        voi: str = "auto",
+        flip: bool | Literal["auto"] = "auto",
+        channels: int | None = None,
+        downsample: int = 1,
+        for_processing: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.records = list(records)
+        self.normalize, self.voi, self.channels = normalize, voi, channels
+        self.flip: bool | Literal["auto"] = flip
+        self.for_processing = for_processing
+        self.downsample, self.augment, self.seed = downsample, augment, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew; before the data loader starts its workers."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        source: PixelSource = open_pixels(
+            record.path,
+            normalize=None if self.augment else self.normalize,
+            voi=self.voi,
+            flip=self.flip,
+            channels=self.channels,
+            frame=record.frame,
+            for_processing=self.for_processing,
+        )
+        if self.downsample != 1:
+            source = DownsampledSource(source, self.downsample)
+        if self.augment:
+            source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index % len(self))
+            source = NormalizedSource(source, self.normalize or Normalize())
+        return {"image": source, "label": record.label, "index": index, "record": record}
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items as a batch: image and record are lists, label and index int64 tensors (N,)."""
+    return {
+        "image": [item["image"] for item in items],
+        "label": torch.tensor([item["label"] for item in items], dtype=torch.int64),
+        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
+        "record": [item["record"] for item in items],
+    }

@@ -1,0 +1,81 @@
+"""Grey values changed pixel by pixel: gamma, contrast, brightness, and noise that belongs to the pixel's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..images.affine import Map
+from ..images.pixels import PixelSource, check_region, steps_of, to_original
+from .counter_random import normal
+
+_ROWS = 64  # so that what a step leaves is still in the cache for the next one
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """grey -> contrast * grey**gamma + brightness + noise * n(row, column), n normal with mean 0 and deviation 1.
+
+    Negative values (of float images) keep their sign under gamma. Nothing is cut off below black or above white. All
+    channels of a pixel get the same noise: grey stays grey.
+    """
+
+    key: np.uint64
+    gamma: float = 1.0
+    contrast: float = 1.0
+    brightness: float = 0.0
+    noise: float = 0.0
+
+    def apply(self, grey: np.ndarray, top: int, left: int) -> None:
+        """Change grey values, float32 (channels, rows, columns), in place; their first is that of row top, column left.
+
+        Every pixel is computed by itself, in float32, so a region gets the bits that the whole image gets.
+        """
+        if self.gamma != 1:
+            np.copysign(np.power(np.abs(grey), np.float32(self.gamma)), grey, out=grey)
+        if self.contrast != 1:
+            grey *= np.float32(self.contrast)
+        if self.brightness:
+            grey += np.float32(self.brightness)
+        if self.noise:
+            rows, columns = np.ogrid[top : top + grey.shape[1], left : left + grey.shape[2]]
+            grey += normal(self.key, (rows << 32 | columns).astype(np.uint64)) * np.float32(self.noise)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What is done, in order."""
+        told = {
+            f"gamma {self.gamma:.4g}": self.gamma != 1,
+            f"contrast times {self.contrast:.4g}": self.contrast != 1,
+            f"brightness {self.brightness:+.4g}": self.brightness != 0,
+            f"noise of standard deviation {self.noise:.4g}": self.noise != 0,
+        }
+        return tuple(step for step, is_done in told.items() if is_done)
+
+
+class IntensitySource:
+    """An image of grey values, 0 black and 1 white, with its intensities changed."""
+
+    def __init__(self, source: PixelSource, intensity: Intensity) -> None:
+        self.source, self.intensity = source, intensity
+        self.shape, self.name = source.shape, source.name
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), *self.intensity.steps)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        grey = self.source.read(top, bottom, left, right).cpu().contiguous().numpy()
+        for first in range(0, bottom - top, _ROWS):
+            self.intensity.apply(grey[:, first : first + _ROWS], top + first, left)
+        return torch.from_numpy(grey)

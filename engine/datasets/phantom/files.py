@@ -1,0 +1,127 @@
+"""Phantoms as files, written tile by tile: no image is ever held whole."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+from ...errors import DataError
+from ...images import writers
+from ..tables.schema import Box
+from .image import Lesion, PhantomImage
+
+SPACING = 0.1  # millimetres
+_STRIP = 256, 2048  # rows and columns that are made at a time for DICOM
+_MOST = 2**32 - 2  # bytes of an element of explicit length
+
+
+def stored_box(box: Box, width: int, laterality: str) -> Box:
+    """Where a box of the image with its chest wall left lies in the file: right breasts are stored mirrored."""
+    return box if laterality == "L" else (box[0], box[1], width - box[3], width - box[2])
+
+
+def write_dicom(
+    path: Path,
+    image: PhantomImage,
+    *,
+    patient: str,
+    study: str,
+    laterality: str,
+    view: str,
+    threads: int = 1,
+    report: Callable[[int], object] | None = None,
+) -> None:
+    """A For Presentation mammogram, 12 bit, uncompressed, as stored by a scanner: right breasts have their chest wall
+    on the right.
+
+    report: called with the number of pixels that were written since the last call.
+    Raises `DataError` if a single frame of DICOM cannot hold the image.
+    """
+    height, width = image.shape
+    size = 2 * height * width
+    if max(height, width) > 65535 or size > _MOST:
+        raise DataError(f"{path}: one frame of DICOM cannot hold {height} x {width} pixels; write phantoms as tiff")
+    header(image.shape, patient, study, laterality, view).save_as(path, enforce_file_format=True)
+    tiles = [
+        stored_box((top, min(top + _STRIP[0], height), left, min(left + _STRIP[1], width)), width, laterality)
+        for top in range(0, height, _STRIP[0])
+        for left in range(0, width, _STRIP[1])
+    ]
+    across = len(range(0, width, _STRIP[1]))
+    parts = writers.ahead(lambda tile: _turned(image.read(*tile), laterality), tiles, threads)
+    with path.open("ab") as file:
+        file.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, size))
+        for _ in range(0, height, _STRIP[0]):
+            strip = np.concatenate([next(parts) for _ in range(across)], axis=1)
+            file.write(np.ascontiguousarray(strip, "<u2").data)
+            if report is not None:
+                report(strip.size)
+
+
+def write_tiff(
+    path: Path,
+    image: PhantomImage,
+    *,
+    laterality: str,
+    threads: int = 1,
+    report: Callable[[int], object] | None = None,
+) -> None:
+    """A tiled 16-bit (Big)TIFF, compressed without loss; the 12 bits are spread over 16. Otherwise as `write_dicom`."""
+
+    def read(*region: int) -> np.ndarray:
+        values = image.read(*stored_box(region, image.shape[1], laterality))  # pyright: ignore[reportArgumentType]
+        return _turned(values << 4 | values >> 8, laterality)
+
+    writers.write_tiff(path, image.shape, np.dtype(np.uint16), read, spacing=SPACING, threads=threads, report=report)
+
+
+def write_mask(path: Path, image: PhantomImage, lesion: Lesion, *, laterality: str) -> None:
+    """A tiled 8-bit TIFF of the size of the image: 255 inside the lesion."""
+
+    def read(*region: int) -> np.ndarray:
+        box = stored_box(region, image.shape[1], laterality)  # pyright: ignore[reportArgumentType]
+        return _turned(image.mask(lesion, *box), laterality)
+
+    writers.write_tiff(path, image.shape, np.dtype(np.uint8), read, spacing=SPACING)
+
+
+def _turned(values: np.ndarray, laterality: str) -> np.ndarray:
+    return values if laterality == "L" else values[:, ::-1]
+
+
+def header(shape: tuple[int, int], patient: str, study: str, laterality: str, view: str) -> Dataset:
+    """The data set of a phantom mammogram without its pixels."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = DigitalMammographyXRayImageStorageForPresentation
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.SOPInstanceUID = generate_uid(entropy_srcs=[study, patient, laterality, view])
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    ds.StudyInstanceUID = generate_uid(entropy_srcs=[study, patient])
+    ds.SeriesInstanceUID = generate_uid(entropy_srcs=[study, patient, "series"])
+    ds.ImageType = ["DERIVED", "PRIMARY"]
+    ds.Modality, ds.PresentationIntentType = "MG", "FOR PRESENTATION"
+    ds.Manufacturer, ds.SeriesDescription = "gigamorph", "phantom"
+    ds.PatientID = ds.PatientName = patient
+    ds.PatientBirthDate, ds.PatientSex, ds.PatientIdentityRemoved = "", "F", "YES"
+    ds.StudyDate, ds.StudyTime, ds.StudyID, ds.AccessionNumber = "20000101", "000000", "1", ""
+    ds.ReferringPhysicianName, ds.SeriesNumber, ds.InstanceNumber = "", 1, 1
+    ds.BodyPartExamined, ds.BurnedInAnnotation, ds.LossyImageCompression = "BREAST", "NO", "00"
+    ds.ImageLaterality, ds.ViewPosition = laterality, view
+    side = {"CC": {"L": "R", "R": "L"}, "MLO": {"L": "FR", "R": "FL"}}[view][laterality]
+    ds.PatientOrientation = ["A" if laterality == "L" else "P", side]
+    ds.ImagerPixelSpacing = [SPACING, SPACING]
+    ds.Rows, ds.Columns = shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+    ds.PixelPaddingValue = 0
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"
+    ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = 2048, 4096, "LINEAR"  # the full range
+    ds.PresentationLUTShape = "IDENTITY"
+    return ds

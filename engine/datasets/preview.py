@@ -1,0 +1,116 @@
+"""What the network will see of an image: its input in figures, as PNG, and as characters for a terminal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from ..images.pixels import ImageSource, PixelSource, steps_of
+from ..images.writers import PNG_PIXELS, whole_or_absent, write_png
+from .views import DownsampledSource, NormalizedSource
+
+Seen = ImageSource | NormalizedSource
+_ROWS = 256
+# What a network that was trained on normalised images rarely sees.
+_FAR = 20.0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The input of the network in figures."""
+
+    shape: tuple[int, int, int]
+    steps: tuple[str, ...]
+    """All that was done to the file's pixels, in order."""
+    least: float
+    mean: float
+    std: float
+    most: float
+    black: float
+    """Share of the pixels whose grey value is 0: background, or cut off by the window."""
+    white: float
+    """Share of the pixels whose grey value is 1."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a look at the figures alone should tell."""
+        found = []
+        if self.least == self.most:
+            found.append("all pixels are equal")
+        if self.white > 0.05:
+            found.append(f"{self.white:.1%} of the pixels are white: the window may cut tissue off")
+        if self.black > 0.95:
+            found.append(f"{self.black:.1%} of the pixels are black")
+        if max(abs(self.least), abs(self.most)) > _FAR:
+            found.append(f"values reach {max(self.least, self.most, key=abs):.4g}: mean and std are not of this image")
+        return tuple(found)
+
+
+def preview(source: Seen) -> Preview:
+    """Read the image through once, a few rows at a time."""
+    _, height, width = source.shape
+    total = squares = 0.0
+    least, most = math.inf, -math.inf
+    black = white = 0
+    low, high = _grey(source, np.float32(0)), _grey(source, np.float32(1))
+    for top in range(0, height, _ROWS):
+        strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
+        total += float(strip.sum(dtype=np.float64))
+        squares += float(np.square(strip, dtype=np.float64).sum())
+        least, most = min(least, float(strip.min())), max(most, float(strip.max()))
+        black += int((strip <= low).sum())
+        white += int((strip >= high).sum())
+    count = math.prod(source.shape)
+    mean = total / count
+    std = math.sqrt(max(squares / count - mean * mean, 0.0))
+    return Preview(source.shape, steps_of(source), least, mean, std, most, black / count, white / count)
+
+
+def _grey(source: Seen, grey: np.float32) -> np.ndarray:
+    """What a grey value becomes, per channel, computed as the source does."""
+    mean, std = source.normalize.per_channel(source.shape[0])
+    return ((np.float64(grey) - np.array(mean)) / np.array(std)).astype(np.float32)[:, None, None]
+
+
+def write_preview(source: Seen, path: str | Path) -> str:
+    """Write what the network sees as a 16-bit grey PNG, 0 black to 65535 white, before mean and std; say what it is.
+
+    Images above 64 million pixels are averaged over blocks until they fit.
+    """
+    path = Path(path)
+    shown: PixelSource = source
+    note = "every pixel"
+    factor = math.ceil(math.sqrt(source.shape[1] * source.shape[2] / PNG_PIXELS))
+    if factor > 1:
+        shown, note = DownsampledSource(source, factor), f"mean over blocks of {factor} x {factor} pixels"
+    mean, std = (
+        np.array(values, np.float64)[:, None, None] for values in source.normalize.per_channel(source.shape[0])
+    )
+
+    def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        grey = (shown.read(top, bottom, left, right).numpy() * std + mean).mean(0)
+        return np.rint(np.clip(grey, 0, 1) * 65535).astype(np.uint16)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_absent(path) as part:
+            write_png(part, (shown.shape[1], shown.shape[2]), read)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return note
+
+
+def thumbnail(source: Seen, columns: int, rows: int) -> np.ndarray:
+    """uint8 (height, width) of at most `rows` x `columns`: grey values, averaged over square blocks."""
+    factor = max(1, math.ceil(max(source.shape[1] / rows, source.shape[2] / columns)))
+    factor = min(factor, source.shape[1], source.shape[2])
+    shown = DownsampledSource(source, factor)
+    mean, std = (
+        np.array(values, np.float64)[:, None, None] for values in source.normalize.per_channel(source.shape[0])
+    )
+    grey = (shown.read(0, shown.shape[1], 0, shown.shape[2]).numpy() * std + mean).mean(0)
+    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)

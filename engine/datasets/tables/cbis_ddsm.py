@@ -1,0 +1,153 @@
+"""CBIS-DDSM (TCIA): digitised films with a mask per abnormality; four tables, in two generations of column names.
+
+A table has a row per abnormality. The paths in it are those of the first release, StudyUID/SeriesUID/00000N.dcm; later
+downloads call the files 1-1.dcm in folders named after dates and series descriptions, so files are looked up by the UID
+of their series through NBIA's metadata.csv. Cropped image and mask lie in one series and are swapped in some of the
+rows: the mask is the larger of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from ...errors import DataError
+from ...images.dicom import read_info
+from . import values
+from .base import DataSet
+from .cells import Rows, read_rows
+from .files import Files
+from .schema import Finding, Record
+
+_TABLES = {
+    name: split
+    for split, part in (("train", "train"), ("test", "test"))
+    for name in (f"mass_case_description_{part}_set.csv", f"calc_case_description_{part}_set.csv")
+}
+# Names of the first generation of the tables, and the two spellings within the second.
+_NAMES = {
+    "side": "left_or_right_breast",
+    "view": "image_view",
+    "abn_num": "abnormality_id",
+    "abn_type": "abnormality_type",
+    "od_img_path": "image_file_path",
+    "od_crop_path": "cropped_image_file_path",
+    "mask_path": "roi_mask_file_path",
+}
+_NEEDED = ("patient_id", "left_or_right_breast", "image_view", "pathology", "image_file_path")
+
+
+def read(files: Files) -> list[Record]:
+    """One record per full image, with a finding per abnormality."""
+    places = _Series(files)
+    rows = [
+        {**row, "split": split, "kind": "mass" if name.startswith("mass") else "calcification"}
+        for name, split in _TABLES.items()
+        if (path := files.table(name)) is not None
+        for row in _rows(read_rows(path))
+    ]
+    if not rows:
+        raise DataError(f"{files.path}: holds none of {', '.join(_TABLES)}; name the folder of the data set")
+    # The tables of masses and of calcifications are split separately and share patients: whoever is in a test set is
+    # in test.
+    test = {row["patient_id"] for row in rows if row["split"] == "test"}
+    images: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        images.setdefault(row["image_file_path"], []).append(row)
+    return [_record(path, group, "test" if group[0]["patient_id"] in test else "train", places)
+            for path, group in images.items()]  # fmt: skip
+
+
+def _rows(table: Rows) -> list[dict[str, str]]:
+    plain = [name.lower().replace(" ", "_") for name in table.header]
+    names = [_NAMES.get(name, name) for name in plain]
+    missing = [name for name in _NEEDED if name not in names]
+    if missing:
+        raise DataError(f"{table.path}: column {', '.join(missing)} is missing; it has {', '.join(table.header)}")
+    return [dict(zip(names, row.values(), strict=True)) for row in table.rows]
+
+
+def _record(path: str, rows: Sequence[dict[str, str]], split: str, places: _Series) -> Record:
+    first = rows[0]
+    image = places.image(path)
+    densities = [d for row in rows if (d := values.density(row.get("breast_density", "")))]
+    grades = [grade for row in rows if (grade := values.birads(row.get("assessment", "")))]
+    return Record(
+        path=image,
+        label=-1,
+        patient_id=first["patient_id"],
+        split=split,
+        laterality=values.side(first["left_or_right_breast"]),
+        view=first["image_view"].upper(),
+        exam_id=first["patient_id"],
+        density=max(densities, default=None),
+        birads=max(grades, default=None),
+        labels={"malignant": float(any(row["pathology"] == "MALIGNANT" for row in rows))},
+        findings=tuple(_finding(row, image, places) for row in rows),
+        extra={"abnormalities": str(len(rows))},
+    )
+
+
+def _finding(row: dict[str, str], image: Path, places: _Series) -> Finding:
+    mask = places.mask(row.get("roi_mask_file_path", ""), row.get("cropped_image_file_path", ""), image)
+    return Finding(
+        kind=row["kind"],
+        mask=mask,
+        pathology=row["pathology"].lower().replace("_", " "),
+        birads=values.birads(row.get("assessment", "")) or "",
+    )
+
+
+class _Series:
+    """Files of a series by its UID, in any layout of the download."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._folders: dict[str, Path] = {}
+        for path in files.matching(["metadata.csv"]) if files.path.is_dir() else []:
+            for row in read_rows(path).rows:
+                if row.get("Series UID") and row.get("File Location"):
+                    place = row["File Location"].replace("\\", "/").removeprefix("./")
+                    self._folders[row["Series UID"]] = path.parent / place
+
+    def files(self, path: str) -> list[Path]:
+        """The DICOM files of the series that a path of the table names; empty if it was not downloaded."""
+        wanted = PurePosixPath(path)
+        own = self._files.folder / wanted.parent
+        below = self._files.folder / "CBIS-DDSM" / wanted.parent
+        for folder in (own, below, self._folders.get(wanted.parent.name)):
+            if path and folder is not None and folder.is_dir():
+                return sorted(folder.glob("*.dcm"))
+        return []
+
+    def image(self, path: str) -> Path:
+        """The full image; where the table expects it if it was not downloaded."""
+        found = self.files(path)
+        return found[0] if found else self._files.folder / path
+
+    def mask(self, mask: str, crop: str, image: Path) -> Path | None:
+        """The larger file of the series of mask and crop; None if only a crop was downloaded.
+
+        Without any file, where the table expects the mask.
+        """
+        found = sorted({*self.files(mask), *self.files(crop)})
+        if not found:
+            return self._files.folder / mask if mask else None
+        sizes = {path: (info := read_info(path)).rows * info.columns for path in found}
+        largest = max(found, key=lambda path: sizes[path])
+        if image.is_file():
+            info = read_info(image)
+            # Some masks differ from their image by a few rows; crops are far smaller.
+            if 2 * sizes[largest] < info.rows * info.columns:
+                return None
+        return largest
+
+
+DATA_SET = DataSet(
+    name="cbis-ddsm",
+    title="CBIS-DDSM",
+    tables=tuple(_TABLES),
+    rules={"malignant": "1 if an abnormality of the image is MALIGNANT, 0 if all are BENIGN(_WITHOUT_CALLBACK)"},
+    split="train and test as published; a patient of either test set is in test",
+    read=read,
+)

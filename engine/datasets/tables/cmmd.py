@@ -1,0 +1,61 @@
+"""CMMD, the Chinese Mammography Database (TCIA): a row per breast; side and view stand only in the DICOM headers."""
+
+from __future__ import annotations
+
+from ...errors import DataError
+from ...images.dicom import DicomInfo
+from ...images.header_scan import read_headers
+from . import values
+from .base import DataSet
+from .files import Files
+from .schema import Record
+
+_TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")
+
+
+def read(files: Files) -> list[Record]:
+    """One record per DICOM file. A breast of which the table says nothing has no label, nor its images."""
+    table = files.rows(*_TABLES)
+    table.require("ID1", "LeftRight", "classification")
+    breasts: dict[tuple[str, str | None], dict[str, str]] = {}
+    for place, row in zip(table.places, table.rows, strict=True):
+        side = values.side(row["LeftRight"])
+        kind = row["classification"].lower()
+        if side is None or kind not in ("benign", "malignant", "normal"):
+            text = f"LeftRight {row['LeftRight']!r}, classification {row['classification']!r}"
+            raise DataError(f"{table.path}, {place}: {text} are not those of CMMD; fetch the table again")
+        breasts[row["ID1"], side] = row
+    paths = files.matching([".dcm"]) if files.path.is_dir() else []
+    records = []
+    for path, info in zip(paths, read_headers(paths), strict=True):
+        # An unreadable file is found again, with its reason, by whoever opens it.
+        header = info if isinstance(info, DicomInfo) else None
+        patient = (header.patient_id if header else None) or path.parent.name
+        side = header.laterality if header else None
+        row = breasts.get((patient, side), {})
+        extra = {name: row[name] for name in ("abnormality", "subtype", "Age") if row.get(name)}
+        records.append(
+            Record(
+                path=path,
+                label=-1,
+                patient_id=patient,
+                laterality=side,
+                view=header.view if header else None,
+                exam_id=patient,
+                labels={"malignant": float(row["classification"].lower() == "malignant")} if row else {},
+                extra=extra,
+            )
+        )
+    if not records:
+        raise DataError(f"{files.path}: holds no .dcm files, without which side and view are not known; fetch them")
+    return records
+
+
+DATA_SET = DataSet(
+    name="cmmd",
+    title="CMMD",
+    tables=_TABLES,
+    rules={"malignant": "1 if the breast is Malignant by biopsy, 0 if Benign (or Normal); others have no label"},
+    split="none",
+    read=read,
+)

@@ -1,0 +1,114 @@
+"""Pixel sources on top of pixel sources: mirrored, area-averaged and normalised images, still read by region."""
+
+from __future__ import annotations
+
+from torch import Tensor, cat
+from torch.nn.functional import avg_pool2d
+
+from ..errors import DataError
+from ..images.affine import Affine, Map
+from ..images.pixels import Normalize, PixelSource, as_stored, check_region, steps_of, to_original
+
+# Input values that one step of averaging reads at most: 16 MiB of float32.
+_STEP = 2**22
+
+
+class MirroredSource:
+    """An image mirrored left-right, up-down or both: the mirrored region is read and turned."""
+
+    def __init__(self, source: PixelSource, *, left_right: bool, up_down: bool) -> None:
+        self.source, self.left_right, self.up_down = source, left_right, up_down
+        self.shape, self.name = source.shape, source.name
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        _, height, width = self.shape
+        mirror = Affine.mirror(height, width, left_right=self.left_right, up_down=self.up_down)
+        return to_original(self.source) @ mirror
+
+    @property
+    def as_stored(self) -> PixelSource:
+        """The same image in the geometry of its file."""
+        return as_stored(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        sides = [side for side, is_so in (("left-right", self.left_right), ("up-down", self.up_down)) if is_so]
+        return (*steps_of(self.source), f"mirrored {' and '.join(sides)}") if sides else steps_of(self.source)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        _, height, width = self.shape
+        rows = (height - bottom, height - top) if self.up_down else (top, bottom)
+        columns = (width - right, width - left) if self.left_right else (left, right)
+        axes = [axis for axis, mirrored in ((1, self.up_down), (2, self.left_right)) if mirrored]
+        return self.source.read(*rows, *columns).flip(axes)
+
+
+class DownsampledSource:
+    """An image at 1/factor of its resolution: every pixel is the mean of factor x factor pixels.
+
+    Rows and columns at the lower and right border that do not fill a whole block are left out.
+    """
+
+    def __init__(self, source: PixelSource, factor: int) -> None:
+        channels, height, width = source.shape
+        if factor < 1 or height < factor or width < factor:
+            raise DataError(f"{source.name}: {height} x {width} pixels cannot be averaged over {factor} x {factor}")
+        self.source, self.factor = source, factor
+        self.shape, self.name = (channels, height // factor, width // factor), source.name
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source) @ Affine.scale(self.factor)
+
+    @property
+    def as_stored(self) -> PixelSource:
+        """The same image in the geometry of its file."""
+        return as_stored(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), f"averaged over {self.factor} x {self.factor} pixels")
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        factor = self.factor
+        per_row = self.shape[0] * max(right - left, 1) * factor**2
+        step = max(1, _STEP // per_row)
+        strips = []
+        for first in range(top, max(bottom, top + 1), step):
+            last = min(first + step, bottom)
+            pixels = self.source.read(first * factor, last * factor, left * factor, right * factor)
+            strips.append(avg_pool2d(pixels, factor) if pixels.numel() else pixels[:, : last - first, : right - left])
+        return cat(strips, 1)
+
+
+class NormalizedSource:
+    """An image of grey values with its normalisation on top, where other steps stand between the two."""
+
+    def __init__(self, source: PixelSource, normalize: Normalize) -> None:
+        self.source, self.normalize = source, normalize
+        self.shape, self.name = source.shape, source.name
+        self._mean, self._std = normalize.per_channel(source.shape[0])
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), *self.normalize.steps)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        values = self.source.read(top, bottom, left, right)
+        for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
+            if (mean, std) != (0.0, 1.0):
+                values[channel].sub_(mean).div_(std)
+        return values

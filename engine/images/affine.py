@@ -1,0 +1,173 @@
+"""Where a pixel of a changed image came from: every change of its geometry is a map that can be undone.
+
+Mirroring, cropping and scaling are affine; an elastic deformation (`data/elastic.py`) is a map too, and maps in a row
+are one (`Chain`).
+
+Coordinates are continuous, x to the right and y down, in pixels; the pixel in row i and column j covers
+[j, j + 1) x [i, i + 1). So a box around whole pixels keeps whole numbers when it is mirrored or averaged over blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from ..errors import DataError
+
+Coordinates = tuple[np.ndarray, np.ndarray]
+
+
+class Map:
+    """A continuous map from the points of one image to those of another, with a way back."""
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
+        """Where points go: float64 (x, y) of arrays that broadcast together.
+
+        A point's result depends on nothing but the point, to the last bit: there are no sums whose order a library
+        chooses by the size of the array.
+        """
+        raise NotImplementedError
+
+    def inverse(self) -> Map:
+        """The way back."""
+        raise NotImplementedError
+
+    def __matmul__(self, first: Map) -> Map:
+        """`first`, then this."""
+        return Chain((self, first))
+
+    def points(self, xy: Any) -> np.ndarray:
+        """float64 (..., 2) of points (..., 2), each (x, y)."""
+        xy = np.asarray(xy, np.float64)
+        return np.stack(self.at(xy[..., 0], xy[..., 1]), -1)
+
+    def boxes(self, boxes: Any) -> np.ndarray:
+        """Boxes (..., 4), each (left, top, right, bottom): the boxes around their images, float64.
+
+        Sides that this bends are followed from pixel to pixel.
+        """
+        boxes = np.asarray(boxes, np.float64)
+        found = np.empty_like(boxes)
+        for index in np.ndindex(boxes.shape[:-1]):
+            left, top, right, bottom = boxes[index]
+            xs = np.linspace(left, right, math.ceil(abs(right - left)) + 1)
+            ys = np.linspace(top, bottom, math.ceil(abs(bottom - top)) + 1)
+            x, y = self.at(
+                np.concatenate([xs, xs, np.full_like(ys, left), np.full_like(ys, right)]),
+                np.concatenate([np.full_like(xs, top), np.full_like(xs, bottom), ys, ys]),
+            )
+            found[index] = x.min(), y.min(), x.max(), y.max()
+        return found
+
+    def resample(self, values: Any, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """A map carried over: float32 (bottom - top, right - left), a region of the image that this leads to.
+
+        values: (h, w), a map in the coordinates that this leads from, one value a pixel (for a heat map at stride s
+        multiply by `scale(s)` first). Bilinear between the pixels' middles, constant beyond the outer ones' middles;
+        0 where the map does not reach. Mirrored and shifted maps keep their values exactly.
+        """
+        values = np.asarray(values, np.float32)
+        height, width = values.shape
+        rows, columns = (axis.astype(np.float64) + 0.5 for axis in np.ogrid[top:bottom, left:right])
+        x, y = self.inverse().at(columns, rows)
+        inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+        x, y = np.clip(x - 0.5, 0, width - 1), np.clip(y - 0.5, 0, height - 1)
+        j, i = np.floor(x).astype(np.intp), np.floor(y).astype(np.intp)
+        part_x, part_y = (x - j).astype(np.float32), (y - i).astype(np.float32)
+        next_j, next_i = np.minimum(j + 1, width - 1), np.minimum(i + 1, height - 1)
+        upper = values[i, j] * (1 - part_x) + values[i, next_j] * part_x
+        lower = values[next_i, j] * (1 - part_x) + values[next_i, next_j] * part_x
+        return np.where(inside, upper * (1 - part_y) + lower * part_y, np.float32(0))
+
+
+@dataclass(frozen=True)
+class Affine(Map):
+    """(x, y) -> (xx x + xy y + x0, yx x + yy y + y0)."""
+
+    xx: float = 1.0
+    xy: float = 0.0
+    x0: float = 0.0
+    yx: float = 0.0
+    yy: float = 1.0
+    y0: float = 0.0
+
+    @classmethod
+    def mirror(cls, height: int, width: int, *, left_right: bool, up_down: bool) -> Affine:
+        """An image of height x width pixels, mirrored; its own inverse."""
+        return cls(
+            xx=-1.0 if left_right else 1.0,
+            x0=float(width) if left_right else 0.0,
+            yy=-1.0 if up_down else 1.0,
+            y0=float(height) if up_down else 0.0,
+        )
+
+    @classmethod
+    def scale(cls, x: float, y: float | None = None) -> Affine:
+        """Columns times x, rows times y (by default the same)."""
+        return cls(xx=float(x), yy=float(x if y is None else y))
+
+    @classmethod
+    def shift(cls, x: float, y: float) -> Affine:
+        """From a crop's coordinates to those of the image whose column x and row y it starts at."""
+        return cls(x0=float(x), y0=float(y))
+
+    @overload
+    def __matmul__(self, first: Affine) -> Affine: ...
+    @overload
+    def __matmul__(self, first: Map) -> Map: ...
+    def __matmul__(self, first: Map) -> Map:
+        """`first`, then this."""
+        if not isinstance(first, Affine):
+            return super().__matmul__(first)
+        return Affine(*(self.matrix() @ first.matrix())[:2].ravel().tolist())
+
+    def matrix(self) -> np.ndarray:
+        """float64 (3, 3), for column vectors (x, y, 1)."""
+        return np.array([[self.xx, self.xy, self.x0], [self.yx, self.yy, self.y0], [0, 0, 1]], np.float64)
+
+    def inverse(self) -> Affine:
+        """The way back; `DataError` if the image was squeezed to a line."""
+        determinant = self.xx * self.yy - self.xy * self.yx
+        if determinant == 0:
+            raise DataError(f"{self} maps the image to a line; there is no way back")
+        xx, xy, yx, yy = (v / determinant + 0.0 for v in (self.yy, -self.xy, -self.yx, self.xx))
+        return Affine(xx, xy, -(xx * self.x0 + xy * self.y0) + 0.0, yx, yy, -(yx * self.x0 + yy * self.y0) + 0.0)
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
+        return (self.xx * x + self.x0) + self.xy * y, (self.yy * y + self.y0) + self.yx * x
+
+    def boxes(self, boxes: Any) -> np.ndarray:
+        """Boxes (..., 4), each (left, top, right, bottom): the boxes around their images, float64."""
+        boxes = np.asarray(boxes, np.float64)
+        corners = self.points(
+            np.stack([boxes[..., [0, 1]], boxes[..., [2, 1]], boxes[..., [2, 3]], boxes[..., [0, 3]]])
+        )
+        return np.concatenate([corners.min(0), corners.max(0)], -1)
+
+    def to_list(self) -> list[float]:
+        """Six numbers for JSON, in the order of the fields; `from_list` reads them back."""
+        return [self.xx, self.xy, self.x0, self.yx, self.yy, self.y0]
+
+    @classmethod
+    def from_list(cls, values: Sequence[float]) -> Affine:
+        """The inverse of `to_list`."""
+        return cls(*(float(v) for v in values))
+
+
+@dataclass(frozen=True)
+class Chain(Map):
+    """Maps in a row, the last one first, as in a product of matrices."""
+
+    maps: tuple[Map, ...]
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
+        for own in reversed(self.maps):
+            x, y = own.at(x, y)
+        return x, y
+
+    def inverse(self) -> Chain:
+        return Chain(tuple(own.inverse() for own in reversed(self.maps)))

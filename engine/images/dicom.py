@@ -1,0 +1,178 @@
+"""DICOM images as stored pixels: mammograms for presentation come out as the radiologist sees them.
+
+Uncompressed frames are read by region from their place in the file; compressed ones are decoded once, in their own
+dtype, because their formats have no random access. Slides, whose frames are the tiles of one image, are in `slide.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from ..errors import DataError
+from . import grayscale
+from .affine import Affine
+from .dicom_file import DicomFile, StoredFrames, locate_frames, quietly, read_header
+from .header import MG_FOR_PRESENTATION, DicomInfo, describe, read_info
+from .rawfile import RawPixels, one_line
+from .slide import SlidePixels
+
+__all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "read_info"]
+
+
+def open_dicom(
+    path: Path, *, voi: str = "auto", frame: int | None = None, for_processing: bool = False
+) -> DicomPixels | SlidePixels:
+    """A frame of a DICOM file, or the slide whose tiles its frames are; arguments as in `pixels.open_pixels`."""
+    grayscale.check_voi(voi)
+    with DicomFile(path) as file, quietly():
+        ds, stream = read_header(file, path)
+        info = describe(ds, path)
+        try:
+            if info.for_processing and not for_processing:
+                raise DataError(
+                    f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or ask "
+                    "for it with for_processing=True (--for-processing)"
+                )
+            if info.matrix is not None:
+                return SlidePixels(ds, info, locate_frames(ds, file, stream, path), voi=voi, plane=frame)
+            _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
+            return DicomPixels(ds, info, locate_frames(ds, file, stream, path), voi=voi, frame=frame or 0)
+        except DataError:
+            raise
+        except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
+            raise DataError(
+                f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again"
+            ) from error
+
+
+def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None:
+    if info.photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
+        raise DataError(f"{path}: is {info.photometric}, not grey; only MONOCHROME1 and MONOCHROME2 are read")
+    if frame is None and info.frames > 1:
+        raise DataError(f"{path}: has {info.frames} frames; say which one (frame=0 to {info.frames - 1})")
+    if frame is not None and not 0 <= frame < info.frames:
+        raise DataError(f"{path}: frame {frame} is wanted, the file has 0 to {info.frames - 1}")
+
+
+class DicomPixels:
+    """Stored pixels (`pixels.StoredPixels`) of one frame of a DICOM file; made by `open_dicom`."""
+
+    def __init__(self, ds: Dataset, info: DicomInfo, frames: StoredFrames, *, voi: str, frame: int) -> None:
+        self.path, self.name = frames.path, str(frames.path)
+        self.info, self.frame, self._frames = info, frame, frames
+        self.shape = (1, info.rows, info.columns)
+        self.dtype = frames.dtype
+        self._lock = threading.Lock()
+        self._decoded: np.ndarray | None = None
+        self._flips: tuple[bool, bool] | None = None
+        self._raw: RawPixels | None = None
+        if frames.by_region:
+            assert frames.offset is not None
+            place = frames.offset + frame * frames.frame.nbytes
+            self._raw = RawPixels(self.path, place, self.shape[1:], frames.stored_dtype, order=(0, 1))
+        self._padding = grayscale.padding_patterns(ds)
+        # Least and largest pixel are only known once pixels are read, and the header is needed then.
+        self._header = ds if voi == "minmax" else None
+        self._scale: grayscale.GreyScale | None = None
+        if voi != "minmax":
+            self._scale = self._build(ds, voi)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_decoded")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _decoded=None)
+
+    @property
+    def table(self) -> np.ndarray:
+        """Grey level of every stored value."""
+        return self._grey().table
+
+    @property
+    def full(self) -> int:
+        """The grey level that means white."""
+        return self._grey().full
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What leads from the file to grey values, in order."""
+        frames = self._frames
+        name = UID(frames.syntax).name
+        bits = f"{frames.bits} of {frames.frame.bits_allocated} bits"
+        which = f", frame {self.frame} of {frames.count}" if frames.count > 1 else ""
+        return (f"DICOM, {name}, {bits}{which}", *self._grey().steps)
+
+    @property
+    def to_original(self) -> Affine:
+        """Identity: nothing is moved before mirroring."""
+        return Affine()
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """Unsigned bit patterns (1, rows, columns), indices into `table`."""
+        if self._raw is not None:
+            values = self._raw.read(top, bottom, left, right)
+            return self._frames.patterns(values)
+        with self._lock:
+            if self._decoded is None:
+                self._decoded = self._checked(self._frames.decode(self.frame))
+        return self._decoded[None, top:bottom, left:right]
+
+    def _checked(self, pixels: np.ndarray) -> np.ndarray:
+        """`DataError` if pixels differ and all get one grey: then code stream and header do not belong together."""
+        used = slice(int(pixels.min()), int(pixels.max()) + 1)
+        blank = self._padding is not None and bool(self._padding[used].all())
+        if self._scale is not None and used.stop - used.start > 1 and not blank:
+            greys = self._scale.table[used]
+            if greys.min() == greys.max():
+                raise DataError(f"{self.path}: every pixel gets the same grey; it is damaged, or choose another voi")
+        return pixels
+
+    def flips(self) -> tuple[bool, bool]:
+        """What brings a mammogram's chest wall to the left and its feet down; nothing for other images."""
+        if self._flips is None:
+            self._flips = self._find_flips() if self.info.is_mammogram else (False, False)
+        return self._flips
+
+    def _find_flips(self) -> tuple[bool, bool]:
+        # FieldOfViewHorizontalFlip and FieldOfViewRotation tell what was done to the pixels already.
+        along_row, along_column = self.info.orientation or ("", "")
+        upside_down = along_column.startswith("H")
+        if along_row[:1] in ("A", "P"):
+            return along_row[0] == "P", upside_down
+        return self._breast_is_right(), upside_down
+
+    def _breast_is_right(self) -> bool:
+        """Which half holds more breast: pixels that are not padding, or more grey where no padding is declared."""
+        width = self.shape[2]
+        weight = self.table.astype(np.float64) if self._padding is None else (~self._padding).astype(np.float64)
+        halves = np.zeros(2)
+        for values in self._strips():
+            halves += weight[values[:, : width // 2]].sum(), weight[values[:, (width + 1) // 2 :]].sum()
+        return bool(halves[1] > halves[0])
+
+    def _strips(self) -> Any:
+        _, height, width = self.shape
+        for top in range(0, height, 256):
+            yield self.read(top, min(top + 256, height), 0, width)[0]
+
+    def _grey(self) -> grayscale.GreyScale:
+        if self._scale is None:
+            assert self._header is not None
+            present = np.zeros(2**self._frames.bits, bool)
+            for values in self._strips():
+                present[values] = True
+            self._scale, self._header = self._build(self._header, "minmax", present), None
+        return self._scale
+
+    def _build(self, ds: Dataset, voi: str, present: np.ndarray | None = None) -> grayscale.GreyScale:
+        for_display = not self.info.for_processing
+        with quietly():
+            return grayscale.build(
+                ds, voi=voi, frame=self.frame, for_display=for_display, name=self.name, present=present
+            )

@@ -1,0 +1,541 @@
+"""Pixel sources: images that are read region by region, converted and normalised on the fly.
+
+The scan asks a source for one tile at a time, so an image of any size is never held whole in the compute dtype. What
+a file stores (the *stored* values) and what a network sees are kept apart: a reader in `data/` delivers stored values
+of a region, and `open_pixels` puts grey scale, mirroring, channels and normalisation on top, once for all formats.
+
+Grey values are fractions of the image's full grey range (0 black, 1 white) before normalisation, whatever the bit depth
+of the file, so one `Normalize` serves 8-, 12- and 16-bit files of the same data set.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .affine import Affine, Map
+
+
+@runtime_checkable
+class PixelSource(Protocol):
+    """An image that can be read by region. Implementations are thread-safe and picklable."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the file, or the kind of array."""
+        ...
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """Rows top..bottom, columns left..right (ends excluded): float32 (channels, bottom - top, right - left).
+
+        A fresh tensor that the caller may change. `DataError` if the file is damaged; `ValueError` if the region leaves
+        the image.
+        """
+        ...
+
+
+class StoredPixels(Protocol):
+    """What a file format must offer to become a `PixelSource`: stored values of a region, in their own dtype."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype | torch.dtype:
+        """Of the stored values."""
+        ...
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What leads from the file to grey values, in order; nothing that identifies a patient."""
+        ...
+
+    @property
+    def to_original(self) -> Affine:
+        """From the stored image's coordinates to those of the file."""
+        ...
+
+    @property
+    def full(self) -> float:
+        """The grey value that means white: a stored value, or an entry of `table` where there is one."""
+        ...
+
+    @property
+    def table(self) -> np.ndarray | None:
+        """Grey value of every stored value (indexed by it), or None where stored values are grey values."""
+        ...
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        """(channels, bottom - top, right - left) stored values."""
+        ...
+
+    def flips(self) -> tuple[bool, bool]:
+        """(left-right, up-down): the mirroring that brings the image to its canonical orientation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """output = (grey - mean) / std, per channel; grey is the fraction of the full grey range, 0 black to 1 white.
+
+    The default leaves the full grey range on [0, 1]. One value serves all channels. For statistics known in grey levels
+    divide by the full range first: mean 7048 of 16-bit images is 7048 / 65535.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
+        object.__setattr__(self, "std", tuple(float(s) for s in self.std))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise DataError(f"normalisation needs as many means as stds, got {len(self.mean)} and {len(self.std)}")
+        if not all(np.isfinite(self.mean)) or not all(np.isfinite(s) and s > 0 for s in self.std):
+            raise DataError(f"normalisation needs finite means and positive stds, got {self.mean} and {self.std}")
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Plain lists, for JSON and checkpoints; `from_dict` reads them back."""
+        return {key: list(values) for key, values in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Normalize:
+        """The inverse of `to_dict`."""
+        return cls(tuple(values["mean"]), tuple(values["std"]))
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The step as it is shown and recorded; none where nothing is changed."""
+        return () if self == Normalize() else (f"minus {list(self.mean)}, over {list(self.std)}",)
+
+    def per_channel(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of each of `channels` channels."""
+        if len(self.mean) == channels:
+            return self.mean, self.std
+        if len(self.mean) == 1:
+            return self.mean * channels, self.std * channels
+        raise DataError(f"normalisation has {len(self.mean)} values for {channels} channels; give 1 or {channels}")
+
+
+class ImageSource:
+    """Stored pixels with grey scale, mirroring, channels and normalisation on top: a `PixelSource`."""
+
+    def __init__(
+        self,
+        stored: StoredPixels,
+        *,
+        normalize: Normalize | None = None,
+        flip: bool | Literal["auto"] = "auto",
+        channels: int | None = None,
+    ) -> None:
+        own, height, width = stored.shape
+        channels = own if channels is None else channels
+        if channels != own and {channels, own} != {1, 3}:
+            raise DataError(
+                f"{stored.name}: has {own} channels, {channels} wanted; only grey and colour can be exchanged"
+            )
+        self.stored = stored
+        self.normalize = normalize or Normalize()
+        self.flip = flip
+        self.shape = (channels, height, width)
+        self._mean, self._std = self.normalize.per_channel(channels)
+        self._tables: list[np.ndarray] | None = None
+        self._uploaded: dict[tuple[int, torch.device], Tensor] = {}  # tables where they are looked up
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    def __repr__(self) -> str:
+        return f"ImageSource({self.name!r}, shape={self.shape})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": None, "_uploaded": {}}
+
+    @property
+    def to_original(self) -> Affine:
+        """From this image's coordinates to those of the file: boxes and heat maps go back through it."""
+        left_right, up_down = self._mirrored()
+        _, height, width = self.shape
+        return self.stored.to_original @ Affine.mirror(height, width, left_right=left_right, up_down=up_down)
+
+    @property
+    def as_stored(self) -> ImageSource:
+        """The same image as the file stores it: not mirrored."""
+        return ImageSource(self.stored, normalize=self.normalize, flip=False, channels=self.shape[0])
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Everything that was applied to the file's pixels, in order, to be shown and recorded.
+
+        Nothing in it identifies a patient, not even the file's name.
+        """
+        own, channels = self.stored.shape[0], self.shape[0]
+        mirrored = [side for side, is_so in zip(("left-right", "up-down"), self._mirrored(), strict=True) if is_so]
+        steps = [*self.stored.steps, f"grey 0 to {self.stored.full:g} as 0 to 1"]
+        if mirrored:
+            why = "chest wall left, feet down" if self.flip == "auto" else "as asked for"
+            steps.append(f"mirrored {' and '.join(mirrored)} ({why})")
+        if own != channels:
+            steps.append(f"{own} to {channels} channels")
+        return (*steps, *self.normalize.steps)
+
+    def _mirrored(self) -> tuple[bool, bool]:
+        """(left-right, up-down)."""
+        return self.stored.flips() if self.flip == "auto" else (bool(self.flip), False)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        values = self._read(top, bottom, left, right)
+        if self.stored.table is not None and isinstance(values, np.ndarray):
+            return self._look_up(values)
+        return self._scale(values)
+
+    @property
+    def can_develop(self) -> bool:
+        """Whether `read_stored` and `develop` give what `read` gives: stored values are integers of 8 or 16 bits."""
+        own, wanted = self.stored.shape[0], self.shape[0]
+        # Whether a colour image is grey can only be told by looking at it.
+        return _integer(self.stored.dtype) is not None and (own == wanted or own == 1)
+
+    def read_stored(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """The stored values of a region, as they are mirrored: uint8 or uint16, to be developed elsewhere."""
+        values = self._read(top, bottom, left, right)
+        dtype = _integer(self.stored.dtype)
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(np.array(values, dtype=dtype, order="C"))  # no negative strides
+        return values
+
+    def develop(self, stored: Tensor) -> Tensor:
+        """What `read` gives, bit for bit, from what `read_stored` gives, on the device where that is."""
+        if self.stored.table is None:
+            return self._scale(stored)
+        planes = []
+        for channel, table in enumerate(self._own_tables(self.stored.table)):
+            plane = stored[channel if len(stored) > 1 else 0].to(torch.int32).clamp_(max=len(table) - 1)
+            key = channel, stored.device
+            if key not in self._uploaded:
+                self._uploaded[key] = torch.from_numpy(table).to(stored.device)
+            planes.append(self._uploaded[key].index_select(0, plane.flatten()).view(plane.shape))
+        return torch.stack(planes)
+
+    def _read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        mirror_x, mirror_y = self._mirrored()
+        _, height, width = self.shape
+        rows = (height - bottom, height - top) if mirror_y else (top, bottom)
+        columns = (width - right, width - left) if mirror_x else (left, right)
+        values = self.stored.read(*rows, *columns)
+        axes = tuple(axis for axis, mirrored in ((1, mirror_y), (2, mirror_x)) if mirrored)
+        if axes:
+            values = np.flip(values, axes) if isinstance(values, np.ndarray) else _flipped(values, axes)
+        return values
+
+    def _own_tables(self, table: np.ndarray) -> list[np.ndarray]:
+        """For each channel a table with grey scale and normalisation in it."""
+        if self._tables is None:
+            grey = table / self.stored.full
+            pairs = zip(self._mean, self._std, strict=True)
+            self._tables = [((grey - mean) / std).astype(np.float32) for mean, std in pairs]
+        return self._tables
+
+    def _look_up(self, values: np.ndarray) -> Tensor:
+        """One gather per output channel."""
+        assert self.stored.table is not None
+        tables = self._own_tables(self.stored.table)
+        out = np.empty((len(tables), *values.shape[1:]), np.float32)
+        for channel, own in enumerate(tables):
+            plane = values[channel if len(values) > 1 else 0]
+            # numpy widens the indices to 64 bits first; a few rows at a time they stay in the cache.
+            for row in range(0, len(plane), 64):
+                np.take(own, plane[row : row + 64], out=out[channel, row : row + 64], mode="clip")
+        return torch.from_numpy(out)
+
+    def _scale(self, values: np.ndarray | Tensor) -> Tensor:
+        if isinstance(values, np.ndarray):
+            grey = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+            fresh = not np.shares_memory(grey.numpy(), values)
+        else:
+            grey = values.to(torch.float32)
+            fresh = grey.data_ptr() != values.data_ptr()
+        grey = grey if fresh else grey.clone()
+        if self.stored.full != 1:
+            grey.div_(self.stored.full)
+        if self.shape[0] == 1 and len(grey) == 3:
+            if not (torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])):
+                raise DataError(f"{self.name}: is a colour image, but the model takes grey; convert it to grey first")
+            grey = grey[:1]
+        if self.shape[0] == 3 and len(grey) == 1:
+            grey = grey.repeat(3, 1, 1)
+        for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
+            if (mean, std) != (0.0, 1.0):
+                grey[channel].sub_(mean).div_(std)
+        return grey.contiguous()
+
+
+class ArrayPixels:
+    """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
+
+    table = None
+    to_original = Affine()
+
+    def __init__(self, values: np.ndarray | Tensor, name: str) -> None:
+        self.values, self.dtype = values, values.dtype
+        self.steps = (f"array in memory, {str(values.dtype).removeprefix('torch.')}",)
+        self.name = name
+        self.full = full_range(values.dtype)
+        self.shape = (int(values.shape[0]), int(values.shape[1]), int(values.shape[2]))
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        return self.values[:, top:bottom, left:right]
+
+    def flips(self) -> tuple[bool, bool]:
+        return False, False
+
+
+class PixelBatch:
+    """N pixel sources of equal shape, read together."""
+
+    def __init__(self, sources: Sequence[PixelSource]) -> None:
+        if not sources:
+            raise DataError("a batch needs at least one image")
+        first = sources[0]
+        for source in sources:
+            if tuple(source.shape) != tuple(first.shape):
+                raise DataError(
+                    f"{source.name}: shape {tuple(source.shape)} differs from {tuple(first.shape)} of {first.name} "
+                    "in the same batch; use batch size 1 or images of one size"
+                )
+        self.sources = list(sources)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(images, channels, height, width)."""
+        return (len(self.sources), *self.sources[0].shape)
+
+    @property
+    def names(self) -> list[str]:
+        """What messages call the images."""
+        return [source.name for source in self.sources]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __repr__(self) -> str:
+        return f"PixelBatch(shape={self.shape})"
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
+        return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
+
+
+class StoredBatch:
+    """A batch whose tiles are read as their files store them and become what a network sees on the device.
+
+    So half as many bytes are uploaded of 16-bit images, a quarter of 8-bit ones, and the host converts nothing.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, int, int, int]) -> None:
+        self.sources, self.shape = sources, shape
+
+    @classmethod
+    def of(cls, batch: PixelBatch) -> StoredBatch | None:
+        """The same batch, if its sources are stored alike and can be developed."""
+        sources = [s for s in batch.sources if isinstance(s, ImageSource) and s.can_develop]
+        alike = len({(s.stored.shape[0], _integer(s.stored.dtype)) for s in sources}) == 1
+        return cls(sources, batch.shape) if alike and len(sources) == len(batch) else None
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """uint8 or uint16 (images, stored channels, bottom - top, right - left)."""
+        return torch.stack([source.read_stored(top, bottom, left, right) for source in self.sources])
+
+    def develop(self, stored: Tensor) -> Tensor:
+        """float32 (images, channels, bottom - top, right - left), as `PixelBatch.read` gives it."""
+        return torch.stack([source.develop(own) for source, own in zip(self.sources, stored, strict=True)])
+
+
+def _flipped(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Mirrored; PyTorch mirrors no uint16, but the same bits as int16."""
+    if values.dtype == torch.uint16:
+        return values.view(torch.int16).flip(axes).view(torch.uint16)
+    return values.flip(axes)
+
+
+def _integer(dtype: np.dtype | torch.dtype) -> np.dtype | None:
+    """uint8 or uint16 in the byte order of this machine, if that is what is stored."""
+    name = str(dtype).removeprefix("torch.")
+    name = name if isinstance(dtype, torch.dtype) else np.dtype(dtype).newbyteorder("=").name
+    return np.dtype(name) if name in ("uint8", "uint16") else None
+
+
+def to_original(source: PixelSource) -> Map:
+    """From a source's coordinates to those of its file; the identity for sources that do not say."""
+    return getattr(source, "to_original", Affine())
+
+
+def as_stored(source: PixelSource) -> PixelSource:
+    """The same image in the geometry of its file; itself for sources that do not say."""
+    return getattr(source, "as_stored", source)
+
+
+def steps_of(source: PixelSource) -> tuple[str, ...]:
+    """What was applied to a source's pixels, in order; nothing for sources that do not say."""
+    return getattr(source, "steps", ())
+
+
+def as_batch(x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource]) -> Tensor | PixelBatch:
+    """What a network takes: a tensor or `PixelBatch` unchanged, one source or a list of them as a `PixelBatch`."""
+    if isinstance(x, Tensor | PixelBatch):
+        return x
+    if isinstance(x, PixelSource):
+        return PixelBatch([x])
+    if isinstance(x, list | tuple) and all(isinstance(item, PixelSource) for item in x):
+        return PixelBatch(x)
+    raise DataError(
+        f"expected a tensor, a pixel source or a list of them, got {type(x).__name__}; use open_pixels first"
+    )
+
+
+def open_pixels(
+    image: str | Path | np.ndarray | Tensor,
+    *,
+    normalize: Normalize | None = None,
+    voi: str = "auto",
+    flip: bool | Literal["auto"] = "auto",
+    channels: int | None = None,
+    frame: int | None = None,
+    for_processing: bool = False,
+) -> ImageSource:
+    """A `PixelSource` of a file or array.
+
+    Files are told by their first bytes, not their name. `.npy`, zarr and OME-Zarr, TIFF (OME-TIFF, SVS), uncompressed
+    DICOM and DICOM slides are read by region and never whole; PNG, JPEG and compressed DICOM have no random access and
+    are decoded once, in their own dtype, at the first read. Integers are divided by their largest value (BitsStored for
+    DICOM and TIFF), floats kept.
+
+    image: path, or array/tensor/memmap laid out (H, W), (C, H, W) or (H, W, C) with C 1 or 3; (C, H, W) where both fit.
+    normalize: what comes after grey values on [0, 1]; default nothing.
+    voi: DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none" (full range), "minmax"
+        (from the image's darkest to its brightest pixel), "window:I" or "lut:I", I a number from 0 or the file's name.
+    flip: True mirrors left-right; "auto" mirrors mammograms so that the chest wall is left, and nothing else.
+    channels: 3 repeats grey, 1 takes one channel of a colour image whose channels are equal; default as stored.
+    frame: which frame of a multi-frame DICOM file, or plane of a slide, TIFF or OME-Zarr image that has several, from
+        0; such files are refused without it.
+    for_processing: accept DICOM images that are not meant for display (raw detector values).
+
+    Raises `DataError` naming the file: missing, damaged, truncated, of an unknown format, or not what was asked for.
+    """
+    if isinstance(image, str | Path):
+        stored = _open_file(Path(image), voi=voi, frame=frame, for_processing=for_processing)
+    else:
+        stored = _open_array(image)
+    return ImageSource(stored, normalize=normalize, flip=flip, channels=channels)
+
+
+def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool) -> StoredPixels:
+    # Lazily, because these modules import nothing from here but their libraries take time to load.
+    if path.is_dir():
+        from .zarrs import MARKS, ZarrPixels
+
+        if any((path / mark).is_file() for mark in MARKS):
+            return ZarrPixels(path, frame)
+    try:
+        with path.open("rb") as file:
+            head = file.read(132)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        from .tiff import TiffPixels
+
+        return TiffPixels(path, frame)
+    if head[128:] == b"DICM":
+        from .dicom import open_dicom
+
+        return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
+    if head.startswith(b"\x93NUMPY"):
+        from .rawfile import open_npy
+
+        stored: StoredPixels = open_npy(path)
+    elif head.startswith(b"\x89PNG"):
+        from .whole import PngPixels
+
+        stored = PngPixels(path)
+    elif head.startswith(b"\xff\xd8\xff"):
+        from .whole import JpegPixels
+
+        stored = JpegPixels(path)
+    elif head.startswith(b"P5") and head[2:3].isspace():
+        from .rawfile import open_pgm
+
+        stored = open_pgm(path)
+    else:
+        what = "is empty" if not head else "is no DICOM (with its DICM mark), PNG, JPEG, PGM, TIFF, zarr or .npy file"
+        raise DataError(f"{path}: {what}; check the path or convert the file")
+    if frame not in (None, 0):
+        raise DataError(f"{path}: frame {frame} is wanted, the file holds one image")
+    return stored
+
+
+def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
+    sides = "x".join(str(side) for side in image.shape)
+    if not isinstance(image, np.ndarray):
+        name = f"<tensor {sides}>"
+        order = channels_first(tuple(image.shape), name)
+        image = image.detach()
+        return ArrayPixels(image[None] if image.ndim == 2 else image.permute(order), name)
+    name = f"<array {sides}>"
+    mapped = isinstance(image, np.memmap) and isinstance(image.base, mmap.mmap) and image.flags.c_contiguous
+    if isinstance(image, np.memmap) and mapped and image.filename:
+        # A mapping of a whole file is read from that file: it pickles as a path, and what was read stays out of the
+        # process's resident memory.
+        from .rawfile import RawPixels
+
+        return RawPixels(Path(image.filename), image.offset, image.shape, image.dtype)
+    if image.dtype.kind not in "buif":
+        raise DataError(f"{name}: holds {image.dtype}, not numbers that can be pixels")
+    order = channels_first(image.shape, name)
+    return ArrayPixels(image[None] if image.ndim == 2 else image.transpose(order), name)
+
+
+def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """The permutation that brings an array of this shape to (channels, height, width); `DataError` if none does."""
+    if len(shape) == 2 and all(shape):
+        return (0, 1)
+    if len(shape) == 3 and all(shape):
+        if shape[0] in (1, 3):
+            return (0, 1, 2)
+        if shape[2] in (1, 3):
+            return (2, 0, 1)
+    raise DataError(f"{name}: shape {shape} is not (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")
+
+
+def full_range(dtype: np.dtype | torch.dtype) -> float:
+    """The value that means white: 1 for floats and booleans, the largest value of integers."""
+    if isinstance(dtype, torch.dtype):
+        return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
+    return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0
+
+
+def check_region(shape: tuple[int, int, int], top: int, bottom: int, left: int, right: int, name: str) -> None:
+    """`ValueError` unless the region lies in an image of this shape; empty regions may."""
+    _, height, width = shape
+    if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
+        raise ValueError(f"{name}: rows {top}..{bottom}, columns {left}..{right} are not in {height} x {width}")

@@ -1,0 +1,173 @@
+"""Uncompressed pixels in a file, read by region: `.npy`, and what TIFF and DICOM store without compression.
+
+Rows are read with plain file reads, not through a memory map: pages of a map that were once touched count as resident
+memory, so a scan over a map ends with the whole image resident, and a file that shrinks under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import DataError
+from .affine import Affine
+from .pixels import channels_first, full_range
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class FileBytes:
+    """Byte ranges of one file; opened at the first read, thread-safe, and picklable as its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` from byte `offset` on; `DataError` if the file ends before."""
+        done = 0
+        try:
+            with self._lock:
+                if self._file is None:
+                    self._file = self.path.open("rb", buffering=0)
+                self._file.seek(offset)
+                while done < len(target):
+                    # One call may deliver less than asked for (2 GiB at most on Linux).
+                    count = self._file.readinto(target[done:])  # pyright: ignore[reportAttributeAccessIssue]
+                    if not count:
+                        break
+                    done += count
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+        if done < len(target):
+            raise DataError(f"{self.path}: is truncated ({offset + len(target)} bytes expected); fetch the file again")
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from byte `offset` on."""
+        data = bytearray(count)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+
+class RawPixels:
+    """A C-ordered array at a byte offset of a file, as stored pixels (`pixels.StoredPixels`).
+
+    shape: of the array as it lies in the file. order: the permutation to (channels, height, width) or (height, width),
+    by default the one of `channels_first`. full: the value that means white, by default that of the dtype.
+    """
+
+    table = None
+    to_original = Affine()
+
+    def __init__(
+        self,
+        path: Path,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        order: tuple[int, ...] | None = None,
+        full: float | None = None,
+    ) -> None:
+        self.name = str(path)
+        if dtype.kind not in "buif":
+            raise DataError(f"{path}: holds {dtype}, not numbers that can be pixels; save it as integers or floats")
+        self.order = channels_first(shape, self.name) if order is None else order
+        self.full = full_range(dtype) if full is None else full
+        self.offset, self.stored_shape, self.dtype = offset, tuple(int(side) for side in shape), dtype
+        sides = [self.stored_shape[axis] for axis in self.order]
+        self.shape = (sides[0] if len(sides) == 3 else 1, sides[-2], sides[-1])
+        self.steps = (f"array, {dtype.newbyteorder('=')}",)
+        self._bytes = FileBytes(path)
+        needed = offset + math.prod(self.stored_shape) * dtype.itemsize
+        if path.stat().st_size < needed:
+            raise DataError(f"{path}: is truncated ({path.stat().st_size} of {needed} bytes); fetch the file again")
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        wanted = [(0, self.shape[0]), (top, bottom), (left, right)][-len(self.order) :]
+        ranges = [wanted[self.order.index(axis)] for axis in range(len(self.order))]
+        box = self._read_box(ranges).transpose(self.order)
+        return box if box.ndim == 3 else box[None]
+
+    def flips(self) -> tuple[bool, bool]:
+        return False, False
+
+    def _read_box(self, ranges: list[tuple[int, int]]) -> np.ndarray:
+        """The box of the stored array, with one file read for every contiguous run."""
+        out = np.empty([stop - start for start, stop in ranges], self.dtype)
+        if not out.size:
+            return out
+        shape = self.stored_shape
+        # The run covers the last axes that are wanted whole, and the one before them.
+        run = len(shape) - 1
+        while run > 0 and ranges[run] == (0, shape[run]):
+            run -= 1
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        target = out.reshape(-1).view(np.uint8).data
+        length = math.prod(out.shape[run:]) * self.dtype.itemsize
+        for number, index in enumerate(itertools.product(*(range(*pair) for pair in ranges[:run]))):
+            start = sum(i * stride for i, stride in zip(index, strides, strict=False)) + ranges[run][0] * strides[run]
+            place = self.offset + start * self.dtype.itemsize
+            self._bytes.read_into(place, target[number * length : (number + 1) * length])
+        return out
+
+
+def open_npy(path: Path) -> RawPixels:
+    """The array in a `.npy` file, laid out as `open_pixels` says, C or Fortran order; never read whole."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            # numpy would allocate whatever length the header claims.
+            width = 2 if version == (1, 0) else 4
+            claimed = int.from_bytes(file.read(width), "little")
+            if claimed > path.stat().st_size:
+                raise ValueError(f"a header of {claimed} bytes")
+            file.seek(-width, 1)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = reader(file)
+            offset = file.tell()
+    except Exception as error:  # numpy lets errors of every kind out of a damaged header
+        raise DataError(f"{path}: damaged .npy header ({one_line(error)}); save it again") from error
+    if not fortran:
+        return RawPixels(path, offset, shape, dtype)
+    last = len(shape) - 1
+    order = tuple(last - axis for axis in channels_first(shape, str(path)))
+    return RawPixels(path, offset, shape[::-1], dtype, order=order)
+
+
+def open_pgm(path: Path) -> RawPixels:
+    """A binary PGM file (P5), 8 or 16 bit; never read whole."""
+    with path.open("rb") as file:
+        head = re.match(rb"P5" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s", file.read(2**12))
+    if head is None:
+        raise DataError(f"{path}: damaged PGM header; fetch the file again")
+    width, height, white = (int(number) for number in head.groups())
+    if not width or not height or not 0 < white < 2**16:
+        raise DataError(f"{path}: {width} x {height} pixels with white {white}; fetch the file again")
+    dtype = np.dtype(np.uint8 if white < 256 else ">u2")
+    return RawPixels(path, head.end(), (height, width), dtype, order=(0, 1), full=float(white))

@@ -1,0 +1,125 @@
+"""Whole-slide DICOM: one image whose tiles are the frames of a file (PS3.3 C.8.12.4, C.7.6.17), read by region."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from ..errors import DataError
+from . import grayscale
+from .affine import Affine
+from .dicom_file import StoredFrames
+from .header import DicomInfo
+from .tiles import TileGrid
+
+_RGB = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
+# A sparse slide that holds less than this part of its matrix has a damaged header.
+_SPARSEST = 1e-4
+
+
+class SlidePixels:
+    """Stored pixels (`pixels.StoredPixels`) of a slide; made by `dicom.open_dicom`.
+
+    plane: which focal plane and optical path, from 0, focal planes first; needed where there are several.
+    Tiles that a sparse slide leaves out are white in colour and black in grey.
+    """
+
+    to_original = Affine()
+
+    def __init__(self, ds: Dataset, info: DicomInfo, frames: StoredFrames, *, voi: str, plane: int | None) -> None:
+        self.path, self.name = frames.path, str(frames.path)
+        self.info, self._frames = info, frames
+        assert info.matrix is not None
+        samples, photometric = frames.frame.samples, info.photometric
+        grey = photometric in ("MONOCHROME1", "MONOCHROME2") and samples == 1
+        # Codecs give RGB; what is not compressed must be it already.
+        colour = samples == 3 and (photometric == "RGB" or (photometric in _RGB and frames.ranges is not None))
+        if not (grey or colour):
+            raise DataError(f"{self.path}: {photometric} with {samples} samples is not supported; convert it to RGB")
+        self.shape = (samples, *info.matrix)
+        self.dtype = frames.dtype
+        self.tile_size = (info.rows, info.columns)
+        self._index, self.plane, planes = _arrange(ds, info, plane, self.name)
+        self.table: np.ndarray | None = None
+        self.full: float = 2**frames.bits - 1
+        self._absent = self.full
+        scale: tuple[str, ...] = ()
+        if grey:
+            if voi == "minmax":
+                raise DataError(f"{self.path}: voi='minmax' would read the whole slide first; choose another")
+            for_display = not info.for_processing
+            built = grayscale.build(
+                ds, voi=voi, frame=min(self._frames_used()), for_display=for_display, name=self.name
+            )
+            self.table, self.full, scale = built.table, built.full, built.steps
+            self._absent = int(np.argmin(built.table))
+        which = f", plane {self.plane} of {planes}" if planes > 1 else ""
+        self.steps = (f"DICOM slide, {UID(frames.syntax).name}, {frames.bits} bits{which}", *scale)
+        self._grid = TileGrid(self.tile_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_grid"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _grid=TileGrid(state["tile_size"]))
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        return self._grid.read(self, top, bottom, left, right)
+
+    def flips(self) -> tuple[bool, bool]:
+        return False, False
+
+    def tile(self, row: int, column: int) -> np.ndarray:
+        """(samples, rows, columns) of one frame, as unsigned bit patterns."""
+        across = -(-self.shape[2] // self.tile_size[1])
+        index = self._index + row * across + column if isinstance(self._index, int) else self._index.get((row, column))
+        if index is None:
+            return np.full((self.shape[0], *self.tile_size), self._absent, self.dtype)
+        pixels = self._frames.decode(index)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _frames_used(self) -> list[int]:
+        return [self._index] if isinstance(self._index, int) else list(self._index.values())
+
+
+def _arrange(
+    ds: Dataset, info: DicomInfo, plane: int | None, name: str
+) -> tuple[int | dict[tuple[int, int], int], int, int]:
+    """The frame of the first tile, or of each tile by (row, column); the plane; how many planes there are."""
+    assert info.matrix is not None
+    down, across = (-(-side // tile) for side, tile in zip(info.matrix, (info.rows, info.columns), strict=True))
+    groups = list(ds.get("PerFrameFunctionalGroupsSequence") or [])
+    full = str(ds.get("DimensionOrganizationType") or "") == "TILED_FULL"
+    if full or len(groups) != info.frames or not groups[0].get("PlanePositionSlideSequence"):
+        planes, rest = divmod(info.frames, down * across)
+        if rest or not planes:
+            raise DataError(f"{name}: {info.frames} frames do not fill {down} x {across} tiles; fetch all of the slide")
+        chosen = _plane(plane, planes, name)
+        return chosen * down * across, chosen, planes
+    if info.frames * info.rows * info.columns < _SPARSEST * info.matrix[0] * info.matrix[1]:
+        raise DataError(f"{name}: {info.frames} frames are too few for {down} x {across} tiles; the header is damaged")
+    places: dict[tuple[str, float], dict[tuple[int, int], int]] = {}
+    for number, group in enumerate(groups):
+        position = group.PlanePositionSlideSequence[0]
+        row, column = (
+            int(position.RowPositionInTotalImagePixelMatrix) - 1,
+            int(position.ColumnPositionInTotalImagePixelMatrix) - 1,
+        )
+        if row % info.rows or column % info.columns or not (0 <= row < info.matrix[0] and 0 <= column < info.matrix[1]):
+            raise DataError(f"{name}: frame {number} lies at {row}, {column}, which is no tile's place; convert it")
+        path = (group.get("OpticalPathIdentificationSequence") or [Dataset()])[0].get("OpticalPathIdentifier")
+        depth = float(position.get("ZOffsetInSlideCoordinateSystem") or 0)
+        places.setdefault((str(path or ""), depth), {})[row // info.rows, column // info.columns] = number
+    chosen = _plane(plane, len(places), name)
+    return places[sorted(places)[chosen]], chosen, len(places)
+
+
+def _plane(plane: int | None, planes: int, name: str) -> int:
+    if plane is None and planes > 1:
+        raise DataError(f"{name}: has {planes} focal planes and optical paths; say which (frame=0 to {planes - 1})")
+    if plane is not None and not 0 <= plane < planes:
+        raise DataError(f"{name}: plane {plane} is wanted, the slide has 0 to {planes - 1}")
+    return plane or 0

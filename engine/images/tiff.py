@@ -1,0 +1,199 @@
+"""TIFF files (OME-TIFF and SVS too) by region: only the tiles or strips that a region touches are decoded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from ..errors import DataError
+from . import codecs
+from .affine import Affine
+from .rawfile import FileBytes, RawPixels, one_line
+from .tiles import TileGrid
+
+_MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
+_JPEG, _JPEG_2000, _APERIO_YCBCR = {6, 7, 34892, 33007}, {33004, 33005, 34712}, 33003
+
+
+class TiffPixels:
+    """Stored pixels (`pixels.StoredPixels`) of one plane of a TIFF file, at full resolution; alpha is dropped.
+
+    frame: which plane of the file's first image, from 0: a page, or a focal plane, time or channel of OME-TIFF. Needed
+    where there are several. Thumbnails, labels and lower resolutions are further images and never meant.
+    """
+
+    to_original = Affine()
+
+    def __init__(self, path: Path, frame: int | None = None) -> None:
+        self.name = str(path)
+        self.path = path
+        self.frame = frame
+        try:
+            with tifffile.TiffFile(path) as tif:
+                self._choose(tif, frame)
+                self._describe()
+        except DataError:
+            raise
+        except Exception as error:  # tifffile lets errors of every kind out of a damaged directory
+            raise DataError(f"{path}: damaged TIFF ({one_line(error)}); fetch the file again") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "frame": self.frame}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["frame"])
+
+    def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
+        if not tif.series:
+            raise DataError(f"{self.path}: holds no image; fetch the file again")
+        series = tif.series[0].levels[0]
+        self._planes = len(series)
+        if frame is None and self._planes > 1:
+            raise DataError(f"{self.path}: has {self._planes} planes; say which one (frame=0 to {self._planes - 1})")
+        if frame is not None and not 0 <= frame < self._planes:
+            raise DataError(f"{self.path}: frame {frame} is wanted, the file has 0 to {self._planes - 1}")
+        page = series.keyframe
+        if series.dataoffset is not None:  # one block, perhaps with one directory for all planes
+            offsets, counts = (series.dataoffset + (frame or 0) * page.nbytes,), (page.nbytes,)
+        else:
+            own = series[frame or 0]
+            if own is None:
+                raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
+            offsets, counts = own.dataoffsets, own.databytecounts
+            page = own if isinstance(own, tifffile.TiffPage) else page
+            # A plane of OME-TIFF may lie in another file.
+            self._bytes = FileBytes(Path(own.parent.filehandle.path))
+        self._page, self._offsets, self._counts = page, self._places(offsets), self._places(counts)
+        self._contiguous = series.dataoffset is not None or (page.is_contiguous and page.is_memmappable)
+        if series.dataoffset is not None:
+            self._bytes = FileBytes(self.path)
+
+    def _places(self, values: Any) -> np.ndarray:
+        """int64 of a tag's offsets or lengths, which may have any type in a damaged file."""
+        array = np.asarray(values)
+        # What 64 bits cannot hold becomes a float, an object or, of unsigned ones, negative.
+        if array.dtype.kind not in "iu" or not array.size or array.astype(np.int64).min() < 0:
+            raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
+        return array.astype(np.int64)
+
+    def _describe(self) -> None:
+        page = self._page
+        sides = (page.imagelength, page.imagewidth, page.samplesperpixel, page.bitspersample)
+        if not all(isinstance(side, int) and side > 0 for side in sides):
+            raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
+        colour = page.photometric in (_RGB, _YCBCR)
+        if not colour and page.photometric not in (_MINISWHITE, _MINISBLACK):
+            raise DataError(f"{self.path}: photometric {page.photometric!r} is not supported; save it as grey or RGB")
+        decoded = page.compression in _JPEG and int(page.planarconfig) == 1  # by the JPEG decoder, to RGB
+        if page.compression == _APERIO_YCBCR or (page.photometric == _YCBCR and not decoded):
+            raise DataError(f"{self.path}: colour is stored as YCbCr; save it as RGB")
+        if page.dtype is None or page.dtype.kind not in "buif" or page.imagedepth != 1:
+            raise DataError(f"{self.path}: holds {page.dtype}, depth {page.imagedepth}; save it as grey or RGB")
+        channels = 3 if colour else 1
+        if page.samplesperpixel < channels:
+            raise DataError(f"{self.path}: has {page.samplesperpixel} samples, {channels} expected; save it again")
+        self.shape = (channels, page.imagelength, page.imagewidth)
+        self.dtype = page.dtype
+        self.full = float(2**page.bitspersample - 1) if page.dtype.kind == "u" else 1.0
+        if page.dtype.kind == "i":
+            self.full = float(np.iinfo(page.dtype).max)
+        self.table = None
+        if page.photometric == _MINISWHITE:
+            if page.dtype.kind not in "ub" or page.dtype.itemsize > 2:
+                raise DataError(f"{self.path}: white-is-zero with {page.dtype}; save it with black as zero")
+            self.table = np.arange(int(self.full), -1, -1, dtype=np.uint16)
+        self._planar = int(page.planarconfig) == 2 and page.samplesperpixel > 1
+        which = f", plane {self.frame} of {self._planes}" if self._planes > 1 and self.frame is not None else ""
+        inverted = ("inverted, as WhiteIsZero says",) if page.photometric == _MINISWHITE else ()
+        self.steps = (f"TIFF, {page.dtype}, {page.bitspersample} bits{which}", *inverted)
+        self._raw = None
+        if self._contiguous:
+            stored = (
+                (page.samplesperpixel, *self.shape[1:]) if self._planar else (*self.shape[1:], page.samplesperpixel)
+            )
+            dtype = page.dtype.newbyteorder(page.parent.byteorder)
+            order = (0, 1, 2) if self._planar else (2, 0, 1)
+            self._raw = RawPixels(self._bytes.path, int(self._offsets[0]), stored, dtype, order=order, full=self.full)
+            return
+        self._prepare_segments()
+
+    def _prepare_segments(self) -> None:
+        page = self._page
+        if page.is_tiled:
+            size = page.tilelength, page.tilewidth
+        else:
+            size = min(page.rowsperstrip, page.imagelength), page.imagewidth
+        if min(size) < 1:
+            raise DataError(f"{self.path}: segments of {size[0]} x {size[1]} pixels; fetch the file again")
+        self._down, self._across = (-(-side // step) for side, step in zip(self.shape[1:], size, strict=True))
+        planes = self.shape[0] if self._planar else 1
+        if planes * self._down * self._across > len(self._offsets):
+            raise DataError(f"{self.path}: {len(self._offsets)} segments are too few; fetch the file again")
+        if not self._counts.any():  # single tiles may be left out, and hold the fill value
+            raise DataError(f"{self.path}: says that it holds no pixels; fetch the file again")
+        if len(self._offsets) != len(self._counts):
+            raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
+        held = self._bytes.path.stat().st_size
+        end = int((np.minimum(self._offsets, 2**62) + np.minimum(self._counts, 2**62)).max())
+        if end > held:
+            raise DataError(f"{self.path}: is truncated ({held} of {end} bytes); fetch the file again")
+        if math.prod(size) * page.samplesperpixel * self.dtype.itemsize > codecs.LARGEST_BYTES:
+            raise DataError(f"{self.path}: segments of {size[0]} x {size[1]} pixels; save it in smaller tiles")
+        self._size = size
+        self._grid = TileGrid(size)
+        _ = page.decode, page.jpegtables  # both need the open file once, and are kept
+
+    def flips(self) -> tuple[bool, bool]:
+        return False, False
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        if self._raw is not None:
+            return self._raw.read(top, bottom, left, right)[: self.shape[0]]
+        return self._grid.read(self, top, bottom, left, right)
+
+    def tile(self, row: int, column: int) -> np.ndarray:
+        """(channels, rows, columns) of one tile or strip."""
+        number = row * self._across + column
+        if not self._planar:
+            return self._segment(number)[..., : self.shape[0]].transpose(2, 0, 1)
+        planes = [self._segment(number + plane * self._down * self._across)[..., 0] for plane in range(self.shape[0])]
+        return np.stack(planes)
+
+    def _segment(self, index: int) -> np.ndarray:
+        """(rows, columns, samples), decoded."""
+        page = self._page
+        count = int(self._counts[index])
+        data = self._bytes.read(int(self._offsets[index]), count) if count else None
+        if data is not None:
+            self._check(data, index)
+        try:
+            decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+        except Exception as error:  # every codec has its own exceptions
+            raise DataError(
+                f"{self.path}: segment {index} is damaged ({one_line(error)}); fetch the file again"
+            ) from error
+        if decoded is None:  # a segment that was never written holds the fill value
+            decoded = np.full(shape, page.nodata, page.dtype)
+        if decoded.ndim != 4 or decoded.dtype != page.dtype or decoded.shape[3] != shape[3]:
+            raise DataError(f"{self.path}: segment {index} decodes to another shape or type; fetch the file again")
+        return decoded[0, : shape[1], : shape[2]]
+
+    def _check(self, data: bytes, index: int) -> None:
+        """A code stream that would decode to more than a segment, or fill up its end in silence, is refused first."""
+        compression = self._page.compression
+        if compression in _JPEG and not codecs.ends(data):
+            raise DataError(f"{self.path}: segment {index} ends early (no end marker); fetch the file again")
+        size = None
+        if compression in _JPEG:
+            size = codecs.jpeg_size(data)
+        elif compression in _JPEG_2000:
+            size = codecs.jpeg_2000_size(data)
+        # JPEG writers may round up to whole blocks.
+        if size is not None and not all(
+            0 < side <= -(-step // 16) * 16 for side, step in zip(size[:2], self._size, strict=True)
+        ):
+            raise DataError(f"{self.path}: segment {index} says {size[0]} x {size[1]} pixels; fetch the file again")

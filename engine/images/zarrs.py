@@ -1,0 +1,128 @@
+"""Zarr arrays and OME-Zarr images, read by region: only the chunks that a region touches are decoded."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from . import codecs
+from .affine import Affine
+from .pixels import channels_first, full_range
+from .rawfile import one_line
+from .tiles import TileGrid
+
+# What a folder holds that is a zarr array or group, of version 3 and 2.
+MARKS = ("zarr.json", ".zarray", ".zgroup")
+
+
+class ZarrPixels:
+    """Stored pixels (`pixels.StoredPixels`) of a zarr array, or of the full resolution of an OME-Zarr image.
+
+    An array of two or three axes is laid out as `open_pixels` says. Of one with more, and of an OME-Zarr image, the
+    last two axes are rows and columns; `frame` counts through the others (time, channel, depth), the last fastest, and
+    is needed where they hold more than one plane, unless that is an OME-Zarr channel axis of length 3: colour.
+
+    Chunks that were never written hold the array's fill value.
+    """
+
+    table = None
+    to_original = Affine()
+
+    def __init__(self, path: Path, frame: int | None = None) -> None:
+        self.name, self.path, self.frame = str(path), path, frame
+        try:
+            import zarr
+        except ImportError as error:
+            raise DataError(f"{path}: is a zarr array; pip install 'zarr>=3' to read it") from error
+        try:
+            found: Any = zarr.open(str(path), mode="r")
+            array, axes = (found, None) if isinstance(found, zarr.Array) else _full_resolution(found, path)
+            self._array = array
+            self._describe(axes)
+        except DataError:
+            raise
+        except Exception as error:  # zarr lets errors of every kind out of damaged metadata
+            raise DataError(f"{path}: damaged zarr metadata ({one_line(error)}); fetch it again") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "frame": self.frame}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["frame"])
+
+    def _describe(self, axes: list[str] | None) -> None:
+        array, shape = self._array, tuple(self._array.shape)
+        self.dtype = np.dtype(array.dtype)
+        if self.dtype.kind not in "buif":
+            raise DataError(f"{self.path}: holds {self.dtype}, not numbers that can be pixels")
+        self.full = full_range(self.dtype)
+        if axes is None and len(shape) > 3:  # one level of an OME-Zarr image, for example
+            axes = ["?"] * (len(shape) - 2) + ["y", "x"]
+        if axes is None:
+            order = channels_first(shape, self.name)
+            fixed: tuple[int, ...] = ()
+            if self.frame not in (None, 0):
+                raise DataError(f"{self.path}: frame {self.frame} is wanted, the array is one image")
+        else:
+            order, fixed = self._plane(shape, axes)
+        self._fixed, self._order = fixed, order
+        sides = [shape[len(fixed) + axis] for axis in order]
+        self.shape = (sides[0] if len(sides) == 3 else 1, sides[-2], sides[-1])
+        chunks = array.chunks[len(fixed) :]
+        self._size = chunks[order[-2]], chunks[order[-1]]
+        if math.prod(array.chunks) * self.dtype.itemsize > codecs.LARGEST_BYTES or min(self._size) < 1:
+            raise DataError(f"{self.path}: chunks of {tuple(array.chunks)}; save it in smaller chunks")
+        which = f", plane {list(fixed)}" if fixed else ""
+        self.steps = (f"zarr, {self.dtype}{which}",)
+        self._grid = TileGrid(self._size)
+
+    def _plane(self, shape: tuple[int, ...], axes: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The order of the axes that are read, and the indices of those before them."""
+        if len(axes) != len(shape) or axes[-2:] != ["y", "x"] or not all(shape):
+            raise DataError(f"{self.path}: axes {axes} of shape {shape} do not end in y, x; convert it")
+        colour = len(shape) > 2 and axes[-3] == "c" and shape[-3] == 3
+        leading = shape[: -3 if colour else -2]
+        planes = math.prod(leading)
+        if self.frame is None and planes > 1:
+            raise DataError(f"{self.path}: has {planes} planes; say which one (frame=0 to {planes - 1})")
+        if self.frame is not None and not 0 <= self.frame < planes:
+            raise DataError(f"{self.path}: frame {self.frame} is wanted, the image has 0 to {planes - 1}")
+        indices = itertools.product(*(range(side) for side in leading))
+        fixed = next(itertools.islice(indices, self.frame or 0, None))
+        return ((0, 1, 2) if colour else (0, 1)), fixed
+
+    def flips(self) -> tuple[bool, bool]:
+        return False, False
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        return self._grid.read(self, top, bottom, left, right)
+
+    def tile(self, row: int, column: int) -> np.ndarray:
+        """(channels, rows, columns) of the chunks at one place."""
+        spans = [slice(None)] * len(self._order)
+        for axis, place, step in zip(self._order[-2:], (row, column), self._size, strict=True):
+            spans[axis] = slice(place * step, (place + 1) * step)
+        try:
+            values = np.asarray(self._array[(*self._fixed, *spans)])
+        except Exception as error:  # every codec has its own exceptions
+            raise DataError(
+                f"{self.path}: chunk {row}, {column} is damaged ({one_line(error)}); fetch it again"
+            ) from error
+        values = values.transpose(self._order)
+        return values if values.ndim == 3 else values[None]
+
+
+def _full_resolution(group: Any, path: Path) -> tuple[Any, list[str]]:
+    """The largest array of an OME-Zarr image (0.4 and 0.5), and the names of its axes."""
+    attributes = group.attrs.asdict()
+    images = attributes.get("ome", attributes).get("multiscales")
+    if not images:
+        raise DataError(f"{path}: is a zarr group and no OME-Zarr image; name one of its arrays ({path}/NAME)")
+    axes = [axis["name"] if isinstance(axis, dict) else axis for axis in images[0].get("axes", "tczyx")]
+    array = group[images[0]["datasets"][0]["path"]]
+    return array, list(axes)

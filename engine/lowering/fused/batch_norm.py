@@ -1,0 +1,229 @@
+"""BatchNorm with live statistics, and the sum and activation or the 1x1 convolution behind it, as one op of the sweep.
+
+    y = act(xhat * weight + bias + residual),   xhat = (x - mean) * rstd
+    y = conv1x1(act(xhat * weight + bias))
+
+Stock PyTorch keeps x, the normalised map and the activation's output; here x alone is kept, and y where it shows the
+activation's slope behind a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
+and of dz * xhat. What the statistics' gradients are made of:
+
+    dweight = sum dz xhat,   dbias = sum dz,   drstd = dweight * weight / rstd,   dmean = -dbias * weight * rstd
+
+A tile gives two gradients per channel, of `factor` and `offset`, whose values are weight and bias. Once per step
+ordinary autograd finds all four in what these are made of, where c(.) is a constant of the same value:
+
+    factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ....kernels.activations import MASKS
+from ....kernels.batch_norm import normalize_act, normalize_act_gradients
+from ....kernels.conv2d import conv2d_dgrad, conv2d_wgrad_
+from ....kernels.dtypes import sum_dtype
+from ....kernels.normalized_conv1x1 import normalized_conv1x1
+from ..graph import Graph, private_maps, readers_of, small_inputs
+from ..ops import Block, Env, Local, Small
+from .conv import DTYPES, ConvSpec, activation_of, as_autocast_wants, is_pixelwise, other_summand
+
+
+@dataclass(slots=True)
+class NormalizeSpec:
+    """A fused BatchNorm: value numbers and settings. `mean` and `rstd` are constants for autograd."""
+
+    x: int
+    mean: int
+    rstd: int
+    factor: int
+    offset: int
+    residual: int | None = None
+    act: str = "none"
+
+
+class FusedNormalize(torch.autograd.Function):
+    """The BatchNorm of one block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor, residual: Tensor | None,
+        spec: NormalizeSpec, block: Block,
+    ):  # fmt: skip
+        y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act)
+        gate = y if residual is not None and spec.act != "none" else None
+        ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
+        ctx.spec, ctx.sum_of = spec, block.sum_of
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        (dy,) = grads
+        x, mean, rstd, factor, offset, gate = ctx.saved_tensors
+        keep_dz = ctx.needs_input_grad[5] and gate is not None
+        dx, dz, *sums = normalize_act_gradients(dy, x, mean, rstd, factor, offset, gate, ctx.spec.act, keep_dz)
+        _add_up(ctx, sums)
+        dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None
+
+
+class FusedNormConv(torch.autograd.Function):
+    """The BatchNorm of one block, its activation, and the 1x1 convolution behind them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor, weight: Tensor,
+        bias: Tensor | None, spec: NormalizeSpec, conv: ConvSpec, block: Block, valued: bool,
+    ):  # fmt: skip
+        ctx.save_for_backward(x, mean, rstd, factor, offset, weight)
+        ctx.spec, ctx.conv, ctx.sum_of = spec, conv, block.sum_of
+        if not valued:
+            return x.new_empty(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
+        wanted = block.shares is not None
+        y, *moments = normalized_conv1x1(
+            x, mean, rstd, factor, offset, spec.act, weight, bias, wanted, list(block.margin)
+        )
+        if block.shares is not None:
+            block.shares[conv.y] = tuple(part[:, :, None, None] for part in moments)
+        return y[:, :, block.margin[0] :, block.margin[1] :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        (dy,) = grads
+        x, mean, rstd, factor, offset, weight = ctx.saved_tensors
+        spec, conv, wide = ctx.spec, ctx.conv, sum_dtype(x.dtype)
+        place = (1, 1), (0, 0, 0, 0), (1, 1), 1
+        wants_weight, wants_bias = ctx.needs_input_grad[5:7]
+        if wants_weight or wants_bias:
+            n = normalize_act(x, mean, rstd, factor, offset, None, spec.act)
+            dw = ctx.sum_of(conv.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
+            conv2d_wgrad_(dw, ctx.sum_of(conv.bias, wide) if wants_bias else None, n, dy, None, "none", *place)
+            del n
+        dn = conv2d_dgrad(dy, weight, None, None, "none", None, None, "none", x.shape[2:], *place)
+        dx, _, *sums = normalize_act_gradients(dn, x, mean, rstd, factor, offset, None, spec.act, False)
+        _add_up(ctx, sums)
+        return dx if ctx.needs_input_grad[0] else None, *[None] * 10
+
+
+def _add_up(ctx: Any, sums: list[Tensor]) -> None:
+    """Add a tile's gradients of offset and factor to those of the other tiles."""
+    spec, wanted = ctx.spec, (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
+    for value, wants, total in zip((spec.offset, spec.factor), wanted, sums, strict=True):
+        if wants:
+            ctx.sum_of(value, total.dtype).add_(total)
+
+
+def fuse_batch_norms(graph: Graph, convs: dict[int, ConvSpec]) -> None:
+    """Give norms with live statistics to the kernels, each with what alone reads it.
+
+    Args:
+        convs: the fused convolutions by output; those that become part of another op are taken out.
+    """
+    readers, private = readers_of(graph), private_maps(graph)
+    taken: set[int] = set()  # ops that have become part of another
+    for norm in list(graph.locals):
+        if norm.op.name != "live_batch_norm" or not _is_dense(graph, norm):
+            continue
+        chain = [norm]
+
+        def follower(chain: list[Local] = chain) -> Local | None:
+            """What alone reads the chain's output."""
+            output = chain[-1].op.outputs[0]
+            found = readers.get(output, [])
+            alone = len(found) == 1 and output in private and id(found[0]) not in taken
+            return found[0] if alone else None
+
+        residual, act = None, "none"
+        next_op = follower()
+        if next_op is not None:
+            residual = other_summand(graph, next_op, chain[-1].op.outputs[0])
+            if residual is not None:
+                chain.append(next_op)
+                next_op = follower()
+        found = None if next_op is None else activation_of(next_op.op)
+        # Behind a sum the slope has to be read off the output.
+        if next_op is not None and found is not None and (residual is None or found in MASKS):
+            act = found
+            chain.append(next_op)
+            next_op = follower()
+        conv = None if next_op is None or residual is not None else convs.get(next_op.op.outputs[0])
+        if conv is not None and next_op is not None and _fits(graph, conv, chain[-1].op.outputs[0]):
+            del convs[conv.y]
+            chain.append(next_op)
+        else:
+            conv = None
+        taken.update(map(id, chain))
+        _replace(graph, chain, residual, act, conv)
+    graph.smalls = small_inputs(graph)
+
+
+def _is_dense(graph: Graph, norm: Local) -> bool:
+    (value,) = norm.reads
+    shape = graph.maps.shape(value)
+    same = graph.program.values[value].dtype == graph.program.values[norm.op.outputs[0]].dtype
+    return len(shape) == 4 and graph.maps.axes[value] == (2, 3) and same and graph.program.values[value].dtype in DTYPES
+
+
+def _fits(graph: Graph, conv: ConvSpec, value: int) -> bool:
+    values = graph.program.values
+    same = values[value].dtype == values[conv.y].dtype
+    return is_pixelwise(graph, conv, value) and not conv.channels_last and conv.act == "none" and same
+
+
+def _replace(graph: Graph, chain: list[Local], residual: int | None, act: str, conv: ConvSpec | None) -> None:
+    """Put one op at the place of the last of a chain."""
+    norm, last = chain[0], chain[-1]
+    given, maps = norm.op.kwargs, graph.maps
+    (x,) = norm.reads
+    mean, var = given["mean"].value, given["var"].value
+    weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
+    eps: float = given["eps"]
+    spec = NormalizeSpec(x, *(maps.new_value(like=mean) for _ in range(4)), residual, act)  # pyright: ignore
+
+    def prepare(env: Env) -> tuple[Tensor, ...]:
+        middle, rstd = env[mean], torch.rsqrt(env[var] + eps)
+        fixed = rstd.detach()
+        factor, offset = rstd / fixed, -fixed * (middle - middle.detach())
+        if weight is not None:
+            factor, offset = factor * env[weight].to(factor.dtype), offset * env[weight].to(offset.dtype)
+        if bias is not None:
+            offset = offset + env[bias].to(offset.dtype)
+        return middle.detach(), fixed, factor, offset
+
+    inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
+    graph.prelude.append(Small(prepare, inputs, (spec.mean, spec.rstd, spec.factor, spec.offset)))
+
+    smalls = (spec.mean, spec.rstd, spec.factor, spec.offset)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        added = None if residual is None else env[residual].to(env[x].dtype)
+        return (FusedNormalize.apply(env[x], *(env[v] for v in smalls), added, spec, block),)  # pyright: ignore
+
+    def run_both(env: Env, block: Block, valued: bool = True) -> tuple[Tensor, ...]:
+        assert conv is not None
+        bias = None if conv.bias is None else env[conv.bias]
+        given = (env[x], *(env[v] for v in smalls), as_autocast_wants(env[conv.weight]), bias)
+        return (FusedNormConv.apply(*given, spec, conv, block, valued),)  # pyright: ignore
+
+    reads = dict(norm.reads)
+    if residual is not None:
+        reads[residual] = maps.pointwise(residual)
+    if conv is None:
+        name, inputs = "fused_normalize", (*reads, *smalls)
+    else:
+        name, inputs = "fused_norm_conv", (*reads, *smalls, *(v for v in (conv.weight, conv.bias) if v is not None))
+    op = replace(norm.op, name=name, kwargs={}, inputs=inputs, outputs=last.op.outputs)
+    made = Local(op, reads, last.axes, run)
+    if conv is not None:
+        made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))
+    graph.locals[next(i for i, other in enumerate(graph.locals) if other is last)] = made
+    dropped = {id(other) for other in chain[:-1]}
+    graph.locals = [other for other in graph.locals if id(other) not in dropped]

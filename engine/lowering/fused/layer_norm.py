@@ -1,0 +1,173 @@
+"""Layer normalisation over the channels of each pixel, alone or with the linear layer behind it as one op.
+
+    y = act(layer_norm(x) w^T + b)
+
+Nothing but x is kept, and computed again in the backward: stock PyTorch keeps the normalised map, and of a ConvNeXt
+block's first linear layer both what GELU is applied to and what it gives, four times as wide.
+
+The linear layer may be one on the channels of a channels-last map, or a 1x1 convolution behind a permute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ....kernels.dtypes import sum_dtype
+from ....kernels.layer_norm import MOST_CHANNELS, layer_norm, layer_norm_backward
+from ....kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_backward
+from ...capture.trace import Op
+from ..graph import Graph, private_maps, readers_of, small_inputs
+from ..ops import Block, Env, Local
+from ..ops.base import arguments
+from .conv import DTYPES, ConvSpec, as_autocast_wants, is_pixelwise
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """A layer norm: value numbers, eps, and the dtype of its output, which is not that of x under autocast."""
+
+    x: int
+    weight: int | None
+    bias: int | None
+    eps: float
+    dtype: torch.dtype
+
+
+class FusedLayerNorm(torch.autograd.Function):
+    """The layer norm of one block, (N, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec, block: Block):
+        ctx.save_for_backward(x, weight)
+        ctx.spec, ctx.sum_of = spec, block.sum_of
+        return layer_norm(x, weight, bias, spec.eps, spec.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight = ctx.saved_tensors
+        dx, *sums = layer_norm_backward(grads[0], x, weight, ctx.spec.eps)
+        _add_up(ctx, sums)
+        return dx, None, None, None, None
+
+
+class FusedNormLinear(torch.autograd.Function):
+    """The layer norm of one block, (N, C, H, W), the linear layer behind it and its activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
+        bias: Tensor | None, spec: NormSpec, linear: ConvSpec, block: Block,
+    ):  # fmt: skip
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
+        ctx.spec, ctx.linear, ctx.sum_of = spec, linear, block.sum_of
+        return layer_norm_linear_act(x, norm_weight, norm_bias, spec.eps, weight, bias, linear.act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        linear, wide = ctx.linear, sum_dtype(weight.dtype)
+        wants_weight, wants_bias = ctx.needs_input_grad[3:5]
+        dweight = ctx.sum_of(linear.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
+        dbias = ctx.sum_of(linear.bias, wide) if wants_bias else None
+        dx, *sums = layer_norm_linear_act_backward(
+            grads[0], x, norm_weight, norm_bias, ctx.spec.eps, weight, bias, linear.act,
+            dweight.reshape(weight.shape), dbias,
+        )  # fmt: skip
+        _add_up(ctx, sums)
+        return dx, *[None] * 7
+
+
+def _add_up(ctx: Any, sums: list[Tensor]) -> None:
+    """Add a tile's gradients of the norm's weight and bias to those of the other tiles."""
+    for value, wanted, total in zip((ctx.spec.weight, ctx.spec.bias), ctx.needs_input_grad[1:3], sums, strict=True):
+        if wanted:
+            ctx.sum_of(value, total.dtype).add_(total)
+
+
+def fuse_layer_norms(graph: Graph, convs: dict[int, ConvSpec]) -> None:
+    """Give layer norms over channels to the kernels, each with the linear layer that alone reads it.
+
+    Args:
+        convs: the fused convolutions by output; those that become part of another op are taken out.
+    """
+    readers, private = readers_of(graph), private_maps(graph)
+
+    def reader(local: Local) -> Local | None:
+        """What alone reads the output of an op."""
+        found = readers.get(local.op.outputs[0], [])
+        return found[0] if len(found) == 1 and local.op.outputs[0] in private else None
+
+    for norm in list(graph.locals):
+        spec = _norm_spec(graph, norm)
+        if spec is None:
+            continue
+        chain, last = [norm], reader(norm)
+        if last is not None and _is_to_nchw(last):
+            chain, last = [norm, last], reader(last)
+        linear = None if last is None else convs.get(last.op.outputs[0])
+        if last is not None and linear is not None and is_pixelwise(graph, linear, chain[-1].op.outputs[0]):
+            del convs[last.op.outputs[0]]
+            _replace(graph, norm, last, spec, linear)
+            dropped = {id(local) for local in chain}
+            graph.locals = [local for local in graph.locals if id(local) not in dropped]
+        else:
+            norm.run = _run_alone(spec)
+    graph.smalls = small_inputs(graph)
+
+
+def _norm_spec(graph: Graph, local: Local) -> NormSpec | None:
+    """What an op is, if it is a layer norm over the channels of an (N, H, W, C) map."""
+    if local.op.name != "layer_norm":
+        return None
+    given = arguments(local.op, "input normalized_shape weight bias eps", eps=1e-5)
+    value = given["input"].value
+    shape = graph.maps.shape(value)
+    over_channels = len(shape) == 4 and graph.maps.axes[value] == (1, 2) and len(given["normalized_shape"]) == 1
+    if not over_channels or shape[3] > MOST_CHANNELS or graph.program.values[value].dtype not in DTYPES:
+        return None
+    weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
+    return NormSpec(value, weight, bias, given["eps"], graph.program.values[local.op.outputs[0]].dtype)
+
+
+def _is_to_nchw(local: Local) -> bool:
+    """Whether an op is a permute of (N, H, W, C) to (N, C, H, W)."""
+    if local.op.name != "permute":
+        return False
+    dims = local.op.args[1:] or (local.op.kwargs["dims"],)
+    dims = dims[0] if len(dims) == 1 else dims
+    return [d % 4 for d in dims] == [0, 3, 1, 2]
+
+
+def _run_alone(spec: NormSpec):
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        weight, bias = (None if v is None else env[v] for v in (spec.weight, spec.bias))
+        y = FusedLayerNorm.apply(env[spec.x].permute(0, 3, 1, 2), weight, bias, spec, block)
+        return (y.permute(0, 2, 3, 1),)  # pyright: ignore
+
+    return run
+
+
+def _replace(graph: Graph, norm: Local, last: Local, spec: NormSpec, linear: ConvSpec) -> None:
+    """Put one op at the place of the linear layer."""
+    smalls = (spec.weight, spec.bias, linear.weight, linear.bias)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        norm_weight, norm_bias, weight, bias = (None if v is None else env[v] for v in smalls)
+        assert weight is not None
+        weight = as_autocast_wants(weight).flatten(1)
+        y = FusedNormLinear.apply(
+            env[spec.x].permute(0, 3, 1, 2), norm_weight, norm_bias, weight, bias, spec, linear, block
+        )
+        return (y.permute(0, 2, 3, 1) if linear.channels_last else y,)  # pyright: ignore
+
+    inputs = (spec.x, *(v for v in smalls if v is not None))
+    op: Op = replace(last.op, name="fused_norm_linear", inputs=inputs)
+    made = Local(op, {spec.x: norm.reads[spec.x]}, last.axes, run)
+    graph.locals[next(i for i, other in enumerate(graph.locals) if other is last)] = made

@@ -1,0 +1,80 @@
+"""Two convolutions as one op, for inference: any filter, then one of a single pixel. The map between them is not made.
+
+y = act2(conv1x1(act1(conv(x, w1) + b1), w2) + b2 + residual)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ....kernels.bottleneck import conv_conv1x1, conv_conv1x1_fits
+from ....kernels.choice import run_fastest
+from ....kernels.conv2d import conv2d_forward
+from ..graph import Graph, private_maps, readers_of
+from ..ops import Block, Env, Local
+from .conv import ConvSpec, as_autocast_wants
+
+
+def fuse_pairs(graph: Graph, convs: dict[int, ConvSpec]) -> None:
+    """Join fused convolutions with the 1x1 convolution that alone reads them."""
+    readers, private = readers_of(graph), private_maps(graph)
+    makers = {local.op.outputs[0]: local for local in graph.locals}
+    joined: set[int] = set()
+    for local in list(graph.locals):
+        output = local.op.outputs[0]
+        second = convs.get(output)
+        first = None if second is None else convs.get(second.x)
+        if second is None or first is None or second.x in joined or second.x not in private:
+            continue
+        if len(readers[second.x]) == 1 and _fits(graph, first, second):
+            _join(graph, makers[second.x], local, first, second)
+            joined.add(output)
+
+
+def _fits(graph: Graph, first: ConvSpec, second: ConvSpec) -> bool:
+    values = graph.program.values
+    window, pixel = values[first.weight].shape, values[second.weight].shape
+    return (
+        tuple(pixel[2:]) == (1, 1)
+        and len(window) == 4
+        and window[2] * window[3] > 1
+        and second.stride == (1, 1)
+        and first.stride in ((1, 1), (2, 2))
+        and first.dilation == (1, 1)
+        and first.groups == second.groups == 1
+        and first.residual is None
+        and None not in (first.bias, second.bias)
+    )
+
+
+def _join(graph: Graph, maker: Local, local: Local, first: ConvSpec, second: ConvSpec) -> None:
+    reads = dict(maker.reads)
+    if second.residual is not None:
+        reads[second.residual] = local.reads[second.residual]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x, w1, w2 = as_autocast_wants(env[first.x]), env[first.weight], env[second.weight]
+        b1, b2 = (env[v] for v in (first.bias, second.bias) if v is not None)
+        residual = None if second.residual is None else env[second.residual].to(x.dtype)
+        stride = first.stride[0]
+
+        def apart() -> Tensor:
+            place = first.stride, block.pad, first.dilation, 1
+            h, _ = conv2d_forward(x, w1, None, b1, None, *place, first.act, False, (0, 0))
+            place = (1, 1), (0, 0, 0, 0), (1, 1), 1
+            return conv2d_forward(h, w2, None, b2, residual, *place, second.act, False, (0, 0))[0]
+
+        def together() -> Tensor:
+            return conv_conv1x1(x, w1, b1, w2, b2, residual, stride, block.pad, first.act, second.act)
+
+        if not conv_conv1x1_fits(x, w1, w2, residual, stride):
+            return (apart(),)
+        settings = (tuple(w1.shape), tuple(w2.shape), stride, *block.pad, residual is None)
+        return (run_fastest("conv_conv1x1", x, settings, together, apart),)
+
+    inputs = tuple(dict.fromkeys((*maker.op.inputs, *(v for v in local.op.inputs if v != second.x))))
+    op = replace(local.op, name="fused_conv2d", inputs=inputs)
+    graph.locals[next(i for i, other in enumerate(graph.locals) if other is local)] = Local(op, reads, local.axes, run)
+    graph.locals = [other for other in graph.locals if other is not maker]

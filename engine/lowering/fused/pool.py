@@ -1,0 +1,63 @@
+"""Max-pooling by the kernels: no indices are kept, they are found again in the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ....kernels.pool import max_pool2d, max_pool2d_backward
+from ..graph import Graph
+from ..ops import Block, Env
+from ..ops.base import arguments, pair
+
+
+@dataclass(slots=True)
+class PoolSpec:
+    """A max-pooling; `input_act` is the activation whose slope is applied to the gradient of x (masks.py)."""
+
+    x: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    input_act: str = "none"
+
+
+class MaxPool(torch.autograd.Function):
+    """Max-pooling of one block."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: PoolSpec, padding: tuple[int, int, int, int]):
+        ctx.save_for_backward(x)
+        ctx.place, ctx.spec = (spec.kernel, spec.stride, padding, spec.dilation), spec
+        return max_pool2d(x, *ctx.place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        (x,) = ctx.saved_tensors
+        return max_pool2d_backward(grads[0], x, *ctx.place, ctx.spec.input_act), None, None
+
+
+def take_pools(graph: Graph) -> dict[int, PoolSpec]:
+    """Give max-pooling to the kernels; the poolings by their output."""
+    found: dict[int, PoolSpec] = {}
+    for local in graph.locals:
+        if local.op.name.startswith("max_pool2d"):
+            given = arguments(local.op, "input kernel_size stride padding dilation", stride=None, dilation=1)
+            kernel = pair(given["kernel_size"])
+            stride = pair(given["stride"]) if given["stride"] else kernel
+            spec = PoolSpec(given["input"].value, kernel, stride, pair(given["dilation"]))
+            found[local.op.outputs[0]] = spec
+            local.run, local.fill = _run(spec), None
+    return found
+
+
+def _run(spec: PoolSpec):
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        return (MaxPool.apply(env[spec.x], spec, block.pad),)  # pyright: ignore
+
+    return run

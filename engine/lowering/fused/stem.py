@@ -1,0 +1,104 @@
+"""Convolution, activation and 3x3/2 max-pooling of the image as one op: the two largest maps never exist.
+
+    y = maxpool(act(conv(x, w) + b))
+
+One line of convolution outputs between two tiles is computed twice; its carry, and everything between x and y, is not
+kept. The image gets no gradient here: where one is wanted, the ops stay apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ....kernels.dtypes import sum_dtype
+from ....kernels.stem import ACTIVATIONS, stem, stem_gradients
+from ..geometry import Chain, Window
+from ..graph import Graph, private_maps, readers_of
+from ..ops import Block, Env, Local
+from .conv import ConvSpec
+from .pool import PoolSpec
+
+_MOST_FILTERS = 128
+_WIDE_OPEN = (float("-inf"), float("inf"))
+
+
+class FusedStem(torch.autograd.Function):
+    """The stem of one block. `padding` of the convolution and of the pooling: (top, bottom, left, right)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, padding: list[int],
+        pool_padding: list[int], block: Block,
+    ):  # fmt: skip
+        ctx.save_for_backward(x, weight, bias)
+        ctx.spec, ctx.sum_of = spec, block.sum_of
+        ctx.settings = (*_WIDE_OPEN, spec.stride, padding, pool_padding, spec.act)
+        return stem(x, weight, None, bias, None, None, *ctx.settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias = ctx.saved_tensors
+        dw, _, dbias = stem_gradients(grads[0], x, weight, None, bias, None, None, *ctx.settings)
+        wide = sum_dtype(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            ctx.sum_of(ctx.spec.weight, wide).add_(dw)
+        if ctx.needs_input_grad[2]:
+            ctx.sum_of(ctx.spec.bias, wide).add_(dbias)
+        return (None,) * 7
+
+
+def fuse_stem(graph: Graph, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
+    """Join the convolution of the image with the pooling behind it, if there is such a pair."""
+    readers, private = readers_of(graph), private_maps(graph)
+    for conv in graph.locals:
+        middle = conv.op.outputs[0]
+        spec = convs.get(middle)
+        if spec is None or middle not in private or len(readers[middle]) != 1:
+            continue
+        pooling = readers[middle][0]
+        pool = pools.get(pooling.op.outputs[0])
+        if pool is not None and _fits(graph, spec, pool, pooling):
+            del convs[middle], pools[pooling.op.outputs[0]]
+            _join(graph, conv, pooling, spec)
+            return
+
+
+def _fits(graph: Graph, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
+    filters = graph.program.values[spec.weight].shape[0]
+    return (
+        spec.x == graph.image
+        and spec.residual is None
+        and spec.act in ACTIVATIONS
+        and spec.groups == 1
+        and spec.dilation == pool.dilation == (1, 1)
+        and filters <= _MOST_FILTERS
+        and (pool.kernel, pool.stride) == ((3, 3), (2, 2))
+        and all(isinstance(a, Window) and a.padding(a.size_out - 1, a.size_out)[1] <= 1 for a in pooling.reads[pool.x])
+    )
+
+
+def _join(graph: Graph, conv: Local, pooling: Local, spec: ConvSpec) -> None:
+    middle = conv.op.outputs[0]
+    first, second = conv.reads[spec.x], pooling.reads[middle]
+    rows, cols = (Chain(a, b) for a, b in zip(first, second, strict=True))  # pyright: ignore[reportArgumentType]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        weight, bias = env[spec.weight], None if spec.bias is None else env[spec.bias]
+        padding: list[int] = []
+        pool_padding: list[int] = []
+        for chain, span in ((rows, block.rows), (cols, block.cols)):
+            pool_padding += chain.second.padding(*span)
+            padding += chain.first.padding(*chain.second.span(*span))
+        return (FusedStem.apply(env[spec.x], weight, bias, spec, padding, pool_padding, block),)  # pyright: ignore
+
+    op = replace(conv.op, name="fused_stem", outputs=pooling.op.outputs)
+    graph.locals[next(i for i, other in enumerate(graph.locals) if other is pooling)] = Local(
+        op, {spec.x: (rows, cols)}, pooling.axes, run
+    )
+    graph.locals = [local for local in graph.locals if local is not conv]

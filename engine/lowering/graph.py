@@ -1,0 +1,478 @@
+"""The recorded program sorted into steps: computations on smalls, and sweeps over the image.
+
+A value is a *map* (it has the image axes) or a *small*. Its *level* counts the reductions over the image that it waits
+for, one behind the other: the image and the parameters have level 0, what is reduced from a map of level n has n + 1.
+
+    level 0      level 1            level 1            level 2        level 2
+    image  ->  sweep: conv  ->  statistics of it  ->  sweep: norm, ... -> pooled  ->  classifier
+
+Everything of one level is computed in one pass over the tiles (`Graph`, a sweep). Its *sources* are the image and maps
+that an earlier sweep has stored; what a later sweep will read is stored, or (`split`'s choice) computed again from
+its own sources. Between sweeps smalls are computed by ordinary PyTorch, so autograd joins the sweeps: for it each is
+one function of its sources and smalls. A network whose only reduction is the last pooling is one sweep of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..capture.trace import Op, Program, place, refs
+from ..errors import UnsupportedError
+from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
+from .ops.flat import unflatten
+from .ops.norms import norm_of_small
+from .ops.rising import rise
+
+# Calls that read a map only for its dtype and device.
+_LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
+
+
+@dataclass
+class Graph:
+    """One sweep: local ops from its sources to reductions and stored maps, all in program order.
+
+    Attributes:
+        sources: maps that are there before the sweep: the image, maps that earlier sweeps stored, and tensors of a
+            map's size that no sweep makes (position embeddings).
+        prelude: computations on smalls that a rewrite (`backend.py`) adds; they run once, right before the sweep.
+        stored: maps that the sweep writes whole.
+        smalls: what the sweep takes besides its sources.
+        offsets: of a process's band (`bands.py`): sources that are rows of a map, the first row, and all its rows.
+    """
+
+    program: Program
+    maps: Maps
+    sources: list[int]
+    prelude: list[Small] = field(default_factory=list)
+    locals: list[Local] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
+    stored: list[int] = field(default_factory=list)
+    smalls: list[int] = field(default_factory=list)
+    offsets: dict[int, tuple[int, int]] | None = None
+
+    @property
+    def image(self) -> int:
+        """The value number of the image."""
+        return self.program.image
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width that are cut into tiles: those of the largest source, or of what residents make."""
+        resident = self.maps.resident
+        spread = [local.op.outputs[0] for local in self.locals if not resident.isdisjoint(local.reads)]
+        sizes = [self.maps.size(v) for v in (*(v for v in self.sources if v not in resident), *spread)]
+        whole = [height for _, height in (self.offsets or {}).values()]
+        return max(*whole, *(h for h, _ in sizes), 0), max(w for _, w in sizes)
+
+    @property
+    def results(self) -> list[int]:
+        """The values that the sweep gives: those of its reductions, then the stored maps."""
+        return [v for r in self.reductions for v in r.outputs] + self.stored
+
+    @cached_property
+    def reach(self) -> dict[int, frozenset[int]]:
+        """The sources and smalls that each result's gradient reaches, if there is one."""
+        values = self.program.values
+        found = {v: frozenset([v]) for v in (*self.sources, *self.smalls)}
+        nothing: frozenset[int] = frozenset()
+        for local in self.locals:
+            inputs = (*local.reads, *local.op.inputs, *(() if local.drawn is None else (local.drawn,)))
+            reached = nothing.union(*(found.get(v, nothing) for v in inputs))
+            found.update((v, reached if values[v].takes_grad else nothing) for v in local.op.outputs)
+        for reduction in self.reductions:
+            reached = found.get(reduction.value, nothing)
+            found.update((v, reached if values[v].takes_grad else nothing) for v in reduction.outputs)
+        return {v: found.get(v, nothing) for v in self.results}
+
+    def apply_rule(self, op: Op) -> Local:
+        """The local op that a rewritten convolution is."""
+        made = apply_rule(op, self.maps)
+        assert isinstance(made, Local)
+        return made
+
+
+@dataclass
+class Network:
+    """A program as a list of steps; each step's values are there before the next begins.
+
+    Attributes:
+        ranges: steps whose maps are let go after the forward and computed again in the backward.
+        place: where stored maps that sweeps alone read are kept: "device", "host" or "disk".
+    """
+
+    program: Program
+    maps: Maps
+    steps: list[Op | Small | Graph]
+    ranges: list[range] = field(default_factory=list)
+    place: str = "device"
+
+    @property
+    def sweeps(self) -> list[Graph]:
+        return [step for step in self.steps if isinstance(step, Graph)]
+
+    def swept(self) -> dict[int, int]:
+        """The stored maps that nothing but sweeps reads, and how many sweeps do."""
+        readers = dict.fromkeys((v for graph in self.sweeps for v in graph.stored), 0)
+        for step in self.steps:
+            for v in step.sources if isinstance(step, Graph) else ():
+                if v in readers:
+                    readers[v] += 1
+        others = [v for step in self.steps if not isinstance(step, Graph) for v in step.inputs]
+        for v in (*others, *self.program.results()):
+            readers.pop(v, None)
+        return readers
+
+    def trainable(self) -> set[int]:
+        """The values that a gradient flows through: parameters, and what is made of them. Not the image's."""
+        values = self.program.values
+        found = {number for number, value in enumerate(values) if value.trainable}
+
+        def follow(inputs: Iterable[int], outputs: Iterable[int]) -> None:
+            if not found.isdisjoint(inputs):
+                found.update(v for v in outputs if values[v].takes_grad)
+
+        for step in self.steps:
+            if not isinstance(step, Graph):
+                follow(step.inputs, step.outputs)
+                continue
+            for part in (*step.prelude, *(local.op for local in step.locals)):
+                follow(part.inputs, part.outputs)
+            for reduction in step.reductions:
+                follow([reduction.value], reduction.outputs)
+        return found
+
+    def wanted(self, image_grad: bool) -> set[int]:
+        """`trainable`, and the image where a gradient of it is wanted."""
+        return self.trainable() | ({self.program.image} if image_grad else set())
+
+
+def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
+    """What the rule of an op says; its refusal becomes an error that names the module."""
+    rule = find_rule(op.name)
+    if rule is None:
+        raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
+    try:
+        return rule(op, maps)
+    except Refusal as reason:
+        raise _refuse(op, str(reason)) from None
+
+
+def readers_of(graph: Graph) -> dict[int, list[Local]]:
+    """The local ops that read each map."""
+    readers: dict[int, list[Local]] = {}
+    for local in graph.locals:
+        for value in local.reads:
+            readers.setdefault(value, []).append(local)
+    return readers
+
+
+def private_maps(graph: Graph) -> set[int]:
+    """Maps that local ops alone look at."""
+    public = {r.value for r in graph.reductions} | set(graph.stored)
+    return {v for local in graph.locals for v in local.op.outputs} - public
+
+
+def small_inputs(graph: Graph) -> list[int]:
+    """The smalls that local ops take."""
+    found: dict[int, None] = {}
+    for local in graph.locals:
+        found.update(dict.fromkeys(v for v in local.op.inputs if v not in graph.maps))
+        if local.drawn is not None:
+            found[local.drawn] = None
+    return list(found)
+
+
+def live_ops(program: Program) -> list[Op]:
+    """Ops that the output or a change of state depends on; unused branches (auxiliary heads) are dropped."""
+    wanted = set(program.results())
+    live: list[Op] = []
+    for op in reversed(program.ops):
+        if wanted & set(op.outputs):
+            wanted.update(op.inputs)
+            live.append(op)
+    return live[::-1]
+
+
+def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> Small:
+    """A small that is drawn once per step, with the dtype and device of another value."""
+    value = program.values[like]
+    return Small(lambda _env: (make(value.dtype, value.device),), (), (output,))
+
+
+def _refuse(op: Op, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{place(op.module, op.line)}: {reason}")
+
+
+def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
+    """The nodes that the recorded ops become, in program order; ops on smalls stay as they are.
+
+    Args:
+        fallback: "whole" gives ordinary PyTorch whole maps for ops that have no exact rule.
+
+    Raises:
+        UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
+    """
+    try:
+        return _sort(program, fallback, rising=True)
+    except UnsupportedError as refusal:
+        try:
+            return _sort(program, fallback, rising=False)
+        except UnsupportedError:
+            raise refusal from None
+
+
+def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, list[Node | Op]]:
+    """`sort`; `rising` makes maps block by block of smalls that are spread over the image."""
+    maps = Maps(program, {program.image: (2, 3)})
+    maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
+    nodes: list[Node | Op] = []
+    taken = _TakenWhole(maps, fallback == "whole")
+    derived = set(maps.axes)  # what depends on the image
+    for op in live_ops(program):
+        ours = not derived.isdisjoint(op.inputs)
+        derived.update(op.outputs if ours else ())
+        risen = None
+        if op.name in _LIKE_MAP or not maps.inputs(op):
+            risen = (rising and rise(op, maps)) or norm_of_small(op, maps) if ours else None
+            if risen is None:
+                nodes.append(op)
+                taken.follow(op)
+                continue
+        try:
+            made = risen or apply_rule(op, maps)
+            if op.autocast is not None:
+                kind = program.values[program.image].device.type
+                made = [in_region(node, op, kind) for node in (made if isinstance(made, list) else [made])]
+        except UnsupportedError as refusal:
+            if fallback != "whole":
+                raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
+            made = Whole(op)
+        for node in made if isinstance(made, list) else [made]:
+            if isinstance(node, Local):
+                if node.once is not None:
+                    drawn = node.once(program.values[op.inputs[0]].dtype, torch.device("meta"))
+                    node.drawn = maps.new_value(drawn.shape, like=op.inputs[0])
+                    nodes.append(_draw(program, node.once, op.inputs[0], node.drawn))
+                maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
+                for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
+                    if h == w and value not in maps.flat:
+                        maps.flat[value] = maps.flat[next(iter(node.reads))]
+            elif isinstance(node, Small):
+                taken.check(op, node)
+            elif isinstance(node, Whole):
+                taken.begin(node.op)
+            nodes.append(node)
+    return maps, _live_nodes(maps, unflatten(maps, nodes))
+
+
+def in_region(node: Node, op: Op, kind: str) -> Node:
+    """A node of an op that ran in an autocast region of its own: it computes in that region.
+
+    Args:
+        kind: of the device.
+    """
+    assert op.autocast is not None
+    enabled, dtype = op.autocast
+    if not isinstance(node, Local):
+        return node  # their dtypes are those of the recording
+    run = node.run
+
+    def in_its_own(env: Env, block: Block) -> tuple[Tensor, ...]:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return run(env, block)
+
+    # Under a name of its own no rewrite takes it for the op outside of the region.
+    return replace(node, op=replace(node.op, name=f"{node.op.name} in autocast"), run=in_its_own, unvalued=None)
+
+
+def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
+    """Nodes that the output or a change of state depends on; rules may have gone round some ops."""
+    wanted = set(maps.program.results())
+    live: list[Node | Op] = []
+    for node in reversed(nodes):
+        op = node.op if isinstance(node, (Local, Whole)) else node
+        if wanted & set(_makes(node)):
+            wanted.update([op.value] if isinstance(op, Reduction) else op.inputs)
+            wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
+            live.append(node)
+    return live[::-1]
+
+
+class _TakenWhole:
+    """Smalls that come from whole maps; what is as large as those is a map again, where the user allows it."""
+
+    def __init__(self, maps: Maps, allowed: bool):
+        self.maps, self.allowed = maps, allowed
+        self.origin: dict[int, Op] = {}  # value -> the op that took a map whole
+        self.sizes: set[tuple[int, int]] = set()
+
+    def begin(self, op: Op) -> None:
+        self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
+        self.origin.update(dict.fromkeys(op.outputs, op))
+        self._return(op)
+
+    def follow(self, op: Op) -> None:
+        """An op on smalls."""
+        found = next((self.origin[v] for v in op.inputs if v in self.origin), None)
+        if found is not None:
+            self.origin.update(dict.fromkeys(op.outputs, found))
+            self._return(op)
+
+    def _return(self, op: Op) -> None:
+        for value in op.outputs if self.allowed else ():
+            shape = tuple(self.maps.shape(value))
+            if len(shape) == 4 and shape[2:] in self.sizes:
+                self.maps.axes[value] = (2, 3)
+            elif len(shape) == 4 and shape[1:3] in self.sizes:
+                self.maps.axes[value] = (1, 2)
+
+    def check(self, op: Op, node: Small) -> None:
+        """Refuse a whole map in the middle, unless it is allowed."""
+        first = next((self.origin[v] for v in node.inputs if v in self.origin), None)
+        if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
+            raise _refuse(
+                first,
+                f"'{first.name}' needs the whole map, and {op} goes on with one value for each position of it; "
+                'accelerate(..., fallback="whole") allows that where the memory does',
+            )
+
+
+def _reads(node: Node | Op, maps: Maps) -> list[int]:
+    """The values that a node waits for."""
+    if isinstance(node, Reduction):
+        return [node.value]
+    if isinstance(node, Local):
+        return [*node.op.inputs, *([] if node.drawn is None else [node.drawn])]
+    if isinstance(node, Whole):
+        return list(node.op.inputs)
+    return [v for v in node.inputs if v not in maps]
+
+
+def _makes(node: Node | Op) -> Sequence[int]:
+    return node.op.outputs if isinstance(node, (Local, Whole)) else node.outputs
+
+
+def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> dict[int, int]:
+    """The level of every value that is not a parameter or constant (those have level 0).
+
+    Args:
+        cuts: maps that local ops shall read in a later sweep than the one that makes them.
+    """
+    level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
+    for node in nodes:
+        whole = isinstance(node, (Reduction, Whole))
+        waits = [
+            level.get(v, 0) + (v in cuts if isinstance(node, Local) else whole and v in maps)
+            for v in _reads(node, maps)
+        ]
+        level.update(dict.fromkeys(_makes(node), max(waits, default=0)))
+    return level
+
+
+def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
+    """Maps that must be stored: those that ops take in one piece, and the program's outputs."""
+    found = {v for node in nodes if isinstance(node, Whole) for v in maps.inputs(node.op)}
+    return found | {v for v in maps.program.results() if v in maps}
+
+
+def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> list[int]:
+    """Maps that a later level reads, in program order: they are stored, or computed again there."""
+    level = levels(maps, nodes, cuts)
+    read_at: dict[int, int] = {}
+    for node in nodes:
+        if isinstance(node, Local):
+            for value in node.reads:
+                read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
+    made = [v for node in nodes if isinstance(node, Local) for v in node.op.outputs]
+    return [v for v in made if read_at.get(v, 0) > level[v]]
+
+
+def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> Network:
+    """The steps of a sorted program.
+
+    Args:
+        stored: which of the `crossing` maps are stored; the others are computed again by each sweep that reads them.
+        cuts: see `levels`.
+    """
+    level = levels(maps, nodes, cuts)
+    whole = needed_whole(maps, nodes)
+    makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
+    kept = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
+    reductions = [node for node in nodes if isinstance(node, Reduction)]
+    last = max([level[v] for v in level], default=0)
+    steps: list[Op | Small | Graph] = []
+    late = _for_state_alone(maps, nodes)
+    for now in range(last + 1):
+        for node in nodes:
+            if (
+                not isinstance(node, (Local, Reduction))
+                and id(node) not in late
+                and level.get(next(iter(_makes(node)), -1), 0) == now
+            ):
+                steps.append(node.op if isinstance(node, Whole) else node)
+        here = [r for r in reductions if level[r.value] == now]
+        written = [v for v in kept if level[v] == now]
+        if here or written:
+            given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
+            there = {*given, *(v for v in kept if level[v] < now)}
+            steps.append(_sweep(maps, nodes, makers, here, written, there))
+    steps += [node for node in nodes if isinstance(node, (Op, Small)) and id(node) in late]
+    network = Network(maps.program, maps, steps)
+    if not network.sweeps:
+        raise UnsupportedError(
+            "the model's output does not depend on the image; call the model itself, without accelerate"
+        )
+    return network
+
+
+def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
+    """The computations on smalls, by identity, that only what a call leaves in buffers and attributes depends on.
+
+    They come last, in the order of the calls: no range of sweeps that is computed again has them inside.
+    """
+    wanted = set(refs(maps.program.output))
+    late: set[int] = set()
+    for node in reversed(nodes):
+        alone = isinstance(node, (Op, Small)) and not any(v in maps for v in (*node.inputs, *node.outputs))
+        if alone and not wanted & set(_makes(node)):
+            late.add(id(node))
+        else:
+            wanted.update(_reads(node, maps), node.op.inputs if isinstance(node, Local) else ())
+    return late
+
+
+def _sweep(
+    maps: Maps, nodes: Sequence[Node | Op], makers: dict[int, Local], reductions: list[Reduction], written: list[int],
+    there: set[int],
+) -> Graph:  # fmt: skip
+    """The local ops that reductions and stored maps need, back to maps that are there."""
+    wanted = [*(r.value for r in reductions), *written]
+    needed: set[int] = set()
+    sources: set[int] = set()
+    while wanted:
+        value = wanted.pop()
+        if value in there:
+            sources.add(value)
+        elif id(makers[value]) not in needed:
+            needed.add(id(makers[value]))
+            wanted.extend(makers[value].reads)
+    # Copies: a rewrite of one sweep's ops must not change those of another.
+    own = [replace(node) for node in nodes if isinstance(node, Local) and id(node) in needed]
+    graph = Graph(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
+    graph.smalls = small_inputs(graph)
+    return graph
+
+
+def build_network(program: Program, fallback: str | None = None) -> Network:
+    """The steps of a recorded program with every map stored that a later sweep reads.
+
+    Args:
+        fallback: see `sort`.
+    """
+    maps, nodes = sort(program, fallback)
+    return split(maps, nodes, crossing(maps, nodes))

@@ -1,0 +1,108 @@
+"""Rules of ops along one dimension: per pixel along channels; along an image axis a window, or the whole map.
+
+`diff` along rows reads each row and the next ones. A mirror image reads the last row first, so that no tile can give
+it before the whole map is there; it is taken whole, which a network may do with its output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...capture.trace import Op
+from ..geometry import Window
+from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dimensions, replay, rule
+from .circular import circular_pad
+from .pointwise import aligned_axes
+from .promote import promoted
+
+
+def _per_pixel(op: Op, maps: Maps, value: int) -> Local:
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],) * len(op.outputs), replay(op))
+
+
+@rule("sort", "argsort", "msort", "cumprod", "cummax", "cummin")
+def ordered(op: Op, maps: Maps) -> Local | Whole:
+    value = op.inputs[0]
+    given = arguments(op, "input dim" if op.name != "msort" else "input", dim=-1 if "sort" in op.name else None)
+    dim = 0 if op.name == "msort" else given["dim"]
+    if dim % len(maps.shape(value)) in maps.axes[value]:
+        raise Refusal(f"'{op.name}' goes along an image axis; pool over it before")
+    return _per_pixel(op, maps, value)
+
+
+@rule("diff")
+def diff(op: Op, maps: Maps) -> Local:
+    """Differences of neighbours: of channels per pixel, of rows a window of n + 1."""
+    given = arguments(op, "input n dim prepend append", n=1, dim=-1)
+    value, n = op.inputs[0], given["n"]
+    shape, axes = maps.shape(value), maps.axes[value]
+    dim = given["dim"] % len(shape)
+    if given["prepend"] is not None or given["append"] is not None:
+        raise Refusal("'diff' with prepend or append; join them with torch.cat before")
+    if dim not in axes:
+        return _per_pixel(op, maps, value)
+    if value in maps.flat:
+        raise Refusal("'diff' along the positions of a flattened map; take it before the map is flattened")
+    reads = list(maps.pointwise(value))
+    reads[axes.index(dim)] = Window(shape[dim], shape[dim] - n, n + 1)
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (torch.diff(env[value], n, dim),)
+
+    return Local(op, {value: (reads[0], reads[1])}, (axes,), run)
+
+
+@rule("cosine_similarity")
+def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
+    """Of the channels of two maps, or of a map and a vector."""
+    given = arguments(op, "x1 x2 dim", dim=1)
+    rank = max(len(maps.shape(v)) for v in op.inputs)
+    axes, dim = aligned_axes(op, maps, rank), given["dim"] % rank
+    if dim in axes:
+        raise Refusal(f"'{op.name}' goes along an image axis; pool the products and the squares")
+    op, made = promoted(op, maps, axes, rank)
+    after = axes[0] - (dim < axes[0]), axes[1] - (dim < axes[1])
+    return [*made, Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (after,), replay(op))]
+
+
+@rule("roll")
+def roll(op: Op, maps: Maps) -> Local | Whole | list[Node]:
+    """Of rows and columns: a circular padding on one side, of which the other side is cut off."""
+    given = arguments(op, "input shifts dims")
+    value = op.inputs[0]
+    shape, axes = maps.shape(value), maps.axes[value]
+    shifts, dims = (tuple(n) if isinstance(n, (tuple, list)) else (n,) for n in (given["shifts"], given["dims"]))
+    if dims in ((), (None,)):
+        raise Refusal("'roll' without a dimension")
+    dims = [d % len(shape) for d in dims]
+    if not set(dims) & set(axes):
+        return _per_pixel(op, maps, value)
+    if value in maps.flat or not set(dims) <= set(axes) or len(set(dims)) < len(dims):
+        return Whole(op)
+    steps = [dict(zip(dims, shifts, strict=True)).get(axis, 0) % shape[axis] for axis in axes]
+    steps = [
+        n - shape[axis] if 2 * n > shape[axis] else n for n, axis in zip(steps, axes, strict=True)
+    ]  # the short way
+    amounts = [amount for n in steps for amount in (max(n, 0), max(-n, 0))]
+    longer = list(shape)
+    for n, axis in zip(steps, axes, strict=True):
+        longer[axis] += abs(n)
+    padded = maps.new_value(longer, like=value)
+    nodes = circular_pad(replace(op, outputs=(padded,)), maps, value, (amounts[0], amounts[1], amounts[2], amounts[3]))
+    rows, cols = (Window(longer[a], shape[a], pad=min(n, 0)) for n, a in zip(steps, axes, strict=True))
+    own = replace(op, name="rolled", args=(), kwargs={}, inputs=(padded,))
+    return [*nodes, Local(own, {padded: (rows, cols)}, (axes,), lambda env, _block: (env[padded],))]
+
+
+@rule("rot90", "fliplr", "flipud")
+def turned(op: Op, maps: Maps) -> Local | Whole:
+    value = op.inputs[0]
+    rank, axes = len(maps.shape(value)), maps.axes[value]
+    given = arguments(op, "input k dims", k=1, dims=(0, 1))
+    dims = {"fliplr": (1,), "flipud": (0,)}.get(op.name) or dimensions(given["dims"], rank)
+    if set(dims) & set(axes):
+        return Whole(op)
+    return _per_pixel(op, maps, value)

@@ -1,0 +1,81 @@
+"""Circular padding: the last rows stand before the first, and the first behind the last; likewise columns.
+
+The rows and columns at the ends of the map are taken out as smalls, so that what follows waits for them as it waits
+for any reduction; all else is read through a window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...capture.trace import Op, Ref
+from ..geometry import Window
+from .base import Block, Env, Local, Maps, Node, Whole
+
+
+def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int]) -> list[Node]:
+    """`F.pad` with mode "circular"; `pad` is (top, bottom, left, right), none of them negative."""
+    h, w = maps.axes[value]
+    height, width = maps.size(value)
+    top, bottom, left, right = pad
+    nodes: list[Node] = []
+
+    def end(dim: int, start: int, length: int) -> int | None:
+        if not length:
+            return None
+        made, strip = _strip(op, maps, value, dim, start, length)
+        nodes.extend(made)
+        return strip
+
+    above, below = end(h, height - top, top), end(h, 0, bottom)
+    before, behind = end(w, width - left, left), end(w, 0, right)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        (r0, r1), (c0, c1) = block.rows, block.cols
+        inner = slice(max(r0 - top, 0), min(r1 - top, height))
+        x = env[value]
+        # Rows that the map has are lengthened first; those beyond its ends go across all columns.
+        if inner.start < inner.stop:
+            parts = [
+                _columns(env, before, w, c0, min(c1, left)).narrow(h, inner.start, inner.stop - inner.start)
+                if c0 < left else None,
+                x if max(c0, left) < min(c1, left + width) else None,
+                _columns(env, behind, w, max(c0 - left - width, 0), c1 - left - width)
+                .narrow(h, inner.start, inner.stop - inner.start) if c1 > left + width else None,
+            ]  # fmt: skip
+            x = _joined(parts, w)
+        columns = torch.arange(c0 - left, c1 - left, device=x.device) % width
+        first = _columns(env, above, h, r0, min(r1, top)).index_select(w, columns) if r0 < top else None
+        start = max(r0 - top - height, 0)
+        last = _columns(env, below, h, start, r1 - top - height).index_select(w, columns) if r1 > top + height else None
+        return (_joined([first, x if inner.start < inner.stop else None, last], h),)
+
+    smalls = tuple(v for v in (above, below, before, behind) if v is not None)
+    own = Op(op.func, "circular", (), {}, (value, *smalls), op.outputs, (), op.module)
+    reads = Window(height, height + top + bottom, pad=top), Window(width, width + left + right, pad=left)
+    return [*nodes, Local(own, {value: reads}, ((h, w),), run)]
+
+
+def _strip(op: Op, maps: Maps, value: int, dim: int, start: int, length: int) -> tuple[list[Node], int]:
+    """Some rows or columns of a map, as a map and then as a small."""
+    shape = list(maps.shape(value))
+    shape[dim] = length
+    cropped, strip = maps.new_value(shape, like=value), maps.new_value(shape, like=value)
+    axes = maps.axes[value]
+    reads = [*maps.pointwise(value)]
+    reads[axes.index(dim)] = Window(maps.shape(value)[dim], length, pad=-start)
+    crop = Op(op.func, "crop", (), {}, (value,), (cropped,), (), op.module)
+    # `clone`, because a block that is a view would keep the whole tile's.
+    local = Local(crop, {value: (reads[0], reads[1])}, (axes,), lambda env, _block: (env[value].clone(),))
+    return [local, Whole(Op(torch.clone, "clone", (Ref(cropped),), {}, (cropped,), (strip,), (), op.module))], strip
+
+
+def _columns(env: Env, strip: int | None, dim: int, start: int, end: int) -> Tensor:
+    assert strip is not None
+    return env[strip].narrow(dim, start, end - start)
+
+
+def _joined(parts: list[Tensor | None], dim: int) -> Tensor:
+    there = [part for part in parts if part is not None]
+    return there[0] if len(there) == 1 else torch.cat(there, dim)

@@ -1,0 +1,138 @@
+"""Maps whose image axes a reshape has flattened into one: tokens (N, H*W, C), heads (N, heads, c, H*W), (N*H*W, C).
+
+To the rules such a map has one image axis, twice in `Maps.axes`, and the shape that the recorded call sees. The scan
+knows nothing of it: `unflatten` gives every flattened map both axes again, and lets each op see its blocks flattened.
+Within a block pixels are then in another order than in the whole map, which no op per pixel and no sum can notice.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ...capture.trace import Op, Ref
+from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Run, Small, Whole, arguments, replay, rule
+from .promote import renamed
+
+
+@rule("scaled_dot_product_attention")
+def attention(op: Op, maps: Maps) -> Local:
+    """Per pixel where the image axes are among the batch dimensions."""
+    behind = {tuple(axis - len(maps.shape(v)) for axis in maps.axes[v]) for v in maps.inputs(op)}
+    given = arguments(op, "query key value attn_mask dropout_p", dropout_p=0.0)
+    if len(behind) > 1 or any(max(axes) > -3 for axes in behind) or len(maps.inputs(op)) < 3 or given["attn_mask"]:
+        raise Refusal(f"'{op.name}' attends over positions of the image")
+    axes = behind.pop()
+    rank = len(maps.shape(op.outputs[0]))
+    local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, ((axes[0] + rank, axes[1] + rank),), replay(op))
+    local.random = given["dropout_p"] > 0
+    return local
+
+
+def unflatten(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
+    """The nodes with flattened maps given both image axes."""
+    if not maps.flat:
+        return list(nodes)
+    place = {value: _Place(maps.axes[value][0], flat) for value, flat in maps.flat.items()}
+    result: list[Node | Op] = []
+    for node in nodes:
+        if isinstance(node, Local):
+            result.append(_local(node, place))
+        elif isinstance(node, Reduction) and node.value in place:
+            result.extend(_reduction(maps, node, place[node.value]))
+        elif isinstance(node, Whole) and not place.keys().isdisjoint(node.op.inputs):
+            names = {v: _flattened(maps, v, place[v], result) for v in node.op.inputs if v in place}
+            result.append(Whole(renamed(node.op, names)))
+        else:
+            result.append(node)
+    outputs: dict[int, int] = {}
+
+    def give(leaf: object) -> object:
+        if isinstance(leaf, Ref) and leaf.value in place:
+            if leaf.value not in outputs:
+                outputs[leaf.value] = _flattened(maps, leaf.value, place[leaf.value], result)
+            return Ref(outputs[leaf.value])
+        return leaf
+
+    maps.program.output = tree_map(give, maps.program.output)
+    for value, where in place.items():
+        info = maps.program.values[value]
+        sizes = where.sizes(where.flat.height, where.flat.width)
+        info.shape = torch.Size([*info.shape[: where.axis], *sizes, *info.shape[where.axis + 1 :]])
+        maps.axes[value] = where.axes
+    maps.flat.clear()
+    return result
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which dimension of a flattened map is to become several, and which."""
+
+    axis: int
+    flat: Flat
+
+    @property
+    def count(self) -> int:
+        return 4 if self.flat.merged else 2
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        height = self.axis + self.flat.merged
+        return height, height + 1
+
+    def sizes(self, height: int, width: int) -> tuple[int, ...]:
+        return (self.flat.ahead, height, width, self.flat.behind) if self.flat.merged else (height, width)
+
+    def flatten(self, x: Tensor) -> Tensor:
+        return x.flatten(self.axis, self.axis + self.count - 1)
+
+
+def _local(local: Local, place: dict[int, _Place]) -> Local:
+    """A local op that is given flattened blocks, and whose results get both axes."""
+    inputs = {v: place[v] for v in local.reads if v in place}
+    outputs = [place.get(v) for v in local.op.outputs]
+    if not inputs and all(where is None for where in outputs):
+        return local
+    plain: Run = local.run
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        flattened = {v: where.flatten(env[v]) for v, where in inputs.items()}
+        size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        made = plain(ChainMap(flattened, env), block)  # pyright: ignore[reportArgumentType]
+        both = zip(made, outputs, strict=True)
+        return tuple(t if where is None else t.unflatten(where.axis, where.sizes(*size)) for t, where in both)
+
+    # Rewrites that know ops by name must not take it for an op on both axes.
+    return replace(local, op=replace(local.op, name=f"flat_{local.op.name}"), run=run)
+
+
+def _reduction(maps: Maps, reduction: Reduction, where: _Place) -> list[Node]:
+    """A reduction over all that the axis holds, and a small that leaves one dimension of it where those are kept."""
+    if reduction.form is not None:
+        return [reduction]
+    axis, more = where.axis, where.count - 1
+    own = tuple(range(axis, axis + where.count))
+    dims = tuple(d for r in reduction.dims for d in (own if r == axis else (r + more * (r > axis),)))
+    if not reduction.keepdim:
+        return [replace(reduction, dims=dims)]
+    values = maps.program.values
+    kept = []
+    for value in reduction.outputs:
+        shape = values[value].shape
+        kept.append(maps.new_value((*shape[: axis + 1], *(1,) * more, *shape[axis + 1 :]), like=value))
+    made = tuple(kept)
+    drop = Small(lambda env: tuple(env[v].squeeze(own[1:]) for v in made), made, reduction.outputs)
+    return [replace(reduction, dims=dims, outputs=made), drop]
+
+
+def _flattened(maps: Maps, value: int, where: _Place, nodes: list[Node | Op]) -> int:
+    """A small that is the whole map flattened; the op that makes it is added to the nodes."""
+    made = maps.new_value(list(maps.shape(value)), like=value)
+    args = (Ref(value), where.axis, where.axis + where.count - 1)
+    nodes.append(Whole(Op(torch.flatten, "flatten", args, {}, (value,), (made,), (), "")))
+    return made

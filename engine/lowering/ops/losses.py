@@ -1,0 +1,142 @@
+"""Rules of losses with a label for each position: the loss per pixel, and a sum over the image.
+
+A mean of class losses divides by the weights of the labels that count, which is a second sum:
+
+    cross_entropy, mean    loss per pixel -> sum;  weight of its label -> sum;  their ratio
+
+What is made of labels on the way (one-hot codes, picked channels) is here as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn._reduction import legacy_get_string
+
+from ...capture.trace import Op, Ref
+from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
+from .pointwise import elementwise
+from .reductions import exact, small
+
+_ELEMENTWISE = {
+    "binary_cross_entropy_with_logits": "input target weight size_average reduce reduction pos_weight",
+    "binary_cross_entropy": "input target weight size_average reduce reduction",
+    "mse_loss": "input target size_average reduce reduction weight",
+    "l1_loss": "input target size_average reduce reduction weight",
+    "smooth_l1_loss": "input target size_average reduce reduction beta weight",
+    "huber_loss": "input target reduction delta weight",
+    "soft_margin_loss": "input target size_average reduce reduction",
+    "kl_div": "input target size_average reduce reduction log_target",
+}
+_CLASSES = "input target weight size_average ignore_index reduce reduction label_smoothing"
+
+
+def _reduction(given: dict[str, Any]) -> str:
+    """How a loss is reduced, also in the old spelling."""
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
+    return given["reduction"]
+
+
+def _total(op: Op, maps: Maps, value: int, output: int, count: int = 1) -> Reduction:
+    """The sum of all of a map."""
+    return Reduction(op, value, "sum", count, tuple(range(len(maps.shape(value)))), False, outputs=(output,))
+
+
+@rule(*_ELEMENTWISE)
+def elementwise_loss(op: Op, maps: Maps) -> Local | list[Node]:
+    given = arguments(op, _ELEMENTWISE[op.name], reduction="mean")
+    how = _reduction(given)
+    if how == "none":
+        return elementwise(op, maps)
+    shapes = [maps.shape(v) for v in op.inputs]
+    output = op.outputs[0]
+    each = maps.new_value(torch.broadcast_shapes(*shapes), like=output)
+    kwargs = {n: v for n, v in given.items() if v is not None and n not in ("size_average", "reduce")}
+    own = Op(op.func, op.name, (), {**kwargs, "reduction": "none"}, op.inputs, (each,), (), op.module)
+    made = elementwise(own, maps)
+    counts = {"sum": 1, "mean": math.prod(maps.shape(each)), "batchmean": maps.shape(given["input"].value)[0]}
+    return [*(made if isinstance(made, list) else [made]), _total(op, maps, each, output, counts[how])]
+
+
+@rule("cross_entropy", "nll_loss")
+def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
+    """Class indices, or (of cross_entropy) probabilities, for each pixel; classes are dimension 1."""
+    given = arguments(op, _CLASSES, ignore_index=-100, reduction="mean", label_smoothing=0.0)
+    value, target = given["input"].value, given["target"].value
+    weight = given["weight"].value if isinstance(given["weight"], Ref) else None
+    if value not in maps or target not in maps:
+        raise Refusal(f"'{op.name}' needs labels that are read by region; give them to dense_loss")
+    soft = maps.shape(value) == maps.shape(target)
+    axes = _without(maps.axes[value], 1)
+    if 1 in maps.axes[value] or maps.axes[target] != (maps.axes[value] if soft else axes):
+        raise Refusal(f"'{op.name}' takes labels whose image axes lie elsewhere than those of the classes")
+    if maps.extent(value) != maps.extent(target):
+        raise Refusal(f"'{op.name}' combines maps of different sizes, {maps.extent(value)} and {maps.extent(target)}")
+    how, ignored = _reduction(given), given["ignore_index"]
+    options = {"label_smoothing": given["label_smoothing"]} if op.name == "cross_entropy" else {}
+    options |= {} if soft else {"ignore_index": ignored}
+    output = op.outputs[0]
+    shape = [n for d, n in enumerate(maps.shape(value)) if d != 1]
+    each = output if how == "none" else maps.new_value(shape, like=output)
+
+    def losses(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        w = None if weight is None else env[weight]
+        return (op.func(env[value], env[target], weight=w, reduction="none", **options),)
+
+    local = _made(op, maps, (value, target), (weight,), each, axes, losses)
+    if how == "none":
+        return local
+    if how == "sum" or soft:
+        return [local, _total(op, maps, each, output, math.prod(shape) if how == "mean" else 1)]
+    wide = exact(maps.program.values[value].device)
+    counted = maps.new_value(shape, wide, like=output)
+    total, count = maps.new_value(like=output), maps.new_value(dtype=wide, like=output)
+
+    def counts(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        labels = env[target]
+        kept = labels != ignored
+        if weight is None:
+            return (kept.to(wide),)
+        return (torch.where(kept, env[weight].to(wide)[torch.where(kept, labels, 0).long()], 0),)
+
+    dtype = maps.program.values[output].dtype
+    return [
+        local,
+        _total(op, maps, each, total),
+        _made(op, maps, (target,), (weight,), counted, axes, counts),
+        _total(op, maps, counted, count),
+        small((total, count), output, lambda t, n: (t.to(wide) / n).to(dtype)),
+    ]
+
+
+def _without(axes: Axes, dim: int) -> Axes:
+    """Image axes once a dimension before them has gone."""
+    return axes[0] - (axes[0] > dim), axes[1] - (axes[1] > dim)
+
+
+def _made(
+    op: Op, maps: Maps, reads: tuple[int, ...], smalls: tuple[int | None, ...], output: int, axes: Axes, run: Any
+) -> Local:
+    """A local op per pixel whose result has other dimensions than what it reads."""
+    given = (*reads, *(v for v in smalls if v is not None))
+    own = Op(op.func, f"{op.name}_each", (), {}, given, (output,), (), op.module)
+    return Local(own, {v: maps.pointwise(v) for v in reads}, (axes,), run)
+
+
+@rule("one_hot")
+def one_hot(op: Op, maps: Maps) -> Local:
+    value = op.inputs[0]
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+
+
+@rule("written")
+def written(op: Op, maps: Maps) -> Reduction:
+    """A map whose blocks go elsewhere as they are made (`dense.write_map`): nothing of it is kept."""
+    value = op.inputs[0]
+    if value in maps.flat:
+        raise Refusal("the output is a map with both image axes in one dimension; return it with two")
+    return Reduction(op, value, "sum", 1, (), True, form=lambda block: block.new_zeros(0, dtype=torch.float32))

@@ -1,0 +1,181 @@
+"""Rules of ops that act on each pixel by itself: arithmetic, activations, frozen norms, channel reductions, dropout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...capture.trace import Op
+from .base import (
+    Axes,
+    Block,
+    Env,
+    Local,
+    Maps,
+    Node,
+    Refusal,
+    Small,
+    Whole,
+    arguments,
+    replay,
+    rule,
+)
+from .names import ELEMENTWISE
+from .promote import over_resident, promoted, renamed
+
+
+def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
+    """The image axes of a broadcast result of `rank` dimensions; all map operands must agree on them."""
+    found = set()
+    sizes = set()
+    for value in maps.inputs(op):
+        h, w = maps.axes[value]
+        shift = rank - len(maps.shape(value))
+        found.add((h + shift, w + shift))
+        sizes.add(maps.extent(value))
+    if len(found) != 1:
+        raise Refusal(f"'{op.name}' combines maps whose image axes lie at different places")
+    if len(sizes) != 1:
+        both = " and ".join(sorted(str(size) for size in sizes))
+        raise Refusal(f"'{op.name}' combines maps of different sizes, {both}")
+    return found.pop()
+
+
+@rule(*ELEMENTWISE)
+def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
+    if op.name in ("to", "type_as") and len(op.inputs) > 1:
+        return _like_another(op, maps)
+    rank = len(maps.shape(op.outputs[0]))
+    axes = aligned_axes(op, maps, rank)
+    op, wider = _widened(op, maps, axes, maps.shape(op.outputs[0]))
+    op, made = promoted(op, maps, axes, rank)
+    made = [*wider, *made]
+    local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (axes,) * len(op.outputs), replay(op))
+    return [*made, local] if made else local
+
+
+def _widened(op: Op, maps: Maps, axes: Axes, shape: torch.Size) -> tuple[Op, list[Node]]:
+    """The op with maps of one row or column, where the result has more, as maps of the result's size."""
+    nodes: list[Node] = []
+    names: dict[int, int] = {}
+    for value in maps.inputs(op):
+        size = shape[axes[0]], shape[axes[1]]
+        own = maps.size(value)
+        if value in maps.flat or own == size or any(n not in (1, m) for n, m in zip(own, size, strict=True)):
+            continue
+        full = list(maps.shape(value))
+        for axis, n in zip(maps.axes[value], size, strict=True):
+            full[axis] = n
+        made, lies = maps.new_value(full, like=value), maps.axes[value]
+        maps.axes[made], names[value] = lies, made
+
+        def run(env: Env, block: Block, value: int = value, full: list[int] = full, lies: Axes = lies):
+            sizes = list(full)
+            sizes[lies[0]], sizes[lies[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+            return (env[value].expand(sizes),)
+
+        spread = Op(op.func, "spread", (), {}, (value,), (made,), (), op.module)
+        nodes.append(Local(spread, {value: over_resident(maps, value, size)}, (lies,), run))
+    return (renamed(op, names), nodes) if names else (op, nodes)
+
+
+def _like_another(op: Op, maps: Maps) -> Local | list[Node]:
+    """A tensor in the dtype and on the device of another, of which nothing else is read."""
+    value, like = op.inputs[0], maps.program.values[op.outputs[0]]
+    if value not in maps:
+        return [Small(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)]
+    own = replace(op, inputs=(value,))
+    return Local(own, {value: maps.pointwise(value)}, (maps.axes[value],), lambda env, _: (env[value].to(like.dtype),))
+
+
+def _random(made: Local | list[Node], random: bool) -> Local | list[Node]:
+    local = made[-1] if isinstance(made, list) else made
+    assert isinstance(local, Local)
+    local.random = random
+    return made
+
+
+def on_channels(op: Op, maps: Maps, value: int) -> Local:
+    """A per-pixel op whose parameters belong to dimension 1."""
+    if 1 in maps.axes[value]:
+        raise Refusal(f"'{op.name}' takes an image axis for the channels")
+    only_maps(op, maps, value)
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+
+
+def only_maps(op: Op, maps: Maps, *values: int) -> None:
+    if set(maps.inputs(op)) - set(values):
+        raise Refusal(f"'{op.name}' takes its parameters from the image")
+
+
+@rule("bucketize", "isin")
+def compared(op: Op, maps: Maps) -> Local:
+    """Each element of a map against all elements of a small."""
+    value = op.inputs[0]
+    if value not in maps:
+        raise Refusal(f"'{op.name}' compares a tensor with all positions of the image")
+    only_maps(op, maps, value)
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+
+
+@rule("prelu")
+def prelu(op: Op, maps: Maps) -> Local:
+    return on_channels(op, maps, op.inputs[0])
+
+
+@rule("local_response_norm")
+def local_response_norm(op: Op, maps: Maps) -> Local:
+    return on_channels(op, maps, op.inputs[0])
+
+
+@rule("linear")
+def linear(op: Op, maps: Maps) -> Local | Whole:
+    given = arguments(op, "input weight bias")
+    value = given["input"].value
+    if value in maps.flat and len(maps.shape(value)) - 1 in maps.axes[value]:
+        return Whole(op)  # a classifier behind a flatten: a weight for each position
+    if len(maps.shape(value)) - 1 in maps.axes[value]:
+        raise Refusal("'linear' contracts an image axis")
+    only_maps(op, maps, value)
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+
+
+@rule("dropout", "alpha_dropout")
+def dropout(op: Op, maps: Maps) -> Local | list[Node]:
+    given = arguments(op, "input p training inplace", p=0.5, training=True)
+    return _random(elementwise(op, maps), bool(given["training"]) and given["p"] > 0)
+
+
+@rule("feature_dropout", "dropout1d", "dropout2d", "dropout3d")
+def channel_dropout(op: Op, maps: Maps) -> Local:
+    """One draw per sample and channel, the same for all positions: a small, drawn once per step as stock draws it."""
+    value = op.inputs[0]
+    given = arguments(op, "input p training inplace", p=0.5, training=True)
+    shape, axes = maps.shape(value), maps.axes[value]
+    if set(axes) & {0, 1}:
+        raise Refusal(f"'{op.name}' takes an image axis for the channels")
+    if op.name == "dropout1d" or len(shape) != 4:
+        raise Refusal(f"'{op.name}' on a map of {len(shape)} dimensions")
+    mask_shape = [1 if d > 1 else size for d, size in enumerate(shape)]
+
+    def once(dtype: torch.dtype, device: torch.device) -> Tensor:
+        return F.dropout2d(torch.ones(mask_shape, dtype=dtype, device=device), given["p"], given["training"])
+
+    local = Local(op, {value: maps.pointwise(value)}, (axes,), replay(op))
+    if given["training"] and given["p"] > 0:
+
+        def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+            assert local.drawn is not None
+            return (env[value] * env[local.drawn],)
+
+        local.run, local.once = run, once
+    return local
+
+
+@rule("rand_like", "randn_like", "bernoulli", "rrelu")
+def noise(op: Op, maps: Maps) -> Local | list[Node]:
+    random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
+    return _random(elementwise(op, maps), random)

@@ -1,0 +1,164 @@
+"""Smalls that meet a map with a value for each position of it, or for each row or column.
+
+One that has been spread over the image before (`expand`, an upsampled pooling) is spread block by block instead. Others
+(a position embedding, what ops on a whole map made) are maps that are there: a promoted value is a further name for the
+tensor, and as a source of the sweep that reads it, it is read tile by tile. So is a *resident*, which is smaller than
+the image along an axis: a value for each row (N, C, H, 1), a grid (N, C, 6, 6) that is upsampled. It is there whole
+before the sweep, and ops read the part of it that their block wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ...capture.trace import Op, Ref
+from ..geometry import Access, repeated, same
+from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, Small, arguments
+
+
+def promoted(
+    op: Op, maps: Maps, axes: Axes, rank: int, among: Container[int] | None = None, size: tuple[int, int] | None = None
+) -> tuple[Op, list[Node]]:
+    """The op with every small that depends on the position in the image replaced by a map.
+
+    Args:
+        axes: where the image axes lie in a broadcast of `rank` dimensions; one axis twice if they are flattened.
+        among: the inputs that are looked at; None for all.
+        size: height and width, where the op reads no map that has them.
+    """
+    over = next(iter(maps.inputs(op)), None)
+    if size is None:
+        assert over is not None
+        size = maps.size(over)
+    nodes: list[Node] = []
+    names: dict[int, int] = {}
+    for value in op.inputs:
+        if value in maps or (among is not None and value not in among):
+            continue
+        shape = [1] * (rank - len(maps.shape(value))) + list(maps.shape(value))
+        if all(shape[axis] == 1 for axis in axes):
+            continue
+        if over is not None and maps.merged(over):
+            raise Refusal(f"'{op.name}' combines a flattened map with a tensor that depends on the position in it")
+        for axis, own in zip(axes, size if axes[0] != axes[1] else (size[0] * size[1],) * 2, strict=True):
+            if shape[axis] not in (1, own):
+                raise Refusal(f"'{op.name}' combines a map with a tensor that has more rows or columns than the map")
+        if over is not None and axes[0] != axes[1] and sorted(shape[axis] == 1 for axis in axes) == [False, True]:
+            made, names[value] = spread_strip(op, maps, value, shape, axes, size)
+            nodes.extend(made)
+            continue
+        source = _spread_source(maps, value)
+        spreads = source is not None and rank == len(maps.shape(value)) and axes[0] != axes[1]
+        if source is not None and over is not None and spreads and all(maps.shape(source)[axis] == 1 for axis in axes):
+            number = maps.new_value(like=value)
+            maps.axes[number] = axes
+            nodes.append(spread(op, maps, source, over, number, axes))
+        else:
+            number = _promote(maps, value, shape, axes, size)
+            nodes.append(Small(_view(value, tuple(shape), axes, size), (value,), (number,)))
+        names[value] = number
+    if not names:
+        return op, nodes
+    return renamed(op, names), nodes
+
+
+def spread(op: Op, maps: Maps, source: int, over: int, output: int, axes: Axes) -> Local:
+    """The map `output` that has a small's values at every position of the map `over`."""
+    shape = list(maps.shape(output))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        full = list(shape)
+        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        full[axes[0]], full[axes[1]] = (height, width) if axes[0] != axes[1] else (height * width,) * 2
+        return (env[source].expand(full),)
+
+    own = Op(op.func, "spread", (), {}, (over, source), (output,), (), op.module)
+    return Local(own, {over: maps.pointwise(over)}, (axes,), run)
+
+
+def resident(maps: Maps, value: int, axes: Axes, shape: Sequence[int] | None = None) -> tuple[list[Node], int]:
+    """A small as something that local ops read by region, like a map; `shape` if it has further dimensions of one."""
+    shape = list(maps.shape(value) if shape is None else shape)
+    number = maps.new_value(shape, like=value)
+    maps.axes[number] = axes
+    maps.resident.add(number)
+    return [Small(lambda env: (env[value].reshape(shape),), (value,), (number,))], number
+
+
+def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access, Access]:
+    """How an op over a map of this size reads a resident that it repeats along the axes where that has one index."""
+    rows, cols = (same(n) if own == n else repeated(n) for own, n in zip(maps.size(value), size, strict=True))
+    return rows, cols
+
+
+def spread_strip(
+    op: Op, maps: Maps, value: int, shape: Sequence[int], axes: Axes, size: tuple[int, int], output: int | None = None
+) -> tuple[list[Node], int]:
+    """A small with a value for each row or column as a map of this size; `shape` is its own, of the map's rank."""
+    nodes, there = resident(maps, value, axes, shape)
+    full = list(shape)
+    for axis, n in zip(axes, size, strict=True):
+        full[axis] = n
+    number = maps.new_value(full, like=value) if output is None else output
+    maps.axes[number] = axes
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        sizes = list(maps.shape(number))
+        sizes[axes[0]], sizes[axes[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        return (env[there].expand(sizes),)
+
+    own = Op(op.func, "spread", (), {}, (there,), (number,), (), op.module)
+    return [*nodes, Local(own, {there: over_resident(maps, there, size)}, (axes,), run)], number
+
+
+def _spread_source(maps: Maps, value: int) -> int | None:
+    """The small that an op on smalls has spread over the image to make this value, if that is what it has done."""
+    maker = next((op for op in maps.program.ops if value in op.outputs), None)
+    if maker is None or not maker.inputs or len(maps.shape(maker.inputs[0])) != len(maps.shape(value)):
+        return None
+    given = arguments(maker, "input size scale_factor mode", mode="nearest")
+    if maker.name in ("expand", "expand_as", "broadcast_to"):
+        return maker.inputs[0]
+    if maker.name in ("interpolate", "upsample") and given["mode"] in ("nearest", "nearest-exact", "bilinear"):
+        return maker.inputs[0] if maps.shape(maker.inputs[0])[2:] == (1, 1) else None
+    return None
+
+
+def renamed(op: Op, names: dict[int, int]) -> Op:
+    """The op with other inputs."""
+
+    def swap(leaf: Any) -> Any:
+        return Ref(names.get(leaf.value, leaf.value)) if isinstance(leaf, Ref) else leaf
+
+    inputs = tuple(names.get(v, v) for v in op.inputs)
+    return replace(op, args=tree_map(swap, op.args), kwargs=tree_map(swap, op.kwargs), inputs=inputs)
+
+
+def _promote(maps: Maps, value: int, shape: Sequence[int], axes: Axes, size: tuple[int, int]) -> int:
+    full = list(shape)
+    if axes[0] == axes[1]:
+        full[axes[0]] = size[0] * size[1]
+    else:
+        full[axes[0]], full[axes[1]] = size
+    number = maps.new_value(full, like=value)
+    maps.axes[number] = axes
+    if axes[0] == axes[1]:
+        maps.flat[number] = Flat(*size)
+    return number
+
+
+def _view(value: int, shape: tuple[int, ...], axes: Axes, size: tuple[int, int]):
+    def run(env: Env) -> tuple[Tensor, ...]:
+        x = env[value].reshape(shape)
+        if axes[0] == axes[1]:
+            return (x.unflatten(axes[0], size),)
+        full = list(shape)
+        full[axes[0]], full[axes[1]] = size
+        return (x.expand(full),)
+
+    return run

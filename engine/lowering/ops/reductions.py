@@ -1,0 +1,402 @@
+"""Rules of reductions over dimensions: of channels per pixel; of the whole image, or of each of its rows or columns,
+as a sum, a maximum or moments.
+
+Everything else is made of these three, with a local op before and a small behind:
+
+    norm (p = 2)   x^2  -> sum -> root              norm (p = 1)   |x| -> sum
+    amin           -x   -> max -> -                 norm (p = inf) |x| -> max
+    var, std       moments -> merged over further dimensions, corrected -> root
+    logsumexp      max;  exp(x - max) -> sum -> log, + max
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...capture.trace import Op
+from .base import Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, arguments, dimensions, replay, rule
+from .grids import Grid, is_read, strip_grid
+from .pointwise import elementwise, only_maps
+from .promote import over_resident, resident
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What statistics are given in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """What statistics are merged in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def moments(
+    op: Op, maps: Maps, value: int, dims: tuple[int, ...] = (), grid: Grid | None = None
+) -> tuple[Reduction, int, int]:
+    """The reduction to mean and variance over the image, whose axes keep size one, and their value numbers.
+
+    With `dims`, over these dimensions, and in float64 whatever the map is in. With a grid it is over those of the
+    image's axes that are among `dims`.
+    """
+    if maps.merged(value):
+        raise Refusal(f"'{op.name}' of a flattened map that holds more than the image")
+    info, pixels = maps.program.values[value], math.prod(maps.size(value))
+    axes = dims or tuple(dict.fromkeys(maps.axes[value]))
+    if grid is not None:
+        axes = tuple(d for d in dict.fromkeys(maps.axes[value]) if d in dims)
+    precise = bool(dims) and grid is None
+    shape = [1 if d in axes else size for d, size in enumerate(maps.shape(value))]
+    count = math.prod(maps.shape(value)[d] for d in axes)
+    dtype = exact(info.device) if precise else wide(info.dtype)
+    mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
+    reduction = Reduction(
+        op, value, "moments", count, axes, True, outputs=(mean, var), precise=precise, grid=grid,
+        per_pixel=count // pixels if grid is None else 1,
+    )  # fmt: skip
+    return reduction, mean, var
+
+
+def mapped(
+    op: Op, maps: Maps, name: str, values: tuple[int, ...], function: Callable[..., Tensor], dtype: torch.dtype,
+    smalls: tuple[int, ...] = (), output: int | None = None,
+) -> tuple[Local, int]:  # fmt: skip
+    """A local op of our own per pixel, `function(*values, *smalls)`; all values have the first one's axes."""
+    made = maps.new_value(dtype=dtype, like=values[0]) if output is None else output
+    maps.axes[made] = maps.axes[values[0]]
+    if values[0] in maps.flat:
+        maps.flat[made] = maps.flat[values[0]]
+
+    def run(env: Env, _block: Any) -> tuple[Tensor, ...]:
+        return (function(*(env[v] for v in (*values, *smalls))),)
+
+    own = Op(op.func, name, (), {}, (*values, *smalls), (made,), (), op.module)
+    reads = {v: maps.pointwise(v) for v in values}
+    reads.update({v: over_resident(maps, v, maps.size(made)) for v in smalls if v in maps.resident})
+    return Local(own, reads, (maps.axes[made],), run), made
+
+
+def small(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> Small:
+    """A small of our own: `function(*inputs)`."""
+    return Small(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
+
+
+def axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
+    """Image axes after the dimensions `dims` were reduced."""
+    if keepdim:
+        return axes
+    return axes[0] - sum(d < axes[0] for d in dims), axes[1] - sum(d < axes[1] for d in dims)
+
+
+_NAMES = {
+    "norm": "input p dim keepdim",
+    "vector_norm": "input p dim keepdim",
+    "var": "input dim unbiased keepdim",
+    "std": "input dim unbiased keepdim",
+    "var_mean": "input dim unbiased keepdim",
+    "std_mean": "input dim unbiased keepdim",
+}
+
+
+@rule("mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "vector_norm", "logsumexp", "prod", "var_mean",
+      "std_mean", "argmax", "argmin", "any", "all", "count_nonzero", "nansum", "nanmean")  # fmt: skip
+def reduction(op: Op, maps: Maps) -> Local | list[Node]:
+    """Over channels: per pixel. Over both image axes: see above. Else on the whole map."""
+    if op.name in ("max", "min") and len(op.inputs) == 2:
+        return elementwise(op, maps)
+    value = op.inputs[0]
+    given = _arguments(op)
+    rank, axes = len(maps.shape(value)), maps.axes[value]
+    dims = dimensions(given["dim"], rank)
+    hit = set(dims) & set(axes)
+    if not hit:
+        out = axes_after(axes, dims, given["keepdim"])
+        return Local(op, {value: maps.pointwise(value)}, (out,) * len(op.outputs), replay(op))
+    dtype = maps.program.values[value].dtype
+    form = _FORMS.get(op.name)
+    if form is None or dtype.is_complex or any(is_read(maps, v) for v in op.outputs[1:] if op.name in ("max", "min")):
+        return [Whole(op)]
+    return form(_Call(op, maps, value, dims, given)) or [Whole(op)]
+
+
+def _arguments(op: Op) -> dict[str, Any]:
+    """The arguments of a reduction; `dim` None for all, `keepdim` a bool."""
+    names = _NAMES.get(op.name, "input dim keepdim")
+    args = op.args
+    if op.func is torch.linalg.norm or op.name == "vector_norm":
+        given = arguments(op, names.replace(" p ", " ord "), keepdim=False)
+        given["p"] = given["ord"]
+    elif op.name in ("var", "std", "var_mean", "std_mean") and len(args) > 1 and isinstance(args[1], bool):
+        given = {"dim": None, "unbiased": args[1], "keepdim": False, **op.kwargs}  # var(x, unbiased)
+    else:
+        given = arguments(op, names, keepdim=False)
+    given["dim"] = given.get("axis", given["dim"])
+    given["keepdim"] = bool(given.get("keepdims", given["keepdim"]))
+    return given
+
+
+class _Call:
+    """A reduction over the image (and maybe further dimensions) that is being taken apart."""
+
+    def __init__(self, op: Op, maps: Maps, value: int, dims: tuple[int, ...], given: dict[str, Any]):
+        self.op, self.maps, self.value, self.dims, self.given = op, maps, value, tuple(sorted(set(dims))), given
+        self.keepdim: bool = given["keepdim"]
+        self.shape = maps.shape(value)
+        self.output = op.outputs[0]
+        self.dtype = maps.program.values[self.output].dtype
+        self.grid = strip_grid(maps, value, set(dims))
+
+    @property
+    def first(self) -> bool:
+        """Whether the gradient of a maximum goes to the first of equal elements: where it has an index."""
+        return len(self.op.outputs) > 1 and self.op.name in ("max", "min")
+
+    def mapped(self, name: str, function: Callable[..., Tensor], dtype: torch.dtype, *smalls: int) -> tuple[Local, int]:
+        return mapped(self.op, self.maps, name, (self.value,), function, dtype, smalls)
+
+    def kept(self, value: int) -> tuple[list[Node], int]:
+        """The result with its dimensions kept, as local ops take it."""
+        return ([], value) if self.grid is None else resident(self.maps, value, self.maps.axes[self.value])
+
+    def small_like_output(self, dtype: torch.dtype) -> int:
+        return self.maps.new_value(self.maps.shape(self.output), dtype, like=self.output)
+
+    def reduce(
+        self, value: int, kind: str, output: int, count: int = 1, keepdim: bool | None = None, nan_counts: bool = False
+    ) -> Reduction:
+        keepdim = self.keepdim if keepdim is None else keepdim
+        return Reduction(
+            self.op,
+            value,
+            kind,
+            count,
+            self.dims,
+            keepdim,
+            self.first,
+            (output,),
+            nan_counts=nan_counts,
+            grid=self.grid,
+        )
+
+    def of(
+        self, name: str, function: Callable[[Tensor], Tensor], kind: str, behind: Callable[[Tensor], Tensor],
+        nan_counts: bool = False,
+    ) -> list[Node]:  # fmt: skip
+        """function(x) -> reduced -> behind(it)."""
+        own = wide(self.maps.program.values[self.value].dtype)
+        local, made = self.mapped(name, lambda x: function(x.to(own)), own)
+        total = self.small_like_output(own)
+        dtype = self.dtype
+        last = small((total,), self.output, lambda t: behind(t).to(dtype))
+        return [local, self.reduce(made, kind, total, nan_counts=nan_counts), last]
+
+
+def _sum(call: _Call) -> list[Node]:
+    """Sums and means, in `dtype` if one is asked for; of truth values and integers in float64."""
+    asked, dtype = call.given.get("dtype"), call.maps.program.values[call.value].dtype
+    own = asked or dtype
+    if not own.is_floating_point:
+        own = torch.float64
+    count = math.prod(call.shape[d] for d in call.dims) if call.op.name == "mean" else 1
+    if own == dtype:
+        return [call.reduce(call.value, "sum", call.output, count)]
+    local, made = call.mapped("cast", lambda x: x.to(own), own)
+    return [local, call.reduce(made, "sum", call.output, count)]
+
+
+def _finds_maxima(call: _Call) -> bool:
+    """Whether maxima are taken tile by tile: the first of equal elements is known where the image axes are the last."""
+    maps, axes = call.maps, tuple(axis - len(call.shape) for axis in call.maps.axes[call.value])
+    if call.first and call.grid is None and (axes not in ((-2, -1), (-1, -1)) or maps.merged(call.value)):
+        return False
+    if call.first and len(call.shape) != (3 if axes == (-1, -1) else 4):
+        return False
+    return maps.program.values[call.value].dtype.is_floating_point
+
+
+def _max(call: _Call) -> list[Node] | None:
+    if not _finds_maxima(call):
+        return None
+    return [call.reduce(call.value, "max", call.output, nan_counts=call.op.name == "max")]
+
+
+def _min(call: _Call) -> list[Node] | None:
+    if not _finds_maxima(call):
+        return None
+    return call.of("negative", torch.neg, "max", torch.neg, nan_counts=call.op.name == "min")
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root; at zero its gradient is zero, as those of norms and standard deviations are."""
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
+
+
+class Root(torch.autograd.Function):
+    """A standard deviation in `dtype`. Its gradient is zero where it is zero, and overflows where that dtype does."""
+
+    @staticmethod
+    def forward(ctx: Any, variance: Tensor, dtype: torch.dtype):
+        result = variance.sqrt().to(dtype)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        (result,) = ctx.saved_tensors
+        return torch.where(result == 0, 0, grads[0] / (result * 2)), None
+
+
+def squared(x: Tensor) -> Tensor:
+    """The square; its gradient has no factor 2 x, which overflows before x does."""
+    return x * x
+
+
+def _norm(call: _Call) -> list[Node] | None:
+    p = call.given["p"]
+    if call.op.func is torch.linalg.norm and p is not None and call.given["dim"] is not None:
+        return None  # a matrix norm
+    if call.given.get("dtype") is not None or call.given.get("out") is not None:
+        return None
+    if p in (2, None, "fro"):
+        return call.of("square", squared, "sum", root)
+    if p == 1:
+        return call.of("absolute", torch.abs, "sum", lambda t: t)
+    if p == math.inf:
+        return call.of("absolute", torch.abs, "max", lambda t: t, nan_counts=True)
+    return None
+
+
+def _spread(call: _Call) -> list[Node]:
+    """Variance and standard deviation, also together with the mean, out of moments."""
+    correction = call.given.get("correction")
+    if correction is None:
+        correction = 0 if call.given.get("unbiased") is False else 1
+    taken, mean, var = moments(call.op, call.maps, call.value, call.dims, call.grid)
+    count = math.prod(call.shape[d] for d in call.dims)
+    factor = count / (count - correction) if count > correction else math.inf
+    rest, own = tuple(d for d in call.dims if d not in taken.dims), exact(call.maps.program.values[call.value].device)
+    squeezed = () if call.keepdim else call.dims
+    dtype, op = call.dtype, call.op
+
+    def finish(means: Tensor, variances: Tensor) -> tuple[Tensor, ...]:
+        if rest:
+            means, variances = means.to(own), variances.to(own)
+            variances = variances.mean(rest, keepdim=True) + means.var(rest, correction=0, keepdim=True)
+            means = means.mean(rest, keepdim=True)
+        spread = variances * factor
+        if op.name.startswith("std"):
+            spread = Root.apply(spread, dtype)
+        means = torch.where(spread.isnan(), torch.nan, means)  # so PyTorch follows a mean that is infinite
+        return tuple(t.squeeze(squeezed).to(dtype) for t in (spread, means)[: len(op.outputs)])
+
+    return [taken, Small(lambda env: finish(env[mean], env[var]), (mean, var), op.outputs)]
+
+
+def finite(top: Tensor) -> Tensor:
+    """The maximum as logsumexp takes it: none where it is infinite."""
+    return torch.where(top.isinf(), 0, top).detach()
+
+
+def shifted_exp(call: _Call, shift: Callable[[Tensor], Tensor]) -> tuple[list[Node], int, int, int]:
+    """exp(x - shift(max)), the maximum, and the sum of the exponentials; both keep their dimensions."""
+    own = wide(call.maps.program.values[call.value].dtype)
+    kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
+    top, total = (call.maps.new_value(kept, own, like=call.value) for _ in range(2))
+
+    def shifted(x: Tensor, most: Tensor) -> Tensor:
+        return torch.exp(x.to(own) - shift(most))
+
+    found, there = call.kept(top)
+    local, made = call.mapped("shifted_exp", shifted, own, there)
+    first = call.reduce(call.value, "max", top, keepdim=True)
+    return [first, *found, local, call.reduce(made, "sum", total, keepdim=True)], made, top, total
+
+
+def _logsumexp(call: _Call) -> list[Node]:
+    nodes, _, top, total = shifted_exp(call, finite)
+    squeezed, dtype = () if call.keepdim else call.dims, call.dtype
+
+    def finish(most: Tensor, sums: Tensor) -> Tensor:
+        return (sums.log() + finite(most)).squeeze(squeezed).to(dtype)
+
+    return [*nodes, small((top, total), call.output, finish)]
+
+
+def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
+    """Softmax along an image axis, or along the one in which a flattened map's positions lie."""
+    call = _Call(op, maps, value, (dim,), {"keepdim": True})
+    nodes, made, top, total = shifted_exp(call, torch.Tensor.detach)
+    dtype = call.dtype
+    found, sums = call.kept(total)
+    if logarithm:
+        more, most = call.kept(top)
+
+        def finish(x: Tensor, most: Tensor, sums: Tensor) -> Tensor:
+            return (x.to(sums.dtype) - most.detach() - sums.log()).to(dtype)
+
+        last, _ = mapped(op, maps, "log_softmax", (value,), finish, dtype, (most, sums), call.output)
+        return [*nodes, *found, *more, last]
+    last, _ = mapped(op, maps, "softmax", (made,), lambda e, sums: (e / sums).to(dtype), dtype, (sums,), call.output)
+    return [*nodes, *found, last]
+
+
+def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], eps: float) -> list[Node]:
+    """x / max(|x|, eps) with the Euclidean norm over the image, or over one of its axes."""
+    call = _Call(op, maps, value, dims, {"keepdim": True})
+    own, dtype = wide(maps.program.values[value].dtype), call.dtype
+    local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
+    kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
+    total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
+    scale = small((total,), length, lambda t: root(t).clamp_min(eps))
+    found, there = call.kept(length)
+    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (there,), call.output)
+    return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]
+
+
+@rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "logcumsumexp")
+def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
+    """Ops along given dimensions that keep the rank: per pixel iff no image axis is among them."""
+    value = op.inputs[0]
+    given: dict[str, Any] = {}
+    if op.name == "flip":
+        dims = op.kwargs.get("dims", op.args[1:])
+        dims = dims[0] if len(dims) == 1 else dims
+    elif op.name == "normalize":
+        given = arguments(op, "input p dim eps", p=2.0, dim=1, eps=1e-12)
+        dims = given["dim"]
+    else:
+        given = arguments(op, "input dim", dim=-1 if op.name == "glu" else None)
+        dims = given["dim"]
+    if dims is None:
+        raise Refusal(f"'{op.name}' without a dimension")
+    only_maps(op, maps, value)
+    dims, axes = dimensions(dims, len(maps.shape(value))), set(maps.axes[value])
+    if not set(dims) & axes:
+        return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    if op.name == "normalize" and given["p"] == 2 and given.get("out") is None:
+        return normalize_over_image(op, maps, value, dims, given["eps"])
+    if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
+        return softmax_over_image(op, maps, value, dims[0], op.name == "log_softmax")
+    return [Whole(op)]
+
+
+_FORMS: dict[str, Callable[[_Call], list[Node] | None]] = {
+    "sum": _sum,
+    "mean": _sum,
+    "amax": _max,
+    "max": _max,
+    "amin": _min,
+    "min": _min,
+    "norm": _norm,
+    "vector_norm": _norm,
+    "var": _spread,
+    "std": _spread,
+    "var_mean": _spread,
+    "std_mean": _spread,
+    "logsumexp": _logsumexp,
+}

@@ -1,0 +1,32 @@
+"""Padding that repeats pixels of the image: a mirrored border, or the last pixel over and over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...capture.trace import Op
+from ..geometry import Mirror
+from .base import Block, Env, Local, Maps
+
+
+def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int], replicate: bool) -> Local:
+    """`F.pad` with mode "reflect" or "replicate"; `pad` is (top, bottom, left, right)."""
+    h, w = maps.axes[value]
+    height, width = maps.size(value)
+    rows = Mirror(height, height + pad[0] + pad[1], pad[0], replicate)
+    cols = Mirror(width, width + pad[2] + pad[3], pad[2], replicate)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        return (_take(_take(env[value], h, rows, block.rows), w, cols, block.cols),)
+
+    return Local(op, {value: (rows, cols)}, (maps.axes[value],), run)
+
+
+def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int]) -> Tensor:
+    """The outputs of `span` out of the window that holds their inputs."""
+    start = access.span(*span)[0]
+    sources = [access.source(o) - start for o in range(*span)]
+    if sources == list(range(sources[0], sources[0] + len(sources))):
+        return x.narrow(dim, sources[0], len(sources))
+    return x.index_select(dim, torch.tensor(sources, device=x.device))

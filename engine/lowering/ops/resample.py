@@ -1,0 +1,162 @@
+"""Resampling: each output is a weighted sum of neighbouring inputs along each axis.
+
+Bilinear blends two; bicubic four; area and antialiased ones as many as an output is wide. Which and how much is read
+off PyTorch itself, in float64, one axis at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...capture.trace import Op
+from ..geometry import Gather
+from .base import Block, Env, Local, Maps, Refusal, arguments
+
+INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias"
+
+
+def _interpolated(op: Op, rows: Tensor, size_out: int, axis: int) -> Tensor:
+    """Rows (channels, size_in) resampled as the op does along one of its axes.
+
+    They lie along the width: PyTorch 2.13 gets the height wrong where the width is one and antialias is on.
+    """
+    given = arguments(op, INTERPOLATE, mode="nearest", antialias=False)
+    scale = given["scale_factor"]
+    kwargs: dict[str, object] = {name: given[name] for name in ("mode", "align_corners", "antialias")}
+    if given["size"] is not None:
+        kwargs["size"] = (1, size_out)
+    else:
+        factors = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+        kwargs |= {"scale_factor": (1.0, factors[axis]), "recompute_scale_factor": given["recompute_scale_factor"]}
+    return F.interpolate(rows[None, :, None], **kwargs)[0, :, 0]  # pyright: ignore[reportArgumentType]
+
+
+def positions(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
+    """Where every output of an interpolation lies among the inputs of an axis, read off PyTorch itself (float64)."""
+    return _interpolated(op, torch.arange(size_in, dtype=torch.float64)[None], size_out, axis)[0]
+
+
+def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
+    """Which outputs of an interpolation lie behind the middle of the last input of an axis."""
+    given = arguments(op, INTERPOLATE)
+    if given["align_corners"]:
+        return torch.zeros(size_out, dtype=torch.bool)
+    scale, factor = size_in / size_out, given["scale_factor"]
+    if factor is not None and not given["recompute_scale_factor"]:
+        scale = 1 / (factor[axis] if isinstance(factor, (tuple, list)) else factor)
+    return (torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5 > size_in - 1
+
+
+class _Blend:
+    """One axis: the two inputs of every output, and the weight of the second."""
+
+    def __init__(self, op: Op, size_in: int, size_out: int, axis: int):
+        places = positions(op, size_in, size_out, axis).clamp(0, size_in - 1)
+        lower = places.floor().cummax(0).values
+        weights = (places - lower).clamp(min=0)
+        # Behind the last input PyTorch blends it with itself; a weight of zero would make an infinite one NaN.
+        self.weights: list[float] = torch.where(_behind(op, size_in, size_out, axis), 0.5, weights).tolist()
+        first = tuple(int(i) for i in lower.tolist())
+        self.access = Gather(size_in, size_out, first, tuple(min(i + 1, size_in - 1) for i in first))
+
+    def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
+        start, these = self.access.span(*span)[0], slice(*span)
+        assert self.access.last is not None
+        lower, upper = (
+            torch.tensor([i - start for i in row[these]], device=x.device)
+            for row in (self.access.sources, self.access.last)
+        )
+        weight = torch.tensor(self.weights[these], device=x.device, dtype=x.dtype)
+        weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
+        return x.index_select(dim, lower) * (1 - weight) + x.index_select(dim, upper) * weight
+
+
+class _Weights:
+    """One axis: the inputs of every output, and their weights.
+
+    Impulses tell the weights: the inputs are dealt out to `apart` channels in turn, so that no output reads two of one
+    channel. Which of a channel's inputs it was is told by the output's position.
+    """
+
+    def __init__(self, op: Op, size_in: int, size_out: int, axis: int, reach: float):
+        """`reach` bounds the distance of an output's inputs from its position."""
+        apart = min(2 * math.ceil(reach) + 2, size_in)
+        centre = positions(op, size_in, size_out, axis).round().long().clamp(0, size_in - 1)
+        inputs, weights = [], []
+        for channels in torch.arange(apart).split(_CHANNELS):
+            impulses = (torch.arange(size_in) % apart == channels[:, None]).double()
+            weights.append(_interpolated(op, impulses, size_out, axis))
+            nearest = centre - apart // 2 + (channels[:, None] - centre + apart // 2) % apart
+            inputs.append(nearest if apart < size_in else channels[:, None].expand(-1, size_out))
+        found, weight = torch.cat(inputs).T, torch.cat(weights).T
+        there = weight != 0
+        first = torch.where(there, found, size_in).amin(1)
+        last = torch.where(there, found, -1).amax(1)
+        # Neighbours may leave out inputs whose weight happens to be zero; accesses never go back.
+        first = first.flip(0).cummin(0).values.flip(0)
+        last = last.cummax(0).values
+        self.count = int((last - first).max()) + 1
+        column = torch.where(there, found - first[:, None], self.count)
+        self.weights = torch.zeros(size_out, self.count + 1, dtype=torch.float64).scatter_add_(1, column, weight)
+        self.access = Gather(size_in, size_out, tuple(first.tolist()), tuple(last.tolist()))
+
+    def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
+        start, end = self.access.span(*span)
+        first = torch.tensor(self.access.sources[slice(*span)]) - start
+        weights = self.weights[slice(*span), : self.count]
+        if self.count <= _FEW:
+            total = x.new_zeros(())
+            for t in range(self.count):
+                places = (first + t).clamp_max(end - start - 1).to(x.device)
+                weight = weights[:, t].to(x.device, x.dtype).reshape([-1 if d == dim else 1 for d in range(x.dim())])
+                total = total + x.index_select(dim, places) * weight
+            return total
+        matrix = torch.zeros(span[1] - span[0], end - start + self.count, dtype=torch.float64)
+        matrix.scatter_(1, first[:, None] + torch.arange(self.count), weights)
+        matrix = matrix[:, : end - start].to(x.device, x.dtype)
+        return matrix @ x if dim == x.dim() - 2 else x @ matrix.T
+
+
+_FEW = 8  # inputs of an output that are taken one after the other; more are a product with a matrix
+_CHANNELS = 64  # as many impulses are resampled at once
+
+
+def weighted(op: Op, maps: Maps, value: int) -> Local:
+    """`F.interpolate` of a map (N, C, H, W) with mode "bicubic" or "area", or antialiased."""
+    given = arguments(op, INTERPOLATE, mode="nearest")
+    size, out = maps.size(value), maps.shape(op.outputs[0])[2:]
+    if given["antialias"] and 1 in (size[1], out[1]):
+        raise Refusal(f"'{op.name}' with antialias from or to one column, which PyTorch 2.13 itself gets wrong")
+    axes = []
+    for axis in (0, 1):
+        scale = given["scale_factor"]
+        factor = scale[axis] if isinstance(scale, (tuple, list)) else scale
+        ratio = max(size[axis] / out[axis], 1 / factor if factor else 0, 1.0)
+        wide = 1.0 if given["mode"] == "bicubic" and not given["antialias"] else ratio
+        axes.append(_Weights(op, size[axis], out[axis], axis, 4 * wide + 2))
+    rows, cols = axes
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        with torch.autocast(x.device.type, enabled=False):
+            return (rows(cols(wide, 3, block.cols), 2, block.rows).to(x.dtype),)
+
+    return Local(op, {value: (rows.access, cols.access)}, ((2, 3),), run)
+
+
+def bilinear(op: Op, maps: Maps, value: int) -> Local:
+    """`F.interpolate(mode="bilinear")` of a map (N, C, H, W)."""
+    size, out = maps.size(value), maps.shape(op.outputs[0])[2:]
+    rows, cols = (_Blend(op, size[axis], out[axis], axis) for axis in (0, 1))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return (rows(cols(wide, 3, block.cols), 2, block.rows).to(x.dtype),)
+
+    return Local(op, {value: (rows.access, cols.access)}, ((2, 3),), run)

@@ -1,0 +1,146 @@
+"""Changes of shape: both image axes stay whole, or become one, or are cut into blocks of neighbouring rows.
+
+    (N, C, H, W)          -> (N, g, C/g, H, W)          per pixel
+    (N, C, H, W)          -> (N, C, H*W), (N*H*W, C)     a flattened map, see flat.py
+    (N, C, H, W)          -> (N, C, H/r, r, W/r, r)      a window of r with stride r; the way back a gather
+
+Anything else needs the assembled map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...capture.trace import Op
+from ..geometry import Access, Gather, Window, same
+from .base import Block, Env, Flat, Local, Maps, Refusal, Small, Whole, rule
+
+
+def _place(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
+    """Where `took` dimensions from `axis` on of shape `before` stand in shape `after`, there of these sizes."""
+    ahead, behind = math.prod(before[:axis]), math.prod(before[axis + took :])
+    for position in range(len(after) - len(sizes) + 1):
+        if (
+            list(after[position : position + len(sizes)]) == list(sizes)
+            and math.prod(after[:position]) == ahead
+            and math.prod(after[position + len(sizes) :]) == behind
+        ):
+            return position
+    return None
+
+
+@rule("reshape", "view", "reshape_as", "view_as", "flatten", "unflatten")
+def reshape(op: Op, maps: Maps) -> Local | Small | Whole:
+    value = op.inputs[0]
+    if value not in maps:  # a tensor in the shape of a map
+        shape = maps.shape(op.outputs[0])
+        return Small(lambda env: (env[value].reshape(shape),), (value,), op.outputs)
+    before, after = maps.shape(value), maps.shape(op.outputs[0])
+    if maps.program.values[value].dtype != maps.program.values[op.outputs[0]].dtype:
+        raise Refusal("'view' reinterprets the bytes of a map")
+    if value in maps.flat:
+        return _of_flat(op, maps, value, before, after) or Whole(op)
+    h, w = maps.axes[value]
+    found = [_along(before, after, axis) for axis in (h, w)]
+    if found[0] is None or found[1] is None or found[0][0] == found[1][0]:
+        return (_flattens(op, maps, value, before, after) if w == h + 1 else None) or Whole(op)
+    (new_h, rows, high), (new_w, cols, wide) = found[0], found[1]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        shape = list(after)
+        for new, old, access, scale in ((new_h, h, rows, high), (new_w, w, cols, wide)):
+            shape[new] = x.shape[old] * scale if isinstance(access, Gather) else x.shape[old] // scale
+        x = x.reshape(shape)
+        for new, access, scale, (lo, hi) in ((new_h, rows, high, block.rows), (new_w, cols, wide, block.cols)):
+            if isinstance(access, Gather):
+                x = x.narrow(new, lo % scale, hi - lo)
+        return (x,)
+
+    return Local(op, {value: (rows, cols)}, ((new_h, new_w),), run)
+
+
+def _along(before: Sequence[int], after: Sequence[int], axis: int) -> tuple[int, Access, int] | None:
+    """Where an image axis went, how its new indices read the old ones, and the factor between them."""
+    size = before[axis]
+    position = _place(before, after, axis, 1, [size])
+    if position is not None:
+        return position, same(size), 1
+    for blocks in after:
+        if 0 < blocks < size and size % blocks == 0:
+            position = _place(before, after, axis, 1, [blocks, size // blocks])
+            if position is not None:
+                return position, Window(size, blocks, size // blocks, size // blocks), size // blocks
+    if axis + 1 < len(before):
+        factor = before[axis + 1]
+        position = _place(before, after, axis, 2, [size * factor])
+        if position is not None:
+            return position, Gather(size, size * factor, tuple(o // factor for o in range(size * factor))), factor
+    return None
+
+
+def _merged(
+    before: Sequence[int], after: Sequence[int], ahead: int, height: int, width: int
+) -> tuple[int, Flat] | None:
+    """Which dimension of `after` holds all the pixels behind `ahead` elements, and as little besides as can be."""
+    pixels = height * width
+    behind = math.prod(before) // (ahead * pixels)
+    found: list[tuple[int, Flat]] = []
+    for position, size in enumerate(after):
+        first, last = math.prod(after[:position]), math.prod(after[position + 1 :])
+        if ahead % first == 0 and behind % last == 0:
+            flat = Flat(height, width, ahead // first, behind // last)
+            if flat.ahead * pixels * flat.behind == size:
+                found.append((position, flat))
+    return min(found, key=lambda one: one[1].ahead * one[1].behind, default=None)
+
+
+def _flattens(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequence[int]) -> Local | None:
+    """Both axes become one, alone or together with their neighbours."""
+    h = maps.axes[value][0]
+    height, width = maps.size(value)
+    found = _merged(before, after, math.prod(before[:h]), height, width)
+    if found is None:
+        return None
+    position, flat = found
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        shape = list(after)
+        shape[position] = flat.ahead * x.shape[h] * x.shape[h + 1] * flat.behind
+        return (x.reshape(shape),)
+
+    maps.flat[op.outputs[0]] = flat
+    return Local(op, {value: maps.pointwise(value)}, ((position, position),), run)
+
+
+def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequence[int]) -> Local | None:
+    """A flattened map stays one, or gets both axes again."""
+    axis, own = maps.axes[value][0], maps.flat[value]
+    ahead = math.prod(before[:axis]) * own.ahead
+    behind = math.prod(before[axis + 1 :]) * own.behind
+    found = _merged(before, after, ahead, own.height, own.width)
+    if found is not None:
+        position, flat = found
+        maps.flat[op.outputs[0]] = flat
+        axes = (position, position)
+    else:
+        places = range(len(after) - 1)
+        position = next((i for i in places if tuple(after[i : i + 2]) == (own.height, own.width) and
+                         (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)), None)  # fmt: skip
+        if position is None:
+            return None
+        flat, axes = own, (position, position + 1)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        shape = list(after)
+        if axes[0] == axes[1]:
+            shape[position] = env[value].shape[axis] // (own.ahead * own.behind) * flat.ahead * flat.behind
+        else:
+            shape[position : position + 2] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        return (env[value].reshape(shape),)
+
+    return Local(op, {value: maps.pointwise(value)}, (axes,), run)

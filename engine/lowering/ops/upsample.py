@@ -1,0 +1,65 @@
+"""Rules of ops whose inputs spread over several outputs: transposed convolution and pixel shuffle."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...capture.trace import Op, bind
+from ..geometry import Gather, Spread
+from .base import Block, Env, Local, Maps, Refusal, arguments, need_nchw, pair, rule
+
+
+def _outer(access: Spread, lo: int, hi: int) -> tuple[int, int, int]:
+    """How the outputs [lo, hi) lie in what the input window gives without padding.
+
+    Returns the rows of zeros wanted before and after the window, and the row of the result where the outputs begin.
+    """
+    start, end = access.span(lo, hi)
+    first = min(start, (lo + access.pad) // access.stride)  # its own outputs begin at or before `lo`
+    last = max(end, -((access.reach - hi + 1 - access.pad) // access.stride) + 1)  # its outputs end at or after hi-1
+    return start - first, last - end, lo + access.pad - first * access.stride
+
+
+@rule("conv_transpose2d")
+def conv_transpose2d(op: Op, maps: Maps) -> Local:
+    given = arguments(
+        op, "input weight bias stride padding output_padding groups dilation",
+        stride=1, padding=0, groups=1, dilation=1,
+    )  # fmt: skip
+    value, weight = given["input"].value, given["weight"].value
+    if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
+        raise Refusal("'conv_transpose2d' takes its weights from the image")
+    need_nchw(op, maps, value)
+    size, out = maps.size(value), maps.shape(op.outputs[0])[-2:]
+    kernel = pair(maps.shape(weight)[-2:])
+    stride, padding, dilation = (pair(given[name]) for name in ("stride", "padding", "dilation"))
+    rows, cols = (Spread(size[i], out[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    bias, groups = given["bias"], given["groups"]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        above, below, top = _outer(rows, *block.rows)
+        before, after, left = _outer(cols, *block.cols)
+        if above or below or before or after:
+            x = F.pad(x, [before, after, above, below])
+        y = F.conv_transpose2d(x, env[weight], bind(bias, env), stride, 0, 0, groups, dilation)
+        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        return (y[:, :, top : top + height, left : left + width],)
+
+    return Local(op, {value: (rows, cols)}, ((2, 3),), run)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(op: Op, maps: Maps) -> Local:
+    given = arguments(op, "input upscale_factor")
+    value, r = given["input"].value, given["upscale_factor"]
+    need_nchw(op, maps, value)
+    rows, cols = (Gather(n, n * r, tuple(o // r for o in range(n * r))) for n in maps.size(value))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        top, left = block.rows[0] % r, block.cols[0] % r
+        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        return (F.pixel_shuffle(env[value], r)[:, :, top : top + height, left : left + width],)
+
+    return Local(op, {value: (rows, cols)}, ((2, 3),), run)

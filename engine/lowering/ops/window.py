@@ -1,0 +1,243 @@
+"""Rules of ops that read a window around each output: convolution, pooling, nearest upsampling.
+
+Along each axis, output o reads inputs o*stride - padding + dilation*t, t = 0 .. kernel-1. A block's input window is
+given without the rows that lie outside the image; `Block.pad` says how many of them are missing on each side. Even
+padding is left to the op itself, uneven padding (a tile at one border) is added first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...capture.trace import Op, bind
+from ..geometry import Gather, Window
+from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, need_nchw, pair, replay, rule
+from .resample import INTERPOLATE, bilinear, positions, weighted
+
+
+def _windows(
+    maps: Maps, op: Op, value: int, kernel: tuple[int, int], stride: tuple[int, int],
+    pad: tuple[int, int], dilation: tuple[int, int],
+) -> tuple[Window, Window]:  # fmt: skip
+    size_in = maps.size(value)
+    shape = maps.shape(op.outputs[0])
+    size_out = (shape[-2], shape[-1])
+    return (
+        Window(size_in[0], size_out[0], kernel[0], stride[0], pad[0], dilation[0]),
+        Window(size_in[1], size_out[1], kernel[1], stride[1], pad[1], dilation[1]),
+    )
+
+
+def split_padding(pad: tuple[int, int, int, int]) -> tuple[tuple[int, int], list[int]]:
+    """Padding as (even part that the op adds itself, uneven part for F.pad in its order)."""
+    top, bottom, left, right = pad
+    rows = top if top == bottom else 0
+    cols = left if left == right else 0
+    return (rows, cols), [left - cols, right - cols, top - rows, bottom - rows]
+
+
+@rule("conv2d")
+def conv2d(op: Op, maps: Maps) -> Local:
+    given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
+    value, weight = given["input"].value, given["weight"].value
+    if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
+        raise Refusal("'conv2d' takes its weights from the image")
+    kernel = pair(maps.shape(weight)[-2:])
+    stride, dilation = pair(given["stride"]), pair(given["dilation"])
+    padding = given["padding"]
+    if maps.axes[value] != (2, 3) and {0, 1}.isdisjoint(maps.axes[value]) and len(maps.shape(value)) == 4:
+        plain = padding in ("same", "valid") or pair(padding) == (0, 0)
+        if kernel == stride == (1, 1) and plain:  # a matrix for each pixel, wherever the pixels lie
+            return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    need_nchw(op, maps, value)
+    if padding == "same":  # the odd row of an even kernel comes after
+        pad = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+    else:
+        pad = (0, 0) if padding == "valid" else pair(padding)
+    bias, groups = given["bias"], given["groups"]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        even, uneven = split_padding(block.pad)
+        if any(uneven):
+            x = F.pad(x, uneven)
+        return (F.conv2d(x, env[weight], bind(bias, env), stride, even, dilation, groups),)
+
+    def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        even, uneven = split_padding(block.pad)
+        if any(uneven):
+            x = F.pad(x, uneven)
+        size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        place = stride, even, dilation, groups
+        return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *place),)  # pyright: ignore
+
+    windows = _windows(maps, op, value, kernel, stride, pad, dilation)
+    return Local(op, {value: windows}, ((2, 3),), run, fill=0.0, unvalued=unvalued)
+
+
+class UnvaluedConv(torch.autograd.Function):
+    """A convolution for its backward alone: the output has the right shape and no values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], *place: Any):
+        ctx.save_for_backward(x, weight)
+        ctx.place, ctx.bias_sizes = place, None if bias is None else list(bias.shape)
+        return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.place
+        dy = grads[0].to(x.dtype)
+        wanted = [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]]
+        result = torch.ops.aten.convolution_backward(
+            dy, x, weight.to(x.dtype), ctx.bias_sizes, stride, padding, dilation, False, (0, 0), groups, wanted
+        )
+        return *result, None, None, None, None, None
+
+
+@rule("conv3d")
+def conv3d(op: Op, maps: Maps) -> Local:
+    """A map (N, C, ...) with a third dimension, along which the kernel is one wide (lambda layers)."""
+    given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
+    value, weight, bias, groups = given["input"].value, given["weight"].value, given["bias"], given["groups"]
+    if maps.inputs(op) != [value]:
+        raise Refusal("'conv3d' takes its weights from the image")
+    h, w = maps.axes[value]
+    shape, kernel = maps.shape(value), tuple(maps.shape(weight)[-3:])
+    if isinstance(given["padding"], str) or len(shape) != 5 or min(h, w) < 2 or h >= w:
+        raise Refusal("'conv3d' is applied across the image axes of a permuted map")
+    stride, pad, dilation = (
+        (n,) * 3 if isinstance(n, int) else tuple(n) for n in (given["stride"], given["padding"], given["dilation"])
+    )
+    (other,) = {2, 3, 4} - {h, w}
+    if (kernel[other - 2], stride[other - 2], pad[other - 2]) != (1, 1, 0):
+        raise Refusal("'conv3d' reads several images or depths at once")
+    out = maps.shape(op.outputs[0])
+    rows, cols = (
+        Window(shape[axis], out[axis], kernel[axis - 2], stride[axis - 2], pad[axis - 2], dilation[axis - 2])
+        for axis in (h, w)
+    )
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        amounts = {h: block.pad[:2], w: block.pad[2:]}
+        x = F.pad(env[value], [n for axis in (4, 3, 2) for n in amounts.get(axis, (0, 0))])
+        return (F.conv3d(x, env[weight], bind(bias, env), stride, 0, dilation, groups),)
+
+    return Local(op, {value: (rows, cols)}, ((h, w),), run, fill=0.0)
+
+
+@rule("max_pool2d", "max_pool2d_with_indices")
+def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
+    given = arguments(
+        op, "input kernel_size stride padding dilation ceil_mode return_indices",
+        padding=0, dilation=1, ceil_mode=False, return_indices=False,
+    )  # fmt: skip
+    value = given["input"].value
+    need_nchw(op, maps, value)
+    if given["return_indices"] or len(op.outputs) > 1:
+        raise Refusal("max-pooling that returns indices (unpooling) is not possible tile by tile")
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    pad, dilation = pair(given["padding"]), pair(given["dilation"])
+    if kernel == maps.size(value) != (1, 1) and pad == (0, 0) and dilation == (1, 1):
+        return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        even, uneven = split_padding(block.pad)
+        if even[0] > kernel[0] // 2 or even[1] > kernel[1] // 2:
+            even, uneven = (0, 0), [block.pad[2], block.pad[3], block.pad[0], block.pad[1]]
+        if any(uneven):
+            x = F.pad(x, uneven, value=-math.inf)
+        return (F.max_pool2d(x, kernel, stride, even, dilation),)
+
+    reads = {value: _windows(maps, op, value, kernel, stride, pad, dilation)}
+    return Local(op, reads, ((2, 3),), run, fill=-math.inf)
+
+
+def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> list[int]:
+    """How many elements PyTorch counts in the pooling windows of the outputs [lo, hi) along one axis."""
+    low, high = (-pad, access.size_in + pad) if include_pad else (0, access.size_in)
+    starts = [o * access.stride - access.pad for o in range(lo, hi)]
+    return [min(start + access.kernel, access.size_in + pad, high) - max(start, low) for start in starts]
+
+
+@rule("avg_pool2d")
+def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
+    given = arguments(
+        op, "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
+        padding=0, ceil_mode=False, count_include_pad=True,
+    )  # fmt: skip
+    value = given["input"].value
+    need_nchw(op, maps, value)
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    pad, include, divisor = pair(given["padding"]), given["count_include_pad"], given["divisor_override"]
+    if kernel == maps.size(value) != (1, 1) and pad == (0, 0):
+        return Reduction(op, value, "sum", divisor or math.prod(kernel), (2, 3), True)
+    height, width = _windows(maps, op, value, kernel, stride, pad, (1, 1))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        if divisor is None:
+            rows = _pool_counts(height, pad[0], *block.rows, include)
+            cols = _pool_counts(width, pad[1], *block.cols, include)
+            plain = set(rows) == {kernel[0]} and set(cols) == {kernel[1]}
+        else:
+            plain, rows, cols = True, [], []
+        top, bottom, left, right = block.pad
+        if any(block.pad):
+            x = F.pad(x, [left, right, top, bottom])
+        if plain:
+            return (F.avg_pool2d(x, kernel, stride, divisor_override=divisor),)
+        high, wide = (torch.tensor(counts, device=x.device, dtype=x.dtype) for counts in (rows, cols))
+        counts = high[:, None] * wide
+        return (F.avg_pool2d(x, kernel, stride, divisor_override=1) / counts,)
+
+    return Local(op, {value: (height, width)}, ((2, 3),), run, fill=0.0)
+
+
+@rule("interpolate", "upsample", "upsample_nearest")
+def interpolate(op: Op, maps: Maps) -> Local | Reduction:
+    value = op.inputs[0]
+    need_nchw(op, maps, value)
+    given = arguments(op, INTERPOLATE, mode="nearest")
+    mode = given["mode"]
+    if mode == "bilinear" and not given["antialias"]:
+        return bilinear(op, maps, value)
+    if mode == "area" and tuple(maps.shape(op.outputs[0])[2:]) == (1, 1):
+        return Reduction(op, value, "sum", math.prod(maps.size(value)), (2, 3), True)
+    if mode in ("bilinear", "bicubic", "area"):
+        return weighted(op, maps, value)
+    if mode not in ("nearest", "nearest-exact"):
+        raise Refusal(f"'{op.name}' with mode='{mode}' of a map; use 'nearest', 'bilinear', 'bicubic' or 'area'")
+    size_in, shape = maps.size(value), maps.shape(op.outputs[0])
+    sources = [positions(op, size_in[axis], shape[2 + axis], axis).long().tolist() for axis in (0, 1)]
+    rows, cols = (Gather(size_in[axis], shape[2 + axis], tuple(sources[axis])) for axis in (0, 1))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        x = _repeat(x, 2, rows, block.rows)
+        return (_repeat(x, 3, cols, block.cols),)
+
+    return Local(op, {value: (rows, cols)}, ((2, 3),), run)
+
+
+def _repeat(x: Tensor, dim: int, access: Gather, span: tuple[int, int]) -> Tensor:
+    """Copy each input row as often as the outputs of `span` read it."""
+    start, end = access.span(*span)
+    sources = access.sources[span[0] : span[1]]
+    counts = [0] * (end - start)
+    for source in sources:
+        counts[source - start] += 1
+    if all(count == 1 for count in counts):
+        return x
+    repeats = torch.tensor(counts, device=x.device)
+    return torch.repeat_interleave(x, repeats, dim, output_size=len(sources))

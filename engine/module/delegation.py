@@ -1,0 +1,161 @@
+"""A module that stands for another one: what is asked of it as a module, the other one answers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+from torch import nn
+
+from ..errors import UnsupportedError
+
+# The network's own dictionaries: parents, optimizers and `state_dict` come upon the very tensors, and hooks on
+# `state_dict` act as on the network, whichever of the two they were registered on.
+_SHARED = (
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+# Every method of nn.Module that a network may have overridden, or that changes it.
+_ASKED_OF_THE_NETWORK = (
+    "_apply", "_load_from_state_dict", "_register_load_state_dict_pre_hook", "_register_state_dict_hook",
+    "_save_to_state_dict", "add_module", "apply", "bfloat16", "buffers", "children", "cpu", "cuda", "double", "eval",
+    "float", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "load_state_dict",
+    "mtia", "named_buffers", "named_children", "named_parameters", "parameters", "register_buffer",
+    "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module",
+    "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_",
+    "set_extra_state", "set_submodule", "share_memory", "state_dict", "to", "to_empty", "train", "type", "xpu",
+    "zero_grad",
+)  # fmt: skip
+
+
+class Delegate(nn.Module):
+    """Stands for a network, with a forward of its own.
+
+    What `nn.Module` can do is done by the network, with its own methods where its class overrides some. Attributes
+    that are set after `seal` and that it does not have itself are the network's, as are those that are read.
+
+    Args:
+        network: what it stands for; its parameters, buffers, children and state-dict hooks are shared.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.__dict__["_network"] = network
+        self._share()
+
+    def seal(self) -> None:
+        """From now on new attributes are the network's."""
+        self.__dict__["_sealed"] = True
+
+    def _share(self) -> None:
+        self.__dict__.update((name, getattr(self._network, name)) for name in _SHARED)
+
+    @property
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._network.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_network" in self.__dict__:  # nn.Module's own __init__ sets it, and has nothing to say
+            self._network.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        network = self.__dict__.get("_network")
+        if network is None:  # while it is being copied or unpickled
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(network, name)
+
+    def _is_own(self, name: str) -> bool:
+        if "_sealed" not in self.__dict__ or name in self.__dict__:
+            return True
+        return hasattr(type(self), name) and name not in _ASKED_OF_THE_NETWORK
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._network, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self._network, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._network)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _SHARED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        return twin
+
+    def __prepare_scriptable__(self) -> Self:  # asked for by torch.jit.script
+        raise UnsupportedError("an accelerated network is no TorchScript; script the network itself")
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise UnsupportedError(
+            "nn.DataParallel makes threads of replicas, which an accelerated network has none of; use "
+            "DistributedDataParallel"
+        )
+
+
+def _asked(name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: Delegate, *args: Any, **kwargs: Any) -> Any:
+        network = self._network
+        result = getattr(network, name)(*args, **kwargs)
+        return self if result is network else result
+
+    return method
+
+
+for _name in _ASKED_OF_THE_NETWORK:
+    setattr(Delegate, _name, _asked(_name))
+
+
+def is_container(network: nn.Module) -> bool:
+    """Whether a network has a length and items, as `nn.Sequential` has."""
+    try:
+        len(network)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # also of one that only passes the question on
+        return False
+    return hasattr(type(network), "__getitem__")
+
+
+class Container:
+    """What a container answers besides: length, items, iteration, membership."""
+
+    _network: Any
+
+    def __bool__(self) -> bool:
+        return bool(self._network)
+
+    def __len__(self) -> int:
+        return len(self._network)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._network[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._network[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._network[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._network)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._network

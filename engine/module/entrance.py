@@ -1,0 +1,71 @@
+"""What stands before a forward by tiles: what cannot be computed is refused, threads take turns."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import GigamorphError
+from . import turns
+from .once import refuse_transforms
+
+
+def entrance(method: Callable[..., Any]) -> Callable[..., Any]:
+    """For methods of an accelerated network that compute, with images as first arguments.
+
+    - Forward-mode differentiation, `torch.func` and parameters without values are refused.
+    - A batch of no images, which has no tiles, goes through the network itself.
+    - Threads take turns.
+    - `torch.compile` leaves it as it is.
+    """
+
+    @functools.wraps(method)
+    def entered(net: Any, *args: Any, **kwargs: Any) -> Any:
+        return _uncompiled()(method, net, args, kwargs)
+
+    return entered
+
+
+_UNCOMPILED: list[Callable[..., Any]] = []  # of `_enter`, once it is made; a functools.cache would be compiled
+
+
+def _uncompiled() -> Callable[..., Any]:
+    if not _UNCOMPILED:  # imported late: it takes a second, and `accelerate` says why it comes before the first step
+        dynamo = importlib.import_module("torch._dynamo")
+        _UNCOMPILED.append(dynamo.disable(_enter, reason="an accelerated network computes by tiles"))
+    return _UNCOMPILED[0]
+
+
+def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    refuse_transforms(lambda: chain(_tensors((args, kwargs)), net.parameters(), net.buffers()))
+    image = next(_tensors((args, kwargs)), None)
+    if image is not None and not image.numel() and method.__name__ == "forward":
+        device = net._device()
+        return net._network(*tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args), **kwargs)
+    try:
+        with turns.turn(net):
+            return method(net, *args, **kwargs)
+    except RuntimeError as error:  # to look before would take longer than a small image
+        _name_the_valueless(net, image, error)
+        raise
+
+
+def _name_the_valueless(net: Any, image: Tensor | None, error: RuntimeError) -> None:
+    """Say of an error that comes of tensors without values which they are."""
+    for name, tensor in chain(net.named_parameters(), net.named_buffers()):
+        if tensor.is_meta:
+            raise GigamorphError(
+                f"'{name}' is on the meta device and has no values; call to_empty(device=...) and load weights first"
+            ) from error
+    if image is not None and image.is_meta:
+        raise GigamorphError("the image is on the meta device and has no values; plan(net, size) needs none") from error
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

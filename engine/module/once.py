@@ -1,0 +1,84 @@
+"""The backward by tiles gives first derivatives; what would differentiate it in another way is refused by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import UnsupportedError
+from . import turns
+
+_REMEDY = "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
+    """Refuse a forward under `torch.func`, on dual tensors, or that is being traced: none can look into the tiles.
+
+    Args:
+        tensors: gives all that goes in: images, parameters, buffers.
+    """
+    if _functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "torch.func (grad, vjp, jvp, vmap, ...) cannot transform an accelerated network, which computes by tiles; "
+            + _REMEDY
+        )
+    modes = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
+    traced = any(torch._C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL))
+    if traced or torch._C._get_tracing_state() is not None:
+        raise UnsupportedError(
+            "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, ONNX, "
+            "fake tensors); give the network itself, whose parameters it shares"
+        )
+    # One level at most can be entered; outside of it there are no tangents.
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors()):
+        raise UnsupportedError(f"forward-mode differentiation (dual tensors) does not go through tiles; {_REMEDY}")
+
+
+class _Ends(torch.autograd.Function):
+    """Gradients as they are; to differentiate them once more, by whatever they came from, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.detach() for grad in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor):
+        raise UnsupportedError(
+            f"second derivatives (create_graph=True, gradient penalties) do not go through tiles; {_REMEDY}"
+        )
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a function by tiles: it takes its turn, and cannot be differentiated in turn.
+
+    `torch.autograd.function.once_differentiable` would let it be where no incoming gradient wants a gradient, and thus
+    lose what the gradient owes to the weights. `ctx.turn` is the turn of the forward (`turns.current()`).
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(_is_batched(grad) for grad in grads if grad is not None):
+            raise UnsupportedError(
+                "batched gradients (is_grads_batched, vectorize=True) do not go through tiles; "
+                "take one gradient after the other"
+            )
+        came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
+        with turns.again(ctx.turn), torch.no_grad():
+            results = backward(ctx, *grads)
+        if came_from is None:  # the usual case, without create_graph
+            return results
+        tensors = [t for t in results if isinstance(t, Tensor)]
+        ended = iter(_Ends.apply(len(tensors), *tensors, *came_from) if tensors else ())  # pyright: ignore
+        return tuple(next(ended) if isinstance(t, Tensor) else t for t in results)
+
+    return run
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)

@@ -1,0 +1,206 @@
+"""Memory of a computation, found by running it on fake tensors: shapes and lifetimes are real, the data is not.
+
+Autograd saves, frees and accumulates fake tensors as it does real ones, so the largest number of bytes alive at any
+time is counted, not estimated: saved activations, gradients in flight, copies. Not counted: a library's own scratch
+memory and the allocator's loss.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..capture.holders import walk
+from ..capture.state import Snapshot
+from ..lowering.geometry import AxisSchedule
+from ..lowering.graph import Graph
+from ..tiling.carries import CarryStore
+from ..tiling.grid import new_accumulator
+from ..tiling.scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
+from ..tiling.sweep import Carries, Sweep, Tile
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up the storages that come into being and subtracts them when they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        self.seen: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.alive -= size
+
+    def ignore(self, *trees: Any) -> None:
+        """Leave out tensors that were there before."""
+        self.seen.update(t.untyped_storage()._cdata for t in tree_leaves(trees) if isinstance(t, Tensor))
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return result
+
+
+class _FakePixels:
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        return torch.empty(
+            (self.shape[0], self.shape[1], bottom - top, right - left), dtype=self.dtype, device=self.device
+        )
+
+
+def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]) -> tuple[int, int]:
+    """Peak bytes of one interior tile, and bytes that its recorded graph holds before it is differentiated.
+
+    Without training the tile is only computed forward and the second figure is 0. The carries that enter the tile,
+    their gradients and the smalls are not included; the tile's own gradients of the smalls are.
+
+    Args:
+        wanted: the sources and smalls that want a gradient.
+    """
+    values = graph.program.values
+    image = values[graph.image]
+    i, j = _usual(sweep.rows, graph), _usual(sweep.cols, graph)
+    autocast = Autocast.current(image.device)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
+        sources = {v: _fake_source(graph, v) for v in graph.sources}
+        scan = Scan(sweep, sources, image.device, image.dtype)
+
+        def small(value: int) -> Tensor:
+            info = values[value]
+            return torch.empty(info.shape, dtype=cast_dtype(graph, value, info.dtype, autocast), device=info.device)
+
+        smalls = scan.prepare([small(v) for v in graph.smalls])
+        entering = _entering(graph, sweep, i, j, scan.memory_format)
+        if not training:
+            tile = Tile(sweep, i, j, scan.read, smalls, entering)
+            with _Meter() as meter, torch.no_grad():
+                meter.ignore(smalls, entering.above, entering.left, _stored_tensors(sources))
+                scan.run(tile, lambda *_: None)
+            return meter.peak, 0
+        leaves = [v for v in smalls if v in wanted]
+        for value in leaves:
+            smalls[value].requires_grad_()
+        inputs = {v for v in graph.sources if v in wanted}
+        needs = sweep.needs_grad({*leaves, *inputs})
+        accumulators = [new_accumulator(r, graph) for r in graph.reductions]
+        for one in accumulators:
+            if one.reduction.kind == "moments":
+                one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
+        kept = Kept(CarryStore("device"), 0, smalls, leaves, inputs, needs, accumulators)
+        grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in graph.results]
+        targets = scan.targets(kept, grads)
+        below = _entering(graph, sweep, i + 1, j, scan.memory_format).above
+        right = _entering(graph, sweep, i, j + 1, scan.memory_format).left
+        scan.stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in sweep.unvalued}
+        sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
+        with _Meter() as meter:
+            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, scan.stored)
+            meter.ignore(_stored_tensors(sources))
+            tile = scan.tile(i, j, kept, entering, scan.read)
+            tile.second_pass = True
+            recorded = scan.record(tile, targets)
+            held = meter.alive
+            recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
+            scan.differentiate(recorded, targets, kept)
+        return meter.peak, held
+
+
+def _usual(axis: AxisSchedule, graph: Graph) -> int:
+    """The step whose tile is counted: one in the middle, or the heaviest where maps are joined end to end."""
+    if not any(local.op.name == "end_to_end" for local in graph.locals):
+        return axis.steps // 2
+    return max(range(axis.steps), key=lambda step: sum(hi - lo for lo, hi in (axis.block(v, step) for v in axis.kept)))
+
+
+def _fake_source(graph: Graph, value: int) -> Pixels:
+    """A source on fake tensors: the image's pixels are made when they are read, a stored map is there."""
+    info = graph.program.values[value]
+    if value == graph.image:
+        return _FakePixels(info.shape, info.dtype, info.device)
+    tensor = torch.empty(info.shape, dtype=info.dtype, device=info.device)
+    axes = graph.maps.axes[value]
+    return StoredMap(tensor.contiguous(memory_format=torch.channels_last) if axes == (2, 3) else tensor, axes)
+
+
+def _stored_tensors(sources: Mapping[int, Pixels]) -> list[Tensor]:
+    return [source.tensor for source in sources.values() if isinstance(source, StoredMap)]
+
+
+def carry_shape(graph: Graph, value: int, height: int, width: int) -> list[int]:
+    """Shape of a map of another height and width."""
+    shape = list(graph.program.values[value].shape)
+    h, w = graph.maps.axes[value]
+    shape[h], shape[w] = height, width
+    return shape
+
+
+def _entering(graph: Graph, sweep: Sweep, i: int, j: int, memory_format: torch.memory_format) -> Carries:
+    """Fake carries that enter a tile."""
+    above: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+    for value in sweep.carried:
+        info = graph.program.values[value]
+        for side, height, width in sweep.carry_sizes(value, i, j):
+            shape = carry_shape(graph, value, height, width)
+            tensor = torch.empty(shape, dtype=info.dtype, device=info.device)
+            if len(shape) == 4 and graph.maps.axes[value] == (2, 3):
+                tensor = tensor.contiguous(memory_format=memory_format)
+            (above if side == "above" else left)[value] = tensor
+    return Carries(above, left)
+
+
+def stock_peak(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool
+) -> int:
+    """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
+    fake = FakeTensorMode()
+    state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if not (tensor.is_meta or tensor.is_inference()):
+            return fake.from_tensor(tensor, static_shapes=True)
+        with fake, torch.inference_mode(False):
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return like.requires_grad_(tensor.requires_grad)
+
+    twins: dict[str, Tensor] = {name: twin(tensor) for name, tensor in state.items()}
+    before = Snapshot(walk(model))
+    try:
+        with fake:
+            image = torch.empty(shape, dtype=dtype, device=device)
+            with _Meter() as meter, torch.set_grad_enabled(training):
+                meter.ignore(twins, image)
+                output = torch.func.functional_call(model, twins, (image,))
+                if training:
+                    roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+                    inputs = [t for t in twins.values() if t.requires_grad]
+                    del output
+                    torch.autograd.grad(roots, inputs, allow_unused=True)
+    finally:
+        before.restore()  # what the forward keeps has no values
+    return meter.peak

@@ -1,0 +1,329 @@
+"""Which maps are stored whole, and which are computed again: the choices for a network of several sweeps.
+
+Maps that a later sweep reads can be kept until the backward (fastest), or only until the next *cut*: a map through
+which everything goes, such as the output of a residual block. The sweeps between two cuts are a *range*: its inside is
+let go after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a
+further choice is not to store those at all: each early sweep then starts at the last cut, or at the image.
+
+    keep everything         3 units of arithmetic (a unit is one forward; stock PyTorch takes 3 as well)
+    ranges                  4, and the maps of one range besides the cuts; less where late maps, small ones, are kept
+    early maps not stored   more: a range of m reductions is computed about m/2 times in each direction
+
+Each of them may keep its maps elsewhere, on a GPU in the host's memory, else in a file; then the way there and back is
+what they cost.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..capture.trace import Op, Value
+from ..lowering.backend import unvalued_runs
+from ..lowering.graph import Graph, Network, crossing, levels, split
+from ..lowering.ops import Local, Maps, Node, Reduction, Small
+from ..lowering.ops.base import arguments
+
+# Arithmetic that could be done while a byte is moved; pointwise ops cost what they move.
+_FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
+# Where maps may be kept besides on the device, and the arithmetic that could be done while a byte goes there.
+_ELSEWHERE = {"cpu": {"disk": 100}, "cuda": {"host": 10_000, "disk": 100_000}}
+_GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One choice.
+
+    Attributes:
+        name: for the table of the plan.
+        network: the steps, and where maps are kept.
+        cost: of a step, in units of arithmetic of stock PyTorch's forward, moved bytes included.
+        stored_bytes: the most bytes of stored maps and their gradients on the device at any time of a step.
+        away_bytes: the same where else they are kept.
+    """
+
+    name: str
+    network: Network
+    cost: float
+    stored_bytes: int
+    away_bytes: int = 0
+
+
+def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
+    """The choices that are worth it: the first keeps everything, each later one is slower and needs less memory."""
+    every = every_strategy(maps, nodes, training, image_grad)
+    least = next(every)
+    yield least
+    if len(least.network.sweeps) > 1:
+        for strategy in sorted(every, key=lambda s: (s.cost, s.stored_bytes)):
+            if strategy.stored_bytes < least.stored_bytes:
+                least = strategy
+                yield strategy
+
+
+def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
+    """All choices, that of keeping everything first; which there are does not depend on the image's size."""
+    unit = max(1, sum(_cost(maps, node) for node in nodes if isinstance(node, Local)))
+
+    kind = maps.program.values[maps.program.image].device.type
+
+    def weigh(name: str, network: Network) -> Iterator[Strategy]:
+        wanted, cost = network.wanted(image_grad), network_cost(network, training)
+        stored = stored_peak(network, training, wanted)
+        yield Strategy(name, network, cost / unit, stored)
+        moved = moved_bytes(network, training) if network.swept() else 0
+        for place, flops in _ELSEWHERE.get(kind, {}).items() if moved else ():
+            away = replace(network, place=place)
+            text = f"{name}; {PLACES[place]}"
+            here = stored_peak(away, training, wanted)
+            yield Strategy(text, away, (cost + flops * moved) / unit, here, stored - here)
+
+    yield from weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
+    for name, network in _candidates(maps, nodes, training):
+        yield from weigh(name, network)
+
+
+PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
+
+
+def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, Network]]:
+    cuts = cut_maps(maps, nodes)
+    fixed = _drawn_by_position(maps, nodes)
+    read_later, level = crossing(maps, nodes), levels(maps, nodes)
+    stored = [v for v in read_later if level[v] or v in fixed]
+    if len(stored) < len(read_later):
+        yield "all that is read again, but for the first layers", split(maps, nodes, stored)
+    for grouped in (1, 2, 4) if training else (1,):
+        every = cuts[::-1][::grouped][::-1]
+        for until in range(1 if training and grouped == 1 else len(every), len(every) + 1):
+            chosen = every[:until]
+            name = f"{['', 'every cut', 'every second cut', '', 'every fourth cut'][grouped]}"
+            name += f" up to {until} of {len(every)}" if until < len(every) else ""
+            name += ", and what is between while it is needed" if training else ", and what is read again"
+            read_later = crossing(maps, nodes, chosen)
+            level = levels(maps, nodes, chosen)
+            # The more is not stored, the more costs keeping late maps: those choices are no better than others.
+            for number in range((until if until == len(every) else 1) + 1):
+                end = level[chosen[number - 1]] if number else -1
+                inside = {v for v in read_later if level[v] <= end and v not in fixed}
+                for dropped, text in ((inside - set(chosen), "cuts only"), (inside, "nothing")):
+                    if number and not dropped:
+                        continue
+                    stored = [v for v in read_later if v not in dropped]
+                    kept = [v for v in chosen if v in stored]
+                    network = split(maps, nodes, stored, kept)
+                    if training and kept:
+                        network.ranges = ranges_between(network, kept)
+                    yield name + (f"; up to cut {number} {text}" if number else ""), network
+                    if not number:
+                        break
+
+
+def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
+    """Maps that everything behind them goes through, at most one of each level, in program order.
+
+    A map whose statistics are taken is not one: what normalises it is a better place.
+    """
+    order = [node for node in nodes if isinstance(node, Local)]
+    reduced = {node.value for node in nodes if isinstance(node, Reduction)}
+    last: dict[int, int] = {}
+    for place, node in enumerate(order):
+        last.update(dict.fromkeys(node.reads, place))
+    last.update((v, len(order)) for v in maps.program.results())
+    level = levels(maps, nodes)
+    live: set[int] = {maps.program.image}
+    found: dict[int, int] = {}
+    for place, node in enumerate(order):
+        live |= set(node.op.outputs)
+        live = {v for v in live if last.get(v, -1) > place}
+        if len(live) == 1 and not live & reduced:
+            (value,) = live
+            if value in node.op.outputs and level[value] > 0:
+                found[level[value]] = value
+    return list(found.values())
+
+
+def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
+    """Maps that come out of random numbers drawn tile by tile: another sweep would draw others."""
+    found: set[int] = set()
+    for node in nodes:
+        if isinstance(node, Local) and (node.random or not found.isdisjoint(node.reads)):
+            found.update(node.op.outputs)
+    return found
+
+
+def ranges_between(network: Network, cuts: Sequence[int]) -> list[range]:
+    """The steps between the sweeps that write two cuts; not those behind the last, whose backward comes first."""
+    writers = [n for n, step in enumerate(network.steps) if isinstance(step, Graph) and set(step.stored) & set(cuts)]
+    first = next(n for n, step in enumerate(network.steps) if isinstance(step, Graph))
+    starts = [first, *(n + 1 for n in writers)]
+    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
+
+
+def value_bytes(value: Value) -> int:
+    """Bytes of a tensor of this shape and dtype."""
+    return math.prod(value.shape) * value.dtype.itemsize
+
+
+def _cost(maps: Maps, node: Local) -> float:
+    """Arithmetic and moved bytes of an op, as arithmetic."""
+    values = maps.program.values
+    outputs = sum(math.prod(values[v].shape) for v in node.op.outputs)
+    moved = sum(value_bytes(values[v]) for v in (*node.reads, *node.op.outputs))
+    flops = 0
+    if node.op.name in ("conv2d", "linear"):
+        weight = arguments(node.op, "input weight")["weight"].value
+        flops = 2 * outputs * math.prod(values[weight].shape[1:])
+    kind = values[maps.program.image].device.type
+    return flops + _FLOPS_PER_BYTE.get(kind, 50) * moved
+
+
+def network_cost(network: Network, training: bool) -> float:
+    """Arithmetic and moved bytes of a step: sweeps forward, again in the backward, and once more inside ranges."""
+    total = 0.0
+    inside = {n for part in network.ranges for n in part}
+    for number, step in enumerate(network.steps):
+        if not isinstance(step, Graph):
+            continue
+        costs = [_cost(network.maps, local) for local in step.locals]
+        total += sum(costs) * (1 if not training else 3 + (number in inside))
+        if training:
+            read = {v for local in step.locals for v in local.reads}
+            again = (
+                cost for cost, local in zip(costs, step.locals, strict=True)
+                if local.unvalued is None or set(local.op.outputs) & read
+            )  # fmt: skip
+            total += sum(again)
+    return total
+
+
+def _reads(step: Op | Small | Graph) -> Sequence[int]:
+    """The maps that a step takes whole, and the smalls of one that is no sweep."""
+    return step.sources if isinstance(step, Graph) else step.inputs
+
+
+def moved_bytes(network: Network, training: bool) -> int:
+    """Bytes of the maps that sweeps alone read which a step writes and reads, if they are kept elsewhere."""
+    values, swept = network.program.values, network.swept()
+    inside = {n for part in network.ranges for n in part}
+    total = 0
+    for number, graph in enumerate(network.steps):
+        if isinstance(graph, Graph):
+            read = sum(value_bytes(values[v]) for v in graph.sources if v in swept)
+            written = sum(value_bytes(values[v]) for v in graph.stored if v in swept)
+            total += (read + written) * (1 + (training and number in inside))
+            if training:  # sources and gradients; a gradient of a source is added to
+                total += 3 * read + written
+    return total
+
+
+class _Lifetimes:
+    """When stored maps and their gradients are there; see `stored_peak`."""
+
+    def __init__(self, network: Network, wanted: Container[int]):
+        steps, values = network.steps, network.program.values
+        self.steps, self.ranges, self.wanted = steps, network.ranges, wanted
+        self.end = len(steps)
+        self.made: dict[int, int] = {}
+        self.last: dict[int, int] = dict.fromkeys(network.program.results(), self.end)
+        self.readers: dict[int, list[int]] = {}
+        self.unvalued: set[int] = set()
+        for number, step in enumerate(steps):
+            outputs = step.stored if isinstance(step, Graph) else step.outputs
+            if isinstance(step, Graph):
+                self.unvalued |= unvalued_runs(step, set()).keys()
+            if isinstance(step, Small):
+                outputs = [v for v in outputs if v in network.maps]
+            self.made.update((v, number) for v in outputs)
+            for v in _reads(step):
+                self.last[v] = max(self.last.get(v, 0), number)
+                self.readers.setdefault(v, []).append(number)
+        split = any(graph.offsets for graph in network.sweeps)
+        self.swept: Container[int] = () if split else network.swept()
+        self.size = {v: value_bytes(values[v]) for v in self.made}
+        if network.place != "device":
+            self.size.update((v, 0) for v in self.made if v in self.swept)
+        kind = values[network.program.image].device.type
+        self.row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
+        within = {v: part for part in network.ranges for v in self.made if self.made[v] in part}
+        self.maker = within  # the range that makes a map, and below the one that alone knows it
+        self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
+        # A band's own rows go when what the sweeps read has been fetched; in the backward their gradient stands there.
+        self.held = {v for step in steps if not isinstance(step, Small) for v in _reads(step)}
+        self.held.update(network.program.results())
+
+    def forward(self, now: int, training: bool) -> int:
+        """Bytes while a step is computed."""
+        return sum(
+            self.size[v] for v, made in self.made.items()
+            if made <= now and (now <= self.last.get(v, self.end)
+                                or (training and v in self.held and v not in self.within))
+        )  # fmt: skip
+
+    def _kept(self, v: int, now: int) -> bool:
+        """Whether the backward of a step, or one that comes after it, reads a map."""
+        if v not in self.swept or v in self.unvalued:
+            return True
+        part = self.maker.get(v)
+        # What goes into a range is kept by the range as a whole.
+        ranges = (next((p for p in self.ranges if r in p), None) for r in self.readers.get(v, ()))
+        reads = (p.start if p is not None and p != part else r
+                 for r, p in zip(self.readers.get(v, ()), ranges, strict=True))  # fmt: skip
+        return any(read <= now for read in reads)
+
+    def backward(self, now: int) -> int:
+        """Bytes while the backward of a step is computed."""
+        steady = growing = dying = 0
+        for v, made in self.made.items():
+            part = self.within.get(v)
+            if made > now or (part is not None and now not in part):
+                continue
+            own = self.row_by_row and v in self.swept and isinstance(self.steps[now], Graph)
+            if v not in self.held:
+                steady += self.size[v] * (now <= self.last.get(v, self.end))
+            elif self._kept(v, now):
+                ends = own and made == now and v in self.unvalued
+                dying, steady = dying + ends * self.size[v], steady + (not ends) * self.size[v]
+            if v in self.held and v in self.wanted and self.last.get(v, self.end) >= now:
+                ends, begins = own and made == now, own and self.last.get(v, self.end) == now
+                dying, growing = dying + ends * self.size[v], growing + (begins and not ends) * self.size[v]
+                steady += (not ends and not begins) * self.size[v]
+        return steady + max(growing, dying)
+
+    def again(self, part: range) -> int:
+        """Bytes at the end of the second computation of a range, whose backward is about to begin."""
+        total = 0
+        for v, made in self.made.items():
+            if made < part.start:
+                total += self.size[v] * (v in self.held and v not in self.within and self._kept(v, part.start))
+            elif made in part:
+                total += self.size[v] * (v in self.held and (made < part.stop - 1 or v in self.unvalued))
+            if v in self.held and v in self.wanted and made < part.stop <= self.last.get(v, self.end):
+                total += self.size[v]
+        return total
+
+
+def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int:
+    """The most bytes of stored maps, of what ops make of them whole, and of their gradients, at any time of a step.
+
+    A stored map lives from the sweep that writes it to its last reader; where a backward will follow, until the
+    backward of the first sweep that reads it. Its gradient comes into being in the backward of its last reader, and
+    goes in that of the sweep that wrote it; on the CPU the one comes as the other goes, row by row. What only a range
+    knows lives for the forward, and then again from the second computation of the range. Maps that are kept elsewhere
+    do not count.
+
+    Args:
+        wanted: the values that want a gradient.
+    """
+    if not any(graph.stored for graph in network.sweeps):
+        return 0
+    steps, lives = network.steps, _Lifetimes(network, wanted)
+    fetched = {number for number in lives.made.values() if isinstance(steps[number], Small)}
+    times = [n for n, step in enumerate(steps) if isinstance(step, Graph) or n in fetched] + [len(steps)]
+    peak = max(lives.forward(now, training) for now in times)
+    if training:
+        peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, network.ranges))
+    return peak

@@ -1,0 +1,251 @@
+"""The rows and columns handed from tile to tile: where they are kept, how windows are put together from them.
+
+The window that an op reads in a tile has up to three parts:
+
+            |  columns from the left  |  columns of this tile
+    --------+-------------------------+----------------------
+    rows    |        upper carry (all columns, from the strip above)
+    --------+-------------------------+----------------------
+    rows of |        left carry       |  block (computed in this tile)
+    the tile|                         |
+
+In the backward the gradient of a window falls apart the same way: the block's part goes on through autograd, the
+others are added to the gradients of the carries, which the tiles above and to the left add to their own blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GigamorphError
+from ..lowering.ops import Axes
+from .memory import format_bytes
+
+Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
+
+
+def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
+    """A view of the rows and columns of a map."""
+    top, bottom, left, right = rect
+    return tensor.narrow(axes[0], top, bottom - top).narrow(axes[1], left, right - left)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions from the slowest to the fastest in memory."""
+    if tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1:
+        return [0, 2, 3, 1]  # PyTorch reads "channels last" off the strides, of dimensions of size one too
+    return sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d) if tensor.shape[d] > 1 else -math.inf, d))
+
+
+def unpermute(dense: Tensor, order: list[int]) -> Tensor:
+    """A tensor whose dimensions lie in memory in this order, with its dimensions in their own order."""
+    inverse = [0] * len(order)
+    for position, d in enumerate(order):
+        inverse[d] = position
+    return dense.permute(inverse)
+
+
+def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> Tensor:
+    """An uninitialised map with the dtype, device and memory order of `pattern` and another height and width."""
+    shape = list(pattern.shape)
+    shape[axes[0]], shape[axes[1]] = height, width
+    return empty(pattern, shape)
+
+
+def empty(pattern: Tensor, shape: Sequence[int], order: list[int] | None = None) -> Tensor:
+    """An uninitialised tensor of another shape with the dtype, device and (or that given) memory order of `pattern`."""
+    order = memory_order(pattern) if order is None else order
+    return unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
+
+
+def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:
+    """A map of zeros with `part` at `rect`."""
+    whole = empty_like_layout(part, axes, height, width).zero_()
+    cut(whole, axes, rect).copy_(part)
+    return whole
+
+
+@dataclass(slots=True)
+class Layout:
+    """How a window is put together; all rectangles are in the window's own coordinates without padding.
+
+    `parts` pairs a rectangle of the window with the tensor that fills it and the rectangle there; the block's part has
+    no tensor. `pad` is (top, bottom, left, right), filled with `fill`. `in_margin` says that the block has room in
+    memory for the rows above and the columns to the left: they are copied there, and the window is a view.
+    """
+
+    axes: Axes
+    height: int
+    width: int
+    pad: tuple[int, int, int, int]
+    fill: float
+    parts: list[tuple[Rect, Tensor, Rect]]
+    block: tuple[Rect, Rect] | None
+    in_margin: bool = False
+
+    def compose(self, block: Tensor | None) -> Tensor:
+        """The window: one new tensor, or a view of the block and its margin."""
+        if self.in_margin:
+            assert block is not None
+            return self._fill_margin(block)
+        top, bottom, left, right = self.pad
+        pattern = block if block is not None else self.parts[0][1]
+        height, width = self.height + top + bottom, self.width + left + right
+        out = empty_like_layout(pattern, self.axes, height, width)
+        inner = cut(out, self.axes, (top, top + self.height, left, left + self.width))
+        if top:
+            cut(out, self.axes, (0, top, 0, width)).fill_(self.fill)
+        if bottom:
+            cut(out, self.axes, (height - bottom, height, 0, width)).fill_(self.fill)
+        if left:
+            cut(out, self.axes, (top, height - bottom, 0, left)).fill_(self.fill)
+        if right:
+            cut(out, self.axes, (top, height - bottom, width - right, width)).fill_(self.fill)
+        for target, tensor, source in self.parts:
+            cut(inner, self.axes, target).copy_(cut(tensor, self.axes, source))
+        if self.block is not None:
+            assert block is not None
+            target, source = self.block
+            cut(inner, self.axes, target).copy_(cut(block, self.axes, source))
+        return out
+
+    def _fill_margin(self, block: Tensor) -> Tensor:
+        assert self.block is not None
+        target, source = self.block
+        size, offset = list(block.shape), block.storage_offset()
+        for axis, extent, first in zip(self.axes, (self.height, self.width), (0, 2), strict=True):
+            size[axis] = extent
+            offset += (source[first] - target[first]) * block.stride(axis)
+        # .data: the margin is no part of the block, so autograd need not hear that it is written.
+        window = block.data.as_strided(size, block.stride(), offset)
+        for part, tensor, rect in self.parts:
+            cut(window, self.axes, part).copy_(cut(tensor, self.axes, rect))
+        return window
+
+
+class Compose(torch.autograd.Function):
+    """`Layout.compose` with a backward that hands the carries' gradients to `sink(part number, gradient)`.
+
+    `anchor` is a scalar that requires a gradient: it makes autograd run this node even where no block is involved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, block: Tensor | None, layout: Layout, sinks: list[Callable[[Tensor], None]]):
+        ctx.layout, ctx.sinks = layout, sinks
+        ctx.block_shape = None if block is None else block.shape
+        window = layout.compose(block)
+        layout.parts = [(target, torch.empty(0), source) for target, _, source in layout.parts]  # let the carries go
+        return window
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        (grad,) = grads
+        layout: Layout = ctx.layout
+        top, _, left, _ = layout.pad
+        inner = cut(grad, layout.axes, (top, top + layout.height, left, left + layout.width))
+        for (target, _, _), sink in zip(layout.parts, ctx.sinks, strict=True):
+            sink(cut(inner, layout.axes, target))
+        if layout.block is None or not ctx.needs_input_grad[1]:
+            return None, None, None, None
+        target, source = layout.block
+        part = cut(inner, layout.axes, target)
+        if part.shape != ctx.block_shape:
+            part = put_back(part, layout.axes, source, *(ctx.block_shape[axis] for axis in layout.axes))
+        return None, part, None, None
+
+
+class Crop(torch.autograd.Function):
+    """A part of a block; autograd's own slicing would return its gradient in another memory order."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, axes: Axes, rect: Rect):
+        ctx.where = axes, rect, block.shape[axes[0]], block.shape[axes[1]]
+        return cut(block, axes, rect)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return put_back(grads[0], *ctx.where), None, None
+
+
+class HandOn(torch.autograd.Function):
+    """The block unchanged; in the backward, `add` puts the gradients that later tiles have handed back on top."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None]):
+        ctx.add = add
+        return block.narrow(0, 0, block.shape[0])  # not view_as: that forgets the memory order of a batch of one
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        # A copy: autograd may have given the same tensor to another branch.
+        grad = grads[0].clone()
+        ctx.add(grad)
+        return None, grad, None
+
+
+@contextlib.contextmanager
+def disk_errors(size: int) -> Iterator[None]:
+    """A full disk is an error of one line, when a temporary file shall take so many bytes more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise GigamorphError(
+            f"{tempfile.gettempdir()}: no room for another {format_bytes(size)} of carries or maps ({error.strerror}); "
+            "point TMPDIR at a larger disk, or give a larger memory budget"
+        ) from None
+
+
+class CarryStore:
+    """Keeps the carries that enter each tile between the two passes.
+
+    Args:
+        place: "device" keeps them where they are, "host" in (pinned) host memory, "disk" in a temporary file that is
+            written and read as bytes, never mapped, so that it does not count as memory of this process.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        self.bytes = 0
+        self._file = tempfile.TemporaryFile(prefix="gigamorph-carries-") if place == "disk" else None  # noqa: SIM115
+
+    def put(self, tensor: Tensor) -> Any:
+        """A handle from which `get` gives the tensor back."""
+        self.bytes += tensor.nbytes
+        if self.place == "device" or (self.place == "host" and tensor.device.type == "cpu"):
+            return tensor
+        if self.place == "host":
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            return host.copy_(tensor, non_blocking=True), tensor.device
+        assert self._file is not None
+        order = memory_order(tensor)
+        dense = tensor.permute(order).contiguous().cpu()
+        with disk_errors(tensor.nbytes):
+            offset = self._file.seek(0, os.SEEK_END)
+            self._file.write(dense.reshape(-1).view(torch.uint8).numpy().data)
+        return offset, order, dense.shape, tensor.dtype, tensor.device
+
+    def get(self, handle: Any) -> Tensor:
+        """The tensor of a handle."""
+        if isinstance(handle, Tensor):
+            return handle
+        if len(handle) == 2:
+            return handle[0].to(handle[1], non_blocking=True)
+        assert self._file is not None
+        offset, order, shape, dtype, device = handle
+        dense = torch.empty(shape, dtype=dtype)
+        with disk_errors(dense.nbytes):  # what was written last may still be on its way
+            self._file.seek(offset)
+        self._file.readinto(dense.reshape(-1).view(torch.uint8).numpy().data)
+        return unpermute(dense, order).to(device)

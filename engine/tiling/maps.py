@@ -1,0 +1,133 @@
+"""Maps that exist whole: where they live, and when their memory goes back.
+
+On the CPU a map has pages of its own (`pages.py`). Where memory is short, they go back row by row, as soon as the
+backward has read a row for the last time: while the gradient of one map comes into being, the next map and its gradient
+go. Pages of a file are written and read as memory, and are handed to the system after every tile; from then on they are
+no memory of this process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import TensorWeakRef
+
+from ..lowering.ops import Axes
+from .carries import empty, memory_order, unpermute
+from .pages import Pages, Spare
+
+_LEAST = 1 << 20  # bytes; smaller maps are left to the C library
+_PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
+
+
+def pages_of(tensor: Tensor) -> Pages | None:
+    """The pages that a map lives on, if it has some of its own."""
+    return _PAGES.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
+
+
+def new_map(
+    pattern: Tensor, shape: Sequence[int] | None = None, place: str = "device", zero: bool = False,
+    spare: Spare | None = None,
+) -> Tensor:  # fmt: skip
+    """A tensor like `pattern` for a map that exists whole.
+
+    Args:
+        shape: if not that of `pattern`.
+        place: "device", that of `pattern`; "host", pinned memory where there is a GPU; or "disk",
+            a file that is mapped into memory.
+        zero: filled with zeros; without it with anything.
+        spare: pages of maps that are gone, which it may take, and to which its own go one day.
+
+    Raises:
+        GigamorphError: if the disk is full.
+    """
+    # Not as a view of the memory that it takes: as the network's output it may be changed in place.
+    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, spare).data
+
+
+def _new_map(pattern: Tensor, shape: list[int], place: str, zero: bool, spare: Spare | None) -> Tensor:
+    size = math.prod(shape) * pattern.element_size()
+    order = memory_order(pattern)
+    here = pattern.device.type if place == "device" else "cpu"
+    if place == "host" and torch.cuda.is_available():
+        dense = torch.empty([shape[d] for d in order], dtype=pattern.dtype, pin_memory=True)
+        return unpermute(dense.zero_() if zero else dense, order)
+    if here != "cpu" or size < _LEAST or isinstance(pattern, FakeTensor):
+        made = empty(pattern if place == "device" else pattern.new_empty(0, device="cpu"), shape, order)
+        return made.zero_() if zero else made
+    if place == "disk":
+        pages = Pages.make(size, on_disk=True)
+        memory = memoryview(pages)
+    else:
+        pages, memory = (Spare() if spare is None else spare).take(size)
+    made = unpermute(torch.frombuffer(memory, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
+    _PAGES[made.data_ptr()] = pages
+    return made.zero_() if zero and not pages.clear else made
+
+
+def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
+    """Give back the memory of a map's rows from `first` on, which nobody will read again."""
+    pages = pages_of(tensor)
+    if pages is None or pages.on_disk:
+        return
+    order = memory_order(tensor)
+    position = order.index(axes[0])
+    row = math.prod(tensor.shape[d] for d in order[position + 1 :]) * tensor.element_size()
+    plane = row * tensor.shape[axes[0]]
+    for number in range(math.prod(tensor.shape[d] for d in order[:position])):
+        pages.let_go(number * plane + first * row, (number + 1) * plane)
+
+
+def let_files_go(tensors: Iterable[Tensor | None]) -> None:
+    """Hand the pages of those maps that live in files to the system."""
+    for tensor in tensors:
+        pages = None if tensor is None else pages_of(tensor)
+        if pages is not None and pages.on_disk:
+            pages.let_go(0, len(pages))
+
+
+def add_reader(tensor: Tensor, count: int) -> None:
+    """One more backward (or less) that will read a map."""
+    pages = pages_of(tensor)
+    if pages is not None:
+        pages.readers += count
+
+
+def has_readers(tensor: Tensor) -> bool:
+    """Whether a backward is still to come that reads a map."""
+    pages = pages_of(tensor)
+    return pages is not None and pages.readers > 0
+
+
+class Gradients:
+    """One gradient for each stored map, which the backward of every sweep that reads the map adds to.
+
+    The first of them gives it to autograd, which hands it to the sweep that wrote the map; the others give none.
+    """
+
+    def __init__(self) -> None:
+        self.there: dict[int, TensorWeakRef] = {}  # weak: what autograd has let go is of a backward that was broken off
+
+    def begin(self, value: int, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """The gradient of a map, and whether it has been made now."""
+        there = self.there.get(value)
+        found = None if there is None else there()
+        if found is not None:
+            return found, False
+        made = make()
+        self.there[value] = TensorWeakRef(made)
+        return made, True
+
+    def end(self, values: Iterable[int]) -> None:
+        """The gradients of these maps are complete."""
+        for value in values:
+            self.there.pop(value, None)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.there.clear()

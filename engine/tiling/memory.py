@@ -1,0 +1,152 @@
+"""Byte counts: parse and print them, and read how much memory this process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import numbers
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..errors import GigamorphError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_LARGEST = (1 << 31) - 1  # that it takes
+
+
+def parse_bytes(size: int | float | str) -> int:
+    """Bytes from a number or a text such as ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
+
+    Raises:
+        GigamorphError: if it is no size, or the size is not positive.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", size.lower())
+        if not match or match[2] not in _UNITS:
+            raise GigamorphError(f"memory size {size!r} is not understood; write it like 4GiB, 800MiB or 6GB")
+        size = float(match[1]) * _UNITS[match[2]]
+    if isinstance(size, bool) or not isinstance(size, numbers.Real) or not math.isfinite(size):
+        raise GigamorphError(f"memory size {size!r} is not understood; give bytes, or write it like 4GiB")
+    if size <= 0:
+        raise GigamorphError(f"memory size {size} must be positive")
+    return int(size)
+
+
+def format_bytes(size: float) -> str:
+    """``"1.50 GiB"``: three significant digits, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
+    return f"{size:.{digits}f} {unit}"
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def return_free_pages() -> None:
+    """Give what the C library's heap holds and nothing uses back to the system, where that is possible."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc's heap; None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+@contextlib.contextmanager
+def large_blocks_on_own_pages() -> Iterator[None]:
+    """Within it, blocks of a MiB and more go back to the system as soon as they are freed (glibc).
+
+    For work on files, where the time that new pages cost does not count.
+    """
+    with _heap({_M_MMAP_THRESHOLD: 1 << 20}):
+        yield
+
+
+@contextlib.contextmanager
+def freed_pages_kept() -> Iterator[None]:
+    """Within it, freed blocks of any size stay with the process, whose next ones need no new pages (glibc).
+
+    For work that copies whole networks several times, of which new pages take a third of the time. Behind it they go
+    back to the system.
+    """
+    with _heap({_M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST}):
+        yield
+    return_free_pages()
+
+
+@contextlib.contextmanager
+def _heap(thresholds: dict[int, int]) -> Iterator[None]:
+    """glibc's heap with other thresholds. Behind it blocks of up to 32 MiB stay with the process, as they do in one
+    that has freed such blocks before."""
+    set_option = _glibc("mallopt")
+    if set_option is None:
+        yield
+        return
+    for threshold, size in thresholds.items():
+        set_option(threshold, size)
+    try:
+        yield
+    finally:
+        set_option(_M_MMAP_THRESHOLD, 32 << 20)
+        set_option(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+def used_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes in use now: the allocator's figure on a GPU, the resident set of this process otherwise."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        return _status("VmRSS")
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device | str = "cpu") -> int:
+    """The largest figure of `used_bytes` since the process started or `reset_peak` was called."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: torch.device | str = "cpu") -> None:
+    """Start `peak_bytes` anew (on Linux and on CUDA; elsewhere the peak is that of the whole process)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that a step may still take on this device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 8 * 2**30

@@ -1,0 +1,246 @@
+"""What is taken from maps while the tiles go by: sums, maxima, moments; and the way back of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ... import kernels
+from ..lowering.ops import Reduction
+from .carries import Rect
+
+
+class Accumulator:
+    """The value of one reduction, gathered tile by tile.
+
+    Sums run in float64 over partial sums in at least float32. Maxima remember each tile's own maximum, so that the
+    gradient goes to the elements that stock PyTorch picks: all equal ones in equal parts, or the first in raster order
+    (of several NaN the last). Moments are merged in float64 from each tile's mean and sum of squared deviations from it
+    (Chan, Golub and LeVeque).
+    """
+
+    def __init__(self, reduction: Reduction, dtype: torch.dtype):
+        self.reduction, self.dtype = reduction, dtype
+        self.total: Tensor | None = None
+        self.maxima: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # per tile: its maximum, and count or place
+        self.seen = 0  # moments: elements taken in, and below the sum of their squared deviations from the mean `total`
+        self.deviations: Tensor | None = None
+
+    def share(
+        self, block: Tensor, moments: tuple[Tensor, ...] | None = None, rect: Rect | None = None, look: bool = True
+    ) -> tuple[Tensor, ...]:
+        """What a block gives, wherever it lies: its sum; mean and squared deviations; maximum and count or place.
+
+        Args:
+            moments: mean and squared deviations, if they are known.
+            rect: where the block lies, which a reduction to a grid asks for.
+            look: see `moments_of`.
+        """
+        reduction = self.reduction
+        if reduction.kind == "moments":
+            if moments is not None and not reduction.precise:
+                return tuple(part.clone() for part in moments)
+            if self._by_kernel(block):
+                from ...kernels.moments import moments_of_each
+
+                return tuple(part[:, :, None, None] for part in moments_of_each(block))
+            return moments_of(block, reduction.dims, reduction.precise, look)
+        if reduction.kind == "sum":
+            return (self.partial(block),)
+        if reduction.first_only:
+            return F.adaptive_max_pool2d(block, 1, return_indices=True)
+        part = self.partial(block)
+        return part, reduction.has(block, part).sum(reduction.dims, keepdim=True)
+
+    def merge(self, i: int, j: int, share: tuple[Tensor, ...], rect: Rect, width: int) -> None:
+        """Take in what the block of tile (i, j) has given, which lies at `rect` of a map of this width.
+
+        The tensors of the share may be written to.
+        """
+        if self.reduction.kind == "moments":
+            mean, deviations = share
+            pixels = (rect[1] - rect[0]) * (rect[3] - rect[2])
+            self._merge(mean, deviations, pixels * self.reduction.per_pixel)
+            return
+        if self.reduction.kind == "sum":
+            part = share[0].to(torch.float64)
+            self.total = part if self.total is None else self.total.add_(part)
+            return
+        part, note = share
+        if self.reduction.first_only:
+            columns = rect[3] - rect[2]
+            note = (note // columns + rect[0]) * width + note % columns + rect[2]
+        self.total = part if self.total is None else torch.maximum(self.total, part)
+        self.maxima[i, j] = part, note
+
+    def _merge(self, mean: Tensor, deviations: Tensor, count: int) -> None:
+        mean, deviations = mean.to(torch.float64), deviations.to(torch.float64)
+        if self.total is None or self.deviations is None:
+            self.seen, self.total, self.deviations = count, mean, deviations
+            return
+        both = self.seen + count
+        distance = mean - self.total
+        self.deviations.add_(deviations).addcmul_(distance, distance, value=self.seen * count / both)
+        # Infinite means add up as the elements of a sum do; their distance says nothing.
+        self.total = torch.where(
+            distance.isfinite(), torch.add(self.total, distance, alpha=count / both), self.total + mean
+        )
+        self.seen = both
+
+    def pull(
+        self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None, rect: Rect | None = None
+    ) -> Tensor:
+        """What a part of the map gets of the gradients of mean and variance: dmean/n + 2 (x - mean) dvar/n + addend."""
+        assert self.total is not None
+        count, (dmean, dvar) = self.reduction.count, grads
+        if dvar is None:
+            assert dmean is not None
+            part = (dmean / count).to(x.dtype).expand_as(x)
+            return part if addend is None else part + addend
+        if self._by_kernel(x):
+            return self._pull_by_kernel(x, dmean, dvar, addend)
+        slope = 2 * dvar / count
+        pulled = torch.sub(x, self.total.to(slope.dtype)).mul_(slope)
+        if dmean is not None:
+            pulled.add_(dmean / count)
+        if addend is not None:
+            pulled.add_(addend)
+        return pulled.to(x.dtype)
+
+    def _by_kernel(self, block: Tensor) -> bool:
+        """Whether `gigamorph.kernels` computes moments of this map."""
+        plain = block.dim() == 4 and self.reduction.dims == (2, 3) and not self.reduction.precise
+        return plain and kernels.enabled(block.device)
+
+    def _pull_by_kernel(self, x: Tensor, dmean: Tensor | None, dvar: Tensor, addend: Tensor | None) -> Tensor:
+        from ...kernels.moments import moments_backward
+
+        assert self.total is not None
+        parts = []
+        for n in range(x.shape[0]):
+            mean, dm, dv = (None if t is None else t[n].flatten() for t in (self.total, dmean, dvar))
+            own = None if addend is None else addend[n : n + 1]
+            parts.append(moments_backward(x[n : n + 1], mean, dm, dv, self.reduction.count, own))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def partial(self, block: Tensor, rect: Rect | None = None) -> Tensor:
+        """The block's own share of the reduction, kept dimensions and all."""
+        reduction = self.reduction
+        if reduction.form is not None:
+            return reduction.form(block)
+        if reduction.kind == "sum":
+            wide = torch.float32 if block.dtype in (torch.float16, torch.bfloat16) else block.dtype
+            return block.sum(reduction.dims, keepdim=True, dtype=wide)
+        if reduction.first_only:
+            return F.adaptive_max_pool2d(block, 1)
+        if reduction.nan_counts:
+            return Largest.apply(block, reduction)  # pyright: ignore[reportReturnType]
+        return block.amax(reduction.dims, keepdim=True)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether tiles take back different parts of the gradient: `shares`."""
+        return bool(self.maxima)
+
+    def part_of(self, whole: Tensor, rect: Rect | None) -> Tensor:
+        """Of a tensor like the result (kept dimensions and all), the part that a block at `rect` has a share in."""
+        return whole
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The reduction's values as stock PyTorch returns them: tensors that the caller may change."""
+        assert self.total is not None
+        if self.deviations is not None:
+            return self.total.to(self.dtype, copy=True), (self.deviations / self.seen).to(self.dtype)
+        value = self.total
+        if self.reduction.count != 1:  # a sum that overflows is infinite before it is divided, as in stock PyTorch
+            value = value.to(torch.promote_types(self.dtype, torch.float32)) / self.reduction.count
+        found = [value.to(self.dtype)]
+        if len(self.reduction.outputs) > 1:  # a band's maximum: how many elements have it
+            first, has = self.reduction.first_only, self.reduction.has
+            counts = [has(part, self.total) * (1 if first else note) for part, note in self.maxima.values()]
+            found.append(torch.stack(counts).sum(0, dtype=torch.float64))
+        return tuple((t if self.reduction.keepdim else t.squeeze(self.reduction.dims)).clone() for t in found)
+
+    def shares(self) -> dict[tuple[int, int], Tensor]:
+        """For a maximum: per tile, the factor on the gradient of the tile's own maximum."""
+        assert self.total is not None
+        tops = {tile: self.reduction.has(part, self.total) for tile, (part, _) in self.maxima.items()}
+        notes = {tile: note for tile, (_, note) in self.maxima.items()}
+        if self.reduction.first_only:
+            # Pooling takes the first of equal elements, and the last NaN: the first one from behind.
+            far, sign = torch.iinfo(torch.int64).max, 1 - 2 * self.total.isnan().long()
+            places = {tile: torch.where(top, notes[tile] * sign, far) for tile, top in tops.items()}
+            first = torch.stack(list(places.values())).amin(0)
+            return {tile: place == first for tile, place in places.items()}
+        counts = {tile: (top * notes[tile]).double() for tile, top in tops.items()}
+        total = torch.stack(list(counts.values())).sum(0)
+        return {tile: count / total for tile, count in counts.items()}
+
+
+def moments_of(block: Tensor, dims: tuple[int, ...], precise: bool = False, look: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean of a block, and sum of squared deviations from it.
+
+    In the block's dtype where that can tell them; in float64, around an element of the block, where squares overflow
+    and where rounding the mean is all that makes a constant block vary.
+
+    Args:
+        precise: in float64 in any case.
+        look: whether the program may wait for values and go by them; it never does so on another device.
+    """
+    if not precise:
+        x = block.to(torch.promote_types(block.dtype, torch.float32))
+        mean = x.mean(dims, keepdim=True)
+        deviations = (x - mean).square_().sum(dims, keepdim=True, dtype=x.dtype)
+        if not look or block.device.type != "cpu":
+            return mean, deviations
+        rounding = mean.square().mul_((8 * torch.finfo(x.dtype).eps) ** 2 * (x.numel() // mean.numel()))
+        told = (deviations > rounding).logical_and_(deviations < torch.inf)
+        if told.all() or told.logical_or_(deviations == 0).all():
+            return mean, deviations
+    x = block.to(torch.float32 if block.device.type == "mps" else torch.float64)
+    centre = x
+    for dim in dims:
+        centre = centre.narrow(dim, 0, 1)
+    centre = torch.where(centre.isfinite(), centre, 0)
+    x = x - centre
+    mean = x.mean(dims, keepdim=True)
+    return centre + mean, x.sub_(mean).square_().sum(dims, keepdim=True)
+
+
+class Largest(torch.autograd.Function):
+    """A block's maximum, with NaN for the largest; its gradient goes to all elements that have it in equal parts."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, reduction: Reduction):
+        top = block.amax(reduction.dims, keepdim=True)
+        ctx.save_for_backward(block, top)
+        ctx.reduction = reduction
+        return top
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        block, top = ctx.saved_tensors
+        has = ctx.reduction.has(block, top)
+        return torch.where(has, grads[0] / has.sum(ctx.reduction.dims, keepdim=True), 0), None
+
+
+@dataclass
+class Target:
+    """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradients in pass 2."""
+
+    accumulator: Accumulator | None
+    grads: tuple[Tensor | None, ...]
+    shares: dict[tuple[int, int], Tensor]
+
+    @property
+    def of_block(self) -> bool:
+        """Whether the gradient is one of the block itself, not of something reduced from it."""
+        return self.accumulator is None or self.accumulator.reduction.kind == "moments"
+
+
+Targets = dict[int, list[Target]]
