@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph.engine import accelerate, open_pixels, plan
-from gigamorph.engine.bench.peers import checkpointed, loss_of
+from gigamorph.engine.bench.ordinary import loss_of
+from gigamorph.engine.bench.peers import checkpointed
 from gigamorph.engine.bench.work import NvmlPeak
 from gigamorph.engine.cuda_graphs import static
 from gigamorph.engine.models import create_model

@@ -37,7 +37,7 @@ from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.datasets.augment import Augment, augmented
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.images.header import MG_FOR_PRESENTATION, read_info
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 SIDE, TILE, REGION = 16384, 512, 1024

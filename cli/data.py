@@ -280,7 +280,8 @@ def preview(
     from ..engine.datasets.preview import preview as measure
     from ..engine.datasets.preview import thumbnail, write_preview
     from ..engine.datasets.views import NormalizedSource
-    from ..engine.images.pixels import Normalize, open_pixels
+    from ..engine.images.open import open_pixels
+    from ..engine.images.pixels import Normalize
     from .picture import show_picture
 
     normalize = Normalize(mean, std)

@@ -3,7 +3,7 @@
 from .accelerate import Accelerated, accelerate
 from .dense import dense_loss, write_map
 from .errors import BudgetError, DataError, GigamorphError, UnsupportedError
-from .images.pixels import open_pixels
+from .images.open import open_pixels
 from .planning.plan import Plan, plan
 from .tiling.scan import TileEvent
 

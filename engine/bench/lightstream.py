@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import BudgetError, UnsupportedError
 from ..models.compat import make_torchvision_importable
 from ..planning.simulate import stock_peak
-from .peers import Prepared, autocast, first_tensor, loss_of
+from .ordinary import Prepared, autocast, first_tensor, loss_of
 from .results import Task
 
 # Pixels by which tiles overlap in the backward, both sides together: lightstream's own statistics. The best tile is the

@@ -15,7 +15,7 @@ from .peers import PEERS
 from .results import EQUAL_MEMORY, NOT_RUN, OK, OUT_OF_MEMORY, WRONG, LimitRow, StepRow
 
 if TYPE_CHECKING:
-    from .profile import Timeline
+    from .timeline import Timeline
 
 _COLOURS = {
     "stock": "#c0392b", "channels-last": "#d98880", "bf16": "#af7ac5", "compile": "#7d6608", "checkpoint": "#d68910",

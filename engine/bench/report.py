@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ..errors import GigamorphError
 from . import plots
+from .read import read
 from .results import (
     EQUAL_MEMORY,
     FAILED,
@@ -33,7 +34,6 @@ from .results import (
     Results,
     StepRow,
     Task,
-    read,
 )
 
 Cells = list[str]

@@ -1,4 +1,4 @@
-"""The one format of benchmark results, and the one reader.
+"""The one format of benchmark results; `read.py` reads it.
 
 A file of results is a JSON object: `format`, `what` (the command), `provenance` (machine, versions, commit, date),
 `ceilings` (measured in the same run) and lists of rows: `steps`, `limits`, `kernels`, `morphs`, `declared`. Rows hold
@@ -15,8 +15,6 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from ..errors import DataError
 
 FORMAT = "gigamorph-bench 1"
 OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
@@ -247,7 +245,7 @@ class DeclaredRow:
     found: str | None = None
 
 
-_ROWS: dict[str, type] = {
+ROWS: dict[str, type] = {
     "steps": StepRow, "limits": LimitRow, "kernels": KernelRow, "morphs": MorphRow, "declared": DeclaredRow,
 }  # fmt: skip
 
@@ -270,49 +268,3 @@ class Results:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
         os.replace(partial, path)
-
-
-def read(path: Path) -> Results:
-    """Results of `gigamorph bench`, `benchmarks/gpu.py` or `benchmarks/morph_training.py`.
-
-    Raises:
-        DataError: if the file is something else.
-    """
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no results can be read ({error}); give a JSON file of gigamorph bench") from error
-    if isinstance(data, dict) and data.get("format") == FORMAT:
-        return _own(data)
-    if isinstance(data, dict) and {"ceilings", "checks", "ops", "steps", "skipped"} <= data.keys():
-        from .gpu_results import from_gpu
-
-        return from_gpu(data)
-    if isinstance(data, dict) and {"settings", "seeds", "summary"} <= data.keys():
-        from .morph import rows_of
-
-        return Results("benchmarks/morph_training.py", data.get("provenance", {}), morphs=rows_of(data))
-    raise DataError(
-        f"{path}: not results of gigamorph bench ({FORMAT!r}), benchmarks/gpu.py or benchmarks/morph_training.py; "
-        "measure it again"
-    )
-
-
-def _own(data: dict[str, Any]) -> Results:
-    rows = {name: [_row(kind, row) for row in data.get(name, ())] for name, kind in _ROWS.items()}
-    return Results(data["what"], data["provenance"], data.get("ceilings", {}), **rows)
-
-
-def _row(kind: type, row: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    row = {name: value for name, value in row.items() if name in known}
-    if "task" in row:
-        row["task"] = Task(**{**row["task"], "image": tuple(row["task"]["image"])})
-    if row.get("check"):
-        worst = row["check"].get("worst")
-        row["check"] = Check(**{**row["check"], "worst": tuple(worst) if worst else None})
-    if "tries" in row:
-        row["tries"] = [Try(**one) for one in row["tries"]]
-    if "curve" in row:
-        row["curve"] = [tuple(point) for point in row["curve"]]
-    return kind(**row)

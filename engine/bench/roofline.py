@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .peers import autocast, first_tensor, loss_of
+from .ordinary import autocast, first_tensor, loss_of
 from .results import Task
 
 _SECONDS = 1.5  # of each ceiling

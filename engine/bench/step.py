@@ -18,7 +18,8 @@ from ..planning.plan import Plan, plan
 from . import check, roofline
 from .child import Child
 from .lightstream import norm_parameters, tile_within, tiles_to_try
-from .peers import PEERS, Settings, autocast
+from .ordinary import autocast
+from .peers import PEERS, Settings
 from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
 from .work import build
 

@@ -17,7 +17,8 @@ from ..accelerate import accelerate, freeze_batch_norm
 from ..errors import BudgetError, UnsupportedError
 from ..models import create_model
 from ..tiling.memory import peak_bytes, reset_peak, return_free_pages, used_bytes
-from .peers import PEERS, Settings, loss_of
+from .ordinary import loss_of
+from .peers import PEERS, Settings
 from .results import FAILED, OUT_OF_MEMORY, REFUSED, Task
 
 # What the C++ side says when the system refuses memory; oneDNN cannot tell why a primitive could not be made.

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..images.header import DicomInfo, read_info
+from ..images.open import open_pixels
 from ..images.parallel import run_parallel
-from ..images.pixels import ImageSource, open_pixels
+from ..images.pixels import ImageSource
 from .index import is_dicom
 from .splits import leaks
 from .tables.schema import Record

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..images.affine import Affine
+from ..images.open import open_pixels
 from ..images.parallel import run_parallel
-from ..images.pixels import ImageSource, open_pixels
+from ..images.pixels import ImageSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
 from .tables.schema import Box, Finding, Record
 

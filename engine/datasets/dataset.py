@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from ..images.pixels import Normalize, PixelSource, open_pixels
+from ..images.open import open_pixels
+from ..images.pixels import Normalize, PixelSource
 from .augment import Augment, augmented
 from .tables import Record
 from .views import DownsampledSource, NormalizedSource

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..images.header import DicomInfo, read_info
+from ..images.open import open_pixels
 from ..images.parallel import run_parallel
-from ..images.pixels import open_pixels
 from .tables.generic import image_files
 from .tables.schema import Record
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..accelerate import accelerate
 from ..errors import GigamorphError
-from ..images.pixels import PixelSource, open_pixels
+from ..images.open import open_pixels
+from ..images.pixels import PixelSource
 from ..models import create_model
 from ..tiling.memory import peak_bytes, reset_peak, used_bytes
 

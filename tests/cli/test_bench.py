@@ -6,7 +6,8 @@ from bench_results import everything
 
 from gigamorph.cli.main import main
 from gigamorph.engine.bench import child, limit, step
-from gigamorph.engine.bench.results import OK, LimitRow, StepRow, Try, read
+from gigamorph.engine.bench.read import read
+from gigamorph.engine.bench.results import OK, LimitRow, StepRow, Try
 
 
 def run(*args):

@@ -15,7 +15,7 @@ from gigamorph.cli.main import main
 from gigamorph.cli.picture import show_picture
 from gigamorph.engine.datasets.augment import Augment, augmented
 from gigamorph.engine.datasets.tables import read_table
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 
 
 def run(*args):

@@ -12,7 +12,8 @@ import torch
 from gigamorph.cli.main import main
 from gigamorph.engine import accelerate
 from gigamorph.engine.datasets.phantom import write_phantoms
-from gigamorph.engine.images.pixels import Normalize, open_pixels
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.models import create_model
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.affine import Affine
-from gigamorph.engine.images.pixels import open_pixels, steps_of, to_original
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import steps_of, to_original
 
 numbers = st.floats(-100, 100, allow_subnormal=False)
 

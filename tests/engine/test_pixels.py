@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import Normalize, PixelBatch, PixelSource, as_batch, open_pixels
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize, PixelBatch, PixelSource, as_batch
 from gigamorph.engine.images.tiles import CACHE
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
@@ -346,7 +347,7 @@ def test_batch() -> None:
 MEASURE = """
 import resource, sys
 import numpy as np, torch
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import (open_pixels)
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

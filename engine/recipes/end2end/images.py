@@ -18,7 +18,8 @@ from ...datasets.tables import Finding, Record
 from ...datasets.views import NormalizedSource
 from ...errors import DataError
 from ...files import write_atomically
-from ...images.pixels import Normalize, PixelSource, check_region, open_pixels
+from ...images.open import open_pixels
+from ...images.pixels import Normalize, PixelSource, check_region
 from ..sized import Size, read_sized
 from .config import CLASSES, Config
 from .sampler import Lesion, Patch, breast_box, sample

@@ -13,7 +13,8 @@ from ...datasets.tables import Record
 from ...datasets.views import MirroredSource
 from ...errors import DataError
 from ...images.affine import Map
-from ...images.pixels import Normalize, PixelSource, open_pixels, to_original
+from ...images.open import open_pixels
+from ...images.pixels import Normalize, PixelSource, to_original
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from bench_results import everything, gpu_file
 
-from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, WRONG, Task, read
+from gigamorph.engine.bench.read import read
+from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, WRONG, Task
 from gigamorph.engine.errors import DataError
 
 

@@ -18,7 +18,8 @@ from gigamorph.engine.datasets.intensity import Intensity, IntensitySource
 from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.affine import Affine, Chain
-from gigamorph.engine.images.pixels import PixelSource, open_pixels, steps_of, to_original
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import PixelSource, steps_of, to_original
 
 ALL = "flip,rotate=20,scale=0.3,shear=10,translate=40,elastic=9:60,gamma=0.3,contrast=0.2,brightness=0.1,noise=0.05"
 IMAGE = np.random.default_rng(0).random((2 + 1, 317, 291), dtype=np.float32)

@@ -13,7 +13,8 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.preview import preview, thumbnail, write_preview
 from gigamorph.engine.datasets.tables import Finding, Record, read_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import Normalize, open_pixels
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize
 
 
 def whole(path: Path, **options: object) -> np.ndarray:

@@ -24,7 +24,7 @@ from image_files import BIG, DEFLATED, EXPLICIT, JPEG, RLE, corpus, damage, enco
 from pydicom.sequence import Sequence
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 
 # Damaged headers make pydicom warn before we raise.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,7 +15,8 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import Normalize, PixelSource, as_batch, open_pixels, steps_of
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize, PixelSource, as_batch, steps_of
 
 
 @pytest.fixture(scope="module")

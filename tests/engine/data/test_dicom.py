@@ -20,7 +20,7 @@ from pydicom.uid import UID
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import open_dicom, read_info
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 
 Write = Callable[..., Path]
 # Damaged headers make pydicom warn before we raise.

@@ -14,7 +14,7 @@ from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 
 
 def test_index(tmp_path: Path) -> None:

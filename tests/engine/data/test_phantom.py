@@ -15,7 +15,8 @@ from gigamorph.engine.datasets.splits import check_leaks
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import read_info
-from gigamorph.engine.images.pixels import PixelSource, open_pixels
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import PixelSource
 
 
 def blocks(pixels: np.ndarray, factor: int) -> np.ndarray:

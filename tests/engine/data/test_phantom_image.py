@@ -15,7 +15,7 @@ from gigamorph.engine.datasets.phantom.files import write_dicom, write_tiff
 from gigamorph.engine.datasets.phantom.texture import normals, power_law
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 
 HEIGHT, WIDTH = 300, 251
 IMAGE = PhantomImage(HEIGHT, WIDTH, seed=5, side=6, view="MLO", lesions=LESIONS, symmetry=0.7)

@@ -10,7 +10,7 @@ from image_files import EXPLICIT, JPEG, LOSSLESS, RLE, encode, picture, write_di
 
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import open_dicom, read_info
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.tiles import CACHE
 
 GREY = picture(12, (45, 70))

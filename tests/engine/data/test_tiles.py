@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.tiles import CACHE, TileCache, TileGrid
 
 IMAGE = np.random.default_rng(0).integers(0, 2**16, (2, 61, 83), dtype=np.uint16)

@@ -10,7 +10,7 @@ import pytest
 from image_files import picture, write_zarr
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.tiles import CACHE
 
 GREY = picture(16, (45, 70))

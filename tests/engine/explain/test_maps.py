@@ -11,7 +11,7 @@ from gigamorph.engine import GigamorphError, accelerate
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.explain import activation_map, find_marks, gradient_map
 from gigamorph.engine.explain.maps import Explanation
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.models import create_model
 
 

@@ -10,7 +10,8 @@ from gigamorph.engine import DataError
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.explain.seg import REGION, write_segmentation
-from gigamorph.engine.images.pixels import as_stored, open_pixels
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import as_stored
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from gigamorph.engine.accelerate import accelerate
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.cases import Cases
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.models import create_model
 from gigamorph.engine.recipes.classify import ImageTask
 from gigamorph.engine.recipes.config import default_text, parse_config

@@ -8,7 +8,8 @@ from torch import nn
 from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.images.pixels import Normalize, open_pixels
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.recipes import features
 from gigamorph.engine.recipes.features import UpTo, fingerprint, frozen_features, image_digest
 from gigamorph.engine.recipes.sized import Size, read_sized

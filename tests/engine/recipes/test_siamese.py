@@ -20,7 +20,7 @@ from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.recipe import Run
 from gigamorph.engine.recipes.siamese import SiameseConfig, train

@@ -13,7 +13,7 @@ from gigamorph.engine.datasets.phantom import PhantomImage
 from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
-from gigamorph.engine.images.pixels import open_pixels
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.recipes.siamese.free_form import FreeForm
 from gigamorph.engine.recipes.siamese.register import breast_mask, downsampled, register, registered
 

@@ -14,7 +14,8 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.images.pixels import Normalize, open_pixels, to_original
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize, to_original
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
 from gigamorph.engine.train.predict import predict
 
