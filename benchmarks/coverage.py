@@ -135,7 +135,7 @@ def check(name: str, mode: str) -> dict[str, Any]:
     from coverage_judge import ROUNDING, judge
     from exactness import randomize
 
-    from gigamorph.engine import GigamorphError, accelerate
+    from gigamorph import GigamorphError, accelerate
     from gigamorph.engine.capture.trace import capture
     from gigamorph.engine.lowering.graph import build_network
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gigamorph.engine import accelerate, open_pixels, plan
+from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import Results, StepRow, Task
 from gigamorph.engine.models.resnet import resnet18

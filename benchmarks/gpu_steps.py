@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate, open_pixels, plan
+from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.ordinary import loss_of
 from gigamorph.engine.bench.peers import checkpointed
 from gigamorph.engine.bench.work import NvmlPeak

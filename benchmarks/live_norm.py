@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gigamorph.engine import BudgetError, plan
+from gigamorph import BudgetError, plan
 from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import OK, Task

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gigamorph.engine import BudgetError
+from gigamorph import BudgetError
 from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, Results, StepRow, Task

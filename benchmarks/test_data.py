@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from gigamorph.engine import open_pixels
+from gigamorph import open_pixels
 
 SIDE, TILE = 2048, 256
 

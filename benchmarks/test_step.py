@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gigamorph.engine import BudgetError, accelerate, plan
+from gigamorph import BudgetError, accelerate, plan
 from gigamorph.engine.models import create_model
 
 TILE = 512

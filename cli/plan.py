@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..engine import Plan
+    from ..engine.planning.plan import Plan
 
 
 @click.command()
@@ -50,9 +50,9 @@ def plan(
     """
     import torch
 
-    from ..engine import plan as make_plan
     from ..engine.accelerate import freeze_batch_norm
     from ..engine.models import create_model
+    from ..engine.planning.plan import plan as make_plan
     from .table import show_plan
 
     net = create_model(model, classes, channels).train(not inference)
@@ -71,7 +71,7 @@ def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast:
     import torch
 
     from .. import kernels
-    from ..engine import accelerate
+    from ..engine.accelerate import accelerate
     from .table import show_choices
 
     if not kernels.enabled(device):

@@ -1,16 +1,58 @@
-"""What is installed is what is here: an editable installation finds packages that a wheel would lack."""
+"""What is installed is what is here, the door leads to it, and imports go down from folder to folder."""
 
+import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+import gigamorph
+
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("cli", "engine", "kernels")  # from above
 
 
 def test_every_package_is_named():
+    """An editable installation finds packages that a wheel would lack."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     here = {
         "gigamorph." + ".".join(file.parent.relative_to(ROOT).parts)
-        for top in ("cli", "engine", "kernels")
+        for top in FOLDERS
         for file in (ROOT / top).rglob("__init__.py")
     }
-    assert set(settings["packages"]) == here
+    assert set(settings["packages"]) == {"gigamorph", *here}
+
+
+def test_the_door_leads_to_every_name():
+    tree = ast.parse((ROOT / "gigamorph" / "__init__.py").read_text())
+    typed = {
+        alias.name: f"gigamorph.{node.module}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        for alias in node.names
+    }
+    assert set(typed) == set(gigamorph.__all__) <= set(dir(gigamorph))
+    for name, home in typed.items():
+        assert getattr(gigamorph, name) is getattr(sys.modules[home], name)
+    with pytest.raises(AttributeError, match="no attribute 'acelerate'"):
+        _ = gigamorph.acelerate
+
+
+def test_the_door_is_light():
+    """`gigamorph --help` must not wait for PyTorch."""
+    code = "import gigamorph, gigamorph.cli.main, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_down_from_folder_to_folder(folder: str):
+    """Within a folder import-linter sees to it (`make lint`)."""
+    for file in (ROOT / folder).rglob("*.py"):
+        depth = len(file.relative_to(ROOT).parts)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == depth:  # relative to `gigamorph`
+                targets = [node.module] if node.module else [alias.name for alias in node.names]
+                for target in targets:
+                    assert target.split(".")[0] in FOLDERS[FOLDERS.index(folder) + 1 :], f"{file}: {target}"

@@ -1,7 +1,7 @@
 """Pixel sources: images that are read region by region, converted and normalised on the fly.
 
 The scan asks a source for one tile at a time, so an image of any size is never held whole in the compute dtype. What
-a file stores (the *stored* values) and what a network sees are kept apart: a reader beside this file delivers stored values
+a file stores (the *stored* values) and what a network sees are kept apart: a reader of a format delivers stored values
 of a region, and `ImageSource` puts grey scale, mirroring, channels and normalisation on top, once for all formats.
 
 Grey values are fractions of the image's full grey range (0 black, 1 white) before normalisation, whatever the bit depth

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from coverage_judge import judge

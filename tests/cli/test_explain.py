@@ -9,8 +9,8 @@ import pytest
 import tifffile
 import torch
 
+from gigamorph import accelerate
 from gigamorph.cli.main import main
-from gigamorph.engine import accelerate
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize

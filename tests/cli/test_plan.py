@@ -18,7 +18,7 @@ def run(*args):
 def test_plan_prints_tile_and_memory_of_the_step_that_training_takes(capsys):
     import torch
 
-    from gigamorph.engine import accelerate
+    from gigamorph import accelerate
     from gigamorph.engine.models import create_model
 
     assert run(*RESNET, "--batch-norm", "frozen", "--memory-budget", "1GiB") == 0
@@ -56,8 +56,8 @@ def test_mixed_precision_halves_a_tile(capsys):
 def test_a_terminal_gets_bars_on_one_scale():
     import torch
 
+    from gigamorph import plan
     from gigamorph.cli.table import show_plan
-    from gigamorph.engine import plan
 
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
     made = plan(net, (1, 512, 512), "2MiB", tile=64)

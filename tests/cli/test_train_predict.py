@@ -66,7 +66,7 @@ def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path
 
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):
-    from gigamorph.engine import open_pixels
+    from gigamorph import open_pixels
     from gigamorph.engine.images.pixels import Normalize
     from gigamorph.engine.models import create_model
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.dense import dense_loss, write_map
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 

@@ -12,7 +12,7 @@ from exactness import LIMIT, assert_exact, errors, named, randomize, step, step_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import Accelerated, GigamorphError, TileEvent, UnsupportedError, accelerate
+from gigamorph import Accelerated, GigamorphError, TileEvent, UnsupportedError, accelerate
 
 
 class Small(nn.Module):

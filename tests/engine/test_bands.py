@@ -26,7 +26,7 @@ from split_image import (
     rows_read,
 )
 
-from gigamorph.engine import GigamorphError, accelerate
+from gigamorph import GigamorphError, accelerate
 from gigamorph.engine.lowering.geometry import Chain, Gather, Mirror, Spread, Window, needed, schedule_axis
 
 Case = tuple[Any, ...]  # name, size, tile, whether maps are computed again

@@ -13,7 +13,7 @@ from exactness import LIMIT, step, step_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.capture import corrected
 
 SHAPES = [(1, 3, 2, 4), (2, 3, 2, 4), (2, 3, 1, 1), (1, 3, 1, 4), (2, 3, 4, 1), (1, 1, 2, 4), (1, 3, 2, 2, 4)]

@@ -14,7 +14,7 @@ from exactness import LIMIT, errors, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import GigamorphError, UnsupportedError, accelerate, open_pixels
+from gigamorph import GigamorphError, UnsupportedError, accelerate, open_pixels
 from gigamorph.engine.dense import dense_loss, write_map
 from gigamorph.engine.planning.strategy import strategies
 

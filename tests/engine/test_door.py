@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from gigamorph.engine import Accelerated, GigamorphError, UnsupportedError, accelerate, dense_loss, plan, write_map
+from gigamorph import Accelerated, GigamorphError, UnsupportedError, accelerate, dense_loss, plan, write_map
 
 
 class Own(nn.Module):

@@ -8,7 +8,7 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import GigamorphError, accelerate
+from gigamorph import GigamorphError, accelerate
 from gigamorph.engine.lowering.ops import Local
 from gigamorph.engine.lowering.ops.base import RULES
 

@@ -9,7 +9,7 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.lowering.ops import names
 from gigamorph.engine.lowering.ops.base import RULES
 

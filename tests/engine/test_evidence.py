@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gigamorph.engine import GigamorphError, accelerate
+from gigamorph import GigamorphError, accelerate
 
 
 class Net(nn.Module):

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from gigamorph import kernels
-from gigamorph.engine import accelerate
+from gigamorph import accelerate, kernels
 from gigamorph.engine.lowering.fused.conv import FusedConv
 from gigamorph.kernels import choice
 

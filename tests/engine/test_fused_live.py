@@ -11,8 +11,7 @@ from exactness import FLOOR, assert_exact, errors, randomize, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph import kernels
-from gigamorph.engine import accelerate
+from gigamorph import accelerate, kernels
 from gigamorph.engine.lowering.fused import batch_norm as fused_norm
 from gigamorph.engine.lowering.fused import conv as fused_conv
 from gigamorph.engine.lowering.graph import Graph

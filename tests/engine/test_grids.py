@@ -12,7 +12,7 @@ from grid_modules import MODULES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.geometry import Cells
 from gigamorph.engine.lowering.graph import Graph, build_network

@@ -7,7 +7,7 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import UnsupportedError, accelerate, plan
+from gigamorph import UnsupportedError, accelerate, plan
 
 JOINS = {
     "rows": lambda x: torch.cat([x, x.tanh()], 2),

@@ -17,7 +17,7 @@ import torch
 from exactness import assert_exact, randomize, step, step_errors
 from torch import Tensor, nn
 
-from gigamorph.engine import GigamorphError, accelerate, plan
+from gigamorph import GigamorphError, accelerate, plan
 from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.planning.strategy import Strategy
 from gigamorph.engine.tiling import maps as maps_module

@@ -15,7 +15,7 @@ from exactness import assert_exact, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 SIZES = {
     "multiple of the tile": (32, 16),

@@ -12,7 +12,7 @@ import torch
 from exactness import Step, assert_exact, randomize, step
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 timm = pytest.importorskip("timm")
 

@@ -18,7 +18,7 @@ from exactness import FLOOR, Step, named, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.lowering.ops import Reduction
 from gigamorph.engine.tiling.bands import Maximum
 

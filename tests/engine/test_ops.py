@@ -7,7 +7,7 @@ from exactness import assert_exact, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 
 def blur_pool(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.tiling import maps as maps_module
 from gigamorph.engine.tiling.maps import let_rows_go, new_map
 from gigamorph.engine.tiling.memory import used_bytes

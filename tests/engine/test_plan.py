@@ -10,7 +10,7 @@ import torch
 from exactness import assert_exact, randomize
 from torch import nn
 
-from gigamorph.engine import BudgetError, GigamorphError, accelerate, plan
+from gigamorph import BudgetError, GigamorphError, accelerate, plan
 from gigamorph.engine.models import create_model
 from gigamorph.engine.tiling.memory import parse_bytes
 
@@ -109,7 +109,7 @@ def test_plan_reads_well():
 
 MEASURE = """
     import torch
-    from gigamorph.engine import accelerate, plan
+    from gigamorph import accelerate, plan
     from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
     from gigamorph.engine.models import create_model
     torch.set_num_threads(1)

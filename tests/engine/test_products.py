@@ -9,7 +9,7 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import UnsupportedError, accelerate
+from gigamorph import UnsupportedError, accelerate
 
 
 def ramp(n: int, x: Tensor, *shape: int) -> Tensor:

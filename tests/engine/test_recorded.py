@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.errors import GigamorphError, UnsupportedError
 
 LIMIT = 1e-11

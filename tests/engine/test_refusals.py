@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from gigamorph.engine import GigamorphError, UnsupportedError, accelerate
+from gigamorph import GigamorphError, UnsupportedError, accelerate
 
 
 class Net(nn.Module):

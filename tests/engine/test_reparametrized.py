@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gigamorph import kernels
-from gigamorph.engine import accelerate, dense_loss, plan
+from gigamorph import accelerate, dense_loss, kernels, plan
 from gigamorph.engine.cuda_graphs import alike, replay, static
 from gigamorph.engine.execution import steps
 from gigamorph.engine.planning.plan import Plan

@@ -9,7 +9,7 @@ from exactness import assert_exact, step
 from torch import nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.capture.trace import Op, Program, Ref, Value
 from gigamorph.engine.lowering.ops import Block, Local, Maps
 from gigamorph.engine.lowering.ops.window import interpolate

@@ -17,7 +17,7 @@ from split_image import NETS
 from split_image import network as residual_network
 from torch import Tensor, nn
 
-from gigamorph.engine import BudgetError, UnsupportedError, accelerate
+from gigamorph import BudgetError, UnsupportedError, accelerate
 from gigamorph.engine.planning.strategy import strategies
 
 PLAN = sys.modules["gigamorph.engine.planning.plan"]

@@ -21,7 +21,7 @@ from random_modules.spec import Part, smaller
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gigamorph.engine import GigamorphError
+from gigamorph import GigamorphError
 
 MODULES = int(os.environ.get("GIGAMORPH_MODULES", "80"))
 CHUNK = 20

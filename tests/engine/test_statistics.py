@@ -12,7 +12,7 @@ from exactness import Step, assert_exact, buffers, errors, randomize, step, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import UnsupportedError, accelerate
+from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.trace import Op, capture
 from gigamorph.engine.lowering.graph import build_network
 

@@ -11,7 +11,7 @@ import torch
 from exactness import step
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate, open_pixels
+from gigamorph import accelerate, open_pixels
 from gigamorph.engine.execution import steps
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.pixels import ImageSource, Normalize, PixelBatch, StoredBatch

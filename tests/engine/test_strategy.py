@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.graph import Graph, crossing, sort, split
 from gigamorph.engine.models.resnet import resnet18, resnet50

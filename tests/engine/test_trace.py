@@ -12,7 +12,7 @@ from exactness import randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.capture.program import call
 from gigamorph.engine.capture.trace import Program, _name, bind, capture, refs
 from gigamorph.engine.lowering.ops.base import RULES

@@ -13,7 +13,7 @@ from split_image import network
 from sync_norms import with_ranges
 from torch import Tensor, nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 PLAN = sys.modules["gigamorph.engine.planning.plan"]
 

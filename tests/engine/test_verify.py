@@ -10,7 +10,7 @@ from exactness import assert_exact, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import GigamorphError, UnsupportedError, accelerate
+from gigamorph import GigamorphError, UnsupportedError, accelerate
 from gigamorph.engine.lowering.ops import Local
 from gigamorph.engine.lowering.ops.base import RULES
 from gigamorph.engine.verify import verify

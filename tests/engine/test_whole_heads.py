@@ -12,7 +12,7 @@ from lockstep import Listed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate, plan
+from gigamorph import accelerate, plan
 
 POOLINGS = {
     "median": lambda x: x.flatten(2).median(2).values,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from exactness import step, step_errors
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.models.resnet import resnet18
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

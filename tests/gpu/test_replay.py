@@ -10,7 +10,7 @@ import torch
 from exactness import randomize
 from torch import nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.cuda_graphs import static
 from gigamorph.engine.models import create_model
 

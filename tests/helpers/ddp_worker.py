@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 
 def network() -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 
 LIMIT = 1e-12
 FLOOR = 1e-3  # of the largest tensor in a group: below it, a tensor's error is measured against that floor

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gigamorph.engine import GigamorphError, accelerate
+from gigamorph import GigamorphError, accelerate
 
 LIMIT = 1e-10
 NOISE = 100

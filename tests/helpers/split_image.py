@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.dense import dense_loss
 from gigamorph.engine.errors import GigamorphError
 

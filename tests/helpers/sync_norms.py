@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.lowering.graph import crossing, split
 from gigamorph.engine.lowering.ops import Maps

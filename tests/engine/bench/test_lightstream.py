@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gigamorph.engine import BudgetError, UnsupportedError
+from gigamorph import BudgetError, UnsupportedError
 from gigamorph.engine.bench import lightstream
 from gigamorph.engine.bench.results import OK, Task
 from gigamorph.engine.bench.step import Options, measure

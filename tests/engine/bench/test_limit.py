@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gigamorph.engine import BudgetError
+from gigamorph import BudgetError
 from gigamorph.engine.bench import limit
 from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.limit import Search, find

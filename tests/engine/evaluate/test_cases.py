@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from gigamorph.engine import DataError
+from gigamorph import DataError
 from gigamorph.engine.evaluate.cases import Cases
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gigamorph.engine import DataError
+from gigamorph import DataError
 from gigamorph.engine.evaluate import roc
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.compare import compare

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from gigamorph.engine import DataError
+from gigamorph import DataError
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.evaluate import Settings, evaluate, levels_of
 from gigamorph.engine.evaluate.froc import Marked

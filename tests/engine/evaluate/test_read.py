@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from gigamorph.engine import DataError
+from gigamorph import DataError
 from gigamorph.engine.evaluate.read import read_cases, read_marks, write_cases
 
 

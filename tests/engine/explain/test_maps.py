@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gigamorph.engine import GigamorphError, accelerate
+from gigamorph import GigamorphError, accelerate
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.explain import activation_map, find_marks, gradient_map
 from gigamorph.engine.explain.maps import Explanation

@@ -6,7 +6,7 @@ import pydicom
 import pytest
 import torch
 
-from gigamorph.engine import DataError
+from gigamorph import DataError
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.explain.seg import REGION, write_segmentation

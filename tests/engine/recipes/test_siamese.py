@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.datasets.phantom import PhantomImage, write_phantoms
 from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.datasets.tables import Record, read_table, write_table

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from gigamorph.engine import accelerate
+from gigamorph import accelerate
 from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import read_table

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
-from gigamorph.engine import Accelerated, accelerate
+from gigamorph import Accelerated, accelerate
 
 lightning = pytest.importorskip("lightning")
 callbacks = pytest.importorskip("lightning.pytorch.callbacks")

@@ -1,0 +1,67 @@
+"""Train and run ordinary ConvNets on gigapixel images, exactly, in the memory you have.
+
+    from gigamorph import accelerate, open_pixels
+
+    net = accelerate(model, memory_budget="8GiB")  # trains and predicts as `model` does, on its own parameters
+    loss = criterion(net([open_pixels("exam.dcm")]), target)
+
+Everything for daily use is here; a name is imported when it is first asked for, since PyTorch takes seconds to load.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.accelerate import Accelerated, accelerate
+    from .engine.dense import dense_loss, write_map
+    from .engine.errors import BudgetError, DataError, GigamorphError, UnsupportedError
+    from .engine.images.open import open_pixels
+    from .engine.images.pixels import Normalize, PixelSource
+    from .engine.models import create_model
+    from .engine.morph.deepen import insert_identity, insert_pair, insert_residual
+    from .engine.morph.front import front
+    from .engine.morph.head import grow_head
+    from .engine.morph.kernel_size import grow_kernel
+    from .engine.morph.merge import merge
+    from .engine.morph.widen import widen
+    from .engine.planning.plan import Plan, plan
+    from .engine.tiling.scan import TileEvent
+
+_HOMES = {
+    "accelerate": "Accelerated accelerate",
+    "dense": "dense_loss write_map",
+    "errors": "BudgetError DataError GigamorphError UnsupportedError",
+    "images.open": "open_pixels",
+    "images.pixels": "Normalize PixelSource",
+    "models": "create_model",
+    "morph.deepen": "insert_identity insert_pair insert_residual",
+    "morph.front": "front",
+    "morph.head": "grow_head",
+    "morph.kernel_size": "grow_kernel",
+    "morph.merge": "merge",
+    "morph.widen": "widen",
+    "planning.plan": "Plan plan",
+    "tiling.scan": "TileEvent",
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [  # noqa: RUF022  (by use, not by letter)
+    "accelerate", "plan", "open_pixels", "write_map", "dense_loss", "create_model",
+    "widen", "insert_identity", "insert_pair", "insert_residual", "grow_kernel", "grow_head", "front", "merge",
+    "Accelerated", "Plan", "Normalize", "PixelSource", "TileEvent",
+    "GigamorphError", "BudgetError", "DataError", "UnsupportedError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'gigamorph' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".engine.{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
