@@ -1,4 +1,4 @@
-"""Shared by the tests of the readers."""
+"""Shared by the tests of readers and tables."""
 
 from collections.abc import Callable
 from pathlib import Path
