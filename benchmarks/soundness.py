@@ -110,11 +110,12 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
     waiting = [(chunk, False) for chunk in reversed(chunks)]
     context = multiprocessing.get_context("spawn")
     while waiting:
-        pool = ProcessPoolExecutor(workers, context, _ready)
+        suspected = waiting[-1][1]  # one of those that were in hand when a process died: by itself
+        pool = ProcessPoolExecutor(1 if suspected else workers, context, _ready)
         running: dict[Any, tuple[list[Any], bool]] = {}
         try:
-            while waiting or running:
-                while waiting and len(running) < workers:
+            while running or (waiting and waiting[-1][1] == suspected):
+                while waiting and waiting[-1][1] == suspected and len(running) < (1 if suspected else workers):
                     chunk, alone = waiting.pop()
                     running[pool.submit(work, chunk, shrinks)] = chunk, alone
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -126,9 +127,12 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
                     yield 1, [Found(str(chunk[0]), "traceback", "the process died", "traceback: the process died")]
                 else:
                     waiting.extend(([one], True) for one in chunk)
-            workers = 1 if any(alone for _, alone in waiting) else workers
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _logged(log: Path) -> list[Found]:
+    return [Found(**json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def _print_one(seed: int, shrinks: bool) -> int:
@@ -176,6 +180,8 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from gigamorph.engine.bench.machine import provenance
+
     if given.opinfo:
         from opinfo_modules import operations
 
@@ -188,20 +194,30 @@ def main() -> int:
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
                TextColumn("{task.fields[counts]}")]  # fmt: skip
 
-    def carry_out(chunks: list[list[Any]], shrinks: bool = False) -> list[Found]:
-        found: list[Found] = []
+    def carry_out(chunks: list[list[Any]], shrinks: bool = False, log: Path | None = None) -> list[Found]:
+        found: list[Found] = [] if log is None else _logged(log)
+        known = {one.name for one in found}
+        chunks = [left for chunk in chunks if (left := [one for one in chunk if str(one) not in known])]
         start = time.perf_counter()
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
             for count, result in _run(work, chunks, given.workers, shrinks):
                 found += result
+                if log is not None:
+                    with log.open("a") as file:
+                        file.writelines(json.dumps(vars(one)) + "\n" for one in result)
                 counts = Counter(one.kind for one in found)
-                rate = f"{len(found) / (time.perf_counter() - start):.1f}/s"
+                rate = f"{(len(found) - len(known)) / (time.perf_counter() - start):.1f}/s"
                 told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
                 progress.update(task, advance=count, rate=rate, counts=told)
         return found
 
-    found = carry_out(chunks)
+    # A long run that is ended goes on where it was, if code and seeds are the same.
+    log = None
+    if given.json and not given.opinfo:
+        log = given.json.with_suffix(f".{provenance()['commit'][:12]}.{given.seed}.{given.modules}.jsonl")
+    before = len(_logged(log)) if log is not None else 0
+    found = carry_out(chunks, log=log)
     seconds = time.perf_counter() - began
     counts = Counter(one.kind for one in found)
     groups: dict[str, list[Found]] = {}
@@ -216,11 +232,9 @@ def main() -> int:
         first = [int(group[0].name) for group in ordered[: given.first]]
         for small in carry_out([[seed] for seed in first], shrinks=True):
             console.print(f"{small.text}\n  {small.kind}: {small.reason}\n", markup=False)
-    per_second = len(found) / seconds
+    per_second = (len(found) - before) / seconds
     console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {per_second:.1f} per s")
     if given.json:
-        from gigamorph.engine.bench.machine import provenance
-
         report: dict[str, Any] = {
             "machine": provenance(),
             "modules": None if given.opinfo else {"first": given.seed, "count": given.modules},
@@ -233,6 +247,8 @@ def main() -> int:
         if given.opinfo:
             report["operations"] = _by_operation(found)
         given.json.write_text(json.dumps(report, indent=1) + "\n")
+        if log is not None:
+            log.unlink(missing_ok=True)
     return int(any(counts[kind] for kind in BAD))
 
 
