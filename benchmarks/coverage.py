@@ -1,4 +1,4 @@
-"""Which real networks the engine computes exactly: the 178 networks of the census, frozen and with live norms.
+"""Which real networks the engine computes exactly: the 176 networks of the census, frozen and with live norms.
 
 Each network runs at a small, odd size in tiles, with random weights and statistics, and is compared with stock PyTorch:
 outputs, the gradient of every parameter and of the image, and every buffer after the step. Two modes: "eval" (batch 1),
@@ -44,8 +44,7 @@ TIMM = """
     densenetblur121d vgg11_bn vgg11 convnext_atto convnext_atto_ols convnext_atto_rms convnext_tiny_hnf
     efficientnet_lite0 efficientnet_es fbnetc_100 mobilenetv1_100 mobilenetv2_100 mobilenet_edgetpu_v2_s
     mobilenetv4_conv_small mobilenetv4_conv_aa_medium mobilenetv4_conv_blur_medium mnasnet_100 spnasnet_100 dla34
-    dla60x dla60_res2net hrnet_w18_small hrnet_w18_ssld hrnet_w30
-    res2net50_26w_4s res2net50d nf_resnet26 repvgg_a0 mobileone_s0
+    dla60x dla60_res2net hrnet_w18_small hrnet_w18_ssld res2net50_26w_4s res2net50d nf_resnet26 repvgg_a0 mobileone_s0
     gernet_s inception_v3 inception_v4 inception_resnet_v2 inception_next_atto xception41 xception41p legacy_xception
     dpn48b dpn68b darknet53 darknetaa53 cspresnet50 cspdarknet53 cs3darknet_focus_s cs3darknet_s selecsls42b vovnet39a
     nasnetalarge pnasnet5large starnet_s1 fasternet_t0 hgnetv2_b0 convmixer_768_32 mambaout_femto convformer_s18
@@ -70,8 +69,7 @@ CLASS_B = """
     mobilenetv3_small_100 mobilenetv3_large_100 tf_mobilenetv3_small_100 lcnet_050 lcnetv2_small tinynet_e
     semnasnet_100 hardcorenas_a rexnet_100 rexnetr_100 ghostnet_100 ghostnetv2_100 ghostnetv3_100 repghostnet_050
     resnest14d resnest50d_4s2x40d nf_seresnet26 nf_ecaresnet26 nfnet_f0 dm_nfnet_f0 eca_nfnet_l0 nfnet_l0 nf_regnet_b0
-    skresnet18 skresnext50_32x4d
-    repvgg_d2se legacy_seresnet18 legacy_senet154 cs3sedarknet_l cspnext_tiny tresnet_m ese_vovnet19b_dw
+    skresnet18 repvgg_d2se legacy_seresnet18 legacy_senet154 cs3sedarknet_l cspnext_tiny tresnet_m ese_vovnet19b_dw
     ese_vovnet39b eca_vovnet39b hgnet_tiny repvit_m0_9 fastvit_t8 poolformer_s12 poolformerv2_s12 focalnet_tiny_srf
     efficientvit_b0 efficientvit_l1 mobilevitv2_050 swiftformer_xs lambda_resnet26t tv:mobilenet_v3_small
     tv:efficientnet_v2_s tv:regnet_y_400mf tvs:deeplabv3_mobilenet_v3_large tvs:lraspp_mobilenet_v3_large own:unet_in
