@@ -17,6 +17,7 @@ anew after every item. What a section's time did not reach is listed under "skip
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,9 +51,7 @@ Item = tuple[str, str]  # what to do (a section, or "prepare"), and its name
 def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     """Every item by section and name."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-    package = types.ModuleType("gigamorph")  # what this checkout holds, installed or not
-    package.__path__ = [str(ROOT)]
-    sys.modules["gigamorph"] = package
+    this_checkout()
     if dry:
         import interpreter
 
@@ -78,6 +76,15 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
         "tiles": {n: lambda case=case: timer.row(case()) for n, case in tiles.items()},
         "steps": {**gpu_steps.runs(dry, 0.1 if dry else BOX), "choices": choices},
     }
+
+
+def this_checkout() -> None:
+    """`gigamorph` is what this checkout holds, installed or not: its door, with the packages beside it."""
+    door = ROOT / "gigamorph" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("gigamorph", door, submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None
+    package = sys.modules["gigamorph"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
 
 
 def machine() -> Row:
