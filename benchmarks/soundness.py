@@ -106,33 +106,43 @@ def _samples(names: list[str], _shrinks: bool) -> list[Found]:
 
 
 def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Iterator[tuple[int, list[Found]]]:
-    """Chunks in processes; one that dies is tried again element by element, and the element named."""
-    waiting = [(chunk, False) for chunk in reversed(chunks)]
+    """Chunks in processes; when one dies, what was in hand is tried one by one, and the element that kills is named."""
+    waiting, suspects = chunks[::-1], []
     context = multiprocessing.get_context("spawn")
-    while waiting:
-        suspected = waiting[-1][1]  # one of those that were in hand when a process died: by itself
-        pool = ProcessPoolExecutor(1 if suspected else workers, context, _ready)
-        running: dict[Any, tuple[list[Any], bool]] = {}
+    while waiting or suspects:
+        queue, count = (suspects, 1) if suspects else (waiting, workers)
+        pool = ProcessPoolExecutor(count, context, _ready)
+        running: dict[Any, list[Any]] = {}
         try:
-            while running or (waiting and waiting[-1][1] == suspected):
-                while waiting and waiting[-1][1] == suspected and len(running) < (1 if suspected else workers):
-                    chunk, alone = waiting.pop()
-                    running[pool.submit(work, chunk, shrinks)] = chunk, alone
+            while running or queue:
+                while queue and len(running) < count:
+                    running[pool.submit(work, queue[-1], shrinks)] = queue[-1]
+                    queue.pop()
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     result = done.result()
-                    yield len(running.pop(done)[0]), result
+                    yield len(running.pop(done)), result
         except BrokenProcessPool:
-            for chunk, alone in running.values():
-                if alone:
-                    yield 1, [Found(str(chunk[0]), "traceback", "the process died", "traceback: the process died")]
-                else:
-                    waiting.extend(([one], True) for one in chunk)
+            if queue is waiting:
+                suspects.extend([one] for chunk in running.values() for one in chunk)
+            else:
+                (chunk,) = running.values()
+                yield 1, [Found(str(chunk[0]), "traceback", "the process died", "traceback: the process died")]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _logged(log: Path) -> list[Found]:
-    return [Found(**json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
+@dataclass(frozen=True)
+class Log:
+    """Verdicts as they come, in a file beside the report: a long run that is ended goes on where it was."""
+
+    path: Path
+
+    def read(self) -> list[Found]:
+        return [Found(**json.loads(line)) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def add(self, found: list[Found]) -> None:
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(vars(one)) + "\n" for one in found))
 
 
 def _print_one(seed: int, shrinks: bool) -> int:
@@ -194,30 +204,28 @@ def main() -> int:
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
                TextColumn("{task.fields[counts]}")]  # fmt: skip
 
-    def carry_out(chunks: list[list[Any]], shrinks: bool = False, log: Path | None = None) -> list[Found]:
-        found: list[Found] = [] if log is None else _logged(log)
-        known = {one.name for one in found}
-        chunks = [left for chunk in chunks if (left := [one for one in chunk if str(one) not in known])]
+    def carry_out(chunks: list[list[Any]], known: list[Found], log: Log | None, shrinks: bool) -> list[Found]:
+        found, names = list(known), {one.name for one in known}
+        chunks = [left for chunk in chunks if (left := [one for one in chunk if str(one) not in names])]
         start = time.perf_counter()
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
             for count, result in _run(work, chunks, given.workers, shrinks):
                 found += result
                 if log is not None:
-                    with log.open("a") as file:
-                        file.writelines(json.dumps(vars(one)) + "\n" for one in result)
+                    log.add(result)
                 counts = Counter(one.kind for one in found)
                 rate = f"{(len(found) - len(known)) / (time.perf_counter() - start):.1f}/s"
                 told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
                 progress.update(task, advance=count, rate=rate, counts=told)
         return found
 
-    # A long run that is ended goes on where it was, if code and seeds are the same.
-    log = None
-    if given.json and not given.opinfo:
-        log = given.json.with_suffix(f".{provenance()['commit'][:12]}.{given.seed}.{given.modules}.jsonl")
-    before = len(_logged(log)) if log is not None else 0
-    found = carry_out(chunks, log=log)
+    source, log = provenance(), None
+    if given.json and not given.opinfo and not source["uncommitted_changes"]:
+        name = f".{source['commit'][:12]}.{given.seed}.{given.modules}.jsonl"
+        log = Log(given.json.with_suffix(name))
+    known = log.read() if log is not None else []
+    found = carry_out(chunks, known, log, shrinks=False)
     seconds = time.perf_counter() - began
     counts = Counter(one.kind for one in found)
     groups: dict[str, list[Found]] = {}
@@ -230,13 +238,13 @@ def main() -> int:
         console.print(f"{len(group):>5}  {group[0].kind}: {group[0].reason[:150]}  [{names}]", markup=False)
     if given.shrink and not given.opinfo:
         first = [int(group[0].name) for group in ordered[: given.first]]
-        for small in carry_out([[seed] for seed in first], shrinks=True):
+        for small in carry_out([[seed] for seed in first], [], None, shrinks=True):
             console.print(f"{small.text}\n  {small.kind}: {small.reason}\n", markup=False)
-    per_second = (len(found) - before) / seconds
+    per_second = (len(found) - len(known)) / seconds
     console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {per_second:.1f} per s")
     if given.json:
         report: dict[str, Any] = {
-            "machine": provenance(),
+            "machine": source,
             "modules": None if given.opinfo else {"first": given.seed, "count": given.modules},
             "counts": {kind: counts[kind] for kind in KINDS},
             "seconds": round(seconds, 1),
@@ -248,7 +256,7 @@ def main() -> int:
             report["operations"] = _by_operation(found)
         given.json.write_text(json.dumps(report, indent=1) + "\n")
         if log is not None:
-            log.unlink(missing_ok=True)
+            log.path.unlink(missing_ok=True)
     return int(any(counts[kind] for kind in BAD))
 
 

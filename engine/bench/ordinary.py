@@ -12,8 +12,6 @@ from torch.utils._pytree import tree_leaves
 from .results import Task
 
 Step = Callable[[Tensor], Tensor]
-
-
 Prepared = tuple[nn.Module, Step]  # what is called for a forward, and the step
 
 
