@@ -213,11 +213,19 @@ def conv2d_forward(quick: bool) -> Iterator[Case]:
 
         def launch(layer=layer, x=x, y=y, padding=padding) -> None:
             dense_forward.launch(
-                x, weights(layer, y.dtype), y, (layer.stride,) * 2, padding, (1, 1), layer.groups, layer.act,
-                scale=vector(layer.filters), shift=vector(layer.filters),
+                x,
+                weights(layer, y.dtype),
+                y,
+                (layer.stride,) * 2,
+                padding,
+                (1, 1),
+                layer.groups,
+                layer.act,
+                scale=vector(layer.filters),
+                shift=vector(layer.filters),
                 residual=torch.empty_like(y) if layer.residual else None,
                 z=None if tells(layer) else torch.empty_like(y),
-            )  # fmt: skip
+            )
 
         yield f"{layer}, {scene.name}, {short(dtype)}", launch
 
@@ -246,10 +254,19 @@ def conv2d_dgrad(quick: bool) -> Iterator[Case]:
 
         def launch(layer=layer, x=x, y=y, padding=padding) -> None:
             dense_dgrad.dgrad(
-                y, weights(layer, y.dtype), x, (layer.stride,) * 2, padding, (1, 1), layer.groups,
-                gate=None if layer.act == "none" else torch.empty_like(y), gate_act=layer.act,
-                addend=torch.empty_like(x) if layer.kernel == 1 else None, mask=torch.empty_like(x), mask_act="relu",
-            )  # fmt: skip
+                y,
+                weights(layer, y.dtype),
+                x,
+                (layer.stride,) * 2,
+                padding,
+                (1, 1),
+                layer.groups,
+                gate=None if layer.act == "none" else torch.empty_like(y),
+                gate_act=layer.act,
+                addend=torch.empty_like(x) if layer.kernel == 1 else None,
+                mask=torch.empty_like(x),
+                mask_act="relu",
+            )
 
         if layer.level > 1:  # images want no gradient
             yield f"{layer}, {scene.name}, {short(dtype)}", launch
@@ -263,9 +280,17 @@ def conv2d_wgrad(quick: bool) -> Iterator[Case]:
         def launch(layer=layer, x=x, y=y, padding=padding) -> None:
             gate = None if layer.act == "none" else torch.empty_like(y)
             dense_wgrad.launch(
-                weights(layer, torch.float32), vector(layer.filters), x, y, gate, layer.act, (layer.stride,) * 2,
-                padding, (1, 1), layer.groups,
-            )  # fmt: skip
+                weights(layer, torch.float32),
+                vector(layer.filters),
+                x,
+                y,
+                gate,
+                layer.act,
+                (layer.stride,) * 2,
+                padding,
+                (1, 1),
+                layer.groups,
+            )
 
         yield f"{layer}, {scene.name}, {short(dtype)}", launch
 
@@ -408,14 +433,27 @@ def stem(quick: bool) -> Iterator[Case]:
             def launch(image=image, w=w, y=y, padding=padding, act=act, stride=stride, pooled=pooled) -> None:
                 v, gain = vector(w.shape[0]), vector(w.shape[1])
                 rest = {
-                    "scale": v, "shift": v, "gain": gain, "offset": gain, "low": -3.0, "high": 3.0,
+                    "scale": v,
+                    "shift": v,
+                    "gain": gain,
+                    "offset": gain,
+                    "low": -3.0,
+                    "high": 3.0,
                     "pool_padding": (1, 1, 1, 1) if pooled else None,
-                }  # fmt: skip
+                }
                 stems.stem_forward(image, w, y, (stride, stride), padding, act, **rest)
                 stems.stem_backward(
-                    image, w, y, torch.empty_like(w, dtype=torch.float32), (stride, stride), padding, act, dshift=v,
-                    dscale=v, **rest,
-                )  # fmt: skip
+                    image,
+                    w,
+                    y,
+                    torch.empty_like(w, dtype=torch.float32),
+                    (stride, stride),
+                    padding,
+                    act,
+                    dshift=v,
+                    dscale=v,
+                    **rest,
+                )
 
             yield f"{channels}-{count} {kernel}x{kernel}/{stride}, {scene.name}, {short(dtype)}", launch
 
@@ -574,10 +612,20 @@ def gate(chip: int, family: str, cases: Iterable[Case]) -> list[Row]:
                     continue
                 code = read_code(launch.kernel)
                 rows[id(launch.kernel)] = Row(
-                    family, case, chip, launch.name.strip("_"), 1, code.shared, code.registers, code.warps,
-                    code.blocks(chip), "wgmma" if code.wgmma else "mma" if code.mma else "", code.descriptor_loads,
-                    launch.seconds, wrong,
-                )  # fmt: skip
+                    family,
+                    case,
+                    chip,
+                    launch.name.strip("_"),
+                    1,
+                    code.shared,
+                    code.registers,
+                    code.warps,
+                    code.blocks(chip),
+                    "wgmma" if code.wgmma else "mma" if code.mma else "",
+                    code.descriptor_loads,
+                    launch.seconds,
+                    wrong,
+                )
     return list(rows.values())
 
 
@@ -596,9 +644,19 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         verdict = f"[red]{'; '.join(row.faults)}[/red]" if row.faults else "ok"
         result.add_row(
-            row.family, row.case, str(row.chip), row.kernel, str(row.launches), f"{row.shared:,}", str(row.registers),
-            str(row.warps), str(row.blocks), str(row.loads), row.matrix, verdict,
-        )  # fmt: skip
+            row.family,
+            row.case,
+            str(row.chip),
+            row.kernel,
+            str(row.launches),
+            f"{row.shared:,}",
+            str(row.registers),
+            str(row.warps),
+            str(row.blocks),
+            str(row.loads),
+            row.matrix,
+            verdict,
+        )
     return result
 
 

@@ -135,9 +135,14 @@ def read_code(kernel: Any) -> Code:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     return Code(
-        int(registers[1]), kernel.metadata.shared, kernel.metadata.num_warps, count("STL"), count("HGMMA"),
-        count("HMMA"), count("UTMALDG"),
-    )  # fmt: skip
+        int(registers[1]),
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+        count("STL"),
+        count("HGMMA"),
+        count("HMMA"),
+        count("UTMALDG"),
+    )
 
 
 _OPERATION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+) ?(.*?)(?: loc\(.*\))?$")

@@ -247,8 +247,12 @@ def serve() -> None:
         except Exception as error:  # whatever a network raises is its verdict
             text = " ".join(f"{type(error).__name__}: {error}".split())
             report = {
-                "network": name, "mode": mode, "class": CLASSES[name], "verdict": "wrong", "message": text[:300],
-            }  # fmt: skip
+                "network": name,
+                "mode": mode,
+                "class": CLASSES[name],
+                "verdict": "wrong",
+                "message": text[:300],
+            }
         answers.write(json.dumps(report) + "\n")
         answers.flush()
 

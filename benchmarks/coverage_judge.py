@@ -106,9 +106,12 @@ def _worst(errors: dict[str, float]) -> float:
 
 
 def _float32(
-    model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], truth: Step,
+    model: nn.Module,
+    image: Tensor,
+    fast: Callable[[nn.Module], nn.Module],
+    truth: Step,
     in_stock: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """The errors of all outputs, and of all gradients, in float32, as multiples of stock PyTorch's own.
 
     Stock's is the largest of a few roundings: a value that rounding moves over the kink of a ReLU makes a gradient
@@ -188,8 +191,16 @@ def written_out() -> contextlib.AbstractContextManager[None]:
     """Live BatchNorm by its definition, without running statistics."""
 
     def make(original: Any) -> Any:
-        def batch_norm(x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-                       momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
+        def batch_norm(
+            x: Any,
+            mean: Any,
+            var: Any,
+            weight: Any = None,
+            bias: Any = None,
+            training: bool = False,
+            momentum: float = 0.1,
+            eps: float = 1e-5,
+        ) -> Any:
             if not training:
                 return original(x, mean, var, weight, bias, training, momentum, eps)
             dims = [d for d in range(x.dim()) if d != 1]

@@ -76,17 +76,26 @@ def main() -> None:
     if options.json:
         model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
         row = StepRow(
-            Task(model, (1, 1, options.side, options.side)), "gigamorph", seconds=[seconds], process_bytes=peak,
+            Task(model, (1, 1, options.side, options.side)),
+            "gigamorph",
+            seconds=[seconds],
+            process_bytes=peak,
             predicted_bytes=planned.peak_bytes,
             settings={
-                "image": "on disk, read by tile", "memory_budget": parse_bytes(options.budget),
-                "tile": list(planned.tile), "carries": planned.carries, "carry_bytes": planned.carry_bytes,
-                "stock_bytes": planned.stock_bytes, "forward_seconds": forward,
+                "image": "on disk, read by tile",
+                "memory_budget": parse_bytes(options.budget),
+                "tile": list(planned.tile),
+                "carries": planned.carries,
+                "carry_bytes": planned.carry_bytes,
+                "stock_bytes": planned.stock_bytes,
+                "forward_seconds": forward,
             },
-        )  # fmt: skip
+        )
         Results("benchmarks/gigapixel.py", provenance(), steps=[row]).write(options.json)
-    print(f"{megapixels:.0f} Mpx in {seconds:.0f} s ({megapixels / seconds:.2f} Mpx/s), "
-          f"peak resident memory {format_bytes(peak)}")  # fmt: skip
+    print(
+        f"{megapixels:.0f} Mpx in {seconds:.0f} s ({megapixels / seconds:.2f} Mpx/s), "
+        f"peak resident memory {format_bytes(peak)}"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ anew after every item. What a section's time did not reach is listed under "skip
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -51,7 +50,7 @@ Item = tuple[str, str]  # what to do (a section, or "prepare"), and its name
 def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     """Every item by section and name."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-    this_checkout()
+    sys.path.insert(0, str(ROOT))  # what this checkout holds, installed or not
     if dry:
         import interpreter
 
@@ -78,15 +77,6 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     }
 
 
-def this_checkout() -> None:
-    """`gigamorph` is what this checkout holds, installed or not: its door, with the packages beside it."""
-    door = ROOT / "gigamorph" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("gigamorph", door, submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
-    package = sys.modules["gigamorph"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(package)
-
-
 def machine() -> Row:
     """Where the figures come from."""
     import torch
@@ -94,8 +84,14 @@ def machine() -> Row:
 
     from gigamorph.engine.bench.machine import provenance
 
-    return {**provenance(), "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(),
-            "cuda": torch.version.cuda, "hip": torch.version.hip, **clocks()}  # fmt: skip
+    return {
+        **provenance(),
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        **clocks(),
+    }
 
 
 def clocks() -> Row:
@@ -467,15 +463,17 @@ def _step_lines(steps: dict[str, Row]) -> list[str]:
     lines = ["", "steps: Mpx/s (torch peak GiB); then speed of ours to channels-last, eager and compile"]
     for what, rows in entries.items():
         parts = [
-            f"{how} {row['error']}" if "error" in row
+            f"{how} {row['error']}"
+            if "error" in row
             else f"{how} {row['mpx_per_s']:.0f} ({(row['peak_bytes'] - row['left_bytes']) / 2**30:.1f})"
             for how, row in rows.items()
-        ]  # fmt: skip
+        ]
         ratios = [
             _number(rows["ours"]["mpx_per_s"] / rows[how]["mpx_per_s"])
-            if "mpx_per_s" in rows.get("ours", {}) and "mpx_per_s" in rows.get(how, {}) else "-"
+            if "mpx_per_s" in rows.get("ours", {}) and "mpx_per_s" in rows.get(how, {})
+            else "-"
             for how in ("channels_last", "eager", "compile")
-        ]  # fmt: skip
+        ]
         lines.append(f"{what}: {', '.join(parts)}; {' '.join(ratios)}{_disagreement(rows)}")
     return lines
 

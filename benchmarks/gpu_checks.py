@@ -111,13 +111,31 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
         def run(guarded: Guarded = guarded) -> tuple[Tensor, ...]:
             if op == "forward":
                 y, z = (guarded.empty(2, k, oh, ow, dtype=dtype) for _ in range(2))
-                forward(guarded(x), guarded(weight), y, *place, "relu", scale=scale, shift=shift,
-                        residual=guarded(residual), z=z)  # fmt: skip
+                forward(
+                    guarded(x),
+                    guarded(weight),
+                    y,
+                    *place,
+                    "relu",
+                    scale=scale,
+                    shift=shift,
+                    residual=guarded(residual),
+                    z=z,
+                )
                 return y, z
             if op == "dgrad":
                 dx = guarded.empty(2, c, h, w, dtype=dtype)
-                dgrad(guarded(dy), guarded(weight), dx, *place, gate=guarded(gate), gate_act="relu",
-                      addend=guarded(addend), mask=guarded(mask), mask_act="relu")  # fmt: skip
+                dgrad(
+                    guarded(dy),
+                    guarded(weight),
+                    dx,
+                    *place,
+                    gate=guarded(gate),
+                    gate_act="relu",
+                    addend=guarded(addend),
+                    mask=guarded(mask),
+                    mask_act="relu",
+                )
                 return (dx,)
             dw = torch.zeros(weight.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
             dshift = torch.zeros(k, device=DEVICE)
@@ -132,10 +150,17 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
         elif op == "dgrad":
             oracle = (
                 conv2d_dgrad_reference(
-                    dy8, weight8, (h, w), *place, gate=gate8, gate_act="relu", addend=addend8, mask=mask8,
+                    dy8,
+                    weight8,
+                    (h, w),
+                    *place,
+                    gate=gate8,
+                    gate_act="relu",
+                    addend=addend8,
+                    mask=mask8,
                     mask_act="relu",
                 ),
-            )  # fmt: skip
+            )
         else:
             oracle = conv2d_wgrad_reference(weight.shape, x8, dy8, gate8, "relu", *place)
         for part, result, expected in zip(("0", "1"), results, oracle, strict=False):
@@ -144,9 +169,11 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
 
 
 def differentiable(
-    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Callable[[torch.Generator], list[Tensor]],
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Callable[[torch.Generator], list[Tensor]],
     dtype: torch.dtype,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """An op and its gradients, through autograd, against its reference in float64."""
     bench, g = Bench(dtype), torch.Generator().manual_seed(1)
     tensors = inputs(g)
@@ -184,10 +211,16 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
     if find_spec("gigamorph.kernels.layer_norm"):
         from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
 
-        yield "layer_norm", partial(
-            differentiable, lambda x, a, b: layer_norm(x, a, b, 1e-6),
-            lambda x, a, b: layer_norm_reference(x, a, b, 1e-6), maps(vector, vector), dtype,
-        )  # fmt: skip
+        yield (
+            "layer_norm",
+            partial(
+                differentiable,
+                lambda x, a, b: layer_norm(x, a, b, 1e-6),
+                lambda x, a, b: layer_norm_reference(x, a, b, 1e-6),
+                maps(vector, vector),
+                dtype,
+            ),
+        )
     if find_spec("gigamorph.kernels.layer_norm_linear"):
         from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
 
@@ -208,14 +241,26 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
         from gigamorph.kernels.pointwise import add_act, affine_act, affine_act_reference
 
         for act in ("relu", "gelu"):
-            yield f"add_act {act}", partial(
-                differentiable, lambda x, r, act=act: add_act(x, r, act),
-                lambda x, r, act=act: affine_act_reference(x, None, None, r, act), maps(n=2), dtype,
-            )  # fmt: skip
-            yield f"affine_act {act}", partial(
-                differentiable, lambda x, a, b, act=act: affine_act(x, a, b, None, act),
-                lambda x, a, b, act=act: affine_act_reference(x, a, b, None, act), maps(vector, vector), dtype,
-            )  # fmt: skip
+            yield (
+                f"add_act {act}",
+                partial(
+                    differentiable,
+                    lambda x, r, act=act: add_act(x, r, act),
+                    lambda x, r, act=act: affine_act_reference(x, None, None, r, act),
+                    maps(n=2),
+                    dtype,
+                ),
+            )
+            yield (
+                f"affine_act {act}",
+                partial(
+                    differentiable,
+                    lambda x, a, b, act=act: affine_act(x, a, b, None, act),
+                    lambda x, a, b, act=act: affine_act_reference(x, a, b, None, act),
+                    maps(vector, vector),
+                    dtype,
+                ),
+            )
     if find_spec("gigamorph.kernels.pool"):
         from gigamorph.kernels.pool import global_sum, global_sum_reference, max_pool2d, max_pool2d_reference
 
@@ -243,14 +288,18 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
             return conv2d_forward_reference(x, weight, None, shift, None, *place, act)[0]
 
         for stride, act in ((1, "none"), (2, "relu")):
-            yield f"depthwise {size}x{size}/{stride} {act}", partial(
-                differentiable,
-                lambda x, k, b, s=stride, act=act: conv2d(
-                    x, k, shift=b, stride=s, padding=size // 2, groups=c, act=act
+            yield (
+                f"depthwise {size}x{size}/{stride} {act}",
+                partial(
+                    differentiable,
+                    lambda x, k, b, s=stride, act=act: conv2d(
+                        x, k, shift=b, stride=s, padding=size // 2, groups=c, act=act
+                    ),
+                    partial(plain, stride=stride, act=act),
+                    maps(lambda g: random_map(c, 1, size, size, dtype, g, 1 / size), vector),
+                    dtype,
                 ),
-                partial(plain, stride=stride, act=act),
-                maps(lambda g: random_map(c, 1, size, size, dtype, g, 1 / size), vector), dtype,
-            )  # fmt: skip
+            )
     if find_spec("gigamorph.kernels.stem"):
         from gigamorph.kernels.stem import stem, stem_reference
 
@@ -263,10 +312,16 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
             return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
 
         gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-        yield "stem", partial(
-            differentiable, lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
-            lambda x, k, a, b: stem_reference(x, k, a, b, gain, offset, *rest), pixels, dtype,
-        )  # fmt: skip
+        yield (
+            "stem",
+            partial(
+                differentiable,
+                lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
+                lambda x, k, a, b: stem_reference(x, k, a, b, gain, offset, *rest),
+                pixels,
+                dtype,
+            ),
+        )
     if find_spec("gigamorph.kernels.batch_norm"):
         yield "batch_norm", partial(batch_norm, dtype, dry)
     if dry or torch.cuda.get_device_capability() >= (9, 0):
@@ -312,9 +367,7 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     )
     bench.compare("dx", dx, oracle[0])
     zero = torch.zeros_like(mean).double()
-    oracle = bn.normalize_act_backward_reference(
-        dy.double(), x.double(), *wide, y.double(), "relu", zero, zero
-    )  # fmt: skip
+    oracle = bn.normalize_act_backward_reference(dy.double(), x.double(), *wide, y.double(), "relu", zero, zero)
     results = bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, y, "relu", True))
     for name, result, expected in zip(("dx, constant statistics", "dz"), results, oracle, strict=False):
         bench.compare(name, result, expected)

@@ -329,9 +329,15 @@ def stream(op: str, channels: int, side: int) -> Case:
 
 
 STREAMS = (
-    "layer_norm", "layer_norm backward", "add relu", "relu backward", "global sum", "batch norm relu, training",
-    "max pool", "max pool backward",
-)  # fmt: skip
+    "layer_norm",
+    "layer_norm backward",
+    "add relu",
+    "relu backward",
+    "global sum",
+    "batch norm relu, training",
+    "max pool",
+    "max pool backward",
+)
 
 
 def stem(side: int, which: str) -> Case:
@@ -367,19 +373,30 @@ def stem(side: int, which: str) -> Case:
 
 # Tiles to compare on a few shapes: form, pixels, channels, depth, warps, stages.
 CONFIGS = [
-    ("descriptor", 128, 64, 64, 4, 4), ("descriptor", 128, 128, 64, 4, 4), ("descriptor", 128, 128, 64, 8, 4),
-    ("descriptor", 128, 256, 64, 8, 3), ("descriptor", 256, 64, 64, 4, 4), ("descriptor", 256, 64, 64, 8, 4),
-    ("descriptor", 256, 128, 64, 8, 3), ("descriptor", 64, 256, 64, 4, 4), ("pointer", 128, 64, 64, 4, 4),
-    ("pointer", 128, 128, 64, 8, 3), ("pointer", 128, 256, 64, 8, 3),
-]  # fmt: skip
+    ("descriptor", 128, 64, 64, 4, 4),
+    ("descriptor", 128, 128, 64, 4, 4),
+    ("descriptor", 128, 128, 64, 8, 4),
+    ("descriptor", 128, 256, 64, 8, 3),
+    ("descriptor", 256, 64, 64, 4, 4),
+    ("descriptor", 256, 64, 64, 8, 4),
+    ("descriptor", 256, 128, 64, 8, 3),
+    ("descriptor", 64, 256, 64, 4, 4),
+    ("pointer", 128, 64, 64, 4, 4),
+    ("pointer", 128, 128, 64, 8, 3),
+    ("pointer", 128, 256, 64, 8, 3),
+]
 
 
 def config_layers(tile: int) -> list[Layer]:
     return [
-        Layer(64, 64, 3, 1, tile // 4), Layer(128, 128, 3, 1, tile // 8), Layer(256, 256, 3, 1, tile // 16),
-        Layer(128, 128, 3, 2, tile // 4), Layer(64, 256, 1, 1, tile // 4), Layer(256, 64, 1, 1, tile // 4),
+        Layer(64, 64, 3, 1, tile // 4),
+        Layer(128, 128, 3, 1, tile // 8),
+        Layer(256, 256, 3, 1, tile // 16),
+        Layer(128, 128, 3, 2, tile // 4),
+        Layer(64, 256, 1, 1, tile // 4),
+        Layer(256, 64, 1, 1, tile // 4),
         Layer(1024, 256, 1, 1, tile // 16),
-    ]  # fmt: skip
+    ]
 
 
 def configurations(layer: Layer, dry: bool) -> Case:
@@ -432,8 +449,12 @@ def op_cases(dry: bool) -> dict[str, Callable[[], Case]]:
         streams, side = [(op, 16, 8) for op in STREAMS], 16
     else:
         layers = [*resnet50(), *convnext_tiny()]
-        streams = [(op, *size) for size in ((96, TILE // 4), (64, TILE // 2)) for op in STREAMS
-                   if (size[0] == 96) == op.startswith("layer")]  # fmt: skip
+        streams = [
+            (op, *size)
+            for size in ((96, TILE // 4), (64, TILE // 2))
+            for op in STREAMS
+            if (size[0] == 96) == op.startswith("layer")
+        ]
         side = TILE
     cases: dict[str, Callable[[], Case]] = {}
     for which in ("forward", "backward"):

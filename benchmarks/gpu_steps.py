@@ -165,17 +165,32 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
             synchronize()
             seconds.append(time.perf_counter() - started)
     row = {
-        "model": step.model, "training": step.training, "side": step.side, "how": step.how, "seconds": seconds,
-        "median_seconds": statistics.median(seconds), "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
-        "peak_bytes": peak_bytes(DEVICE), "left_bytes": left, "nvml_bytes": nvml.bytes,
-        "parameter_bytes": parameters, "image_bytes": image.nbytes if isinstance(image, Tensor) else 0,
-        "warm_up_seconds": warm_up, **first,
-    }  # fmt: skip
+        "model": step.model,
+        "training": step.training,
+        "side": step.side,
+        "how": step.how,
+        "seconds": seconds,
+        "median_seconds": statistics.median(seconds),
+        "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
+        "peak_bytes": peak_bytes(DEVICE),
+        "left_bytes": left,
+        "nvml_bytes": nvml.bytes,
+        "parameter_bytes": parameters,
+        "image_bytes": image.nbytes if isinstance(image, Tensor) else 0,
+        "warm_up_seconds": warm_up,
+        **first,
+    }
     if step.how.startswith("ours"):
         with _mode(step):
             planned = network.plan_for((1, 1, step.side, step.side), torch.float32, DEVICE)
-        row |= {"tile": planned.tile, "planned_bytes": planned.peak_bytes, "stock_bytes": planned.stock_bytes,
-                "retained": planned.retained, "replayed": planned.replayed, "carries": planned.carries}  # fmt: skip
+        row |= {
+            "tile": planned.tile,
+            "planned_bytes": planned.peak_bytes,
+            "stock_bytes": planned.stock_bytes,
+            "retained": planned.retained,
+            "replayed": planned.replayed,
+            "carries": planned.carries,
+        }
     return row
 
 
@@ -186,8 +201,12 @@ def steps(dry: bool) -> list[Step]:
     """Every entry, the most wanted first: what time does not reach is left out from the end."""
     if dry:
         hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_8GiB", *STOCK, "checkpoint")
-        frozen = [Step("resnet18", training, 64, how) for training in (True, False) for how in hows
-                  if training or how not in ("ours_third", "ours_8GiB", "checkpoint")]  # fmt: skip
+        frozen = [
+            Step("resnet18", training, 64, how)
+            for training in (True, False)
+            for how in hows
+            if training or how not in ("ours_third", "ours_8GiB", "checkpoint")
+        ]
         # At 64 pixels the last statistics are of four values: stock's own bfloat16 gradient is off by a tenth.
         return [*frozen, *(Step("resnet18_live", True, 256, how) for how in ("ours", "channels_last"))]
     train, infer = True, False

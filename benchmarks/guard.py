@@ -37,9 +37,12 @@ def measure(name: str) -> dict[str, Any]:
         times.append((time.perf_counter() - began) * 1e3)
         assert held
     return {
-        "network": name, "modules": sum(1 for _ in model.modules()), "check_ms": statistics.median(times),
-        "worst_ms": max(times), "recording_ms": recorded * 1e3,
-    }  # fmt: skip
+        "network": name,
+        "modules": sum(1 for _ in model.modules()),
+        "check_ms": statistics.median(times),
+        "worst_ms": max(times),
+        "recording_ms": recorded * 1e3,
+    }
 
 
 def main() -> None:

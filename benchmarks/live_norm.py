@@ -43,9 +43,11 @@ def run(model: str, side: int, how: str, budget: int | None) -> dict[str, Any]:
         sys.exit(f"{task}, {how}: {answer['reason']}")
     parameters = sum(t.nbytes for t in build(task).state_dict().values())
     return {
-        "bytes": answer["peak_bytes"], "added": answer["peak_bytes"] - parameters,
-        "seconds": min(answer["seconds"]), "cpu_seconds": min(answer["cpu_seconds"]),
-    }  # fmt: skip
+        "bytes": answer["peak_bytes"],
+        "added": answer["peak_bytes"] - parameters,
+        "seconds": min(answer["seconds"]),
+        "cpu_seconds": min(answer["cpu_seconds"]),
+    }
 
 
 def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list[dict[str, Any]]:
@@ -61,10 +63,19 @@ def rows_of(model: str, side: int, rounds: int, shares: Sequence[float]) -> list
             print(f"{model} {side}: {share} of stock's: {error}")
             continue
         chosen = made.choices[made.choice]
-        rows.append({
-            "how": "ours", "share": share, "budget": budget, "predicted": made.peak_bytes, "tile": made.tile,
-            "stored": chosen.name, "forwards": chosen.forwards, "stored_bytes": chosen.bytes, "maps": made.maps,
-        })  # fmt: skip
+        rows.append(
+            {
+                "how": "ours",
+                "share": share,
+                "budget": budget,
+                "predicted": made.peak_bytes,
+                "tile": made.tile,
+                "stored": chosen.name,
+                "forwards": chosen.forwards,
+                "stored_bytes": chosen.bytes,
+                "maps": made.maps,
+            }
+        )
     measured = [[run(model, side, row["how"], row["budget"]) for row in rows] for _ in range(rounds)]
     for number, row in enumerate(rows):
         own = [turn[number] for turn in measured]
@@ -102,8 +113,9 @@ def main() -> None:
     if options.json:
         result = {
             "what": "a training step with live BatchNorm, float32, CPU; the image is not counted",
-            "rows": rows, "provenance": provenance(),
-        }  # fmt: skip
+            "rows": rows,
+            "provenance": provenance(),
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

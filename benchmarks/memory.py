@@ -96,8 +96,11 @@ def main() -> None:
     rows = [row for model in models for row in square(model, sides)] + growth("resnet18", widths)
     if options.json:
         Results("benchmarks/memory.py", provenance(), steps=rows).write(options.json)
-    ours = [row.predicted_bytes / row.peak_bytes - 1 for row in rows
-            if row.peer != "stock" and row.peak_bytes and row.predicted_bytes]  # fmt: skip
+    ours = [
+        row.predicted_bytes / row.peak_bytes - 1
+        for row in rows
+        if row.peer != "stock" and row.peak_bytes and row.predicted_bytes
+    ]
     print(f"largest error of the prediction: {max(ours, key=abs):+.0%}")
 
 

@@ -42,8 +42,13 @@ from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 SIDE, TILE, REGION = 16384, 512, 1024
 HEADERS = 10_000
-AUGMENT = ("flip", "gamma=0.2,contrast=0.1,noise=0.02", "rotate=10,scale=0.1", "elastic=20",
-           "flip,rotate=10,scale=0.1,elastic=20,gamma=0.2,contrast=0.1,noise=0.02")  # fmt: skip
+AUGMENT = (
+    "flip",
+    "gamma=0.2,contrast=0.1,noise=0.02",
+    "rotate=10,scale=0.1",
+    "elastic=20",
+    "flip,rotate=10,scale=0.1,elastic=20,gamma=0.2,contrast=0.1,noise=0.02",
+)
 
 
 def milliseconds(task: Callable[[], Any]) -> float:

@@ -201,8 +201,13 @@ def main() -> int:
         seeds = list(range(given.seed, given.seed + given.modules))
         work, chunks = _modules, [seeds[n : n + CHUNK] for n in range(0, len(seeds), CHUNK)]
     console, began = Console(soft_wrap=True), time.perf_counter()
-    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-               TextColumn("{task.fields[counts]}")]  # fmt: skip
+    columns = [
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[counts]}"),
+    ]
 
     def carry_out(chunks: list[list[Any]], known: list[Found], log: Log | None, shrinks: bool) -> list[Found]:
         found, names = list(known), {one.name for one in known}
@@ -249,9 +254,11 @@ def main() -> int:
             "counts": {kind: counts[kind] for kind in KINDS},
             "seconds": round(seconds, 1),
             "refusals": dict(Counter(one.group for one in found if one.kind == "refused").most_common(100)),
-            "bad": [{"name": g[0].name, "times": len(g), "kind": g[0].kind, "reason": g[0].reason, "spec": g[0].text}
-                    for g in ordered],
-        }  # fmt: skip
+            "bad": [
+                {"name": g[0].name, "times": len(g), "kind": g[0].kind, "reason": g[0].reason, "spec": g[0].text}
+                for g in ordered
+            ],
+        }
         if given.opinfo:
             report["operations"] = _by_operation(found)
         given.json.write_text(json.dumps(report, indent=1) + "\n")

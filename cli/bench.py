@@ -16,13 +16,21 @@ if TYPE_CHECKING:
 
 _json: Any = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here.")
 _peers: Any = click.option(
-    "--peer", "peers", multiple=True, metavar="NAME",
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="NAME",
     help="Compare these: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
-)  # fmt: skip
+)
 _models: Any = click.option(
-    "--model", "models", multiple=True, default=["resnet18"], show_default=True, metavar="SPEC",
+    "--model",
+    "models",
+    multiple=True,
+    default=["resnet18"],
+    show_default=True,
+    metavar="SPEC",
     help="As in gigamorph plan; may be given several times.",
-)  # fmt: skip
+)
 
 
 def _task(command: Any) -> Any:
@@ -32,19 +40,20 @@ def _task(command: Any) -> Any:
         options.device,
         click.option("--channels", type=click.Choice([1, 3]), default=3, show_default=True),
         click.option(
-            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            default="fp32",
+            show_default=True,
             help="bf16: autocast.",
         ),
         click.option("--live", is_flag=True, help="BatchNorm with the image's own statistics, not frozen ones."),
         click.option("--inference", is_flag=True, help="Predictions, not training steps."),
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
 
-def _parse_sizes(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> tuple[tuple[int, int], ...]:  # fmt: skip
+def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(options.parse_size(ctx, param, value) for value in values)
 
 
@@ -58,8 +67,15 @@ def bench() -> None:
 
 @bench.command()
 @_models
-@click.option("--size", "sizes", multiple=True, required=True, metavar="HxW", callback=_parse_sizes,
-              help="May be given several times.")  # fmt: skip
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    required=True,
+    metavar="HxW",
+    callback=_parse_sizes,
+    help="May be given several times.",
+)
 @_peers
 @click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="All that a step may take, as in 8GiB.")
 @options.memory_budget
@@ -69,10 +85,22 @@ def bench() -> None:
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Trace a step of each into here.")
 @_task
 def step(
-    models: tuple[str, ...], sizes: tuple[tuple[int, int], ...], peers: tuple[str, ...], cap: int | None,
-    memory_budget: int | None, tile: int | None, rounds: int, box: float, profile: Path | None, inference: bool,
-    live: bool, precision: str, channels: int, device: str, path: Path | None,
-) -> None:  # fmt: skip
+    models: tuple[str, ...],
+    sizes: tuple[tuple[int, int], ...],
+    peers: tuple[str, ...],
+    cap: int | None,
+    memory_budget: int | None,
+    tile: int | None,
+    rounds: int,
+    box: float,
+    profile: Path | None,
+    inference: bool,
+    live: bool,
+    precision: str,
+    channels: int,
+    device: str,
+    path: Path | None,
+) -> None:
     """Time and peak memory of a step over sizes; all in turns, so that a busy machine hurts all alike.
 
     Without --memory-budget gigamorph takes what its default tile needs. lightstream takes its best tile in that budget,
@@ -111,9 +139,17 @@ def step(
 @click.option("--longest", type=float, default=120.0, show_default=True, help="Seconds that one try may take.")
 @_task
 def limit(
-    model: str, budget: int, peers: tuple[str, ...], longest: float, inference: bool, live: bool, precision: str,
-    channels: int, device: str, path: Path | None,
-) -> None:  # fmt: skip
+    model: str,
+    budget: int,
+    peers: tuple[str, ...],
+    longest: float,
+    inference: bool,
+    live: bool,
+    precision: str,
+    channels: int,
+    device: str,
+    path: Path | None,
+) -> None:
     """The largest square image that trains, or with --inference predicts, in a budget; found by trying.
 
     Each size is tried in a process of its own. gigamorph is given 0.9 of the budget to plan with.

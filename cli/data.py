@@ -286,9 +286,13 @@ def preview(
 
     normalize = Normalize(mean, std)
     source = open_pixels(
-        image, normalize=None if augment else normalize, voi=voi, channels=channels, frame=frame,
+        image,
+        normalize=None if augment else normalize,
+        voi=voi,
+        channels=channels,
+        frame=frame,
         for_processing=for_processing,
-    )  # fmt: skip
+    )
     if augment:
         source = NormalizedSource(augmented(source, augment, seed=seed, epoch=0, index=0), normalize)
     seen = measure(source)
@@ -297,8 +301,10 @@ def preview(
     show_picture(thumbnail(source, min(console.size.width - 1, 120), rows), console)
     for number, step in enumerate(seen.steps, 1):
         click.echo(f"{number:>2}. {step}")
-    click.echo(f"{' x '.join(map(str, seen.shape))} (channels x height x width), {seen.least:.4g} to {seen.most:.4g}, "
-               f"mean {seen.mean:.4g}, std {seen.std:.4g}")  # fmt: skip
+    click.echo(
+        f"{' x '.join(map(str, seen.shape))} (channels x height x width), {seen.least:.4g} to {seen.most:.4g}, "
+        f"mean {seen.mean:.4g}, std {seen.std:.4g}"
+    )
     click.echo(f"{seen.black:.1%} of the pixels are black, {seen.white:.1%} white")
     for warning in seen.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -309,8 +315,14 @@ def preview(
 @data.command()
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and the table.")
 @click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
-@click.option("--size", default="1024x768", show_default=True, metavar="HxW", callback=options.parse_size,
-              help="Pixels, up to any number for tiff.")  # fmt: skip
+@click.option(
+    "--size",
+    default="1024x768",
+    show_default=True,
+    metavar="HxW",
+    callback=options.parse_size,
+    help="Pixels, up to any number for tiff.",
+)
 @click.option(
     "--breasts",
     type=click.IntRange(1, 2),
@@ -318,11 +330,23 @@ def preview(
     show_default=True,
     help="1: CC and MLO of one breast; 2: the four views of an exam, with one breast affected.",
 )
-@click.option("--lesion", "lesions", multiple=True, type=click.Choice(["cluster", "mass", "asymmetry"]),
-              default=["cluster"], show_default=True, help="May be given often: kinds in turn.")  # fmt: skip
+@click.option(
+    "--lesion",
+    "lesions",
+    multiple=True,
+    type=click.Choice(["cluster", "mass", "asymmetry"]),
+    default=["cluster"],
+    show_default=True,
+    help="May be given often: kinds in turn.",
+)
 @click.option("--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of the patients.")
-@click.option("--symmetry", type=click.FloatRange(0, 1), default=0.8, show_default=True,
-              help="Correlation of the texture of the two breasts.")  # fmt: skip
+@click.option(
+    "--symmetry",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="Correlation of the texture of the two breasts.",
+)
 @click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
 @click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
 @_seed

@@ -207,14 +207,20 @@ def front(factor: int, mode: str, downsample: str, filters: int, act: str | None
     click.option("--to", type=click.Choice(["grey", "rgb"]), help="Turn RGB into grey, or grey into RGB."),
     click.option("--planes", type=click.IntRange(1), help="Further image planes, read with weight zero."),
     click.option(
-        "--mean", default="0.485,0.456,0.406", show_default=True, callback=options._parse_numbers,
+        "--mean",
+        default="0.485,0.456,0.406",
+        show_default=True,
+        callback=options._parse_numbers,
         help="Of the RGB images, for --to grey.",
     ),
     click.option(
-        "--std", default="0.229,0.224,0.225", show_default=True, callback=options._parse_numbers,
+        "--std",
+        default="0.229,0.224,0.225",
+        show_default=True,
+        callback=options._parse_numbers,
         help="Of the RGB images, for --to grey.",
     ),
-)  # fmt: skip
+)
 def input_(to: str | None, planes: int | None, mean: tuple[float, ...], std: tuple[float, ...], **given: Any) -> None:
     """Change the image channels that a network reads.
 

@@ -92,9 +92,15 @@ class Accelerated(Delegate):
     """
 
     def __init__(
-        self, model: nn.Module, memory_budget: int | None, tile: tuple[int, int] | None, batch_norm: str | None,
-        carries: str, fallback: str | None = None, split: Any = None,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        memory_budget: int | None,
+        tile: tuple[int, int] | None,
+        batch_norm: str | None,
+        carries: str,
+        fallback: str | None = None,
+        split: Any = None,
+    ):
         super().__init__(model)
         self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
         self.fallback, self.split = fallback, split
@@ -171,10 +177,12 @@ class Accelerated(Delegate):
         if self.split is not None:
             what = repr((first.shape, first.dtype, training, first.image_grad, self.memory_budget))
             check_same(
-                band_group(self.split).group, what, device,
+                band_group(self.split).group,
+                what,
+                device,
                 "processes that share an image have images of different shapes, other settings or other modes; give "
                 "all of them the same",
-            )  # fmt: skip
+            )
         settings = (self.tile, self.memory_budget, self.carries)
         autocast, triton = Autocast.current(device), kernels.enabled(device)
         shapes, image_grads = [one.shape for one in images], [one.image_grad for one in images]
@@ -253,9 +261,12 @@ class Accelerated(Delegate):
         return self._one_size(given.image, form, given.maps, given.others)
 
     def _one_size(
-        self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = (),
+        self,
+        x: Tensor | PixelBatch,
+        form: Form | None = None,
+        given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         forward = self._open(x, form, given, vectors)
         forward.run()
         return forward.finish()
@@ -278,9 +289,12 @@ class Accelerated(Delegate):
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _open(
-        self, x: Tensor | PixelBatch, form: Form | None = None, given: Sequence[Tensor | Pixels] = (),
+        self,
+        x: Tensor | PixelBatch,
+        form: Form | None = None,
+        given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
-    ) -> Forward:  # fmt: skip
+    ) -> Forward:
         """The forward of an image batch, nothing of it computed yet.
 
         Args:
@@ -308,9 +322,12 @@ class Accelerated(Delegate):
         return _Images(pixels, image, dtype, device, training, image_grad)
 
     def _ready(
-        self, images: Sequence[_Images], prepared: Sequence[Prepared], given: Sequence[Tensor | Pixels] = (),
+        self,
+        images: Sequence[_Images],
+        prepared: Sequence[Prepared],
+        given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
-    ) -> list[Forward]:  # fmt: skip
+    ) -> list[Forward]:
         """A forward for each image batch, on the parameters and buffers as they are now."""
         for others in chain.from_iterable(self._programs.values()):
             for other in others:

@@ -184,9 +184,11 @@ class _Shape:
 
 
 def _fingerprint(
-    outputs: Any, labels: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device,
+    outputs: Any,
+    labels: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    device: torch.device,
     call: Callable[[Any, Sequence[Tensor]], Any],
-) -> str:  # fmt: skip
+) -> str:
     """What a criterion does now: all it calls, with all Python values.
 
     A function that is made anew for each step, or that looks at values which change, is thus recorded again if and

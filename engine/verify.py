@@ -57,9 +57,11 @@ class CannotVerify(GigamorphError):
 
 
 def verify(
-    network: nn.Module, accelerated: Callable[[nn.Module, tuple[int, int]], nn.Module], channels: int,
+    network: nn.Module,
+    accelerated: Callable[[nn.Module, tuple[int, int]], nn.Module],
+    channels: int,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     """Compare two steps on different small images, with and without gradients, and all that they leave behind.
 
     That is outputs with their types, gradients and whether there are any, buffers, what modules hold in attributes, and

@@ -11,6 +11,7 @@ Everything for daily use is here; a name is imported when it is first asked for,
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from .engine.morph.widen import widen
     from .engine.planning.plan import Plan, plan
     from .engine.tiling.scan import TileEvent
+
+if not os.path.isdir(os.path.join(__path__[0], "engine")):  # a checkout: engine, kernels and cli stand beside the door
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOMES = {
     "accelerate": "Accelerated accelerate",
@@ -48,11 +52,30 @@ _HOMES = {
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [  # noqa: RUF022  (by use, not by letter)
-    "accelerate", "plan", "open_pixels", "write_map", "dense_loss", "create_model",
-    "widen", "insert_identity", "insert_pair", "insert_residual", "grow_kernel", "grow_head", "front", "merge",
-    "Accelerated", "Plan", "Normalize", "PixelSource", "TileEvent",
-    "GigamorphError", "BudgetError", "DataError", "UnsupportedError",
-]  # fmt: skip
+    "accelerate",
+    "plan",
+    "open_pixels",
+    "write_map",
+    "dense_loss",
+    "create_model",
+    "widen",
+    "insert_identity",
+    "insert_pair",
+    "insert_residual",
+    "grow_kernel",
+    "grow_head",
+    "front",
+    "merge",
+    "Accelerated",
+    "Plan",
+    "Normalize",
+    "PixelSource",
+    "TileEvent",
+    "GigamorphError",
+    "BudgetError",
+    "DataError",
+    "UnsupportedError",
+]
 
 
 def __getattr__(name: str) -> Any:

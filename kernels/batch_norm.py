@@ -34,14 +34,36 @@ from .windows import empty_map, nhwc
 
 @triton.jit
 def _normalize_act_kernel(
-    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    r_sn: tl.int64, r_sh: tl.int64, r_sw: tl.int64,
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    pixels, H, W, C, steps,
-    BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    r_sn: tl.int64,
+    r_sh: tl.int64,
+    r_sw: tl.int64,
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    steps,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
     scale = rstd * channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
@@ -62,9 +84,24 @@ def _normalize_act_kernel(
 
 @triton.jit
 def _slopes(
-    dy, centred, scale, bias, gate_ptr, p, c, keep, H, W, g_sn, g_sh, g_sw, FLAT: tl.constexpr, HAS_GATE: tl.constexpr,
-    ACT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    dy,
+    centred,
+    scale,
+    bias,
+    gate_ptr,
+    p,
+    c,
+    keep,
+    H,
+    W,
+    g_sn,
+    g_sh,
+    g_sw,
+    FLAT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """dz = dy * act'(z), z from the gate or computed again just as in the forward, so that both see the same sign."""
     if HAS_GATE:
         at = pixel_offsets(p, H, W, g_sn, g_sh, g_sw, FLAT)[:, None] + c[None, :]
@@ -76,14 +113,37 @@ def _slopes(
 
 @triton.jit
 def _gradient_sums_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, gate_ptr, sums_ptr,  # sums: [programs, 2, C]
-    dy_sn: tl.int64, dy_sh: tl.int64, dy_sw: tl.int64,
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
-    pixels, H, W, C, steps,
-    BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    gate_ptr,
+    sums_ptr,  # sums: [programs, 2, C]
+    dy_sn: tl.int64,
+    dy_sh: tl.int64,
+    dy_sw: tl.int64,
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    g_sn: tl.int64,
+    g_sh: tl.int64,
+    g_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    steps,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
     scale = rstd * channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
@@ -108,17 +168,49 @@ def _gradient_sums_kernel(
 
 @triton.jit
 def _normalize_act_backward_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, gate_ptr, mean_dz_ptr, mean_dz_xhat_ptr, dx_ptr, dz_ptr,
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    gate_ptr,
+    mean_dz_ptr,
+    mean_dz_xhat_ptr,
+    dx_ptr,
+    dz_ptr,
     sums_ptr,  # [programs, 2, C]
-    dy_sn: tl.int64, dy_sh: tl.int64, dy_sw: tl.int64,
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
-    dx_sn: tl.int64, dx_sh: tl.int64, dx_sw: tl.int64,
-    dz_sn: tl.int64, dz_sh: tl.int64, dz_sw: tl.int64,
-    pixels, H, W, C, steps,
-    BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_DZ: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    dy_sn: tl.int64,
+    dy_sh: tl.int64,
+    dy_sw: tl.int64,
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    g_sn: tl.int64,
+    g_sh: tl.int64,
+    g_sw: tl.int64,
+    dx_sn: tl.int64,
+    dx_sh: tl.int64,
+    dx_sw: tl.int64,
+    dz_sn: tl.int64,
+    dz_sh: tl.int64,
+    dz_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    steps,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_DZ: tl.constexpr,
+    SUMS: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
     scale = rstd * channel(weight_ptr, c, C, ACC) if HAS_WEIGHT else rstd
@@ -164,9 +256,15 @@ def _config(x: Tensor, op: str, act: str = "none") -> tuple[int, Stream, tuple[i
 
 
 def launch_normalize_act(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    act: str, y: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    y: Tensor,
+) -> None:
     """Write y = act((x - mean) * rstd * weight + bias + residual).
 
     Args:
@@ -177,18 +275,41 @@ def launch_normalize_act(
         return
     pixels, config, grid = _config(x, "normalize_act", act)
     _normalize_act_kernel[grid](
-        x, mean, rstd, weight, bias, residual, y, *strides_of(x, x, residual, y), pixels, x.shape[2], x.shape[3],
-        x.shape[1], config.steps, BM=config.block_m, BC=config.block_c, FLAT=is_flat(x, residual, y),
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACT=act,
-        ACC=accumulator(x.dtype), num_warps=config.num_warps,
-    )  # fmt: skip
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        residual,
+        y,
+        *strides_of(x, x, residual, y),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        x.shape[1],
+        config.steps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(x, residual, y),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ACT=act,
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+    )
 
 
 @torch.library.custom_op("gigamorph::normalize_act", mutates_args=())
 def normalize_act(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     act: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """act((x - mean) * rstd * weight + bias + residual) in channels-last memory; see `launch_normalize_act`."""
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
 
@@ -210,9 +331,14 @@ def _(x, mean, rstd, weight, bias, residual, act):
 
 
 def normalize_act_reference(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     act: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """y and z in plain PyTorch."""
     z = (x - mean.reshape(-1, 1, 1)) * rstd.reshape(-1, 1, 1)
     if weight is not None:
@@ -253,9 +379,15 @@ normalize_act.register_autograd(_differentiate_normalize, setup_context=_setup_n
 
 
 def launch_gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
     act: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Sums of dz and of dz * xhat over (N, C, H, W) windows; see `gradient_sums`."""
     channels = x.shape[1]
     if not x.numel():
@@ -263,19 +395,44 @@ def launch_gradient_sums(
     pixels, config, grid = _config(x, "gradient_sums", act)
     sums = torch.empty(grid[0], 2, channels, dtype=sum_dtype(x.dtype), device=x.device)
     _gradient_sums_kernel[grid](
-        dy, x, mean, rstd, weight, bias, gate, sums, *strides_of(x, dy, x, gate), pixels, x.shape[2], x.shape[3],
-        channels, config.steps, BM=config.block_m, BC=config.block_c, FLAT=is_flat(dy, x, gate),
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, ACT=act,
-        ACC=accumulator(x.dtype), num_warps=config.num_warps,
-    )  # fmt: skip
+        dy,
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        gate,
+        sums,
+        *strides_of(x, dy, x, gate),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        config.steps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(dy, x, gate),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None,
+        ACT=act,
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+    )
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
 @torch.library.custom_op("gigamorph::gradient_sums", mutates_args=())
 def gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
     act: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Sums over a window of dz and of dz * xhat: dbias and dweight, (C,) in float32 (float64 for float64).
 
     Args:
@@ -293,9 +450,19 @@ def _(dy, x, mean, rstd, weight, bias, gate, act):
 
 
 def launch_normalize_act_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    act: str, mean_dz: Tensor, mean_dz_xhat: Tensor, dx: Tensor, dz: Tensor | None,
-) -> None:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    mean_dz: Tensor,
+    mean_dz_xhat: Tensor,
+    dx: Tensor,
+    dz: Tensor | None,
+) -> None:
     """Write dx = weight * rstd * (dz - mean_dz - xhat * mean_dz_xhat), and dz if given (the residual's gradient).
 
     Args:
@@ -307,18 +474,50 @@ def launch_normalize_act_backward(
         return
     pixels, config, grid = _config(x, "normalize_act_backward", act)
     _normalize_act_backward_kernel[grid](
-        dy, x, mean, rstd, weight, bias, gate, mean_dz, mean_dz_xhat, dx, dz, None, *strides_of(x, dy, x, gate, dx, dz),
-        pixels, x.shape[2], x.shape[3], x.shape[1], config.steps, BM=config.block_m, BC=config.block_c,
-        FLAT=is_flat(dy, x, gate, dx, dz), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None, HAS_DZ=dz is not None, SUMS=False, ACT=act, ACC=accumulator(x.dtype),
+        dy,
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        gate,
+        mean_dz,
+        mean_dz_xhat,
+        dx,
+        dz,
+        None,
+        *strides_of(x, dy, x, gate, dx, dz),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        x.shape[1],
+        config.steps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(dy, x, gate, dx, dz),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None,
+        HAS_DZ=dz is not None,
+        SUMS=False,
+        ACT=act,
+        ACC=accumulator(x.dtype),
         num_warps=config.num_warps,
-    )  # fmt: skip
+    )
 
 
 def launch_normalize_act_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    act: str, dx: Tensor, dz: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    dx: Tensor,
+    dz: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Write dx = weight * rstd * dz, and dz if given; return the sums of dz and of dz * xhat. Args as above."""
     channels = x.shape[1]
     if not x.numel():
@@ -326,20 +525,53 @@ def launch_normalize_act_gradients(
     pixels, config, grid = _config(x, "normalize_act_gradients", act)
     sums = torch.empty(grid[0], 2, channels, dtype=sum_dtype(x.dtype), device=x.device)
     _normalize_act_backward_kernel[grid](
-        dy, x, mean, rstd, weight, bias, gate, None, None, dx, dz, sums, *strides_of(x, dy, x, gate, dx, dz),
-        pixels, x.shape[2], x.shape[3], channels, config.steps, BM=config.block_m, BC=config.block_c,
-        FLAT=is_flat(dy, x, gate, dx, dz), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None, HAS_DZ=dz is not None, SUMS=True, ACT=act, ACC=accumulator(x.dtype),
+        dy,
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        gate,
+        None,
+        None,
+        dx,
+        dz,
+        sums,
+        *strides_of(x, dy, x, gate, dx, dz),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        config.steps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(dy, x, gate, dx, dz),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None,
+        HAS_DZ=dz is not None,
+        SUMS=True,
+        ACT=act,
+        ACC=accumulator(x.dtype),
         num_warps=config.num_warps,
-    )  # fmt: skip
+    )
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
 @torch.library.custom_op("gigamorph::normalize_act_backward", mutates_args=())
 def normalize_act_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    act: str, mean_dz: Tensor, mean_dz_xhat: Tensor, keep_dz: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    mean_dz: Tensor,
+    mean_dz_xhat: Tensor,
+    keep_dz: bool,
+) -> tuple[Tensor, Tensor]:
     """dx, and dz (empty unless `keep_dz`); see `launch_normalize_act_backward`."""
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
     dx, dz = _gradients(x, keep_dz)
@@ -360,9 +592,16 @@ def _(dy, x, mean, rstd, weight, bias, gate, act, mean_dz, mean_dz_xhat, keep_dz
 
 @torch.library.custom_op("gigamorph::normalize_act_gradients", mutates_args=())
 def normalize_act_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    act: str, keep_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    keep_dz: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx with the statistics taken as constants, dz (empty unless `keep_dz`), dbias and dweight, in one pass.
 
     Args:
@@ -399,9 +638,17 @@ def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
 
 
 def normalize_act_backward_reference(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    act: str, mean_dz: Tensor, mean_dz_xhat: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    mean_dz: Tensor,
+    mean_dz_xhat: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz and the window's sums of dz and of dz * xhat, in plain PyTorch."""
     z = normalize_act_reference(x, mean, rstd, weight, bias, None, "none")[0] if gate is None else gate
     dz = dy * slope_reference(z, act)

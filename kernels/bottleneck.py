@@ -33,15 +33,34 @@ from .windows import can_describe, can_describe_phases, column_phases, describe,
 
 @triton.jit
 def _conv_conv1x1_kernel(
-    x_desc, x_odd_desc, w1_desc, w2_desc,  # windows and matrices; the odd columns are used for a stride of two
-    shift1_ptr, shift2_ptr,  # [M], [COUT]
-    residual_desc, y_desc,
-    OH, COUT, segments,  # output rows, output channels, segments per row
-    top, shift_even, shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
-    CIN: tl.constexpr, M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    MID_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    x_odd_desc,
+    w1_desc,
+    w2_desc,  # windows and matrices; the odd columns are used for a stride of two
+    shift1_ptr,
+    shift2_ptr,  # [M], [COUT]
+    residual_desc,
+    y_desc,
+    OH,
+    COUT,
+    segments,  # output rows, output channels, segments per row
+    top,
+    shift_even,
+    shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    CIN: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    MID_ACT: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     j0 = (pid % segments) * BM
     line = pid // segments
@@ -50,14 +69,48 @@ def _conv_conv1x1_kernel(
 
     acc = tl.zeros((BM, M), ACC)
     acc = gemm_columns(
-        acc, x_desc, w1_desc, n, i * STRIDE - top, j0, shift_even, 0, 1,
-        CIN, R, S, 0, STRIDE, 1, BM, BK, PRECISION, ACC,
-    )  # fmt: skip
+        acc,
+        x_desc,
+        w1_desc,
+        n,
+        i * STRIDE - top,
+        j0,
+        shift_even,
+        0,
+        1,
+        CIN,
+        R,
+        S,
+        0,
+        STRIDE,
+        1,
+        BM,
+        BK,
+        PRECISION,
+        ACC,
+    )
     if STRIDE == 2 and S > 1:
         acc = gemm_columns(
-            acc, x_odd_desc, w1_desc, n, i * STRIDE - top, j0, shift_odd, 0, 1,
-            CIN, R, S, 1, STRIDE, 1, BM, BK, PRECISION, ACC,
-        )  # fmt: skip
+            acc,
+            x_odd_desc,
+            w1_desc,
+            n,
+            i * STRIDE - top,
+            j0,
+            shift_odd,
+            0,
+            1,
+            CIN,
+            R,
+            S,
+            1,
+            STRIDE,
+            1,
+            BM,
+            BK,
+            PRECISION,
+            ACC,
+        )
     acc += tl.load(shift1_ptr + tl.arange(0, M)).to(ACC)[None, :]
     h = activate(acc, MID_ACT).to(x_desc.dtype)  # [BM, M]
 
@@ -108,9 +161,18 @@ def _config(x: Tensor, run: int, channels_mid: int, channels_out: int, residual:
 
 
 def conv_conv1x1_launch(
-    x: Tensor, weight1: Tensor, shift1: Tensor, weight2: Tensor, shift2: Tensor, residual: Tensor | None, y: Tensor,
-    stride: int, padding: Sequence[int], mid_act: str, act: str,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    shift2: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    mid_act: str,
+    act: str,
+) -> None:
     """Write y; see the formula above.
 
     Args:
@@ -136,20 +198,50 @@ def conv_conv1x1_launch(
     y_desc = describe(y, box_y)
     segments = triton.cdiv(ow, config.block_m)
     _conv_conv1x1_kernel[(n * oh * segments,)](
-        describe(even, box_x), describe(odd, box_x), describe(_matrix(weight1), [mid, config.block_k]),
-        describe(weight2.reshape(filters, mid), [config.block_n, mid]), shift1, shift2,
-        y_desc if residual is None else describe(residual, box_y), y_desc, oh, filters, segments, padding[0],
-        shift_even, shift_odd, CIN=depth, M=mid, R=r, S=s, STRIDE=stride, BM=config.block_m, BN=config.block_n,
-        BK=config.block_k, HAS_RESIDUAL=residual is not None, MID_ACT=mid_act, ACT=act,
-        PRECISION=dot_precision(x.dtype), ACC=accumulator(x.dtype), num_warps=config.num_warps,
+        describe(even, box_x),
+        describe(odd, box_x),
+        describe(_matrix(weight1), [mid, config.block_k]),
+        describe(weight2.reshape(filters, mid), [config.block_n, mid]),
+        shift1,
+        shift2,
+        y_desc if residual is None else describe(residual, box_y),
+        y_desc,
+        oh,
+        filters,
+        segments,
+        padding[0],
+        shift_even,
+        shift_odd,
+        CIN=depth,
+        M=mid,
+        R=r,
+        S=s,
+        STRIDE=stride,
+        BM=config.block_m,
+        BN=config.block_n,
+        BK=config.block_k,
+        HAS_RESIDUAL=residual is not None,
+        MID_ACT=mid_act,
+        ACT=act,
+        PRECISION=dot_precision(x.dtype),
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )  # fmt: skip
+    )
 
 
 def conv_conv1x1_reference(
-    x: Tensor, weight1: Tensor, shift1: Tensor, weight2: Tensor, shift2: Tensor, residual: Tensor | None,
-    stride: int, padding: Sequence[int], mid_act: str, act: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    shift2: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    mid_act: str,
+    act: str,
+) -> Tensor:
     """y in plain PyTorch."""
     top, bottom, left, right = padding
     h = activate_reference(F.conv2d(F.pad(x, [left, right, top, bottom]), weight1, shift1, stride), mid_act)
@@ -159,9 +251,17 @@ def conv_conv1x1_reference(
 
 @torch.library.custom_op("gigamorph::conv_conv1x1", mutates_args=())
 def conv_conv1x1(
-    x: Tensor, weight1: Tensor, shift1: Tensor, weight2: Tensor, shift2: Tensor, residual: Tensor | None,
-    stride: int, padding: Sequence[int], mid_act: str, act: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    shift2: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    mid_act: str,
+    act: str,
+) -> Tensor:
     """The fused pair, for inference: it has no gradient. See `conv_conv1x1_launch`."""
     y = _conv_conv1x1_fake(x, weight1, shift1, weight2, shift2, residual, stride, padding, mid_act, act)
     conv_conv1x1_launch(x, weight1, shift1, weight2, shift2, residual, y, stride, padding, mid_act, act)

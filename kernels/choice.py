@@ -205,9 +205,12 @@ def cache_file(gpu: str) -> Path:
 
     base = os.environ.get("GIGAMORPH_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parts = [
-        gpu, f"torch{torch.__version__}", f"triton{triton.__version__}", f"cudnn{torch.backends.cudnn.version()}",
+        gpu,
+        f"torch{torch.__version__}",
+        f"triton{triton.__version__}",
+        f"cudnn{torch.backends.cudnn.version()}",
         f"gigamorph{_source_version()}",
-    ]  # fmt: skip
+    ]
     return Path(base) / "gigamorph" / "kernels" / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".json")
 
 

@@ -30,10 +30,18 @@ from .windows import empty_map, nhwc, output_size
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
-    residual: Tensor | None = None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1, groups: int = 1, act: str = "none",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "none",
+) -> Tensor:
     """act(conv(x, weight) * scale + shift + residual), differentiable, one pass over memory.
 
     Args:
@@ -95,10 +103,19 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("gigamorph::conv2d_forward", mutates_args=())
 def conv2d_forward(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str, keep_z: bool,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    keep_z: bool,
     margin: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """y, and z = what the activation is applied to (empty unless `keep_z`).
 
     With a margin, y has that many more rows above and columns to the left of the result, which are left unwritten: a
@@ -110,9 +127,18 @@ def conv2d_forward(
         whole, z = _outputs(x, weight, stride, padding, dilation, keep_z, margin)
         run = depthwise.forward if _depthwise(weight, groups) else partial(dense_forward.launch, groups=groups)
         run(
-            x, weight, _inside(whole, margin), tuple(stride), padding, tuple(dilation), act=act, scale=scale,
-            shift=shift, residual=residual, z=z if keep_z else None,
-        )  # fmt: skip
+            x,
+            weight,
+            _inside(whole, margin),
+            tuple(stride),
+            padding,
+            tuple(dilation),
+            act=act,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            z=z if keep_z else None,
+        )
         return whole, z
 
     def stock() -> tuple[Tensor, Tensor]:
@@ -129,9 +155,14 @@ def conv2d_forward(
 
 
 def _outputs(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], keep_z: bool,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    keep_z: bool,
     margin: Sequence[int] = (0, 0),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     n, k, h, w = _output_shape(x, weight, stride, padding, dilation)
     z = empty_map(n, k, h, w, x) if keep_z else x.new_empty(0)
     return empty_map(n, k, h + margin[0], w + margin[1], x), z
@@ -143,9 +174,15 @@ def _inside(whole: Tensor, margin: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("gigamorph::conv2d_moments", mutates_args=())
 def conv2d_moments(
-    x: Tensor, weight: Tensor, shift: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, margin: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    margin: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     """y = conv(x, weight) + shift of `conv2d_forward`, and mean and m2 of each channel of each image of it.
 
     The last two are (N, K) in float32 (float64 for float64), as from `moments`. Of a single image they come out of the
@@ -156,16 +193,24 @@ def conv2d_moments(
     def ours() -> tuple[Tensor, Tensor, Tensor]:
         whole, _ = _outputs(x, weight, stride, padding, dilation, False, margin)
         found = dense_forward.launch(
-            x, weight, _inside(whole, margin), tuple(stride), padding, tuple(dilation), groups, "none", shift=shift,
+            x,
+            weight,
+            _inside(whole, margin),
+            tuple(stride),
+            padding,
+            tuple(dilation),
+            groups,
+            "none",
+            shift=shift,
             moments=True,
-        )  # fmt: skip
+        )
         assert found is not None
         return whole, found[0][None], found[1][None]
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:
         whole, _ = conv2d_forward(
             x, weight, None, shift, None, stride, padding, dilation, groups, "none", False, margin
-        )  # fmt: skip
+        )
         return whole, *moments_of_each(_inside(whole, margin))
 
     if x.shape[0] > 1 or _depthwise(weight, groups):
@@ -194,9 +239,18 @@ def split_padding(padding: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def forward_stock(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str, keep_z: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
     """The same with PyTorch's own ops, in place where that is possible."""
     even, uneven = split_padding(padding)
     if any(uneven):
@@ -221,10 +275,20 @@ def forward_stock(
 
 @torch.library.custom_op("gigamorph::conv2d_dgrad", mutates_args=())
 def conv2d_dgrad(
-    dy: Tensor, weight: Tensor, scale: Tensor | None, gate: Tensor | None, gate_act: str, addend: Tensor | None,
-    mask: Tensor | None, mask_act: str, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    gate: Tensor | None,
+    gate_act: str,
+    addend: Tensor | None,
+    mask: Tensor | None,
+    mask_act: str,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`."""
     dy, gate, addend, mask = (None if t is None else nhwc(t) for t in (dy, gate, addend, mask))
     assert dy is not None
@@ -234,9 +298,18 @@ def conv2d_dgrad(
         dx = empty_map(dy.shape[0], channels, size[0], size[1], dy)
         run = depthwise.dgrad if _depthwise(weight, groups) else partial(dense_dgrad.dgrad, groups=groups)
         run(
-            dy, _scaled(weight, scale), dx, tuple(stride), padding, tuple(dilation), gate=gate, gate_act=gate_act,
-            addend=addend, mask=mask, mask_act=mask_act,
-        )  # fmt: skip
+            dy,
+            _scaled(weight, scale),
+            dx,
+            tuple(stride),
+            padding,
+            tuple(dilation),
+            gate=gate,
+            gate_act=gate_act,
+            addend=addend,
+            mask=mask,
+            mask_act=mask_act,
+        )
         return dx
 
     def stock() -> Tensor:
@@ -266,9 +339,17 @@ def _(dy, weight, scale, gate, gate_act, addend, mask, mask_act, size, stride, p
 
 @torch.library.custom_op("gigamorph::conv2d_wgrad_", mutates_args={"dw", "dshift"})
 def conv2d_wgrad_(
-    dw: Tensor, dshift: Tensor | None, x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> None:  # fmt: skip
+    dw: Tensor,
+    dshift: Tensor | None,
+    x: Tensor,
+    dy: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
     """Add the gradients of a convolution's weight and shift to float32 (float64) buffers.
 
     dw += sum over pixels of dz * x at each tap, dshift += sum of dz, with dz = dy * slope(gate).
@@ -313,9 +394,18 @@ def _(dw, dshift, x, dy, gate, gate_act, stride, padding, dilation, groups):
 
 @torch.library.custom_op("gigamorph::conv2d", mutates_args=())
 def _conv2d(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str, keep_z: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
     return conv2d_forward(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z, (0, 0))
 
 

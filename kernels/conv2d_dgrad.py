@@ -74,10 +74,20 @@ def _ascending(taps: Sequence[int]) -> slice:
 
 
 def dgrad(
-    dy: Tensor, weight: Tensor, dx: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    groups: int, *, gate: Tensor | None = None, gate_act: str = "none", addend: Tensor | None = None,
-    mask: Tensor | None = None, mask_act: str = "none",
-) -> None:  # fmt: skip
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    gate: Tensor | None = None,
+    gate_act: str = "none",
+    addend: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_act: str = "none",
+) -> None:
     """Write dx, a window of the input's shape; see the formula above.
 
     Args:
@@ -107,17 +117,35 @@ def dgrad(
             target = window(dx)
             assert target is not None
             launch(
-                dy, turned(weight, groups, row.taps, col.taps), target, (1, 1), (row.padding, 0, col.padding, 0),
-                (row.dilation, col.dilation), groups, "none", residual=window(addend), mask=window(mask),
+                dy,
+                turned(weight, groups, row.taps, col.taps),
+                target,
+                (1, 1),
+                (row.padding, 0, col.padding, 0),
+                (row.dilation, col.dilation),
+                groups,
+                "none",
+                residual=window(addend),
+                mask=window(mask),
                 mask_act=mask_act,
-            )  # fmt: skip
+            )
 
 
 def conv2d_dgrad_reference(
-    dy: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, *, gate: Tensor | None = None, gate_act: str = "none",
-    addend: Tensor | None = None, mask: Tensor | None = None, mask_act: str = "none",
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    gate: Tensor | None = None,
+    gate_act: str = "none",
+    addend: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_act: str = "none",
+) -> Tensor:
     """dx in plain PyTorch: the gradient of a padded convolution."""
     if gate is not None:
         dy = dy * slope_reference(gate, gate_act)

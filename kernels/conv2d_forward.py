@@ -51,10 +51,26 @@ CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
 
 @triton.jit
 def gemm_columns(
-    acc, x_desc, w_desc, n, row, col, col_shift, k0, dil_h,
-    CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, DIL_W: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    acc,
+    x_desc,
+    w_desc,
+    n,
+    row,
+    col,
+    col_shift,
+    k0,
+    dil_h,
+    CIN: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    DIL_W: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """acc += the taps s = FIRST, FIRST + STEP, ... of all filter rows."""
     KC: tl.constexpr = (CIN + BK - 1) // BK
     TAPS: tl.constexpr = (S - FIRST + STEP - 1) // STEP
@@ -73,17 +89,44 @@ def gemm_columns(
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
 @triton.jit(do_not_specialize=["OH", "OW", "segments", "top", "shift_even", "shift_odd"])
 def _conv2d_descriptor_kernel(
-    x_desc, x_odd_desc, w_desc,  # windows; the odd ones are used for a stride of two
-    scale_ptr, shift_ptr,  # [COUT]
-    residual_desc, mask_desc, y_desc, z_desc,  # maps of the output's size
-    mean_ptr, m2_ptr,  # [tiles, COUT], of what each tile writes
-    OH, OW, COUT, segments,  # output rows and columns, output channels, segments per row
-    top, dil_h, shift_even, shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
-    CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DIL_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, MASK: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    x_odd_desc,
+    w_desc,  # windows; the odd ones are used for a stride of two
+    scale_ptr,
+    shift_ptr,  # [COUT]
+    residual_desc,
+    mask_desc,
+    y_desc,
+    z_desc,  # maps of the output's size
+    mean_ptr,
+    m2_ptr,  # [tiles, COUT], of what each tile writes
+    OH,
+    OW,
+    COUT,
+    segments,  # output rows and columns, output channels, segments per row
+    top,
+    dil_h,
+    shift_even,
+    shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    CIN: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_W: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    ACT: tl.constexpr,
+    MASK: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     blocks = tl.cdiv(COUT, BN)
     k0 = (pid % blocks) * BN  # channels first: tiles that read the same pixels run together and share them in L2
@@ -95,14 +138,48 @@ def _conv2d_descriptor_kernel(
 
     acc = tl.zeros((BM, BN), ACC)
     acc = gemm_columns(
-        acc, x_desc, w_desc, n, i * STRIDE_H - top, j0, shift_even, k0, dil_h,
-        CIN, R, S, 0, STRIDE_W, DIL_W, BM, BK, PRECISION, ACC,
-    )  # fmt: skip
+        acc,
+        x_desc,
+        w_desc,
+        n,
+        i * STRIDE_H - top,
+        j0,
+        shift_even,
+        k0,
+        dil_h,
+        CIN,
+        R,
+        S,
+        0,
+        STRIDE_W,
+        DIL_W,
+        BM,
+        BK,
+        PRECISION,
+        ACC,
+    )
     if STRIDE_W == 2 and S > 1:
         acc = gemm_columns(
-            acc, x_odd_desc, w_desc, n, i * STRIDE_H - top, j0, shift_odd, k0, dil_h,
-            CIN, R, S, 1, STRIDE_W, DIL_W, BM, BK, PRECISION, ACC,
-        )  # fmt: skip
+            acc,
+            x_odd_desc,
+            w_desc,
+            n,
+            i * STRIDE_H - top,
+            j0,
+            shift_odd,
+            k0,
+            dil_h,
+            CIN,
+            R,
+            S,
+            1,
+            STRIDE_W,
+            DIL_W,
+            BM,
+            BK,
+            PRECISION,
+            ACC,
+        )
 
     k = k0 + tl.arange(0, BN)
     if HAS_SCALE:
@@ -127,19 +204,59 @@ def _conv2d_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])
 def _conv2d_pointer_kernel(
-    x_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, mask_ptr, y_ptr, z_ptr,
-    mean_ptr, m2_ptr,  # [tiles, groups * COUT], of what each tile writes
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    r_sn: tl.int64, r_sh: tl.int64, r_sw: tl.int64,
-    m_sn: tl.int64, m_sh: tl.int64, m_sw: tl.int64,
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    z_sn: tl.int64, z_sh: tl.int64, z_sw: tl.int64,
-    N, H, W, OH, OW, CIN, COUT,  # CIN, COUT: channels of one group
-    top, left, stride_h, stride_w, dil_h, dil_w,
-    R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, MASK: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    mask_ptr,
+    y_ptr,
+    z_ptr,
+    mean_ptr,
+    m2_ptr,  # [tiles, groups * COUT], of what each tile writes
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
+    r_sn: tl.int64,
+    r_sh: tl.int64,
+    r_sw: tl.int64,
+    m_sn: tl.int64,
+    m_sh: tl.int64,
+    m_sw: tl.int64,
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    z_sn: tl.int64,
+    z_sh: tl.int64,
+    z_sw: tl.int64,
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    CIN,
+    COUT,  # CIN, COUT: channels of one group
+    top,
+    left,
+    stride_h,
+    stride_w,
+    dil_h,
+    dil_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    ACT: tl.constexpr,
+    MASK: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     blocks = tl.cdiv(COUT, BN)
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -190,10 +307,23 @@ def _conv2d_pointer_kernel(
 
 
 def launch(
-    x: Tensor, weight: Tensor, y: Tensor, stride: tuple[int, int], padding: Sequence[int], dilation: tuple[int, int],
-    groups: int, act: str, *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
-    z: Tensor | None = None, mask: Tensor | None = None, mask_act: str = "none", moments: bool = False,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: tuple[int, int],
+    padding: Sequence[int],
+    dilation: tuple[int, int],
+    groups: int,
+    act: str,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    z: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_act: str = "none",
+    moments: bool = False,
+) -> tuple[Tensor, Tensor] | None:
     """Write y, and z if given (what the activation is applied to); see the formula above.
 
     With `moments` mean and sum of squared deviations of each channel of y are returned, as `moments.moments(y)` would:
@@ -229,16 +359,34 @@ def launch(
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
         images, lines, run = 1, 1, n * oh * ow
     config = matmul_config(
-        x.device, x.dtype, run if described else n * oh * ow, filters // groups, depth, described,
-        1 + sum(t is not None for t in (residual, z, mask)), r * s, not {act, mask_act} <= CHEAP,
-    )  # fmt: skip
+        x.device,
+        x.dtype,
+        run if described else n * oh * ow,
+        filters // groups,
+        depth,
+        described,
+        1 + sum(t is not None for t in (residual, z, mask)),
+        r * s,
+        not {act, mask_act} <= CHEAP,
+    )
     options = {
-        "R": r, "S": s, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
-        "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "HAS_RESIDUAL": residual is not None,
-        "HAS_Z": z is not None, "ACT": act, "MASK": mask_act, "MOMENTS": moments,
-        "PRECISION": dot_precision(x.dtype), "ACC": accumulator(x.dtype), "num_warps": config.num_warps,
+        "R": r,
+        "S": s,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_Z": z is not None,
+        "ACT": act,
+        "MASK": mask_act,
+        "MOMENTS": moments,
+        "PRECISION": dot_precision(x.dtype),
+        "ACC": accumulator(x.dtype),
+        "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-    }  # fmt: skip
+    }
 
     def parts(tiles: int) -> Tensor:
         return torch.empty(2, tiles if moments else 0, filters, dtype=sum_dtype(y.dtype), device=y.device)
@@ -251,12 +399,30 @@ def launch(
         segments = triton.cdiv(run, config.block_m)
         sums = parts(images * lines * segments)
         _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
-            x_desc, x_odd_desc, describe(matrix, [config.block_n, config.block_k]), scale, shift,
+            x_desc,
+            x_odd_desc,
+            describe(matrix, [config.block_n, config.block_k]),
+            scale,
+            shift,
             y_desc if residual is None else describe(residual, box_y),
-            y_desc if mask is None else describe(mask, box_y), y_desc, y_desc if z is None else describe(z, box_y),
-            *sums, lines, run, filters, segments, top, dilation[0], shift_even, shift_odd, CIN=depth,
-            STRIDE_H=stride[0], STRIDE_W=stride[1], DIL_W=dilation[1], **options,
-        )  # fmt: skip
+            y_desc if mask is None else describe(mask, box_y),
+            y_desc,
+            y_desc if z is None else describe(z, box_y),
+            *sums,
+            lines,
+            run,
+            filters,
+            segments,
+            top,
+            dilation[0],
+            shift_even,
+            shift_odd,
+            CIN=depth,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            DIL_W=dilation[1],
+            **options,
+        )
         return merge_parts(sums, config.block_m, run) if moments else None
     if n * oh * ow + config.block_m >= 2**31:
         raise ValueError(
@@ -266,17 +432,46 @@ def launch(
     grid = (triton.cdiv(n * oh * ow, config.block_m) * triton.cdiv(filters // groups, config.block_n), groups)
     sums = parts(triton.cdiv(n * oh * ow, config.block_m))
     _conv2d_pointer_kernel[grid](
-        x, matrix, scale, shift, residual, mask, y, z, *sums, *[v for triple in strides for v in triple],
-        n, h, w, oh, ow, channels // groups, filters // groups, top, left, *stride, *dilation, **options,
-    )  # fmt: skip
+        x,
+        matrix,
+        scale,
+        shift,
+        residual,
+        mask,
+        y,
+        z,
+        *sums,
+        *[v for triple in strides for v in triple],
+        n,
+        h,
+        w,
+        oh,
+        ow,
+        channels // groups,
+        filters // groups,
+        top,
+        left,
+        *stride,
+        *dilation,
+        **options,
+    )
     return merge_parts(sums, config.block_m, n * oh * ow) if moments else None
 
 
 def conv2d_forward_reference(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, act: str,
-    mask: Tensor | None = None, mask_act: str = "none",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    mask: Tensor | None = None,
+    mask_act: str = "none",
+) -> tuple[Tensor, Tensor]:
     """y and z in plain PyTorch."""
     top, bottom, left, right = padding
     z = F.conv2d(F.pad(x, [left, right, top, bottom]), weight, None, tuple(stride), 0, tuple(dilation), groups)

@@ -42,15 +42,37 @@ PROCESSORS = 132
 
 @triton.jit
 def _wgrad_descriptor_kernel(
-    x_desc, x_odd_desc, dy_desc, g_desc,  # windows; the odd columns of x are used for a stride of two
-    dw_ptr, dshift_ptr,  # [splits, K, R, S, CIN] and [splits, K], or the buffers
+    x_desc,
+    x_odd_desc,
+    dy_desc,
+    g_desc,  # windows; the odd columns of x are used for a stride of two
+    dw_ptr,
+    dshift_ptr,  # [splits, K, R, S, CIN] and [splits, K], or the buffers
     length,  # elements from one split to the next
-    OH, K, segments, total, share,  # output rows and channels; segments per row, of all rows, per split
-    top, dil_h, shift_even, shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
-    CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DIL_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, HAS_SHIFT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    OH,
+    K,
+    segments,
+    total,
+    share,  # output rows and channels; segments per row, of all rows, per split
+    top,
+    dil_h,
+    shift_even,
+    shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    CIN: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_W: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     # Programs of one split read the same pixels: they run together and share them in L2.
     blocks_k = tl.cdiv(K, BM)
     blocks_c: tl.constexpr = (CIN + BN - 1) // BN
@@ -115,17 +137,47 @@ def _wgrad_descriptor_kernel(
 
 @triton.jit
 def _wgrad_pointer_kernel(
-    x_ptr, dy_ptr, g_ptr,
-    dw_ptr, dshift_ptr,  # [splits, groups * K, R, S, CIN] and [splits, groups * K], or the buffers
+    x_ptr,
+    dy_ptr,
+    g_ptr,
+    dw_ptr,
+    dshift_ptr,  # [splits, groups * K, R, S, CIN] and [splits, groups * K], or the buffers
     length,  # elements from one split to the next
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    d_sn: tl.int64, d_sh: tl.int64, d_sw: tl.int64,
-    g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
-    H, W, OH, OW, pixels, K, groups, share,  # K: output channels of one group; share: blocks of pixels per split
-    top, left, stride_h, stride_w, dil_h, dil_w,
-    CIN: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, HAS_SHIFT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
+    d_sn: tl.int64,
+    d_sh: tl.int64,
+    d_sw: tl.int64,
+    g_sn: tl.int64,
+    g_sh: tl.int64,
+    g_sw: tl.int64,
+    H,
+    W,
+    OH,
+    OW,
+    pixels,
+    K,
+    groups,
+    share,  # K: output channels of one group; share: blocks of pixels per split
+    top,
+    left,
+    stride_h,
+    stride_w,
+    dil_h,
+    dil_w,
+    CIN: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     blocks_k = tl.cdiv(K, BM)
     COLUMNS: tl.constexpr = R * S * CIN
     blocks_c: tl.constexpr = (COLUMNS + BN - 1) // BN
@@ -178,9 +230,16 @@ def _wgrad_pointer_kernel(
 
 @triton.jit
 def _add_splits_kernel(
-    part_ptr, dw_ptr, dshift_ptr,  # [splits, length], [weights], [length - weights]
-    weights, length, splits, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    dw_ptr,
+    dshift_ptr,  # [splits, length], [weights], [length - weights]
+    weights,
+    length,
+    splits,
+    HAS_SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((ROWS, BLOCK), part_ptr.dtype.element_ty)
     for first in range(0, splits, ROWS):
@@ -196,9 +255,15 @@ def _add_splits_kernel(
 
 
 def wgrad_config(
-    device: torch.device, dtype: torch.dtype, run: int, filters: int, depth: int, taps: int, described: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    run: int,
+    filters: int,
+    depth: int,
+    taps: int,
+    described: bool,
     gate_act: str = "none",
-) -> Config:  # fmt: skip
+) -> Config:
     """The tile: block_m output channels x block_n input channels (columns of the filter for pointers), block_k pixels.
 
     Args:
@@ -258,9 +323,19 @@ def split_count(tiles: int, segments: int, segment: int, tile_bytes: int, split_
 
 
 def launch(
-    dw: Tensor, dshift: Tensor | None, x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, *, splits: int | None = None,
-) -> None:  # fmt: skip
+    dw: Tensor,
+    dshift: Tensor | None,
+    x: Tensor,
+    dy: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    splits: int | None = None,
+) -> None:
     """Add the gradients to dw, and to dshift if given; see the formula above.
 
     Args:
@@ -302,9 +377,15 @@ def launch(
         lines, run = 1, pixels
     columns = depth if described else r * s * depth
     config = wgrad_config(
-        x.device, x.dtype, run if described else pixels, filters // groups, columns, s if described else 1, described,
+        x.device,
+        x.dtype,
+        run if described else pixels,
+        filters // groups,
+        columns,
+        s if described else 1,
+        described,
         gate_act,
-    )  # fmt: skip
+    )
     if config.form == "pointer":
         columns = r * s * depth
         if pixels + config.block_k >= 2**31:
@@ -320,47 +401,107 @@ def launch(
     if splits is None:
         tile_bytes = (config.block_m * (1 if gate is None else 2) + taps * config.block_n) * config.block_k
         splits = split_count(
-            tiles, total, config.block_k, tile_bytes * x.element_size(), length * dw.element_size(),
+            tiles,
+            total,
+            config.block_k,
+            tile_bytes * x.element_size(),
+            length * dw.element_size(),
             1 if interpreting() else PROCESSORS * (8 // config.num_warps),
-        )  # fmt: skip
+        )
     part = None if splits == 1 else torch.empty(splits, length, dtype=held, device=dw.device)
     targets = (dw, dshift) if part is None else (part, part[:, dw.numel() :])
     share = triton.cdiv(total, splits)
     options = {
-        "CIN": depth, "R": r, "S": s, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
-        "GATE": gate_act, "HAS_SHIFT": dshift is not None, "ADD": part is None, "PRECISION": dot_precision(x.dtype),
-        "ACC": accumulator(x.dtype), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "CIN": depth,
+        "R": r,
+        "S": s,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "GATE": gate_act,
+        "HAS_SHIFT": dshift is not None,
+        "ADD": part is None,
+        "PRECISION": dot_precision(x.dtype),
+        "ACC": accumulator(x.dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
         # Left alone, ptxas spills a few addresses of wide elements so that one more program fits.
         "maxnreg": 255 if x.element_size() > 2 else None,
-    }  # fmt: skip
+    }
     if config.form == "descriptor":
         box_x, box_dy = [1, 1, config.block_k, config.block_n], [1, 1, config.block_k, config.block_m]
         even, odd, shift_even, shift_odd = column_phases(x, stride[1], left)
         _wgrad_descriptor_kernel[(tiles * splits,)](
-            describe(even, box_x), describe(odd, box_x), describe(dy, box_dy),
-            describe(dy if gate is None else gate, box_dy), *targets, length, lines, filters, segments, total, share,
-            top, dilation[0], shift_even, shift_odd, STRIDE_H=stride[0], STRIDE_W=stride[1], DIL_W=dilation[1],
+            describe(even, box_x),
+            describe(odd, box_x),
+            describe(dy, box_dy),
+            describe(dy if gate is None else gate, box_dy),
+            *targets,
+            length,
+            lines,
+            filters,
+            segments,
+            total,
+            share,
+            top,
+            dilation[0],
+            shift_even,
+            shift_odd,
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            DIL_W=dilation[1],
             **options,
-        )  # fmt: skip
+        )
     else:
         strides = [spatial_strides(t) for t in (x, dy, dy if gate is None else gate)]
         _wgrad_pointer_kernel[(tiles * splits,)](
-            x, dy, gate, *targets, length, *[v for triple in strides for v in triple], h, w, oh, ow, pixels,
-            filters // groups, groups, share, top, left, *stride, *dilation, **options,
-        )  # fmt: skip
+            x,
+            dy,
+            gate,
+            *targets,
+            length,
+            *[v for triple in strides for v in triple],
+            h,
+            w,
+            oh,
+            ow,
+            pixels,
+            filters // groups,
+            groups,
+            share,
+            top,
+            left,
+            *stride,
+            *dilation,
+            **options,
+        )
     if part is not None:
         rows = power_of_two(splits, 2, 32)
         block = 4096 // rows
         _add_splits_kernel[(triton.cdiv(length, block),)](
-            part, dw, dshift, dw.numel(), length, splits, HAS_SHIFT=dshift is not None, BLOCK=block,
+            part,
+            dw,
+            dshift,
+            dw.numel(),
+            length,
+            splits,
+            HAS_SHIFT=dshift is not None,
+            BLOCK=block,
             ROWS=rows,
-        )  # fmt: skip
+        )
 
 
 def conv2d_wgrad_reference(
-    weight_size: Sequence[int], x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight_size: Sequence[int],
+    x: Tensor,
+    dy: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
     """What is added to dw and to dshift, in plain PyTorch."""
     top, bottom, left, right = padding
     dz = dy if gate is None else dy * slope_reference(gate, gate_act)

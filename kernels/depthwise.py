@@ -56,24 +56,68 @@ def _spread(sums, x, factors, at: tl.constexpr, APART: tl.constexpr, FACTORS_APA
 
 @triton.jit
 def _depthwise_kernel(
-    x_ptr, g_ptr, w_ptr, scale_ptr, shift_ptr, residual_ptr, mask_ptr, y_ptr, z_ptr,  # w is [R*S, C]
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
-    r_sn: tl.int64, r_sh: tl.int64, r_sw: tl.int64,
-    m_sn: tl.int64, m_sh: tl.int64, m_sw: tl.int64,
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    z_sn: tl.int64, z_sh: tl.int64, z_sw: tl.int64,
-    H, W, OH, OW, C,
-    lines, segments,  # tiles of TH rows in an image, of BW * UP_W columns in a row
-    lead_h, lead_w,  # the first tile begins at output (-lead_h, -lead_w), so that ...
-    base_h, base_w,  # ... its first tap falls on a value of the input, (-base_h, -base_w)
-    R: tl.constexpr, S: tl.constexpr, RB: tl.constexpr,  # filter rows, filter columns, filter rows held at once
-    DOWN_H: tl.constexpr, DOWN_W: tl.constexpr, UP_H: tl.constexpr, UP_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, S_STEP: tl.constexpr, TURNED: tl.constexpr,
-    TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
-    ACT: tl.constexpr, GATE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    g_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    mask_ptr,
+    y_ptr,
+    z_ptr,  # w is [R*S, C]
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
+    g_sn: tl.int64,
+    g_sh: tl.int64,
+    g_sw: tl.int64,
+    r_sn: tl.int64,
+    r_sh: tl.int64,
+    r_sw: tl.int64,
+    m_sn: tl.int64,
+    m_sh: tl.int64,
+    m_sw: tl.int64,
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    z_sn: tl.int64,
+    z_sh: tl.int64,
+    z_sw: tl.int64,
+    H,
+    W,
+    OH,
+    OW,
+    C,
+    lines,
+    segments,  # tiles of TH rows in an image, of BW * UP_W columns in a row
+    lead_h,
+    lead_w,  # the first tile begins at output (-lead_h, -lead_w), so that ...
+    base_h,
+    base_w,  # ... its first tap falls on a value of the input, (-base_h, -base_w)
+    R: tl.constexpr,
+    S: tl.constexpr,
+    RB: tl.constexpr,  # filter rows, filter columns, filter rows held at once
+    DOWN_H: tl.constexpr,
+    DOWN_W: tl.constexpr,
+    UP_H: tl.constexpr,
+    UP_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    S_STEP: tl.constexpr,
+    TURNED: tl.constexpr,
+    TH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    VEC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    MASK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     # Channels first, then the phases of one segment, then along the row: neighbours in time read the same lines.
     pid = tl.program_id(0)
     blocks = tl.cdiv(C, BC)
@@ -148,18 +192,45 @@ def _depthwise_kernel(
 
 @triton.jit
 def _depthwise_wgrad_kernel(
-    x_ptr, dy_ptr, g_ptr, part_ptr,  # part is [splits, R*S + 1, C], last the sum of dz
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    d_sn: tl.int64, d_sh: tl.int64, d_sw: tl.int64,
-    g_sn: tl.int64, g_sh: tl.int64, g_sw: tl.int64,
-    H, W, OH, OW, C,
-    lines, segments,  # tiles of TH rows in an image, of BW columns in a row
-    tiles, share,  # all tiles, and how many of them one split sums
-    top, left,
-    R: tl.constexpr, S: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr,  # the filter, and the part of it held at once
-    DOWN_H: tl.constexpr, DOWN_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dy_ptr,
+    g_ptr,
+    part_ptr,  # part is [splits, R*S + 1, C], last the sum of dz
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    d_sn: tl.int64,
+    d_sh: tl.int64,
+    d_sw: tl.int64,
+    g_sn: tl.int64,
+    g_sh: tl.int64,
+    g_sw: tl.int64,
+    H,
+    W,
+    OH,
+    OW,
+    C,
+    lines,
+    segments,  # tiles of TH rows in an image, of BW columns in a row
+    tiles,
+    share,  # all tiles, and how many of them one split sums
+    top,
+    left,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    RB: tl.constexpr,
+    SB: tl.constexpr,  # the filter, and the part of it held at once
+    DOWN_H: tl.constexpr,
+    DOWN_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    TH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    VEC: tl.constexpr,
+    GATE: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     split = tl.program_id(1)
     blocks = tl.cdiv(C, BC)
@@ -274,10 +345,25 @@ def _check_filter(name: str, weight: Tensor, channels: int) -> None:
 
 
 def _launch(
-    x: Tensor, weight: Tensor, y: Tensor, down: Sequence[int], up: Sequence[int], top: int, left: int,
-    dilation: Sequence[int], turned: bool, act: str, scale: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, z: Tensor | None, gate: Tensor | None, gate_act: str, mask: Tensor | None, mask_act: str,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    down: Sequence[int],
+    up: Sequence[int],
+    top: int,
+    left: int,
+    dilation: Sequence[int],
+    turned: bool,
+    act: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    z: Tensor | None,
+    gate: Tensor | None,
+    gate_act: str,
+    mask: Tensor | None,
+    mask_act: str,
+) -> None:
     n, channels, h, w = x.shape
     _, _, oh, ow = y.shape
     _, _, r, s = weight.shape
@@ -294,23 +380,68 @@ def _launch(
         raise ValueError(f"depthwise: an output of {n} x {oh} x {ow} pixels is too large; use smaller tiles")
     strides = [spatial_strides(y if t is None else t) for t in (x, gate, residual, mask, y, z)]
     _depthwise_kernel[(programs,)](
-        x, gate, weight.reshape(channels, r * s).t().contiguous(), scale, shift, residual, mask, y, z,
-        *[v for triple in strides for v in triple], h, w, oh, ow, channels, lines, segments, lead_h, lead_w,
-        (lead_h + top) // up[0], (lead_w + left) // up[1], R=r, S=s, RB=held, DOWN_H=down[0], DOWN_W=down[1],
-        UP_H=up[0], UP_W=up[1], DIL_H=dilation[0], DIL_W=dilation[1], S_STEP=up[1] // math.gcd(up[1], dilation[1]),
-        TURNED=turned, TH=rows, BW=tile.pixels, BC=tile.channels,
+        x,
+        gate,
+        weight.reshape(channels, r * s).t().contiguous(),
+        scale,
+        shift,
+        residual,
+        mask,
+        y,
+        z,
+        *[v for triple in strides for v in triple],
+        h,
+        w,
+        oh,
+        ow,
+        channels,
+        lines,
+        segments,
+        lead_h,
+        lead_w,
+        (lead_h + top) // up[0],
+        (lead_w + left) // up[1],
+        R=r,
+        S=s,
+        RB=held,
+        DOWN_H=down[0],
+        DOWN_W=down[1],
+        UP_H=up[0],
+        UP_W=up[1],
+        DIL_H=dilation[0],
+        DIL_W=dilation[1],
+        S_STEP=up[1] // math.gcd(up[1], dilation[1]),
+        TURNED=turned,
+        TH=rows,
+        BW=tile.pixels,
+        BC=tile.channels,
         VEC=_vector(channels, (x, y, residual, z, gate, mask)),
-        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None,
-        HAS_Z=z is not None, ACT=act, GATE=gate_act, MASK=mask_act, ACC=accumulator(x.dtype),
+        HAS_SCALE=scale is not None,
+        HAS_SHIFT=shift is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_Z=z is not None,
+        ACT=act,
+        GATE=gate_act,
+        MASK=mask_act,
+        ACC=accumulator(x.dtype),
         num_warps=tile.num_warps,
-    )  # fmt: skip
+    )
 
 
 def forward(
-    x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    act: str = "none", *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str = "none",
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
     z: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write y, and z if given (what the activation is applied to).
 
     Args:
@@ -323,16 +454,41 @@ def forward(
     """
     _check_filter("depthwise_forward", weight, x.shape[1])
     _launch(
-        x, weight, y, stride, (1, 1), padding[0], padding[2], dilation, False, act, scale, shift, residual, z,
-        None, "none", None, "none",
-    )  # fmt: skip
+        x,
+        weight,
+        y,
+        stride,
+        (1, 1),
+        padding[0],
+        padding[2],
+        dilation,
+        False,
+        act,
+        scale,
+        shift,
+        residual,
+        z,
+        None,
+        "none",
+        None,
+        "none",
+    )
 
 
 def dgrad(
-    dy: Tensor, weight: Tensor, dx: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *,
-    gate: Tensor | None = None, gate_act: str = "none", addend: Tensor | None = None, mask: Tensor | None = None,
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    gate: Tensor | None = None,
+    gate_act: str = "none",
+    addend: Tensor | None = None,
+    mask: Tensor | None = None,
     mask_act: str = "none",
-) -> None:  # fmt: skip
+) -> None:
     """Write dx.
 
     Args:
@@ -347,15 +503,39 @@ def dgrad(
     _check_filter("depthwise_dgrad", weight, dy.shape[1])
     top, left = (dilation[i] * (weight.shape[2 + i] - 1) - padding[2 * i] for i in (0, 1))
     _launch(
-        dy, weight, dx, (1, 1), stride, top, left, dilation, True, "none", None, None, addend, None, gate, gate_act,
-        mask, mask_act,
-    )  # fmt: skip
+        dy,
+        weight,
+        dx,
+        (1, 1),
+        stride,
+        top,
+        left,
+        dilation,
+        True,
+        "none",
+        None,
+        None,
+        addend,
+        None,
+        gate,
+        gate_act,
+        mask,
+        mask_act,
+    )
 
 
 def wgrad(
-    x: Tensor, dy: Tensor, dw: Tensor, dshift: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], *, gate: Tensor | None = None, gate_act: str = "none",
-) -> None:  # fmt: skip
+    x: Tensor,
+    dy: Tensor,
+    dw: Tensor,
+    dshift: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    gate: Tensor | None = None,
+    gate_act: str = "none",
+) -> None:
     """Add to dw and dshift. Two runs agree bit by bit: each split sums its tiles in order, then the splits are summed.
 
     With a scale, dw is that of w * scale, and the scale's own gradient is the sum of dw * w over the taps.
@@ -385,20 +565,54 @@ def wgrad(
     part = torch.empty(splits, r * s + 1, channels, dtype=dw.dtype, device=x.device)
     strides = [spatial_strides(dy if t is None else t) for t in (x, dy, gate)]
     _depthwise_wgrad_kernel[(programs, splits)](
-        x, dy, gate, part, *[v for triple in strides for v in triple], h, w, oh, ow, channels, lines, segments,
-        tiles, share, padding[0], padding[2], R=r, S=s, RB=rows, SB=columns, DOWN_H=stride[0], DOWN_W=stride[1],
-        DIL_H=dilation[0], DIL_W=dilation[1], TH=tile.rows, BW=tile.pixels, BC=tile.channels,
-        VEC=_vector(channels, (x, dy, gate)), GATE=gate_act, ACC=accumulator(x.dtype), num_warps=tile.num_warps,
-    )  # fmt: skip
+        x,
+        dy,
+        gate,
+        part,
+        *[v for triple in strides for v in triple],
+        h,
+        w,
+        oh,
+        ow,
+        channels,
+        lines,
+        segments,
+        tiles,
+        share,
+        padding[0],
+        padding[2],
+        R=r,
+        S=s,
+        RB=rows,
+        SB=columns,
+        DOWN_H=stride[0],
+        DOWN_W=stride[1],
+        DIL_H=dilation[0],
+        DIL_W=dilation[1],
+        TH=tile.rows,
+        BW=tile.pixels,
+        BC=tile.channels,
+        VEC=_vector(channels, (x, dy, gate)),
+        GATE=gate_act,
+        ACC=accumulator(x.dtype),
+        num_warps=tile.num_warps,
+    )
     total = part.sum(0)
     dw.view(channels, r * s).add_(total[:-1].t())
     dshift.add_(total[-1])
 
 
 def depthwise_forward_reference(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], act: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+) -> tuple[Tensor, Tensor]:
     """y and z in plain PyTorch."""
     top, bottom, left, right = padding
     z = F.conv2d(F.pad(x, [left, right, top, bottom]), weight, None, tuple(stride), 0, tuple(dilation), x.shape[1])
@@ -412,9 +626,18 @@ def depthwise_forward_reference(
 
 
 def depthwise_backward_reference(
-    x: Tensor, dy: Tensor, weight: Tensor, gate: Tensor | None, gate_act: str, addend: Tensor | None,
-    mask: Tensor | None, mask_act: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    addend: Tensor | None,
+    mask: Tensor | None,
+    mask_act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw and dshift in plain PyTorch."""
     dz = dy if gate is None else dy * slope_reference(gate, gate_act)
     with torch.enable_grad():
@@ -431,23 +654,48 @@ def _maps(*maps: Tensor | None) -> list[Tensor | None]:
 
 @torch.library.custom_op("gigamorph::depthwise_forward", mutates_args=())
 def depthwise_forward(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], act: str, keep_z: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
     """y and z (empty unless kept); arguments as in `forward`."""
     y, z = _depthwise_forward_fake(x, weight, scale, shift, residual, stride, padding, dilation, act, keep_z)
     forward(
-        nhwc(x), weight, y, stride, padding, dilation, act, scale=scale, shift=shift, residual=_maps(residual)[0],
+        nhwc(x),
+        weight,
+        y,
+        stride,
+        padding,
+        dilation,
+        act,
+        scale=scale,
+        shift=shift,
+        residual=_maps(residual)[0],
         z=z if keep_z else None,
-    )  # fmt: skip
+    )
     return y, z
 
 
 @depthwise_forward.register_fake
 def _depthwise_forward_fake(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], act: str, keep_z: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
     n, channels, h, w = x.shape
     oh = output_size(h, weight.shape[2], stride[0], dilation[0], padding[0], padding[1])
     ow = output_size(w, weight.shape[3], stride[1], dilation[1], padding[2], padding[3])
@@ -457,39 +705,82 @@ def _depthwise_forward_fake(
 
 @torch.library.custom_op("gigamorph::depthwise_dgrad", mutates_args=())
 def depthwise_dgrad(
-    dy: Tensor, weight: Tensor, gate: Tensor | None, gate_act: str, addend: Tensor | None, mask: Tensor | None,
-    mask_act: str, height: int, width: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    addend: Tensor | None,
+    mask: Tensor | None,
+    mask_act: str,
+    height: int,
+    width: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """dx, of `height` x `width` pixels; other arguments as in `dgrad`."""
     dx = empty_map(dy.shape[0], dy.shape[1], height, width, dy)
     gate, addend, mask = _maps(gate, addend, mask)
     dgrad(
-        nhwc(dy), weight, dx, stride, padding, dilation, gate=gate, gate_act=gate_act, addend=addend, mask=mask,
+        nhwc(dy),
+        weight,
+        dx,
+        stride,
+        padding,
+        dilation,
+        gate=gate,
+        gate_act=gate_act,
+        addend=addend,
+        mask=mask,
         mask_act=mask_act,
-    )  # fmt: skip
+    )
     return dx
 
 
 @depthwise_dgrad.register_fake
 def _depthwise_dgrad_fake(
-    dy: Tensor, weight: Tensor, gate: Tensor | None, gate_act: str, addend: Tensor | None, mask: Tensor | None,
-    mask_act: str, height: int, width: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    addend: Tensor | None,
+    mask: Tensor | None,
+    mask_act: str,
+    height: int,
+    width: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     return empty_map(dy.shape[0], dy.shape[1], height, width, dy)
 
 
 @torch.library.custom_op("gigamorph::depthwise_wgrad_", mutates_args=("dw", "dshift"))
 def depthwise_wgrad_(
-    x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str, dw: Tensor, dshift: Tensor, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> None:  # fmt: skip
+    x: Tensor,
+    dy: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    dw: Tensor,
+    dshift: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
     """Add to dw and dshift; arguments as in `wgrad`."""
     wgrad(nhwc(x), nhwc(dy), dw, dshift, stride, padding, dilation, gate=_maps(gate)[0], gate_act=gate_act)
 
 
 @depthwise_wgrad_.register_fake
 def _depthwise_wgrad_fake(
-    x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str, dw: Tensor, dshift: Tensor, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> None:  # fmt: skip
+    x: Tensor,
+    dy: Tensor,
+    gate: Tensor | None,
+    gate_act: str,
+    dw: Tensor,
+    dshift: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
     return None

@@ -53,13 +53,29 @@ def _normalise(x, wanted, C, EPS: tl.constexpr):
 
 @triton.jit
 def _layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr,
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    pixels, H, W, C, steps,  # steps: tiles of BM pixels per program
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    steps,  # steps: tiles of BM pixels per program
+    EPS: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     c = tl.arange(0, BC)[None, :]
     wanted = c < C
     if HAS_WEIGHT:
@@ -82,14 +98,32 @@ def _layer_norm_kernel(
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, sums_ptr,  # sums: [programs, 2, C], of dy * xhat and of dy
-    dy_sn: tl.int64, dy_sh: tl.int64, dy_sw: tl.int64,
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    dx_sn: tl.int64, dx_sh: tl.int64, dx_sw: tl.int64,
-    pixels, H, W, C, steps,
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    dx_ptr,
+    sums_ptr,  # sums: [programs, 2, C], of dy * xhat and of dy
+    dy_sn: tl.int64,
+    dy_sh: tl.int64,
+    dy_sw: tl.int64,
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    dx_sn: tl.int64,
+    dx_sh: tl.int64,
+    dx_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    steps,
+    EPS: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     c = tl.arange(0, BC)[None, :]
     wanted = c < C
     if HAS_WEIGHT:
@@ -188,10 +222,26 @@ def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
         return
     pixels, config = _config(x)
     _layer_norm_kernel[(config.programs(pixels),)](
-        x, weight, bias, y, *spatial_strides(x), *spatial_strides(y), pixels, x.shape[2], x.shape[3], x.shape[1],
-        config.steps, EPS=eps, BM=config.block_m, BC=config.block_c, FLAT=is_flat(x, y), HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None, ACC=accumulator(x.dtype), num_warps=config.num_warps,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        y,
+        *spatial_strides(x),
+        *spatial_strides(y),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        x.shape[1],
+        config.steps,
+        EPS=eps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(x, y),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+    )
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +257,27 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx
     programs = config.programs(pixels)
     sums = torch.empty(programs, 2, channels, dtype=sum_dtype(x.dtype), device=x.device)
     _layer_norm_backward_kernel[(programs,)](
-        dy, x, weight, dx, sums, *spatial_strides(dy), *spatial_strides(x), *spatial_strides(dx),
-        pixels, x.shape[2], x.shape[3], channels, config.steps, EPS=eps, BM=config.block_m, BC=config.block_c,
-        FLAT=is_flat(dy, x, dx), HAS_WEIGHT=weight is not None, ACC=accumulator(x.dtype), num_warps=config.num_warps,
-    )  # fmt: skip
+        dy,
+        x,
+        weight,
+        dx,
+        sums,
+        *spatial_strides(dy),
+        *spatial_strides(x),
+        *spatial_strides(dx),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        config.steps,
+        EPS=eps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(dy, x, dx),
+        HAS_WEIGHT=weight is not None,
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+    )
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
@@ -300,9 +367,12 @@ def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     dx, dweight, dbias = layer_norm_backward(dy, x, weight, ctx.eps)
     return (
-        dx, None if weight is None else dweight.to(weight.dtype),
-        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None, None,
-    )  # fmt: skip
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        None,
+        None,
+    )
 
 
 layer_norm.register_autograd(_backward, setup_context=_save)

@@ -31,14 +31,36 @@ from .windows import empty_map, nhwc, spatial_strides
 
 @triton.jit
 def _layer_norm_linear_kernel(
-    x_ptr, ln_weight_ptr, ln_bias_ptr, w_ptr, bias_ptr, y_ptr,  # w: [K, C]
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    pixels, H, W, C, K, columns,  # columns: output channels of a program, a multiple of BN
-    EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr,
-    HAS_LN_WEIGHT: tl.constexpr, HAS_LN_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    ln_weight_ptr,
+    ln_bias_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,  # w: [K, C]
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    K,
+    columns,  # columns: output channels of a program, a multiple of BN
+    EPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_LN_WEIGHT: tl.constexpr,
+    HAS_LN_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     p = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM] pixels
     inside = (p < pixels)[:, None]
     x_rows = x_ptr + pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None]
@@ -93,9 +115,15 @@ def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters
 
 
 def launch_linear_act(
-    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
-    act: str, y: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    y: Tensor,
+) -> None:
     """Write y = act(layer_norm(x) weight^T + bias) at each pixel.
 
     Args:
@@ -113,18 +141,45 @@ def launch_linear_act(
     programs = 1 if interpreting() else 264
     columns = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, rows))) * config.block_n
     _layer_norm_linear_kernel[(rows, triton.cdiv(filters, columns))](
-        x, ln_weight, ln_bias, weight, bias, y, *spatial_strides(x), *spatial_strides(y), pixels, x.shape[2],
-        x.shape[3], channels, filters, columns, EPS=eps, BM=config.block_m, BN=config.block_n, BK=config.block_k,
-        FLAT=is_flat(x, y), HAS_LN_WEIGHT=ln_weight is not None, HAS_LN_BIAS=ln_bias is not None,
-        HAS_BIAS=bias is not None, ACT=act, PRECISION=dot_precision(weight.dtype), ACC=accumulator(weight.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        x,
+        ln_weight,
+        ln_bias,
+        weight,
+        bias,
+        y,
+        *spatial_strides(x),
+        *spatial_strides(y),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        filters,
+        columns,
+        EPS=eps,
+        BM=config.block_m,
+        BN=config.block_n,
+        BK=config.block_k,
+        FLAT=is_flat(x, y),
+        HAS_LN_WEIGHT=ln_weight is not None,
+        HAS_LN_BIAS=ln_bias is not None,
+        HAS_BIAS=bias is not None,
+        ACT=act,
+        PRECISION=dot_precision(weight.dtype),
+        ACC=accumulator(weight.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def layer_norm_linear_act(
-    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
     act: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """act(layer_norm(x) weight^T + bias) at each pixel, one pass over memory; differentiable, only x is kept.
 
     Args:
@@ -149,9 +204,14 @@ def layer_norm_linear_act(
 
 @torch.library.custom_op("gigamorph::layer_norm_linear_act", mutates_args=())
 def _layer_norm_linear_act(
-    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
     act: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     x = nhwc(x)
 
     def ours() -> Tensor:
@@ -176,9 +236,17 @@ def _(x, ln_weight, ln_bias, eps, weight, bias, act):
 
 
 def layer_norm_linear_act_backward(
-    dy: Tensor, x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor,
-    bias: Tensor | None, act: str, dweight: Tensor, dbias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    dweight: Tensor,
+    dbias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dln_weight and dln_bias; the gradients of weight and bias are added to the buffers given.
 
     Args:
@@ -220,9 +288,14 @@ _layer_norm_linear_act.register_autograd(_backward, setup_context=_save)
 
 
 def layer_norm_linear_act_reference(
-    x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
     act: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y in plain PyTorch."""
     n = layer_norm_reference(x, ln_weight, ln_bias, eps)
     return activate_reference(F.conv2d(n, weight.reshape(weight.shape[0], -1, 1, 1), bias), act)

@@ -49,11 +49,22 @@ def _merge_rows(count, mean, m2):
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, mean_ptr, m2_ptr,  # parts: [programs, C]
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    pixels, H, W, C, steps,  # steps: tiles of BM pixels per program
-    BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    m2_ptr,  # parts: [programs, C]
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
+    pixels,
+    H,
+    W,
+    C,
+    steps,  # steps: tiles of BM pixels per program
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     first = tl.program_id(0) * steps * BM
     count = tl.zeros((BM,), ACC)
@@ -78,10 +89,19 @@ def _moments_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_mean_ptr, part_m2_ptr, mean_ptr, m2_ptr,  # [parts, C], [parts, C], [C], [C]
-    parts, segments, share, run, C,  # of every row of `run` pixels all parts but the last are of `share` pixels
-    BM: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    part_mean_ptr,
+    part_m2_ptr,
+    mean_ptr,
+    m2_ptr,  # [parts, C], [parts, C], [C], [C]
+    parts,
+    segments,
+    share,
+    run,
+    C,  # of every row of `run` pixels all parts but the last are of `share` pixels
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    ACC: tl.constexpr,
+):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     count = tl.zeros((BM,), ACC)
     mean = tl.zeros((BM, BC), ACC)
@@ -111,14 +131,34 @@ def tile_moments(y, inside, count, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _moments_backward_kernel(
-    x_ptr, mean_ptr, dmean_ptr, dvar_ptr, addend_ptr, dx_ptr,
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    a_sn: tl.int64, a_sh: tl.int64, a_sw: tl.int64,
-    dx_sn: tl.int64, dx_sh: tl.int64, dx_sw: tl.int64,
-    count, pixels, H, W, C, steps,
-    BM: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, HAS_DMEAN: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    x_ptr,
+    mean_ptr,
+    dmean_ptr,
+    dvar_ptr,
+    addend_ptr,
+    dx_ptr,
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    a_sn: tl.int64,
+    a_sh: tl.int64,
+    a_sw: tl.int64,
+    dx_sn: tl.int64,
+    dx_sh: tl.int64,
+    dx_sw: tl.int64,
+    count,
+    pixels,
+    H,
+    W,
+    C,
+    steps,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_DMEAN: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mean = channel(mean_ptr, c, C, ACC)
     slope_x = 2 * channel(dvar_ptr, c, C, ACC) / count.to(ACC)
@@ -156,9 +196,21 @@ def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     pixels, config, grid = share_out(x, "moments")
     parts = torch.empty(2, grid[0], channels, dtype=dtype, device=x.device)
     _moments_kernel[grid](
-        x, parts[0], parts[1], *spatial_strides(x), pixels, x.shape[2], x.shape[3], channels, config.steps,
-        BM=config.block_m, BC=config.block_c, FLAT=is_flat(x), ACC=accumulator(x.dtype), num_warps=config.num_warps,
-    )  # fmt: skip
+        x,
+        parts[0],
+        parts[1],
+        *spatial_strides(x),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        config.steps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(x),
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+    )
     return merge_parts(parts, config.share, pixels)
 
 
@@ -174,9 +226,19 @@ def merge_parts(parts: Tensor, share: int, run: int) -> tuple[Tensor, Tensor]:
     mean, m2 = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
     block = power_of_two(channels, 4, 16384 if interpreting() else 16)  # narrow: more programs for little work
     _merge_kernel[(triton.cdiv(channels, block),)](
-        parts[0], parts[1], mean, m2, count, triton.cdiv(run, share), share, run, channels,
-        BM=power_of_two(count, 1, 128), BC=block, ACC=accumulator(parts.dtype),
-    )  # fmt: skip
+        parts[0],
+        parts[1],
+        mean,
+        m2,
+        count,
+        triton.cdiv(run, share),
+        share,
+        run,
+        channels,
+        BM=power_of_two(count, 1, 128),
+        BC=block,
+        ACC=accumulator(parts.dtype),
+    )
     return mean, m2
 
 
@@ -233,11 +295,27 @@ def launch_moments_backward(
         return
     pixels, config, grid = share_out(x, "moments_backward")
     _moments_backward_kernel[grid](
-        x, mean, dmean, dvar, addend, dx, *strides_of(x, x, addend, dx), count, pixels, x.shape[2], x.shape[3],
-        x.shape[1], config.steps, BM=config.block_m, BC=config.block_c, FLAT=is_flat(x, addend, dx),
-        HAS_DMEAN=dmean is not None, HAS_ADDEND=addend is not None, ACC=accumulator(x.dtype),
+        x,
+        mean,
+        dmean,
+        dvar,
+        addend,
+        dx,
+        *strides_of(x, x, addend, dx),
+        count,
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        x.shape[1],
+        config.steps,
+        BM=config.block_m,
+        BC=config.block_c,
+        FLAT=is_flat(x, addend, dx),
+        HAS_DMEAN=dmean is not None,
+        HAS_ADDEND=addend is not None,
+        ACC=accumulator(x.dtype),
         num_warps=config.num_warps,
-    )  # fmt: skip
+    )
 
 
 @torch.library.custom_op("gigamorph::moments_backward", mutates_args=())

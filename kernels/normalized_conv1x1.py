@@ -31,14 +31,37 @@ from .windows import empty_map, nhwc, spatial_strides
 
 @triton.jit
 def _normalized_conv1x1_kernel(
-    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, w_ptr, shift_ptr, y_ptr,  # w: [K, C]
-    part_mean_ptr, part_m2_ptr,  # [tiles, K], of what each tile writes
-    x_sn: tl.int64, x_sh: tl.int64, x_sw: tl.int64,
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    pixels, H, W, C, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    MOMENTS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    w_ptr,
+    shift_ptr,
+    y_ptr,  # w: [K, C]
+    part_mean_ptr,
+    part_m2_ptr,  # [tiles, K], of what each tile writes
+    x_sn: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    pixels,
+    H,
+    W,
+    C,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     blocks = tl.cdiv(K, BN)
     tile = tl.program_id(0) // blocks
     p = tile * BM + tl.arange(0, BM)  # [BM] pixels
@@ -73,9 +96,17 @@ def _normalized_conv1x1_kernel(
 
 
 def launch(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str, w: Tensor, shift: Tensor | None,
-    y: Tensor, moments: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    act: str,
+    w: Tensor,
+    shift: Tensor | None,
+    y: Tensor,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
     """Write y; mean and m2 of each of its channels over all images, empty unless `moments`.
 
     Args:
@@ -91,11 +122,34 @@ def launch(
     tiles = triton.cdiv(pixels, config.block_m)
     parts = torch.empty(2, tiles if moments else 0, filters, dtype=sum_dtype(y.dtype), device=y.device)
     _normalized_conv1x1_kernel[(tiles * triton.cdiv(filters, config.block_n),)](
-        x, mean, rstd, weight, bias, w, shift, y, *parts, *spatial_strides(x), *spatial_strides(y), pixels, x.shape[2],
-        x.shape[3], channels, filters, BM=config.block_m, BN=config.block_n, BK=config.block_k, FLAT=is_flat(x, y),
-        HAS_SHIFT=shift is not None, MOMENTS=moments, ACT=act, PRECISION=dot_precision(x.dtype),
-        ACC=accumulator(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        w,
+        shift,
+        y,
+        *parts,
+        *spatial_strides(x),
+        *spatial_strides(y),
+        pixels,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        filters,
+        BM=config.block_m,
+        BN=config.block_n,
+        BK=config.block_k,
+        FLAT=is_flat(x, y),
+        HAS_SHIFT=shift is not None,
+        MOMENTS=moments,
+        ACT=act,
+        PRECISION=dot_precision(x.dtype),
+        ACC=accumulator(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     if not moments:
         return y.new_empty(0, dtype=parts.dtype), y.new_empty(0, dtype=parts.dtype)
     return merge_parts(parts, config.block_m, pixels)
@@ -103,9 +157,17 @@ def launch(
 
 @torch.library.custom_op("gigamorph::normalized_conv1x1", mutates_args=())
 def normalized_conv1x1(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str, w: Tensor, shift: Tensor | None,
-    moments: bool, margin: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    act: str,
+    w: Tensor,
+    shift: Tensor | None,
+    moments: bool,
+    margin: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     """y with a margin as `conv2d_forward` leaves it, and mean and m2 of each channel of each image, if wanted.
 
     Args:

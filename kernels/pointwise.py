@@ -49,12 +49,28 @@ def tile_offsets(strides, n, i, j, c, VEC: tl.constexpr):
 
 @triton.jit
 def _affine_act_kernel(
-    x_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-    x_strides, r_strides, y_strides,  # of image, row and pixel, in vectors
-    H, W, CV: tl.int64, blocks,  # rows of an image, pixels of a row, vectors and blocks of channels
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    VEC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    x_strides,
+    r_strides,
+    y_strides,  # of image, row and pixel, in vectors
+    H,
+    W,
+    CV: tl.int64,
+    blocks,  # rows of an image, pixels of a row, vectors and blocks of channels
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    VEC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     n, i, j, inside = tile_pixels(pid // blocks, H, W, BH, BW)
     c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
@@ -74,15 +90,42 @@ def _affine_act_kernel(
 
 @triton.jit
 def _affine_act_grad_kernel(
-    dy_ptr, x_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr, dx_ptr, dz_ptr,
-    dscale_ptr, dshift_ptr,  # [splits, C] partial sums
-    dy_strides, x_strides, r_strides, y_strides, dx_strides, dz_strides,  # of image, row and pixel, in vectors
-    H, W, CV: tl.int64, blocks,  # rows of an image, pixels of a row, vectors and blocks of channels
-    tiles, tiles_each,  # in all, and of one program
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_DX: tl.constexpr, HAS_DZ: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr,
-    VEC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    dx_ptr,
+    dz_ptr,
+    dscale_ptr,
+    dshift_ptr,  # [splits, C] partial sums
+    dy_strides,
+    x_strides,
+    r_strides,
+    y_strides,
+    dx_strides,
+    dz_strides,  # of image, row and pixel, in vectors
+    H,
+    W,
+    CV: tl.int64,
+    blocks,  # rows of an image, pixels of a row, vectors and blocks of channels
+    tiles,
+    tiles_each,  # in all, and of one program
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_DX: tl.constexpr,
+    HAS_DZ: tl.constexpr,
+    SUMS: tl.constexpr,
+    ACT: tl.constexpr,
+    VEC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     split = pid // blocks
     c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
@@ -201,9 +244,14 @@ def tiles_per_program(tiles: int) -> int:
 
 
 def launch_forward(
-    x: Tensor, y: Tensor, act: str, *, scale: Tensor | None = None, shift: Tensor | None = None,
+    x: Tensor,
+    y: Tensor,
+    act: str,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     residual: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write y = act(x * scale + shift + residual).
 
     Args:
@@ -217,17 +265,41 @@ def launch_forward(
     block = tile_shape(h, w, c * vec, x.element_size())
     blocks = triton.cdiv(c * vec, block[2])
     _affine_act_kernel[(tiles_of(n, h, w, block) * blocks,)](
-        x, scale, shift, residual, y, *strides, h, w, c, blocks, HAS_SCALE=scale is not None,
-        HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None, ACT=act, VEC=vec, BH=block[0], BW=block[1],
-        BC=block[2], ACC=accumulator(x.dtype),
-    )  # fmt: skip
+        x,
+        scale,
+        shift,
+        residual,
+        y,
+        *strides,
+        h,
+        w,
+        c,
+        blocks,
+        HAS_SCALE=scale is not None,
+        HAS_SHIFT=shift is not None,
+        HAS_RESIDUAL=residual is not None,
+        ACT=act,
+        VEC=vec,
+        BH=block[0],
+        BW=block[1],
+        BC=block[2],
+        ACC=accumulator(x.dtype),
+    )
 
 
 def launch_backward(
-    dy: Tensor, act: str, *, x: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    residual: Tensor | None = None, y: Tensor | None = None, dx: Tensor | None = None, dz: Tensor | None = None,
+    dy: Tensor,
+    act: str,
+    *,
+    x: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    dx: Tensor | None = None,
+    dz: Tensor | None = None,
     sums: bool = False,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+) -> tuple[Tensor, Tensor] | None:
     """Write dx and dz, those that are given.
 
     Args:
@@ -250,12 +322,37 @@ def launch_backward(
     # Two vectors of three maps, of dz and of both sums are more than a thread has registers for: one of each then.
     warps = 8 if sums and residual is not None else 4
     _affine_act_grad_kernel[(splits * blocks,)](
-        dy, x, scale, shift, residual, y, dx, dz, *((None, None) if parts is None else parts), *strides,
-        h, w, c, blocks, tiles, each, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None,
-        HAS_RESIDUAL=residual is not None, HAS_Y=y is not None, HAS_DX=dx is not None, HAS_DZ=dz is not None,
-        SUMS=sums, ACT=act, VEC=vec, BH=block[0], BW=block[1], BC=block[2], ACC=accumulator(dy.dtype),
+        dy,
+        x,
+        scale,
+        shift,
+        residual,
+        y,
+        dx,
+        dz,
+        *((None, None) if parts is None else parts),
+        *strides,
+        h,
+        w,
+        c,
+        blocks,
+        tiles,
+        each,
+        HAS_SCALE=scale is not None,
+        HAS_SHIFT=shift is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_Y=y is not None,
+        HAS_DX=dx is not None,
+        HAS_DZ=dz is not None,
+        SUMS=sums,
+        ACT=act,
+        VEC=vec,
+        BH=block[0],
+        BW=block[1],
+        BC=block[2],
+        ACC=accumulator(dy.dtype),
         num_warps=warps,
-    )  # fmt: skip
+    )
     return None if parts is None else tuple(parts.sum(1).unbind())  # pyright: ignore
 
 
@@ -373,9 +470,16 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str
 
 @torch.library.custom_op("gigamorph::affine_act_backward", mutates_args=())
 def affine_act_backward(
-    dy: Tensor, x: Tensor | None, scale: Tensor, shift: Tensor, residual: Tensor | None, y: Tensor | None, act: str,
-    sums: bool, wants_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: str,
+    sums: bool,
+    wants_dz: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz, dscale and dshift of `affine_act`; dz has no elements unless wanted, nor have the last two.
 
     Args:
@@ -383,9 +487,17 @@ def affine_act_backward(
     """
     dx, dz = _like(dy), _like(dy) if wants_dz else _like(dy[:0])
     totals = launch_backward(
-        nhwc(dy), act, x=_nhwc(x), scale=scale.contiguous(), shift=shift.contiguous(), residual=_nhwc(residual),
-        y=_nhwc(y), dx=dx, dz=dz if wants_dz else None, sums=sums,
-    )  # fmt: skip
+        nhwc(dy),
+        act,
+        x=_nhwc(x),
+        scale=scale.contiguous(),
+        shift=shift.contiguous(),
+        residual=_nhwc(residual),
+        y=_nhwc(y),
+        dx=dx,
+        dz=dz if wants_dz else None,
+        sums=sums,
+    )
     if totals is None:
         return dx, dz, scale.new_empty(0), shift.new_empty(0)
     return dx, dz, totals[0].to(scale.dtype, copy=True), totals[1].to(shift.dtype, copy=True)
@@ -393,9 +505,16 @@ def affine_act_backward(
 
 @affine_act_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor | None, scale: Tensor, shift: Tensor, residual: Tensor | None, y: Tensor | None, act: str,
-    sums: bool, wants_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: str,
+    sums: bool,
+    wants_dz: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = dy.shape[1] if sums else 0
     return _like(dy), _like(dy) if wants_dz else _like(dy[:0]), scale.new_empty(c), shift.new_empty(c)
 

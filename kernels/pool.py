@@ -38,13 +38,35 @@ NO_TAP = tl.constexpr(255)
 
 @triton.jit
 def _max_pool2d_kernel(
-    x_ptr, y_ptr, tap_ptr,
-    x_strides, y_strides, t_strides,  # of image, row and pixel, in vectors
-    H, W, OH, OW, CV: tl.int64, blocks,  # rows and columns of x and of y, vectors and blocks of channels
-    top, left, stride_h, stride_w, dil_h, dil_w,
-    HAS_Y: tl.constexpr, HAS_TAP: tl.constexpr, MASK: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    VEC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    tap_ptr,
+    x_strides,
+    y_strides,
+    t_strides,  # of image, row and pixel, in vectors
+    H,
+    W,
+    OH,
+    OW,
+    CV: tl.int64,
+    blocks,  # rows and columns of x and of y, vectors and blocks of channels
+    top,
+    left,
+    stride_h,
+    stride_w,
+    dil_h,
+    dil_w,
+    HAS_Y: tl.constexpr,
+    HAS_TAP: tl.constexpr,
+    MASK: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    VEC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     n, i, j, inside = tile_pixels(pid // blocks, OH, OW, BH, BW)
     c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
@@ -77,14 +99,32 @@ def _max_pool2d_kernel(
 
 @triton.jit
 def _max_pool2d_grad_kernel(
-    dy_ptr, tap_ptr, dx_ptr,
-    dy_strides, t_strides, dx_strides,  # of image, row and pixel, in vectors
-    H, W, OH, OW, CV: tl.int64, blocks,  # rows and columns of x and of y, vectors and blocks of channels
-    top, left,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr,
-    VEC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    tap_ptr,
+    dx_ptr,
+    dy_strides,
+    t_strides,
+    dx_strides,  # of image, row and pixel, in vectors
+    H,
+    W,
+    OH,
+    OW,
+    CV: tl.int64,
+    blocks,  # rows and columns of x and of y, vectors and blocks of channels
+    top,
+    left,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    VEC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     # Pixel (a*STRIDE_H + p - top, b*STRIDE_W + q - left): which taps may have chosen it depends on p and q alone.
     n, a, b, _ = tile_pixels(pid // blocks, tl.cdiv(H + top, STRIDE_H), tl.cdiv(W + left, STRIDE_W), BH, BW)
@@ -114,10 +154,18 @@ def _global_sum_kernel(
     x_ptr,
     part_ptr,  # [N, splits, C] partial sums
     x_strides,  # of image, row and pixel, in vectors
-    H, W, CV: tl.int64, blocks,  # rows of an image, pixels of a row, vectors and blocks of channels
-    tiles, tiles_each,  # of an image, and of one program
-    VEC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    H,
+    W,
+    CV: tl.int64,
+    blocks,  # rows of an image, pixels of a row, vectors and blocks of channels
+    tiles,
+    tiles_each,  # of an image, and of one program
+    VEC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BC: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid, splits = tl.program_id(0), tl.cdiv(tiles, tiles_each)
     split, n = pid // blocks % splits, pid // blocks // splits
     c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
@@ -131,9 +179,16 @@ def _global_sum_kernel(
 
 
 def launch_max_pool2d(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *,
-    y: Tensor | None = None, taps: Tensor | None = None, mask_act: str = "none",
-) -> None:  # fmt: skip
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    y: Tensor | None = None,
+    taps: Tensor | None = None,
+    mask_act: str = "none",
+) -> None:
     """Write y and taps, those that are given.
 
     Args:
@@ -152,16 +207,44 @@ def launch_max_pool2d(
     block = tile_shape(oh, ow, min(c, 128), x.element_size(), rows=4)
     blocks = triton.cdiv(c, block[2])
     _max_pool2d_kernel[(tiles_of(n, oh, ow, block) * blocks,)](
-        x, y, taps, x_strides, y_strides, t_strides, h, w, oh, ow, c // vec, blocks, padding[0], padding[2], *stride,
-        *dilation, HAS_Y=y is not None, HAS_TAP=taps is not None, MASK=mask_act, R=kernel[0], S=kernel[1], VEC=vec,
-        BH=block[0], BW=block[1], BC=block[2], ACC=accumulator(x.dtype),
-    )  # fmt: skip
+        x,
+        y,
+        taps,
+        x_strides,
+        y_strides,
+        t_strides,
+        h,
+        w,
+        oh,
+        ow,
+        c // vec,
+        blocks,
+        padding[0],
+        padding[2],
+        *stride,
+        *dilation,
+        HAS_Y=y is not None,
+        HAS_TAP=taps is not None,
+        MASK=mask_act,
+        R=kernel[0],
+        S=kernel[1],
+        VEC=vec,
+        BH=block[0],
+        BW=block[1],
+        BC=block[2],
+        ACC=accumulator(x.dtype),
+    )
 
 
 def launch_max_pool2d_backward(
-    dy: Tensor, taps: Tensor, dx: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dy: Tensor,
+    taps: Tensor,
+    dx: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int],
-) -> None:  # fmt: skip
+) -> None:
     """Write dx; every pixel of it, zero where no window chose it.
 
     Args:
@@ -177,10 +260,32 @@ def launch_max_pool2d_backward(
     block = tile_shape(*steps, min(c, 128), dy.element_size(), rows=4)
     blocks = triton.cdiv(c, block[2])
     _max_pool2d_grad_kernel[(tiles_of(n, *steps, block) * blocks,)](
-        dy, taps, dx, dy_strides, t_strides, dx_strides, h, w, oh, ow, c // vec, blocks, padding[0], padding[2],
-        STRIDE_H=stride[0], STRIDE_W=stride[1], DIL_H=dilation[0], DIL_W=dilation[1], R=kernel[0], S=kernel[1],
-        VEC=vec, BH=block[0], BW=block[1], BC=block[2], ACC=accumulator(dy.dtype),
-    )  # fmt: skip
+        dy,
+        taps,
+        dx,
+        dy_strides,
+        t_strides,
+        dx_strides,
+        h,
+        w,
+        oh,
+        ow,
+        c // vec,
+        blocks,
+        padding[0],
+        padding[2],
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        DIL_H=dilation[0],
+        DIL_W=dilation[1],
+        R=kernel[0],
+        S=kernel[1],
+        VEC=vec,
+        BH=block[0],
+        BW=block[1],
+        BC=block[2],
+        ACC=accumulator(dy.dtype),
+    )
 
 
 def launch_global_sum(x: Tensor) -> Tensor:
@@ -195,9 +300,21 @@ def launch_global_sum(x: Tensor) -> Tensor:
     splits, blocks = triton.cdiv(tiles, each), triton.cdiv(channels, block[2])
     parts = torch.empty(images, splits, channels, dtype=_sums(x).dtype, device=x.device)
     _global_sum_kernel[(n * splits * blocks,)](
-        x, parts, strides, h, w, c, blocks, tiles, each, VEC=vec, BH=block[0], BW=block[1], BC=block[2],
+        x,
+        parts,
+        strides,
+        h,
+        w,
+        c,
+        blocks,
+        tiles,
+        each,
+        VEC=vec,
+        BH=block[0],
+        BW=block[1],
+        BC=block[2],
         ACC=accumulator(x.dtype),
-    )  # fmt: skip
+    )
     return parts.sum(1)
 
 
@@ -211,9 +328,14 @@ def max_pool2d_reference(
 
 
 def max_pool2d_backward_reference(
-    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], mask_act: str = "none",
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask_act: str = "none",
+) -> Tensor:
     """dx in plain PyTorch."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -270,9 +392,14 @@ def _(
 
 @torch.library.custom_op("gigamorph::max_pool2d_backward", mutates_args=())
 def max_pool2d_backward(
-    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], mask_act: str = "none",
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask_act: str = "none",
+) -> Tensor:
     """The gradient of x, times the slope of the activation that made x (`mask_act`, one of MASKS)."""
     if mask_act not in MASKS and mask_act != "none":
         raise ValueError(f"max_pool2d_backward: x does not tell the slope of {mask_act!r}; apply it with act_grad")
@@ -306,9 +433,14 @@ def max_pool2d_backward(
 
 @max_pool2d_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], mask_act: str = "none",
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask_act: str = "none",
+) -> Tensor:
     return empty_map(*x.shape, like=x)
 
 

@@ -47,10 +47,27 @@ ACTIVATIONS = ("none", "relu", "relu6")  # those that never decrease
 
 @triton.jit
 def _patches(
-    x_ptr, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, low, high, row, columns, d, dtype: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    HAS_GAIN: tl.constexpr, CLAMPED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    gain_ptr,
+    offset_ptr,
+    x_sc,
+    x_sh,
+    x_sw,
+    H,
+    W,
+    low,
+    high,
+    row,
+    columns,
+    d,
+    dtype: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """[BM, BK] normalised pixels under taps d = (r * S + s) * C + c of filters that begin at `row` and `columns`."""
     c, s, r = d % C, d // C % S, d // (C * S)
     h = row + r  # [BK]
@@ -69,19 +86,68 @@ def _patches(
 
 @triton.jit
 def _conv(
-    x_ptr, w_ptr, scale_ptr, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, OH, OW, K, depth, w_sd,
-    low, high, ci, cj, k, top, left, stride_h, stride_w,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_GAIN: tl.constexpr, CLAMPED: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    gain_ptr,
+    offset_ptr,
+    x_sc,
+    x_sh,
+    x_sw,
+    H,
+    W,
+    OH,
+    OW,
+    K,
+    depth,
+    w_sd,
+    low,
+    high,
+    ci,
+    cj,
+    k,
+    top,
+    left,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """[BM, BN] conv(v, w) * scale at conv line ci, columns cj; minus infinity where there is no such output."""
     acc = tl.zeros((BM, BN), ACC)
     for b in range(tl.cdiv(depth, BK)):
         d = b * BK + tl.arange(0, BK)
         a = _patches(
-            x_ptr, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, low, high, ci * stride_h - top, cj * stride_w - left,
-            d, w_ptr.dtype.element_ty, C, R, S, HAS_GAIN, CLAMPED, ACC,
-        )  # fmt: skip
+            x_ptr,
+            gain_ptr,
+            offset_ptr,
+            x_sc,
+            x_sh,
+            x_sw,
+            H,
+            W,
+            low,
+            high,
+            ci * stride_h - top,
+            cj * stride_w - left,
+            d,
+            w_ptr.dtype.element_ty,
+            C,
+            R,
+            S,
+            HAS_GAIN,
+            CLAMPED,
+            ACC,
+        )
         w = tl.load(w_ptr + d[:, None] * w_sd + k[None, :])
         acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
     if HAS_SCALE:
@@ -99,7 +165,7 @@ def _shifted(z, shift_ptr, k, K, HAS_SHIFT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _store_row(
     y_ptr, shift_ptr, y_sh, y_sw, i, j, k, PW, K, z, HAS_SHIFT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+):
     y = activate(_shifted(z, shift_ptr, k, K, HAS_SHIFT, ACC), ACT)
     pixels = i.to(tl.int64) * y_sh + j.to(tl.int64) * y_sw
     keep = (j < PW)[:, None] & (k < K)[None, :]
@@ -108,17 +174,55 @@ def _store_row(
 
 @triton.jit
 def _stem_forward_kernel(
-    x_ptr, w_ptr, scale_ptr, shift_ptr, gain_ptr, offset_ptr, y_ptr,
-    x_sn: tl.int64, x_sc: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, channel, row, pixel
-    y_sn: tl.int64, y_sh: tl.int64, y_sw: tl.int64,
-    H, W, OH, OW, PH, PW, K,  # pixels, conv outputs, pixels of y, filters
-    depth, w_sd,  # taps x channels; filters, padded
-    low, high, top, left, stride_h, stride_w, pool_top, pool_left,
-    lines, strips, segments,  # rows of y per program, programs per image and per row
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_GAIN: tl.constexpr, CLAMPED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    POOL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    gain_ptr,
+    offset_ptr,
+    y_ptr,
+    x_sn: tl.int64,
+    x_sc: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, channel, row, pixel
+    y_sn: tl.int64,
+    y_sh: tl.int64,
+    y_sw: tl.int64,
+    H,
+    W,
+    OH,
+    OW,
+    PH,
+    PW,
+    K,  # pixels, conv outputs, pixels of y, filters
+    depth,
+    w_sd,  # taps x channels; filters, padded
+    low,
+    high,
+    top,
+    left,
+    stride_h,
+    stride_w,
+    pool_top,
+    pool_left,
+    lines,
+    strips,
+    segments,  # rows of y per program, programs per image and per row
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    POOL: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     pid = tl.program_id(0)
     blocks = tl.cdiv(K, BN)
     k = (pid % blocks) * BN + tl.arange(0, BN)
@@ -136,10 +240,42 @@ def _stem_forward_kernel(
             line = tl.full((BM, BN), float("-inf"), ACC)
             for dj in range(3):
                 z = _conv(
-                    x_ptr, w_ptr, scale_ptr, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, OH, OW, K, depth, w_sd,
-                    low, high, 2 * i - pool_top + t, 2 * j - pool_left + dj, k, top, left, stride_h, stride_w,
-                    C, R, S, BM, BN, BK, HAS_GAIN, CLAMPED, HAS_SCALE, PRECISION, ACC,
-                )  # fmt: skip
+                    x_ptr,
+                    w_ptr,
+                    scale_ptr,
+                    gain_ptr,
+                    offset_ptr,
+                    x_sc,
+                    x_sh,
+                    x_sw,
+                    H,
+                    W,
+                    OH,
+                    OW,
+                    K,
+                    depth,
+                    w_sd,
+                    low,
+                    high,
+                    2 * i - pool_top + t,
+                    2 * j - pool_left + dj,
+                    k,
+                    top,
+                    left,
+                    stride_h,
+                    stride_w,
+                    C,
+                    R,
+                    S,
+                    BM,
+                    BN,
+                    BK,
+                    HAS_GAIN,
+                    CLAMPED,
+                    HAS_SCALE,
+                    PRECISION,
+                    ACC,
+                )
                 line = tl.maximum(line, z)
             best = tl.maximum(best, line)
             if t % 2 == 0:
@@ -149,27 +285,98 @@ def _stem_forward_kernel(
     else:
         for t in range(rows):
             z = _conv(
-                x_ptr, w_ptr, scale_ptr, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, OH, OW, K, depth, w_sd,
-                low, high, i + t, j, k, top, left, stride_h, stride_w,
-                C, R, S, BM, BN, BK, HAS_GAIN, CLAMPED, HAS_SCALE, PRECISION, ACC,
-            )  # fmt: skip
+                x_ptr,
+                w_ptr,
+                scale_ptr,
+                gain_ptr,
+                offset_ptr,
+                x_sc,
+                x_sh,
+                x_sw,
+                H,
+                W,
+                OH,
+                OW,
+                K,
+                depth,
+                w_sd,
+                low,
+                high,
+                i + t,
+                j,
+                k,
+                top,
+                left,
+                stride_h,
+                stride_w,
+                C,
+                R,
+                S,
+                BM,
+                BN,
+                BK,
+                HAS_GAIN,
+                CLAMPED,
+                HAS_SCALE,
+                PRECISION,
+                ACC,
+            )
             _store_row(y_ptr, shift_ptr, y_sh, y_sw, i + t, j, k, PW, K, z, HAS_SHIFT, ACT, ACC)
 
 
 @triton.jit
 def _stem_backward_kernel(
-    x_ptr, w_ptr, scale_ptr, shift_ptr, gain_ptr, offset_ptr, dy_ptr,
-    g_ptr, s_ptr,  # [splits, K, depth] and [splits, K]: partial sums of g^T patches and of g
-    x_sn: tl.int64, x_sc: tl.int64, x_sh: tl.int64, x_sw: tl.int64,  # strides of image, channel, row, pixel
-    dy_sn: tl.int64, dy_sh: tl.int64, dy_sw: tl.int64,
-    H, W, OH, OW, PH, PW, K,  # pixels, conv outputs, pixels of y, filters
-    depth, w_sd,  # taps x channels; filters, padded
-    low, high, top, left, stride_h, stride_w, pool_top, pool_left,
-    tiles, share, segments,  # row segments of y in all, per program and per row
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    HAS_GAIN: tl.constexpr, CLAMPED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    POOL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    gain_ptr,
+    offset_ptr,
+    dy_ptr,
+    g_ptr,
+    s_ptr,  # [splits, K, depth] and [splits, K]: partial sums of g^T patches and of g
+    x_sn: tl.int64,
+    x_sc: tl.int64,
+    x_sh: tl.int64,
+    x_sw: tl.int64,  # strides of image, channel, row, pixel
+    dy_sn: tl.int64,
+    dy_sh: tl.int64,
+    dy_sw: tl.int64,
+    H,
+    W,
+    OH,
+    OW,
+    PH,
+    PW,
+    K,  # pixels, conv outputs, pixels of y, filters
+    depth,
+    w_sd,  # taps x channels; filters, padded
+    low,
+    high,
+    top,
+    left,
+    stride_h,
+    stride_w,
+    pool_top,
+    pool_left,
+    tiles,
+    share,
+    segments,  # row segments of y in all, per program and per row
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    POOL: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     SPOTS: tl.constexpr = 9 if POOL else 1  # conv outputs that one pixel of y chooses from
     STEP: tl.constexpr = 2 if POOL else 1
     pid = tl.program_id(0)
@@ -195,10 +402,42 @@ def _stem_backward_kernel(
             best = tl.full((BM, BN), float("-inf"), ACC)
             for o in range(SPOTS):
                 z = _conv(
-                    image, w_ptr, scale_ptr, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, OH, OW, K, depth, w_sd,
-                    low, high, ci + o // 3, cj + o % 3, k, top, left, stride_h, stride_w,
-                    C, R, S, BM, BN, BK, HAS_GAIN, CLAMPED, HAS_SCALE, PRECISION, ACC,
-                )  # fmt: skip
+                    image,
+                    w_ptr,
+                    scale_ptr,
+                    gain_ptr,
+                    offset_ptr,
+                    x_sc,
+                    x_sh,
+                    x_sw,
+                    H,
+                    W,
+                    OH,
+                    OW,
+                    K,
+                    depth,
+                    w_sd,
+                    low,
+                    high,
+                    ci + o // 3,
+                    cj + o % 3,
+                    k,
+                    top,
+                    left,
+                    stride_h,
+                    stride_w,
+                    C,
+                    R,
+                    S,
+                    BM,
+                    BN,
+                    BK,
+                    HAS_GAIN,
+                    CLAMPED,
+                    HAS_SCALE,
+                    PRECISION,
+                    ACC,
+                )
                 spot = tl.where(z > best, o, spot)  # an equal value later does not displace the first
                 best = tl.maximum(best, z)
             if ACT != "none":
@@ -214,10 +453,27 @@ def _stem_backward_kernel(
             for o in range(SPOTS):
                 here = tl.where(spot == o, g, 0.0).to(w_ptr.dtype.element_ty)
                 v = _patches(
-                    image, gain_ptr, offset_ptr, x_sc, x_sh, x_sw, H, W, low, high,
-                    (ci + o // 3) * stride_h - top, (cj + o % 3) * stride_w - left, d,
-                    w_ptr.dtype.element_ty, C, R, S, HAS_GAIN, CLAMPED, ACC,
-                )  # fmt: skip
+                    image,
+                    gain_ptr,
+                    offset_ptr,
+                    x_sc,
+                    x_sh,
+                    x_sw,
+                    H,
+                    W,
+                    low,
+                    high,
+                    (ci + o // 3) * stride_h - top,
+                    (cj + o % 3) * stride_w - left,
+                    d,
+                    w_ptr.dtype.element_ty,
+                    C,
+                    R,
+                    S,
+                    HAS_GAIN,
+                    CLAMPED,
+                    ACC,
+                )
                 products = tl.dot(here.T, v, products, input_precision=PRECISION, out_dtype=ACC)
             tl.store(g_ptr + at, products, mask=owned)
 
@@ -238,9 +494,14 @@ def stem_size(
 
 
 def _checked(
-    x: Tensor, weight: Tensor, act: str, gain: Tensor | None, offset: Tensor | None,
-    padding: Sequence[int], pool_padding: Sequence[int] | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    act: str,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    padding: Sequence[int],
+    pool_padding: Sequence[int] | None,
+) -> Tensor:
     """The image as kernels read it; ValueError for what they cannot do."""
     if act not in ACTIVATIONS:
         raise ValueError(
@@ -256,14 +517,29 @@ def _checked(
 
 
 def _options(
-    x: Tensor, weight: Tensor, act: str, gain: Tensor | None, low: float, high: float, scale: Tensor | None,
-    shift: Tensor | None, pooled: bool,
-) -> dict[str, object]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    act: str,
+    gain: Tensor | None,
+    low: float,
+    high: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    pooled: bool,
+) -> dict[str, object]:
     return {
-        "C": x.shape[1], "R": weight.shape[2], "S": weight.shape[3], "HAS_GAIN": gain is not None,
-        "CLAMPED": low > -math.inf or high < math.inf, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
-        "POOL": pooled, "ACT": act, "PRECISION": dot_precision(weight.dtype), "ACC": accumulator(weight.dtype),
-    }  # fmt: skip
+        "C": x.shape[1],
+        "R": weight.shape[2],
+        "S": weight.shape[3],
+        "HAS_GAIN": gain is not None,
+        "CLAMPED": low > -math.inf or high < math.inf,
+        "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None,
+        "POOL": pooled,
+        "ACT": act,
+        "PRECISION": dot_precision(weight.dtype),
+        "ACC": accumulator(weight.dtype),
+    }
 
 
 def _tile(weight: Tensor, width: int) -> dict[str, int]:
@@ -294,10 +570,21 @@ def _padded(matrix: Tensor, tile: dict[str, int]) -> Tensor:
 
 
 def stem_forward(
-    x: Tensor, weight: Tensor, y: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, gain: Tensor | None = None, offset: Tensor | None = None,
-    low: float = -math.inf, high: float = math.inf, pool_padding: Sequence[int] | None = None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    pool_padding: Sequence[int] | None = None,
+) -> None:
     """Write y; see the formula above.
 
     Args:
@@ -326,20 +613,61 @@ def stem_forward(
     matrix = _padded(_matrix(weight), tile)
     pool_top, _, pool_left, _ = pool_padding or (0, 0, 0, 0)
     _stem_forward_kernel[(n * strips * segments * blocks,)](
-        x, matrix, scale, shift, gain, offset, y, x.stride(0), x.stride(1), x.stride(2), x.stride(3),
-        *spatial_strides(y), x.shape[2], x.shape[3], oh, ow, ph, pw, filters,
-        weight[0].numel(), matrix.shape[1], float(low), float(high), padding[0], padding[2],
-        *stride, pool_top, pool_left, lines, strips, segments,
-        **_options(x, weight, act, gain, low, high, scale, shift, pool_padding is not None), **tile,
-    )  # fmt: skip
+        x,
+        matrix,
+        scale,
+        shift,
+        gain,
+        offset,
+        y,
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+        x.stride(3),
+        *spatial_strides(y),
+        x.shape[2],
+        x.shape[3],
+        oh,
+        ow,
+        ph,
+        pw,
+        filters,
+        weight[0].numel(),
+        matrix.shape[1],
+        float(low),
+        float(high),
+        padding[0],
+        padding[2],
+        *stride,
+        pool_top,
+        pool_left,
+        lines,
+        strips,
+        segments,
+        **_options(x, weight, act, gain, low, high, scale, shift, pool_padding is not None),
+        **tile,
+    )
 
 
 def stem_backward(
-    x: Tensor, weight: Tensor, dy: Tensor, dweight: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *,
-    dshift: Tensor | None = None, dscale: Tensor | None = None, scale: Tensor | None = None,
-    shift: Tensor | None = None, gain: Tensor | None = None, offset: Tensor | None = None,
-    low: float = -math.inf, high: float = math.inf, pool_padding: Sequence[int] | None = None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    dweight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    *,
+    dshift: Tensor | None = None,
+    dscale: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    pool_padding: Sequence[int] | None = None,
+) -> None:
     """Add the gradients of weight, shift and scale to the buffers given.
 
     Args:
@@ -366,12 +694,42 @@ def stem_backward(
     shifts = torch.empty(splits, filters, dtype=dweight.dtype, device=x.device)
     pool_top, _, pool_left, _ = pool_padding or (0, 0, 0, 0)
     _stem_backward_kernel[(splits * blocks,)](
-        x, matrix, scale, shift, gain, offset, dy, sums, shifts, x.stride(0), x.stride(1), x.stride(2), x.stride(3),
-        *spatial_strides(dy), x.shape[2], x.shape[3], oh, ow, ph, pw, filters,
-        weight[0].numel(), matrix.shape[1], float(low), float(high), padding[0], padding[2],
-        *stride, pool_top, pool_left, tiles, share, segments,
-        **_options(x, weight, act, gain, low, high, scale, shift, pool_padding is not None), **tile,
-    )  # fmt: skip
+        x,
+        matrix,
+        scale,
+        shift,
+        gain,
+        offset,
+        dy,
+        sums,
+        shifts,
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+        x.stride(3),
+        *spatial_strides(dy),
+        x.shape[2],
+        x.shape[3],
+        oh,
+        ow,
+        ph,
+        pw,
+        filters,
+        weight[0].numel(),
+        matrix.shape[1],
+        float(low),
+        float(high),
+        padding[0],
+        padding[2],
+        *stride,
+        pool_top,
+        pool_left,
+        tiles,
+        share,
+        segments,
+        **_options(x, weight, act, gain, low, high, scale, shift, pool_padding is not None),
+        **tile,
+    )
     total = sums.sum(0)
     if dshift is not None:
         dshift += shifts.sum(0)
@@ -384,10 +742,19 @@ def stem_backward(
 
 
 def stem_reference(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, gain: Tensor | None, offset: Tensor | None,
-    low: float, high: float, stride: Sequence[int], padding: Sequence[int], pool_padding: Sequence[int] | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    pool_padding: Sequence[int] | None,
     act: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y in plain PyTorch: normalised in float32 or better, the rest in the dtype of weight."""
     z = F.conv2d(_normalised(x, weight, gain, offset, low, high, padding), weight, None, tuple(stride))
     if scale is not None:
@@ -402,9 +769,14 @@ def stem_reference(
 
 
 def _normalised(
-    x: Tensor, weight: Tensor, gain: Tensor | None, offset: Tensor | None, low: float, high: float,
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
     padding: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The padded window of values that the convolution reads."""
     if x.dtype == torch.int16:
         x = x.view(torch.uint16)
@@ -419,19 +791,39 @@ def _normalised(
 
 @torch.library.custom_op("gigamorph::stem", mutates_args=())
 def stem(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, gain: Tensor | None, offset: Tensor | None,
-    low: float, high: float, stride: Sequence[int], padding: Sequence[int], pool_padding: Sequence[int] | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    pool_padding: Sequence[int] | None,
     act: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The fused stem; see `stem_forward`. Differentiable in weight, scale and shift."""
     inputs = x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act
 
     def ours() -> Tensor:
         y = _stem_fake(*inputs)
         stem_forward(
-            x, weight, y, stride, padding, act, scale=scale, shift=shift, gain=gain, offset=offset, low=low, high=high,
+            x,
+            weight,
+            y,
+            stride,
+            padding,
+            act,
+            scale=scale,
+            shift=shift,
+            gain=gain,
+            offset=offset,
+            low=low,
+            high=high,
             pool_padding=pool_padding,
-        )  # fmt: skip
+        )
         return y
 
     return run_fastest("stem", x, _settings(*inputs), ours, lambda: nhwc(stem_reference(*inputs)))
@@ -453,10 +845,20 @@ def _stem_fake(x, weight, scale, shift, gain, offset, low, high, stride, padding
 
 @torch.library.custom_op("gigamorph::stem_gradients", mutates_args=())
 def stem_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, gain: Tensor | None,
-    offset: Tensor | None, low: float, high: float, stride: Sequence[int], padding: Sequence[int],
-    pool_padding: Sequence[int] | None, act: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    pool_padding: Sequence[int] | None,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight, scale and shift, in float32 or float64; see `stem_backward`."""
     inputs = x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act
     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -467,9 +869,23 @@ def stem_gradients(
             torch.zeros(s, dtype=wide, device=x.device) for s in (weight.shape, *2 * [weight.shape[:1]])
         )
         stem_backward(
-            x, weight, dy, dweight, stride, padding, act, dshift=dshift, dscale=dscale, scale=scale, shift=shift,
-            gain=gain, offset=offset, low=low, high=high, pool_padding=pool_padding,
-        )  # fmt: skip
+            x,
+            weight,
+            dy,
+            dweight,
+            stride,
+            padding,
+            act,
+            dshift=dshift,
+            dscale=dscale,
+            scale=scale,
+            shift=shift,
+            gain=gain,
+            offset=offset,
+            low=low,
+            high=high,
+            pool_padding=pool_padding,
+        )
         return dweight, dscale, dshift
 
     return run_fastest("stem_gradients", x, _settings(*inputs), ours, lambda: _gradients_stock(dy, *inputs))
@@ -477,7 +893,7 @@ def stem_gradients(
 
 def _gradients_stock(
     dy, x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same with PyTorch's own ops, what they need computed again."""
     wide, aten = sum_dtype(weight.dtype), torch.ops.aten
     v = _normalised(x, weight, gain, offset, low, high, padding)

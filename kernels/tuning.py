@@ -86,9 +86,16 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 
 def matmul_config(
-    device: torch.device, dtype: torch.dtype, pixels: int, channels_out: int, depth: int, described: bool,
-    epilogue_maps: int = 1, taps: int = 1, costly: bool = False,
-) -> Config:  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    pixels: int,
+    channels_out: int,
+    depth: int,
+    described: bool,
+    epilogue_maps: int = 1,
+    taps: int = 1,
+    costly: bool = False,
+) -> Config:
     """The tile of an implicit matrix product.
 
     A tile of m x n moves (m + n) / (2 m n) bytes of operands per multiply-add through L2, so long products take the
@@ -110,9 +117,11 @@ def matmul_config(
         return config if described or config.form == "pointer" else _as_pointer(config)
     if interpreting():  # few large programs: a call costs more than its elements
         return Config(
-            "descriptor" if described else "pointer", power_of_two(pixels, 16, 256 if described else 1024),
-            power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64),
-        )  # fmt: skip
+            "descriptor" if described else "pointer",
+            power_of_two(pixels, 16, 256 if described else 1024),
+            power_of_two(channels_out, 16, 128),
+            power_of_two(depth, 16, 64),
+        )
     itemsize, half = dtype.itemsize, dtype.itemsize <= 2
     if not described:
         return _pointer_config(device, itemsize, pixels, channels_out, depth, epilogue_maps)

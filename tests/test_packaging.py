@@ -1,6 +1,7 @@
 """What is installed is what is here, the door leads to it, and imports go down from folder to folder."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -44,6 +45,16 @@ def test_the_door_is_light():
     """`gigamorph --help` must not wait for PyTorch."""
     code = "import gigamorph, gigamorph.cli.main, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_checkout_is_whole(tmp_path: Path):
+    """Python started in a checkout takes all of `gigamorph` from it, whatever else is installed."""
+    for file in ("gigamorph/__init__.py", "engine/__init__.py", "engine/errors.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    code = "import gigamorph; print(gigamorph.DataError.__module__, gigamorph.engine.errors.__file__)"
+    told = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert told.split() == ["gigamorph.engine.errors", str(tmp_path / "engine" / "errors.py")]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

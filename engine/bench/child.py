@@ -38,9 +38,13 @@ class Child:
         self.longest = longest
         environment = {**os.environ, **(_LEAN if lean else {})}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", __name__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self._answers: queue.Queue[str] = queue.Queue()
         self._errors: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
@@ -109,9 +113,15 @@ class Child:
 
 
 def measure_alone(
-    task: Task, peer: str, settings: dict[str, Any], steps: int, *, cap: int | None = None, longest: float = 600.0,
+    task: Task,
+    peer: str,
+    settings: dict[str, Any],
+    steps: int,
+    *,
+    cap: int | None = None,
+    longest: float = 600.0,
     lean: bool = False,
-) -> Answer:  # fmt: skip
+) -> Answer:
     """Steps of a peer in a process that ends with them; see `Child` and `Work.run`."""
     with Child(longest, lean) as child:
         answer = child.start(task, peer, settings, cap)

@@ -7,10 +7,16 @@ from typing import Any
 from .results import FAILED, OK, OUT_OF_MEMORY, WRONG, Check, KernelRow, Results, StepRow, Task
 
 _PEERS = {
-    "ours": "gigamorph", "eager": "stock", "channels_last": "channels-last", "compile": "compile",
-    "checkpoint": "checkpoint", "ours_stock": "gigamorph, PyTorch's kernels", "ours_op_by_op": "gigamorph, no replay",
-    "ours_third": "gigamorph, a third of stock's memory", "ours_8GiB": "gigamorph, 8 GiB",
-}  # fmt: skip
+    "ours": "gigamorph",
+    "eager": "stock",
+    "channels_last": "channels-last",
+    "compile": "compile",
+    "checkpoint": "checkpoint",
+    "ours_stock": "gigamorph, PyTorch's kernels",
+    "ours_op_by_op": "gigamorph, no replay",
+    "ours_third": "gigamorph, a third of stock's memory",
+    "ours_8GiB": "gigamorph, 8 GiB",
+}
 _AGAINST = "channels_last"
 _BOUND = 0.03  # bfloat16: of loss and norm of the gradients
 

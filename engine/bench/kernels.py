@@ -27,7 +27,10 @@ def measure(match: str = "", say: Callable[[KernelRow], None] = lambda row: None
             continue
         found = timer.row(make())
         failed = "; ".join(f"{how}: {why}" for how, why in found.get("failed", {}).items())
-        rows.append(KernelRow(name, "bf16", found["flops"], found["bytes"], found["ms"],
-                              FAILED if failed else OK, failed or None))  # fmt: skip
+        rows.append(
+            KernelRow(
+                name, "bf16", found["flops"], found["bytes"], found["ms"], FAILED if failed else OK, failed or None
+            )
+        )
         say(rows[-1])
     return rows

@@ -144,9 +144,14 @@ def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
     device = next(network.parameters()).device
     with contextlib.redirect_stdout(io.StringIO()):
         constructor = StreamingConstructor(
-            trunk, tile, verbose=False, copy_to_gpu=False, statistics_on_cpu=True, normalize_on_gpu=False,
+            trunk,
+            tile,
+            verbose=False,
+            copy_to_gpu=False,
+            statistics_on_cpu=True,
+            normalize_on_gpu=False,
             add_keep_modules=[nn.BatchNorm2d],
-        )  # fmt: skip
+        )
         constructor.create_streaming_model = lambda: StreamingCNN(
             constructor.model, tile_shape=(1, channels, tile, tile), copy_to_gpu=False, statistics_on_cpu=False
         )

@@ -18,7 +18,7 @@ _RIVAL = "from scratch, same epochs"
 
 def measure(
     seeds: Sequence[int] = (0, 1, 2), epochs: tuple[int, int] = (30, 30), say: Callable[[str], None] = print
-) -> list[MorphRow]:  # fmt: skip
+) -> list[MorphRow]:
     """Run everything anew."""
     return rows_of(script("morph_training").run(seeds, epochs, say))
 

@@ -18,9 +18,15 @@ if TYPE_CHECKING:
     from .timeline import Timeline
 
 _COLOURS = {
-    "stock": "#c0392b", "channels-last": "#d98880", "bf16": "#af7ac5", "compile": "#7d6608", "checkpoint": "#d68910",
-    "lightstream": "#6c7a89", EQUAL_MEMORY: "#aab7b8", "gigamorph": "#1f618d",
-}  # fmt: skip
+    "stock": "#c0392b",
+    "channels-last": "#d98880",
+    "bf16": "#af7ac5",
+    "compile": "#7d6608",
+    "checkpoint": "#d68910",
+    "lightstream": "#6c7a89",
+    EQUAL_MEMORY: "#aab7b8",
+    "gigamorph": "#1f618d",
+}
 _OTHERS = "#2e86c1"
 _LINE = 0.052  # height of a line of text, as a share of the axes
 
@@ -200,9 +206,15 @@ def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, 
         place = max(y, lowest + _LINE * height)
         lowest = place
         axes.annotate(
-            text, (x, y), xytext=(x + 0.02 * last, place), textcoords="data", color=shade, va="center", fontsize=10,
+            text,
+            (x, y),
+            xytext=(x + 0.02 * last, place),
+            textcoords="data",
+            color=shade,
+            va="center",
+            fontsize=10,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-        )  # fmt: skip
+        )
 
 
 def _sides(rows: Sequence[StepRow]) -> str:

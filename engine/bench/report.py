@@ -66,8 +66,12 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     """
     runs = [read(path) for path in paths]
     sections = [
-        *_steps(runs), *_limits(runs), *_kernels(runs), *_morphs(runs), *_declared(runs),
-    ]  # fmt: skip
+        *_steps(runs),
+        *_limits(runs),
+        *_kernels(runs),
+        *_morphs(runs),
+        *_declared(runs),
+    ]
     if not sections:
         raise GigamorphError("these results hold no rows; measure something with gigamorph bench first")
     sections.append(_runs(runs))
@@ -150,17 +154,42 @@ def _steps(runs: Sequence[Results]) -> list[Section]:
         if several and any(row.roofline_share and row.status in (OK, WRONG) for row in rows):
             section.pictures[f"roofline_{group.name}.png"] = plots.roofline_figure(rows, group.title)
         section.head = [
-            "image", "peer", "status", "time, s (spread)", "CPU time, s", "Mpx/s", "peak, GB", "whole process, GB",
-            "bytes per pixel", "predicted / peak", "of the roofline", "first step, s", "differs from", "run", "remarks",
-        ]  # fmt: skip
+            "image",
+            "peer",
+            "status",
+            "time, s (spread)",
+            "CPU time, s",
+            "Mpx/s",
+            "peak, GB",
+            "whole process, GB",
+            "bytes per pixel",
+            "predicted / peak",
+            "of the roofline",
+            "first step, s",
+            "differs from",
+            "run",
+            "remarks",
+        ]
         references = {(row.task, row.check.against) for row in rows if row.check is not None}
         section.rows = [_step_cells(number, row, (row.task, row.peer) in references) for number, row in numbered]
         sections.append(section)
     if exact:
-        rows_ = [[row.task.model, row.task.mode, f"{row.task.image[2]} × {row.task.image[3]}", row.task.batch_norm,
-                  plots.label(row.peer), _tile(row.settings), f"{row.check.outputs:.0e}",
-                  _number(row.check.gradients, ".0e"), str(number), row.reason or row.status]
-                 for number, row in exact if row.check]  # fmt: skip
+        rows_ = [
+            [
+                row.task.model,
+                row.task.mode,
+                f"{row.task.image[2]} × {row.task.image[3]}",
+                row.task.batch_norm,
+                plots.label(row.peer),
+                _tile(row.settings),
+                f"{row.check.outputs:.0e}",
+                _number(row.check.gradients, ".0e"),
+                str(number),
+                row.reason or row.status,
+            ]
+            for number, row in exact
+            if row.check
+        ]
         head = ["network", "step", "image", "BatchNorm", "peer", "tile", "outputs", "gradients", "run", "status"]
         sections.append(Section("Exactness: float64, relative difference from stock PyTorch", head=head, rows=rows_))
     return sections
@@ -184,8 +213,10 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> str:
             by_cpu = ""
             if other.median_cpu_seconds and ours.median_cpu_seconds:
                 by_cpu = f" ({other.median_cpu_seconds / ours.median_cpu_seconds:.2g} by CPU time)"
-            lines.append(f"At {side} gigamorph is {speed:.2g} times as fast as {plots.label(peer)}{by_cpu} "
-                         f"and takes {memory:.2g} times its memory.")  # fmt: skip
+            lines.append(
+                f"At {side} gigamorph is {speed:.2g} times as fast as {plots.label(peer)}{by_cpu} "
+                f"and takes {memory:.2g} times its memory."
+            )
     short = [row.task for row in rows if row.peer == EQUAL_MEMORY and row.status == OUT_OF_MEMORY]
     if short:
         sides = ", ".join(f"{task.image[2]} × {task.image[3]}" for task in short)
@@ -210,13 +241,22 @@ def _step_cells(number: int, row: StepRow, reference: bool) -> Cells:
     if row.status == OK and row.check is None:
         remarks.append("the others are compared with it" if reference else "its result was not compared")
     return [
-        f"{f'{n} × ' if n > 1 else ''}{height} × {width}", plots.label(row.peer), row.status, time,
-        _number(row.median_cpu_seconds, ".2f"), _number(row.mpx_per_s, ".3g"),
+        f"{f'{n} × ' if n > 1 else ''}{height} × {width}",
+        plots.label(row.peer),
+        row.status,
+        time,
+        _number(row.median_cpu_seconds, ".2f"),
+        _number(row.mpx_per_s, ".3g"),
         _number(row.peak_bytes and row.peak_bytes / 1e9, ".2f"),
         _number(row.process_bytes and row.process_bytes / 1e9, ".2f"),
-        _number(row.bytes_per_pixel, ".0f"), _number(ratio, ".2f"), _number(row.roofline_share, ".0%"),
-        _number(row.first_seconds, ".1f"), against, str(number), "; ".join(part for part in remarks if part),
-    ]  # fmt: skip
+        _number(row.bytes_per_pixel, ".0f"),
+        _number(ratio, ".2f"),
+        _number(row.roofline_share, ".0%"),
+        _number(row.first_seconds, ".1f"),
+        against,
+        str(number),
+        "; ".join(part for part in remarks if part),
+    ]
 
 
 def _tile(settings: dict[str, Any]) -> str:
@@ -236,16 +276,33 @@ def _limits(runs: Sequence[Results]) -> list[Section]:
         title = f"Largest image in {cap / 2**30:.3g} GiB. {group.title}"
         section = Section(title)
         section.head = [
-            "peer", "status", "largest, pixels", "Mpx", "fails at", "by plan()", "found / planned pixels",
-            "time there, s", "run", "remarks",
-        ]  # fmt: skip
+            "peer",
+            "status",
+            "largest, pixels",
+            "Mpx",
+            "fails at",
+            "by plan()",
+            "found / planned pixels",
+            "time there, s",
+            "run",
+            "remarks",
+        ]
         for number, row in numbered:
             there = next((one for one in row.tries if one.side == row.side), None)
-            section.rows.append([
-                plots.label(row.peer), row.status, f"{row.side} × {row.side}" if row.side else "",
-                _number(row.side and row.side**2 / 1e6, ".3g"), str(row.too_large or ""), str(row.predicted_side or ""),
-                _number(row.agreement, ".2f"), _number(there and there.seconds, ".1f"), str(number), row.reason or "",
-            ])  # fmt: skip
+            section.rows.append(
+                [
+                    plots.label(row.peer),
+                    row.status,
+                    f"{row.side} × {row.side}" if row.side else "",
+                    _number(row.side and row.side**2 / 1e6, ".3g"),
+                    str(row.too_large or ""),
+                    str(row.predicted_side or ""),
+                    _number(row.agreement, ".2f"),
+                    _number(there and there.seconds, ".1f"),
+                    str(number),
+                    row.reason or "",
+                ]
+            )
         if any(row.side for _, row in numbered):
             name = f"limits_{group.name}_{cap / 2**20:.0f}mib.png"
             section.pictures[name] = plots.limits_figure([row for _, row in numbered], title)
@@ -262,8 +319,17 @@ def _kernels(runs: Sequence[Results]) -> list[Section]:
         for row in run.kernels:
             floor = _floor(row, run.ceilings)
             share = floor / row.ms["ours"] if floor and "ours" in row.ms else None
-            rows.append([row.op, row.dtype, *(_number(row.ms.get(name), ".3f") for name in names),
-                         _number(floor, ".3f"), _number(share, ".0%"), str(number), row.reason or ""])  # fmt: skip
+            rows.append(
+                [
+                    row.op,
+                    row.dtype,
+                    *(_number(row.ms.get(name), ".3f") for name in names),
+                    _number(floor, ".3f"),
+                    _number(share, ".0%"),
+                    str(number),
+                    row.reason or "",
+                ]
+            )
     if not rows:
         return []
     head = ["op and shape", "dtype", *(f"{name}, ms" for name in names), "floor, ms", "ours: of the floor", "run", ""]
@@ -281,16 +347,26 @@ def _morphs(runs: Sequence[Results]) -> list[Section]:
     if not numbered:
         return []
     head = ["seed", "network", "morph, s", "accuracy aimed at", "reached after, s", "epochs", "run", "remarks"]
-    return [Section("Growing a trained network against training from scratch", head=head,
-                    rows=[_morph_cells(number, row) for number, row in numbered])]  # fmt: skip
+    return [
+        Section(
+            "Growing a trained network against training from scratch",
+            head=head,
+            rows=[_morph_cells(number, row) for number, row in numbered],
+        )
+    ]
 
 
 def _morph_cells(number: int, row: MorphRow) -> Cells:
     return [
-        str(row.seed), row.how, _number(row.morph_seconds, ".2f"), f"{row.accuracy:.1%}",
-        _number(row.seconds, ".1f") or "never", "" if row.epochs is None else str(row.epochs), str(number),
+        str(row.seed),
+        row.how,
+        _number(row.morph_seconds, ".2f"),
+        f"{row.accuracy:.1%}",
+        _number(row.seconds, ".1f") or "never",
+        "" if row.epochs is None else str(row.epochs),
+        str(number),
         row.reason or "",
-    ]  # fmt: skip
+    ]
 
 
 def _declared(runs: Sequence[Results]) -> list[Section]:
@@ -307,8 +383,9 @@ def _runs(runs: Sequence[Results]) -> Section:
     for number, run in enumerate(runs, 1):
         made = run.provenance
         commit = str(made.get("commit") or "")[:12] + (", with changes" if made.get("uncommitted_changes") else "")
-        versions = ", ".join(f"{name} {made[name]}" for name in ("torch", "triton", "lightstream", "python")
-                             if made.get(name))  # fmt: skip
+        versions = ", ".join(
+            f"{name} {made[name]}" for name in ("torch", "triton", "lightstream", "python") if made.get(name)
+        )
         machine = f"{_machine(run)}, {(made.get('memory_bytes') or 0) / 2**30:.0f} GiB of memory"
         machine += f", load {made['load']}" if "load" in made else ""
         ceilings = ", ".join(f"{name} {value:.3g}" for name, value in run.ceilings.items())

@@ -18,8 +18,13 @@ from typing import Any
 
 FORMAT = "gigamorph-bench 1"
 OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
-    "ok", "out of memory", "wrong", "refused", "failed", "not run",
-)  # fmt: skip
+    "ok",
+    "out of memory",
+    "wrong",
+    "refused",
+    "failed",
+    "not run",
+)
 EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream, capped by what gigamorph took
 STATUSES = (OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN)
 
@@ -246,8 +251,12 @@ class DeclaredRow:
 
 
 ROWS: dict[str, type] = {
-    "steps": StepRow, "limits": LimitRow, "kernels": KernelRow, "morphs": MorphRow, "declared": DeclaredRow,
-}  # fmt: skip
+    "steps": StepRow,
+    "limits": LimitRow,
+    "kernels": KernelRow,
+    "morphs": MorphRow,
+    "declared": DeclaredRow,
+}
 
 
 @dataclass

@@ -44,8 +44,10 @@ def measure_ceilings(device: str) -> dict[str, float]:
             continue
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         c, k = 256, 3  # channels and kernel of a square map of the same side as its channels
-        x, w = (torch.randn(*shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-                for shape in ((1, c, c, c), (c, c, k, k)))  # fmt: skip
+        x, w = (
+            torch.randn(*shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            for shape in ((1, c, c, c), (c, c, k, k))
+        )
         with torch.no_grad():
             product = 2 * side**3 / _least_seconds(lambda a=a, b=b: a @ b, device)
             convolution = 2 * c**4 * k**2 / _least_seconds(lambda x=x, w=w: conv2d(x, w, padding=1), device)

@@ -54,43 +54,135 @@ def _under(task: Task, *caps: float | None) -> tuple[tuple[Task, float | None], 
 
 
 ROWS = (
-    Declared(1, "ResNet-18, 3328 x 2560 x 1, batch 1 and 4, bf16, live BatchNorm",
-             "as fast as torch.compile in 0.56 of stock's memory", _ALL,
-             tuple((_gpu("resnet18", n, 1, 3328, 2560), None) for n in (1, 4)), 24),
-    Declared(2, "ResNet-50, 4 views of 4096 x 3328, live BatchNorm", "runs in 24 GiB, 1.3 times as fast as checkpoint",
-             _ALL, _under(_gpu("resnet50", 4, 1, 4096, 3328), 24), 24),
-    Declared(3, "VGG16-BN, 4096 x 3328", "570 bytes per pixel", _ALL,
-             _under(_gpu("timm:vgg16_bn", 1, 1, 4096, 3328), 24, None), 24),
-    Declared(4, "ResNet-18 and -34, 8192 x 8192", "twice lightstream's speed at the same cap", _STREAMING,
-             (*_under(_gpu("resnet18", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
-              *_under(_gpu("resnet34", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24)), 24),
-    Declared(5, "ResNet-34, 16384 x 16384", "no overlap computed twice", _STREAMING,
-             _under(_gpu("resnet34", 1, 3, 16384, 16384, norm="frozen"), 11, 24, None), 24),
-    Declared(6, "ResNet-50, 21504 x 21504, live BatchNorm", "runs without paging", ("gigamorph",),
-             _under(_gpu("resnet50", 1, 3, 21504, 21504), None), 130),
-    Declared(7, "ResNet-18, 32768 x 32768", "40 GiB, 0.77 s", ("gigamorph",),
-             _under(_gpu("resnet18", 1, 3, 32768, 32768), 40, None), 130),
-    Declared(8, "ResNet-34, 65536 x 65536, live BatchNorm", "one exact step", ("gigamorph",),
-             _under(_gpu("resnet34", 1, 1, 65536, 65536), None), 130),
-    Declared(9, "a map of more than 2^31 elements: ResNet-18 at 11616 x 11616", "right, where stock fails",
-             ("stock", "gigamorph"), _under(_gpu("resnet18", 1, 1, 11616, 11616, norm="frozen"), None), 80),
-    Declared(10, "exactness: sizes that are odd, prime, not square, smaller than a tile; batch 1 and 2; float64",
-             "1e-12", _EXACT,
-             tuple((_cpu("resnet18", n, 3, *size), None) for n, *size in
-                   ((1, 128, 128), (1, 113, 97), (2, 96, 161), (1, 40, 48))), tile=64),
-    Declared(11, "live BatchNorm: running statistics and all gradients after a step, float64", "1e-12, updated once",
-             _EXACT, _under(_cpu("resnet18", 2, 3, 113, 97, norm="live"), None), tile=64),
-    Declared(12, "inference of ResNet-50: 2944 x 1920, 8192 x 8192", "exact, as fast as stock", ("stock", "compile",
-             "lightstream", "gigamorph"),
-             (*_under(_gpu("resnet50", 1, 1, 2944, 1920, training=False, norm="frozen"), 8),
-              *_under(_gpu("resnet50", 1, 1, 8192, 8192, training=False, norm="frozen"), 8)), 24),
-    Declared(13, "ResNet-50, 4096 x 4096 in 8 GiB", "four times stock's pixels at 1.5 times its time per pixel", _ALL,
-             _under(_gpu("resnet50", 1, 3, 4096, 4096, norm="frozen"), 8, None), 24),
-    Declared(14, "start-up: seconds to the first step", "1 s more than the step", ("stock", "gigamorph"),
-             ((Task("resnet18", (1, 3, 512, 512)), None),)),
-    Declared(15, "lines changed to convert ResNet-18: one, and a plain loss.backward()", "1", ("stock", "gigamorph"),
-             _under(_cpu("resnet18", 1, 3, 64, 64), None), tile=32),
-)  # fmt: skip
+    Declared(
+        1,
+        "ResNet-18, 3328 x 2560 x 1, batch 1 and 4, bf16, live BatchNorm",
+        "as fast as torch.compile in 0.56 of stock's memory",
+        _ALL,
+        tuple((_gpu("resnet18", n, 1, 3328, 2560), None) for n in (1, 4)),
+        24,
+    ),
+    Declared(
+        2,
+        "ResNet-50, 4 views of 4096 x 3328, live BatchNorm",
+        "runs in 24 GiB, 1.3 times as fast as checkpoint",
+        _ALL,
+        _under(_gpu("resnet50", 4, 1, 4096, 3328), 24),
+        24,
+    ),
+    Declared(
+        3,
+        "VGG16-BN, 4096 x 3328",
+        "570 bytes per pixel",
+        _ALL,
+        _under(_gpu("timm:vgg16_bn", 1, 1, 4096, 3328), 24, None),
+        24,
+    ),
+    Declared(
+        4,
+        "ResNet-18 and -34, 8192 x 8192",
+        "twice lightstream's speed at the same cap",
+        _STREAMING,
+        (
+            *_under(_gpu("resnet18", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
+            *_under(_gpu("resnet34", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
+        ),
+        24,
+    ),
+    Declared(
+        5,
+        "ResNet-34, 16384 x 16384",
+        "no overlap computed twice",
+        _STREAMING,
+        _under(_gpu("resnet34", 1, 3, 16384, 16384, norm="frozen"), 11, 24, None),
+        24,
+    ),
+    Declared(
+        6,
+        "ResNet-50, 21504 x 21504, live BatchNorm",
+        "runs without paging",
+        ("gigamorph",),
+        _under(_gpu("resnet50", 1, 3, 21504, 21504), None),
+        130,
+    ),
+    Declared(
+        7,
+        "ResNet-18, 32768 x 32768",
+        "40 GiB, 0.77 s",
+        ("gigamorph",),
+        _under(_gpu("resnet18", 1, 3, 32768, 32768), 40, None),
+        130,
+    ),
+    Declared(
+        8,
+        "ResNet-34, 65536 x 65536, live BatchNorm",
+        "one exact step",
+        ("gigamorph",),
+        _under(_gpu("resnet34", 1, 1, 65536, 65536), None),
+        130,
+    ),
+    Declared(
+        9,
+        "a map of more than 2^31 elements: ResNet-18 at 11616 x 11616",
+        "right, where stock fails",
+        ("stock", "gigamorph"),
+        _under(_gpu("resnet18", 1, 1, 11616, 11616, norm="frozen"), None),
+        80,
+    ),
+    Declared(
+        10,
+        "exactness: sizes that are odd, prime, not square, smaller than a tile; batch 1 and 2; float64",
+        "1e-12",
+        _EXACT,
+        tuple(
+            (_cpu("resnet18", n, 3, *size), None)
+            for n, *size in ((1, 128, 128), (1, 113, 97), (2, 96, 161), (1, 40, 48))
+        ),
+        tile=64,
+    ),
+    Declared(
+        11,
+        "live BatchNorm: running statistics and all gradients after a step, float64",
+        "1e-12, updated once",
+        _EXACT,
+        _under(_cpu("resnet18", 2, 3, 113, 97, norm="live"), None),
+        tile=64,
+    ),
+    Declared(
+        12,
+        "inference of ResNet-50: 2944 x 1920, 8192 x 8192",
+        "exact, as fast as stock",
+        ("stock", "compile", "lightstream", "gigamorph"),
+        (
+            *_under(_gpu("resnet50", 1, 1, 2944, 1920, training=False, norm="frozen"), 8),
+            *_under(_gpu("resnet50", 1, 1, 8192, 8192, training=False, norm="frozen"), 8),
+        ),
+        24,
+    ),
+    Declared(
+        13,
+        "ResNet-50, 4096 x 4096 in 8 GiB",
+        "four times stock's pixels at 1.5 times its time per pixel",
+        _ALL,
+        _under(_gpu("resnet50", 1, 3, 4096, 4096, norm="frozen"), 8, None),
+        24,
+    ),
+    Declared(
+        14,
+        "start-up: seconds to the first step",
+        "1 s more than the step",
+        ("stock", "gigamorph"),
+        ((Task("resnet18", (1, 3, 512, 512)), None),),
+    ),
+    Declared(
+        15,
+        "lines changed to convert ResNet-18: one, and a plain loss.backward()",
+        "1",
+        ("stock", "gigamorph"),
+        _under(_cpu("resnet18", 1, 3, 64, 64), None),
+        tile=32,
+    ),
+)
 
 
 @dataclass
@@ -114,7 +206,7 @@ def missing(declared: Declared) -> str | None:
 
 def run(
     ceilings: dict[str, float], numbers: tuple[int, ...] = (), say: Callable[[StepRow], None] = lambda row: None
-) -> Iterator[Outcome]:  # fmt: skip
+) -> Iterator[Outcome]:
     """Each row in turn; with `numbers` those alone."""
     for declared in ROWS:
         if numbers and declared.number not in numbers:

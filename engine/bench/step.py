@@ -69,8 +69,13 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         reference: tuple[str, Path] | None = None
         for name in (*options.peers, EQUAL_MEMORY):
-            row = StepRow(task, name, cap_bytes=options.cap, flops=work.flops,
-                          roofline_seconds=work.seconds(ceilings, task.precision))  # fmt: skip
+            row = StepRow(
+                task,
+                name,
+                cap_bytes=options.cap,
+                flops=work.flops,
+                roofline_seconds=work.seconds(ceilings, task.precision),
+            )
             if name == EQUAL_MEMORY:
                 row.cap_bytes = _equal_cap(rows)
                 if row.cap_bytes is None:
@@ -158,16 +163,20 @@ def settings(peer: str, task: Task, network: nn.Module, options: Options) -> lis
 
 
 @functools.lru_cache(maxsize=4)
-def planned(
-    network: nn.Module, task: Task, budget: int | None, tile: int | None = None, carries: str = "auto"
-) -> Plan:  # fmt: skip
+def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None = None, carries: str = "auto") -> Plan:
     """The plan of a task; see `plan`."""
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     with autocast(task):
         return plan(
-            network, task.image, budget, tile=tile, dtype=dtype, device=task.device, training=task.training,
+            network,
+            task.image,
+            budget,
+            tile=tile,
+            dtype=dtype,
+            device=task.device,
+            training=task.training,
             carries=carries,
-        )  # fmt: skip
+        )
 
 
 def _predict(row: StepRow, network: nn.Module, given: Settings) -> Settings:

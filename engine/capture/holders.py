@@ -218,9 +218,25 @@ def walk(network: nn.Module, extra: Sequence[Any] = ()) -> Found:
 
 
 _LEAVES = (
-    Tensor, str, bytes, int, float, complex, bool, type(None), enum.Enum, types.ModuleType, types.BuiltinFunctionType,
-    torch.device, torch.dtype, torch.Generator, torch.Size, range, slice, type(...),
-)  # fmt: skip
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    enum.Enum,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    torch.device,
+    torch.dtype,
+    torch.Generator,
+    torch.Size,
+    range,
+    slice,
+    type(...),
+)
 
 
 def _function(value: Any) -> Any:

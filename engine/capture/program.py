@@ -109,8 +109,10 @@ class Program:
     def _form(self) -> Any:
         # Rules add values of their own behind those of the recording.
         last = max((v for op in self.ops for v in (*op.inputs, *op.outputs)), default=0)
-        values = [(v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable)
-                  for v in self.values[: last + 1]]  # fmt: skip
+        values = [
+            (v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable)
+            for v in self.values[: last + 1]
+        ]
         results = [refs(effect.tree) for effect in self.effects]
         return self.image, self.inputs, self.vectors, self.grad, self.ops, values, self.output, self.updates, results
 

@@ -27,8 +27,22 @@ from .state import Snapshot
 _TORCH = os.path.dirname(torch.__file__)
 _ENGINE = os.path.dirname(os.path.dirname(__file__))
 # Python values of tensors. They are right where they come from the network's own state alone.
-_TAKEN = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy",
-                    "is_nonzero", "equal", "allclose", "__array__"})  # fmt: skip
+_TAKEN = frozenset(
+    {
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "numpy",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "__array__",
+    }
+)
 _REFUSED = {
     "register_hook": "registers a hook on a tensor, which would see the gradients of tiles; use gigamorph explain, or "
     "a hook on a parameter outside of the forward",
@@ -82,9 +96,7 @@ class Recorder(TorchFunctionMode):
         snapshot: what was there before the recording.
     """
 
-    def __init__(
-        self, model: nn.Module, fake: FakeTensorMode, device: torch.device, snapshot: Snapshot
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, device: torch.device, snapshot: Snapshot):
         self.fake, self.device, self.snapshot = fake, device, snapshot
         self.entry_grad, self.entry_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.program = Program(image=0, grad=self.entry_grad)
@@ -621,8 +633,11 @@ class Recorder(TorchFunctionMode):
         return found
 
 
-_PROPERTIES = {getattr(Tensor, n).__set__: n for n in ("data", "grad", "requires_grad", "names", "real", "imag")
-               if hasattr(getattr(Tensor, n, None), "__set__")}  # fmt: skip
+_PROPERTIES = {
+    getattr(Tensor, n).__set__: n
+    for n in ("data", "grad", "requires_grad", "names", "real", "imag")
+    if hasattr(getattr(Tensor, n, None), "__set__")
+}
 
 
 def _ints(args: Any) -> tuple[int, ...]:

@@ -109,10 +109,15 @@ def _three(given: Spec) -> tuple[Sequence[int], torch.dtype, bool | str]:
 
 
 def capture(
-    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str,
-    call: Callable[..., Any] | None = None, inputs: Sequence[Spec] = (), vectors: Sequence[Spec] = (),
+    model: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Spec] = (),
+    vectors: Sequence[Spec] = (),
     image_grad: bool | str = False,
-) -> Program:  # fmt: skip
+) -> Program:
     """Record a call of the model, its own hooks included, on an image batch, in the gradient mode that is on.
 
     One recording runs at a time in a process. After it, finished or not, network and process are as they were before.
@@ -325,8 +330,18 @@ def _own_error(error: Exception, where: str) -> Exception:
     return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch ops")
 
 
-_FAKE = ("FakeTensor", "fake tensor", "fake mode", "Fake", "meta tensor", "Meta tensor", "data_ptr", "data pointer",
-         "doesn't have storage", "numpy")  # fmt: skip
+_FAKE = (
+    "FakeTensor",
+    "fake tensor",
+    "fake mode",
+    "Fake",
+    "meta tensor",
+    "Meta tensor",
+    "data_ptr",
+    "data pointer",
+    "doesn't have storage",
+    "numpy",
+)
 
 
 def _let_go(weak: list[Any], refuse: bool) -> None:

@@ -127,9 +127,12 @@ class Replays:
         if not self.recorded or any(small.device.type != scan.device.type for small in smalls.values()):
             return None  # a number on the host would be captured as it is now
         settings = (
-            current_mode(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
-        )  # fmt: skip
+            current_mode(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+        )
         key = scan.device, scan.dtype, scan.autocast, settings
         if key not in self.benches:
             self.benches.clear()  # other settings: what was recorded under the former ones is as large as this will be
@@ -289,9 +292,15 @@ class ReplayedBackward:
         bench.step.load(step)
 
     def __call__(
-        self, i: int, j: int, read: Read, carries: Carries, carry_grads: Carries, handed_back: Carries,
+        self,
+        i: int,
+        j: int,
+        read: Read,
+        carries: Carries,
+        carry_grads: Carries,
+        handed_back: Carries,
         source_grads: Mapping[int, Tensor],
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         kind, kept, sweep = self.replays.kind(i, j), self.kept, self.bench.sweep
         if kind is None:
             return False
@@ -334,9 +343,13 @@ class ReplayedBackward:
 
 
 def _differentiate(
-    bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], leaves: list[int], sources: set[int],
-    needs: set[int], recording: Recording,
-) -> None:  # fmt: skip
+    bench: Bench,
+    form: list[tuple[int, int, tuple[bool, ...], bool]],
+    leaves: list[int],
+    sources: set[int],
+    needs: set[int],
+    recording: Recording,
+) -> None:
     """The work of a tile in pass 2."""
     scan, outline, smalls = bench.scan, recording.outline, bench.smalls()
     for value in leaves:

@@ -80,8 +80,11 @@ def check_images(
             on_done()
     pairs = list(zip(records, facts, strict=True))
     good = [(record, fact) for record, fact in pairs if isinstance(fact, _Facts)]
-    problems = [Problem(record.path, "unreadable", _reason(fact, record.path)) for record, fact in pairs
-                if isinstance(fact, DataError)]  # fmt: skip
+    problems = [
+        Problem(record.path, "unreadable", _reason(fact, record.path))
+        for record, fact in pairs
+        if isinstance(fact, DataError)
+    ]
     problems += [Problem(r.path, "blank", f"all {_size(f)} pixels are equal") for r, f in good if f.blank]
     problems += _duplicates(good)
     problems += _leaks(records, good)

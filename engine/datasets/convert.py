@@ -149,8 +149,11 @@ def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool,
 
 
 def _moved(finding: Finding, back: Affine, mask: Path | None) -> Finding:
-    outline = tuple((float(y), float(x)) for x, y in back.points([(x, y) for y, x in finding.outline])) \
-        if finding.outline else ()  # fmt: skip
+    outline = (
+        tuple((float(y), float(x)) for x, y in back.points([(x, y) for y, x in finding.outline]))
+        if finding.outline
+        else ()
+    )
     return replace(finding, box=finding.box and _moved_box(finding.box, back), outline=outline, mask=mask)
 
 

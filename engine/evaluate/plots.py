@@ -86,8 +86,16 @@ def calibration_figure(found: dict[str, Any]) -> Figure:
         p, frequency = np.array(curve["probability"]), np.array(curve["frequency"])
         # Only one output's intervals can be told apart.
         error = np.array([frequency - curve["low"], np.array(curve["high"]) - frequency]) if len(shown) == 1 else None
-        axes.errorbar(p, frequency, None if error is None else np.maximum(error, 0), marker="o", markersize=4,
-                      linewidth=1.2, elinewidth=0.8, label=name)  # fmt: skip
+        axes.errorbar(
+            p,
+            frequency,
+            None if error is None else np.maximum(error, 0),
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            label=name,
+        )
     if len(shown) > 1:
         axes.legend(fontsize=8)
     axes.set(xlabel="mean probability of the rows of a bin", ylabel="share of positives among them")
@@ -118,8 +126,12 @@ def froc_figure(found: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(5.6, 4), layout="constrained")
     axes = figure.subplots()
     false, sensitivity = (np.array(found["curve"][name]) for name in ("false_marks_per_image", "sensitivity"))
-    axes.step(np.append(np.maximum(false, 0.01), max(10.0, false[-1])), np.append(sensitivity, sensitivity[-1]),
-              where="post", linewidth=1.8)  # fmt: skip
+    axes.step(
+        np.append(np.maximum(false, 0.01), max(10.0, false[-1])),
+        np.append(sensitivity, sensitivity[-1]),
+        where="post",
+        linewidth=1.8,
+    )
     for row in found["sensitivity"]:
         axes.plot([row["false_marks_per_image"]], [row["value"]], "o", color="tab:blue", markersize=4)
         if row["bootstrap"]:

@@ -124,8 +124,12 @@ def _keeps_graph() -> bool:
 
 
 def _sum_over_bands(
-    bands: Bands, graph: Graph, wanted: dict[int, Tensor], sums: dict[int, Tensor], source_grads: dict[int, Tensor],
-) -> None:  # fmt: skip
+    bands: Bands,
+    graph: Graph,
+    wanted: dict[int, Tensor],
+    sums: dict[int, Tensor],
+    source_grads: dict[int, Tensor],
+) -> None:
     """Add up what the processes have found, of `wanted` smalls and of sources that all of them have whole."""
     sixteen = (torch.float16, torch.bfloat16)
     for value, small in wanted.items():
@@ -228,10 +232,17 @@ class Forward:
     """
 
     def __init__(
-        self, prepared: Prepared, image: Tensor | None, pixels: Pixels, device: torch.device, dtype: torch.dtype,
-        state: dict[int, Tensor], on_tile: Callable[[TileEvent], None] | None, given: Mapping[int, Pixels],
+        self,
+        prepared: Prepared,
+        image: Tensor | None,
+        pixels: Pixels,
+        device: torch.device,
+        dtype: torch.dtype,
+        state: dict[int, Tensor],
+        on_tile: Callable[[TileEvent], None] | None,
+        given: Mapping[int, Pixels],
         targets: Mapping[int, Tensor] | None = None,
-    ):  # fmt: skip
+    ):
         self.given, self.targets = given, targets or {}
         self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
         self.prepared, self.image, self.pixels = prepared, image, pixels

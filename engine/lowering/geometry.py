@@ -322,8 +322,11 @@ def schedule_axis(
         for out in outputs:
             sizes[out] = inputs[0][1].size_out
             waits = [(v, access) for v, access in inputs if v not in resident]
-            frontier[out] = [min(access.ready(frontier[v][i]) for v, access in waits) for i in range(steps)] if waits \
-                else [-(-end * sizes[out] // size) for end in ends]  # fmt: skip
+            frontier[out] = (
+                [min(access.ready(frontier[v][i]) for v, access in waits) for i in range(steps)]
+                if waits
+                else [-(-end * sizes[out] // size) for end in ends]
+            )
             consumers[out] = []
         for value, access in inputs:
             consumers[value].append((outputs[0], access))

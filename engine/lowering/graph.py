@@ -447,9 +447,13 @@ def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
 
 def _sweep(
-    maps: Maps, nodes: Sequence[Node | Op], makers: dict[int, Local], reductions: list[Reduction], written: list[int],
+    maps: Maps,
+    nodes: Sequence[Node | Op],
+    makers: dict[int, Local],
+    reductions: list[Reduction],
+    written: list[int],
     there: set[int],
-) -> Graph:  # fmt: skip
+) -> Graph:
     """The local ops that reductions and stored maps need, back to maps that are there."""
     wanted = [*(r.value for r in reductions), *written]
     needed: set[int] = set()

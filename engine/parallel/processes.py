@@ -89,7 +89,9 @@ def check_same_steps(groups: Iterable[dist.ProcessGroup], steps: str, device: to
     """Refuse a step whose processes would call their collectives in different orders, of which `steps` tells."""
     for group in groups:
         check_same(
-            group, steps, device,
+            group,
+            steps,
+            device,
             "the plans of processes that share BatchNorm's statistics store different maps, so they would wait for "
             "each other forever; give all of them the same memory_budget and images of one size, or more memory",
-        )  # fmt: skip
+        )

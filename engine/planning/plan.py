@@ -135,9 +135,15 @@ class Plan:
         """Predicted peak on the device; the image itself and what other code holds are not included."""
         resident = self.carry_bytes if self.carries == "device" else 0
         return (
-            self.parameter_bytes + resident + self.strip_bytes + self.tile_bytes + self.retained_bytes
-            + self.stored_bytes + self.library_bytes + self.replay_bytes
-        )  # fmt: skip
+            self.parameter_bytes
+            + resident
+            + self.strip_bytes
+            + self.tile_bytes
+            + self.retained_bytes
+            + self.stored_bytes
+            + self.library_bytes
+            + self.replay_bytes
+        )
 
     @property
     def replayed(self) -> bool:
@@ -408,10 +414,18 @@ def carry_bytes(graph: Graph, sweep: Sweep) -> tuple[int, int]:
 
 
 def arrange(
-    program: Program, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
-    image_grad: bool = False, count_tile: bool = True, fallback: str | None = None, compare: bool = False,
-    bands: Bands | None = None, agree: bool = False,
-) -> tuple[Network, Plan]:  # fmt: skip
+    program: Program,
+    budget: int | None,
+    tile: tuple[int, int] | None,
+    training: bool,
+    carries: str,
+    image_grad: bool = False,
+    count_tile: bool = True,
+    fallback: str | None = None,
+    compare: bool = False,
+    bands: Bands | None = None,
+    agree: bool = False,
+) -> tuple[Network, Plan]:
     """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
 
     Args as for `choose` and `sort`; `compare` lists in the plan the choices that are slower and need less, too.
@@ -497,9 +511,15 @@ _APART = (
 
 
 def arrange_together(
-    programs: Sequence[Program], budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
-    image_grads: Sequence[bool], count_tile: bool = True, fallback: str | None = None,
-) -> list[tuple[Network, Plan]]:  # fmt: skip
+    programs: Sequence[Program],
+    budget: int | None,
+    tile: tuple[int, int] | None,
+    training: bool,
+    carries: str,
+    image_grads: Sequence[bool],
+    count_tile: bool = True,
+    fallback: str | None = None,
+) -> list[tuple[Network, Plan]]:
     """As `arrange`, for images of several sizes that go through the steps side by side: the fastest choice that fits.
 
     All have the same choice of stored maps. Those of all images are there at the same time, tiles one after the other.
@@ -571,9 +591,15 @@ def _steps(network: Network) -> str:
 
 
 def _choose_together(
-    networks: Sequence[Network], stored: Sequence[int], budget: int | None, tile: tuple[int, int] | None,
-    training: bool, carries: str, image_grads: Sequence[bool], count_tile: bool,
-) -> list[Plan] | None:  # fmt: skip
+    networks: Sequence[Network],
+    stored: Sequence[int],
+    budget: int | None,
+    tile: tuple[int, int] | None,
+    training: bool,
+    carries: str,
+    image_grads: Sequence[bool],
+    count_tile: bool,
+) -> list[Plan] | None:
     """A plan for each image, in what the stored maps and carries of the others leave of the budget."""
     device = networks[0].program.values[0].device
     limit = _limit(budget, device)
@@ -593,9 +619,14 @@ def _choose_together(
 
 
 def choose(
-    network: Network, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
-    image_grad: bool = False, count_tile: bool = True,
-) -> Plan:  # fmt: skip
+    network: Network,
+    budget: int | None,
+    tile: tuple[int, int] | None,
+    training: bool,
+    carries: str,
+    image_grad: bool = False,
+    count_tile: bool = True,
+) -> Plan:
     """The plan for a network: the preferred tile if it fits the budget, else the largest that does.
 
     A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without a budget what is
@@ -614,9 +645,13 @@ def choose(
 
 
 def _too_little(
-    networks: Sequence[Network], budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
+    networks: Sequence[Network],
+    budget: int | None,
+    tile: tuple[int, int] | None,
+    training: bool,
+    carries: str,
     image_grad: bool,
-) -> BudgetError:  # fmt: skip
+) -> BudgetError:
     """The refusal of a budget, with the least that one of these choices of stored maps needs."""
     image = networks[0].program.image
     device, (height, width) = networks[0].program.values[image].device, networks[0].maps.size(image)
@@ -637,9 +672,16 @@ def _too_little(
 
 
 def fitting(
-    network: Network, budget: int | None, tile: tuple[int, int] | None, training: bool, carries: str,
-    image_grad: bool = False, count_tile: bool = True, peaks: Peaks | None = None, coarse: bool | None = None,
-) -> Plan | None:  # fmt: skip
+    network: Network,
+    budget: int | None,
+    tile: tuple[int, int] | None,
+    training: bool,
+    carries: str,
+    image_grad: bool = False,
+    count_tile: bool = True,
+    peaks: Peaks | None = None,
+    coarse: bool | None = None,
+) -> Plan | None:
     """As `choose`; None if no tile fits.
 
     Args:

@@ -193,9 +193,10 @@ def network_cost(network: Network, training: bool) -> float:
         if training:
             read = {v for local in step.locals for v in local.reads}
             again = (
-                cost for cost, local in zip(costs, step.locals, strict=True)
+                cost
+                for cost, local in zip(costs, step.locals, strict=True)
                 if local.unvalued is None or set(local.op.outputs) & read
-            )  # fmt: skip
+            )
             total += sum(again)
     return total
 
@@ -258,10 +259,11 @@ class _Lifetimes:
     def forward(self, now: int, training: bool) -> int:
         """Bytes while a step is computed."""
         return sum(
-            self.size[v] for v, made in self.made.items()
-            if made <= now and (now <= self.last.get(v, self.end)
-                                or (training and v in self.held and v not in self.within))
-        )  # fmt: skip
+            self.size[v]
+            for v, made in self.made.items()
+            if made <= now
+            and (now <= self.last.get(v, self.end) or (training and v in self.held and v not in self.within))
+        )
 
     def _kept(self, v: int, now: int) -> bool:
         """Whether the backward of a step, or one that comes after it, reads a map."""
@@ -270,8 +272,9 @@ class _Lifetimes:
         part = self.maker.get(v)
         # What goes into a range is kept by the range as a whole.
         ranges = (next((p for p in self.ranges if r in p), None) for r in self.readers.get(v, ()))
-        reads = (p.start if p is not None and p != part else r
-                 for r, p in zip(self.readers.get(v, ()), ranges, strict=True))  # fmt: skip
+        reads = (
+            p.start if p is not None and p != part else r for r, p in zip(self.readers.get(v, ()), ranges, strict=True)
+        )
         return any(read <= now for read in reads)
 
     def backward(self, now: int) -> int:

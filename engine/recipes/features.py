@@ -189,6 +189,12 @@ def _settings(images: ImageDataset, size: Size) -> Mapping[str, Any]:
     """What turns a file into the network's input."""
     normalize = None if images.normalize is None else images.normalize.to_dict()
     return {
-        "resize": size.resize, "crop": size.crop, "normalize": normalize, "voi": images.voi, "flip": images.flip,
-        "channels": images.channels, "downsample": images.downsample, "for_processing": images.for_processing,
-    }  # fmt: skip
+        "resize": size.resize,
+        "crop": size.crop,
+        "normalize": normalize,
+        "voi": images.voi,
+        "flip": images.flip,
+        "channels": images.channels,
+        "downsample": images.downsample,
+        "for_processing": images.for_processing,
+    }

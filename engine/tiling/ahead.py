@@ -27,9 +27,12 @@ class ReadAhead:
     """
 
     def __init__(
-        self, fetch: Callable[[int, Rect], Tensor], convert: Callable[[int, Tensor], Tensor], device: torch.device,
+        self,
+        fetch: Callable[[int, Rect], Tensor],
+        convert: Callable[[int, Tensor], Tensor],
+        device: torch.device,
         tiles: Iterable[list[tuple[int, Rect]]],
-    ):  # fmt: skip
+    ):
         self.fetch, self.convert, self.tiles = fetch, convert, iter(tiles)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "gigamorph-pixels")

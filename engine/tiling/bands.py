@@ -296,9 +296,14 @@ class _Splitter:
         for v in graph.stored:
             merges.extend(self._fetches(v, own[v]))
         made = replace(
-            graph, sources=sorted(sources), locals=[*before, *graph.locals, *behind], reductions=reductions,
-            stored=[own[v] for v in graph.stored], prelude=list(graph.prelude), offsets=offsets,
-        )  # fmt: skip
+            graph,
+            sources=sorted(sources),
+            locals=[*before, *graph.locals, *behind],
+            reductions=reductions,
+            stored=[own[v] for v in graph.stored],
+            prelude=list(graph.prelude),
+            offsets=offsets,
+        )
         return [made, *merges]
 
     def _fetches(self, value: int, own: int) -> list[Small]:

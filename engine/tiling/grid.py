@@ -203,8 +203,10 @@ class GridAccumulator(Accumulator):
         result = {}
         if self.reduction.first_only:
             row, column = self.places // self.width, self.places % self.width
-            inside = ((top <= row) & (row < bottom) & (left <= column) & (column < right)
-                      for top, bottom, left, right in self.rects.values())  # fmt: skip
+            inside = (
+                (top <= row) & (row < bottom) & (left <= column) & (column < right)
+                for top, bottom, left, right in self.rects.values()
+            )
             for (tile, rect), mine in zip(self.rects.items(), inside, strict=True):
                 result[tile] = self.part_of(mine, rect)
             return result

@@ -31,9 +31,12 @@ def pages_of(tensor: Tensor) -> Pages | None:
 
 
 def new_map(
-    pattern: Tensor, shape: Sequence[int] | None = None, place: str = "device", zero: bool = False,
+    pattern: Tensor,
+    shape: Sequence[int] | None = None,
+    place: str = "device",
+    zero: bool = False,
     spare: Spare | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A tensor like `pattern` for a map that exists whole.
 
     Args:

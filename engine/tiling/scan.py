@@ -159,9 +159,15 @@ class BackwardReplay(Protocol):
     """Computes and differentiates a tile of pass 2, likewise."""
 
     def __call__(
-        self, i: int, j: int, read: Read, carries: Carries, carry_grads: Carries, handed_back: Carries,
+        self,
+        i: int,
+        j: int,
+        read: Read,
+        carries: Carries,
+        carry_grads: Carries,
+        handed_back: Carries,
         source_grads: Mapping[int, Tensor],
-    ) -> bool: ...  # fmt: skip
+    ) -> bool: ...
 
 
 class Replay(Protocol):
@@ -196,9 +202,15 @@ class Scan:
     """
 
     def __init__(
-        self, sweep: Sweep, sources: Mapping[int, Pixels], device: torch.device, dtype: torch.dtype,
-        place: str = "device", retained: int = 0, on_tile: Callable[[TileEvent], None] | None = None,
-    ):  # fmt: skip
+        self,
+        sweep: Sweep,
+        sources: Mapping[int, Pixels],
+        device: torch.device,
+        dtype: torch.dtype,
+        place: str = "device",
+        retained: int = 0,
+        on_tile: Callable[[TileEvent], None] | None = None,
+    ):
         self.sweep, self.sources, self.device, self.dtype = sweep, sources, device, dtype
         self.place, self.retained, self.on_tile = place, retained, on_tile
         self.autocast = Autocast.current(device)

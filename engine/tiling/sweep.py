@@ -181,9 +181,15 @@ class Tile:
     """
 
     def __init__(
-        self, sweep: Sweep, i: int, j: int, pixels: Callable[[int, Rect], Tensor], smalls: dict[int, Tensor],
-        carries: Carries, needs: set[int] | None = None,
-    ):  # fmt: skip
+        self,
+        sweep: Sweep,
+        i: int,
+        j: int,
+        pixels: Callable[[int, Rect], Tensor],
+        smalls: dict[int, Tensor],
+        carries: Carries,
+        needs: set[int] | None = None,
+    ):
         self.sweep, self.i, self.j = sweep, i, j
         self.pixels, self.smalls, self.carries = pixels, smalls, carries
         self.needs = needs or set()

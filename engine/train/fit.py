@@ -176,9 +176,12 @@ def fit(
 
 
 def _card(
-    data: Data, options: TrainOptions, net: Accelerated, metrics: dict[str, Any],
+    data: Data,
+    options: TrainOptions,
+    net: Accelerated,
+    metrics: dict[str, Any],
     predictions: dict[str, list[Prediction]],
-) -> Card:  # fmt: skip
+) -> Card:
     kept = ("epochs", "lr", "weight_decay", "accumulate", "precision", "class_weights", "patience", "seed", "device")
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
     return Card(
@@ -257,9 +260,14 @@ def _module(
 
 
 def _run(
-    module: Classifier, data: Data, options: TrainOptions, out: Path, meter: Meter, team: Team,
+    module: Classifier,
+    data: Data,
+    options: TrainOptions,
+    out: Path,
+    meter: Meter,
+    team: Team,
     stored: dict[str, Any] | None,
-) -> None:  # fmt: skip
+) -> None:
     checkpoints = Checkpoints(out, team)
     callbacks: list[Callback] = [EpochLog(out, meter, team), checkpoints]
     if options.patience is not None and len(data.val):

@@ -111,9 +111,15 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any) -
 
 
 def _child(
-    rank: int, number: int, device: str, meeting: str, threads: int, errors: Any, function: Callable[..., Any],
+    rank: int,
+    number: int,
+    device: str,
+    meeting: str,
+    threads: int,
+    errors: Any,
+    function: Callable[..., Any],
     args: tuple[Any, ...],
-) -> None:  # fmt: skip
+) -> None:
     os.setpgrp()  # a terminal sends Ctrl-C to a group of processes; these get it from their parent, once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))

@@ -94,18 +94,31 @@ def test_a_check_sees_wrong_values_and_unequal_runs():
 
 def test_summary_tells_what_is_wrong():
     data = {
-        "ceilings": {}, "tiles": {}, "skipped": ["ops: b"], "seconds": {"all": 1.0},
-        "checks": {"conv": {"ok": False, "errors": {"y": [0.5, 3.0]}, "reproducible": False},
-                   "pool": {"ok": True, "errors": {}, "reproducible": True}, "stem": {"error": "timed out"}},
-        "ops": {"3x3": {"flops": 1, "bytes": 1, "ms": {"cudnn": 1.0}, "failed": {"ours": "OutOfResources: shared"}},
-                "1x1 forward": {"flops": 1, "bytes": 1, "ms": {"ours": 1.0, "cudnn": 2.0}, "host_us": {"ours": 9.0}}},
+        "ceilings": {},
+        "tiles": {},
+        "skipped": ["ops: b"],
+        "seconds": {"all": 1.0},
+        "checks": {
+            "conv": {"ok": False, "errors": {"y": [0.5, 3.0]}, "reproducible": False},
+            "pool": {"ok": True, "errors": {}, "reproducible": True},
+            "stem": {"error": "timed out"},
+        },
+        "ops": {
+            "3x3": {"flops": 1, "bytes": 1, "ms": {"cudnn": 1.0}, "failed": {"ours": "OutOfResources: shared"}},
+            "1x1 forward": {"flops": 1, "bytes": 1, "ms": {"ours": 1.0, "cudnn": 2.0}, "host_us": {"ours": 9.0}},
+        },
         "steps": {
-            "resnet18 train 64 ours": {"mpx_per_s": 3.0, "peak_bytes": 2**31, "left_bytes": 2**30, "loss": 1.0,
-                                       "image_bytes": 1},
+            "resnet18 train 64 ours": {
+                "mpx_per_s": 3.0,
+                "peak_bytes": 2**31,
+                "left_bytes": 2**30,
+                "loss": 1.0,
+                "image_bytes": 1,
+            },
             "resnet18 train 64 channels_last": {"mpx_per_s": 2.0, "peak_bytes": 2**32, "left_bytes": 0, "loss": 2.0},
             "resnet18 train 64 eager": {"error": "out of memory"},
         },
-    }  # fmt: skip
+    }
     text = "\n".join(gpu.summary(data))
     assert "checks: 1 of 3 hold" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
     assert "WRONG stem: timed out" in text and "FAILED 3x3: ours: OutOfResources" in text

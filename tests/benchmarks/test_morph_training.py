@@ -56,8 +56,10 @@ def test_a_run_in_small(data: morph_digits.Digits, monkeypatch: pytest.MonkeyPat
     for s in result["seeds"]:
         curves = s["curves"]
         assert {name: curves[name][-1]["epoch"] for name in ("parent", "widened", "deepened")} == {
-            "parent": 2, "widened": 3, "deepened": 3
-        }  # fmt: skip
+            "parent": 2,
+            "widened": 3,
+            "deepened": 3,
+        }
         for name in report.GROWN:
             end, rival = curves[name][-1], curves[f"{name}, from scratch, same epochs"][-1]
             assert end["seconds"] > curves["parent"][-1]["seconds"] + s["checks"][name]["seconds"]

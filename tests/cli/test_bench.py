@@ -35,12 +35,31 @@ def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path
     monkeypatch.setattr(step, "measure", measure)
     path = tmp_path / "steps.json"
     monkeypatch.setattr("sys.argv", ["gigamorph", "bench", "step", "--model", "a", "--json", str(path)])
-    code = run("step", "--model", "a", "--model", "b", "--size", "100x200", "--size", "300x300", "--peer", "stock",
-               "--cap", "1GiB", "--inference", "--json", str(path))  # fmt: skip
+    code = run(
+        "step",
+        "--model",
+        "a",
+        "--model",
+        "b",
+        "--size",
+        "100x200",
+        "--size",
+        "300x300",
+        "--peer",
+        "stock",
+        "--cap",
+        "1GiB",
+        "--inference",
+        "--json",
+        str(path),
+    )
     assert code == 0
     assert [(task.model, task.image) for task, *_ in given] == [
-        ("a", (1, 3, 100, 200)), ("a", (1, 3, 300, 300)), ("b", (1, 3, 100, 200)), ("b", (1, 3, 300, 300)),
-    ]  # fmt: skip
+        ("a", (1, 3, 100, 200)),
+        ("a", (1, 3, 300, 300)),
+        ("b", (1, 3, 100, 200)),
+        ("b", (1, 3, 300, 300)),
+    ]
     task, options, ceilings = given[0]
     assert not task.training and options.cap == 2**30 and options.peers == ("stock",) and ceilings == {"gb_per_s": 20.0}
     found = read(path)

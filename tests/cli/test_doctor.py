@@ -34,11 +34,15 @@ def test_healthy_machines_have_no_problem():
     [
         (
             replace(HEALTHY, import_errors={"torchvision": "operator torchvision::nms does not exist"}),
-            "warning", "built for another torch", "whl/cpu",
+            "warning",
+            "built for another torch",
+            "whl/cpu",
         ),
         (
             replace(CUDA, import_errors={"torchvision": "operator torchvision::nms does not exist"}),
-            "warning", "built for another torch", "whl/cu130",
+            "warning",
+            "built for another torch",
+            "whl/cu130",
         ),
         (replace(HEALTHY, import_errors={"torchvision": "libX.so"}), "warning", "libX.so", "torchvision"),
         (replace(CUDA, gpus=(), driver=None), "warning", "CUDA 13.0, but finds no GPU", "driver"),
@@ -54,7 +58,7 @@ def test_healthy_machines_have_no_problem():
         (without(HEALTHY, "imagecodecs"), "error", "imagecodecs is missing", "pip install"),
         (replace(HEALTHY, import_errors={"imagecodecs": "x"}), "error", "imagecodecs", "pip install"),
     ],
-)  # fmt: skip
+)
 def test_each_trap_is_named_with_its_fix(machine, level, what, fix):
     [problem] = problems(machine)
     assert problem.level == level and what in problem.what and fix in problem.fix

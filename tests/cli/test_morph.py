@@ -300,7 +300,7 @@ def test_half_precision_files_stay_that(folder, capsys):
         ("kernel", "d", "e", ["--at", "layer2.0.conv1", "--kernel", 5]),
         ("input", "e", "f", ["--to", "rgb"]),
         ("head", "f", "g", ["--outputs", 3]),
-    ):  # fmt: skip
+    ):
         assert grow(command, source, target, *more) == 0, command
     assert {t.dtype for t in read_state("g.safetensors").values() if t.is_floating_point()} == {torch.bfloat16}
     capsys.readouterr()

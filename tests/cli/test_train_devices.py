@@ -60,9 +60,12 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
     helpers = str(Path(__file__).parents[1] / "helpers")
     child = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command), str(tmp_path / "split"), *SPLIT],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": helpers},
-    )  # fmt: skip
+    )
     while not (tmp_path / "split" / "last.ckpt").exists():
         assert child.poll() is None, child.communicate()
         time.sleep(0.005)

@@ -395,9 +395,15 @@ def test_lightning(tmp_path):
     weights = []
     for network in (small(), accelerate(small(), tile=16, batch_norm="frozen")):
         trainer = lightning.Trainer(
-            max_steps=2, accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
+            max_steps=2,
+            accelerator="cpu",
+            precision="64-true",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
         module = Module(network)
         if not isinstance(network, Accelerated):
             network.stem[1].eval(), network.block[1].eval()

@@ -102,9 +102,17 @@ def distance(truth: Step, got: Step) -> tuple[float, float]:
         pytest.param("resnet50", autocast, 3, marks=pytest.mark.slow),
         pytest.param("densenet121", pure(torch.float32), 3, marks=pytest.mark.slow),
     ],
-    ids=["resnet18 float32", "resnet18 bfloat16", "resnet18 autocast", "convnext_atto float32",
-         "convnext_atto autocast", "resnet50 float32", "resnet50 autocast", "densenet121 float32"],
-)  # fmt: skip
+    ids=[
+        "resnet18 float32",
+        "resnet18 bfloat16",
+        "resnet18 autocast",
+        "convnext_atto float32",
+        "convnext_atto autocast",
+        "resnet50 float32",
+        "resnet50 autocast",
+        "densenet121 float32",
+    ],
+)
 def test_error_no_larger_than_stock(name, run, seeds):
     """Single runs scatter by a factor of two either way, so the median ratio over a few seeds is what counts.
 

@@ -162,7 +162,7 @@ FAULTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "random numbers": (_draws, "wrong", "random numbers"),
     "traceback": (_stops, "traceback", "KeyError"),
     "refusal with changed state": (_refuses_late, "wrong", "after the refusal"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

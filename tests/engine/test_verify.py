@@ -159,12 +159,20 @@ class Restored(Stateful):
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
-        ("mean", "buffer 'mean'"), ("average", "attribute 'average'"), ("calls", "'calls' .* is 0 instead of 1"),
-        ("seen", "attribute 'seen'"), ("last", "attribute 'last' .* not there"), ("image", "image after the call"),
-        ("zeros", "gradient of 'gate'"), ("type", "list instead of builtins.tuple"), ("flag", "requires_grad"),
-        ("number", "'classes'] is 3 instead of 2"), ("stale", r"\(step 2\)"), ("none", None),
+        ("mean", "buffer 'mean'"),
+        ("average", "attribute 'average'"),
+        ("calls", "'calls' .* is 0 instead of 1"),
+        ("seen", "attribute 'seen'"),
+        ("last", "attribute 'last' .* not there"),
+        ("image", "image after the call"),
+        ("zeros", "gradient of 'gate'"),
+        ("type", "list instead of builtins.tuple"),
+        ("flag", "requires_grad"),
+        ("number", "'classes'] is 3 instead of 2"),
+        ("stale", r"\(step 2\)"),
+        ("none", None),
     ],
-)  # fmt: skip
+)
 def test_all_that_a_step_leaves_is_compared(fault, named):
     """Also what only the second step shows: weights that were taken over once."""
     network = Stateful()

@@ -60,12 +60,25 @@ class AttentionPool(nn.Module):
         x = self.conv(x).flatten(2).permute(2, 0, 1)
         x = torch.cat([x.mean(dim=0, keepdim=True), x], 0) + self.places[:, None, :]
         x, _ = F.multi_head_attention_forward(
-            query=x[:1], key=x, value=x, embed_dim_to_check=4, num_heads=2, in_proj_weight=None,
-            in_proj_bias=torch.cat([self.q.bias, self.k.bias, self.v.bias]), bias_k=None, bias_v=None,
-            add_zero_attn=False, dropout_p=0.0, out_proj_weight=self.out.weight, out_proj_bias=self.out.bias,
-            use_separate_proj_weight=True, q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
-            v_proj_weight=self.v.weight, need_weights=False,
-        )  # fmt: skip
+            query=x[:1],
+            key=x,
+            value=x,
+            embed_dim_to_check=4,
+            num_heads=2,
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([self.q.bias, self.k.bias, self.v.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.out.weight,
+            out_proj_bias=self.out.bias,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+            need_weights=False,
+        )
         return x.squeeze(0)
 
 

@@ -37,9 +37,14 @@ def errors(result: Tensor, oracle: Tensor) -> tuple[float, float]:
 
 
 def assert_close(
-    name: str, result: Tensor, oracle: Tensor, *, tf32: bool = False, stock: Tensor | None = None,
+    name: str,
+    result: Tensor,
+    oracle: Tensor,
+    *,
+    tf32: bool = False,
+    stock: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Fail if `result` is farther from the float64 oracle than one rounding explains.
 
     Args:

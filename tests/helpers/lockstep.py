@@ -28,9 +28,16 @@ class Meeting:
         self.taken: list[Any] = [None] * number
 
     def __call__(
-        self, x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-        momentum: float = 0.1, eps: float = 1e-5,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        mean: Any,
+        var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
         if not training:
             return _batch_norm(x, mean, var, weight, bias, training, momentum, eps)
         self.given[self.here.number] = x

@@ -109,8 +109,9 @@ def cbis_ddsm(folder: Path, *, nbia: bool = False, old_columns: bool = False) ->
     def row(part: str, patient: str, side: str, view: str, abnormality: int, pathology: str, image: str, swap: bool):
         name = f"{part}_{patient}_{side}_{view}_{abnormality}"
         crop, mask = ("000001.dcm", "000000.dcm") if swap else ("000000.dcm", "000001.dcm")
-        roi = series(name, "ROI mask images", {"000000.dcm": SHAPE if swap else (9, 8), "000001.dcm": (9, 8)
-                                               if swap else SHAPE})  # fmt: skip
+        roi = series(
+            name, "ROI mask images", {"000000.dcm": SHAPE if swap else (9, 8), "000001.dcm": (9, 8) if swap else SHAPE}
+        )
         expected[name] = written[f"{roi.split('/')[2]}/{mask}"]
         # The quirk: in some rows the names stand the other way round, and only sizes tell.
         shown = (f"{roi}/{mask}\n", f"{roi}/{crop}\n") if abnormality == 2 else (f"{roi}/{crop}\n", f"{roi}/{mask}\n")
@@ -273,8 +274,12 @@ def cdd_cesm(folder: Path) -> None:
     sheet(folder / "Radiology manual annotations.xlsx", "all", header, rows)
     polygon = '{""name"":""polygon"",""all_points_x"":[3,12,7],""all_points_y"":[10,11,19]}'
     ellipse = '{""name"":""ellipse"",""cx"":20,""cy"":20,""rx"":4,""ry"":6,""theta"":0}'
-    lines = ["#filename,file_size,region_shape_attributes", f'P1_L_DM_MLO .jpg,1,"{polygon}"',
-             f'P1_L_DM_MLO.jpg,1,"{ellipse}"', 'P3_L_DM_CC.jpg,1,"{}"']  # fmt: skip
+    lines = [
+        "#filename,file_size,region_shape_attributes",
+        f'P1_L_DM_MLO .jpg,1,"{polygon}"',
+        f'P1_L_DM_MLO.jpg,1,"{ellipse}"',
+        'P3_L_DM_CC.jpg,1,"{}"',
+    ]
     (folder / "Radiology_hand_drawn_segmentations_v2.csv").write_text("\n".join(lines) + "\n")
     for name in ("P1_L_DM_MLO", "P2_R_DM_CC", "P3_L_DM_CC", "P1_L_CM_MLO"):
         place = folder / ("Subtracted" if "CM" in name else "Low energy")

@@ -109,15 +109,26 @@ class Groups(nn.Module):
 
 def chain() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.PReLU(6),
-        nn.Flatten(), nn.Linear(6 * 16, 7), nn.Hardswish(), nn.Linear(7, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, 2, 1),
+        nn.PReLU(6),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 7),
+        nn.Hardswish(),
+        nn.Linear(7, 5),
+    )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "chain": chain, "residual": Residual, "depthwise": Depthwise, "layernorm": Next, "concat": Concat,
+    "chain": chain,
+    "residual": Residual,
+    "depthwise": Depthwise,
+    "layernorm": Next,
+    "concat": Concat,
     "groups": Groups,
-}  # fmt: skip
+}
 
 
 def build(name: str) -> nn.Module:

@@ -165,8 +165,9 @@ def samples(name: str) -> Iterator[Sample]:
             quiet = Visit(size=shape[2:], batch=shape[0], grad="no_grad", image="plain")
             for squash in (False, True):
                 tile = tuple(max(1, (side + 1) // 2) for side in shape[2:])
-                sample = Sample(0, tile=tile, visits=(visit, quiet), name=name, number=number, variant=variant,
-                                squash=squash)  # fmt: skip
+                sample = Sample(
+                    0, tile=tile, visits=(visit, quiet), name=name, number=number, variant=variant, squash=squash
+                )
                 if _finite(sample):
                     yield sample
                     break

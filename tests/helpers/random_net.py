@@ -123,9 +123,15 @@ def _draw_conv(draw: Any, shape: tuple[int, ...]) -> Options:
         reach = [d * (k - 1) for k, d in zip(_two(kernel), _two(dilation), strict=True)]
         padding = tuple(min(p, r) for p, r in zip(_two(_pair(draw, [0, 1, 2, 4])), reach, strict=True))
     return {
-        "out": min(out, 12), "kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation,
-        "groups": groups, "bias": draw(st.booleans()), "act": draw(st.sampled_from(ACTIVATIONS)),
-    }  # fmt: skip
+        "out": min(out, 12),
+        "kernel": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "act": draw(st.sampled_from(ACTIVATIONS)),
+    }
 
 
 ACTIVATIONS = ["none", "module", "functional", "method", "inplace", "inplace module", "inplace method"]
@@ -160,10 +166,13 @@ STEPS["conv"] = Kind(_draw_conv, lambda m, x, o: _activate(m(x[0]), o["act"]), _
 def _draw_transposed(draw: Any, shape: tuple[int, ...]) -> Options:
     stride = _pair(draw, [1, 2, 3])
     return {
-        "kernel": _pair(draw, [1, 2, 3, 4]), "stride": stride, "padding": _pair(draw, [0, 1]),
-        "output_padding": draw(st.integers(0, min(_two(stride)) - 1)), "dilation": _pair(draw, [1, 1, 2]),
+        "kernel": _pair(draw, [1, 2, 3, 4]),
+        "stride": stride,
+        "padding": _pair(draw, [0, 1]),
+        "output_padding": draw(st.integers(0, min(_two(stride)) - 1)),
+        "dilation": _pair(draw, [1, 1, 2]),
         "groups": 2 if shape[1] % 2 == 0 and draw(st.booleans()) else 1,
-    }  # fmt: skip
+    }
 
 
 def _transposed_module(shape: tuple[int, ...], o: Options) -> nn.Module:
@@ -181,9 +190,11 @@ STEPS["conv_transpose"] = Kind(_draw_transposed, lambda m, x, o: m(x[0]), _trans
 def _draw_pool(draw: Any, average: bool) -> Options:
     kernel = _pair(draw, [1, 2, 3, 4])
     o: Options = {
-        "kernel_size": kernel, "stride": draw(st.one_of(st.none(), st.sampled_from([1, 2, 3, (1, 2), (3, 1)]))),
-        "padding": draw(st.integers(0, min(_two(kernel)) // 2)), "ceil_mode": draw(st.booleans()),
-    }  # fmt: skip
+        "kernel_size": kernel,
+        "stride": draw(st.one_of(st.none(), st.sampled_from([1, 2, 3, (1, 2), (3, 1)]))),
+        "padding": draw(st.integers(0, min(_two(kernel)) // 2)),
+        "ceil_mode": draw(st.booleans()),
+    }
     if average:
         o["count_include_pad"] = draw(st.booleans())
         o["divisor_override"] = draw(st.sampled_from([None, None, 3]))

@@ -59,9 +59,17 @@ def make_data() -> Data:
 def network(num_classes: int, in_channels: int, live: bool) -> nn.Module:
     norm = nn.BatchNorm2d(8) if live else nn.GroupNorm(2, 8)
     net = nn.Sequential(
-        nn.Conv2d(in_channels, 8, 3, 2), norm, nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(8, 8, 3, 2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, num_classes),
-    ).double()  # fmt: skip
+        nn.Conv2d(in_channels, 8, 3, 2),
+        norm,
+        nn.ReLU(),
+        nn.Dropout2d(0.3),
+        nn.Conv2d(8, 8, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(8, num_classes),
+    ).double()
     net.register_parameter("unreached", nn.Parameter(torch.ones(3, dtype=torch.float64)))
     return net
 

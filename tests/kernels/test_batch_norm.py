@@ -62,9 +62,15 @@ def merged(parts: Sequence[Tensor]) -> Moments:
 
 @settings(max_examples=10, deadline=None)
 @given(
-    n=st.integers(1, 3), c=st.integers(1, 70), h=st.integers(1, 7), w=st.integers(2, 9), steps=st.integers(1, 5),
-    rows=st.sampled_from([1, 2, 8, 32]), columns=st.sampled_from([4, 32, 128]), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    n=st.integers(1, 3),
+    c=st.integers(1, 70),
+    h=st.integers(1, 7),
+    w=st.integers(2, 9),
+    steps=st.integers(1, 5),
+    rows=st.sampled_from([1, 2, 8, 32]),
+    columns=st.sampled_from([4, 32, 128]),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_any_size(n, c, h, w, steps, rows, columns, dtype):
     generator = torch.Generator().manual_seed(c)
     x, dy = random_map(n, c, h, w, dtype, generator) + 2, random_map(n, c, h, w, dtype, generator)
@@ -151,13 +157,9 @@ def test_windows_are_read_and_written_in_place(tiles):
     oracle, z = normalize_act_reference(*doubled(x, *per_channel, residual), "silu")
     assert_close("y", y, oracle)
     z = z.float()
-    launch_normalize_act_backward(
-        window(dy), window(x), *per_channel, window(z), "silu", *per_channel[:2], dx, dz
-    )  # fmt: skip
+    launch_normalize_act_backward(window(dy), window(x), *per_channel, window(z), "silu", *per_channel[:2], dx, dz)
     sums = gradient_sums(window(dy), window(x), *per_channel, window(z), "silu")
-    oracles = normalize_act_backward_reference(
-        *doubled(dy, x, *per_channel, z), "silu", *doubled(*per_channel[:2])
-    )  # fmt: skip
+    oracles = normalize_act_backward_reference(*doubled(dy, x, *per_channel, z), "silu", *doubled(*per_channel[:2]))
     for name, result, oracle in zip(("dx", "dz", "sum dz", "sum dz * xhat"), (dx, dz, *sums), oracles, strict=True):
         assert_close(name, result, oracle)
     for written in (y, dx, dz):
@@ -181,7 +183,7 @@ def test_rounds_once(dtype):
     sums = gradient_sums(dy, x, mean, rstd, weight, bias, None, "none")
     dx, _ = normalize_act_backward(
         dy, x, mean, rstd, weight, bias, None, "none", *(s / (2 * 12 * 13) for s in sums), False
-    )  # fmt: skip
+    )
     y = normalize_act(x, mean, rstd, weight, bias, None, "none")
     assert_close("y", y, oracle.detach(), stock=stock.detach())
     assert_close("dx", dx, oracle_dx, stock=stock_dx)
@@ -193,12 +195,13 @@ def test_order_of_programs(tiles):
     per_channel = vectors(20, torch.float32, generator)
     assert_order_free(
         lambda: (
-            *moments(x), normalize_act(x, *per_channel, dy, "gelu"),
+            *moments(x),
+            normalize_act(x, *per_channel, dy, "gelu"),
             *gradient_sums(dy, x, *per_channel, None, "gelu"),
             *normalize_act_backward(dy, x, *per_channel, None, "gelu", *per_channel[:2], True),
             *normalize_act_gradients(dy, x, *per_channel, None, "gelu", True),
         )
-    )  # fmt: skip
+    )
 
 
 # -- the pieces together ------------------------------------------------------------------------------------------
@@ -216,8 +219,9 @@ class TiledBatchNorm(torch.autograd.Function):
             [
                 normalize_act(part, mean, rstd, weight, bias, r, act)
                 for part, r in zip(x.tensor_split(cuts, 2), residuals, strict=True)
-            ], 2,
-        )  # fmt: skip
+            ],
+            2,
+        )
         ctx.save_for_backward(x, mean, rstd, weight, bias, y if residual is not None else None)
         ctx.act, ctx.cuts, ctx.count = act, cuts, count
         return y

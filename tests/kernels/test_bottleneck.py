@@ -26,10 +26,13 @@ def problem(dtype, stride=1, padding=(1, 1, 1, 1), size=(9, 21), channels=(24, 3
     oh = output_size(size[0], 3, stride, 1, padding[0], padding[1])
     ow = output_size(size[1], 3, stride, 1, padding[2], padding[3])
     return (
-        random_map(2, c, *size, dtype, g), random_map(m, c, 3, 3, dtype, g, 0.1),
-        random_map(1, m, 1, 1, dtype, g).flatten(), random_map(k, m, 1, 1, dtype, g, 0.2),
-        random_map(1, k, 1, 1, dtype, g).flatten(), random_map(2, k, oh, ow, dtype, g) if residual else None,
-    )  # fmt: skip
+        random_map(2, c, *size, dtype, g),
+        random_map(m, c, 3, 3, dtype, g, 0.1),
+        random_map(1, m, 1, 1, dtype, g).flatten(),
+        random_map(k, m, 1, 1, dtype, g, 0.2),
+        random_map(1, k, 1, 1, dtype, g).flatten(),
+        random_map(2, k, oh, ow, dtype, g) if residual else None,
+    )
 
 
 def check(inputs, stride, padding, act="relu", config=TILE, tf32=False):
@@ -71,10 +74,15 @@ def test_other_activations_and_no_residual(act):
 
 @settings(max_examples=6, deadline=None)
 @given(
-    stride=st.sampled_from([1, 2]), padding=st.tuples(*[st.integers(0, 1)] * 4), h=st.integers(3, 8),
-    w=st.integers(3, 40), c=st.sampled_from([8, 16, 24]), m=st.sampled_from([16, 32]),
-    k=st.sampled_from([8, 24, 40]), residual=st.booleans(),
-)  # fmt: skip
+    stride=st.sampled_from([1, 2]),
+    padding=st.tuples(*[st.integers(0, 1)] * 4),
+    h=st.integers(3, 8),
+    w=st.integers(3, 40),
+    c=st.sampled_from([8, 16, 24]),
+    m=st.sampled_from([16, 32]),
+    k=st.sampled_from([8, 24, 40]),
+    residual=st.booleans(),
+)
 def test_random_sizes(stride, padding, h, w, c, m, k, residual):
     inputs = problem(torch.float64, stride, padding, (h, w), (c, m, k), residual)
     check(inputs, stride, padding, config=Config("descriptor", 32, 32, 16))
@@ -85,8 +93,10 @@ def test_windows_of_larger_buffers():
     outer = torch.full((2, 12, 26, 40), float("nan"), dtype=x.dtype, device=DEVICE).permute(0, 3, 1, 2)
     window = outer[:, 8:32, 2:11, 3:24]
     window.copy_(x)
-    assert torch.equal(conv_conv1x1(window, *rest, 1, (1, 1, 1, 1), "relu", "relu"),
-                       conv_conv1x1(x, *rest, 1, (1, 1, 1, 1), "relu", "relu"))  # fmt: skip
+    assert torch.equal(
+        conv_conv1x1(window, *rest, 1, (1, 1, 1, 1), "relu", "relu"),
+        conv_conv1x1(x, *rest, 1, (1, 1, 1, 1), "relu", "relu"),
+    )
 
 
 def test_order_of_programs():

@@ -141,9 +141,16 @@ def test_cache_folder(gpu, monkeypatch, tmp_path):
 
 
 DAMAGED = [
-    "", "{", "[]", '{"conv2d []": 1}', '{"conv2d []": {"stock": ["a"]}}', '{"conv2d []": {"stock": []}}',
-    '{"conv2d []": {"triton": [1.0]}}', '{"conv2d []": {}}', "\x00\xff",
-]  # fmt: skip
+    "",
+    "{",
+    "[]",
+    '{"conv2d []": 1}',
+    '{"conv2d []": {"stock": ["a"]}}',
+    '{"conv2d []": {"stock": []}}',
+    '{"conv2d []": {"triton": [1.0]}}',
+    '{"conv2d []": {}}',
+    "\x00\xff",
+]
 
 
 @pytest.mark.parametrize("text", DAMAGED)

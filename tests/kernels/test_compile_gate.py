@@ -19,9 +19,16 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @triton.jit
 def _product_kernel(
-    x_desc, w_desc, y_desc, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TURNED: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    w_desc,
+    y_desc,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TURNED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """y = x w^T. TURNED: x is loaded through a box that the compiler cannot fold. SCALED: y = 2 x w^T."""
     m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
     acc = tl.zeros((BM, BN), tl.float32)
@@ -65,9 +72,14 @@ def _rows_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
 
 
 def _product(
-    rows: int = 4096, bm: int = 128, bn: int = 128, stages: int = 3, turned: bool = False, scaled: bool = False,
+    rows: int = 4096,
+    bm: int = 128,
+    bn: int = 128,
+    stages: int = 3,
+    turned: bool = False,
+    scaled: bool = False,
     grid=None,
-) -> None:  # fmt: skip
+) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     x, w, y = (torch.empty(rows, 1024, dtype=torch.bfloat16, device="meta") for _ in range(3))
@@ -75,9 +87,18 @@ def _product(
     if turned:
         source = TensorDescriptor.from_tensor(x.view(rows // 16, 16, 1024), [bm // 16, 16, 64])
     _product_kernel[grid or (rows // bm, 1024 // bn)](
-        source, TensorDescriptor.from_tensor(w, [bn, 64]), TensorDescriptor.from_tensor(y, [bm, bn]),
-        1024, bm, bn, 64, turned, scaled, num_warps=8 if bm >= 128 else 4, num_stages=stages,
-    )  # fmt: skip
+        source,
+        TensorDescriptor.from_tensor(w, [bn, 64]),
+        TensorDescriptor.from_tensor(y, [bm, bn]),
+        1024,
+        bm,
+        bn,
+        64,
+        turned,
+        scaled,
+        num_warps=8 if bm >= 128 else 4,
+        num_stages=stages,
+    )
 
 
 def _blocks(bm: int) -> None:
@@ -143,9 +164,12 @@ def test_quick_gate_passes(chip):
 
 def test_refuses_to_interpret():
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "compile_gate.py")], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(BENCHMARKS / "compile_gate.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and "unset it" in done.stderr
 
 

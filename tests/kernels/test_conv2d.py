@@ -20,10 +20,12 @@ def tensors(groups: int = 1, stride: int = 1) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     size = (5 + 2 - 3) // stride + 1
     found = [
-        random_map(1, channels, 5, 5, dtype, g), random_map(filters, channels // groups, 3, 3, dtype, g, 0.3),
-        (torch.rand(filters, generator=g) + 0.5).to(DEVICE, dtype), torch.randn(filters, generator=g).to(DEVICE, dtype),
+        random_map(1, channels, 5, 5, dtype, g),
+        random_map(filters, channels // groups, 3, 3, dtype, g, 0.3),
+        (torch.rand(filters, generator=g) + 0.5).to(DEVICE, dtype),
+        torch.randn(filters, generator=g).to(DEVICE, dtype),
         random_map(1, filters, size, size, dtype, g),
-    ]  # fmt: skip
+    ]
     return [t.requires_grad_() for t in found]
 
 

@@ -69,9 +69,12 @@ def operands(case: Case, dtype: torch.dtype) -> Operands:
     oh = output_size(SIZE[0], case.kernel, case.stride, case.dilation, top, bottom)
     ow = output_size(SIZE[1], case.kernel, case.stride, case.dilation, left, right)
     return Operands(
-        random_map(2, 24, oh, ow, dtype, g), random_map(24, 16 // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
-        random_map(2, 24, oh, ow, dtype, g), random_map(2, 16, *SIZE, dtype, g), random_map(2, 16, *SIZE, dtype, g),
-    )  # fmt: skip
+        random_map(2, 24, oh, ow, dtype, g),
+        random_map(24, 16 // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
+        random_map(2, 24, oh, ow, dtype, g),
+        random_map(2, 16, *SIZE, dtype, g),
+        random_map(2, 16, *SIZE, dtype, g),
+    )
 
 
 def place(case: Case) -> tuple:
@@ -82,18 +85,32 @@ def run(case: Case, o: Operands, gate_act: str = "relu6", guard: Guarded | None 
     guard = guard or Guarded()
     dx = guard.empty(2, 16, *SIZE, dtype=o.dy.dtype)
     dgrad(
-        guard(o.dy), guard(o.weight), dx, *place(case), gate=guard(o.gate), gate_act=gate_act, addend=guard(o.addend),
-        mask=guard(o.mask), mask_act="relu",
-    )  # fmt: skip
+        guard(o.dy),
+        guard(o.weight),
+        dx,
+        *place(case),
+        gate=guard(o.gate),
+        gate_act=gate_act,
+        addend=guard(o.addend),
+        mask=guard(o.mask),
+        mask_act="relu",
+    )
     guard.check()
     return dx
 
 
 def reference(case: Case, o: Operands, gate_act: str = "relu6") -> Tensor:
     return conv2d_dgrad_reference(
-        o.dy, o.weight, SIZE, *place(case), gate=o.gate, gate_act=gate_act, addend=o.addend, mask=o.mask,
+        o.dy,
+        o.weight,
+        SIZE,
+        *place(case),
+        gate=o.gate,
+        gate_act=gate_act,
+        addend=o.addend,
+        mask=o.mask,
         mask_act="relu",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -140,9 +157,13 @@ def test_order_of_programs_does_not_matter() -> None:
 
 
 @given(
-    kernel=st.integers(1, 7), stride=st.integers(1, 5), before=st.integers(0, 6), dilation=st.integers(1, 4),
-    size=st.integers(1, 40), after=st.integers(0, 6),
-)  # fmt: skip
+    kernel=st.integers(1, 7),
+    stride=st.integers(1, 5),
+    before=st.integers(0, 6),
+    dilation=st.integers(1, 4),
+    size=st.integers(1, 40),
+    after=st.integers(0, 6),
+)
 def test_phases_hold_every_pair_of_tap_and_output_once(kernel, stride, before, dilation, size, after) -> None:
     """The phases' convolutions of dz visit exactly the (input, tap, output) triples of the forward."""
     outputs = output_size(size, kernel, stride, dilation, before, after)
@@ -167,10 +188,14 @@ def test_phases_hold_every_pair_of_tap_and_output_once(kernel, stride, before, d
 
 @settings(max_examples=12, deadline=None)
 @given(
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)), size=st.tuples(st.integers(1, 6), st.integers(1, 20)),
-    padding=st.tuples(*[st.integers(0, 3)] * 4), groups=st.integers(1, 2), seed=st.integers(0, 99),
-)  # fmt: skip
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    size=st.tuples(st.integers(1, 6), st.integers(1, 20)),
+    padding=st.tuples(*[st.integers(0, 3)] * 4),
+    groups=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
 def test_random(kernel, stride, dilation, size, padding, groups, seed) -> None:
     oh = output_size(size[0], kernel[0], stride[0], dilation[0], padding[0], padding[1])
     ow = output_size(size[1], kernel[1], stride[1], dilation[1], padding[2], padding[3])

@@ -83,10 +83,13 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
     oh = output_size(h, case.kernel, case.stride, case.dilation, top, bottom)
     ow = output_size(w, case.kernel, case.stride, case.dilation, left, right)
     return Operands(
-        random_map(2, c, h, w, dtype, g), random_map(k, c // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
-        (torch.rand(k, generator=g) + 0.5).to(dtype).to(DEVICE), torch.randn(k, generator=g).to(dtype).to(DEVICE),
-        random_map(2, k, oh, ow, dtype, g), random_map(2, k, oh, ow, dtype, g),
-    )  # fmt: skip
+        random_map(2, c, h, w, dtype, g),
+        random_map(k, c // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
+        (torch.rand(k, generator=g) + 0.5).to(dtype).to(DEVICE),
+        torch.randn(k, generator=g).to(dtype).to(DEVICE),
+        random_map(2, k, oh, ow, dtype, g),
+        random_map(2, k, oh, ow, dtype, g),
+    )
 
 
 def run(case: Case, o: Operands, act: str, guard: Guarded, mask_act: str = "none") -> tuple[Tensor, Tensor]:
@@ -96,20 +99,40 @@ def run(case: Case, o: Operands, act: str, guard: Guarded, mask_act: str = "none
     stride, dilation = (case.stride, case.stride), (case.dilation, case.dilation)
     with forced(Config(case.form, 32, 32, 16)):
         launch(
-            guard(o.x), guard(o.weight), y, stride, case.padding, dilation, case.groups, act, scale=guard(o.scale),
-            shift=guard(o.shift), residual=guard(o.residual), z=z,
-            mask=None if mask_act == "none" else guard(o.mask), mask_act=mask_act,
-        )  # fmt: skip
+            guard(o.x),
+            guard(o.weight),
+            y,
+            stride,
+            case.padding,
+            dilation,
+            case.groups,
+            act,
+            scale=guard(o.scale),
+            shift=guard(o.shift),
+            residual=guard(o.residual),
+            z=z,
+            mask=None if mask_act == "none" else guard(o.mask),
+            mask_act=mask_act,
+        )
     guard.check()
     return y, z
 
 
 def reference(case: Case, o: Operands, act: str, mask_act: str = "none") -> tuple[Tensor, Tensor]:
     return conv2d_forward_reference(
-        o.x, o.weight, o.scale, o.shift, o.residual, (case.stride,) * 2, case.padding, (case.dilation,) * 2,
-        case.groups, act, None if mask_act == "none" else o.mask,
+        o.x,
+        o.weight,
+        o.scale,
+        o.shift,
+        o.residual,
+        (case.stride,) * 2,
+        case.padding,
+        (case.dilation,) * 2,
+        case.groups,
+        act,
+        None if mask_act == "none" else o.mask,
         mask_act,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,11 +210,16 @@ def test_empty_maps() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)), size=st.tuples(st.integers(1, 6), st.integers(1, 40)),
-    padding=st.tuples(*[st.integers(0, 3)] * 4), channels=st.tuples(st.integers(1, 3), st.integers(1, 5)),
-    groups=st.integers(1, 2), eights=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    size=st.tuples(st.integers(1, 6), st.integers(1, 40)),
+    padding=st.tuples(*[st.integers(0, 3)] * 4),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    groups=st.integers(1, 2),
+    eights=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_random(kernel, stride, dilation, size, padding, channels, groups, eights, seed) -> None:
     """Whatever kernel the launcher takes for it."""
     unit = 8 * groups if eights else groups

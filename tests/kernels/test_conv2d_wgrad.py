@@ -91,9 +91,15 @@ class Problem:
         gate = None if self.gate is None else guard(self.gate)
         with forced(config or Config(self.form, 32, 16, 32)):
             wgrad.launch(
-                dw, dshift if shift else None, guard(self.x), guard(self.dy), gate, self.gate_act, *self.geometry,
+                dw,
+                dshift if shift else None,
+                guard(self.x),
+                guard(self.dy),
+                gate,
+                self.gate_act,
+                *self.geometry,
                 splits=splits,
-            )  # fmt: skip
+            )
         guard.check()
         return dw, dshift
 
@@ -197,9 +203,17 @@ def test_tiles_add_up():
     with forced(Config("descriptor", 32, 16, 32)):
         for rows, x_rows, top, bottom in ((slice(0, 1), slice(0, 2), 1, 0), (slice(1, 3), slice(0, 3), 0, 1)):
             wgrad.launch(
-                dw, dshift, problem.x[:, :, x_rows], problem.dy[:, :, rows], problem.gate[:, :, rows], "relu", (1, 1),
-                (top, bottom, 1, 1), (1, 1), 1,
-            )  # fmt: skip
+                dw,
+                dshift,
+                problem.x[:, :, x_rows],
+                problem.dy[:, :, rows],
+                problem.gate[:, :, rows],
+                "relu",
+                (1, 1),
+                (top, bottom, 1, 1),
+                (1, 1),
+                1,
+            )
     problem.check(dw, dshift)
 
 
@@ -222,11 +236,23 @@ def test_empty_maps(images, h, oh):
 
 
 @given(
-    st.sampled_from(DTYPES), st.integers(1, 2), st.sampled_from((1, 2, 3)), st.integers(1, 9), st.integers(1, 9),
-    st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3),
-    st.integers(1, 2), st.tuples(*[st.integers(0, 3)] * 4), st.sampled_from(("none", "relu", "silu")),
-    st.integers(1, 5), st.integers(0, 99),
-)  # fmt: skip
+    st.sampled_from(DTYPES),
+    st.integers(1, 2),
+    st.sampled_from((1, 2, 3)),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.tuples(*[st.integers(0, 3)] * 4),
+    st.sampled_from(("none", "relu", "silu")),
+    st.integers(1, 5),
+    st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None)
 def test_random(dtype, n, groups, c, k, h, w, r, s, stride_h, stride_w, dilation, padding, act, splits, seed):
     oh = output_size(h, r, stride_h, dilation, padding[0], padding[1])
@@ -358,10 +384,18 @@ def test_opcheck(shift, gated):
     torch.library.opcheck(
         torch.ops.gigamorph.conv2d_wgrad_.default,
         (
-            problem.dw, problem.dshift if shift else None, problem.x, problem.dy, problem.gate if gated else None,
-            "relu" if gated else "none", [1, 1], [1, 1, 1, 1], [1, 1], 1,
+            problem.dw,
+            problem.dshift if shift else None,
+            problem.x,
+            problem.dy,
+            problem.gate if gated else None,
+            "relu" if gated else "none",
+            [1, 1],
+            [1, 1, 1, 1],
+            [1, 1],
+            1,
         ),
-    )  # fmt: skip
+    )
 
 
 def test_public_op_takes_any_memory_format():

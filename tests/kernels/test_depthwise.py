@@ -53,8 +53,11 @@ class Case:
         n, c, h, w = self.size
         (top, bottom, left, right), k, s, d = self.padding, self.kernel, self.stride, self.dilation
         return (
-            n, c, output_size(h, k[0], s[0], d[0], top, bottom), output_size(w, k[1], s[1], d[1], left, right),
-        )  # fmt: skip
+            n,
+            c,
+            output_size(h, k[0], s[0], d[0], top, bottom),
+            output_size(w, k[1], s[1], d[1], left, right),
+        )
 
 
 # Those that every dtype runs.
@@ -127,9 +130,18 @@ def forward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor]:
 
 def backward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return depthwise_backward_reference(
-        o.x, o.dy, o.weight, o.gate, case.act, o.addend, o.mask, case.mask_act, case.stride, case.padding,
+        o.x,
+        o.dy,
+        o.weight,
+        o.gate,
+        case.act,
+        o.addend,
+        o.mask,
+        case.mask_act,
+        case.stride,
+        case.padding,
         case.dilation,
-    )  # fmt: skip
+    )
 
 
 def run_forward(case: Case, o: Operands, y: Tensor, z: Tensor | None = None) -> None:
@@ -140,9 +152,16 @@ def run_forward(case: Case, o: Operands, y: Tensor, z: Tensor | None = None) -> 
 
 def run_dgrad(case: Case, o: Operands, dx: Tensor) -> None:
     depthwise.dgrad(
-        o.dy, o.weight, dx, gate=o.gate, gate_act=case.act, addend=o.addend, mask=o.mask, mask_act=case.mask_act,
+        o.dy,
+        o.weight,
+        dx,
+        gate=o.gate,
+        gate_act=case.act,
+        addend=o.addend,
+        mask=o.mask,
+        mask_act=case.mask_act,
         **case.geometry,
-    )  # fmt: skip
+    )
 
 
 def run_wgrad(case: Case, o: Operands, dw: Tensor, dshift: Tensor) -> None:
@@ -238,9 +257,7 @@ def window(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def test_windows(case):
     """Inputs and outputs may be parts of larger maps; what lies around them is neither read nor written."""
     o = operands(case, torch.float64)
-    inside = replace(
-        o, **{k: window(getattr(o, k))[0] for k in ("x", "residual", "dy", "gate", "addend", "mask")}
-    )  # fmt: skip
+    inside = replace(o, **{k: window(getattr(o, k))[0] for k in ("x", "residual", "dy", "gate", "addend", "mask")})
     outputs = {k: window(torch.zeros_like(m)) for k, m in {"y": o.dy, "z": o.dy, "dx": o.x}.items()}
     run_forward(case, inside, outputs["y"][0], outputs["z"][0])
     run_dgrad(case, inside, outputs["dx"][0])
@@ -384,9 +401,7 @@ def test_ops_take_any_layout():
     geometry = (case.stride, case.padding, case.dilation)
     y, z = depthwise_forward(o.x, o.weight, o.scale, o.shift, o.residual, *geometry, case.act, False)
     assert z.shape == (0,)
-    dx = depthwise_dgrad(
-        o.dy, o.weight, o.gate, case.act, o.addend, o.mask, case.mask_act, *case.size[2:], *geometry
-    )  # fmt: skip
+    dx = depthwise_dgrad(o.dy, o.weight, o.gate, case.act, o.addend, o.mask, case.mask_act, *case.size[2:], *geometry)
     dw, dshift = sums(case, torch.float64)
     depthwise_wgrad_(o.x, o.dy, o.gate, case.act, dw, dshift, *geometry)
     expected_dx, expected_dw, expected_dshift = backward_oracle(case, o)

@@ -129,8 +129,11 @@ def test_windows_are_read_and_written_in_place(dtype, tiles):
     launch_forward(x, weight, bias, EPS, y)
     dweight, dbias = launch_backward(dy, x, weight, EPS, dx)
     for name, result, oracle in (
-        ("y", y, oracle_y), ("dx", dx, oracle_dx), ("dweight", dweight, oracle_dweight), ("dbias", dbias, oracle_dbias),
-    ):  # fmt: skip
+        ("y", y, oracle_y),
+        ("dx", dx, oracle_dx),
+        ("dweight", dweight, oracle_dweight),
+        ("dbias", dbias, oracle_dbias),
+    ):
         assert_close(name, result, oracle)
     for result in (y, dx):
         assert result._base.isfinite().sum() == result.numel(), "something was written outside the window"
@@ -162,9 +165,14 @@ def test_order_of_programs(tiles):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    n=st.integers(1, 3), c=st.integers(2, 70), h=st.integers(1, 6), w=st.integers(1, 9),
-    rows=st.sampled_from([1, 2, 8]), steps=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    n=st.integers(1, 3),
+    c=st.integers(2, 70),
+    h=st.integers(1, 6),
+    w=st.integers(1, 9),
+    rows=st.sampled_from([1, 2, 8]),
+    steps=st.integers(1, 4),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_any_size(n, c, h, w, rows, steps, dtype):
     generator = torch.Generator().manual_seed(c)
     x, dy = (random_map(n, c, h, w, dtype, generator) for _ in range(2))

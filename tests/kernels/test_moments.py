@@ -207,10 +207,11 @@ def test_order_of_programs(tiles):
     with forced(Config("descriptor", 16, 16, 16)):
         assert_order_free(
             lambda: (
-                *moments(x), moments_backward(x, mean, dmean, dvar, 7, dy),
+                *moments(x),
+                moments_backward(x, mean, dmean, dvar, 7, dy),
                 *conv2d_moments(x, weight, None, [1, 1], [1, 1, 1, 1], [1, 1], 1, [0, 0]),
             )
-        )  # fmt: skip
+        )
 
 
 def test_opcheck():
@@ -227,9 +228,15 @@ def test_opcheck():
 
 def test_empty_map():
     y, mean, m2 = conv2d_moments(
-        torch.zeros(1, 3, 0, 5, device=DEVICE), torch.ones(2, 3, 1, 1, device=DEVICE), None, [1, 1], [0] * 4, [1, 1],
-        1, [0, 0],
-    )  # fmt: skip
+        torch.zeros(1, 3, 0, 5, device=DEVICE),
+        torch.ones(2, 3, 1, 1, device=DEVICE),
+        None,
+        [1, 1],
+        [0] * 4,
+        [1, 1],
+        1,
+        [0, 0],
+    )
     assert y.shape == (1, 2, 0, 5) and not mean.any() and not m2.any()
 
 
@@ -244,9 +251,11 @@ class TestPlantedErrors:
     @pytest.mark.parametrize("fault", ["last tile of a row taken for a whole one", "share of the neighbour"])
     def test_tiles_merged_with_wrong_counts(self, monkeypatch, fault):
         merge = dense.merge_parts
-        wrong = (lambda p, share, run: merge(p, share, -(-run // share) * share)) if fault.startswith("last") else (
-            lambda p, share, run: merge(p, share // 2, run // 2)
-        )  # fmt: skip
+        wrong = (
+            (lambda p, share, run: merge(p, share, -(-run // share) * share))
+            if fault.startswith("last")
+            else (lambda p, share, run: merge(p, share // 2, run // 2))
+        )
         monkeypatch.setattr(dense, "merge_parts", wrong)
         with pytest.raises(AssertionError):
             test_epilogue(torch.float32, 24, 24, 3, 1, 1, (5, 35), Config("descriptor", 16, 16, 16))

@@ -83,9 +83,7 @@ def test_value_and_gradients(act, dtype, layout):
         z = affine_act_reference(*wide, "none")
         dz = dy.double() * slope_at(yw, z, act)
         y = yw if act in MASKS else None
-        sums = launch_backward(
-            dyw, act, x=xw, scale=scale, shift=shift, residual=rw, y=y, dx=dxw, dz=dzw, sums=True
-        )  # fmt: skip
+        sums = launch_backward(dyw, act, x=xw, scale=scale, shift=shift, residual=rw, y=y, dx=dxw, dz=dzw, sums=True)
         assert sums is not None
         assert_close("dz", dzw, dz)
         assert_close("dx", dxw, dz * wide[1].reshape(-1, 1, 1))

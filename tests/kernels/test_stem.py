@@ -95,7 +95,7 @@ def check(inputs, form, act="relu"):
     ]
     stem_backward(
         x, guarded(weight), guarded(dy), sums[0], strides, padding, act, dscale=sums[1], dshift=sums[2], **options
-    )  # fmt: skip
+    )
     guarded.check()
     for name, total, grad in zip(("dweight", "dscale", "dshift"), sums, grads, strict=False):
         # What was in the buffer is still there; errors of the sum are those of its terms' magnitude.
@@ -151,10 +151,15 @@ def test_no_normalisation_and_clamp_alone():
 
 @settings(max_examples=5, deadline=None)
 @given(
-    c=st.sampled_from([1, 3]), k=st.integers(1, 24), kernel=st.integers(1, 5), stride=st.integers(1, 4),
-    padding=st.tuples(*[st.integers(0, 2)] * 4), pool=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
-    h=st.integers(9, 14), w=st.integers(9, 20),
-)  # fmt: skip
+    c=st.sampled_from([1, 3]),
+    k=st.integers(1, 24),
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 4),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    pool=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    h=st.integers(9, 14),
+    w=st.integers(9, 20),
+)
 def test_random_sizes(c, k, kernel, stride, padding, pool, h, w):
     form = (c, k, kernel, stride, padding, pool)
     check(problem(form, torch.float64, size=(h, w)), form)

@@ -173,8 +173,16 @@ def _write(task: _Task, threads: int = 1, report: Callable[[int], object] | None
     if options.file_format == "dicom":
         path = options.folder / "images" / f"{name}.dcm"
         study = f"{options.seed}.{options.height}.{options.width}"
-        write_dicom(path, image, patient=own.patient, study=study, laterality=own.laterality, view=own.view,
-                    threads=threads, report=report)  # fmt: skip
+        write_dicom(
+            path,
+            image,
+            patient=own.patient,
+            study=study,
+            laterality=own.laterality,
+            view=own.view,
+            threads=threads,
+            report=report,
+        )
     else:
         path = options.folder / "images" / f"{name}.tif"
         write_tiff(path, image, laterality=own.laterality, threads=threads, report=report)

@@ -54,8 +54,10 @@ def read(files: Files) -> list[Record]:
     images: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         images.setdefault(row["image_file_path"], []).append(row)
-    return [_record(path, group, "test" if group[0]["patient_id"] in test else "train", places)
-            for path, group in images.items()]  # fmt: skip
+    return [
+        _record(path, group, "test" if group[0]["patient_id"] in test else "train", places)
+        for path, group in images.items()
+    ]
 
 
 def _rows(table: Rows) -> list[dict[str, str]]:

@@ -12,8 +12,12 @@ from .base import DataSet
 from .files import Files
 from .schema import Finding, Record
 
-_TABLES = ("Radiology manual annotations.xlsx", "Radiology-manual-annotations.xlsx",
-           "Radiology_manual_annotations.xlsx", "Radiology-manual-annotations.csv")  # fmt: skip
+_TABLES = (
+    "Radiology manual annotations.xlsx",
+    "Radiology-manual-annotations.xlsx",
+    "Radiology_manual_annotations.xlsx",
+    "Radiology-manual-annotations.csv",
+)
 _OUTLINES = ("Radiology_hand_drawn_segmentations_v2.csv", "Radiology_hand_drawn_segmentations.csv")
 _FOLDERS = {"DM": "Low energy images of CDD-CESM", "CESM": "Subtracted images of CDD-CESM"}
 _PATHOLOGY = "Pathology Classification/ Follow up"
@@ -47,11 +51,12 @@ def read(files: Files) -> list[Record]:
                 birads=max(grades, default=None),
                 manufacturer=first.get("Machine") or None,
                 labels={"malignant": float("malignant" in classes), "abnormal": float(bool(classes - {"normal"}))}
-                if classes else {},
+                if classes
+                else {},
                 findings=tuple(outlines.get(name, ())),
                 extra={"type": first["Type"], "findings_text": ", ".join(dict.fromkeys(findings))},
             )
-        )  # fmt: skip
+        )
     return records
 
 

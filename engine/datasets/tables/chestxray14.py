@@ -10,8 +10,22 @@ from .base import DataSet
 from .files import Files
 from .schema import Box, Finding, Record
 
-FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
-            "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax")  # fmt: skip
+FINDINGS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Effusion",
+    "Emphysema",
+    "Fibrosis",
+    "Hernia",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pleural_Thickening",
+    "Pneumonia",
+    "Pneumothorax",
+)
 _TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "nih_Data_Entry_2017_v2020.csv")
 
 
@@ -40,10 +54,12 @@ def read(files: Files) -> list[Record]:
                 exam_id=f"{row['Patient ID']}_{row.get('Follow-up #', '')}",
                 labels={"finding": float(bool(found)), **{kind: float(kind in found) for kind in FINDINGS}},
                 findings=tuple(boxes.get(name, ())),
-                extra={"age": row.get("Patient Age", "").rstrip("Y").lstrip("0") or "0",
-                       "sex": row.get("Patient Gender") or row.get("Patient Sex", "")},
+                extra={
+                    "age": row.get("Patient Age", "").rstrip("Y").lstrip("0") or "0",
+                    "sex": row.get("Patient Gender") or row.get("Patient Sex", ""),
+                },
             )
-        )  # fmt: skip
+        )
     return records
 
 

@@ -10,8 +10,17 @@ from .files import Files
 from .schema import Finding, Record
 
 _TABLE = "CSAW-CC_breast_cancer_screening_data.csv"
-_KEPT = ("exam_year", "x_age", "x_type", "x_lymphnode_met", "rad_timing", "rad_r1", "rad_r2", "rad_recall",
-         "libra_percentdensity")  # fmt: skip
+_KEPT = (
+    "exam_year",
+    "x_age",
+    "x_type",
+    "x_lymphnode_met",
+    "rad_timing",
+    "rad_r1",
+    "rad_r2",
+    "rad_recall",
+    "libra_percentdensity",
+)
 
 
 def read(files: Files) -> list[Record]:

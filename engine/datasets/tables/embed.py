@@ -60,9 +60,12 @@ def _clinical(files: Files) -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
     for row in table.rows:
         severity = values.number(row.get("path_severity", ""))
-        item = {"side": values.side(row["side"]) or "", "asses": row["asses"].upper(),
-                "density": row.get("tissueden", "").removesuffix(".0"),
-                "severity": "" if severity is None else str(int(severity))}  # fmt: skip
+        item = {
+            "side": values.side(row["side"]) or "",
+            "asses": row["asses"].upper(),
+            "density": row.get("tissueden", "").removesuffix(".0"),
+            "severity": "" if severity is None else str(int(severity)),
+        }
         found.setdefault(row["acc_anon"], []).append(item)
     return found
 

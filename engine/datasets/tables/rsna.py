@@ -18,8 +18,11 @@ def read(files: Files) -> list[Record]:
     folder = f"{table.path.name.split('.')[0]}_images"
     records = []
     for row in table.rows:
-        labels = {name: values.number({"True": "1", "False": "0"}.get(row[name], row[name])) for name in _LABELS
-                  if row.get(name)}  # fmt: skip
+        labels = {
+            name: values.number({"True": "1", "False": "0"}.get(row[name], row[name]))
+            for name in _LABELS
+            if row.get(name)
+        }
         records.append(
             Record(
                 path=files.expect(f"{folder}/{row['patient_id']}/{row['image_id']}.dcm"),

@@ -53,9 +53,16 @@ class FusedNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor, residual: Tensor | None,
-        spec: NormalizeSpec, block: Block,
-    ):  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        factor: Tensor,
+        offset: Tensor,
+        residual: Tensor | None,
+        spec: NormalizeSpec,
+        block: Block,
+    ):
         y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act)
         gate = y if residual is not None and spec.act != "none" else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
@@ -79,9 +86,19 @@ class FusedNormConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor, weight: Tensor,
-        bias: Tensor | None, spec: NormalizeSpec, conv: ConvSpec, block: Block, valued: bool,
-    ):  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        factor: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: NormalizeSpec,
+        conv: ConvSpec,
+        block: Block,
+        valued: bool,
+    ):
         ctx.save_for_backward(x, mean, rstd, factor, offset, weight)
         ctx.spec, ctx.conv, ctx.sum_of = spec, conv, block.sum_of
         if not valued:

@@ -68,9 +68,15 @@ class FusedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, spec: ConvSpec,
-        block: Block, valued: bool = True,
-    ):  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        spec: ConvSpec,
+        block: Block,
+        valued: bool = True,
+    ):
         needs = any(ctx.needs_input_grad)
         if not valued:
             size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
@@ -148,10 +154,15 @@ def fuse_convolutions(graph: Graph) -> dict[int, ConvSpec]:
         height, width = conv.reads[own["input"].value]
         assert isinstance(height, Window) and isinstance(width, Window)
         spec = ConvSpec(
-            own["input"].value, own["weight"].value, None if own["bias"] is None else own["bias"].value, None,
-            (height.stride, width.stride), (height.dilation, width.dilation), own["groups"],
+            own["input"].value,
+            own["weight"].value,
+            None if own["bias"] is None else own["bias"].value,
+            None,
+            (height.stride, width.stride),
+            (height.dilation, width.dilation),
+            own["groups"],
             channels_last=conv.op.name == "linear",
-        )  # fmt: skip
+        )
         chain = [conv]
 
         def follower(chain: list[Local] = chain) -> Local | None:

@@ -61,9 +61,16 @@ class FusedNormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
-        bias: Tensor | None, spec: NormSpec, linear: ConvSpec, block: Block,
-    ):  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: NormSpec,
+        linear: ConvSpec,
+        block: Block,
+    ):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
         ctx.spec, ctx.linear, ctx.sum_of = spec, linear, block.sum_of
         return layer_norm_linear_act(x, norm_weight, norm_bias, spec.eps, weight, bias, linear.act)
@@ -77,9 +84,17 @@ class FusedNormLinear(torch.autograd.Function):
         dweight = ctx.sum_of(linear.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
         dbias = ctx.sum_of(linear.bias, wide) if wants_bias else None
         dx, *sums = layer_norm_linear_act_backward(
-            grads[0], x, norm_weight, norm_bias, ctx.spec.eps, weight, bias, linear.act,
-            dweight.reshape(weight.shape), dbias,
-        )  # fmt: skip
+            grads[0],
+            x,
+            norm_weight,
+            norm_bias,
+            ctx.spec.eps,
+            weight,
+            bias,
+            linear.act,
+            dweight.reshape(weight.shape),
+            dbias,
+        )
         _add_up(ctx, sums)
         return dx, *[None] * 7
 

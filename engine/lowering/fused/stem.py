@@ -32,9 +32,15 @@ class FusedStem(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, padding: list[int],
-        pool_padding: list[int], block: Block,
-    ):  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: ConvSpec,
+        padding: list[int],
+        pool_padding: list[int],
+        block: Block,
+    ):
         ctx.save_for_backward(x, weight, bias)
         ctx.spec, ctx.sum_of = spec, block.sum_of
         ctx.settings = (*_WIDE_OPEN, spec.stride, padding, pool_padding, spec.act)

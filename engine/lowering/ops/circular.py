@@ -39,11 +39,15 @@ def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int])
         if inner.start < inner.stop:
             parts = [
                 _columns(env, before, w, c0, min(c1, left)).narrow(h, inner.start, inner.stop - inner.start)
-                if c0 < left else None,
+                if c0 < left
+                else None,
                 x if max(c0, left) < min(c1, left + width) else None,
-                _columns(env, behind, w, max(c0 - left - width, 0), c1 - left - width)
-                .narrow(h, inner.start, inner.stop - inner.start) if c1 > left + width else None,
-            ]  # fmt: skip
+                _columns(env, behind, w, max(c0 - left - width, 0), c1 - left - width).narrow(
+                    h, inner.start, inner.stop - inner.start
+                )
+                if c1 > left + width
+                else None,
+            ]
             x = _joined(parts, w)
         columns = torch.arange(c0 - left, c1 - left, device=x.device) % width
         first = _columns(env, above, h, r0, min(r1, top)).index_select(w, columns) if r0 < top else None

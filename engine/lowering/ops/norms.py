@@ -36,9 +36,12 @@ def _number(ref: Any) -> int | None:
 
 
 def _running(
-    op: Op, numbers: Sequence[int | None], momentum: float | Ref,
-    statistics: Callable[[Env], tuple[Tensor, Tensor]], inputs: tuple[int, ...],
-) -> list[Small]:  # fmt: skip
+    op: Op,
+    numbers: Sequence[int | None],
+    momentum: float | Ref,
+    statistics: Callable[[Env], tuple[Tensor, Tensor]],
+    inputs: tuple[int, ...],
+) -> list[Small]:
     """What a call makes of running statistics: new values, which later calls of the norm and later steps read.
 
     Args:
@@ -122,8 +125,9 @@ def norm_of_small(op: Op, maps: Maps) -> list[Node] | None:
     """Live BatchNorm of what is reduced from images: like that of a map it is over all images and processes."""
     if op.name != "batch_norm" or op.autocast is not None:
         return None
-    given = arguments(op, "input running_mean running_var weight bias training momentum eps", training=False,
-                      momentum=0.1, eps=1e-5)  # fmt: skip
+    given = arguments(
+        op, "input running_mean running_var weight bias training momentum eps", training=False, momentum=0.1, eps=1e-5
+    )
     if not given["training"] and given["running_mean"] is not None:
         return None
     return _live_batch_norm(op, maps, given)
@@ -224,9 +228,12 @@ def group_norm(op: Op, maps: Maps) -> list[Node]:
 @rule("instance_norm")
 def instance_norm(op: Op, maps: Maps) -> Local | list[Node]:
     given = arguments(
-        op, "input running_mean running_var weight bias use_input_stats momentum eps",
-        use_input_stats=True, momentum=0.1, eps=1e-5,
-    )  # fmt: skip
+        op,
+        "input running_mean running_var weight bias use_input_stats momentum eps",
+        use_input_stats=True,
+        momentum=0.1,
+        eps=1e-5,
+    )
     value = given["input"].value
     if not given["use_input_stats"]:
         return on_channels(op, maps, value)
@@ -354,9 +361,7 @@ class ScaleShift(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype
-    ):  # fmt: skip
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, offset: Tensor, dtype: torch.dtype):
         ctx.save_for_backward(x, mean, scale)
         return torch.addcmul(offset, x, scale).to(dtype)
 

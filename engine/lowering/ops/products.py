@@ -166,10 +166,23 @@ def baddbmm(op: Op, maps: Maps) -> list[Node]:
     output = op.outputs[0]
     product = maps.new_value(like=output)
     made = _product(
-        Op(torch.bmm, "bmm", (given["batch1"], given["batch2"]), {}, (left, right), (product,), (), op.module,
-           line=op.line),
-        maps, left, right, _behind(maps, left), _behind(maps, right),
-    )  # fmt: skip
+        Op(
+            torch.bmm,
+            "bmm",
+            (given["batch1"], given["batch2"]),
+            {},
+            (left, right),
+            (product,),
+            (),
+            op.module,
+            line=op.line,
+        ),
+        maps,
+        left,
+        right,
+        _behind(maps, left),
+        _behind(maps, right),
+    )
     nodes = made if isinstance(made, list) else [made]
     if not isinstance(nodes[-1], Reduction):
         raise Refusal("'baddbmm' of each position with a matrix; use torch.bmm and a sum")

@@ -55,16 +55,30 @@ def moments(
     dtype = exact(info.device) if precise else wide(info.dtype)
     mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
     reduction = Reduction(
-        op, value, "moments", count, axes, True, outputs=(mean, var), precise=precise, grid=grid,
+        op,
+        value,
+        "moments",
+        count,
+        axes,
+        True,
+        outputs=(mean, var),
+        precise=precise,
+        grid=grid,
         per_pixel=count // pixels if grid is None else 1,
-    )  # fmt: skip
+    )
     return reduction, mean, var
 
 
 def mapped(
-    op: Op, maps: Maps, name: str, values: tuple[int, ...], function: Callable[..., Tensor], dtype: torch.dtype,
-    smalls: tuple[int, ...] = (), output: int | None = None,
-) -> tuple[Local, int]:  # fmt: skip
+    op: Op,
+    maps: Maps,
+    name: str,
+    values: tuple[int, ...],
+    function: Callable[..., Tensor],
+    dtype: torch.dtype,
+    smalls: tuple[int, ...] = (),
+    output: int | None = None,
+) -> tuple[Local, int]:
     """A local op of our own per pixel, `function(*values, *smalls)`; all values have the first one's axes."""
     made = maps.new_value(dtype=dtype, like=values[0]) if output is None else output
     maps.axes[made] = maps.axes[values[0]]
@@ -102,8 +116,29 @@ _NAMES = {
 }
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "vector_norm", "logsumexp", "prod", "var_mean",
-      "std_mean", "argmax", "argmin", "any", "all", "count_nonzero", "nansum", "nanmean")  # fmt: skip
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "var",
+    "std",
+    "norm",
+    "vector_norm",
+    "logsumexp",
+    "prod",
+    "var_mean",
+    "std_mean",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+    "count_nonzero",
+    "nansum",
+    "nanmean",
+)
 def reduction(op: Op, maps: Maps) -> Local | list[Node]:
     """Over channels: per pixel. Over both image axes: see above. Else on the whole map."""
     if op.name in ("max", "min") and len(op.inputs) == 2:
@@ -183,9 +218,13 @@ class _Call:
         )
 
     def of(
-        self, name: str, function: Callable[[Tensor], Tensor], kind: str, behind: Callable[[Tensor], Tensor],
+        self,
+        name: str,
+        function: Callable[[Tensor], Tensor],
+        kind: str,
+        behind: Callable[[Tensor], Tensor],
         nan_counts: bool = False,
-    ) -> list[Node]:  # fmt: skip
+    ) -> list[Node]:
         """function(x) -> reduced -> behind(it)."""
         own = wide(self.maps.program.values[self.value].dtype)
         local, made = self.mapped(name, lambda x: function(x.to(own)), own)

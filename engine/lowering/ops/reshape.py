@@ -129,8 +129,15 @@ def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Seque
         axes = (position, position)
     else:
         places = range(len(after) - 1)
-        position = next((i for i in places if tuple(after[i : i + 2]) == (own.height, own.width) and
-                         (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)), None)  # fmt: skip
+        position = next(
+            (
+                i
+                for i in places
+                if tuple(after[i : i + 2]) == (own.height, own.width)
+                and (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)
+            ),
+            None,
+        )
         if position is None:
             return None
         flat, axes = own, (position, position + 1)

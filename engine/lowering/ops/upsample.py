@@ -24,9 +24,13 @@ def _outer(access: Spread, lo: int, hi: int) -> tuple[int, int, int]:
 @rule("conv_transpose2d")
 def conv_transpose2d(op: Op, maps: Maps) -> Local:
     given = arguments(
-        op, "input weight bias stride padding output_padding groups dilation",
-        stride=1, padding=0, groups=1, dilation=1,
-    )  # fmt: skip
+        op,
+        "input weight bias stride padding output_padding groups dilation",
+        stride=1,
+        padding=0,
+        groups=1,
+        dilation=1,
+    )
     value, weight = given["input"].value, given["weight"].value
     if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
         raise Refusal("'conv_transpose2d' takes its weights from the image")

@@ -21,9 +21,14 @@ from .resample import INTERPOLATE, bilinear, positions, weighted
 
 
 def _windows(
-    maps: Maps, op: Op, value: int, kernel: tuple[int, int], stride: tuple[int, int],
-    pad: tuple[int, int], dilation: tuple[int, int],
-) -> tuple[Window, Window]:  # fmt: skip
+    maps: Maps,
+    op: Op,
+    value: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    pad: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Window, Window]:
     size_in = maps.size(value)
     shape = maps.shape(op.outputs[0])
     size_out = (shape[-2], shape[-1])
@@ -136,9 +141,13 @@ def conv3d(op: Op, maps: Maps) -> Local:
 @rule("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     given = arguments(
-        op, "input kernel_size stride padding dilation ceil_mode return_indices",
-        padding=0, dilation=1, ceil_mode=False, return_indices=False,
-    )  # fmt: skip
+        op,
+        "input kernel_size stride padding dilation ceil_mode return_indices",
+        padding=0,
+        dilation=1,
+        ceil_mode=False,
+        return_indices=False,
+    )
     value = given["input"].value
     need_nchw(op, maps, value)
     if given["return_indices"] or len(op.outputs) > 1:
@@ -172,9 +181,12 @@ def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) 
 @rule("avg_pool2d")
 def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     given = arguments(
-        op, "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
-        padding=0, ceil_mode=False, count_include_pad=True,
-    )  # fmt: skip
+        op,
+        "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
+        padding=0,
+        ceil_mode=False,
+        count_include_pad=True,
+    )
     value = given["input"].value
     need_nchw(op, maps, value)
     kernel = pair(given["kernel_size"])

@@ -161,9 +161,12 @@ def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | l
             raise Refusal("an assignment writes a tensor with a value for each position into a region; pad it before")
         places = behind[0] or 0, behind[1] or 0
         own, made = promoted(
-            _renamed_call(op, (value, target)), maps, (places[0] + len(came), places[1] + len(came)), len(came),
+            _renamed_call(op, (value, target)),
+            maps,
+            (places[0] + len(came), places[1] + len(came)),
+            len(came),
             among=(value,),
-        )  # fmt: skip
+        )
         nodes = [*nodes, *made]
         value = own.inputs[0]
         reads[value] = maps.pointwise(value)

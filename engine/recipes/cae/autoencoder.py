@@ -44,9 +44,15 @@ class ConvAutoEncoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, code_channels: int, kernel: int = 3, mode: str = "zero_bias_encode", theta: float = 1.0,
-        tied: bool = False, pool: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        code_channels: int,
+        kernel: int = 3,
+        mode: str = "zero_bias_encode",
+        theta: float = 1.0,
+        tied: bool = False,
+        pool: int = 2,
+    ) -> None:
         super().__init__()
         if mode not in MODES:
             raise GigamorphError(f"mode {mode!r} is unknown; take one of {', '.join(MODES)}")
@@ -108,9 +114,17 @@ class Stack(nn.Module):
     """
 
     def __init__(
-        self, channels: int, code_channels: Sequence[int], *, feature: str = "reconstruction", kernel: int = 3,
-        mode: str = "zero_bias_encode", theta: float = 1.0, tied: bool = False, pool: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        code_channels: Sequence[int],
+        *,
+        feature: str = "reconstruction",
+        kernel: int = 3,
+        mode: str = "zero_bias_encode",
+        theta: float = 1.0,
+        tied: bool = False,
+        pool: int = 2,
+    ) -> None:
         super().__init__()
         if feature not in FEATURES:
             raise GigamorphError(f"feature {feature!r} is unknown; take one of {', '.join(FEATURES)}")

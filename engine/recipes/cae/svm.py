@@ -18,9 +18,15 @@ from ...evaluate.roc import macro_auc
 
 
 def fit_svm(
-    features: NDArray[Any], labels: ArrayLike, patients: ArrayLike, *, kernel: str, c: Sequence[float],
-    folds: int = 5, standardise: bool = True,
-) -> Any:  # fmt: skip
+    features: NDArray[Any],
+    labels: ArrayLike,
+    patients: ArrayLike,
+    *,
+    kernel: str,
+    c: Sequence[float],
+    folds: int = 5,
+    standardise: bool = True,
+) -> Any:
     """A classifier of scikit-learn on features (n, d); of several C the best in cross-validation by patient.
 
     Raises:

@@ -56,13 +56,24 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
     """A stack of auto-encoders, trained on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
     stack = Stack(
-        maps[0].shape[0], config.code_channels, feature=config.feature, kernel=config.kernel, mode=config.mode,
-        theta=config.theta, tied=config.tied, pool=config.pool,
-    )  # fmt: skip
+        maps[0].shape[0],
+        config.code_channels,
+        feature=config.feature,
+        kernel=config.kernel,
+        mode=config.mode,
+        theta=config.theta,
+        tied=config.tied,
+        pool=config.pool,
+    )
     stage = Stage(
-        "joint", config.epochs, config.lr, optimizer=config.optimizer, momentum=config.momentum,
-        batch_size=config.batch_size, plateau=config.plateau,
-    )  # fmt: skip
+        "joint",
+        config.epochs,
+        config.lr,
+        optimizer=config.optimizer,
+        momentum=config.momentum,
+        batch_size=config.batch_size,
+        plateau=config.plateau,
+    )
     if config.training == "joint":
         run_stages(Reconstruction(stack, maps, run.device), [stage], run)
         return stack
@@ -117,9 +128,14 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     for name, values in features.items():
         for kernel in config.svm:
             model = fit_svm(
-                values[inside], labels[inside], patients[inside], kernel=kernel, c=config.c, folds=config.folds,
+                values[inside],
+                labels[inside],
+                patients[inside],
+                kernel=kernel,
+                c=config.c,
+                folds=config.folds,
                 standardise=config.standardise,
-            )  # fmt: skip
+            )
             if name == "cae":
                 told |= {
                     (part, kernel): _cases(model, values[own], [records[i] for i in own], read.classes)
@@ -132,17 +148,23 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
                 if own and part != "train"
             }
     exported = {
-        "features": features["cae"], "labels": labels, "splits": np.array([r.split for r in records]),
+        "features": features["cae"],
+        "labels": labels,
+        "splits": np.array([r.split for r in records]),
         "paths": np.array([r.path.as_posix() for r in records]),
-    }  # fmt: skip
+    }
     write_atomically(run.out / "features.npz", lambda path: np.savez(path, **exported), "features")
     for (part, kernel), cases in told.items():
         write_cases(run.out / f"{part}_{kernel}.csv", cases)
     recipe_card(
-        run, "cae", config, parameters=sum(p.numel() for own in (backbone, stack) for p in own.parameters()),
-        records={name: [records[i] for i in own] for name, own in parts.items()}, classes=read.classes,
+        run,
+        "cae",
+        config,
+        parameters=sum(p.numel() for own in (backbone, stack) for p in own.parameters()),
+        records={name: [records[i] for i in own] for name, own in parts.items()},
+        classes=read.classes,
         predictions={f"{part}, {kernel} SVM": cases for (part, kernel), cases in told.items()},
-    )  # fmt: skip
+    )
     return finish(run, metrics)
 
 
@@ -172,6 +194,12 @@ def _maps(backbone: UpTo, records: Sequence[Record], config: CaeConfig, run: Run
         records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels
     )
     return frozen_features(
-        backbone, images, run.out / "maps", size=Size(config.resize, config.crop), batch_size=config.batch_size,
-        memory_budget=run.memory_budget, device=run.device, report=run.report,
-    )  # fmt: skip
+        backbone,
+        images,
+        run.out / "maps",
+        size=Size(config.resize, config.crop),
+        batch_size=config.batch_size,
+        memory_budget=run.memory_budget,
+        device=run.device,
+        report=run.report,
+    )

@@ -45,9 +45,14 @@ def compare_heads(
                     own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
                     train, val, test = ([parts[part][0][n] for n in group] for part in ("train", "val", "test"))
                     head = fit_head(
-                        protocol, [e[chosen] for e in train], labels[chosen], (val, parts["val"][1]), classes, config,
+                        protocol,
+                        [e[chosen] for e in train],
+                        labels[chosen],
+                        (val, parts["val"][1]),
+                        classes,
+                        config,
                         own,
-                    )  # fmt: skip
+                    )
                     found = score(parts["test"][1], logits_of(head, torch.cat(test, 1)))
                     rows.append(_row(size, fold, protocol, what, len(chosen), found))
                     if protocol == "dvme":
@@ -86,8 +91,12 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["subset"], row["protocol"], row["extractor"]), []).append(row["test"])
     return [
         {
-            "subset": subset, "protocol": protocol, "extractor": extractor, "mean": float(np.mean(values)),
-            "std": float(np.std(values)), "folds": len(values),
+            "subset": subset,
+            "protocol": protocol,
+            "extractor": extractor,
+            "mean": float(np.mean(values)),
+            "std": float(np.std(values)),
+            "folds": len(values),
         }
         for (subset, protocol, extractor), values in groups.items()
-    ]  # fmt: skip
+    ]

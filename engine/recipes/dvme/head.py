@@ -66,9 +66,16 @@ class DVMEHead(nn.Module):
     """
 
     def __init__(
-        self, dims: Sequence[int], classes: int, *, p: int = 512, hidden: int = 512, dropout: float = 0.2,
-        tokens: str = "scalar", heads: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        dims: Sequence[int],
+        classes: int,
+        *,
+        p: int = 512,
+        hidden: int = 512,
+        dropout: float = 0.2,
+        tokens: str = "scalar",
+        heads: int = 1,
+    ) -> None:
         super().__init__()
         if tokens not in TOKENS:
             raise GigamorphError(f"tokens {tokens!r} are unknown; take one of {', '.join(TOKENS)}")

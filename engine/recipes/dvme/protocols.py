@@ -67,26 +67,38 @@ def measure(metric: str, classes: int) -> Measure:
 
 
 def fit_head(
-    protocol: str, embeddings: Sequence[Tensor], labels: Tensor, val: tuple[Sequence[Tensor], Tensor], classes: int,
-    config: DvmeConfig, run: Run,
-) -> OnEmbeddings:  # fmt: skip
+    protocol: str,
+    embeddings: Sequence[Tensor],
+    labels: Tensor,
+    val: tuple[Sequence[Tensor], Tensor],
+    classes: int,
+    config: DvmeConfig,
+    run: Run,
+) -> OnEmbeddings:
     """Train a head on embeddings (n, dims[i]) of frozen extractors; the best epoch on the validation images is kept."""
     dims = [embedding.shape[1] for embedding in embeddings]
     torch.manual_seed(seed_of(run.seed, 1))
     module = OnEmbeddings(dims, make_head(protocol, dims, classes, config))
     task = TensorTask(
-        module, torch.cat(list(embeddings), 1), labels, (torch.cat(list(val[0]), 1), val[1]),
+        module,
+        torch.cat(list(embeddings), 1),
+        labels,
+        (torch.cat(list(val[0]), 1), val[1]),
         measure(config.metric, classes),
-    )  # fmt: skip
+    )
     run_stages(task, [_stage(protocol, config)], run)
     return module
 
 
 def _stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
     return Stage(
-        name, config.epochs, config.transformer_lr if transformer else config.lr, plateau=config.plateau,
-        patience=config.patience, batch_size=config.transformer_batch if transformer else config.batch_size,
-    )  # fmt: skip
+        name,
+        config.epochs,
+        config.transformer_lr if transformer else config.lr,
+        plateau=config.plateau,
+        patience=config.patience,
+        batch_size=config.transformer_batch if transformer else config.batch_size,
+    )
 
 
 class Finetuning(Task):
@@ -99,9 +111,15 @@ class Finetuning(Task):
     """
 
     def __init__(
-        self, module: nn.Module, images: ImageDataset, val: ImageDataset, size: Size, score: Measure, run: Run,
+        self,
+        module: nn.Module,
+        images: ImageDataset,
+        val: ImageDataset,
+        size: Size,
+        score: Measure,
+        run: Run,
         batch: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.module, self.images, self.val, self.size, self.measure = module, images, val, size, score
         self.batch, self.device = batch, run.device
         self.net = accelerate(module, run.memory_budget, fallback="whole")
@@ -133,9 +151,16 @@ class Finetuning(Task):
 
 
 def fit_networks(
-    protocol: str, extractors: Sequence[nn.Module], dims: Sequence[int], images: ImageDataset, val: ImageDataset,
-    classes: int, config: DvmeConfig, run: Run, transformer: bool,
-) -> Finetuning:  # fmt: skip
+    protocol: str,
+    extractors: Sequence[nn.Module],
+    dims: Sequence[int],
+    images: ImageDataset,
+    val: ImageDataset,
+    classes: int,
+    config: DvmeConfig,
+    run: Run,
+    transformer: bool,
+) -> Finetuning:
     """Fine-tune extractors with a head on them; `transformer`: with the rate and batch for one."""
     torch.manual_seed(seed_of(run.seed, 1))
     module = Fused(extractors, make_head(protocol, dims, classes, config))

@@ -26,9 +26,14 @@ from .config import DvmeConfig, ExtractorConfig
 _SIDE, _WIDTH = 48, 8
 _PRETRAIN, _IMAGES = 500, {"train": 400, "val": 200, "test": 600}
 _SETTINGS = DvmeConfig(
-    extractors=tuple(ExtractorConfig(name, "") for name in LESIONS), protocols=("linear", "no_attention", "dvme"),
-    subsets=(40, 120, 0), folds=3, p=16, hidden=64, epochs=30,
-)  # fmt: skip
+    extractors=tuple(ExtractorConfig(name, "") for name in LESIONS),
+    protocols=("linear", "no_attention", "dvme"),
+    subsets=(40, 120, 0),
+    folds=3,
+    p=16,
+    hidden=64,
+    epochs=30,
+)
 
 
 def synthetic(run: Run, seeds: Sequence[int]) -> Claim:

@@ -56,18 +56,27 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
         network = _extractor(config, number, run)
         for name, own in parts.items():
             found = frozen_features(
-                network, _images(own, config), run.out / "embeddings", size=Size(config.resize, config.crop),
-                batch_size=config.batch_size, memory_budget=run.memory_budget, device=run.device, report=run.report,
+                network,
+                _images(own, config),
+                run.out / "embeddings",
+                size=Size(config.resize, config.crop),
+                batch_size=config.batch_size,
+                memory_budget=run.memory_budget,
+                device=run.device,
+                report=run.report,
                 stage=extractor.name,
-            )  # fmt: skip
+            )
             embeddings[name][extractor.name] = torch.from_numpy(np.stack(list(found)))
     known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}
     rows, heads = compare_heads(known, classes, config, run)
     rows += _finetune(config, parts, known["train"][0], classes, run)
     metrics: dict[str, Any] = {
-        "classes": read.classes, "images": {name: len(own) for name, own in parts.items()}, "metric": config.metric,
-        "rows": rows, "summary": summarise(rows),
-    }  # fmt: skip
+        "classes": read.classes,
+        "images": {name: len(own) for name, own in parts.items()},
+        "metric": config.metric,
+        "rows": rows,
+        "summary": summarise(rows),
+    }
     if heads:
         largest = next(size for size in sorted(config.subsets, key=lambda size: -(size or len(parts["train"]))))
         test = [embedding.to(run.device) for embedding in embeddings["test"].values()]
@@ -81,9 +90,14 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
         own = run.part(folder("dvme", "all", largest, 0))
         write_cases(own.out / "test.csv", cases)
         recipe_card(
-            own, "dvme", config, parameters=sum(p.numel() for p in heads[largest, 0].parameters()), records=parts,
-            classes=read.classes, predictions={"test": cases},
-        )  # fmt: skip
+            own,
+            "dvme",
+            config,
+            parameters=sum(p.numel() for p in heads[largest, 0].parameters()),
+            records=parts,
+            classes=read.classes,
+            predictions={"test": cases},
+        )
     return finish(run, metrics)
 
 
@@ -106,10 +120,16 @@ def _finetune(
                     networks: list[nn.Module] = [_extractor(config, names.index(name), run) for name in group]
                     own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
                     task = fit_networks(
-                        protocol, networks, [embeddings[name].shape[1] for name in group], images,
-                        _images(parts["val"], config), classes, config, own,
+                        protocol,
+                        networks,
+                        [embeddings[name].shape[1] for name in group],
+                        images,
+                        _images(parts["val"], config),
+                        classes,
+                        config,
+                        own,
                         transformer=bool(set(group) & set(config.transformers)),
-                    )  # fmt: skip
+                    )
                     found = measure(config.metric, classes)(truth, task.predict(test))
                     row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what}
                     rows.append({**row, "train": len(chosen), "test": found})
@@ -126,6 +146,10 @@ def _images(
     records: Sequence[Record], config: DvmeConfig, augment: Augment | None = None, seed: int = 0
 ) -> ImageDataset:
     return ImageDataset(
-        records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels,
-        augment=augment, seed=seed,
-    )  # fmt: skip
+        records,
+        normalize=Normalize(config.mean, config.std),
+        voi=config.voi,
+        channels=config.channels,
+        augment=augment,
+        seed=seed,
+    )

@@ -81,16 +81,30 @@ class Config:
     patch: tuple[Stage, ...] = (
         Stage("head", 3, 1e-3, trainable=("head",), weight_decay=1e-2, batch_size=32, dropout=0.5, batch_norm="eval"),
         Stage(
-            "top", 10, 1e-4, trainable=("features.layer3.5", "features.layer4", "head"), weight_decay=1e-4,
-            batch_size=32, dropout=0.0, batch_norm="trainable",
+            "top",
+            10,
+            1e-4,
+            trainable=("features.layer3.5", "features.layer4", "head"),
+            weight_decay=1e-4,
+            batch_size=32,
+            dropout=0.0,
+            batch_norm="trainable",
         ),
         Stage("all", 37, 1e-5, weight_decay=1e-4, batch_size=32, dropout=0.0),
-    )  # fmt: skip
+    )
     whole: tuple[Stage, ...] = (
-        Stage("top", 30, 1e-4, trainable=("top", "head"), weight_decay=1e-3, batch_size=2, patience=10,
-              batch_norm="trainable"),
+        Stage(
+            "top",
+            30,
+            1e-4,
+            trainable=("top", "head"),
+            weight_decay=1e-3,
+            batch_size=2,
+            patience=10,
+            batch_norm="trainable",
+        ),
         Stage("all", 20, 1e-5, weight_decay=1e-2, batch_size=2, patience=10, batch_norm="eval"),
-    )  # fmt: skip
+    )
     start: str | None = None
     """The folder of a finished run on another data set: its whole-image networks are transferred, without patches."""
     transfer: tuple[Stage, ...] = (

@@ -76,10 +76,15 @@ class Bottleneck(nn.Module):
         super().__init__()
         out = depth * expand
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, depth, 1, stride), nn.BatchNorm2d(depth), nn.ReLU(),
-            nn.Conv2d(depth, depth, 3, padding=1), nn.BatchNorm2d(depth), nn.ReLU(),
-            nn.Conv2d(depth, out, 1), nn.BatchNorm2d(out),
-        )  # fmt: skip
+            nn.Conv2d(inputs, depth, 1, stride),
+            nn.BatchNorm2d(depth),
+            nn.ReLU(),
+            nn.Conv2d(depth, depth, 3, padding=1),
+            nn.BatchNorm2d(depth),
+            nn.ReLU(),
+            nn.Conv2d(depth, out, 1),
+            nn.BatchNorm2d(out),
+        )
         self.skip: nn.Module = nn.Identity()
         if stride != 1 or inputs != out:
             self.skip = nn.Sequential(nn.Conv2d(inputs, out, 1, stride), nn.BatchNorm2d(out))
@@ -100,9 +105,11 @@ def top_blocks(inputs: int, blocks: Sequence[Block]) -> tuple[nn.Sequential, int
         else:
             for _ in range(block.repeat):
                 layers += nn.Sequential(
-                    nn.Conv2d(inputs, block.depth, 3, padding=1), nn.BatchNorm2d(block.depth), nn.ReLU(),
+                    nn.Conv2d(inputs, block.depth, 3, padding=1),
+                    nn.BatchNorm2d(block.depth),
+                    nn.ReLU(),
                     nn.Dropout2d(0.0),
-                )  # fmt: skip
+                )
                 inputs = block.depth
             layers.append(nn.MaxPool2d(2))
     for module in layers.modules():

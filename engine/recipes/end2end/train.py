@@ -163,9 +163,14 @@ def _results(
         found["auc"], cases = None, task.target.cases([], np.empty((0, 2)))
     if trained is not None:
         recipe_card(
-            run, "end2end", config, parameters=sum(p.numel() for p in task.module.parameters()), records=images,
-            classes=task.target.names, predictions=predictions,
-        )  # fmt: skip
+            run,
+            "end2end",
+            config,
+            parameters=sum(p.numel() for p in task.module.parameters()),
+            records=images,
+            classes=task.target.names,
+            predictions=predictions,
+        )
     return found, cases
 
 

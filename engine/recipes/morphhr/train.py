@@ -132,9 +132,14 @@ def _results(data: _Data, task: ImageTask, images: Any, trained: Trained, folder
     if found["auc"] is None:
         data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
     recipe_card(
-        data.run.part(folder), "morphhr", data.config, parameters=sum(p.numel() for p in task.module.parameters()),
-        records=data.parts, classes=data.target.names, predictions=predictions,
-    )  # fmt: skip
+        data.run.part(folder),
+        "morphhr",
+        data.config,
+        parameters=sum(p.numel() for p in task.module.parameters()),
+        records=data.parts,
+        classes=data.target.names,
+        predictions=predictions,
+    )
     return found
 
 

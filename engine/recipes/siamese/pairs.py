@@ -73,9 +73,13 @@ def open_side(
     """A breast with its chest wall where that of the other one is: on the left as the file's header says ("auto"), or
     as stored if it is a left breast and mirrored if it is a right one ("table")."""
     source: PixelSource = open_pixels(
-        record.path, normalize=normalize, channels=channels, voi=voi, frame=record.frame,
+        record.path,
+        normalize=normalize,
+        channels=channels,
+        voi=voi,
+        frame=record.frame,
         flip="auto" if mirror == "auto" else False,
-    )  # fmt: skip
+    )
     if mirror == "table" and record.laterality == "R":
         source = MirroredSource(source, left_right=True, up_down=False)
     return source

@@ -73,9 +73,13 @@ def fine_tuned(
     torch.manual_seed(seed_of(run.seed, 7))
     task = TensorTask(Classifier(embedding), x, y, vary=mirrored)
     stage = Stage(
-        "fine-tune", config.probe_epochs, config.lr, weight_decay=config.weight_decay,
-        batch_size=min(config.batch_size, 32), schedule="cosine",
-    )  # fmt: skip
+        "fine-tune",
+        config.probe_epochs,
+        config.lr,
+        weight_decay=config.weight_decay,
+        batch_size=min(config.batch_size, 32),
+        schedule="cosine",
+    )
     run_stages(task, [stage], run)
     logits = logits_of(task.module, test).double().numpy()
     return logits[:, 1] - logits[:, 0]

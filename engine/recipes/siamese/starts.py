@@ -80,9 +80,13 @@ def self_supervised(
     """
     task = _TASKS[name](embedding, pairs, config, run.device)
     stage = Stage(
-        name, config.epochs, config.lr, trainable=task.trainable, weight_decay=config.weight_decay,
+        name,
+        config.epochs,
+        config.lr,
+        trainable=task.trainable,
+        weight_decay=config.weight_decay,
         batch_size=2 * config.batch_size,
-    )  # fmt: skip
+    )
     run_stages(task, [stage], run)
     task.look()
     return embedding

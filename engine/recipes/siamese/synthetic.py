@@ -34,9 +34,17 @@ _KINDS: tuple[Kind, ...] = ("mass", "asymmetry")
 _PAIRS, _LESIONS, _LABELLED, _DRAWS, _TEST = 2000, 0.1, (8, 20, 60), 3, 500
 _FEW = _LABELLED[:2]
 _SETTINGS = SiameseConfig(
-    patch=_SIDE, dim=32, warm_up=1, epochs=15, batch_size=32, lr=2e-3, mean=(0.3,), std=(0.1,), probe_epochs=30,
+    patch=_SIDE,
+    dim=32,
+    warm_up=1,
+    epochs=15,
+    batch_size=32,
+    lr=2e-3,
+    mean=(0.3,),
+    std=(0.1,),
+    probe_epochs=30,
     hidden=256,
-)  # fmt: skip
+)
 
 
 def synthetic(run: Run, seeds: Sequence[int]) -> Claim:
@@ -77,10 +85,12 @@ def _one(run: Run, seed: int) -> dict[str, Any]:
     labels = torch.stack([labels for labels, _ in measured]).mean(0).numpy()
     distances = np.mean([task.distances(network)[0] for network in networks], 0)
     row: dict[str, Any] = {
-        "seed": seed, "soft_label_auc": round(auc(truth, labels) or 0.0, 4),
-        "distance_auc": round(auc(truth, distances) or 0.0, 4), "share": round(measured[0][1]["share"], 3),
+        "seed": seed,
+        "soft_label_auc": round(auc(truth, labels) or 0.0, 4),
+        "distance_auc": round(auc(truth, distances) or 0.0, 4),
+        "share": round(measured[0][1]["share"], 3),
         "embedding_std": round(min(told["embedding_std"] for _, told in measured), 3),
-    }  # fmt: skip
+    }
     x, y = _patches(_DRAWS * max(_LABELLED), (seed, 2))
     test, test_y = _patches(_TEST, (seed, 3))
     # Prefixes of the columns: of the probe, and of fine-tuning.
@@ -117,9 +127,11 @@ def phantom_pairs(count: int, seed: Sequence[int], lesions: float) -> tuple[Tens
         kind, side = _KINDS[int(rng.integers(len(_KINDS)))], int(rng.integers(2))
         sides[index] = side
         # The place of the lesion, or where it would have been.
-        top, bottom, left, right = PhantomImage(
-            _HEIGHT, _WIDTH, seed=own, side=(*own, side), lesions=(kind,), symmetry=_SYMMETRY
-        ).lesions[0].box  # fmt: skip
+        top, bottom, left, right = (
+            PhantomImage(_HEIGHT, _WIDTH, seed=own, side=(*own, side), lesions=(kind,), symmetry=_SYMMETRY)
+            .lesions[0]
+            .box
+        )
         shift = rng.integers(-_SIDE // 8, _SIDE // 8 + 1, 2)
         y = int(np.clip((top + bottom - _SIDE) // 2 + shift[0], 0, _HEIGHT - _SIDE))
         x = int(np.clip((left + right - _SIDE) // 2 + shift[1], 0, _WIDTH - _SIDE))

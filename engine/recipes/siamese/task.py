@@ -34,9 +34,13 @@ class SiameseTask(Task):
     """
 
     def __init__(
-        self, networks: Sequence[Embedding], pairs: Sequence[Any] | Tensor, patients: Sequence[str],
-        config: SiameseConfig, device: str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        networks: Sequence[Embedding],
+        pairs: Sequence[Any] | Tensor,
+        patients: Sequence[str],
+        config: SiameseConfig,
+        device: str = "cpu",
+    ) -> None:
         self.module, self.pairs, self.config, self.device = nn.ModuleList(networks), pairs, config, device
         self.patients = np.unique(np.asarray(patients), return_inverse=True)[1]
         self.labels: list[Tensor] = [torch.zeros(len(pairs)) for _ in networks]
@@ -125,6 +129,10 @@ class SiameseTask(Task):
 
 def _told(mixture: Mixture) -> dict[str, float]:
     return {
-        "mean_alike": mixture.means[0], "mean_different": mixture.means[1], "std_alike": mixture.deviations[0],
-        "std_different": mixture.deviations[1], "share": mixture.share, "separated": float(mixture.separated),
-    }  # fmt: skip
+        "mean_alike": mixture.means[0],
+        "mean_different": mixture.means[1],
+        "std_alike": mixture.deviations[0],
+        "std_different": mixture.deviations[1],
+        "share": mixture.share,
+        "separated": float(mixture.separated),
+    }

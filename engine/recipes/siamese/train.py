@@ -67,11 +67,14 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
             _write_map(networks[0], pair, config, run, run.out / "maps" / f"{number}.tif")
         metrics["maps"] = {f"maps/{number}.tif": pair.name for number, pair in enumerate(pairs["test"])}
     recipe_card(
-        run, "siamese", config, parameters=sum(p.numel() for p in networks[0].parameters()),
+        run,
+        "siamese",
+        config,
+        parameters=sum(p.numel() for p in networks[0].parameters()),
         records={name: [record for record in records if record.split == name] for name in SPLITS},
         output=f"maps of {config.layer}, their projection, and distances of pairs of patches",
         measured=_told(metrics["probe"]),
-    )  # fmt: skip
+    )
     return finish(run, metrics)
 
 

@@ -20,14 +20,39 @@ def comparison() -> Results:
         if stock is None:
             rows.append(StepRow(task, "stock", OUT_OF_MEMORY, "killed", cap_bytes=4 * 10**9))
         else:
-            rows.append(StepRow(task, "stock", OK, seconds=[side / 500] * 3, peak_bytes=int(stock), cap_bytes=4 * 10**9,
-                                roofline_seconds=1.0))  # fmt: skip
+            rows.append(
+                StepRow(
+                    task,
+                    "stock",
+                    OK,
+                    seconds=[side / 500] * 3,
+                    peak_bytes=int(stock),
+                    cap_bytes=4 * 10**9,
+                    roofline_seconds=1.0,
+                )
+            )
         check = Check("stock", 1e-7, 3e-5) if stock else None
-        rows.append(StepRow(task, "gigamorph", OK, seconds=[side / 1000] * 3, peak_bytes=int(ours), check=check,
-                            cap_bytes=4 * 10**9, predicted_bytes=int(ours), roofline_seconds=1.0))  # fmt: skip
+        rows.append(
+            StepRow(
+                task,
+                "gigamorph",
+                OK,
+                seconds=[side / 1000] * 3,
+                peak_bytes=int(ours),
+                check=check,
+                cap_bytes=4 * 10**9,
+                predicted_bytes=int(ours),
+                roofline_seconds=1.0,
+            )
+        )
     rows.append(StepRow(Task("resnet18", (1, 3, 1000, 1000)), "lightstream", REFUSED, "no tile | here"))
-    machine = {"torch": "2.13.0", "cpu": "Some CPU", "threads": 2, "commit": "0123456789abcdef",
-               "date": "2026-11-20T10:00:00"}  # fmt: skip
+    machine = {
+        "torch": "2.13.0",
+        "cpu": "Some CPU",
+        "threads": 2,
+        "commit": "0123456789abcdef",
+        "date": "2026-11-20T10:00:00",
+    }
     return Results("gigamorph bench step --size 1000x1000", machine, {"gb_per_s": 20.0}, steps=rows)
 
 
@@ -47,8 +72,19 @@ def test_the_page_needs_nothing_else(page):
 
 def test_the_page_names_sizes_failures_machine_and_versions(page):
     for text in page[:2]:
-        for word in ("out of memory", "refused", "killed", "Some CPU", "2.13.0", "0123456789ab", "2026-11-20",
-                     "gigamorph bench step --size 1000x1000", "not run", "no GPU", "3000 × 3000"):  # fmt: skip
+        for word in (
+            "out of memory",
+            "refused",
+            "killed",
+            "Some CPU",
+            "2.13.0",
+            "0123456789ab",
+            "2026-11-20",
+            "gigamorph bench step --size 1000x1000",
+            "not run",
+            "no GPU",
+            "3000 × 3000",
+        ):
             assert word in text, word
     assert "2 times as fast as stock PyTorch and takes 0.2 times its memory" in page[1]
 

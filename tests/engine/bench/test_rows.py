@@ -15,8 +15,10 @@ def pretended(monkeypatch):
 
     def measure(task, options, ceilings, say):
         check = Check("stock", 1e-15, 2e-15, buffers=3e-16)
-        return [StepRow(task, "stock", seconds=[1.0]), StepRow(task, "gigamorph", status["gigamorph"], seconds=[1.0],
-                        check=check, first_seconds=2.0)]  # fmt: skip
+        return [
+            StepRow(task, "stock", seconds=[1.0]),
+            StepRow(task, "gigamorph", status["gigamorph"], seconds=[1.0], check=check, first_seconds=2.0),
+        ]
 
     monkeypatch.setattr(rows, "measure", measure)
     return status
@@ -102,6 +104,8 @@ def test_morphs_are_compared_at_the_accuracy_of_training_from_scratch():
     checks = {name: {"seconds": 0.5} for name in ("widened", "deepened")}
     found = rows_of({"seeds": [{"seed": 4, "curves": curves, "checks": checks}]})
     assert [(row.how, row.accuracy, row.seconds, row.epochs, row.morph_seconds) for row in found] == [
-        ("widened", 0.9, 20.0, 2, 0.5), ("widened, from scratch, same epochs", 0.9, 30.0, 3, None),
-        ("deepened", 0.9, None, None, 0.5), ("deepened, from scratch, same epochs", 0.9, 30.0, 3, None),
-    ]  # fmt: skip
+        ("widened", 0.9, 20.0, 2, 0.5),
+        ("widened, from scratch, same epochs", 0.9, 30.0, 3, None),
+        ("deepened", 0.9, None, None, 0.5),
+        ("deepened, from scratch, same epochs", 0.9, 30.0, 3, None),
+    ]

@@ -64,9 +64,13 @@ def test_peers_take_turns_and_keep_their_status(pretended):
     rows = measure(live, Options(peers, rounds=2, cap=1000), {}, said.append)
     status = {row.peer: row.status for row in rows}
     assert status == {
-        "stock": OK, "channels-last": OUT_OF_MEMORY, "compile": FAILED, "checkpoint": OUT_OF_MEMORY,
-        "gigamorph": WRONG, "lightstream": NOT_RUN,
-    }  # fmt: skip
+        "stock": OK,
+        "channels-last": OUT_OF_MEMORY,
+        "compile": FAILED,
+        "checkpoint": OUT_OF_MEMORY,
+        "gigamorph": WRONG,
+        "lightstream": NOT_RUN,
+    }
     reasons = {row.peer: row.reason or "" for row in rows}
     assert "exceeds the cap" in reasons["checkpoint"] and "the output differs" in reasons["gigamorph"]
     assert sorted(row.peer for row in said) == sorted(peers)
@@ -103,9 +107,18 @@ def test_lightstream_gets_a_second_row_in_what_gigamorph_took(pretended, monkeyp
 
 def test_the_first_step_of_what_compiles_is_no_time_of_a_step(pretended, monkeypatch):
     monkeypatch.setattr(Pretended, "start", lambda self, *_: {"status": OK, "prepare_seconds": 0.0})
-    monkeypatch.setattr(Pretended, "run", lambda self, steps, warm=0: {
-        "status": OK, "seconds": [next(clock)], "cpu_seconds": [1.0], "peak_bytes": 1, "process_bytes": 1,
-        "nvml_bytes": None})  # fmt: skip
+    monkeypatch.setattr(
+        Pretended,
+        "run",
+        lambda self, steps, warm=0: {
+            "status": OK,
+            "seconds": [next(clock)],
+            "cpu_seconds": [1.0],
+            "peak_bytes": 1,
+            "process_bytes": 1,
+            "nvml_bytes": None,
+        },
+    )
     clock = iter((30.0, 2.0, 30.0))
     (row,) = measure(TASK, Options(("compile",), rounds=1, box=1.0), {})
     assert (row.seconds, row.first_seconds) == ([2.0], 30.0)

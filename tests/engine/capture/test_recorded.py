@@ -178,8 +178,10 @@ MIDDLES: dict[str, Middle] = {
     "a parameter behind detach alone": lambda net, x: x * net.scale.detach(),
     "branch on gradients": asks_for_grad,
     "the type of a tensor": asks_for_type,
-    **{f"statistics, {how}": own_statistics(how)
-       for how in ("assigned", "data", "data assigned", "view", "flat", "norm of views")},
+    **{
+        f"statistics, {how}": own_statistics(how)
+        for how in ("assigned", "data", "data assigned", "view", "flat", "norm of views")
+    },
     "a counter": counted,
     "losses and features": kept,
     "a list that is replaced": replaced_list,
@@ -195,7 +197,7 @@ MIDDLES: dict[str, Middle] = {
     "complex numbers": lambda net, x: torch.view_as_real(torch.complex(x, x.flip(1)).exp()).sum(-1),
     "Variable": lambda net, x: x + torch.autograd.Variable(torch.ones(4, 1, 1, dtype=x.dtype)),
     "einsum of channels": lambda net, x: torch.einsum("nchw,oc->nohw", x, net.head.weight.repeat(2, 1)),
-}  # fmt: skip
+}
 
 
 def _write(x: Tensor) -> Tensor:
@@ -234,16 +236,25 @@ def steps(net: Any, network: Any, change: Callable[[Any], None] | None = None) -
         optimizer.zero_grad()
         out = net(x)
         leaves = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        terms = [(t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape)).sum() for t in leaves
-                 if t.requires_grad]  # fmt: skip
+        terms = [
+            (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape)).sum()
+            for t in leaves
+            if t.requires_grad
+        ]
         if terms:
             sum(terms).backward()
         optimizer.step()
         kept = {k: plain(v) for k, v in vars(network).items() if not k.startswith("_")}
-        found.append({
-            "out": leaves, "grads": {n: p.grad for n, p in network.named_parameters()}, "image": x,
-            "wants": [t.requires_grad for t in leaves], "buffers": dict(network.named_buffers()), "kept": kept,
-        })  # fmt: skip
+        found.append(
+            {
+                "out": leaves,
+                "grads": {n: p.grad for n, p in network.named_parameters()},
+                "image": x,
+                "wants": [t.requires_grad for t in leaves],
+                "buffers": dict(network.named_buffers()),
+                "kept": kept,
+            }
+        )
         found[-1] = copy.deepcopy({k: _detached(v) for k, v in found[-1].items()})
     return found
 
@@ -530,10 +541,12 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "forked": (lambda net, x: (_fork(), x)[1], "set_rng_state"),
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], "gradient inside the forward"),
     "checkpointed statistics": (
-        lambda net, x: torch.utils.checkpoint.checkpoint(net.norm, x, use_reentrant=False), "again in the backward"),
+        lambda net, x: torch.utils.checkpoint.checkpoint(net.norm, x, use_reentrant=False),
+        "again in the backward",
+    ),
     "a new layer": (lambda net, x: (setattr(net, "made", nn.ReLU()), x)[1], "in the forward"),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
-}  # fmt: skip
+}
 
 
 def _fork() -> None:

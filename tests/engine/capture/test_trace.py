@@ -126,8 +126,14 @@ def test_what_is_recorded():
     assert names[:3] == ["conv2d", "batch_norm", "relu"]
     assert {"add_", "pad", "chunk", "cat"} <= set(names)
     assert {v.name for v in program.values if v.name} == {
-        "conv.weight", "conv.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "scale",
-    }  # fmt: skip
+        "conv.weight",
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "scale",
+    }
     assert sum(v.constant is not None for v in program.values) == 1
     conv = next(op for op in program.ops if op.name == "conv2d")
     assert conv.module == "conv" and program.ops[names.index("cat")].module == ""

@@ -146,9 +146,14 @@ def new_weights(model: nn.Module, seed: int) -> None:
 
 
 def assert_replays_agree(
-    remembered: Remembered, model: nn.Module, x: Tensor, rounds: int = 3, image_gradient: bool = True,
-    limit: float = 0.0, **options: Any,
-) -> None:  # fmt: skip
+    remembered: Remembered,
+    model: nn.Module,
+    x: Tensor,
+    rounds: int = 3,
+    image_gradient: bool = True,
+    limit: float = 0.0,
+    **options: Any,
+) -> None:
     """Several steps with changing parameters, then inference, replayed and not: outputs, all gradients and buffers.
 
     They are equal bit for bit, except (`limit`) that parts of stored maps and of their gradients are dense where tiles

@@ -144,8 +144,12 @@ def test_random_bits_are_those_of_splitmix64() -> None:
     """The first outputs for seed 1234567, from the generator's reference implementation."""
     found = bits(np.uint64(1234567), np.arange(5, dtype=np.uint64))
     assert found.tolist() == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
-    ]  # fmt: skip
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_image_only() -> None:
@@ -229,8 +233,12 @@ def test_boxes_and_maps_go_back_to_the_original() -> None:
         rows, columns = np.nonzero(seen)
         left, top, right, bottom = back.inverse().boxes(box)
         # Bilinear sampling reaches up to a pixel beyond, times the largest stretch.
-        assert np.abs(np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-                      - [left, top, right, bottom]).max() < 2.5  # fmt: skip
+        assert (
+            np.abs(
+                np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) - [left, top, right, bottom]
+            ).max()
+            < 2.5
+        )
         carried = back.resample(seen, 0, 200, 0, 150)
         inside = carried[box[1] + 3 : box[3] - 3, box[0] + 3 : box[2] - 3]
         outside = carried.copy()
@@ -279,7 +287,7 @@ def test_a_gigapixel_is_read_where_it_is_needed_only() -> None:
         ("elastic=20:inf", "augmentation elastic=20:inf: the grid"),
         ("elastic=20:", "augmentation elastic=20:: 'nothing' is no number"),
     ],
-)  # fmt: skip
+)
 def test_wrong_text_is_one_line(text: str, message: str) -> None:
     with pytest.raises(DataError) as error:
         Augment.parse(text)
@@ -296,8 +304,18 @@ def test_text_and_back(text: str) -> None:
 def test_every_step_is_told() -> None:
     source = augmented(open_pixels(IMAGE), Augment.parse(ALL), seed=1, epoch=2, index=4)
     told = " / ".join(steps_of(source))
-    words = ["mirrored", "turned by", "sheared by", "times as large", "moved by", "bent by up to 9 pixels on a grid",
-             "gamma", "contrast times", "brightness", "noise of standard deviation"]  # fmt: skip
+    words = [
+        "mirrored",
+        "turned by",
+        "sheared by",
+        "times as large",
+        "moved by",
+        "bent by up to 9 pixels on a grid",
+        "gamma",
+        "contrast times",
+        "brightness",
+        "noise of standard deviation",
+    ]
     assert [word for word in words if word not in told] == []
     plain = open_pixels(IMAGE)
     assert augmented(plain, Augment(), seed=1, epoch=2, index=4) is plain

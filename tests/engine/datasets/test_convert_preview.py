@@ -33,8 +33,11 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 def test_images_boxes_and_masks_move_together(phantoms: list[Record], tmp_path: Path, file_format: str) -> None:
     done = []
     records, errors = convert_images(
-        phantoms, tmp_path, file_format=file_format, on_done=lambda: done.append(1)  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+        phantoms,
+        tmp_path,
+        file_format=file_format,
+        on_done=lambda: done.append(1),  # pyright: ignore[reportArgumentType]
+    )
     assert errors == []
     assert len(done) == len(records) == 16
     affected = 0

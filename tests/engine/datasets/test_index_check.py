@@ -20,9 +20,17 @@ from gigamorph.engine.images.open import open_pixels
 def test_index(tmp_path: Path) -> None:
     for number, patient in enumerate(("B", "A", "B")):
         place = tmp_path / "x" / f"{number}.dcm"
-        lookalikes.dicom(place, PatientID=patient, StudyInstanceUID=f"1.{number}", ImageLaterality="R",
-                         ViewPosition="CC", PatientOrientation=["P", "L"], Manufacturer="GE",
-                         ImagerPixelSpacing=[0.1, 0.1], BreastImplantPresent="YES")  # fmt: skip
+        lookalikes.dicom(
+            place,
+            PatientID=patient,
+            StudyInstanceUID=f"1.{number}",
+            ImageLaterality="R",
+            ViewPosition="CC",
+            PatientOrientation=["P", "L"],
+            Manufacturer="GE",
+            ImagerPixelSpacing=[0.1, 0.1],
+            BreastImplantPresent="YES",
+        )
     (tmp_path / "p.png").write_bytes(imagecodecs.png_encode(np.zeros((5, 7), np.uint16)))
     (tmp_path / "notes").write_text("no image")
     (tmp_path / "cut.dcm").write_bytes((tmp_path / "x" / "0.dcm").read_bytes()[:300])
@@ -102,9 +110,14 @@ def test_duplicates_even_mirrored_and_in_another_format(phantoms: list[Record], 
     np.save(tmp_path / "same.npy", grey)
     np.save(tmp_path / "mirrored.npy", grey[:, ::-1])
     shutil.copy(first.path, tmp_path / "copy.dcm")
-    twins = [Record(tmp_path / name, 0, patient, split, first.laterality, first.view) for name, patient, split in (
-        ("same.npy", first.patient_id, first.split), ("mirrored.npy", "other", first.split),
-        ("copy.dcm", "another", "val" if first.split != "val" else "train"))]  # fmt: skip
+    twins = [
+        Record(tmp_path / name, 0, patient, split, first.laterality, first.view)
+        for name, patient, split in (
+            ("same.npy", first.patient_id, first.split),
+            ("mirrored.npy", "other", first.split),
+            ("copy.dcm", "another", "val" if first.split != "val" else "train"),
+        )
+    ]
     found = problems([*phantoms, *twins])
     assert [(problem.path.name, problem.kind) for problem in found] == [
         ("same.npy", "duplicate"),

@@ -248,10 +248,20 @@ FINDINGS = st.builds(
 )
 def test_written_tables_are_read_back(tmp_path: Path, rows: list) -> None:
     records = [
-        Record(tmp_path / f"{number}.png", number % 2, patient, split, side, None, {}, exam, labels=labels,
-               findings=tuple(findings))
+        Record(
+            tmp_path / f"{number}.png",
+            number % 2,
+            patient,
+            split,
+            side,
+            None,
+            {},
+            exam,
+            labels=labels,
+            findings=tuple(findings),
+        )
         for number, (patient, split, side, exam, findings, labels) in enumerate(rows)
-    ]  # fmt: skip
+    ]
     table = read_table(write_table(tmp_path / "out.csv", records, ["0", "1"]), check_files=False)
     assert table.records == records
     assert [record.labels for record in table.records] == [record.labels for record in records]

@@ -38,8 +38,15 @@ def test_measure_by_hand():
     assert (found["images"], found["images_with_lesions"], found["lesions"], found["marks"]) == (4, 2, 3, 7)
     values = {row["false_marks_per_image"]: row["value"] for row in found["sensitivity"]}
     third = pytest.approx(1 / 3)
-    assert values == {0.125: third, 0.25: third, 0.5: third, 1: pytest.approx(2 / 3), 2: pytest.approx(2 / 3),
-                      4: pytest.approx(2 / 3), 8: pytest.approx(2 / 3)}  # fmt: skip
+    assert values == {
+        0.125: third,
+        0.25: third,
+        0.5: third,
+        1: pytest.approx(2 / 3),
+        2: pytest.approx(2 / 3),
+        4: pytest.approx(2 / 3),
+        8: pytest.approx(2 / 3),
+    }
     assert found["mean_sensitivity"]["value"] == pytest.approx((3 * 1 / 3 + 4 * 2 / 3) / 7)
 
 

@@ -26,8 +26,10 @@ SIZES: list[Shape] = [(1, 2, 61, 43), (2, 2, 20, 37), (1, 2, 9, 30)]
 
 
 def pixels(shapes: Sequence[Shape]) -> Tensor:
-    parts = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n, shape in
-             enumerate(shapes)]  # fmt: skip
+    parts = [
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        for n, shape in enumerate(shapes)
+    ]
     return torch.cat([(part + n).flatten() for n, part in enumerate(parts)])  # images of other means
 
 

@@ -23,10 +23,16 @@ def instance() -> nn.Module:
     norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
     return randomize(
         nn.Sequential(
-            nn.Conv2d(2, 4, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, 2, bias=False), nn.BatchNorm2d(4),
-            nn.ReLU(), nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(2, 4, 3, bias=False),
+            norm,
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, 2, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 3),
+            nn.AdaptiveAvgPool2d(1),
         ).double()
-    )  # fmt: skip
+    )
 
 
 def two_forwards(model: nn.Module, images: list[Tensor]) -> dict[str, Any]:

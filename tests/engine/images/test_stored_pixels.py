@@ -55,7 +55,7 @@ SOURCES = {
     "12 bits": lambda: ImageSource(Stored(numbers(np.uint16, most=4095), None, 4095.0)),  # pyright: ignore
     "table": lambda: with_table(8192),
     "table that is too short": lambda: with_table(4096),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -92,9 +92,7 @@ def test_a_step_is_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Outputs and gradients, bit for bit; the tiles come as integers of 16 bits."""
     source = SOURCES[name]()
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(source.shape[0], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(source.shape[0], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     expected = step(accelerate(copy.deepcopy(model), tile=16), source)
     seen: list[torch.dtype] = []
     plain = Scan._convert

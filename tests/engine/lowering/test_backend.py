@@ -27,9 +27,13 @@ def names(graph) -> list[str]:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_folding_is_exact_for_every_gradient(bias, affine, groups):
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, 2, 1, bias=bias, groups=groups), nn.BatchNorm2d(4, affine=affine), nn.ReLU(),
-        nn.Conv2d(4, 4, 3, bias=bias), nn.BatchNorm2d(4, affine=affine, eps=1e-2), nn.AdaptiveAvgPool2d(1),
-    )  # fmt: skip
+        nn.Conv2d(2, 4, 3, 2, 1, bias=bias, groups=groups),
+        nn.BatchNorm2d(4, affine=affine),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, bias=bias),
+        nn.BatchNorm2d(4, affine=affine, eps=1e-2),
+        nn.AdaptiveAvgPool2d(1),
+    )
     net = randomize(net).double().eval()
     assert "batch_norm" not in names(graph_of(net))
     assert_exact(net, torch.randn(2, 2, 45, 38, dtype=torch.float64), tile=16)

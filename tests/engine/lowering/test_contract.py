@@ -43,8 +43,9 @@ PIXELWISE = {
     "ellipsis": lambda x, m: torch.einsum("...c,oc->...o", x.movedim(1, -1), m.weight).movedim(-1, 1),
     "ellipsis over positions": lambda x, m: torch.einsum("nc...,oc->no...", x, m.weight),
     "tokens": lambda x, m: torch.einsum("npc,oc->nop", tokens(x), m.weight).unflatten(2, x.shape[2:]),
-    "batch in the positions": lambda x, m: torch.einsum("pc,oc->po", x.movedim(1, -1).reshape(-1, 4), m.weight)
-    .reshape(2, 19, 14, 3).movedim(-1, 1),
+    "batch in the positions": lambda x, m: (
+        torch.einsum("pc,oc->po", x.movedim(1, -1).reshape(-1, 4), m.weight).reshape(2, 19, 14, 3).movedim(-1, 1)
+    ),
     "two maps": lambda x, m: torch.einsum("nchw,ndhw,oc,od->nohw", x, x * 2, m.weight, m.weight),
     "gate of each channel": lambda x, m: torch.einsum("nchw,nc->nchw", x, x.mean((2, 3)))[:, 1:],
     "a value for each position": lambda x, m: torch.einsum("nchw,hw,oc->nohw", x, ramps_product(x), m.weight),
@@ -53,16 +54,21 @@ PIXELWISE = {
     "tensordot": lambda x, m: torch.tensordot(x, m.weight, dims=([1], [1])).movedim(-1, 1),
     "tensordot of the last": lambda x, m: torch.tensordot(x.movedim(1, -1), m.weight.T, 1).movedim(-1, 1),
     "mm": lambda x, m: torch.mm(x.movedim(1, -1).reshape(-1, 4), m.weight.t()).view(2, 19, 14, 3).movedim(-1, 1),
-    "addmm": lambda x, m: torch.addmm(m.bias, x.movedim(1, -1).reshape(-1, 4), m.weight.t(), beta=0.5)
-    .view(2, 19, 14, 3).movedim(-1, 1),
+    "addmm": lambda x, m: (
+        torch.addmm(m.bias, x.movedim(1, -1).reshape(-1, 4), m.weight.t(), beta=0.5).view(2, 19, 14, 3).movedim(-1, 1)
+    ),
     "matmul of tokens": lambda x, m: (m.weight @ x.flatten(2)).unflatten(2, x.shape[2:]),
     "bmm of tokens": lambda x, m: torch.bmm(m.weight.expand(2, 3, 4), x.flatten(2)).unflatten(2, x.shape[2:]),
     "conv1d": lambda x, m: F.conv1d(x.flatten(2), m.weight[..., None], m.bias).unflatten(2, x.shape[2:]),
-    "grouped conv1d": lambda x, m: F.conv1d(x.flatten(2), m.weight[:2, :2, None], groups=2, padding="same")
-    .unflatten(2, x.shape[2:]).repeat(1, 2, 1, 1)[:, :3],
-    "conv1d over channels": lambda x, m: F.conv1d(x.movedim(1, -1).reshape(-1, 1, 4), m.weight[:1, None, :2])
-    .view(2, 19, 14, 3).movedim(-1, 1),
-}  # fmt: skip
+    "grouped conv1d": lambda x, m: (
+        F.conv1d(x.flatten(2), m.weight[:2, :2, None], groups=2, padding="same")
+        .unflatten(2, x.shape[2:])
+        .repeat(1, 2, 1, 1)[:, :3]
+    ),
+    "conv1d over channels": lambda x, m: (
+        F.conv1d(x.movedim(1, -1).reshape(-1, 1, 4), m.weight[:1, None, :2]).view(2, 19, 14, 3).movedim(-1, 1)
+    ),
+}
 
 SUMMED = {
     "sum": lambda x, m: torch.einsum("nchw->nc", x),

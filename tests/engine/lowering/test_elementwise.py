@@ -115,15 +115,16 @@ def test_function(name):
         lambda x, y: [x**y, x**2, 2**x, -x, +x, abs(x), x > y, x < 0.5, x >= y, x <= y, x == y, x != y],
         lambda x, y: [~(x > y), (x > y) & (x < 0.5), True | (x > y), False ^ (x > y), integer(x) << 1, 1 << integer(x)],
         lambda x, y: [integer(x) >> 1, 64 >> integer(x) % 5, 5 & integer(x), integer(x) ^ 3, 7 | integer(x)],
-        lambda x, y: [
-            assigned(x, y, kind) for kind in ("+=", "-=", "*=", "/=", "//=", "%=", "**=")
-        ] + [assigned(integer(x), integer(y) % 3, kind) for kind in ("&=", "|=", "^=", "<<=", ">>=")],
+        lambda x, y: (
+            [assigned(x, y, kind) for kind in ("+=", "-=", "*=", "/=", "//=", "%=", "**=")]
+            + [assigned(integer(x), integer(y) % 3, kind) for kind in ("&=", "|=", "^=", "<<=", ">>=")]
+        ),
         lambda x, y: [x.data, x.detach() * x, x.type(torch.float32), x.to(torch.float32).type_as(y), x.half().to(y)],
         lambda x, y: [torch.polygamma(2, x), x.polygamma(1), x.clone().polygamma_(1)],
         lambda x, y: [F.relu(x.clone(), True), F.leaky_relu_(x - 0.5), torch.relu_(x - 0.5), F.elu(x - 0.5, 1.0, True)],
         lambda x, y: [torch.bucketize(x, torch.tensor([0.2, 0.4, 0.8], dtype=x.dtype)), torch.isin(integer(x), 3)],
     ],
-)  # fmt: skip
+)
 def test_operators(function):
     exact(function)
 

@@ -132,9 +132,11 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(80), deadline=None, derandomize=True,
+    max_examples=examples(80),
+    deadline=None,
+    derandomize=True,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 @given(programs(max_steps=12))
 def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
     model = program.build()

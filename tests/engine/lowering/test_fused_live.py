@@ -40,9 +40,12 @@ class Block(nn.Module):
     def __init__(self, channels: int, out: int, stride: int, act: type[nn.Module], **norm: bool):
         super().__init__()
         self.main = nn.Sequential(
-            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out, **norm), act(),
-            nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out, **norm),
-        )  # fmt: skip
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out, **norm),
+            act(),
+            nn.Conv2d(out, out, 3, 1, 1),
+            nn.BatchNorm2d(out, **norm),
+        )
         self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride), nn.BatchNorm2d(out, **norm))
         self.act = act()
 
@@ -56,11 +59,18 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, act: type[nn.Module]):
         super().__init__()
         self.main = nn.Sequential(
-            nn.Conv2d(channels, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), act(),
-            nn.Conv2d(6, 10, 1, bias=False), nn.BatchNorm2d(10),
-            nn.Conv2d(10, 9, 1), nn.BatchNorm2d(9), act(),
-            nn.Conv2d(9, channels, 1, padding=1, bias=False), nn.BatchNorm2d(channels), nn.AvgPool2d(3, 1),
-        )  # fmt: skip
+            nn.Conv2d(channels, 6, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(6),
+            act(),
+            nn.Conv2d(6, 10, 1, bias=False),
+            nn.BatchNorm2d(10),
+            nn.Conv2d(10, 9, 1),
+            nn.BatchNorm2d(9),
+            act(),
+            nn.Conv2d(9, channels, 1, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.AvgPool2d(3, 1),
+        )
         self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:

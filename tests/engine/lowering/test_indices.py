@@ -93,7 +93,7 @@ WRITES = {
     "scatter into zeros": lambda x: x.new_zeros(2, 4, 19, 14).scatter_(1, x.argmax(1, keepdim=True), 1.0) * x,
     "slice_scatter": lambda x: x.slice_scatter(x[:, :2] * 2, 1, 2).select_scatter(x[:, 0] + 1, 1, 1),
     "slice_scatter of rows": lambda x: x.slice_scatter(x[:, :, 3:7] * 2, 2, 5, 9),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRITES)

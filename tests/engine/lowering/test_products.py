@@ -68,9 +68,9 @@ FUNCTIONS = {
     "double attention": double_attention,
     "weights of positions": lambda x: (x.flatten(2) @ ramp(positions(x), x))[..., None, None],
     "weights first": lambda x: (ramp(positions(x), x) @ x.flatten(2).transpose(1, 2))[..., None, None],
-    "weights first, as a row": lambda x: (
-        (ramp(positions(x), x)[None] @ x.flatten(2).transpose(1, 2)).transpose(1, 2)[..., None]
-    ),
+    "weights first, as a row": lambda x: (ramp(positions(x), x)[None] @ x.flatten(2).transpose(1, 2)).transpose(1, 2)[
+        ..., None
+    ],
     "weights of columns": lambda x: (x @ ramp(x.shape[3], x)).unsqueeze(-1),
     "weights of rows": lambda x: torch.matmul(ramp(x.shape[2], x), x).unsqueeze(2),
     "class activation": lambda x: (ramp(8, x, 2, 4) @ x.flatten(2)).view(x.shape[0], 2, *x.shape[2:]).sum(1, True),
@@ -79,7 +79,7 @@ FUNCTIONS = {
     "baddbmm": lambda x: torch.baddbmm(
         ramp(16, x, 1, 4, 4), x.flatten(2), x.flatten(2).transpose(1, 2), beta=0.5, alpha=0.1
     ).sum(2)[..., None, None],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -128,14 +128,16 @@ FUNCTIONS = {
     "channel attention": channel_attention,
     "linear attention": linear_attention,
     "patches": patches,
-    "space to depth and back": lambda x: F.relu(
-        x.view(2, 4, 19, 7, 2).permute(0, 4, 1, 2, 3).reshape(2, 8, 19, 7).reshape(2, 2, 4, 19, 7) + 0.1
-    ).permute(0, 2, 3, 4, 1).reshape(2, 4, 19, 14),
+    "space to depth and back": lambda x: (
+        F.relu(x.view(2, 4, 19, 7, 2).permute(0, 4, 1, 2, 3).reshape(2, 8, 19, 7).reshape(2, 2, 4, 19, 7) + 0.1)
+        .permute(0, 2, 3, 4, 1)
+        .reshape(2, 4, 19, 14)
+    ),
     "layer norm of the image": lambda x: F.layer_norm(x, x.shape[1:]) + F.layer_norm(x, x.shape[2:]),
     "rms norm of the image": lambda x: F.rms_norm(x, x.shape[1:]) * 2,
     "pooled rows": lambda x: x * F.adaptive_avg_pool2d(x, (None, 1)).sigmoid(),
     "rows by mean": lambda x: x * x.mean(3, keepdim=True).sigmoid(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -144,9 +144,14 @@ class TestExact:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "other"),
-        [("resnet18", "stages"), ("convnext_atto", "residual"), ("efficientnet_b0", "stages"),
-         ("repvgg_a0", "residual"), ("tf_efficientnet_b0", "stages")],
-    )  # fmt: skip
+        [
+            ("resnet18", "stages"),
+            ("convnext_atto", "residual"),
+            ("efficientnet_b0", "stages"),
+            ("repvgg_a0", "residual"),
+            ("tf_efficientnet_b0", "stages"),
+        ],
+    )
     def test_timm(self, name: str, other: str) -> None:
         """Folded, and in one of the other modes."""
         timm = pytest.importorskip("timm")
@@ -187,8 +192,9 @@ class TestScan:
         assert_exact(child.eval(), torch.randn(1, 1, 36 * r, 44 * r, dtype=torch.float64), tile=(40, 56))
 
     def test_tile_scan_is_exact_for_bilinear(self) -> None:
-        child, _ = front(net(before=lambda x: x), torch.zeros(1, 1, 12, 12, dtype=torch.float64), 3, "keep",
-                         downsample="bilinear")  # fmt: skip
+        child, _ = front(
+            net(before=lambda x: x), torch.zeros(1, 1, 12, 12, dtype=torch.float64), 3, "keep", downsample="bilinear"
+        )
         pooled = nn.Sequential(child, nn.AdaptiveAvgPool2d(1)).eval()
         assert_exact(pooled, torch.randn(1, 1, 51, 42, dtype=torch.float64), tile=(16, 16))
 
@@ -262,10 +268,18 @@ class TestStem:
 
     @pytest.mark.parametrize(
         "before",
-        [torch.relu, lambda x: x * x, lambda x: 1 / (x + 9), lambda x: x.flip(3), lambda x: x.clamp(-1, 1),
-         lambda x: x + torch.arange(12.0, dtype=x.dtype).resize_(x.shape[-1]), lambda x: x.floor_divide(2),
-         lambda x: x.div(2, rounding_mode="floor"), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")],
-    )  # fmt: skip
+        [
+            torch.relu,
+            lambda x: x * x,
+            lambda x: 1 / (x + 9),
+            lambda x: x.flip(3),
+            lambda x: x.clamp(-1, 1),
+            lambda x: x + torch.arange(12.0, dtype=x.dtype).resize_(x.shape[-1]),
+            lambda x: x.floor_divide(2),
+            lambda x: x.div(2, rounding_mode="floor"),
+            lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        ],
+    )
     def test_other_steps_are_not(self, before: Any) -> None:
         stem = find_stem(net(before=before), torch.zeros(1, 1, 12, 12, dtype=torch.float64))
         assert stem.others and not stem.convs

@@ -18,9 +18,15 @@ from gigamorph.engine.morph.widen import widen
 def grouped() -> nn.Module:
     """Groups of 4 channels, a depthwise convolution, and a flattened map of 2 x 2."""
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
-    )  # fmt: skip
+        nn.Conv2d(1, 8, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 3),
+    )
 
 
 NETS = [(lambda: LesionNet(2, 1), 32), (lambda: resnet18(2, 1, width=4), 64), (grouped, 17)]
@@ -73,9 +79,15 @@ def kept_bytes(net: nn.Module, x: Tensor) -> int:
 
 def test_activation_memory_is_what_a_real_forward_keeps():
     net = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, 2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
-    ).eval()  # fmt: skip
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ).eval()
     small, real = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 40, 24)
     growth = plan_growth(net, small, size=(40, 24))
     linears = 4  # the one number that stands for the linear layer's weight, see _cost_after

@@ -172,9 +172,10 @@ NETS = {
             for c in range(1, 5)
             for module in (nn.Conv2d(c, c + 1, 3, 1 + c % 2, bias=False), nn.BatchNorm2d(c + 1), nn.SiLU())
         ),
-        nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1),
+        nn.Dropout(0.3),
+        nn.AdaptiveAvgPool2d(1),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["unet", "plain", pytest.param("resnet18", marks=pytest.mark.slow)])
@@ -210,9 +211,13 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     """By hand: two convolutions with live norms, both outputs of 8 x 8 x 4 in float64, 2048 bytes."""
     monkeypatch.setattr(strategy_module, "_GIVES_ROWS_BACK", row_by_row)
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+    )
     maps, nodes = sorted_program(net, (1, 1, 8, 8))
     network = split(maps, nodes, crossing(maps, nodes))
     wanted = network.trainable()

@@ -23,9 +23,16 @@ from gigamorph.engine.recipes.features import UpTo
 from gigamorph.engine.recipes.recipe import Run
 
 SMALL = CaeConfig(
-    model="resnet18", layer="layer1", channels=1, mean=(0.5,), std=(0.25,), resize=(32, 24), code_channels=(6,),
-    epochs=2, batch_size=3,
-)  # fmt: skip
+    model="resnet18",
+    layer="layer1",
+    channels=1,
+    mean=(0.5,),
+    std=(0.25,),
+    resize=(32, 24),
+    code_channels=(6,),
+    epochs=2,
+    batch_size=3,
+)
 
 
 def test_published_structure():
@@ -55,9 +62,14 @@ def test_stacked_codes_halve_the_maps():
 
 
 @given(
-    st.sampled_from(["zero_bias_encode", "trec", "tlin"]), st.sampled_from(["code", "reconstruction"]),
-    st.integers(1, 2), st.integers(4, 9), st.integers(4, 9), st.integers(-20, 20), st.booleans(),
-)  # fmt: skip
+    st.sampled_from(["zero_bias_encode", "trec", "tlin"]),
+    st.sampled_from(["code", "reconstruction"]),
+    st.integers(1, 2),
+    st.integers(4, 9),
+    st.integers(4, 9),
+    st.integers(-20, 20),
+    st.booleans(),
+)
 def test_zero_bias_encoding_is_positively_homogeneous_to_the_last_bit(mode, feature, depth, height, width, power, tied):
     torch.manual_seed(height * 100 + width)
     stack = Stack(3, (5,) * depth, feature=feature, mode=mode, tied=tied).double()

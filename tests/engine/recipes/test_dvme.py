@@ -32,9 +32,19 @@ timm = pytest.importorskip("timm")
 
 DIMS = (2048, 2048, 1536)
 SMALL = DvmeConfig(
-    extractors=(ExtractorConfig("a", "resnet18"), ExtractorConfig("b", "lesionnet")), channels=1, mean=(0.5,),
-    std=(0.25,), resize=(32, 24), crop=0, subsets=(4, 0), folds=2, p=4, hidden=8, epochs=2, batch_size=4,
-)  # fmt: skip
+    extractors=(ExtractorConfig("a", "resnet18"), ExtractorConfig("b", "lesionnet")),
+    channels=1,
+    mean=(0.5,),
+    std=(0.25,),
+    resize=(32, 24),
+    crop=0,
+    subsets=(4, 0),
+    folds=2,
+    p=4,
+    hidden=8,
+    epochs=2,
+    batch_size=4,
+)
 
 
 def count(module):
@@ -49,8 +59,10 @@ def test_published_numbers_of_parameters():
         assert count(DVMEHead(DIMS, 5)) == 3_677_706
         assert count(DVMEHead(DIMS, 5, tokens="block")) == 4_726_789
         assert count(Linear([2048], 5)) == 10_245 and count(Linear([1536], 5)) == 7_685
-        dino, resnet = (Extractor(timm.create_model(e.model[5:], num_classes=2), e.blocks)
-                        for e in (DvmeConfig().extractors[2], DvmeConfig().extractors[0]))  # fmt: skip
+        dino, resnet = (
+            Extractor(timm.create_model(e.model[5:], num_classes=2), e.blocks)
+            for e in (DvmeConfig().extractors[2], DvmeConfig().extractors[0])
+        )
         assert round(count(dino) / 1e6, 1) == 21.7 and round(count(resnet) / 1e6, 1) == 23.5
         assert dino(torch.empty(2, 3, 224, 224)).shape == (2, 1536)
         assert resnet(torch.empty(2, 3, 96, 96)).shape == (2, 2048)
@@ -144,11 +156,14 @@ def test_published_files_of_weights(tmp_path, form):
     head = {"projection_head.0.weight": torch.randn(3, 3), "prototypes.weight": torch.randn(2, 2)}
     stored = {
         "plain": state,
-        "vissl": {"classy_state_dict": {"base_model": {"model": {
-            "trunk": {f"_feature_blocks.{k}": v for k, v in state.items()}, "heads": head}}}},
+        "vissl": {
+            "classy_state_dict": {
+                "base_model": {"model": {"trunk": {f"_feature_blocks.{k}": v for k, v in state.items()}, "heads": head}}
+            }
+        },
         "swav": {f"module.{k}": v for k, v in (state | head).items()},
         "dino": {"student": {}, "teacher": below},
-    }  # fmt: skip
+    }
     torch.save(stored[form], tmp_path / "w.pth")
     network = make_extractor("resnet18", 3).network
     left_out = load_backbone(network, tmp_path / "w.pth")

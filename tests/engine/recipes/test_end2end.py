@@ -133,10 +133,13 @@ def shapes(net, x):
     [
         ((Block("residual", 512, 1, 4),) * 2, [(2048, 18, 14), (2048, 9, 7)], None),
         ((Block("residual", 512, 2, 2),) * 2, [(1024, 18, 14), (1024, 9, 7)], None),
-        ((Block("vgg", 512, 1), Block("vgg", 512, 1)), [(512, 18, 14), (512, 9, 7)],
-         9 * 2048 * 512 + 9 * 512 * 512 + 2 * 512 + 4 * 512),
+        (
+            (Block("vgg", 512, 1), Block("vgg", 512, 1)),
+            [(512, 18, 14), (512, 9, 7)],
+            9 * 2048 * 512 + 9 * 512 * 512 + 2 * 512 + 4 * 512,
+        ),
     ],
-)  # fmt: skip
+)
 def test_published_sizes_of_the_whole_image_network(blocks, after, count):
     with torch.device("meta"):
         patch = PatchNet(features("resnet50", 3), 2048)
@@ -192,8 +195,11 @@ def test_stage_tables_by_name():
     assert head == {"head.1.weight", "head.1.bias"}
     blocks = {".".join(name.split(".")[1:3]) for name in top - head}
     assert blocks == {"layer3.5", "layer4.0", "layer4.1", "layer4.2"}
-    convs = [m for n, m in patch.named_modules() if isinstance(m, torch.nn.Conv2d) and n.startswith(
-        ("features.layer3.5", "features.layer4"))]  # fmt: skip
+    convs = [
+        m
+        for n, m in patch.named_modules()
+        if isinstance(m, torch.nn.Conv2d) and n.startswith(("features.layer3.5", "features.layer4"))
+    ]
     assert len(convs) == 3 + 3 * 3 + 1  # 3 of 4f; 5a to 5c, and 5a's projection
     assert both == {name for name, _ in patch.named_parameters()}
     first, second = (set(trainable_names(whole, stage)) for stage in config.whole)
@@ -254,7 +260,12 @@ def test_ensemble_is_the_mean_probability():
 
 NET = "gigamorph.engine.recipes.end2end.synthetic:SmallNet"
 SMALL = Config(
-    resize=(48, 40), channels=1, mean=(0.5,), std=(0.2,), augment="flip", sampling=Sampling(16, 2, 2),
+    resize=(48, 40),
+    channels=1,
+    mean=(0.5,),
+    std=(0.2,),
+    augment="flip",
+    sampling=Sampling(16, 2, 2),
     models=(
         Model("a", NET, blocks=(Block("residual", 4, 1, 2),)),
         Model("b", NET, blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
@@ -265,7 +276,7 @@ SMALL = Config(
         Stage("all", 1, 1e-3, batch_size=2, batch_norm="eval"),
     ),
     transfer=(Stage("transfer", 1, 1e-6, batch_size=2, batch_norm="eval"),),
-)  # fmt: skip
+)
 
 
 def write(folder, labels, findings=True):

@@ -105,10 +105,13 @@ def test_key_changes_with_weights_settings_and_image(images, tmp_path):
     other = Net()
     other.body[1].running_mean[0] += 1e-7  # a buffer, by the last bits
     changed = [
-        keys(other), keys(Net(seed=1)), keys(size=Size((16, 15))), keys(size=Size((16,), 8)),
+        keys(other),
+        keys(Net(seed=1)),
+        keys(size=Size((16, 15))),
+        keys(size=Size((16,), 8)),
         keys(data=ImageDataset(images.records, normalize=Normalize((0.5,), (0.2,)))),
         keys(data=ImageDataset(images.records, voi="minmax")),
-    ]  # fmt: skip
+    ]
     assert all(not set(base) & set(names) for names in changed)
     np.save(images.records[1].path, np.zeros((33, 47), np.uint16))
     assert [a == b for a, b in zip(base, keys(), strict=True)] == [True, False, True]

@@ -29,10 +29,17 @@ from gigamorph.engine.recipes.recipe import Run
 from gigamorph.engine.recipes.stages import Stage
 
 SMALL = Config(
-    model="lesionnet", channels=1, mean=(0.5,), std=(0.2,), factor=2, filters=4, augment="flip",
+    model="lesionnet",
+    channels=1,
+    mean=(0.5,),
+    std=(0.2,),
+    factor=2,
+    filters=4,
+    augment="flip",
     arms=("finetune", "scratch", "morph"),
-    low=(Stage("low", 1, 1e-3, batch_size=4),), high=(Stage("high", 2, 1e-3, batch_size=2, accumulate=2),),
-)  # fmt: skip
+    low=(Stage("low", 1, 1e-3, batch_size=4),),
+    high=(Stage("high", 2, 1e-3, batch_size=2, accumulate=2),),
+)
 
 
 def write(folder, labels, sizes=((33, 40),), columns=None, splits=None):

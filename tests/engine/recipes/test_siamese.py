@@ -35,9 +35,18 @@ from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
 
 SMALL = SiameseConfig(
-    model="lesionnet", layer="stages", patch=32, stride=32, dim=4, warm_up=1, epochs=3, batch_size=8,
-    registration="gauss_newton", fractions=(1.0,), probe_epochs=1,
-)  # fmt: skip
+    model="lesionnet",
+    layer="stages",
+    patch=32,
+    stride=32,
+    dim=4,
+    warm_up=1,
+    epochs=3,
+    batch_size=8,
+    registration="gauss_newton",
+    fractions=(1.0,),
+    probe_epochs=1,
+)
 
 
 def test_config_file_holds_the_defaults():
@@ -63,16 +72,22 @@ def test_mixture_recovers_two_known_gaussians():
 
 
 @given(
-    st.floats(0, 1), st.floats(0.01, 1), st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.floats(0.01, 0.5),
-)  # fmt: skip
+    st.floats(0, 1),
+    st.floats(0.01, 1),
+    st.floats(0.01, 0.5),
+    st.floats(0.01, 0.5),
+    st.floats(0.01, 0.5),
+)
 def test_posterior_never_falls(low, gap, first, second, share):
     mixture = Mixture((low, low + gap), (first, second), share)
     d = np.linspace(-2, 4, 500)
     assert (np.diff(mixture.posterior(d)) >= 0).all()
     # Between the means it is Bayes' rule as it stands.
     between = np.linspace(low, low + gap, 7)
-    dense = [w * np.exp(-0.5 * ((between - m) / s) ** 2) / s
-             for w, m, s in zip((1 - share, share), mixture.means, mixture.deviations, strict=True)]  # fmt: skip
+    dense = [
+        w * np.exp(-0.5 * ((between - m) / s) ** 2) / s
+        for w, m, s in zip((1 - share, share), mixture.means, mixture.deviations, strict=True)
+    ]
     ordinary = dense[1] / np.maximum(dense[0] + dense[1], 1e-300)
     known = dense[0] + dense[1] > 1e-200
     np.testing.assert_allclose(mixture.posterior(between)[known], ordinary[known], atol=1e-9)
@@ -176,8 +191,9 @@ def records(*sides):
 def test_pairs_are_of_one_exam_and_view():
     found = find_pairs(records(("a", "L", "CC"), ("a", "R", "MLO"), ("a", "R", "CC"), ("a", "L", "MLO")))
     assert [(p.left.path, p.right.path, p.name) for p in found] == [
-        ("aLCC.npy", "aRCC.npy", "a CC"), ("aLMLO.npy", "aRMLO.npy", "a MLO"),
-    ]  # fmt: skip
+        ("aLCC.npy", "aRCC.npy", "a CC"),
+        ("aLMLO.npy", "aRMLO.npy", "a MLO"),
+    ]
     alone = records(("a", "L", "CC"), ("a", "R", "CC"), ("b", "R", "CC"), ("b", "L", "MLO"))
     with pytest.raises(DataError, match=r"patient b has no contralateral view L CC \(and 1 more\)"):
         find_pairs(alone)
@@ -372,9 +388,14 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
     weights = tmp_path / "weights.pt"
     torch.save(create_model("lesionnet", 2, 1).state_dict(), weights)
     config = replace(
-        SMALL, weights=str(weights), starts=("byol", "weights", "simclr", "scratch", "siamese"), hidden=16, epochs=2,
-        batch_size=3, maps=False,
-    )  # fmt: skip
+        SMALL,
+        weights=str(weights),
+        starts=("byol", "weights", "simclr", "scratch", "siamese"),
+        hidden=16,
+        epochs=2,
+        batch_size=3,
+        maps=False,
+    )
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
     assert [row["start"] for row in whole["probe"]] == list(config.starts)
     assert all(0 <= row[key] <= 1 for row in whole["probe"] for key in ("probe", "fine_tuned"))

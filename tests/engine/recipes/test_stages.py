@@ -227,8 +227,11 @@ def test_patterns_name_parameters_and_modules():
     names = [name for name, _ in net.named_parameters()]
     assert trainable_names(net, stage) == names
     assert trainable_names(net, replace(stage, trainable=("head.1", "body.*.weight"))) == [
-        "body.0.weight", "body.1.weight", "head.1.weight", "head.1.bias"
-    ]  # fmt: skip
+        "body.0.weight",
+        "body.1.weight",
+        "head.1.weight",
+        "head.1.bias",
+    ]
     with pytest.raises(GigamorphError, match=r"stage 's': 'layer4' names no parameter .* parts are body, head"):
         trainable_names(net, replace(stage, trainable=("head", "layer4")))
 
@@ -305,7 +308,9 @@ def test_progress_is_reported(tmp_path):
     seen = []
     run_stages(Squares(), STAGES[:1], Run(tmp_path, report=seen.append))
     assert [(p.epoch, p.image, p.images) for p in seen if p.stage == "head" and not p.note][:3] == [
-        (0, 0, 8), (0, 1, 8), (0, 2, 8)
-    ]  # fmt: skip
+        (0, 0, 8),
+        (0, 1, 8),
+        (0, 2, 8),
+    ]
     assert next(p.note for p in seen if p.note).startswith("head 1/2  loss ")
     assert json.dumps((tmp_path / "log.csv").read_text().splitlines()[0]).count(",") == 6

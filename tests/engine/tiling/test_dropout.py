@@ -42,10 +42,19 @@ def test_tiles_draw_different_masks():
 def test_gradients_by_finite_differences():
     """Through convolutions, where carries hand masked values to the next tile."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Dropout(0.4), nn.Conv2d(2, 2, 3, 2, 1), nn.AlphaDropout(0.3),
-        nn.Conv2d(2, 1, 3, padding=1), nn.AdaptiveAvgPool2d(1),
-    ).double().train()  # fmt: skip
+    model = (
+        nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Tanh(),
+            nn.Dropout(0.4),
+            nn.Conv2d(2, 2, 3, 2, 1),
+            nn.AlphaDropout(0.3),
+            nn.Conv2d(2, 1, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1),
+        )
+        .double()
+        .train()
+    )
     net = accelerate(model, tile=(4, 6))
 
     def loss(x: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ class Residual(nn.Module):
     @staticmethod
     def block(channels: int) -> nn.Module:
         convs = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)]
-        return nn.Sequential(
-            convs[0], nn.BatchNorm2d(channels), nn.ReLU(), convs[1], nn.BatchNorm2d(channels)
-        )  # fmt: skip
+        return nn.Sequential(convs[0], nn.BatchNorm2d(channels), nn.ReLU(), convs[1], nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

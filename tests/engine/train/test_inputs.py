@@ -17,8 +17,11 @@ def table(tmp_path_factory):
 def test_preprocessing_is_what_the_items_show(table):
     data = training_data(table, channels=3, normalize=Normalize((0.25,), (0.5,)), downsample=8)
     assert data.preprocessing == {
-        "normalize": {"mean": [0.25], "std": [0.5]}, "voi": "auto", "flip": "auto", "downsample": 8
-    }  # fmt: skip
+        "normalize": {"mean": [0.25], "std": [0.5]},
+        "voi": "auto",
+        "flip": "auto",
+        "downsample": 8,
+    }
     image = data.train[0]["image"]
     assert image.shape == (3, 17, 13)
     # the background is 0 before the normalisation

@@ -90,9 +90,14 @@ def trained(network: nn.Module, tmp_path: Any, **options: Any) -> dict[str, Tens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
-            accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path, **{"max_epochs": 2, **options},
-        )  # fmt: skip
+            accelerator="cpu",
+            precision="64-true",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            **{"max_epochs": 2, **options},
+        )
         trainer.fit(module, data(), data())
         trainer.validate(module, data())
         trainer.test(module, data())

@@ -21,8 +21,11 @@ def test_breast_is_the_mean_of_its_views():
     ]
     breasts = per_breast(rows)
     assert [(b.image, b.label, b.view) for b in breasts] == [
-        ("p1_L", 1, "CC+MLO"), ("p1_R", 1, "CC"), ("d", None, ""), ("e", None, "")
-    ]  # fmt: skip
+        ("p1_L", 1, "CC+MLO"),
+        ("p1_R", 1, "CC"),
+        ("d", None, ""),
+        ("e", None, ""),
+    ]
     assert breasts[0].probabilities == pytest.approx((0.7, 0.3))
     assert scores(rows) == {"images": 3, "auc_image": 1.0, "breasts": 2, "auc_breast": None}
     assert scores([])["auc_image"] is None

@@ -82,9 +82,12 @@ class Options(Piece):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = {
-            "dict": self.options["factor"], "namespace": self.space.factor, "class": self.factor,
-            "global": SETTING["scale"], "property": self.doubled,
-        }[self.how]  # fmt: skip
+            "dict": self.options["factor"],
+            "namespace": self.space.factor,
+            "class": self.factor,
+            "global": SETTING["scale"],
+            "property": self.doubled,
+        }[self.how]
         act = self.options["acts"][-1] if self.how == "dict" else self.space.inner.act
         return getattr(torch, act)(x * factor)
 

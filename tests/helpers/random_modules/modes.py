@@ -40,10 +40,11 @@ class NoGradStem(Piece):
                 with torch.enable_grad():
                     return y + self.conv(x)
         context = {
-            "with": torch.no_grad, "set": lambda: torch.set_grad_enabled(False),
+            "with": torch.no_grad,
+            "set": lambda: torch.set_grad_enabled(False),
             "context": lambda: torch.autograd.set_grad_enabled(False),
             "training": lambda: torch.set_grad_enabled(not self.training and torch.is_grad_enabled()),
-        }[self.how]()  # fmt: skip
+        }[self.how]()
         with context:
             return self.conv(x)
 

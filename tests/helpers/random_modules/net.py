@@ -42,9 +42,14 @@ class Net(nn.Module):
         return maps
 
     def forward(
-        self, image: Tensor, other: Tensor | None = None, mask: Tensor | None = None, meta: Tensor | None = None,
-        scale: float = 1.0, flag: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        image: Tensor,
+        other: Tensor | None = None,
+        mask: Tensor | None = None,
+        meta: Tensor | None = None,
+        scale: float = 1.0,
+        flag: bool = False,
+    ) -> Any:
         maps = self.trunk(image)
         x = maps[-1]
         if other is not None:

@@ -61,10 +61,16 @@ class Pool(Piece):
     weight = 8
 
     def make(self, width: int, dice: random.Random) -> None:
-        self.pool = dice.choice([
-            nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1),
-            nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.MaxPool2d(2, ceil_mode=True),
-        ])  # fmt: skip
+        self.pool = dice.choice(
+            [
+                nn.MaxPool2d(2),
+                nn.MaxPool2d(3, 2, 1),
+                nn.AvgPool2d(2),
+                nn.AvgPool2d(3, 1, 1),
+                nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(x) if min(x.shape[-2:]) > 3 else x
@@ -74,10 +80,14 @@ class Up(Piece):
     weight = 4
 
     def make(self, width: int, dice: random.Random) -> None:
-        self.up = dice.choice([
-            nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.ConvTranspose2d(width, width, 2, 2),
-        ])  # fmt: skip
+        self.up = dice.choice(
+            [
+                nn.Upsample(scale_factor=2),
+                nn.Upsample(scale_factor=2, mode="bilinear"),
+                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+                nn.ConvTranspose2d(width, width, 2, 2),
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(x) if max(x.shape[-2:]) < 24 else x
@@ -87,12 +97,19 @@ class Norm(Piece):
     weight = 8
 
     def make(self, width: int, dice: random.Random) -> None:
-        self.norm = dice.choice([
-            nn.BatchNorm2d(width), nn.BatchNorm2d(width, momentum=None), nn.GroupNorm(1, width),
-            nn.BatchNorm2d(width, track_running_stats=False), nn.BatchNorm2d(width, affine=False),
-            nn.InstanceNorm2d(width), nn.InstanceNorm2d(width, affine=True, track_running_stats=True),
-            nn.LocalResponseNorm(2), nn.GroupNorm(width, width),
-        ])  # fmt: skip
+        self.norm = dice.choice(
+            [
+                nn.BatchNorm2d(width),
+                nn.BatchNorm2d(width, momentum=None),
+                nn.GroupNorm(1, width),
+                nn.BatchNorm2d(width, track_running_stats=False),
+                nn.BatchNorm2d(width, affine=False),
+                nn.InstanceNorm2d(width),
+                nn.InstanceNorm2d(width, affine=True, track_running_stats=True),
+                nn.LocalResponseNorm(2),
+                nn.GroupNorm(width, width),
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)

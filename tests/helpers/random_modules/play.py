@@ -37,9 +37,12 @@ class Seen:
         elif isinstance(value, Tensor):
             kept = value.detach()
             self.facts[full] = (
-                type(value).__name__, tuple(value.shape), str(value.dtype),
-                "wants gradient" if value.requires_grad else "constant", "inference" * value.is_inference(),
-            )  # fmt: skip
+                type(value).__name__,
+                tuple(value.shape),
+                str(value.dtype),
+                "wants gradient" if value.requires_grad else "constant",
+                "inference" * value.is_inference(),
+            )
             self.tensors.setdefault(kind, {})[name] = kept.clone()
             if value.is_leaf and value.requires_grad:
                 self.add("gradient", f"of {full}", value.grad)

@@ -114,6 +114,16 @@ class OwnCall(nn.Module):
 
 ROOTS = {
     kind.__name__: kind
-    for kind in (Counts, StaysFrozen, ExtraState, OwnStateDict, Heats, RootTensor, KeepsLast, ChangesImage,
-                 NeverTrained, OwnCall)
-}  # fmt: skip
+    for kind in (
+        Counts,
+        StaysFrozen,
+        ExtraState,
+        OwnStateDict,
+        Heats,
+        RootTensor,
+        KeepsLast,
+        ChangesImage,
+        NeverTrained,
+        OwnCall,
+    )
+}

@@ -184,8 +184,15 @@ def smaller(spec: Spec) -> Iterator[Spec]:
     for name in ("skips", "roots", "inputs", "fitted"):
         for n in range(len(getattr(spec, name))):
             yield replace(spec, **{name: _without(getattr(spec, name), n)})
-    for name, value in (("container", "tensor"), ("optimizer", "SGD"), ("heads", (Part("vector"),)),
-                        ("heads", (Part("map"),)), ("tile", (5, 7)), ("channels", 2), ("width", 3)):  # fmt: skip
+    for name, value in (
+        ("container", "tensor"),
+        ("optimizer", "SGD"),
+        ("heads", (Part("vector"),)),
+        ("heads", (Part("map"),)),
+        ("tile", (5, 7)),
+        ("channels", 2),
+        ("width", 3),
+    ):
         if getattr(spec, name) != value and (name != "heads" or spec.heads not in ((Part("vector"),), (Part("map"),))):
             yield replace(spec, **{name: value})
     usual = Visit()
