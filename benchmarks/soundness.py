@@ -93,6 +93,21 @@ def _modules(seeds: list[int], shrinks: bool) -> list[Found]:
     return [_judged(str(seed), lambda seed=seed: one(seed)) for seed in seeds]
 
 
+def _stock(seeds: list[int], _shrinks: bool) -> None:
+    """Modules with stock PyTorch alone: a few of its kernels crash (of norms in channels_last, for one)."""
+    from judge import play_stock
+    from random_modules import draw
+
+    for seed in seeds:
+        play_stock(draw(seed))
+
+
+def _kills(work: Any, chunk: list[Any]) -> bool:
+    """Whether a process dies of a piece of work."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _ready) as pool:
+        return isinstance(pool.submit(work, chunk, False).exception(), BrokenProcessPool)
+
+
 def _samples(names: list[str], _shrinks: bool) -> list[Found]:
     from judge import judge
     from opinfo_modules import samples
@@ -126,7 +141,8 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
                 suspects.extend([one] for chunk in running.values() for one in chunk)
             else:
                 (chunk,) = running.values()
-                yield 1, [Found(str(chunk[0]), "traceback", "the process died", "traceback: the process died")]
+                kind = "stock fails" if work is _modules and _kills(_stock, chunk) else "traceback"
+                yield 1, [Found(str(chunk[0]), kind, "the process died", f"{kind}: the process died")]
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -88,6 +88,11 @@ def _play(spec: Spec, net: nn.Module, bits: int = 0) -> _Run:
     return _Run(seen)
 
 
+def play_stock(spec: Spec) -> None:
+    """The scenario with stock PyTorch, whatever comes of it."""
+    _play(spec, spec.build())
+
+
 def judge(spec: Spec, make: Make = tiled) -> Verdict:
     """Run the scenario with stock PyTorch and with the accelerated network, and compare.
 
