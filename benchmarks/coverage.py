@@ -90,7 +90,7 @@ CLASSES = {
     **dict.fromkeys(FIXED, "fixed"),
 }
 MODES = ("eval", "live")
-# A BatchNorm behind a global pooling has one value per image: of two it makes plus and minus one, whatever they are.
+# A BatchNorm after a global pooling has one value per image: of two it makes plus and minus one, whatever they are.
 BATCH = {"eval": 1, "live": 4}
 VERDICTS = ("exact", "taken whole", "refused", "wrong")
 # The first that the network itself can take.
@@ -135,7 +135,7 @@ def check(name: str, mode: str) -> dict[str, Any]:
 
     from gigamorph import GigamorphError, accelerate
     from gigamorph.engine.capture.trace import capture
-    from gigamorph.engine.lowering.graph import build_network
+    from gigamorph.engine.lowering.stages import build_network
 
     torch.manual_seed(0)
     began = time.perf_counter()
@@ -193,7 +193,7 @@ def _silence(model: Any, network: Any, everywhere: bool) -> list[str]:
     That is dropout of whole maps, which is drawn tile by tile, and any where ops wait for whole maps: what is drawn for
     each sample is then drawn in another order.
     """
-    found = {local.op.module for graph in network.sweeps for local in graph.locals if local.random}
+    found = {local.op.module for stage in network.stages for local in stage.locals if local.random}
     silenced = []
     for name, module in model.named_modules():
         for attribute in ("p", "drop_prob", "drop_rate", "dropout", "attn_drop"):

@@ -24,7 +24,7 @@ from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.ordinary import loss_of
 from gigamorph.engine.bench.peers import checkpointed
 from gigamorph.engine.bench.work import NvmlPeak
-from gigamorph.engine.cuda_graphs import static
+from gigamorph.engine.cuda_graphs import buffers
 from gigamorph.engine.models import create_model
 from gigamorph.engine.tiling.memory import parse_bytes, peak_bytes, reset_peak, used_bytes
 from gigamorph.kernels import choice
@@ -109,7 +109,7 @@ def picture(step: Step, side: int) -> Any:
 def _mode(step: Step) -> Iterator[None]:
     kernels = choice.override("stock") if step.how == "ours_stock" else contextlib.nullcontext()
     one_by_one = step.how == "ours_op_by_op"
-    replay = mock.patch.object(static, "executor", lambda device: None) if one_by_one else contextlib.nullcontext()
+    replay = mock.patch.object(buffers, "executor", lambda device: None) if one_by_one else contextlib.nullcontext()
     with kernels, replay, torch.set_grad_enabled(step.training), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         yield
 
@@ -189,7 +189,7 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
             "stock_bytes": planned.stock_bytes,
             "retained": planned.retained,
             "replayed": planned.replayed,
-            "carries": planned.carries,
+            "carries": planned.halos,
         }
     return row
 

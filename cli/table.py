@@ -91,11 +91,11 @@ def show_choices(choices: Sequence[Choice], console: Console | None = None) -> N
 
 
 def _parts(plan: Plan) -> list[tuple[str, int, str]]:
-    where = {"device": "carries", "host": "carries, in host memory", "disk": "carries, on disk"}[plan.carries]
-    resident = "" if plan.carries == "device" else "dim"
+    where = {"device": "carries", "host": "carries, in host memory", "disk": "carries, on disk"}[plan.halos]
+    resident = "" if plan.halos == "device" else "dim"
     parts = [("parameters and gradients" if plan.training else "parameters", plan.parameter_bytes, "")]
-    if plan.carry_bytes:
-        parts.append((where, plan.carry_bytes, resident))
+    if plan.halo_bytes:
+        parts.append((where, plan.halo_bytes, resident))
     parts += [("strips in work", plan.strip_bytes, ""), ("one tile", plan.tile_bytes, "")]
     if plan.retained_bytes:
         parts.append(("retained tiles", plan.retained_bytes, ""))

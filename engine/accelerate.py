@@ -19,22 +19,22 @@ from .. import kernels
 from .capture.arguments import Arguments
 from .capture.program import wants
 from .capture.trace import Program, Spec, capture, refuse_backward_hooks
-from .cuda_graphs import static
+from .cuda_graphs import buffers
 from .errors import GigamorphError
 from .execution.steps import Forward, ImageTensor, Prepared, run_together
 from .images.pixels import PixelBatch, PixelSource, as_batch
-from .lowering.graph import Graph
-from .lowering.ops import Reduction, Small
-from .module.arguments import CARRIES, check_choice, check_network, image_shape, tile_sides
+from .lowering.ops import Reduction, VectorOp
+from .lowering.stages import Stage
+from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
 from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
 from .parallel.processes import check_same, check_same_steps, world
 from .planning.plan import Plan, arrange, arrange_together
-from .tiling.bands import Bands, band_group
 from .tiling.memory import parse_bytes
-from .tiling.pages import Spare
+from .tiling.page_pool import PagePool
 from .tiling.scan import Autocast, Pixels, TileEvent
-from .tiling.sweep import Sweep
+from .tiling.spatial import SpatialShard, spatial_group
+from .tiling.stage import TiledStage
 from .verify import CannotVerify
 from .verify import verify as verify_network
 
@@ -50,7 +50,7 @@ class Form:
         key: tells it from others.
         call: gets the image and further maps.
         inputs: shapes and dtypes of those maps, whose image axes are the last two, and whether they want a gradient.
-        vectors: the same of tensors without image axes, which it gets behind the maps.
+        vectors: the same of tensors without image axes, which it gets after the maps.
     """
 
     key: Hashable
@@ -97,16 +97,16 @@ class Accelerated(Delegate):
         memory_budget: int | None,
         tile: tuple[int, int] | None,
         batch_norm: str | None,
-        carries: str,
+        halos: str,
         fallback: str | None = None,
         split: Any = None,
     ):
         super().__init__(model)
-        self.memory_budget, self.tile, self.batch_norm, self.carries = memory_budget, tile, batch_norm, carries
+        self.memory_budget, self.tile, self.batch_norm, self.halos = memory_budget, tile, batch_norm, halos
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._programs: OrderedDict[Any, list[tuple[Prepared, ...]]] = OrderedDict()
-        self._spare = Spare()
+        self._page_pool = PagePool()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.seal()
         if batch_norm == "frozen":
@@ -114,7 +114,7 @@ class Accelerated(Delegate):
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
-        return {**super().__getstate__(), "_programs": OrderedDict(), "_spare": Spare(), "on_tile": None}
+        return {**super().__getstate__(), "_programs": OrderedDict(), "_spare": PagePool(), "on_tile": None}
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)
@@ -141,24 +141,24 @@ class Accelerated(Delegate):
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         training = torch.is_grad_enabled()
         program = capture(self._network, image_shape(shape), dtype, device)
-        bands = self._bands(program)
+        shard = self._shard(program)
         return arrange(
-            program, self.memory_budget, self.tile, training, self.carries, fallback=self.fallback, bands=bands
+            program, self.memory_budget, self.tile, training, self.halos, fallback=self.fallback, shard=shard
         )[1]
 
-    def _bands(self, program: Program) -> Bands | None:
+    def _shard(self, program: Program) -> SpatialShard | None:
         """The processes that share an image; to a SyncBatchNorm among them they are one."""
         if self.split is None:
             return None
-        bands = band_group(self.split)
+        shard = spatial_group(self.split)
         for op in program.ops:
-            if op.group is not None and dist.get_world_size(op.group) != bands.count:
+            if op.group is not None and dist.get_world_size(op.group) != shard.count:
                 raise GigamorphError(
                     f"module '{op.module}' shares its statistics with other processes than those that share an image; "
                     "give its process_group and split the same processes"
                 )
             op.group = None
-        return bands
+        return shard
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -177,13 +177,13 @@ class Accelerated(Delegate):
         if self.split is not None:
             what = repr((first.shape, first.dtype, training, first.image_grad, self.memory_budget))
             check_same(
-                band_group(self.split).group,
+                spatial_group(self.split).group,
                 what,
                 device,
                 "processes that share an image have images of different shapes, other settings or other modes; give "
                 "all of them the same",
             )
-        settings = (self.tile, self.memory_budget, self.carries)
+        settings = (self.tile, self.memory_budget, self.halos)
         autocast, triton = Autocast.current(device), kernels.enabled(device)
         shapes, image_grads = [one.shape for one in images], [one.image_grad for one in images]
         modes = *(wants(one.image) for one in images), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -208,17 +208,17 @@ class Accelerated(Delegate):
         for ready in known:  # what a call changes may differ (a counter), and all else be the same
             if all(one.network.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
                 return ready
-        counted = self.memory_budget is not None or static.executor(device) is not None
-        given = self.memory_budget, self.tile, training, self.carries
+        counted = self.memory_budget is not None or buffers.executor(device) is not None
+        given = self.memory_budget, self.tile, training, self.halos
         if len(images) > 1:
-            bands, arranged = None, arrange_together(programs, *given, image_grads, counted, self.fallback)
+            shard, arranged = None, arrange_together(programs, *given, image_grads, counted, self.fallback)
         else:
-            bands = self._bands(programs[0])
-            arranged = [arrange(programs[0], *given, image_grads[0], counted, self.fallback, bands=bands, agree=True)]
+            shard = self._shard(programs[0])
+            arranged = [arrange(programs[0], *given, image_grads[0], counted, self.fallback, shard=shard, agree=True)]
         prepared = []
         for network, plan in arranged:
-            sweeps = tuple(Sweep(graph, tile) for graph, tile in zip(network.sweeps, plan.sides, strict=True))
-            prepared.append(Prepared(network, sweeps, plan, bands=bands))
+            stages = tuple(TiledStage(stage, tile) for stage, tile in zip(network.stages, plan.sides, strict=True))
+            prepared.append(Prepared(network, stages, plan, shard=shard))
         known.insert(0, tuple(prepared))
         del known[_VARIANTS:]
         if len(self._programs) > _REMEMBERED:
@@ -275,7 +275,7 @@ class Accelerated(Delegate):
         """The outputs of image batches of several sizes, concatenated."""
         images = [self._images(x) for x in batches]
         (first,) = self._program(images[:1])
-        if any(isinstance(step, Small) and step.share is not None for step in first.network.steps):
+        if any(isinstance(step, VectorOp) and step.share is not None for step in first.network.steps):
             if self.split is not None:
                 raise GigamorphError(
                     "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
@@ -354,7 +354,7 @@ class Accelerated(Delegate):
                 targets[program.image], image = image, image.clone()
                 pixels = ImageTensor(image)
             forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, self.on_tile, regions, targets))
-            forwards[-1].keep_to_plan(self._spare)
+            forwards[-1].keep_to_plan(self._page_pool)
         return forwards
 
     @entrance
@@ -378,32 +378,32 @@ class Accelerated(Delegate):
         with torch.inference_mode(False), torch.no_grad():  # a part of it needs gradients
             forward = self._open(as_batch(x))
             steps = forward.prepared.network.steps
-            pooling = [n for n, step in enumerate(steps) if isinstance(step, Graph) and step.reductions]
+            pooling = [n for n, step in enumerate(steps) if isinstance(step, Stage) and step.reductions]
             if not pooling:
                 raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
             forward.run(0, pooling[-1])
-            scan, _, smalls = forward.scan(pooling[-1])
-            graph, results = scan.sweep.graph, scan.forward(smalls)
-            pooled = {r.outputs[0]: r for r in graph.reductions if r.kind != "moments" and r.grid is None}
+            scan, _, vectors = forward.scan(pooling[-1])
+            stage, results = scan.tiled.stage, scan.forward(vectors)
+            pooled = {r.outputs[0]: r for r in stage.reductions if r.kind != "moments" and r.grid is None}
             with torch.enable_grad():
                 leaves = [r.detach().requires_grad_() for r in results]
-                forward.env.update(zip(graph.results, leaves, strict=True))
+                forward.env.update(zip(stage.results, leaves, strict=True))
                 forward.run(pooling[-1] + 1)
                 scores = next(t for t in tree_leaves(forward.output()) if isinstance(t, Tensor))
                 scores = scores.reshape(scores.shape[0], -1)
                 if not -scores.shape[1] <= output < scores.shape[1]:
                     raise GigamorphError(f"output {output} does not exist; the network has {scores.shape[1]}")
                 grads = torch.autograd.grad(scores[:, output].sum(), leaves, allow_unused=True)
-            size = graph.maps.size(graph.reductions[-1].value)
+            size = stage.maps.size(stage.reductions[-1].value)
             wide = torch.promote_types(leaves[0].dtype, torch.float32)
             total = torch.zeros(scores.shape[0], *size, dtype=wide, device=scan.device)
-            for value, grad in zip(graph.results, grads, strict=True):
+            for value, grad in zip(stage.results, grads, strict=True):
                 reduction = pooled.get(value)
-                if reduction is not None and grad is not None and graph.maps.size(reduction.value) == size:
-                    tap = _evidence_tap(total, reduction, grad, graph.maps.axes[reduction.value])
-                    taps = scan.taps.setdefault(reduction.value, [])
-                    taps.append(tap)
-            scan.forward(smalls)
+                if reduction is not None and grad is not None and stage.maps.size(reduction.value) == size:
+                    observer = _evidence_observer(total, reduction, grad, stage.maps.axes[reduction.value])
+                    observers = scan.observers.setdefault(reduction.value, [])
+                    observers.append(observer)
+            scan.forward(vectors)
         return total
 
     def need_all_rows(self, name: str) -> None:
@@ -433,7 +433,7 @@ def _for_backward(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
-def _evidence_tap(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):
+def _evidence_observer(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):
     """Adds a block's evidence to the map of it."""
     grad = reduction.keep_dims(grad)
 
@@ -457,7 +457,7 @@ def accelerate(
     memory_budget: int | str | None = None,
     tile: int | tuple[int, int] | None = None,
     batch_norm: str | None = None,
-    carries: str = "auto",
+    halos: str = "auto",
     fallback: str | None = None,
     split: dist.ProcessGroup | bool | None = None,
     verify: bool = False,
@@ -469,13 +469,13 @@ def accelerate(
 
     Args:
         model: any network whose layers are local (convolutions, pooling, pointwise, frozen norms) up to a reduction
-            over the image (global pooling), behind which anything may follow.
+            over the image (global pooling), after which anything may follow.
         memory_budget: bytes for one step (``"4GiB"``), parameters and gradients included. It is used to the full:
             tiles whose graph still fits are not recomputed in the backward. None takes the least that the preferred
             tile needs, and refuses only what exceeds the free memory.
         tile: side, or (height, width), of a tile in image pixels; None lets the plan choose.
         batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
-        carries: where the carries between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or
+        halos: where the halos between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or
             ``"auto"``, the first of these that the budget allows.
         fallback: ``"whole"`` lets ops that cannot be computed tile by tile (attention over all positions) have their
             maps whole, in the memory that this takes; None refuses such networks.
@@ -494,18 +494,18 @@ def accelerate(
         raise GigamorphError("the model is accelerated already")
     check_network(model)
     check_choice("batch_norm", batch_norm, ("frozen", None))
-    check_choice("carries", carries, CARRIES)
+    check_choice("halos", halos, HALO_PLACES)
     check_choice("fallback", fallback, ("whole", None))
     # Fake tensors import it at their first use, and it keeps the frames of its importer until the garbage collector
     # runs: those of a step have its graph among their locals.
     importlib.import_module("torch._dynamo")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     kind = AcceleratedContainer if is_container(model) else Accelerated
-    net = kind(model, budget, tile_sides(tile), batch_norm, carries, fallback, split or None)
+    net = kind(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
     if verify:
         net._checked = set()
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None:
-            with contextlib.suppress(CannotVerify):  # it may stand behind a reshape of the image
+            with contextlib.suppress(CannotVerify):  # it may stand after a reshape of the image
                 net._check(first.in_channels, net._device())
     return net

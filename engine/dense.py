@@ -1,6 +1,6 @@
 """Networks whose output is a map: losses on it, and the map itself, without holding it whole.
 
-A loss is recorded together with the network, the labels being one more source of the sweep: each tile reads its own
+A loss is recorded together with the network, the labels being one more source of the stage: each tile reads its own
 labels, computes its own logits, and adds to the sums that the loss is made of.
 """
 
@@ -38,7 +38,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
     forward of the module that DDP wraps.
 
     Args:
-        net: the network; its output may be a map or any tree of maps and smalls.
+        net: the network; its output may be a map or any tree of maps and vectors.
         x: an image batch as for the network, all of one size.
         labels: a tensor, array, memory map or zarr array, or anything with a `shape` and `read(top, bottom, left,
             right)`, whose last two axes are the image's; or a tuple, list or dict of those. The criterion gets them
@@ -107,7 +107,7 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         if value not in network.maps:
             raise GigamorphError(f"output {output} of the network is no map, but a small tensor; call the network")
         info, axes = network.program.values[value], network.maps.axes[value]
-        with sink(out, tuple(info.shape), axes, info.dtype) as forward.taps[value]:
+        with sink(out, tuple(info.shape), axes, info.dtype) as forward.observers[value]:
             forward.run()
         forward.finish()
 
@@ -121,7 +121,7 @@ def written(x: Tensor) -> Tensor:
 
 @dataclass
 class _Labels:
-    """Labels as a source of the sweep: a tensor that is there, or something that is read by region."""
+    """Labels as a source of the stage: a tensor that is there, or something that is read by region."""
 
     values: Any
     shape: tuple[int, ...] = field(init=False)

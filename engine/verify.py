@@ -18,7 +18,7 @@ from .errors import GigamorphError
 # Tried in this order, for networks that take no odd or no small sizes. Three tiles each way.
 _SIZES = ((97, 75), (128, 96), (224, 224))
 _IMAGES = 2
-_STEPS = 2  # what the first leaves behind, the second works with
+_STEPS = 2  # what the first leaves after, the second works with
 _GROWTH = 1.01  # of the parameters from one step to the next, as of an optimizer
 _LIMIT = 1e-10
 _NOISE = 100  # a difference may be this many times what a last-bit change of the image makes
@@ -62,7 +62,7 @@ def verify(
     channels: int,
     device: torch.device,
 ) -> None:
-    """Compare two steps on different small images, with and without gradients, and all that they leave behind.
+    """Compare two steps on different small images, with and without gradients, and all that they leave after.
 
     That is outputs with their types, gradients and whether there are any, buffers, what modules hold in attributes, and
     the image itself. Nothing of the network or of random generators changes. Layers of element-wise dropout are left

@@ -73,7 +73,7 @@ def predicted_side(network: nn.Module, task: Task, peer: str, search: Search) ->
     def fits(side: int) -> bool:
         budget = int(search.share * search.cap) if peer == "gigamorph" else None
         try:
-            made = planned(network, _sized(task, side), budget, carries=_carries(task))
+            made = planned(network, _sized(task, side), budget, halos=_carries(task))
         except BudgetError:
             return False
         return peer == "gigamorph" or (made.stock_bytes or 0) <= search.cap

@@ -163,7 +163,7 @@ def settings(peer: str, task: Task, network: nn.Module, options: Options) -> lis
 
 
 @functools.lru_cache(maxsize=4)
-def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None = None, carries: str = "auto") -> Plan:
+def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None = None, halos: str = "auto") -> Plan:
     """The plan of a task; see `plan`."""
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     with autocast(task):
@@ -175,7 +175,7 @@ def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None
             dtype=dtype,
             device=task.device,
             training=task.training,
-            carries=carries,
+            halos=halos,
         )
 
 
@@ -187,7 +187,7 @@ def _predict(row: StepRow, network: nn.Module, given: Settings) -> Settings:
         made = planned(network, row.task, given.get("memory_budget"), given.get("tile"))
         row.predicted_bytes = made.peak_bytes if row.peer == "gigamorph" else made.stock_bytes
         if row.peer == "gigamorph":
-            return {"tile": list(made.tile), "retained": made.retained, "carries": made.carries}
+            return {"tile": list(made.tile), "retained": made.retained, "carries": made.halos}
     return {}
 
 

@@ -1,13 +1,13 @@
 """Tiles that are alike are captured once and replayed: the host then only copies, and runs no Python op by op.
 
-A tile is computed on static tensors, always at the same addresses:
+A tile is computed on graph buffers, always at the same addresses:
 
-    copy in    source windows, carries and, in pass 2, gradients of what the tile gives and the carries' own so far
-    replay     the code of `Scan` and `Tile`, for the first tile of its kind (`alike.py`)
-    copy out   carries handed on, shares of reductions, stored blocks; in pass 2 gradients
+    copy in    source windows, halos and, in pass 2, gradients of what the tile gives and the halos' own so far
+    replay     the code of `Scan` and `Tile`, for the first tile of its kind (`signature.py`)
+    copy out   halos handed on, shares of reductions, stored blocks; in pass 2 gradients
 
-What is the same for all tiles (smalls, gradients of reductions) is copied in once per pass; gradients of smalls are
-summed in static tensors. The first tile of a kind runs on the static tensors as it stands: that makes those it writes
+What is the same for all tiles (vectors, gradients of reductions) is copied in once per pass; gradients of vectors are
+summed in graph buffers. The first tile of a kind runs on the graph buffers as it stands: that makes those it writes
 to, measures and compiles kernels, warms libraries up. The second is captured. Recordings are kept across steps.
 """
 
@@ -23,28 +23,28 @@ import torch
 from torch import Tensor
 
 from ...kernels.choice import current_mode
-from ..tiling.carries import CarryStore, Rect, cut
 from ..tiling.grid import new_accumulator
-from ..tiling.reduce import Target, Targets
+from ..tiling.halos import HaloStore, Rect, cut
+from ..tiling.reduce import Consumer, Consumers
 from ..tiling.scan import Gathered, Kept, Read, Scan
-from ..tiling.sweep import Carries, Sweep, Tile, area
-from .alike import Outline, Signature, axis_signature, translates
-from .static import Arena, Executor, Name, Static, copy_all
+from ..tiling.stage import Halos, Tile, TiledStage, area
+from .buffers import Arena, Executor, GraphBuffers, Name, copy_all
+from .signature import Outline, Signature, axis_signature, translates
 
-FEWEST_TILES = 8  # of a sweep: among fewer, too few are alike
+FEWEST_TILES = 8  # of a stage: among fewer, too few are alike
 MOST_KINDS = 64  # of tiles that are recorded; where strides do not divide the tile there are many
-MOST_RECORDINGS = 4 * MOST_KINDS  # kept of a sweep: both passes, and as many again for other outputs or settings
+MOST_RECORDINGS = 4 * MOST_KINDS  # kept of a stage: both passes, and as many again for other outputs or settings
 
 Kind = tuple[int, int]  # the first row and column of tiles of their signatures
 Parts = Mapping[tuple[str, int], Rect]
 
 
-class Recording(Static):
+class Recording(GraphBuffers):
     """The work of the tiles of one kind in one pass.
 
     Args:
         outline: what these tiles take and give; its tile is where the work believes itself to be.
-        work: computes the tile on the static tensors.
+        work: computes the tile on the graph buffers.
         arena: where these lie.
     """
 
@@ -63,9 +63,9 @@ class Recording(Static):
         (self.replay or self.run)()
         self.seen = True
 
-    def carries(self, kind: str, parts: Parts) -> Carries:
-        """The inputs (kind, side, value), as carries of which only these parts are here."""
-        here = Carries({}, {})
+    def halos(self, kind: str, parts: Parts) -> Halos:
+        """The inputs (kind, side, value), as halos of which only these parts are here."""
+        here = Halos({}, {})
         for (side, value), rect in parts.items():
             tensor = self.inputs.get((kind, side, value))
             if tensor is not None:
@@ -80,19 +80,19 @@ class Recording(Static):
 
 
 class Bench:
-    """The recordings made under one set of settings, and the static tensors that they share.
+    """The recordings made under one set of settings, and the graph buffers that they share.
 
     Attributes:
         step: what is the same for all tiles of a pass.
-        sums: gradients of the smalls, summed over the tiles of pass 2.
+        sums: gradients of the vectors, summed over the tiles of pass 2.
     """
 
-    def __init__(self, sweep: Sweep, scan: Scan, arena: Arena):
-        self.sweep, self.arena = sweep, arena
-        self.scan = Scan(sweep, {}, scan.device, scan.dtype)  # not `scan`: that would keep its image alive
+    def __init__(self, tiled: TiledStage, scan: Scan, arena: Arena):
+        self.tiled, self.arena = tiled, arena
+        self.scan = Scan(tiled, {}, scan.device, scan.dtype)  # not `scan`: that would keep its image alive
         self.scan.autocast = scan.autocast
         self.recordings: dict[Hashable, Recording] = {}
-        self.step = Static()
+        self.step = GraphBuffers()
         self.sums: dict[int, Tensor] = {}
 
     def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording:
@@ -100,21 +100,21 @@ class Bench:
         if key not in self.recordings:
             while len(self.recordings) >= MOST_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]  # the oldest
-            self.recordings[key] = Recording(Outline(self.sweep, i, j, self.scan.taken), work, self.arena)
+            self.recordings[key] = Recording(Outline(self.tiled, i, j, self.scan.taken), work, self.arena)
         return self.recordings[key]
 
-    def smalls(self) -> dict[int, Tensor]:
-        """The smalls; new tensors in the same memory, so that autograd knows nothing of them from earlier runs."""
-        return {v: self.step.inputs["small", v].detach() for v in self.sweep.graph.smalls}
+    def vectors(self) -> dict[int, Tensor]:
+        """The vectors; new tensors in the same memory, so that autograd knows nothing of them from earlier runs."""
+        return {v: self.step.inputs["vector", v].detach() for v in self.tiled.stage.vectors}
 
 
 class Replays:
-    """The recordings of one sweep; the `Replay` of its scans. Sweeps of one network share an arena."""
+    """The recordings of one stage; the `Replay` of its scans. Stages of one network share an arena."""
 
-    def __init__(self, sweep: Sweep, executor: Executor, arena: Arena):
-        self.sweep, self.executor, self.arena = sweep, executor, arena
+    def __init__(self, tiled: TiledStage, executor: Executor, arena: Arena):
+        self.tiled, self.executor, self.arena = tiled, executor, arena
         self.benches: dict[Hashable, Bench] = {}
-        self.rows, self.cols = (_first_alike(sweep, axis) for axis in (0, 1))
+        self.rows, self.cols = (_first_alike(tiled, axis) for axis in (0, 1))
         counts = kinds(self.rows, self.cols)
         self.recorded = {kind for kind, _ in counts.most_common(MOST_KINDS)}
 
@@ -123,8 +123,8 @@ class Replays:
         kind = (self.rows[i], self.cols[j])
         return kind if kind in self.recorded else None  # pyright: ignore[reportReturnType]
 
-    def _bench(self, scan: Scan, smalls: Mapping[int, Tensor]) -> Bench | None:
-        if not self.recorded or any(small.device.type != scan.device.type for small in smalls.values()):
+    def _bench(self, scan: Scan, vectors: Mapping[int, Tensor]) -> Bench | None:
+        if not self.recorded or any(vector.device.type != scan.device.type for vector in vectors.values()):
             return None  # a number on the host would be captured as it is now
         settings = (
             current_mode(),
@@ -136,25 +136,25 @@ class Replays:
         key = scan.device, scan.dtype, scan.autocast, settings
         if key not in self.benches:
             self.benches.clear()  # other settings: what was recorded under the former ones is as large as this will be
-            self.benches[key] = Bench(self.sweep, scan, self.arena)
+            self.benches[key] = Bench(self.tiled, scan, self.arena)
         return self.benches[key]
 
-    def forward(self, scan: Scan, smalls: Mapping[int, Tensor]) -> ReplayedForward | None:
+    def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ReplayedForward | None:
         """Pass 1 of a step."""
-        bench = self._bench(scan, smalls)
-        return None if bench is None else ReplayedForward(self, bench, scan, smalls)
+        bench = self._bench(scan, vectors)
+        return None if bench is None else ReplayedForward(self, bench, scan, vectors)
 
-    def backward(self, scan: Scan, kept: Kept, targets: Targets) -> ReplayedBackward | None:
+    def backward(self, scan: Scan, kept: Kept, consumers: Consumers) -> ReplayedBackward | None:
         """Pass 2 of a step."""
-        bench = self._bench(scan, kept.smalls)
-        return None if bench is None else ReplayedBackward(self, bench, scan, kept, targets)
+        bench = self._bench(scan, kept.vectors)
+        return None if bench is None else ReplayedBackward(self, bench, scan, kept, consumers)
 
 
-def _first_alike(sweep: Sweep, axis: int) -> list[int | None]:
+def _first_alike(tiled: TiledStage, axis: int) -> list[int | None]:
     """For each row (column) of tiles the first one like it; None for those that cannot be replayed."""
-    steps = (sweep.rows, sweep.cols)[axis].steps
+    steps = (tiled.rows, tiled.cols)[axis].steps
     first: dict[Signature, int] = {}
-    signatures = [axis_signature(sweep, axis, step) if translates(sweep) else None for step in range(steps)]
+    signatures = [axis_signature(tiled, axis, step) if translates(tiled) else None for step in range(steps)]
     return [None if s is None else first.setdefault(s, step) for step, s in enumerate(signatures)]
 
 
@@ -164,70 +164,68 @@ def kinds(rows: list[int | None], cols: list[int | None]) -> Counter[Kind]:
     return Counter({(i, j): m * n for (i, m), (j, n) in both if i is not None and j is not None})
 
 
-def static_bytes(sweep: Sweep, training: bool) -> int:
-    """What the static tensors of a sweep's tile in the middle take; 0 if it cannot be replayed.
+def buffer_bytes(tiled: TiledStage, training: bool) -> int:
+    """What the graph buffers of a stage's tile in the middle take; 0 if it cannot be replayed.
 
-    The smalls and the sums of their gradients, which all tiles share, are not included.
+    The vectors and the sums of their gradients, which all tiles share, are not included.
     """
-    if not translates(sweep):
+    if not translates(tiled):
         return 0
-    values, maps = sweep.graph.program.values, sweep.graph.maps
+    values, maps = tiled.stage.program.values, tiled.stage.maps
 
     def size(value: int, rect: Rect) -> int:
         height, width = maps.size(value)
         return area(rect) * math.prod(values[value].shape) // (height * width) * values[value].dtype.itemsize
 
-    i, j = sweep.rows.steps // 2, sweep.cols.steps // 2
-    outline = Outline(sweep, i, j, {*sweep.reductions, *sweep.graph.stored})
+    i, j = tiled.rows.steps // 2, tiled.cols.steps // 2
+    outline = Outline(tiled, i, j, {*tiled.reductions, *tiled.stage.stored})
     windows = sum(size(source, rect) for source, rect in outline.windows)
     entering = sum(size(value, rect) for (_, value), rect in outline.entering.items())
     leaving = sum(size(value, rect) for (_, value), rect in outline.leaving.items())
-    stored = sum(size(value, sweep.block(value, i, j)) for value in sweep.graph.stored)
+    stored = sum(size(value, tiled.block(value, i, j)) for value in tiled.stage.stored)
     return (2 if training else 1) * (windows + entering + stored) + leaving
 
 
-def _entering(recording: Recording, i: int, j: int, read: Read, carries: Carries) -> dict[Name, Tensor]:
-    """The source windows and carries that tile (i, j) reads."""
-    outline, sweep = recording.outline, recording.outline.sweep
+def _entering(recording: Recording, i: int, j: int, read: Read, halos: Halos) -> dict[Name, Tensor]:
+    """The source windows and halos that tile (i, j) reads."""
+    outline, tiled = recording.outline, recording.outline.tiled
     windows = {
         ("window", source, rect): read(source, outline.place("source", source, rect, i, j))
         for source, rect in outline.windows
     }
-    return windows | _parts("carry", sweep, outline, outline.entering, i, j, carries)
+    return windows | _parts("halo", tiled, outline, outline.entering, i, j, halos)
 
 
 def _parts(
-    kind: str, sweep: Sweep, outline: Outline, parts: Parts, i: int, j: int, carries: Carries
+    kind: str, tiled: TiledStage, outline: Outline, parts: Parts, i: int, j: int, halos: Halos
 ) -> dict[Name, Tensor]:
-    """Views of parts of those carries (or gradients) that are there."""
+    """Views of parts of those halos (or gradients) that are there."""
     return {
-        (kind, side, value): cut(
-            getattr(carries, side)[value], sweep.axes(value), outline.place(side, value, rect, i, j)
-        )
+        (kind, side, value): cut(getattr(halos, side)[value], tiled.axes(value), outline.place(side, value, rect, i, j))
         for (side, value), rect in parts.items()
-        if value in getattr(carries, side)
+        if value in getattr(halos, side)
     }
 
 
 class ReplayedForward:
     """Tiles of pass 1 of one step."""
 
-    def __init__(self, replays: Replays, bench: Bench, scan: Scan, smalls: Mapping[int, Tensor]):
+    def __init__(self, replays: Replays, bench: Bench, scan: Scan, vectors: Mapping[int, Tensor]):
         self.replays, self.bench, self.scan = replays, bench, scan
-        bench.step.load({("small", v): small.detach() for v, small in smalls.items()})
+        bench.step.load({("vector", v): vector.detach() for v, vector in vectors.items()})
 
-    def __call__(self, i: int, j: int, read: Read, carries: Carries, gathered: Gathered) -> bool:
+    def __call__(self, i: int, j: int, read: Read, halos: Halos, gathered: Gathered) -> bool:
         kind = self.replays.kind(i, j)
         if kind is None:
             return False
         recording = self.bench.recording(i, j, ("forward", kind), partial(_compute, self.bench))
-        recording(_entering(recording, i, j, read, carries), self.replays.executor)
+        recording(_entering(recording, i, j, read, halos), self.replays.executor)
         self._take(recording, i, j, gathered)
         return True
 
     def _take(self, recording: Recording, i: int, j: int, gathered: Gathered) -> None:
         """Copy out what a tile has given."""
-        scan, sweep, outline = self.scan, self.bench.sweep, recording.outline
+        scan, tiled, outline = self.scan, self.bench.tiled, recording.outline
         pairs: list[tuple[Tensor, Tensor]] = []
         shares: dict[int, list[Tensor]] = {}
         for name, tensor in recording.outputs.items():
@@ -238,47 +236,47 @@ class ReplayedForward:
             else:
                 side, value = name
                 rect = outline.place(side, value, outline.leaving[side, value], i, j)
-                pairs.append((scan.room_in_carry(side, value, rect, i, j, tensor, gathered), tensor))
+                pairs.append((scan.room_in_halo(side, value, rect, i, j, tensor, gathered), tensor))
         copy_all(pairs)
         for number, share in shares.items():
-            value = sweep.graph.reductions[number].value
-            width = sweep.graph.maps.size(value)[1]
-            gathered.accumulators[number].merge(i, j, tuple(share), sweep.block(value, i, j), width)
+            value = tiled.stage.reductions[number].value
+            width = tiled.stage.maps.size(value)[1]
+            gathered.accumulators[number].merge(i, j, tuple(share), tiled.block(value, i, j), width)
 
 
 def _compute(bench: Bench, recording: Recording) -> None:
     """The work of a tile in pass 1."""
-    sweep, graph = bench.sweep, bench.sweep.graph
-    accumulators = [new_accumulator(r, graph) for r in graph.reductions]
+    tiled, stage = bench.tiled, bench.tiled.stage
+    accumulators = [new_accumulator(r, stage) for r in stage.reductions]
 
     def publish(tile: Tile, value: int, block: Tensor) -> None:
-        rect = sweep.block(value, tile.i, tile.j)
-        for number in sweep.reductions.get(value, ()):
+        rect = tiled.block(value, tile.i, tile.j)
+        for number in tiled.reductions.get(value, ()):
             shared = tile.shares.get(value)
             for place, part in enumerate(accumulators[number].share(block, shared, rect, look=False)):
                 recording.give(("share", number, place), part)
-        if value in graph.stored:
+        if value in stage.stored:
             recording.give(("stored", value), block)
-        for side, own, _ in tile.hands_on(value) if value in sweep.carried else ():
-            recording.give((side, value), cut(block, sweep.axes(value), own))
+        for side, own, _ in tile.hands_on(value) if value in tiled.with_halo else ():
+            recording.give((side, value), cut(block, tiled.axes(value), own))
 
-    carries = recording.carries("carry", recording.outline.entering)
-    tile = Tile(sweep, recording.i, recording.j, recording.pixels, bench.smalls(), carries)
+    halos = recording.halos("halo", recording.outline.entering)
+    tile = Tile(tiled, recording.i, recording.j, recording.pixels, bench.vectors(), halos)
     with torch.no_grad(), bench.scan.autocast.enter():
         bench.scan.run(tile, publish)
 
 
 class ReplayedBackward:
-    """Tiles of pass 2 of one step. The sums of `kept` become static tensors, which are used again in the next step."""
+    """Tiles of pass 2 of one step. The sums of `kept` become graph buffers, which are used again in the next step."""
 
-    def __init__(self, replays: Replays, bench: Bench, scan: Scan, kept: Kept, targets: Targets):
-        self.replays, self.bench, self.scan, self.kept, self.targets = replays, bench, scan, kept, targets
+    def __init__(self, replays: Replays, bench: Bench, scan: Scan, kept: Kept, consumers: Consumers):
+        self.replays, self.bench, self.scan, self.kept, self.consumers = replays, bench, scan, kept, consumers
         for total in bench.sums.values():
             total.zero_()
         kept.sums = bench.sums
-        step: dict[Name, Tensor] = {("small", v): small.detach() for v, small in kept.smalls.items()}
+        step: dict[Name, Tensor] = {("vector", v): vector.detach() for v, vector in kept.vectors.items()}
         self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # of targets: what is None from step to step
-        for value, taken in targets.items():
+        for value, taken in consumers.items():
             for number, target in enumerate(taken):
                 self.form.append((value, number, tuple(grad is not None for grad in target.grads), bool(target.shares)))
                 if target.accumulator is None or target.accumulator.reduction.grid is not None:
@@ -296,21 +294,21 @@ class ReplayedBackward:
         i: int,
         j: int,
         read: Read,
-        carries: Carries,
-        carry_grads: Carries,
-        handed_back: Carries,
+        halos: Halos,
+        halo_grads: Halos,
+        handed_back: Halos,
         source_grads: Mapping[int, Tensor],
     ) -> bool:
-        kind, kept, sweep = self.replays.kind(i, j), self.kept, self.bench.sweep
+        kind, kept, tiled = self.replays.kind(i, j), self.kept, self.bench.tiled
         if kind is None:
             return False
         key = "backward", kind, tuple(self.form), tuple(kept.leaves), frozenset(kept.sources)
         work = partial(_differentiate, self.bench, self.form, kept.leaves, kept.sources, kept.needs)
         recording = self.bench.recording(i, j, key, work)
         outline = recording.outline
-        grads = _parts("grad", sweep, outline, outline.entering, i, j, carry_grads)
-        back = _parts("back", sweep, outline, outline.leaving, i, j, handed_back)
-        tensors = _entering(recording, i, j, read, carries) | grads | back | self._of_blocks(i, j)
+        grads = _parts("grad", tiled, outline, outline.entering, i, j, halo_grads)
+        back = _parts("back", tiled, outline, outline.leaving, i, j, handed_back)
+        tensors = _entering(recording, i, j, read, halos) | grads | back | self._of_blocks(i, j)
         recording(tensors, self.replays.executor)
         copy_all((grad, recording.inputs[name]) for name, grad in grads.items())
         windows = [
@@ -322,12 +320,12 @@ class ReplayedBackward:
 
     def _of_blocks(self, i: int, j: int) -> dict[Name, Tensor]:
         """Per tile: gradients of stored blocks, stored blocks themselves, and the shares of maxima."""
-        sweep, found = self.bench.sweep, {}
+        tiled, found = self.bench.tiled, {}
         for value, number, there, shared in self.form:
-            target = self.targets[value][number]
-            if not any(there) or not sweep.computes(value, i, j):
+            target = self.consumers[value][number]
+            if not any(there) or not tiled.computes(value, i, j):
                 continue
-            place = sweep.axes(value), sweep.block(value, i, j)
+            place = tiled.axes(value), tiled.block(value, i, j)
             if target.accumulator is not None and target.accumulator.reduction.grid is not None:
                 parts: dict[Name, Tensor | None] = {("grad", value, number, k): g for k, g in enumerate(target.grads)}
                 parts["total", value, number] = target.accumulator.total if target.of_block else None
@@ -335,7 +333,7 @@ class ReplayedBackward:
                 found.update((n, target.accumulator.part_of(t, rect)) for n, t in parts.items() if t is not None)
             if target.accumulator is None:
                 found["stored", value] = cut(target.grads[0], *place)  # pyright: ignore[reportArgumentType]
-            elif target.of_block and value in sweep.unvalued:
+            elif target.of_block and value in tiled.unvalued:
                 found["kept", value] = cut(self.scan.stored[value], *place)
             elif shared:
                 found["share", value, number] = target.shares[i, j]
@@ -351,36 +349,38 @@ def _differentiate(
     recording: Recording,
 ) -> None:
     """The work of a tile in pass 2."""
-    scan, outline, smalls = bench.scan, recording.outline, bench.smalls()
+    scan, outline, vectors = bench.scan, recording.outline, bench.vectors()
     for value in leaves:
-        smalls[value].requires_grad_()
-    kept = Kept(CarryStore("device"), 0, smalls, leaves, sources, needs, [], sums=bench.sums)
-    tile = scan.tile(recording.i, recording.j, kept, recording.carries("carry", outline.entering), recording.pixels)
+        vectors[value].requires_grad_()
+    kept = Kept(HaloStore("device"), 0, vectors, leaves, sources, needs, [], sums=bench.sums)
+    tile = scan.tile(recording.i, recording.j, kept, recording.halos("halo", outline.entering), recording.pixels)
     tile.alone = True
     scan.stored = {name[1]: tensor for name, tensor in recording.inputs.items() if name[0] == "kept"}
-    targets = _static_targets(bench, form, recording)
-    recorded = scan.again(tile, targets, 0)
-    tile.carry_grads = recording.carries("grad", outline.entering)
-    tile.handed_back = recording.carries("back", outline.leaving)
-    for (source, rect), grad in scan.differentiate(recorded, targets, kept):
+    consumers = _buffered_consumers(bench, form, recording)
+    recorded = scan.again(tile, consumers, 0)
+    tile.halo_grads = recording.halos("grad", outline.entering)
+    tile.handed_back = recording.halos("back", outline.leaving)
+    for (source, rect), grad in scan.differentiate(recorded, consumers, kept):
         recording.give(("window", source, outline.relative("source", source, rect)), grad)
 
 
-def _static_targets(bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: Recording) -> Targets:
-    """The targets of a step with static tensors in the place of theirs."""
-    graph, step = bench.sweep.graph, bench.step.inputs
-    targets: Targets = {}
+def _buffered_consumers(
+    bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: Recording
+) -> Consumers:
+    """The targets of a step with graph buffers in the place of theirs."""
+    stage, step = bench.tiled.stage, bench.step.inputs
+    consumers: Consumers = {}
     for value, number, there, shared in form:
-        numbers = bench.sweep.reductions.get(value, ())
-        if number >= len(numbers):  # behind the reductions of a map comes the map itself
-            targets.setdefault(value, []).append(Target(None, (recording.inputs.get(("stored", value)),), {}))
+        numbers = bench.tiled.reductions.get(value, ())
+        if number >= len(numbers):  # after the reductions of a map comes the map itself
+            consumers.setdefault(value, []).append(Consumer(None, (recording.inputs.get(("stored", value)),), {}))
             continue
-        reduction = graph.reductions[numbers[number]]
-        accumulator = new_accumulator(reduction, graph)
+        reduction = stage.reductions[numbers[number]]
+        accumulator = new_accumulator(reduction, stage)
         given = step if reduction.grid is None else recording.inputs
         accumulator.total = given.get(("total", value, number))
         grads = tuple(given.get(("grad", value, number, k)) if wanted else None for k, wanted in enumerate(there))
         share = recording.inputs.get(("share", value, number))
         shares = {(recording.i, recording.j): share} if shared and share is not None else {}
-        targets.setdefault(value, []).append(Target(accumulator, grads, shares))
-    return targets
+        consumers.setdefault(value, []).append(Consumer(accumulator, grads, shares))
+    return consumers

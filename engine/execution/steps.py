@@ -1,6 +1,6 @@
-"""One forward of a network on one image batch: its steps in order, each sweep one function for autograd.
+"""One forward of a network on one image batch: its steps in order, each stage one function for autograd.
 
-Between the sweeps smalls are computed by ordinary PyTorch. A sweep takes its sources and smalls as tensors and gives
+Between the stages vectors are computed by ordinary PyTorch. A stage takes its sources and vectors as tensors and gives
 its reductions and stored maps as tensors; autograd does the rest.
 
 Images of several sizes whose statistics are merged (BatchNorm in training mode) are several forwards that go through
@@ -21,21 +21,21 @@ from torch import Tensor
 from ..capture.program import call
 from ..capture.trace import Op, bind, refs
 from ..capture.trees import realize
-from ..cuda_graphs import static
+from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import FEWEST_TILES, Replays
 from ..images.pixels import PixelBatch, StoredBatch
-from ..lowering.graph import Graph, Network
-from ..lowering.ops import Small
+from ..lowering.ops import VectorOp
+from ..lowering.stages import Stage, StagedProgram
 from ..module import turns
 from ..module.once import once
 from ..planning.plan import Plan
-from ..tiling.bands import Bands
-from ..tiling.carries import Rect
-from ..tiling.ceiling import Ceiling
-from ..tiling.maps import Gradients, add_reader
-from ..tiling.pages import Spare
+from ..tiling.halos import Rect
+from ..tiling.memory_limit import MemoryLimit
+from ..tiling.page_pool import PagePool
 from ..tiling.scan import Pixels, Scan, StoredMap, TileEvent, cast_dtype
-from ..tiling.sweep import Sweep
+from ..tiling.spatial import SpatialShard
+from ..tiling.stage import TiledStage
+from ..tiling.stored_maps import Gradients, add_reader
 
 
 class ImageTensor:
@@ -56,19 +56,19 @@ def as_uploaded(pixels: Pixels, device: torch.device) -> Pixels:
 
 
 class ScanFunction(torch.autograd.Function):
-    """A sweep: (sources, smalls) -> (values of the reductions, stored maps)."""
+    """A stage: (sources, vectors) -> (values of the reductions, stored maps)."""
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, sources: dict[int, int], *tensors: Tensor):
-        """`sources` gives the places of source tensors among `tensors`; smalls come behind them."""
-        ctx.scan, ctx.sources, ctx.bands, ctx.turn = scan, sources, scan.bands, turns.current()
+        """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
+        ctx.scan, ctx.sources, ctx.shard, ctx.turn = scan, sources, scan.shard, turns.current()
         wanted = [v for v, place in sources.items() if ctx.needs_input_grad[2 + place]]
         for v in wanted:
             add_reader(tensors[sources[v]], 1)
         ctx.set_materialize_grads(False)
         count = len(sources)
         results = scan.forward(tensors[count:], ctx.needs_input_grad[2 + count :], wanted)
-        kept = [t for v, t in zip(scan.sweep.graph.results, results, strict=True) if v in scan.sweep.reread]
+        kept = [t for v, t in zip(scan.tiled.stage.results, results, strict=True) if v in scan.tiled.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         scan.let_go()
@@ -80,13 +80,13 @@ class ScanFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         scan: Scan = ctx.scan
-        sweep, graph = scan.sweep, scan.sweep.graph
+        tiled, stage = scan.tiled, scan.tiled.stage
         count, last = len(ctx.sources), not _keeps_graph()
-        stored = dict(zip((v for v in graph.results if v in sweep.reread), kept, strict=True))
+        stored = dict(zip((v for v in stage.results if v in tiled.reread), kept, strict=True))
         scan.take({v: tensors[place] for v, place in ctx.sources.items()}, stored, tensors[count:])
-        scan.gradients.end(graph.stored)
+        scan.gradients.end(stage.stored)
         reached = frozenset[int]().union(
-            *(graph.reach[v] for v, grad in zip(graph.results, grads, strict=True) if grad is not None)
+            *(stage.reach[v] for v, grad in zip(stage.results, grads, strict=True) if grad is not None)
         )
         readers = [tensors[place] for place in ctx.sources.values() if ctx.needs_input_grad[2 + place]]
         wants = {
@@ -101,19 +101,21 @@ class ScanFunction(torch.autograd.Function):
         scan.let_go()
         for tensor in readers if last else ():
             add_reader(tensor, -1)
-        if ctx.bands is not None:
-            wanted = [v for v, want in zip(graph.smalls, ctx.needs_input_grad[2 + count :], strict=True) if want]
-            smalls = dict(zip(graph.smalls, tensors[count:], strict=True))
-            _sum_over_bands(ctx.bands, graph, {v: smalls[v] for v in wanted}, sums, source_grads)
+        if ctx.shard is not None:
+            wanted = [v for v, want in zip(stage.vectors, ctx.needs_input_grad[2 + count :], strict=True) if want]
+            vectors = dict(zip(stage.vectors, tensors[count:], strict=True))
+            _sum_over_shards(ctx.shard, stage, {v: vectors[v] for v in wanted}, sums, source_grads)
         # Where no tile's graph has led to an input, none leads there: an op takes it and has no gradient for it.
         # But nothing is run for a map without elements, whose gradients are zeros.
-        empty = any(0 in graph.maps.shape(v) for local in graph.locals for v in local.op.outputs)
-        untouched = set[int]() if empty or ctx.bands is not None else made - scan.touched - scan.swept.keys()
+        empty = any(0 in stage.maps.shape(v) for local in stage.locals for v in local.op.outputs)
+        untouched = set[int]() if empty or ctx.shard is not None else made - scan.touched - scan.stage_maps.keys()
         results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
-        for value, small, wanted in zip(graph.smalls, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True):
+        for value, vector, wanted in zip(
+            stage.vectors, tensors[count:], ctx.needs_input_grad[2 + count :], strict=True
+        ):
             total = sums.pop(value, None) if wanted and value in reached else None
             results.append(
-                torch.zeros_like(small) if empty and wanted and value in reached and total is None else total
+                torch.zeros_like(vector) if empty and wanted and value in reached and total is None else total
             )
         return None, None, *results
 
@@ -123,21 +125,21 @@ def _keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
 
-def _sum_over_bands(
-    bands: Bands,
-    graph: Graph,
+def _sum_over_shards(
+    shard: SpatialShard,
+    stage: Stage,
     wanted: dict[int, Tensor],
     sums: dict[int, Tensor],
     source_grads: dict[int, Tensor],
 ) -> None:
-    """Add up what the processes have found, of `wanted` smalls and of sources that all of them have whole."""
+    """Add up what the processes have found, of `wanted` vectors and of sources that all of them have whole."""
     sixteen = (torch.float16, torch.bfloat16)
-    for value, small in wanted.items():
+    for value, vector in wanted.items():
         if value not in sums:  # no tile of this band gave one
-            sums[value] = torch.zeros_like(small, dtype=torch.float32 if small.dtype in sixteen else small.dtype)
-    whole = [v for v in source_grads if v not in (graph.offsets or {})]
+            sums[value] = torch.zeros_like(vector, dtype=torch.float32 if vector.dtype in sixteen else vector.dtype)
+    whole = [v for v in source_grads if v not in (stage.offsets or {})]
     parts = [*(sums[v] for v in wanted), *(source_grads[v] for v in whole)]
-    totals = bands.sum(parts) if parts else []
+    totals = shard.sum(parts) if parts else []
     sums.update(zip(wanted, totals, strict=False))
     source_grads.update(zip(whole, totals[len(wanted) :], strict=True))
 
@@ -154,18 +156,18 @@ class Border:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network made ready for one image size: its steps, the tiling of each sweep, and the plan.
+    """A network made ready for one image size: its steps, the tiling of each stage, and the plan.
 
-    `replays` holds what has been captured of each sweep's tiles, on tensors in `arena`. `bands` are the processes that
+    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`. `shard` are the processes that
     share the image, if it is split.
     """
 
-    network: Network
-    sweeps: tuple[Sweep, ...]
+    network: StagedProgram
+    stages: tuple[TiledStage, ...]
     plan: Plan
     replays: dict[int, Replays] = field(default_factory=dict)
-    arena: static.Arena = field(default_factory=static.Arena)
-    bands: Bands | None = None
+    arena: buffers.Arena = field(default_factory=buffers.Arena)
+    shard: SpatialShard | None = None
 
     @cached_property
     def last_use(self) -> dict[int, list[int]]:
@@ -181,17 +183,17 @@ class Prepared:
     def kept_for_backward(self) -> set[int]:
         """The values that a step other than the updates of norms' statistics reads."""
         found = {v for part in self.borders.values() for v in part.inputs}
-        return found.union(*(_reads(step) for step in self.network.steps if not isinstance(step, Small)))
+        return found.union(*(_reads(step) for step in self.network.steps if not isinstance(step, VectorOp)))
 
     @cached_property
-    def swept(self) -> dict[int, int]:
-        """The stored maps that nothing but sweeps reads, and how many sweeps do; none of an image that is split."""
-        return self.network.swept() if self.bands is None else {}
+    def stage_maps(self) -> dict[int, int]:
+        """The stored maps that nothing but stages reads, and how many stages do; none of an image that is split."""
+        return self.network.stage_maps() if self.shard is None else {}
 
     @cached_property
-    def sweep_of(self) -> dict[int, int]:
-        """Which sweep a step is, by its place among the steps."""
-        places = (number for number, step in enumerate(self.network.steps) if isinstance(step, Graph))
+    def stage_number(self) -> dict[int, int]:
+        """Which stage a step is, by its place among the steps."""
+        places = (number for number, step in enumerate(self.network.steps) if isinstance(step, Stage))
         return {number: index for index, number in enumerate(places)}
 
     @property
@@ -205,11 +207,11 @@ class Prepared:
         self.arena.chunks.clear()
 
     def replay(self, index: int, device: torch.device) -> Replays | None:
-        """The replays of a sweep, if the plan has room for them."""
-        usable = self.plan.replayed and self.bands is None and self.network.place == "device"
-        executor = static.executor(device) if usable else None
-        if executor is not None and index not in self.replays and self.sweeps[index].tiles >= FEWEST_TILES:
-            self.replays[index] = Replays(self.sweeps[index], executor, self.arena)
+        """The replays of a stage, if the plan has room for them."""
+        usable = self.plan.replayed and self.shard is None and self.network.place == "device"
+        executor = buffers.executor(device) if usable else None
+        if executor is not None and index not in self.replays and self.stages[index].tiles >= FEWEST_TILES:
+            self.replays[index] = Replays(self.stages[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None
 
 
@@ -244,17 +246,17 @@ class Forward:
         targets: Mapping[int, Tensor] | None = None,
     ):
         self.given, self.targets = given, targets or {}
-        self.taps: dict[int, Callable[[Tensor, Rect], None]] = {}
+        self.observers: dict[int, Callable[[Tensor, Rect], None]] = {}
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
         program = prepared.network.program
         # Results that are arguments, and tensors that a call writes to: the user gets those themselves.
         self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
-        self.ceiling: Ceiling | None = None
+        self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
 
-    def keep_to_plan(self, spare: Spare) -> None:
+    def keep_to_plan(self, page_pool: PagePool) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
 
         Args:
@@ -263,51 +265,55 @@ class Forward:
         plan, values = self.prepared.plan, self.prepared.network.program.values
         if self.device.type == "cpu":
             held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
-            # The plan of a single sweep without a budget has room for what the heap keeps.
-            strict = plan.budget is not None or len(self.prepared.sweeps) > 1
-            self.ceiling = Ceiling(plan.budget or plan.peak_bytes, held, plan.tile_bytes, spare, strict)
+            # The plan of a single stage without a budget has room for what the heap keeps.
+            strict = plan.budget is not None or len(self.prepared.stages) > 1
+            self.memory_limit = MemoryLimit(plan.budget or plan.peak_bytes, held, plan.tile_bytes, page_pool, strict)
 
     def run(self, first: int = 0, end: int | None = None) -> None:
         """The steps from `first` up to (without) `end`; values that no later step reads are let go."""
-        with contextlib.nullcontext() if self.prepared.bands is None else self.prepared.bands.same_dice(self.device):
+        with (
+            contextlib.nullcontext()
+            if self.prepared.shard is None
+            else self.prepared.shard.same_random_numbers(self.device)
+        ):
             run_together([self], first, end)
 
     def step(self, number: int, again: bool = False) -> None:
         """Run one step; `again` says that this is not the first time."""
         network = self.prepared.network
         step = network.steps[number]
-        if isinstance(step, Graph):
-            self.sweep(number, again and any(number == part.stop - 1 for part in network.ranges))
+        if isinstance(step, Stage):
+            self.tiled(number, again and any(number == part.stop - 1 for part in network.ranges))
         else:
-            run_small(network, step, self.env, self.device)
+            run_vector_op(network, step, self.env, self.device)
 
     def let_go(self, number: int) -> None:
-        """Forget the values that no step behind one reads."""
+        """Forget the values that no step after one reads."""
         for value in self.prepared.last_use.get(number, ()):
             self.env.pop(value, None)
 
-    def sweep(self, number: int, deferred: bool = False) -> None:
-        """Run the sweep at a place among the steps; see `Scan.deferred`."""
-        scan, tensors, smalls = self.scan(number)
+    def tiled(self, number: int, deferred: bool = False) -> None:
+        """Run the stage at a place among the steps; see `Scan.deferred`."""
+        scan, tensors, vectors = self.scan(number)
         scan.deferred = deferred
-        graph = scan.sweep.graph
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *smalls)):
+        stage = scan.tiled.stage
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
-            results = ScanFunction.apply(scan, places, *tensors.values(), *smalls)
+            results = ScanFunction.apply(scan, places, *tensors.values(), *vectors)
         else:
-            results = scan.forward(smalls)
-        self.env.update(zip(graph.results, results, strict=True))  # pyright: ignore[reportArgumentType]
+            results = scan.forward(vectors)
+        self.env.update(zip(stage.results, results, strict=True))  # pyright: ignore[reportArgumentType]
 
     def scan(self, number: int) -> tuple[Scan, dict[int, Tensor], list[Tensor]]:
-        """The scan of a sweep, its sources that are tensors, and its smalls."""
+        """The scan of a stage, its sources that are tensors, and its vectors."""
         network, plan = self.prepared.network, self.prepared.plan
-        graph = network.steps[number]
-        assert isinstance(graph, Graph)
-        index = self.prepared.sweep_of[number]
+        stage = network.steps[number]
+        assert isinstance(stage, Stage)
+        index = self.prepared.stage_number[number]
         sources: dict[int, Pixels] = {}
         tensors: dict[int, Tensor] = {}
-        for value in graph.sources:
-            if value == graph.image:
+        for value in stage.sources:
+            if value == stage.image:
                 sources[value] = as_uploaded(self.pixels, self.device)
                 if self.image is not None:
                     tensors[value] = self.image
@@ -315,31 +321,31 @@ class Forward:
                 sources[value] = self.given[value]
             else:
                 tensors[value] = self.env[value]
-                sources[value] = StoredMap(self.env[value].detach(), graph.maps.axes[value])
+                sources[value] = StoredMap(self.env[value].detach(), stage.maps.axes[value])
         scan = Scan(
-            self.prepared.sweeps[index], sources, self.device, self.dtype, plan.carries, plan.retained, self.on_tile
+            self.prepared.stages[index], sources, self.device, self.dtype, plan.halos, plan.retained, self.on_tile
         )
         scan.replay = self.prepared.replay(index, self.device)
-        scan.bands = self.prepared.bands
-        scan.taps = {r.value: [self.taps[r.value]] for r in graph.reductions if r.value in self.taps}
-        scan.ceiling, scan.gradients = self.ceiling, self.gradients
-        scan.swept, scan.map_place = self.prepared.swept, network.place
-        for step in graph.prelude:
-            run_small(network, step, self.env, self.device)
-        reached = frozenset[int]().union(*graph.reach.values())
-        smalls = [
+        scan.shard = self.prepared.shard
+        scan.observers = {r.value: [self.observers[r.value]] for r in stage.reductions if r.value in self.observers}
+        scan.memory_limit, scan.gradients = self.memory_limit, self.gradients
+        scan.stage_maps, scan.map_place = self.prepared.stage_maps, network.place
+        for step in stage.prelude:
+            run_vector_op(network, step, self.env, self.device)
+        reached = frozenset[int]().union(*stage.reach.values())
+        vectors = [
             (self.env[v] if v in reached else self.env[v].detach()).to(
-                cast_dtype(graph, v, self.env[v].dtype, scan.autocast)
+                cast_dtype(stage, v, self.env[v].dtype, scan.autocast)
             )
-            for v in graph.smalls
+            for v in stage.vectors
         ]
-        return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, smalls
+        return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
 
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
         """This forward with other values and another image tensor, for a range of its steps."""
         pixels = self.pixels if image is None else ImageTensor(image)
         part = Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
-        part.ceiling, part.gradients = self.ceiling, self.gradients
+        part.memory_limit, part.gradients = self.memory_limit, self.gradients
         return part
 
     def output(self) -> Any:
@@ -393,9 +399,9 @@ def run_together(forwards: Sequence[Forward], first: int = 0, end: int | None = 
 
 def _step(forwards: Sequence[Forward], number: int, again: bool = False) -> None:
     """Run one step of all forwards; see `Forward.step`."""
-    smalls = [step for f in forwards if isinstance(step := f.prepared.network.steps[number], Small) and step.share]
-    if len(smalls) > 1:
-        _merge(smalls, forwards)
+    vectors = [step for f in forwards if isinstance(step := f.prepared.network.steps[number], VectorOp) and step.share]
+    if len(vectors) > 1:
+        _merge(vectors, forwards)
     else:
         for forward in forwards:
             forward.step(number, again)
@@ -403,13 +409,13 @@ def _step(forwards: Sequence[Forward], number: int, again: bool = False) -> None
         forward.let_go(number)
 
 
-def _merge(smalls: Sequence[Small], forwards: Sequence[Forward]) -> None:
+def _merge(vectors: Sequence[VectorOp], forwards: Sequence[Forward]) -> None:
     """Compute a statistic of all images."""
-    first = smalls[0]
+    first = vectors[0]
     assert first.merge is not None
-    results = first.merge([small.share(f.env) for small, f in zip(smalls, forwards, strict=True) if small.share])
-    for small, forward in zip(smalls, forwards, strict=True):
-        forward.env.update(zip(small.outputs, results, strict=True))
+    results = first.merge([vector.share(f.env) for vector, f in zip(vectors, forwards, strict=True) if vector.share])
+    for vector, forward in zip(vectors, forwards, strict=True):
+        forward.env.update(zip(vector.outputs, results, strict=True))
 
 
 class Recomputed(torch.autograd.Function):
@@ -445,11 +451,11 @@ class Recomputed(torch.autograd.Function):
         ctx.images = [whole.image is not None for whole in wholes]
         ctx.wholes = [whole.part({}, None) for whole in wholes]
         insides = _insides(wholes, inputs, ctx.images, tensors)
-        with turns.DICE if any(sweep.random for sweep in wholes[0].prepared.sweeps) else contextlib.nullcontext():
-            ctx.dice = _dice(wholes[0].device)
+        with turns.RANDOM if any(tiled.random for tiled in wholes[0].prepared.stages) else contextlib.nullcontext():
+            ctx.dice = _random_state(wholes[0].device)
             for number in borders[0].part:
                 _step(insides, number)
-            ctx.fell = turns.dice()
+            ctx.drawn = turns.dice()
         return tuple(inside.env[v] for inside, border in zip(insides, borders, strict=True) for v in border.outputs)
 
     @staticmethod
@@ -463,11 +469,11 @@ class Recomputed(torch.autograd.Function):
         insides = _insides(ctx.wholes, ctx.inputs, ctx.images, tensors)
         device = insides[0].device
         gpus = [device] if device.type == "cuda" else []
-        with torch.enable_grad(), turns.DICE, torch.random.fork_rng(devices=gpus):
-            _throw(ctx.dice, device)
+        with torch.enable_grad(), turns.RANDOM, torch.random.fork_rng(devices=gpus):
+            _set_random_state(ctx.dice, device)
             for number in ctx.borders[0].part:
                 _step(insides, number, again=True)
-            turns.check_dice(ctx.fell)
+            turns.check_drawn(ctx.drawn)
         roots = [i.env.pop(v) for i, border in zip(insides, ctx.borders, strict=True) for v in border.outputs]
         pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
         wanted = [t for t in tensors if t.requires_grad]
@@ -495,31 +501,31 @@ def _insides(
     return insides
 
 
-def _dice(device: torch.device) -> list[Tensor]:
+def _random_state(device: torch.device) -> list[Tensor]:
     """The states of the random generators."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _throw(states: list[Tensor], device: torch.device) -> None:
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _makes(step: Op | Small | Graph) -> list[int]:
-    if isinstance(step, Graph):
-        return [*step.results, *(v for small in step.prelude for v in small.outputs)]
+def _makes(step: Op | VectorOp | Stage) -> list[int]:
+    if isinstance(step, Stage):
+        return [*step.results, *(v for vector in step.prelude for v in vector.outputs)]
     return list(step.outputs)
 
 
-def _reads(step: Op | Small | Graph) -> set[int]:
-    if isinstance(step, Graph):
-        made = {v for small in step.prelude for v in small.outputs}
-        return {*step.sources, *step.smalls, *(v for small in step.prelude for v in small.inputs)} - made
+def _reads(step: Op | VectorOp | Stage) -> set[int]:
+    if isinstance(step, Stage):
+        made = {v for vector in step.prelude for v in vector.outputs}
+        return {*step.sources, *step.vectors, *(v for vector in step.prelude for v in vector.inputs)} - made
     return set(step.inputs)
 
 
-def _last_uses(network: Network) -> dict[int, list[int]]:
+def _last_uses(network: StagedProgram) -> dict[int, list[int]]:
     """For each step, the values that are read there for the last time."""
     last: dict[int, int] = {}
     for number, step in enumerate(network.steps):
@@ -532,7 +538,7 @@ def _last_uses(network: Network) -> dict[int, list[int]]:
     return uses
 
 
-def _border(network: Network, part: range, last_use: Mapping[int, list[int]]) -> Border:
+def _border(network: StagedProgram, part: range, last_use: Mapping[int, list[int]]) -> Border:
     """What goes in and out of a range of steps."""
     steps = network.steps
     inputs: dict[int, None] = {}
@@ -545,9 +551,9 @@ def _border(network: Network, part: range, last_use: Mapping[int, list[int]]) ->
     return Border(part, tuple(inputs), tuple(v for v in made if v in later), ends)
 
 
-def run_small(network: Network, op: Op | Small, env: dict[int, Tensor], device: torch.device) -> None:
-    """Run an op on smalls (or on maps that are stored whole) with ordinary autograd; what it reads stays as it is."""
-    if isinstance(op, Small):
+def run_vector_op(network: StagedProgram, op: Op | VectorOp, env: dict[int, Tensor], device: torch.device) -> None:
+    """Run an op on vectors (or on maps that are stored whole) with ordinary autograd; what it reads stays as it is."""
+    if isinstance(op, VectorOp):
         env.update(zip(op.outputs, op.run(env), strict=True))
         return
     # A map that is only asked for its dtype and device is stood in for by an empty tensor.

@@ -7,7 +7,7 @@ output index o needs input indices first(o) .. last(o). Then
     frontier of the output = the number of outputs whose inputs are all known, or all of them once the input is complete
     kept of a value        = the first index that any consumer still has to read in its next block
 
-and the rows [kept, frontier) are the carry (design: the halo-carry scan).
+and the rows [kept, frontier) are the halo (design: the halo-halo scan).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Window(_Strided):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Two windows one behind the other; the map between them is computed again where two tiles need it."""
+    """Two windows one after the other; the map between them is computed again where two tiles need it."""
 
     first: Window
     second: Window
@@ -125,7 +125,7 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread(_Strided):
+class TransposedWindow(_Strided):
     """Input i reaches the outputs i*stride - pad + dilation*t for t in 0 .. kernel-1 (a transposed convolution).
 
     Outputs that no input reaches (a kernel smaller than the stride, output padding) are given a neighbour to read.
@@ -143,7 +143,7 @@ class Spread(_Strided):
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """Padding by `pad` before the axis, and what `size_out` asks for behind it, that repeats the axis's own values.
+    """Padding by `pad` before the axis, and what `size_out` asks for after it, that repeats the axis's own values.
 
     What lies outside is the mirror image without the outermost index, or (`replicate`) the outermost index.
     """
@@ -155,7 +155,7 @@ class Mirror:
 
     @property
     def after(self) -> int:
-        """Padding behind the axis."""
+        """Padding after the axis."""
         return self.size_out - self.size_in - self.pad
 
     def source(self, output: int) -> int:
@@ -227,7 +227,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class AxisSchedule:
-    """Frontiers and carries of every value along one axis.
+    """Frontiers and halos of every value along one axis.
 
     `frontier[v][i]` indices of value v are known after step i; `kept[v][i]` is the first index that is still needed
     when step i begins. Step i computes the block [frontier[v][i-1], frontier[v][i]), the first one from `start[v]` on
@@ -247,12 +247,12 @@ class AxisSchedule:
         """The indices of `value` that become known in `step` (may be empty)."""
         return self.known(value, step), self.frontier[value][step]
 
-    def carry_in(self, value: int, step: int) -> tuple[int, int]:
+    def halo_in(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that are handed to `step` from earlier ones."""
         known = self.known(value, step)
         return min(self.kept[value][step], known), known
 
-    def carry_out(self, value: int, step: int) -> tuple[int, int]:
+    def halo_out(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that `step` hands on."""
         known = self.frontier[value][step]
         if step + 1 == self.steps:

@@ -19,7 +19,7 @@ _WRAPPERS = {  # and how to put them around an accelerated network, where they w
 }
 
 
-CARRIES = ("auto", "device", "host", "disk")  # where carries are kept
+HALO_PLACES = ("auto", "device", "host", "disk")  # where halos are kept
 
 
 def check_network(model: Any) -> None:

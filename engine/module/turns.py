@@ -1,7 +1,7 @@
 """Threads that share an accelerated network take turns, and threads that draw random numbers by tile do so too.
 
 What a network keeps between calls (recorded programs, spare pages, captured tiles) serves one step at a time, so that
-a forward, and the backward of each of its sweeps, has the network for itself.
+a forward, and the backward of each of its stages, has the network for itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..errors import GigamorphError
 
 # Held while the generators of the process are set to a tile's numbers: networks have those in common.
-DICE = threading.RLock()
+RANDOM = threading.RLock()
 
 Lock = Any  # threading.RLock is a function
 
@@ -79,8 +79,8 @@ def dice() -> int:
     return hash(torch.get_rng_state().numpy().tobytes())
 
 
-def check_dice(before: int) -> None:
-    """Refuse a second computation that has not drawn what the first one drew, told by `dice()` behind it.
+def check_drawn(before: int) -> None:
+    """Refuse a second computation that has not drawn what the first one drew, told by `dice()` after it.
 
     Raises:
         GigamorphError: threads that draw numbers with `torch.rand` and the like have come in between.

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from ..capture.holders import walk
 from ..capture.state import Snapshot
 from ..lowering.geometry import AxisSchedule
-from ..lowering.graph import Graph
-from ..tiling.carries import CarryStore
+from ..lowering.stages import Stage
 from ..tiling.grid import new_accumulator
+from ..tiling.halos import HaloStore
 from ..tiling.scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
-from ..tiling.sweep import Carries, Sweep, Tile
+from ..tiling.stage import Halos, Tile, TiledStage
 
 
 class _Meter(TorchDispatchMode):
@@ -73,77 +73,77 @@ class _FakePixels:
         )
 
 
-def tile_peak(graph: Graph, sweep: Sweep, training: bool, wanted: Container[int]) -> tuple[int, int]:
+def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
     """Peak bytes of one interior tile, and bytes that its recorded graph holds before it is differentiated.
 
-    Without training the tile is only computed forward and the second figure is 0. The carries that enter the tile,
-    their gradients and the smalls are not included; the tile's own gradients of the smalls are.
+    Without training the tile is only computed forward and the second figure is 0. The halos that enter the tile,
+    their gradients and the vectors are not included; the tile's own gradients of the vectors are.
 
     Args:
-        wanted: the sources and smalls that want a gradient.
+        wanted: the sources and vectors that want a gradient.
     """
-    values = graph.program.values
-    image = values[graph.image]
-    i, j = _usual(sweep.rows, graph), _usual(sweep.cols, graph)
+    values = stage.program.values
+    image = values[stage.image]
+    i, j = _usual(tiled.rows, stage), _usual(tiled.cols, stage)
     autocast = Autocast.current(image.device)
     with FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
-        sources = {v: _fake_source(graph, v) for v in graph.sources}
-        scan = Scan(sweep, sources, image.device, image.dtype)
+        sources = {v: _fake_source(stage, v) for v in stage.sources}
+        scan = Scan(tiled, sources, image.device, image.dtype)
 
-        def small(value: int) -> Tensor:
+        def vector(value: int) -> Tensor:
             info = values[value]
-            return torch.empty(info.shape, dtype=cast_dtype(graph, value, info.dtype, autocast), device=info.device)
+            return torch.empty(info.shape, dtype=cast_dtype(stage, value, info.dtype, autocast), device=info.device)
 
-        smalls = scan.prepare([small(v) for v in graph.smalls])
-        entering = _entering(graph, sweep, i, j, scan.memory_format)
+        vectors = scan.prepare([vector(v) for v in stage.vectors])
+        entering = _entering(stage, tiled, i, j, scan.memory_format)
         if not training:
-            tile = Tile(sweep, i, j, scan.read, smalls, entering)
+            tile = Tile(tiled, i, j, scan.read, vectors, entering)
             with _Meter() as meter, torch.no_grad():
-                meter.ignore(smalls, entering.above, entering.left, _stored_tensors(sources))
+                meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
                 scan.run(tile, lambda *_: None)
             return meter.peak, 0
-        leaves = [v for v in smalls if v in wanted]
+        leaves = [v for v in vectors if v in wanted]
         for value in leaves:
-            smalls[value].requires_grad_()
-        inputs = {v for v in graph.sources if v in wanted}
-        needs = sweep.needs_grad({*leaves, *inputs})
-        accumulators = [new_accumulator(r, graph) for r in graph.reductions]
+            vectors[value].requires_grad_()
+        inputs = {v for v in stage.sources if v in wanted}
+        needs = tiled.needs_grad({*leaves, *inputs})
+        accumulators = [new_accumulator(r, stage) for r in stage.reductions]
         for one in accumulators:
             if one.reduction.kind == "moments":
                 one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
-        kept = Kept(CarryStore("device"), 0, smalls, leaves, inputs, needs, accumulators)
-        grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in graph.results]
-        targets = scan.targets(kept, grads)
-        below = _entering(graph, sweep, i + 1, j, scan.memory_format).above
-        right = _entering(graph, sweep, i, j + 1, scan.memory_format).left
-        scan.stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in sweep.unvalued}
+        kept = Kept(HaloStore("device"), 0, vectors, leaves, inputs, needs, accumulators)
+        grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in stage.results]
+        consumers = scan.consumers(kept, grads)
+        below = _entering(stage, tiled, i + 1, j, scan.memory_format).above
+        right = _entering(stage, tiled, i, j + 1, scan.memory_format).left
+        scan.stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
         sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
         with _Meter() as meter:
-            meter.ignore(smalls, entering.above, entering.left, below, right, grads, sums, scan.stored)
+            meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, scan.stored)
             meter.ignore(_stored_tensors(sources))
             tile = scan.tile(i, j, kept, entering, scan.read)
             tile.second_pass = True
-            recorded = scan.record(tile, targets)
+            recorded = scan.record(tile, consumers)
             held = meter.alive
-            recorded.tile.carry_grads, recorded.tile.handed_back = entering, Carries(below, right)
-            scan.differentiate(recorded, targets, kept)
+            recorded.tile.halo_grads, recorded.tile.handed_back = entering, Halos(below, right)
+            scan.differentiate(recorded, consumers, kept)
         return meter.peak, held
 
 
-def _usual(axis: AxisSchedule, graph: Graph) -> int:
+def _usual(axis: AxisSchedule, stage: Stage) -> int:
     """The step whose tile is counted: one in the middle, or the heaviest where maps are joined end to end."""
-    if not any(local.op.name == "end_to_end" for local in graph.locals):
+    if not any(local.op.name == "end_to_end" for local in stage.locals):
         return axis.steps // 2
     return max(range(axis.steps), key=lambda step: sum(hi - lo for lo, hi in (axis.block(v, step) for v in axis.kept)))
 
 
-def _fake_source(graph: Graph, value: int) -> Pixels:
+def _fake_source(stage: Stage, value: int) -> Pixels:
     """A source on fake tensors: the image's pixels are made when they are read, a stored map is there."""
-    info = graph.program.values[value]
-    if value == graph.image:
+    info = stage.program.values[value]
+    if value == stage.image:
         return _FakePixels(info.shape, info.dtype, info.device)
     tensor = torch.empty(info.shape, dtype=info.dtype, device=info.device)
-    axes = graph.maps.axes[value]
+    axes = stage.maps.axes[value]
     return StoredMap(tensor.contiguous(memory_format=torch.channels_last) if axes == (2, 3) else tensor, axes)
 
 
@@ -151,27 +151,27 @@ def _stored_tensors(sources: Mapping[int, Pixels]) -> list[Tensor]:
     return [source.tensor for source in sources.values() if isinstance(source, StoredMap)]
 
 
-def carry_shape(graph: Graph, value: int, height: int, width: int) -> list[int]:
+def halo_shape(stage: Stage, value: int, height: int, width: int) -> list[int]:
     """Shape of a map of another height and width."""
-    shape = list(graph.program.values[value].shape)
-    h, w = graph.maps.axes[value]
+    shape = list(stage.program.values[value].shape)
+    h, w = stage.maps.axes[value]
     shape[h], shape[w] = height, width
     return shape
 
 
-def _entering(graph: Graph, sweep: Sweep, i: int, j: int, memory_format: torch.memory_format) -> Carries:
-    """Fake carries that enter a tile."""
+def _entering(stage: Stage, tiled: TiledStage, i: int, j: int, memory_format: torch.memory_format) -> Halos:
+    """Fake halos that enter a tile."""
     above: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
-    for value in sweep.carried:
-        info = graph.program.values[value]
-        for side, height, width in sweep.carry_sizes(value, i, j):
-            shape = carry_shape(graph, value, height, width)
+    for value in tiled.with_halo:
+        info = stage.program.values[value]
+        for side, height, width in tiled.halo_sizes(value, i, j):
+            shape = halo_shape(stage, value, height, width)
             tensor = torch.empty(shape, dtype=info.dtype, device=info.device)
-            if len(shape) == 4 and graph.maps.axes[value] == (2, 3):
+            if len(shape) == 4 and stage.maps.axes[value] == (2, 3):
                 tensor = tensor.contiguous(memory_format=memory_format)
             (above if side == "above" else left)[value] = tensor
-    return Carries(above, left)
+    return Halos(above, left)
 
 
 def stock_peak(

@@ -1,9 +1,9 @@
-"""Which maps are stored whole, and which are computed again: the choices for a network of several sweeps.
+"""Which maps are stored whole, and which are computed again: the choices for a network of several stages.
 
-Maps that a later sweep reads can be kept until the backward (fastest), or only until the next *cut*: a map through
-which everything goes, such as the output of a residual block. The sweeps between two cuts are a *range*: its inside is
+Maps that a later stage reads can be kept until the backward (fastest), or only until the next *cut*: a map through
+which everything goes, such as the output of a residual block. The stages between two cuts are a *range*: its inside is
 let go after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a
-further choice is not to store those at all: each early sweep then starts at the last cut, or at the image.
+further choice is not to store those at all: each early stage then starts at the last cut, or at the image.
 
     keep everything         3 units of arithmetic (a unit is one forward; stock PyTorch takes 3 as well)
     ranges                  4, and the maps of one range besides the cuts; less where late maps, small ones, are kept
@@ -21,10 +21,10 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..capture.trace import Op, Value
-from ..lowering.backend import unvalued_runs
-from ..lowering.graph import Graph, Network, crossing, levels, split
-from ..lowering.ops import Local, Maps, Node, Reduction, Small
+from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
+from ..lowering.rewrites import unvalued_runs
+from ..lowering.stages import Stage, StagedProgram, crossing, levels, split
 
 # Arithmetic that could be done while a byte is moved; pointwise ops cost what they move.
 _FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
@@ -46,7 +46,7 @@ class Strategy:
     """
 
     name: str
-    network: Network
+    network: StagedProgram
     cost: float
     stored_bytes: int
     away_bytes: int = 0
@@ -57,7 +57,7 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
     every = every_strategy(maps, nodes, training, image_grad)
     least = next(every)
     yield least
-    if len(least.network.sweeps) > 1:
+    if len(least.network.stages) > 1:
         for strategy in sorted(every, key=lambda s: (s.cost, s.stored_bytes)):
             if strategy.stored_bytes < least.stored_bytes:
                 least = strategy
@@ -70,11 +70,11 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
 
     kind = maps.program.values[maps.program.image].device.type
 
-    def weigh(name: str, network: Network) -> Iterator[Strategy]:
+    def weigh(name: str, network: StagedProgram) -> Iterator[Strategy]:
         wanted, cost = network.wanted(image_grad), network_cost(network, training)
         stored = stored_peak(network, training, wanted)
         yield Strategy(name, network, cost / unit, stored)
-        moved = moved_bytes(network, training) if network.swept() else 0
+        moved = moved_bytes(network, training) if network.stage_maps() else 0
         for place, flops in _ELSEWHERE.get(kind, {}).items() if moved else ():
             away = replace(network, place=place)
             text = f"{name}; {PLACES[place]}"
@@ -89,7 +89,7 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
 
 
-def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, Network]]:
+def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, StagedProgram]]:
     cuts = cut_maps(maps, nodes)
     fixed = _drawn_by_position(maps, nodes)
     read_later, level = crossing(maps, nodes), levels(maps, nodes)
@@ -116,14 +116,14 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                     kept = [v for v in chosen if v in stored]
                     network = split(maps, nodes, stored, kept)
                     if training and kept:
-                        network.ranges = ranges_between(network, kept)
+                        network.ranges = segments_between(network, kept)
                     yield name + (f"; up to cut {number} {text}" if number else ""), network
                     if not number:
                         break
 
 
 def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
-    """Maps that everything behind them goes through, at most one of each level, in program order.
+    """Maps that everything after them goes through, at most one of each level, in program order.
 
     A map whose statistics are taken is not one: what normalises it is a better place.
     """
@@ -147,7 +147,7 @@ def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
 
 
 def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
-    """Maps that come out of random numbers drawn tile by tile: another sweep would draw others."""
+    """Maps that come out of random numbers drawn tile by tile: another stage would draw others."""
     found: set[int] = set()
     for node in nodes:
         if isinstance(node, Local) and (node.random or not found.isdisjoint(node.reads)):
@@ -155,10 +155,10 @@ def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     return found
 
 
-def ranges_between(network: Network, cuts: Sequence[int]) -> list[range]:
-    """The steps between the sweeps that write two cuts; not those behind the last, whose backward comes first."""
-    writers = [n for n, step in enumerate(network.steps) if isinstance(step, Graph) and set(step.stored) & set(cuts)]
-    first = next(n for n, step in enumerate(network.steps) if isinstance(step, Graph))
+def segments_between(network: StagedProgram, cuts: Sequence[int]) -> list[range]:
+    """The steps between the stages that write two cuts; not those after the last, whose backward comes first."""
+    writers = [n for n, step in enumerate(network.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts)]
+    first = next(n for n, step in enumerate(network.steps) if isinstance(step, Stage))
     starts = [first, *(n + 1 for n in writers)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
 
@@ -181,12 +181,12 @@ def _cost(maps: Maps, node: Local) -> float:
     return flops + _FLOPS_PER_BYTE.get(kind, 50) * moved
 
 
-def network_cost(network: Network, training: bool) -> float:
-    """Arithmetic and moved bytes of a step: sweeps forward, again in the backward, and once more inside ranges."""
+def network_cost(network: StagedProgram, training: bool) -> float:
+    """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside ranges."""
     total = 0.0
     inside = {n for part in network.ranges for n in part}
     for number, step in enumerate(network.steps):
-        if not isinstance(step, Graph):
+        if not isinstance(step, Stage):
             continue
         costs = [_cost(network.maps, local) for local in step.locals]
         total += sum(costs) * (1 if not training else 3 + (number in inside))
@@ -201,20 +201,20 @@ def network_cost(network: Network, training: bool) -> float:
     return total
 
 
-def _reads(step: Op | Small | Graph) -> Sequence[int]:
-    """The maps that a step takes whole, and the smalls of one that is no sweep."""
-    return step.sources if isinstance(step, Graph) else step.inputs
+def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
+    """The maps that a step takes whole, and the vectors of one that is no stage."""
+    return step.sources if isinstance(step, Stage) else step.inputs
 
 
-def moved_bytes(network: Network, training: bool) -> int:
-    """Bytes of the maps that sweeps alone read which a step writes and reads, if they are kept elsewhere."""
-    values, swept = network.program.values, network.swept()
+def moved_bytes(network: StagedProgram, training: bool) -> int:
+    """Bytes of the maps that stages alone read which a step writes and reads, if they are kept elsewhere."""
+    values, stage_maps = network.program.values, network.stage_maps()
     inside = {n for part in network.ranges for n in part}
     total = 0
-    for number, graph in enumerate(network.steps):
-        if isinstance(graph, Graph):
-            read = sum(value_bytes(values[v]) for v in graph.sources if v in swept)
-            written = sum(value_bytes(values[v]) for v in graph.stored if v in swept)
+    for number, stage in enumerate(network.steps):
+        if isinstance(stage, Stage):
+            read = sum(value_bytes(values[v]) for v in stage.sources if v in stage_maps)
+            written = sum(value_bytes(values[v]) for v in stage.stored if v in stage_maps)
             total += (read + written) * (1 + (training and number in inside))
             if training:  # sources and gradients; a gradient of a source is added to
                 total += 3 * read + written
@@ -224,7 +224,7 @@ def moved_bytes(network: Network, training: bool) -> int:
 class _Lifetimes:
     """When stored maps and their gradients are there; see `stored_peak`."""
 
-    def __init__(self, network: Network, wanted: Container[int]):
+    def __init__(self, network: StagedProgram, wanted: Container[int]):
         steps, values = network.steps, network.program.values
         self.steps, self.ranges, self.wanted = steps, network.ranges, wanted
         self.end = len(steps)
@@ -233,27 +233,27 @@ class _Lifetimes:
         self.readers: dict[int, list[int]] = {}
         self.unvalued: set[int] = set()
         for number, step in enumerate(steps):
-            outputs = step.stored if isinstance(step, Graph) else step.outputs
-            if isinstance(step, Graph):
+            outputs = step.stored if isinstance(step, Stage) else step.outputs
+            if isinstance(step, Stage):
                 self.unvalued |= unvalued_runs(step, set()).keys()
-            if isinstance(step, Small):
+            if isinstance(step, VectorOp):
                 outputs = [v for v in outputs if v in network.maps]
             self.made.update((v, number) for v in outputs)
             for v in _reads(step):
                 self.last[v] = max(self.last.get(v, 0), number)
                 self.readers.setdefault(v, []).append(number)
-        split = any(graph.offsets for graph in network.sweeps)
-        self.swept: Container[int] = () if split else network.swept()
+        split = any(stage.offsets for stage in network.stages)
+        self.stage_maps: Container[int] = () if split else network.stage_maps()
         self.size = {v: value_bytes(values[v]) for v in self.made}
         if network.place != "device":
-            self.size.update((v, 0) for v in self.made if v in self.swept)
+            self.size.update((v, 0) for v in self.made if v in self.stage_maps)
         kind = values[network.program.image].device.type
         self.row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
         within = {v: part for part in network.ranges for v in self.made if self.made[v] in part}
         self.maker = within  # the range that makes a map, and below the one that alone knows it
         self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
-        # A band's own rows go when what the sweeps read has been fetched; in the backward their gradient stands there.
-        self.held = {v for step in steps if not isinstance(step, Small) for v in _reads(step)}
+        # A band's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
+        self.held = {v for step in steps if not isinstance(step, VectorOp) for v in _reads(step)}
         self.held.update(network.program.results())
 
     def forward(self, now: int, training: bool) -> int:
@@ -267,7 +267,7 @@ class _Lifetimes:
 
     def _kept(self, v: int, now: int) -> bool:
         """Whether the backward of a step, or one that comes after it, reads a map."""
-        if v not in self.swept or v in self.unvalued:
+        if v not in self.stage_maps or v in self.unvalued:
             return True
         part = self.maker.get(v)
         # What goes into a range is kept by the range as a whole.
@@ -284,7 +284,7 @@ class _Lifetimes:
             part = self.within.get(v)
             if made > now or (part is not None and now not in part):
                 continue
-            own = self.row_by_row and v in self.swept and isinstance(self.steps[now], Graph)
+            own = self.row_by_row and v in self.stage_maps and isinstance(self.steps[now], Stage)
             if v not in self.held:
                 steady += self.size[v] * (now <= self.last.get(v, self.end))
             elif self._kept(v, now):
@@ -309,23 +309,23 @@ class _Lifetimes:
         return total
 
 
-def stored_peak(network: Network, training: bool, wanted: Container[int]) -> int:
+def stored_peak(network: StagedProgram, training: bool, wanted: Container[int]) -> int:
     """The most bytes of stored maps, of what ops make of them whole, and of their gradients, at any time of a step.
 
-    A stored map lives from the sweep that writes it to its last reader; where a backward will follow, until the
-    backward of the first sweep that reads it. Its gradient comes into being in the backward of its last reader, and
-    goes in that of the sweep that wrote it; on the CPU the one comes as the other goes, row by row. What only a range
+    A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
+    backward of the first stage that reads it. Its gradient comes into being in the backward of its last reader, and
+    goes in that of the stage that wrote it; on the CPU the one comes as the other goes, row by row. What only a range
     knows lives for the forward, and then again from the second computation of the range. Maps that are kept elsewhere
     do not count.
 
     Args:
         wanted: the values that want a gradient.
     """
-    if not any(graph.stored for graph in network.sweeps):
+    if not any(stage.stored for stage in network.stages):
         return 0
     steps, lives = network.steps, _Lifetimes(network, wanted)
-    fetched = {number for number in lives.made.values() if isinstance(steps[number], Small)}
-    times = [n for n, step in enumerate(steps) if isinstance(step, Graph) or n in fetched] + [len(steps)]
+    fetched = {number for number in lives.made.values() if isinstance(steps[number], VectorOp)}
+    times = [n for n, step in enumerate(steps) if isinstance(step, Stage) or n in fetched] + [len(steps)]
     peak = max(lives.forward(now, training) for now in times)
     if training:
         peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, network.ranges))

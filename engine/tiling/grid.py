@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..lowering.geometry import Cells
-from ..lowering.graph import Graph
 from ..lowering.ops import Axes, Reduction
-from .carries import Rect
+from ..lowering.stages import Stage
+from .halos import Rect
 from .reduce import Accumulator
 
 
-def new_accumulator(reduction: Reduction, graph: Graph) -> Accumulator:
-    """What gathers the values of a sweep's reduction."""
-    dtype = graph.program.values[reduction.outputs[0]].dtype
+def new_accumulator(reduction: Reduction, stage: Stage) -> Accumulator:
+    """What gathers the values of a stage's reduction."""
+    dtype = stage.program.values[reduction.outputs[0]].dtype
     if reduction.grid is None:
         return Accumulator(reduction, dtype)
-    return GridAccumulator(reduction, dtype, graph.maps.axes[reduction.value], graph.maps.size(reduction.value)[1])
+    return GridAccumulator(reduction, dtype, stage.maps.axes[reduction.value], stage.maps.size(reduction.value)[1])
 
 
 class GridAccumulator(Accumulator):

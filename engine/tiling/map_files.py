@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import GigamorphError
 from ..lowering.ops import Axes
-from .carries import Rect, cut
+from .halos import Rect, cut
 
 TILE = 256
 Put = Callable[[Tensor, Rect], None]
@@ -91,10 +91,10 @@ def _in_chunks(out: Any, shape: Sequence[int], axes: Axes, height: int) -> Put:
         rect = (top, top + band.shape[axes[0]], 0, shape[axes[1]])
         out[_region(len(shape), axes, rect)] = band
 
-    return _Bands(shape, axes, np.dtype(out.dtype), height, flush)
+    return _Shard(shape, axes, np.dtype(out.dtype), height, flush)
 
 
-class _Bands:
+class _Shard:
     """Puts blocks together to bands of some rows, the last of which may be lower, and hands each on when it is full.
 
     Args:
@@ -152,11 +152,11 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
         raise GigamorphError(f"{path}: a TIFF takes the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
     size = (height, width) if channels == 1 else (height, width, channels)
     kind = np.dtype("uint8") if dtype.kind == "b" else dtype
-    bands: Queue[np.ndarray | None] = Queue(1)
+    shard: Queue[np.ndarray | None] = Queue(1)
     failed: list[BaseException] = []
 
     def full() -> Iterator[np.ndarray]:
-        while (band := bands.get()) is not None:
+        while (band := shard.get()) is not None:
             yield band
 
     come = full()
@@ -192,16 +192,16 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
         if failed:
             raise GigamorphError(f"{path}: cannot be written ({failed[0]})")
         rows = np.moveaxis(band, axes, (0, 1))
-        bands.put(rows.reshape(*rows.shape[:2], channels))
+        shard.put(rows.reshape(*rows.shape[:2], channels))
 
     writer = Thread(target=write)
     writer.start()
     whole = False
     try:
-        yield _Bands(shape, axes, dtype, TILE, flush)
+        yield _Shard(shape, axes, dtype, TILE, flush)
         whole = True
     finally:
-        bands.put(None)
+        shard.put(None)
         writer.join()
         if not whole:
             path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def large_blocks_on_own_pages() -> Iterator[None]:
 def freed_pages_kept() -> Iterator[None]:
     """Within it, freed blocks of any size stay with the process, whose next ones need no new pages (glibc).
 
-    For work that copies whole networks several times, of which new pages take a third of the time. Behind it they go
+    For work that copies whole networks several times, of which new pages take a third of the time. After it they go
     back to the system.
     """
     with _heap({_M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST}):
@@ -92,7 +92,7 @@ def freed_pages_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heap(thresholds: dict[int, int]) -> Iterator[None]:
-    """glibc's heap with other thresholds. Behind it blocks of up to 32 MiB stay with the process, as they do in one
+    """glibc's heap with other thresholds. After it blocks of up to 32 MiB stay with the process, as they do in one
     that has freed such blocks before."""
     set_option = _glibc("mallopt")
     if set_option is None:

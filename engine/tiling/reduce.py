@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ... import kernels
 from ..lowering.ops import Reduction
-from .carries import Rect
+from .halos import Rect
 
 
 class Accumulator:
@@ -172,7 +172,7 @@ class Accumulator:
         tops = {tile: self.reduction.has(part, self.total) for tile, (part, _) in self.maxima.items()}
         notes = {tile: note for tile, (_, note) in self.maxima.items()}
         if self.reduction.first_only:
-            # Pooling takes the first of equal elements, and the last NaN: the first one from behind.
+            # Pooling takes the first of equal elements, and the last NaN: the first one from after.
             far, sign = torch.iinfo(torch.int64).max, 1 - 2 * self.total.isnan().long()
             places = {tile: torch.where(top, notes[tile] * sign, far) for tile, top in tops.items()}
             first = torch.stack(list(places.values())).amin(0)
@@ -230,7 +230,7 @@ class Largest(torch.autograd.Function):
 
 
 @dataclass
-class Target:
+class Consumer:
     """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradients in pass 2."""
 
     accumulator: Accumulator | None
@@ -243,4 +243,4 @@ class Target:
         return self.accumulator is None or self.accumulator.reduction.kind == "moments"
 
 
-Targets = dict[int, list[Target]]
+Consumers = dict[int, list[Consumer]]

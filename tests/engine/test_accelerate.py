@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gigamorph import Accelerated, GigamorphError, TileEvent, UnsupportedError, accelerate
 
 
-class Small(nn.Module):
+class VectorOp(nn.Module):
     """A residual network with everything that has state: convolutions, BatchNorm, a head."""
 
     def __init__(self, classes: int = 3):
@@ -34,9 +34,9 @@ class Small(nn.Module):
         return self.head.in_features
 
 
-def small(seed: int = 0) -> Small:
+def vector(seed: int = 0) -> VectorOp:
     torch.manual_seed(seed)
-    return randomize(Small(), seed).double().eval()  # pyright: ignore
+    return randomize(VectorOp(), seed).double().eval()  # pyright: ignore
 
 
 def image(*shape: int, seed: int = 1) -> Tensor:
@@ -55,7 +55,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def test_same_parameters_and_keys():
-    model = small()
+    model = vector()
     fast = accelerate(model, tile=16)
     assert list(fast.state_dict()) == list(model.state_dict())
     assert [(n, id(p)) for n, p in fast.named_parameters()] == [(n, id(p)) for n, p in model.named_parameters()]
@@ -65,7 +65,7 @@ def test_same_parameters_and_keys():
 
 
 def test_load_state_dict():
-    model, other = small(0), small(1)
+    model, other = vector(0), vector(1)
     fast = accelerate(model, tile=16)
     fast.load_state_dict(other.state_dict())
     assert worst(named([other(image())]), named([fast(image())])) <= LIMIT
@@ -73,7 +73,7 @@ def test_load_state_dict():
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies(how):
-    fast = accelerate(small(), tile=16, carries="host", batch_norm="frozen")
+    fast = accelerate(vector(), tile=16, halos="host", batch_norm="frozen")
     before = fast(image())
     if how == "deepcopy":
         twin = copy.deepcopy(fast)
@@ -85,7 +85,7 @@ def test_copies(how):
         file.seek(0)
         twin = torch.load(file, weights_only=False)
     assert isinstance(twin, Accelerated)
-    assert (twin.tile, twin.carries, twin.batch_norm) == (fast.tile, fast.carries, fast.batch_norm)
+    assert (twin.tile, twin.halos, twin.batch_norm) == (fast.tile, fast.halos, fast.batch_norm)
     with torch.no_grad():
         twin.head.weight.add_(1)
     assert torch.equal(fast(image()), before)
@@ -96,7 +96,7 @@ def test_copies(how):
 
 
 def test_to():
-    model = small()
+    model = vector()
     fast = accelerate(model, tile=16).to(torch.float32)
     assert next(fast.parameters()).dtype == torch.float32
     assert fast(image().float()).dtype == torch.float32
@@ -105,11 +105,11 @@ def test_to():
 
 def test_twice():
     with pytest.raises(GigamorphError, match="accelerated already"):
-        accelerate(accelerate(small()))
+        accelerate(accelerate(vector()))
 
 
 def test_frozen_batch_norm():
-    model = small()
+    model = vector()
     reference = copy.deepcopy(model)
     fast = accelerate(model.train(), tile=16, batch_norm="frozen").train()
     assert fast.training and fast.stem.training and not fast.stem[1].training
@@ -134,7 +134,7 @@ def test_modes_are_not_mixed_up():
 
 
 def test_several_sizes_with_one_module():
-    fast, model = accelerate(small(), tile=16), small()
+    fast, model = accelerate(vector(), tile=16), vector()
     for shape in ((1, 1, 37, 29), (2, 1, 16, 16), (1, 1, 5, 61), (1, 1, 37, 29)):
         assert worst(named([model(image(*shape))]), named([fast(image(*shape))])) <= LIMIT
 
@@ -147,7 +147,7 @@ def test_plan_of_a_norm_before_its_convolution():
 
 def test_progress():
     events: list[TileEvent] = []
-    fast = accelerate(small(), tile=16)
+    fast = accelerate(vector(), tile=16)
     fast.on_tile = events.append
     fast(image()).sum().backward()
     assert [(e.phase, e.done, e.total) for e in events] == [
@@ -160,7 +160,7 @@ def test_progress():
 
 
 def test_gradients_are_accumulated():
-    model = small()
+    model = vector()
     fast = accelerate(copy.deepcopy(model), tile=16)
     for seed in range(3):
         for network in (model, fast):
@@ -169,7 +169,7 @@ def test_gradients_are_accumulated():
 
 
 def test_no_grad_keeps_nothing():
-    fast = accelerate(small(), tile=16)
+    fast = accelerate(vector(), tile=16)
     with torch.no_grad():
         result = fast(image().requires_grad_())
     assert not result.requires_grad
@@ -178,7 +178,7 @@ def test_no_grad_keeps_nothing():
 
 
 def test_gradient_of_the_image_alone():
-    model = small().requires_grad_(False)
+    model = vector().requires_grad_(False)
     fast = accelerate(copy.deepcopy(model), tile=16)
     x, twin = image().requires_grad_(), image().requires_grad_()
     model(x).square().sum().backward()
@@ -189,7 +189,7 @@ def test_gradient_of_the_image_alone():
 
 @pytest.mark.parametrize("trained", [["head"], ["block", "head"], ["stem.1"], ["stem.0"], []])
 def test_partly_frozen(trained):
-    model = small()
+    model = vector()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(part) for part in trained))
     fast = accelerate(copy.deepcopy(model), tile=16)
@@ -204,7 +204,7 @@ def test_partly_frozen(trained):
 
 
 def test_thawing_later():
-    fast, model = accelerate(small().requires_grad_(False), tile=16), small()
+    fast, model = accelerate(vector().requires_grad_(False), tile=16), vector()
     fast(image())
     fast.requires_grad_(True)
     for network in (model, fast):
@@ -214,7 +214,7 @@ def test_thawing_later():
 
 @pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.AdamW])
 def test_optimizer_steps(optimizer):
-    model = small()
+    model = vector()
     fast = accelerate(copy.deepcopy(model), tile=16)
     losses = []
     for network in (model, fast):
@@ -231,7 +231,7 @@ def test_optimizer_steps(optimizer):
 
 
 def test_weights_changed_before_backward():
-    fast = accelerate(small(), tile=16)
+    fast = accelerate(vector(), tile=16)
     loss = fast(image()).sum()
     with torch.no_grad():
         fast.stem[0].weight.mul_(2)
@@ -240,7 +240,7 @@ def test_weights_changed_before_backward():
 
 
 def test_image_changed_before_backward():
-    fast, x = accelerate(small(), tile=16), image()
+    fast, x = accelerate(vector(), tile=16), image()
     loss = fast(x).sum()
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -248,7 +248,7 @@ def test_image_changed_before_backward():
 
 
 def test_two_forwards_before_backward():
-    model = small()
+    model = vector()
     fast = accelerate(copy.deepcopy(model), tile=16)
     for network in (model, fast):
         (network(image()) * network(image(1, 1, 20, 50, seed=2))).sum().backward()
@@ -256,7 +256,7 @@ def test_two_forwards_before_backward():
 
 
 def test_retain_graph():
-    model = small()
+    model = vector()
     fast = accelerate(copy.deepcopy(model), tile=16)
     for network in (model, fast):
         loss = network(image()).square().sum()
@@ -268,14 +268,14 @@ def test_retain_graph():
 
 
 def test_second_derivatives_are_refused():
-    fast, x = accelerate(small(), tile=16), image().requires_grad_()
+    fast, x = accelerate(vector(), tile=16), image().requires_grad_()
     (grad,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
     with pytest.raises(UnsupportedError, match="second derivatives"):
         grad.sum().backward()
 
 
 def test_only_some_outputs_used():
-    class Two(Small):
+    class Two(VectorOp):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             y = self.pool(self.stem(x))
             return {"map": self.block(y), "logits": self.head(y.mean((2, 3))), "peak": y.amax((2, 3))}
@@ -318,7 +318,7 @@ def test_computed_weights():
 
 
 def test_autocast():
-    model = small().float()
+    model = vector().float()
     fast = accelerate(copy.deepcopy(model), tile=16)
     results = []
     for network in (model, fast):
@@ -354,7 +354,7 @@ class Source:
 
 @pytest.mark.parametrize("sizes", [[(37, 29)], [(37, 29), (37, 29)], [(37, 29), (20, 50), (8, 8)]])
 def test_pixel_sources(sizes):
-    model = small()
+    model = vector()
     fast = accelerate(copy.deepcopy(model), tile=16)
     sources = [Source(h, w, i) for i, (h, w) in enumerate(sizes)]
     stock = torch.cat([model(source.pixels[None].double()) for source in sources])
@@ -368,7 +368,7 @@ def test_pixel_sources(sizes):
 
 def test_not_an_image():
     with pytest.raises(GigamorphError, match="pixel source"):
-        accelerate(small())("image.png")
+        accelerate(vector())("image.png")
 
 
 # -- the company it keeps -----------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_lightning(tmp_path):
         torch.cat([image(1, 1, 37, 29, seed=i) for i in range(4)]), torch.tensor([0, 1, 2, 0])
     )
     weights = []
-    for network in (small(), accelerate(small(), tile=16, batch_norm="frozen")):
+    for network in (vector(), accelerate(vector(), tile=16, batch_norm="frozen")):
         trainer = lightning.Trainer(
             max_steps=2,
             accelerator="cpu",

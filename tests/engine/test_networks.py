@@ -50,7 +50,7 @@ def test_exact(name, size, tile):
 
 def test_batch_on_disk():
     image = torch.randn(3, 3, 71, 90, dtype=torch.float64)
-    assert_exact(network("resnet18").double(), image, tile=(32, 33), carries="disk")
+    assert_exact(network("resnet18").double(), image, tile=(32, 33), halos="disk")
 
 
 # -- lower precision ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.lowering.ops import Reduction
-from gigamorph.engine.tiling.bands import Maximum
+from gigamorph.engine.tiling.spatial import Maximum
 
 SIZE = (11, 9)
 TILE = (6, 5)
@@ -309,7 +309,7 @@ def test_maxima_of_processes_with_nan(first_only, wanted):
     reduction = Reduction(None, 0, "max", 1, (0,), True, first_only, outputs=(1,), nan_counts=True)
     for rank in range(3):
         gathered = iter((values, numbers))
-        bands = SimpleNamespace(rank=rank, gather=lambda _, gathered=gathered: next(gathered))
+        shard = SimpleNamespace(rank=rank, gather=lambda _, gathered=gathered: next(gathered))
         x = values[rank].clone().requires_grad_()
-        Maximum.apply(x, numbers[rank], reduction, bands).sum().backward()
+        Maximum.apply(x, numbers[rank], reduction, shard).sum().backward()
         assert x.grad.tolist() == [wanted[rank]]

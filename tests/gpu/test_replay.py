@@ -11,7 +11,7 @@ from exactness import randomize
 from torch import nn
 
 from gigamorph import accelerate
-from gigamorph.engine.cuda_graphs import static
+from gigamorph.engine.cuda_graphs import buffers
 from gigamorph.engine.models import create_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -32,13 +32,13 @@ def test_replayed_steps_equal_others(monkeypatch: pytest.MonkeyPatch, live: bool
     torch.manual_seed(0)
     model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().train(live)
     x = torch.rand(1, 1, 768, 768, device="cuda")
-    graphs = static.executor
+    graphs = buffers.executor
     results: list[list[torch.Tensor]] = []
     captured: list[Any] = []
-    capture = static.CudaGraphs.capture
-    monkeypatch.setattr(static.CudaGraphs, "capture", lambda self, run: captured.append(1) or capture(self, run))
+    capture = buffers.CudaGraphs.capture
+    monkeypatch.setattr(buffers.CudaGraphs, "capture", lambda self, run: captured.append(1) or capture(self, run))
     for on in (False, True):
-        monkeypatch.setattr(static, "executor", graphs if on else lambda device: None)
+        monkeypatch.setattr(buffers, "executor", graphs if on else lambda device: None)
         net = accelerate(copy.deepcopy(model), tile=128)
         optimizer = torch.optim.SGD(net.parameters(), 1e-3)
         rounds = []
@@ -62,7 +62,7 @@ def test_replayed_frozen_network_is_equal_bit_for_bit(monkeypatch: pytest.Monkey
     ((prepared,),) = net._programs.values()
     benches = [bench for replays in prepared.replays.values() for bench in replays.benches.values()]
     assert benches and all(recording.replay for bench in benches for recording in bench.recordings.values())
-    monkeypatch.setattr(static, "executor", lambda device: None)
+    monkeypatch.setattr(buffers, "executor", lambda device: None)
     plain = one_step(accelerate(copy.deepcopy(model), tile=128), x, True)
     for one in replayed:
         assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))

@@ -55,7 +55,7 @@ class Program:
 
     shape: tuple[int, int, int, int]
     tile: tuple[int, int]
-    carries: str
+    halos: str
     steps: list[Step]
     heads: list[Head]
     sizes: list[tuple[int, ...]]
@@ -701,5 +701,5 @@ def programs(draw: Any, max_steps: int = 7, statistics: bool = False, strips: bo
     heads = [Head(draw(st.sampled_from(sorted(HEADS))), len(shapes) - 1)]
     for _ in range(draw(st.integers(0, 2))):
         heads.append(Head(draw(st.sampled_from(sorted(HEADS))), draw(st.integers(0, len(shapes) - 1))))
-    carries = draw(st.sampled_from(["device", "device", "disk"]))
-    return Program(shape, (tile[0], tile[1]), carries, steps, heads, shapes)
+    halos = draw(st.sampled_from(["device", "device", "disk"]))
+    return Program(shape, (tile[0], tile[1]), halos, steps, heads, shapes)

@@ -126,7 +126,7 @@ def image(size: tuple[int, int], number: int = 2) -> Tensor:
     return x.round(decimals=0) if size[0] % 2 else x  # equal values, so that maxima are shared
 
 
-def in_bands(name: str, size: tuple[int, int], tile: int, ranges: bool = False) -> Step:
+def in_shards(name: str, size: tuple[int, int], tile: int, ranges: bool = False) -> Step:
     """A step on an image that all processes share."""
     store(ranges)
     return step(accelerate(network(name), tile=tile, split=True), image(size))
@@ -140,7 +140,7 @@ def in_pairs(name: str, sizes: Sequence[tuple[int, int]]) -> Step:
     return step(accelerate(network(name), tile=16, split=groups[pair]), image(sizes[pair]))
 
 
-def programs_in_bands(programs: Sequence[Program]) -> list[float]:
+def programs_in_shards(programs: Sequence[Program]) -> list[float]:
     """The largest error of each program, without and with maps computed again; NaN for those that are left out."""
     found = []
     for number, program in enumerate(programs):
@@ -153,7 +153,7 @@ def programs_in_bands(programs: Sequence[Program]) -> list[float]:
             found.append(torch.nan)
             continue
         store(number % 2 == 1)
-        fast = accelerate(model, tile=program.tile, carries=program.carries, split=True)
+        fast = accelerate(model, tile=program.tile, halos=program.halos, split=True)
         found.append(max(step_errors(stock, step(fast, x)).values()))
     return found
 

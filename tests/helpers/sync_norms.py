@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.lowering.graph import crossing, split
 from gigamorph.engine.lowering.ops import Maps
+from gigamorph.engine.lowering.stages import crossing, split
 from gigamorph.engine.planning.strategy import Strategy, cut_maps, ranges_between, strategies
 
 

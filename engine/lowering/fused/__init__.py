@@ -1,8 +1,8 @@
-"""What `gigamorph.kernels` computes of a graph: neighbouring ops become one op of the sweep."""
+"""What `gigamorph.kernels` computes of a graph: neighbouring ops become one op of the stage."""
 
 from __future__ import annotations
 
-from ..graph import Graph
+from ..stages import Stage
 from .batch_norm import fuse_batch_norms
 from .conv import fuse_convolutions
 from .layer_norm import fuse_layer_norms
@@ -12,19 +12,19 @@ from .pool import take_pools
 from .stem import fuse_stem
 
 
-def fuse(graph: Graph, training: bool, image_grad: bool) -> None:
+def fuse(stage: Stage, training: bool, image_grad: bool) -> None:
     """Give convolutions and norms with what follows them, and max-pooling, to the kernels.
 
     Args:
         training: whether there will be a backward.
         image_grad: whether the image will want a gradient.
     """
-    convs, pools = fuse_convolutions(graph), take_pools(graph)
-    fuse_layer_norms(graph, convs)
-    fuse_batch_norms(graph, convs)
+    convs, pools = fuse_convolutions(stage), take_pools(stage)
+    fuse_layer_norms(stage, convs)
+    fuse_batch_norms(stage, convs)
     if not image_grad:
-        fuse_stem(graph, convs, pools)
+        fuse_stem(stage, convs, pools)
     if training:
-        pass_masks(graph, convs, pools)
+        pass_masks(stage, convs, pools)
     else:
-        fuse_pairs(graph, convs)
+        fuse_pairs(stage, convs)

@@ -1,10 +1,10 @@
-"""BatchNorm with live statistics, and the sum and activation or the 1x1 convolution behind it, as one op of the sweep.
+"""BatchNorm with live statistics, and the sum and activation or the 1x1 convolution after it, as one op of the stage.
 
     y = act(xhat * weight + bias + residual),   xhat = (x - mean) * rstd
     y = conv1x1(act(xhat * weight + bias))
 
 Stock PyTorch keeps x, the normalised map and the activation's output; here x alone is kept, and y where it shows the
-activation's slope behind a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
+activation's slope after a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
 and of dz * xhat. What the statistics' gradients are made of:
 
     dweight = sum dz xhat,   dbias = sum dz,   drstd = dweight * weight / rstd,   dmean = -dbias * weight * rstd
@@ -30,8 +30,8 @@ from ....kernels.batch_norm import normalize_act, normalize_act_gradients
 from ....kernels.conv2d import conv2d_dgrad, conv2d_wgrad_
 from ....kernels.dtypes import sum_dtype
 from ....kernels.normalized_conv1x1 import normalized_conv1x1
-from ..graph import Graph, private_maps, readers_of, small_inputs
-from ..ops import Block, Env, Local, Small
+from ..ops import Block, Env, Local, VectorOp
+from ..stages import Stage, private_maps, readers_of, vector_inputs
 from .conv import DTYPES, ConvSpec, activation_of, as_autocast_wants, is_pixelwise, other_summand
 
 
@@ -82,7 +82,7 @@ class FusedNormalize(torch.autograd.Function):
 
 
 class FusedNormConv(torch.autograd.Function):
-    """The BatchNorm of one block, its activation, and the 1x1 convolution behind them."""
+    """The BatchNorm of one block, its activation, and the 1x1 convolution after them."""
 
     @staticmethod
     def forward(
@@ -138,16 +138,16 @@ def _add_up(ctx: Any, sums: list[Tensor]) -> None:
             ctx.sum_of(value, total.dtype).add_(total)
 
 
-def fuse_batch_norms(graph: Graph, convs: dict[int, ConvSpec]) -> None:
+def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     """Give norms with live statistics to the kernels, each with what alone reads it.
 
     Args:
         convs: the fused convolutions by output; those that become part of another op are taken out.
     """
-    readers, private = readers_of(graph), private_maps(graph)
+    readers, private = readers_of(stage), private_maps(stage)
     taken: set[int] = set()  # ops that have become part of another
-    for norm in list(graph.locals):
-        if norm.op.name != "live_batch_norm" or not _is_dense(graph, norm):
+    for norm in list(stage.locals):
+        if norm.op.name != "live_batch_norm" or not _is_dense(stage, norm):
             continue
         chain = [norm]
 
@@ -161,44 +161,44 @@ def fuse_batch_norms(graph: Graph, convs: dict[int, ConvSpec]) -> None:
         residual, act = None, "none"
         next_op = follower()
         if next_op is not None:
-            residual = other_summand(graph, next_op, chain[-1].op.outputs[0])
+            residual = other_summand(stage, next_op, chain[-1].op.outputs[0])
             if residual is not None:
                 chain.append(next_op)
                 next_op = follower()
         found = None if next_op is None else activation_of(next_op.op)
-        # Behind a sum the slope has to be read off the output.
+        # After a sum the slope has to be read off the output.
         if next_op is not None and found is not None and (residual is None or found in MASKS):
             act = found
             chain.append(next_op)
             next_op = follower()
         conv = None if next_op is None or residual is not None else convs.get(next_op.op.outputs[0])
-        if conv is not None and next_op is not None and _fits(graph, conv, chain[-1].op.outputs[0]):
+        if conv is not None and next_op is not None and _fits(stage, conv, chain[-1].op.outputs[0]):
             del convs[conv.y]
             chain.append(next_op)
         else:
             conv = None
         taken.update(map(id, chain))
-        _replace(graph, chain, residual, act, conv)
-    graph.smalls = small_inputs(graph)
+        _replace(stage, chain, residual, act, conv)
+    stage.vectors = vector_inputs(stage)
 
 
-def _is_dense(graph: Graph, norm: Local) -> bool:
+def _is_dense(stage: Stage, norm: Local) -> bool:
     (value,) = norm.reads
-    shape = graph.maps.shape(value)
-    same = graph.program.values[value].dtype == graph.program.values[norm.op.outputs[0]].dtype
-    return len(shape) == 4 and graph.maps.axes[value] == (2, 3) and same and graph.program.values[value].dtype in DTYPES
+    shape = stage.maps.shape(value)
+    same = stage.program.values[value].dtype == stage.program.values[norm.op.outputs[0]].dtype
+    return len(shape) == 4 and stage.maps.axes[value] == (2, 3) and same and stage.program.values[value].dtype in DTYPES
 
 
-def _fits(graph: Graph, conv: ConvSpec, value: int) -> bool:
-    values = graph.program.values
+def _fits(stage: Stage, conv: ConvSpec, value: int) -> bool:
+    values = stage.program.values
     same = values[value].dtype == values[conv.y].dtype
-    return is_pixelwise(graph, conv, value) and not conv.channels_last and conv.act == "none" and same
+    return is_pixelwise(stage, conv, value) and not conv.channels_last and conv.act == "none" and same
 
 
-def _replace(graph: Graph, chain: list[Local], residual: int | None, act: str, conv: ConvSpec | None) -> None:
+def _replace(stage: Stage, chain: list[Local], residual: int | None, act: str, conv: ConvSpec | None) -> None:
     """Put one op at the place of the last of a chain."""
     norm, last = chain[0], chain[-1]
-    given, maps = norm.op.kwargs, graph.maps
+    given, maps = norm.op.kwargs, stage.maps
     (x,) = norm.reads
     mean, var = given["mean"].value, given["var"].value
     weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
@@ -216,31 +216,31 @@ def _replace(graph: Graph, chain: list[Local], residual: int | None, act: str, c
         return middle.detach(), fixed, factor, offset
 
     inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
-    graph.prelude.append(Small(prepare, inputs, (spec.mean, spec.rstd, spec.factor, spec.offset)))
+    stage.prelude.append(VectorOp(prepare, inputs, (spec.mean, spec.rstd, spec.factor, spec.offset)))
 
-    smalls = (spec.mean, spec.rstd, spec.factor, spec.offset)
+    vectors = (spec.mean, spec.rstd, spec.factor, spec.offset)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         added = None if residual is None else env[residual].to(env[x].dtype)
-        return (FusedNormalize.apply(env[x], *(env[v] for v in smalls), added, spec, block),)  # pyright: ignore
+        return (FusedNormalize.apply(env[x], *(env[v] for v in vectors), added, spec, block),)  # pyright: ignore
 
     def run_both(env: Env, block: Block, valued: bool = True) -> tuple[Tensor, ...]:
         assert conv is not None
         bias = None if conv.bias is None else env[conv.bias]
-        given = (env[x], *(env[v] for v in smalls), as_autocast_wants(env[conv.weight]), bias)
+        given = (env[x], *(env[v] for v in vectors), as_autocast_wants(env[conv.weight]), bias)
         return (FusedNormConv.apply(*given, spec, conv, block, valued),)  # pyright: ignore
 
     reads = dict(norm.reads)
     if residual is not None:
         reads[residual] = maps.pointwise(residual)
     if conv is None:
-        name, inputs = "fused_normalize", (*reads, *smalls)
+        name, inputs = "fused_normalize", (*reads, *vectors)
     else:
-        name, inputs = "fused_norm_conv", (*reads, *smalls, *(v for v in (conv.weight, conv.bias) if v is not None))
+        name, inputs = "fused_norm_conv", (*reads, *vectors, *(v for v in (conv.weight, conv.bias) if v is not None))
     op = replace(norm.op, name=name, kwargs={}, inputs=inputs, outputs=last.op.outputs)
     made = Local(op, reads, last.axes, run)
     if conv is not None:
         made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))
-    graph.locals[next(i for i, other in enumerate(graph.locals) if other is last)] = made
+    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = made
     dropped = {id(other) for other in chain[:-1]}
-    graph.locals = [other for other in graph.locals if id(other) not in dropped]
+    stage.locals = [other for other in stage.locals if id(other) not in dropped]

@@ -1,4 +1,4 @@
-"""Convolution, residual sum and activation as one op of the sweep, run by `gigamorph.kernels`.
+"""Convolution, residual sum and activation as one op of the stage, run by `gigamorph.kernels`.
 
     y = act(conv(x, w) + b + residual)
 
@@ -29,9 +29,9 @@ from ....kernels.dtypes import sum_dtype
 from ....kernels.pointwise import act_grad
 from ...capture.trace import Op, Ref
 from ..geometry import Window
-from ..graph import Graph, private_maps, readers_of, small_inputs
-from ..ops import Block, Env, Local, Small
+from ..ops import Block, Env, Local, VectorOp
 from ..ops.base import arguments
+from ..stages import Stage, private_maps, readers_of, vector_inputs
 
 _ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -87,7 +87,7 @@ class FusedConv(torch.autograd.Function):
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
         place = spec.stride, block.pad, spec.dilation, spec.groups
         z = None
-        if block.shares is not None and not spec.channels_last:  # nothing is fused behind a map that is reduced
+        if block.shares is not None and not spec.channels_last:  # nothing is fused after a map that is reduced
             y, *moments = conv2d_moments(x, weight, bias, *place, block.margin)
             block.shares[spec.y] = tuple(part[:, :, None, None] for part in moments)
         else:
@@ -123,10 +123,10 @@ class FusedConv(torch.autograd.Function):
         return dx, None, None, dy if wants_residual else None, None, None, None
 
 
-def _depths(graph: Graph) -> dict[int, int]:
+def _depths(stage: Stage) -> dict[int, int]:
     """Ops on the longest way from the image to each map."""
-    depths = dict.fromkeys(graph.sources, 0)
-    for local in graph.locals:
+    depths = dict.fromkeys(stage.sources, 0)
+    for local in stage.locals:
         depth = 1 + max(depths.get(v, 0) for v in local.reads)
         depths.update(dict.fromkeys(local.op.outputs, depth))
     return depths
@@ -138,14 +138,14 @@ def as_autocast_wants(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
 
-def fuse_convolutions(graph: Graph) -> dict[int, ConvSpec]:
-    """Replace convolutions and the sums and activations behind them; the fused ones by their output."""
-    readers, private, depths = readers_of(graph), private_maps(graph), _depths(graph)
-    values = graph.program.values
+def fuse_convolutions(stage: Stage) -> dict[int, ConvSpec]:
+    """Replace convolutions and the sums and activations after them; the fused ones by their output."""
+    readers, private, depths = readers_of(stage), private_maps(stage), _depths(stage)
+    values = stage.program.values
     fused: dict[int, ConvSpec] = {}
     taken: set[int] = set()  # outputs of ops that are part of a fused one, or read by its sum
     # The deepest convolution of a sum takes it: what it waits for is there by then.
-    convs = [local for local in graph.locals if local.op.name == "conv2d" or _is_pixel_linear(graph, local)]
+    convs = [local for local in stage.locals if local.op.name == "conv2d" or _is_pixel_linear(stage, local)]
     for conv in sorted(convs, key=lambda c: -depths[c.op.outputs[0]]):
         own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
         output = conv.op.outputs[0]
@@ -176,13 +176,13 @@ def fuse_convolutions(graph: Graph) -> dict[int, ConvSpec]:
                 chain.append(found[0])
 
         if (next_op := follower()) is not None:
-            scale = _channel_scale(graph, next_op, chain[-1].op.outputs[0], spec.channels_last)
+            scale = _channel_scale(stage, next_op, chain[-1].op.outputs[0], spec.channels_last)
             if scale is not None:
-                _fold_scale(graph, spec, scale)
+                _fold_scale(stage, spec, scale)
                 chain.append(next_op)
                 next_op = follower()
         if next_op is not None:
-            spec.residual = other_summand(graph, next_op, chain[-1].op.outputs[0])
+            spec.residual = other_summand(stage, next_op, chain[-1].op.outputs[0])
             if spec.residual is not None:
                 chain.append(next_op)
                 next_op = follower()
@@ -192,33 +192,33 @@ def fuse_convolutions(graph: Graph) -> dict[int, ConvSpec]:
         taken.update(local.op.outputs[0] for local in chain)
         spec.y = chain[-1].op.outputs[0]
         fused[spec.y] = spec
-        _replace(graph, chain, spec)
-    graph.smalls = small_inputs(graph)
+        _replace(stage, chain, spec)
+    stage.vectors = vector_inputs(stage)
     return fused
 
 
-def is_pixelwise(graph: Graph, spec: ConvSpec, value: int) -> bool:
+def is_pixelwise(stage: Stage, spec: ConvSpec, value: int) -> bool:
     """Whether a convolution of a map is a linear layer on the channels of each pixel, and nothing is added to it."""
-    shape = graph.program.values[spec.weight].shape
+    shape = stage.program.values[spec.weight].shape
     pixel = spec.channels_last or (tuple(shape[2:]) == (1, 1) and spec.stride == (1, 1) and spec.groups == 1)
-    return pixel and spec.x == value and spec.residual is None and graph.maps.size(spec.y) == graph.maps.size(value)
+    return pixel and spec.x == value and spec.residual is None and stage.maps.size(spec.y) == stage.maps.size(value)
 
 
-def _is_pixel_linear(graph: Graph, local: Local) -> bool:
+def _is_pixel_linear(stage: Stage, local: Local) -> bool:
     return local.op.name == "linear" and all(
-        len(graph.maps.shape(v)) == 4 and graph.maps.axes[v] == (1, 2) for v in (*local.reads, *local.op.outputs)
+        len(stage.maps.shape(v)) == 4 and stage.maps.axes[v] == (1, 2) for v in (*local.reads, *local.op.outputs)
     )
 
 
-def _channel_scale(graph: Graph, local: Local, value: int, channels_last: bool) -> int | None:
-    """The small that multiplies `value` channel by channel (a layer scale), if the op is that product."""
+def _channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -> int | None:
+    """The vector that multiplies `value` channel by channel (a layer scale), if the op is that product."""
     operands = [arg.value for arg in local.op.args if isinstance(arg, Ref)]
     if local.op.name.strip("_") not in ("mul", "imul", "rmul") or len(operands) != 2 or value not in operands:
         return None
     scale = operands[1] if operands[0] == value else operands[0]
-    if scale == value or scale in graph.maps:
+    if scale == value or scale in stage.maps:
         return None
-    values = graph.program.values
+    values = stage.program.values
     shape = list(values[scale].shape)
     channels = values[value].shape[3 if channels_last else 1]
     wanted = [channels] if channels_last else [channels, 1, 1]
@@ -230,9 +230,9 @@ def _channel_scale(graph: Graph, local: Local, value: int, channels_last: bool) 
     )
 
 
-def _fold_scale(graph: Graph, spec: ConvSpec, scale: int) -> None:
+def _fold_scale(stage: Stage, spec: ConvSpec, scale: int) -> None:
     """Multiply weight and bias by a layer scale, once per step and by ordinary autograd."""
-    values = graph.program.values
+    values = stage.program.values
     weight, bias = spec.weight, spec.bias
     made = range(len(values), len(values) + (1 if bias is None else 2))
     values.extend(values[v] for v in (weight, bias) if v is not None)
@@ -242,20 +242,20 @@ def _fold_scale(graph: Graph, spec: ConvSpec, scale: int) -> None:
         scaled = w * s.reshape(-1, *[1] * (w.dim() - 1))
         return (scaled,) if bias is None else (scaled, env[bias] * s)
 
-    graph.prelude.append(Small(fold, tuple(v for v in (weight, bias, scale) if v is not None), tuple(made)))
+    stage.prelude.append(VectorOp(fold, tuple(v for v in (weight, bias, scale) if v is not None), tuple(made)))
     spec.weight, spec.bias = made[0], None if bias is None else made[1]
 
 
-def other_summand(graph: Graph, local: Local, value: int) -> int | None:
+def other_summand(stage: Stage, local: Local, value: int) -> int | None:
     """The map that is added to `value`, of the same shape and dtype, if the op is that sum."""
-    op, values = local.op, graph.program.values
+    op, values = local.op, stage.program.values
     operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
     if op.name.strip("_") not in ("add", "iadd") or len(operands) != 2 or op.kwargs or value not in operands:
         return None
     other = operands[1] if operands[0] == value else operands[0]
     alike = all(values[other].shape == values[v].shape for v in (value, op.outputs[0]))
     same_dtype = values[other].dtype == values[value].dtype == values[op.outputs[0]].dtype
-    return other if other != value and other in graph.maps and alike and same_dtype else None
+    return other if other != value and other in stage.maps and alike and same_dtype else None
 
 
 def activation_of(op: Op) -> str | None:
@@ -265,12 +265,12 @@ def activation_of(op: Op) -> str | None:
     return _ACTIVATIONS.get(name) if name == "gelu" or not set(op.kwargs) - {"inplace"} else None
 
 
-def _replace(graph: Graph, chain: list[Local], spec: ConvSpec) -> None:
+def _replace(stage: Stage, chain: list[Local], spec: ConvSpec) -> None:
     """Put one op at the place of the last of a chain."""
     first, last = chain[0], chain[-1]
     reads = dict(first.reads)
     if spec.residual is not None:
-        reads[spec.residual] = graph.maps.pointwise(spec.residual)
+        reads[spec.residual] = stage.maps.pointwise(spec.residual)
     inputs = [spec.x, spec.weight, *(v for v in (spec.bias, spec.residual) if v is not None)]
     op = replace(first.op, name="fused_conv2d", args=(), kwargs={}, inputs=tuple(inputs), outputs=last.op.outputs)
 
@@ -290,6 +290,6 @@ def _replace(graph: Graph, chain: list[Local], spec: ConvSpec) -> None:
     linear = spec.act == "none" and spec.residual is None
     unvalued = partial(run, valued=False) if linear else None
     local = Local(op, reads, last.axes, run, leaves_room=True, unvalued=unvalued)
-    graph.locals[next(i for i, other in enumerate(graph.locals) if other is last)] = local
+    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = local
     dropped = {id(other) for other in chain[:-1]}
-    graph.locals = [other for other in graph.locals if id(other) not in dropped]
+    stage.locals = [other for other in stage.locals if id(other) not in dropped]

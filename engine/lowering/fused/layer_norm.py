@@ -1,11 +1,11 @@
-"""Layer normalisation over the channels of each pixel, alone or with the linear layer behind it as one op.
+"""Layer normalisation over the channels of each pixel, alone or with the linear layer after it as one op.
 
     y = act(layer_norm(x) w^T + b)
 
 Nothing but x is kept, and computed again in the backward: stock PyTorch keeps the normalised map, and of a ConvNeXt
 block's first linear layer both what GELU is applied to and what it gives, four times as wide.
 
-The linear layer may be one on the channels of a channels-last map, or a 1x1 convolution behind a permute.
+The linear layer may be one on the channels of a channels-last map, or a 1x1 convolution after a permute.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ....kernels.dtypes import sum_dtype
 from ....kernels.layer_norm import MOST_CHANNELS, layer_norm, layer_norm_backward
 from ....kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_backward
 from ...capture.trace import Op
-from ..graph import Graph, private_maps, readers_of, small_inputs
 from ..ops import Block, Env, Local
 from ..ops.base import arguments
+from ..stages import Stage, private_maps, readers_of, vector_inputs
 from .conv import DTYPES, ConvSpec, as_autocast_wants, is_pixelwise
 
 
@@ -57,7 +57,7 @@ class FusedLayerNorm(torch.autograd.Function):
 
 
 class FusedNormLinear(torch.autograd.Function):
-    """The layer norm of one block, (N, C, H, W), the linear layer behind it and its activation."""
+    """The layer norm of one block, (N, C, H, W), the linear layer after it and its activation."""
 
     @staticmethod
     def forward(
@@ -106,49 +106,49 @@ def _add_up(ctx: Any, sums: list[Tensor]) -> None:
             ctx.sum_of(value, total.dtype).add_(total)
 
 
-def fuse_layer_norms(graph: Graph, convs: dict[int, ConvSpec]) -> None:
+def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     """Give layer norms over channels to the kernels, each with the linear layer that alone reads it.
 
     Args:
         convs: the fused convolutions by output; those that become part of another op are taken out.
     """
-    readers, private = readers_of(graph), private_maps(graph)
+    readers, private = readers_of(stage), private_maps(stage)
 
     def reader(local: Local) -> Local | None:
         """What alone reads the output of an op."""
         found = readers.get(local.op.outputs[0], [])
         return found[0] if len(found) == 1 and local.op.outputs[0] in private else None
 
-    for norm in list(graph.locals):
-        spec = _norm_spec(graph, norm)
+    for norm in list(stage.locals):
+        spec = _norm_spec(stage, norm)
         if spec is None:
             continue
         chain, last = [norm], reader(norm)
         if last is not None and _is_to_nchw(last):
             chain, last = [norm, last], reader(last)
         linear = None if last is None else convs.get(last.op.outputs[0])
-        if last is not None and linear is not None and is_pixelwise(graph, linear, chain[-1].op.outputs[0]):
+        if last is not None and linear is not None and is_pixelwise(stage, linear, chain[-1].op.outputs[0]):
             del convs[last.op.outputs[0]]
-            _replace(graph, norm, last, spec, linear)
+            _replace(stage, norm, last, spec, linear)
             dropped = {id(local) for local in chain}
-            graph.locals = [local for local in graph.locals if id(local) not in dropped]
+            stage.locals = [local for local in stage.locals if id(local) not in dropped]
         else:
             norm.run = _run_alone(spec)
-    graph.smalls = small_inputs(graph)
+    stage.vectors = vector_inputs(stage)
 
 
-def _norm_spec(graph: Graph, local: Local) -> NormSpec | None:
+def _norm_spec(stage: Stage, local: Local) -> NormSpec | None:
     """What an op is, if it is a layer norm over the channels of an (N, H, W, C) map."""
     if local.op.name != "layer_norm":
         return None
     given = arguments(local.op, "input normalized_shape weight bias eps", eps=1e-5)
     value = given["input"].value
-    shape = graph.maps.shape(value)
-    over_channels = len(shape) == 4 and graph.maps.axes[value] == (1, 2) and len(given["normalized_shape"]) == 1
-    if not over_channels or shape[3] > MOST_CHANNELS or graph.program.values[value].dtype not in DTYPES:
+    shape = stage.maps.shape(value)
+    over_channels = len(shape) == 4 and stage.maps.axes[value] == (1, 2) and len(given["normalized_shape"]) == 1
+    if not over_channels or shape[3] > MOST_CHANNELS or stage.program.values[value].dtype not in DTYPES:
         return None
     weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
-    return NormSpec(value, weight, bias, given["eps"], graph.program.values[local.op.outputs[0]].dtype)
+    return NormSpec(value, weight, bias, given["eps"], stage.program.values[local.op.outputs[0]].dtype)
 
 
 def _is_to_nchw(local: Local) -> bool:
@@ -169,12 +169,12 @@ def _run_alone(spec: NormSpec):
     return run
 
 
-def _replace(graph: Graph, norm: Local, last: Local, spec: NormSpec, linear: ConvSpec) -> None:
+def _replace(stage: Stage, norm: Local, last: Local, spec: NormSpec, linear: ConvSpec) -> None:
     """Put one op at the place of the linear layer."""
-    smalls = (spec.weight, spec.bias, linear.weight, linear.bias)
+    vectors = (spec.weight, spec.bias, linear.weight, linear.bias)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        norm_weight, norm_bias, weight, bias = (None if v is None else env[v] for v in smalls)
+        norm_weight, norm_bias, weight, bias = (None if v is None else env[v] for v in vectors)
         assert weight is not None
         weight = as_autocast_wants(weight).flatten(1)
         y = FusedNormLinear.apply(
@@ -182,7 +182,7 @@ def _replace(graph: Graph, norm: Local, last: Local, spec: NormSpec, linear: Con
         )
         return (y.permute(0, 2, 3, 1) if linear.channels_last else y,)  # pyright: ignore
 
-    inputs = (spec.x, *(v for v in smalls if v is not None))
+    inputs = (spec.x, *(v for v in vectors if v is not None))
     op: Op = replace(last.op, name="fused_norm_linear", inputs=inputs)
     made = Local(op, {spec.x: norm.reads[spec.x]}, last.axes, run)
-    graph.locals[next(i for i, other in enumerate(graph.locals) if other is last)] = made
+    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = made

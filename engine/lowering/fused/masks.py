@@ -2,21 +2,21 @@
 
 The slope of ReLU is 0 or 1 and is read off the output y. Where every op that reads y can multiply its gradient of y by
 it as it writes that gradient, the sum that comes back needs nothing more ("masked"): the kernels that made y then load
-one map instead of two. This holds across tiles too, since gradients of carries come from the same readers.
+one map instead of two. This holds across tiles too, since gradients of halos come from the same readers.
 """
 
 from __future__ import annotations
 
 from ....kernels.activations import MASKS
-from ..graph import Graph, private_maps, readers_of
 from ..ops import Local
+from ..stages import Stage, private_maps, readers_of
 from .conv import ConvSpec
 from .pool import PoolSpec
 
 
-def pass_masks(graph: Graph, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
+def pass_masks(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
     """Let the readers of a fused convolution's output apply its slope wherever all of them can."""
-    readers, private = readers_of(graph), private_maps(graph)
+    readers, private = readers_of(stage), private_maps(stage)
     for output, spec in convs.items():
         if spec.act not in MASKS or output not in private:
             continue

@@ -12,29 +12,29 @@ from torch import Tensor
 from ....kernels.bottleneck import conv_conv1x1, conv_conv1x1_fits
 from ....kernels.choice import run_fastest
 from ....kernels.conv2d import conv2d_forward
-from ..graph import Graph, private_maps, readers_of
 from ..ops import Block, Env, Local
+from ..stages import Stage, private_maps, readers_of
 from .conv import ConvSpec, as_autocast_wants
 
 
-def fuse_pairs(graph: Graph, convs: dict[int, ConvSpec]) -> None:
+def fuse_pairs(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     """Join fused convolutions with the 1x1 convolution that alone reads them."""
-    readers, private = readers_of(graph), private_maps(graph)
-    makers = {local.op.outputs[0]: local for local in graph.locals}
+    readers, private = readers_of(stage), private_maps(stage)
+    makers = {local.op.outputs[0]: local for local in stage.locals}
     joined: set[int] = set()
-    for local in list(graph.locals):
+    for local in list(stage.locals):
         output = local.op.outputs[0]
         second = convs.get(output)
         first = None if second is None else convs.get(second.x)
         if second is None or first is None or second.x in joined or second.x not in private:
             continue
-        if len(readers[second.x]) == 1 and _fits(graph, first, second):
-            _join(graph, makers[second.x], local, first, second)
+        if len(readers[second.x]) == 1 and _fits(stage, first, second):
+            _join(stage, makers[second.x], local, first, second)
             joined.add(output)
 
 
-def _fits(graph: Graph, first: ConvSpec, second: ConvSpec) -> bool:
-    values = graph.program.values
+def _fits(stage: Stage, first: ConvSpec, second: ConvSpec) -> bool:
+    values = stage.program.values
     window, pixel = values[first.weight].shape, values[second.weight].shape
     return (
         tuple(pixel[2:]) == (1, 1)
@@ -49,7 +49,7 @@ def _fits(graph: Graph, first: ConvSpec, second: ConvSpec) -> bool:
     )
 
 
-def _join(graph: Graph, maker: Local, local: Local, first: ConvSpec, second: ConvSpec) -> None:
+def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: ConvSpec) -> None:
     reads = dict(maker.reads)
     if second.residual is not None:
         reads[second.residual] = local.reads[second.residual]
@@ -76,5 +76,5 @@ def _join(graph: Graph, maker: Local, local: Local, first: ConvSpec, second: Con
 
     inputs = tuple(dict.fromkeys((*maker.op.inputs, *(v for v in local.op.inputs if v != second.x))))
     op = replace(local.op, name="fused_conv2d", inputs=inputs)
-    graph.locals[next(i for i, other in enumerate(graph.locals) if other is local)] = Local(op, reads, local.axes, run)
-    graph.locals = [other for other in graph.locals if other is not maker]
+    stage.locals[next(i for i, other in enumerate(stage.locals) if other is local)] = Local(op, reads, local.axes, run)
+    stage.locals = [other for other in stage.locals if other is not maker]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ....kernels.pool import max_pool2d, max_pool2d_backward
-from ..graph import Graph
 from ..ops import Block, Env
 from ..ops.base import arguments, pair
+from ..stages import Stage
 
 
 @dataclass(slots=True)
@@ -42,10 +42,10 @@ class MaxPool(torch.autograd.Function):
         return max_pool2d_backward(grads[0], x, *ctx.place, ctx.spec.input_act), None, None
 
 
-def take_pools(graph: Graph) -> dict[int, PoolSpec]:
+def take_pools(stage: Stage) -> dict[int, PoolSpec]:
     """Give max-pooling to the kernels; the poolings by their output."""
     found: dict[int, PoolSpec] = {}
-    for local in graph.locals:
+    for local in stage.locals:
         if local.op.name.startswith("max_pool2d"):
             given = arguments(local.op, "input kernel_size stride padding dilation", stride=None, dilation=1)
             kernel = pair(given["kernel_size"])

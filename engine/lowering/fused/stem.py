@@ -2,7 +2,7 @@
 
     y = maxpool(act(conv(x, w) + b))
 
-One line of convolution outputs between two tiles is computed twice; its carry, and everything between x and y, is not
+One line of convolution outputs between two tiles is computed twice; its halo, and everything between x and y, is not
 kept. The image gets no gradient here: where one is wanted, the ops stay apart.
 """
 
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from ....kernels.dtypes import sum_dtype
 from ....kernels.stem import ACTIVATIONS, stem, stem_gradients
 from ..geometry import Chain, Window
-from ..graph import Graph, private_maps, readers_of
 from ..ops import Block, Env, Local
+from ..stages import Stage, private_maps, readers_of
 from .conv import ConvSpec
 from .pool import PoolSpec
 
@@ -59,26 +59,26 @@ class FusedStem(torch.autograd.Function):
         return (None,) * 7
 
 
-def fuse_stem(graph: Graph, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
-    """Join the convolution of the image with the pooling behind it, if there is such a pair."""
-    readers, private = readers_of(graph), private_maps(graph)
-    for conv in graph.locals:
+def fuse_stem(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
+    """Join the convolution of the image with the pooling after it, if there is such a pair."""
+    readers, private = readers_of(stage), private_maps(stage)
+    for conv in stage.locals:
         middle = conv.op.outputs[0]
         spec = convs.get(middle)
         if spec is None or middle not in private or len(readers[middle]) != 1:
             continue
         pooling = readers[middle][0]
         pool = pools.get(pooling.op.outputs[0])
-        if pool is not None and _fits(graph, spec, pool, pooling):
+        if pool is not None and _fits(stage, spec, pool, pooling):
             del convs[middle], pools[pooling.op.outputs[0]]
-            _join(graph, conv, pooling, spec)
+            _join(stage, conv, pooling, spec)
             return
 
 
-def _fits(graph: Graph, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
-    filters = graph.program.values[spec.weight].shape[0]
+def _fits(stage: Stage, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
+    filters = stage.program.values[spec.weight].shape[0]
     return (
-        spec.x == graph.image
+        spec.x == stage.image
         and spec.residual is None
         and spec.act in ACTIVATIONS
         and spec.groups == 1
@@ -89,7 +89,7 @@ def _fits(graph: Graph, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
     )
 
 
-def _join(graph: Graph, conv: Local, pooling: Local, spec: ConvSpec) -> None:
+def _join(stage: Stage, conv: Local, pooling: Local, spec: ConvSpec) -> None:
     middle = conv.op.outputs[0]
     first, second = conv.reads[spec.x], pooling.reads[middle]
     rows, cols = (Chain(a, b) for a, b in zip(first, second, strict=True))  # pyright: ignore[reportArgumentType]
@@ -104,7 +104,7 @@ def _join(graph: Graph, conv: Local, pooling: Local, spec: ConvSpec) -> None:
         return (FusedStem.apply(env[spec.x], weight, bias, spec, padding, pool_padding, block),)  # pyright: ignore
 
     op = replace(conv.op, name="fused_stem", outputs=pooling.op.outputs)
-    graph.locals[next(i for i, other in enumerate(graph.locals) if other is pooling)] = Local(
+    stage.locals[next(i for i, other in enumerate(stage.locals) if other is pooling)] = Local(
         op, {spec.x: (rows, cols)}, pooling.axes, run
     )
-    graph.locals = [local for local in graph.locals if local is not conv]
+    stage.locals = [local for local in stage.locals if local is not conv]

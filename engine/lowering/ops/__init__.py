@@ -19,7 +19,7 @@ from . import (
     window,
     writes,
 )
-from .base import Axes, Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Rule, Small, SumOf, Whole, find_rule
+from .base import Axes, Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Rule, SumOf, VectorOp, Whole, find_rule
 
 __all__ = [
     "Axes",
@@ -32,8 +32,8 @@ __all__ = [
     "Reduction",
     "Refusal",
     "Rule",
-    "Small",
     "SumOf",
+    "VectorOp",
     "Whole",
     "along",
     "contract",

@@ -2,12 +2,12 @@
 
 A value of the program is a *map* (it has the two image axes) or a *small* (it has not). An op on maps is
 
-- `Local`:     maps and smalls -> map; the output block at any place needs an input window around it, nothing else;
+- `Local`:     maps and vectors -> map; the output block at any place needs an input window around it, nothing else;
 - `Reduction`: map -> small; a sum (or maximum) over the image, so tiles contribute one after the other;
 - `Whole`:     needs its map input in one piece (a flatten before a classifier, an adaptive pooling grid);
-- `Small`:     smalls -> smalls, run once per step by ordinary PyTorch.
+- `VectorOp`:     vectors -> vectors, run once per step by ordinary PyTorch.
 
-A rule looks at one `Op` and returns one of these, or several that replace it (a norm is a reduction, a small and a
+A rule looks at one `Op` and returns one of these, or several that replace it (a norm is a reduction, a vector and a
 local op), or raises `Refusal`. There is no default: an op without a rule is refused, never assumed to be pointwise.
 
 A map whose image axes a reshape has flattened into one, (N, C, H*W), is a map with that axis twice (`Maps.flat`). Its
@@ -33,7 +33,7 @@ Span = tuple[int, int]
 
 
 class Refusal(Exception):
-    """Why an op cannot be computed exactly tile by tile; `graph.py` adds the module and raises the public error."""
+    """Why an op cannot be computed exactly tile by tile; `stage.py` adds the module and raises the public error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Block:
 
     `rows` and `cols` are half-open ranges of the output map; `pad` is (top, bottom, left, right) to be added to the
     input before a kernel without padding gives exactly this block. `sum_of` gives, where gradients are wanted, the
-    tensor in which a small's gradient is summed over the tiles, for ops that add to it themselves. `margin` is the room
-    (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its output for
-    the carries that windows of it will need. `shares`, where moments of outputs are wanted, takes those that an op has
+    tensor in which a vector's gradient is summed over the tiles, for ops that add to it themselves. `margin` is
+    the room (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its
+    output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that an op has
     computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
     """
 
@@ -67,8 +67,8 @@ class Local:
 
     `reads` gives, for each map input, the accesses along height and width; `axes` the image axes of each output.
     `fill` is the padding value where the op pads a window (the scan may then hand it a window padded already).
-    `leaves_room` says that the output lies in a buffer with the margin that `Block` asks for. `once` makes a small that
-    is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
+    `leaves_room` says that the output lies in a buffer with the margin that `Block` asks for. `once` makes a vector
+    that is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
     `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
     """
 
@@ -85,8 +85,8 @@ class Local:
 
 
 @dataclass(slots=True)
-class Small:
-    """A computation on smalls that is not a recorded call; it runs once per step.
+class VectorOp:
+    """A computation on vectors that is not a recorded call; it runs once per step.
 
     `run` gets the tensors of `inputs` by value number and returns those of `outputs`. Where the results of one image
     depend on the others of the batch, `share` gives what an image (or several of one size) contributes, and `merge`
@@ -150,7 +150,7 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """What the image axis of a flattened map is made of: ahead * height * width * behind."""
+    """What the image axis of a flattened map is made of: ahead * height * width * after."""
 
     height: int
     width: int
@@ -170,7 +170,7 @@ class Maps:
     program: Program
     axes: dict[int, Axes] = field(default_factory=dict)
     flat: dict[int, Flat] = field(default_factory=dict)
-    resident: set[int] = field(default_factory=set)  # smalls that local ops read by region: see promote.py
+    resident: set[int] = field(default_factory=set)  # vectors that local ops read by region: see promote.py
 
     def new_value(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int) -> int:
         """Number of a further value, with the device, and unless given the shape and dtype, of another."""
@@ -211,7 +211,7 @@ class Maps:
         return same(height), same(width)
 
 
-Node = Local | Reduction | Whole | Small
+Node = Local | Reduction | Whole | VectorOp
 Rule = Callable[[Op, Maps], Node | list[Node]]
 RULES: dict[str, Rule] = {}
 

@@ -1,6 +1,6 @@
-"""Circular padding: the last rows stand before the first, and the first behind the last; likewise columns.
+"""Circular padding: the last rows stand before the first, and the first after the last; likewise columns.
 
-The rows and columns at the ends of the map are taken out as smalls, so that what follows waits for them as it waits
+The rows and columns at the ends of the map are taken out as vectors, so that what follows waits for them as it waits
 for any reduction; all else is read through a window.
 """
 
@@ -55,14 +55,14 @@ def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int])
         last = _columns(env, below, h, start, r1 - top - height).index_select(w, columns) if r1 > top + height else None
         return (_joined([first, x if inner.start < inner.stop else None, last], h),)
 
-    smalls = tuple(v for v in (above, below, before, behind) if v is not None)
-    own = Op(op.func, "circular", (), {}, (value, *smalls), op.outputs, (), op.module)
+    vectors = tuple(v for v in (above, below, before, behind) if v is not None)
+    own = Op(op.func, "circular", (), {}, (value, *vectors), op.outputs, (), op.module)
     reads = Window(height, height + top + bottom, pad=top), Window(width, width + left + right, pad=left)
     return [*nodes, Local(own, {value: reads}, ((h, w),), run)]
 
 
 def _strip(op: Op, maps: Maps, value: int, dim: int, start: int, length: int) -> tuple[list[Node], int]:
-    """Some rows or columns of a map, as a map and then as a small."""
+    """Some rows or columns of a map, as a map and then as a vector."""
     shape = list(maps.shape(value))
     shape[dim] = length
     cropped, strip = maps.new_value(shape, like=value), maps.new_value(shape, like=value)

@@ -4,7 +4,7 @@ Every dimension of every operand has a label. Where the labels of the image axes
 
     nchw,oc->nohw     they stay: per pixel, a 1x1 convolution
     nchw,ndhw->ncd    both are summed: a sum over tiles (Gram matrices, class activation, attention pooling); what
-                      does not depend on the position is multiplied behind it
+                      does not depend on the position is multiplied after it
     nchw,vw->nchv     one is summed, or they meet positions of another map: the whole map
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...capture.trace import Op
-from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, arguments, replay, rule
+from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted
 
 Term = list[str]  # one label for each dimension
@@ -35,7 +35,7 @@ def einsum(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 
 def _labels(equation: str, ranks: Sequence[int]) -> tuple[list[Term], Term]:
-    """The labels of the operands and of the result; those of an ellipsis are numbers, counted from behind."""
+    """The labels of the operands and of the result; those of an ellipsis are numbers, counted from after."""
     left, arrow, right = equation.replace(" ", "").replace("...", ".").partition("->")
     terms: list[Term] = []
     for term, rank in zip(left.split(","), ranks, strict=True):
@@ -124,9 +124,9 @@ def contraction(
     return [*nodes, *_summed(op, maps, values, terms, output, image)]
 
 
-def _squeezed(value: int, made: int, maps: Maps) -> Small:
+def _squeezed(value: int, made: int, maps: Maps) -> VectorOp:
     shape = maps.shape(made)
-    return Small(lambda env: (env[value].reshape(shape),), (value,), (made,))
+    return VectorOp(lambda env: (env[value].reshape(shape),), (value,), (made,))
 
 
 def _equation(terms: Sequence[Term], output: Term) -> str:
@@ -150,7 +150,7 @@ def _per_pixel(
 def _summed(
     op: Op, maps: Maps, values: Sequence[int], terms: Sequence[Term], output: Term, image: tuple[str, ...]
 ) -> list[Node]:
-    """The maps' part, with all labels that are still wanted, as a sum over tiles; the others' part as a small."""
+    """The maps' part, with all labels that are still wanted, as a sum over tiles; the others' part as a vector."""
     of_maps = [i for i, v in enumerate(values) if v in maps]
     rest = [i for i, v in enumerate(values) if v not in maps]
     wanted = {*output, *(x for i in rest for x in terms[i])}
@@ -174,13 +174,13 @@ def _summed(
             return torch.einsum(product, *parts)
 
     behind = _equation([kept, *(terms[i] for i in rest)], output)
-    smalls = [values[i] for i in rest]
+    vectors = [values[i] for i in rest]
 
     def finish(env: Env) -> tuple[Tensor, ...]:
-        return (torch.einsum(behind, env[total], *(env[v].to(own) for v in smalls)).to(info.dtype),)
+        return (torch.einsum(behind, env[total], *(env[v].to(own) for v in vectors)).to(info.dtype),)
 
     reduction = Reduction(op, pair, "sum", 1, (), True, outputs=(total,), form=form)
-    return [joined, reduction, Small(finish, (total, *dict.fromkeys(smalls)), op.outputs)]
+    return [joined, reduction, VectorOp(finish, (total, *dict.fromkeys(vectors)), op.outputs)]
 
 
 def _joined(

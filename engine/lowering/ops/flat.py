@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ...capture.trace import Op, Ref
-from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Run, Small, Whole, arguments, replay, rule
+from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Run, VectorOp, Whole, arguments, replay, rule
 from .promote import renamed
 
 
@@ -112,7 +112,7 @@ def _local(local: Local, place: dict[int, _Place]) -> Local:
 
 
 def _reduction(maps: Maps, reduction: Reduction, where: _Place) -> list[Node]:
-    """A reduction over all that the axis holds, and a small that leaves one dimension of it where those are kept."""
+    """A reduction over all that the axis holds, and a vector that leaves one dimension of it where those are kept."""
     if reduction.form is not None:
         return [reduction]
     axis, more = where.axis, where.count - 1
@@ -126,7 +126,7 @@ def _reduction(maps: Maps, reduction: Reduction, where: _Place) -> list[Node]:
         shape = values[value].shape
         kept.append(maps.new_value((*shape[: axis + 1], *(1,) * more, *shape[axis + 1 :]), like=value))
     made = tuple(kept)
-    drop = Small(lambda env: tuple(env[v].squeeze(own[1:]) for v in made), made, reduction.outputs)
+    drop = VectorOp(lambda env: tuple(env[v].squeeze(own[1:]) for v in made), made, reduction.outputs)
     return [replace(reduction, dims=dims, outputs=made), drop]
 
 

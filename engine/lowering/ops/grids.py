@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ...capture.trace import Op
 from ..geometry import Cells, Window
-from .base import Block, Env, Local, Maps, Node, Reduction, Small, Whole, need_nchw, rule
+from .base import Block, Env, Local, Maps, Node, Reduction, VectorOp, Whole, need_nchw, rule
 
 Grid = tuple[Cells, Cells]
 
@@ -83,4 +83,4 @@ def _means(op: Op, maps: Maps, value: int, grid: Grid) -> list[Node]:
         return ((sums / pixels).to(info.dtype),)
 
     reduction = Reduction(op, value, "sum", 1, (2, 3), True, outputs=(total,), grid=grid)
-    return [reduction, Small(divide, (total,), op.outputs[:1])]
+    return [reduction, VectorOp(divide, (total,), op.outputs[:1])]

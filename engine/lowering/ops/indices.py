@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...capture.trace import Op, Ref, bind, refs
 from ..geometry import Access, Gather, Window
-from .base import Block, Env, Local, Maps, Node, Refusal, Small, Whole, arguments, replay, rule
+from .base import Block, Env, Local, Maps, Node, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted
 
 
@@ -50,7 +50,7 @@ def origins(maps: Maps, key: Sequence[Any]) -> list[int | None]:
 
 
 def numbered(maps: Maps, key: Sequence[Any], like: int) -> tuple[list[Any], list[Node]]:
-    """The key with lists, and tensors of another device than the map's, as smalls that are made once per step."""
+    """The key with lists, and tensors of another device than the map's, as vectors that are made once per step."""
     device, nodes, made = maps.program.values[like].device, [], []
     for item in key:
         elsewhere = isinstance(item, Ref) and maps.program.values[item.value].device != device
@@ -64,10 +64,10 @@ def numbered(maps: Maps, key: Sequence[Any], like: int) -> tuple[list[Any], list
     return made, nodes
 
 
-def _index(item: Any, number: int, device: torch.device) -> Small:
+def _index(item: Any, number: int, device: torch.device) -> VectorOp:
     if isinstance(item, Ref):
-        return Small(lambda env: (env[item.value].to(device),), (item.value,), (number,))
-    return Small(lambda _env: (torch.tensor(item, device=device),), (), (number,))
+        return VectorOp(lambda env: (env[item.value].to(device),), (item.value,), (number,))
+    return VectorOp(lambda _env: (torch.tensor(item, device=device),), (), (number,))
 
 
 def _positions() -> Refusal:

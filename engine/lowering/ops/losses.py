@@ -19,7 +19,7 @@ from torch.nn._reduction import legacy_get_string
 from ...capture.trace import Op, Ref
 from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
 from .pointwise import elementwise
-from .reductions import exact, small
+from .reductions import exact, vector
 
 _ELEMENTWISE = {
     "binary_cross_entropy_with_logits": "input target weight size_average reduce reduction pos_weight",
@@ -109,7 +109,7 @@ def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
         _total(op, maps, each, total),
         _made(op, maps, (target,), (weight,), counted, axes, counts),
         _total(op, maps, counted, count),
-        small((total, count), output, lambda t, n: (t.to(wide) / n).to(dtype)),
+        vector((total, count), output, lambda t, n: (t.to(wide) / n).to(dtype)),
     ]
 
 
@@ -119,10 +119,10 @@ def _without(axes: Axes, dim: int) -> Axes:
 
 
 def _made(
-    op: Op, maps: Maps, reads: tuple[int, ...], smalls: tuple[int | None, ...], output: int, axes: Axes, run: Any
+    op: Op, maps: Maps, reads: tuple[int, ...], vectors: tuple[int | None, ...], output: int, axes: Axes, run: Any
 ) -> Local:
     """A local op per pixel whose result has other dimensions than what it reads."""
-    given = (*reads, *(v for v in smalls if v is not None))
+    given = (*reads, *(v for v in vectors if v is not None))
     own = Op(op.func, f"{op.name}_each", (), {}, given, (output,), (), op.module)
     return Local(own, {v: maps.pointwise(v) for v in reads}, (axes,), run)
 

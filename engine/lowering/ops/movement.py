@@ -20,7 +20,7 @@ from .base import (
     Node,
     Refusal,
     Run,
-    Small,
+    VectorOp,
     Whole,
     arguments,
     dimensions,
@@ -112,7 +112,9 @@ def expand(op: Op, maps: Maps) -> Node | list[Node]:
         if sorted(one) == [False, True] and over not in maps.flat:  # a value for each row or column
             return spread_strip(op, maps, value, ones, maps.axes[over], maps.size(over), out)[0]
         if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
-            return Small(lambda env: (env[value].expand(shape),), (value,), op.outputs)  # of the image's size as it is
+            return VectorOp(
+                lambda env: (env[value].expand(shape),), (value,), op.outputs
+            )  # of the image's size as it is
         return spread(op, maps, value, over, out, maps.axes[over])
     shift = len(maps.shape(out)) - len(maps.shape(value))
     h, w = (axis + shift for axis in maps.axes[value])
@@ -194,9 +196,9 @@ def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 
 def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
-    """Maps (and smalls with rows of their own) joined along an image axis: each is padded by the length of the others.
+    """Maps (and vectors with rows of their own) joined along an image axis: each is padded by the length of the others.
 
-    Rows of the second wait, as carries, until the first has ended; so the last tiles do most of the work.
+    Rows of the second wait, as halos, until the first has ended; so the last tiles do most of the work.
     """
     axes = next(maps.axes[v] for v in values if v in maps)
     rank, nodes = len(maps.shape(op.outputs[0])), []

@@ -4,12 +4,12 @@ A norm with live statistics is three nodes:
 
     mean, var = moments of x          reduction, per sample and channel (N, C, 1, 1)
     what the norm makes of them       small: merged over batch or groups, affine part, running statistics
-    y = f(x, smalls)                  local, per pixel
+    y = f(x, vectors)                  local, per pixel
 
 Means and variances of parts of equal size merge as mean(mean_i) and mean(var_i) + var(mean_i), in float64; images of
 several sizes, and processes, give theirs with the number of their pixels. No formula of a norm's backward appears:
-gradients of the smalls come back through autograd, and the reduction's adjoint is dmean/n + 2 (x - mean) dvar/n at each
-pixel.
+gradients of the vectors come back through autograd, and the reduction's adjoint is dmean/n + 2 (x - mean) dvar/n at
+each pixel.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from ...capture.corrected import memory_format
 from ...capture.trace import Op, Ref
 from ...parallel.processes import Moments, merged
-from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Small, arguments, replay, rule
+from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, VectorOp, arguments, replay, rule
 from .pointwise import on_channels, only_maps
 from .promote import promoted
-from .reductions import exact, mapped, moments, small, wide
+from .reductions import exact, mapped, moments, vector, wide
 
 
 def _number(ref: Any) -> int | None:
@@ -41,7 +41,7 @@ def _running(
     momentum: float | Ref,
     statistics: Callable[[Env], tuple[Tensor, Tensor]],
     inputs: tuple[int, ...],
-) -> list[Small]:
+) -> list[VectorOp]:
     """What a call makes of running statistics: new values, which later calls of the norm and later steps read.
 
     Args:
@@ -61,7 +61,7 @@ def _running(
             return tuple(env[v] * (1 - share) + (new[v] * share).to(env[v].dtype) for v in kept)
 
     counted = (momentum.value,) if isinstance(momentum, Ref) else ()
-    return [Small(run, (*inputs, *kept, *counted), tuple(after[v] for v in kept))]
+    return [VectorOp(run, (*inputs, *kept, *counted), tuple(after[v] for v in kept))]
 
 
 def _need_channels(op: Op, maps: Maps, value: int) -> None:
@@ -105,7 +105,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         return env[total_mean], env[total_var] * (env[seen] / (env[seen] - 1).clamp(min=1))
 
     outputs = (total_mean, total_var, seen)
-    finalize = Small(lambda env: merge([share(env)]), read, outputs, share, merge)
+    finalize = VectorOp(lambda env: merge([share(env)]), read, outputs, share, merge)
     updates = _running(op, running, momentum, statistics, outputs)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
@@ -115,13 +115,13 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
     if value not in maps:
-        return [finalize, *updates, Small(lambda env: run(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
+        return [finalize, *updates, VectorOp(lambda env: run(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
     parts = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
     local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**parts, "eps": eps})
     return [*taking, finalize, *updates, local]
 
 
-def norm_of_small(op: Op, maps: Maps) -> list[Node] | None:
+def norm_of_vector(op: Op, maps: Maps) -> list[Node] | None:
     """Live BatchNorm of what is reduced from images: like that of a map it is over all images and processes."""
     if op.name != "batch_norm" or op.autocast is not None:
         return None
@@ -140,11 +140,11 @@ def _take_moments(
     if value not in maps:
         dims = [d for d in range(len(maps.shape(value))) if d != 1]
 
-        def of_small(env: Env) -> tuple[Tensor, Tensor]:
+        def of_vector(env: Env) -> tuple[Tensor, Tensor]:
             var, mean = torch.var_mean(env[value].to(wide(env[value].dtype)), dims, correction=0)
             return mean[:, None], var[:, None]
 
-        return [], (value,), of_small
+        return [], (value,), of_vector
     rows = _rows(op, maps, value)
     if rows is None:
         _need_channels(op, maps, value)
@@ -255,7 +255,7 @@ def layer_norm(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int, ...]) -> list[Node]:
-    """Each sample over the image and what lies behind it; weight and bias have a value for each position."""
+    """Each sample over the image and what lies after it; weight and bias have a value for each position."""
     value = given["input"].value
     values = maps.program.values
     dtype, out = wide(values[value].dtype), values[op.outputs[0]].dtype
@@ -276,21 +276,21 @@ def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int
             factor = torch.rsqrt(_over(count, spread, dtype) + eps)
             return _affine(middle, factor, torch.zeros_like(factor), dtype)
 
-        statistics = [reduction, Small(affine, (mean, var), made)]
+        statistics = [reduction, VectorOp(affine, (mean, var), made)]
     else:
         square, squares = mapped(op, maps, "square", (value,), lambda x: x.to(dtype).pow(2), dtype)
         total = maps.new_value(shape, dtype, like=value)
         reduction = Reduction(op, squares, "sum", count, normalized, True, outputs=(total,))
-        statistics = [square, reduction, small((total,), made[0], lambda t: torch.rsqrt(t + eps))]
+        statistics = [square, reduction, vector((total,), made[0], lambda t: torch.rsqrt(t + eps))]
 
-    op, smalls = promoted(op, maps, maps.axes[value], len(maps.shape(value)))
+    op, vectors = promoted(op, maps, maps.axes[value], len(maps.shape(value)))
     given = arguments(op, "input normalized_shape weight bias eps")
     factors = [given[name].value for name in ("weight", "bias") if given[name] is not None]
     weighted = given["weight"] is not None
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:
-        elements, smalls = list(rest[: len(factors)]), rest[len(factors) :]
-        y = ScaleShift.apply(x, *smalls, dtype) if centred else x * smalls[0]
+        elements, vectors = list(rest[: len(factors)]), rest[len(factors) :]
+        y = ScaleShift.apply(x, *vectors, dtype) if centred else x * vectors[0]
         if weighted:
             y = y * elements.pop(0)
         for element in elements:
@@ -298,7 +298,7 @@ def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int
         return y.to(out)
 
     local, _ = mapped(op, maps, op.name, (value, *factors), run, out, made, op.outputs[0])
-    return [*statistics, *smalls, local]
+    return [*statistics, *vectors, local]
 
 
 def _affine(mean: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -313,7 +313,7 @@ def _over(count: int, spread: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Node]:
-    """Statistics of each sample over groups of neighbouring channels and all dimensions behind them."""
+    """Statistics of each sample over groups of neighbouring channels and all dimensions after them."""
     value, eps = given["input"].value, given["eps"]
     _need_channels(op, maps, value)
     reduction, mean, var = moments(op, maps, value)
@@ -345,7 +345,7 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         return means, variances * unbiased
 
     updates = _running(op, running, given.get("momentum", 0.1), statistics, (mean, var))
-    finalize = Small(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), made)
+    finalize = VectorOp(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), made)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (ScaleShift.apply(env[value], *(env[v] for v in made), out),)  # pyright: ignore
@@ -354,7 +354,7 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
 
 
 class ScaleShift(torch.autograd.Function):
-    """(x - mean) * scale + shift in `dtype`, with smalls of size one in every dimension that they are broadcast along.
+    """(x - mean) * scale + shift in `dtype`, with vectors of size one in every dimension that they are broadcast along.
 
     Computed as x * scale + offset, offset = shift - mean * scale. The gradient of the scale is a sum of (x - mean) dy:
     one of x dy, and of dy apart, would leave rounding alone where the mean is large.
@@ -374,7 +374,7 @@ class ScaleShift(torch.autograd.Function):
         return dx, -scale * dshift, _sum_like((x - mean).mul_(dy), scale), dshift, None, None
 
 
-def _sum_like(x: Tensor, small: Tensor) -> Tensor:
+def _sum_like(x: Tensor, vector: Tensor) -> Tensor:
     """The sum over the dimensions in which the small has size one."""
-    dims = [d for d, size in enumerate(small.shape) if size == 1]
-    return x.sum(dims, keepdim=True, dtype=small.dtype)
+    dims = [d for d, size in enumerate(vector.shape) if size == 1]
+    return x.sum(dims, keepdim=True, dtype=vector.dtype)

@@ -17,7 +17,7 @@ from .base import (
     Maps,
     Node,
     Refusal,
-    Small,
+    VectorOp,
     Whole,
     arguments,
     replay,
@@ -86,7 +86,7 @@ def _like_another(op: Op, maps: Maps) -> Local | list[Node]:
     """A tensor in the dtype and on the device of another, of which nothing else is read."""
     value, like = op.inputs[0], maps.program.values[op.outputs[0]]
     if value not in maps:
-        return [Small(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)]
+        return [VectorOp(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)]
     own = replace(op, inputs=(value,))
     return Local(own, {value: maps.pointwise(value)}, (maps.axes[value],), lambda env, _: (env[value].to(like.dtype),))
 
@@ -113,7 +113,7 @@ def only_maps(op: Op, maps: Maps, *values: int) -> None:
 
 @rule("bucketize", "isin")
 def compared(op: Op, maps: Maps) -> Local:
-    """Each element of a map against all elements of a small."""
+    """Each element of a map against all elements of a vector."""
     value = op.inputs[0]
     if value not in maps:
         raise Refusal(f"'{op.name}' compares a tensor with all positions of the image")
@@ -136,7 +136,7 @@ def linear(op: Op, maps: Maps) -> Local | Whole:
     given = arguments(op, "input weight bias")
     value = given["input"].value
     if value in maps.flat and len(maps.shape(value)) - 1 in maps.axes[value]:
-        return Whole(op)  # a classifier behind a flatten: a weight for each position
+        return Whole(op)  # a classifier after a flatten: a weight for each position
     if len(maps.shape(value)) - 1 in maps.axes[value]:
         raise Refusal("'linear' contracts an image axis")
     only_maps(op, maps, value)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...capture.trace import Op
 from ..geometry import Cells
-from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, arguments, replay, rule
+from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted, spread_strip
 
 
@@ -29,7 +29,7 @@ def matmul(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 
 def _behind(maps: Maps, value: int) -> tuple[int, int] | None:
-    """The image axes of a map, counted from behind."""
+    """The image axes of a map, counted from after."""
     if value not in maps:
         return None
     h, w = maps.axes[value]
@@ -121,7 +121,7 @@ def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
         return [*nodes, Reduction(op, pair, "sum", 1, (), True, form=product)]
     full = maps.new_value((*batch, c, d), like=op.outputs[0])
     shape = tuple(maps.shape(op.outputs[0]))
-    drop = Small(lambda env: (env[full].reshape(shape),), (full,), op.outputs)
+    drop = VectorOp(lambda env: (env[full].reshape(shape),), (full,), op.outputs)
     return [*nodes, Reduction(op, pair, "sum", 1, (), True, outputs=(full,), form=product), drop]
 
 
@@ -190,4 +190,4 @@ def baddbmm(op: Op, maps: Maps) -> list[Node]:
     def add(env: Env) -> tuple[Tensor, ...]:
         return (given["beta"] * env[base] + given["alpha"] * env[product],)
 
-    return [*nodes, Small(add, (base, product), (output,))]
+    return [*nodes, VectorOp(add, (base, product), (output,))]

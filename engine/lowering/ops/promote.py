@@ -1,10 +1,10 @@
-"""Smalls that meet a map with a value for each position of it, or for each row or column.
+"""Vectors that meet a map with a value for each position of it, or for each row or column.
 
 One that has been spread over the image before (`expand`, an upsampled pooling) is spread block by block instead. Others
 (a position embedding, what ops on a whole map made) are maps that are there: a promoted value is a further name for the
-tensor, and as a source of the sweep that reads it, it is read tile by tile. So is a *resident*, which is smaller than
+tensor, and as a source of the stage that reads it, it is read tile by tile. So is a *resident*, which is smaller than
 the image along an axis: a value for each row (N, C, H, 1), a grid (N, C, 6, 6) that is upsampled. It is there whole
-before the sweep, and ops read the part of it that their block wants.
+before the stage, and ops read the part of it that their block wants.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ...capture.trace import Op, Ref
 from ..geometry import Access, repeated, same
-from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, Small, arguments
+from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, VectorOp, arguments
 
 
 def promoted(
@@ -60,7 +60,7 @@ def promoted(
             nodes.append(spread(op, maps, source, over, number, axes))
         else:
             number = _promote(maps, value, shape, axes, size)
-            nodes.append(Small(_view(value, tuple(shape), axes, size), (value,), (number,)))
+            nodes.append(VectorOp(_view(value, tuple(shape), axes, size), (value,), (number,)))
         names[value] = number
     if not names:
         return op, nodes
@@ -68,7 +68,7 @@ def promoted(
 
 
 def spread(op: Op, maps: Maps, source: int, over: int, output: int, axes: Axes) -> Local:
-    """The map `output` that has a small's values at every position of the map `over`."""
+    """The map `output` that has a vector's values at every position of the map `over`."""
     shape = list(maps.shape(output))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
@@ -87,7 +87,7 @@ def resident(maps: Maps, value: int, axes: Axes, shape: Sequence[int] | None = N
     number = maps.new_value(shape, like=value)
     maps.axes[number] = axes
     maps.resident.add(number)
-    return [Small(lambda env: (env[value].reshape(shape),), (value,), (number,))], number
+    return [VectorOp(lambda env: (env[value].reshape(shape),), (value,), (number,))], number
 
 
 def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access, Access]:
@@ -117,7 +117,7 @@ def spread_strip(
 
 
 def _spread_source(maps: Maps, value: int) -> int | None:
-    """The small that an op on smalls has spread over the image to make this value, if that is what it has done."""
+    """The vector that an op on vectors has spread over the image to make this value, if that is what it has done."""
     maker = next((op for op in maps.program.ops if value in op.outputs), None)
     if maker is None or not maker.inputs or len(maps.shape(maker.inputs[0])) != len(maps.shape(value)):
         return None

@@ -1,7 +1,7 @@
 """Rules of reductions over dimensions: of channels per pixel; of the whole image, or of each of its rows or columns,
 as a sum, a maximum or moments.
 
-Everything else is made of these three, with a local op before and a small behind:
+Everything else is made of these three, with a local op before and a vector after:
 
     norm (p = 2)   x^2  -> sum -> root              norm (p = 1)   |x| -> sum
     amin           -x   -> max -> -                 norm (p = inf) |x| -> max
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...capture.trace import Op
-from .base import Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, arguments, dimensions, replay, rule
+from .base import Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, dimensions, replay, rule
 from .grids import Grid, is_read, strip_grid
 from .pointwise import elementwise, only_maps
 from .promote import over_resident, resident
@@ -76,27 +76,27 @@ def mapped(
     values: tuple[int, ...],
     function: Callable[..., Tensor],
     dtype: torch.dtype,
-    smalls: tuple[int, ...] = (),
+    vectors: tuple[int, ...] = (),
     output: int | None = None,
 ) -> tuple[Local, int]:
-    """A local op of our own per pixel, `function(*values, *smalls)`; all values have the first one's axes."""
+    """A local op of our own per pixel, `function(*values, *vectors)`; all values have the first one's axes."""
     made = maps.new_value(dtype=dtype, like=values[0]) if output is None else output
     maps.axes[made] = maps.axes[values[0]]
     if values[0] in maps.flat:
         maps.flat[made] = maps.flat[values[0]]
 
     def run(env: Env, _block: Any) -> tuple[Tensor, ...]:
-        return (function(*(env[v] for v in (*values, *smalls))),)
+        return (function(*(env[v] for v in (*values, *vectors))),)
 
-    own = Op(op.func, name, (), {}, (*values, *smalls), (made,), (), op.module)
+    own = Op(op.func, name, (), {}, (*values, *vectors), (made,), (), op.module)
     reads = {v: maps.pointwise(v) for v in values}
-    reads.update({v: over_resident(maps, v, maps.size(made)) for v in smalls if v in maps.resident})
+    reads.update({v: over_resident(maps, v, maps.size(made)) for v in vectors if v in maps.resident})
     return Local(own, reads, (maps.axes[made],), run), made
 
 
-def small(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> Small:
+def vector(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> VectorOp:
     """A small of our own: `function(*inputs)`."""
-    return Small(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
+    return VectorOp(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
 
 
 def axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
@@ -190,14 +190,16 @@ class _Call:
         """Whether the gradient of a maximum goes to the first of equal elements: where it has an index."""
         return len(self.op.outputs) > 1 and self.op.name in ("max", "min")
 
-    def mapped(self, name: str, function: Callable[..., Tensor], dtype: torch.dtype, *smalls: int) -> tuple[Local, int]:
-        return mapped(self.op, self.maps, name, (self.value,), function, dtype, smalls)
+    def mapped(
+        self, name: str, function: Callable[..., Tensor], dtype: torch.dtype, *vectors: int
+    ) -> tuple[Local, int]:
+        return mapped(self.op, self.maps, name, (self.value,), function, dtype, vectors)
 
     def kept(self, value: int) -> tuple[list[Node], int]:
         """The result with its dimensions kept, as local ops take it."""
         return ([], value) if self.grid is None else resident(self.maps, value, self.maps.axes[self.value])
 
-    def small_like_output(self, dtype: torch.dtype) -> int:
+    def vector_like_output(self, dtype: torch.dtype) -> int:
         return self.maps.new_value(self.maps.shape(self.output), dtype, like=self.output)
 
     def reduce(
@@ -225,12 +227,12 @@ class _Call:
         behind: Callable[[Tensor], Tensor],
         nan_counts: bool = False,
     ) -> list[Node]:
-        """function(x) -> reduced -> behind(it)."""
+        """function(x) -> reduced -> after(it)."""
         own = wide(self.maps.program.values[self.value].dtype)
         local, made = self.mapped(name, lambda x: function(x.to(own)), own)
-        total = self.small_like_output(own)
+        total = self.vector_like_output(own)
         dtype = self.dtype
-        last = small((total,), self.output, lambda t: behind(t).to(dtype))
+        last = vector((total,), self.output, lambda t: behind(t).to(dtype))
         return [local, self.reduce(made, kind, total, nan_counts=nan_counts), last]
 
 
@@ -333,7 +335,7 @@ def _spread(call: _Call) -> list[Node]:
         means = torch.where(spread.isnan(), torch.nan, means)  # so PyTorch follows a mean that is infinite
         return tuple(t.squeeze(squeezed).to(dtype) for t in (spread, means)[: len(op.outputs)])
 
-    return [taken, Small(lambda env: finish(env[mean], env[var]), (mean, var), op.outputs)]
+    return [taken, VectorOp(lambda env: finish(env[mean], env[var]), (mean, var), op.outputs)]
 
 
 def finite(top: Tensor) -> Tensor:
@@ -363,7 +365,7 @@ def _logsumexp(call: _Call) -> list[Node]:
     def finish(most: Tensor, sums: Tensor) -> Tensor:
         return (sums.log() + finite(most)).squeeze(squeezed).to(dtype)
 
-    return [*nodes, small((top, total), call.output, finish)]
+    return [*nodes, vector((top, total), call.output, finish)]
 
 
 def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
@@ -391,7 +393,7 @@ def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], 
     local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
     kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
     total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
-    scale = small((total,), length, lambda t: root(t).clamp_min(eps))
+    scale = vector((total,), length, lambda t: root(t).clamp_min(eps))
     found, there = call.kept(length)
     last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (there,), call.output)
     return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]

@@ -41,7 +41,7 @@ def positions(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
 
 
 def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
-    """Which outputs of an interpolation lie behind the middle of the last input of an axis."""
+    """Which outputs of an interpolation lie after the middle of the last input of an axis."""
     given = arguments(op, INTERPOLATE)
     if given["align_corners"]:
         return torch.zeros(size_out, dtype=torch.bool)
@@ -58,7 +58,7 @@ class _Blend:
         places = positions(op, size_in, size_out, axis).clamp(0, size_in - 1)
         lower = places.floor().cummax(0).values
         weights = (places - lower).clamp(min=0)
-        # Behind the last input PyTorch blends it with itself; a weight of zero would make an infinite one NaN.
+        # After the last input PyTorch blends it with itself; a weight of zero would make an infinite one NaN.
         self.weights: list[float] = torch.where(_behind(op, size_in, size_out, axis), 0.5, weights).tolist()
         first = tuple(int(i) for i in lower.tolist())
         self.access = Gather(size_in, size_out, first, tuple(min(i + 1, size_in - 1) for i in first))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...capture.trace import Op
 from ..geometry import Access, Gather, Window, same
-from .base import Block, Env, Flat, Local, Maps, Refusal, Small, Whole, rule
+from .base import Block, Env, Flat, Local, Maps, Refusal, VectorOp, Whole, rule
 
 
 def _place(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
@@ -33,11 +33,11 @@ def _place(before: Sequence[int], after: Sequence[int], axis: int, took: int, si
 
 
 @rule("reshape", "view", "reshape_as", "view_as", "flatten", "unflatten")
-def reshape(op: Op, maps: Maps) -> Local | Small | Whole:
+def reshape(op: Op, maps: Maps) -> Local | VectorOp | Whole:
     value = op.inputs[0]
     if value not in maps:  # a tensor in the shape of a map
         shape = maps.shape(op.outputs[0])
-        return Small(lambda env: (env[value].reshape(shape),), (value,), op.outputs)
+        return VectorOp(lambda env: (env[value].reshape(shape),), (value,), op.outputs)
     before, after = maps.shape(value), maps.shape(op.outputs[0])
     if maps.program.values[value].dtype != maps.program.values[op.outputs[0]].dtype:
         raise Refusal("'view' reinterprets the bytes of a map")
@@ -85,7 +85,7 @@ def _along(before: Sequence[int], after: Sequence[int], axis: int) -> tuple[int,
 def _merged(
     before: Sequence[int], after: Sequence[int], ahead: int, height: int, width: int
 ) -> tuple[int, Flat] | None:
-    """Which dimension of `after` holds all the pixels behind `ahead` elements, and as little besides as can be."""
+    """Which dimension of `after` holds all the pixels after `ahead` elements, and as little besides as can be."""
     pixels = height * width
     behind = math.prod(before) // (ahead * pixels)
     found: list[tuple[int, Flat]] = []

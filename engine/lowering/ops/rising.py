@@ -1,10 +1,10 @@
-"""Ops on smalls whose result has a value for each position of the image: maps again, made block by block.
+"""Ops on vectors whose result has a value for each position of the image: maps again, made block by block.
 
     interpolate   (N, C, 6, 6) -> (N, C, H, W)                 pyramid pooling
     expand        (N, C, H, 1) -> (N, C, H, W)                 strip pooling
     a + b, a @ b  (N, C, H, 1), (N, C, 1, W) -> (N, C, H, W)   coordinate attention
 
-What they read is resident (promote.py). Of other smalls of the image's size nothing is assumed: they are there whole.
+What they read is resident (promote.py). Of other vectors of the image's size nothing is assumed: they are there whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PRODUCTS = frozenset({"matmul", "__matmul__"})
 
 
 def rise(op: Op, maps: Maps) -> list[Node] | None:
-    """The nodes of an op on smalls whose output is a map; None if it stays a small."""
+    """The nodes of an op on vectors whose output is a map; None if it stays a vector."""
     if len(op.outputs) != 1 or op.mutated or op.autocast is not None:
         return None
     output = op.outputs[0]

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...capture.trace import Op, bind
-from ..geometry import Gather, Spread
+from ..geometry import Gather, TransposedWindow
 from .base import Block, Env, Local, Maps, Refusal, arguments, need_nchw, pair, rule
 
 
-def _outer(access: Spread, lo: int, hi: int) -> tuple[int, int, int]:
+def _outer(access: TransposedWindow, lo: int, hi: int) -> tuple[int, int, int]:
     """How the outputs [lo, hi) lie in what the input window gives without padding.
 
     Returns the rows of zeros wanted before and after the window, and the row of the result where the outputs begin.
@@ -38,7 +38,7 @@ def conv_transpose2d(op: Op, maps: Maps) -> Local:
     size, out = maps.size(value), maps.shape(op.outputs[0])[-2:]
     kernel = pair(maps.shape(weight)[-2:])
     stride, padding, dilation = (pair(given[name]) for name in ("stride", "padding", "dilation"))
-    rows, cols = (Spread(size[i], out[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    rows, cols = (TransposedWindow(size[i], out[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     bias, groups = given["bias"], given["groups"]
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:

@@ -209,7 +209,7 @@ def _under(region: _Region) -> Window:
 
 
 def _depends(shape: Sequence[int], axis: int | None) -> bool:
-    """Whether a tensor has more than one value along an axis that is counted from behind."""
+    """Whether a tensor has more than one value along an axis that is counted from after."""
     return axis is not None and -axis <= len(shape) and shape[axis] != 1
 
 

@@ -69,8 +69,8 @@ def test_a_peer_that_is_not_installed_is_not_run(monkeypatch):
 
 
 def test_the_prediction_is_the_largest_side_that_plan_allows(monkeypatch):
-    def pretend(network, task, budget, tile=None, carries="auto"):
-        assert (budget, carries) == (900, "device")
+    def pretend(network, task, budget, tile=None, halos="auto"):
+        assert (budget, halos) == (900, "device")
         if task.image[2] > 5000:
             raise BudgetError("no tile fits")
 

@@ -1,7 +1,7 @@
-"""Replayed tiles give what tiles computed op by op give, and read nothing but their static tensors.
+"""Replayed tiles give what tiles computed op by op give, and read nothing but their graph buffers.
 
 On the CPU a captured function is one that is called again, with the place of the first tile of its kind. Before every
-load all static tensors are filled with NaN, and during a replay every op is watched.
+load all graph buffers are filled with NaN, and during a replay every op is watched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate, dense_loss, kernels, plan
-from gigamorph.engine.cuda_graphs import alike, replay, static
+from gigamorph.engine.cuda_graphs import buffers, replay, signature
 from gigamorph.engine.execution import steps
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
@@ -88,7 +88,7 @@ class Remembered:
 
         def again() -> None:
             self.replayed += 1
-            assert there <= {tensor.data_ptr() for tensor in self.tensors()}, "a static tensor has moved"
+            assert there <= {tensor.data_ptr() for tensor in self.tensors()}, "a graph buffers has moved"
             with Watch({storage(tensor) for tensor in self.tensors()}):
                 run()
 
@@ -108,21 +108,21 @@ def poison(tensor: Tensor) -> None:
 def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     """Tiles are replayed on the CPU while `on`."""
     executor = Remembered()
-    plain_load = static.Static.load
+    plain_load = buffers.GraphBuffers.load
 
     class Bench(replay.Bench):
         def __init__(self, *args: Any):
             super().__init__(*args)
             executor.benches.append(self)
 
-    def load(self: static.Static, tensors: dict[static.Name, Tensor]) -> None:
+    def load(self: buffers.GraphBuffers, tensors: dict[buffers.Name, Tensor]) -> None:
         for tensor in (*self.inputs.values(), *self.outputs.values()):
             poison(tensor)
         plain_load(self, tensors)
 
     monkeypatch.setattr(replay, "Bench", Bench)
-    monkeypatch.setattr(static.Static, "load", load)
-    monkeypatch.setattr(static, "executor", lambda device: executor if executor.on else None)
+    monkeypatch.setattr(buffers.GraphBuffers, "load", load)
+    monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
     monkeypatch.setattr(steps, "FEWEST_TILES", 1)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))
     return executor
@@ -219,14 +219,14 @@ def test_steps_agree(remembered: Remembered, tile: int) -> None:
     assert remembered.replayed > 0 or tile == 200
 
 
-@pytest.mark.parametrize("carries", ["device", "host", "disk"])
-def test_without_a_gradient_of_the_image(remembered: Remembered, carries: str) -> None:
-    assert_replays_agree(remembered, build(), image(96, 96), image_gradient=False, tile=16, carries=carries)
+@pytest.mark.parametrize("halos", ["device", "host", "disk"])
+def test_without_a_gradient_of_the_image(remembered: Remembered, halos: str) -> None:
+    assert_replays_agree(remembered, build(), image(96, 96), image_gradient=False, tile=16, halos=halos)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.GroupNorm(2, channels)])
 def test_live_norms(remembered: Remembered, norm: Any) -> None:
-    """Several sweeps, whose sources are stored maps, and moments."""
+    """Several stages, whose sources are stored maps, and moments."""
     assert_replays_agree(remembered, build(norm).train(), image(96, 128), limit=LIMIT, tile=16)
     assert len(remembered.benches) > 2 and remembered.replayed > 0
 
@@ -263,7 +263,7 @@ def test_random_networks(remembered: Remembered) -> None:
         with torch.no_grad():
             assume(all(leaf.isfinite().all() for leaf in tree_leaves(model(x))))
         remembered.benches.clear()
-        options = {"tile": program.tile, "carries": program.carries}
+        options = {"tile": program.tile, "halos": program.halos}
         assert_replays_agree(remembered, model, x, rounds=2, limit=LIMIT, **options)
 
     check()
@@ -330,7 +330,7 @@ def test_retained_tiles_are_not_replayed(remembered: Remembered, monkeypatch: py
 
 
 def test_two_forwards_before_their_backwards(remembered: Remembered) -> None:
-    """The second forward loads other smalls into the same static tensors."""
+    """The second forward loads other vectors into the same graph buffers."""
     grads = []
     for remembered.on in (False, True):
         model = build(nn.BatchNorm2d).train()
@@ -365,7 +365,7 @@ def test_counts_of_an_average_pooling_are_not_captured(remembered: Remembered, m
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool2d(1))
     assert_replays_agree(remembered, model.double(), image(96, 96), tile=16)
     assert remembered.replayed > 0
-    monkeypatch.setattr(alike, "_AT_BORDERS", frozenset())
+    monkeypatch.setattr(signature, "_AT_BORDERS", frozenset())
     with pytest.raises(AssertionError, match="cannot be captured"):
         assert_replays_agree(remembered, model.double(), image(96, 96), tile=16)
 
@@ -375,7 +375,7 @@ def test_circular_padding_is_replayed_inside_alone(remembered: Remembered, monke
     model = nn.Sequential(nn.Conv2d(1, 2, 3), circular, nn.Tanh(), nn.AdaptiveAvgPool2d(1)).double()
     assert_replays_agree(remembered, model, image(98, 98), tile=16, limit=LIMIT)
     assert remembered.replayed > 0
-    monkeypatch.setattr(alike, "_AT_BORDERS", frozenset())
+    monkeypatch.setattr(signature, "_AT_BORDERS", frozenset())
     with pytest.raises(AssertionError, match="round 0"):
         assert_replays_agree(remembered, model, image(98, 98), tile=16, limit=LIMIT)
 
@@ -397,29 +397,29 @@ def test_labels_of_each_tile(remembered: Remembered, kind: type) -> None:
     assert remembered.replayed > 0
 
 
-@pytest.mark.parametrize("kind", ["window", "carry", "grad", "back"])
+@pytest.mark.parametrize("kind", ["window", "halo", "grad", "back"])
 def test_a_stale_input_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Planted: one input is not loaded again."""
-    load = static.Static.load
+    load = buffers.GraphBuffers.load
 
-    def forgetful(self: static.Static, tensors: dict[static.Name, Tensor]) -> None:
+    def forgetful(self: buffers.GraphBuffers, tensors: dict[buffers.Name, Tensor]) -> None:
         stale = next((name for name in self.inputs if name[0] == kind and name in tensors), None)
         load(self, {name: tensor for name, tensor in tensors.items() if name != stale})
 
-    monkeypatch.setattr(static.Static, "load", forgetful)
+    monkeypatch.setattr(buffers.GraphBuffers, "load", forgetful)
     with pytest.raises(AssertionError, match="NaN"):
         assert_replays_agree(remembered, build(), image(96, 96), tile=16)
 
 
 def test_a_tensor_of_the_step_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: the work reads a small where this step has it."""
+    """Planted: the work reads a vector where this step has it."""
     monkeypatch.setattr(replay.Bench, "smalls", lambda bench: {v: t.clone() for v, t in kept.items()})
     kept: dict[int, Tensor] = {}
     begin = replay.Replays.forward
 
-    def forward(self: replay.Replays, scan: Any, smalls: dict[int, Tensor]) -> Any:
-        kept.update(smalls)
-        return begin(self, scan, smalls)
+    def forward(self: replay.Replays, scan: Any, vectors: dict[int, Tensor]) -> Any:
+        kept.update(vectors)
+        return begin(self, scan, vectors)
 
     monkeypatch.setattr(replay.Replays, "forward", forward)
     with torch.no_grad(), pytest.raises(AssertionError, match="not static"):
@@ -462,14 +462,14 @@ def test_the_plan_counts_static_tensors(remembered: Remembered, norm: type[nn.Mo
         for bench in remembered.benches
         for recording in bench.recordings.values()
     ]
-    planned = max(replay.static_bytes(sweep, True) for sweep in prepared.sweeps)
+    planned = max(replay.buffer_bytes(tiled, True) for tiled in prepared.stages)
     assert 0.7 * planned < max(held) < 2 * planned
     assert len(prepared.arena.chunks) == 1
 
 
 def test_an_arena_is_used_from_its_beginning_by_each() -> None:
-    arena, pattern = static.Arena(), torch.zeros(3, 5, 1000)
-    holders = [static.Static(arena) for _ in range(2)]
+    arena, pattern = buffers.Arena(), torch.zeros(3, 5, 1000)
+    holders = [buffers.GraphBuffers(arena) for _ in range(2)]
     for holder in holders:
         for name in range(3):
             holder.load({(name,): pattern + name})
@@ -479,7 +479,7 @@ def test_an_arena_is_used_from_its_beginning_by_each() -> None:
             assert torch.equal(holder.outputs[name,], pattern.permute(2, 0, 1) - name)
     places = [[t.data_ptr() for t in (*h.inputs.values(), *h.outputs.values())] for h in holders]
     assert places[0] == places[1] and len(set(places[0])) == 6
-    large = torch.zeros(static.CHUNK_BYTES // 4 + 1)
+    large = torch.zeros(buffers.CHUNK_BYTES // 4 + 1)
     holders[0].load({("large",): large})
     assert len(arena.chunks) == 2 and holders[0].inputs["large",].data_ptr() == arena.chunks[1].data_ptr()
 
@@ -487,11 +487,11 @@ def test_an_arena_is_used_from_its_beginning_by_each() -> None:
 def test_the_plan_has_room_for_replays(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaying comes before retaining, unless nearly all tiles can be retained; below the budget neither."""
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: plan.replay_bytes > 0))
-    monkeypatch.setattr(static, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(buffers, "CHUNK_BYTES", 2**16)
     model, shape = build().eval(), (1, 600, 600)
 
     def planned(budget: int) -> Plan:
-        return plan(model, shape, budget, tile=64, dtype=torch.float64, carries="device")
+        return plan(model, shape, budget, tile=64, dtype=torch.float64, halos="device")
 
     remembered.on = False
     least = planned(2**40)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from exactness import LIMIT, errors, randomize
 from split_image import network
-from sync_norms import with_ranges
+from sync_norms import with_segments
 from torch import Tensor, nn
 
 from gigamorph import accelerate
@@ -47,7 +47,7 @@ def two_forwards(model: nn.Module, images: list[Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["live", "cumulative", "excite, live", "instance"])
 def test_two_forwards(name: str, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if ranges:
-        monkeypatch.setattr(PLAN, "strategies", with_ranges)
+        monkeypatch.setattr(PLAN, "strategies", with_segments)
     stock = instance().train() if name == "instance" else network(name)
     fast = accelerate(copy.deepcopy(stock), tile=11)
     images = [torch.randn(2, 2, 37, size, dtype=torch.float64) + size for size in (29, 29, 41)]
@@ -58,7 +58,7 @@ def test_two_forwards(name: str, ranges: bool, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_parameter_changed_in_between_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by stock PyTorch: the gradient would be that of another network."""
-    monkeypatch.setattr(PLAN, "strategies", with_ranges)
+    monkeypatch.setattr(PLAN, "strategies", with_segments)
     net = network("live")
     output = accelerate(net, tile=11)(torch.randn(2, 2, 37, 29, dtype=torch.float64))
     with torch.no_grad():

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine.capture.trace import capture
-from gigamorph.engine.lowering.graph import sort
 from gigamorph.engine.lowering.ops import Whole
 from gigamorph.engine.lowering.ops.contract import _labels
+from gigamorph.engine.lowering.stages import sort
 
 
 class Contraction(nn.Module):
-    """A function of a map, a matrix (3, 4) and ramps over rows and columns, behind a convolution."""
+    """A function of a map, a matrix (3, 4) and ramps over rows and columns, after a convolution."""
 
     def __init__(self, function, pixelwise: bool):
         super().__init__()
@@ -117,7 +117,7 @@ def test_sums_come_from_tiles():
 
 
 def test_in_the_middle():
-    """What is contracted over the image may scale the map, in a further sweep."""
+    """What is contracted over the image may scale the map, in a further stage."""
     gate = Around(lambda x: x * torch.einsum("nchw,ndhw->nc", x, x.tanh()).tanh()[..., None, None])
     assert_exact(gate.double(), image(), tile=(5, 4))
 

@@ -173,19 +173,19 @@ def test_a_tensor_in_the_dtype_of_a_map():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.taps = nn.Conv2d(2, 4, 3), nn.Parameter(torch.tensor([1.0, 2.0, 1.0]))
+            self.first, self.observers = nn.Conv2d(2, 4, 3), nn.Parameter(torch.tensor([1.0, 2.0, 1.0]))
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
-            kernel = (self.taps[:, None] * self.taps).to(x).expand(4, 1, 3, 3)
+            kernel = (self.observers[:, None] * self.observers).to(x).expand(4, 1, 3, 3)
             x = F.conv2d(x, kernel / 16, groups=4) * torch.arange(4).type_as(x)[:, None, None]
             ramp = torch.arange(x.shape[-1]).type_as(x).repeat(2, 4, x.shape[-2])
             x = x + ramp[..., : x.shape[-2] * x.shape[-1]].view_as(x) * ramp[0, 0, : x.shape[-1]].expand_as(x)
-            return (x.to(self.taps) + x.type_as(kernel)).tanh()
+            return (x.to(self.observers) + x.type_as(kernel)).tanh()
 
     net = Net().double()
-    net.taps.data = net.taps.data.float()
-    assert_exact(net, image(), tile=(5, 4), limit=1e-6)  # the gradient of `taps` is float32
+    net.observers.data = net.observers.data.float()
+    assert_exact(net, image(), tile=(5, 4), limit=1e-6)  # the gradient of `observers` is float32
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sweep with fused convolutions and kernels gives what it gives without, which is what stock PyTorch gives."""
+"""The stage with fused convolutions and kernels gives what it gives without, which is what stock PyTorch gives."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ConvNextBlock(nn.Module):
 
 
 class ConvNext(nn.Module):
-    """Patches, two kinds of blocks, downsampling in between, a norm behind the pooling."""
+    """Patches, two kinds of blocks, downsampling in between, a norm after the pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ def image(height: int, width: int) -> Tensor:
 
 def ops_of(net: nn.Module) -> list[str]:
     (((prepared,),),) = net._programs.values()
-    (graph,) = prepared.network.sweeps  # pyright: ignore
-    return [local.op.name for local in graph.locals]
+    (stage,) = prepared.network.stages  # pyright: ignore
+    return [local.op.name for local in stage.locals]
 
 
 @settings(
@@ -143,7 +143,7 @@ def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
     x = torch.randn(program.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assume(all(leaf.isfinite().all() for leaf in tree_leaves(model(x))))
-    assert_exact(model, x, tile=program.tile, carries=program.carries)
+    assert_exact(model, x, tile=program.tile, halos=program.halos)
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish])
@@ -331,7 +331,7 @@ class TestFusing:
             plain = Scan.record
 
             def record(self, *args):
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                with torch.autograd.stage.saved_tensors_hooks(pack, lambda t: t):
                     return plain(self, *args)
 
             Scan.record = record

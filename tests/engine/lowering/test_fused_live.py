@@ -1,4 +1,4 @@
-"""BatchNorm with live statistics by the kernels: the sweeps give what stock PyTorch gives on the whole image."""
+"""BatchNorm with live statistics by the kernels: the stages give what stock PyTorch gives on the whole image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate, kernels
 from gigamorph.engine.lowering.fused import batch_norm as fused_norm
 from gigamorph.engine.lowering.fused import conv as fused_conv
-from gigamorph.engine.lowering.graph import Graph
+from gigamorph.engine.lowering.stages import Stage
 from gigamorph.engine.planning.strategy import strategies
 from gigamorph.kernels import choice
 
@@ -35,7 +35,7 @@ def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Block(nn.Module):
-    """Norms with an activation behind them, with a sum and an activation, with a sum alone, and with nothing."""
+    """Norms with an activation after them, with a sum and an activation, with a sum alone, and with nothing."""
 
     def __init__(self, channels: int, out: int, stride: int, act: type[nn.Module], **norm: bool):
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 convolution behind a norm and its activation, one with a bias behind a norm alone, and a padded one."""
+    """A 1x1 convolution after a norm and its activation, one with a bias after a norm alone, and a padded one."""
 
     def __init__(self, channels: int, act: type[nn.Module]):
         super().__init__()
@@ -100,9 +100,9 @@ def image(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-def sweeps(net: nn.Module) -> list[Graph]:
+def stages(net: nn.Module) -> list[Stage]:
     (((prepared,),),) = net._programs.values()
-    return prepared.network.sweeps  # pyright: ignore
+    return prepared.network.stages  # pyright: ignore
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU])
@@ -172,15 +172,15 @@ class TestFusing:
     def test_norms_take_sums_and_activations(self, fused_with_stock_ops: None) -> None:
         net = accelerate(build(), tile=32)
         net(image(1, 1, 64, 64))
-        names = [local.op.name for graph in sweeps(net) for local in graph.locals]
+        names = [local.op.name for stage in stages(net) for local in stage.locals]
         fused = {"fused_conv2d", "fused_normalize", "fused_norm_conv", "max_pool2d"}
         assert set(names) == {*fused, "avg_pool2d", "add", "relu"}
-        assert names.count("add") == names.count("relu") == 1, "behind the pooling"
+        assert names.count("add") == names.count("relu") == 1, "after the pooling"
 
     def test_norms_take_the_convolution_of_a_pixel_behind_them(self, fused_with_stock_ops: None) -> None:
         net = accelerate(build(), tile=32)
         net(image(1, 1, 64, 64))
-        names = [local.op.name for graph in sweeps(net) for local in graph.locals]
+        names = [local.op.name for stage in stages(net) for local in stage.locals]
         assert names.count("fused_norm_conv") == 2, "the padded one stays apart"
 
     def test_an_activation_behind_a_sum_that_does_not_show_its_slope_stays_apart(
@@ -188,7 +188,7 @@ class TestFusing:
     ) -> None:
         net = accelerate(build(nn.SiLU), tile=32)
         net(image(1, 1, 64, 64))
-        names = [local.op.name for graph in sweeps(net) for local in graph.locals]
+        names = [local.op.name for stage in stages(net) for local in stage.locals]
         assert names.count("silu") == 3 and names.count("add") == 1
 
     def test_statistics_come_out_of_convolutions_in_the_first_pass_alone(

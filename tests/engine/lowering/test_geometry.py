@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gigamorph.engine.lowering.geometry import Access, Gather, Mirror, Spread, Window, same, schedule_axis
+from gigamorph.engine.lowering.geometry import Access, Gather, Mirror, TransposedWindow, Window, same, schedule_axis
 
 CHECKS = settings(max_examples=300, derandomize=True, deadline=None)
 
@@ -34,13 +34,13 @@ def gathers(draw) -> Gather:
 
 
 @st.composite
-def spreads(draw) -> Spread:
+def spreads(draw) -> TransposedWindow:
     size, kernel = draw(st.integers(1, 12)), draw(st.integers(1, 5))
     stride, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     reach = dilation * (kernel - 1)
     pad = draw(st.integers(0, reach))
     out = (size - 1) * stride - 2 * pad + reach + 1 + draw(st.integers(0, stride - 1))
-    return Spread(size, max(out, 1), kernel, stride, pad, dilation)
+    return TransposedWindow(size, max(out, 1), kernel, stride, pad, dilation)
 
 
 @st.composite
@@ -61,12 +61,12 @@ def inputs_of(access: Access, output: int) -> set[int]:
         ramp = torch.arange(float(access.size_in)).reshape(1, 1, -1)
         mode = "replicate" if access.replicate else "reflect"
         return {int(F.pad(ramp, (access.pad, access.after), mode=mode)[0, 0, output])}
-    if isinstance(access, Spread):
-        taps = range(access.kernel)
+    if isinstance(access, TransposedWindow):
+        observers = range(access.kernel)
         return {
             i
             for i in range(access.size_in)
-            if any(i * access.stride - access.pad + access.dilation * t == output for t in taps)
+            if any(i * access.stride - access.pad + access.dilation * t == output for t in observers)
         }
     assert isinstance(access, Window)
     reads = {output * access.stride - access.pad + access.dilation * t for t in range(access.kernel)}
@@ -90,7 +90,7 @@ def test_ready(access):
 def test_ready_waits_no_longer_than_needed(access):
     for frontier in range(1, access.size_in):
         ready = access.ready(frontier)
-        if isinstance(access, Window):  # its last tap may lie in the padding only behind the last input
+        if isinstance(access, Window):  # its last tap may lie in the padding only after the last input
             waits = ready < access.size_out and ready * access.stride - access.pad + access.reach >= frontier
         else:
             waits = ready < access.size_out and max(inputs_of(access, ready)) >= frontier
@@ -144,7 +144,7 @@ def test_mirror_source(access):
 
 @st.composite
 def chains(draw):
-    """(size, tile, reads) of a small program: a chain with a branch that waits for its longer twin."""
+    """(size, tile, reads) of a vector program: a chain with a branch that waits for its longer twin."""
     size = draw(st.integers(1, 40))
     reads, sizes = [], [size]
     for value in range(1, draw(st.integers(2, 6))):
@@ -165,7 +165,7 @@ def chains(draw):
 @CHECKS
 @given(chains())
 def test_schedule(chain):
-    """Blocks cover every value once; each block's inputs are in the carry or in the block of the same step."""
+    """Blocks cover every value once; each block's inputs are in the halo or in the block of the same step."""
     size, tile, reads, sizes = chain
     schedule = schedule_axis(tile, size, {0: size}, reads)
     for value, total in enumerate(sizes):
@@ -173,8 +173,8 @@ def test_schedule(chain):
         assert blocks[0][0] == 0 and blocks[-1][1] == total
         assert all(a[1] == b[0] and a[0] <= a[1] for a, b in itertools.pairwise(blocks))
         for i in range(schedule.steps - 1):
-            assert schedule.carry_out(value, i) == schedule.carry_in(value, i + 1)
-        assert schedule.carry_in(value, 0) == (0, 0)
+            assert schedule.halo_out(value, i) == schedule.halo_in(value, i + 1)
+        assert schedule.halo_in(value, 0) == (0, 0)
     for outputs, inputs in reads:
         for step in range(schedule.steps):
             lo, hi = schedule.block(outputs[0], step)
@@ -182,6 +182,6 @@ def test_schedule(chain):
                 continue
             for value, access in inputs:
                 start, end = access.span(lo, hi)
-                carried, known = schedule.carry_in(value, step)
+                with_halo, known = schedule.halo_in(value, step)
                 assert end <= schedule.block(value, step)[1]
-                assert start == end or start >= min(carried, known)
+                assert start == end or start >= min(with_halo, known)

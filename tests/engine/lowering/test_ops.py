@@ -12,8 +12,8 @@ from gigamorph import accelerate
 
 def blur_pool(x: Tensor) -> Tensor:
     """Anti-aliased downsampling (Zhang, 2019)."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype)
-    kernel = (taps[:, None] * taps / 64).expand(4, 1, 4, 4)
+    observers = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype)
+    kernel = (observers[:, None] * observers / 64).expand(4, 1, 4, 4)
     return F.conv2d(F.pad(x, (1, 2, 1, 2), mode="reflect"), kernel, stride=2, groups=4)
 
 

@@ -1,4 +1,4 @@
-"""Whole-image statistics in the middle of a network: reductions, live norms, attention over smalls and tokens."""
+"""Whole-image statistics in the middle of a network: reductions, live norms, attention over vectors and tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.trace import Op, capture
-from gigamorph.engine.lowering.graph import build_network
+from gigamorph.engine.lowering.stages import build_network
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_functions(name):
 def taken_whole(model: nn.Module, x: Tensor) -> list[str]:
     """Names of the ops that read a stored map in one piece."""
     network = build_network(capture(model, tuple(x.shape), x.dtype, "cpu"), "whole")
-    stored = {v for graph in network.sweeps for v in graph.stored}
+    stored = {v for stage in network.stages for v in stage.stored}
     return [step.name for step in network.steps if isinstance(step, Op) and stored & set(step.inputs)]
 
 
@@ -347,7 +347,7 @@ def test_dtypes_under_autocast():
         assert {n: g.dtype for n, g in got.gradients.items()} == {n: g.dtype for n, g in want.gradients.items()}
 
 
-# -- smalls with a value for each position --------------------------------------------------------------------------
+# -- vectors with a value for each position --------------------------------------------------------------------------
 
 
 class Positions(nn.Module):

@@ -88,18 +88,18 @@ def test_too_small_a_budget_is_refused_before_any_work():
 def test_carries_move_to_disk_when_memory_is_short():
     net = create_model("resnet18", num_classes=2, in_channels=1).eval()
     chosen = plan(net, (1, 32768, 32768), "1.2GiB")
-    assert chosen.carries == "disk" and chosen.carry_bytes > 2**31
+    assert chosen.halos == "disk" and chosen.halo_bytes > 2**31
     assert chosen.peak_bytes <= 1.2 * 2**30
     # 608 values per pixel of width and boundary: the rows that 3x3 kernels, the pooling and the skips wait for
     boundaries = chosen.tiles[0] - 1 + chosen.tiles[1] - 1
-    assert chosen.carry_bytes == pytest.approx(608 * 32768 * 4 * boundaries, rel=0.02)
+    assert chosen.halo_bytes == pytest.approx(608 * 32768 * 4 * boundaries, rel=0.02)
 
 
 def test_carries_grow_with_the_image_and_the_tile_does_not():
     net = small_net()
     plans = [plan(net, (1, 512, side), tile=128, dtype=torch.float64) for side in (2048, 4096, 8192)]
     assert plans[0].tile_bytes == pytest.approx(plans[2].tile_bytes, rel=0.01)
-    assert plans[2].carry_bytes == pytest.approx(4 * plans[0].carry_bytes, rel=0.1)
+    assert plans[2].halo_bytes == pytest.approx(4 * plans[0].halo_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5,), (1, 2, 3, 4, 5)])

@@ -21,10 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate
 from gigamorph.engine.capture.trace import capture
-from gigamorph.engine.lowering.graph import Graph, crossing, sort, split
+from gigamorph.engine.lowering.stages import Stage, crossing, sort, split
 from gigamorph.engine.models.resnet import resnet18, resnet50
 from gigamorph.engine.planning import strategy as strategy_module
-from gigamorph.engine.planning.strategy import Strategy, cut_maps, network_cost, ranges_between, stored_peak, strategies
+from gigamorph.engine.planning.strategy import (
+    Strategy,
+    cut_maps,
+    network_cost,
+    segments_between,
+    stored_peak,
+    strategies,
+)
 
 PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -45,9 +52,9 @@ def arbitrary(seed: int):
         stored = [v for v in crossing(maps, nodes, cuts) if v in cuts or v in drawn or dice.random() < 0.5]
         network = split(maps, nodes, stored, cuts)
         if training:
-            sweeps = [n for n, step in enumerate(network.steps) if isinstance(step, Graph)]
-            ends = sorted({dice.choice(sweeps) for _ in range(3)})
-            network.ranges = [range(a, b) for a, b in zip([sweeps[0], *ends], ends, strict=False) if b > a]
+            stages = [n for n, step in enumerate(network.steps) if isinstance(step, Stage)]
+            ends = sorted({dice.choice(stages) for _ in range(3)})
+            network.ranges = [range(a, b) for a, b in zip([stages[0], *ends], ends, strict=False) if b > a]
         yield Strategy("arbitrary", network, 0.0, 0)
 
     return choose
@@ -60,7 +67,7 @@ def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> No
 
 
 class Gated(nn.Module):
-    """Blocks that reduce maps to rows, columns and grids, one behind the other."""
+    """Blocks that reduce maps to rows, columns and grids, one after the other."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +113,7 @@ def check(program: Program, seed: int) -> None:
     assume(sizes[0] > 1e-6 and max(sizes) < 1e6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PLAN, "strategies", arbitrary(seed))
-        found = compare(model, image, tile=program.tile, carries=program.carries)
+        found = compare(model, image, tile=program.tile, halos=program.halos)
     # The gradient of a bias in front of a norm is zero: its terms cancel, and what is left is rounding of them.
     largest = max(sizes[1:], default=0.0)
     for name, size in terms.items():
@@ -221,7 +228,7 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     maps, nodes = sorted_program(net, (1, 1, 8, 8))
     network = split(maps, nodes, crossing(maps, nodes))
     wanted = network.trainable()
-    assert len(network.sweeps) == 3
+    assert len(network.stages) == 3
     pooled = 2 * 4 * 8  # what the pooling gives, and its gradient
     assert 0 <= stored_peak(network, False, wanted) - 2 * 2048 <= pooled  # one is read while the other is written
     # In the backward of the second all four; or the second output and its gradient go while that of the first comes.
@@ -230,7 +237,7 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     assert stored_peak(network, True, wanted) <= pooled
     cuts = cut_maps(maps, nodes)
     ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
-    ranged.ranges = ranges_between(ranged, cuts)
+    ranged.ranges = segments_between(ranged, cuts)
     assert [type(step).__name__ for step in ranged.steps].count("Graph") == 4
     assert network_cost(ranged, True) > network_cost(network, True)
 

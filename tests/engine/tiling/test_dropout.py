@@ -40,7 +40,7 @@ def test_tiles_draw_different_masks():
 
 
 def test_gradients_by_finite_differences():
-    """Through convolutions, where carries hand masked values to the next tile."""
+    """Through convolutions, where halos hand masked values to the next tile."""
     torch.manual_seed(0)
     model = (
         nn.Sequential(
@@ -169,7 +169,7 @@ def test_no_draws_in_evaluation():
 
 
 def test_draws_that_no_reader_of_a_tile_needs():
-    """A tile whose block is read by later tiles alone was not drawn again, and those behind it drew its numbers."""
+    """A tile whose block is read by later tiles alone was not drawn again, and those after it drew its numbers."""
 
     class Two(nn.Module):
         def __init__(self):

@@ -14,7 +14,7 @@ def check(program: Program) -> None:
     image = torch.randn(program.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assume(all(leaf.isfinite().all() for leaf in tree_leaves(model(image))))  # pools of nothing but -inf
-    assert_exact(model, image, tile=program.tile, carries=program.carries)
+    assert_exact(model, image, tile=program.tile, halos=program.halos)
 
 
 @settings(max_examples=examples(100), **CHECKS)

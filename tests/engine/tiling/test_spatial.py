@@ -17,17 +17,17 @@ from split_image import (
     dense,
     dropout_in_the_head,
     image,
-    in_bands,
     in_ddp_too,
     in_pairs,
+    in_shards,
     network,
-    programs_in_bands,
+    programs_in_shards,
     refusals,
     rows_read,
 )
 
 from gigamorph import GigamorphError, accelerate
-from gigamorph.engine.lowering.geometry import Chain, Gather, Mirror, Spread, Window, needed, schedule_axis
+from gigamorph.engine.lowering.geometry import Chain, Gather, Mirror, TransposedWindow, Window, needed, schedule_axis
 
 Case = tuple[Any, ...]  # name, size, tile, whether maps are computed again
 TILES = (32, 17, 200, 5, 64, 23, 32, 32, 19, 7, 17, 11)
@@ -63,14 +63,14 @@ def drawn(count: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[list[Any]]:
-    tasks = [(in_bands, *case) for case in TWO]
+    tasks = [(in_shards, *case) for case in TWO]
     tasks += [(refusals,), (dropout_in_the_head, True), (rows_read, (400, 30)), (in_ddp_too, (97, 83)), (dense, True)]
     return in_processes(2, tmp_path_factory.mktemp("two"), tasks)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> list[list[Any]]:
-    tasks = [(in_bands, *case) for case in FOUR] + [(in_pairs, "live", PAIRS)]
+    tasks = [(in_shards, *case) for case in FOUR] + [(in_pairs, "live", PAIRS)]
     return in_processes(4, tmp_path_factory.mktemp("four"), tasks)
 
 
@@ -103,7 +103,7 @@ def test_two_images_over_two_processes_each(four):
 @pytest.mark.slow
 def test_random_networks(tmp_path):
     cases = drawn(30)
-    (found,) = in_processes(3, tmp_path, [(programs_in_bands, cases)])
+    (found,) = in_processes(3, tmp_path, [(programs_in_shards, cases)])
     for worst in found:
         wrong = [(error, case) for error, case in zip(worst, cases, strict=True) if error >= LIMIT]
         assert not wrong, wrong[0]
@@ -162,7 +162,7 @@ def test_padding_of_any_rows(window):
 
 
 ACCESSES = [
-    [Window(29, 29, 3, 1, 1), Window(29, 14, 4, 2, 0), Window(14, 14, 5, 1, 4, 2), Spread(14, 27, 3, 2, 1)],
+    [Window(29, 29, 3, 1, 1), Window(29, 14, 4, 2, 0), Window(14, 14, 5, 1, 4, 2), TransposedWindow(14, 27, 3, 2, 1)],
     [Mirror(29, 35, 3), Window(35, 11, 7, 3, 1), Gather(11, 22, tuple(i // 2 for i in range(22)))],
     [Chain(Window(29, 27, 3), Window(27, 13, 3, 2)), Mirror(13, 17, 2, True), Window(17, 9, pad=-4)],
 ]
@@ -189,4 +189,4 @@ def test_schedules_of_bands(chain, tile):
                     top, bottom = axis.block(outputs[0], i)
                     if top < bottom:
                         first, end = access.span(top, bottom)
-                        assert axis.carry_in(value, i)[0] <= first and end <= axis.frontier[value][i]
+                        assert axis.halo_in(value, i)[0] <= first and end <= axis.frontier[value][i]

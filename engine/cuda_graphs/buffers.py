@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..tiling.carries import memory_order
+from ..tiling.halos import memory_order
 
-Name = tuple[Any, ...]  # what a static tensor holds
+Name = tuple[Any, ...]  # what a graph buffers holds
 
 
 class Executor(Protocol):
-    """Captures functions that read and write static tensors, and besides them only what they make."""
+    """Captures functions that read and write graph buffers, and besides them only what they make."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """What does again all that `run` does on the device. `run` is called for that, but need have no effect."""
@@ -89,13 +89,13 @@ _ALIGNMENT = 512  # that of PyTorch's own allocations
 
 
 class Arena:
-    """Memory that several `Static` use in turn, each from the beginning: none needs its tensors when another works."""
+    """Memory that several `GraphBuffers` use in turn, each from the beginning: none needs its tensors when another works."""
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
 
     def take(self, start: tuple[int, int], size: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
-        """Bytes behind a place (chunk, offset), and the place behind them."""
+        """Bytes after a place (chunk, offset), and the place after them."""
         chunk, offset = start
         while chunk < len(self.chunks) and offset + size > self.chunks[chunk].numel():
             chunk, offset = chunk + 1, 0
@@ -113,7 +113,7 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_permuted(tensor.shape, memory_order(tensor), device="meta").stride()
 
 
-class Static:
+class GraphBuffers:
     """Tensors at fixed addresses by name: `inputs` are loaded before captured work reads them, it gives `outputs`.
 
     Args:

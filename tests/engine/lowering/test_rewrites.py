@@ -7,19 +7,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine.capture.trace import capture
-from gigamorph.engine.lowering.backend import fold_batch_norm, in_place_runs
-from gigamorph.engine.lowering.graph import build_network
-from gigamorph.engine.tiling.sweep import Sweep
+from gigamorph.engine.lowering.rewrites import fold_batch_norm, in_place_runs
+from gigamorph.engine.lowering.stages import build_network
+from gigamorph.engine.tiling.stage import TiledStage
 
 
-def graph_of(net: nn.Module, size: int = 40):
-    (graph,) = build_network(capture(net, (1, 2, size, size), torch.float64, "cpu")).sweeps
-    fold_batch_norm(graph)
-    return graph
+def stage_of(net: nn.Module, size: int = 40):
+    (stage,) = build_network(capture(net, (1, 2, size, size), torch.float64, "cpu")).stages
+    fold_batch_norm(stage)
+    return stage
 
 
-def names(graph) -> list[str]:
-    return [local.op.name for local in graph.locals]
+def names(stage) -> list[str]:
+    return [local.op.name for local in stage.locals]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -35,7 +35,7 @@ def test_folding_is_exact_for_every_gradient(bias, affine, groups):
         nn.AdaptiveAvgPool2d(1),
     )
     net = randomize(net).double().eval()
-    assert "batch_norm" not in names(graph_of(net))
+    assert "batch_norm" not in names(stage_of(net))
     assert_exact(net, torch.randn(2, 2, 45, 38, dtype=torch.float64), tile=16)
 
 
@@ -60,7 +60,7 @@ class PooledToo(TwoReaders):
 @pytest.mark.parametrize("kind", [TwoReaders, PooledToo])
 def test_a_convolution_with_other_readers_keeps_its_norm(kind):
     net = randomize(kind()).double().eval()
-    assert "batch_norm" in names(graph_of(net))
+    assert "batch_norm" in names(stage_of(net))
     assert_exact(net, torch.randn(1, 2, 33, 29, dtype=torch.float64), tile=8)
 
 
@@ -76,15 +76,15 @@ class Residual(nn.Module):
 
 def test_in_place_only_where_no_later_tile_needs_the_input():
     net = Residual().double().eval()
-    graph = graph_of(net)
-    sweep = Sweep(graph, (8, 8))
-    skip = graph.locals[1].op.outputs[0]  # relu(b(x)): its rows wait for the convolution
-    assert skip in sweep.carried
-    runs = in_place_runs(graph, set(sweep.carried))
-    overwritten = {local.op.outputs[0]: local for local in graph.locals if local.op.outputs[0] in runs}
+    stage = stage_of(net)
+    tiled = TiledStage(stage, (8, 8))
+    skip = stage.locals[1].op.outputs[0]  # relu(b(x)): its rows wait for the convolution
+    assert skip in tiled.with_halo
+    runs = in_place_runs(stage, set(tiled.with_halo))
+    overwritten = {local.op.outputs[0]: local for local in stage.locals if local.op.outputs[0] in runs}
     assert len(overwritten) == 3  # both activations and the sum
-    everything = {v for local in graph.locals for v in local.op.outputs}
-    assert in_place_runs(graph, everything) == {}
+    everything = {v for local in stage.locals for v in local.op.outputs}
+    assert in_place_runs(stage, everything) == {}
     assert_exact(net, torch.randn(1, 2, 35, 31, dtype=torch.float64), tile=8)
 
 
@@ -100,7 +100,7 @@ class UsedTwice(nn.Module):
 
 def test_a_map_with_two_readers_is_not_overwritten():
     net = UsedTwice().double()
-    graph = graph_of(net)
-    relu = next(local for local in graph.locals if local.op.name == "relu")
-    assert relu.op.outputs[0] not in in_place_runs(graph, set())
+    stage = stage_of(net)
+    relu = next(local for local in stage.locals if local.op.name == "relu")
+    assert relu.op.outputs[0] not in in_place_runs(stage, set())
     assert_exact(net, torch.randn(1, 2, 20, 20, dtype=torch.float64), tile=7)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import weakref
 
-from .carries import disk_errors
+from .halos import disk_errors
 
 _GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
 _LARGEST_SHARE = 2  # of what is asked for, that spare pages may have
@@ -63,7 +63,7 @@ class Pages(mmap.mmap):
             self.whole = False
 
 
-class Spare:
+class PagePool:
     """Pages in memory of maps that are gone, kept for the next ones until the room is needed."""
 
     def __init__(self) -> None:

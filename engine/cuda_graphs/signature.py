@@ -1,8 +1,8 @@
-"""Which tiles are alike: they do the same work on windows, carries and blocks of the same sizes, at another place.
+"""Which tiles are alike: they do the same work on windows, halos and blocks of the same sizes, at another place.
 
 Rows and columns are separable, so a tile is described by a signature of its row and one of its column. A signature
 holds all that a tile's computation depends on along that axis, relative to the tile's own blocks: how long they are,
-where each op's window begins and ends, its padding, and the carries. This is so for ops that read a `Window` (or a
+where each op's window begins and ends, its padding, and the halos. This is so for ops that read a `Window` (or a
 `Chain` of two); others ask where in the image they are.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Container
 from typing import Any
 
 from ..lowering.geometry import Access, Chain, Window
-from ..tiling.carries import Rect
-from ..tiling.sweep import Sweep, area, shift, split
+from ..tiling.halos import Rect
+from ..tiling.stage import TiledStage, area, shift, split
 
 Signature = tuple[Any, ...]
 
@@ -22,21 +22,21 @@ Signature = tuple[Any, ...]
 _AT_BORDERS = frozenset({"avg_pool2d", "circular"})
 
 
-def translates(sweep: Sweep) -> bool:
-    """Whether tiles of a sweep can be alike at all."""
-    accesses = (access for local in sweep.graph.locals for both in local.reads.values() for access in both)
-    return not sweep.random and all(isinstance(access, (Window, Chain)) for access in accesses)
+def translates(tiled: TiledStage) -> bool:
+    """Whether tiles of a stage can be alike at all."""
+    accesses = (access for local in tiled.stage.locals for both in local.reads.values() for access in both)
+    return not tiled.random and all(isinstance(access, (Window, Chain)) for access in accesses)
 
 
-def axis_signature(sweep: Sweep, axis: int, step: int) -> Signature | None:
+def axis_signature(tiled: TiledStage, axis: int, step: int) -> Signature | None:
     """All that tiles of a row (axis 0) or column (axis 1) of tiles have in common; None if they depend on the place."""
-    schedule = (sweep.rows, sweep.cols)[axis]
+    schedule = (tiled.rows, tiled.cols)[axis]
     found: list[Any] = []
     for value in schedule.frontier:
         start, end = schedule.block(value, step)
-        carries = (*schedule.carry_in(value, step), *schedule.carry_out(value, step)) if value in sweep.carried else ()
-        found.append((end - start, *(n - start for n in carries)))
-    for local in sweep.graph.locals:
+        halos = (*schedule.halo_in(value, step), *schedule.halo_out(value, step)) if value in tiled.with_halo else ()
+        found.append((end - start, *(n - start for n in halos)))
+    for local in tiled.stage.locals:
         outputs = schedule.block(local.op.outputs[0], step)
         for value, both in local.reads.items() if outputs[0] < outputs[1] else ():
             access, start = both[axis], schedule.block(value, step)[0]
@@ -44,7 +44,7 @@ def axis_signature(sweep: Sweep, axis: int, step: int) -> Signature | None:
             if any(padding) and local.op.name in _AT_BORDERS:
                 return None
             found.append((*(n - start for n in access.span(*outputs)), *padding))
-    for reduction in sweep.graph.reductions:
+    for reduction in tiled.stage.reductions:
         start, end = schedule.block(reduction.value, step)
         if reduction.grid is not None and start < end and not reduction.grid[axis].every:
             found.append(tuple(reduction.grid[axis].parts(start, end)))
@@ -63,32 +63,32 @@ class Outline:
 
     Attributes:
         windows: the source windows, (source, rectangle).
-        entering: by (side, value), the part of a carry that windows of the tile read.
-        leaving: by (side, value), the part of a carry that the tile hands on.
+        entering: by (side, value), the part of a halo that windows of the tile read.
+        leaving: by (side, value), the part of a halo that the tile hands on.
     """
 
-    def __init__(self, sweep: Sweep, i: int, j: int, taken: Container[int]):
+    def __init__(self, tiled: TiledStage, i: int, j: int, taken: Container[int]):
         """`taken`: the maps that something besides local ops takes."""
-        self.sweep, self.i, self.j = sweep, i, j
+        self.tiled, self.i, self.j = tiled, i, j
         self.windows: list[tuple[int, Rect]] = []
         self.entering: dict[tuple[str, int], Rect] = {}
         self.leaving: dict[tuple[str, int], Rect] = {}
-        for source in sweep.graph.sources:
-            for rect in sweep.source_rects(source, i, j, source in taken):
+        for source in tiled.stage.sources:
+            for rect in tiled.source_rects(source, i, j, source in taken):
                 self.windows.append((source, self.relative("source", source, rect)))
-        for local in sweep.graph.locals:
-            if sweep.computes(local.op.outputs[0], i, j):
+        for local in tiled.stage.locals:
+            if tiled.computes(local.op.outputs[0], i, j):
                 for value in local.reads:
-                    if value not in sweep.graph.sources:
-                        self._read(value, sweep.reads(local, value, i, j))
-        for value in sweep.carried:
-            for side, _, carry in sweep.hands_on(value, i, j):
-                self.leaving[side, value] = self.relative(side, value, carry)
+                    if value not in tiled.stage.sources:
+                        self._read(value, tiled.reads(local, value, i, j))
+        for value in tiled.with_halo:
+            for side, _, halo in tiled.hands_on(value, i, j):
+                self.leaving[side, value] = self.relative(side, value, halo)
 
     def _read(self, value: int, window: Rect) -> None:
-        block = self.sweep.block(value, self.i, self.j)
+        block = self.tiled.block(value, self.i, self.j)
         above, left, _ = split(window, block)
-        row, col = self.sweep.rows.carry_in(value, self.i)[0], self.sweep.cols.carry_in(value, self.j)[0]
+        row, col = self.tiled.rows.halo_in(value, self.i)[0], self.tiled.cols.halo_in(value, self.j)[0]
         for side, part in (("above", shift(above, row, 0)), ("left", shift(left, block[0], col))):
             if area(part):
                 part = self.relative(side, value, part)
@@ -99,8 +99,8 @@ class Outline:
 
     def _corner(self, side: str, value: int, i: int, j: int) -> tuple[int, int]:
         """Where tile (i, j)'s own part begins: only rows from above are kept in full width, only sources whole."""
-        row = self.sweep.rows.block(value, i)[0] if side == "source" else 0
-        return row, self.sweep.cols.block(value, j)[0] if side != "left" else 0
+        row = self.tiled.rows.block(value, i)[0] if side == "source" else 0
+        return row, self.tiled.cols.block(value, j)[0] if side != "left" else 0
 
     def relative(self, side: str, value: int, rect: Rect) -> Rect:
         """A rectangle of the first tile as this outline holds it: what `place` undoes."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .carries import Rect
+from .halos import Rect
 
 
-class ReadAhead:
+class Prefetch:
     """Reads the rectangles of one tile after the other. Call it with a source and a rectangle for its pixels.
 
     Args:
@@ -39,7 +39,7 @@ class ReadAhead:
         self.now: dict[tuple[int, Rect], Future[tuple[Tensor, Any]]] = {}
         self.next = self._begin()
 
-    def __enter__(self) -> ReadAhead:
+    def __enter__(self) -> Prefetch:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,17 +1,17 @@
 """One image over several processes: each computes a band of rows of every map, and what is outside is replicated.
 
-Of a sweep's *targets* (what it reduces or stores) process r of R owns the rows [H r/R, H (r+1)/R). What those need of
+Of a stage's *targets* (what it reduces or stores) process r of R owns the rows [H r/R, H (r+1)/R). What those need of
 every other map follows by interval arithmetic over the ops, so rows that two bands need are computed twice, and no
-process waits for another inside a sweep. Behind it
+process waits for another inside a stage. After it
 
     sums, maxima, moments   of the bands are gathered, and merged by each process alike
-    stored maps             stay as bands; rows that a later sweep needs of other bands are fetched, and in the
+    stored maps             stay as bands; rows that a later stage needs of other bands are fetched, and in the
                             backward their gradient is brought back and added
-    gradients of smalls     are summed over the processes
+    gradients of vectors     are summed over the processes
 
-Smalls, and so the outputs and their loss, are the same in all processes: the gradient of what a process has given to a
+Vectors, and so the outputs and their loss, are the same in all processes: the gradient of what a process has given to a
 total is that of the total. In the rewritten network a target is what an op `rows` cuts out of a map, and a stored map
-is what an op `placed` reads out of a band: for the sweep both are ordinary windows, with negative and positive padding.
+is what an op `placed` reads out of a band: for the stage both are ordinary windows, with negative and positive padding.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from torch import distributed as dist
 from ..capture.trace import Op
 from ..errors import GigamorphError, UnsupportedError
 from ..lowering.geometry import Cells, Window, needed, same
-from ..lowering.graph import Graph, Network
-from ..lowering.ops import Env, Local, Reduction, Small
-from .maps import new_map
+from ..lowering.ops import Env, Local, Reduction, VectorOp
+from ..lowering.stages import Stage, StagedProgram
+from .stored_maps import new_map
 
 Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Bands:
+class SpatialShard:
     """The processes that share an image."""
 
     group: dist.ProcessGroup
@@ -76,7 +76,7 @@ class Bands:
         return bool(self.gather(torch.tensor([true], device=device)).all())
 
     @contextlib.contextmanager
-    def same_dice(self, device: torch.device) -> Iterator[None]:
+    def same_random_numbers(self, device: torch.device) -> Iterator[None]:
         """The random numbers of the first process in all: they draw the same masks for what they compute alike.
 
         Those of the first process go on as they would if it were alone; those of the others stay where they are.
@@ -93,9 +93,9 @@ class Gathered(torch.autograd.Function):
     """What all processes have, in each of them; all go on alike, so each takes back the gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bands: Bands):
-        ctx.rank = bands.rank
-        return bands.gather(x)
+    def forward(ctx: Any, x: Tensor, shard: SpatialShard):
+        ctx.rank = shard.rank
+        return shard.gather(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
@@ -109,15 +109,15 @@ class Maximum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, number: Tensor, reduction: Reduction, bands: Bands):
-        values, numbers = bands.gather(x), bands.gather(number)
+    def forward(ctx: Any, x: Tensor, number: Tensor, reduction: Reduction, shard: SpatialShard):
+        values, numbers = shard.gather(x), shard.gather(number)
         total = values.amax(0)
         tops = torch.where(reduction.has(values, total), numbers, 0)
         if reduction.first_only:
             there = tops > 0
             last = there & (there.flip(0).cumsum(0).flip(0) == 1)
             tops = torch.where(total.isnan(), last, there & (there.cumsum(0) == 1))
-        ctx.save_for_backward((tops / tops.sum(0))[bands.rank])
+        ctx.save_for_backward((tops / tops.sum(0))[shard.rank])
         return total
 
     @staticmethod
@@ -133,7 +133,7 @@ class Exchange:
     `alike` says that all processes compute the same with what they get (they need the whole map).
     """
 
-    bands: Bands
+    shard: SpatialShard
     axis: int
     own: tuple[Rows, ...]
     need: tuple[Rows, ...]
@@ -141,7 +141,7 @@ class Exchange:
 
     def fetch(self, x: Tensor) -> Tensor:
         """The rows that this process needs, of `x`, those that it owns."""
-        me = self.bands.rank
+        me = self.shard.rank
         shape = list(x.shape)
         shape[self.axis] = self.need[me][1] - self.need[me][0]
         result = new_map(x, shape)
@@ -154,7 +154,7 @@ class Exchange:
 
     def bring_back(self, grad: Tensor) -> Tensor:
         """The gradient of the rows that this process owns, of `grad`, that of the rows it needed."""
-        me = self.bands.rank
+        me = self.shard.rank
         shape = list(grad.shape)
         shape[self.axis] = self.own[me][1] - self.own[me][0]
         result = new_map(grad, shape, zero=True)
@@ -172,11 +172,11 @@ class Exchange:
 
     def _trade(self, sent: dict[int, Tensor], got: dict[int, Tensor]) -> dict[int, Tensor]:
         """Send a part to each process that has one of its own, and get one from each that wants one."""
-        me, group = self.bands.rank, self.bands.group
+        me, group = self.shard.rank, self.shard.group
         got = {r: t.contiguous() for r, t in got.items()}
         got[me] = sent[me]
         calls = []
-        for r in range(self.bands.count):
+        for r in range(self.shard.count):
             peer = dist.get_global_rank(group, r)
             if r != me and sent[r].numel():
                 calls.append(dist.P2POp(dist.isend, sent[r].contiguous(), peer, group))
@@ -205,49 +205,49 @@ class Fetch(torch.autograd.Function):
         return ctx.exchange.bring_back(grads[0]), None
 
 
-def split_network(network: Network, bands: Bands) -> Network:
+def split_network(network: StagedProgram, shard: SpatialShard) -> StagedProgram:
     """The network that computes this process's bands.
 
     Raises:
         UnsupportedError: for random numbers drawn position by position.
     """
-    return _Splitter(network, bands).run()
+    return _Splitter(network, shard).run()
 
 
 class _Splitter:
-    def __init__(self, network: Network, bands: Bands):
-        self.network, self.bands, self.maps = network, bands, network.maps
-        self.stored = {v for graph in network.sweeps for v in graph.stored}
-        self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later sweeps
+    def __init__(self, network: StagedProgram, shard: SpatialShard):
+        self.network, self.shard, self.maps = network, shard, network.maps
+        self.stored = {v for stage in network.stages for v in stage.stored}
+        self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later stages
         self.whole: set[int] = set(network.program.results()) & self.stored  # those needed whole
         for step in network.steps:
             if isinstance(step, Op):
                 self.whole |= self.stored & set(step.inputs)
-            elif isinstance(step, Graph):
+            elif isinstance(step, Stage):
                 self._add_needs(step)
         self.fetched: dict[int, tuple[int, int]] = {}  # stored map -> what is fetched of it, and its first row
 
-    def _add_needs(self, graph: Graph) -> None:
-        for local in graph.locals:
+    def _add_needs(self, stage: Stage) -> None:
+        for local in stage.locals:
             if local.random:
                 raise UnsupportedError(
                     f"{local.op} draws random numbers position by position; an image cannot be split over processes "
                     "there; put that module in evaluation mode"
                 )
-        reads = [(local.op.outputs, [(v, a[0]) for v, a in local.reads.items()]) for local in graph.locals]
-        for rank in range(self.bands.count):
-            targets = {v: self.bands.rows(self.maps.size(v)[0], rank) for v in _targets(graph)}
+        reads = [(local.op.outputs, [(v, a[0]) for v, a in local.reads.items()]) for local in stage.locals]
+        for rank in range(self.shard.count):
+            targets = {v: self.shard.rows(self.maps.size(v)[0], rank) for v in _targets(stage)}
             need = needed(targets, reads)
-            for v in set(graph.sources) & self.stored:
-                rows = self.needs.setdefault(v, [(0, 0)] * self.bands.count)
+            for v in set(stage.sources) & self.stored:
+                rows = self.needs.setdefault(v, [(0, 0)] * self.shard.count)
                 rows[rank] = _hull(rows[rank], need.get(v, (0, 0)))
 
-    def run(self) -> Network:
+    def run(self) -> StagedProgram:
         steps: list[Any] = []
         begins: list[int] = []
         for step in self.network.steps:
             begins.append(len(steps))
-            steps.extend(self._graph(step) if isinstance(step, Graph) else [step])
+            steps.extend(self._graph(step) if isinstance(step, Stage) else [step])
         begins.append(len(steps))
         ranges = [range(begins[part.start], begins[part.stop]) for part in self.network.ranges]
         return replace(self.network, steps=steps, ranges=ranges)
@@ -272,13 +272,13 @@ class _Splitter:
 
         return Local(op, {source: (access, same(width))}, (maps.axes[target],), run)
 
-    def _graph(self, graph: Graph) -> list[Graph | Small]:
-        maps, bands = self.maps, self.bands
+    def _graph(self, stage: Stage) -> list[Stage | VectorOp]:
+        maps, shard = self.maps, self.shard
         before: list[Local] = []
         behind: list[Local] = []
         sources: list[int] = []
         offsets: dict[int, Rows] = {}
-        for v in graph.sources:
+        for v in stage.sources:
             if v in self.fetched:
                 fetched, first = self.fetched[v]
                 before.append(self._window(fetched, v, first, "placed"))
@@ -287,61 +287,61 @@ class _Splitter:
             else:
                 sources.append(v)
         own: dict[int, int] = {}
-        for v in _targets(graph):
-            top, bottom = bands.rows(maps.size(v)[0], bands.rank)
+        for v in _targets(stage):
+            top, bottom = shard.rows(maps.size(v)[0], shard.rank)
             own[v] = self._map(v, bottom - top)
             behind.append(self._window(v, own[v], -top, "rows"))
-        merges: list[Small] = []
-        reductions = [self._reduction(r, own[r.value], merges) for r in graph.reductions]
-        for v in graph.stored:
+        merges: list[VectorOp] = []
+        reductions = [self._reduction(r, own[r.value], merges) for r in stage.reductions]
+        for v in stage.stored:
             merges.extend(self._fetches(v, own[v]))
         made = replace(
-            graph,
+            stage,
             sources=sorted(sources),
-            locals=[*before, *graph.locals, *behind],
+            locals=[*before, *stage.locals, *behind],
             reductions=reductions,
-            stored=[own[v] for v in graph.stored],
-            prelude=list(graph.prelude),
+            stored=[own[v] for v in stage.stored],
+            prelude=list(stage.prelude),
             offsets=offsets,
         )
         return [made, *merges]
 
-    def _fetches(self, value: int, own: int) -> list[Small]:
+    def _fetches(self, value: int, own: int) -> list[VectorOp]:
         """What gets rows of a stored map from where they are."""
         height, axis = self.maps.size(value)[0], self.maps.axes[value][0]
-        owned = tuple(self.bands.rows(height, r) for r in range(self.bands.count))
+        owned = tuple(self.shard.rows(height, r) for r in range(self.shard.count))
         result = []
         if value in self.needs:
-            exchange = Exchange(self.bands, axis, owned, tuple(self.needs[value]))
-            first, end = exchange.need[self.bands.rank]
+            exchange = Exchange(self.shard, axis, owned, tuple(self.needs[value]))
+            first, end = exchange.need[self.shard.rank]
             made = self._map(value, end - first)
             self.fetched[value] = made, first
             result.append(_fetch(own, made, exchange))
         if value in self.whole:
-            whole = Exchange(self.bands, axis, owned, ((0, height),) * self.bands.count, alike=True)
+            whole = Exchange(self.shard, axis, owned, ((0, height),) * self.shard.count, alike=True)
             result.append(_fetch(own, value, whole))
         return result
 
-    def _reduction(self, reduction: Reduction, own: int, merges: list[Small]) -> Reduction:
+    def _reduction(self, reduction: Reduction, own: int, merges: list[VectorOp]) -> Reduction:
         """The reduction of a band; what merges it with those of the others is added to `merges`."""
-        maps, bands = self.maps, self.bands
+        maps, shard = self.maps, self.shard
         values = maps.program.values
         height, width = maps.size(reduction.value)
         dtypes = [values[v].dtype for v in reduction.outputs]
-        top = bands.rows(height, bands.rank)[0]
+        top = shard.rows(height, shard.rank)[0]
         if reduction.grid is not None:
             rows, cols = reduction.grid
             reduction = replace(reduction, grid=(replace(rows, first=top), cols))
         wide = torch.float32 if values[own].device.type == "mps" else torch.float64
         if reduction.kind == "moments":
             partial = tuple(maps.new_value(like=v) for v in reduction.outputs)
-            parts = [bands.rows(height, r) for r in range(bands.count)]
+            parts = [shard.rows(height, r) for r in range(shard.count)]
             pixels = [width * (b - a) for a, b in parts]
             grid, axis, rank = reduction.grid, maps.axes[own][0], len(maps.shape(own))
             each = None if grid is None else _shares_of_cells(grid, axis, rank, parts)
 
             def moments(env: Env) -> tuple[Tensor, ...]:
-                mean, var = Gathered.apply(torch.stack([env[v].to(wide) for v in partial]), bands).unbind(1)  # pyright: ignore
+                mean, var = Gathered.apply(torch.stack([env[v].to(wide) for v in partial]), shard).unbind(1)  # pyright: ignore
                 if each is None:
                     shares = mean.new_tensor(pixels).div_(sum(pixels)).view(-1, *[1] * (mean.dim() - 1))
                 else:
@@ -350,26 +350,26 @@ class _Splitter:
                 total = (shares * mean).sum(0)
                 return total.to(dtypes[0]), (shares * (var + (mean - total).square())).sum(0).to(dtypes[1])
 
-            merges.append(Small(moments, partial, reduction.outputs))
-            count = max(1, pixels[bands.rank]) * reduction.per_pixel
+            merges.append(VectorOp(moments, partial, reduction.outputs))
+            count = max(1, pixels[shard.rank]) * reduction.per_pixel
             if grid is not None:
-                count = max(1, reduction.count if grid[0].every else parts[bands.rank][1] - top)
+                count = max(1, reduction.count if grid[0].every else parts[shard.rank][1] - top)
             return replace(reduction, value=own, count=count, outputs=partial)
         (output,) = reduction.outputs
         if reduction.kind == "sum":
             part = maps.new_value(dtype=wide, like=output)
 
             def total(env: Env) -> tuple[Tensor, ...]:
-                return (Gathered.apply(env[part], bands).sum(0).to(dtypes[0]),)  # pyright: ignore
+                return (Gathered.apply(env[part], shard).sum(0).to(dtypes[0]),)  # pyright: ignore
 
-            merges.append(Small(total, (part,), (output,)))
+            merges.append(VectorOp(total, (part,), (output,)))
             return replace(reduction, value=own, outputs=(part,))
         part, number = maps.new_value(like=output), maps.new_value(dtype=wide, like=output)
 
         def largest(env: Env) -> tuple[Tensor, ...]:
-            return (Maximum.apply(env[part], env[number].detach(), reduction, bands),)  # pyright: ignore
+            return (Maximum.apply(env[part], env[number].detach(), reduction, shard),)  # pyright: ignore
 
-        merges.append(Small(largest, (part, number), (output,)))
+        merges.append(VectorOp(largest, (part, number), (output,)))
         return replace(reduction, value=own, outputs=(part, number))
 
 
@@ -382,13 +382,13 @@ def _shares_of_cells(grid: tuple[Cells, Cells], axis: int, rank: int, parts: Seq
     return own.view(len(parts), *(rows.size if d == axis else 1 for d in range(rank)))
 
 
-def _fetch(source: int, target: int, exchange: Exchange) -> Small:
-    return Small(lambda env: (Fetch.apply(env[source], exchange),), (source,), (target,))  # pyright: ignore
+def _fetch(source: int, target: int, exchange: Exchange) -> VectorOp:
+    return VectorOp(lambda env: (Fetch.apply(env[source], exchange),), (source,), (target,))  # pyright: ignore
 
 
-def _targets(graph: Graph) -> list[int]:
-    """What a sweep reduces or stores."""
-    return list(dict.fromkeys([*(r.value for r in graph.reductions), *graph.stored]))
+def _targets(stage: Stage) -> list[int]:
+    """What a stage reduces or stores."""
+    return list(dict.fromkeys([*(r.value for r in stage.reductions), *stage.stored]))
 
 
 def _hull(a: Rows, b: Rows) -> Rows:
@@ -397,7 +397,7 @@ def _hull(a: Rows, b: Rows) -> Rows:
     return min(a[0], b[0]), max(a[1], b[1])
 
 
-def band_group(split: Any) -> Bands:
+def spatial_group(split: Any) -> SpatialShard:
     """The processes for `accelerate`'s argument: all of them, or those of a group.
 
     Raises:
@@ -405,4 +405,4 @@ def band_group(split: Any) -> Bands:
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise GigamorphError("an image is split over processes: call torch.distributed.init_process_group before")
-    return Bands(dist.group.WORLD if split is True else split)  # pyright: ignore[reportArgumentType]
+    return SpatialShard(dist.group.WORLD if split is True else split)  # pyright: ignore[reportArgumentType]

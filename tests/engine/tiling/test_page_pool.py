@@ -17,84 +17,84 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gigamorph import accelerate
-from gigamorph.engine.tiling import maps as maps_module
-from gigamorph.engine.tiling.maps import let_rows_go, new_map
+from gigamorph.engine.tiling import stored_maps as maps_module
 from gigamorph.engine.tiling.memory import used_bytes
-from gigamorph.engine.tiling.pages import Spare
+from gigamorph.engine.tiling.page_pool import PagePool
+from gigamorph.engine.tiling.stored_maps import let_rows_go, new_map
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do not go back")
 
 
-def a_map(spare: Spare, size: int = MIB, zero: bool = False) -> torch.Tensor:
-    return new_map(torch.empty(0, 0, 0, 0), (1, 1, size // 4096, 1024), zero=zero, spare=spare)
+def a_map(page_pool: PagePool, size: int = MIB, zero: bool = False) -> torch.Tensor:
+    return new_map(torch.empty(0, 0, 0, 0), (1, 1, size // 4096, 1024), zero=zero, page_pool=page_pool)
 
 
 def test_pages_of_a_dead_map_serve_the_next() -> None:
-    spare = Spare()
-    first = a_map(spare)
+    page_pool = PagePool()
+    first = a_map(page_pool)
     place = first.data_ptr()
     view = first[:, :, 2:5]
     del first
-    assert not spare.pages  # a view still reads them
+    assert not page_pool.pages  # a view still reads them
     del view
-    assert spare.bytes == MIB
-    assert a_map(spare).data_ptr() == place
-    other, more = a_map(spare), a_map(spare)
+    assert page_pool.bytes == MIB
+    assert a_map(page_pool).data_ptr() == place
+    other, more = a_map(page_pool), a_map(page_pool)
     assert other.data_ptr() != more.data_ptr()
 
 
 def test_zeros_where_zeros_are_asked_for() -> None:
-    spare = Spare()
-    a_map(spare).fill_(torch.nan)
-    assert a_map(spare).isnan().all()  # nothing is cleared that need not be
-    again = a_map(spare, zero=True)
+    page_pool = PagePool()
+    a_map(page_pool).fill_(torch.nan)
+    assert a_map(page_pool).isnan().all()  # nothing is cleared that need not be
+    again = a_map(page_pool, zero=True)
     assert not again.any()
 
 
 def test_pages_are_not_taken_for_far_smaller_maps() -> None:
-    spare = Spare()
-    del (big := [a_map(spare, 8 * MIB), a_map(spare, 2 * MIB)])[:]
-    assert not big and spare.bytes == 10 * MIB
-    small = a_map(spare, MIB)
-    assert spare.bytes == 8 * MIB
-    del small
-    a_map(spare, 3 * MIB)
-    assert spare.bytes == 13 * MIB  # pages that did not fit are still there
+    page_pool = PagePool()
+    del (big := [a_map(page_pool, 8 * MIB), a_map(page_pool, 2 * MIB)])[:]
+    assert not big and page_pool.bytes == 10 * MIB
+    vector = a_map(page_pool, MIB)
+    assert page_pool.bytes == 8 * MIB
+    del vector
+    a_map(page_pool, 3 * MIB)
+    assert page_pool.bytes == 13 * MIB  # pages that did not fit are still there
 
 
 @linux
 def test_pages_of_which_rows_went_back_do_not_wait() -> None:
-    spare = Spare()
-    let_rows_go(a_map(spare), (2, 3), 1)
-    assert not spare.pages
+    page_pool = PagePool()
+    let_rows_go(a_map(page_pool), (2, 3), 1)
+    assert not page_pool.pages
 
 
 @linux
 def test_shrinking_gives_the_memory_back() -> None:
-    spare = Spare()
-    a_map(spare, 64 * MIB).fill_(1)
+    page_pool = PagePool()
+    a_map(page_pool, 64 * MIB).fill_(1)
     before = used_bytes()
-    spare.shrink(64 * MIB)
-    assert spare.bytes == 64 * MIB
-    spare.shrink(64 * MIB - 1)
-    assert spare.bytes == 0
+    page_pool.shrink(64 * MIB)
+    assert page_pool.bytes == 64 * MIB
+    page_pool.shrink(64 * MIB - 1)
+    assert page_pool.bytes == 0
     assert before - used_bytes() > 60 * MIB
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 6), st.booleans()), max_size=20))
 def test_maps_that_live_together_never_share_memory(moves: list[tuple[bool, int, bool]]) -> None:
-    spare, live = Spare(), {}
+    page_pool, live = PagePool(), {}
     for number, (dies, size, zero) in enumerate(moves):
         if dies and live:
             live.pop(min(live))
         else:
-            live[number] = made = a_map(spare, size * MIB // 2, zero)
+            live[number] = made = a_map(page_pool, size * MIB // 2, zero)
             assert not zero or not made.any()
             made.fill_(number)
         assert all((t == n).all() for n, t in live.items())
         if size == 6:
-            spare.shrink(2 * MIB)
+            page_pool.shrink(2 * MIB)
 
 
 class Live(nn.Module):
@@ -139,17 +139,17 @@ def test_steps_on_spare_pages_are_those_on_new_ones(live: nn.Module) -> None:
         new = step(accelerate(copy.deepcopy(live), memory_budget="1GiB", tile=16), x)
         found = step_errors(new, step(fast, x))
         assert max(found.values()) == 0, found
-        for pages in fast._spare.pages:
+        for pages in fast._page_pool.pages:
             torch.frombuffer(pages, dtype=torch.float64).fill_(torch.nan)
-    assert fast._spare.bytes
+    assert fast._page_pool.bytes
 
 
 def test_copies_of_a_network_have_pages_of_their_own(live: nn.Module) -> None:
     fast = accelerate(live, memory_budget="1GiB", tile=32)
     fast(torch.randn(1, 1, 64, 64, dtype=torch.float64)).sum().backward()
-    assert fast._spare.bytes
+    assert fast._page_pool.bytes
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert not twin._spare.pages
+        assert not twin._page_pool.pages
 
 
 def test_pages_go_with_the_network(live: nn.Module) -> None:
@@ -166,8 +166,8 @@ def test_pages_go_with_the_network(live: nn.Module) -> None:
 @linux
 def test_a_process_that_is_forked_gets_none() -> None:
     """Workers that read images would otherwise keep a copy of the maps of the step in which they were made."""
-    spare = Spare()
-    a_map(spare, 64 * MIB).fill_(1)
+    page_pool = PagePool()
+    a_map(page_pool, 64 * MIB).fill_(1)
     before = used_bytes()
     child = os.fork()
     if child == 0:

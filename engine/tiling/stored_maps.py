@@ -1,6 +1,6 @@
 """Maps that exist whole: where they live, and when their memory goes back.
 
-On the CPU a map has pages of its own (`pages.py`). Where memory is short, they go back row by row, as soon as the
+On the CPU a map has pages of its own (`page_pool.py`). Where memory is short, they go back row by row, as soon as the
 backward has read a row for the last time: while the gradient of one map comes into being, the next map and its gradient
 go. Pages of a file are written and read as memory, and are handed to the system after every tile; from then on they are
 no memory of this process.
@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 from ..lowering.ops import Axes
-from .carries import empty, memory_order, unpermute
-from .pages import Pages, Spare
+from .halos import empty, memory_order, unpermute
+from .page_pool import PagePool, Pages
 
 _LEAST = 1 << 20  # bytes; smaller maps are left to the C library
 _PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
@@ -35,7 +35,7 @@ def new_map(
     shape: Sequence[int] | None = None,
     place: str = "device",
     zero: bool = False,
-    spare: Spare | None = None,
+    page_pool: PagePool | None = None,
 ) -> Tensor:
     """A tensor like `pattern` for a map that exists whole.
 
@@ -50,10 +50,10 @@ def new_map(
         GigamorphError: if the disk is full.
     """
     # Not as a view of the memory that it takes: as the network's output it may be changed in place.
-    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, spare).data
+    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, page_pool).data
 
 
-def _new_map(pattern: Tensor, shape: list[int], place: str, zero: bool, spare: Spare | None) -> Tensor:
+def _new_map(pattern: Tensor, shape: list[int], place: str, zero: bool, page_pool: PagePool | None) -> Tensor:
     size = math.prod(shape) * pattern.element_size()
     order = memory_order(pattern)
     here = pattern.device.type if place == "device" else "cpu"
@@ -67,7 +67,7 @@ def _new_map(pattern: Tensor, shape: list[int], place: str, zero: bool, spare: S
         pages = Pages.make(size, on_disk=True)
         memory = memoryview(pages)
     else:
-        pages, memory = (Spare() if spare is None else spare).take(size)
+        pages, memory = (PagePool() if page_pool is None else page_pool).take(size)
     made = unpermute(torch.frombuffer(memory, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
     _PAGES[made.data_ptr()] = pages
     return made.zero_() if zero and not pages.clear else made
@@ -108,9 +108,9 @@ def has_readers(tensor: Tensor) -> bool:
 
 
 class Gradients:
-    """One gradient for each stored map, which the backward of every sweep that reads the map adds to.
+    """One gradient for each stored map, which the backward of every stage that reads the map adds to.
 
-    The first of them gives it to autograd, which hands it to the sweep that wrote the map; the others give none.
+    The first of them gives it to autograd, which hands it to the stage that wrote the map; the others give none.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""Where carries are kept, and how windows are put together from them."""
+"""Where halos are kept, and how windows are put together from them."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from gigamorph.engine.tiling.carries import CarryStore, Layout, cut, empty_like_layout
+from gigamorph.engine.tiling.halos import HaloStore, Layout, cut, empty_like_layout
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
@@ -12,7 +12,7 @@ from gigamorph.engine.tiling.carries import CarryStore, Layout, cut, empty_like_
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64]
 )
 def test_store_gives_back_what_it_got(place, dtype):
-    store = CarryStore(place)
+    store = HaloStore(place)
     base = torch.randn(2, 3, 5, 7).mul(10).to(dtype)
     tensors = [
         base,
@@ -32,13 +32,13 @@ def test_store_gives_back_what_it_got(place, dtype):
 
 
 def test_store_on_disk_keeps_the_memory_order():
-    store = CarryStore("disk")
+    store = HaloStore("disk")
     tensor = torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
     assert store.get(store.put(tensor)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_store_on_disk_takes_no_memory_of_the_tensor():
-    store = CarryStore("disk")
+    store = HaloStore("disk")
     tensor = torch.zeros(4)
     handle = store.put(tensor)
     tensor.fill_(1)

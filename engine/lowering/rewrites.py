@@ -1,14 +1,14 @@
 """Which implementation runs an op: rewrites of a graph that leave its function as it is and make it faster or smaller.
 
-`fold_batch_norm`: a frozen BatchNorm behind a convolution is a factor and an offset per output channel,
+`fold_batch_norm`: a frozen BatchNorm after a convolution is a factor and an offset per output channel,
 
     bn(conv(x, w, b)) = conv(x, w*s, (b - mean)*s + beta),   s = gamma / sqrt(var + eps)
 
-so the sweep runs one convolution with the folded weights, which are computed once per step by ordinary autograd; the
+so the stage runs one convolution with the folded weights, which are computed once per step by ordinary autograd; the
 gradients of w, gamma and beta come out of the gradients of the folded weights. Neither the convolution's raw output
 nor a normalised copy of it exists any more.
 
-`fuse` (fused/): where kernels run, convolutions take the sums and activations behind them.
+`fuse` (fused/): where kernels run, convolutions take the sums and activations after them.
 
 `in_place_runs`: an activation or a residual sum overwrites its input where nothing else will read that.
 """
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ... import kernels
 from ..capture.trace import Op, Ref, Value
-from .graph import Graph, Network, private_maps, readers_of, small_inputs
-from .ops import Block, Env, Local, Small
+from .ops import Block, Env, Local, VectorOp
 from .ops.base import Run, arguments
+from .stages import Stage, StagedProgram, private_maps, readers_of, vector_inputs
 
 _MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear", "live_batch_norm", "scale_shift"})
 
@@ -34,27 +34,27 @@ def _plain(name: str) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def prepare(network: Network, training: bool, image_grad: bool = False) -> None:
+def prepare(network: StagedProgram, training: bool, image_grad: bool = False) -> None:
     """All rewrites that do not depend on the tile, for the device that the network was recorded for.
 
     Args:
         training: whether there will be a backward.
         image_grad: whether the image will want a gradient.
     """
-    for graph in network.sweeps:
-        fold_batch_norm(graph)
-        if kernels.enabled(graph.program.values[graph.image].device):
+    for stage in network.stages:
+        fold_batch_norm(stage)
+        if kernels.enabled(stage.program.values[stage.image].device):
             from .fused import fuse  # needs Triton
 
-            fuse(graph, training, image_grad)
+            fuse(stage, training, image_grad)
 
 
-def fold_batch_norm(graph: Graph) -> None:
+def fold_batch_norm(stage: Stage) -> None:
     """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
-    readers, private = readers_of(graph), private_maps(graph)
-    makers = {local.op.outputs[0]: local for local in graph.locals if local.op.name == "conv2d"}
+    readers, private = readers_of(stage), private_maps(stage)
+    makers = {local.op.outputs[0]: local for local in stage.locals if local.op.name == "conv2d"}
     dropped: set[int] = set()
-    for norm in list(graph.locals):
+    for norm in list(stage.locals):
         if norm.op.name != "batch_norm":
             continue
         given = arguments(norm.op, "input running_mean running_var weight bias training momentum eps", eps=1e-5)
@@ -63,13 +63,13 @@ def fold_batch_norm(graph: Graph) -> None:
         if conv is None or raw not in private or len(readers[raw]) != 1:
             continue
         dropped.add(id(norm))
-        _fold(graph, conv, norm, given)
-    graph.locals = [local for local in graph.locals if id(local) not in dropped]
-    graph.smalls = small_inputs(graph)
+        _fold(stage, conv, norm, given)
+    stage.locals = [local for local in stage.locals if id(local) not in dropped]
+    stage.vectors = vector_inputs(stage)
 
 
-def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None:
-    values = graph.program.values
+def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
+    values = stage.program.values
     own = arguments(conv.op, "input weight bias stride padding dilation groups")
     weight, bias = own["weight"].value, None if own["bias"] is None else own["bias"].value
     mean, var = given["running_mean"].value, given["running_var"].value
@@ -95,7 +95,7 @@ def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None
         return (w.to(wide) * scale.reshape(-1, 1, 1, 1)).to(w.dtype), offset.to(w.dtype)
 
     inputs = tuple(v for v in (weight, bias, mean, var, gamma, beta) if v is not None)
-    graph.prelude.append(Small(fold, inputs, (folded_weight, folded_bias)))
+    stage.prelude.append(VectorOp(fold, inputs, (folded_weight, folded_bias)))
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     kwargs = {
         **{n: own[n] for n in names if own[n] is not None},
@@ -109,26 +109,26 @@ def _fold(graph: Graph, conv: Local, norm: Local, given: dict[str, Any]) -> None
         inputs=(own["input"].value, folded_weight, folded_bias),
         outputs=norm.op.outputs,
     )
-    again = graph.apply_rule(op)
+    again = stage.apply_rule(op)
     conv.op, conv.run, conv.unvalued, conv.axes, conv.reads = op, again.run, again.unvalued, again.axes, again.reads
 
 
-def unvalued_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:
-    """How the second pass computes ops whose output is stored and that nothing in the sweep reads: without values.
+def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
+    """How the second pass computes ops whose output is stored and that nothing in the stage reads: without values.
 
     Args:
         carried: values of which rows or columns are handed to later tiles.
     """
-    readers = readers_of(graph)
-    read = {r.value for r in graph.reductions if r.kind != "moments"} | set(readers) | carried
+    readers = readers_of(stage)
+    read = {r.value for r in stage.reductions if r.kind != "moments"} | set(readers) | with_halo
     return {
         local.op.outputs[0]: local.unvalued
-        for local in graph.locals
-        if local.unvalued is not None and local.op.outputs[0] in graph.stored and local.op.outputs[0] not in read
+        for local in stage.locals
+        if local.unvalued is not None and local.op.outputs[0] in stage.stored and local.op.outputs[0] not in read
     }
 
 
-def in_place_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:
+def in_place_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
     """How ReLU and residual sums overwrite an input that nothing else reads and that no later tile needs.
 
     Args:
@@ -137,29 +137,29 @@ def in_place_runs(graph: Graph, carried: set[int]) -> dict[int, Run]:
     Returns:
         For the output of each such op, the function that computes it in place of the op's own.
     """
-    readers, private = readers_of(graph), private_maps(graph)
-    fresh = {v for local in graph.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}
+    readers, private = readers_of(stage), private_maps(stage)
+    fresh = {v for local in stage.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}
 
     def free(value: int, op: Op) -> bool:
-        same = graph.program.values[value], graph.program.values[op.outputs[0]]
+        same = stage.program.values[value], stage.program.values[op.outputs[0]]
         return (
             value in fresh
             and value in private
-            and value not in carried
+            and value not in with_halo
             and len(readers[value]) == 1
             and same[0].shape == same[1].shape
             and same[0].dtype == same[1].dtype
         )
 
     runs: dict[int, Run] = {}
-    for local in graph.locals:
+    for local in stage.locals:
         op, name = local.op, _plain(local.op.name)
         operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
         if name == "relu" and operands and free(operands[0], op):
             runs[op.outputs[0]] = _relu_in_place(operands[0])
         elif name == "add" and len(operands) == 2 and operands[0] != operands[1] and "alpha" not in op.kwargs:
             for target, other in (operands, operands[::-1]):
-                if free(target, op) and other in graph.maps:
+                if free(target, op) and other in stage.maps:
                     runs[op.outputs[0]] = _add_in_place(target, other)
                     break
     return runs

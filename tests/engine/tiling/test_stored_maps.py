@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gigamorph import GigamorphError, accelerate, plan
 from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.planning.strategy import Strategy
-from gigamorph.engine.tiling import maps as maps_module
+from gigamorph.engine.tiling import stored_maps as maps_module
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.tiling.scan import Scan
 
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do n
 
 
 class Residual(nn.Module):
-    """A stored map that two sweeps read, and ranges."""
+    """A stored map that two stages read, and ranges."""
 
     def __init__(self, channels: int = 4):
         super().__init__()

@@ -1,15 +1,15 @@
-"""The recorded program sorted into steps: computations on smalls, and sweeps over the image.
+"""The recorded program sorted into steps: computations on vectors, and stages over the image.
 
 A value is a *map* (it has the image axes) or a *small*. Its *level* counts the reductions over the image that it waits
-for, one behind the other: the image and the parameters have level 0, what is reduced from a map of level n has n + 1.
+for, one after the other: the image and the parameters have level 0, what is reduced from a map of level n has n + 1.
 
     level 0      level 1            level 1            level 2        level 2
-    image  ->  sweep: conv  ->  statistics of it  ->  sweep: norm, ... -> pooled  ->  classifier
+    image  ->  stage: conv  ->  statistics of it  ->  stage: norm, ... -> pooled  ->  classifier
 
-Everything of one level is computed in one pass over the tiles (`Graph`, a sweep). Its *sources* are the image and maps
-that an earlier sweep has stored; what a later sweep will read is stored, or (`split`'s choice) computed again from
-its own sources. Between sweeps smalls are computed by ordinary PyTorch, so autograd joins the sweeps: for it each is
-one function of its sources and smalls. A network whose only reduction is the last pooling is one sweep of the image.
+Everything of one level is computed in one pass over the tiles (`Stage`, a stage). Its *sources* are the image and maps
+that an earlier stage has stored; what a later stage will read is stored, or (`split`'s choice) computed again from
+its own sources. Between stages vectors are computed by ordinary PyTorch, so autograd joins the stages: for it each is
+one function of its sources and vectors. A network whose only reduction is the last pooling is one stage of the image.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ..capture.trace import Op, Program, place, refs
 from ..errors import UnsupportedError
-from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, Small, Whole, find_rule
+from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
 from .ops.flat import unflatten
-from .ops.norms import norm_of_small
+from .ops.norms import norm_of_vector
 from .ops.rising import rise
 
 # Calls that read a map only for its dtype and device.
@@ -33,26 +33,26 @@ _LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_te
 
 
 @dataclass
-class Graph:
-    """One sweep: local ops from its sources to reductions and stored maps, all in program order.
+class Stage:
+    """One stage: local ops from its sources to reductions and stored maps, all in program order.
 
     Attributes:
-        sources: maps that are there before the sweep: the image, maps that earlier sweeps stored, and tensors of a
-            map's size that no sweep makes (position embeddings).
-        prelude: computations on smalls that a rewrite (`backend.py`) adds; they run once, right before the sweep.
-        stored: maps that the sweep writes whole.
-        smalls: what the sweep takes besides its sources.
-        offsets: of a process's band (`bands.py`): sources that are rows of a map, the first row, and all its rows.
+        sources: maps that are there before the stage: the image, maps that earlier stages stored, and tensors of a
+            map's size that no stage makes (position embeddings).
+        prelude: computations on vectors that a rewrite (`rewrites.py`) adds; they run once, right before the stage.
+        stored: maps that the stage writes whole.
+        vectors: what the stage takes besides its sources.
+        offsets: of a process's band (`shard.py`): sources that are rows of a map, the first row, and all its rows.
     """
 
     program: Program
     maps: Maps
     sources: list[int]
-    prelude: list[Small] = field(default_factory=list)
+    prelude: list[VectorOp] = field(default_factory=list)
     locals: list[Local] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
-    smalls: list[int] = field(default_factory=list)
+    vectors: list[int] = field(default_factory=list)
     offsets: dict[int, tuple[int, int]] | None = None
 
     @property
@@ -71,14 +71,14 @@ class Graph:
 
     @property
     def results(self) -> list[int]:
-        """The values that the sweep gives: those of its reductions, then the stored maps."""
+        """The values that the stage gives: those of its reductions, then the stored maps."""
         return [v for r in self.reductions for v in r.outputs] + self.stored
 
     @cached_property
     def reach(self) -> dict[int, frozenset[int]]:
-        """The sources and smalls that each result's gradient reaches, if there is one."""
+        """The sources and vectors that each result's gradient reaches, if there is one."""
         values = self.program.values
-        found = {v: frozenset([v]) for v in (*self.sources, *self.smalls)}
+        found = {v: frozenset([v]) for v in (*self.sources, *self.vectors)}
         nothing: frozenset[int] = frozenset()
         for local in self.locals:
             inputs = (*local.reads, *local.op.inputs, *(() if local.drawn is None else (local.drawn,)))
@@ -97,32 +97,32 @@ class Graph:
 
 
 @dataclass
-class Network:
+class StagedProgram:
     """A program as a list of steps; each step's values are there before the next begins.
 
     Attributes:
         ranges: steps whose maps are let go after the forward and computed again in the backward.
-        place: where stored maps that sweeps alone read are kept: "device", "host" or "disk".
+        place: where stored maps that stages alone read are kept: "device", "host" or "disk".
     """
 
     program: Program
     maps: Maps
-    steps: list[Op | Small | Graph]
+    steps: list[Op | VectorOp | Stage]
     ranges: list[range] = field(default_factory=list)
     place: str = "device"
 
     @property
-    def sweeps(self) -> list[Graph]:
-        return [step for step in self.steps if isinstance(step, Graph)]
+    def stages(self) -> list[Stage]:
+        return [step for step in self.steps if isinstance(step, Stage)]
 
-    def swept(self) -> dict[int, int]:
-        """The stored maps that nothing but sweeps reads, and how many sweeps do."""
-        readers = dict.fromkeys((v for graph in self.sweeps for v in graph.stored), 0)
+    def stage_maps(self) -> dict[int, int]:
+        """The stored maps that nothing but stages reads, and how many stages do."""
+        readers = dict.fromkeys((v for stage in self.stages for v in stage.stored), 0)
         for step in self.steps:
-            for v in step.sources if isinstance(step, Graph) else ():
+            for v in step.sources if isinstance(step, Stage) else ():
                 if v in readers:
                     readers[v] += 1
-        others = [v for step in self.steps if not isinstance(step, Graph) for v in step.inputs]
+        others = [v for step in self.steps if not isinstance(step, Stage) for v in step.inputs]
         for v in (*others, *self.program.results()):
             readers.pop(v, None)
         return readers
@@ -137,7 +137,7 @@ class Network:
                 found.update(v for v in outputs if values[v].takes_grad)
 
         for step in self.steps:
-            if not isinstance(step, Graph):
+            if not isinstance(step, Stage):
                 follow(step.inputs, step.outputs)
                 continue
             for part in (*step.prelude, *(local.op for local in step.locals)):
@@ -162,26 +162,26 @@ def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
         raise _refuse(op, str(reason)) from None
 
 
-def readers_of(graph: Graph) -> dict[int, list[Local]]:
+def readers_of(stage: Stage) -> dict[int, list[Local]]:
     """The local ops that read each map."""
     readers: dict[int, list[Local]] = {}
-    for local in graph.locals:
+    for local in stage.locals:
         for value in local.reads:
             readers.setdefault(value, []).append(local)
     return readers
 
 
-def private_maps(graph: Graph) -> set[int]:
+def private_maps(stage: Stage) -> set[int]:
     """Maps that local ops alone look at."""
-    public = {r.value for r in graph.reductions} | set(graph.stored)
-    return {v for local in graph.locals for v in local.op.outputs} - public
+    public = {r.value for r in stage.reductions} | set(stage.stored)
+    return {v for local in stage.locals for v in local.op.outputs} - public
 
 
-def small_inputs(graph: Graph) -> list[int]:
-    """The smalls that local ops take."""
+def vector_inputs(stage: Stage) -> list[int]:
+    """The vectors that local ops take."""
     found: dict[int, None] = {}
-    for local in graph.locals:
-        found.update(dict.fromkeys(v for v in local.op.inputs if v not in graph.maps))
+    for local in stage.locals:
+        found.update(dict.fromkeys(v for v in local.op.inputs if v not in stage.maps))
         if local.drawn is not None:
             found[local.drawn] = None
     return list(found)
@@ -198,10 +198,10 @@ def live_ops(program: Program) -> list[Op]:
     return live[::-1]
 
 
-def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> Small:
+def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:
     """A small that is drawn once per step, with the dtype and device of another value."""
     value = program.values[like]
-    return Small(lambda _env: (make(value.dtype, value.device),), (), (output,))
+    return VectorOp(lambda _env: (make(value.dtype, value.device),), (), (output,))
 
 
 def _refuse(op: Op, reason: str) -> UnsupportedError:
@@ -209,7 +209,7 @@ def _refuse(op: Op, reason: str) -> UnsupportedError:
 
 
 def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
-    """The nodes that the recorded ops become, in program order; ops on smalls stay as they are.
+    """The nodes that the recorded ops become, in program order; ops on vectors stay as they are.
 
     Args:
         fallback: "whole" gives ordinary PyTorch whole maps for ops that have no exact rule.
@@ -227,7 +227,7 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
 
 
 def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, list[Node | Op]]:
-    """`sort`; `rising` makes maps block by block of smalls that are spread over the image."""
+    """`sort`; `rising` makes maps block by block of vectors that are spread over the image."""
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
     nodes: list[Node | Op] = []
@@ -238,7 +238,7 @@ def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, l
         derived.update(op.outputs if ours else ())
         risen = None
         if op.name in _LIKE_MAP or not maps.inputs(op):
-            risen = (rising and rise(op, maps)) or norm_of_small(op, maps) if ours else None
+            risen = (rising and rise(op, maps)) or norm_of_vector(op, maps) if ours else None
             if risen is None:
                 nodes.append(op)
                 taken.follow(op)
@@ -262,7 +262,7 @@ def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, l
                 for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
                     if h == w and value not in maps.flat:
                         maps.flat[value] = maps.flat[next(iter(node.reads))]
-            elif isinstance(node, Small):
+            elif isinstance(node, VectorOp):
                 taken.check(op, node)
             elif isinstance(node, Whole):
                 taken.begin(node.op)
@@ -304,7 +304,7 @@ def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
 
 
 class _TakenWhole:
-    """Smalls that come from whole maps; what is as large as those is a map again, where the user allows it."""
+    """Vectors that come from whole maps; what is as large as those is a map again, where the user allows it."""
 
     def __init__(self, maps: Maps, allowed: bool):
         self.maps, self.allowed = maps, allowed
@@ -317,7 +317,7 @@ class _TakenWhole:
         self._return(op)
 
     def follow(self, op: Op) -> None:
-        """An op on smalls."""
+        """An op on vectors."""
         found = next((self.origin[v] for v in op.inputs if v in self.origin), None)
         if found is not None:
             self.origin.update(dict.fromkeys(op.outputs, found))
@@ -331,7 +331,7 @@ class _TakenWhole:
             elif len(shape) == 4 and shape[1:3] in self.sizes:
                 self.maps.axes[value] = (1, 2)
 
-    def check(self, op: Op, node: Small) -> None:
+    def check(self, op: Op, node: VectorOp) -> None:
         """Refuse a whole map in the middle, unless it is allowed."""
         first = next((self.origin[v] for v in node.inputs if v in self.origin), None)
         if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
@@ -361,7 +361,7 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
     """The level of every value that is not a parameter or constant (those have level 0).
 
     Args:
-        cuts: maps that local ops shall read in a later sweep than the one that makes them.
+        cuts: maps that local ops shall read in a later stage than the one that makes them.
     """
     level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
     for node in nodes:
@@ -392,11 +392,11 @@ def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) 
     return [v for v in made if read_at.get(v, 0) > level[v]]
 
 
-def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> Network:
+def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> StagedProgram:
     """The steps of a sorted program.
 
     Args:
-        stored: which of the `crossing` maps are stored; the others are computed again by each sweep that reads them.
+        stored: which of the `crossing` maps are stored; the others are computed again by each stage that reads them.
         cuts: see `levels`.
     """
     level = levels(maps, nodes, cuts)
@@ -405,7 +405,7 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     kept = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
-    steps: list[Op | Small | Graph] = []
+    steps: list[Op | VectorOp | Stage] = []
     late = _for_state_alone(maps, nodes)
     for now in range(last + 1):
         for node in nodes:
@@ -420,10 +420,10 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
         if here or written:
             given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
             there = {*given, *(v for v in kept if level[v] < now)}
-            steps.append(_sweep(maps, nodes, makers, here, written, there))
-    steps += [node for node in nodes if isinstance(node, (Op, Small)) and id(node) in late]
-    network = Network(maps.program, maps, steps)
-    if not network.sweeps:
+            steps.append(_stage(maps, nodes, makers, here, written, there))
+    steps += [node for node in nodes if isinstance(node, (Op, VectorOp)) and id(node) in late]
+    network = StagedProgram(maps.program, maps, steps)
+    if not network.stages:
         raise UnsupportedError(
             "the model's output does not depend on the image; call the model itself, without accelerate"
         )
@@ -431,14 +431,14 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
 
 
 def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
-    """The computations on smalls, by identity, that only what a call leaves in buffers and attributes depends on.
+    """The computations on vectors, by identity, that only what a call leaves in buffers and attributes depends on.
 
-    They come last, in the order of the calls: no range of sweeps that is computed again has them inside.
+    They come last, in the order of the calls: no range of stages that is computed again has them inside.
     """
     wanted = set(refs(maps.program.output))
     late: set[int] = set()
     for node in reversed(nodes):
-        alone = isinstance(node, (Op, Small)) and not any(v in maps for v in (*node.inputs, *node.outputs))
+        alone = isinstance(node, (Op, VectorOp)) and not any(v in maps for v in (*node.inputs, *node.outputs))
         if alone and not wanted & set(_makes(node)):
             late.add(id(node))
         else:
@@ -446,14 +446,14 @@ def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     return late
 
 
-def _sweep(
+def _stage(
     maps: Maps,
     nodes: Sequence[Node | Op],
     makers: dict[int, Local],
     reductions: list[Reduction],
     written: list[int],
     there: set[int],
-) -> Graph:
+) -> Stage:
     """The local ops that reductions and stored maps need, back to maps that are there."""
     wanted = [*(r.value for r in reductions), *written]
     needed: set[int] = set()
@@ -465,15 +465,15 @@ def _sweep(
         elif id(makers[value]) not in needed:
             needed.add(id(makers[value]))
             wanted.extend(makers[value].reads)
-    # Copies: a rewrite of one sweep's ops must not change those of another.
+    # Copies: a rewrite of one stage's ops must not change those of another.
     own = [replace(node) for node in nodes if isinstance(node, Local) and id(node) in needed]
-    graph = Graph(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
-    graph.smalls = small_inputs(graph)
-    return graph
+    stage = Stage(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
+    stage.vectors = vector_inputs(stage)
+    return stage
 
 
-def build_network(program: Program, fallback: str | None = None) -> Network:
-    """The steps of a recorded program with every map stored that a later sweep reads.
+def build_network(program: Program, fallback: str | None = None) -> StagedProgram:
+    """The steps of a recorded program with every map stored that a later stage reads.
 
     Args:
         fallback: see `sort`.

@@ -4,13 +4,13 @@ The window that an op reads in a tile has up to three parts:
 
             |  columns from the left  |  columns of this tile
     --------+-------------------------+----------------------
-    rows    |        upper carry (all columns, from the strip above)
+    rows    |        upper halo (all columns, from the strip above)
     --------+-------------------------+----------------------
-    rows of |        left carry       |  block (computed in this tile)
+    rows of |        left halo       |  block (computed in this tile)
     the tile|                         |
 
 In the backward the gradient of a window falls apart the same way: the block's part goes on through autograd, the
-others are added to the gradients of the carries, which the tiles above and to the left add to their own blocks.
+others are added to the gradients of the halos, which the tiles above and to the left add to their own blocks.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Layout:
 
 
 class Compose(torch.autograd.Function):
-    """`Layout.compose` with a backward that hands the carries' gradients to `sink(part number, gradient)`.
+    """`Layout.compose` with a backward that hands the halos' gradients to `sink(part number, gradient)`.
 
     `anchor` is a scalar that requires a gradient: it makes autograd run this node even where no block is involved.
     """
@@ -144,7 +144,7 @@ class Compose(torch.autograd.Function):
         ctx.layout, ctx.sinks = layout, sinks
         ctx.block_shape = None if block is None else block.shape
         window = layout.compose(block)
-        layout.parts = [(target, torch.empty(0), source) for target, _, source in layout.parts]  # let the carries go
+        layout.parts = [(target, torch.empty(0), source) for target, _, source in layout.parts]  # let the halos go
         return window
 
     @staticmethod
@@ -202,13 +202,13 @@ def disk_errors(size: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise GigamorphError(
-            f"{tempfile.gettempdir()}: no room for another {format_bytes(size)} of carries or maps ({error.strerror}); "
+            f"{tempfile.gettempdir()}: no room for another {format_bytes(size)} of halos or maps ({error.strerror}); "
             "point TMPDIR at a larger disk, or give a larger memory budget"
         ) from None
 
 
-class CarryStore:
-    """Keeps the carries that enter each tile between the two passes.
+class HaloStore:
+    """Keeps the halos that enter each tile between the two passes.
 
     Args:
         place: "device" keeps them where they are, "host" in (pinned) host memory, "disk" in a temporary file that is
