@@ -114,7 +114,7 @@ class Accelerated(Delegate):
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
-        return {**super().__getstate__(), "_programs": OrderedDict(), "_spare": PagePool(), "on_tile": None}
+        return {**super().__getstate__(), "_programs": OrderedDict(), "_page_pool": PagePool(), "on_tile": None}
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)

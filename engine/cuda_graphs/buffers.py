@@ -89,7 +89,7 @@ _ALIGNMENT = 512  # that of PyTorch's own allocations
 
 
 class Arena:
-    """Memory that several `GraphBuffers` use in turn, each from the beginning: none needs its tensors when another works."""
+    """Memory that several `GraphBuffers` use in turn, each from the beginning: none needs it when another works."""
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []

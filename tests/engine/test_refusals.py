@@ -209,7 +209,7 @@ def test_an_unused_branch_is_no_reason_to_refuse():
     ("options", "pattern"),
     [
         ({"batch_norm": "frozn"}, "batch_norm='frozn'"),
-        ({"carries": "moon"}, "carries='moon'"),
+        ({"halos": "moon"}, "halos='moon'"),
         ({"tile": 0}, "tile"),
         ({"fallback": "half"}, "fallback='half'"),
         ({"tile": (8, -1)}, "tile"),

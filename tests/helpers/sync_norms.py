@@ -16,7 +16,7 @@ from gigamorph import accelerate
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.lowering.ops import Maps
 from gigamorph.engine.lowering.stages import crossing, split
-from gigamorph.engine.planning.strategy import Strategy, cut_maps, ranges_between, strategies
+from gigamorph.engine.planning.strategy import Strategy, cut_maps, segments_between, strategies
 
 
 def pool(x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def with_ranges(maps: Maps, nodes: list[Any], *_: Any) -> Iterator[Strategy]:
     """The choice to compute again, in the backward, what lies between two cuts."""
     cuts = cut_maps(maps, nodes)
     network = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
-    network.ranges = ranges_between(network, cuts)
+    network.ranges = segments_between(network, cuts)
     yield Strategy("ranges", network, 0.0, 0)
 
 

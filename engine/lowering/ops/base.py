@@ -44,8 +44,8 @@ class Block:
     input before a kernel without padding gives exactly this block. `sum_of` gives, where gradients are wanted, the
     tensor in which a vector's gradient is summed over the tiles, for ops that add to it themselves. `margin` is
     the room (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its
-    output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that an op has
-    computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
+    output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that
+    an op has computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
     """
 
     rows: Span

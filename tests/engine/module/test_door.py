@@ -287,7 +287,7 @@ def test_plans_of_networks_without_values_and_of_others_than_float32():
     for shape in (60, (60, 50), (0, 1, 60, 50)):
         with pytest.raises(GigamorphError, match="is not"):
             accelerate(Own()).plan_for(shape)
-    for choice in ({"carries": "x"}, {"carries": ["host"]}, {"fallback": True}, {"batch_norm": 1}):
+    for choice in ({"halos": "x"}, {"halos": ["host"]}, {"fallback": True}, {"batch_norm": 1}):
         with pytest.raises(GigamorphError, match=r"is not known; give .* or "):
             accelerate(Own(), **choice)
 
