@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -21,7 +21,9 @@ from .capture.program import wants
 from .capture.trace import Program, Spec, capture, refuse_backward_hooks
 from .cuda_graphs import buffers
 from .errors import GigamorphError
-from .execution.steps import Forward, ImageTensor, Prepared, run_together
+from .execution.forward import Forward, ImageTensor
+from .execution.prepared import Prepared
+from .execution.run import run
 from .images.pixels import PixelBatch, PixelSource, as_batch
 from .lowering.ops import Reduction, VectorOp
 from .lowering.stages import Stage
@@ -30,9 +32,10 @@ from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
 from .parallel.processes import check_same, check_same_steps, world
 from .planning.plan import Plan, arrange, arrange_together
+from .tiling.forward import forward_pass
 from .tiling.memory import parse_bytes
 from .tiling.page_pool import PagePool
-from .tiling.scan import Autocast, Pixels, TileEvent
+from .tiling.scan import Autocast, Observer, Pixels, TileEvent
 from .tiling.spatial import SpatialShard, spatial_group
 from .tiling.stage import TiledStage
 from .verify import CannotVerify
@@ -192,7 +195,7 @@ class Accelerated(Delegate):
         known = self._programs.setdefault(key, [])
         self._programs.move_to_end(key)
         for place, ready in enumerate(known):
-            if ready[0].network.program.guard.holds():
+            if ready[0].staged.program.guard.holds():
                 known.insert(0, known.pop(place))
                 return ready
         if training:
@@ -206,7 +209,7 @@ class Accelerated(Delegate):
             for one in images
         ]
         for ready in known:  # what a call changes may differ (a counter), and all else be the same
-            if all(one.network.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
+            if all(one.staged.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
                 return ready
         counted = self.memory_budget is not None or buffers.executor(device) is not None
         given = self.memory_budget, self.tile, training, self.halos
@@ -268,21 +271,21 @@ class Accelerated(Delegate):
         vectors: Sequence[Tensor] = (),
     ) -> Any:
         forward = self._open(x, form, given, vectors)
-        forward.run()
+        run([forward])
         return forward.finish()
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""
         images = [self._images(x) for x in batches]
         (first,) = self._program(images[:1])
-        if any(isinstance(step, VectorOp) and step.share is not None for step in first.network.steps):
+        if any(isinstance(step, VectorOp) and step.share is not None for step in first.staged.steps):
             if self.split is not None:
                 raise GigamorphError(
                     "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
                     'in training mode; give images of one size, or accelerate(..., batch_norm="frozen")'
                 )
             forwards = self._ready(images, self._program(images))
-            run_together(forwards)
+            run(forwards)
             outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
         else:
             outputs = [self._one_size(x) for x in batches]
@@ -335,11 +338,11 @@ class Accelerated(Delegate):
                     other.let_go()  # the plan has room for those of one program
         first = prepared[0]
         if images[0].training:
-            groups = dict.fromkeys(op.group for op in first.network.program.ops if op.group is not None)
+            groups = dict.fromkeys(op.group for op in first.staged.program.ops if op.group is not None)
             check_same_steps(groups, first.order, images[0].device)
         forwards = []
         for one, ready in zip(images, prepared, strict=True):
-            program, image, pixels = ready.network.program, one.image, one.pixels
+            program, image, pixels = ready.staged.program, one.image, one.pixels
             inputs = dict(zip(program.inputs, given, strict=True))
             tensors = {v: t for v, t in inputs.items() if isinstance(t, Tensor)}
             tensors.update(zip(program.vectors, vectors, strict=True))
@@ -377,18 +380,19 @@ class Accelerated(Delegate):
         self.need_all_rows("evidence")
         with torch.inference_mode(False), torch.no_grad():  # a part of it needs gradients
             forward = self._open(as_batch(x))
-            steps = forward.prepared.network.steps
+            steps = forward.prepared.staged.steps
             pooling = [n for n, step in enumerate(steps) if isinstance(step, Stage) and step.reductions]
             if not pooling:
                 raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
-            forward.run(0, pooling[-1])
+            run([forward], 0, pooling[-1])
             scan, _, vectors = forward.scan(pooling[-1])
-            stage, results = scan.tiled.stage, scan.forward(vectors)
+            replay = forward.prepared.replay(pooling[-1], scan.device)
+            stage, (results, _) = scan.tiled.stage, forward_pass(scan, vectors, replay=replay)
             pooled = {r.outputs[0]: r for r in stage.reductions if r.kind != "moments" and r.grid is None}
             with torch.enable_grad():
                 leaves = [r.detach().requires_grad_() for r in results]
                 forward.env.update(zip(stage.results, leaves, strict=True))
-                forward.run(pooling[-1] + 1)
+                run([forward], pooling[-1] + 1)
                 scores = next(t for t in tree_leaves(forward.output()) if isinstance(t, Tensor))
                 scores = scores.reshape(scores.shape[0], -1)
                 if not -scores.shape[1] <= output < scores.shape[1]:
@@ -397,13 +401,13 @@ class Accelerated(Delegate):
             size = stage.maps.size(stage.reductions[-1].value)
             wide = torch.promote_types(leaves[0].dtype, torch.float32)
             total = torch.zeros(scores.shape[0], *size, dtype=wide, device=scan.device)
+            observers: dict[int, list[Observer]] = {}
             for value, grad in zip(stage.results, grads, strict=True):
                 reduction = pooled.get(value)
                 if reduction is not None and grad is not None and stage.maps.size(reduction.value) == size:
                     observer = _evidence_observer(total, reduction, grad, stage.maps.axes[reduction.value])
-                    observers = scan.observers.setdefault(reduction.value, [])
-                    observers.append(observer)
-            scan.forward(vectors)
+                    observers.setdefault(reduction.value, []).append(observer)
+            forward_pass(replace(scan, observers=observers), vectors)
         return total
 
     def need_all_rows(self, name: str) -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from .accelerate import Accelerated, Form
 from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
+from .execution.run import run
 from .images.pixels import PixelBatch, PixelSource, as_batch
 from .module.entrance import entrance
 from .tiling.map_files import sink
@@ -72,7 +73,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
     key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, on_labels))
     values = [each.values if isinstance(each.values, Tensor) else each for each in given]
     forward = net._open(batch, Form(key, with_loss, specs), values)
-    forward.run()
+    run([forward])
     return forward.finish()
 
 
@@ -102,13 +103,13 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
 
     with torch.no_grad():
         forward = net._open(batch, Form(("written", output), with_output_written))
-        network = forward.prepared.network
+        network = forward.prepared.staged
         value = next(op for op in network.program.ops if op.name == "written").inputs[0]
         if value not in network.maps:
             raise GigamorphError(f"output {output} of the network is no map, but a small tensor; call the network")
         info, axes = network.program.values[value], network.maps.axes[value]
         with sink(out, tuple(info.shape), axes, info.dtype) as forward.observers[value]:
-            forward.run()
+            run([forward])
         forward.finish()
 
 

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.choice import current_mode
+from ..tiling.forward import Gathered
 from ..tiling.grid import new_accumulator
-from ..tiling.halos import HaloStore, Rect, cut
+from ..tiling.halos import HaloStore, Rect, area, cut
+from ..tiling.record import Kept, Read, Recorded, WindowGrads, run_tile
 from ..tiling.reduce import Consumer, Consumers
-from ..tiling.scan import Gathered, Kept, Read, Scan
-from ..tiling.stage import Halos, Tile, TiledStage, area
+from ..tiling.scan import Scan
+from ..tiling.stage import TiledStage
+from ..tiling.tile import Halos, Returned, Tile
 from .buffers import Arena, Executor, GraphBuffers, Name, copy_all
 from .signature import Outline, Signature, axis_signature, translates
 
@@ -89,8 +92,8 @@ class Bench:
 
     def __init__(self, tiled: TiledStage, scan: Scan, arena: Arena):
         self.tiled, self.arena = tiled, arena
-        self.scan = Scan(tiled, {}, scan.device, scan.dtype)  # not `scan`: that would keep its image alive
-        self.scan.autocast = scan.autocast
+        # Not `scan`: that would keep its image alive.
+        self.scan = Scan(tiled, {}, scan.device, scan.dtype, scan.autocast)
         self.recordings: dict[Hashable, Recording] = {}
         self.step = GraphBuffers()
         self.sums: dict[int, Tensor] = {}
@@ -142,12 +145,14 @@ class Replays:
     def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ReplayedForward | None:
         """Pass 1 of a step."""
         bench = self._bench(scan, vectors)
-        return None if bench is None else ReplayedForward(self, bench, scan, vectors)
+        return None if bench is None else ReplayedForward(self, bench, vectors)
 
-    def backward(self, scan: Scan, kept: Kept, consumers: Consumers) -> ReplayedBackward | None:
+    def backward(
+        self, scan: Scan, kept: Kept, consumers: Consumers, stored: Mapping[int, Tensor]
+    ) -> ReplayedBackward | None:
         """Pass 2 of a step."""
         bench = self._bench(scan, kept.vectors)
-        return None if bench is None else ReplayedBackward(self, bench, scan, kept, consumers)
+        return None if bench is None else ReplayedBackward(self, bench, kept, consumers, stored)
 
 
 def _first_alike(tiled: TiledStage, axis: int) -> list[int | None]:
@@ -210,8 +215,8 @@ def _parts(
 class ReplayedForward:
     """Tiles of pass 1 of one step."""
 
-    def __init__(self, replays: Replays, bench: Bench, scan: Scan, vectors: Mapping[int, Tensor]):
-        self.replays, self.bench, self.scan = replays, bench, scan
+    def __init__(self, replays: Replays, bench: Bench, vectors: Mapping[int, Tensor]):
+        self.replays, self.bench = replays, bench
         bench.step.load({("vector", v): vector.detach() for v, vector in vectors.items()})
 
     def __call__(self, i: int, j: int, read: Read, halos: Halos, gathered: Gathered) -> bool:
@@ -225,18 +230,18 @@ class ReplayedForward:
 
     def _take(self, recording: Recording, i: int, j: int, gathered: Gathered) -> None:
         """Copy out what a tile has given."""
-        scan, tiled, outline = self.scan, self.bench.tiled, recording.outline
+        tiled, outline = self.bench.tiled, recording.outline
         pairs: list[tuple[Tensor, Tensor]] = []
         shares: dict[int, list[Tensor]] = {}
         for name, tensor in recording.outputs.items():
             if name[0] == "share":
                 shares.setdefault(name[1], []).append(tensor.clone())
             elif name[0] == "stored":
-                pairs.append((scan.room_in_store(name[1], i, j, tensor, gathered), tensor))
+                pairs.append((gathered.room_in_store(name[1], i, j, tensor), tensor))
             else:
                 side, value = name
                 rect = outline.place(side, value, outline.leaving[side, value], i, j)
-                pairs.append((scan.room_in_halo(side, value, rect, i, j, tensor, gathered), tensor))
+                pairs.append((gathered.room_in_halo(side, value, rect, i, j, tensor), tensor))
         copy_all(pairs)
         for number, share in shares.items():
             value = tiled.stage.reductions[number].value
@@ -263,14 +268,14 @@ def _compute(bench: Bench, recording: Recording) -> None:
     halos = recording.halos("halo", recording.outline.entering)
     tile = Tile(tiled, recording.i, recording.j, recording.pixels, bench.vectors(), halos)
     with torch.no_grad(), bench.scan.autocast.enter():
-        bench.scan.run(tile, publish)
+        run_tile(bench.scan, tile, publish)
 
 
 class ReplayedBackward:
     """Tiles of pass 2 of one step. The sums of `kept` become graph buffers, which are used again in the next step."""
 
-    def __init__(self, replays: Replays, bench: Bench, scan: Scan, kept: Kept, consumers: Consumers):
-        self.replays, self.bench, self.scan, self.kept, self.consumers = replays, bench, scan, kept, consumers
+    def __init__(self, replays: Replays, bench: Bench, kept: Kept, consumers: Consumers, stored: Mapping[int, Tensor]):
+        self.replays, self.bench, self.kept, self.consumers, self.stored = replays, bench, kept, consumers, stored
         for total in bench.sums.values():
             total.zero_()
         kept.sums = bench.sums
@@ -289,34 +294,23 @@ class ReplayedBackward:
                     step["total", value, number] = target.accumulator.total
         bench.step.load(step)
 
-    def __call__(
-        self,
-        i: int,
-        j: int,
-        read: Read,
-        halos: Halos,
-        halo_grads: Halos,
-        handed_back: Halos,
-        source_grads: Mapping[int, Tensor],
-    ) -> bool:
+    def __call__(self, i: int, j: int, read: Read, halos: Halos, returned: Returned) -> WindowGrads | None:
         kind, kept, tiled = self.replays.kind(i, j), self.kept, self.bench.tiled
         if kind is None:
-            return False
+            return None
         key = "backward", kind, tuple(self.form), tuple(kept.leaves), frozenset(kept.sources)
         work = partial(_differentiate, self.bench, self.form, kept.leaves, kept.sources, kept.needs)
         recording = self.bench.recording(i, j, key, work)
         outline = recording.outline
-        grads = _parts("grad", tiled, outline, outline.entering, i, j, halo_grads)
-        back = _parts("back", tiled, outline, outline.leaving, i, j, handed_back)
+        grads = _parts("grad", tiled, outline, outline.entering, i, j, returned.grads)
+        back = _parts("back", tiled, outline, outline.leaving, i, j, returned.handed_back)
         tensors = _entering(recording, i, j, read, halos) | grads | back | self._of_blocks(i, j)
         recording(tensors, self.replays.executor)
         copy_all((grad, recording.inputs[name]) for name, grad in grads.items())
-        windows = [
+        return [
             ((source, outline.place("source", source, rect, i, j)), grad)
             for (_, source, rect), grad in recording.outputs.items()
         ]
-        self.scan.add_to_sources(source_grads, windows)
-        return True
 
     def _of_blocks(self, i: int, j: int) -> dict[Name, Tensor]:
         """Per tile: gradients of stored blocks, stored blocks themselves, and the shares of maxima."""
@@ -334,7 +328,7 @@ class ReplayedBackward:
             if target.accumulator is None:
                 found["stored", value] = cut(target.grads[0], *place)  # pyright: ignore[reportArgumentType]
             elif target.of_block and value in tiled.unvalued:
-                found["kept", value] = cut(self.scan.stored[value], *place)
+                found["kept", value] = cut(self.stored[value], *place)
             elif shared:
                 found["share", value, number] = target.shares[i, j]
         return found
@@ -353,14 +347,13 @@ def _differentiate(
     for value in leaves:
         vectors[value].requires_grad_()
     kept = Kept(HaloStore("device"), 0, vectors, leaves, sources, needs, [], sums=bench.sums)
-    tile = scan.tile(recording.i, recording.j, kept, recording.halos("halo", outline.entering), recording.pixels)
-    tile.alone = True
-    scan.stored = {name[1]: tensor for name, tensor in recording.inputs.items() if name[0] == "kept"}
     consumers = _buffered_consumers(bench, form, recording)
-    recorded = scan.again(tile, consumers, 0)
-    tile.halo_grads = recording.halos("grad", outline.entering)
-    tile.handed_back = recording.halos("back", outline.leaving)
-    for (source, rect), grad in scan.differentiate(recorded, consumers, kept):
+    place, entering = (recording.i, recording.j), recording.halos("halo", outline.entering)
+    stored = {name[1]: tensor for name, tensor in recording.inputs.items() if name[0] == "kept"}
+    with scan.autocast.enter():
+        recorded = Recorded(scan, kept, place, entering, recording.pixels, consumers, stored=stored, alone=True)
+    returned = Returned(recording.halos("grad", outline.entering), recording.halos("back", outline.leaving))
+    for (source, rect), grad in recorded.differentiate(consumers, kept, returned):
         recording.give(("window", source, outline.relative("source", source, rect)), grad)
 
 

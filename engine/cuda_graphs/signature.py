@@ -12,8 +12,8 @@ from collections.abc import Container
 from typing import Any
 
 from ..lowering.geometry import Access, Chain, Window
-from ..tiling.halos import Rect
-from ..tiling.stage import TiledStage, area, shift, split
+from ..tiling.halos import Rect, area, shift, split
+from ..tiling.stage import TiledStage
 
 Signature = tuple[Any, ...]
 

@@ -101,14 +101,14 @@ class StagedProgram:
     """A program as a list of steps; each step's values are there before the next begins.
 
     Attributes:
-        ranges: steps whose maps are let go after the forward and computed again in the backward.
+        segments: steps whose maps are let go after the forward and computed again in the backward.
         place: where stored maps that stages alone read are kept: "device", "host" or "disk".
     """
 
     program: Program
     maps: Maps
     steps: list[Op | VectorOp | Stage]
-    ranges: list[range] = field(default_factory=list)
+    segments: list[range] = field(default_factory=list)
     place: str = "device"
 
     @property

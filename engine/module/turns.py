@@ -74,18 +74,18 @@ def _held(lock: Lock | None) -> Iterator[None]:
         _here.lock = before
 
 
-def dice() -> int:
+def drawn() -> int:
     """Tells the state of the CPU's generator from others."""
     return hash(torch.get_rng_state().numpy().tobytes())
 
 
 def check_drawn(before: int) -> None:
-    """Refuse a second computation that has not drawn what the first one drew, told by `dice()` after it.
+    """Refuse a second computation that has not drawn what the first one drew, told by `drawn()` after it.
 
     Raises:
         GigamorphError: threads that draw numbers with `torch.rand` and the like have come in between.
     """
-    if dice() != before:
+    if drawn() != before:
         raise GigamorphError(
             "another thread drew torch random numbers while the network drew its own (dropout), so that the backward "
             "cannot draw them again; let that thread use a torch.Generator of its own, or wait for the step"

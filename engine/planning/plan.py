@@ -587,7 +587,7 @@ def _named(name: str, every: Iterator[Strategy], known: dict[str, Strategy]) -> 
 def _steps(network: StagedProgram) -> str:
     """What two networks must have in common to be computed side by side."""
     marks = [(type(step).__name__, isinstance(step, VectorOp) and step.share is not None) for step in network.steps]
-    return repr((marks, network.ranges))
+    return repr((marks, network.segments))
 
 
 def _choose_together(

@@ -23,8 +23,10 @@ from ..lowering.geometry import AxisSchedule
 from ..lowering.stages import Stage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
-from ..tiling.scan import Autocast, Kept, Pixels, Scan, StoredMap, cast_dtype
-from ..tiling.stage import Halos, Tile, TiledStage
+from ..tiling.record import Kept, Recorded, consumers_of, run_tile
+from ..tiling.scan import Autocast, Pixels, Scan, StoredMap, cast_dtype
+from ..tiling.stage import TiledStage
+from ..tiling.tile import Halos, Returned, Tile
 
 
 class _Meter(TorchDispatchMode):
@@ -88,7 +90,7 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     autocast = Autocast.current(image.device)
     with FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
         sources = {v: _fake_source(stage, v) for v in stage.sources}
-        scan = Scan(tiled, sources, image.device, image.dtype)
+        scan = Scan(tiled, sources, image.device, image.dtype, autocast)
 
         def vector(value: int) -> Tensor:
             info = values[value]
@@ -100,7 +102,7 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
             tile = Tile(tiled, i, j, scan.read, vectors, entering)
             with _Meter() as meter, torch.no_grad():
                 meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
-                scan.run(tile, lambda *_: None)
+                run_tile(scan, tile, lambda *_: None)
             return meter.peak, 0
         leaves = [v for v in vectors if v in wanted]
         for value in leaves:
@@ -113,20 +115,17 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
                 one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
         kept = Kept(HaloStore("device"), 0, vectors, leaves, inputs, needs, accumulators)
         grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in stage.results]
-        consumers = scan.consumers(kept, grads)
+        consumers = consumers_of(scan, kept, grads)
         below = _entering(stage, tiled, i + 1, j, scan.memory_format).above
         right = _entering(stage, tiled, i, j + 1, scan.memory_format).left
-        scan.stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
+        stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
         sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
         with _Meter() as meter:
-            meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, scan.stored)
+            meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, stored)
             meter.ignore(_stored_tensors(sources))
-            tile = scan.tile(i, j, kept, entering, scan.read)
-            tile.second_pass = True
-            recorded = scan.record(tile, consumers)
+            recorded = Recorded(scan, kept, (i, j), entering, scan.read, consumers, stored=stored)
             held = meter.alive
-            recorded.tile.halo_grads, recorded.tile.handed_back = entering, Halos(below, right)
-            scan.differentiate(recorded, consumers, kept)
+            recorded.differentiate(consumers, kept, Returned(entering, Halos(below, right)))
         return meter.peak, held
 
 

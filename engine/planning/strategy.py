@@ -1,13 +1,13 @@
 """Which maps are stored whole, and which are computed again: the choices for a network of several stages.
 
 Maps that a later stage reads can be kept until the backward (fastest), or only until the next *cut*: a map through
-which everything goes, such as the output of a residual block. The stages between two cuts are a *range*: its inside is
-let go after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a
+which everything goes, such as the output of a residual block. The stages between two cuts are a *segment*: its inside
+is let go after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a
 further choice is not to store those at all: each early stage then starts at the last cut, or at the image.
 
     keep everything         3 units of arithmetic (a unit is one forward; stock PyTorch takes 3 as well)
-    ranges                  4, and the maps of one range besides the cuts; less where late maps, small ones, are kept
-    early maps not stored   more: a range of m reductions is computed about m/2 times in each direction
+    segments                4, and the maps of one segment besides the cuts; less where late maps, small ones, are kept
+    early maps not stored   more: a segment of m reductions is computed about m/2 times in each direction
 
 Each of them may keep its maps elsewhere, on a GPU in the host's memory, else in a file; then the way there and back is
 what they cost.
@@ -116,7 +116,7 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                     kept = [v for v in chosen if v in stored]
                     network = split(maps, nodes, stored, kept)
                     if training and kept:
-                        network.ranges = segments_between(network, kept)
+                        network.segments = segments_between(network, kept)
                     yield name + (f"; up to cut {number} {text}" if number else ""), network
                     if not number:
                         break
@@ -182,9 +182,9 @@ def _cost(maps: Maps, node: Local) -> float:
 
 
 def network_cost(network: StagedProgram, training: bool) -> float:
-    """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside ranges."""
+    """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside segments."""
     total = 0.0
-    inside = {n for part in network.ranges for n in part}
+    inside = {n for part in network.segments for n in part}
     for number, step in enumerate(network.steps):
         if not isinstance(step, Stage):
             continue
@@ -209,7 +209,7 @@ def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
 def moved_bytes(network: StagedProgram, training: bool) -> int:
     """Bytes of the maps that stages alone read which a step writes and reads, if they are kept elsewhere."""
     values, stage_maps = network.program.values, network.stage_maps()
-    inside = {n for part in network.ranges for n in part}
+    inside = {n for part in network.segments for n in part}
     total = 0
     for number, stage in enumerate(network.steps):
         if isinstance(stage, Stage):
@@ -226,7 +226,7 @@ class _Lifetimes:
 
     def __init__(self, network: StagedProgram, wanted: Container[int]):
         steps, values = network.steps, network.program.values
-        self.steps, self.ranges, self.wanted = steps, network.ranges, wanted
+        self.steps, self.segments, self.wanted = steps, network.segments, wanted
         self.end = len(steps)
         self.made: dict[int, int] = {}
         self.last: dict[int, int] = dict.fromkeys(network.program.results(), self.end)
@@ -249,8 +249,8 @@ class _Lifetimes:
             self.size.update((v, 0) for v in self.made if v in self.stage_maps)
         kind = values[network.program.image].device.type
         self.row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
-        within = {v: part for part in network.ranges for v in self.made if self.made[v] in part}
-        self.maker = within  # the range that makes a map, and below the one that alone knows it
+        within = {v: part for part in network.segments for v in self.made if self.made[v] in part}
+        self.maker = within  # the segment that makes a map, and below the one that alone knows it
         self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
         # A band's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
         self.held = {v for step in steps if not isinstance(step, VectorOp) for v in _reads(step)}
@@ -270,10 +270,10 @@ class _Lifetimes:
         if v not in self.stage_maps or v in self.unvalued:
             return True
         part = self.maker.get(v)
-        # What goes into a range is kept by the range as a whole.
-        ranges = (next((p for p in self.ranges if r in p), None) for r in self.readers.get(v, ()))
+        # What goes into a segment is kept by the segment as a whole.
+        within = (next((p for p in self.segments if r in p), None) for r in self.readers.get(v, ()))
         reads = (
-            p.start if p is not None and p != part else r for r, p in zip(self.readers.get(v, ()), ranges, strict=True)
+            p.start if p is not None and p != part else r for r, p in zip(self.readers.get(v, ()), within, strict=True)
         )
         return any(read <= now for read in reads)
 
@@ -297,7 +297,7 @@ class _Lifetimes:
         return steady + max(growing, dying)
 
     def again(self, part: range) -> int:
-        """Bytes at the end of the second computation of a range, whose backward is about to begin."""
+        """Bytes at the end of the second computation of a segment, whose backward is about to begin."""
         total = 0
         for v, made in self.made.items():
             if made < part.start:
@@ -314,8 +314,8 @@ def stored_peak(network: StagedProgram, training: bool, wanted: Container[int]) 
 
     A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
     backward of the first stage that reads it. Its gradient comes into being in the backward of its last reader, and
-    goes in that of the stage that wrote it; on the CPU the one comes as the other goes, row by row. What only a range
-    knows lives for the forward, and then again from the second computation of the range. Maps that are kept elsewhere
+    goes in that of the stage that wrote it; on the CPU the one comes as the other goes, row by row. What only a segment
+    knows lives for the forward, and then again from the second computation of the segment. Maps that are kept elsewhere
     do not count.
 
     Args:
@@ -328,5 +328,5 @@ def stored_peak(network: StagedProgram, training: bool, wanted: Container[int]) 
     times = [n for n, step in enumerate(steps) if isinstance(step, Stage) or n in fetched] + [len(steps)]
     peak = max(lives.forward(now, training) for now in times)
     if training:
-        peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, network.ranges))
+        peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, network.segments))
     return peak

@@ -40,6 +40,23 @@ def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
     return tensor.narrow(axes[0], top, bottom - top).narrow(axes[1], left, right - left)
 
 
+def split(rect: Rect, block: Rect) -> tuple[Rect, Rect, Rect]:
+    """The parts of a window that lie above the block's rows, left of its columns, and in the block."""
+    top, bottom, left, right = rect
+    middle = min(max(top, block[0]), bottom)
+    centre = min(max(left, block[2]), right)
+    return (top, middle, left, right), (middle, bottom, left, centre), (middle, bottom, centre, right)
+
+
+def shift(rect: Rect, row: int, col: int) -> Rect:
+    """The rectangle as seen from a place."""
+    return rect[0] - row, rect[1] - row, rect[2] - col, rect[3] - col
+
+
+def area(rect: Rect) -> int:
+    return max(0, rect[1] - rect[0]) * max(0, rect[3] - rect[2])
+
+
 def memory_order(tensor: Tensor) -> list[int]:
     """The dimensions from the slowest to the fastest in memory."""
     if tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1:

@@ -249,8 +249,8 @@ class _Splitter:
             begins.append(len(steps))
             steps.extend(self._graph(step) if isinstance(step, Stage) else [step])
         begins.append(len(steps))
-        ranges = [range(begins[part.start], begins[part.stop]) for part in self.network.ranges]
-        return replace(self.network, steps=steps, ranges=ranges)
+        segments = [range(begins[part.start], begins[part.stop]) for part in self.network.segments]
+        return replace(self.network, steps=steps, segments=segments)
 
     def _map(self, value: int, height: int) -> int:
         """A further map like another, of another height."""

@@ -22,7 +22,7 @@ def test_maps_elsewhere_are_exact(place: str, ranges: bool, monkeypatch: pytest.
     every = PLAN.every_strategy
 
     def choose(*args):
-        found = (s for s in every(*args) if s.network.place == place and bool(s.network.ranges) == ranges)
+        found = (s for s in every(*args) if s.network.place == place and bool(s.network.segments) == ranges)
         return [next(found)]
 
     monkeypatch.setattr(PLAN, "strategies", choose)

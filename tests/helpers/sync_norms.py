@@ -82,17 +82,17 @@ def state(net: nn.Module) -> dict[str, Any]:
     return found | {n.removeprefix("module."): b.clone() for n, b in net.named_buffers()}
 
 
-def with_ranges(maps: Maps, nodes: list[Any], *_: Any) -> Iterator[Strategy]:
+def with_segments(maps: Maps, nodes: list[Any], *_: Any) -> Iterator[Strategy]:
     """The choice to compute again, in the backward, what lies between two cuts."""
     cuts = cut_maps(maps, nodes)
     network = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
-    network.ranges = segments_between(network, cuts)
+    network.segments = segments_between(network, cuts)
     yield Strategy("ranges", network, 0.0, 0)
 
 
 def store(ranges: bool) -> None:
     """Let plans keep all maps that are read again, or compute again those between two cuts."""
-    sys.modules["gigamorph.engine.planning.plan"].strategies = with_ranges if ranges else strategies  # pyright: ignore
+    sys.modules["gigamorph.engine.planning.plan"].strategies = with_segments if ranges else strategies  # pyright: ignore
 
 
 def in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None) -> dict[str, Any]:

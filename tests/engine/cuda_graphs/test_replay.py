@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate, dense_loss, kernels, plan
 from gigamorph.engine.cuda_graphs import buffers, replay, signature
-from gigamorph.engine.execution import steps
+from gigamorph.engine.execution import forward, prepared
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
 from gigamorph.kernels import choice
@@ -123,7 +123,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     monkeypatch.setattr(replay, "Bench", Bench)
     monkeypatch.setattr(buffers.GraphBuffers, "load", load)
     monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
-    monkeypatch.setattr(steps, "FEWEST_TILES", 1)
+    monkeypatch.setattr(prepared, "FEWEST_TILES", 1)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))
     return executor
 
@@ -324,7 +324,7 @@ def test_recordings_are_few(remembered: Remembered, monkeypatch: pytest.MonkeyPa
 
 def test_retained_tiles_are_not_replayed(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last seven tiles keep their graph from pass 1."""
-    monkeypatch.setattr(steps, "Scan", lambda *args: Scan(*args[:5], 7, *args[6:]))
+    monkeypatch.setattr(forward, "Scan", lambda **given: Scan(**{**given, "retained": 7}))
     assert_replays_agree(remembered, build(), image(96, 96), tile=16)
     assert remembered.replayed > 0
 
@@ -413,7 +413,7 @@ def test_a_stale_input_is_seen(remembered: Remembered, monkeypatch: pytest.Monke
 
 def test_a_tensor_of_the_step_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the work reads a vector where this step has it."""
-    monkeypatch.setattr(replay.Bench, "smalls", lambda bench: {v: t.clone() for v, t in kept.items()})
+    monkeypatch.setattr(replay.Bench, "vectors", lambda bench: {v: t.clone() for v, t in kept.items()})
     kept: dict[int, Tensor] = {}
     begin = replay.Replays.forward
 

@@ -12,7 +12,7 @@ from exactness import step
 from torch import Tensor, nn
 
 from gigamorph import accelerate, open_pixels
-from gigamorph.engine.execution import steps
+from gigamorph.engine.execution import forward
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.pixels import ImageSource, Normalize, PixelBatch, StoredBatch
 from gigamorph.engine.tiling.scan import Scan
@@ -82,9 +82,9 @@ def test_what_cannot_be_developed() -> None:
 
 def test_only_a_gpu_gets_stored_values() -> None:
     batch = PixelBatch([open_pixels(numbers(np.uint16))])
-    assert isinstance(steps.as_uploaded(batch, torch.device("cuda")), StoredBatch)
-    assert steps.as_uploaded(batch, torch.device("cpu")) is batch
-    assert steps.as_uploaded(other := torch.zeros(1, 1, 4, 4), torch.device("cuda")) is other  # pyright: ignore
+    assert isinstance(forward.as_uploaded(batch, torch.device("cuda")), StoredBatch)
+    assert forward.as_uploaded(batch, torch.device("cpu")) is batch
+    assert forward.as_uploaded(other := torch.zeros(1, 1, 4, 4), torch.device("cuda")) is other  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", ["uint16", "table", "three channels of one"])
@@ -95,14 +95,14 @@ def test_a_step_is_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model = nn.Sequential(nn.Conv2d(source.shape[0], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     expected = step(accelerate(copy.deepcopy(model), tile=16), source)
     seen: list[torch.dtype] = []
-    plain = Scan._convert
+    plain = Scan._as_computed
 
     def convert(self: Scan, number: int, pixels: Tensor) -> Tensor:
         seen.append(pixels.dtype)
         return plain(self, number, pixels)
 
-    monkeypatch.setattr(Scan, "_convert", convert)
-    monkeypatch.setattr(steps, "as_uploaded", lambda pixels, device: StoredBatch.of(pixels))
+    monkeypatch.setattr(Scan, "_as_computed", convert)
+    monkeypatch.setattr(forward, "as_uploaded", lambda pixels, device: StoredBatch.of(pixels))
     got = step(accelerate(model, tile=16), source)
     assert set(seen) == {torch.uint16}
     for a, b in zip(expected.outputs, got.outputs, strict=True):

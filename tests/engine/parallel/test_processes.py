@@ -9,7 +9,7 @@ import pytest
 import torch
 from exactness import LIMIT, assert_exact, errors, named
 from processes import in_processes
-from sync_norms import images, in_ddp, in_one_process, network, state, unlike_plans, with_ranges
+from sync_norms import images, in_ddp, in_one_process, network, state, unlike_plans, with_segments
 
 Sizes = list[tuple[int, int]]
 TWO: dict[str, tuple[Sizes, bool]] = {
@@ -83,5 +83,5 @@ def test_plans_that_would_wait_forever_are_refused(two):
 
 def test_cumulative_averages_in_maps_computed_again(monkeypatch):
     """The counter of batches is there where a range of steps runs by itself."""
-    monkeypatch.setattr(sys.modules["gigamorph.engine.planning.plan"], "strategies", with_ranges)
+    monkeypatch.setattr(sys.modules["gigamorph.engine.planning.plan"], "strategies", with_segments)
     assert_exact(network(), images(0, 0, [(37, 29)]), tile=9)

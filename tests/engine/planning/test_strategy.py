@@ -54,7 +54,7 @@ def arbitrary(seed: int):
         if training:
             stages = [n for n, step in enumerate(network.steps) if isinstance(step, Stage)]
             ends = sorted({dice.choice(stages) for _ in range(3)})
-            network.ranges = [range(a, b) for a, b in zip([stages[0], *ends], ends, strict=False) if b > a]
+            network.segments = [range(a, b) for a, b in zip([stages[0], *ends], ends, strict=False) if b > a]
         yield Strategy("arbitrary", network, 0.0, 0)
 
     return choose
@@ -237,8 +237,8 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     assert stored_peak(network, True, wanted) <= pooled
     cuts = cut_maps(maps, nodes)
     ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
-    ranged.ranges = segments_between(ranged, cuts)
-    assert [type(step).__name__ for step in ranged.steps].count("Graph") == 4
+    ranged.segments = segments_between(ranged, cuts)
+    assert [type(step).__name__ for step in ranged.steps].count("Stage") == 4
     assert network_cost(ranged, True) > network_cost(network, True)
 
 

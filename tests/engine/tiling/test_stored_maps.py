@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do n
 
 
 class Residual(nn.Module):
-    """A stored map that two stages read, and ranges."""
+    """A stored map that two stages read, and segments."""
 
     def __init__(self, channels: int = 4):
         super().__init__()
@@ -49,14 +49,16 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.fixture(params=["all maps", "ranges"])
+@pytest.fixture(params=["all maps", "segments"])
 def on_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Only a choice that keeps maps on disk, small maps too; the names of those taken."""
     taken: list[str] = []
 
     def choose(*args: Any) -> list[Strategy]:
         every = list(PLAN.every_strategy(*args))
-        away = [s for s in every if s.network.place == "disk" and bool(s.network.ranges) == (request.param == "ranges")]
+        away = [
+            s for s in every if s.network.place == "disk" and bool(s.network.segments) == (request.param == "segments")
+        ]
         taken.extend(s.name for s in away[:1])
         return away[:1] or every[:1]
 

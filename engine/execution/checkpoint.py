@@ -1,0 +1,111 @@
+"""Segments of steps whose maps are let go, and computed again in the backward (Chen et al., 2016)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..module import turns
+from ..module.once import once
+from ..tiling.stored_maps import add_reader
+from .forward import Forward, step_together
+from .prepared import Segment
+from .stage_function import keeps_graph
+
+
+class Checkpointed(torch.autograd.Function):
+    """A segment of steps.
+
+    It is one function of what goes into the segment in all forwards that are side by side.
+    """
+
+    @staticmethod
+    def run(forwards: Sequence[Forward], number: int) -> None:
+        """Run the segment that begins at a step and put what it makes and later steps read into the environments."""
+        segments = [forward.prepared.segments[number] for forward in forwards]
+        inputs, tensors = [], []
+        for forward, segment in zip(forwards, segments, strict=True):
+            inputs.append(tuple(v for v in segment.inputs if v in forward.env))  # a map may be read for its dtype alone
+            tensors += [forward.env[v] for v in inputs[-1]]
+            tensors += [] if forward.image is None else [forward.image]
+        results = iter(Checkpointed.apply(forwards, segments, inputs, *tensors))  # pyright: ignore[reportArgumentType]
+        for forward, segment in zip(forwards, segments, strict=True):
+            forward.env.update((v, next(results)) for v in segment.outputs)
+            for value in segment.ends:
+                forward.env.pop(value, None)
+
+    @staticmethod
+    def forward(
+        ctx: Any, outer: Sequence[Forward], segments: list[Segment], inputs: list[tuple[int, ...]], *tensors: Tensor
+    ):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        for tensor, wanted in zip(tensors, ctx.needs_input_grad[3:], strict=True):
+            add_reader(tensor, int(wanted))
+        ctx.segments, ctx.inputs, ctx.turn = segments, inputs, turns.current()
+        ctx.images = [one.image is not None for one in outer]
+        ctx.outer = [one.part({}, None) for one in outer]
+        inner = _inner_forwards(outer, inputs, ctx.images, tensors)
+        with turns.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
+            ctx.random_state = _random_state(outer[0].device)
+            for number in segments[0].steps:
+                step_together(inner, number)
+            ctx.drawn = turns.drawn()
+        return tuple(one.env[v] for one, segment in zip(inner, segments, strict=True) for v in segment.outputs)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grads: Tensor | None):
+        last = not keeps_graph()
+        tensors = [
+            t.detach().requires_grad_(wanted)
+            for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+        ]
+        inner = _inner_forwards(ctx.outer, ctx.inputs, ctx.images, tensors)
+        device = inner[0].device
+        gpus = [device] if device.type == "cuda" else []
+        with torch.enable_grad(), turns.RANDOM, torch.random.fork_rng(devices=gpus):
+            _set_random_state(ctx.random_state, device)
+            for number in ctx.segments[0].steps:
+                step_together(inner, number, again=True)
+            turns.check_drawn(ctx.drawn)
+        roots = [i.env.pop(v) for i, segment in zip(inner, ctx.segments, strict=True) for v in segment.outputs]
+        pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
+        wanted = [t for t in tensors if t.requires_grad]
+        for one in inner:
+            one.env.clear()
+        del roots
+        if not pairs:
+            return None, None, None, *[None] * len(tensors)
+        ends, end_grads = zip(*pairs, strict=True)
+        del pairs
+        results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
+        for tensor in wanted if last else ():
+            add_reader(tensor, -1)
+        return None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
+
+
+def _inner_forwards(
+    outer: Sequence[Forward], inputs: Sequence[tuple[int, ...]], images: Sequence[bool], tensors: Sequence[Tensor]
+) -> list[Forward]:
+    """The forwards of a segment, on what goes into it: of each the values, and its image if that is a tensor."""
+    left, inner = iter(tensors), []
+    for one, values, has_image in zip(outer, inputs, images, strict=True):
+        env = {v: next(left) for v in values}
+        inner.append(one.part(env, next(left) if has_image else None))
+    return inner
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The states of the random generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)

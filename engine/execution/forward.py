@@ -1,0 +1,251 @@
+"""One forward of a network on one image batch: its steps in order, each stage one function for autograd.
+
+Between the stages vectors are computed by ordinary PyTorch. A stage takes its sources and vectors as tensors and gives
+its reductions and stored maps as tensors; autograd does the rest.
+
+Images of several sizes whose statistics are merged (BatchNorm in training mode) are several forwards that go through
+the same steps side by side: each step is done for all of them before the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture.program import call
+from ..capture.trace import Op, bind, refs
+from ..capture.trees import realize
+from ..images.pixels import PixelBatch, StoredBatch
+from ..lowering.ops import VectorOp
+from ..lowering.stages import Stage, StagedProgram
+from ..tiling.forward import forward_pass
+from ..tiling.memory_limit import MemoryLimit
+from ..tiling.page_pool import PagePool
+from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent, cast_dtype
+from ..tiling.stored_maps import Gradients
+from .prepared import Prepared
+from .stage_function import StageFunction
+
+
+class ImageTensor:
+    """An image batch that is a tensor."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.shape = tensor.shape
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        return self.tensor[:, :, top:bottom, left:right]
+
+
+def as_uploaded(pixels: Pixels, device: torch.device) -> Pixels:
+    """The image batch in the form in which its tiles go to a device: to a GPU as the files store them."""
+    stored = StoredBatch.of(pixels) if isinstance(pixels, PixelBatch) and device.type == "cuda" else None
+    return stored or pixels
+
+
+class Forward:
+    """The steps of a network on one image batch.
+
+    Args:
+        prepared: the network.
+        image: the batch as a tensor, if it is one; a gradient may be wanted for it.
+        pixels: the batch, read by region.
+        device: where it is computed.
+        dtype: what pixels are converted to.
+        state: parameters, buffers and constants by value number.
+        on_tile: called after each tile.
+        given: further maps from outside, read by region.
+        targets: the tensors that `Program.updates` change, by the value that they come with.
+
+    Attributes:
+        taps: by the number of a map that the network gives away as it is made, what gets its blocks.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        image: Tensor | None,
+        pixels: Pixels,
+        device: torch.device,
+        dtype: torch.dtype,
+        state: dict[int, Tensor],
+        on_tile: Callable[[TileEvent], None] | None,
+        given: Mapping[int, Pixels],
+        targets: Mapping[int, Tensor] | None = None,
+    ):
+        self.given, self.targets = given, targets or {}
+        self.observers: dict[int, Observer] = {}
+        self.prepared, self.image, self.pixels = prepared, image, pixels
+        self.device, self.dtype, self.on_tile = device, dtype, on_tile
+        self.env = state
+        program = prepared.staged.program
+        # Results that are arguments, and tensors that a call writes to: the user gets those themselves.
+        self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
+        self.memory_limit: MemoryLimit | None = None
+        self.gradients = Gradients()
+
+    def keep_to_plan(self, page_pool: PagePool) -> None:
+        """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
+
+        Args:
+            spare: pages of maps that are gone, for those of this step.
+        """
+        plan, values = self.prepared.plan, self.prepared.staged.program.values
+        if self.device.type == "cpu":
+            held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
+            # The plan of a single stage without a budget has room for what the heap keeps.
+            strict = plan.budget is not None or len(self.prepared.stages) > 1
+            self.memory_limit = MemoryLimit(plan.budget or plan.peak_bytes, held, plan.tile_bytes, page_pool, strict)
+
+    def step(self, number: int, again: bool = False) -> None:
+        """Run one step; `again` says that this is not the first time."""
+        staged = self.prepared.staged
+        step = staged.steps[number]
+        if isinstance(step, Stage):
+            self.stage(number, again and any(number == part.stop - 1 for part in staged.segments))
+        else:
+            run_vector_op(staged, step, self.env, self.device)
+
+    def let_go(self, number: int) -> None:
+        """Forget the values that no step after one reads."""
+        for value in self.prepared.last_use.get(number, ()):
+            self.env.pop(value, None)
+
+    def stage(self, number: int, deferred: bool = False) -> None:
+        """Run the stage at a place among the steps; see `Scan.deferred`."""
+        scan, tensors, vectors = self.scan(number, deferred)
+        replay, shard = self.prepared.replay(number, self.device), self.prepared.shard
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
+            places = {v: place for place, v in enumerate(tensors)}
+            results = StageFunction.apply(scan, replay, shard, places, *tensors.values(), *vectors)
+        else:
+            results, _ = forward_pass(scan, vectors, replay=replay)
+        self.env.update(zip(scan.tiled.stage.results, results, strict=True))  # pyright: ignore[reportArgumentType]
+
+    def scan(self, number: int, deferred: bool = False) -> tuple[Scan, dict[int, Tensor], list[Tensor]]:
+        """The scan of a stage, its sources that are tensors, and its vectors."""
+        prepared, plan = self.prepared, self.prepared.plan
+        stage = prepared.staged.steps[number]
+        assert isinstance(stage, Stage)
+        sources: dict[int, Pixels] = {}
+        tensors: dict[int, Tensor] = {}
+        for value in stage.sources:
+            if value == stage.image:
+                sources[value] = as_uploaded(self.pixels, self.device)
+                if self.image is not None:
+                    tensors[value] = self.image
+            elif value in self.given:
+                sources[value] = self.given[value]
+            else:
+                tensors[value] = self.env[value]
+                sources[value] = StoredMap(self.env[value].detach(), stage.maps.axes[value])
+        observed = {r.value for r in stage.reductions} & self.observers.keys()
+        scan = Scan(
+            tiled=prepared.stages[prepared.stage_number[number]],
+            sources=sources,
+            device=self.device,
+            dtype=self.dtype,
+            autocast=Autocast.current(self.device),
+            halo_place=plan.halos,
+            retained=plan.retained,
+            on_tile=self.on_tile,
+            memory_limit=self.memory_limit,
+            maps=MapKeeping(prepared.stage_maps, prepared.staged.place, self.gradients),
+            observers={v: [self.observers[v]] for v in observed},
+            deferred=deferred,
+        )
+        for step in stage.prelude:
+            run_vector_op(prepared.staged, step, self.env, self.device)
+        reached = frozenset[int]().union(*stage.reach.values())
+        vectors = [
+            (self.env[v] if v in reached else self.env[v].detach()).to(
+                cast_dtype(stage, v, self.env[v].dtype, scan.autocast)
+            )
+            for v in stage.vectors
+        ]
+        return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
+
+    def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
+        """This forward with other values and another image tensor, for a segment of its steps."""
+        pixels = self.pixels if image is None else ImageTensor(image)
+        part = Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
+        part.memory_limit, part.gradients = self.memory_limit, self.gradients
+        return part
+
+    def output(self) -> Any:
+        """What the network returns."""
+        return realize(self._bound(self.prepared.staged.program.output))
+
+    def _bound(self, tree: Any) -> Any:
+        """A tree of results with its tensors; those that no gradient flows through want none."""
+        program = self.prepared.staged.program
+        left: dict[int, Tensor] = {}
+        for v in refs(tree):
+            tensor = self.passed.get(v)
+            tensor = self.env[v] if tensor is None else tensor
+            cut = program.grad and tensor.requires_grad and not program.values[v].differentiable
+            left[v] = tensor.detach() if cut else tensor
+        return bind(tree, left)
+
+    def finish(self) -> Any:
+        """The result, after what a call changes besides: buffers, arguments that it writes to, attributes."""
+        program = self.prepared.staged.program
+        for before, after in program.updates:
+            target = self.targets.get(before)
+            if target is None:
+                continue
+            if before in program.assigned:
+                target.data = self.env[after].detach()
+                continue
+            grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+                target.copy_(self.env[after])
+            self.passed[after] = target
+        result = self.output()
+        for effect in program.effects:
+            effect.apply(self._bound)
+        return result
+
+
+def step_together(forwards: Sequence[Forward], number: int, again: bool = False) -> None:
+    """Run one step of all forwards; see `Forward.step`."""
+    ops = [step for f in forwards if isinstance(step := f.prepared.staged.steps[number], VectorOp) and step.share]
+    if len(ops) > 1:
+        _merge(ops, forwards)
+    else:
+        for forward in forwards:
+            forward.step(number, again)
+    for forward in forwards:
+        forward.let_go(number)
+
+
+def _merge(ops: Sequence[VectorOp], forwards: Sequence[Forward]) -> None:
+    """Compute a statistic of all images."""
+    first = ops[0]
+    assert first.merge is not None
+    results = first.merge([op.share(f.env) for op, f in zip(ops, forwards, strict=True) if op.share])
+    for op, forward in zip(ops, forwards, strict=True):
+        forward.env.update(zip(op.outputs, results, strict=True))
+
+
+def run_vector_op(staged: StagedProgram, op: Op | VectorOp, env: dict[int, Tensor], device: torch.device) -> None:
+    """Run an op on vectors (or on maps that are stored whole) with ordinary autograd; what it reads stays as it is."""
+    if isinstance(op, VectorOp):
+        env.update(zip(op.outputs, op.run(env), strict=True))
+        return
+    # A map that is only asked for its dtype and device is stood in for by an empty tensor.
+    values = staged.program.values
+    maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in staged.maps.inputs(op) if v not in env}
+    with _autocast(op, device):
+        env.update(zip(op.outputs, call(op, {**{v: env[v] for v in op.inputs if v in env}, **maps}), strict=False))
+
+
+def _autocast(op: Op, device: torch.device):
+    if op.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=op.autocast[1], enabled=op.autocast[0])

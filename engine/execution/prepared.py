@@ -1,0 +1,136 @@
+"""A network made ready for one image size: its steps, the tiling of each stage, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..capture.trace import Op
+from ..cuda_graphs import buffers
+from ..cuda_graphs.replay import FEWEST_TILES, Replays
+from ..lowering.ops import VectorOp
+from ..lowering.stages import Stage, StagedProgram
+from ..planning.plan import Plan
+from ..tiling.spatial import SpatialShard
+from ..tiling.stage import TiledStage
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps that are computed again in the backward, together.
+
+    Attributes:
+        steps: where they stand among the steps.
+        inputs: values that they read.
+        outputs: what later steps read of them.
+        ends: values that are let go there.
+    """
+
+    steps: range
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network made ready for one image size: its steps, the tiling of each stage, and the plan.
+
+    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`. `shard` is this process's
+    part of the image, if that is split.
+    """
+
+    staged: StagedProgram
+    stages: tuple[TiledStage, ...]
+    plan: Plan
+    replays: dict[int, Replays] = field(default_factory=dict)
+    arena: buffers.Arena = field(default_factory=buffers.Arena)
+    shard: SpatialShard | None = None
+
+    @cached_property
+    def last_use(self) -> dict[int, list[int]]:
+        """For each step, the values that are read there for the last time."""
+        return _last_uses(self.staged)
+
+    @cached_property
+    def segments(self) -> dict[int, Segment]:
+        """What is computed again, by the first step."""
+        return {part.start: _segment(self.staged, part, self.last_use) for part in self.staged.segments}
+
+    @cached_property
+    def kept_for_backward(self) -> set[int]:
+        """The values that a step other than the updates of norms' statistics reads."""
+        found = {v for part in self.segments.values() for v in part.inputs}
+        return found.union(*(reads(step) for step in self.staged.steps if not isinstance(step, VectorOp)))
+
+    @cached_property
+    def stage_maps(self) -> dict[int, int]:
+        """The stored maps that nothing but stages reads, and how many stages do; none of an image that is split."""
+        return self.staged.stage_maps() if self.shard is None else {}
+
+    @cached_property
+    def stage_number(self) -> dict[int, int]:
+        """Which stage a step is, by its place among the steps."""
+        places = (number for number, step in enumerate(self.staged.steps) if isinstance(step, Stage))
+        return {number: index for index, number in enumerate(places)}
+
+    @property
+    def order(self) -> str:
+        """What the order of the steps and of their backward depends on."""
+        return repr((self.staged.segments, [type(step).__name__ for step in self.staged.steps]))
+
+    def let_go(self) -> None:
+        """Forget what has been captured."""
+        self.replays.clear()
+        self.arena.chunks.clear()
+
+    def replay(self, number: int, device: torch.device) -> Replays | None:
+        """The replays of the stage at a place among the steps, if the plan has room for them."""
+        usable = self.plan.replayed and self.shard is None and self.staged.place == "device"
+        executor = buffers.executor(device) if usable else None
+        index = self.stage_number[number]
+        if executor is not None and index not in self.replays and self.stages[index].tiles >= FEWEST_TILES:
+            self.replays[index] = Replays(self.stages[index], executor, self.arena)
+        return self.replays.get(index) if executor is not None else None
+
+
+def makes(step: Op | VectorOp | Stage) -> list[int]:
+    if isinstance(step, Stage):
+        return [*step.results, *(v for op in step.prelude for v in op.outputs)]
+    return list(step.outputs)
+
+
+def reads(step: Op | VectorOp | Stage) -> set[int]:
+    if isinstance(step, Stage):
+        made = {v for op in step.prelude for v in op.outputs}
+        return {*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)} - made
+    return set(step.inputs)
+
+
+def _last_uses(staged: StagedProgram) -> dict[int, list[int]]:
+    """For each step, the values that are read there for the last time."""
+    last: dict[int, int] = {}
+    for number, step in enumerate(staged.steps):
+        last.update(dict.fromkeys(reads(step), number))
+    kept = {*staged.program.results(), *staged.program.state()}
+    uses: dict[int, list[int]] = {}
+    for value, number in last.items():
+        if value not in kept:
+            uses.setdefault(number, []).append(value)
+    return uses
+
+
+def _segment(staged: StagedProgram, part: range, last_use: Mapping[int, list[int]]) -> Segment:
+    """What goes in and out of a range of steps."""
+    steps = staged.steps
+    inputs: dict[int, None] = {}
+    made: dict[int, None] = {}
+    for number in part:
+        inputs.update(dict.fromkeys(v for v in reads(steps[number]) if v not in made))
+        made.update(dict.fromkeys(makes(steps[number])))
+    later = set(staged.program.results()).union(*(reads(step) for step in steps[part.stop :]))
+    ends = tuple(v for number in part for v in last_use.get(number, ()))
+    return Segment(part, tuple(inputs), tuple(v for v in made if v in later), ends)

@@ -1,0 +1,112 @@
+"""A stage as one function for autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lowering.stages import Stage
+from ..module import turns
+from ..module.once import once
+from ..tiling.backward import BackwardPass, Replay
+from ..tiling.forward import forward_pass
+from ..tiling.scan import Scan
+from ..tiling.spatial import SpatialShard
+from ..tiling.stored_maps import add_reader
+
+
+class StageFunction(torch.autograd.Function):
+    """A stage: (sources, vectors) -> (values of the reductions, stored maps)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scan: Scan,
+        replay: Replay | None,
+        shard: SpatialShard | None,
+        sources: dict[int, int],
+        *tensors: Tensor,
+    ):
+        """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
+        ctx.replay, ctx.shard, ctx.sources, ctx.turn = replay, shard, sources, turns.current()
+        wants = ctx.needs_input_grad[4:]
+        wanted = [v for v, place in sources.items() if wants[place]]
+        for v in wanted:
+            add_reader(tensors[sources[v]], 1)
+        ctx.set_materialize_grads(False)
+        count, tiled = len(sources), scan.tiled
+        results, kept = forward_pass(scan, tensors[count:], wants[count:], wanted, replay)
+        reread = [t for v, t in zip(tiled.stage.results, results, strict=True) if v in tiled.reread]
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *reread)
+        # Stored maps and vectors autograd keeps between the passes, and lets them go when it can.
+        ctx.scan, ctx.kept = scan.without_maps(), kept
+        if kept is not None and not kept.recorded:
+            kept.vectors = {}
+        return results
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grads: Tensor | None):
+        saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        tensors, reread = saved[: ctx.count], saved[ctx.count :]
+        wants = ctx.needs_input_grad[4:]
+        count, last = len(ctx.sources), not keeps_graph()
+        scan: Scan = ctx.scan.with_maps({v: tensors[place] for v, place in ctx.sources.items()})
+        stage = scan.tiled.stage
+        stored = dict(zip((v for v in stage.results if v in scan.tiled.reread), reread, strict=True))
+        scan.maps.gradients.end(stage.stored)
+        reached = frozenset[int]().union(
+            *(stage.reach[v] for v, grad in zip(stage.results, grads, strict=True) if grad is not None)
+        )
+        readers = [tensors[place] for place in ctx.sources.values() if wants[place]]
+        wanted = {v: tensors[place] for v, place in ctx.sources.items() if wants[place] and v in reached}
+        work = BackwardPass(scan, ctx.kept, tensors[count:], stored, ctx.replay)
+        try:
+            source_grads, made = work.source_grads(wanted)
+            sums = work.run(grads, source_grads, last)
+        except BaseException:
+            scan.maps.gradients.clear()  # they are incomplete, and may live on in the error's traceback
+            raise
+        for tensor in readers if last else ():
+            add_reader(tensor, -1)
+        vectors = dict(zip(stage.vectors, tensors[count:], strict=True))
+        asked = dict(zip(stage.vectors, wants[count:], strict=True))
+        if ctx.shard is not None:
+            _sum_over_shards(ctx.shard, stage, {v: t for v, t in vectors.items() if asked[v]}, sums, source_grads)
+        # Where no tile's graph has led to an input, none leads there: an op takes it and has no gradient for it.
+        # But nothing is run for a map without elements, whose gradients are zeros.
+        empty = any(0 in stage.maps.shape(v) for local in stage.locals for v in local.op.outputs)
+        untouched = set[int]() if empty or ctx.shard is not None else made - work.touched - scan.maps.readers.keys()
+        results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
+        for value, vector in vectors.items():
+            wanted_here = asked[value] and value in reached
+            total = sums.pop(value, None) if wanted_here else None
+            results.append(torch.zeros_like(vector) if empty and wanted_here and total is None else total)
+        return None, None, None, None, *results
+
+
+def keeps_graph() -> bool:
+    """Within a backward: whether there may be another one of the same graph (`retain_graph`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+
+
+def _sum_over_shards(
+    shard: SpatialShard,
+    stage: Stage,
+    wanted: dict[int, Tensor],
+    sums: dict[int, Tensor],
+    source_grads: dict[int, Tensor],
+) -> None:
+    """Add up what the processes have found, of `wanted` vectors and of sources that all of them have whole."""
+    sixteen = (torch.float16, torch.bfloat16)
+    for value, vector in wanted.items():
+        if value not in sums:  # no tile of this band gave one
+            sums[value] = torch.zeros_like(vector, dtype=torch.float32 if vector.dtype in sixteen else vector.dtype)
+    whole = [v for v in source_grads if v not in (stage.offsets or {})]
+    parts = [*(sums[v] for v in wanted), *(source_grads[v] for v in whole)]
+    totals = shard.sum(parts) if parts else []
+    sums.update(zip(wanted, totals, strict=False))
+    source_grads.update(zip(whole, totals[len(wanted) :], strict=True))

@@ -1,0 +1,219 @@
+"""Pass 1: the tiles in raster order, without a graph; reductions, stored maps, and the halos that pass 2 needs."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..lowering.geometry import AxisSchedule
+from ..module import turns
+from .grid import new_accumulator
+from .halos import HaloStore, Rect, cut, empty_like_layout
+from .record import Kept, Read, Recorded, consumers_of, run_tile
+from .reduce import Accumulator
+from .scan import Scan
+from .stored_maps import new_map
+from .tile import Halos, Tile
+
+
+class ForwardReplay(Protocol):
+    """Computes a tile of pass 1 in another way than op by op, if it can; returns whether it did."""
+
+    def __call__(self, i: int, j: int, read: Read, halos: Halos, gathered: Gathered) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Where pass 1 puts what a tile gives: reductions, stored maps, and the halos for the tiles below and right."""
+
+    scan: Scan
+    accumulators: list[Accumulator]
+    stored: dict[int, Tensor]
+    below: dict[int, Tensor]
+    right: dict[int, Tensor]
+
+    def keep(self, tile: Tile, value: int, block: Tensor) -> None:
+        """What pass 1 does with a block: reduce it, store it, copy the halos out of it."""
+        scan, tiled, i, j = self.scan, self.scan.tiled, tile.i, tile.j
+        block = block.detach()
+        rect, axes = tiled.block(value, i, j), tiled.axes(value)
+        width = tiled.stage.maps.size(value)[1]
+        for number in tiled.reductions.get(value, ()):
+            accumulator = self.accumulators[number]
+            accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value), rect), rect, width)
+        if value in tiled.stage.stored:
+            self.room_in_store(value, i, j, block).copy_(block)
+        for observer in scan.observers.get(value, ()):
+            observer(block, rect)
+        for side, own, halo in tile.hands_on(value) if value in tiled.with_halo else ():
+            self.room_in_halo(side, value, halo, i, j, block).copy_(cut(block, axes, own))
+
+    def room_in_store(self, value: int, i: int, j: int, like: Tensor) -> Tensor:
+        """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order."""
+        scan, tiled = self.scan, self.scan.tiled
+        if value not in self.stored:
+            shape = tiled.stage.maps.shape(value)
+            self.stored[value] = new_map(like, shape, scan.maps.place_of(value), page_pool=scan.page_pool)
+        return cut(self.stored[value], tiled.axes(value), tiled.block(value, i, j))
+
+    def room_in_halo(self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor) -> Tensor:
+        """A rectangle of a halo that tile (i, j) hands on; the halo is made at first, as `room_in_store` does."""
+        tiled, axes = self.scan.tiled, self.scan.tiled.axes(value)
+        room = self.below if side == "above" else self.right
+        if value not in room:
+            rows, cols = tiled.rows.halo_out(value, i), tiled.cols.halo_out(value, j)
+            top, bottom = tiled.rows.block(value, i)
+            width = tiled.stage.maps.size(value)[1]
+            size = (rows[1] - rows[0], width) if side == "above" else (bottom - top, cols[1] - cols[0])
+            room[value] = empty_like_layout(like, axes, *size)
+        return cut(room[value], axes, rect)
+
+
+def forward_pass(
+    scan: Scan,
+    vectors: Sequence[Tensor],
+    wants: Sequence[bool] = (),
+    wanted_sources: Container[int] = (),
+    replay: ForwardReplays | None = None,
+) -> tuple[tuple[Tensor, ...], Kept | None]:
+    """Values of the reductions, then the stored maps; and what the backward needs.
+
+    Args:
+        vectors: the tensors of `stage.vectors`.
+        wants: which of them will want a gradient; if none and no source does, nothing is kept.
+        wanted_sources: the sources that will want one.
+        replay: computes tiles that are like earlier ones in another way than op by op.
+    """
+    tiled, stage = scan.tiled, scan.tiled.stage
+    leaves = [v for v, wanted in zip(stage.vectors, wants, strict=False) if wanted]
+    env = scan.prepare(vectors, leaves)
+    accumulators = [new_accumulator(r, stage) for r in stage.reductions]
+    seed = 0
+    if tiled.random:
+        with turns.RANDOM:
+            seed = int(torch.randint(2**62, ()))
+    kept = None
+    inputs = {v for v in stage.sources if v in wanted_sources}
+    if leaves or inputs:
+        needs = tiled.needs_grad({*inputs, *leaves})
+        kept = Kept(HaloStore(scan.halo_place), seed, env, leaves, inputs, needs, accumulators)
+    if scan.deferred and _deferrable(scan):
+        return _defer(scan, kept), kept
+    replayed = None if replay is None or scan.observers else replay.forward(scan, env)
+    stored = _over_tiles(scan, env, seed, kept, accumulators, replayed)
+    for value in stage.stored:
+        if value not in stored:  # a shard without rows
+            info = stage.program.values[value]
+            stored[value] = torch.empty(info.shape, dtype=info.dtype, device=scan.device)
+    return (*[v for a in accumulators for v in _values(scan, a)], *[stored[v] for v in stage.stored]), kept
+
+
+class ForwardReplays(Protocol):
+    """What computes tiles that are like earlier ones (cuda_graphs/)."""
+
+    def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ForwardReplay | None: ...
+
+
+def _over_tiles(
+    scan: Scan,
+    env: dict[int, Tensor],
+    seed: int,
+    kept: Kept | None,
+    accumulators: list[Accumulator],
+    replay: ForwardReplay | None,
+) -> dict[int, Tensor]:
+    """Compute all tiles; the stored maps are returned."""
+    tiled = scan.tiled
+    stored: dict[int, Tensor] = {}
+    above: dict[int, Tensor] = {}
+    drawn = {} if kept is None else kept.drawn
+    with scan.reader(scan.tiles) as reader:
+        for i in range(tiled.rows.steps):
+            if kept is not None:
+                kept.above.append({v: kept.store.put(t) for v, t in above.items()})
+            below: dict[int, Tensor] = {}
+            left: dict[int, Tensor] = {}
+            for j in range(tiled.cols.steps):
+                index = i * tiled.cols.steps + j
+                reader.advance()
+                if kept is not None:
+                    kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
+                right: dict[int, Tensor] = {}
+                halos, gathered = Halos(above, left), Gathered(scan, accumulators, stored, below, right)
+                with scan.tile_state(seed, i, j, drawn):
+                    if kept is not None and index >= tiled.tiles - scan.retained:
+                        consumers = consumers_of(scan, kept)
+                        kept.recorded[i, j] = Recorded(scan, kept, (i, j), halos, reader.read, consumers, gathered.keep)
+                    elif replay is None or not replay(i, j, reader.read, halos, gathered):
+                        with torch.no_grad():
+                            run_tile(scan, Tile(tiled, i, j, reader.read, env, halos), gathered.keep)
+                _pass_right(scan, j, left, right)
+                left = right
+                scan.after_tile("forward", i, j, index + 1, stored.values())
+            _pass_down(scan, i, above, below)
+            above = below
+    return stored
+
+
+def _deferrable(scan: Scan) -> bool:
+    """Whether pass 1 leaves nothing for pass 2 but what it stores."""
+    tiled = scan.tiled
+    return not (tiled.stage.reductions or tiled.with_halo or tiled.random or tiled.unvalued or scan.retained)
+
+
+def _defer(scan: Scan, kept: Kept | None) -> tuple[Tensor, ...]:
+    """What pass 1 would leave, without it: stored maps have a shape but no values."""
+    values = scan.tiled.stage.program.values
+    if kept is not None:
+        kept.above = [{} for _ in range(scan.tiled.rows.steps)]
+        kept.left = {tile: {} for tile in scan.tiles}
+    results = []
+    for value in scan.tiled.stage.stored:
+        away = scan.maps.place_of(value) != "device"
+        one = torch.empty((), dtype=values[value].dtype, device="cpu" if away else scan.device)
+        results.append(one.expand(values[value].shape))
+    return tuple(results)
+
+
+def _values(scan: Scan, accumulator: Accumulator) -> tuple[Tensor, ...]:
+    """The values of a reduction; of a shard without rows what changes no total."""
+    if accumulator.total is not None:
+        return accumulator.values()
+    infos = [scan.tiled.stage.program.values[v] for v in accumulator.reduction.outputs]
+    zeros = [torch.zeros(info.shape, dtype=info.dtype, device=scan.device) for info in infos]
+    if accumulator.reduction.kind == "max":
+        zeros[0].fill_(-torch.inf)
+    return tuple(zeros)
+
+
+def _pass_right(scan: Scan, j: int, left: dict[int, Tensor], right: dict[int, Tensor]) -> None:
+    """Columns from the left that tiles further right still need."""
+    for value, columns in left.items():
+        lo, end, start, hi = passed_on(scan.tiled.cols, value, j)
+        if lo < end:
+            height, along = scan.tiled.axes(value)
+            if value not in right:
+                right[value] = empty_like_layout(columns, (height, along), columns.shape[height], hi - lo)
+            right[value].narrow(along, 0, end - lo).copy_(columns.narrow(along, lo - start, end - lo))
+
+
+def _pass_down(scan: Scan, i: int, above: dict[int, Tensor], below: dict[int, Tensor]) -> None:
+    """Rows from above that strips further down still need."""
+    for value, rows in above.items():
+        lo, end, start, hi = passed_on(scan.tiled.rows, value, i)
+        if lo < end:
+            along, width = scan.tiled.axes(value)
+            if value not in below:
+                below[value] = empty_like_layout(rows, (along, width), hi - lo, rows.shape[width])
+            below[value].narrow(along, 0, end - lo).copy_(rows.narrow(along, lo - start, end - lo))
+
+
+def passed_on(axis: AxisSchedule, value: int, step: int) -> tuple[int, int, int, int]:
+    """The indices [lo, end) that a step hands on as it got them; the halo in begins at start, out ends at hi."""
+    lo, hi = axis.halo_out(value, step)
+    start, known = axis.halo_in(value, step)
+    return lo, min(hi, known), start, hi

@@ -1,0 +1,258 @@
+"""A tile op by op: without autograd in pass 1, and recorded with autograd on, to be differentiated in pass 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .halos import HaloStore, HandOn, Rect, cut
+from .reduce import Accumulator, Consumer, Consumers
+from .scan import Scan
+from .tile import Autograd, Halos, Returned, Tile
+
+Read = Callable[[int, Rect], Tensor]
+Publish = Callable[[Tile, int, Tensor], Tensor | None]
+WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # gradients of the windows of sources, with their places
+
+
+@dataclass
+class Kept:
+    """What pass 1 leaves for pass 2.
+
+    Attributes:
+        store: where the halos are.
+        seed: of the tiles' random numbers.
+        vectors: as tiles take them; recorded tiles hang on them.
+        leaves: the vectors that want a gradient.
+        sources: the sources that want a gradient.
+        needs: the maps that a gradient flows through.
+        accumulators: the stage's reductions.
+        above: per strip, the rows that enter it by value, in full width.
+        left: per tile, the columns that enter it.
+        recorded: tiles that need no recomputation.
+        sums: gradients of the vectors, summed over the tiles.
+        drawn: tells what each tile has drawn.
+    """
+
+    store: HaloStore
+    seed: int
+    vectors: dict[int, Tensor]
+    leaves: list[int]
+    sources: set[int]
+    needs: set[int]
+    accumulators: list[Accumulator]
+    above: list[dict[int, object]] = field(default_factory=list)
+    left: dict[tuple[int, int], dict[int, object]] = field(default_factory=dict)
+    recorded: dict[tuple[int, int], Recorded] = field(default_factory=dict)
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    drawn: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def sum_of(self, value: int, dtype: torch.dtype) -> Tensor:
+        """The sum of a vector's gradient, zeros at first."""
+        if value not in self.sums:
+            self.sums[value] = torch.zeros_like(self.vectors[value], dtype=dtype)
+        return self.sums[value]
+
+
+def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = None) -> None:
+    """Compute a tile op by op, dropping each block after its last reader.
+
+    Args:
+        publish: gets every block as it is made; may return a tensor that takes its place.
+        only: outputs that are worth computing; None for all.
+    """
+    tiled = scan.tiled
+    for source in tiled.stage.sources:
+        if source in scan.taken:
+            rect = tiled.block(source, tile.i, tile.j)
+            publish(tile, source, tile.window(source, rect, (0, 0, 0, 0), None)[0])
+    reads_left = dict(tiled.reads_left)
+    for local in tiled.stage.locals:
+        outputs = local.op.outputs
+        if tiled.computes(outputs[0], tile.i, tile.j) and (only is None or any(v in only for v in outputs)):
+            for value, block in zip(outputs, tile.run(local), strict=True):
+                replaced = publish(tile, value, block)
+                if reads_left.get(value):
+                    tile.blocks[value] = block if replaced is None else replaced
+        for value in local.reads:
+            reads_left[value] -= 1
+            if not reads_left[value]:
+                tile.blocks.pop(value, None)
+
+
+def consumers_of(scan: Scan, kept: Kept, grads: Sequence[Tensor | None] | None = None) -> Consumers:
+    """For each map, what is taken from it and, in pass 2, the gradients of that."""
+    stage = scan.tiled.stage
+    consumers: Consumers = {}
+    left = list(grads) if grads is not None else [None] * len(stage.results)
+    for accumulator in kept.accumulators:
+        reduction = accumulator.reduction
+        own = tuple(left.pop(0) for _ in reduction.outputs)
+        shares = accumulator.shares() if accumulator.has_shares and own[0] is not None else {}
+        if reduction.kind != "moments":
+            own = tuple(None if grad is None else reduction.keep_dims(grad) / reduction.count for grad in own)
+        consumers.setdefault(reduction.value, []).append(Consumer(accumulator, own, shares))
+    for value, grad in zip(stage.stored, left, strict=True):
+        consumers.setdefault(value, []).append(Consumer(None, (grad,), {}))
+    return consumers
+
+
+def has_grad(consumer: Consumer) -> bool:
+    return any(grad is not None for grad in consumer.grads)
+
+
+class Recorded:
+    """A tile computed with autograd on: what is to be differentiated, and how to get the gradients for it.
+
+    Args:
+        scan: what it is computed by.
+        kept: what pass 1 keeps.
+        place: row and column of the tile.
+        halos: what enters it.
+        read: gives the sources' pixels.
+        consumers: what is taken from its maps; in pass 2 with gradients, and what has none is not computed.
+        keep: in pass 1, what is done with the blocks besides; None in pass 2.
+        stored: in pass 2, the maps that pass 1 has stored and that are read again.
+        alone: those, and the gradients of stored maps, are there as this tile's blocks, not whole.
+    """
+
+    def __init__(
+        self,
+        scan: Scan,
+        kept: Kept,
+        place: tuple[int, int],
+        halos: Halos,
+        read: Read,
+        consumers: Consumers,
+        keep: Publish | None = None,
+        stored: Mapping[int, Tensor] | None = None,
+        alone: bool = False,
+    ):
+        self.scan, self.keep, self.stored, self.alone = scan, keep, stored or {}, alone
+        self.roots: list[Tensor] = []
+        self.grads: list[Callable[[Consumers], Tensor | None]] = []
+
+        def pixels(source: int, rect: Rect) -> Tensor:
+            window = read(source, rect)
+            return window.detach().requires_grad_() if source in kept.sources else window
+
+        anchor = torch.zeros((), device=scan.device, requires_grad=True)
+        autograd = Autograd(kept.needs, anchor, kept.sum_of)
+        self.tile = Tile(scan.tiled, *place, pixels, kept.vectors, halos, autograd, second_pass=keep is None)
+        wanted = consumers if keep is not None else {v for v, taken in consumers.items() if any(map(has_grad, taken))}
+        reached, through = self.tile.reach(wanted)
+        publish = partial(self._publish, consumers, through)
+        with torch.enable_grad():
+            run_tile(scan, self.tile, publish, None if keep is not None else reached)
+        self.tile.blocks.clear()
+
+    def _publish(self, consumers: Consumers, through: set[int], tile: Tile, value: int, block: Tensor) -> Tensor | None:
+        """Note what of a block is to be differentiated; a block that is handed on takes back a gradient for that."""
+        if self.keep is not None:
+            self.keep(tile, value, block)
+        if value not in tile.needs or not block.requires_grad:
+            return None
+        result = None
+        if value in tile.tiled.with_halo and tile.hands_on(value):
+            if value in through:
+                block = result = HandOn.apply(tile.anchor, block, partial(tile.add_handed_back, value))  # pyright: ignore
+            else:
+                self._add(block, partial(_handed_back_alone, tile, value, block.detach()))
+        taken = consumers.get(value, ())
+        whole = [number for number, consumer in enumerate(taken) if consumer.of_block]
+        if whole:
+            self._add(block, partial(self._block_grad, value, whole, block.detach()))
+        for number, consumer in enumerate(taken):
+            if not consumer.of_block:
+                assert consumer.accumulator is not None
+                root = consumer.accumulator.partial(block, tile.tiled.block(value, tile.i, tile.j))
+                self._add(root, partial(self._partial_grad, value, number, root.detach()))
+        return result
+
+    def _add(self, root: Tensor, grad: Callable[[Consumers], Tensor | None]) -> None:
+        self.roots.append(root)
+        self.grads.append(grad)
+
+    def _rect(self, value: int) -> Rect | None:
+        """Where the tile's block lies in the map; None where what belongs to the block is there alone."""
+        return None if self.alone else self.tile.tiled.block(value, self.tile.i, self.tile.j)
+
+    def _partial_grad(self, value: int, number: int, root: Tensor, consumers: Consumers) -> Tensor | None:
+        """The gradient of the tile's share of a sum or maximum."""
+        consumer = consumers[value][number]
+        grad = consumer.grads[0]
+        if grad is None:
+            return None
+        assert consumer.accumulator is not None
+        grad = consumer.accumulator.part_of(grad, self._rect(value))
+        if consumer.accumulator.reduction.kind == "max" and consumer.shares:
+            grad = grad * consumer.shares[self.tile.i, self.tile.j]
+        return grad.to(root.dtype).expand_as(root)
+
+    def _block_grad(self, value: int, numbers: list[int], block: Tensor, consumers: Consumers) -> Tensor | None:
+        """The gradient of a block of which moments are taken, or that is stored, or both."""
+        total: Tensor | None = None
+        taken = [consumers[value][number] for number in numbers]
+        for consumer in sorted(taken, key=lambda consumer: consumer.accumulator is not None):  # the map itself first
+            if not has_grad(consumer):
+                continue
+            if consumer.accumulator is None:
+                (grad,) = consumer.grads
+                assert grad is not None
+                total = self._own(value, grad)
+            else:
+                valued = self.keep is not None or value not in self.tile.tiled.unvalued
+                x = block if valued else self._own(value, self.stored[value])
+                total = consumer.accumulator.pull(x, consumer.grads, total, self._rect(value))
+        return total
+
+    def _own(self, value: int, stored: Tensor) -> Tensor:
+        """The tile's part of a stored map or of its gradient, on the device."""
+        rect = self._rect(value)
+        if rect is None:
+            return stored
+        return cut(stored, self.tile.tiled.axes(value), rect).to(self.scan.device, non_blocking=True)
+
+    def differentiate(self, consumers: Consumers, kept: Kept, returned: Returned) -> WindowGrads:
+        """Add the tile's gradients to the sums and to the halos' gradients; those of sources are returned."""
+        tile = self.tile
+        tile.returned = returned
+        pairs = [(root, grad(consumers)) for root, grad in zip(self.roots, self.grads, strict=True)]
+        pairs = [(root, grad) for root, grad in pairs if grad is not None]
+        self.roots.clear()
+        self.grads.clear()
+        if not pairs:
+            return []
+        windows = [(place, t) for place, t in tile.source_windows.items() if t.requires_grad]
+        inputs = [kept.vectors[v] for v in kept.leaves] + [t for _, t in windows]
+        assert tile.anchor is not None
+        inputs.append(tile.anchor)
+        roots, root_grads = zip(*pairs, strict=True)
+        del pairs
+        result = list(torch.autograd.grad(roots, inputs, root_grads, allow_unused=True))
+        for value in kept.leaves:
+            grad = result.pop(0)
+            if grad is not None:
+                _accumulate(kept.sums, value, grad)
+        return [(place, grad) for (place, _), grad in zip(windows, result, strict=False) if grad is not None]
+
+
+def _handed_back_alone(tile: Tile, value: int, block: Tensor, _consumers: Consumers) -> Tensor:
+    """The gradient of a block that nothing in its own tile reads."""
+    grad = torch.zeros_like(block)
+    tile.add_handed_back(value, grad)
+    return grad
+
+
+def _accumulate(sums: dict[int, Tensor], value: int, grad: Tensor) -> None:
+    """Add a tile's parameter gradient; sixteen-bit ones are summed in float32."""
+    if value in sums:
+        sums[value].add_(grad)
+    elif grad.dtype in (torch.float16, torch.bfloat16):
+        sums[value] = grad.float()
+    else:
+        sums[value] = grad.clone()  # autograd may have given the same tensor to another parameter

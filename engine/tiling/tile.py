@@ -1,0 +1,233 @@
+"""The computation of one tile from its pixels and halos, with or without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..lowering.geometry import Window
+from ..lowering.ops import Block, Local, SumOf
+from .halos import Compose, Crop, Layout, Rect, area, cut, shift, split
+from .stage import TiledStage
+
+
+@dataclass
+class Halos:
+    """The halos that enter one tile (or their gradients): rows from above, in full width, and columns.
+
+    `origin` says, by side and value, where a tensor begins that holds only a part of its halo.
+    """
+
+    above: dict[int, Tensor]
+    left: dict[int, Tensor]
+    origin: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+
+    def place(self, side: str, value: int, rect: Rect) -> Rect:
+        """A rectangle of a halo in the tensor that is here."""
+        return shift(rect, *self.origin.get((side, value), (0, 0)))
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Where gradients of halos go in pass 2.
+
+    Attributes:
+        grads: those of the halos that entered the tile: added to.
+        handed_back: those of the halos that it handed on, which later tiles have left.
+    """
+
+    grads: Halos
+    handed_back: Halos
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """What a tile needs to be recorded.
+
+    Attributes:
+        needs: the maps that a gradient flows through.
+        anchor: a scalar that requires a gradient and keeps the nodes of the halos in autograd's graph.
+        sum_of: see `Block`.
+    """
+
+    needs: set[int]
+    anchor: Tensor
+    sum_of: SumOf
+
+
+class Tile:
+    """One tile's computation; used by both passes.
+
+    Args:
+        tiled: the stage.
+        i, j: row and column of the tile.
+        pixels: gives the sources' pixels.
+        vectors: by value; ops get their windows beside them.
+        halos: what enters the tile.
+        autograd: given if it is to be differentiated.
+        second_pass: the stored maps are there.
+
+    Attributes:
+        blocks: the maps' blocks that a later op of the tile reads.
+        source_windows: what has been read.
+        shares: what ops have computed of the moments of their outputs.
+        returned: set when the tile is differentiated.
+    """
+
+    def __init__(
+        self,
+        tiled: TiledStage,
+        i: int,
+        j: int,
+        pixels: Callable[[int, Rect], Tensor],
+        vectors: dict[int, Tensor],
+        halos: Halos,
+        autograd: Autograd | None = None,
+        second_pass: bool = False,
+    ):
+        self.tiled, self.i, self.j = tiled, i, j
+        self.pixels, self.vectors, self.halos = pixels, vectors, halos
+        self.needs = set[int]() if autograd is None else autograd.needs
+        self.anchor = None if autograd is None else autograd.anchor
+        self.sum_of = None if autograd is None else autograd.sum_of
+        self.second_pass = second_pass
+        self.blocks: dict[int, Tensor] = {}
+        self.source_windows: dict[tuple[int, Rect], Tensor] = {}
+        self.shares: dict[int, tuple[Tensor, ...]] = {}
+        self.returned: Returned | None = None
+        self._margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
+
+    def window(
+        self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None
+    ) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """The rectangle of `value`, padded already if it had to be put together, and the padding still missing."""
+        tiled = self.tiled
+        if value in tiled.stage.sources:
+            if (value, rect) not in self.source_windows:
+                self.source_windows[value, rect] = self.pixels(value, rect)
+            return self.source_windows[value, rect], pad
+        if not area(rect):  # the outputs of this tile lie wholly in the padding
+            info, shape = tiled.stage.program.values[value], list(tiled.stage.maps.shape(value))
+            shape[tiled.axes(value)[0]], shape[tiled.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]
+            return torch.empty(shape, dtype=info.dtype, device=info.device), pad
+        block = tiled.block(value, self.i, self.j)
+        above, left, inside = split(rect, block)
+        if area(inside) == area(rect):
+            tensor = self.blocks[value]
+            if inside != block:
+                part = tiled.axes(value), shift(inside, block[0], block[2])
+                tensor = Crop.apply(tensor, *part) if tensor.requires_grad else cut(tensor, *part)
+            return tensor, pad
+        axes = tiled.axes(value)
+        parts: list[tuple[Rect, Tensor, Rect]] = []
+        sinks: list[Callable[[Tensor], None]] = []
+        sources = (
+            (above, "above", tiled.rows.halo_in(value, self.i)[0], 0),
+            (left, "left", block[0], tiled.cols.halo_in(value, self.j)[0]),
+        )
+        for part, side, row, col in sources:
+            if area(part):
+                source = shift(part, row, col)
+                place = self.halos.place(side, value, source)
+                parts.append((shift(part, rect[0], rect[2]), getattr(self.halos, side)[value], place))
+                sinks.append(partial(self._add_to_halo, side, value, source))
+        own = (shift(inside, rect[0], rect[2]), shift(inside, block[0], block[2])) if area(inside) else None
+        padding, missing = ((0, 0, 0, 0), pad) if fill is None else (pad, (0, 0, 0, 0))
+        tensor = self.blocks[value] if own else None
+        room = self._margins.get(value, (0, 0)) if own and fill is None else (0, 0)
+        in_margin = room[0] >= block[0] - rect[0] and room[1] >= block[2] - rect[2] and value in self._margins
+        layout = Layout(
+            axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own, bool(own) and in_margin
+        )
+        if value in self.needs:
+            return Compose.apply(self.anchor, tensor, layout, sinks), missing  # pyright: ignore
+        return layout.compose(tensor), missing
+
+    def _add_to_halo(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
+        assert self.returned is not None
+        place = self.returned.grads.place(side, value, rect)
+        cut(getattr(self.returned.grads, side)[value], self.tiled.axes(value), place).add_(grad)
+
+    def run(self, local: Local) -> tuple[Tensor, ...]:
+        """The output blocks of one op in this tile."""
+        output = local.op.outputs[0]
+        rows, cols = self.tiled.rows.block(output, self.i), self.tiled.cols.block(output, self.j)
+        pad = (0, 0, 0, 0)
+        env = self.vectors
+        windows = []
+        for value, (height, width) in local.reads.items():
+            lacks = (0, 0, 0, 0)
+            if isinstance(height, Window) and isinstance(width, Window):
+                lacks = (*height.padding(*rows), *width.padding(*cols))
+            env[value], lacks = self.window(value, self.tiled.reads(local, value, self.i, self.j), lacks, local.fill)
+            pad = (max(pad[0], lacks[0]), max(pad[1], lacks[1]), max(pad[2], lacks[2]), max(pad[3], lacks[3]))
+            windows.append(value)
+        margin = self._margin(output) if local.leaves_room else (0, 0)
+        run = self.tiled.in_place.get(output, local.run)
+        if self.second_pass:
+            run = self.tiled.unvalued.get(output, run)
+        shares = self.shares if output in self.tiled.moments and not self.second_pass else None
+        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares))
+        if margin != (0, 0):
+            self._margins[output] = margin
+        for value in windows:
+            del env[value]
+        return result
+
+    def _margin(self, value: int) -> tuple[int, int]:
+        """How many rows above and columns to the left of a block the windows of this tile need."""
+        block = self.tiled.block(value, self.i, self.j)
+        windows = [
+            self.tiled.reads(local, value, self.i, self.j)
+            for local in self.tiled.readers.get(value, ())
+            if self.tiled.computes(local.op.outputs[0], self.i, self.j)
+        ]
+        windows = [rect for rect in windows if area(rect)]
+        above = max((block[0] - rect[0] for rect in windows), default=0)
+        left = max((block[2] - rect[2] for rect in windows), default=0)
+        return max(above, 0), max(left, 0)
+
+    def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
+        """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the halo)."""
+        return self.tiled.hands_on(value, self.i, self.j)
+
+    def add_handed_back(self, value: int, grad: Tensor) -> None:
+        """Add to a block's gradient what later tiles have handed back for it."""
+        assert self.returned is not None
+        axes, handed_back = self.tiled.axes(value), self.returned.handed_back
+        for side, own, halo in self.hands_on(value):
+            place = handed_back.place(side, value, halo)
+            cut(grad, axes, own).add_(cut(getattr(handed_back, side)[value], axes, place))
+
+    def reach(self, consumers: Container[int]) -> tuple[set[int], set[int]]:
+        """Values whose block in this tile is needed for gradients, and those they reach through an op of this tile."""
+        tiled, i, j = self.tiled, self.i, self.j
+        values = tiled.stage.program.values
+        reached: set[int] = set()
+        through: set[int] = set()
+        read: set[int] = set()  # for their values alone
+        for local in reversed(tiled.stage.locals):
+            if not tiled.computes(local.op.outputs[0], i, j):
+                continue
+            for value in local.op.outputs:
+                if value in consumers:
+                    through.add(value)
+                # Random numbers are drawn whoever reads them, or those after them would be others.
+                if (
+                    value in through
+                    or value in read
+                    or local.random
+                    or (value in self.needs and value in tiled.with_halo and self.hands_on(value))
+                ):
+                    reached.add(value)
+            if any(v in reached for v in local.op.outputs):
+                flows = any(v in reached and values[v].takes_grad for v in local.op.outputs)
+                for value in local.reads:
+                    window = tiled.reads(local, value, i, j)
+                    if area(split(window, tiled.block(value, i, j))[2]):  # not halos alone
+                        (through if flows else read).add(value)
+        return reached, through
