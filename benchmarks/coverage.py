@@ -135,7 +135,7 @@ def check(name: str, mode: str) -> dict[str, Any]:
 
     from gigamorph import GigamorphError, accelerate
     from gigamorph.engine.capture.trace import capture
-    from gigamorph.engine.lowering.stages import build_network
+    from gigamorph.engine.lowering.stages import lower
 
     torch.manual_seed(0)
     began = time.perf_counter()
@@ -146,11 +146,11 @@ def check(name: str, mode: str) -> dict[str, Any]:
     image = torch.randn(BATCH[mode], 3, *size, dtype=torch.float64)
     fallback = None
     try:
-        network = build_network(capture(model, tuple(image.shape), image.dtype, "cpu"))
+        network = lower(capture(model, tuple(image.shape), image.dtype, "cpu"))
     except GigamorphError as refusal:
         report["message"] = str(refusal)
         try:
-            network = build_network(capture(model, tuple(image.shape), image.dtype, "cpu"), "whole")
+            network = lower(capture(model, tuple(image.shape), image.dtype, "cpu"), "whole")
         except GigamorphError as again:
             return report | {"message": str(again), "verdict": "refused", "seconds": time.perf_counter() - began}
         fallback = "whole"

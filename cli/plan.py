@@ -52,7 +52,7 @@ def plan(
 
     from ..engine.accelerate import freeze_batch_norm
     from ..engine.models import create_model
-    from ..engine.planning.plan import plan as make_plan
+    from ..engine.planning.preview import plan as make_plan
     from .table import show_plan
 
     net = create_model(model, classes, channels).train(not inference)

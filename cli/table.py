@@ -91,7 +91,7 @@ def show_choices(choices: Sequence[Choice], console: Console | None = None) -> N
 
 
 def _parts(plan: Plan) -> list[tuple[str, int, str]]:
-    where = {"device": "carries", "host": "carries, in host memory", "disk": "carries, on disk"}[plan.halos]
+    where = {"device": "halos", "host": "halos, in host memory", "disk": "halos, on disk"}[plan.halos]
     resident = "" if plan.halos == "device" else "dim"
     parts = [("parameters and gradients" if plan.training else "parameters", plan.parameter_bytes, "")]
     if plan.halo_bytes:

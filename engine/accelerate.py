@@ -22,7 +22,7 @@ from .capture.trace import Program, Spec, capture, refuse_backward_hooks
 from .cuda_graphs import buffers
 from .errors import GigamorphError
 from .execution.forward import Forward, ImageTensor
-from .execution.prepared import Prepared
+from .execution.prepared import Prepared, ProgramKey
 from .execution.run import run
 from .images.pixels import PixelBatch, PixelSource, as_batch
 from .lowering.ops import Reduction, VectorOp
@@ -31,7 +31,8 @@ from .module.arguments import HALO_PLACES, check_choice, check_network, image_sh
 from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
 from .parallel.processes import check_same, check_same_steps, world
-from .planning.plan import Plan, arrange, arrange_together
+from .planning.plan import Plan
+from .planning.search import Request, arrange, arrange_together
 from .tiling.forward import forward_pass
 from .tiling.memory import parse_bytes
 from .tiling.page_pool import PagePool
@@ -108,7 +109,7 @@ class Accelerated(Delegate):
         self.memory_budget, self.tile, self.batch_norm, self.halos = memory_budget, tile, batch_norm, halos
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
-        self._programs: OrderedDict[Any, list[tuple[Prepared, ...]]] = OrderedDict()
+        self._programs: OrderedDict[ProgramKey, list[tuple[Prepared, ...]]] = OrderedDict()
         self._page_pool = PagePool()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.seal()
@@ -145,9 +146,11 @@ class Accelerated(Delegate):
         training = torch.is_grad_enabled()
         program = capture(self._network, image_shape(shape), dtype, device)
         shard = self._shard(program)
-        return arrange(
-            program, self.memory_budget, self.tile, training, self.halos, fallback=self.fallback, shard=shard
-        )[1]
+        return arrange(program, self._request(training), shard=shard)[1]
+
+    def _request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:
+        given = self.memory_budget, self.tile, training, self.halos
+        return Request(*given, image_grad, count_tile, self.fallback)
 
     def _shard(self, program: Program) -> SpatialShard | None:
         """The processes that share an image; to a SyncBatchNorm among them they are one."""
@@ -186,12 +189,21 @@ class Accelerated(Delegate):
                 "processes that share an image have images of different shapes, other settings or other modes; give "
                 "all of them the same",
             )
-        settings = (self.tile, self.memory_budget, self.halos)
-        autocast, triton = Autocast.current(device), kernels.enabled(device)
-        shapes, image_grads = [one.shape for one in images], [one.image_grad for one in images]
-        modes = *(wants(one.image) for one in images), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        key = (*shapes, first.dtype, device, training, *image_grads, modes, autocast, settings, triton)
-        key = (*key, world(), form.key, form.inputs, form.vectors)
+        image_grads = tuple(one.image_grad for one in images)
+        key = ProgramKey(
+            shapes=tuple(one.shape for one in images),
+            dtype=first.dtype,
+            device=device,
+            training=training,
+            image_grads=image_grads,
+            wanting=tuple(wants(one.image) for one in images),
+            modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            autocast=Autocast.current(device),
+            settings=(self.tile, self.memory_budget, self.halos),
+            triton=kernels.enabled(device),
+            world=world(),
+            form=(form.key, form.inputs, form.vectors),
+        )
         known = self._programs.setdefault(key, [])
         self._programs.move_to_end(key)
         for place, ready in enumerate(known):
@@ -212,16 +224,16 @@ class Accelerated(Delegate):
             if all(one.staged.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
                 return ready
         counted = self.memory_budget is not None or buffers.executor(device) is not None
-        given = self.memory_budget, self.tile, training, self.halos
+        shard = None if len(images) > 1 else self._shard(programs[0])
         if len(images) > 1:
-            shard, arranged = None, arrange_together(programs, *given, image_grads, counted, self.fallback)
+            arranged = arrange_together(programs, self._request(training, count_tile=counted), image_grads)
         else:
-            shard = self._shard(programs[0])
-            arranged = [arrange(programs[0], *given, image_grads[0], counted, self.fallback, shard=shard, agree=True)]
+            request = self._request(training, image_grads[0], counted)
+            arranged = [arrange(programs[0], request, shard=shard, agree=True)]
         prepared = []
-        for network, plan in arranged:
-            stages = tuple(TiledStage(stage, tile) for stage, tile in zip(network.stages, plan.sides, strict=True))
-            prepared.append(Prepared(network, stages, plan, shard=shard))
+        for staged, plan in arranged:
+            stages = tuple(TiledStage(stage, tile) for stage, tile in zip(staged.stages, plan.sides, strict=True))
+            prepared.append(Prepared(staged, stages, plan, shard=shard))
         known.insert(0, tuple(prepared))
         del known[_VARIANTS:]
         if len(self._programs) > _REMEMBERED:

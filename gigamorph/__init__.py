@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .engine.morph.kernel_size import grow_kernel
     from .engine.morph.merge import merge
     from .engine.morph.widen import widen
-    from .engine.planning.plan import Plan, plan
+    from .engine.planning.plan import Plan
+    from .engine.planning.preview import plan
     from .engine.tiling.scan import TileEvent
 
 if not os.path.isdir(os.path.join(__path__[0], "engine")):  # a checkout: engine, kernels and cli stand beside the door
@@ -46,7 +47,8 @@ _HOMES = {
     "morph.kernel_size": "grow_kernel",
     "morph.merge": "merge",
     "morph.widen": "widen",
-    "planning.plan": "Plan plan",
+    "planning.plan": "Plan",
+    "planning.preview": "plan",
     "tiling.scan": "TileEvent",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}

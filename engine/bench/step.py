@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import BudgetError, UnsupportedError
-from ..planning.plan import Plan, plan
+from ..planning.plan import Plan
+from ..planning.preview import plan
 from . import check, roofline
 from .child import Child
 from .lightstream import norm_parameters, tile_within, tiles_to_try

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from ..cuda_graphs.replay import FEWEST_TILES, Replays
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning.plan import Plan
+from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard
 from ..tiling.stage import TiledStage
 
@@ -33,6 +34,39 @@ class Segment:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ProgramKey:
+    """All that a prepared program was made for, besides what its guard looks at in the network.
+
+    Attributes:
+        shapes: of the images that go through the network side by side.
+        dtype: of their pixels.
+        device: where they are computed.
+        training: whether there will be a backward.
+        image_grads: which images want a gradient of their own.
+        wanting: which images the network sees as wanting one.
+        modes: gradient mode and inference mode.
+        autocast: its state.
+        settings: tile, budget and place of the halos.
+        triton: whether kernels run.
+        world: the processes that this one works with.
+        form: what is computed instead of the network's call, and the further tensors that it takes.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: torch.device
+    training: bool
+    image_grads: tuple[bool, ...]
+    wanting: tuple[Hashable, ...]
+    modes: tuple[bool, bool]
+    autocast: Autocast
+    settings: tuple[Hashable, ...]
+    triton: bool
+    world: Hashable
+    form: tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)

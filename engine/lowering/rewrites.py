@@ -34,14 +34,14 @@ def _plain(name: str) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def prepare(network: StagedProgram, training: bool, image_grad: bool = False) -> None:
+def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> None:
     """All rewrites that do not depend on the tile, for the device that the network was recorded for.
 
     Args:
         training: whether there will be a backward.
         image_grad: whether the image will want a gradient.
     """
-    for stage in network.stages:
+    for stage in staged.stages:
         fold_batch_norm(stage)
         if kernels.enabled(stage.program.values[stage.image].device):
             from .fused import fuse  # needs Triton

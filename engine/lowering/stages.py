@@ -422,12 +422,12 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
             there = {*given, *(v for v in kept if level[v] < now)}
             steps.append(_stage(maps, nodes, makers, here, written, there))
     steps += [node for node in nodes if isinstance(node, (Op, VectorOp)) and id(node) in late]
-    network = StagedProgram(maps.program, maps, steps)
-    if not network.stages:
+    staged = StagedProgram(maps.program, maps, steps)
+    if not staged.stages:
         raise UnsupportedError(
             "the model's output does not depend on the image; call the model itself, without accelerate"
         )
-    return network
+    return staged
 
 
 def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
@@ -472,7 +472,7 @@ def _stage(
     return stage
 
 
-def build_network(program: Program, fallback: str | None = None) -> StagedProgram:
+def lower(program: Program, fallback: str | None = None) -> StagedProgram:
     """The steps of a recorded program with every map stored that a later stage reads.
 
     Args:

@@ -25,11 +25,8 @@ from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram, crossing, levels, split
+from . import constants
 
-# Arithmetic that could be done while a byte is moved; pointwise ops cost what they move.
-_FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
-# Where maps may be kept besides on the device, and the arithmetic that could be done while a byte goes there.
-_ELSEWHERE = {"cpu": {"disk": 100}, "cuda": {"host": 10_000, "disk": 100_000}}
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
 
 
@@ -46,7 +43,7 @@ class Strategy:
     """
 
     name: str
-    network: StagedProgram
+    staged: StagedProgram
     cost: float
     stored_bytes: int
     away_bytes: int = 0
@@ -57,7 +54,7 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
     every = every_strategy(maps, nodes, training, image_grad)
     least = next(every)
     yield least
-    if len(least.network.stages) > 1:
+    if len(least.staged.stages) > 1:
         for strategy in sorted(every, key=lambda s: (s.cost, s.stored_bytes)):
             if strategy.stored_bytes < least.stored_bytes:
                 least = strategy
@@ -70,20 +67,20 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
 
     kind = maps.program.values[maps.program.image].device.type
 
-    def weigh(name: str, network: StagedProgram) -> Iterator[Strategy]:
-        wanted, cost = network.wanted(image_grad), network_cost(network, training)
-        stored = stored_peak(network, training, wanted)
-        yield Strategy(name, network, cost / unit, stored)
-        moved = moved_bytes(network, training) if network.stage_maps() else 0
-        for place, flops in _ELSEWHERE.get(kind, {}).items() if moved else ():
-            away = replace(network, place=place)
+    def weigh(name: str, staged: StagedProgram) -> Iterator[Strategy]:
+        wanted, cost = staged.wanted(image_grad), program_cost(staged, training)
+        stored = stored_peak(staged, training, wanted)
+        yield Strategy(name, staged, cost / unit, stored)
+        moved = moved_bytes(staged, training) if staged.stage_maps() else 0
+        for place, flops in constants.ELSEWHERE.get(kind, {}).items() if moved else ():
+            away = replace(staged, place=place)
             text = f"{name}; {PLACES[place]}"
             here = stored_peak(away, training, wanted)
             yield Strategy(text, away, (cost + flops * moved) / unit, here, stored - here)
 
     yield from weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
-    for name, network in _candidates(maps, nodes, training):
-        yield from weigh(name, network)
+    for name, staged in _candidates(maps, nodes, training):
+        yield from weigh(name, staged)
 
 
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
@@ -114,10 +111,10 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                         continue
                     stored = [v for v in read_later if v not in dropped]
                     kept = [v for v in chosen if v in stored]
-                    network = split(maps, nodes, stored, kept)
+                    staged = split(maps, nodes, stored, kept)
                     if training and kept:
-                        network.segments = segments_between(network, kept)
-                    yield name + (f"; up to cut {number} {text}" if number else ""), network
+                        staged.segments = segments_between(staged, kept)
+                    yield name + (f"; up to cut {number} {text}" if number else ""), staged
                     if not number:
                         break
 
@@ -155,10 +152,10 @@ def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     return found
 
 
-def segments_between(network: StagedProgram, cuts: Sequence[int]) -> list[range]:
+def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
     """The steps between the stages that write two cuts; not those after the last, whose backward comes first."""
-    writers = [n for n, step in enumerate(network.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts)]
-    first = next(n for n, step in enumerate(network.steps) if isinstance(step, Stage))
+    writers = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts)]
+    first = next(n for n, step in enumerate(staged.steps) if isinstance(step, Stage))
     starts = [first, *(n + 1 for n in writers)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
 
@@ -178,17 +175,17 @@ def _cost(maps: Maps, node: Local) -> float:
         weight = arguments(node.op, "input weight")["weight"].value
         flops = 2 * outputs * math.prod(values[weight].shape[1:])
     kind = values[maps.program.image].device.type
-    return flops + _FLOPS_PER_BYTE.get(kind, 50) * moved
+    return flops + constants.FLOPS_PER_BYTE.get(kind, 50) * moved
 
 
-def network_cost(network: StagedProgram, training: bool) -> float:
+def program_cost(staged: StagedProgram, training: bool) -> float:
     """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside segments."""
     total = 0.0
-    inside = {n for part in network.segments for n in part}
-    for number, step in enumerate(network.steps):
+    inside = {n for part in staged.segments for n in part}
+    for number, step in enumerate(staged.steps):
         if not isinstance(step, Stage):
             continue
-        costs = [_cost(network.maps, local) for local in step.locals]
+        costs = [_cost(staged.maps, local) for local in step.locals]
         total += sum(costs) * (1 if not training else 3 + (number in inside))
         if training:
             read = {v for local in step.locals for v in local.reads}
@@ -206,12 +203,12 @@ def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
     return step.sources if isinstance(step, Stage) else step.inputs
 
 
-def moved_bytes(network: StagedProgram, training: bool) -> int:
+def moved_bytes(staged: StagedProgram, training: bool) -> int:
     """Bytes of the maps that stages alone read which a step writes and reads, if they are kept elsewhere."""
-    values, stage_maps = network.program.values, network.stage_maps()
-    inside = {n for part in network.segments for n in part}
+    values, stage_maps = staged.program.values, staged.stage_maps()
+    inside = {n for part in staged.segments for n in part}
     total = 0
-    for number, stage in enumerate(network.steps):
+    for number, stage in enumerate(staged.steps):
         if isinstance(stage, Stage):
             read = sum(value_bytes(values[v]) for v in stage.sources if v in stage_maps)
             written = sum(value_bytes(values[v]) for v in stage.stored if v in stage_maps)
@@ -224,12 +221,12 @@ def moved_bytes(network: StagedProgram, training: bool) -> int:
 class _Lifetimes:
     """When stored maps and their gradients are there; see `stored_peak`."""
 
-    def __init__(self, network: StagedProgram, wanted: Container[int]):
-        steps, values = network.steps, network.program.values
-        self.steps, self.segments, self.wanted = steps, network.segments, wanted
+    def __init__(self, staged: StagedProgram, wanted: Container[int]):
+        steps, values = staged.steps, staged.program.values
+        self.steps, self.segments, self.wanted = steps, staged.segments, wanted
         self.end = len(steps)
         self.made: dict[int, int] = {}
-        self.last: dict[int, int] = dict.fromkeys(network.program.results(), self.end)
+        self.last: dict[int, int] = dict.fromkeys(staged.program.results(), self.end)
         self.readers: dict[int, list[int]] = {}
         self.unvalued: set[int] = set()
         for number, step in enumerate(steps):
@@ -237,24 +234,24 @@ class _Lifetimes:
             if isinstance(step, Stage):
                 self.unvalued |= unvalued_runs(step, set()).keys()
             if isinstance(step, VectorOp):
-                outputs = [v for v in outputs if v in network.maps]
+                outputs = [v for v in outputs if v in staged.maps]
             self.made.update((v, number) for v in outputs)
             for v in _reads(step):
                 self.last[v] = max(self.last.get(v, 0), number)
                 self.readers.setdefault(v, []).append(number)
-        split = any(stage.offsets for stage in network.stages)
-        self.stage_maps: Container[int] = () if split else network.stage_maps()
+        split = any(stage.offsets for stage in staged.stages)
+        self.stage_maps: Container[int] = () if split else staged.stage_maps()
         self.size = {v: value_bytes(values[v]) for v in self.made}
-        if network.place != "device":
+        if staged.place != "device":
             self.size.update((v, 0) for v in self.made if v in self.stage_maps)
-        kind = values[network.program.image].device.type
+        kind = values[staged.program.image].device.type
         self.row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
-        within = {v: part for part in network.segments for v in self.made if self.made[v] in part}
+        within = {v: part for part in staged.segments for v in self.made if self.made[v] in part}
         self.maker = within  # the segment that makes a map, and below the one that alone knows it
         self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
         # A band's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
         self.held = {v for step in steps if not isinstance(step, VectorOp) for v in _reads(step)}
-        self.held.update(network.program.results())
+        self.held.update(staged.program.results())
 
     def forward(self, now: int, training: bool) -> int:
         """Bytes while a step is computed."""
@@ -309,7 +306,7 @@ class _Lifetimes:
         return total
 
 
-def stored_peak(network: StagedProgram, training: bool, wanted: Container[int]) -> int:
+def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -> int:
     """The most bytes of stored maps, of what ops make of them whole, and of their gradients, at any time of a step.
 
     A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
@@ -321,12 +318,12 @@ def stored_peak(network: StagedProgram, training: bool, wanted: Container[int]) 
     Args:
         wanted: the values that want a gradient.
     """
-    if not any(stage.stored for stage in network.stages):
+    if not any(stage.stored for stage in staged.stages):
         return 0
-    steps, lives = network.steps, _Lifetimes(network, wanted)
+    steps, lives = staged.steps, _Lifetimes(staged, wanted)
     fetched = {number for number in lives.made.values() if isinstance(steps[number], VectorOp)}
     times = [n for n, step in enumerate(steps) if isinstance(step, Stage) or n in fetched] + [len(steps)]
     peak = max(lives.forward(now, training) for now in times)
     if training:
-        peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, network.segments))
+        peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, staged.segments))
     return peak

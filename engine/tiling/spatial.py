@@ -205,22 +205,22 @@ class Fetch(torch.autograd.Function):
         return ctx.exchange.bring_back(grads[0]), None
 
 
-def split_network(network: StagedProgram, shard: SpatialShard) -> StagedProgram:
+def split_network(staged: StagedProgram, shard: SpatialShard) -> StagedProgram:
     """The network that computes this process's bands.
 
     Raises:
         UnsupportedError: for random numbers drawn position by position.
     """
-    return _Splitter(network, shard).run()
+    return _Splitter(staged, shard).run()
 
 
 class _Splitter:
-    def __init__(self, network: StagedProgram, shard: SpatialShard):
-        self.network, self.shard, self.maps = network, shard, network.maps
-        self.stored = {v for stage in network.stages for v in stage.stored}
+    def __init__(self, staged: StagedProgram, shard: SpatialShard):
+        self.staged, self.shard, self.maps = staged, shard, staged.maps
+        self.stored = {v for stage in staged.stages for v in stage.stored}
         self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later stages
-        self.whole: set[int] = set(network.program.results()) & self.stored  # those needed whole
-        for step in network.steps:
+        self.whole: set[int] = set(staged.program.results()) & self.stored  # those needed whole
+        for step in staged.steps:
             if isinstance(step, Op):
                 self.whole |= self.stored & set(step.inputs)
             elif isinstance(step, Stage):
@@ -245,12 +245,12 @@ class _Splitter:
     def run(self) -> StagedProgram:
         steps: list[Any] = []
         begins: list[int] = []
-        for step in self.network.steps:
+        for step in self.staged.steps:
             begins.append(len(steps))
             steps.extend(self._graph(step) if isinstance(step, Stage) else [step])
         begins.append(len(steps))
-        segments = [range(begins[part.start], begins[part.stop]) for part in self.network.segments]
-        return replace(self.network, steps=steps, segments=segments)
+        segments = [range(begins[part.start], begins[part.stop]) for part in self.staged.segments]
+        return replace(self.staged, steps=steps, segments=segments)
 
     def _map(self, value: int, height: int) -> int:
         """A further map like another, of another height."""

@@ -29,10 +29,10 @@ def test_plan_prints_tile_and_memory_of_the_step_that_training_takes(capsys):
     assert re.search(r"stock PyTorch +\S+ GiB \(\S+ times this\)", out) and err == ""
 
 
-def test_live_batch_norm_takes_several_sweeps(capsys):
+def test_live_batch_norm_takes_several_stages(capsys):
     assert run(*RESNET, "--memory-budget", "1GiB") == 0
     out, err = capsys.readouterr()
-    assert "training, two passes" in out and "sweeps" in out and not err
+    assert "training, two passes" in out and "stages" in out and not err
 
 
 def test_inference_takes_less_and_needs_no_frozen_statistics(capsys):

@@ -18,7 +18,7 @@ from gigamorph import GigamorphError, UnsupportedError, accelerate, open_pixels
 from gigamorph.engine.dense import dense_loss, write_map
 from gigamorph.engine.planning.strategy import strategies
 
-PLAN = sys.modules["gigamorph.engine.planning.plan"]
+PLAN = sys.modules["gigamorph.engine.planning.search"]
 CLASSES, HEIGHT, WIDTH = 3, 45, 38
 
 

@@ -190,7 +190,7 @@ KINDS = {
 
 
 class Around(nn.Module):
-    """A layer between two convolutions, so that tiles hand carries on before and behind it, and a global pooling."""
+    """A layer between two convolutions, so that tiles hand halos on before and after it, and a global pooling."""
 
     def __init__(self, kind: Kind):
         super().__init__()

@@ -13,7 +13,7 @@ from gigamorph import accelerate
 from gigamorph.engine.models.resnet import resnet18
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.search"]  # the package's attribute of that name is the function
 
 
 @pytest.mark.parametrize("ranges", [False, True])
@@ -22,7 +22,7 @@ def test_maps_elsewhere_are_exact(place: str, ranges: bool, monkeypatch: pytest.
     every = PLAN.every_strategy
 
     def choose(*args):
-        found = (s for s in every(*args) if s.network.place == place and bool(s.network.segments) == ranges)
+        found = (s for s in every(*args) if s.staged.place == place and bool(s.staged.segments) == ranges)
         return [next(found)]
 
     monkeypatch.setattr(PLAN, "strategies", choose)

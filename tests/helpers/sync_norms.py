@@ -92,7 +92,7 @@ def with_segments(maps: Maps, nodes: list[Any], *_: Any) -> Iterator[Strategy]:
 
 def store(ranges: bool) -> None:
     """Let plans keep all maps that are read again, or compute again those between two cuts."""
-    sys.modules["gigamorph.engine.planning.plan"].strategies = with_segments if ranges else strategies  # pyright: ignore
+    sys.modules["gigamorph.engine.planning.search"].strategies = with_segments if ranges else strategies  # pyright: ignore
 
 
 def in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gigamorph import accelerate
 
-PLAN = sys.modules["gigamorph.engine.planning.plan"]
+PLAN = sys.modules["gigamorph.engine.planning.search"]
 
 
 def instance() -> nn.Module:

@@ -127,7 +127,7 @@ def image(height: int, width: int) -> Tensor:
 
 def ops_of(net: nn.Module) -> list[str]:
     (((prepared,),),) = net._programs.values()
-    (stage,) = prepared.network.stages  # pyright: ignore
+    (stage,) = prepared.staged.stages  # pyright: ignore
     return [local.op.name for local in stage.locals]
 
 

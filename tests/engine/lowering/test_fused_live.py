@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 
-PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.search"]  # the package's attribute of that name is the function
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def image(*shape: int) -> Tensor:
 
 def stages(net: nn.Module) -> list[Stage]:
     (((prepared,),),) = net._programs.values()
-    return prepared.network.stages  # pyright: ignore
+    return prepared.staged.stages  # pyright: ignore
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU])

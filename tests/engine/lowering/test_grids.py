@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.geometry import Cells
-from gigamorph.engine.lowering.stages import Stage, build_network
+from gigamorph.engine.lowering.stages import Stage, lower
 
 
 def network(name: str) -> nn.Module:
@@ -107,7 +107,7 @@ def test_heads(head):
 
 def largest_small(model: nn.Module, height: int, width: int) -> int:
     """The most values, for each image and channel, of what is neither image nor read tile by tile."""
-    network = build_network(capture(model, (2, 2, height, width), torch.float64, "cpu"))
+    network = lower(capture(model, (2, 2, height, width), torch.float64, "cpu"))
     values = network.program.values
     made = [v for step in network.steps if not isinstance(step, Stage) for v in step.outputs]
     stored = [v for stage in network.stages for v in (*stage.stored, *(o for r in stage.reductions for o in r.outputs))]

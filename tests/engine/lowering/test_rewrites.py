@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.rewrites import fold_batch_norm, in_place_runs
-from gigamorph.engine.lowering.stages import build_network
+from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.tiling.stage import TiledStage
 
 
 def stage_of(net: nn.Module, size: int = 40):
-    (stage,) = build_network(capture(net, (1, 2, size, size), torch.float64, "cpu")).stages
+    (stage,) = lower(capture(net, (1, 2, size, size), torch.float64, "cpu")).stages
     fold_batch_norm(stage)
     return stage
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.trace import Op, capture
-from gigamorph.engine.lowering.stages import build_network
+from gigamorph.engine.lowering.stages import lower
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_functions(name):
 
 def taken_whole(model: nn.Module, x: Tensor) -> list[str]:
     """Names of the ops that read a stored map in one piece."""
-    network = build_network(capture(model, tuple(x.shape), x.dtype, "cpu"), "whole")
+    network = lower(capture(model, tuple(x.shape), x.dtype, "cpu"), "whole")
     stored = {v for stage in network.stages for v in stage.stored}
     return [step.name for step in network.steps if isinstance(step, Op) and stored & set(step.inputs)]
 

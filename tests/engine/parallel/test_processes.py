@@ -83,5 +83,5 @@ def test_plans_that_would_wait_forever_are_refused(two):
 
 def test_cumulative_averages_in_maps_computed_again(monkeypatch):
     """The counter of batches is there where a range of steps runs by itself."""
-    monkeypatch.setattr(sys.modules["gigamorph.engine.planning.plan"], "strategies", with_segments)
+    monkeypatch.setattr(sys.modules["gigamorph.engine.planning.search"], "strategies", with_segments)
     assert_exact(network(), images(0, 0, [(37, 29)]), tile=9)

@@ -85,7 +85,7 @@ def test_too_small_a_budget_is_refused_before_any_work():
         plan(net, (1, 4096, 4096), "4MiB", tile=512, dtype=torch.float64)
 
 
-def test_carries_move_to_disk_when_memory_is_short():
+def test_halos_move_to_disk_when_memory_is_short():
     net = create_model("resnet18", num_classes=2, in_channels=1).eval()
     chosen = plan(net, (1, 32768, 32768), "1.2GiB")
     assert chosen.halos == "disk" and chosen.halo_bytes > 2**31
@@ -95,7 +95,7 @@ def test_carries_move_to_disk_when_memory_is_short():
     assert chosen.halo_bytes == pytest.approx(608 * 32768 * 4 * boundaries, rel=0.02)
 
 
-def test_carries_grow_with_the_image_and_the_tile_does_not():
+def test_halos_grow_with_the_image_and_the_tile_does_not():
     net = small_net()
     plans = [plan(net, (1, 512, side), tile=128, dtype=torch.float64) for side in (2048, 4096, 8192)]
     assert plans[0].tile_bytes == pytest.approx(plans[2].tile_bytes, rel=0.01)

@@ -27,13 +27,13 @@ from gigamorph.engine.planning import strategy as strategy_module
 from gigamorph.engine.planning.strategy import (
     Strategy,
     cut_maps,
-    network_cost,
+    program_cost,
     segments_between,
     stored_peak,
     strategies,
 )
 
-PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.search"]  # the package's attribute of that name is the function
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
@@ -239,7 +239,7 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
     ranged.segments = segments_between(ranged, cuts)
     assert [type(step).__name__ for step in ranged.steps].count("Stage") == 4
-    assert network_cost(ranged, True) > network_cost(network, True)
+    assert program_cost(ranged, True) > program_cost(network, True)
 
 
 def test_buffers_change_once() -> None:

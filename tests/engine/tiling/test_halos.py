@@ -62,7 +62,7 @@ def test_empty_like_layout(form):
 
 @pytest.mark.parametrize("pad", [(0, 0, 0, 0), (1, 0, 2, 0), (0, 3, 0, 1), (2, 2, 2, 2)])
 @pytest.mark.parametrize("fill", [0.0, float("-inf")])
-def test_window_of_carries_and_block(pad, fill):
+def test_window_of_halos_and_block(pad, fill):
     whole = torch.randn(2, 3, 9, 8)
     rect = (2, 8, 1, 7)  # the window; rows before 4 come from above, columns before 3 from the left
     above, left, block = whole[:, :, 2:4], whole[:, :, 4:8, 1:3], whole[:, :, 4:8, 3:8]

@@ -24,7 +24,7 @@ from gigamorph.engine.tiling import stored_maps as maps_module
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.tiling.scan import Scan
 
-PLAN = sys.modules["gigamorph.engine.planning.plan"]  # the package's attribute of that name is the function
+PLAN = sys.modules["gigamorph.engine.planning.search"]  # the package's attribute of that name is the function
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do not go back")
 
 
@@ -57,7 +57,7 @@ def on_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def choose(*args: Any) -> list[Strategy]:
         every = list(PLAN.every_strategy(*args))
         away = [
-            s for s in every if s.network.place == "disk" and bool(s.network.segments) == (request.param == "segments")
+            s for s in every if s.staged.place == "disk" and bool(s.staged.segments) == (request.param == "segments")
         ]
         taken.extend(s.name for s in away[:1])
         return away[:1] or every[:1]

@@ -1,0 +1,34 @@
+"""Every constant of the plan, with what it was fitted to."""
+
+# Sides that are tried, largest first: powers of two and their halves in between.
+SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
+# Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU.
+PREFERRED = {"cpu": 512, "cuda": 4096}
+# The same for stages of a few layers on the CPU, as the square root of a strip's pixels; and a strip's rows at least.
+PREFERRED_STRIP, LEAST_ROWS = 384, 16
+# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
+# keeps freed blocks: a multiple of the activations of the tile in work, which grows while tiles go by, and some copies
+# of the weights. Under a budget free pages are given back (`memory_limit.py`), and the smaller share is enough; without
+# one, or where the budget has room, the larger. Retained tiles fill a part of the slack. All of it is fitted to the
+# resident memory of ResNet-18 and -50 over three steps (benchmarks/results/memory_cpu.json).
+KERNEL_BYTES, MOST_KERNELS = 90_000, 1024
+HEAP_SHARE, HEAP_SHARE_FEW_TILES, FEW_TILES = 1.0, 0.35, 4
+LOOSE_SHARE, LOOSE_SHARE_FEW_TILES, LOOSE_FEW_TILES = 2.5, 1.1, 8
+WEIGHT_COPIES, MOST_WEIGHT_COPIES = 2, 78_000_000
+SLACK_FILLED = 0.25
+# How many sides, from the largest on, are tried before another choice of stored maps is.
+COARSE = 3
+# How many choices of stored maps, from the one that needs least on, are tried with smaller tiles.
+SMALL_TILES = 3
+# Of maps elsewhere, the parts that are here at a time: a tile's own, the next one's, and gradients of one of them.
+AWAY_TILES = 3
+# Stages whose tile is counted: the heaviest ones by their blocks.
+COUNTED = 2
+# Graph buffers of a tile lie in chunks, and those at the end of the image are larger than in the middle.
+ARENA_SHARE = 2
+# Share of the free memory that is taken where no budget is given.
+FREE_SHARE = 0.8
+# Arithmetic that could be done while a byte is moved; pointwise ops cost what they move.
+FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
+# Where maps may be kept besides on the device, and the arithmetic that could be done while a byte goes there.
+ELSEWHERE = {"cpu": {"disk": 100}, "cuda": {"host": 10_000, "disk": 100_000}}

@@ -1,0 +1,74 @@
+"""What a step of a model would take, asked before there is an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..capture.trace import capture
+from ..errors import GigamorphError
+from ..module.arguments import HALO_PLACES, check_choice, check_network, is_whole, tile_sides
+from ..tiling.memory import parse_bytes
+from .plan import Plan
+from .search import Request, arrange
+from .simulate import stock_peak
+
+
+def plan(
+    model: nn.Module,
+    image_size: tuple[int, ...],
+    budget: int | str | None = None,
+    *,
+    tile: int | tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    training: bool = True,
+    halos: str = "auto",
+) -> Plan:
+    """How a step on images of this size would be computed, and how much it takes; nothing is allocated or computed.
+
+    Args:
+        model: the network, in the mode it will run in (freeze BatchNorm before, or put it in evaluation mode).
+        image_size: (H, W), (C, H, W) or (N, C, H, W); without them N is 1 and C what the first layer takes.
+        budget: bytes (``"4GiB"``); None takes what is free.
+        tile: side or (height, width); None chooses.
+        dtype: dtype of the image; None takes that of the parameters.
+        device: device the step would run on.
+        training: with a backward, or inference.
+        halos: "device", "host", "disk" or "auto".
+
+    Raises:
+        UnsupportedError: if the network cannot be computed exactly.
+        BudgetError: if no tile fits the budget.
+    """
+    check_network(model)
+    check_choice("halos", halos, HALO_PLACES)
+    shape = _full_shape(model, image_size)
+    network = model.__dict__.get("_network", model)
+    if dtype is None:
+        floating = [p.dtype for p in network.parameters() if p.is_floating_point()]
+        dtype = floating[0] if floating else torch.float32
+    assert dtype is not None
+    device = torch.device(device)
+    with torch.set_grad_enabled(training):
+        program = capture(network, shape, dtype, device)
+    limit = None if budget is None else parse_bytes(budget)
+    _, chosen = arrange(program, Request(limit, tile_sides(tile), training, halos), compare=True)
+    held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    stock = held + stock_peak(network, shape, dtype, device, training)
+    return replace(chosen, stock_bytes=stock)
+
+
+def _full_shape(model: nn.Module, given: Sequence[int]) -> tuple[int, int, int, int]:
+    size = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if len(size) == 2:
+        first = next((p for p in model.parameters() if p.dim() == 4), None)
+        size = (3 if first is None else first.shape[1], *size)
+    if len(size) == 3:
+        size = (1, *size)
+    if len(size) != 4 or not all(is_whole(side) and side >= 1 for side in size):
+        raise GigamorphError(f"image_size={given!r} is not (H, W), (C, H, W) or (N, C, H, W)")
+    return tuple(int(side) for side in size)  # pyright: ignore[reportReturnType]
