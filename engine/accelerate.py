@@ -33,7 +33,7 @@ from .module.entrance import entrance
 from .parallel.processes import check_same, check_same_steps, world
 from .planning.plan import Plan
 from .planning.search import Request, arrange, arrange_together
-from .tiling.forward import forward_pass
+from .tiling.forward import ForwardPass
 from .tiling.memory import parse_bytes
 from .tiling.page_pool import PagePool
 from .tiling.scan import Autocast, Observer, Pixels, TileEvent
@@ -399,7 +399,7 @@ class Accelerated(Delegate):
             run([forward], 0, pooling[-1])
             scan, _, vectors = forward.scan(pooling[-1])
             replay = forward.prepared.replay(pooling[-1], scan.device)
-            stage, (results, _) = scan.tiled.stage, forward_pass(scan, vectors, replay=replay)
+            stage, results = scan.tiled.stage, ForwardPass(scan, vectors, replay=replay).run()
             pooled = {r.outputs[0]: r for r in stage.reductions if r.kind != "moments" and r.grid is None}
             with torch.enable_grad():
                 leaves = [r.detach().requires_grad_() for r in results]
@@ -419,7 +419,7 @@ class Accelerated(Delegate):
                 if reduction is not None and grad is not None and stage.maps.size(reduction.value) == size:
                     observer = _evidence_observer(total, reduction, grad, stage.maps.axes[reduction.value])
                     observers.setdefault(reduction.value, []).append(observer)
-            forward_pass(replace(scan, observers=observers), vectors)
+            ForwardPass(replace(scan, observers=observers), vectors).run()
         return total
 
     def need_all_rows(self, name: str) -> None:

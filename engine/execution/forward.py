@@ -22,7 +22,7 @@ from ..capture.trees import realize
 from ..images.pixels import PixelBatch, StoredBatch
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
-from ..tiling.forward import forward_pass
+from ..tiling.forward import ForwardPass
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent, cast_dtype
@@ -124,7 +124,7 @@ class Forward:
             places = {v: place for place, v in enumerate(tensors)}
             results = StageFunction.apply(scan, replay, shard, places, *tensors.values(), *vectors)
         else:
-            results, _ = forward_pass(scan, vectors, replay=replay)
+            results = ForwardPass(scan, vectors, replay=replay).run()
         self.env.update(zip(scan.tiled.stage.results, results, strict=True))  # pyright: ignore[reportArgumentType]
 
     def scan(self, number: int, deferred: bool = False) -> tuple[Scan, dict[int, Tensor], list[Tensor]]:

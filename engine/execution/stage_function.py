@@ -11,7 +11,7 @@ from ..lowering.stages import Stage
 from ..module import turns
 from ..module.once import once
 from ..tiling.backward import BackwardPass, Replay
-from ..tiling.forward import forward_pass
+from ..tiling.forward import ForwardPass
 from ..tiling.scan import Scan
 from ..tiling.spatial import SpatialShard
 from ..tiling.stored_maps import add_reader
@@ -37,7 +37,8 @@ class StageFunction(torch.autograd.Function):
             add_reader(tensors[sources[v]], 1)
         ctx.set_materialize_grads(False)
         count, tiled = len(sources), scan.tiled
-        results, kept = forward_pass(scan, tensors[count:], wants[count:], wanted, replay)
+        work = ForwardPass(scan, tensors[count:], wants[count:], wanted, replay)
+        results, kept = work.run(), work.kept
         reread = [t for v, t in zip(tiled.stage.results, results, strict=True) if v in tiled.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *reread)

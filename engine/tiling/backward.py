@@ -15,7 +15,7 @@ from .forward import ForwardReplays, passed_on
 from .halos import cut
 from .record import Kept, Read, Recorded, WindowGrads, consumers_of, has_grad
 from .reduce import Consumers
-from .scan import Scan
+from .scan import Reader, Scan
 from .stored_maps import has_readers, let_rows_go, new_map
 from .tile import Halos, Returned
 
@@ -108,23 +108,11 @@ class BackwardPass:
                 for j in reversed(range(tiled.cols.steps)):
                     left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
                     grads_left = self._returned(tiled.cols, j, left, grads_right)
-                    halos = Halos(above, left)
                     returned = Returned(Halos(grads_above, grads_left), Halos(grads_below, grads_right))
-                    recorded, windows = kept.recorded.pop((i, j), None), None
-                    if recorded is None:
-                        reader.advance()
-                        windows = None if replay is None else replay(i, j, reader.read, halos, returned)
-                        if windows is None:
-                            with scan.tile_state(kept.seed, i, j, kept.drawn):
-                                recorded = Recorded(
-                                    scan, kept, (i, j), halos, reader.read, consumers, stored=self.stored
-                                )
-                    if recorded is not None:
-                        windows = recorded.differentiate(consumers, kept, returned)
-                    self._add_to_sources(source_grads, windows or [])
+                    windows = self._tile(i, j, Halos(above, left), returned, consumers, reader, replay)
+                    self._add_to_sources(source_grads, windows)
                     grads_right = grads_left
-                    index = i * tiled.cols.steps + j
-                    scan.after_tile("backward", i, j, tiled.tiles - index, files)
+                    scan.after_tile("backward", i, j, tiled.tiles - (i * tiled.cols.steps + j), files)
                 for value, tensor in ending if scan.memory_limit is None or scan.memory_limit.near else ():
                     let_rows_go(tensor, tiled.axes(value), tiled.block(value, i, 0)[0])
                 grads_below = grads_above
@@ -132,6 +120,28 @@ class BackwardPass:
         if not kept.recorded:
             kept.vectors = {}
         return kept.sums if replay is None else {v: total.clone() for v, total in kept.sums.items()}
+
+    def _tile(
+        self,
+        i: int,
+        j: int,
+        halos: Halos,
+        returned: Returned,
+        consumers: Consumers,
+        reader: Reader,
+        replay: BackwardReplay | None,
+    ) -> WindowGrads:
+        """Differentiate a tile, which is computed again if it was not retained."""
+        scan, kept = self.scan, self.kept
+        recorded = kept.recorded.pop((i, j), None)
+        if recorded is None:
+            reader.advance()
+            windows = None if replay is None else replay(i, j, reader.read, halos, returned)
+            if windows is not None:
+                return windows
+            with scan.tile_state(kept.seed, i, j, kept.drawn):
+                recorded = Recorded(scan, kept, (i, j), halos, reader.read, consumers, stored=self.stored)
+        return recorded.differentiate(consumers, kept, returned)
 
     def _ending(self, grads: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
         """The maps that nobody reads after this backward: what was stored, and the gradients of that."""

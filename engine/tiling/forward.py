@@ -15,7 +15,7 @@ from .grid import new_accumulator
 from .halos import HaloStore, Rect, cut, empty_like_layout
 from .record import Kept, Read, Recorded, consumers_of, run_tile
 from .reduce import Accumulator
-from .scan import Scan
+from .scan import Reader, Scan
 from .stored_maps import new_map
 from .tile import Halos, Tile
 
@@ -73,90 +73,102 @@ class Gathered:
         return cut(room[value], axes, rect)
 
 
-def forward_pass(
-    scan: Scan,
-    vectors: Sequence[Tensor],
-    wants: Sequence[bool] = (),
-    wanted_sources: Container[int] = (),
-    replay: ForwardReplays | None = None,
-) -> tuple[tuple[Tensor, ...], Kept | None]:
-    """Values of the reductions, then the stored maps; and what the backward needs.
-
-    Args:
-        vectors: the tensors of `stage.vectors`.
-        wants: which of them will want a gradient; if none and no source does, nothing is kept.
-        wanted_sources: the sources that will want one.
-        replay: computes tiles that are like earlier ones in another way than op by op.
-    """
-    tiled, stage = scan.tiled, scan.tiled.stage
-    leaves = [v for v, wanted in zip(stage.vectors, wants, strict=False) if wanted]
-    env = scan.prepare(vectors, leaves)
-    accumulators = [new_accumulator(r, stage) for r in stage.reductions]
-    seed = 0
-    if tiled.random:
-        with turns.RANDOM:
-            seed = int(torch.randint(2**62, ()))
-    kept = None
-    inputs = {v for v in stage.sources if v in wanted_sources}
-    if leaves or inputs:
-        needs = tiled.needs_grad({*inputs, *leaves})
-        kept = Kept(HaloStore(scan.halo_place), seed, env, leaves, inputs, needs, accumulators)
-    if scan.deferred and _deferrable(scan):
-        return _defer(scan, kept), kept
-    replayed = None if replay is None or scan.observers else replay.forward(scan, env)
-    stored = _over_tiles(scan, env, seed, kept, accumulators, replayed)
-    for value in stage.stored:
-        if value not in stored:  # a shard without rows
-            info = stage.program.values[value]
-            stored[value] = torch.empty(info.shape, dtype=info.dtype, device=scan.device)
-    return (*[v for a in accumulators for v in _values(scan, a)], *[stored[v] for v in stage.stored]), kept
-
-
 class ForwardReplays(Protocol):
     """What computes tiles that are like earlier ones (cuda_graphs/)."""
 
     def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ForwardReplay | None: ...
 
 
-def _over_tiles(
-    scan: Scan,
-    env: dict[int, Tensor],
-    seed: int,
-    kept: Kept | None,
-    accumulators: list[Accumulator],
-    replay: ForwardReplay | None,
-) -> dict[int, Tensor]:
-    """Compute all tiles; the stored maps are returned."""
-    tiled = scan.tiled
-    stored: dict[int, Tensor] = {}
-    above: dict[int, Tensor] = {}
-    drawn = {} if kept is None else kept.drawn
-    with scan.reader(scan.tiles) as reader:
-        for i in range(tiled.rows.steps):
+class ForwardPass:
+    """Pass 1 of a stage.
+
+    Args:
+        scan: what it goes by.
+        vectors: the tensors of `stage.vectors`.
+        wants: which of them will want a gradient; if none and no source does, nothing is kept.
+        wanted_sources: the sources that will want one.
+        replay: computes tiles that are like earlier ones in another way than op by op.
+
+    Attributes:
+        kept: what the backward needs, complete after `run`; None if there is none.
+    """
+
+    def __init__(
+        self,
+        scan: Scan,
+        vectors: Sequence[Tensor],
+        wants: Sequence[bool] = (),
+        wanted_sources: Container[int] = (),
+        replay: ForwardReplays | None = None,
+    ):
+        tiled, stage = scan.tiled, scan.tiled.stage
+        leaves = [v for v, wanted in zip(stage.vectors, wants, strict=False) if wanted]
+        inputs = {v for v in stage.sources if v in wanted_sources}
+        self.scan, self.replay = scan, replay
+        self.env = scan.prepare(vectors, leaves)
+        self.accumulators = [new_accumulator(r, stage) for r in stage.reductions]
+        self.stored: dict[int, Tensor] = {}
+        self.seed = 0
+        if tiled.random:
+            with turns.RANDOM:
+                self.seed = int(torch.randint(2**62, ()))
+        self.kept: Kept | None = None
+        if leaves or inputs:
+            needs = tiled.needs_grad({*inputs, *leaves})
+            store = HaloStore(scan.halo_place)
+            self.kept = Kept(store, self.seed, self.env, leaves, inputs, needs, self.accumulators)
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Values of the reductions, then the stored maps."""
+        scan, stage = self.scan, self.scan.tiled.stage
+        if scan.deferred and _deferrable(scan):
+            return _defer(scan, self.kept)
+        replay = None if self.replay is None or scan.observers else self.replay.forward(scan, self.env)
+        above: dict[int, Tensor] = {}
+        with scan.reader(scan.tiles) as reader:
+            for i in range(scan.tiled.rows.steps):
+                above = self._strip(i, above, reader, replay)
+        for value in stage.stored:
+            if value not in self.stored:  # a shard without rows
+                info = stage.program.values[value]
+                self.stored[value] = torch.empty(info.shape, dtype=info.dtype, device=scan.device)
+        values = [v for a in self.accumulators for v in _values(scan, a)]
+        return (*values, *[self.stored[v] for v in stage.stored])
+
+    def _strip(
+        self, i: int, above: dict[int, Tensor], reader: Reader, replay: ForwardReplay | None
+    ) -> dict[int, Tensor]:
+        """Compute a row of tiles; the rows that the next one needs are returned."""
+        scan, kept = self.scan, self.kept
+        if kept is not None:
+            kept.above.append({v: kept.store.put(t) for v, t in above.items()})
+        below: dict[int, Tensor] = {}
+        left: dict[int, Tensor] = {}
+        for j in range(scan.tiled.cols.steps):
+            reader.advance()
             if kept is not None:
-                kept.above.append({v: kept.store.put(t) for v, t in above.items()})
-            below: dict[int, Tensor] = {}
-            left: dict[int, Tensor] = {}
-            for j in range(tiled.cols.steps):
-                index = i * tiled.cols.steps + j
-                reader.advance()
-                if kept is not None:
-                    kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
-                right: dict[int, Tensor] = {}
-                halos, gathered = Halos(above, left), Gathered(scan, accumulators, stored, below, right)
-                with scan.tile_state(seed, i, j, drawn):
-                    if kept is not None and index >= tiled.tiles - scan.retained:
-                        consumers = consumers_of(scan, kept)
-                        kept.recorded[i, j] = Recorded(scan, kept, (i, j), halos, reader.read, consumers, gathered.keep)
-                    elif replay is None or not replay(i, j, reader.read, halos, gathered):
-                        with torch.no_grad():
-                            run_tile(scan, Tile(tiled, i, j, reader.read, env, halos), gathered.keep)
-                _pass_right(scan, j, left, right)
-                left = right
-                scan.after_tile("forward", i, j, index + 1, stored.values())
-            _pass_down(scan, i, above, below)
-            above = below
-    return stored
+                kept.left[i, j] = {v: kept.store.put(t) for v, t in left.items()}
+            right: dict[int, Tensor] = {}
+            self._tile(
+                i, j, Halos(above, left), Gathered(scan, self.accumulators, self.stored, below, right), reader, replay
+            )
+            _pass_right(scan, j, left, right)
+            left = right
+            scan.after_tile("forward", i, j, i * scan.tiled.cols.steps + j + 1, self.stored.values())
+        _pass_down(scan, i, above, below)
+        return below
+
+    def _tile(
+        self, i: int, j: int, halos: Halos, gathered: Gathered, reader: Reader, replay: ForwardReplay | None
+    ) -> None:
+        scan, kept, index = self.scan, self.kept, i * self.scan.tiled.cols.steps + j
+        with scan.tile_state(self.seed, i, j, {} if kept is None else kept.drawn):
+            if kept is not None and index >= scan.tiled.tiles - scan.retained:
+                consumers = consumers_of(scan, kept)
+                kept.recorded[i, j] = Recorded(scan, kept, (i, j), halos, reader.read, consumers, gathered.keep)
+            elif replay is None or not replay(i, j, reader.read, halos, gathered):
+                with torch.no_grad():
+                    run_tile(scan, Tile(scan.tiled, i, j, reader.read, self.env, halos), gathered.keep)
 
 
 def _deferrable(scan: Scan) -> bool:
