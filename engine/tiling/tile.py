@@ -211,21 +211,17 @@ class Tile:
         through: set[int] = set()
         read: set[int] = set()  # for their values alone
         for local in reversed(tiled.stage.locals):
-            if not tiled.computes(local.op.outputs[0], i, j):
+            outputs = local.op.outputs
+            if not tiled.computes(outputs[0], i, j):
                 continue
-            for value in local.op.outputs:
-                if value in consumers:
-                    through.add(value)
-                # Random numbers are drawn whoever reads them, or those after them would be others.
-                if (
-                    value in through
-                    or value in read
-                    or local.random
-                    or (value in self.needs and value in tiled.with_halo and self.hands_on(value))
-                ):
-                    reached.add(value)
-            if any(v in reached for v in local.op.outputs):
-                flows = any(v in reached and values[v].takes_grad for v in local.op.outputs)
+            through.update(v for v in outputs if v in consumers)
+            # A gradient comes to those, and to what later tiles have handed one back for.
+            handed_on = {v for v in outputs if v in self.needs and v in tiled.with_halo and self.hands_on(v)}
+            graded = handed_on.union(v for v in outputs if v in through)
+            # Random numbers are drawn whoever reads them, or those after them would be others.
+            reached.update(v for v in outputs if v in graded or v in read or local.random)
+            if any(v in reached for v in outputs):
+                flows = any(values[v].takes_grad for v in graded)
                 for value in local.reads:
                     window = tiled.reads(local, value, i, j)
                     if area(split(window, tiled.block(value, i, j))[2]):  # not halos alone

@@ -83,3 +83,29 @@ def test_ties_across_tiles():
 def test_no_gradient_wanted_by_the_image():
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, 2, 1), nn.AdaptiveAvgPool2d(1))
     assert_exact(net.double(), image(1, 2, 21, 18), tile=(5, 8), image_gradient=False)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.Upsample(scale_factor=2)], ids=str)
+@pytest.mark.parametrize("way", ["detach", "no_grad", "mask"])
+def test_values_read_without_a_gradient(pool: nn.Module, way: str):
+    """What later tiles hand back for a map was lost in tiles where only an op without a gradient reads its block."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.pool, self.conv = nn.Conv2d(2, 3, 3, padding=1), pool, nn.Conv2d(3, 3, 5, padding=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.pool(self.stem(x))
+            if way == "detach":
+                x = x + self.conv(x).mul(2).detach()
+            elif way == "no_grad":
+                with torch.no_grad():
+                    y = self.conv(x)
+                x = x * y
+            else:
+                x = x * (self.conv(x) > 0)
+            return x.mean((2, 3))
+
+    for tile in ((3, 3), (4, 2), (7, 5)):
+        assert_exact(Net().double(), image(2, 2, 20, 17), tile=tile)
