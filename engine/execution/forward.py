@@ -202,6 +202,9 @@ class Forward:
             if before in program.assigned:
                 target.data = self.env[after].detach()
                 continue
+            if target.is_inference() and not torch.is_inference_mode_enabled():
+                target.data.copy_(self.env[after].detach())  # PyTorch lets nobody but `.data` write to it here
+                continue
             grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
                 target.copy_(self.env[after])

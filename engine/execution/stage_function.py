@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import GigamorphError
 from ..lowering.stages import Stage
 from ..module import turns
 from ..module.once import once
@@ -85,8 +86,22 @@ class StageFunction(torch.autograd.Function):
         for value, vector in vectors.items():
             wanted_here = asked[value] and value in reached
             total = sums.pop(value, None) if wanted_here else None
-            results.append(torch.zeros_like(vector) if empty and wanted_here and total is None else total)
+            if total is None and empty and wanted_here:
+                total = torch.zeros_like(vector)
+            if total is None and asked[value]:
+                _refuse_hooks(stage, value, vector)
+            results.append(total)
         return None, None, None, None, *results
+
+
+def _refuse_hooks(stage: Stage, value: int, vector: Tensor) -> None:
+    """Autograd calls hooks of what a function takes with None where it has no gradient; stock would not call them."""
+    if vector._backward_hooks or vector._post_accumulate_grad_hooks:  # pyright: ignore[reportAttributeAccessIssue]
+        name = stage.program.values[value].name or "a tensor"
+        raise GigamorphError(
+            f"parameter '{name}' has a hook, and this loss does not reach it: PyTorch would call the hook with None; "
+            "remove the hook for this backward, or add 0 times an output that depends on the parameter to the loss"
+        )
 
 
 def keeps_graph() -> bool:

@@ -43,6 +43,8 @@ def _uncompiled() -> Callable[..., Any]:
 
 
 def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if method.__name__ == "forward":
+        _refuse_hooks_within_a_wrapper(net)
     refuse_transforms(lambda: chain(_tensors((args, kwargs)), net.parameters(), net.buffers()))
     image = next(_tensors((args, kwargs)), None)
     if image is not None and not image.numel() and method.__name__ == "forward":
@@ -54,6 +56,16 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
     except RuntimeError as error:  # to look before would take longer than a small image
         _name_the_valueless(net, image, error)
         raise
+
+
+def _refuse_hooks_within_a_wrapper(net: Any) -> None:
+    """A `forward` set on the accelerated network runs around the network's call, and so around hooks on the network."""
+    network = net._network
+    if "forward" in net.__dict__ and (network._forward_pre_hooks or network._forward_hooks):
+        raise GigamorphError(
+            "the forward of the accelerated network was replaced, and hooks on the network would run within it instead "
+            "of around it; register the hooks on what accelerate() returned, or replace model.forward before accelerate"
+        )
 
 
 def _name_the_valueless(net: Any, image: Tensor | None, error: RuntimeError) -> None:

@@ -278,6 +278,11 @@ def _plain(t: Tensor) -> Tensor:
     return t.double().nan_to_num(posinf=0, neginf=0)
 
 
+def size_of_mean(x: Tensor, count: float) -> Tensor:
+    """By how much a mean of so many elements may be off that is summed in one go."""
+    return 4 * count**0.5 * torch.finfo(x.dtype).eps * x.detach().abs().amax()
+
+
 class RoundedSums(TorchDispatchMode):
     """Means, sums and norms are off by a few last bits of what went into them, in a direction of each channel's own.
 
@@ -302,6 +307,10 @@ class RoundedSums(TorchDispatchMode):
                 if first is source:
                     signs = signs.reshape(-1, *[1] * (first.dim() - 2))
                 size = 4 * torch.finfo(first.dtype).eps * source.detach().abs().amax()
+                if name in norms and result[2].numel():
+                    # A mean is off by what its sum has rounded, and so is what the norm subtracts and then stretches.
+                    pixels = args[0].numel() / max(1, channels)
+                    size = torch.maximum(size, size_of_mean(args[0], pixels) * result[2].detach().abs().amax())
                 first.add_((self.sign * signs * size).to(first.dtype).reshape(signs.shape if first.dim() else ()))
         return result
 
