@@ -108,6 +108,7 @@ class Recorder(TorchFunctionMode):
             self.names[id(tensor)] = name
         self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
+        self.written: set[int] = set()  # memory of real tensors that has been written to
         self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
         self.alive: list[Any] = []  # ids stay unique only while their objects live
         self.weak: list[weakref.ref[Tensor]] = []
@@ -160,6 +161,11 @@ class Recorder(TorchFunctionMode):
             return self._unseen(tensor)
         if tensor.layout != torch.strided:
             raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
+        if tensor.untyped_storage()._cdata in self.written:
+            raise UnsupportedError(
+                f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; keep "
+                "one of them, and make the other from it in the forward"
+            )
         with torch.inference_mode(False):
             device = self.device if tensor.is_meta else tensor.device  # plans take networks without values
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
@@ -486,6 +492,7 @@ class Recorder(TorchFunctionMode):
             return
         objects = {id(t): t for t in self.alive}
         memory = objects[real].untyped_storage()._cdata
+        self.written.add(memory)
         for key in self.twins:
             if key != real and objects[key].untyped_storage()._cdata == memory:
                 raise UnsupportedError(
