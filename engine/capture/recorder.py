@@ -163,8 +163,8 @@ class Recorder(TorchFunctionMode):
             raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
         if tensor.untyped_storage()._cdata in self.written:
             raise UnsupportedError(
-                f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; keep "
-                "one of them, and make the other from it in the forward"
+                f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; "
+                "keep one of them, and make the other from it in the forward"
             )
         with torch.inference_mode(False):
             device = self.device if tensor.is_meta else tensor.device  # plans take networks without values

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ..errors import GigamorphError
 from ..lowering.stages import Stage
@@ -89,19 +90,45 @@ class StageFunction(torch.autograd.Function):
             if total is None and empty and wanted_here:
                 total = torch.zeros_like(vector)
             if total is None and asked[value]:
-                _refuse_hooks(stage, value, vector)
+                _refuse_visits(stage, value, vector)
             results.append(total)
         return None, None, None, None, *results
 
 
-def _refuse_hooks(stage: Stage, value: int, vector: Tensor) -> None:
-    """Autograd calls hooks of what a function takes with None where it has no gradient; stock would not call them."""
-    if vector._backward_hooks or vector._post_accumulate_grad_hooks:  # pyright: ignore[reportAttributeAccessIssue]
-        name = stage.program.values[value].name or "a tensor"
-        raise GigamorphError(
-            f"parameter '{name}' has a hook, and this loss does not reach it: PyTorch would call the hook with None; "
-            "remove the hook for this backward, or add 0 times an output that depends on the parameter to the loss"
-        )
+def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
+    """Autograd visits what has made a function's input also where there is no gradient for it, as stock would not.
+
+    Most nodes pass that on. But hooks of a parameter are called with None, and a custom function gets zeros.
+    """
+    name = stage.program.values[value].name
+    what = f"parameter '{name}'" if name else "a tensor that weights are made of"
+    nodes, seen = [vector.grad_fn], set[Any]()
+    if _is_watched(vector):
+        raise _unreached(f"{what} has a hook")
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and _is_watched(leaf):
+            raise _unreached(f"{what} has a hook")
+        if isinstance(node, BackwardCFunction):
+            if not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
+                raise _unreached(f"{what} is made by {type(node)._forward_cls.__name__}")  # pyright: ignore
+            continue  # a stage sees to its own inputs
+        nodes += [following for following, _ in node.next_functions]
+
+
+def _is_watched(leaf: Tensor) -> bool:
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _unreached(what: str) -> GigamorphError:
+    return GigamorphError(
+        f"{what}, and this loss does not reach it: PyTorch would call that with None or zeros; add 0 times an output "
+        "that depends on it to the loss, or leave it out of this backward"
+    )
 
 
 def keeps_graph() -> bool:

@@ -626,3 +626,73 @@ def test_all_that_computes_in_inference_mode(training, tmp_path):
         grads = torch.autograd.grad(classes(image()).square().sum(), list(classes.parameters()))
         results.append(named([out, loss, evidence, several, *grads]) | dict(classes.named_buffers()))
     assert max(errors(*results).values()) == 0
+
+
+def test_hooks_within_a_replaced_forward():
+    """A wrapper that is set on the accelerated network runs around hooks that the network had; stock's runs within."""
+    model = Own().double().eval()
+    model.register_forward_pre_hook(lambda _module, args: (args[0] * 0.5,) if args else None)
+    net = accelerate(model, tile=16)
+    original = net.forward
+    net.forward = lambda x: original(x + 1)
+    with pytest.raises(GigamorphError, match="register the hooks on what accelerate"):
+        net(image(1, 1, 20, 20))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, square: bool):
+        super().__init__()
+        self.stem, self.other, self.square = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, bias=False), square
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        weight = Square.apply(self.other.weight) if self.square else self.other.weight
+        return x.mean((2, 3)), F.conv2d(x, weight).amax((2, 3))  # pyright: ignore[reportArgumentType]
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grads[0]
+
+
+@pytest.mark.parametrize("way", ["hook", "post hook", "custom function"])
+def test_what_autograd_visits_without_a_gradient(way: str):
+    """Of what a loss does not reach, stock calls no hook and no custom function; autograd would, with None or zeros."""
+    model = TwoHeads(way == "custom function").double()
+    twin = copy.deepcopy(model)
+    for weight in (model.other.weight, twin.other.weight):
+        if way == "hook":
+            weight.register_hook(lambda grad: grad.clamp(-1, 1))
+        elif way == "post hook":
+            weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.mul_(2))
+    net = accelerate(twin, tile=7)
+    x = image(1, 1, 20, 20)
+    for network in (model, net):
+        sum(out.sum() for out in network(x)).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    for a, b in zip(model.parameters(), net.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= LIMIT * a.grad.abs().max()
+    with pytest.raises(GigamorphError, match="this loss does not reach it"):
+        net(x)[0].sum().backward()
+
+
+def test_memory_that_two_tensors_of_the_network_share():
+    """Written to through one of them, and read through the other."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.weight = self.conv.weight.data
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.clamp_(-0.1, 0.1)
+            return self.conv(x).mean((2, 3))
+
+    with pytest.raises(UnsupportedError, match="written to through another tensor"):
+        accelerate(Shared(), tile=8)(torch.randn(1, 1, 20, 20))
