@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 # Everything is compiled afresh, so that ptxas reports on everything.
@@ -42,10 +41,10 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gigamorph.kernels import batch_norm as norm  # noqa: E402
-from gigamorph.kernels import bottleneck as tails  # noqa: E402
 from gigamorph.kernels import conv2d_dgrad as dense_dgrad  # noqa: E402
 from gigamorph.kernels import conv2d_forward as dense_forward  # noqa: E402
 from gigamorph.kernels import conv2d_wgrad as dense_wgrad  # noqa: E402
+from gigamorph.kernels import conv_conv1x1 as tails  # noqa: E402
 from gigamorph.kernels import depthwise as depth  # noqa: E402
 from gigamorph.kernels import layer_norm as channels_norm  # noqa: E402
 from gigamorph.kernels import layer_norm_linear as norm_linear  # noqa: E402
@@ -55,6 +54,7 @@ from gigamorph.kernels import pointwise as points  # noqa: E402
 from gigamorph.kernels import pool as pools  # noqa: E402
 from gigamorph.kernels import stem as stems  # noqa: E402
 from gigamorph.kernels.tuning import SHARED_LIMIT  # noqa: E402
+from gigamorph.kernels.windows import ConvGeometry  # noqa: E402
 
 CHIPS = (80, 90)
 
@@ -198,28 +198,26 @@ def short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
-def maps_of(layer: Layer, scene: Scene, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-    """Input, output and padding of a layer."""
+def maps_of(layer: Layer, scene: Scene, dtype: torch.dtype) -> tuple[Tensor, Tensor, ConvGeometry]:
+    """Input and output of a layer, and where its filter lies."""
     carry = layer.kernel - layer.stride
     pad = 0 if scene.margin or carry <= 0 else layer.kernel // 2
     x = scene.map(layer.channels, layer.level, dtype, max(carry, 0))
-    return x, scene.map(layer.filters, layer.level * layer.stride, dtype), (pad, pad, pad, pad)
+    geometry = ConvGeometry.of((layer.stride,) * 2, (pad,) * 4, groups=layer.groups)
+    return x, scene.map(layer.filters, layer.level * layer.stride, dtype), geometry
 
 
 @family
 def conv2d_forward(quick: bool) -> Iterator[Case]:
     for layer, scene, dtype in convolutions(quick):
-        x, y, padding = maps_of(layer, scene, dtype)
+        x, y, geometry = maps_of(layer, scene, dtype)
 
-        def launch(layer=layer, x=x, y=y, padding=padding) -> None:
+        def launch(layer=layer, x=x, y=y, geometry=geometry) -> None:
             dense_forward.launch(
                 x,
                 weights(layer, y.dtype),
                 y,
-                (layer.stride,) * 2,
-                padding,
-                (1, 1),
-                layer.groups,
+                geometry,
                 layer.act,
                 scale=vector(layer.filters),
                 shift=vector(layer.filters),
@@ -238,11 +236,10 @@ def conv2d_moments(quick: bool) -> Iterator[Case]:
         for scene, dtype in scenes(quick, layer.kernel == 3):
             if scene is GIGAPIXEL and layer.level > 4:
                 continue
-            x, y, padding = maps_of(layer, scene, dtype)
+            x, y, geometry = maps_of(layer, scene, dtype)
 
-            def launch(layer=layer, x=x, y=y, padding=padding) -> None:
-                place = (layer.stride,) * 2, padding, (1, 1), 1, "none"
-                dense_forward.launch(x, weights(layer, y.dtype), y, *place, moments=True)
+            def launch(layer=layer, x=x, y=y, geometry=geometry) -> None:
+                dense_forward.launch(x, weights(layer, y.dtype), y, geometry, "none", moments=True)
 
             yield f"{layer}, {scene.name}, {short(dtype)}", launch
 
@@ -250,17 +247,14 @@ def conv2d_moments(quick: bool) -> Iterator[Case]:
 @family
 def conv2d_dgrad(quick: bool) -> Iterator[Case]:
     for layer, scene, dtype in convolutions(quick):
-        x, y, padding = maps_of(layer, scene, dtype)
+        x, y, geometry = maps_of(layer, scene, dtype)
 
-        def launch(layer=layer, x=x, y=y, padding=padding) -> None:
+        def launch(layer=layer, x=x, y=y, geometry=geometry) -> None:
             dense_dgrad.dgrad(
                 y,
                 weights(layer, y.dtype),
                 x,
-                (layer.stride,) * 2,
-                padding,
-                (1, 1),
-                layer.groups,
+                geometry,
                 gate=None if layer.act == "none" else torch.empty_like(y),
                 gate_act=layer.act,
                 addend=torch.empty_like(x) if layer.kernel == 1 else None,
@@ -275,22 +269,12 @@ def conv2d_dgrad(quick: bool) -> Iterator[Case]:
 @family
 def conv2d_wgrad(quick: bool) -> Iterator[Case]:
     for layer, scene, dtype in convolutions(quick):
-        x, y, padding = maps_of(layer, scene, dtype)
+        x, y, geometry = maps_of(layer, scene, dtype)
 
-        def launch(layer=layer, x=x, y=y, padding=padding) -> None:
+        def launch(layer=layer, x=x, y=y, geometry=geometry) -> None:
             gate = None if layer.act == "none" else torch.empty_like(y)
-            dense_wgrad.launch(
-                weights(layer, torch.float32),
-                vector(layer.filters),
-                x,
-                y,
-                gate,
-                layer.act,
-                (layer.stride,) * 2,
-                padding,
-                (1, 1),
-                layer.groups,
-            )
+            sums = weights(layer, torch.float32), vector(layer.filters)
+            dense_wgrad.launch(*sums, x, y, gate, layer.act, geometry)
 
         yield f"{layer}, {scene.name}, {short(dtype)}", launch
 
@@ -305,15 +289,15 @@ def depthwise(quick: bool) -> Iterator[Case]:
     for channels, kernel, stride, level, act in sizes:
         layer = Layer(channels, channels, kernel, stride, level, act, groups=channels)
         for scene, dtype in scenes(quick, level == 4 or act == "relu6"):
-            x, y, padding = maps_of(layer, scene, dtype)
+            x, y, geometry = maps_of(layer, scene, dtype)
             z = None if tells(layer) else torch.empty_like(y)
-            w, place = weights(layer, dtype), ((stride,) * 2, padding, (1, 1))
+            w = weights(layer, dtype)
             gate, v = None if act == "none" else z if z is not None else y, vector(channels)
 
-            def launch(x=x, y=y, z=z, w=w, place=place, gate=gate, v=v, act=act) -> None:
-                depth.forward(x, w, y, *place, act, scale=v, shift=v, z=z)
-                depth.dgrad(y, w, x, *place, gate=gate, gate_act=act, addend=torch.empty_like(x))
-                depth.wgrad(x, y, w.float(), v, *place, gate=gate, gate_act=act)
+            def launch(x=x, y=y, z=z, w=w, geometry=geometry, gate=gate, v=v, act=act) -> None:
+                depth.forward(x, w, y, geometry, act, scale=v, shift=v, z=z)
+                depth.dgrad(y, w, x, geometry, gate=gate, gate_act=act, addend=torch.empty_like(x))
+                depth.wgrad(x, y, w.float(), v, geometry, gate=gate, gate_act=act)
 
             yield f"{layer}, {scene.name}, {short(dtype)}", launch
 
@@ -323,34 +307,25 @@ def pool(quick: bool) -> Iterator[Case]:
     for channels, kernel, level in [(64, 3, 2)] if quick else [(64, 3, 2), (64, 2, 1), (256, 2, 4)]:
         layer = Layer(channels, channels, kernel, 2, level, "none")
         for scene, dtype in scenes(quick, True):
-            x, y, padding = maps_of(layer, scene, dtype)
+            x, y, geometry = maps_of(layer, scene, dtype)
 
-            def launch(x=x, y=y, padding=padding, kernel=kernel) -> None:
+            def launch(x=x, y=y, window=((kernel, kernel), geometry)) -> None:
                 taps = torch.empty_like(y, dtype=torch.uint8)
-                place = (kernel, kernel), (2, 2), padding, (1, 1)
-                pools.launch_max_pool2d(x, *place, y=y)
-                pools.launch_max_pool2d(x, *place, taps=taps, mask_act="relu")
-                pools.launch_max_pool2d_backward(y, taps, x, *place)
+                pools.launch_max_pool2d(x, *window, y=y)
+                pools.launch_max_pool2d(x, *window, taps=taps, mask_act="relu")
+                pools.launch_max_pool2d_backward(y, taps, x, *window)
 
             yield f"max {layer}, {scene.name}, {short(dtype)}", launch
-    for channels, level in [(2048, 32)] if quick else [(2048, 32), (768, 32), (64, 1)]:
-        for scene, dtype in scenes(quick, True):
-            x = scene.map(channels, level, dtype)
-            yield f"sum of {channels} at 1/{level}, {scene.name}, {short(dtype)}", partial(pools.launch_global_sum, x)
 
 
 @family
 def pointwise(quick: bool) -> Iterator[Case]:
     for channels, level, act in [(256, 4, "relu")] if quick else [(256, 4, "relu"), (96, 4, "gelu"), (64, 1, "silu")]:
         for scene, dtype in scenes(quick, True):
-            x, v = scene.map(channels, level, dtype), vector(channels)
+            x = scene.map(channels, level, dtype)
 
-            def launch(x=x, v=v, act=act) -> None:
-                y = torch.empty_like(x)
-                told = {"y": y} if act == "relu" else {"residual": y}
-                points.launch_forward(x, y, act, residual=y)
-                points.launch_forward(x, y, act, scale=v, shift=v)
-                points.launch_backward(y, act, x=x, scale=v, shift=v, dx=y, dz=y, sums=True, **told)
+            def launch(x=x, act=act) -> None:
+                points.launch_act_grad(x, torch.empty_like(x), act, torch.empty_like(x))
 
             yield f"{act} of {channels} at 1/{level}, {scene.name}, {short(dtype)}", launch
 
@@ -367,11 +342,8 @@ def batch_norm(quick: bool) -> Iterator[Case]:
                 statistics.launch_moments_backward(x, v.double(), v, v, 1 << 30, y, y)
                 norm.launch_normalize_act(x, v, v, v, v, None, "relu", y)
                 norm.launch_normalize_act(x, v, v, v, v, y, "relu", y)
-                norm.launch_gradient_sums(y, x, v, v, v, v, y, "relu")
-                norm.launch_gradient_sums(y, x, v, v, v, v, None, "silu")
-                norm.launch_normalize_act_backward(y, x, v, v, v, v, None, "relu", v, v, y, None)
-                norm.launch_normalize_act_backward(y, x, v, v, v, v, y, "relu", v, v, y, y)
                 norm.launch_normalize_act_gradients(y, x, v, v, v, v, None, "relu", y, None)
+                norm.launch_normalize_act_gradients(y, x, v, v, v, v, None, "silu", y, None)
                 norm.launch_normalize_act_gradients(y, x, v, v, v, v, y, "relu", y, y)
 
             yield f"{channels} at 1/{level}, {scene.name}, {short(dtype)}", launch
@@ -430,48 +402,31 @@ def stem(quick: bool) -> Iterator[Case]:
             y = scene.map(count, stride * (2 if pooled else 1), dtype)
             w = filters(count, channels, kernel, kernel, dtype)
 
-            def launch(image=image, w=w, y=y, padding=padding, act=act, stride=stride, pooled=pooled) -> None:
+            place = ConvGeometry.of((stride, stride), padding), (1, 1, 1, 1) if pooled else None
+
+            def launch(image=image, w=w, y=y, place=place, act=act) -> None:
                 v, gain = vector(w.shape[0]), vector(w.shape[1])
-                rest = {
-                    "scale": v,
-                    "shift": v,
-                    "gain": gain,
-                    "offset": gain,
-                    "low": -3.0,
-                    "high": 3.0,
-                    "pool_padding": (1, 1, 1, 1) if pooled else None,
-                }
-                stems.stem_forward(image, w, y, (stride, stride), padding, act, **rest)
-                stems.stem_backward(
-                    image,
-                    w,
-                    y,
-                    torch.empty_like(w, dtype=torch.float32),
-                    (stride, stride),
-                    padding,
-                    act,
-                    dshift=v,
-                    dscale=v,
-                    **rest,
-                )
+                whole = stems.Stem(image, w, v, v, gain, gain, -3.0, 3.0, *place, act)
+                stems.stem_forward(whole, y)
+                stems.stem_backward(whole, y, torch.empty_like(w, dtype=torch.float32), dscale=v, dshift=v)
 
             yield f"{channels}-{count} {kernel}x{kernel}/{stride}, {scene.name}, {short(dtype)}", launch
 
 
 @family
-def bottleneck(quick: bool) -> Iterator[Case]:
+def conv_conv1x1(quick: bool) -> Iterator[Case]:
     """The tails of ResNet-50's blocks, on chips with descriptors."""
     for width, stride, level in [(64, 1, 4)] if quick else [(64, 1, 4), (128, 2, 4), (128, 1, 8), (256, 1, 16)]:
         layer = Layer(width, width, 3, stride, level, "relu")
         for scene, dtype in scenes(quick, width < 256):
-            x, h, padding = maps_of(layer, scene, dtype)
+            x, h, geometry = maps_of(layer, scene, dtype)
             y = window(4 * width, *h.shape[2:], dtype)
             last = filters(4 * width, width, 1, 1, dtype)
             w, v, u = weights(layer, dtype), vector(width), vector(4 * width)
 
-            def launch(x=x, y=y, w=w, v=v, u=u, last=last, stride=stride, padding=padding) -> None:
-                if tails.conv_conv1x1_fits(x, w, last, y, stride):
-                    tails.conv_conv1x1_launch(x, w, v, last, u, torch.empty_like(y), y, stride, padding, "relu", "relu")
+            def launch(x=x, y=y, w=w, v=v, u=u, last=last, geometry=geometry) -> None:
+                if tails.conv_conv1x1_fits(x, w, last, y, geometry):
+                    tails.conv_conv1x1_launch(x, w, v, last, u, torch.empty_like(y), y, geometry, "relu", "relu")
 
             yield f"{width}-{4 * width} 3x3/{stride} at 1/{level}, {scene.name}, {short(dtype)}", launch
 

@@ -35,11 +35,11 @@ REGISTERS, WARPS = 65_536, 64
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the compiled kernel, its grid, and the integers it was given."""
+    """One launch: the compiled kernel, its grid, and the integers that each parameter was given."""
 
     name: str
     grid: tuple[int, ...]
-    integers: dict[str, int]
+    integers: dict[str, list[int]]
     kernel: Any
     log: str  # of ptxas
     seconds: float  # to compile; 0 if an earlier launch compiled it
@@ -64,6 +64,13 @@ class _Driver:
         return torch.device("meta")
 
 
+def _integers(value: Any) -> list[int]:
+    """The integers of an argument, those in a tuple too."""
+    if isinstance(value, tuple):
+        return [number for part in value for number in _integers(part)]
+    return [int(value)] if isinstance(value, int) else []
+
+
 @contextlib.contextmanager
 def compile_only(chip: int) -> Iterator[list[Launch]]:
     """Launches become compilations for a chip (10 * major + minor); the list grows by one for each."""
@@ -80,7 +87,7 @@ def compile_only(chip: int) -> Iterator[list[Launch]]:
         given = dict(zip(self.arg_names, args, strict=False)) | options
         if callable(grid):
             grid = grid(given)
-        integers = {name: int(value) for name, value in given.items() if isinstance(value, int)}
+        integers = {name: _integers(value) for name, value in given.items()}
         seconds = time.perf_counter() - began if fresh else 0.0
         launches.append(Launch(self.__name__, tuple(grid), integers, kernel, logs[id(kernel)], seconds))
         return kernel
@@ -147,7 +154,7 @@ def read_code(kernel: Any) -> Code:
 
 _OPERATION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+) ?(.*?)(?: loc\(.*\))?$")
 _LOOP = re.compile(r"scf\.for (%\w+) = (%\w+) to (%\w+) step")
-_ARGUMENT = re.compile(r"%(\w+): i\d+")
+_ARGUMENT = re.compile(r"(%\w+): i\d+ (?:{[^}]*} )?loc\(\"(\w+)\"")  # name in the code, parameter
 _NAMES = re.compile(r"%[\w#]+")
 _SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "arith.extsi", "arith.index_cast"}
 
@@ -163,9 +170,14 @@ def overflows(launch: Launch) -> list[str]:
     text = launch.kernel.asm["ttir"]
     known: dict[str, Interval] = {}
     header = next(line for line in text.splitlines() if "tt.func public" in line)
-    for name in _ARGUMENT.findall(header):
-        if name in launch.integers:
-            known["%" + name] = (launch.integers[name],) * 2
+    arguments: dict[str, list[str]] = {}
+    for name, parameter in _ARGUMENT.findall(header):
+        arguments.setdefault(parameter, []).append(name)
+    for parameter, names in arguments.items():
+        given = launch.integers.get(parameter, [])
+        passed = given if len(given) == len(names) else [n for n in given if n != 1]  # 1 may be compiled in
+        if len(passed) == len(names):  # not so for a descriptor, whose integers are not known here
+            known.update((name, (number, number)) for name, number in zip(names, passed, strict=True))
     grid = dict(zip("xyz", (*launch.grid, 1, 1), strict=False))
     found = []
     for line in text.splitlines():

@@ -91,18 +91,19 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
     from gigamorph.kernels.conv2d_forward import launch as forward
     from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
     from gigamorph.kernels.conv2d_wgrad import launch as wgrad
-    from gigamorph.kernels.windows import output_size
+    from gigamorph.kernels.windows import ConvGeometry
 
     kernel, stride, dilation, groups, pad = GEOMETRIES[geometry]
     c, k, h, w = (16, 24, 9, 17) if dry else (96, 136, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(crc32(f"{op} {geometry}".encode()))
-    oh, ow = (output_size(n, kernel, stride, dilation, *pad[i : i + 2]) for n, i in ((h, 0), (w, 2)))
-    x, dy = random_map(2, c, h, w, dtype, g), random_map(2, k, oh, ow, dtype, g)
+    place = ConvGeometry.of((stride, stride), pad, (dilation, dilation), groups)
+    x = random_map(2, c, h, w, dtype, g)
+    oh, ow = place.output(x, (kernel, kernel))
+    dy = random_map(2, k, oh, ow, dtype, g)
     weight = random_map(k, c // groups, kernel, kernel, dtype, g, (c // groups * kernel**2) ** -0.5)
     residual, gate, mask = (random_map(2, *size, dtype, g) for size in ((k, oh, ow), (k, oh, ow), (c, h, w)))
     addend = random_map(2, c, h, w, dtype, g)
     scale, shift = (torch.rand(k, generator=g).add(0.5).to(DEVICE) for _ in range(2))
-    place = ((stride, stride), pad, (dilation, dilation), groups)
     wide = [t.double() for t in (x, weight, scale, shift, residual, dy, gate, mask, addend)]
     x8, weight8, scale8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
     for name, config in _variants(op, dtype, geometry, dry):
@@ -115,7 +116,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                     guarded(x),
                     guarded(weight),
                     y,
-                    *place,
+                    place,
                     "relu",
                     scale=scale,
                     shift=shift,
@@ -129,7 +130,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                     guarded(dy),
                     guarded(weight),
                     dx,
-                    *place,
+                    place,
                     gate=guarded(gate),
                     gate_act="relu",
                     addend=guarded(addend),
@@ -139,21 +140,21 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                 return (dx,)
             dw = torch.zeros(weight.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
             dshift = torch.zeros(k, device=DEVICE)
-            wgrad(dw, dshift, guarded(x), guarded(dy), guarded(gate), "relu", *place)
+            wgrad(dw, dshift, guarded(x), guarded(dy), guarded(gate), "relu", place)
             return dw, dshift
 
         with forced(config) if config else contextlib.nullcontext():
             results = bench.twice(run)
         guarded.check()
         if op == "forward":
-            oracle = conv2d_forward_reference(x8, weight8, scale8, shift8, residual8, *place, "relu")
+            oracle = conv2d_forward_reference(x8, weight8, scale8, shift8, residual8, place, "relu")
         elif op == "dgrad":
             oracle = (
                 conv2d_dgrad_reference(
                     dy8,
                     weight8,
                     (h, w),
-                    *place,
+                    place,
                     gate=gate8,
                     gate_act="relu",
                     addend=addend8,
@@ -162,7 +163,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                 ),
             )
         else:
-            oracle = conv2d_wgrad_reference(weight.shape, x8, dy8, gate8, "relu", *place)
+            oracle = conv2d_wgrad_reference(weight.shape, x8, dy8, gate8, "relu", place)
         for part, result, expected in zip(("0", "1"), results, oracle, strict=False):
             bench.compare(f"{name}, {part}", result, expected)
     return bench.row
@@ -238,33 +239,23 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
 
         yield "layer_norm_linear_act gelu", norm_linear
     if find_spec("gigamorph.kernels.pointwise"):
-        from gigamorph.kernels.pointwise import add_act, affine_act, affine_act_reference
+        from gigamorph.kernels.pointwise import act_grad, act_grad_reference
+
+        def slopes(act: str) -> dict[str, Any]:
+            bench, g = Bench(dtype), torch.Generator().manual_seed(5)
+            dy, gate = (random_map(2, c, h, w, dtype, g) for _ in range(2))
+            with choice.override("triton"):
+                (dz,) = bench.twice(lambda: (act_grad(dy, gate, act),))
+            bench.compare("dz", dz, act_grad_reference(dy.double(), gate.double(), act))
+            return bench.row
 
         for act in ("relu", "gelu"):
-            yield (
-                f"add_act {act}",
-                partial(
-                    differentiable,
-                    lambda x, r, act=act: add_act(x, r, act),
-                    lambda x, r, act=act: affine_act_reference(x, None, None, r, act),
-                    maps(n=2),
-                    dtype,
-                ),
-            )
-            yield (
-                f"affine_act {act}",
-                partial(
-                    differentiable,
-                    lambda x, a, b, act=act: affine_act(x, a, b, None, act),
-                    lambda x, a, b, act=act: affine_act_reference(x, a, b, None, act),
-                    maps(vector, vector),
-                    dtype,
-                ),
-            )
+            yield f"act_grad {act}", partial(slopes, act)
     if find_spec("gigamorph.kernels.pool"):
-        from gigamorph.kernels.pool import global_sum, global_sum_reference, max_pool2d, max_pool2d_reference
+        from gigamorph.kernels.pool import max_pool2d, max_pool2d_reference
+        from gigamorph.kernels.windows import ConvGeometry
 
-        place = ((3, 3), (2, 2), (1, 0, 1, 1), (1, 1))
+        place = (3, 3), ConvGeometry.of((2, 2), (1, 0, 1, 1))
         yield (
             "max_pool2d",
             partial(
@@ -275,7 +266,6 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
                 dtype,
             ),
         )
-        yield "global_sum", partial(differentiable, global_sum, global_sum_reference, maps(), dtype)
     if find_spec("gigamorph.kernels.conv2d"):
         from gigamorph.kernels.conv2d import conv2d
 
@@ -283,9 +273,10 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
 
         def plain(x: Tensor, weight: Tensor, shift: Tensor, stride: int, act: str) -> Tensor:
             from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+            from gigamorph.kernels.windows import ConvGeometry
 
-            place = ((stride, stride), (size // 2,) * 4, (1, 1), c)
-            return conv2d_forward_reference(x, weight, None, shift, None, *place, act)[0]
+            place = ConvGeometry.of((stride, stride), (size // 2,) * 4, groups=c)
+            return conv2d_forward_reference(x, weight, None, shift, None, place, act)[0]
 
         for stride, act in ((1, "none"), (2, "relu")):
             yield (
@@ -301,10 +292,11 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
                 ),
             )
     if find_spec("gigamorph.kernels.stem"):
-        from gigamorph.kernels.stem import stem, stem_reference
+        from gigamorph.kernels.stem import Stem, stem, stem_reference
+        from gigamorph.kernels.windows import ConvGeometry
 
         side, filters = (21, 16) if dry else (157, 64)
-        rest = (0.0, 1.0, (2, 2), (3, 3, 3, 3), (1, 1, 1, 1), "relu")
+        rest = 0.0, 1.0, ConvGeometry.of((2, 2), (3, 3, 3, 3)), (1, 1, 1, 1), "relu"
 
         def pixels(g: torch.Generator) -> list[Tensor]:
             image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # exact in bfloat16
@@ -317,7 +309,7 @@ def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
             partial(
                 differentiable,
                 lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
-                lambda x, k, a, b: stem_reference(x, k, a, b, gain, offset, *rest),
+                lambda x, k, a, b: stem_reference(Stem(x, k, a, b, gain, offset, *rest)),
                 pixels,
                 dtype,
             ),
@@ -339,6 +331,7 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     from gigamorph.kernels.conv2d import conv2d_moments
     from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
     from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
+    from gigamorph.kernels.windows import ConvGeometry
 
     c, h, w = (16, 9, 17) if dry else (96, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(2)
@@ -359,15 +352,7 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     wide = tuple(t.double() for t in shared)
     (y,) = bench.twice(lambda: (bn.normalize_act(x, *shared, None, "relu"),))
     bench.compare("y", y, bn.normalize_act_reference(x.double(), *wide, None, "relu")[0])
-    sums = bench.twice(lambda: bn.gradient_sums(dy, x, *shared, y, "relu"))
-    means = tuple(t / (2 * h * w) for t in sums)
-    (dx,) = bench.twice(lambda: bn.normalize_act_backward(dy, x, *shared, y, "relu", *means, False)[:1])
-    oracle = bn.normalize_act_backward_reference(
-        dy.double(), x.double(), *wide, y.double(), "relu", *(t.double() for t in means)
-    )
-    bench.compare("dx", dx, oracle[0])
-    zero = torch.zeros_like(mean).double()
-    oracle = bn.normalize_act_backward_reference(dy.double(), x.double(), *wide, y.double(), "relu", zero, zero)
+    oracle = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, y.double(), "relu")
     results = bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, y, "relu", True))
     for name, result, expected in zip(("dx, constant statistics", "dz"), results, oracle, strict=False):
         bench.compare(name, result, expected)
@@ -384,8 +369,8 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     compare_moments(" behind a norm", [part[0] for part in made[1:]], made[0])
     for size in (1, 3):
         filters = random_map(2 * c, c, size, size, dtype, g, 1 / (size * c**0.5))
-        place = [1, 1], [size // 2] * 4, [1, 1], 1
-        made = bench.twice(lambda f=filters, p=place: conv2d_moments(one, f, None, *p, [0, 0]))
+        place = ConvGeometry.of(padding=(size // 2,) * 4)
+        made = bench.twice(lambda f=filters, p=place: conv2d_moments(one, f, None, p, [0, 0]))
         bench.compare(f"{size}x{size}", made[0], F.conv2d(one.double(), filters.double(), None, 1, size // 2))
         compare_moments(f" of {size}x{size}", [part[0] for part in made[1:]], made[0])
     return bench.row
@@ -393,7 +378,8 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """A 3x3 convolution and the 1x1 behind it in one kernel, with residual."""
-    from gigamorph.kernels.bottleneck import conv_conv1x1, conv_conv1x1_reference
+    from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
+    from gigamorph.kernels.windows import ConvGeometry
 
     c, m, k, h, w = (16, 16, 32, 5, 37) if dry else (64, 64, 256, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(3)
@@ -401,7 +387,7 @@ def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     filters = random_map(m, c, 3, 3, dtype, g, 1 / (3 * c**0.5)), random_map(k, m, 1, 1, dtype, g, m**-0.5)
     shifts = _vector(g, m), _vector(g, k)
     inputs = x, filters[0], shifts[0], filters[1], shifts[1], residual
-    place = 1, [1, 1, 1, 1], "relu", "relu"
+    place = ConvGeometry.of(padding=(1, 1, 1, 1)), "relu", "relu"
     (y,) = bench.twice(lambda: (conv_conv1x1(*inputs, *place),))
     bench.compare("y", y, conv_conv1x1_reference(*(t.double() for t in inputs), *place))
     return bench.row

@@ -218,10 +218,12 @@ def forward(layer: Layer) -> Case:
 def backward(layer: Layer, which: str) -> Case:
     """dgrad or wgrad; fused: times the slope of the activation that followed."""
     from gigamorph.kernels.conv2d import conv2d_dgrad, conv2d_wgrad_
+    from gigamorph.kernels.windows import ConvGeometry
 
     x, weight, scale, _ = _tensors(layer)
     dy, y = (randn(1, layer.cout, layer.out, layer.out) for _ in range(2))
-    stride, pad, groups = [layer.stride] * 2, [layer.pad] * 4, layer.groups
+    stride, groups = [layer.stride] * 2, layer.groups
+    place = ConvGeometry.of(stride, [layer.pad] * 4, groups=groups)
     dw = torch.zeros(weight.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
     mask = [which == "dgrad", which == "wgrad", False]
 
@@ -234,12 +236,8 @@ def backward(layer: Layer, which: str) -> Case:
         act = "none" if gate is None else "relu"
         if which == "dgrad":
             size = [layer.side] * 2
-            return forced_ours(
-                lambda: conv2d_dgrad(
-                    dy, weight, scale, gate, act, None, None, "none", size, stride, pad, [1, 1], groups
-                )
-            )
-        return forced_ours(lambda: conv2d_wgrad_(dw, None, x, dy, gate, act, stride, pad, [1, 1], groups))
+            return forced_ours(lambda: conv2d_dgrad(dy, weight, scale, gate, act, None, None, "none", size, place))
+        return forced_ours(lambda: conv2d_wgrad_(dw, None, x, dy, gate, act, place))
 
     def fused() -> Any:
         dz = torch.ops.aten.threshold_backward(dy, y, 0)
@@ -256,8 +254,9 @@ def stream(op: str, channels: int, side: int) -> Case:
     from gigamorph.kernels.batch_norm import normalize_act
     from gigamorph.kernels.layer_norm import layer_norm, layer_norm_backward
     from gigamorph.kernels.moments import moments
-    from gigamorph.kernels.pointwise import act_grad, add_act
-    from gigamorph.kernels.pool import global_sum, max_pool2d, max_pool2d_backward
+    from gigamorph.kernels.pointwise import act_grad
+    from gigamorph.kernels.pool import max_pool2d, max_pool2d_backward
+    from gigamorph.kernels.windows import ConvGeometry
 
     x, other = (randn(1, channels, side, side) for _ in range(2))
     scale, shift = (torch.rand(channels, device=DEVICE).add(0.5) for _ in range(2))
@@ -266,9 +265,6 @@ def stream(op: str, channels: int, side: int) -> Case:
 
     def norm(x: Tensor) -> Tensor:
         return F.layer_norm(x.permute(0, 2, 3, 1), (channels,), *low, 1e-6).permute(0, 3, 1, 2)
-
-    def add(x: Tensor, other: Tensor) -> Tensor:
-        return F.relu(x + other)
 
     def bn(x: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, *low, True))
@@ -293,18 +289,12 @@ def stream(op: str, channels: int, side: int) -> Case:
             0,
             3 * size,
         )
-    if op == "add relu":
-        case = {"ours": forced_ours(lambda: add_act(x, other, "relu")), "eager": lambda: add(x, other)}
-        return Case({**case, "compile": compiled(add, x, other)}, 0, 3 * size)
     if op == "relu backward":
         case = {
             "ours": forced_ours(lambda: act_grad(other, x, "relu")),
             "eager": lambda: torch.ops.aten.threshold_backward(other, x, 0),
         }
         return Case(case, 0, 3 * size)
-    if op == "global sum":
-        case = {"ours": forced_ours(lambda: global_sum(x)), "eager": lambda: x.sum((2, 3), dtype=torch.float32)}
-        return Case({**case, "compile": compiled(lambda t: t.sum((2, 3), dtype=torch.float32), x)}, 0, size)
     if op == "batch norm relu, training":
 
         def ours() -> Tensor:
@@ -312,7 +302,7 @@ def stream(op: str, channels: int, side: int) -> Case:
             return normalize_act(x, mean, (m2 / side**2 + 1e-5).rsqrt(), scale, shift, None, "relu")
 
         return Case({"ours": forced_ours(ours), "eager": lambda: bn(x), "compile": compiled(bn, x)}, 0, 3 * size)
-    place = ([3, 3], [2, 2], [1, 1, 1, 1], [1, 1])
+    place = [3, 3], ConvGeometry.of((2, 2), (1, 1, 1, 1))
     if op == "max pool":
         case = {"ours": forced_ours(lambda: max_pool2d(x, *place)), "eager": lambda: F.max_pool2d(x, 3, 2, 1)}
         return Case({**case, "compile": compiled(lambda t: F.max_pool2d(t, 3, 2, 1), x)}, 0, size * 5 // 4)
@@ -331,9 +321,7 @@ def stream(op: str, channels: int, side: int) -> Case:
 STREAMS = (
     "layer_norm",
     "layer_norm backward",
-    "add relu",
     "relu backward",
-    "global sum",
     "batch norm relu, training",
     "max pool",
     "max pool backward",
@@ -344,12 +332,14 @@ def stem(side: int, which: str) -> Case:
     """uint16 pixels to the map behind the pooling, against the same in separate stock ops."""
     from gigamorph.kernels.stem import stem as fused
     from gigamorph.kernels.stem import stem_gradients
+    from gigamorph.kernels.windows import ConvGeometry
 
     pixels = torch.randint(0, 2**15, (1, 1, side, side), device=DEVICE).to(torch.uint16)
     weight = randn(64, 1, 7, 7, scale=1 / 7)
     scale, shift = (torch.rand(64, device=DEVICE).add(0.5) for _ in range(2))
     gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-    rest = (scale, shift, gain, offset, 0.0, 1.0, [2, 2], [3, 3, 3, 3], [1, 1, 1, 1], "relu")
+    place = ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1]
+    rest = (scale, shift, gain, offset, 0.0, 1.0, *place, "relu")
 
     def stock(weight: Tensor) -> Tensor:
         x = (pixels.float() * gain + offset).clamp(0, 1).to(DTYPE)
@@ -402,11 +392,11 @@ def config_layers(tile: int) -> list[Layer]:
 def configurations(layer: Layer, dry: bool) -> Case:
     """The bare forward in every tile that fits, against the computed one and cuDNN."""
     from gigamorph.kernels.conv2d_forward import launch
-    from gigamorph.kernels.windows import empty_map
+    from gigamorph.kernels.windows import ConvGeometry, empty_map
 
     x, weight, _, _ = _tensors(layer)
     y = empty_map(1, layer.cout, layer.out, layer.out, x)
-    place = ((layer.stride,) * 2, (layer.pad,) * 4, (1, 1), 1, "none")
+    place = ConvGeometry.of((layer.stride,) * 2, (layer.pad,) * 4), "none"
 
     def run(config: Config) -> None:
         with forced(config):

@@ -2,15 +2,14 @@
 
     y = act(conv(x, w) * scale + shift + residual)
 
-`conv2d` is the differentiable op. It is made of `conv2d_forward`, `conv2d_dgrad` and `conv2d_wgrad_`, which an engine
-that accumulates gradients itself may call directly. Each of the three runs, for every shape, the faster of our kernel
-and cuDNN's, as measured (`choice.py`); both keep the same tensors, so they may be mixed.
+`conv2d` is the differentiable op. It is made of `conv2d_forward` and `conv2d_backward`, which an engine that adds up
+gradients itself calls directly. The three ops inside them run, for every shape, the faster of our kernel and cuDNN's,
+as measured (`choice.py`); both keep the same tensors, so they may be mixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .choice import choose, map_key, run_fastest
 from .dtypes import sum_dtype
 from .moments import moments_of_each
 from .pointwise import act_grad
-from .windows import empty_map, nhwc, output_size
+from .windows import ConvGeometry, empty_map, nhwc
 
 
 def conv2d(
@@ -58,21 +57,18 @@ def conv2d(
     Raises:
         ValueError: for an unknown activation or shapes that do not fit.
     """
-    pad = _four(padding)
-    stride, dilation = _pair(stride), _pair(dilation)
+    geometry = ConvGeometry.of(_pair(stride), _four(padding), _pair(dilation), groups)
     if act not in ACTIVATIONS:
         raise ValueError(f"conv2d: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
     if weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
         raise ValueError(
             f"conv2d: weight {tuple(weight.shape)} and groups={groups} do not fit {x.shape[1]} input channels"
         )
-    if residual is not None and tuple(residual.shape) != _output_shape(x, weight, stride, pad, dilation):
-        raise ValueError(
-            f"conv2d: residual {tuple(residual.shape)} does not fit the output "
-            f"{_output_shape(x, weight, stride, pad, dilation)}"
-        )
+    output = x.shape[0], weight.shape[0], *geometry.output(x, weight.shape[2:])
+    if residual is not None and tuple(residual.shape) != output:
+        raise ValueError(f"conv2d: residual {tuple(residual.shape)} does not fit the output {output}")
     keep_z = act not in MASKS and act != "none" and torch.is_grad_enabled()
-    return _conv2d(x, weight, scale, shift, residual, stride, pad, dilation, groups, act, keep_z)[0]
+    return _conv2d(x, weight, scale, shift, residual, geometry, act, keep_z)[0]
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -82,16 +78,6 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 def _four(padding: int | Sequence[int]) -> list[int]:
     pad = _pair(padding)
     return [pad[0], pad[0], pad[1], pad[1]] if len(pad) == 2 else pad
-
-
-def _output_shape(x: Tensor, weight: Tensor, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int]):
-    height = output_size(x.shape[2], weight.shape[2], stride[0], dilation[0], pad[0], pad[1])
-    width = output_size(x.shape[3], weight.shape[3], stride[1], dilation[1], pad[2], pad[3])
-    return x.shape[0], weight.shape[0], height, width
-
-
-def _depthwise(weight: Tensor, groups: int) -> bool:
-    return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1
 
 
 def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -108,10 +94,7 @@ def conv2d_forward(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
     act: str,
     keep_z: bool,
     margin: Sequence[int],
@@ -121,49 +104,31 @@ def conv2d_forward(
     With a margin, y has that many more rows above and columns to the left of the result, which are left unwritten: a
     window with a carry is then put together in place.
     """
-    x, residual = nhwc(x), None if residual is None else nhwc(residual)
+    x, residual, given = nhwc(x), None if residual is None else nhwc(residual), ConvGeometry(*geometry)
 
     def ours() -> tuple[Tensor, Tensor]:
-        whole, z = _outputs(x, weight, stride, padding, dilation, keep_z, margin)
-        run = depthwise.forward if _depthwise(weight, groups) else partial(dense_forward.launch, groups=groups)
-        run(
-            x,
-            weight,
-            _inside(whole, margin),
-            tuple(stride),
-            padding,
-            tuple(dilation),
-            act=act,
-            scale=scale,
-            shift=shift,
-            residual=residual,
-            z=z if keep_z else None,
-        )
+        whole, z = _outputs(x, weight, given, keep_z, margin)
+        epilogue = {"scale": scale, "shift": shift, "residual": residual, "z": z if keep_z else None}
+        run = depthwise.forward if given.is_depthwise(weight) else dense_forward.launch
+        run(x, weight, _inside(whole, margin), given, act, **epilogue)
         return whole, z
 
     def stock() -> tuple[Tensor, Tensor]:
-        made, z = forward_stock(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z)
+        made, z = forward_stock(x, weight, scale, shift, residual, given, act, keep_z)
         if not any(margin):
             return made, z
-        whole, _ = _outputs(x, weight, stride, padding, dilation, False, margin)
+        whole, _ = _outputs(x, weight, given, False, margin)
         _inside(whole, margin).copy_(made)
         return whole, z
 
-    given = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
-    settings = (tuple(weight.shape), *stride, *padding, *dilation, groups, act, *given, keep_z, *margin)
-    return run_fastest("conv2d_forward", x, settings, ours, stock)
+    named = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
+    return run_fastest("conv2d_forward", x, (tuple(weight.shape), *given, act, *named, keep_z, *margin), ours, stock)
 
 
 def _outputs(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    keep_z: bool,
-    margin: Sequence[int] = (0, 0),
+    x: Tensor, weight: Tensor, geometry: ConvGeometry, keep_z: bool, margin: Sequence[int] = (0, 0)
 ) -> tuple[Tensor, Tensor]:
-    n, k, h, w = _output_shape(x, weight, stride, padding, dilation)
+    (n, k), (h, w) = (x.shape[0], weight.shape[0]), geometry.output(x, weight.shape[2:])
     z = empty_map(n, k, h, w, x) if keep_z else x.new_empty(0)
     return empty_map(n, k, h + margin[0], w + margin[1], x), z
 
@@ -172,68 +137,48 @@ def _inside(whole: Tensor, margin: Sequence[int]) -> Tensor:
     return whole[:, :, margin[0] :, margin[1] :]
 
 
+@conv2d_forward.register_fake
+def _(x, weight, scale, shift, residual, geometry, act, keep_z, margin):
+    return _outputs(x, weight, ConvGeometry(*geometry), keep_z, margin)
+
+
 @torch.library.custom_op("gigamorph::conv2d_moments", mutates_args=())
 def conv2d_moments(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    margin: Sequence[int],
+    x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Sequence[int], margin: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = conv(x, weight) + shift of `conv2d_forward`, and mean and m2 of each channel of each image of it.
 
     The last two are (N, K) in float32 (float64 for float64), as from `moments`. Of a single image they come out of the
     convolution's epilogue, where that was measured to be faster.
     """
-    x = nhwc(x)
+    x, given = nhwc(x), ConvGeometry(*geometry)
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
-        whole, _ = _outputs(x, weight, stride, padding, dilation, False, margin)
-        found = dense_forward.launch(
-            x,
-            weight,
-            _inside(whole, margin),
-            tuple(stride),
-            padding,
-            tuple(dilation),
-            groups,
-            "none",
-            shift=shift,
-            moments=True,
-        )
+        whole, _ = _outputs(x, weight, given, False, margin)
+        found = dense_forward.launch(x, weight, _inside(whole, margin), given, "none", shift=shift, moments=True)
         assert found is not None
         return whole, found[0][None], found[1][None]
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:
-        whole, _ = conv2d_forward(
-            x, weight, None, shift, None, stride, padding, dilation, groups, "none", False, margin
-        )
+        whole, _ = conv2d_forward(x, weight, None, shift, None, given, "none", False, margin)
         return whole, *moments_of_each(_inside(whole, margin))
 
-    if x.shape[0] > 1 or _depthwise(weight, groups):
+    if x.shape[0] > 1 or given.is_depthwise(weight):
         return stock()
-    settings = (tuple(weight.shape), *stride, *padding, *dilation, groups, shift is None, *margin)
+    settings = (tuple(weight.shape), *given, shift is None, *margin)
     return run_fastest("conv2d_moments", x, settings, ours, stock)
 
 
 @conv2d_moments.register_fake
-def _(x, weight, shift, stride, padding, dilation, groups, margin):
-    whole, _ = _outputs(x, weight, stride, padding, dilation, False, margin)
+def _(x, weight, shift, geometry, margin):
+    whole, _ = _outputs(x, weight, ConvGeometry(*geometry), False, margin)
     mean, m2 = (x.new_empty(x.shape[0], weight.shape[0], dtype=sum_dtype(x.dtype)) for _ in range(2))
     return whole, mean, m2
 
 
-@conv2d_forward.register_fake
-def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z, margin):
-    return _outputs(x, weight, stride, padding, dilation, keep_z, margin)
-
-
-def split_padding(padding: Sequence[int]) -> tuple[list[int], list[int]]:
+def _split_padding(geometry: ConvGeometry) -> tuple[list[int], list[int]]:
     """Padding as (even part that stock convolutions add themselves, uneven part for F.pad in its order)."""
-    top, bottom, left, right = padding
+    top, bottom, left, right = geometry.padding
     rows, cols = min(top, bottom), min(left, right)
     return [rows, cols], [left - cols, right - cols, top - rows, bottom - rows]
 
@@ -244,19 +189,16 @@ def forward_stock(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     act: str,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same with PyTorch's own ops, in place where that is possible."""
-    even, uneven = split_padding(padding)
+    even, uneven = _split_padding(geometry)
     if any(uneven):
         x = F.pad(x, uneven)
     bias = shift.to(x.dtype) if scale is None and shift is not None else None
-    z = F.conv2d(x, weight, bias, stride, even, dilation, groups)  # pyright: ignore
+    z = F.conv2d(x, weight, bias, geometry.stride, even, geometry.dilation, geometry.groups)  # pyright: ignore
     if scale is not None:
         z.mul_(scale.reshape(-1, 1, 1))
         if shift is not None:
@@ -284,54 +226,46 @@ def conv2d_dgrad(
     mask: Tensor | None,
     mask_act: str,
     size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
 ) -> Tensor:
     """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`."""
     dy, gate, addend, mask = (None if t is None else nhwc(t) for t in (dy, gate, addend, mask))
     assert dy is not None
-    channels = weight.shape[1] * groups
+    given = ConvGeometry(*geometry)
+    channels = weight.shape[1] * given.groups
 
     def ours() -> Tensor:
         dx = empty_map(dy.shape[0], channels, size[0], size[1], dy)
-        run = depthwise.dgrad if _depthwise(weight, groups) else partial(dense_dgrad.dgrad, groups=groups)
-        run(
-            dy,
-            _scaled(weight, scale),
-            dx,
-            tuple(stride),
-            padding,
-            tuple(dilation),
-            gate=gate,
-            gate_act=gate_act,
-            addend=addend,
-            mask=mask,
-            mask_act=mask_act,
-        )
+        rest = {"gate": gate, "gate_act": gate_act, "addend": addend, "mask": mask, "mask_act": mask_act}
+        run = depthwise.dgrad if given.is_depthwise(weight) else dense_dgrad.dgrad
+        run(dy, _scaled(weight, scale), dx, given, **rest)
         return dx
 
     def stock() -> Tensor:
         dz = dy if gate is None else act_grad(dy, gate, gate_act)
-        even, uneven = split_padding(padding)
+        _, uneven = _split_padding(given)
         height, width = size[0] + uneven[2] + uneven[3], size[1] + uneven[0] + uneven[1]
         x = empty_map(dy.shape[0], channels, height, width, dy)  # only its shape is read
-        dx = torch.ops.aten.convolution_backward(
-            dz, x, _scaled(weight, scale), None, stride, even, dilation, False, [0, 0], groups, [True, False, False]
-        )[0]
+        dx = _backward_stock(dz, x, _scaled(weight, scale), given, [True, False, False])[0]
         dx = nhwc(dx[:, :, uneven[2] : uneven[2] + size[0], uneven[0] : uneven[0] + size[1]])
         if addend is not None:
             dx = dx + addend
         return dx if mask is None else dx * slope_reference(mask, mask_act)
 
-    settings = (tuple(weight.shape), *size, *stride, *padding, *dilation, groups, gate_act, mask_act, addend is None)
+    settings = (tuple(weight.shape), *size, *given, gate_act, mask_act, addend is None)
     return run_fastest("conv2d_dgrad", dy, settings, ours, stock)
 
 
+def _backward_stock(dz: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: list[bool]) -> Any:
+    """PyTorch's gradients of a convolution of x, which has the uneven part of the padding already."""
+    even, _ = _split_padding(geometry)
+    place = list(geometry.stride), even, list(geometry.dilation), False, [0, 0], geometry.groups
+    return torch.ops.aten.convolution_backward(dz, x, weight, None, *place, wanted)
+
+
 @conv2d_dgrad.register_fake
-def _(dy, weight, scale, gate, gate_act, addend, mask, mask_act, size, stride, padding, dilation, groups):
-    return empty_map(dy.shape[0], weight.shape[1] * groups, size[0], size[1], dy)
+def _(dy, weight, scale, gate, gate_act, addend, mask, mask_act, size, geometry):
+    return empty_map(dy.shape[0], weight.shape[1] * ConvGeometry(*geometry).groups, size[0], size[1], dy)
 
 
 # -- weight gradient ----------------------------------------------------------------------------------------------
@@ -345,37 +279,31 @@ def conv2d_wgrad_(
     dy: Tensor,
     gate: Tensor | None,
     gate_act: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
 ) -> None:
     """Add the gradients of a convolution's weight and shift to float32 (float64) buffers.
 
     dw += sum over pixels of dz * x at each tap, dshift += sum of dz, with dz = dy * slope(gate).
     """
-    x, dy, gate = nhwc(x), nhwc(dy), None if gate is None else nhwc(gate)
+    x, dy, gate, given = nhwc(x), nhwc(dy), None if gate is None else nhwc(gate), ConvGeometry(*geometry)
 
     def ours(dw: Tensor = dw, dshift: Tensor | None = dshift) -> None:
-        if _depthwise(dw, groups):
+        if given.is_depthwise(dw):
             unused = dw.new_zeros(dw.shape[0]) if dshift is None else dshift
-            depthwise.wgrad(x, dy, dw, unused, stride, padding, dilation, gate=gate, gate_act=gate_act)
+            depthwise.wgrad(x, dy, dw, unused, given, gate=gate, gate_act=gate_act)
         else:
-            dense_wgrad.launch(dw, dshift, x, dy, gate, gate_act, stride, padding, dilation, groups)
+            dense_wgrad.launch(dw, dshift, x, dy, gate, gate_act, given)
 
     def stock(dw: Tensor = dw, dshift: Tensor | None = dshift) -> None:
         dz = dy if gate is None else act_grad(dy, gate, gate_act)
-        even, uneven = split_padding(padding)
+        _, uneven = _split_padding(given)
         padded = F.pad(x, uneven) if any(uneven) else x
         w = torch.empty_like(dw, dtype=x.dtype)  # only its shape is read
-        grad = torch.ops.aten.convolution_backward(
-            dz, padded, w, None, stride, even, dilation, False, [0, 0], groups, [False, True, False]
-        )[1]
-        dw.add_(grad)
+        dw.add_(_backward_stock(dz, padded, w, given, [False, True, False])[1])
         if dshift is not None:
             dshift.add_(dz.sum((0, 2, 3), dtype=dshift.dtype))
 
-    settings = (tuple(dw.shape), tuple(dy.shape[2:]), *stride, *padding, *dilation, groups, gate_act, dshift is None)
+    settings = (tuple(dw.shape), tuple(dy.shape[2:]), *given, gate_act, dshift is None)
     # A measurement runs the candidates many times: on scratch buffers, not on the sums.
     trial = {
         "triton": lambda: ours(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
@@ -385,11 +313,47 @@ def conv2d_wgrad_(
 
 
 @conv2d_wgrad_.register_fake
-def _(dw, dshift, x, dy, gate, gate_act, stride, padding, dilation, groups):
+def _(dw, dshift, x, dy, gate, gate_act, geometry):
     return None
 
 
-# -- the differentiable op ----------------------------------------------------------------------------------------
+# -- the whole backward, and the differentiable op ----------------------------------------------------------------
+
+
+def conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    act: str,
+    geometry: ConvGeometry,
+    *,
+    wants_x: bool,
+    wants_residual: bool = False,
+    scale: Tensor | None = None,
+    dw: Tensor | None = None,
+    dshift: Tensor | None = None,
+    input_act: str = "none",
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the residual, those that are wanted; dw and dshift are added to, where they are given.
+
+    Args:
+        gate: what shows the slope of `act`: the output, or what it was applied to. None: dy has that slope already.
+        dw: of `weight * scale`.
+        dshift: only beside dw.
+        input_act: activation whose slope, shown by x, the gradient of x takes.
+    """
+    if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
+        dy, gate = act_grad(dy, gate, act), None
+    if gate is None:
+        act = "none"
+    dx = None
+    if wants_x:
+        mask = None if input_act == "none" else x
+        dx = conv2d_dgrad(dy, weight, scale, gate, act, None, mask, input_act, x.shape[2:], geometry)
+    if dw is not None:
+        conv2d_wgrad_(dw, dshift, x, dy, gate, act, geometry)
+    return dx, dy if wants_residual else None
 
 
 @torch.library.custom_op("gigamorph::conv2d", mutates_args=())
@@ -399,56 +363,42 @@ def _conv2d(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
     act: str,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    return conv2d_forward(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z, (0, 0))
+    return conv2d_forward(x, weight, scale, shift, residual, geometry, act, keep_z, (0, 0))
 
 
 @_conv2d.register_fake
-def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep_z):
-    return _outputs(x, weight, stride, padding, dilation, keep_z)
+def _(x, weight, scale, shift, residual, geometry, act, keep_z):
+    return _outputs(x, weight, ConvGeometry(*geometry), keep_z)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, scale, shift, _, stride, padding, dilation, groups, act, keep_z = inputs
+    x, weight, scale, shift, _, geometry, ctx.act, keep_z = inputs
     y, z = output
-    gate = None if act == "none" else (z if keep_z else y)
+    gate = None if ctx.act == "none" else (z if keep_z else y)
     ctx.save_for_backward(x, weight, scale, gate)
-    ctx.shift, ctx.act, ctx.place = shift is not None, act, (stride, padding, dilation, groups)
-    ctx.shift_dtype = None if shift is None else shift.dtype
+    ctx.geometry, ctx.shift_dtype = ConvGeometry(*geometry), None if shift is None else shift.dtype
     ctx.mark_non_differentiable(z)
 
 
 def _backward(ctx: Any, dy: Tensor, _dz: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, scale, gate = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.place
     wants_x, wants_weight, wants_scale, wants_shift, wants_residual = ctx.needs_input_grad[:5]
-    act = ctx.act
-    if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
-        dy, gate, act = act_grad(dy, gate, act), None, "none"
-    dx = dw = dscale = dshift = None
-    if wants_x:
-        dx = conv2d_dgrad(
-            dy, weight, scale, gate, act, None, None, "none", x.shape[2:], stride, padding, dilation, groups
-        )
+    dw = dshift = dscale = None
     if wants_weight or wants_scale or wants_shift:
-        wide = sum_dtype(x.dtype)
-        dw = torch.zeros_like(weight, dtype=wide, memory_format=torch.channels_last)
-        dshift = torch.zeros(weight.shape[0], dtype=wide, device=x.device) if wants_shift else None
-        conv2d_wgrad_(dw, dshift, x, dy, gate, act, stride, padding, dilation, groups)
-        if wants_scale:  # z = scale * conv + ..., and <dz, conv> = <x^T dz, w>
-            dscale = (dw * weight).sum((1, 2, 3)).to(scale.dtype)
-        if scale is not None:
-            dw = dw * scale.reshape(-1, 1, 1, 1)
-        dw = dw.to(weight.dtype) if wants_weight else None
-        dshift = None if dshift is None else dshift.to(ctx.shift_dtype)
-    dresidual = dy if wants_residual else None
-    return dx, dw, dscale, dshift, dresidual, None, None, None, None, None, None
+        dw = torch.zeros_like(weight, dtype=sum_dtype(x.dtype), memory_format=torch.channels_last)
+        dshift = dw.new_zeros(weight.shape[0]) if wants_shift else None
+    wanted = {"wants_x": wants_x, "wants_residual": wants_residual, "scale": scale, "dw": dw, "dshift": dshift}
+    dx, dresidual = conv2d_backward(dy, x, weight, gate, ctx.act, ctx.geometry, **wanted)
+    if dw is not None and wants_scale:  # z = scale * conv + ..., and <dz, conv> = <x^T dz, w>
+        dscale = (dw * weight).sum((1, 2, 3)).to(scale.dtype)
+    if dw is not None and scale is not None:
+        dw = dw * scale.reshape(-1, 1, 1, 1)
+    dw = dw.to(weight.dtype) if dw is not None and wants_weight else None
+    return dx, dw, dscale, None if dshift is None else dshift.to(ctx.shift_dtype), dresidual, None, None, None
 
 
 _conv2d.register_autograd(_backward, setup_context=_setup_context)

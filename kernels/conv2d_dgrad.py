@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from .activations import slope_reference
 from .conv2d_forward import launch
-from .pointwise import launch_backward
-from .windows import empty_map
+from .pointwise import launch_act_grad
+from .windows import ConvGeometry, empty_map
 
 
 class Phase(NamedTuple):
@@ -77,10 +77,7 @@ def dgrad(
     dy: Tensor,
     weight: Tensor,
     dx: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     *,
     gate: Tensor | None = None,
     gate_act: str = "none",
@@ -93,16 +90,17 @@ def dgrad(
     Args:
         dy: (N, K, OH, OW) window.
         weight: (K, C / groups, R, S).
+        geometry: of the forward.
         gate: window of dy's size; `gate_act` the activation whose slope it shows.
         addend, mask: windows of dx's size; `mask_act` the activation whose slope `mask` shows.
     """
     _, _, r, s = weight.shape
     if gate is not None:  # one pass; read tile by tile beside dy, both would be loaded once per tap
         dz = empty_map(*dy.shape, like=dy)
-        launch_backward(dy, gate_act, x=gate, dz=dz)
+        launch_act_grad(dy, gate, gate_act, dz)
         dy = dz
-    rows = phases(r, stride[0], padding[0], dilation[0])
-    cols = phases(s, stride[1], padding[2], dilation[1])
+    rows = phases(r, geometry.stride_h, geometry.top, geometry.dilation_h)
+    cols = phases(s, geometry.stride_w, geometry.left, geometry.dilation_w)
     if not all(p.taps for p in (*rows, *cols)):  # inputs that no tap reaches
         rest = torch.zeros_like(dx) if addend is None else addend
         dx.copy_(rest if mask is None else rest * slope_reference(mask, mask_act))
@@ -112,18 +110,17 @@ def dgrad(
                 continue
 
             def window(x: Tensor | None, row: Phase = row, col: Phase = col) -> Tensor | None:
-                return None if x is None else x[:, :, row.start :: stride[0], col.start :: stride[1]]
+                return None if x is None else x[:, :, row.start :: geometry.stride_h, col.start :: geometry.stride_w]
 
             target = window(dx)
             assert target is not None
             launch(
                 dy,
-                turned(weight, groups, row.taps, col.taps),
+                turned(weight, geometry.groups, row.taps, col.taps),
                 target,
-                (1, 1),
-                (row.padding, 0, col.padding, 0),
-                (row.dilation, col.dilation),
-                groups,
+                ConvGeometry.of(
+                    (1, 1), (row.padding, 0, col.padding, 0), (row.dilation, col.dilation), geometry.groups
+                ),
                 "none",
                 residual=window(addend),
                 mask=window(mask),
@@ -135,10 +132,7 @@ def conv2d_dgrad_reference(
     dy: Tensor,
     weight: Tensor,
     size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     *,
     gate: Tensor | None = None,
     gate_act: str = "none",
@@ -149,11 +143,10 @@ def conv2d_dgrad_reference(
     """dx in plain PyTorch: the gradient of a padded convolution."""
     if gate is not None:
         dy = dy * slope_reference(gate, gate_act)
-    top, bottom, left, right = padding
     with torch.enable_grad():
-        x = dy.new_zeros(dy.shape[0], weight.shape[1] * groups, *size).requires_grad_()
-        y = F.conv2d(F.pad(x, [left, right, top, bottom]), weight, None, tuple(stride), 0, tuple(dilation), groups)
-        (dx,) = torch.autograd.grad(y, x, dy)
+        x = dy.new_zeros(dy.shape[0], weight.shape[1] * geometry.groups, *size).requires_grad_()
+        place = geometry.stride, 0, geometry.dilation, geometry.groups
+        (dx,) = torch.autograd.grad(F.conv2d(geometry.padded(x), weight, None, *place), x, dy)
     if addend is not None:
         dx = dx + addend
     return dx if mask is None else dx * slope_reference(mask, mask_act)

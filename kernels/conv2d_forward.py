@@ -23,7 +23,7 @@ else: groups, channels that are not a multiple of 16 bytes, other strides, older
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,169 +34,149 @@ from torch.nn import functional as F
 from .activations import activate, activate_reference, slope, slope_reference
 from .dtypes import accumulator, dot_precision, sum_dtype
 from .moments import merge_parts, tile_moments
-from .tuning import has_descriptors, matmul_config
-from .windows import (
-    as_one_row,
-    can_describe,
-    can_describe_phases,
-    column_phases,
-    describe,
-    is_dense,
-    spatial_strides,
-)
+from .stream import as_map, place
+from .tuning import Config, matmul_config
+from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
 
 # Activations whose value and slope need neither exp nor erf.
 CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
 
 
+class Product(NamedTuple):
+    """Known when compiled: the filter; pixels, filters and channels of a tile; how products are computed."""
+
+    R: int
+    S: int
+    BM: int
+    BN: int
+    BK: int
+    PRECISION: str
+    ACC: tl.dtype
+
+    @classmethod
+    def of(cls, kernel: tuple[int, int], config: Config, dtype: torch.dtype) -> Product:
+        blocks = config.block_m, config.block_n, config.block_k
+        return cls(*kernel, *blocks, dot_precision(dtype), accumulator(dtype))
+
+
+class Steps(NamedTuple):
+    """Known when compiled: input channels, and steps from one output or tap to the next."""
+
+    CIN: int
+    STRIDE_H: int
+    STRIDE_W: int
+    DIL_W: int
+
+
 @triton.jit
-def gemm_columns(
+def _gemm_columns(
     acc,
     x_desc,
     w_desc,
     n,
     row,
     col,
-    col_shift,
     k0,
     dil_h,
-    CIN: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
     FIRST: tl.constexpr,
-    STEP: tl.constexpr,
-    DIL_W: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    STEPS: tl.constexpr,
+    P: tl.constexpr,
 ):
-    """acc += the taps s = FIRST, FIRST + STEP, ... of all filter rows."""
-    KC: tl.constexpr = (CIN + BK - 1) // BK
-    TAPS: tl.constexpr = (S - FIRST + STEP - 1) // STEP
+    """acc += the taps s = FIRST, FIRST + stride, ... of all filter rows; tap 0 lies at `row`, `col`."""
+    KC: tl.constexpr = (STEPS.CIN + P.BK - 1) // P.BK
+    TAPS: tl.constexpr = (P.S - FIRST + STEPS.STRIDE_W - 1) // STEPS.STRIDE_W
     # One flat loop, so that loads run ahead across taps; a loop per tap would drain the pipeline at each of them.
-    for i in range(R * TAPS * KC):
-        c0 = (i % KC) * BK
-        s = FIRST + (i // KC) % TAPS * STEP
-        r = i // KC // TAPS
-        col_in = col + (s * DIL_W - FIRST) // STEP + col_shift
-        a = x_desc.load([n, row + r * dil_h, col_in, c0]).reshape(BM, BK)
-        w = w_desc.load([k0, (r * S + s) * CIN + c0])
-        acc = tl.dot(a, w.T, acc, input_precision=PRECISION, out_dtype=ACC)
+    for t in range(P.R * TAPS * KC):
+        c0 = (t % KC) * P.BK
+        s = FIRST + (t // KC) % TAPS * STEPS.STRIDE_W
+        r = t // KC // TAPS
+        col_in = col + (s * STEPS.DIL_W - FIRST) // STEPS.STRIDE_W
+        a = x_desc.load([n, row + r * dil_h, col_in, c0]).reshape(P.BM, P.BK)
+        w = w_desc.load([k0, (r * P.S + s) * STEPS.CIN + c0])
+        acc = tl.dot(a, w.T, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
+    return acc
+
+
+@triton.jit
+def gemm(
+    x_desc,  # [N, H, W, C] window; with a stride of two its even columns
+    x_odd_desc,  # the odd columns
+    w_desc,  # [COUT, R*S*CIN]
+    n,
+    row,
+    j0,
+    shift_even,
+    shift_odd,
+    k0,
+    dil_h,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    P: tl.constexpr,
+):
+    """conv(x, w) of BM pixels from column j0 and WIDTH filters from k0; row of tap 0, column shift of each phase."""
+    BM: tl.constexpr = P.BM
+    acc = tl.zeros((BM, WIDTH), P.ACC)
+    acc = _gemm_columns(acc, x_desc, w_desc, n, row, j0 + shift_even, k0, dil_h, 0, STEPS, P)
+    if STEPS.STRIDE_W == 2 and P.S > 1:
+        acc = _gemm_columns(acc, x_odd_desc, w_desc, n, row, j0 + shift_odd, k0, dil_h, 1, STEPS, P)
     return acc
 
 
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
 @triton.jit(do_not_specialize=["OH", "OW", "segments", "top", "shift_even", "shift_odd"])
 def _conv2d_descriptor_kernel(
-    x_desc,
-    x_odd_desc,
-    w_desc,  # windows; the odd ones are used for a stride of two
-    scale_ptr,
-    shift_ptr,  # [COUT]
-    residual_desc,
-    mask_desc,
-    y_desc,
-    z_desc,  # maps of the output's size
-    mean_ptr,
-    m2_ptr,  # [tiles, COUT], of what each tile writes
+    x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
+    x_odd_desc,  # the odd columns
+    w_desc,  # [COUT, R*S*CIN]
+    residual_desc,  # [N, OH, OW, COUT] window or None
+    mask_desc,  # [N, OH, OW, COUT] window or None
+    y_desc,  # [N, OH, OW, COUT] window
+    z_desc,  # [N, OH, OW, COUT] window or None
+    scale_ptr,  # [COUT] or None
+    shift_ptr,  # [COUT] or None
+    mean_ptr,  # [tiles, COUT] or None: of what each tile writes
+    m2_ptr,  # [tiles, COUT] or None
     OH,
     OW,
     COUT,
-    segments,  # output rows and columns, output channels, segments per row
+    segments,  # of a row
     top,
     dil_h,
     shift_even,
     shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
-    CIN: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DIL_W: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_Z: tl.constexpr,
     ACT: tl.constexpr,
     MASK: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    STEPS: tl.constexpr,
+    P: tl.constexpr,
 ):
+    """y of BM pixels of one row and BN filters."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(COUT, BN)
-    k0 = (pid % blocks) * BN  # channels first: tiles that read the same pixels run together and share them in L2
+    blocks = tl.cdiv(COUT, P.BN)
+    k0 = (pid % blocks) * P.BN  # channels first: tiles that read the same pixels run together and share them in L2
     segment = pid // blocks
-    j0 = (segment % segments) * BM
+    j0 = (segment % segments) * P.BM
     line = segment // segments
     n = line // OH
     i = line % OH
+    row = i * STEPS.STRIDE_H - top
+    acc = gemm(x_desc, x_odd_desc, w_desc, n, row, j0, shift_even, shift_odd, k0, dil_h, P.BN, STEPS, P)
 
-    acc = tl.zeros((BM, BN), ACC)
-    acc = gemm_columns(
-        acc,
-        x_desc,
-        w_desc,
-        n,
-        i * STRIDE_H - top,
-        j0,
-        shift_even,
-        k0,
-        dil_h,
-        CIN,
-        R,
-        S,
-        0,
-        STRIDE_W,
-        DIL_W,
-        BM,
-        BK,
-        PRECISION,
-        ACC,
-    )
-    if STRIDE_W == 2 and S > 1:
-        acc = gemm_columns(
-            acc,
-            x_odd_desc,
-            w_desc,
-            n,
-            i * STRIDE_H - top,
-            j0,
-            shift_odd,
-            k0,
-            dil_h,
-            CIN,
-            R,
-            S,
-            1,
-            STRIDE_W,
-            DIL_W,
-            BM,
-            BK,
-            PRECISION,
-            ACC,
-        )
-
-    k = k0 + tl.arange(0, BN)
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr + k, mask=k < COUT, other=0.0).to(ACC)[None, :]
-    if HAS_SHIFT:
-        acc += tl.load(shift_ptr + k, mask=k < COUT, other=0.0).to(ACC)[None, :]
-    if HAS_RESIDUAL:
-        acc += residual_desc.load([n, i, j0, k0]).reshape(BM, BN).to(ACC)
-    if HAS_Z:
-        z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, 1, BM, BN))
+    k = k0 + tl.arange(0, P.BN)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
+    if residual_desc is not None:
+        acc += residual_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC)
+    if z_desc is not None:
+        z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, 1, P.BM, P.BN))
     y = activate(acc, ACT)
-    if MASK != "none":
-        y *= slope(mask_desc.load([n, i, j0, k0]).reshape(BM, BN).to(ACC), MASK)
+    if mask_desc is not None:
+        y *= slope(mask_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC), MASK)
     y = y.to(y_desc.dtype)
-    y_desc.store([n, i, j0, k0], y.reshape(1, 1, BM, BN))
-    if MOMENTS:
-        mean, m2 = tile_moments(y.to(ACC), j0 + tl.arange(0, BM) < OW, tl.minimum(BM, OW - j0), ACC)
+    y_desc.store([n, i, j0, k0], y.reshape(1, 1, P.BM, P.BN))
+    if mean_ptr is not None:
+        mean, m2 = tile_moments(y.to(P.ACC), j0 + tl.arange(0, P.BM) < OW, tl.minimum(P.BM, OW - j0), P.ACC)
         at = segment.to(tl.int64) * COUT + k
         tl.store(mean_ptr + at, mean, mask=k < COUT)
         tl.store(m2_ptr + at, m2, mask=k < COUT)
@@ -204,31 +184,16 @@ def _conv2d_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])
 def _conv2d_pointer_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    shift_ptr,
-    residual_ptr,
-    mask_ptr,
-    y_ptr,
-    z_ptr,
-    mean_ptr,
-    m2_ptr,  # [tiles, groups * COUT], of what each tile writes
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    r_sn: tl.int64,
-    r_sh: tl.int64,
-    r_sw: tl.int64,
-    m_sn: tl.int64,
-    m_sh: tl.int64,
-    m_sw: tl.int64,
-    y_sn: tl.int64,
-    y_sh: tl.int64,
-    y_sw: tl.int64,
-    z_sn: tl.int64,
-    z_sh: tl.int64,
-    z_sw: tl.int64,
+    x,  # map [N, groups * CIN, H, W]
+    w_ptr,  # [groups * COUT, R*S*CIN]
+    residual,  # map [N, groups * COUT, OH, OW] or None
+    mask,  # map [N, groups * COUT, OH, OW] or None
+    y,  # map [N, groups * COUT, OH, OW]
+    z,  # map [N, groups * COUT, OH, OW] or None
+    scale_ptr,  # [groups * COUT] or None
+    shift_ptr,  # [groups * COUT] or None
+    mean_ptr,  # [tiles, groups * COUT] or None: of what each tile writes
+    m2_ptr,  # [tiles, groups * COUT] or None
     N,
     H,
     W,
@@ -242,65 +207,57 @@ def _conv2d_pointer_kernel(
     stride_w,
     dil_h,
     dil_w,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_Z: tl.constexpr,
     ACT: tl.constexpr,
     MASK: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    P: tl.constexpr,
 ):
-    blocks = tl.cdiv(COUT, BN)
+    """y of BM pixels and BN filters of one group."""
+    blocks = tl.cdiv(COUT, P.BN)
     pid = tl.program_id(0)
     group = tl.program_id(1)
-    m = (pid // blocks) * BM + tl.arange(0, BM)  # [BM] output pixels
-    k = (pid % blocks) * BN + tl.arange(0, BN)  # [BN] output channels within the group
+    m = (pid // blocks) * P.BM + tl.arange(0, P.BM)  # [BM] output pixels
+    k = (pid % blocks) * P.BN + tl.arange(0, P.BN)  # [BN] output channels within the group
     n, i, j = m // (OH * OW), m // OW % OH, m % OW
     inside, wanted = n < N, k < COUT
     n = n.to(tl.int64)
 
-    acc = tl.zeros((BM, BN), ACC)
-    depth = tl.cdiv(CIN, BK)
-    for t in range(R * S * depth):
-        c = (t % depth) * BK + tl.arange(0, BK)
+    BM: tl.constexpr = P.BM
+    BN: tl.constexpr = P.BN
+    acc = tl.zeros((BM, BN), P.ACC)
+    depth = tl.cdiv(CIN, P.BK)
+    for t in range(P.R * P.S * depth):
+        c = (t % depth) * P.BK + tl.arange(0, P.BK)
         rs = t // depth
-        h, w = i * stride_h - top + rs // S * dil_h, j * stride_w - left + rs % S * dil_w
+        h, w = i * stride_h - top + rs // P.S * dil_h, j * stride_w - left + rs % P.S * dil_w
         hit = (inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (c < CIN)[None, :]
-        pixel = n * x_sn + h.to(tl.int64) * x_sh + w.to(tl.int64) * x_sw + group * CIN
-        a = tl.load(x_ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0)
-        filters = (group * COUT + k) * (R * S * CIN) + rs * CIN
+        pixel = place(x, n, h.to(tl.int64), w.to(tl.int64), 1) + group * CIN
+        a = tl.load(x.ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0)
+        filters = (group * COUT + k) * (P.R * P.S * CIN) + rs * CIN
         b = tl.load(w_ptr + filters[None, :] + c[:, None], mask=(c < CIN)[:, None] & wanted[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(a, b, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
 
     channel = group * COUT + k
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr + channel, mask=wanted, other=0.0).to(ACC)[None, :]
-    if HAS_SHIFT:
-        acc += tl.load(shift_ptr + channel, mask=wanted, other=0.0).to(ACC)[None, :]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + channel, mask=wanted, other=0.0).to(P.ACC)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + channel, mask=wanted, other=0.0).to(P.ACC)[None, :]
     keep = inside[:, None] & wanted[None, :]
     i, j = i.to(tl.int64), j.to(tl.int64)
-    if HAS_RESIDUAL:
-        at = (n * r_sn + i * r_sh + j * r_sw)[:, None] + channel[None, :]
-        acc += tl.load(residual_ptr + at, mask=keep, other=0.0).to(ACC)
-    if HAS_Z:
-        at = (n * z_sn + i * z_sh + j * z_sw)[:, None] + channel[None, :]
-        tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=keep)
-    y = activate(acc, ACT)
-    if MASK != "none":
-        at = (n * m_sn + i * m_sh + j * m_sw)[:, None] + channel[None, :]
-        y *= slope(tl.load(mask_ptr + at, mask=keep, other=0.0).to(ACC), MASK)
-    at = (n * y_sn + i * y_sh + j * y_sw)[:, None] + channel[None, :]
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=keep)
-    if MOMENTS:
-        mean, m2 = tile_moments(y.to(ACC), inside, tl.minimum(BM, N * OH * OW - pid // blocks * BM), ACC)
+    if residual.ptr is not None:
+        at = place(residual, n, i, j, 1)[:, None] + channel[None, :]
+        acc += tl.load(residual.ptr + at, mask=keep, other=0.0).to(P.ACC)
+    if z.ptr is not None:
+        at = place(z, n, i, j, 1)[:, None] + channel[None, :]
+        tl.store(z.ptr + at, acc.to(z.ptr.dtype.element_ty), mask=keep)
+    values = activate(acc, ACT)
+    if mask.ptr is not None:
+        at = place(mask, n, i, j, 1)[:, None] + channel[None, :]
+        values *= slope(tl.load(mask.ptr + at, mask=keep, other=0.0).to(P.ACC), MASK)
+    at = place(y, n, i, j, 1)[:, None] + channel[None, :]
+    values = values.to(y.ptr.dtype.element_ty)
+    tl.store(y.ptr + at, values, mask=keep)
+    if mean_ptr is not None:
+        mean, m2 = tile_moments(values.to(P.ACC), inside, tl.minimum(P.BM, N * OH * OW - pid // blocks * P.BM), P.ACC)
         at = (pid // blocks).to(tl.int64) * (tl.num_programs(1) * COUT) + channel
         tl.store(mean_ptr + at, mean, mask=wanted)
         tl.store(m2_ptr + at, m2, mask=wanted)
@@ -310,10 +267,7 @@ def launch(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
-    stride: tuple[int, int],
-    padding: Sequence[int],
-    dilation: tuple[int, int],
-    groups: int,
+    geometry: ConvGeometry,
     act: str,
     *,
     scale: Tensor | None = None,
@@ -333,36 +287,26 @@ def launch(
         x: (N, C, H, W) window.
         weight: (K, C / groups, R, S) in channels-last memory.
         y: (N, K, OH, OW) window to be written.
-        padding: (top, bottom, left, right) rows and columns of zeros around x.
         scale, shift: (K,).
         residual, z, mask: windows of y's size. `mask_act` says whose slope `mask` gives.
     """
-    n, channels, h, w = x.shape
     filters, depth, r, s = weight.shape
-    _, _, oh, ow = y.shape
+    images, _, lines, run = y.shape
+    pixels = images * lines * run
     if not y.numel():
         none = y.new_zeros(filters, dtype=sum_dtype(y.dtype))
         return (none, none.clone()) if moments else None
-    top, left = padding[0], padding[2]
     maps = (x, y, residual, z, mask)
     matrix = weight.permute(0, 2, 3, 1).reshape(filters, r * s * depth)
-    described = (
-        has_descriptors(x.device)
-        and groups == 1
-        and stride[1] in (1, 2)
-        and (stride[1] == 1 or dilation[1] % 2 == 1)
-        and can_describe(*maps, matrix)
-        and (stride[1] == 1 or can_describe_phases(x))
-    )
-    images, lines, run = n, oh, ow
-    if described and r == s == 1 and stride == (1, 1) and not any(padding) and all(map(is_dense, maps)):
+    described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
+    if described and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
-        images, lines, run = 1, 1, n * oh * ow
+        images, lines, run = 1, 1, pixels
     config = matmul_config(
         x.device,
         x.dtype,
-        run if described else n * oh * ow,
-        filters // groups,
+        run if described else pixels,
+        filters // geometry.groups,
         depth,
         described,
         1 + sum(t is not None for t in (residual, z, mask)),
@@ -370,92 +314,68 @@ def launch(
         not {act, mask_act} <= CHEAP,
     )
     options = {
-        "R": r,
-        "S": s,
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "BK": config.block_k,
-        "HAS_SCALE": scale is not None,
-        "HAS_SHIFT": shift is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_Z": z is not None,
         "ACT": act,
         "MASK": mask_act,
-        "MOMENTS": moments,
-        "PRECISION": dot_precision(x.dtype),
-        "ACC": accumulator(x.dtype),
+        "P": Product.of((r, s), config, x.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
 
     def parts(tiles: int) -> Tensor:
-        return torch.empty(2, tiles if moments else 0, filters, dtype=sum_dtype(y.dtype), device=y.device)
+        return torch.empty(2, tiles, filters, dtype=sum_dtype(y.dtype), device=y.device)
 
     if config.form == "descriptor":
-        box_a, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
-        even, odd, shift_even, shift_odd = column_phases(x, stride[1], left)
-        x_desc, y_desc = describe(even, box_a), describe(y, box_y)
-        x_odd_desc = x_desc if stride[1] == 1 else describe(odd, box_a)
+        box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
+        even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
+        x_desc = describe(even, box_x)
         segments = triton.cdiv(run, config.block_m)
-        sums = parts(images * lines * segments)
+        sums = parts(images * lines * segments) if moments else None
         _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
             x_desc,
-            x_odd_desc,
+            x_desc if geometry.stride_w == 1 else describe(odd, box_x),
             describe(matrix, [config.block_n, config.block_k]),
+            *(None if t is None else describe(t, box_y) for t in (residual, mask, y, z)),
             scale,
             shift,
-            y_desc if residual is None else describe(residual, box_y),
-            y_desc if mask is None else describe(mask, box_y),
-            y_desc,
-            y_desc if z is None else describe(z, box_y),
-            *sums,
+            *((None, None) if sums is None else sums),
             lines,
             run,
             filters,
             segments,
-            top,
-            dilation[0],
+            geometry.top,
+            geometry.dilation_h,
             shift_even,
             shift_odd,
-            CIN=depth,
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            DIL_W=dilation[1],
+            STEPS=Steps(depth, *geometry.stride, geometry.dilation_w),
             **options,
         )
-        return merge_parts(sums, config.block_m, run) if moments else None
-    if n * oh * ow + config.block_m >= 2**31:
+        return None if sums is None else merge_parts(sums, config.block_m, run)
+    if pixels + config.block_m >= 2**31:
         raise ValueError(
-            f"conv2d: an output of {n} x {oh} x {ow} pixels is too large for the pointer form; use smaller tiles"
+            f"conv2d: an output of {images} x {lines} x {run} pixels is too large for the pointer form; "
+            "use smaller tiles"
         )
-    strides = [spatial_strides(y if t is None else t) for t in (x, residual, mask, y, z)]
-    grid = (triton.cdiv(n * oh * ow, config.block_m) * triton.cdiv(filters // groups, config.block_n), groups)
-    sums = parts(triton.cdiv(n * oh * ow, config.block_m))
-    _conv2d_pointer_kernel[grid](
-        x,
+    tiles, groups = triton.cdiv(pixels, config.block_m), geometry.groups
+    sums = parts(tiles) if moments else None
+    _conv2d_pointer_kernel[(tiles * triton.cdiv(filters // groups, config.block_n), groups)](
+        as_map(x),
         matrix,
+        *map(as_map, (residual, mask, y, z)),
         scale,
         shift,
-        residual,
-        mask,
-        y,
-        z,
-        *sums,
-        *[v for triple in strides for v in triple],
-        n,
-        h,
-        w,
-        oh,
-        ow,
-        channels // groups,
+        *((None, None) if sums is None else sums),
+        x.shape[0],
+        *x.shape[2:],
+        *y.shape[2:],
+        depth,
         filters // groups,
-        top,
-        left,
-        *stride,
-        *dilation,
+        geometry.top,
+        geometry.left,
+        *geometry.stride,
+        *geometry.dilation,
         **options,
     )
-    return merge_parts(sums, config.block_m, n * oh * ow) if moments else None
+    return None if sums is None else merge_parts(sums, config.block_m, pixels)
 
 
 def conv2d_forward_reference(
@@ -464,17 +384,13 @@ def conv2d_forward_reference(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     act: str,
     mask: Tensor | None = None,
     mask_act: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """y and z in plain PyTorch."""
-    top, bottom, left, right = padding
-    z = F.conv2d(F.pad(x, [left, right, top, bottom]), weight, None, tuple(stride), 0, tuple(dilation), groups)
+    z = F.conv2d(geometry.padded(x), weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
     if scale is not None:
         z = z * scale.reshape(-1, 1, 1)
     if shift is not None:

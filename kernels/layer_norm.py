@@ -17,7 +17,6 @@ two runs agree bit by bit.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,21 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .choice import run_fastest
-from .dtypes import accumulator, sum_dtype
-from .tuning import interpreting, power_of_two
-from .windows import empty_map, nhwc, spatial_strides
-
-MOST_CHANNELS = 8192  # one program holds them all in registers
-
-
-@triton.jit
-def pixel_offsets(p, H, W, sn, sh, sw, FLAT: tl.constexpr):
-    """Where pixels p = (n*H + i)*W + j of a map begin; FLAT if they all lie `sw` apart."""
-    if FLAT:
-        offsets = p.to(tl.int64) * sw
-    else:
-        offsets = (p // (H * W)).to(tl.int64) * sn + (p // W % H).to(tl.int64) * sh + (p % W).to(tl.int64) * sw
-    return offsets
+from .dtypes import sum_dtype
+from .stream import Stream, channel, load, step_pixels, store, whole
+from .tuning import MOST_NORM_CHANNELS
+from .windows import empty_map, nhwc
 
 
 @triton.jit
@@ -53,162 +41,75 @@ def _normalise(x, wanted, C, EPS: tl.constexpr):
 
 @triton.jit
 def _layer_norm_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    y_sn: tl.int64,
-    y_sh: tl.int64,
-    y_sw: tl.int64,
-    pixels,
-    H,
-    W,
-    C,
-    steps,  # steps: tiles of BM pixels per program
+    x,  # map [N, C, H, W]
+    y,  # map [N, C, H, W]
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    share,
     EPS: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    FLAT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACC: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    c = tl.arange(0, BC)[None, :]
-    wanted = c < C
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + c, mask=wanted, other=0.0).to(ACC)  # [1, BC]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + c, mask=wanted, other=0.0).to(ACC)  # [1, BC]
-    first = tl.program_id(0) * steps * BM
-    for step in range(steps):
-        p = first + step * BM + tl.arange(0, BM)  # [BM]
-        keep = (p < pixels)[:, None] & wanted
-        at = pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None] + c
-        y, _ = _normalise(tl.load(x_ptr + at, mask=keep, other=0.0).to(ACC), wanted, C, EPS)  # [BM, BC]
-        if HAS_WEIGHT:
-            y *= weight
-        if HAS_BIAS:
-            y += bias
-        at = pixel_offsets(p, H, W, y_sn, y_sh, y_sw, FLAT)[:, None] + c
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=keep)
+    """y = xhat * weight + bias; a program normalises its share of the pixels, all channels at once."""
+    c = tl.arange(0, TILE.BC)
+    C = whole(share.C, TILE.VEC)
+    wanted = (c < C)[None, :]
+    if weight_ptr is not None:
+        weight = channel(weight_ptr, c, C, TILE.ACC)
+    if bias_ptr is not None:
+        bias = channel(bias_ptr, c, C, TILE.ACC)
+    for step in range(share.steps):
+        p = step_pixels(share, step, TILE)
+        keep = (p < share.pixels)[:, None] & wanted
+        values, _ = _normalise(load(x, p, c, keep, share, TILE), wanted, C, EPS)  # [BM, BC]
+        if weight_ptr is not None:
+            values *= weight
+        if bias_ptr is not None:
+            values += bias
+        store(y, p, c, keep, values, share, TILE)
 
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    dx_ptr,
-    sums_ptr,  # sums: [programs, 2, C], of dy * xhat and of dy
-    dy_sn: tl.int64,
-    dy_sh: tl.int64,
-    dy_sw: tl.int64,
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,
-    dx_sn: tl.int64,
-    dx_sh: tl.int64,
-    dx_sw: tl.int64,
-    pixels,
-    H,
-    W,
-    C,
-    steps,
+    dy,  # map [N, C, H, W]
+    x,  # map [N, C, H, W]
+    dx,  # map [N, C, H, W]
+    weight_ptr,  # [C] or None
+    sums_ptr,  # [programs, 2, C], of dy * xhat and of dy
+    share,
     EPS: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    FLAT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    c = tl.arange(0, BC)[None, :]
-    wanted = c < C
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + c, mask=wanted, other=0.0).to(ACC)
-    dweight = tl.zeros((BM, BC), ACC)
-    dbias = tl.zeros((BM, BC), ACC)
-    first = tl.program_id(0) * steps * BM
-    for step in range(steps):
-        p = first + step * BM + tl.arange(0, BM)
-        keep = (p < pixels)[:, None] & wanted
-        at = pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None] + c
-        xhat, rstd = _normalise(tl.load(x_ptr + at, mask=keep, other=0.0).to(ACC), wanted, C, EPS)
-        at = pixel_offsets(p, H, W, dy_sn, dy_sh, dy_sw, FLAT)[:, None] + c
-        g = tl.load(dy_ptr + at, mask=keep, other=0.0).to(ACC)
+    """dx = rstd * (g - mean_c(g) - xhat * mean_c(g * xhat)); a program also sums dy * xhat and dy over its pixels."""
+    c = tl.arange(0, TILE.BC)
+    C = whole(share.C, TILE.VEC)
+    wanted = (c < C)[None, :]
+    if weight_ptr is not None:
+        weight = channel(weight_ptr, c, C, TILE.ACC)
+    BM: tl.constexpr = TILE.BM
+    BC: tl.constexpr = TILE.BC
+    dweight = tl.zeros((BM, BC), TILE.ACC)
+    dbias = tl.zeros((BM, BC), TILE.ACC)
+    for step in range(share.steps):
+        p = step_pixels(share, step, TILE)
+        keep = (p < share.pixels)[:, None] & wanted
+        xhat, rstd = _normalise(load(x, p, c, keep, share, TILE), wanted, C, EPS)
+        g = load(dy, p, c, keep, share, TILE)
         dweight += g * xhat
         dbias += g
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             g *= weight
-        dx = rstd * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
-        at = pixel_offsets(p, H, W, dx_sn, dx_sh, dx_sw, FLAT)[:, None] + c
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-    c = tl.arange(0, BC)
+        values = rstd * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
+        store(dx, p, c, keep, values, share, TILE)
     row = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C
     tl.store(row + c, tl.sum(dweight, 0), mask=c < C)
     tl.store(row + C + c, tl.sum(dbias, 0), mask=c < C)
 
 
-@dataclass(frozen=True)
-class Stream:
-    """How programs share the pixels of a map: each takes `steps` tiles of block_m pixels x block_c channels."""
-
-    block_m: int
-    block_c: int
-    steps: int
-    num_warps: int
-
-    @property
-    def share(self) -> int:
-        """Pixels of a program."""
-        return self.block_m * self.steps
-
-    def programs(self, pixels: int) -> int:
-        return -(-pixels // self.share)
-
-
-def stream_config(pixels: int, channels: int, most_channels: int) -> Stream:
-    """The tile of a kernel that streams through a map.
-
-    Sixteen elements per thread: two of them held for sums leave room for as many blocks as hide the memory's latency.
-    About two thousand programs; at most 1024 tiles each, so that a sum has few terms before it is added to others.
-    """
-    block_c = power_of_two(channels, 4, most_channels)
-    num_warps = min(16, max(4, block_c // 512))
-    block_m = max(1, num_warps * 512 // block_c)
-    programs = 2048
-    if interpreting():  # few large programs: a call costs more than its elements
-        block_m, programs = max(1, 16384 // block_c), 2
-    tiles = -(-pixels // block_m) * -(-channels // block_c)
-    return Stream(block_m, block_c, min(1024, -(-tiles // programs)), num_warps)
-
-
-def is_flat(*maps: Tensor | None) -> bool:
-    """Whether in each map the pixels of all images lie equally far apart."""
-    return all(
-        (x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3))
-        and (x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.shape[3] * x.stride(3))
-        for x in maps
-        if x is not None
-    )
-
-
-def count_pixels(x: Tensor, op: str) -> int:
-    """Pixels of a map; programs number them with 32 bits."""
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if pixels >= 2**31 - 2**27:
-        raise ValueError(f"{op}: a map of {pixels} pixels is too large for one launch; use smaller tiles")
-    return pixels
-
-
-def _config(x: Tensor) -> tuple[int, Stream]:
-    channels = x.shape[1]
-    if channels > MOST_CHANNELS:
-        raise ValueError(f"layer_norm: {channels} channels; use at most {MOST_CHANNELS}")
-    pixels = count_pixels(x, "layer_norm")
-    return pixels, stream_config(pixels, channels, MOST_CHANNELS)
+def _stream(*maps: Tensor) -> Stream:
+    channels = maps[0].shape[1]
+    if channels > MOST_NORM_CHANNELS:
+        raise ValueError(f"layer_norm: {channels} channels; use at most {MOST_NORM_CHANNELS}")
+    return Stream("layer_norm", MOST_NORM_CHANNELS, *maps)
 
 
 def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor) -> None:
@@ -218,30 +119,9 @@ def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
         x, y: (N, C, H, W) windows.
         weight, bias: (C,), of any floating dtype.
     """
-    if not x.numel():
-        return
-    pixels, config = _config(x)
-    _layer_norm_kernel[(config.programs(pixels),)](
-        x,
-        weight,
-        bias,
-        y,
-        *spatial_strides(x),
-        *spatial_strides(y),
-        pixels,
-        x.shape[2],
-        x.shape[3],
-        x.shape[1],
-        config.steps,
-        EPS=eps,
-        BM=config.block_m,
-        BC=config.block_c,
-        FLAT=is_flat(x, y),
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        ACC=accumulator(x.dtype),
-        num_warps=config.num_warps,
-    )
+    if x.numel():
+        s = _stream(x, y)
+        _layer_norm_kernel[s.grid](*s.maps, weight, bias, s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps)
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,33 +130,13 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx
     Args:
         dy, x, dx: (N, C, H, W) windows; dx may be dy.
     """
-    channels = x.shape[1]
     if not x.numel():
-        return x.new_zeros(channels, dtype=sum_dtype(x.dtype)), x.new_zeros(channels, dtype=sum_dtype(x.dtype))
-    pixels, config = _config(x)
-    programs = config.programs(pixels)
-    sums = torch.empty(programs, 2, channels, dtype=sum_dtype(x.dtype), device=x.device)
-    _layer_norm_backward_kernel[(programs,)](
-        dy,
-        x,
-        weight,
-        dx,
-        sums,
-        *spatial_strides(dy),
-        *spatial_strides(x),
-        *spatial_strides(dx),
-        pixels,
-        x.shape[2],
-        x.shape[3],
-        channels,
-        config.steps,
-        EPS=eps,
-        BM=config.block_m,
-        BC=config.block_c,
-        FLAT=is_flat(dy, x, dx),
-        HAS_WEIGHT=weight is not None,
-        ACC=accumulator(x.dtype),
-        num_warps=config.num_warps,
+        return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
+    s = _stream(x, dy, dx)
+    sums = s.sums(x, 2)
+    x_map, dy_map, dx_map = s.maps
+    _layer_norm_backward_kernel[s.grid](
+        dy_map, x_map, dx_map, weight, sums, s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps
     )
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 

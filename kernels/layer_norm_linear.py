@@ -21,58 +21,52 @@ from torch.nn import functional as F
 
 from .activations import ACTIVATIONS, activate, activate_reference
 from .choice import run_fastest
-from .conv2d import conv2d_dgrad, conv2d_forward, conv2d_wgrad_
+from .conv2d import conv2d_backward, conv2d_forward
 from .dtypes import accumulator, dot_precision, sum_dtype
-from .layer_norm import count_pixels, is_flat, layer_norm, layer_norm_backward, layer_norm_reference, pixel_offsets
+from .layer_norm import layer_norm, layer_norm_backward, layer_norm_reference
 from .pointwise import act_grad
-from .tuning import Config, forced_config, interpreting, matmul_config, power_of_two
-from .windows import empty_map, nhwc, spatial_strides
+from .stream import as_map, count_pixels, is_flat, pixel_offsets, vector
+from .tuning import linear_columns, linear_config
+from .windows import ConvGeometry, empty_map, nhwc
 
 
 @triton.jit
 def _layer_norm_linear_kernel(
-    x_ptr,
-    ln_weight_ptr,
-    ln_bias_ptr,
-    w_ptr,
-    bias_ptr,
-    y_ptr,  # w: [K, C]
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,
-    y_sn: tl.int64,
-    y_sh: tl.int64,
-    y_sw: tl.int64,
+    x,  # map [N, C, H, W]
+    y,  # map [N, K, H, W]
+    ln_weight_ptr,  # [C] or None
+    ln_bias_ptr,  # [C] or None
+    w_ptr,  # [K, C]
+    bias_ptr,  # [K] or None
     pixels,
     H,
     W,
     C,
     K,
-    columns,  # columns: output channels of a program, a multiple of BN
+    columns,  # output channels of a program, a multiple of BN
     EPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLAT: tl.constexpr,
-    HAS_LN_WEIGHT: tl.constexpr,
-    HAS_LN_BIAS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    VEC: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """y of BM pixels and `columns` filters, BN at a time."""
     p = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM] pixels
     inside = (p < pixels)[:, None]
-    x_rows = x_ptr + pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None]
-    y_rows = y_ptr + pixel_offsets(p, H, W, y_sn, y_sh, y_sw, FLAT)[:, None]
+    x_rows = x.ptr + pixel_offsets(x, p, H, W, FLAT, VEC)[:, None]
+    y_rows = y.ptr + pixel_offsets(y, p, H, W, FLAT, VEC)[:, None]
     mean = tl.zeros((BM,), ACC)
     m2 = tl.zeros((BM,), ACC)
     for c0 in range(0, C, BK):  # blocks of channels merge by Chan's formula
         c = (c0 + tl.arange(0, BK))[None, :]
         n = tl.minimum(C - c0, BK)
-        x = tl.load(x_rows + c, mask=inside & (c < C), other=0.0).to(ACC)  # [BM, BK]
-        part = tl.sum(x, 1) / n
-        centred = tl.where(c < C, x - part[:, None], 0.0)
+        values = tl.load(x_rows + c, mask=inside & (c < C), other=0.0).to(ACC)  # [BM, BK]
+        part = tl.sum(values, 1) / n
+        centred = tl.where(c < C, values - part[:, None], 0.0)
         delta = part - mean
         mean += delta * n / (c0 + n)
         m2 += tl.sum(centred * centred, 1) + delta * delta * (c0 * n) / (c0 + n)
@@ -88,9 +82,9 @@ def _layer_norm_linear_kernel(
             wanted = c < C
             a = tl.load(x_rows + c[None, :], mask=inside & wanted[None, :], other=0.0).to(ACC)
             a = (a - mean) * rstd
-            if HAS_LN_WEIGHT:
+            if ln_weight_ptr is not None:
                 a *= tl.load(ln_weight_ptr + c, mask=wanted, other=0.0).to(ACC)[None, :]
-            if HAS_LN_BIAS:
+            if ln_bias_ptr is not None:
                 a += tl.load(ln_bias_ptr + c, mask=wanted, other=0.0).to(ACC)[None, :]
             w = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & wanted[None, :], other=0.0)
             # Computed values are the right operand: Hopper reads left ones from registers while it multiplies, and
@@ -98,20 +92,9 @@ def _layer_norm_linear_kernel(
             acc = tl.dot(w, a.to(w_ptr.dtype.element_ty).T, acc, input_precision=PRECISION, out_dtype=ACC)
         z = acc.T  # [BM, BN]
         k = k[None, :]
-        if HAS_BIAS:
+        if bias_ptr is not None:
             z += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
-        tl.store(y_rows + k, activate(z, ACT).to(y_ptr.dtype.element_ty), mask=inside & (k < K))
-
-
-def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:
-    """The tile of the product: small enough for two blocks per multiprocessor.
-
-    A block does three things in turn (statistics, products, activations) of which each leaves something idle; the other
-    block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
-    """
-    if interpreting() or forced_config() is not None:
-        return matmul_config(device, dtype, pixels, filters, channels, described=False)
-    return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
+        tl.store(y_rows + k, activate(z, ACT).to(y.ptr.dtype.element_ty), mask=inside & (k < K))
 
 
 def launch_linear_act(
@@ -136,22 +119,17 @@ def launch_linear_act(
         return
     pixels, channels, filters = count_pixels(x, "layer_norm_linear_act"), x.shape[1], y.shape[1]
     config = linear_config(x.device, weight.dtype, pixels, filters, channels)
-    rows, blocks = triton.cdiv(pixels, config.block_m), triton.cdiv(filters, config.block_n)
-    # One program takes all columns, so that statistics are computed once, unless that leaves the chip idle.
-    programs = 1 if interpreting() else 264
-    columns = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, rows))) * config.block_n
+    rows = triton.cdiv(pixels, config.block_m)
+    columns = linear_columns(filters, rows, config.block_n)
     _layer_norm_linear_kernel[(rows, triton.cdiv(filters, columns))](
-        x,
+        as_map(x),
+        as_map(y),
         ln_weight,
         ln_bias,
         weight,
         bias,
-        y,
-        *spatial_strides(x),
-        *spatial_strides(y),
         pixels,
-        x.shape[2],
-        x.shape[3],
+        *x.shape[2:],
         channels,
         filters,
         columns,
@@ -160,9 +138,7 @@ def launch_linear_act(
         BN=config.block_n,
         BK=config.block_k,
         FLAT=is_flat(x, y),
-        HAS_LN_WEIGHT=ln_weight is not None,
-        HAS_LN_BIAS=ln_bias is not None,
-        HAS_BIAS=bias is not None,
+        VEC=vector(x, y),
         ACT=act,
         PRECISION=dot_precision(weight.dtype),
         ACC=accumulator(weight.dtype),
@@ -244,10 +220,10 @@ def layer_norm_linear_act_backward(
     weight: Tensor,
     bias: Tensor | None,
     act: str,
-    dweight: Tensor,
+    dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dln_weight and dln_bias; the gradients of weight and bias are added to the buffers given.
+    """dx, dln_weight and dln_bias; the gradients of weight, and of bias beside it, are added to the buffers given.
 
     Args:
         dy: (N, K, H, W), of weight's dtype.
@@ -255,14 +231,14 @@ def layer_norm_linear_act_backward(
         dweight, dbias: (K, C) and (K,), or None, in float32 (float64 for float64).
         others: as for `layer_norm_linear_act`.
     """
-    n, filters, size = layer_norm(x, ln_weight, ln_bias, eps, weight.dtype), weight[:, :, None, None], x.shape[2:]
-    place = [1, 1], [0, 0, 0, 0], [1, 1], 1
+    n, filters, pixel = layer_norm(x, ln_weight, ln_bias, eps, weight.dtype), weight[:, :, None, None], ConvGeometry()
     if act != "none":
-        z, _ = conv2d_forward(n, filters, None, bias, None, *place, "none", False, [0, 0])
+        z, _ = conv2d_forward(n, filters, None, bias, None, pixel, "none", False, [0, 0])
         dy = act_grad(dy, z, act)
         del z
-    conv2d_wgrad_(dweight[:, :, None, None], dbias, n, dy, None, "none", *place)
-    dn = conv2d_dgrad(dy, filters, None, None, "none", None, None, "none", size, *place)
+    dw = None if dweight is None else dweight[:, :, None, None]
+    dn, _ = conv2d_backward(dy, n, filters, None, "none", pixel, wants_x=True, dw=dw, dshift=dbias)
+    assert dn is not None
     return layer_norm_backward(dn, x, ln_weight, eps)
 
 

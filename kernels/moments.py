@@ -8,8 +8,8 @@ Welford's recurrence, and parts merge by Chan's formula, always in the same orde
 
     delta = mean_b - mean_a,   mean = mean_a + delta * n_b/n,   m2 = m2_a + m2_b + delta^2 * n_a*n_b/n
 
-Parts may be windows of a map (`merge_moments`), or what the tiles of another kernel give of the values that they write
-(`tile_moments`, `merge_parts`).
+Parts may be what programs give of their shares of a map, or what the tiles of another kernel give of the values that
+they write (`tile_moments`, `merge_parts`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,9 @@ from torch import Tensor
 
 from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
-from .layer_norm import Stream, count_pixels, is_flat, pixel_offsets, stream_config
-from .tuning import interpreting, power_of_two
-from .windows import empty_map, nhwc, spatial_strides
-
-MOST_BLOCK_CHANNELS = 128  # 256 bytes of 16-bit channels lie side by side: whole cache lines
-
-Moments = tuple[int, Tensor, Tensor]  # values per channel, their mean, the sum of their squared deviations from it
-
-
-@triton.jit
-def channel(ptr, c, C, ACC: tl.constexpr):
-    """One number per channel, [1, BC]."""
-    return tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
+from .stream import Stream, channel, load, step_pixels, store, whole
+from .tuning import MOST_BLOCK_CHANNELS, merge_blocks
+from .windows import empty_map, nhwc
 
 
 @triton.jit
@@ -49,38 +39,30 @@ def _merge_rows(count, mean, m2):
 
 @triton.jit
 def _moments_kernel(
-    x_ptr,
-    mean_ptr,
-    m2_ptr,  # parts: [programs, C]
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,  # strides of image, row, pixel; channels have stride 1
-    pixels,
-    H,
-    W,
-    C,
-    steps,  # steps: tiles of BM pixels per program
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    FLAT: tl.constexpr,
-    ACC: tl.constexpr,
+    x,  # map [N, C, H, W]
+    mean_ptr,  # [programs, C]
+    m2_ptr,  # [programs, C]
+    share,
+    TILE: tl.constexpr,
 ):
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    first = tl.program_id(0) * steps * BM
-    count = tl.zeros((BM,), ACC)
-    mean = tl.zeros((BM, BC), ACC)
-    m2 = tl.zeros((BM, BC), ACC)
-    for step in range(steps):
-        p = first + step * BM + tl.arange(0, BM)
-        inside = p < pixels
-        at = pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None] + c[None, :]
-        x = tl.load(x_ptr + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(ACC)  # [BM, BC]
-        count += tl.where(inside, 1.0, 0.0).to(ACC)
+    """Mean and m2 of a program's share of the pixels."""
+    c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
+    C = whole(share.C, TILE.VEC)
+    BM: tl.constexpr = TILE.BM
+    BC: tl.constexpr = TILE.BC
+    count = tl.zeros((BM,), TILE.ACC)
+    mean = tl.zeros((BM, BC), TILE.ACC)
+    m2 = tl.zeros((BM, BC), TILE.ACC)
+    for step in range(share.steps):
+        p = step_pixels(share, step, TILE)
+        inside = p < share.pixels
+        values = load(x, p, c, inside[:, None] & (c < C)[None, :], share, TILE)
+        count += tl.where(inside, 1.0, 0.0).to(TILE.ACC)
         # Rows stand at one count until the map ends; from there on nothing changes them.
         weight = tl.where(inside, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
-        before = x - mean
+        before = values - mean
         mean += before * weight
-        m2 += tl.where(inside[:, None], before * (x - mean), 0.0)
+        m2 += tl.where(inside[:, None], before * (values - mean), 0.0)
     mean, m2 = _merge_rows(count, mean, m2)
     at = tl.program_id(0).to(tl.int64) * C + c
     tl.store(mean_ptr + at, mean, mask=c < C)
@@ -89,26 +71,27 @@ def _moments_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_mean_ptr,
-    part_m2_ptr,
-    mean_ptr,
-    m2_ptr,  # [parts, C], [parts, C], [C], [C]
+    part_mean_ptr,  # [parts, C]
+    part_m2_ptr,  # [parts, C]
+    mean_ptr,  # [C]
+    m2_ptr,  # [C]
     parts,
-    segments,
-    share,
+    segments,  # parts of every row of `run` pixels, all of `length` pixels but the last
+    length,
     run,
-    C,  # of every row of `run` pixels all parts but the last are of `share` pixels
+    C,
     BM: tl.constexpr,
     BC: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Mean and m2 of all parts together; a program merges BC channels, BM parts at a time."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     count = tl.zeros((BM,), ACC)
     mean = tl.zeros((BM, BC), ACC)
     m2 = tl.zeros((BM, BC), ACC)
     for first in range(0, parts, BM):
         part = first + tl.arange(0, BM)
-        n = tl.where(part < parts, tl.minimum(share, run - part % segments * share), 0).to(ACC)
+        n = tl.where(part < parts, tl.minimum(length, run - part % segments * length), 0).to(ACC)
         at = part.to(tl.int64)[:, None] * C + c[None, :]
         keep = (part < parts)[:, None] & (c < C)[None, :]
         delta = tl.load(part_mean_ptr + at, mask=keep, other=0.0) - mean
@@ -131,111 +114,66 @@ def tile_moments(y, inside, count, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _moments_backward_kernel(
-    x_ptr,
-    mean_ptr,
-    dmean_ptr,
-    dvar_ptr,
-    addend_ptr,
-    dx_ptr,
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,
-    a_sn: tl.int64,
-    a_sh: tl.int64,
-    a_sw: tl.int64,
-    dx_sn: tl.int64,
-    dx_sh: tl.int64,
-    dx_sw: tl.int64,
+    x,  # map [N, C, H, W]
+    addend,  # map [N, C, H, W] or None
+    dx,  # map [N, C, H, W]
+    mean_ptr,  # [C]
+    dmean_ptr,  # [C] or None
+    dvar_ptr,  # [C]
     count,
-    pixels,
-    H,
-    W,
-    C,
-    steps,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    FLAT: tl.constexpr,
-    HAS_DMEAN: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
-    ACC: tl.constexpr,
+    share,
+    TILE: tl.constexpr,
 ):
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    mean = channel(mean_ptr, c, C, ACC)
-    slope_x = 2 * channel(dvar_ptr, c, C, ACC) / count.to(ACC)
-    shift = channel(dmean_ptr, c, C, ACC) / count.to(ACC) if HAS_DMEAN else tl.zeros((1, BC), ACC)
-    first = tl.program_id(0) * steps * BM
-    for step in range(steps):
-        p = first + step * BM + tl.arange(0, BM)
-        keep = (p < pixels)[:, None] & (c < C)[None, :]
-        at = pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None] + c[None, :]
-        dx = (tl.load(x_ptr + at, mask=keep, other=0.0).to(ACC) - mean) * slope_x + shift
-        if HAS_ADDEND:
-            at = pixel_offsets(p, H, W, a_sn, a_sh, a_sw, FLAT)[:, None] + c[None, :]
-            dx += tl.load(addend_ptr + at, mask=keep, other=0.0).to(ACC)
-        at = pixel_offsets(p, H, W, dx_sn, dx_sh, dx_sw, FLAT)[:, None] + c[None, :]
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-
-
-def share_out(x: Tensor, op: str) -> tuple[int, Stream, tuple[int, int]]:
-    """Pixels, tiles, and the grid: shares of pixels x blocks of channels."""
-    pixels = count_pixels(x, op)
-    config = stream_config(pixels, x.shape[1], MOST_BLOCK_CHANNELS)
-    return pixels, config, (config.programs(pixels), -(-x.shape[1] // config.block_c))
-
-
-def strides_of(like: Tensor, *maps: Tensor | None) -> list[int]:
-    """Strides of image, row and pixel of all maps; of `like` for those that are not there."""
-    return [stride for x in maps for stride in spatial_strides(like if x is None else x)]
+    """dx = dmean / count + 2 (x - mean) dvar / count + addend of a program's share of the pixels."""
+    c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
+    C = whole(share.C, TILE.VEC)
+    mean = channel(mean_ptr, c, C, TILE.ACC)
+    slope_x = 2 * channel(dvar_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
+    if dmean_ptr is not None:
+        shift = channel(dmean_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
+    else:
+        BC: tl.constexpr = TILE.BC
+        shift = tl.zeros((1, BC), TILE.ACC)
+    for step in range(share.steps):
+        p = step_pixels(share, step, TILE)
+        keep = (p < share.pixels)[:, None] & (c < C)[None, :]
+        values = (load(x, p, c, keep, share, TILE) - mean) * slope_x + shift
+        if addend.ptr is not None:
+            values += load(addend, p, c, keep, share, TILE)
+        store(dx, p, c, keep, values, share, TILE)
 
 
 def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2 of an (N, C, H, W) window; see `moments`."""
-    channels, dtype = x.shape[1], sum_dtype(x.dtype)
     if not x.numel():
-        return x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype)
-    pixels, config, grid = share_out(x, "moments")
-    parts = torch.empty(2, grid[0], channels, dtype=dtype, device=x.device)
-    _moments_kernel[grid](
-        x,
-        parts[0],
-        parts[1],
-        *spatial_strides(x),
-        pixels,
-        x.shape[2],
-        x.shape[3],
-        channels,
-        config.steps,
-        BM=config.block_m,
-        BC=config.block_c,
-        FLAT=is_flat(x),
-        ACC=accumulator(x.dtype),
-        num_warps=config.num_warps,
-    )
-    return merge_parts(parts, config.share, pixels)
+        return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
+    s = Stream("moments", MOST_BLOCK_CHANNELS, x)
+    parts = torch.empty(2, s.grid[0], x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
+    _moments_kernel[s.grid](*s.maps, *parts, s.share, TILE=s.tile, num_warps=s.num_warps)
+    return merge_parts(parts, s.length, s.share.pixels)
 
 
-def merge_parts(parts: Tensor, share: int, run: int) -> tuple[Tensor, Tensor]:
+def merge_parts(parts: Tensor, length: int, run: int) -> tuple[Tensor, Tensor]:
     """Mean and m2 of all parts of a map together, always in the same order.
 
     Args:
         parts: (2, parts, C), means and m2 of parts that lie row after row.
-        share: pixels of a part; the last one of a row has the rest.
+        length: pixels of a part; the last one of a row has the rest.
         run: pixels of a row.
     """
     _, count, channels = parts.shape
     mean, m2 = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
-    block = power_of_two(channels, 4, 16384 if interpreting() else 16)  # narrow: more programs for little work
+    rows, block = merge_blocks(count, channels)
     _merge_kernel[(triton.cdiv(channels, block),)](
-        parts[0],
-        parts[1],
+        *parts,
         mean,
         m2,
         count,
-        triton.cdiv(run, share),
-        share,
+        triton.cdiv(run, length),
+        length,
         run,
         channels,
-        BM=power_of_two(count, 1, 128),
+        BM=rows,
         BC=block,
         ACC=accumulator(parts.dtype),
     )
@@ -271,16 +209,6 @@ def moments_of_each(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(m2s)
 
 
-def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of two windows together, by Chan's formula."""
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    count = count_a + count_b
-    if count_a == 0 or count_b == 0:
-        return a if count_b == 0 else b
-    delta = mean_b - mean_a
-    return count, mean_a + delta * (count_b / count), m2_a + m2_b + delta.square() * (count_a * (count_b / count))
-
-
 def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations in plain PyTorch."""
     mean = x.mean((0, 2, 3))
@@ -291,31 +219,9 @@ def launch_moments_backward(
     x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor, count: int, addend: Tensor | None, dx: Tensor
 ) -> None:
     """Write dx = addend + dmean / count + 2 (x - mean) dvar / count; see `moments_backward`."""
-    if not x.numel():
-        return
-    pixels, config, grid = share_out(x, "moments_backward")
-    _moments_backward_kernel[grid](
-        x,
-        mean,
-        dmean,
-        dvar,
-        addend,
-        dx,
-        *strides_of(x, x, addend, dx),
-        count,
-        pixels,
-        x.shape[2],
-        x.shape[3],
-        x.shape[1],
-        config.steps,
-        BM=config.block_m,
-        BC=config.block_c,
-        FLAT=is_flat(x, addend, dx),
-        HAS_DMEAN=dmean is not None,
-        HAS_ADDEND=addend is not None,
-        ACC=accumulator(x.dtype),
-        num_warps=config.num_warps,
-    )
+    if x.numel():
+        s = Stream("moments_backward", MOST_BLOCK_CHANNELS, x, addend, dx)
+        _moments_backward_kernel[s.grid](*s.maps, mean, dmean, dvar, count, s.share, TILE=s.tile, num_warps=s.num_warps)
 
 
 @torch.library.custom_op("gigamorph::moments_backward", mutates_args=())

@@ -23,30 +23,24 @@ from .batch_norm import normalize_act, normalize_act_reference
 from .choice import run_fastest
 from .conv2d import conv2d_forward, conv2d_moments
 from .dtypes import accumulator, dot_precision, sum_dtype
-from .layer_norm import count_pixels, is_flat, pixel_offsets
-from .layer_norm_linear import linear_config
 from .moments import merge_parts, moments_of_each, tile_moments
-from .windows import empty_map, nhwc, spatial_strides
+from .stream import as_map, count_pixels, is_flat, pixel_offsets, vector
+from .tuning import linear_config
+from .windows import ConvGeometry, empty_map, nhwc
 
 
 @triton.jit
 def _normalized_conv1x1_kernel(
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    w_ptr,
-    shift_ptr,
-    y_ptr,  # w: [K, C]
-    part_mean_ptr,
-    part_m2_ptr,  # [tiles, K], of what each tile writes
-    x_sn: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,
-    y_sn: tl.int64,
-    y_sh: tl.int64,
-    y_sw: tl.int64,
+    x,  # map [N, C, H, W]
+    y,  # map [N, K, H, W]
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    w_ptr,  # [K, C]
+    shift_ptr,  # [K] or None
+    part_mean_ptr,  # [tiles, K] or None: of what each tile writes
+    part_m2_ptr,  # [tiles, K] or None
     pixels,
     H,
     W,
@@ -56,18 +50,18 @@ def _normalized_conv1x1_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLAT: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    VEC: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """y of BM pixels and BN filters."""
     blocks = tl.cdiv(K, BN)
     tile = tl.program_id(0) // blocks
     p = tile * BM + tl.arange(0, BM)  # [BM] pixels
     k = tl.program_id(0) % blocks * BN + tl.arange(0, BN)  # [BN] filters
     inside = p < pixels
-    x_rows = x_ptr + pixel_offsets(p, H, W, x_sn, x_sh, x_sw, FLAT)[:, None]
+    x_rows = x.ptr + pixel_offsets(x, p, H, W, FLAT, VEC)[:, None]
     acc = tl.zeros((BN, BM), ACC)
     for c0 in range(0, C, BK):
         c = c0 + tl.arange(0, BK)
@@ -82,14 +76,14 @@ def _normalized_conv1x1_kernel(
         # Computed values are the right operand: Hopper reads left ones from registers while it multiplies, and
         # Triton (3.6, 3.7) may overwrite those too early (triton-lang/triton#9433).
         acc = tl.dot(w, a.to(w_ptr.dtype.element_ty).T, acc, input_precision=PRECISION, out_dtype=ACC)
-    y = acc.T  # [BM, BN]
-    if HAS_SHIFT:
-        y += tl.load(shift_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
-    y = y.to(y_ptr.dtype.element_ty)
-    y_rows = y_ptr + pixel_offsets(p, H, W, y_sn, y_sh, y_sw, FLAT)[:, None]
-    tl.store(y_rows + k[None, :], y, mask=inside[:, None] & (k < K)[None, :])
-    if MOMENTS:
-        part_mean, part_m2 = tile_moments(y.to(ACC), inside, tl.minimum(BM, pixels - tile * BM), ACC)
+    made = acc.T  # [BM, BN]
+    if shift_ptr is not None:
+        made += tl.load(shift_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    made = made.to(y.ptr.dtype.element_ty)
+    y_rows = y.ptr + pixel_offsets(y, p, H, W, FLAT, VEC)[:, None]
+    tl.store(y_rows + k[None, :], made, mask=inside[:, None] & (k < K)[None, :])
+    if part_mean_ptr is not None:
+        part_mean, part_m2 = tile_moments(made.to(ACC), inside, tl.minimum(BM, pixels - tile * BM), ACC)
         at = tile.to(tl.int64) * K + k
         tl.store(part_mean_ptr + at, part_mean, mask=k < K)
         tl.store(part_m2_ptr + at, part_m2, mask=k < K)
@@ -120,38 +114,34 @@ def launch(
         return none, none.clone()
     config = linear_config(x.device, x.dtype, pixels, filters, channels)
     tiles = triton.cdiv(pixels, config.block_m)
-    parts = torch.empty(2, tiles if moments else 0, filters, dtype=sum_dtype(y.dtype), device=y.device)
+    parts = torch.empty(2, tiles, filters, dtype=sum_dtype(y.dtype), device=y.device) if moments else None
     _normalized_conv1x1_kernel[(tiles * triton.cdiv(filters, config.block_n),)](
-        x,
+        as_map(x),
+        as_map(y),
         mean,
         rstd,
         weight,
         bias,
         w,
         shift,
-        y,
-        *parts,
-        *spatial_strides(x),
-        *spatial_strides(y),
+        *((None, None) if parts is None else parts),
         pixels,
-        x.shape[2],
-        x.shape[3],
+        *x.shape[2:],
         channels,
         filters,
         BM=config.block_m,
         BN=config.block_n,
         BK=config.block_k,
         FLAT=is_flat(x, y),
-        HAS_SHIFT=shift is not None,
-        MOMENTS=moments,
+        VEC=vector(x, y),
         ACT=act,
         PRECISION=dot_precision(x.dtype),
         ACC=accumulator(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if not moments:
-        return y.new_empty(0, dtype=parts.dtype), y.new_empty(0, dtype=parts.dtype)
+    if parts is None:
+        return y.new_empty(0, dtype=sum_dtype(y.dtype)), y.new_empty(0, dtype=sum_dtype(y.dtype))
     return merge_parts(parts, config.block_m, pixels)
 
 
@@ -193,10 +183,9 @@ def normalized_conv1x1(
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:
         n = normalize_act(x, mean, rstd, weight, bias, None, act)
-        place = [1, 1], [0, 0, 0, 0], [1, 1], 1
         if moments:
-            return conv2d_moments(n, w, shift, *place, margin)
-        whole, _ = conv2d_forward(n, w, None, shift, None, *place, "none", False, margin)
+            return conv2d_moments(n, w, shift, ConvGeometry(), margin)
+        whole, _ = conv2d_forward(n, w, None, shift, None, ConvGeometry(), "none", False, margin)
         return whole, *(x.new_empty(0, dtype=sum_dtype(x.dtype)) for _ in range(2))
 
     settings = (tuple(w.shape), act, shift is None, moments, *margin)

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,754 +41,418 @@ from torch.nn import functional as F
 from .activations import activate, activate_reference, slope, slope_reference
 from .choice import run_fastest
 from .dtypes import accumulator, dot_precision, sum_dtype
-from .tuning import interpreting, power_of_two
-from .windows import empty_map, nhwc, output_size, spatial_strides
+from .stream import as_map
+from .tuning import StemTile, stem_lines, stem_share, stem_tile
+from .windows import ConvGeometry, empty_map, nhwc, output_size
 
 ACTIVATIONS = ("none", "relu", "relu6")  # those that never decrease
 
 
+class Pixels(NamedTuple):
+    """The image [N, C, H, W]: address, strides of image, channel, row, pixel; sizes; how pixels are normalised."""
+
+    ptr: Tensor
+    sn: int
+    sc: int
+    sh: int
+    sw: int
+    H: int
+    W: int
+    gain: Tensor | None  # [C]
+    offset: Tensor | None  # [C]
+    low: float | None
+    high: float | None
+
+
+class Filters(NamedTuple):
+    """The filters [taps x channels, K], padded to whole tiles, and what follows the product."""
+
+    ptr: Tensor
+    scale: Tensor | None  # [K]
+    shift: Tensor | None  # [K]
+    K: int
+    depth: int  # taps x channels
+    width: int  # filters, padded
+
+
+class Places(NamedTuple):
+    """Rows and columns of conv outputs and of y; where the first windows begin and how far apart they are."""
+
+    OH: int
+    OW: int
+    PH: int
+    PW: int
+    top: int
+    left: int
+    stride_h: int
+    stride_w: int
+    pool_top: int
+    pool_left: int
+
+
+class Form(NamedTuple):
+    """Known when compiled: channels, rows and columns of a filter; pixels, filters and taps of a tile; the rest."""
+
+    C: int
+    R: int
+    S: int
+    BM: int
+    BN: int
+    BK: int
+    POOL: bool
+    ACT: str
+    PRECISION: str
+    ACC: tl.dtype
+
+
 @triton.jit
-def _patches(
-    x_ptr,
-    gain_ptr,
-    offset_ptr,
-    x_sc,
-    x_sh,
-    x_sw,
-    H,
-    W,
-    low,
-    high,
-    row,
-    columns,
-    d,
-    dtype: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def _patches(image, x, row, columns, d, dtype: tl.constexpr, FORM: tl.constexpr):
     """[BM, BK] normalised pixels under taps d = (r * S + s) * C + c of filters that begin at `row` and `columns`."""
-    c, s, r = d % C, d // C % S, d // (C * S)
+    c, s, r = d % FORM.C, d // FORM.C % FORM.S, d // (FORM.C * FORM.S)
     h = row + r  # [BK]
     w = columns[:, None] + s[None, :]  # [BM, BK]
-    hit = ((h >= 0) & (h < H) & (r < R))[None, :] & (w >= 0) & (w < W)
-    taps = h.to(tl.int64) * x_sh + s.to(tl.int64) * x_sw + c.to(tl.int64) * x_sc
-    v = tl.load(x_ptr + (columns.to(tl.int64) * x_sw)[:, None] + taps[None, :], mask=hit, other=0).to(ACC)
-    if HAS_GAIN:
-        v = v * tl.load(gain_ptr + c).to(ACC)[None, :] + tl.load(offset_ptr + c).to(ACC)[None, :]
-    if CLAMPED:
-        v = tl.minimum(tl.maximum(v, low), high)
-    if HAS_GAIN or CLAMPED:
+    hit = ((h >= 0) & (h < x.H) & (r < FORM.R))[None, :] & (w >= 0) & (w < x.W)
+    taps = h.to(tl.int64) * x.sh + s.to(tl.int64) * x.sw + c.to(tl.int64) * x.sc
+    v = tl.load(image + (columns.to(tl.int64) * x.sw)[:, None] + taps[None, :], mask=hit, other=0).to(FORM.ACC)
+    if x.gain is not None:
+        v = v * tl.load(x.gain + c).to(FORM.ACC)[None, :] + tl.load(x.offset + c).to(FORM.ACC)[None, :]
+    if x.low is not None:
+        v = tl.minimum(tl.maximum(v, x.low), x.high)
+    if x.gain is not None or x.low is not None:
         v = tl.where(hit, v, 0.0)
     return v.to(dtype)
 
 
 @triton.jit
-def _conv(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    gain_ptr,
-    offset_ptr,
-    x_sc,
-    x_sh,
-    x_sw,
-    H,
-    W,
-    OH,
-    OW,
-    K,
-    depth,
-    w_sd,
-    low,
-    high,
-    ci,
-    cj,
-    k,
-    top,
-    left,
-    stride_h,
-    stride_w,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def _conv(image, x, w, at, ci, cj, k, FORM: tl.constexpr):
     """[BM, BN] conv(v, w) * scale at conv line ci, columns cj; minus infinity where there is no such output."""
-    acc = tl.zeros((BM, BN), ACC)
-    for b in range(tl.cdiv(depth, BK)):
-        d = b * BK + tl.arange(0, BK)
-        a = _patches(
-            x_ptr,
-            gain_ptr,
-            offset_ptr,
-            x_sc,
-            x_sh,
-            x_sw,
-            H,
-            W,
-            low,
-            high,
-            ci * stride_h - top,
-            cj * stride_w - left,
-            d,
-            w_ptr.dtype.element_ty,
-            C,
-            R,
-            S,
-            HAS_GAIN,
-            CLAMPED,
-            ACC,
-        )
-        w = tl.load(w_ptr + d[:, None] * w_sd + k[None, :])
-        acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
-    return tl.where(((ci >= 0) & (ci < OH) & (cj >= 0) & (cj < OW))[:, None], acc, float("-inf"))
+    BM: tl.constexpr = FORM.BM
+    BN: tl.constexpr = FORM.BN
+    acc = tl.zeros((BM, BN), FORM.ACC)
+    for b in range(tl.cdiv(w.depth, FORM.BK)):
+        d = b * FORM.BK + tl.arange(0, FORM.BK)
+        row, columns = ci * at.stride_h - at.top, cj * at.stride_w - at.left
+        a = _patches(image, x, row, columns, d, w.ptr.dtype.element_ty, FORM)
+        filters = tl.load(w.ptr + d[:, None] * w.width + k[None, :])
+        acc = tl.dot(a, filters, acc, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
+    if w.scale is not None:
+        acc *= tl.load(w.scale + k, mask=k < w.K, other=0.0).to(FORM.ACC)[None, :]
+    return tl.where(((ci >= 0) & (ci < at.OH) & (cj >= 0) & (cj < at.OW))[:, None], acc, float("-inf"))
 
 
 @triton.jit
-def _shifted(z, shift_ptr, k, K, HAS_SHIFT: tl.constexpr, ACC: tl.constexpr):
-    if HAS_SHIFT:
-        z += tl.load(shift_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+def _shifted(z, w, k, FORM: tl.constexpr):
+    if w.shift is not None:
+        z += tl.load(w.shift + k, mask=k < w.K, other=0.0).to(FORM.ACC)[None, :]
     return z
 
 
 @triton.jit
-def _store_row(
-    y_ptr, shift_ptr, y_sh, y_sw, i, j, k, PW, K, z, HAS_SHIFT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr
-):
-    y = activate(_shifted(z, shift_ptr, k, K, HAS_SHIFT, ACC), ACT)
-    pixels = i.to(tl.int64) * y_sh + j.to(tl.int64) * y_sw
-    keep = (j < PW)[:, None] & (k < K)[None, :]
-    tl.store(y_ptr + pixels[:, None] + k[None, :], y.to(y_ptr.dtype.element_ty), mask=keep)
+def _store_row(y, image, w, at, i, j, k, z, FORM: tl.constexpr):
+    """Write act(z + shift) to row i, columns j of an image of y."""
+    ACT: tl.constexpr = FORM.ACT
+    values = activate(_shifted(z, w, k, FORM), ACT)
+    pixels = i.to(tl.int64) * y.sh + j.to(tl.int64) * y.sw
+    keep = (j < at.PW)[:, None] & (k < w.K)[None, :]
+    tl.store(image + pixels[:, None] + k[None, :], values.to(y.ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _stem_forward_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    shift_ptr,
-    gain_ptr,
-    offset_ptr,
-    y_ptr,
-    x_sn: tl.int64,
-    x_sc: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,  # strides of image, channel, row, pixel
-    y_sn: tl.int64,
-    y_sh: tl.int64,
-    y_sw: tl.int64,
-    H,
-    W,
-    OH,
-    OW,
-    PH,
-    PW,
-    K,  # pixels, conv outputs, pixels of y, filters
-    depth,
-    w_sd,  # taps x channels; filters, padded
-    low,
-    high,
-    top,
-    left,
-    stride_h,
-    stride_w,
-    pool_top,
-    pool_left,
-    lines,
-    strips,
-    segments,  # rows of y per program, programs per image and per row
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    POOL: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    x,  # pixels [N, C, H, W]
+    w,  # filters [taps x channels, K]
+    y,  # map [N, K, PH, PW]
+    at,
+    lines,  # rows of y of a program
+    strips,  # programs of an image
+    segments,  # programs of a row
+    FORM: tl.constexpr,
 ):
+    """y in `lines` rows of BM pixels and BN filters."""
+    BM: tl.constexpr = FORM.BM
+    BN: tl.constexpr = FORM.BN
     pid = tl.program_id(0)
-    blocks = tl.cdiv(K, BN)
+    blocks = tl.cdiv(w.K, BN)
     k = (pid % blocks) * BN + tl.arange(0, BN)
     j = (pid // blocks % segments) * BM + tl.arange(0, BM)
     i = pid // blocks // segments % strips * lines
     n = (pid // blocks // segments // strips).to(tl.int64)
-    x_ptr += n * x_sn
-    rows = min(lines, PH - i)
-    y_ptr += n * y_sn
+    image, made = x.ptr + n * x.sn, y.ptr + n * y.sn
+    rows = min(lines, at.PH - i)
 
-    if POOL:
-        best = tl.full((BM, BN), float("-inf"), ACC)
+    if FORM.POOL:
+        best = tl.full((BM, BN), float("-inf"), FORM.ACC)
         # Conv lines 2i, 2i + 1 and 2i + 2 make row i of y, and the last of them is also the first of row i + 1.
         for t in range(2 * rows + 1):
-            line = tl.full((BM, BN), float("-inf"), ACC)
+            line = tl.full((BM, BN), float("-inf"), FORM.ACC)
             for dj in range(3):
-                z = _conv(
-                    x_ptr,
-                    w_ptr,
-                    scale_ptr,
-                    gain_ptr,
-                    offset_ptr,
-                    x_sc,
-                    x_sh,
-                    x_sw,
-                    H,
-                    W,
-                    OH,
-                    OW,
-                    K,
-                    depth,
-                    w_sd,
-                    low,
-                    high,
-                    2 * i - pool_top + t,
-                    2 * j - pool_left + dj,
-                    k,
-                    top,
-                    left,
-                    stride_h,
-                    stride_w,
-                    C,
-                    R,
-                    S,
-                    BM,
-                    BN,
-                    BK,
-                    HAS_GAIN,
-                    CLAMPED,
-                    HAS_SCALE,
-                    PRECISION,
-                    ACC,
-                )
+                z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
                 line = tl.maximum(line, z)
             best = tl.maximum(best, line)
             if t % 2 == 0:
                 if t > 0:
-                    _store_row(y_ptr, shift_ptr, y_sh, y_sw, i + t // 2 - 1, j, k, PW, K, best, HAS_SHIFT, ACT, ACC)
+                    _store_row(y, made, w, at, i + t // 2 - 1, j, k, best, FORM)
                 best = line
     else:
         for t in range(rows):
-            z = _conv(
-                x_ptr,
-                w_ptr,
-                scale_ptr,
-                gain_ptr,
-                offset_ptr,
-                x_sc,
-                x_sh,
-                x_sw,
-                H,
-                W,
-                OH,
-                OW,
-                K,
-                depth,
-                w_sd,
-                low,
-                high,
-                i + t,
-                j,
-                k,
-                top,
-                left,
-                stride_h,
-                stride_w,
-                C,
-                R,
-                S,
-                BM,
-                BN,
-                BK,
-                HAS_GAIN,
-                CLAMPED,
-                HAS_SCALE,
-                PRECISION,
-                ACC,
-            )
-            _store_row(y_ptr, shift_ptr, y_sh, y_sw, i + t, j, k, PW, K, z, HAS_SHIFT, ACT, ACC)
+            _store_row(y, made, w, at, i + t, j, k, _conv(image, x, w, at, i + t, j, k, FORM), FORM)
 
 
 @triton.jit
 def _stem_backward_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    shift_ptr,
-    gain_ptr,
-    offset_ptr,
-    dy_ptr,
-    g_ptr,
-    s_ptr,  # [splits, K, depth] and [splits, K]: partial sums of g^T patches and of g
-    x_sn: tl.int64,
-    x_sc: tl.int64,
-    x_sh: tl.int64,
-    x_sw: tl.int64,  # strides of image, channel, row, pixel
-    dy_sn: tl.int64,
-    dy_sh: tl.int64,
-    dy_sw: tl.int64,
-    H,
-    W,
-    OH,
-    OW,
-    PH,
-    PW,
-    K,  # pixels, conv outputs, pixels of y, filters
-    depth,
-    w_sd,  # taps x channels; filters, padded
-    low,
-    high,
-    top,
-    left,
-    stride_h,
-    stride_w,
-    pool_top,
-    pool_left,
-    tiles,
-    share,
-    segments,  # row segments of y in all, per program and per row
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    POOL: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    x,  # pixels [N, C, H, W]
+    w,  # filters [taps x channels, K]
+    dy,  # map [N, K, PH, PW]
+    g_ptr,  # [splits, K, depth], partial sums of g^T patches
+    s_ptr,  # [splits, K], partial sums of g
+    at,
+    tiles,  # segments of rows of y in all
+    share,  # of one program
+    segments,  # of one row
+    FORM: tl.constexpr,
 ):
-    SPOTS: tl.constexpr = 9 if POOL else 1  # conv outputs that one pixel of y chooses from
-    STEP: tl.constexpr = 2 if POOL else 1
+    """The sums of `share` segments of BM pixels, for BN filters."""
+    BM: tl.constexpr = FORM.BM
+    BN: tl.constexpr = FORM.BN
+    ACT: tl.constexpr = FORM.ACT
+    SPOTS: tl.constexpr = 9 if FORM.POOL else 1  # conv outputs that one pixel of y chooses from
+    STEP: tl.constexpr = 2 if FORM.POOL else 1
     pid = tl.program_id(0)
-    blocks = tl.cdiv(K, BN)
+    blocks = tl.cdiv(w.K, BN)
     k = (pid % blocks) * BN + tl.arange(0, BN)
     split = pid // blocks
 
-    sums = tl.zeros((BN,), ACC)
+    sums = tl.zeros((BN,), FORM.ACC)
     first = split * share
-    row = split.to(tl.int64) * K + k  # [BN] rows of partial sums
+    row = split.to(tl.int64) * w.K + k  # [BN] rows of partial sums
     for tile in range(first, min(first + share, tiles)):
         j = (tile % segments) * BM + tl.arange(0, BM)
-        i = tile // segments % PH
-        n = (tile // segments // PH).to(tl.int64)
-        image = x_ptr + n * x_sn
-        ci, cj = STEP * i - pool_top, STEP * j - pool_left
-        pixels = n * dy_sn + i.to(tl.int64) * dy_sh + j.to(tl.int64) * dy_sw
-        keep = (j < PW)[:, None] & (k < K)[None, :]
-        g = tl.load(dy_ptr + pixels[:, None] + k[None, :], mask=keep, other=0.0).to(ACC)
+        i = tile // segments % at.PH
+        n = (tile // segments // at.PH).to(tl.int64)
+        image = x.ptr + n * x.sn
+        ci, cj = STEP * i - at.pool_top, STEP * j - at.pool_left
+        pixels = n * dy.sn + i.to(tl.int64) * dy.sh + j.to(tl.int64) * dy.sw
+        keep = (j < at.PW)[:, None] & (k < w.K)[None, :]
+        g = tl.load(dy.ptr + pixels[:, None] + k[None, :], mask=keep, other=0.0).to(FORM.ACC)
 
         spot = tl.zeros((BM, BN), tl.int32)
-        if POOL or ACT != "none":
-            best = tl.full((BM, BN), float("-inf"), ACC)
+        if FORM.POOL or ACT != "none":
+            best = tl.full((BM, BN), float("-inf"), FORM.ACC)
             for o in range(SPOTS):
-                z = _conv(
-                    image,
-                    w_ptr,
-                    scale_ptr,
-                    gain_ptr,
-                    offset_ptr,
-                    x_sc,
-                    x_sh,
-                    x_sw,
-                    H,
-                    W,
-                    OH,
-                    OW,
-                    K,
-                    depth,
-                    w_sd,
-                    low,
-                    high,
-                    ci + o // 3,
-                    cj + o % 3,
-                    k,
-                    top,
-                    left,
-                    stride_h,
-                    stride_w,
-                    C,
-                    R,
-                    S,
-                    BM,
-                    BN,
-                    BK,
-                    HAS_GAIN,
-                    CLAMPED,
-                    HAS_SCALE,
-                    PRECISION,
-                    ACC,
-                )
+                z = _conv(image, x, w, at, ci + o // 3, cj + o % 3, k, FORM)
                 spot = tl.where(z > best, o, spot)  # an equal value later does not displace the first
                 best = tl.maximum(best, z)
             if ACT != "none":
-                g *= slope(_shifted(best, shift_ptr, k, K, HAS_SHIFT, ACC), ACT)
+                g *= slope(_shifted(best, w, k, FORM), ACT)
         sums += tl.sum(g, 0)
 
         # The products wait in memory (in L2, in fact) between tiles: with those of 147 taps registers would run out.
-        for b in range(tl.cdiv(depth, BK)):
-            d = b * BK + tl.arange(0, BK)
-            at = row[:, None] * depth + d[None, :]
-            owned = (k < K)[:, None] & (d < depth)[None, :]
-            products = tl.load(g_ptr + at, mask=owned & (tile > first), other=0.0)
+        for b in range(tl.cdiv(w.depth, FORM.BK)):
+            d = b * FORM.BK + tl.arange(0, FORM.BK)
+            to = g_ptr + row[:, None] * w.depth + d[None, :]
+            owned = (k < w.K)[:, None] & (d < w.depth)[None, :]
+            products = tl.load(to, mask=owned & (tile > first), other=0.0)
             for o in range(SPOTS):
-                here = tl.where(spot == o, g, 0.0).to(w_ptr.dtype.element_ty)
-                v = _patches(
-                    image,
-                    gain_ptr,
-                    offset_ptr,
-                    x_sc,
-                    x_sh,
-                    x_sw,
-                    H,
-                    W,
-                    low,
-                    high,
-                    (ci + o // 3) * stride_h - top,
-                    (cj + o % 3) * stride_w - left,
-                    d,
-                    w_ptr.dtype.element_ty,
-                    C,
-                    R,
-                    S,
-                    HAS_GAIN,
-                    CLAMPED,
-                    ACC,
-                )
-                products = tl.dot(here.T, v, products, input_precision=PRECISION, out_dtype=ACC)
-            tl.store(g_ptr + at, products, mask=owned)
+                here = tl.where(spot == o, g, 0.0).to(w.ptr.dtype.element_ty)
+                line, columns = (ci + o // 3) * at.stride_h - at.top, (cj + o % 3) * at.stride_w - at.left
+                v = _patches(image, x, line, columns, d, w.ptr.dtype.element_ty, FORM)
+                products = tl.dot(here.T, v, products, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
+            tl.store(to, products, mask=owned)
 
-    tl.store(s_ptr + row, sums, mask=k < K)
+    tl.store(s_ptr + row, sums, mask=k < w.K)
 
 
-def stem_size(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], pool_padding: Sequence[int] | None
-) -> tuple[int, int, int, int]:
-    """Rows and columns of conv outputs, and of y."""
-    top, bottom, left, right = padding
-    oh = output_size(x.shape[2], weight.shape[2], stride[0], 1, top, bottom)
-    ow = output_size(x.shape[3], weight.shape[3], stride[1], 1, left, right)
-    if pool_padding is None:
-        return oh, ow, oh, ow
-    top, bottom, left, right = pool_padding
-    return oh, ow, output_size(oh, 3, 2, 1, top, bottom), output_size(ow, 3, 2, 1, left, right)
+@dataclass(frozen=True, eq=False)
+class Stem:
+    """One stem and the pixels it is applied to.
 
-
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    act: str,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    padding: Sequence[int],
-    pool_padding: Sequence[int] | None,
-) -> Tensor:
-    """The image as kernels read it; ValueError for what they cannot do."""
-    if act not in ACTIVATIONS:
-        raise ValueError(
-            f"stem: activation {act!r} may decrease, so it cannot follow the pooling; use one of {ACTIVATIONS}"
-        )
-    if (gain is None) != (offset is None):
-        raise ValueError("stem: gain without offset, or offset without gain; give both or neither")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"stem: {x.shape[1]} channels of pixels, filters for {weight.shape[1]}; give as many")
-    if min(padding) < 0 or (pool_padding is not None and not 0 <= min(pool_padding) <= max(pool_padding) <= 1):
-        raise ValueError(f"stem: padding {padding}, pool_padding {pool_padding}; give sizes, for the pooling 0 or 1")
-    return x.view(torch.uint16) if x.dtype == torch.int16 else x  # PyTorch's older name for the same bits
-
-
-def _options(
-    x: Tensor,
-    weight: Tensor,
-    act: str,
-    gain: Tensor | None,
-    low: float,
-    high: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    pooled: bool,
-) -> dict[str, object]:
-    return {
-        "C": x.shape[1],
-        "R": weight.shape[2],
-        "S": weight.shape[3],
-        "HAS_GAIN": gain is not None,
-        "CLAMPED": low > -math.inf or high < math.inf,
-        "HAS_SCALE": scale is not None,
-        "HAS_SHIFT": shift is not None,
-        "POOL": pooled,
-        "ACT": act,
-        "PRECISION": dot_precision(weight.dtype),
-        "ACC": accumulator(weight.dtype),
-    }
-
-
-def _tile(weight: Tensor, width: int) -> dict[str, int]:
-    """Pixels, filters and taps of a tile, as large as maxima, places and sums fit in registers without spilling."""
-    filters, depth = weight.shape[0], weight[0].numel()
-    if interpreting():  # few large programs: a call costs more than its elements
-        return {
-            "BM": power_of_two(width, 16, 128),
-            "BN": power_of_two(filters, 16, 128),
-            "BK": power_of_two(depth, 16, 64),
-        }
-    side = 64 if weight.dtype.itemsize <= 2 else 32
-    blocks = {"BM": side, "BN": power_of_two(filters, 16, side), "BK": power_of_two(depth, 16, 32)}
-    # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
-    # (triton-lang/triton#9433). Told no limit, the assembler spills a few registers to fit two programs per processor.
-    return {**blocks, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """[taps x channels, K]"""
-    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
-
-
-def _padded(matrix: Tensor, tile: dict[str, int]) -> Tensor:
-    """`matrix` with zeros up to whole tiles, so that it is read in long words and without masks."""
-    depth, filters = matrix.shape
-    return F.pad(matrix, [0, -filters % tile["BN"], 0, -depth % tile["BK"]]).contiguous()
-
-
-def stem_forward(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    act: str,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    low: float = -math.inf,
-    high: float = math.inf,
-    pool_padding: Sequence[int] | None = None,
-) -> None:
-    """Write y; see the formula above.
-
-    Args:
+    Attributes:
         x: (N, C, H, W) pixels with any strides: uint8, uint16 (also as the bits of int16) or floating point.
         weight: (K, C, R, S), in the dtype to compute in.
-        y: (N, K, PH, PW) window to be written.
-        padding: (top, bottom, left, right) rows and columns of zeros around the normalised pixels.
-        scale, shift: (K,).
+        scale, shift: (K,), or None.
         gain, offset: (C,) floating point, or neither.
-        pool_padding: likewise for the pooling, each 0 or 1; None for no pooling.
+        low, high: between them normalised pixels are clamped.
+        geometry: of the convolution, padded with zeros after normalisation.
+        pool_padding: (top, bottom, left, right) of the pooling, each 0 or 1; None for no pooling.
+
+    Raises:
+        ValueError: for what the kernels cannot do.
     """
-    x = _checked(x, weight, act, gain, offset, padding, pool_padding)
-    oh, ow, ph, pw = stem_size(x, weight, stride, padding, pool_padding)
-    n, filters = x.shape[0], weight.shape[0]
-    if y.shape != (n, filters, ph, pw) or (y.stride(1) != 1 and filters > 1):
-        raise ValueError(
-            f"stem: y is {tuple(y.shape)}, {y.stride()}; give a channels-last map of {(n, filters, ph, pw)}"
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    gain: Tensor | None
+    offset: Tensor | None
+    low: float
+    high: float
+    geometry: ConvGeometry
+    pool_padding: Sequence[int] | None
+    act: str
+
+    def __post_init__(self) -> None:
+        channels, wanted, pool = self.x.shape[1], self.weight.shape[1], self.pool_padding
+        if self.act not in ACTIVATIONS:
+            raise ValueError(
+                f"stem: activation {self.act!r} may decrease, so it cannot follow the pooling; use one of {ACTIVATIONS}"
+            )
+        if (self.gain is None) != (self.offset is None):
+            raise ValueError("stem: gain without offset, or offset without gain; give both or neither")
+        if channels != wanted:
+            raise ValueError(f"stem: {channels} channels of pixels, filters for {wanted}; give as many")
+        if min(self.geometry.padding) < 0 or (pool is not None and not 0 <= min(pool) <= max(pool) <= 1):
+            raise ValueError(
+                f"stem: padding {self.geometry.padding}, pool_padding {pool}; give sizes, for the pooling 0 or 1"
+            )
+
+    @property
+    def pixels(self) -> Tensor:
+        """x; int16 is PyTorch's older name for the bits of uint16."""
+        return self.x.view(torch.uint16) if self.x.dtype == torch.int16 else self.x
+
+    @property
+    def clamps(self) -> bool:
+        return self.low > -math.inf or self.high < math.inf
+
+    @property
+    def conv_size(self) -> tuple[int, int]:
+        """Rows and columns of conv outputs."""
+        return self.geometry.output(self.x, self.weight.shape[2:])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of y."""
+        oh, ow = self.conv_size
+        if self.pool_padding is not None:
+            top, bottom, left, right = self.pool_padding
+            oh, ow = output_size(oh, 3, 2, 1, top, bottom), output_size(ow, 3, 2, 1, left, right)
+        return self.x.shape[0], self.weight.shape[0], oh, ow
+
+    @property
+    def matrix(self) -> Tensor:
+        """The filters as [taps x channels, K]."""
+        return self.weight.permute(2, 3, 1, 0).reshape(-1, self.weight.shape[0])
+
+    @property
+    def settings(self) -> tuple:
+        """What the time depends on besides the pixels."""
+        named = ("scale", self.scale), ("shift", self.shift), ("gain", self.gain), ("offset", self.offset)
+        given = [name for name, t in named if t is not None]
+        kind = tuple(self.weight.shape), str(self.weight.dtype), *given, self.low, self.high
+        return (*kind, *self.geometry.stride, *self.geometry.padding, *(self.pool_padding or ()), self.act)
+
+    def check_map(self, name: str, y: Tensor) -> None:
+        if y.shape != self.shape or (y.stride(1) != 1 and y.shape[1] > 1):
+            raise ValueError(
+                f"stem: {name} is {tuple(y.shape)}, {y.stride()}; give a channels-last map of {self.shape}"
+            )
+
+    def arguments(self, tile: StemTile) -> tuple[Pixels, Filters, Places, Form]:
+        """What both kernels take."""
+        x, matrix, (k, c, r, s) = self.pixels, self.matrix, self.weight.shape
+        depth = matrix.shape[0]
+        # Zeros up to whole tiles: filters are read in long words and without masks.
+        padded = F.pad(matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
+        bounds = (float(self.low), float(self.high)) if self.clamps else (None, None)
+        top, _, left, _ = self.pool_padding or (0, 0, 0, 0)
+        geometry, kind = self.geometry, self.weight.dtype
+        return (
+            Pixels(x, *x.stride(), *x.shape[2:], self.gain, self.offset, *bounds),
+            Filters(padded, self.scale, self.shift, k, depth, padded.shape[1]),
+            Places(*self.conv_size, *self.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left),
+            Form(
+                *(c, r, s, tile.pixels, tile.filters, tile.taps),
+                *(self.pool_padding is not None, self.act, dot_precision(kind), accumulator(kind)),
+            ),
         )
+
+
+def stem_forward(stem: Stem, y: Tensor) -> None:
+    """Write y, an (N, K, PH, PW) window; see the formula above."""
+    stem.check_map("y", y)
     if not y.numel():
         return
-    tile = _tile(weight, pw)
-    segments, blocks = triton.cdiv(pw, tile["BM"]), triton.cdiv(filters, tile["BN"])
-    # Long strips share more conv lines, short ones give every processor work.
-    lines = max(1, min(8, n * ph * segments * blocks // 2048)) if not interpreting() else min(ph, 64)
-    strips = triton.cdiv(ph, lines)
-    matrix = _padded(_matrix(weight), tile)
-    pool_top, _, pool_left, _ = pool_padding or (0, 0, 0, 0)
+    n, filters, rows, width = y.shape
+    tile = stem_tile(stem.weight, width)
+    segments, blocks = triton.cdiv(width, tile.pixels), triton.cdiv(filters, tile.filters)
+    lines = stem_lines(rows, n * rows * segments * blocks)
+    strips = triton.cdiv(rows, lines)
+    x, w, at, form = stem.arguments(tile)
     _stem_forward_kernel[(n * strips * segments * blocks,)](
-        x,
-        matrix,
-        scale,
-        shift,
-        gain,
-        offset,
-        y,
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
-        x.stride(3),
-        *spatial_strides(y),
-        x.shape[2],
-        x.shape[3],
-        oh,
-        ow,
-        ph,
-        pw,
-        filters,
-        weight[0].numel(),
-        matrix.shape[1],
-        float(low),
-        float(high),
-        padding[0],
-        padding[2],
-        *stride,
-        pool_top,
-        pool_left,
-        lines,
-        strips,
-        segments,
-        **_options(x, weight, act, gain, low, high, scale, shift, pool_padding is not None),
-        **tile,
+        x, w, as_map(y), at, lines, strips, segments, FORM=form, **tile.options
     )
 
 
 def stem_backward(
-    x: Tensor,
-    weight: Tensor,
-    dy: Tensor,
-    dweight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    act: str,
-    *,
-    dshift: Tensor | None = None,
-    dscale: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    low: float = -math.inf,
-    high: float = math.inf,
-    pool_padding: Sequence[int] | None = None,
+    stem: Stem, dy: Tensor, dweight: Tensor, *, dscale: Tensor | None = None, dshift: Tensor | None = None
 ) -> None:
-    """Add the gradients of weight, shift and scale to the buffers given.
+    """Add the gradients of weight, scale and shift to the buffers given.
 
     Args:
         dy: (N, K, PH, PW) window in the dtype of weight, the gradient of y.
-        dweight, dshift, dscale: (K, C, R, S), (K,) and (K,), in float32 (float64 for weights in float64).
-        others: as for `stem_forward`.
+        dweight, dscale, dshift: (K, C, R, S), (K,) and (K,), in float32 (float64 for weights in float64).
     """
-    x = _checked(x, weight, act, gain, offset, padding, pool_padding)
-    oh, ow, ph, pw = stem_size(x, weight, stride, padding, pool_padding)
-    n, filters = x.shape[0], weight.shape[0]
-    if dy.shape != (n, filters, ph, pw) or (dy.stride(1) != 1 and filters > 1):
-        raise ValueError(
-            f"stem: dy is {tuple(dy.shape)}, {dy.stride()}; give a channels-last map of {(n, filters, ph, pw)}"
-        )
+    stem.check_map("dy", dy)
     if not dy.numel():
         return
-    tile = _tile(weight, pw)
-    segments, blocks = triton.cdiv(pw, tile["BM"]), triton.cdiv(filters, tile["BN"])
-    tiles = n * ph * segments
-    share = triton.cdiv(tiles, 4 if interpreting() else 1024)  # some 20 MB of partial sums at most
+    n, filters, rows, width = dy.shape
+    tile = stem_tile(stem.weight, width)
+    segments, blocks = triton.cdiv(width, tile.pixels), triton.cdiv(filters, tile.filters)
+    tiles = n * rows * segments
+    share = stem_share(tiles)
     splits = triton.cdiv(tiles, share)
-    matrix = _padded(_matrix(weight), tile)
-    sums = torch.empty(splits, filters, weight[0].numel(), dtype=dweight.dtype, device=x.device)
-    shifts = torch.empty(splits, filters, dtype=dweight.dtype, device=x.device)
-    pool_top, _, pool_left, _ = pool_padding or (0, 0, 0, 0)
+    x, w, at, form = stem.arguments(tile)
+    sums = torch.empty(splits, filters, w.depth, dtype=dweight.dtype, device=x.ptr.device)
+    shifts = torch.empty(splits, filters, dtype=dweight.dtype, device=x.ptr.device)
     _stem_backward_kernel[(splits * blocks,)](
-        x,
-        matrix,
-        scale,
-        shift,
-        gain,
-        offset,
-        dy,
-        sums,
-        shifts,
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
-        x.stride(3),
-        *spatial_strides(dy),
-        x.shape[2],
-        x.shape[3],
-        oh,
-        ow,
-        ph,
-        pw,
-        filters,
-        weight[0].numel(),
-        matrix.shape[1],
-        float(low),
-        float(high),
-        padding[0],
-        padding[2],
-        *stride,
-        pool_top,
-        pool_left,
-        tiles,
-        share,
-        segments,
-        **_options(x, weight, act, gain, low, high, scale, shift, pool_padding is not None),
-        **tile,
+        x, w, as_map(dy), sums, shifts, at, tiles, share, segments, FORM=form, **tile.options
     )
     total = sums.sum(0)
     if dshift is not None:
         dshift += shifts.sum(0)
     if dscale is not None:
-        dscale += (_matrix(weight).T.to(total.dtype) * total).sum(1)
-    if scale is not None:
-        total *= scale.to(total.dtype)[:, None]
-    k, c, r, s = weight.shape
+        dscale += (stem.matrix.T.to(total.dtype) * total).sum(1)
+    if stem.scale is not None:
+        total *= stem.scale.to(total.dtype)[:, None]
+    k, c, r, s = stem.weight.shape
     dweight += total.reshape(k, r, s, c).permute(0, 3, 1, 2)
 
 
-def stem_reference(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    low: float,
-    high: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    pool_padding: Sequence[int] | None,
-    act: str,
-) -> Tensor:
-    """y in plain PyTorch: normalised in float32 or better, the rest in the dtype of weight."""
-    z = F.conv2d(_normalised(x, weight, gain, offset, low, high, padding), weight, None, tuple(stride))
-    if scale is not None:
-        z = z * scale.reshape(-1, 1, 1)
-    if shift is not None:
-        z = z + shift.reshape(-1, 1, 1)
-    y = activate_reference(z, act)
-    if pool_padding is None:
-        return y
-    top, bottom, left, right = pool_padding
-    return F.max_pool2d(F.pad(y, [left, right, top, bottom], value=-math.inf), 3, 2)
-
-
-def _normalised(
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    low: float,
-    high: float,
-    padding: Sequence[int],
-) -> Tensor:
+def _normalised(stem: Stem) -> Tensor:
     """The padded window of values that the convolution reads."""
-    if x.dtype == torch.int16:
-        x = x.view(torch.uint16)
-    v = x.to(torch.promote_types(weight.dtype, torch.float32))
-    if gain is not None and offset is not None:
-        v = v * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)
-    if low > -math.inf or high < math.inf:
-        v = v.clamp(low, high)
-    top, bottom, left, right = padding
-    return F.pad(v.to(weight.dtype), [left, right, top, bottom])
+    v = stem.pixels.to(torch.promote_types(stem.weight.dtype, torch.float32))
+    if stem.gain is not None and stem.offset is not None:
+        v = v * stem.gain.reshape(-1, 1, 1) + stem.offset.reshape(-1, 1, 1)
+    if stem.clamps:
+        v = v.clamp(stem.low, stem.high)
+    return stem.geometry.padded(v.to(stem.weight.dtype))
+
+
+def _activated(stem: Stem, v: Tensor) -> Tensor:
+    """act(conv(v, w) * scale + shift) of normalised values."""
+    z = F.conv2d(v, stem.weight, None, stem.geometry.stride)
+    if stem.scale is not None:
+        z = z * stem.scale.reshape(-1, 1, 1)
+    if stem.shift is not None:
+        z = z + stem.shift.reshape(-1, 1, 1)
+    return activate_reference(z, stem.act)
+
+
+def _pool_padded(stem: Stem, y: Tensor) -> Tensor:
+    top, bottom, left, right = stem.pool_padding or (0, 0, 0, 0)
+    return F.pad(y, [left, right, top, bottom], value=-math.inf)
+
+
+def stem_reference(stem: Stem) -> Tensor:
+    """y in plain PyTorch: normalised in float32 or better, the rest in the dtype of weight."""
+    y = _activated(stem, _normalised(stem))
+    return y if stem.pool_padding is None else F.max_pool2d(_pool_padded(stem, y), 3, 2)
+
+
+def _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act) -> Stem:
+    """The arguments of the registered ops as one."""
+    return Stem(x, weight, scale, shift, gain, offset, low, high, ConvGeometry(*geometry), pool_padding, act)
 
 
 @torch.library.custom_op("gigamorph::stem", mutates_args=())
@@ -799,48 +465,25 @@ def stem(
     offset: Tensor | None,
     low: float,
     high: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
+    geometry: Sequence[int],
     pool_padding: Sequence[int] | None,
     act: str,
 ) -> Tensor:
-    """The fused stem; see `stem_forward`. Differentiable in weight, scale and shift."""
-    inputs = x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act
+    """y of a `Stem`. Differentiable in weight, scale and shift."""
+    given = _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act)
 
     def ours() -> Tensor:
-        y = _stem_fake(*inputs)
-        stem_forward(
-            x,
-            weight,
-            y,
-            stride,
-            padding,
-            act,
-            scale=scale,
-            shift=shift,
-            gain=gain,
-            offset=offset,
-            low=low,
-            high=high,
-            pool_padding=pool_padding,
-        )
+        y = empty_map(*given.shape, like=weight)
+        stem_forward(given, y)
         return y
 
-    return run_fastest("stem", x, _settings(*inputs), ours, lambda: nhwc(stem_reference(*inputs)))
-
-
-def _settings(x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act) -> tuple:
-    """What the time depends on besides the pixels."""
-    given = [
-        name for name, t in (("scale", scale), ("shift", shift), ("gain", gain), ("offset", offset)) if t is not None
-    ]
-    return (tuple(weight.shape), str(weight.dtype), *given, low, high, *stride, *padding, *(pool_padding or ()), act)
+    return run_fastest("stem", x, given.settings, ours, lambda: nhwc(stem_reference(given)))
 
 
 @stem.register_fake
-def _stem_fake(x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act) -> Tensor:
-    _, _, ph, pw = stem_size(x, weight, stride, padding, pool_padding)
-    return empty_map(x.shape[0], weight.shape[0], ph, pw, like=weight)
+def _(*arguments) -> Tensor:
+    given = _given(*arguments)
+    return empty_map(*given.shape, like=given.weight)
 
 
 @torch.library.custom_op("gigamorph::stem_gradients", mutates_args=())
@@ -854,80 +497,54 @@ def stem_gradients(
     offset: Tensor | None,
     low: float,
     high: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
+    geometry: Sequence[int],
     pool_padding: Sequence[int] | None,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight, scale and shift, in float32 or float64; see `stem_backward`."""
-    inputs = x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act
+    given = _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act)
     dy = dy.contiguous(memory_format=torch.channels_last)
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
-        wide = sum_dtype(weight.dtype)
-        dweight, dscale, dshift = (
-            torch.zeros(s, dtype=wide, device=x.device) for s in (weight.shape, *2 * [weight.shape[:1]])
-        )
-        stem_backward(
-            x,
-            weight,
-            dy,
-            dweight,
-            stride,
-            padding,
-            act,
-            dshift=dshift,
-            dscale=dscale,
-            scale=scale,
-            shift=shift,
-            gain=gain,
-            offset=offset,
-            low=low,
-            high=high,
-            pool_padding=pool_padding,
-        )
+        dweight, dscale, dshift = (t.zero_() for t in _buffers(weight))
+        stem_backward(given, dy, dweight, dscale=dscale, dshift=dshift)
         return dweight, dscale, dshift
 
-    return run_fastest("stem_gradients", x, _settings(*inputs), ours, lambda: _gradients_stock(dy, *inputs))
+    return run_fastest("stem_gradients", x, given.settings, ours, lambda: _gradients_stock(given, dy))
 
 
-def _gradients_stock(
-    dy, x, weight, scale, shift, gain, offset, low, high, stride, padding, pool_padding, act
-) -> tuple[Tensor, Tensor, Tensor]:
+def _buffers(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide, filters = sum_dtype(weight.dtype), weight.shape[0]
+    dweight = torch.empty(weight.shape, dtype=wide, device=weight.device)
+    return dweight, dweight.new_empty(filters), dweight.new_empty(filters)
+
+
+def _gradients_stock(stem: Stem, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with PyTorch's own ops, what they need computed again."""
-    wide, aten = sum_dtype(weight.dtype), torch.ops.aten
-    v = _normalised(x, weight, gain, offset, low, high, padding)
-    z = F.conv2d(v, weight, None, tuple(stride))
-    if scale is not None:
-        z = z * scale.reshape(-1, 1, 1)
-    if shift is not None:
-        z = z + shift.reshape(-1, 1, 1)
-    y = activate_reference(z, act)
-    if pool_padding is not None:
-        top, bottom, left, right = pool_padding
-        padded = F.pad(y, [left, right, top, bottom], value=-math.inf)
-        place = [3, 3], [2, 2], [0, 0], [1, 1], False
-        _, indices = aten.max_pool2d_with_indices(padded, *place)
-        dy = aten.max_pool2d_with_indices_backward(dy, padded, *place, indices)
+    wide, aten = sum_dtype(stem.weight.dtype), torch.ops.aten
+    v = _normalised(stem)
+    y = _activated(stem, v)
+    if stem.pool_padding is not None:
+        padded = _pool_padded(stem, y)
+        window = [3, 3], [2, 2], [0, 0], [1, 1], False
+        _, indices = aten.max_pool2d_with_indices(padded, *window)
+        dy = aten.max_pool2d_with_indices_backward(dy, padded, *window, indices)
+        top, _, left, _ = stem.pool_padding
         dy = dy[:, :, top : top + y.shape[2], left : left + y.shape[3]]
-    dz = dy * slope_reference(y, act)
+    dz = dy * slope_reference(y, stem.act)
     dshift = dz.sum((0, 2, 3), dtype=wide)
-    dweight = aten.convolution_backward(
-        dz, v, weight, None, list(stride), [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
-    )[1].to(wide)
-    dscale = (dweight * weight).sum((1, 2, 3))
-    if scale is not None:
-        dweight = dweight * scale.to(wide).reshape(-1, 1, 1, 1)
+    stride, mask = list(stem.geometry.stride), [False, True, False]
+    dweight = aten.convolution_backward(dz, v, stem.weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, mask)[1]
+    dweight = dweight.to(wide)
+    dscale = (dweight * stem.weight).sum((1, 2, 3))
+    if stem.scale is not None:
+        dweight = dweight * stem.scale.to(wide).reshape(-1, 1, 1, 1)
     return dweight, dscale, dshift
 
 
 @stem_gradients.register_fake
-def _stem_gradients_fake(dy, x, weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    dweight, dscale, dshift = (
-        torch.empty(s, dtype=wide, device=x.device) for s in (weight.shape, *2 * [weight.shape[:1]])
-    )
-    return dweight, dscale, dshift
+def _(dy, x, weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    return _buffers(weight)
 
 
 def _save(ctx, inputs, output) -> None:

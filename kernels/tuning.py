@@ -1,15 +1,19 @@
-"""Configurations of kernels, computed from shape, dtype and chip, and what overrides them."""
+"""How every kernel is launched: tiles, warps, stages and splits, computed from shape, dtype and chip."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
+
+from .activations import MASKS
+from .dtypes import dot_precision
 
 # Most dynamic shared memory a block may have, bytes.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
@@ -114,7 +118,7 @@ def matmul_config(
     """
     config = forced_config()
     if config is not None:
-        return config if described or config.form == "pointer" else _as_pointer(config)
+        return config if described else replace(config, form="pointer")
     if interpreting():  # few large programs: a call costs more than its elements
         return Config(
             "descriptor" if described else "pointer",
@@ -152,5 +156,288 @@ def _pointer_config(
     return Config("pointer", block_m, block_n, block_k, num_warps, min(4, (shared_limit(device) - 3072) // stage))
 
 
-def _as_pointer(config: Config) -> Config:
-    return Config("pointer", config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages)
+def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:
+    """The tile of a 1x1 product that normalises its input: small enough for two blocks per multiprocessor.
+
+    A block does three things in turn (statistics, products, activations) of which each leaves something idle; the other
+    block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
+    """
+    if interpreting() or forced_config() is not None:
+        return matmul_config(device, dtype, pixels, filters, channels, described=False)
+    return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
+
+
+def linear_columns(filters: int, rows: int, block_n: int) -> int:
+    """Output channels of one program of a layer norm's linear layer, a multiple of block_n; `rows` blocks of pixels.
+
+    One program takes all of them, so that statistics are computed once, unless that leaves the chip idle.
+    """
+    blocks = triton.cdiv(filters, block_n)
+    programs = 1 if interpreting() else 2 * PROCESSORS
+    return triton.cdiv(blocks, min(blocks, triton.cdiv(programs, rows))) * block_n
+
+
+def conv_conv1x1_config(x: Tensor, run: int, channels_mid: int, channels_out: int, residual: bool) -> Config:
+    """The map in the middle takes block_m x M accumulators and half as many registers again; the rest is for block_n.
+
+    Args:
+        x: the input, (N, C, H, W).
+        run: output pixels of a row.
+    """
+    config = forced_config()
+    if config is not None:
+        return config
+    depth, itemsize = x.shape[1], x.dtype.itemsize
+    if interpreting():  # few large programs: a call costs more than its elements
+        blocks = power_of_two(run, 16, 256), power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
+        return Config("descriptor", *blocks)
+    block_m = 64 if itemsize > 2 or channels_mid > 128 else 128
+    block_n = power_of_two(channels_out, 16, 64 if itemsize <= 2 else 32)
+    block_k = power_of_two(depth, 16, 128 // itemsize)
+    stage = (block_m + channels_mid) * block_k * itemsize
+    tail = (channels_mid * block_n + block_m * (channels_mid + block_n * (3 if residual else 1))) * itemsize
+    num_stages = max(2, min(4, (shared_limit(x.device) - tail - 2048) // stage))
+    return Config("descriptor", block_m, block_n, block_k, 8 if block_m * channels_mid > 64 * 64 else 4, num_stages)
+
+
+def most_mid_channels(dtype: torch.dtype) -> int:
+    """Channels of the map in the middle of `conv_conv1x1` that fit in registers."""
+    return 256 if dtype.itemsize <= 2 or interpreting() else 128
+
+
+# -- weight gradient ----------------------------------------------------------------------------------------------
+
+# Output pixels that one split sums at most.
+SPLIT_PIXELS = 65_536
+# Multiprocessors that programs are counted for, on every chip, so that results do not depend on it.
+PROCESSORS = 132
+
+
+def wgrad_config(
+    device: torch.device,
+    dtype: torch.dtype,
+    run: int,
+    filters: int,
+    depth: int,
+    taps: int,
+    described: bool,
+    gate_act: str = "none",
+) -> Config:
+    """The tile: block_m output channels x block_n input channels (columns of the filter for pointers), block_k pixels.
+
+    Args:
+        run: output pixels that lie side by side: a row for descriptors, all of them for pointers.
+        filters: output channels (of a group).
+        depth: input channels for descriptors, columns of the flattened filter for pointers.
+        taps: tiles that a program holds at once: the taps of a filter row for descriptors, 1 for pointers.
+        gate_act: the slope that dz takes.
+    """
+    form = "descriptor" if described else "pointer"
+    config = forced_config()
+    if config is not None:
+        return config if described else replace(config, form="pointer")
+    if interpreting():  # few large programs: a call costs more than its elements
+        return Config(form, power_of_two(filters, 16, 128), power_of_two(depth, 16, 128), power_of_two(run, 16, 256))
+    itemsize = dtype.itemsize
+    if itemsize == 8 or (itemsize == 4 and dot_precision(dtype) == "ieee"):  # products without tensor cores
+        return Config(form, power_of_two(filters, 16, 32), power_of_two(depth, 16, 32 if taps == 1 else 16), 16, 4, 3)
+    block_k = power_of_two(run, 16, 128 // itemsize)
+    if described:  # rows are input channels, 64 at least; accumulators take at most 96 registers of a thread
+        block_n = power_of_two(depth, 64, 128 if taps == 1 else 64)
+        block_m = power_of_two(filters, 16, min(128, 1 << (384 // taps).bit_length() - 1))
+    else:  # every element has its own address and mask
+        block_m = power_of_two(filters, 16, 128)
+        block_n, block_k = power_of_two(depth, 16, 128 // itemsize), min(block_k, 32)
+    if gate_act not in ("none", *MASKS):  # the slope takes registers of its own
+        block_k = max(16, block_k // 2)
+    num_warps = 8 if block_m == 128 or block_m * block_n * taps > 96 * 128 else 4
+    stage = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * block_k * itemsize
+    # Two programs of four warps share a multiprocessor. Beside the stages dz passes through shared memory.
+    room = shared_limit(device) * num_warps // 8 - block_m * block_k * itemsize - 4096
+    return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)))
+
+
+def programs_at_once(num_warps: int) -> int:
+    """Programs of a weight gradient that run at a time; one in the interpreter, where a call costs most."""
+    return 1 if interpreting() else PROCESSORS * (8 // num_warps)
+
+
+@functools.lru_cache(maxsize=4096)
+def split_count(tiles: int, segments: int, segment: int, tile_bytes: int, split_bytes: int, slots: int) -> int:
+    """Into how many splits the pixels are cut.
+
+    The cost is counted in bytes: what the waves of programs load, and each split's sums, written and read once.
+
+    Args:
+        tiles: programs of one split.
+        segments: blocks of pixels, of `segment` pixels each.
+        tile_bytes: bytes that a program loads per block of pixels.
+        split_bytes: bytes that a split writes.
+        slots: programs that run at once.
+    """
+
+    def cost(splits: int) -> int:
+        waves = triton.cdiv(tiles * splits, slots)
+        return waves * slots * triton.cdiv(segments, splits) * tile_bytes + 2 * splits * split_bytes
+
+    least = triton.cdiv(segments * segment, SPLIT_PIXELS)
+    most = max(least, min(segments, least + triton.cdiv(4 * slots, tiles)))
+    splits = min(range(least, most + 1), key=cost)
+    return triton.cdiv(segments, triton.cdiv(segments, splits))
+
+
+def splits_blocks(splits: int) -> tuple[int, int]:
+    """Elements, and splits at a time, of a program that adds up splits."""
+    rows = power_of_two(splits, 2, 32)
+    return 4096 // rows, rows
+
+
+# -- depthwise convolution ----------------------------------------------------------------------------------------
+
+# Rows of output that a program makes at once: with more, registers leave too few programs on a multiprocessor.
+DEPTHWISE_ROWS = 4
+# Filter rows that a program holds at most, and taps that one of the weight gradient holds: Triton's compile time grows
+# faster than their number.
+FILTER_ROWS, TAPS = 7, 28
+# Sums that a thread of the weight gradient keeps in registers.
+SUMS = 56
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """What a program works on at a time: rows, pixels of a row, channels; and with how many warps."""
+
+    rows: int
+    pixels: int
+    channels: int
+    num_warps: int = 4
+
+
+def _depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, vector: int) -> DepthwiseTile:
+    """The tile of a map of `rows` rows of `pixels` pixels, `vector` channels in a thread."""
+    rows = power_of_two(rows, 1, DEPTHWISE_ROWS)
+    if interpreting():  # few large programs: a call costs more than its elements
+        return DepthwiseTile(rows, power_of_two(pixels, 1, 256), power_of_two(channels, 1, 128))
+    # A line of 128 bytes, or half of one where that leaves fewer lanes idle.
+    line = 128 // dtype.itemsize
+    whole, half = (triton.cdiv(channels, n) * n for n in (line, line // 2))
+    block = power_of_two(channels, vector, line if whole <= half else line // 2)
+    run = power_of_two(pixels, max(1, 32 * vector // block), 128 * vector // block)
+    return DepthwiseTile(rows, run, block, run * block // (32 * vector))
+
+
+def depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int) -> DepthwiseTile:
+    """The tile of the forward and the data gradient; `pixels` of one phase."""
+    return _depthwise_tile(dtype, channels, rows, pixels, 16 // dtype.itemsize)
+
+
+def depthwise_wgrad_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, taps: int) -> DepthwiseTile:
+    """The tile of the weight gradient: as many channels in a thread as its sums leave room for."""
+    vector = 16 // dtype.itemsize
+    while vector > 1 and vector * taps > SUMS:
+        vector //= 2
+    return _depthwise_tile(dtype, channels, rows, pixels, vector)
+
+
+def depthwise_wgrad_splits(programs: int, tiles: int) -> int:
+    """Splits of the pixels: programs enough for several on each multiprocessor of the largest chip."""
+    return min(triton.cdiv(2 if interpreting() else 1024, programs), tiles)
+
+
+def equal_part(size: int, most: int) -> int:
+    """The length of equal parts, as few as possible, none longer than `most`."""
+    return triton.cdiv(size, triton.cdiv(size, most))
+
+
+# -- kernels that stream through a map ----------------------------------------------------------------------------
+
+MOST_BLOCK_CHANNELS = 128  # 256 bytes of 16-bit channels lie side by side: whole cache lines
+MOST_NORM_CHANNELS = 8192  # one program of a layer norm holds them all in registers
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How programs share the pixels of a map: each takes `steps` tiles of block_m pixels x block_c channels."""
+
+    block_m: int
+    block_c: int
+    steps: int
+    num_warps: int
+
+    @property
+    def share(self) -> int:
+        """Pixels of a program."""
+        return self.block_m * self.steps
+
+    def programs(self, pixels: int) -> int:
+        return -(-pixels // self.share)
+
+
+def stream_config(pixels: int, channels: int, most_channels: int) -> StreamConfig:
+    """The tile of a kernel that streams through a map.
+
+    Sixteen elements per thread: two of them held for sums leave room for as many blocks as hide the memory's latency.
+    About two thousand programs; at most 1024 tiles each, so that a sum has few terms before it is added to others.
+    """
+    block_c = power_of_two(channels, 4, most_channels)
+    num_warps = min(16, max(4, block_c // 512))
+    block_m = max(1, num_warps * 512 // block_c)
+    programs = 2048
+    if interpreting():  # few large programs: a call costs more than its elements
+        block_m, programs = max(1, 16384 // block_c), 2
+    tiles = -(-pixels // block_m) * -(-channels // block_c)
+    return StreamConfig(block_m, block_c, min(1024, -(-tiles // programs)), num_warps)
+
+
+def merge_blocks(parts: int, channels: int) -> tuple[int, int]:
+    """Parts and channels that a program merges at a time; narrow: more programs for little work."""
+    return power_of_two(parts, 1, 128), power_of_two(channels, 4, 16384 if interpreting() else 16)
+
+
+def pool_tile(rows: int, cols: int, channels: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows, columns and channels of a tile: two vectors of 16 bytes for each of 128 threads; four rows if they fit."""
+    room = 1 << 16 if interpreting() else 128 * 2 * 16 // itemsize
+    block_c = power_of_two(min(channels, 128), 1, room)
+    pixels = room // block_c
+    block_h = power_of_two(rows, 1, min(pixels, max(4, pixels // power_of_two(cols, 1, pixels))))
+    return block_h, power_of_two(cols, 1, pixels // block_h), block_c
+
+
+# -- stem ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StemTile:
+    """Pixels of y, filters and taps of a tile; how it is compiled."""
+
+    pixels: int
+    filters: int
+    taps: int
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+def stem_tile(weight: Tensor, width: int) -> StemTile:
+    """A tile as large as maxima, places and sums fit in registers without spilling."""
+    filters, depth = weight.shape[0], weight[0].numel()
+    if interpreting():  # few large programs: a call costs more than its elements
+        return StemTile(power_of_two(width, 16, 128), power_of_two(filters, 16, 128), power_of_two(depth, 16, 64))
+    side = 64 if weight.dtype.itemsize <= 2 else 32
+    # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
+    # (triton-lang/triton#9433). Told no limit, the assembler spills a few registers to fit two programs per processor.
+    options = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
+    return StemTile(side, power_of_two(filters, 16, side), power_of_two(depth, 16, 32), options)
+
+
+def stem_lines(rows: int, tiles: int) -> int:
+    """Rows of y that a program makes: long strips share more conv lines, short ones give every processor work.
+
+    Args:
+        rows: of y.
+        tiles: of all rows together.
+    """
+    return min(rows, 64) if interpreting() else max(1, min(8, tiles // 2048))
+
+
+def stem_share(tiles: int) -> int:
+    """Tiles that one program of the backward sums: some 20 MB of partial sums at most."""
+    return triton.cdiv(tiles, 4 if interpreting() else 1024)

@@ -2,19 +2,83 @@
 
 Every map is a tensor of shape (N, C, H, W) whose channels lie side by side in memory (stride 1); rows and pixels may be
 strided, so a part of a larger buffer (an interior with a margin around it, one phase of a strided grid) is a window
-like any other and is never copied. `padding` is (top, bottom, left, right): the rows and columns of zeros that are
-missing around the window because the image ends there.
+like any other and is never copied. Padding is the rows and columns of zeros that are missing around the window because
+the image ends there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Padding = tuple[int, int, int, int]  # top, bottom, left, right
+from .tuning import has_descriptors
+
+
+class ConvGeometry(NamedTuple):
+    """Where a convolution or pooling puts its filter: nine integers, which registered ops take as one list.
+
+    Tap (r, s) of output (i, j) lies at row i*stride_h - top + r*dilation_h and column j*stride_w - left + s*dilation_w.
+
+    Attributes:
+        top, bottom, left, right: rows and columns of zeros (-inf for a pooling) around the map.
+    """
+
+    stride_h: int = 1
+    stride_w: int = 1
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+    dilation_h: int = 1
+    dilation_w: int = 1
+    groups: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0, 0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ) -> ConvGeometry:
+        """From (height, width) and (top, bottom, left, right)."""
+        return cls(*stride, *padding, *dilation, groups)
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.stride_h, self.stride_w
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        return self.top, self.bottom, self.left, self.right
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.dilation_h, self.dilation_w
+
+    def output(self, x: Tensor, kernel: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns that a filter of (height, width) makes of a map."""
+        return (
+            output_size(x.shape[2], kernel[0], self.stride_h, self.dilation_h, self.top, self.bottom),
+            output_size(x.shape[3], kernel[1], self.stride_w, self.dilation_w, self.left, self.right),
+        )
+
+    def padded(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """A copy of the map with its padding."""
+        return F.pad(x, [self.left, self.right, self.top, self.bottom], value=value) if any(self.padding) else x
+
+    def is_pixelwise(self, kernel: Sequence[int]) -> bool:
+        """Whether a filter of (height, width) makes one pixel of one pixel."""
+        return tuple(kernel) == (1, 1) == self.stride and not any(self.padding)
+
+    def is_depthwise(self, weight: Tensor) -> bool:
+        """Whether each channel has one filter of its own."""
+        return self.groups > 1 and weight.shape[0] == self.groups and weight.shape[1] == 1
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -25,11 +89,6 @@ def nhwc(x: Tensor) -> Tensor:
 def empty_map(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     """An uninitialised channels-last map."""
     return torch.empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
-
-
-def spatial_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of image, row and pixel, in elements."""
-    return x.stride(0), x.stride(2), x.stride(3)
 
 
 def output_size(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> int:
@@ -95,6 +154,12 @@ def column_phases(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, in
     return x[..., even::2], x[..., odd::2], -(left + even) // 2, (1 - left - odd) // 2
 
 
-def can_describe_phases(*maps: Tensor | None) -> bool:
-    """Whether tensor descriptors can address the even and the odd columns."""
-    return all(x is None or (x.shape[3] > 1 and can_describe(x[..., 0::2], x[..., 1::2])) for x in maps)
+def can_describe_product(x: Tensor, geometry: ConvGeometry, *others: Tensor | None) -> bool:
+    """Whether descriptors can address the operands of a convolution as a matrix product, x by its column phases."""
+    columns = (x,) if geometry.stride_w == 1 else (x[..., 0::2], x[..., 1::2])
+    return (
+        has_descriptors(x.device)
+        and geometry.groups == 1
+        and (geometry.stride_w == 1 or (geometry.stride_w == 2 and geometry.dilation_w % 2 == 1 and x.shape[3] > 1))
+        and can_describe(x, *columns, *others)
+    )

@@ -1,6 +1,4 @@
-"""Train-mode BatchNorm in pieces, against the float64 oracle and against PyTorch's own, whole and over tiles."""
-
-from collections.abc import Sequence
+"""Train-mode BatchNorm in pieces, against the float64 oracle and against PyTorch's own."""
 
 import pytest
 import torch
@@ -10,22 +8,18 @@ from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doub
 from torch import Tensor
 from torch.nn import functional as F
 
-from gigamorph.kernels import choice
-from gigamorph.kernels import moments as module
+from gigamorph.kernels import choice, stream
 from gigamorph.kernels.activations import activate_reference
 from gigamorph.kernels.batch_norm import (
-    gradient_sums,
     launch_normalize_act,
-    launch_normalize_act_backward,
     launch_normalize_act_gradients,
     normalize_act,
-    normalize_act_backward,
-    normalize_act_backward_reference,
     normalize_act_gradients,
+    normalize_act_gradients_reference,
     normalize_act_reference,
 )
-from gigamorph.kernels.layer_norm import Stream
-from gigamorph.kernels.moments import Moments, merge_moments, moments, moments_backward, moments_reference
+from gigamorph.kernels.moments import moments, moments_backward, moments_reference
+from gigamorph.kernels.tuning import StreamConfig
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTS = ["none", "relu", "relu6", "silu", "gelu", "hardswish"]
@@ -41,23 +35,15 @@ def vectors(channels: int, dtype: torch.dtype, generator: torch.Generator) -> tu
     return mean, rstd, weight, bias
 
 
-def small_tiles(pixels: int, channels: int, most: int) -> Stream:
-    return Stream(4, 16, 3, 4)
+def small_tiles(pixels: int, channels: int, most: int) -> StreamConfig:
+    return StreamConfig(4, 16, 3, 4)
 
 
 @pytest.fixture(params=["computed", "small tiles"])
 def tiles(request, monkeypatch):
     """The configuration of the interpreter, and one with many programs, each of several tiles."""
     if request.param == "small tiles":
-        monkeypatch.setattr(module, "stream_config", small_tiles)
-
-
-def merged(parts: Sequence[Tensor]) -> Moments:
-    """Moments of a map from its tiles."""
-    total: Moments = (0, torch.zeros(()), torch.zeros(()))
-    for part in parts:
-        total = merge_moments(total, (part.shape[0] * part.shape[2] * part.shape[3], *moments(part)))
-    return total
+        monkeypatch.setattr(stream, "stream_config", small_tiles)
 
 
 @settings(max_examples=10, deadline=None)
@@ -76,15 +62,12 @@ def test_any_size(n, c, h, w, steps, rows, columns, dtype):
     x, dy = random_map(n, c, h, w, dtype, generator) + 2, random_map(n, c, h, w, dtype, generator)
     per_channel = vectors(c, dtype, generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stream_config", lambda *_: Stream(rows, columns, steps, 4))
+        patch.setattr(stream, "stream_config", lambda *_: StreamConfig(rows, columns, steps, 4))
         mean, m2 = moments(x)
         y = normalize_act(x, *per_channel, None, "silu")
-        sums = gradient_sums(dy, x, *per_channel, None, "silu")
-        dx, _ = normalize_act_backward(dy, x, *per_channel, None, "silu", *per_channel[2:], False)
+        dx, _, *sums = normalize_act_gradients(dy, x, *per_channel, None, "silu", False)
     oracle_mean, oracle_m2 = moments_reference(x.double())
-    oracle_dx, _, *oracle_sums = normalize_act_backward_reference(
-        *doubled(dy, x, *per_channel, None), "silu", *doubled(*per_channel[2:])
-    )
+    oracle_dx, _, *oracle_sums = normalize_act_gradients_reference(*doubled(dy, x, *per_channel, None), "silu")
     assert_close("mean", mean, oracle_mean)
     assert_close("m2", m2, oracle_m2)
     assert_close("y", y, normalize_act_reference(*doubled(x, *per_channel, None), "silu")[0])
@@ -122,24 +105,12 @@ def test_backward(dtype, shape, act, gated):
     generator = torch.Generator().manual_seed(6)
     dy, x, gate = (random_map(*shape, dtype, generator, 2.0) for _ in range(3))
     mean, rstd, weight, bias = vectors(shape[1], dtype, generator)
-    means = vectors(shape[1], dtype, generator)[:2]
     for w, b in ((weight, bias), (None, None)):
         given_ = [dy, x, mean, rstd, w, b, gate if gated else None]
-        dx_oracle, dz_oracle, *sums_oracle = normalize_act_backward_reference(*doubled(*given_), act, *doubled(*means))
+        dx_oracle, dz_oracle, *sums_oracle = normalize_act_gradients_reference(*doubled(*given_), act)
         guarded = Guarded()
         dx, dz = guarded.empty(*shape, dtype=dtype), guarded.empty(*shape, dtype=dtype)
         given_ = [None if t is None else guarded(t) for t in given_]
-        launch_normalize_act_backward(*given_, act, *map(guarded, means), dx, dz)
-        sums = gradient_sums(*given_, act)
-        guarded.check()
-        assert_close("dx", dx, dx_oracle)
-        assert_close("dz", dz, dz_oracle)
-        for name, result, oracle in zip(("sum dz", "sum dz * xhat"), sums, sums_oracle, strict=True):
-            assert_close(name, result, oracle)
-
-        none = torch.zeros_like(means[0]).double()
-        (dx_oracle, *_) = normalize_act_backward_reference(*doubled(*given_), act, none, none)
-        dx, dz = guarded.empty(*shape, dtype=dtype), guarded.empty(*shape, dtype=dtype)
         sums = launch_normalize_act_gradients(*given_, act, dx, dz)
         guarded.check()
         assert_close("dx of constant statistics", dx, dx_oracle)
@@ -157,9 +128,8 @@ def test_windows_are_read_and_written_in_place(tiles):
     oracle, z = normalize_act_reference(*doubled(x, *per_channel, residual), "silu")
     assert_close("y", y, oracle)
     z = z.float()
-    launch_normalize_act_backward(window(dy), window(x), *per_channel, window(z), "silu", *per_channel[:2], dx, dz)
-    sums = gradient_sums(window(dy), window(x), *per_channel, window(z), "silu")
-    oracles = normalize_act_backward_reference(*doubled(dy, x, *per_channel, z), "silu", *doubled(*per_channel[:2]))
+    sums = launch_normalize_act_gradients(window(dy), window(x), *per_channel, window(z), "silu", dx, dz)
+    oracles = normalize_act_gradients_reference(*doubled(dy, x, *per_channel, z), "silu")
     for name, result, oracle in zip(("dx", "dz", "sum dz", "sum dz * xhat"), (dx, dz, *sums), oracles, strict=True):
         assert_close(name, result, oracle)
     for written in (y, dx, dz):
@@ -170,23 +140,13 @@ def test_windows_are_read_and_written_in_place(tiles):
 def test_rounds_once(dtype):
     """Within 1.1 times the error of PyTorch's own batch_norm, which rounds y once."""
     generator = torch.Generator().manual_seed(8)
-    x, dy = (random_map(2, 32, 12, 13, dtype, generator, 2.0) for _ in range(2))
+    x = random_map(2, 32, 12, 13, dtype, generator, 2.0)
     weight, bias = (t.float() for t in vectors(32, dtype, generator)[2:])
     mean, m2 = moments(x)
     rstd = (m2 / (2 * 12 * 13) + EPS).rsqrt()
-    leaf = x.clone().requires_grad_()
-    stock = F.batch_norm(leaf, None, None, weight, bias, True, 0.1, EPS)
-    (stock_dx,) = torch.autograd.grad(stock, leaf, dy)
-    leaf = x.double().requires_grad_()
-    oracle = F.batch_norm(leaf, None, None, weight.double(), bias.double(), True, 0.1, EPS)
-    (oracle_dx,) = torch.autograd.grad(oracle, leaf, dy.double())
-    sums = gradient_sums(dy, x, mean, rstd, weight, bias, None, "none")
-    dx, _ = normalize_act_backward(
-        dy, x, mean, rstd, weight, bias, None, "none", *(s / (2 * 12 * 13) for s in sums), False
-    )
-    y = normalize_act(x, mean, rstd, weight, bias, None, "none")
-    assert_close("y", y, oracle.detach(), stock=stock.detach())
-    assert_close("dx", dx, oracle_dx, stock=stock_dx)
+    stock = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+    oracle = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True, 0.1, EPS)
+    assert_close("y", normalize_act(x, mean, rstd, weight, bias, None, "none"), oracle, stock=stock)
 
 
 def test_order_of_programs(tiles):
@@ -197,49 +157,12 @@ def test_order_of_programs(tiles):
         lambda: (
             *moments(x),
             normalize_act(x, *per_channel, dy, "gelu"),
-            *gradient_sums(dy, x, *per_channel, None, "gelu"),
-            *normalize_act_backward(dy, x, *per_channel, None, "gelu", *per_channel[:2], True),
             *normalize_act_gradients(dy, x, *per_channel, None, "gelu", True),
         )
     )
 
 
 # -- the pieces together ------------------------------------------------------------------------------------------
-
-
-class TiledBatchNorm(torch.autograd.Function):
-    """act(batch_norm(x) + residual) in training, over tiles of rows that never meet in memory."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, residual, act, cuts):
-        count, mean, m2 = merged(x.tensor_split(cuts, 2))
-        rstd = (m2 / count + EPS).rsqrt()
-        residuals = [None] * (len(cuts) + 1) if residual is None else residual.tensor_split(cuts, 2)
-        y = torch.cat(
-            [
-                normalize_act(part, mean, rstd, weight, bias, r, act)
-                for part, r in zip(x.tensor_split(cuts, 2), residuals, strict=True)
-            ],
-            2,
-        )
-        ctx.save_for_backward(x, mean, rstd, weight, bias, y if residual is not None else None)
-        ctx.act, ctx.cuts, ctx.count = act, cuts, count
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, mean, rstd, weight, bias, y = ctx.saved_tensors
-        gates = [None] * (len(ctx.cuts) + 1) if y is None else y.tensor_split(ctx.cuts, 2)
-        parts = list(zip(dy.tensor_split(ctx.cuts, 2), x.tensor_split(ctx.cuts, 2), gates, strict=True))
-        sums = [gradient_sums(d, p, mean, rstd, weight, bias, g, ctx.act) for d, p, g in parts]
-        dbias, dweight = (sum(s) for s in zip(*sums, strict=True))
-        means = dbias / ctx.count, dweight / ctx.count
-        results = [
-            normalize_act_backward(d, p, mean, rstd, weight, bias, g, ctx.act, *means, y is not None)
-            for d, p, g in parts
-        ]
-        dx, dz = ([r[i] for r in results] for i in range(2))
-        return torch.cat(dx, 2), dweight, dbias, None if y is None else torch.cat(dz, 2), None, None
 
 
 def by_autograd(x, weight, bias, residual=None, act="none"):
@@ -312,32 +235,6 @@ def test_a_slope_behind_a_sum_that_the_output_does_not_show():
         by_autograd(x, None, None, x.detach(), "silu")
 
 
-@pytest.mark.parametrize("cuts", [(), (4,), (1, 5)], ids=str)
-@pytest.mark.parametrize(
-    ("act", "skip"), [("relu", False), ("silu", False), ("relu", True)], ids=["relu", "silu", "residual, relu"]
-)
-def test_equals_batch_norm(cuts, act, skip, tiles):
-    generator = torch.Generator().manual_seed(10)
-    x, residual, dy = (random_map(2, 20, 6, 5, torch.float64, generator) for _ in range(3))
-    weight, bias = vectors(20, torch.float64, generator)[2:]
-    leaves = [t.clone().requires_grad_() for t in (x + 5, weight, bias, residual)][: 4 if skip else 3]
-    y = TiledBatchNorm.apply(*leaves, *([] if skip else [None]), act, cuts)
-    results = y.detach(), *torch.autograd.grad(y, leaves, dy)
-    z = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.1, EPS)
-    y = {"relu": F.relu, "silu": F.silu}[act](z + leaves[3] if skip else z)
-    oracles = y.detach(), *torch.autograd.grad(y, leaves, dy)
-    for name, result, oracle in zip(("y", "dx", "dweight", "dbias", "dresidual"), results, oracles, strict=False):
-        assert_close(name, result, oracle)
-        assert (result - oracle).abs().max() <= 1e-12, name
-
-
-def test_gradcheck():
-    generator = torch.Generator().manual_seed(11)
-    x = random_map(1, 3, 3, 2, torch.float64, generator).requires_grad_()
-    weight, bias = (t.requires_grad_() for t in vectors(3, torch.float64, generator)[2:])
-    assert torch.autograd.gradcheck(lambda *t: TiledBatchNorm.apply(*t, None, "gelu", (1,)), (x, weight, bias))
-
-
 def test_opcheck():
     generator = torch.Generator().manual_seed(12)
     x, dy = (random_map(2, 6, 3, 4, torch.bfloat16, generator) for _ in range(2))
@@ -345,17 +242,14 @@ def test_opcheck():
     torch.library.opcheck(moments, (x,))
     torch.library.opcheck(normalize_act, (x, *per_channel, dy, "relu"))
     torch.library.opcheck(normalize_act, (x, *per_channel[:2], None, None, None, "none"))
-    torch.library.opcheck(gradient_sums, (dy, x, *per_channel, x, "relu"))
     for keep_dz in (True, False):
-        args = (dy, x, *per_channel, None, "relu", *per_channel[:2], keep_dz)
-        torch.library.opcheck(normalize_act_backward, args)
         torch.library.opcheck(normalize_act_gradients, (dy, x, *per_channel, x, "relu", keep_dz))
 
 
 def test_empty_map():
     x = torch.empty(2, 3, 0, 5, device=DEVICE)
     zeros = torch.zeros(3, device=DEVICE)
-    for sums in (moments(x), gradient_sums(x, x, zeros, zeros, None, None, None, "relu")):
+    for sums in (moments(x), normalize_act_gradients(x, x, zeros, zeros, None, None, None, "relu", False)[2:]):
         assert all(torch.equal(s, zeros) for s in sums)
     assert normalize_act(x, zeros, zeros, None, None, None, "relu").shape == x.shape
 
@@ -374,10 +268,8 @@ class TestPlantedErrors:
         generator = torch.Generator().manual_seed(14)
         dy, x = (random_map(1, 9, 5, 5, torch.float32, generator) for _ in range(2))
         mean, rstd, weight, bias = vectors(9, torch.float32, generator)
-        oracle = normalize_act_backward_reference(
-            *doubled(dy, x, mean, rstd, weight, bias, None), "relu", *doubled(mean, mean)
-        )
-        sums = gradient_sums(dy, x, mean, rstd, weight, None, None, "relu")
+        oracle = normalize_act_gradients_reference(*doubled(dy, x, mean, rstd, weight, bias, None), "relu")
+        _, _, *sums = normalize_act_gradients(dy, x, mean, rstd, weight, None, None, "relu", False)
         for result, want in zip(sums, oracle[2:], strict=True):
             with pytest.raises(AssertionError):
                 assert_close("sum", result, want)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gigamorph.kernels import choice
 from gigamorph.kernels.activations import ACTIVATIONS, activate_reference
 from gigamorph.kernels.conv2d import conv2d, conv2d_dgrad, conv2d_forward, conv2d_wgrad_
+from gigamorph.kernels.windows import ConvGeometry
 
 
 def tensors(groups: int = 1, stride: int = 1) -> list[Tensor]:
@@ -80,15 +81,15 @@ def test_only_the_gradients_that_are_wanted(wanted: list[int]) -> None:
 def test_registered_as_pytorch_wants_ops(mode: str) -> None:
     operands = tensors()
     x, weight, scale, shift, residual = (t.detach() for t in operands)
-    place = [1, 1], [1, 1, 1, 1], [1, 1], 1
+    place = ConvGeometry.of(padding=(1, 1, 1, 1))
     y = residual.relu()
     sums = torch.zeros_like(weight), torch.zeros_like(shift)
     with choice.override(mode):
-        torch.library.opcheck(torch.ops.gigamorph.conv2d.default, (*operands, *place, "silu", True))
+        torch.library.opcheck(torch.ops.gigamorph.conv2d.default, (*operands, place, "silu", True))
         # Without gradients: these are the parts that the differentiable op, or an engine, is made of.
-        torch.library.opcheck(conv2d_forward, (x, weight, None, shift, residual, *place, "silu", True, [0, 0]))
-        torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, x, "relu", [5, 5], *place))
-        torch.library.opcheck(conv2d_wgrad_, (*sums, x, residual, y, "relu", *place))
+        torch.library.opcheck(conv2d_forward, (x, weight, None, shift, residual, place, "silu", True, [0, 0]))
+        torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, x, "relu", [5, 5], place))
+        torch.library.opcheck(conv2d_wgrad_, (*sums, x, residual, y, "relu", place))
 
 
 def test_under_torch_compile_and_checkpoint() -> None:
@@ -106,10 +107,10 @@ def test_under_torch_compile_and_checkpoint() -> None:
 
 def test_the_margin_is_left_alone() -> None:
     x, weight, _, _, _ = (t.detach() for t in tensors())
-    place = [1, 1], [1, 1, 1, 1], [1, 1], 1
+    place = ConvGeometry.of(padding=(1, 1, 1, 1))
     for mode in ("triton", "stock"):
         with choice.override(mode):
-            whole, _ = conv2d_forward(x, weight, None, None, None, *place, "none", False, [2, 3])
+            whole, _ = conv2d_forward(x, weight, None, None, None, place, "none", False, [2, 3])
         assert whole.shape == (1, 4, 7, 8)
         assert whole[:, :, :2].isnan().all() and whole[:, :, :, :3].isnan().all()  # poisoned, not written
         assert_close("y", whole[:, :, 2:, 3:], F.conv2d(x, weight, padding=1))
@@ -117,12 +118,12 @@ def test_the_margin_is_left_alone() -> None:
 
 def test_weight_gradients_are_added_to_what_is_there() -> None:
     x, weight, _, shift, dy = (t.detach() for t in tensors())
-    place = [1, 1], [1, 1, 1, 1], [1, 1], 1
+    place = ConvGeometry.of(padding=(1, 1, 1, 1))
     for mode in ("triton", "stock"):
         dw, dshift = torch.ones_like(weight), torch.ones_like(shift)
         with choice.override(mode):
             for _ in range(2):
-                conv2d_wgrad_(dw, dshift, x, dy, None, "none", *place)
+                conv2d_wgrad_(dw, dshift, x, dy, None, "none", place)
         assert_close("dw", dw, 1 + 2 * torch.nn.grad.conv2d_weight(x, weight.shape, dy, padding=1))
         assert_close("dshift", dshift, 1 + 2 * dy.sum((0, 2, 3)))
 

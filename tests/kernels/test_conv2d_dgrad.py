@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gigamorph.kernels import conv2d_dgrad as module
 from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad, phases
-from gigamorph.kernels.windows import output_size
+from gigamorph.kernels.windows import ConvGeometry, output_size
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def operands(case: Case, dtype: torch.dtype) -> Operands:
     )
 
 
-def place(case: Case) -> tuple:
-    return (case.stride,) * 2, case.padding, (case.dilation,) * 2, case.groups
+def place(case: Case) -> ConvGeometry:
+    return ConvGeometry.of((case.stride,) * 2, case.padding, (case.dilation,) * 2, case.groups)
 
 
 def run(case: Case, o: Operands, gate_act: str = "relu6", guard: Guarded | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def run(case: Case, o: Operands, gate_act: str = "relu6", guard: Guarded | None 
         guard(o.dy),
         guard(o.weight),
         dx,
-        *place(case),
+        place(case),
         gate=guard(o.gate),
         gate_act=gate_act,
         addend=guard(o.addend),
@@ -104,7 +104,7 @@ def reference(case: Case, o: Operands, gate_act: str = "relu6") -> Tensor:
         o.dy,
         o.weight,
         SIZE,
-        *place(case),
+        place(case),
         gate=o.gate,
         gate_act=gate_act,
         addend=o.addend,
@@ -133,8 +133,8 @@ def test_bare() -> None:
     case = Case(1, stride=2)
     o = operands(case, torch.float64)
     dx = Guarded().empty(2, 16, *SIZE, dtype=torch.float64)
-    dgrad(o.dy, o.weight, dx, *place(case))
-    assert_close("dx", dx, conv2d_dgrad_reference(o.dy, o.weight, SIZE, *place(case)))
+    dgrad(o.dy, o.weight, dx, place(case))
+    assert_close("dx", dx, conv2d_dgrad_reference(o.dy, o.weight, SIZE, place(case)))
     assert (dx[:, :, 1::2] == 0).all() and (dx[:, :, :, 1::2] == 0).all()
 
 
@@ -144,8 +144,8 @@ def test_into_a_window_of_a_larger_buffer() -> None:
     whole = torch.full((2, 16, 20, 24), 7.0, dtype=torch.float64, device=o.dy.device)
     whole = whole.contiguous(memory_format=torch.channels_last)
     dx = whole[:, :, 4 : 4 + SIZE[0], 3 : 3 + SIZE[1]]
-    dgrad(o.dy, o.weight, dx, *place(case))
-    assert_close("dx", dx, conv2d_dgrad_reference(o.dy, o.weight, SIZE, *place(case)))
+    dgrad(o.dy, o.weight, dx, place(case))
+    assert_close("dx", dx, conv2d_dgrad_reference(o.dy, o.weight, SIZE, place(case)))
     dx.fill_(7.0)
     assert (whole == 7.0).all()
 
@@ -206,9 +206,10 @@ def test_random(kernel, stride, dilation, size, padding, groups, seed) -> None:
     weight = random_map(8 * groups, 8, *kernel, torch.float64, g)
     guard = Guarded()
     dx = guard.empty(1, 8 * groups, *size, dtype=torch.float64)
-    dgrad(guard(dy), guard(weight), dx, stride, padding, dilation, groups)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
+    dgrad(guard(dy), guard(weight), dx, geometry)
     guard.check()
-    assert_close("dx", dx, conv2d_dgrad_reference(dy, weight, size, stride, padding, dilation, groups))
+    assert_close("dx", dx, conv2d_dgrad_reference(dy, weight, size, geometry))
 
 
 class TestPlantedErrors:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gigamorph.kernels import tuning
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
 from gigamorph.kernels.tuning import Config, forced
-from gigamorph.kernels.windows import output_size
+from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -31,6 +31,10 @@ class Case:
     form: str = "descriptor"
     channels: tuple[int, int] = (24, 24)
     size: tuple[int, int] = (5, 35)
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry.of((self.stride,) * 2, self.padding, (self.dilation,) * 2, self.groups)
 
     def __str__(self) -> str:
         return (
@@ -50,6 +54,7 @@ CASES = [
     Case(3, dilation=2, padding=(2, 2, 2, 2)),
     Case(5, padding=(2, 1, 2, 0), channels=(40, 8)),
     Case(7, stride=2, padding=(3, 3, 3, 3), channels=(8, 16), size=(5, 19)),
+    Case(1, form="pointer"),
     Case(4, stride=4, form="pointer"),
     Case(3, stride=3, padding=(1, 0, 1, 1), form="pointer"),
     Case(3, stride=2, dilation=2, padding=(2, 2, 2, 2), form="pointer"),
@@ -96,16 +101,12 @@ def run(case: Case, o: Operands, act: str, guard: Guarded, mask_act: str = "none
     """y and z by the case's kernel, every operand between bands of NaN."""
     dtype = o.x.dtype
     y, z = guard.empty(*o.residual.shape, dtype=dtype), guard.empty(*o.residual.shape, dtype=dtype)
-    stride, dilation = (case.stride, case.stride), (case.dilation, case.dilation)
     with forced(Config(case.form, 32, 32, 16)):
         launch(
             guard(o.x),
             guard(o.weight),
             y,
-            stride,
-            case.padding,
-            dilation,
-            case.groups,
+            case.geometry,
             act,
             scale=guard(o.scale),
             shift=guard(o.shift),
@@ -125,10 +126,7 @@ def reference(case: Case, o: Operands, act: str, mask_act: str = "none") -> tupl
         o.scale,
         o.shift,
         o.residual,
-        (case.stride,) * 2,
-        case.padding,
-        (case.dilation,) * 2,
-        case.groups,
+        case.geometry,
         act,
         None if mask_act == "none" else o.mask,
         mask_act,
@@ -188,7 +186,7 @@ def test_windows_of_larger_buffers(form: str) -> None:
     weight = random_map(16, 16, 3, 3, torch.float64, g, 0.2)
     x, y = whole[:, :, 3:12, 5:26], target[:, :, 2:11, 6:27]
     with forced(Config(form, 32, 16, 16)):
-        launch(x, weight, y, (1, 1), (1, 1, 1, 1), (1, 1), 1, "none")
+        launch(x, weight, y, ConvGeometry.of(padding=(1, 1, 1, 1)), "none")
     oracle = torch.nn.functional.conv2d(x, weight, padding=1)
     assert_close("y", y, oracle)
     y.fill_(7.0)
@@ -205,7 +203,7 @@ def test_order_of_programs_does_not_matter(form: str) -> None:
 def test_empty_maps() -> None:
     x = torch.zeros(1, 8, 4, 0, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(8, 8, 1, 1, device=DEVICE)
-    launch(x, weight, torch.zeros(1, 8, 4, 0, device=DEVICE), (1, 1), (0, 0, 0, 0), (1, 1), 1, "none")
+    launch(x, weight, torch.zeros(1, 8, 4, 0, device=DEVICE), ConvGeometry(), "none")
 
 
 @settings(max_examples=15, deadline=None)
@@ -233,9 +231,10 @@ def test_random(kernel, stride, dilation, size, padding, channels, groups, eight
     weight = random_map(k, c // groups, *kernel, torch.float64, g)
     guard = Guarded()
     y = guard.empty(2, k, oh, ow, dtype=torch.float64)
-    launch(guard(x), guard(weight), y, stride, padding, dilation, groups, "relu")
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
+    launch(guard(x), guard(weight), y, geometry, "relu")
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, None, None, None, stride, padding, dilation, groups, "relu")[0]
+    oracle = conv2d_forward_reference(x, weight, None, None, None, geometry, "relu")[0]
     assert_close("y", y, oracle)
 
 

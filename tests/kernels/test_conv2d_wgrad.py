@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gigamorph.kernels import conv2d_wgrad as wgrad
+from gigamorph.kernels import tuning
 from gigamorph.kernels.activations import ACTIVATIONS, activate_reference, slope_reference
 from gigamorph.kernels.conv2d import conv2d_wgrad_
 from gigamorph.kernels.tuning import SHARED_LIMIT, Config, forced
-from gigamorph.kernels.windows import output_size
+from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # channels, filters, height, width, filter, stride, (top, bottom, left, right), dilation, groups, form
@@ -34,6 +35,7 @@ CASES = {
     "7x7/2": (16, 16, 9, 10, 7, 2, (3, 2, 3, 3), 1, 1, "descriptor"),
     "filter larger than map": (16, 16, 2, 2, 5, 1, (2, 2, 2, 2), 1, 1, "descriptor"),
     "3x3 by pointers": (16, 24, 5, 9, 3, 1, (1, 0, 1, 1), 1, 1, "pointer"),
+    "1x1 by pointers": (16, 24, 5, 9, 1, 1, (0, 0, 0, 0), 1, 1, "pointer"),
     "3x3/3": (16, 24, 8, 11, 3, 3, (1, 0, 1, 1), 1, 1, "pointer"),
     "stem of 1": (1, 24, 11, 12, 7, 2, (3, 3, 3, 3), 1, 1, "pointer"),
     "stem of 3": (3, 16, 9, 11, 7, 2, (2, 3, 3, 1), 1, 1, "pointer"),
@@ -75,13 +77,13 @@ class Problem:
         self.dshift = random_map(filters, 1, 1, 1, held, g).reshape(-1)
 
     @property
-    def geometry(self) -> tuple:
-        return self.stride, self.padding, self.dilation, self.groups
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry.of(self.stride, self.padding, self.dilation, self.groups)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         gate = None if self.gate is None else self.gate.to(dtype)
         return wgrad.conv2d_wgrad_reference(
-            self.dw.shape, self.x.to(dtype), self.dy.to(dtype), gate, self.gate_act, *self.geometry
+            self.dw.shape, self.x.to(dtype), self.dy.to(dtype), gate, self.gate_act, self.geometry
         )
 
     def run(self, splits: int | None = 3, config: Config | None = None, shift: bool = True) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,7 @@ class Problem:
                 guard(self.dy),
                 gate,
                 self.gate_act,
-                *self.geometry,
+                self.geometry,
                 splits=splits,
             )
         guard.check()
@@ -165,7 +167,7 @@ def test_configuration_of_the_interpreter(case):
     problem = Problem(CASES[case], torch.float32)
     guard = Guarded()
     dw, dshift = guard(problem.dw), guard(problem.dshift)
-    wgrad.launch(dw, dshift, problem.x, problem.dy, problem.gate, "relu", *problem.geometry)
+    wgrad.launch(dw, dshift, problem.x, problem.dy, problem.gate, "relu", problem.geometry)
     guard.check()
     problem.check(dw, dshift)
 
@@ -192,7 +194,7 @@ def test_windows_of_larger_buffers(case):
     problem.x, problem.dy, problem.gate = inside(problem.x), inside(problem.dy), inside(problem.gate)
     dw, dshift = problem.dw.clone(), problem.dshift.clone()
     with forced(Config(problem.form, 32, 16, 32)):
-        wgrad.launch(dw, dshift, problem.x, problem.dy, problem.gate, "relu", *problem.geometry, splits=2)
+        wgrad.launch(dw, dshift, problem.x, problem.dy, problem.gate, "relu", problem.geometry, splits=2)
     problem.check(dw, dshift)
 
 
@@ -209,10 +211,7 @@ def test_tiles_add_up():
                 problem.dy[:, :, rows],
                 problem.gate[:, :, rows],
                 "relu",
-                (1, 1),
-                (top, bottom, 1, 1),
-                (1, 1),
-                1,
+                ConvGeometry.of(padding=(top, bottom, 1, 1)),
             )
     problem.check(dw, dshift)
 
@@ -230,7 +229,7 @@ def test_empty_maps(images, h, oh):
     dy = random_map(images, 16, oh, 4, torch.float32, generator())
     dw, dshift = random_map(16, 16, 3, 3, torch.float32, generator()), torch.ones(16, device=DEVICE)
     before = dw.clone()
-    wgrad.launch(dw, dshift, x, dy, None, "none", (1, 1), (2, 2, 1, 1), (1, 1), 1)
+    wgrad.launch(dw, dshift, x, dy, None, "none", ConvGeometry.of(padding=(2, 2, 1, 1)))
     assert torch.equal(dw, before)
     assert_close("dshift", dshift, 1 + dy.double().sum((0, 2, 3)))
 
@@ -268,16 +267,16 @@ def test_random(dtype, n, groups, c, k, h, w, r, s, stride_h, stride_w, dilation
     guard = Guarded()
     dw = guard(torch.zeros(k * groups, r, s, c, dtype=held, device=DEVICE).permute(0, 3, 1, 2))
     dshift = guard(torch.zeros(k * groups, dtype=held, device=DEVICE))
-    geometry = (stride_h, stride_w), padding, (dilation, dilation), groups
+    geometry = ConvGeometry.of((stride_h, stride_w), padding, (dilation, dilation), groups)
     gate = None if act == "none" else gate
-    wgrad.launch(dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, *geometry, splits=splits)
+    wgrad.launch(dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, geometry, splits=splits)
     guard.check()
     want = wgrad.conv2d_wgrad_reference(
-        dw.shape, x.double(), dy.double(), None if gate is None else gate.double(), act, *geometry
+        dw.shape, x.double(), dy.double(), None if gate is None else gate.double(), act, geometry
     )
     # Sums of a few products may cancel, so the error is measured against the sum of their sizes.
     dz = dy.double() if gate is None else dy.double() * slope_reference(gate.double(), act)
-    terms = wgrad.conv2d_wgrad_reference(dw.shape, x.double().abs(), dz.abs(), None, "none", *geometry)
+    terms = wgrad.conv2d_wgrad_reference(dw.shape, x.double().abs(), dz.abs(), None, "none", geometry)
     bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     for name, got, right, size in zip(("dw", "dshift"), (dw, dshift), want, terms, strict=True):
         assert torch.isfinite(got).all(), name
@@ -325,7 +324,7 @@ def test_planted_lost_split_is_caught(monkeypatch):
 
 def test_errors():
     problem = Problem(CASES["3x3"], torch.float32)
-    arguments = (problem.x, problem.dy, problem.gate, "relu", *problem.geometry)
+    arguments = (problem.x, problem.dy, problem.gate, "relu", problem.geometry)
     with pytest.raises(ValueError, match=r"summed in torch\.float32"):
         wgrad.launch(problem.dw.double(), None, *arguments)
     with pytest.raises(ValueError, match=r"summed in torch\.float32"):
@@ -334,7 +333,7 @@ def test_errors():
         wgrad.launch(problem.dw.contiguous(), None, *arguments)
     x = torch.empty(1, 2**16, 2**15, 1, device="meta").permute(0, 3, 1, 2)
     with pytest.raises(ValueError, match="too many for the pointer form"):
-        wgrad.launch(torch.empty(1, 1, 1, 1, device="meta"), None, x, x, None, "none", (1, 1), [0] * 4, (1, 1), 1)
+        wgrad.launch(torch.empty(1, 1, 1, 1, device="meta"), None, x, x, None, "none", ConvGeometry())
 
 
 class _Conv(torch.autograd.Function):
@@ -353,9 +352,10 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, dy):
         x, w, z = ctx.saved_tensors
         _, _, _, _, _, stride, padding, dilation, groups, _ = ctx.case
+        geometry = ConvGeometry.of([stride] * 2, padding, [dilation] * 2, groups)
         dw = torch.zeros_like(w, memory_format=torch.channels_last)
         dshift = w.new_zeros(w.shape[0])
-        torch.ops.gigamorph.conv2d_wgrad_(dw, dshift, x, dy, z, ctx.act, [stride] * 2, padding, [dilation] * 2, groups)
+        torch.ops.gigamorph.conv2d_wgrad_(dw, dshift, x, dy, z, ctx.act, geometry)
         return None, dw, dshift, None, None
 
 
@@ -390,10 +390,7 @@ def test_opcheck(shift, gated):
             problem.dy,
             problem.gate if gated else None,
             "relu" if gated else "none",
-            [1, 1],
-            [1, 1, 1, 1],
-            [1, 1],
-            1,
+            ConvGeometry.of(padding=(1, 1, 1, 1)),
         ),
     )
 
@@ -402,31 +399,31 @@ def test_public_op_takes_any_memory_format():
     problem = Problem(CASES["3x3"], torch.float32)
     dw, dshift = problem.dw.clone(), problem.dshift.clone()
     x, dy, gate = (t.contiguous() for t in (problem.x, problem.dy, problem.gate))
-    conv2d_wgrad_(dw, dshift, x, dy, gate, "relu", *problem.geometry)
+    conv2d_wgrad_(dw, dshift, x, dy, gate, "relu", problem.geometry)
     problem.check(dw, dshift)
 
 
 @given(st.integers(1, 2000), st.integers(1, 200_000), st.sampled_from((16, 32, 64)), st.integers(1, 2**24))
 @settings(max_examples=50, deadline=None)
 def test_splits_share_the_pixels(tiles, segments, segment, split_bytes):
-    splits = wgrad.split_count(tiles, segments, segment, 40_960, split_bytes, 132)
+    splits = tuning.split_count(tiles, segments, segment, 40_960, split_bytes, 132)
     share = triton.cdiv(segments, splits)
     assert 1 <= splits <= segments
     assert (splits - 1) * share < segments, "a split has no pixels"
-    assert share * segment < wgrad.SPLIT_PIXELS + segment
+    assert share * segment < tuning.SPLIT_PIXELS + segment
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype, tf32", [*((dtype, False) for dtype in DTYPES), (torch.float32, True)], ids=str)
 def test_configurations_fit_the_chip(arch, dtype, tf32, monkeypatch):
-    monkeypatch.setattr(wgrad, "interpreting", lambda: False)
-    monkeypatch.setattr(wgrad, "shared_limit", lambda device: SHARED_LIMIT[arch])
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "shared_limit", lambda device: SHARED_LIMIT[arch])
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     sizes = itertools.product((1, 24, 64, 96, 2048), (1, 16, 64, 147, 2048), (1, 2, 3, 5, 7, 11, 12), ACTIVATIONS)
     for filters, depth, taps, act in sizes:
         for described in (False, True) if arch >= 90 else (False,):
             held = taps if described else 1
-            config = wgrad.wgrad_config(DEVICE, dtype, 4096, filters, depth, held, described, act)
+            config = tuning.wgrad_config(DEVICE, dtype, 4096, filters, depth, held, described, act)
             stage = (
                 (config.block_m * (1 if act == "none" else 2) + config.block_n * held) * config.block_k * dtype.itemsize
             )

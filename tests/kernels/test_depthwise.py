@@ -13,17 +13,12 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 from torch import Tensor
 
-from gigamorph.kernels import depthwise
-from gigamorph.kernels.depthwise import (
-    depthwise_backward_reference,
-    depthwise_dgrad,
-    depthwise_forward,
-    depthwise_forward_reference,
-    depthwise_wgrad_,
-    forward_tile,
-    wgrad_tile,
-)
-from gigamorph.kernels.windows import output_size
+from gigamorph.kernels import depthwise, tuning
+from gigamorph.kernels.conv2d import conv2d
+from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+from gigamorph.kernels.depthwise import depthwise_backward_reference
+from gigamorph.kernels.tuning import depthwise_tile, depthwise_wgrad_tile
+from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -45,8 +40,8 @@ class Case:
         return "-".join(n + "".join(map(str, p)) for n, p in zip("kspd", parts, strict=True)) + f"-{self.act}"
 
     @property
-    def geometry(self) -> dict[str, tuple[int, ...]]:
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry.of(self.stride, self.padding, self.dilation, self.size[1])
 
     @property
     def output(self) -> tuple[int, int, int, int]:
@@ -123,9 +118,7 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
 
 
 def forward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor]:
-    return depthwise_forward_reference(
-        o.x, o.weight, o.scale, o.shift, o.residual, case.stride, case.padding, case.dilation, case.act
-    )
+    return conv2d_forward_reference(o.x, o.weight, o.scale, o.shift, o.residual, case.geometry, case.act)
 
 
 def backward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,16 +131,13 @@ def backward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
         o.addend,
         o.mask,
         case.mask_act,
-        case.stride,
-        case.padding,
-        case.dilation,
+        case.geometry,
     )
 
 
 def run_forward(case: Case, o: Operands, y: Tensor, z: Tensor | None = None) -> None:
-    depthwise.forward(
-        o.x, o.weight, y, act=case.act, scale=o.scale, shift=o.shift, residual=o.residual, z=z, **case.geometry
-    )
+    epilogue = {"scale": o.scale, "shift": o.shift, "residual": o.residual, "z": z}
+    depthwise.forward(o.x, o.weight, y, case.geometry, case.act, **epilogue)
 
 
 def run_dgrad(case: Case, o: Operands, dx: Tensor) -> None:
@@ -155,17 +145,17 @@ def run_dgrad(case: Case, o: Operands, dx: Tensor) -> None:
         o.dy,
         o.weight,
         dx,
+        case.geometry,
         gate=o.gate,
         gate_act=case.act,
         addend=o.addend,
         mask=o.mask,
         mask_act=case.mask_act,
-        **case.geometry,
     )
 
 
 def run_wgrad(case: Case, o: Operands, dw: Tensor, dshift: Tensor) -> None:
-    depthwise.wgrad(o.x, o.dy, dw, dshift, gate=o.gate, gate_act=case.act, **case.geometry)
+    depthwise.wgrad(o.x, o.dy, dw, dshift, case.geometry, gate=o.gate, gate_act=case.act)
 
 
 def sums(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -230,16 +220,14 @@ def test_plain():
     case = CASES[4]
     o = operands(case, torch.float64)
     y = torch.empty_like(o.dy)
-    depthwise.forward(o.x, o.weight, y, **case.geometry)
-    oracle = (o.x, o.weight, None, None, None, case.stride, case.padding, case.dilation, "none")
-    assert_close("y", y, depthwise_forward_reference(*oracle)[0])
+    depthwise.forward(o.x, o.weight, y, case.geometry)
+    oracle = (o.x, o.weight, None, None, None, case.geometry, "none")
+    assert_close("y", y, conv2d_forward_reference(*oracle)[0])
     dx = torch.empty_like(o.x)
-    depthwise.dgrad(o.dy, o.weight, dx, **case.geometry)
+    depthwise.dgrad(o.dy, o.weight, dx, case.geometry)
     dw, dshift = sums(case, torch.float64)
-    depthwise.wgrad(o.x, o.dy, dw, dshift, **case.geometry)
-    expected = depthwise_backward_reference(
-        o.x, o.dy, o.weight, None, "none", None, None, "none", case.stride, case.padding, case.dilation
-    )
+    depthwise.wgrad(o.x, o.dy, dw, dshift, case.geometry)
+    expected = depthwise_backward_reference(o.x, o.dy, o.weight, None, "none", None, None, "none", case.geometry)
     for name, result, oracle in zip(("dx", "dw", "dshift"), (dx, dw, dshift), expected, strict=True):
         assert_close(name, result, oracle)
 
@@ -341,26 +329,6 @@ def test_mistakes_are_caught(mistake):
             assert_close(name, result, expected)
 
 
-class _Depthwise(torch.autograd.Function):
-    """act(conv(x, w) + shift) by the three ops, as a public op would join them."""
-
-    @staticmethod
-    def forward(ctx, x, weight, shift, case):
-        y, z = depthwise_forward(x, weight, None, shift, None, act=case.act, keep_z=True, **case.geometry)
-        ctx.save_for_backward(x, weight, z)
-        ctx.case = case
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, z = ctx.saved_tensors
-        case, (h, w) = ctx.case, x.shape[2:]
-        dx = depthwise_dgrad(dy, weight, z, case.act, None, None, "none", h, w, **case.geometry)
-        dw, dshift = torch.zeros_like(weight), torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        depthwise_wgrad_(x, dy, z, case.act, dw, dshift, **case.geometry)
-        return dx, dw, dshift, None
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -372,44 +340,9 @@ class _Depthwise(torch.autograd.Function):
 def test_gradcheck(case):
     o = operands(case, torch.float64)
     inputs = [t.requires_grad_() for t in (o.x, o.weight, o.shift)]
+    place = {"stride": case.stride, "padding": case.padding, "groups": case.size[1], "act": case.act}
     # fast_mode: one random direction for each input and output
-    assert torch.autograd.gradcheck(lambda *t: _Depthwise.apply(*t, case), inputs, fast_mode=True)
-
-
-OPCHECK = Case((3, 3), (2, 2), (1, 1, 1, 1), size=(1, 2, 4, 5), act="silu")
-
-
-@pytest.mark.parametrize("keep_z", [False, True])
-def test_opcheck_forward(keep_z):
-    o = operands(OPCHECK, torch.float32)
-    args = (o.x, o.weight, o.scale, o.shift, o.residual, OPCHECK.stride, OPCHECK.padding, OPCHECK.dilation, "silu")
-    torch.library.opcheck(depthwise_forward, (*args, keep_z))
-
-
-def test_opcheck_backward():
-    o = operands(OPCHECK, torch.float32)
-    geometry = (OPCHECK.stride, OPCHECK.padding, OPCHECK.dilation)
-    args = (o.dy, o.weight, o.gate, "silu", o.addend, o.mask, "relu", *OPCHECK.size[2:], *geometry)
-    torch.library.opcheck(depthwise_dgrad, args)
-    torch.library.opcheck(depthwise_wgrad_, (o.x, o.dy, o.gate, "silu", *sums(OPCHECK, torch.float32), *geometry))
-
-
-def test_ops_take_any_layout():
-    """Maps whose channels do not lie side by side are copied by the ops; z is empty unless it is asked for."""
-    case = MAIN[0]
-    o = operands(case, torch.float64).map(lambda t: t.contiguous() if t.dim() == 4 else t)
-    geometry = (case.stride, case.padding, case.dilation)
-    y, z = depthwise_forward(o.x, o.weight, o.scale, o.shift, o.residual, *geometry, case.act, False)
-    assert z.shape == (0,)
-    dx = depthwise_dgrad(o.dy, o.weight, o.gate, case.act, o.addend, o.mask, case.mask_act, *case.size[2:], *geometry)
-    dw, dshift = sums(case, torch.float64)
-    depthwise_wgrad_(o.x, o.dy, o.gate, case.act, dw, dshift, *geometry)
-    expected_dx, expected_dw, expected_dshift = backward_oracle(case, o)
-    assert_close("y", y, forward_oracle(case, o)[0])
-    assert_close("dx", dx, expected_dx)
-    assert_close("dw", dw, expected_dw)
-    assert_close("dshift", dshift, expected_dshift)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.gradcheck(lambda x, w, b: conv2d(x, w, shift=b, **place), inputs, fast_mode=True)
 
 
 def test_empty_map():
@@ -454,22 +387,22 @@ def test_offsets_beyond_32_bits(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_of_a_gpu(monkeypatch, dtype, channels, pixels):
     """A thread has 16 bytes of channels, fewer where the sums of the weight gradient would not fit in registers."""
-    monkeypatch.setattr(depthwise, "interpreting", lambda: False)
-    tile = forward_tile(dtype, channels, 100, pixels)
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    tile = depthwise_tile(dtype, channels, 100, pixels)
     assert tile.pixels * tile.channels * dtype.itemsize == 16 * 32 * tile.num_warps
     assert tile.num_warps <= 4 and tile.rows == 4 and tile.channels * dtype.itemsize <= 128
     for taps in (1, 9, 25, 28):
-        tile = wgrad_tile(dtype, channels, 100, pixels, taps)
+        tile = depthwise_wgrad_tile(dtype, channels, 100, pixels, taps)
         vector = tile.pixels * tile.channels // (32 * tile.num_warps)
         assert 1 <= vector <= 16 // dtype.itemsize and vector * taps <= 56
 
 
 def test_refusals():
     x = random_map(1, 4, 3, 3, torch.float32, torch.Generator())
-    weight = torch.zeros(2, 1, 3, 3, device=DEVICE)
+    weight, geometry = torch.zeros(2, 1, 3, 3, device=DEVICE), ConvGeometry.of(padding=(1, 1, 1, 1), groups=4)
     with pytest.raises(ValueError, match=r"depthwise_forward: weights of shape \(2, 1, 3, 3\) for 4 channels"):
-        depthwise.forward(x, weight, torch.empty_like(x), (1, 1), (1, 1, 1, 1), (1, 1))
+        depthwise.forward(x, weight, torch.empty_like(x), geometry)
     with pytest.raises(ValueError, match="depthwise_dgrad"):
-        depthwise.dgrad(x, weight, torch.empty_like(x), (1, 1), (1, 1, 1, 1), (1, 1))
-    with pytest.raises(ValueError, match="depthwise_wgrad_"):
-        depthwise.wgrad(x, x, weight, weight[:, 0, 0, 0], (1, 1), (1, 1, 1, 1), (1, 1))
+        depthwise.dgrad(x, weight, torch.empty_like(x), geometry)
+    with pytest.raises(ValueError, match="depthwise_wgrad"):
+        depthwise.wgrad(x, x, weight, weight[:, 0, 0, 0], geometry)

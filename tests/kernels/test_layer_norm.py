@@ -7,18 +7,15 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
 from torch import Tensor
 
-from gigamorph.kernels import choice
-from gigamorph.kernels import layer_norm as module
+from gigamorph.kernels import choice, stream
 from gigamorph.kernels.layer_norm import (
-    MOST_CHANNELS,
-    Stream,
     launch_backward,
     launch_forward,
     layer_norm,
     layer_norm_backward,
     layer_norm_reference,
-    stream_config,
 )
+from gigamorph.kernels.tuning import MOST_NORM_CHANNELS, StreamConfig, stream_config
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-6
@@ -42,9 +39,9 @@ def tiles(request, monkeypatch):
     if request.param == "small tiles":
 
         def small(pixels, channels, most):
-            return Stream(4, stream_config(pixels, channels, most).block_c, 3, 4)
+            return StreamConfig(4, stream_config(pixels, channels, most).block_c, 3, 4)
 
-        monkeypatch.setattr(module, "stream_config", small)
+        monkeypatch.setattr(stream, "stream_config", small)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,7 +177,9 @@ def test_any_size(n, c, h, w, rows, steps, dtype):
     # Gradients of two or three channels cancel: what is left of float32 is told by the size of the terms.
     oracle = gradients(*doubled(x, weight, bias, dy))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stream_config", lambda p, c, m: Stream(rows, stream_config(p, c, m).block_c, steps, 4))
+        patch.setattr(
+            stream, "stream_config", lambda p, c, m: StreamConfig(rows, stream_config(p, c, m).block_c, steps, 4)
+        )
         y, (dx, dweight, dbias) = layer_norm(x, weight, bias, EPS), layer_norm_backward(dy, x, weight, EPS)
     assert_close("y", y, oracle[0])
     if c >= 8:
@@ -228,17 +227,17 @@ def test_empty_map():
 
 
 def test_refusals():
-    x = torch.zeros(1, MOST_CHANNELS + 1, 1, 1, device=DEVICE)
+    x = torch.zeros(1, MOST_NORM_CHANNELS + 1, 1, 1, device=DEVICE)
     with pytest.raises(ValueError, match="8193 channels; use at most 8192"):
         layer_norm(x, None, None, EPS)
     with pytest.raises(ValueError, match="use smaller tiles"):
-        module.count_pixels(torch.empty(2, 8, 32768, 32768, device="meta"), "layer_norm")
+        stream.count_pixels(torch.empty(2, 8, 32768, 32768, device="meta"), "layer_norm")
 
 
 def test_tiles_cover_every_pixel():
     for pixels in (1, 7, 49, 4096, 3328 * 2560, 2**30):
-        for channels in (1, 3, 96, 768, 2048, MOST_CHANNELS):
-            config = stream_config(pixels, channels, MOST_CHANNELS)
+        for channels in (1, 3, 96, 768, 2048, MOST_NORM_CHANNELS):
+            config = stream_config(pixels, channels, MOST_NORM_CHANNELS)
             assert config.block_c >= channels and config.steps <= 1024
             assert (config.programs(pixels) - 1) * config.share < pixels <= config.programs(pixels) * config.share
 
@@ -282,7 +281,7 @@ class TestPlantedErrors:
 
     def test_window_taken_for_a_dense_map(self, monkeypatch):
         x, weight, oracle = self.case()
-        monkeypatch.setattr(module, "is_flat", lambda *maps: True)
+        monkeypatch.setattr(stream, "is_flat", lambda *maps: True)
         y = torch.empty_like(x)
         launch_forward(window(x), weight, None, EPS, y)
         with pytest.raises(AssertionError, match="not finite"):

@@ -7,7 +7,7 @@ import torch
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
 from torch import Tensor
 
-from gigamorph.kernels import choice
+from gigamorph.kernels import choice, tuning
 from gigamorph.kernels import layer_norm_linear as module
 from gigamorph.kernels.layer_norm import layer_norm_reference
 from gigamorph.kernels.layer_norm_linear import (
@@ -83,7 +83,7 @@ def test_linear_without_parameters_between_windows():
 
 def test_linear_splits_columns_between_programs(monkeypatch):
     """As on a GPU, where a small map would leave the chip idle."""
-    monkeypatch.setattr(module, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
     generator = torch.Generator().manual_seed(13)
     x, *parameters = linear_case((1, 20, 3, 6), 90, torch.float32, generator)
     oracle = layer_norm_linear_act_reference(*doubled(x, *parameters[:2]), EPS, *doubled(*parameters[2:]), "gelu")

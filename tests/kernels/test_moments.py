@@ -1,44 +1,38 @@
 """Moments of maps and their gradient: of windows, of tiles that merge, and out of a convolution's epilogue."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map, window
-from torch import Tensor
 from torch.nn import functional as F
 
-from gigamorph.kernels import choice
+from gigamorph.kernels import choice, stream
 from gigamorph.kernels import conv2d as convolutions
 from gigamorph.kernels import conv2d_forward as dense
-from gigamorph.kernels import moments as module
 from gigamorph.kernels.conv2d import conv2d_moments
-from gigamorph.kernels.layer_norm import Stream
 from gigamorph.kernels.moments import (
-    Moments,
     launch_moments_backward,
-    merge_moments,
     moments,
     moments_backward,
     moments_backward_reference,
     moments_of_each,
     moments_reference,
 )
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config, StreamConfig, forced
+from gigamorph.kernels.windows import ConvGeometry
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(2, 24, 5, 7), (1, 130, 9, 3)]
 
 
-def small_tiles(pixels: int, channels: int, most: int) -> Stream:
-    return Stream(4, 16, 3, 4)
+def small_tiles(pixels: int, channels: int, most: int) -> StreamConfig:
+    return StreamConfig(4, 16, 3, 4)
 
 
 @pytest.fixture(params=["computed", "small tiles"])
 def tiles(request, monkeypatch):
     """The configuration of the interpreter, and one with many programs, each of several tiles."""
     if request.param == "small tiles":
-        monkeypatch.setattr(module, "stream_config", small_tiles)
+        monkeypatch.setattr(stream, "stream_config", small_tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,31 +62,13 @@ def test_moments_do_not_cancel(offset, tiles):
 
 def test_moments_of_a_map_that_begins_constant(monkeypatch):
     """The background of a mammogram: a shift taken from the first pixels would be of no use."""
-    monkeypatch.setattr(module, "stream_config", small_tiles)
+    monkeypatch.setattr(stream, "stream_config", small_tiles)
     x = random_map(1, 5, 12, 16, torch.float32, torch.Generator().manual_seed(3)) + 1000
     x[:, :, :7] = 0
     mean, m2 = moments(x)
     oracle_mean, oracle_m2 = moments_reference(x.double())
     assert_close("mean", mean, oracle_mean)
     assert_close("m2", m2, oracle_m2)
-
-
-@pytest.mark.parametrize("cuts", [(5,), (1, 2, 9), (0, 12)], ids=str)
-def test_moments_of_tiles_merge(cuts):
-    x = random_map(2, 7, 12, 5, torch.float64, torch.Generator().manual_seed(4)) + 3
-    count, mean, m2 = merged(x.tensor_split(cuts, 2))
-    oracle_mean, oracle_m2 = moments_reference(x)
-    assert count == 120
-    assert_close("mean", mean, oracle_mean)
-    assert_close("m2", m2, oracle_m2)
-
-
-def merged(parts: Sequence[Tensor]) -> Moments:
-    """Moments of a map from its tiles."""
-    total: Moments = (0, torch.zeros(()), torch.zeros(()))
-    for part in parts:
-        total = merge_moments(total, (part.shape[0] * part.shape[2] * part.shape[3], *moments(part)))
-    return total
 
 
 @pytest.mark.parametrize("mode", ["triton", "stock"])
@@ -166,12 +142,12 @@ def test_epilogue(dtype, channels, filters, kernel, stride, groups, size, config
     x = guarded(random_map(1, channels, *size, dtype, generator) + 1)
     weight = guarded(random_map(filters, channels // groups, kernel, kernel, dtype, generator, 0.3))
     shift = guarded(torch.randn(filters, generator=generator).to(DEVICE) + 2)
-    place = [stride, stride], [kernel // 2] * 4, [1, 1], groups
+    place = ConvGeometry.of([stride] * 2, [kernel // 2] * 4, groups=groups)
     if config is None:
-        whole, means, m2s = conv2d_moments(x, weight, shift, *place, [2, 1])
+        whole, means, m2s = conv2d_moments(x, weight, shift, place, [2, 1])
     else:
         with forced(config):
-            whole, means, m2s = conv2d_moments(x, weight, shift, *place, [2, 1])
+            whole, means, m2s = conv2d_moments(x, weight, shift, place, [2, 1])
     guarded.check()
     y = whole[:, :, 2:, 1:]
     oracle = F.conv2d(x.double(), weight.double(), shift.double(), stride, kernel // 2, 1, groups)
@@ -188,7 +164,7 @@ def test_epilogue(dtype, channels, filters, kernel, stride, groups, size, config
 def test_epilogue_of_a_batch_and_of_stock():
     generator = torch.Generator().manual_seed(9)
     x, weight = random_map(2, 8, 5, 9, torch.float64, generator), random_map(8, 8, 3, 3, torch.float64, generator)
-    place = [1, 1], [1, 1, 1, 1], [1, 1], 1, [0, 0]
+    place = ConvGeometry.of(padding=(1, 1, 1, 1)), [0, 0]
     y, mean, m2 = conv2d_moments(x, weight, None, *place)
     with choice.override("stock"):
         found = conv2d_moments(x, weight, None, *place)
@@ -209,7 +185,7 @@ def test_order_of_programs(tiles):
             lambda: (
                 *moments(x),
                 moments_backward(x, mean, dmean, dvar, 7, dy),
-                *conv2d_moments(x, weight, None, [1, 1], [1, 1, 1, 1], [1, 1], 1, [0, 0]),
+                *conv2d_moments(x, weight, None, ConvGeometry.of(padding=(1, 1, 1, 1)), [0, 0]),
             )
         )
 
@@ -223,7 +199,7 @@ def test_opcheck():
     torch.library.opcheck(moments_backward, (x, mean, None, dvar, 12, None))
     weight = random_map(5, 6, 3, 3, torch.bfloat16, generator)
     for images in (1, 2):
-        torch.library.opcheck(conv2d_moments, (x[:images], weight, None, [1, 1], [1] * 4, [1, 1], 1, [0, 0]))
+        torch.library.opcheck(conv2d_moments, (x[:images], weight, None, ConvGeometry.of(padding=(1, 1, 1, 1)), [0, 0]))
 
 
 def test_empty_map():
@@ -231,10 +207,7 @@ def test_empty_map():
         torch.zeros(1, 3, 0, 5, device=DEVICE),
         torch.ones(2, 3, 1, 1, device=DEVICE),
         None,
-        [1, 1],
-        [0] * 4,
-        [1, 1],
-        1,
+        ConvGeometry(),
         [0, 0],
     )
     assert y.shape == (1, 2, 0, 5) and not mean.any() and not m2.any()
@@ -242,7 +215,7 @@ def test_empty_map():
 
 def test_refusals():
     with pytest.raises(ValueError, match=r"moments: a map of .* pixels is too large"):
-        module.share_out(torch.empty(2, 8, 32768, 32768, device="meta"), "moments")
+        stream.Stream("moments", 128, torch.empty(2, 8, 32768, 32768, device="meta"))
 
 
 class TestPlantedErrors:
@@ -286,19 +259,19 @@ class TestPlantedErrors:
         longer = random_map(1, 9, 6, 5, torch.float32, torch.Generator().manual_seed(15)) + 1
         longer[:, :, 5] = 0
         x = longer[:, :, :5]
-        monkeypatch.setattr(module, "count_pixels", lambda t, op: 26)
+        monkeypatch.setattr(stream, "count_pixels", lambda t, op: 26)
         with pytest.raises(AssertionError):
             assert_close("mean", moments(x)[0], moments_reference(x.double())[0])
 
     def test_read_past_the_pixels(self, monkeypatch):
         x = Guarded()(random_map(1, 9, 5, 5, torch.float32, torch.Generator().manual_seed(16)))
-        monkeypatch.setattr(module, "count_pixels", lambda t, op: 26)
+        monkeypatch.setattr(stream, "count_pixels", lambda t, op: 26)
         with pytest.raises(AssertionError, match="not finite"):
             assert_close("mean", moments(x)[0], moments_reference(x.double())[0])
 
     def test_program_that_takes_its_neighbours_share(self, monkeypatch):
-        monkeypatch.setattr(module, "stream_config", small_tiles)
+        monkeypatch.setattr(stream, "stream_config", small_tiles)
         x = random_map(1, 9, 5, 5, torch.float32, torch.Generator().manual_seed(17))
-        monkeypatch.setattr(Stream, "share", property(lambda config: config.block_m))
+        monkeypatch.setattr(StreamConfig, "share", property(lambda config: config.block_m))
         with pytest.raises(AssertionError):
             assert_close("m2", moments(x)[1], moments_reference(x.double())[1])

@@ -1,4 +1,4 @@
-"""Max-pooling, bit by bit as PyTorch pools, and sums over pixels."""
+"""Max-pooling, bit by bit as PyTorch pools."""
 
 import pytest
 import torch
@@ -10,9 +10,6 @@ from torch.nn import functional as F
 
 from gigamorph.kernels import pool
 from gigamorph.kernels.pool import (
-    global_sum,
-    global_sum_reference,
-    launch_global_sum,
     launch_max_pool2d,
     launch_max_pool2d_backward,
     max_pool2d,
@@ -20,18 +17,19 @@ from gigamorph.kernels.pool import (
     max_pool2d_backward_reference,
     max_pool2d_reference,
 )
+from gigamorph.kernels.windows import ConvGeometry
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# kernel, stride, (top, bottom, left, right), dilation
+# kernel; stride, (top, bottom, left, right), dilation
 PLACES = [
-    ((3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
-    ((3, 3), (2, 2), (0, 1, 1, 0), (1, 1)),
-    ((2, 2), (2, 2), (0, 0, 0, 0), (1, 1)),
-    ((5, 5), (1, 1), (2, 2, 2, 2), (1, 1)),
-    ((3, 2), (1, 3), (2, 0, 0, 1), (2, 1)),
-    ((2, 3), (3, 2), (1, 0, 3, 2), (1, 2)),
-    ((1, 1), (2, 2), (0, 0, 0, 0), (1, 1)),
-    ((2, 2), (3, 3), (1, 1, 0, 2), (3, 2)),
+    ((3, 3), ConvGeometry.of((2, 2), (1, 1, 1, 1), (1, 1))),
+    ((3, 3), ConvGeometry.of((2, 2), (0, 1, 1, 0), (1, 1))),
+    ((2, 2), ConvGeometry.of((2, 2), (0, 0, 0, 0), (1, 1))),
+    ((5, 5), ConvGeometry.of((1, 1), (2, 2, 2, 2), (1, 1))),
+    ((3, 2), ConvGeometry.of((1, 3), (2, 0, 0, 1), (2, 1))),
+    ((2, 3), ConvGeometry.of((3, 2), (1, 0, 3, 2), (1, 2))),
+    ((1, 1), ConvGeometry.of((2, 2), (0, 0, 0, 0), (1, 1))),
+    ((2, 2), ConvGeometry.of((3, 3), (1, 1, 0, 2), (3, 2))),
 ]
 
 
@@ -86,7 +84,7 @@ def test_value_and_gradient(place, dtype):
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_several_tiles(place, monkeypatch):
     """Tiles that divide neither rows nor columns nor channels; in the interpreter one tile holds a small map."""
-    monkeypatch.setattr(pool, "tile_shape", lambda *sizes, rows=1: (4, 4, 4))
+    monkeypatch.setattr(pool, "pool_tile", lambda *sizes: (4, 4, 4))
     g = torch.Generator().manual_seed(10)
     x = tied_map(1, 6, 7, 6, torch.float32, g)
     y = max_pool2d(x, *place)
@@ -115,7 +113,7 @@ def test_slope_of_the_activation_that_made_x(act, dtype):
 def test_nan_and_minus_infinity_as_in_pytorch(case, dtype):
     """The last NaN of a window is its maximum; a window of -inf gives its gradient to its first pixel."""
     kernel, stride, pad, dilation = case
-    place = (kernel,) * 2, (stride,) * 2, (pad,) * 4, (dilation,) * 2
+    place = (kernel,) * 2, ConvGeometry.of((stride,) * 2, (pad,) * 4, (dilation,) * 2)
     g = torch.Generator().manual_seed(3)
     x = random_map(1, 16, 11, 9, dtype, g)
     x[torch.rand(x.shape, generator=g) < 0.1] = float("nan")
@@ -148,7 +146,7 @@ def test_strided_pixels_and_one_channel():
 def test_padding_beyond_the_window():
     """Windows that lie in the padding are -inf and give no gradient."""
     x = random_map(1, 4, 3, 3, torch.float32, torch.Generator().manual_seed(5))
-    place = (2, 2), (2, 2), (4, 4, 2, 3), (1, 1)
+    place = (2, 2), ConvGeometry.of((2, 2), (4, 4, 2, 3))
     y = max_pool2d(x, *place)
     assert torch.equal(y, max_pool2d_reference(x, *place)) and (y == float("-inf")).any()
     dx = max_pool2d_backward(torch.ones_like(y), x, *place)
@@ -169,8 +167,8 @@ def test_any_place(monkeypatch, sizes, kernel, stride, padding, dilation, tile):
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if h + padding[0] + padding[1] < reach[0] or w + padding[2] + padding[3] < reach[1]:
         return
-    monkeypatch.setattr(pool, "tile_shape", lambda *sizes, rows=1: tile)
-    place = kernel, stride, padding, dilation
+    monkeypatch.setattr(pool, "pool_tile", lambda *sizes: tile)
+    place = kernel, ConvGeometry.of(stride, padding, dilation)
     g = torch.Generator().manual_seed(sum(sizes))
     x = tied_map(n, c, h, w, torch.float32, g)
     y = max_pool2d(x, *place)
@@ -181,12 +179,12 @@ def test_any_place(monkeypatch, sizes, kernel, stride, padding, dilation, tile):
 
 
 def test_order_of_programs(monkeypatch):
-    monkeypatch.setattr(pool, "tile_shape", lambda *sizes, rows=1: (2, 4, 4))
+    monkeypatch.setattr(pool, "pool_tile", lambda *sizes: (2, 4, 4))
     g = torch.Generator().manual_seed(6)
     x = tied_map(1, 6, 7, 8, torch.bfloat16, g)
     place = PLACES[0]
     dy = random_map(1, 6, 4, 4, torch.bfloat16, g)
-    assert_order_free(lambda: (max_pool2d(x, *place), max_pool2d_backward(dy, x, *place), global_sum(x)))
+    assert_order_free(lambda: (max_pool2d(x, *place), max_pool2d_backward(dy, x, *place)))
 
 
 def test_planted_errors():
@@ -206,10 +204,10 @@ def test_planted_errors():
     taps, _ = guarded_taps(1, 8, 5, 6)
     off = torch.empty_like(x).to(DEVICE)
     launch_max_pool2d(x.to(DEVICE), *place, taps=taps)
-    launch_max_pool2d_backward(dy.to(DEVICE), taps, off, place[0], place[1], (0, 1, 1, 1), place[3])
+    launch_max_pool2d_backward(dy.to(DEVICE), taps, off, place[0], place[1]._replace(top=0))
     assert not torch.equal(off.cpu(), dx)
     # Windows added in another order.
-    wide = (5, 5), (1, 1), (2, 2, 2, 2), (1, 1)
+    wide = (5, 5), ConvGeometry.of(padding=(2, 2, 2, 2))
     dy = random_map(1, 8, 9, 11, torch.float32, g).cpu()
     turned = max_pool2d_backward_reference(dy.double(), x.double(), *wide).float()
     assert not torch.equal(turned, max_pool2d_backward_reference(dy, x, *wide))
@@ -227,42 +225,14 @@ def test_gradcheck_and_opcheck():
     x = random_map(1, 2, 4, 5, torch.float64, g).requires_grad_()
     for place in PLACES[:2]:
         assert torch.autograd.gradcheck(lambda t, p=place: max_pool2d(t, *p), (x,))
-    assert torch.autograd.gradcheck(global_sum, (x,))
     y = max_pool2d(x, *PLACES[0])
     torch.library.opcheck(max_pool2d, (x, *PLACES[0]))
     torch.library.opcheck(max_pool2d_backward, (y.detach(), x.detach(), *PLACES[0], "relu"))
-    torch.library.opcheck(global_sum, (x,))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", [None, (4, 8, 8)], ids=str)
-@pytest.mark.parametrize("sizes", [(2, 12, 9, 11), (1, 1, 17, 5), (3, 40, 1, 1), (2, 8, 32, 24)], ids=str)
-def test_global_sum(sizes, dtype, tile, monkeypatch):
-    if tile:
-        monkeypatch.setattr(pool, "tile_shape", lambda *sizes: tile)
-    x = random_map(*sizes, dtype, torch.Generator().manual_seed(9)) + 0.5
-    oracle = global_sum_reference(x.double())
-    kind = dtype if dtype == torch.float64 else torch.float32
-    guard = Guarded()
-    for window in (guard(x), window_of(x, guard)):
-        total = launch_global_sum(window)
-        assert total.dtype == kind
-        assert_close("sum", total, oracle)
-    assert_close("sum", global_sum(x.contiguous()), oracle)
-    guard.check()
-
-
-def test_global_sum_sees_every_pixel():
-    x = torch.zeros(1, 4, 33, 31, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    for i, j in ((0, 0), (32, 30), (16, 7)):
-        x[0, 2, i, j] = 1.0
-    assert global_sum(x).tolist() == [[0.0, 0.0, 3.0, 0.0]]
 
 
 def test_empty_maps():
     x = torch.zeros(0, 4, 6, 6, device=DEVICE)
     with poisoned():
-        assert global_sum(x).shape == (0, 4)
         assert max_pool2d(x, *PLACES[0]).shape == (0, 4, 3, 3)
         assert max_pool2d_backward(torch.zeros(0, 4, 3, 3, device=DEVICE), x, *PLACES[0]).shape == x.shape
 
@@ -270,9 +240,9 @@ def test_empty_maps():
 def test_errors():
     x = torch.zeros(1, 4, 6, 6, device=DEVICE)
     with pytest.raises(ValueError, match="at most 255 taps"):
-        max_pool2d(x, (16, 16), (1, 1), (8, 8, 8, 8), (1, 1))
+        max_pool2d(x, (16, 16), ConvGeometry.of(padding=(8, 8, 8, 8)))
     with pytest.raises(ValueError, match="larger than the map"):
-        max_pool2d(x, (9, 9), (1, 1), (1, 1, 1, 1), (1, 1))
+        max_pool2d(x, (9, 9), ConvGeometry.of(padding=(1, 1, 1, 1)))
     with pytest.raises(ValueError, match="silu"):
         max_pool2d_backward(x[:, :, :3, :3], x, *PLACES[0], "silu")
     with pytest.raises(ValueError, match="give the gradient of the output"):

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 
 from gigamorph.kernels import stem as module
-from gigamorph.kernels.stem import stem, stem_backward, stem_forward, stem_gradients, stem_reference
+from gigamorph.kernels import tuning
+from gigamorph.kernels.stem import Stem, stem, stem_backward, stem_forward, stem_gradients
+from gigamorph.kernels.tuning import StemTile
+from gigamorph.kernels.windows import ConvGeometry
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # channels, filters, kernel, stride, padding, pool padding
@@ -54,7 +57,11 @@ def problem(form, dtype, kind=torch.uint8, size=(14, 19), affine=True, seed=0, d
 
 
 def window(form):
-    return (form[3],) * 2, form[4], form[5]
+    return ConvGeometry.of((form[3],) * 2, form[4]), form[5]
+
+
+def stem_reference(*arguments):
+    return module.stem_reference(Stem(*arguments))
 
 
 def oracle(inputs, form, act):
@@ -76,16 +83,12 @@ def oracle(inputs, form, act):
 def check(inputs, form, act="relu"):
     x, weight, scale, shift, gain, offset = inputs
     y_oracle, dy, grads = oracle(inputs, form, act)
-    strides, padding, pool_padding = window(form)
     guarded = Guarded()
-    options = {
-        name: None if t is None else guarded(t)
-        for name, t in (("scale", scale), ("shift", shift), ("gain", gain), ("offset", offset))
-    }
-    options |= {"low": BOUNDS[0], "high": BOUNDS[1], "pool_padding": pool_padding}
+    given_ = (None if t is None else guarded(t) for t in (weight, scale, shift, gain, offset))
+    whole = Stem(x, *given_, *BOUNDS, *window(form), act)
     y = guarded.empty(*y_oracle.shape, dtype=weight.dtype)
-    stem_forward(x, guarded(weight), y, strides, padding, act, **options)
-    stock = stem_reference(*inputs, *BOUNDS, strides, padding, pool_padding, act)
+    stem_forward(whole, y)
+    stock = stem_reference(*inputs, *BOUNDS, *window(form), act)
     assert_close("y", y, y_oracle, tf32=weight.dtype == torch.float32, stock=stock)
 
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -93,9 +96,7 @@ def check(inputs, form, act="relu"):
         guarded(torch.ones(t.shape, dtype=wide, device=DEVICE))
         for t in (weight, weight[:, 0, 0, 0], weight[:, 0, 0, 0])
     ]
-    stem_backward(
-        x, guarded(weight), guarded(dy), sums[0], strides, padding, act, dscale=sums[1], dshift=sums[2], **options
-    )
+    stem_backward(whole, guarded(dy), sums[0], dscale=sums[1], dshift=sums[2])
     guarded.check()
     for name, total, grad in zip(("dweight", "dscale", "dshift"), sums, grads, strict=False):
         # What was in the buffer is still there; errors of the sum are those of its terms' magnitude.
@@ -127,10 +128,10 @@ def test_other_activations_without_affine(act, form):
 
 def test_several_strips_and_splits(monkeypatch):
     """Tiles as on a GPU: many programs, ragged in every direction."""
-    monkeypatch.setattr(module, "_tile", lambda weight, width: {"BM": 16, "BN": 16, "BK": 16})
+    monkeypatch.setattr(module, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
     form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     check(problem(form, torch.float64, size=(9, 36)), form)
-    monkeypatch.setattr(module, "interpreting", lambda: False)  # strips of one row, a split per tile
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)  # strips of one row, a split per tile
     check(problem(form, torch.float64, size=(9, 36)), form)
 
 
@@ -138,14 +139,14 @@ def test_pixels_side_by_side():
     """An image as files hold it, (height, width, channels)."""
     x, *rest = problem(FORMS["7x7 colour"], torch.float32)
     inside_out = x.contiguous(memory_format=torch.channels_last)
-    call = (*rest, *BOUNDS, (2, 2), (3, 3, 3, 3), (1, 1, 1, 1), "relu")
+    call = (*rest, *BOUNDS, *window(RESNET), "relu")
     assert torch.equal(stem(inside_out, *call), stem(x, *call))
 
 
 def test_no_normalisation_and_clamp_alone():
     x, weight, scale, shift, *_ = problem(RESNET, torch.float64, torch.float32)
     for low, high in ((-math.inf, math.inf), (20.0, 200.0), (-math.inf, 100.0)):
-        call = (weight, scale, shift, None, None, low, high, (2, 2), (3, 3, 3, 3), (1, 1, 1, 1), "relu")
+        call = (weight, scale, shift, None, None, low, high, *window(RESNET), "relu")
         assert_close("y", stem(x, *call), stem_reference(x, *call))
 
 
@@ -170,7 +171,7 @@ def test_gradient_goes_to_the_first_maximum():
     x = torch.ones(1, 1, 9, 9, dtype=torch.float64, device=DEVICE)
     x[..., 4:, 3:] = 2
     weight = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=DEVICE).reshape(1, 1, 2, 2).requires_grad_()
-    arguments = (None, None, None, None, -math.inf, math.inf, (1, 1), (0, 0, 0, 0), (1, 1, 1, 1), "none")
+    arguments = (None, None, None, None, -math.inf, math.inf, ConvGeometry(), (1, 1, 1, 1), "none")
     x[0, 0, 1::2, 1::2] += (
         torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE) / 9
     )
@@ -184,7 +185,7 @@ def test_order_of_programs(monkeypatch):
     form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     inputs = problem(form, torch.float32)
     _, dy, _ = oracle(inputs, form, "relu")
-    monkeypatch.setattr(module, "_tile", lambda weight, width: {"BM": 16, "BN": 16, "BK": 16})
+    monkeypatch.setattr(module, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
     call = (*inputs, *BOUNDS, *window(form), "relu")
     assert_order_free(lambda: (stem(*call), *stem_gradients(dy, *call)))
 
@@ -193,13 +194,13 @@ def test_order_of_programs(monkeypatch):
 def test_mistakes_are_seen(mistake):
     inputs = list(problem(RESNET, torch.bfloat16))
     y, dy, grads = oracle(inputs, RESNET, "relu")
-    strides, padding, pool_padding = window(RESNET)
+    geometry, pool_padding = window(RESNET)
     if mistake == "offset":
         inputs[5] = inputs[5] + 0.01
     elif mistake == "padding":
         # Zeros beyond the image before normalisation, in place of after it.
         inputs[0] = torch.nn.functional.pad(inputs[0], [3, 3, 3, 3])
-        padding = (0, 0, 0, 0)
+        geometry = ConvGeometry.of((2, 2))
     elif mistake == "pool":
         inputs[0], pool_padding = torch.nn.functional.pad(inputs[0], [4, 0, 4, 0]), (0, 1, 0, 1)
     elif mistake == "pixel":
@@ -208,7 +209,7 @@ def test_mistakes_are_seen(mistake):
     else:
         inputs[2] = inputs[2].clone()
         inputs[2][3] *= 1.1
-    call = (*inputs, *BOUNDS, strides, padding, pool_padding, "relu")
+    call = (*inputs, *BOUNDS, geometry, pool_padding, "relu")
     with pytest.raises(AssertionError):
         assert_close("y", stem(*call), y)
     if mistake != "pool":
@@ -225,7 +226,9 @@ def test_gradcheck(pool):
     gain, offset = (torch.tensor([v], dtype=torch.float64, device=DEVICE) for v in (0.7, 0.1))
 
     def run(weight, scale, shift):
-        return stem(x, weight, scale, shift, gain, offset, -1.5, 1.5, (2, 2), (1, 0, 1, 1), pool, "relu")
+        return stem(
+            x, weight, scale, shift, gain, offset, -1.5, 1.5, ConvGeometry.of((2, 2), (1, 0, 1, 1)), pool, "relu"
+        )
 
     assert torch.autograd.gradcheck(run, (weight, scale, shift), fast_mode=True)
 
@@ -239,15 +242,15 @@ def test_operator():
 
 def test_refusals():
     inputs = problem(RESNET, torch.float32)
-    strides, padding, pool_padding = window(RESNET)
+    geometry, pool_padding = window(RESNET)
     with pytest.raises(ValueError, match="may decrease"):
-        stem(*inputs, *BOUNDS, strides, padding, pool_padding, "silu")
+        stem(*inputs, *BOUNDS, geometry, pool_padding, "silu")
     with pytest.raises(ValueError, match="both or neither"):
-        stem(*inputs[:5], None, *BOUNDS, strides, padding, pool_padding, "relu")
+        stem(*inputs[:5], None, *BOUNDS, geometry, pool_padding, "relu")
     with pytest.raises(ValueError, match="0 or 1"):
-        stem(*inputs, *BOUNDS, strides, padding, (2, 1, 1, 1), "relu")
+        stem(*inputs, *BOUNDS, geometry, (2, 1, 1, 1), "relu")
     with pytest.raises(ValueError, match="stem_reference"):
         image = torch.zeros(1, 1, 9, 9, device=DEVICE).requires_grad_()
-        stem(image, *inputs[1:], *BOUNDS, strides, padding, pool_padding, "relu").sum().backward()
+        stem(image, *inputs[1:], *BOUNDS, geometry, pool_padding, "relu").sum().backward()
     with pytest.raises(ValueError, match="channels of pixels"):
-        stem(inputs[0].expand(-1, 3, -1, -1), *inputs[1:], *BOUNDS, strides, padding, pool_padding, "relu")
+        stem(inputs[0].expand(-1, 3, -1, -1), *inputs[1:], *BOUNDS, geometry, pool_padding, "relu")

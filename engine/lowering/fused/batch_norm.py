@@ -27,12 +27,21 @@ from torch.autograd.function import once_differentiable
 
 from ....kernels.activations import MASKS
 from ....kernels.batch_norm import normalize_act, normalize_act_gradients
-from ....kernels.conv2d import conv2d_dgrad, conv2d_wgrad_
-from ....kernels.dtypes import sum_dtype
+from ....kernels.conv2d import conv2d_backward
 from ....kernels.normalized_conv1x1 import normalized_conv1x1
+from ....kernels.windows import ConvGeometry
 from ..ops import Block, Env, Local, VectorOp
 from ..stages import Stage, private_maps, readers_of, vector_inputs
-from .conv import DTYPES, ConvSpec, activation_of, as_autocast_wants, is_pixelwise, other_summand
+from .conv import (
+    DTYPES,
+    ConvSpec,
+    activation_of,
+    add_to_sums,
+    as_autocast_wants,
+    is_pixelwise,
+    other_summand,
+    weight_sums,
+)
 
 
 @dataclass(slots=True)
@@ -76,7 +85,7 @@ class FusedNormalize(torch.autograd.Function):
         x, mean, rstd, factor, offset, gate = ctx.saved_tensors
         keep_dz = ctx.needs_input_grad[5] and gate is not None
         dx, dz, *sums = normalize_act_gradients(dy, x, mean, rstd, factor, offset, gate, ctx.spec.act, keep_dz)
-        _add_up(ctx, sums)
+        _add_norm_sums(ctx, sums)
         dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
         return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None
 
@@ -116,26 +125,23 @@ class FusedNormConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         (dy,) = grads
         x, mean, rstd, factor, offset, weight = ctx.saved_tensors
-        spec, conv, wide = ctx.spec, ctx.conv, sum_dtype(x.dtype)
-        place = (1, 1), (0, 0, 0, 0), (1, 1), 1
-        wants_weight, wants_bias = ctx.needs_input_grad[5:7]
-        if wants_weight or wants_bias:
+        spec, pixel = ctx.spec, ConvGeometry()
+        dw, dbias = weight_sums(ctx, ctx.conv, weight, *ctx.needs_input_grad[5:7])
+        if dw is not None:
             n = normalize_act(x, mean, rstd, factor, offset, None, spec.act)
-            dw = ctx.sum_of(conv.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
-            conv2d_wgrad_(dw, ctx.sum_of(conv.bias, wide) if wants_bias else None, n, dy, None, "none", *place)
+            conv2d_backward(dy, n, weight, None, "none", pixel, wants_x=False, dw=dw, dshift=dbias)
             del n
-        dn = conv2d_dgrad(dy, weight, None, None, "none", None, None, "none", x.shape[2:], *place)
+        dn, _ = conv2d_backward(dy, x, weight, None, "none", pixel, wants_x=True)
+        assert dn is not None
         dx, _, *sums = normalize_act_gradients(dn, x, mean, rstd, factor, offset, None, spec.act, False)
-        _add_up(ctx, sums)
+        _add_norm_sums(ctx, sums)
         return dx if ctx.needs_input_grad[0] else None, *[None] * 10
 
 
-def _add_up(ctx: Any, sums: list[Tensor]) -> None:
-    """Add a tile's gradients of offset and factor to those of the other tiles."""
-    spec, wanted = ctx.spec, (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
-    for value, wants, total in zip((spec.offset, spec.factor), wanted, sums, strict=True):
-        if wants:
-            ctx.sum_of(value, total.dtype).add_(total)
+def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
+    """Sums of dz and of dz * xhat are the gradients of offset and factor."""
+    values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
+    add_to_sums(ctx, zip(values, wanted, sums, strict=True))
 
 
 def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:

@@ -15,6 +15,7 @@ channels-last map is a convolution with a filter of one pixel.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ....kernels.activations import MASKS
-from ....kernels.conv2d import conv2d_dgrad, conv2d_forward, conv2d_moments, conv2d_wgrad_
+from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.dtypes import sum_dtype
-from ....kernels.pointwise import act_grad
+from ....kernels.windows import ConvGeometry
 from ...capture.trace import Op, Ref
 from ..geometry import Window
 from ..ops import Block, Env, Local, VectorOp
@@ -62,6 +63,10 @@ class ConvSpec:
     input_act: str = "none"
     y: int = -1
 
+    def geometry(self, padding: Sequence[int]) -> ConvGeometry:
+        """Where the filter lies, with the padding of a block."""
+        return ConvGeometry.of(self.stride, padding, self.dilation, self.groups)
+
 
 class FusedConv(torch.autograd.Function):
     """The fused convolution of one block; see the module's docstring."""
@@ -78,25 +83,22 @@ class FusedConv(torch.autograd.Function):
         valued: bool = True,
     ):
         needs = any(ctx.needs_input_grad)
+        geometry = spec.geometry(block.pad)
+        ctx.spec, ctx.geometry, ctx.sum_of = spec, geometry, block.sum_of
         if not valued:
             size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
             ctx.save_for_backward(x, weight, None)
-            ctx.spec, ctx.place = spec, (spec.stride, block.pad, spec.dilation, spec.groups)
-            ctx.sum_of = block.sum_of
             return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
-        place = spec.stride, block.pad, spec.dilation, spec.groups
         z = None
         if block.shares is not None and not spec.channels_last:  # nothing is fused after a map that is reduced
-            y, *moments = conv2d_moments(x, weight, bias, *place, block.margin)
+            y, *moments = conv2d_moments(x, weight, bias, geometry, block.margin)
             block.shares[spec.y] = tuple(part[:, :, None, None] for part in moments)
         else:
-            y, z = conv2d_forward(x, weight, None, bias, residual, *place, spec.act, keep_z, block.margin)
+            y, z = conv2d_forward(x, weight, None, bias, residual, geometry, spec.act, keep_z, block.margin)
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         if needs:
-            gate = None if spec.act == "none" or spec.masked else (z if keep_z else y)
-            ctx.save_for_backward(x, weight, gate)
-            ctx.spec, ctx.place, ctx.sum_of = spec, place, block.sum_of
+            ctx.save_for_backward(x, weight, None if spec.act == "none" or spec.masked else (z if keep_z else y))
         return y
 
     @staticmethod
@@ -104,23 +106,48 @@ class FusedConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         (dy,) = grads
         x, weight, gate = ctx.saved_tensors
-        spec, act = ctx.spec, ctx.spec.act
+        spec = ctx.spec
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-        if gate is not None and (wants_residual or wants_x):
-            dy, gate = act_grad(dy, gate, act), None
-        if gate is None:
-            act = "none"
-        dx = None
-        if wants_x:
-            mask = None if spec.input_act == "none" else x
-            dx = conv2d_dgrad(dy, weight, None, gate, act, None, mask, spec.input_act, x.shape[2:], *ctx.place)
-        if wants_weight or wants_bias:
-            wide = sum_dtype(x.dtype)
-            dw = ctx.sum_of(spec.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
-            dw = dw.reshape(weight.shape)  # a view also of a linear layer's
-            dbias = ctx.sum_of(spec.bias, wide) if wants_bias else None
-            conv2d_wgrad_(dw, dbias, x, dy, gate, act, *ctx.place)
-        return dx, None, None, dy if wants_residual else None, None, None, None
+        dw, dbias = weight_sums(ctx, spec, weight, wants_weight, wants_bias)
+        dx, dresidual = conv2d_backward(
+            dy,
+            x,
+            weight,
+            gate,
+            spec.act,
+            ctx.geometry,
+            wants_x=wants_x,
+            wants_residual=wants_residual,
+            dw=dw,
+            dshift=dbias,
+            input_act=spec.input_act,
+        )
+        return dx, None, None, dresidual, None, None, None
+
+
+def weight_sums(
+    ctx: Any, spec: ConvSpec, weight: Tensor, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The buffers of all tiles that gradients of weight (in its shape) and bias are added to; None if none is wanted.
+
+    The kernels add to the bias's only beside the weight's: where that is not wanted, it is lost.
+    """
+    if not wants_weight and not wants_bias:
+        return None, None
+    wide = sum_dtype(weight.dtype)
+    dw = ctx.sum_of(spec.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
+    return dw.reshape(weight.shape), ctx.sum_of(spec.bias, wide) if wants_bias else None
+
+
+def add_to_sums(ctx: Any, sums: Iterable[tuple[int | None, bool, Tensor]]) -> None:
+    """Add a tile's gradients of values to those of the other tiles.
+
+    Args:
+        sums: number of the value, whether its gradient is wanted, and what this tile gives of it.
+    """
+    for value, wanted, total in sums:
+        if wanted:
+            ctx.sum_of(value, total.dtype).add_(total)
 
 
 def _depths(stage: Stage) -> dict[int, int]:

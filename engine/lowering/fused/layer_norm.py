@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ....kernels.dtypes import sum_dtype
-from ....kernels.layer_norm import MOST_CHANNELS, layer_norm, layer_norm_backward
+from ....kernels.layer_norm import layer_norm, layer_norm_backward
 from ....kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_backward
+from ....kernels.tuning import MOST_NORM_CHANNELS
 from ...capture.trace import Op
 from ..ops import Block, Env, Local
 from ..ops.base import arguments
 from ..stages import Stage, private_maps, readers_of, vector_inputs
-from .conv import DTYPES, ConvSpec, as_autocast_wants, is_pixelwise
+from .conv import DTYPES, ConvSpec, add_to_sums, as_autocast_wants, is_pixelwise, weight_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class FusedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         x, weight = ctx.saved_tensors
         dx, *sums = layer_norm_backward(grads[0], x, weight, ctx.spec.eps)
-        _add_up(ctx, sums)
+        _add_norm_sums(ctx, sums)
         return dx, None, None, None, None
 
 
@@ -79,31 +79,15 @@ class FusedNormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
-        linear, wide = ctx.linear, sum_dtype(weight.dtype)
-        wants_weight, wants_bias = ctx.needs_input_grad[3:5]
-        dweight = ctx.sum_of(linear.weight, wide) if wants_weight else torch.zeros_like(weight, dtype=wide)
-        dbias = ctx.sum_of(linear.bias, wide) if wants_bias else None
-        dx, *sums = layer_norm_linear_act_backward(
-            grads[0],
-            x,
-            norm_weight,
-            norm_bias,
-            ctx.spec.eps,
-            weight,
-            bias,
-            linear.act,
-            dweight.reshape(weight.shape),
-            dbias,
-        )
-        _add_up(ctx, sums)
+        dweight, dbias = weight_sums(ctx, ctx.linear, weight, *ctx.needs_input_grad[3:5])
+        norm = norm_weight, norm_bias, ctx.spec.eps
+        dx, *sums = layer_norm_linear_act_backward(grads[0], x, *norm, weight, bias, ctx.linear.act, dweight, dbias)
+        _add_norm_sums(ctx, sums)
         return dx, *[None] * 7
 
 
-def _add_up(ctx: Any, sums: list[Tensor]) -> None:
-    """Add a tile's gradients of the norm's weight and bias to those of the other tiles."""
-    for value, wanted, total in zip((ctx.spec.weight, ctx.spec.bias), ctx.needs_input_grad[1:3], sums, strict=True):
-        if wanted:
-            ctx.sum_of(value, total.dtype).add_(total)
+def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
+    add_to_sums(ctx, zip((ctx.spec.weight, ctx.spec.bias), ctx.needs_input_grad[1:3], sums, strict=True))
 
 
 def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
@@ -145,7 +129,7 @@ def _norm_spec(stage: Stage, local: Local) -> NormSpec | None:
     value = given["input"].value
     shape = stage.maps.shape(value)
     over_channels = len(shape) == 4 and stage.maps.axes[value] == (1, 2) and len(given["normalized_shape"]) == 1
-    if not over_channels or shape[3] > MOST_CHANNELS or stage.program.values[value].dtype not in DTYPES:
+    if not over_channels or shape[3] > MOST_NORM_CHANNELS or stage.program.values[value].dtype not in DTYPES:
         return None
     weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
     return NormSpec(value, weight, bias, given["eps"], stage.program.values[local.op.outputs[0]].dtype)

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ....kernels.bottleneck import conv_conv1x1, conv_conv1x1_fits
 from ....kernels.choice import run_fastest
 from ....kernels.conv2d import conv2d_forward
+from ....kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_fits
+from ....kernels.windows import ConvGeometry
 from ..ops import Block, Env, Local
 from ..stages import Stage, private_maps, readers_of
 from .conv import ConvSpec, as_autocast_wants
@@ -58,20 +59,18 @@ def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: Con
         x, w1, w2 = as_autocast_wants(env[first.x]), env[first.weight], env[second.weight]
         b1, b2 = (env[v] for v in (first.bias, second.bias) if v is not None)
         residual = None if second.residual is None else env[second.residual].to(x.dtype)
-        stride = first.stride[0]
+        geometry = first.geometry(block.pad)
 
         def apart() -> Tensor:
-            place = first.stride, block.pad, first.dilation, 1
-            h, _ = conv2d_forward(x, w1, None, b1, None, *place, first.act, False, (0, 0))
-            place = (1, 1), (0, 0, 0, 0), (1, 1), 1
-            return conv2d_forward(h, w2, None, b2, residual, *place, second.act, False, (0, 0))[0]
+            h, _ = conv2d_forward(x, w1, None, b1, None, geometry, first.act, False, (0, 0))
+            return conv2d_forward(h, w2, None, b2, residual, ConvGeometry(), second.act, False, (0, 0))[0]
 
         def together() -> Tensor:
-            return conv_conv1x1(x, w1, b1, w2, b2, residual, stride, block.pad, first.act, second.act)
+            return conv_conv1x1(x, w1, b1, w2, b2, residual, geometry, first.act, second.act)
 
-        if not conv_conv1x1_fits(x, w1, w2, residual, stride):
+        if not conv_conv1x1_fits(x, w1, w2, residual, geometry):
             return (apart(),)
-        settings = (tuple(w1.shape), tuple(w2.shape), stride, *block.pad, residual is None)
+        settings = (tuple(w1.shape), tuple(w2.shape), *geometry, residual is None)
         return (run_fastest("conv_conv1x1", x, settings, together, apart),)
 
     inputs = tuple(dict.fromkeys((*maker.op.inputs, *(v for v in local.op.inputs if v != second.x))))

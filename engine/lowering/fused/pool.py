@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ....kernels.pool import max_pool2d, max_pool2d_backward
+from ....kernels.windows import ConvGeometry
 from ..ops import Block, Env
 from ..ops.base import arguments, pair
 from ..stages import Stage
@@ -32,14 +33,14 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: PoolSpec, padding: tuple[int, int, int, int]):
         ctx.save_for_backward(x)
-        ctx.place, ctx.spec = (spec.kernel, spec.stride, padding, spec.dilation), spec
-        return max_pool2d(x, *ctx.place)
+        ctx.window, ctx.spec = (spec.kernel, ConvGeometry.of(spec.stride, padding, spec.dilation)), spec
+        return max_pool2d(x, *ctx.window)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         (x,) = ctx.saved_tensors
-        return max_pool2d_backward(grads[0], x, *ctx.place, ctx.spec.input_act), None, None
+        return max_pool2d_backward(grads[0], x, *ctx.window, ctx.spec.input_act), None, None
 
 
 def take_pools(stage: Stage) -> dict[int, PoolSpec]:

@@ -43,7 +43,7 @@ class FusedStem(torch.autograd.Function):
     ):
         ctx.save_for_backward(x, weight, bias)
         ctx.spec, ctx.sum_of = spec, block.sum_of
-        ctx.settings = (*_WIDE_OPEN, spec.stride, padding, pool_padding, spec.act)
+        ctx.settings = (*_WIDE_OPEN, spec.geometry(padding), pool_padding, spec.act)
         return stem(x, weight, None, bias, None, None, *ctx.settings)
 
     @staticmethod

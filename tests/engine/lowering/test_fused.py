@@ -304,13 +304,11 @@ class TestFusing:
             kept.append(dw.dtype)
             return plain(dw, *args)
 
-        import gigamorph.engine.lowering.fused.conv as fused
-
-        original, fused.conv2d_wgrad_ = fused.conv2d_wgrad_, spy  # pyright: ignore
+        kernels.conv2d.conv2d_wgrad_ = spy  # pyright: ignore
         try:
             accelerate(stock, tile=16)(x).sum().backward()
         finally:
-            fused.conv2d_wgrad_ = original
+            kernels.conv2d.conv2d_wgrad_ = plain  # pyright: ignore
         assert kept and set(kept) == {torch.float32}
 
     def test_one_op_on_what_stock_keeps_twice(self) -> None:

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 
-from gigamorph.kernels.bottleneck import (
+from gigamorph.kernels.conv_conv1x1 import (
     conv_conv1x1,
     conv_conv1x1_fits,
     conv_conv1x1_launch,
     conv_conv1x1_reference,
 )
 from gigamorph.kernels.tuning import Config, forced
-from gigamorph.kernels.windows import output_size
+from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 TILE = Config("descriptor", 16, 16, 16)  # several segments, blocks of outputs and steps of depth
@@ -35,16 +35,17 @@ def problem(dtype, stride=1, padding=(1, 1, 1, 1), size=(9, 21), channels=(24, 3
     )
 
 
+ONE = ConvGeometry.of(padding=(1, 1, 1, 1))
+
+
 def check(inputs, stride, padding, act="relu", config=TILE, tf32=False):
-    guarded = Guarded()
-    oracle = conv_conv1x1_reference(*(None if t is None else t.double() for t in inputs), stride, padding, "relu", act)
-    stock = conv_conv1x1_reference(*inputs, stride, padding, "relu", act)
+    guarded, geometry = Guarded(), ConvGeometry.of((stride, stride), padding)
+    oracle = conv_conv1x1_reference(*(None if t is None else t.double() for t in inputs), geometry, "relu", act)
+    stock = conv_conv1x1_reference(*inputs, geometry, "relu", act)
     x, *rest = inputs
     y = guarded.empty(*oracle.shape, dtype=x.dtype)
     with forced(config):
-        conv_conv1x1_launch(
-            guarded(x), *(None if t is None else guarded(t) for t in rest), y, stride, padding, "relu", act
-        )
+        conv_conv1x1_launch(guarded(x), *(None if t is None else guarded(t) for t in rest), y, geometry, "relu", act)
     guarded.check()
     assert_close("y", y, oracle, tf32=tf32, stock=stock)
 
@@ -94,8 +95,8 @@ def test_windows_of_larger_buffers():
     window = outer[:, 8:32, 2:11, 3:24]
     window.copy_(x)
     assert torch.equal(
-        conv_conv1x1(window, *rest, 1, (1, 1, 1, 1), "relu", "relu"),
-        conv_conv1x1(x, *rest, 1, (1, 1, 1, 1), "relu", "relu"),
+        conv_conv1x1(window, *rest, ONE, "relu", "relu"),
+        conv_conv1x1(x, *rest, ONE, "relu", "relu"),
     )
 
 
@@ -104,7 +105,7 @@ def test_order_of_programs():
 
     def run():
         with forced(TILE):
-            return conv_conv1x1(*inputs, 1, (1, 1, 1, 1), "relu", "relu")
+            return conv_conv1x1(*inputs, ONE, "relu", "relu")
 
     assert_order_free(run)
 
@@ -119,20 +120,20 @@ def test_mistakes_are_seen(mistake):
         wrong[5][0, 3, 4, 5] += 1
     else:
         wrong[1][:, :, 2, 2] = 0
-    oracle = conv_conv1x1_reference(*(t.double() for t in inputs), 1, (1, 1, 1, 1), "relu", "none")
+    oracle = conv_conv1x1_reference(*(t.double() for t in inputs), ONE, "relu", "none")
     with pytest.raises(AssertionError):
-        assert_close("y", conv_conv1x1(*wrong, 1, (1, 1, 1, 1), "relu", "none"), oracle)
+        assert_close("y", conv_conv1x1(*wrong, ONE, "relu", "none"), oracle)
 
 
 def test_operator():
-    torch.library.opcheck(conv_conv1x1, (*problem(torch.float32), 1, (1, 1, 1, 1), "relu", "relu"))
+    torch.library.opcheck(conv_conv1x1, (*problem(torch.float32), ONE, "relu", "relu"))
 
 
 def test_refusals():
     x, weight1, shift1, weight2, shift2, residual = problem(torch.float32)
-    assert conv_conv1x1_fits(x, weight1, weight2, residual, 1)
-    assert not conv_conv1x1_fits(x, weight1, weight2, residual, 3)
-    assert not conv_conv1x1_fits(x, weight1[:24], weight2, residual, 1)
-    assert not conv_conv1x1_fits(x.contiguous(), weight1, weight2, residual, 1)
+    assert conv_conv1x1_fits(x, weight1, weight2, residual, ONE)
+    assert not conv_conv1x1_fits(x, weight1, weight2, residual, ONE._replace(stride_h=3, stride_w=3))
+    assert not conv_conv1x1_fits(x, weight1[:24], weight2, residual, ONE)
+    assert not conv_conv1x1_fits(x.contiguous(), weight1, weight2, residual, ONE)
     with pytest.raises(ValueError, match="apart"):
-        conv_conv1x1(x, weight1[:24], shift1[:24], weight2[:, :24], shift2, residual, 1, (1, 1, 1, 1), "relu", "relu")
+        conv_conv1x1(x, weight1[:24], shift1[:24], weight2[:, :24], shift2, residual, ONE, "relu", "relu")

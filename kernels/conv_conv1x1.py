@@ -1,0 +1,198 @@
+"""The tail of a residual bottleneck for inference, 3x3 convolution and 1x1 convolution in one pass over memory:
+
+    y = act(conv(h, w2) + shift2 + residual),   h = mid_act(conv(x, w1) + shift1)
+
+w1 is (M, C, R, S) with stride 1 or 2, w2 is (K, M, 1, 1); frozen normalisation is folded into weights and shifts. The
+map h is never in memory: a program holds all M channels of a row segment of it, rounds them to the maps' dtype, as a
+stored map would be, and multiplies them by w2, one block of output channels after another. Next to two kernels this
+saves one write and one read of h.
+
+The leading 1x1 convolution is not fused as well. Values in registers cannot be shifted between rows, so its output
+would be computed anew for every tap: in ResNet-50's first stage 9 x 256 x 64 multiply-adds per pixel in place of
+256 x 64, when the whole block takes 69632.
+
+Descriptors only (sm_90); M is a power of two of at most 256, so that h fits in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import activate, activate_reference
+from .conv2d_forward import Product, Steps, gemm
+from .tuning import conv_conv1x1_config, most_mid_channels
+from .windows import ConvGeometry, can_describe, can_describe_product, column_phases, describe, empty_map
+
+
+@triton.jit
+def _conv_conv1x1_kernel(
+    x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
+    x_odd_desc,  # the odd columns
+    w1_desc,  # [M, R*S*CIN]
+    w2_desc,  # [COUT, M]
+    residual_desc,  # [N, OH, OW, COUT] window or None
+    y_desc,  # [N, OH, OW, COUT] window
+    shift1_ptr,  # [M]
+    shift2_ptr,  # [COUT]
+    OH,
+    COUT,
+    segments,  # of a row
+    top,
+    shift_even,
+    shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    M: tl.constexpr,
+    MID_ACT: tl.constexpr,
+    ACT: tl.constexpr,
+    STEPS: tl.constexpr,
+    P: tl.constexpr,
+):
+    """All filters of y at BM pixels of one row, by way of all M channels of h."""
+    pid = tl.program_id(0)
+    j0 = (pid % segments) * P.BM
+    line = pid // segments
+    n = line // OH
+    i = line % OH
+
+    row = i * STEPS.STRIDE_H - top
+    acc = gemm(x_desc, x_odd_desc, w1_desc, n, row, j0, shift_even, shift_odd, 0, 1, M, STEPS, P)
+    acc += tl.load(shift1_ptr + tl.arange(0, M)).to(P.ACC)[None, :]
+    h = activate(acc, MID_ACT).to(x_desc.dtype)  # [BM, M]
+
+    for k0 in range(0, COUT, P.BN):
+        z = tl.dot(h, w2_desc.load([k0, 0]).T, input_precision=P.PRECISION, out_dtype=P.ACC)
+        k = k0 + tl.arange(0, P.BN)
+        z += tl.load(shift2_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
+        if residual_desc is not None:
+            z += residual_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC)
+        y_desc.store([n, i, j0, k0], activate(z, ACT).to(y_desc.dtype).reshape(1, 1, P.BM, P.BN))
+
+
+def conv_conv1x1_fits(
+    x: Tensor, weight1: Tensor, weight2: Tensor, residual: Tensor | None, geometry: ConvGeometry
+) -> bool:
+    """Whether the kernel can do it: a chip with descriptors, maps that they can address, no dilation, M a power of two
+    up to 256 (128 in float32)."""
+    filters = weight1.shape[0]
+    return (
+        geometry.stride_h == geometry.stride_w
+        and geometry.dilation == (1, 1)
+        and filters & (filters - 1) == 0
+        and 16 <= filters <= most_mid_channels(x.dtype)
+        and weight2.shape[0] * x.dtype.itemsize % 16 == 0
+        and can_describe_product(x, geometry, residual, _matrix(weight1))
+    )
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def conv_conv1x1_launch(
+    x: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    shift2: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    geometry: ConvGeometry,
+    mid_act: str,
+    act: str,
+) -> None:
+    """Write y; see the formula above.
+
+    Args:
+        x: (N, C, H, W) window.
+        weight1, shift1: (M, C, R, S) and (M,).
+        weight2, shift2: (K, M, 1, 1) and (K,).
+        residual: window of y's size, or None.
+        y: (N, K, OH, OW) window to be written.
+        geometry: of the first convolution.
+    """
+    mid, depth, r, s = weight1.shape
+    n, filters, oh, ow = y.shape
+    if not y.numel():
+        return
+    if not (conv_conv1x1_fits(x, weight1, weight2, residual, geometry) and can_describe(y)):
+        raise ValueError(
+            f"conv_conv1x1: cannot take {depth} -> {mid} -> {filters}, stride {geometry.stride}, {x.dtype} on "
+            f"{x.device} as laid out; run the two convolutions apart"
+        )
+    config = conv_conv1x1_config(x, ow, mid, filters, residual is not None)
+    even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
+    box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
+    segments = triton.cdiv(ow, config.block_m)
+    _conv_conv1x1_kernel[(n * oh * segments,)](
+        describe(even, box_x),
+        describe(odd, box_x),
+        describe(_matrix(weight1), [mid, config.block_k]),
+        describe(weight2.reshape(filters, mid), [config.block_n, mid]),
+        None if residual is None else describe(residual, box_y),
+        describe(y, box_y),
+        shift1,
+        shift2,
+        oh,
+        filters,
+        segments,
+        geometry.top,
+        shift_even,
+        shift_odd,
+        M=mid,
+        MID_ACT=mid_act,
+        ACT=act,
+        STEPS=Steps(depth, *geometry.stride, 1),
+        P=Product.of((r, s), config, x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def conv_conv1x1_reference(
+    x: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    shift2: Tensor,
+    residual: Tensor | None,
+    geometry: ConvGeometry,
+    mid_act: str,
+    act: str,
+) -> Tensor:
+    """y in plain PyTorch."""
+    h = activate_reference(F.conv2d(geometry.padded(x), weight1, shift1, geometry.stride), mid_act)
+    z = F.conv2d(h, weight2, shift2)
+    return activate_reference(z if residual is None else z + residual, act)
+
+
+@torch.library.custom_op("gigamorph::conv_conv1x1", mutates_args=())
+def conv_conv1x1(
+    x: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    shift2: Tensor,
+    residual: Tensor | None,
+    geometry: Sequence[int],
+    mid_act: str,
+    act: str,
+) -> Tensor:
+    """The fused pair, for inference: it has no gradient. See `conv_conv1x1_launch`."""
+    given = ConvGeometry(*geometry)
+    y = _output(x, weight1, weight2, given)
+    conv_conv1x1_launch(x, weight1, shift1, weight2, shift2, residual, y, given, mid_act, act)
+    return y
+
+
+def _output(x: Tensor, weight1: Tensor, weight2: Tensor, geometry: ConvGeometry) -> Tensor:
+    return empty_map(x.shape[0], weight2.shape[0], *geometry.output(x, weight1.shape[2:]), like=x)
+
+
+@conv_conv1x1.register_fake
+def _(x, weight1, shift1, weight2, shift2, residual, geometry, mid_act, act) -> Tensor:
+    return _output(x, weight1, weight2, ConvGeometry(*geometry))
