@@ -23,7 +23,6 @@ from gigamorph.engine.morph import deepen, front, inputs, kernel_size
 from gigamorph.engine.morph import merge as mer
 from gigamorph.engine.morph import widen as wid
 from gigamorph.engine.morph.spaces import Spaces, find_spaces
-from gigamorph.engine.morph.surgery import apply_edit
 from gigamorph.engine.morph.verify import Report
 
 
@@ -137,7 +136,7 @@ def _edited(model: nn.Module, x: Tensor, child: nn.Module, report: Report, round
     exact = None
     if rounded:
         exact = copy.deepcopy(model).double()
-        apply_edit(exact, report.step)
+        report.step.repeat(exact)
     return Trial(report, child, exact, None, tuple(x.shape))
 
 

@@ -85,7 +85,7 @@ def morph() -> None:
         type=click.Choice(["sterbenz", "kraft"]),
         default="sterbenz",
         show_default=True,
-        help="How the weights behind a copied channel are shared out: at random, or by powers of two.",
+        help="How the weights that read a copied channel are shared out: at random, or by powers of two.",
     ),
     click.option(
         "--groups",
@@ -141,7 +141,7 @@ def deepen(at: str, how: str, kernel: int | None, act: str | None, norm: bool | 
     from ..engine.morph import deepen as d
 
     if how == "pair" and norm is not None:
-        raise click.UsageError("a pair has no BatchNorm; leave --norm away")
+        raise click.UsageError("a pair has no BatchNorm; omit --norm")
 
     def change(net: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:
         if how == "identity":

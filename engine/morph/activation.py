@@ -7,14 +7,17 @@ them as text.
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from .surgery import edit, follow, morphed, placed, site
-from .verify import Example, Report
+from .running import Example
+from .step import EditAt
+from .surgery import follow, morphed, placed, site
+from .verify import Report
 
 # Continuous and elementwise; a random or discontinuous one (RReLU, Threshold, Hardshrink) has no useful slope in `a`.
 ACTIVATIONS = {
@@ -57,7 +60,7 @@ class PAct(nn.Module):
     Args:
         phi: any activation that keeps its input, i.e. is not in place.
         channels: number of coefficients; 1 serves any number of channels.
-        dims: image axes behind the channel axis; 0 has the channels on the last axis.
+        dims: image axes after the channel axis; 0 has the channels on the last axis.
     """
 
     def __init__(self, phi: nn.Module, channels: int = 1, dims: int = 2) -> None:
@@ -118,11 +121,18 @@ def insert_activation(
         MorphError: see `surgery.site` and `activation`.
     """
     at = site(model, path, example)
-    step = {"op": "activation", "path": path, "act": act, "channels": at.channels, "dims": at.dims}
+    step = ActivationStep(path, act, at.channels, at.dims)
     return morphed(model, step, example, inplace=inplace)
 
 
-@edit("activation")
-def _insert_activation(model: nn.Module, path: str, act: str, channels: int, dims: int) -> list[str]:
-    follow(model, path, placed(PAct(activation(act), channels, dims), model, path))
-    return [f"{path}: followed by PAct({act}) on {channels} channels, a = 0"]
+@dataclass(frozen=True)
+class ActivationStep(EditAt, op="activation"):
+    """See `insert_activation`; `dims` counts the image axes, 0 where channels are on the last axis."""
+
+    act: str
+    channels: int
+    dims: int
+
+    def edit(self, model: nn.Module) -> list[str]:
+        follow(model, self.path, placed(PAct(activation(self.act), self.channels, self.dims), model, self.path))
+        return [f"{self.path}: followed by PAct({self.act}) on {self.channels} channels, a = 0"]

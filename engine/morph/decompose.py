@@ -1,10 +1,5 @@
 """One layer into two: in sequence (TYPE-I, K = K2 * K1) or in parallel (TYPE-II, K = K1 + K2).
 
-Correlation kernels compose by full convolution: K[o, c, u] = sum over m, v of K2[o, m, v] K1[m, c, u - v], of size
-k1 + k2 - 1. For a K1 that is given this is linear in K2 and solvable for every K if middle * |k2| >= inputs * |k|
-(rank condition of NetMorph, Wei et al. 2016); by symmetry K1 can be solved for if middle * |k1| >= outputs * |k|.
-The given factor is random with orthonormal rows, since the error is the condition of that linear system.
-
 Padding belongs to the first layer as a whole: layers that pad for themselves are wrong at the borders. A first layer
 of one tap without a bias is the exception, since it leaves zeros zero. The stride belongs to the second layer, unless
 that has one tap; the dilation to both.
@@ -13,28 +8,28 @@ that has one tap; the dilation to both.
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import MorphError
 from .activation import PAct, activation, paired
 from .deepen import dirac, layer
+from .factors import factorise, factorise_stable, fewest_middle
 from .kernel_size import numeric_padding, pad_kernel, set_padding
-from .surgery import CONVS, edit, follow, morphed, placed, plain, replace, site, spatial
-from .verify import Example, Report
+from .running import Example
+from .step import EditAt
+from .surgery import CONVS, follow, morphed, placed, plain, replace, site, spatial
+from .verify import Report
 
-RESIDUAL_LIMIT = 1e-12  # relative, of the factors' product in float64
-SMALL, TRIES = 256, 16  # equations; random systems so small may be badly conditioned, larger ones hardly are
 METHODS = ("orthogonal", "stable")
 BETWEEN = ("pact", "pair")
 
 Size = int | Sequence[int]
+Sizes = tuple[int | tuple[int, ...], int | tuple[int, ...]]
 
 
 def decompose(
@@ -75,9 +70,7 @@ def decompose(
         raise MorphError(f"method {method!r}, between {between!r}: one of {METHODS} and one of {BETWEEN}")
     if act is not None:
         activation(act) if between == "pact" else paired(act)
-    sizes = [k if isinstance(k, int) else list(k) for k in kernels]
-    step = {"op": "decompose", "path": path, "kernels": sizes, "middle": middle, "method": method}
-    step |= {"act": act, "between": between, "seed": seed}
+    step = DecomposeStep(path, _sizes(kernels), middle, method, act, between, seed)
     scaled = act is not None and between == "pair" and paired(act)[1] != 1
     return morphed(model, step, example, inplace=inplace, rounded=method == "orthogonal" or scaled)
 
@@ -103,9 +96,7 @@ def insert_module(
         raise MorphError(f"between {between!r}: one of {BETWEEN}")
     activation(act) if between == "pact" else paired(act)
     at = site(model, path, example)
-    sizes = [k if isinstance(k, int) else list(k) for k in kernels]
-    step = {"op": "module", "path": path, "channels": at.channels, "dims": at.dims, "kernels": sizes}
-    step |= {"middle": middle, "act": act, "between": between, "seed": seed}
+    step = ModuleStep(path, at.channels, at.dims, _sizes(kernels), middle, act, between, seed)
     return morphed(model, step, example, inplace=inplace, rounded=True)
 
 
@@ -120,7 +111,7 @@ def split_parallel(
     Raises:
         MorphError: no plain layer.
     """
-    return morphed(model, {"op": "parallel", "path": path, "seed": seed}, example, inplace=inplace)
+    return morphed(model, ParallelStep(path, seed), example, inplace=inplace)
 
 
 class Parallel(nn.Module):
@@ -151,223 +142,150 @@ class Scale(nn.Module):
         return str(self.factor)
 
 
-# -- the algebra of kernels --------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------
 
 
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """The kernel (o, c, k1 + k2 - 1) of `second` (o, m, k2) after `first` (m, c, k1); up to three image axes."""
-    dims = first.ndim - 2
-    if dims == 0:
-        return second @ first
-    conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    flipped = second.flip(tuple(range(2, second.ndim)))
-    return conv(first.transpose(0, 1), flipped, padding=tuple(k - 1 for k in second.shape[2:])).transpose(0, 1)
+@dataclass(frozen=True)
+class DecomposeStep(EditAt, op="decompose"):
+    """See `decompose`."""
+
+    kernels: Sizes
+    middle: int | None
+    method: str
+    act: str | None
+    between: str
+    seed: int
+
+    def edit(self, model: nn.Module) -> list[str]:
+        old = plain(model, self.path, *CONVS, nn.Linear)
+        try:
+            parts = _Two(self.kernels, self.middle, self.method, self.act, self.between, self.seed).of(old)
+        except MorphError as error:
+            raise MorphError(f"module '{self.path}': {error}") from None
+        replace(model, self.path, nn.Sequential(*(placed(part, model, self.path) for part in parts)))
+        return [f"{self.path}: {tuple(old.weight.shape)} -> {', '.join(_name(part) for part in parts)}"]
 
 
-def fewest_middle(outputs: int, inputs: int, first: Sequence[int], second: Sequence[int]) -> int:
-    """The fewest middle channels with which every kernel of size k1 + k2 - 1 can be decomposed."""
-    whole = math.prod(a + b - 1 for a, b in zip(first, second, strict=True))
-    return min(-(-inputs * whole // math.prod(second)), -(-outputs * whole // math.prod(first)))
+@dataclass(frozen=True)
+class ModuleStep(EditAt, op="module"):
+    """See `insert_module`; `dims` counts the image axes, 0 where channels are on the last axis."""
+
+    channels: int
+    dims: int
+    kernels: Sizes
+    middle: int | None
+    act: str
+    between: str
+    seed: int
+
+    def edit(self, model: nn.Module) -> list[str]:
+        sizes = [spatial(k, self.dims, "kernel") for k in self.kernels]
+        whole = tuple(a + b - 1 for a, b in zip(*sizes, strict=True))
+        if any(k % 2 == 0 for k in whole):
+            raise MorphError(f"after module '{self.path}': kernels {sizes} make {whole}, which has no centre tap")
+        half = layer(self.channels, self.channels, whole).double()
+        with torch.no_grad():
+            half.weight.copy_(dirac(half.weight) / 2)
+            half.bias.zero_()
+        try:
+            parts = _Two(self.kernels, self.middle, "orthogonal", self.act, self.between, self.seed).of(half)
+        except MorphError as error:
+            raise MorphError(f"after module '{self.path}': {error}") from None
+        body = nn.Sequential(*parts)
+        follow(model, self.path, placed(Parallel(Scale(0.5), body), model, self.path))
+        return [f"{self.path}: followed by x / 2 + {', '.join(_name(part) for part in parts)}"]
 
 
-def factorise(kernel: Tensor, first: Sequence[int], second: Sequence[int], middle: int, seed: int) -> list[Tensor]:
-    """K1 (middle, c, k1) and K2 (o, middle, k2) in float64 with K2 * K1 = `kernel` (o, c, k1 + k2 - 1).
+@dataclass(frozen=True)
+class ParallelStep(EditAt, op="parallel"):
+    """See `split_parallel`."""
 
-    One is random with orthonormal rows, the other solved for; the two have norms of the same size.
+    seed: int
 
-    Raises:
-        MorphError: too few middle channels, or a product that is off by more than 1e-12.
-    """
-    outputs, inputs = kernel.shape[:2]
-    if middle < (least := fewest_middle(outputs, inputs, first, second)):
-        raise MorphError(
-            f"{middle} middle channels are too few for {inputs} -> {outputs} channels with kernels {tuple(first)} and "
-            f"{tuple(second)}; give {least} or more"
-        )
-    if kernel.is_meta:
-        return [kernel.new_empty(middle, inputs, *first), kernel.new_empty(outputs, middle, *second)]
-    exact = kernel.double()
-    whole = math.prod(kernel.shape[2:])
-    forward = middle * math.prod(second) >= inputs * whole
-    if not forward:  # the transposed problem: inputs and outputs, first and second change places
-        exact, first, second = exact.transpose(0, 1), second, first
-    tries = TRIES if exact.shape[1] * whole <= SMALL else 1
-    found = []
-    for attempt in range(tries):
-        one = _orthonormal((middle, exact.shape[1], *first), seed + 1000 * attempt).to(exact)
-        found.append((one, _solve(one, exact, second)))
-    one, two = min(found, key=lambda pair: pair[1].norm().item())  # rounding errors grow with that norm
-    if not forward:
-        one, two, exact = two.transpose(0, 1), one.transpose(0, 1), exact.transpose(0, 1)
-    off = (compose(one, two) - exact).norm() / exact.norm() if exact.any() else torch.zeros(())
-    if not off <= RESIDUAL_LIMIT:
-        raise MorphError(f"the decomposition is off by {off:.1e}; give more than {middle} middle channels")
-    ratio = two.norm() / one.norm()
-    balance = 2.0 ** round(math.log2(ratio) / 2) if ratio > 0 else 1.0
-    return [one * balance, two / balance]
+    def edit(self, model: nn.Module) -> list[str]:
+        old = plain(model, self.path, *CONVS, nn.Linear)
+        other = copy.deepcopy(old)
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for here, there in zip(old.parameters(), other.parameters(), strict=True):
+                share = (torch.rand(here.shape, generator=generator, dtype=torch.float64) / 2 + 0.5).to(here)
+                part = here * share
+                low, high = torch.minimum(here / 2, here), torch.maximum(here / 2, here)
+                part = torch.minimum(torch.maximum(part, low), high)  # w / 2 <= part <= w, so that w - part is exact
+                there.copy_(here - part)
+                here.copy_(part)
+        replace(model, self.path, Parallel(old, other))
+        return [f"{self.path}: {_name(old)} -> the sum of two"]
 
 
-def _orthonormal(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random with orthonormal rows of the unfolded matrix, or columns where it has more rows."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = shape[0], math.prod(shape[1:])
-    random = torch.randn(max(rows, columns), min(rows, columns), generator=generator, dtype=torch.float64)
-    q = torch.linalg.qr(random).Q
-    return (q if rows >= columns else q.T).reshape(shape)
+# -- two layers for one ------------------------------------------------------------------------------------------
 
 
-def _solve(one: Tensor, kernel: Tensor, size: Sequence[int]) -> Tensor:
-    """The smallest K2 of `size` with K2 * `one` = `kernel`."""
-    middle, inputs = one.shape[:2]
-    outputs, taps = kernel.shape[0], one.shape[2:]
-    if math.prod(taps) == 1 and middle >= inputs:  # orthonormal columns: the transpose is the inverse
-        return torch.einsum("oc...,mc->om...", kernel, one.flatten(1))
-    system = one.new_zeros(inputs, *kernel.shape[2:], middle, *size)
-    block = one.movedim(0, -1)  # inputs, *taps, middle
-    for offset in itertools.product(*map(range, size)):
-        where = tuple(slice(v, v + t) for v, t in zip(offset, taps, strict=True))
-        system[(slice(None), *where, slice(None), *offset)] = block
-    matrix = system.reshape(inputs * math.prod(kernel.shape[2:]), -1).cpu()
-    solution = torch.linalg.lstsq(matrix, kernel.flatten(1).T.cpu(), driver="gelsd").solution
-    return solution.T.reshape(outputs, middle, *size).to(kernel)
+@dataclass(frozen=True)
+class _Two:
+    """How one layer becomes two; see `decompose`."""
 
+    kernels: Sizes
+    middle: int | None
+    method: str
+    act: str | None
+    between: str
+    seed: int
 
-def _stable(kernel: Tensor, first: Sequence[int], second: Sequence[int], seed: int) -> list[Tensor]:
-    """K1 = [K; K], K2 = [I + D, -D], or K1 = [I + D; -D], K2 = [K, K]: exact in the numbers of the kernel's dtype."""
-    outputs, inputs = kernel.shape[:2]
-    whole = tuple(kernel.shape[2:])
-    after, before = tuple(first) == whole, tuple(second) == whole
-    if any(k % 2 == 0 for k in (second if after else first)) or not (after or before):
-        raise MorphError(f"the stable form needs {whole} and an odd kernel, not {tuple(first)} and {tuple(second)}")
-    after = after and (outputs <= inputs or not before)
-    width, size = (outputs, tuple(second)) if after else (inputs, tuple(first))
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(width, width, *size, generator=generator, dtype=torch.float64)
-    # What D adds and takes away again is rounded: a row of it is as large as a quarter of the identity's.
-    noise = (noise / 4 / math.sqrt(width * math.prod(size))).clamp(-0.5, 0.5).to(kernel)
-    eye = dirac(noise)
-    plus = eye + noise  # 1 + d is rounded; what is subtracted is what it then holds beyond 1, exactly (Sterbenz)
-    minus = eye - plus
-    if after:
-        return [torch.cat([kernel, kernel]), torch.cat([plus, minus], 1)]
-    return [torch.cat([plus, minus]), torch.cat([kernel, kernel], 1)]
+    def of(self, old: Any) -> list[nn.Module]:
+        """The layers that take the place of `old`."""
+        dims = old.weight.ndim - 2
+        first, second = (spatial(k, dims, "kernel") for k in self.kernels)
+        size = tuple(old.weight.shape[2:])
+        extra = [a + b - 1 - k for a, b, k in zip(first, second, size, strict=True)]
+        if any(e < 0 or e % 2 for e in extra):
+            raise MorphError(
+                f"kernels {first} and {second} compose to {tuple(e + k for e, k in zip(extra, size, strict=True))}; "
+                f"that must be {size} or larger by an even number"
+            )
+        weight = old.weight.detach()
+        pieces = list(weight.chunk(getattr(old, "groups", 1)))
+        pairs = self._factors(pieces, first, second, extra)
+        one, two = [p[0] for p in pairs], [p[1] for p in pairs]
+        acts: list[nn.Module] = []
+        if self.act is not None and self.between == "pair":
+            phi, scale = paired(self.act)
+            one = [torch.cat([k, -k]) for k in one]
+            two = [torch.cat([k, -k], 1).double() * scale for k in two]
+            acts = [phi]
+        elif self.act is not None:
+            acts = [PAct(activation(self.act), sum(len(k) for k in one), dims)]
+        layers = [_like(old, torch.cat(k).to(weight), size) for k, size in ((one, first), (two, second))]
+        if dims:
+            _share_geometry(old, layers, first, second, extra)
+        with torch.no_grad():
+            if old.bias is not None:
+                layers[0].bias.zero_()
+                layers[1].bias.copy_(old.bias)
+        return [layers[0], *acts, layers[1]]
 
-
-# -- edits -------------------------------------------------------------------------------------------------------
-
-
-@edit("decompose")
-def _decompose(
-    model: nn.Module,
-    path: str,
-    kernels: list[Any],
-    middle: int | None,
-    method: str,
-    act: str | None,
-    between: str,
-    seed: int,
-) -> list[str]:
-    old = plain(model, path, *CONVS, nn.Linear)
-    try:
-        parts = _factors_of(old, kernels, middle, method, act, between, seed)
-    except MorphError as error:
-        raise MorphError(f"module '{path}': {error}") from None
-    replace(model, path, nn.Sequential(*(placed(part, model, path) for part in parts)))
-    return [f"{path}: {tuple(old.weight.shape)} -> {', '.join(_name(part) for part in parts)}"]
-
-
-@edit("module")
-def _insert_module(
-    model: nn.Module,
-    path: str,
-    channels: int,
-    dims: int,
-    kernels: list[Any],
-    middle: int | None,
-    act: str,
-    between: str,
-    seed: int,
-) -> list[str]:
-    sizes = [spatial(k, dims, "kernel") for k in kernels]
-    whole = tuple(a + b - 1 for a, b in zip(*sizes, strict=True))
-    if any(k % 2 == 0 for k in whole):
-        raise MorphError(f"after module '{path}': kernels {sizes} make {whole}, which has no centre tap")
-    half = layer(channels, channels, whole).double()
-    with torch.no_grad():
-        half.weight.copy_(dirac(half.weight) / 2)
-        half.bias.zero_()
-    try:
-        parts = _factors_of(half, kernels, middle, "orthogonal", act, between, seed)
-    except MorphError as error:
-        raise MorphError(f"after module '{path}': {error}") from None
-    body = nn.Sequential(*parts)
-    follow(model, path, placed(Parallel(Scale(0.5), body), model, path))
-    return [f"{path}: followed by x / 2 + {', '.join(_name(part) for part in parts)}"]
-
-
-@edit("parallel")
-def _split_parallel(model: nn.Module, path: str, seed: int) -> list[str]:
-    old = plain(model, path, *CONVS, nn.Linear)
-    other = copy.deepcopy(old)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for here, there in zip(old.parameters(), other.parameters(), strict=True):
-            share = (torch.rand(here.shape, generator=generator, dtype=torch.float64) / 2 + 0.5).to(here)
-            part = here * share
-            low, high = torch.minimum(here / 2, here), torch.maximum(here / 2, here)
-            part = torch.minimum(torch.maximum(part, low), high)  # w / 2 <= part <= w, so that w - part is exact
-            there.copy_(here - part)
-            here.copy_(part)
-    replace(model, path, Parallel(old, other))
-    return [f"{path}: {_name(old)} -> the sum of two"]
-
-
-def _factors_of(
-    old: Any, kernels: list[Any], middle: int | None, method: str, act: str | None, between: str, seed: int
-) -> list[nn.Module]:
-    """The layers that take the place of `old`."""
-    dims = old.weight.ndim - 2
-    first, second = (spatial(k, dims, "kernel") for k in kernels)
-    size = tuple(old.weight.shape[2:])
-    extra = [a + b - 1 - k for a, b, k in zip(first, second, size, strict=True)]
-    if any(e < 0 or e % 2 for e in extra):
-        raise MorphError(
-            f"kernels {first} and {second} compose to {tuple(e + k for e, k in zip(extra, size, strict=True))}; "
-            f"that must be {size} or larger by an even number"
-        )
-    groups = getattr(old, "groups", 1)
-    weight = old.weight.detach()
-    pieces = weight.chunk(groups)
-    outputs, inputs = pieces[0].shape[:2]
-    orthogonal = all(k == 1 for k in first) or all(k == 1 for k in second)  # the inverse is then the transpose
-    if method == "stable":
-        pairs = [_stable(piece, first, second, seed + i) for i, piece in enumerate(pieces)]
-        if middle not in (None, len(pairs[0][0])):
-            raise MorphError(f"the stable form has {len(pairs[0][0])} middle channels, not {middle}")
-        middle = len(pairs[0][0])
-    else:
+    def _factors(
+        self, pieces: list[Tensor], first: tuple[int, ...], second: tuple[int, ...], extra: list[int]
+    ) -> list[list[Tensor]]:
+        """The two kernels of each group."""
+        if self.method == "stable":
+            pairs = [factorise_stable(piece, first, second, self.seed + i) for i, piece in enumerate(pieces)]
+            if self.middle not in (None, len(pairs[0][0])):
+                raise MorphError(f"the stable form has {len(pairs[0][0])} middle channels, not {self.middle}")
+            return pairs
+        middle = self.middle
         if middle is None:
+            outputs, inputs = pieces[0].shape[:2]
             middle = fewest_middle(outputs, inputs, first, second)
-            middle += 0 if orthogonal else -(-middle // 4)
-        whole = [pad_kernel(piece, [(e // 2, e // 2) for e in extra]) if dims else piece for piece in pieces]
-        pairs = [factorise(piece, first, second, middle, seed + i) for i, piece in enumerate(whole)]
-    one, two = [p[0] for p in pairs], [p[1] for p in pairs]
-    acts: list[nn.Module] = []
-    if act is not None and between == "pair":
-        phi, scale = paired(act)
-        one = [torch.cat([k, -k]) for k in one]
-        two = [torch.cat([k, -k], 1).double() * scale for k in two]
-        acts = [phi]
-    elif act is not None:
-        acts = [PAct(activation(act), middle * groups, dims)]
-    layers = [_like(old, torch.cat(k).to(weight), size) for k, size in ((one, first), (two, second))]
-    if dims:
-        _share_geometry(old, layers, first, second, extra)
-    with torch.no_grad():
-        if old.bias is not None:
-            layers[0].bias.zero_()
-            layers[1].bias.copy_(old.bias)
-    return [layers[0], *acts, layers[1]]
+            transposed = all(k == 1 for k in first) or all(k == 1 for k in second)  # the inverse is the transpose
+            middle += 0 if transposed else -(-middle // 4)
+        whole = [pad_kernel(piece, [(e // 2, e // 2) for e in extra]) if extra else piece for piece in pieces]
+        return [factorise(piece, first, second, middle, self.seed + i) for i, piece in enumerate(whole)]
+
+
+def _sizes(kernels: tuple[Size, Size]) -> Sizes:
+    first, second = (k if isinstance(k, int) else tuple(k) for k in kernels)
+    return first, second
 
 
 def _like(old: Any, weight: Tensor, kernel: tuple[int, ...]) -> Any:
@@ -391,7 +309,7 @@ def _share_geometry(
     if any(p != q for p, q in ends):
         raise MorphError(f"padding='same' pads {ends} unevenly; write the padding as a layer of its own")
     padding = tuple(p + d * e // 2 for (p, _), d, e in zip(ends, old.dilation, extra, strict=True))
-    # One tap reads the same grid as the layer behind it: it then carries the stride, or leaves the padding to it.
+    # One tap reads the same grid as the layer after it: it then carries the stride, or leaves the padding to it.
     strided = layers[0] if all(k == 1 for k in second) else layers[1]
     padded = layers[1] if all(k == 1 for k in first) and strided is layers[1] else layers[0]
     strided.stride = old.stride

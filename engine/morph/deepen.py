@@ -6,6 +6,7 @@ up to the accuracy of the activation; the residual block bit for bit in both mod
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from .activation import PAct, activation, paired
-from .surgery import BATCH_NORMS, Site, conv_class, edit, follow, module_at, morphed, placed, site, spatial
-from .verify import Example, Report
+from .running import Example
+from .step import EditAt
+from .surgery import BATCH_NORMS, Site, conv_class, follow, module_at, morphed, placed, site, spatial
+from .verify import Report
 
 
 def insert_identity(
@@ -50,8 +53,7 @@ def insert_identity(
     _check_kernel(path, spatial(kernel, at.dims, "kernel"))
     if norm:
         _check_norm(path, at)
-    step = {"op": "identity", "path": path, "channels": at.channels, "dims": at.dims}
-    step |= {"kernel": _plain(kernel), "norm": norm, "act": act}
+    step = IdentityStep(path, at.channels, at.dims, _plain(kernel), norm, act)
     return morphed(model, step, example, inplace=inplace, rounded=norm, train=not norm)
 
 
@@ -83,7 +85,7 @@ def insert_pair(
     paired(act)
     at = site(model, path, example)
     _check_kernel(path, spatial(kernel, at.dims, "kernel"))
-    step = {"op": "pair", "path": path, "channels": at.channels, "dims": at.dims, "kernel": _plain(kernel), "act": act}
+    step = PairStep(path, at.channels, at.dims, _plain(kernel), act)
     return morphed(model, step, example, inplace=inplace, rounded=paired(act)[1] != 1)
 
 
@@ -137,84 +139,96 @@ def insert_residual(
     hidden = at.channels if hidden is None else hidden
     if hidden < 1:
         raise MorphError(f"module '{path}': a block of {hidden} hidden channels; give at least 1")
-    step = {"op": "residual", "path": path, "channels": at.channels, "dims": at.dims, "kernel": _plain(kernel)}
-    step |= {"act": act, "hidden": hidden, "norm": norm, "seed": seed}
+    step = ResidualStep(path, at.channels, at.dims, _plain(kernel), act, hidden, norm, seed)
     return morphed(model, step, example, inplace=inplace)
 
 
-# -- edits -------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------
 
 
-@edit("identity")
-def _insert_identity(
-    model: nn.Module,
-    path: str,
-    channels: int,
-    dims: int,
-    kernel: int | list[int],
-    norm: bool,
-    act: str | None,
-) -> list[str]:
-    old = module_at(model, path)
-    conv = layer(channels, channels, spatial(kernel, dims, "kernel"), bias=not norm)
-    with torch.no_grad():
-        conv.weight.copy_(dirac(conv.weight))
-        if conv.bias is not None:
-            conv.bias.zero_()
-    added: list[nn.Module] = [placed(conv, model, path)]
-    if norm:
-        added.append(placed(_neutral_norm(old, channels, dims), model, path))
-    if act is not None:
-        phi = activation(act)
-        idempotent = type(old) is type(phi) and isinstance(old, nn.ReLU | nn.ReLU6)
-        added.append(phi if idempotent else placed(PAct(phi, channels, dims), model, path))
-    follow(model, path, *added)
-    return [f"{path}: followed by an identity {_name(conv)}{', BatchNorm' * norm}{f', {act}' if act else ''}"]
+@dataclass(frozen=True)
+class IdentityStep(EditAt, op="identity"):
+    """See `insert_identity`; `dims` counts the image axes, 0 where channels are on the last axis."""
+
+    channels: int
+    dims: int
+    kernel: int | tuple[int, ...]
+    norm: bool
+    act: str | None
+
+    def edit(self, model: nn.Module) -> list[str]:
+        old = module_at(model, self.path)
+        conv = layer(self.channels, self.channels, spatial(self.kernel, self.dims, "kernel"), bias=not self.norm)
+        with torch.no_grad():
+            conv.weight.copy_(dirac(conv.weight))
+            if conv.bias is not None:
+                conv.bias.zero_()
+        added: list[nn.Module] = [placed(conv, model, self.path)]
+        if self.norm:
+            added.append(placed(_neutral_norm(old, self.channels, self.dims), model, self.path))
+        if self.act is not None:
+            phi = activation(self.act)
+            idempotent = type(old) is type(phi) and isinstance(old, nn.ReLU | nn.ReLU6)
+            added.append(phi if idempotent else placed(PAct(phi, self.channels, self.dims), model, self.path))
+        follow(model, self.path, *added)
+        norm, act = ", BatchNorm" * self.norm, f", {self.act}" if self.act else ""
+        return [f"{self.path}: followed by an identity {_name(conv)}{norm}{act}"]
 
 
-@edit("pair")
-def _insert_pair(model: nn.Module, path: str, channels: int, dims: int, kernel: int | list[int], act: str) -> list[str]:
-    phi, scale = paired(act)
-    first = layer(channels, 2 * channels, spatial(kernel, dims, "kernel"))
-    second = layer(2 * channels, channels, (1,) * dims)
-    with torch.no_grad():
-        first.weight[:channels] = dirac(first.weight[:channels])
-        first.weight[channels:] = -first.weight[:channels]
-        eye = dirac(second.weight[:, :channels])
-        second.weight.copy_(torch.cat([eye, -eye], 1))
-        first.bias.zero_()
-        second.bias.zero_()
-        second.double().weight.mul_(scale)  # rounded once, when it gets the network's dtype
-    follow(model, path, placed(first, model, path), placed(phi, model, path), placed(second, model, path))
-    return [f"{path}: followed by {_name(first)}, {act}, {_name(second)} with phi(x) - phi(-x) = x"]
+@dataclass(frozen=True)
+class PairStep(EditAt, op="pair"):
+    """See `insert_pair`."""
+
+    channels: int
+    dims: int
+    kernel: int | tuple[int, ...]
+    act: str
+
+    def edit(self, model: nn.Module) -> list[str]:
+        phi, scale = paired(self.act)
+        channels = self.channels
+        first = layer(channels, 2 * channels, spatial(self.kernel, self.dims, "kernel"))
+        second = layer(2 * channels, channels, (1,) * self.dims)
+        with torch.no_grad():
+            first.weight[:channels] = dirac(first.weight[:channels])
+            first.weight[channels:] = -first.weight[:channels]
+            eye = dirac(second.weight[:, :channels])
+            second.weight.copy_(torch.cat([eye, -eye], 1))
+            first.bias.zero_()
+            second.bias.zero_()
+            second.double().weight.mul_(scale)  # rounded once, when it gets the network's dtype
+        follow(model, self.path, *(placed(new, model, self.path) for new in (first, phi, second)))
+        what = f"{_name(first)}, {self.act}, {_name(second)}"
+        return [f"{self.path}: followed by {what} with phi(x) - phi(-x) = x"]
 
 
-@edit("residual")
-def _insert_residual(
-    model: nn.Module,
-    path: str,
-    channels: int,
-    dims: int,
-    kernel: int | list[int],
-    act: str,
-    hidden: int,
-    norm: bool,
-    seed: int,
-) -> list[str]:
-    size = spatial(kernel, dims, "kernel")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        first = layer(channels, hidden, size, bias=not norm)
-        last = layer(hidden, channels, size, bias=not norm)
-    body: list[nn.Module] = [first, activation(act), last]
-    zero: nn.Module = last
-    if norm:
-        zero = _batch_norm(dims, channels)
-        body = [first, _batch_norm(dims, hidden), activation(act), last, zero]
-    for parameter in zero.parameters():
-        nn.init.zeros_(parameter)
-    follow(model, path, placed(Residual(nn.Sequential(*body)), model, path))
-    return [f"{path}: followed by a residual block of {hidden} hidden channels whose last scale is zero"]
+@dataclass(frozen=True)
+class ResidualStep(EditAt, op="residual"):
+    """See `insert_residual`."""
+
+    channels: int
+    dims: int
+    kernel: int | tuple[int, ...]
+    act: str
+    hidden: int
+    norm: bool
+    seed: int
+
+    def edit(self, model: nn.Module) -> list[str]:
+        size = spatial(self.kernel, self.dims, "kernel")
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            first = layer(self.channels, self.hidden, size, bias=not self.norm)
+            last = layer(self.hidden, self.channels, size, bias=not self.norm)
+        body: list[nn.Module] = [first, activation(self.act), last]
+        zero: nn.Module = last
+        if self.norm:
+            zero = _batch_norm(self.dims, self.channels)
+            body = [first, _batch_norm(self.dims, self.hidden), activation(self.act), last, zero]
+        for parameter in zero.parameters():
+            nn.init.zeros_(parameter)
+        follow(model, self.path, placed(Residual(nn.Sequential(*body)), model, self.path))
+        return [f"{self.path}: followed by a residual block of {self.hidden} hidden channels whose last scale is zero"]
 
 
 # -- layers ------------------------------------------------------------------------------------------------------
@@ -261,8 +275,8 @@ def _name(layer: nn.Module) -> str:
     return f"{type(layer).__name__}{tuple(layer.weight.shape)}"  # pyright: ignore
 
 
-def _plain(kernel: int | tuple[int, ...]) -> int | list[int]:
-    return kernel if isinstance(kernel, int) else list(kernel)
+def _plain(kernel: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    return kernel if isinstance(kernel, int) else tuple(kernel)
 
 
 def _check_kernel(path: str, kernel: tuple[int, ...]) -> None:

@@ -6,10 +6,9 @@ text for people, and the only copy beside a torch file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,13 @@ from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
 from ..models import create_model
-from .front import downsampler
-from .inputs import _Mix
+from .front import FrontStep
+from .front_layers import downsampler
+from .head import HeadStep, SplitClassStep
+from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply
+from .running import failures
+from .step import Step
 from .store import SafetensorsFile, atomic, read_state, write_state
 from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, cast, compare, duplicate
 
@@ -41,7 +44,7 @@ class Grown:
         """How much larger its images are than those of the network that it began as, by its fronts."""
         product = 1
         for morph in self.recipe.morphs:
-            product *= int(morph.step["r"]) if morph.step["op"] == "front" else 1
+            product *= morph.step.r if isinstance(morph.step, FrontStep) else 1
         return product
 
     def example(self, size: tuple[int, int] | None = None) -> Tensor:
@@ -79,16 +82,16 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
         _load(network, state)
     except MorphError as error:
         raise MorphError(f"{path}: {error}") from error
-    steps = [m.step for m in recipe.morphs if m.step["op"] == "inputs"]
-    return Grown(network, recipe, len(steps[-1]["matrix"][0]) if steps else channels)
+    steps = [m.step for m in recipe.morphs if isinstance(m.step, InputsStep)]
+    return Grown(network, recipe, steps[-1].channels if steps else channels)
 
 
 def add_morph(parent: Grown, child: nn.Module, report: Report) -> Grown:
     """The child with the parent's recipe and one morph more."""
     recipe = Recipe(list(parent.recipe.morphs))
     recipe.add(report, parent.network, child)
-    matrix = report.step["matrix"] if report.step["op"] == "inputs" else None
-    return Grown(child, recipe, len(matrix[0]) if matrix else parent.channels)
+    step = report.step
+    return Grown(child, recipe, step.channels if isinstance(step, InputsStep) else parent.channels)
 
 
 def save_network(path: str | Path, grown: Grown) -> Path:
@@ -136,7 +139,7 @@ def compare_networks(parent: Grown, child: Grown, size: tuple[int, int] | None =
     common = 0
     while common < min(len(ours), len(theirs)) and ours[common] == theirs[common]:
         common += 1
-    if any(step["op"] in _RELATED for step in ours[common:]):
+    if any(isinstance(step, _RELATED) for step in ours[common:]):
         raise MorphError("the second network's recipe does not go on from the first's; give them in that order")
     steps = theirs[common:]
     example = child.example(size)
@@ -171,40 +174,36 @@ def _level(float64: float, float32: float, noise: float) -> int:
     return _ROUNDED if float64 <= limit and float32 <= 2 * limit else _DIFFERENT
 
 
-_RELATED = ("front", "inputs", "head", "split_class")
+_RELATED = (FrontStep, InputsStep, HeadStep, SplitClassStep)
 
 
-def _shrunk(network: nn.Module, steps: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """The parent behind what its images became."""
+def _shrunk(network: nn.Module, steps: Sequence[Step]) -> nn.Module:
+    """The parent after what its images became."""
     for step in steps:
-        if step["op"] == "front":
-            network = nn.Sequential(downsampler(step["downsample"], step["r"]), network)
-        elif step["op"] == "inputs":
-            network = nn.Sequential(_Mix(step["matrix"], step["offset"], 2), network)
+        if isinstance(step, FrontStep):
+            network = nn.Sequential(downsampler(step.downsample, step.r), network)
+        elif isinstance(step, InputsStep):
+            network = nn.Sequential(Mix(step.matrix, step.offset, 2), network)
     return network
 
 
-def _heads(
-    parent: nn.Module, child: nn.Module, steps: Sequence[Mapping[str, Any]], example: Tensor
-) -> tuple[nn.Module, nn.Module]:
+def _heads(parent: nn.Module, child: nn.Module, steps: Sequence[Step], example: Tensor) -> tuple[nn.Module, nn.Module]:
     """Both in what the growth of heads keeps."""
-    heads = [step for step in steps if step["op"] in ("head", "split_class")]
+    heads = [step for step in steps if isinstance(step, HeadStep | SplitClassStep)]
     if not heads:
         return parent, child
-    softmax = [step["op"] == "split_class" or step["kind"] == "softmax" for step in heads]
+    softmax = [isinstance(step, SplitClassStep) or step.kind == "softmax" for step in heads]
     if any(softmax) != all(softmax):
         raise MorphError("the head grew both by independent outputs and by softmax classes; compare one growth a time")
     before = _Kept(parent, [], softmax[0])
     work = cast(duplicate(before), torch.float32).eval()
-    try:
-        with torch.no_grad():
-            width = work(example.float()).shape[1]
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise MorphError(f"the first network cannot be run: {str(error).splitlines()[0]}") from error
-    undo = []
+    with torch.no_grad(), failures("the first network cannot be run"):
+        width = work(example.float()).shape[1]
+    undo: list[tuple[int, int | None]] = []
     for step in heads:
-        undo.append((width, step["index"] if step["op"] == "split_class" else None))
-        width = step["outputs"] if step["op"] == "head" else width + len(step["shares"]) - 1
+        split = isinstance(step, SplitClassStep)
+        undo.append((width, step.index if split else None))
+        width = width + len(step.shares) - 1 if split else step.outputs
     return before, _Kept(child, undo[::-1], softmax[0])
 
 

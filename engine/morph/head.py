@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
-from .surgery import CONVS, edit, morphed, plain
-from .verify import Example, Report, as_inputs, cast, duplicate
+from .running import Example, as_inputs, failures
+from .step import EditAt
+from .surgery import CONVS, morphed, plain
+from .verify import Report, cast, duplicate
 
 SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
 KINDS = ("independent", "softmax")
@@ -20,7 +23,7 @@ KINDS = ("independent", "softmax")
 def grow_head(
     model: nn.Module, example: Example, path: str, outputs: int, kind: str = "independent", *, inplace: bool = False
 ) -> tuple[nn.Module, Report]:
-    """Give the classifier `path` more outputs, behind the old ones.
+    """Give the classifier `path` more outputs, after the old ones.
 
     Args:
         model: the network; a copy is changed unless `inplace`.
@@ -38,7 +41,7 @@ def grow_head(
     """
     if kind not in KINDS:
         raise MorphError(f"a head of kind {kind!r}; one of {KINDS}")
-    step = {"op": "head", "path": path, "outputs": outputs, "kind": kind}
+    step = HeadStep(path, outputs, kind)
     return morphed(model, step, example, inplace=inplace, view=_View(example, kind == "softmax"))
 
 
@@ -58,7 +61,7 @@ def split_class(
         model: the network; a copy is changed unless `inplace`.
         example: an input batch.
         path: the last linear layer or convolution.
-        index: the class; it becomes the first part, the others stand behind all old classes.
+        index: the class; it becomes the first part, the others come after all old classes.
         into: the number of parts.
         shares: of the parts; they add up to 1. Equal by default.
         inplace: change `model` itself after the check.
@@ -69,7 +72,7 @@ def split_class(
     parts = [1 / into] * into if shares is None and into > 1 else list(shares or [])
     if len(parts) != into or into < 2 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-9:
         raise MorphError(f"class {index} into {into} parts with shares {shares}: give 2 or more, with sum 1")
-    step = {"op": "split_class", "path": path, "index": index, "shares": parts}
+    step = SplitClassStep(path, index, tuple(parts))
     members = {"index": index, "parts": into - 1}
     return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, **members))
 
@@ -102,43 +105,33 @@ def _split_rows(
     return torch.cat([weight, weight[index : index + 1].repeat(len(shares) - 1, *[1] * (weight.ndim - 1))]), bias
 
 
-def grow_head_state(
-    state: Mapping[str, Tensor], path: str, outputs: int, kind: str = "independent"
-) -> dict[str, Tensor]:
-    """`grow_head` for the weights of a state_dict."""
-    return _changed(state, path, *_grown_rows(path, *_rows(state, path), outputs, kind))
+# -- steps -------------------------------------------------------------------------------------------------------
 
 
-def split_class_state(state: Mapping[str, Tensor], path: str, index: int, shares: Sequence[float]) -> dict[str, Tensor]:
-    """`split_class` for the weights of a state_dict."""
-    return _changed(state, path, *_split_rows(path, *_rows(state, path), index, shares))
+@dataclass(frozen=True)
+class HeadStep(EditAt, op="head"):
+    """See `grow_head`."""
+
+    outputs: int
+    kind: str
+
+    def edit(self, model: nn.Module) -> list[str]:
+        head = _head(model, self.path)
+        with torch.no_grad():
+            return _set(head, self.path, *_grown_rows(self.path, head.weight, head.bias, self.outputs, self.kind))
 
 
-def _rows(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor | None]:
-    if f"{path}.weight" not in state:
-        raise MorphError(f"the weights hold no '{path}.weight'")
-    return state[f"{path}.weight"], state.get(f"{path}.bias")
+@dataclass(frozen=True)
+class SplitClassStep(EditAt, op="split_class"):
+    """See `split_class`."""
 
+    index: int
+    shares: tuple[float, ...]
 
-def _changed(state: Mapping[str, Tensor], path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    return dict(state) | {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
-
-
-# -- edits -------------------------------------------------------------------------------------------------------
-
-
-@edit("head")
-def _grow_head(model: nn.Module, path: str, outputs: int, kind: str) -> list[str]:
-    head = _head(model, path)
-    with torch.no_grad():
-        return _set(head, path, *_grown_rows(path, head.weight, head.bias, outputs, kind))
-
-
-@edit("split_class")
-def _split_class(model: nn.Module, path: str, index: int, shares: list[float]) -> list[str]:
-    head = _head(model, path)
-    with torch.no_grad():
-        return _set(head, path, *_split_rows(path, head.weight, head.bias, index, shares))
+    def edit(self, model: nn.Module) -> list[str]:
+        head = _head(model, self.path)
+        with torch.no_grad():
+            return _set(head, self.path, *_split_rows(self.path, head.weight, head.bias, self.index, self.shares))
 
 
 def _head(model: nn.Module, path: str) -> Any:
@@ -225,8 +218,5 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
     work = cast(duplicate(network), torch.float32).eval()
-    try:
-        with torch.no_grad():
-            return _tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise MorphError(f"the network cannot be run: {str(error).splitlines()[0]}") from error
+    with torch.no_grad(), failures("the network cannot be run"):
+        return _tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))

@@ -8,7 +8,8 @@ one more input channel, of constant ones, which gets the same padding as the ima
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
-from .surgery import CONVS, edit, morphed, plain, replace
+from .running import eval_mode, failures
+from .step import EditAll
+from .surgery import CONVS, morphed, plain, replace
 from .verify import Report
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -111,8 +114,8 @@ def mix_inputs(
     Raises:
         MorphError: the image is not read by plain convolutions alone, or sizes do not fit.
     """
-    rows = [[float(v) for v in row] for row in matrix]
-    shift = [float(v) for v in offset] if offset is not None else [0.0] * len(rows)
+    rows = tuple(tuple(float(v) for v in row) for row in matrix)
+    shift = tuple(float(v) for v in offset) if offset is not None else (0.0,) * len(rows)
     if len({len(row) for row in rows}) != 1 or len(shift) != len(rows) or example.shape[1] != len(rows[0]):
         raise MorphError(
             f"matrix {len(rows)} x {len(rows[0]) if rows else 0}, offset {len(shift)} and an example of "
@@ -120,8 +123,8 @@ def mix_inputs(
         )
     if paths is None:
         paths = image_convs(model, example.new_zeros(example.shape[0], len(rows), *example.shape[2:]))
-    step = {"op": "inputs", "paths": list(paths), "matrix": rows, "offset": shift}
-    mix = _Mix(rows, shift, example.ndim - 2)
+    step = InputsStep(tuple(paths), rows, shift)
+    mix = Mix(rows, shift, example.ndim - 2)
     return morphed(
         model,
         step,
@@ -130,26 +133,6 @@ def mix_inputs(
         rounded=not _exact(rows, shift),
         view=lambda parent, child: (nn.Sequential(mix, parent), child),
     )
-
-
-def mix_inputs_state(
-    state: Mapping[str, Tensor], paths: str | Sequence[str], matrix: Matrix, offset: Sequence[float] | None = None
-) -> dict[str, Tensor]:
-    """The same for the weights of a state_dict; with an offset, `path.weight` becomes `path.1.weight`."""
-    result: dict[str, Tensor] = {}
-    names = {paths} if isinstance(paths, str) else set(paths)
-    missing = [path for path in names if f"{path}.weight" not in state]
-    if missing:
-        raise MorphError(f"the weights hold no '{missing[0]}.weight'")
-    shifted = offset is not None and any(offset)
-    for name, tensor in state.items():
-        path, _, last = name.rpartition(".")
-        if path in names:
-            if last == "weight":
-                tensor = mixed_weight(tensor, matrix, offset if shifted else None)
-            name = f"{path}.1.{last}" if shifted else name
-        result[name] = tensor
-    return result
 
 
 def mixed_weight(weight: Tensor, matrix: Matrix, offset: Sequence[float] | None = None, groups: int = 1) -> Tensor:
@@ -181,19 +164,13 @@ def image_convs(model: nn.Module, image: Tensor) -> list[str]:
 
     like = next((p for p in model.parameters() if p.is_floating_point()), image)
     image = image.to(like)
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [module.register_forward_pre_hook(look) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad(), failures(f"the model cannot be run on {tuple(image.shape)}"):
             model(image)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise MorphError(f"the model cannot be run on {tuple(image.shape)}: {str(error).splitlines()[0]}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     if not found:
         raise MorphError("no convolution reads the image directly; name those that see nothing but the image: paths=")
     return list(dict.fromkeys(found))
@@ -206,7 +183,7 @@ class OnesChannel(nn.Module):
         return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1], value=1.0)
 
 
-class _Mix(nn.Module):
+class Mix(nn.Module):
     """matrix @ y + offset at each pixel."""
 
     def __init__(self, matrix: Matrix, offset: Sequence[float], dims: int) -> None:
@@ -225,19 +202,31 @@ def _exact(matrix: Matrix, offset: Sequence[float]) -> bool:
     return powers and not any(offset) and all(sum(v != 0 for v in column) <= 1 for column in zip(*matrix, strict=True))
 
 
-@edit("inputs")
-def _mix_inputs(model: nn.Module, paths: list[str], matrix: Matrix, offset: list[float]) -> list[str]:
-    changes = []
-    shift = offset if any(offset) else None
-    for path in paths:
+@dataclass(frozen=True)
+class InputsStep(EditAll, op="inputs"):
+    """See `mix_inputs`."""
+
+    matrix: tuple[tuple[float, ...], ...]
+    offset: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """Image channels of the child."""
+        return len(self.matrix[0])
+
+    def edit(self, model: nn.Module) -> list[str]:
+        return [self._mix(model, path) for path in self.paths]
+
+    def _mix(self, model: nn.Module, path: str) -> str:
+        shift = self.offset if any(self.offset) else None
         conv = plain(model, path, *CONVS)
-        if conv.in_channels != len(matrix):
-            raise MorphError(f"module '{path}' reads {conv.in_channels} channels, the matrix has {len(matrix)} rows")
+        before = conv.in_channels
+        if before != len(self.matrix):
+            raise MorphError(f"module '{path}' reads {before} channels, the matrix has {len(self.matrix)} rows")
         with torch.no_grad():
-            weight = mixed_weight(conv.weight, matrix, shift, conv.groups)
-        changes.append(f"{path}: {conv.in_channels} -> {weight.shape[1]} channels{', one of them ones' * bool(shift)}")
+            weight = mixed_weight(conv.weight, self.matrix, shift, conv.groups)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.in_channels, conv.groups = weight.shape[1], 1
         if shift:
             replace(model, path, nn.Sequential(OnesChannel(), conv))
-    return changes
+        return f"{path}: {before} -> {weight.shape[1]} channels{', one of them ones' * bool(shift)}"

@@ -8,7 +8,8 @@ do by itself and a padding layer does otherwise. Exact over the reals on the sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
-from .surgery import CONVS, TRANSPOSED, edit, morphed, plain, replace, spatial
-from .verify import Example, Report
+from .running import Example
+from .step import EditAll
+from .surgery import CONVS, TRANSPOSED, morphed, plain, replace, spatial
+from .verify import Report
 
-Taps = list[tuple[int, int]]  # per image axis: zeros before and behind the old taps
+Taps = list[tuple[int, int]]  # per image axis: zeros before and after the old taps
 
 _PADS = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
@@ -50,39 +53,18 @@ def grow_kernel(
         MorphError: no plain convolution, a smaller kernel, a transposed convolution grown by an odd number, or a
             padding mode that cannot pad so much on the example's size.
     """
-    names = [paths] if isinstance(paths, str) else list(paths)
-    step = {"op": "kernel", "paths": names, "kernel": kernel if isinstance(kernel, int) else list(kernel)}
+    names = (paths,) if isinstance(paths, str) else tuple(paths)
+    step = KernelStep(names, kernel if isinstance(kernel, int) else tuple(kernel))
     return morphed(model, step, example, inplace=inplace)
 
 
 def pad_kernel(weight: Tensor, taps: Taps) -> Tensor:
-    """(..., *kernel) with zeros before and behind the taps of each image axis."""
+    """(..., *kernel) with zeros before and after the taps of each image axis."""
     return F.pad(weight, [n for pair in reversed(taps) for n in pair])
 
 
-def grow_kernel_state(
-    state: Mapping[str, Tensor], paths: str | Sequence[str], kernel: int | Sequence[int]
-) -> dict[str, Tensor]:
-    """The same for the weights of a state_dict alone, by an even number of taps, all other tensors as they are.
-
-    The network that loads it needs `padding + dilation * (kernel - old) / 2` in these convolutions.
-    """
-    result = dict(state)
-    for path in [paths] if isinstance(paths, str) else paths:
-        name = f"{path}.weight"
-        if name not in state:
-            raise MorphError(f"the weights hold no '{name}'")
-        old = tuple(state[name].shape[2:])
-        new = spatial(kernel, len(old), "kernel")
-        growth = _growth(path, old, new)
-        if any(g % 2 for g in growth):
-            raise MorphError(f"'{name}': from {old} to {new} is no even growth, which needs the network as well")
-        result[name] = pad_kernel(state[name], [(g // 2, g // 2) for g in growth])
-    return result
-
-
 def numeric_padding(conv: Any) -> list[tuple[int, int]]:
-    """Padding before and behind each image axis, whatever way the convolution states it."""
+    """Padding before and after each image axis, whatever way the convolution states it."""
     if conv.padding == "valid":
         return [(0, 0)] * len(conv.kernel_size)
     if conv.padding == "same":
@@ -98,41 +80,42 @@ def _growth(path: str, old: Sequence[int], new: Sequence[int]) -> list[int]:
     return growth
 
 
-@edit("kernel")
-def _grow_kernel(model: nn.Module, paths: list[str], kernel: int | list[int]) -> list[str]:
-    changes = []
-    for path in paths:
-        conv = plain(model, path, *CONVS, *TRANSPOSED)
-        old = tuple(conv.kernel_size)
-        new = spatial(kernel, len(old), "kernel")
-        growth = _growth(path, old, new)
-        if not any(growth):
-            raise MorphError(f"module '{path}' has a kernel of {old} already")
-        if isinstance(conv, TRANSPOSED) and any(g % 2 for g in growth):
-            raise MorphError(f"module '{path}': a transposed convolution grows by an even number, not {old} to {new}")
-        taps: Taps = [(g // 2, g - g // 2) for g in growth]
-        steps = conv.dilation
-        if conv.padding == "same":
-            # torch pads the smaller half of d (k - 1) in front; the old taps must move by as much as that half grows.
-            moved = [d * (n - 1) // 2 - d * (k - 1) // 2 for d, k, n in zip(steps, old, new, strict=True)]
-            if all(m % d == 0 for m, d in zip(moved, steps, strict=True)):
-                taps = [(m // d, g - m // d) for m, d, g in zip(moved, steps, growth, strict=True)]
-                _resize(conv, taps, new, conv.padding)
-                changes.append(_line(path, old, new))
-                continue
-        ends = [(p + d * t, q + d * u) for (p, q), d, (t, u) in zip(numeric_padding(conv), steps, taps, strict=True)]
-        if all(p == q for p, q in ends):
-            _resize(conv, taps, new, tuple(p for p, _ in ends))
-        else:
-            pad = _PADS[conv.padding_mode][len(old) - 1]([n for end in reversed(ends) for n in end])
-            replace(model, path, nn.Sequential(pad, conv))
-            _resize(conv, taps, new, (0,) * len(old))
-        changes.append(_line(path, old, new))
-    return changes
+@dataclass(frozen=True)
+class KernelStep(EditAll, op="kernel"):
+    """See `grow_kernel`."""
+
+    kernel: int | tuple[int, ...]
+
+    def edit(self, model: nn.Module) -> list[str]:
+        return [_grow_one(model, path, self.kernel) for path in self.paths]
 
 
-def _line(path: str, old: Sequence[int], new: Sequence[int]) -> str:
-    return f"{path}: kernel {' x '.join(map(str, old))} -> {' x '.join(map(str, new))}"
+def _grow_one(model: nn.Module, path: str, kernel: int | tuple[int, ...]) -> str:
+    conv = plain(model, path, *CONVS, *TRANSPOSED)
+    old = tuple(conv.kernel_size)
+    new = spatial(kernel, len(old), "kernel")
+    growth = _growth(path, old, new)
+    if not any(growth):
+        raise MorphError(f"module '{path}' has a kernel of {old} already")
+    if isinstance(conv, TRANSPOSED) and any(g % 2 for g in growth):
+        raise MorphError(f"module '{path}': a transposed convolution grows by an even number, not {old} to {new}")
+    line = f"{path}: kernel {' x '.join(map(str, old))} -> {' x '.join(map(str, new))}"
+    taps: Taps = [(g // 2, g - g // 2) for g in growth]
+    steps = conv.dilation
+    if conv.padding == "same":
+        # torch pads the smaller half of d (k - 1) in front; the old taps must move by as much as that half grows.
+        moved = [d * (n - 1) // 2 - d * (k - 1) // 2 for d, k, n in zip(steps, old, new, strict=True)]
+        if all(m % d == 0 for m, d in zip(moved, steps, strict=True)):
+            _resize(conv, [(m // d, g - m // d) for m, d, g in zip(moved, steps, growth, strict=True)], new, "same")
+            return line
+    ends = [(p + d * t, q + d * u) for (p, q), d, (t, u) in zip(numeric_padding(conv), steps, taps, strict=True)]
+    if all(p == q for p, q in ends):
+        _resize(conv, taps, new, tuple(p for p, _ in ends))
+        return line
+    pad = _PADS[conv.padding_mode][len(old) - 1]([n for end in reversed(ends) for n in end])
+    replace(model, path, nn.Sequential(pad, conv))
+    _resize(conv, taps, new, (0,) * len(old))
+    return line
 
 
 def _resize(conv: Any, taps: Taps, kernel: tuple[int, ...], padding: Any) -> None:

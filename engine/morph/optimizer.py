@@ -1,4 +1,4 @@
-"""Optimizer state and averaged weights of a network that has grown, by the adjoint rule (section 6).
+"""Optimizer state and averaged weights of a network that has grown, by the adjoint rule.
 
 If every consumer splits a space's copies with the same shares s (sum 1), the gradients of the child are those of the
 parent, g' = diag(s_o) g[ro][:, ri]: rows scaled by their shares, columns copied unscaled. A momentum is a sum of
@@ -7,7 +7,7 @@ trained from the start. Mapping them like weights is wrong by a third, and clear
 
 With `lr="commute"` each tensor gets its own rates as well, so that training commutes with the morph: the child stays
 the widened parent, step by step (to check a set-up, or to compare widths at equal rates). Its copies then stay copies
-and nothing is gained; `lr="plain"` keeps the rates, and copies part in the first step (section 6, point 3).
+and nothing is gained; `lr="plain"` keeps the rates, and copies part in the first step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import MorphError
-from .rebuild import ParameterMap
+from .copies import ParameterMap
 from .splits import kraft_lengths
+from .step import Step
 from .verify import Report, duplicate, require_equal
-from .widen import grow_tensor, rebuild, tensor_maps
+from .widen import WidenStep
 
 OPTIMIZERS = (SGD, Adam, AdamW)
 MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # state -> power of the gradient
@@ -83,11 +84,12 @@ def grow_optimizer(
                     "give the parent itself, not a copy, and widen it without `inplace`"
                 )
     step = report.step
-    widened = step["op"] == "widen"
-    maps = _maps(parent, step) if widened else {}
-    _require_rates(lr, step, maps)
     targets = dict(child.named_parameters())
-    heirs = {name: name for name in names.values()} if widened else _heirs(parent, targets)
+    if isinstance(step, WidenStep):
+        maps, heirs, split = _maps(parent, step), {name: name for name in names.values()}, step.split
+    else:
+        maps, heirs, split = {}, _heirs(parent, targets), ""
+    _require_rates(lr, step, maps)
 
     groups: list[dict[str, Any]] = []
     origin: list[dict[str, Any]] = []  # the parent's group of each
@@ -99,13 +101,13 @@ def grow_optimizer(
             if name not in heirs:
                 continue
             target = targets.get(heirs[name])
-            shape = _grown_shape(p, maps.get(name))
+            shape = maps[name].shape(p.shape) if name in maps else tuple(p.shape)
             if target is None or tuple(target.shape) != shape:
                 raise MorphError(f"'{name}' of the child has not the shape {shape} of this report; give its own child")
             factors = _factors(type(optimizer), group, maps.get(name), name) if lr == "commute" else _Factors()
             made.setdefault(factors, []).append(heirs[name])
             if p in optimizer.state:
-                state[target] = _grown_state(optimizer.state[p], p, target, maps.get(name), step)
+                state[target] = _grown_state(optimizer.state[p], p, target, maps.get(name), split)
         for factors, members in (made or {_Factors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
@@ -129,7 +131,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
     Raises:
         MorphError: another morph than widening, an average of another architecture, or a failed check.
     """
-    if report.step["op"] != "widen":
+    step = report.step
+    if not isinstance(step, WidenStep):
         raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
     if isinstance(average, AveragedModel):
         module = average.module
@@ -144,8 +147,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
     if shapes[0] != shapes[1]:
         raise MorphError("the average has other parameters than the parent; give an average of that very network")
     # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there; then come the weights.
-    grown = rebuild(duplicate(average).float().cpu(), report.step)
-    maps, targets, sources = _maps(parent, report.step), child.state_dict(), average.state_dict()
+    grown = step.repeat(duplicate(average).float().cpu())
+    maps, targets, sources = _maps(parent, step), child.state_dict(), average.state_dict()
     for name, tensor in [*grown.named_parameters(), *grown.named_buffers()]:
         if name not in sources:
             continue
@@ -153,14 +156,14 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
         if made is None:
             value = value.detach().clone()
         else:
-            value, _ = grow_tensor(name, value, made, report.step)
+            value, _ = step.grow_tensor(name, value, made)
             if made.free is not None and made.axis is not None and bool(made.free.any()):
                 at = made.free.nonzero().reshape(-1).to(value.device)
                 value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
         tensor.data = value
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in average.parameters()), torch.device("cpu"))
-    example = tuple(torch.randn(shape, generator=generator).to(device) for shape in report.step["example"])
+    example = tuple(torch.randn(shape, generator=generator).to(device) for shape in step.example)
     require_equal(average, grown, example)
     return grown.train(average.training)
 
@@ -170,7 +173,7 @@ def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
 
     Args:
         made: of the tensor.
-        split: "kraft": exact, but not behind a flip (it changes the order of the copies), nor for uneven parts under
+        split: "kraft": exact, but not after a flip (it changes the order of the copies), nor for uneven parts under
             a statistic over channels (its gradient reaches all copies alike).
             "sterbenz": 1/c, since each weight has shares of its own: the mean, and the sums are exact.
 
@@ -199,19 +202,20 @@ def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _maps(parent: nn.Module, step: Mapping[str, Any]) -> dict[str, ParameterMap]:
+def _maps(parent: nn.Module, step: WidenStep) -> dict[str, ParameterMap]:
     """The maps depend on the architecture alone; the recorded inputs are float32 on the CPU."""
-    return tensor_maps(duplicate(parent).float().cpu(), step)
+    return step.tensor_maps(duplicate(parent).float().cpu())
 
 
-def _require_rates(lr: Rates, step: Mapping[str, Any], maps: Mapping[str, ParameterMap]) -> None:
+def _require_rates(lr: Rates, step: Step, maps: Mapping[str, ParameterMap]) -> None:
     """Refuse "commute" where only rates per element would do, and "plain" where copies would stay copies."""
-    if lr == "commute":
-        if step["op"] != "widen":
-            raise MorphError(f"training commutes with widening only, not with '{step['op']}'; take lr='plain'")
-        if step["split"] != "kraft" or step["noise"] or any(any(n) for n in step["free"].values()):
+    if not isinstance(step, WidenStep):
+        if lr == "commute":
+            raise MorphError(f"training commutes with widening only, not with '{step.op}'; take lr='plain'")
+    elif lr == "commute":
+        if step.split != "kraft" or step.noise or any(any(n) for n in step.free.values()):
             raise MorphError("training commutes only with widen(split='kraft') without noise or new channels")
-    elif step["op"] == "widen" and step["split"] == "kraft" and not step["noise"] and maps:
+    elif step.split == "kraft" and not step.noise and maps:
         raise MorphError(
             "copies with equal powers of two would stay equal for good under lr='plain'; widen with split='sterbenz' "
             "or noise"
@@ -235,15 +239,6 @@ def _heirs(parent: nn.Module, targets: Mapping[str, Tensor]) -> dict[str, str]:
             result[name] = equal[0] if len(equal) == 1 else inside[0]
             taken.add(result[name])
     return result
-
-
-def _grown_shape(tensor: Tensor, made: ParameterMap | None) -> tuple[int, ...]:
-    shape = list(tensor.shape)
-    if made is not None and made.parents is not None and made.axis is not None:
-        shape[made.axis] = len(made.parents)
-    if made is not None and made.columns is not None and made.columns_axis is not None:
-        shape[made.columns_axis] = len(made.columns)
-    return tuple(shape)
 
 
 def _factors(kind: type[Optimizer], group: Mapping[str, Any], made: ParameterMap | None, name: str) -> _Factors:
@@ -272,19 +267,19 @@ def _one(values: Tensor, name: str) -> float:
 
 
 def _grown_state(
-    state: Mapping[str, Any], old: Tensor, new: Tensor, made: ParameterMap | None, step: Mapping[str, Any]
+    state: Mapping[str, Any], old: Tensor, new: Tensor, made: ParameterMap | None, split: str
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and key in MOMENTS and value.shape == old.shape:
-            moment = value.detach() if made is None else _grown_moment(value.detach(), made, MOMENTS[key], step)
+            moment = value.detach() if made is None else _grown_moment(value.detach(), made, MOMENTS[key], split)
             result[key] = moment.clone().to(new.device)
         else:
             result[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # the step's number
     return result
 
 
-def _grown_moment(moment: Tensor, made: ParameterMap, power: int, step: Mapping[str, Any]) -> Tensor:
+def _grown_moment(moment: Tensor, made: ParameterMap, power: int, split: str) -> Tensor:
     """A mean of gradients (power 1) or of their squares (power 2), as the child would have it.
 
     New channels have no gradient yet. Their first moment is zero; their second is the mean of the others, because
@@ -296,7 +291,7 @@ def _grown_moment(moment: Tensor, made: ParameterMap, power: int, step: Mapping[
         columns = made.columns.to(moment.device)
         result = result.index_select(made.columns_axis, columns.clamp(min=0))
         fresh = fresh | _along(columns < 0, made.columns_axis, moment.ndim)
-    shares = gradient_shares(made, step["split"])
+    shares = gradient_shares(made, split)
     if shares is not None and made.parents is not None and made.free is not None and made.axis is not None:
         result = result.index_select(made.axis, made.parents.to(moment.device))
         result = result * _along(shares.to(moment.device, moment.dtype) ** power, made.axis, moment.ndim)

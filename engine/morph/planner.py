@@ -17,12 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
 from ..tiling.memory import format_bytes
-from .provenance import Fault, Mismatch
-from .rebuild import Copies
+from .copies import Copies
+from .running import failures
 from .spaces import Space, Spaces, find_spaces
 from .stem import activation_bytes
+from .tensors import fill
+from .tracer import Fault, Mismatch
 from .verify import count_parameters
-from .widen import Counts, _choose
+from .widen import Counts, check_counts, choose_counts
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,9 @@ class Growth:
         Raises:
             MorphError: a space cannot be widened thus.
         """
-        chosen, new = _choose(self.spaces, counts or {}, factor, free or {}, seed)
-        copies: Copies = {}
-        for key in [*chosen, *new]:
-            order = self.spaces[key].order
-            pairs = zip(chosen.get(key, [1] * len(order)), new.get(key, [0] * len(order)), strict=True)
-            copies |= dict(zip(order, pairs, strict=True))
-        return _cost_after(self.spaces, copies, self.shape)
+        chosen, new = choose_counts(self.spaces, counts or {}, factor, free or {}, seed)
+        child, _ = check_counts(self.spaces, chosen, new)
+        return _cost_of(child, self.shape, self.spaces.inputs[0])
 
     def __str__(self) -> str:
         _, _, *size = self.shape
@@ -173,37 +171,25 @@ def _step_cost(spaces: Spaces, space: Space, shape: tuple[int, ...]) -> Cost:
 
 def _cost_after(spaces: Spaces, copies: Copies, shape: tuple[int, ...]) -> Cost:
     try:
-        child, maps = spaces.check(copies)
+        child, _ = spaces.check(copies)
     except Mismatch as error:
         raise MorphError(f"these counts would change the function: {error}; nothing was changed") from None
-    made: dict[int, nn.Parameter] = {}
-    originals = dict(spaces.model.named_parameters(remove_duplicate=False))
-    for name, parameter in originals.items():
-        size = list(parameter.shape)
-        if name in maps:
-            m = maps[name]
-            for axis, indices in ((m.axis, m.parents), (m.columns_axis, m.columns)):
-                if axis is not None and indices is not None:
-                    size[axis] = len(indices)
+    return _cost_of(child, shape, spaces.inputs[0])
+
+
+def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
+    def blank(tensor: Tensor) -> Tensor:
         # One stored number stands for the whole tensor: the shape is all that counts, and no view of a weight that
         # autograd keeps (a linear layer's transpose) counts as an activation.
-        blank = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(size)
-        made.setdefault(id(parameter), nn.Parameter(blank, parameter.requires_grad))
-    for module, parent in zip(child.modules(), spaces.model.modules(), strict=True):
-        for key, old in parent._parameters.items():
-            if old is not None:
-                module._parameters[key] = made[id(old)]
-    return _measure(child, shape, spaces.inputs[0])
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
-
-def _measure(model: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
+    fill(child, child, blank)
     counter = FlopCounterMode(display=False)
-    try:
-        kept = activation_bytes(_Counted(model, counter), shape, example)  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MorphError(f"the network cannot be run on images of {shape}: {line}") from error
-    return Cost(count_parameters(model), counter.get_total_flops(), kept)
+    with failures(f"the network cannot be run on images of {shape}"):
+        kept = activation_bytes(_Counted(child, counter), shape, example)  # pyright: ignore[reportArgumentType]
+    return Cost(count_parameters(child), counter.get_total_flops(), kept)
 
 
 class _Counted(nn.Module):

@@ -1,7 +1,7 @@
 """Recipes: the morphs that made a network, as JSON, from which its architecture is rebuilt without its code or pickles.
 
-A grown network has other shapes than its constructor gives. Its recipe lists each morph's step (`Report.step`: a name
-and plain arguments) with SHA-256 hashes of the state dict before and after. `apply` repeats the steps on a fresh
+A grown network has other shapes than its constructor gives. Its recipe lists each morph's step (`Report.step`, see
+`step`) with SHA-256 hashes of the state dict before and after. `apply` repeats the steps on a fresh
 network, whatever its weights; the grown weights then load with `load_state_dict(strict=True)`. `grow` repeats them on
 weights alone and `grow_file` on a file, of which no more is in memory than the tensors that a step makes.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,22 +23,17 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from ..tiling.memory import large_blocks_on_own_pages
 
-# The modules of local morphs are imported for their entries in `surgery.EDITS`.
-from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge, surgery, widen  # noqa: F401
+# Imported so that all steps are known.
+from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge  # noqa: F401
+from .running import first_line
+from .step import Step, from_json, to_json
 from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state, tensor_bytes, write_state
+from .tensors import fill, named_tensors, of_kind
 from .verify import Report, duplicate
+from .widen import WidenStep
 
 FORMAT = "gigamorph recipe"
 VERSION = 1
-
-Step = dict[str, Any]
-
-# How each morph changes a network (which it may use up) as its step says; the edits of `surgery` come on top.
-STEPS: dict[str, Callable[[nn.Module, Step], nn.Module]] = {
-    "front": front.repeat,
-    "merge": merge.rebuild,
-    "widen": widen.rebuild,
-}
 
 
 @dataclass(frozen=True)
@@ -71,14 +66,14 @@ class Recipe:
             MorphError: the step is not plain JSON, or the parent has other shapes than the last child.
         """
         try:
-            step = json.loads(json.dumps(report.step, allow_nan=False))
+            step = from_json(json.loads(json.dumps(to_json(report.step), allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise MorphError(f"{report.transform}: the step is not plain JSON ({error}); report this") from error
         before = fingerprint(parent.state_dict())
         if self.morphs and before.shapes != self.morphs[-1].child.shapes:
             raise MorphError(
                 f"{report.transform}: its parent has other parameters than the child of the recipe's last morph "
-                f"({self.morphs[-1].step['op']}); add every morph in order"
+                f"({self.morphs[-1].step.op}); add every morph in order"
             )
         self.morphs.append(Morph(step, before, fingerprint(child.state_dict())))
 
@@ -93,7 +88,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as text."""
-        morphs = [asdict(morph) for morph in self.morphs]
+        morphs = [{"step": to_json(m.step), "parent": asdict(m.parent), "child": asdict(m.child)} for m in self.morphs]
         return json.dumps({"format": FORMAT, "version": VERSION, "morphs": morphs}, indent=1)
 
     @classmethod
@@ -112,14 +107,17 @@ class Recipe:
         if data.get("version") != VERSION:
             raise MorphError(f"the recipe has version {data.get('version')}, this gigamorph reads {VERSION}; update it")
         try:
-            morphs = [
-                Morph(dict(m["step"]), Fingerprint(**m["parent"]), Fingerprint(**m["child"])) for m in data["morphs"]
-            ]
-            for morph in morphs:
-                str(morph.step["op"])
+            return cls([cls._morph(number, morph) for number, morph in enumerate(data["morphs"], 1)])
         except (KeyError, TypeError, ValueError) as error:
             raise MorphError(f"the recipe is damaged: {type(error).__name__} {error}") from error
-        return cls(morphs)
+
+    @staticmethod
+    def _morph(number: int, data: Mapping[str, Any]) -> Morph:
+        try:
+            step = from_json(data["step"])
+        except MorphError as error:
+            raise MorphError(f"recipe step {number} {error}") from None
+        return Morph(step, Fingerprint(**data["parent"]), Fingerprint(**data["child"]))
 
     def save(self, path: str | Path) -> None:
         """Write it to a file, which is replaced only by a complete one."""
@@ -216,19 +214,10 @@ def _grow_file(recipe: Recipe, model: nn.Module, source: Path, target: Path) -> 
             path.unlink(missing_ok=True)
 
 
-def known_steps() -> Iterable[str]:
-    """Names of the morphs that a recipe may hold."""
-    return sorted({*STEPS, *surgery.EDITS})
-
-
 def _repeat(model: nn.Module, morph: Morph, number: int) -> nn.Module:
-    op = str(morph.step["op"])
     _check_parent(layout(model.state_dict()), morph, number)
     with _named(morph, number):
-        if op in STEPS:
-            model = STEPS[op](model, morph.step)
-        else:
-            surgery.apply_edit(model, morph.step)
+        model = morph.step.repeat(model)
     _check_child(layout(model.state_dict()), morph, number)
     return model
 
@@ -236,51 +225,48 @@ def _repeat(model: nn.Module, morph: Morph, number: int) -> nn.Module:
 @contextmanager
 def _named(morph: Morph, number: int) -> Iterator[None]:
     """Errors of a step whose arguments are missing or wrong, as one line that names the step."""
-    where = f"recipe step {number} ({morph.step['op']})"
+    where = f"recipe step {number} ({morph.step.op})"
     try:
         yield
     except MorphError as error:
         raise MorphError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise MorphError(f"{where} cannot be repeated: {type(error).__name__} {reason}") from error
+        raise MorphError(f"{where} cannot be repeated: {type(error).__name__} {first_line(error)}") from error
 
 
 def _check_parent(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
-    op = morph.step["op"]
-    if op not in STEPS and op not in surgery.EDITS:
-        raise MorphError(f"recipe step {number} ({op}) is unknown; this gigamorph knows {', '.join(known_steps())}")
     if _shapes(parts) != morph.parent.shapes:
         raise MorphError(
-            f"recipe step {number} ({op}): the network has other parameter names or shapes than the one that was "
-            "grown; construct it with the same arguments"
+            f"recipe step {number} ({morph.step.op}): the network has other parameter names or shapes than the one "
+            "that was grown; construct it with the same arguments"
         )
 
 
 def _check_child(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
     if _shapes(parts) != morph.child.shapes:
         raise MorphError(
-            f"recipe step {number} ({morph.step['op']}) did not give the recorded parameter names and shapes; is the "
+            f"recipe step {number} ({morph.step.op}) did not give the recorded parameter names and shapes; is the "
             "recipe damaged?"
         )
 
 
 def _hollow(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes but no memory."""
-    return duplicate(model, {id(t): _hollow_tensor(t, t.shape) for t in [*model.parameters(), *model.buffers()]})
+    return duplicate(model, {id(t): of_kind(t, _hollow_tensor(t)) for t in named_tensors(model).values()})
 
 
-def _hollow_tensor(tensor: Tensor, shape: tuple[int, ...]) -> Any:
+def _hollow_tensor(tensor: Tensor) -> Tensor:
     """One number, with strides of zero."""
-    hollow = torch.zeros((), dtype=tensor.dtype).expand(shape)
-    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _grow(
     model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], nn.Module]:
     """The child's weights, and the child without weights."""
-    return (_widened if morph.step["op"] == "widen" else _edited)(model, morph, number, state)
+    if isinstance(morph.step, WidenStep):
+        return _widened(model, morph.step, morph, number, state)
+    return _edited(model, morph, number, state)
 
 
 def _edited(
@@ -293,7 +279,7 @@ def _edited(
         loaded = state if private else {name: state[name].clone() for name in state}
         model.load_state_dict(loaded, strict=True, assign=True)
     except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:3]) or first_line(error)
         raise MorphError(f"the weights do not fit the network: {reason}") from error
     before = model.state_dict(keep_vars=True)  # kept until the end, so that no id is given twice
     origin = {id(tensor): (name, tensor._version) for name, tensor in before.items()}
@@ -312,7 +298,7 @@ def _edited(
 
 
 def _widened(
-    model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
+    model: nn.Module, step: WidenStep, morph: Morph, number: int, state: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], nn.Module]:
     """A widening: each tensor of the child is made of the parent's tensor of that name alone."""
     parts = dict(layout(state))
@@ -320,30 +306,20 @@ def _widened(
         raise MorphError("the weights do not fit the network: other names or shapes")
     _check_parent(parts, morph, number)
     with _named(morph, number):
-        child, maps = widen.check_step(widen.spaces_of(model, morph.step), morph.step)
+        child, maps = step.check(step.spaces_of(model))
     own = model.state_dict(keep_vars=True)
     names = {id(own[name]): name for name in maps if name in own}  # a shared tensor has one map and several names
     alias = {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names}
-    for name, first in alias.items():
-        made, shape = maps[first], list(parts[name].shape)
-        if made.axis is not None and made.parents is not None:
-            shape[made.axis] = len(made.parents)
-        if made.columns_axis is not None and made.columns is not None:
-            shape[made.columns_axis] = len(made.columns)
-        parts[name] = Layout(tuple(shape), parts[name].dtype)
+    for name, tensor in child.state_dict().items():
+        parts[name] = Layout(tuple(tensor.shape), parts[name].dtype)
     _check_child(parts, morph, number)
-    for module_path, module in child.named_modules():
-        for store in (module._parameters, module._buffers):
-            for key, tensor in store.items():
-                if tensor is not None:
-                    part = parts.get(f"{module_path}.{key}" if module_path else key)
-                    store[key] = _hollow_tensor(tensor, tensor.shape if part is None else part.shape)
+    fill(child, child, _hollow_tensor)
 
     def make(name: str) -> Tensor:
         if name not in alias:
             return state[name]
         with _named(morph, number):
-            return widen.grow_tensor(alias[name], state[name], maps[alias[name]], morph.step)[0]
+            return step.grow_tensor(alias[name], state[name], maps[alias[name]])[0]
 
     return Computed(parts, make), child
 

@@ -1,7 +1,7 @@
 """Channel spaces: which channels of a network can be widened, which only together, which not and why.
 
-No architecture is known here. One forward of the unmodified network is followed value by value (`Discover`), and what
-it suggests is tried on paper: every space is widened by uneven counts and the whole program is checked (`Rebuild`).
+No architecture is known here. One forward of the unmodified network is followed value by value (`ParentRun`), and what
+it suggests is tried on paper: every space is widened by uneven counts and the whole program is checked (`ChildCheck`).
 Where that fails, the channels that the failing op read are frozen with the op's name and place, and it is tried again.
 """
 
@@ -17,11 +17,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
-from .discover import Axis, Discover
+from .child_check import run_child
+from .copies import Copies, ParameterMap, Plan, make_plan
+from .labels import Label, no_atoms
 from .lookup import Table
-from .provenance import Label, Mismatch
-from .rebuild import Copies, ParameterMap, Plan, make_plan, run_child
-from .verify import Example, as_inputs, duplicate
+from .parent_run import Axis, ParentRun
+from .running import first_line
+from .tensors import fill, named_tensors, of_kind, resized
+from .tracer import Mismatch
+from .verify import duplicate
 
 TRIALS = 60
 GROUPS = ("more", "wider")
@@ -63,7 +67,7 @@ class Spaces:
     """All spaces of a network, and what widening needs of the parent's run."""
 
     spaces: list[Space]
-    found: Discover = field(repr=False)
+    found: ParentRun = field(repr=False)
     outputs: list[Any] = field(repr=False)
     inputs: tuple[Tensor, ...] = field(repr=False)
     model: nn.Module = field(repr=False)
@@ -96,7 +100,7 @@ class Spaces:
             Mismatch: an op of the child would not compute copies of what the parent's computes.
         """
         plan = make_plan(self.found, copies)
-        child = _skeleton(self.followed, plan, self.found)
+        child = skeleton(self.followed, plan, self.found)
         return child, run_child(child, self.found, plan, self.inputs, self.outputs)
 
     def __str__(self) -> str:
@@ -126,28 +130,22 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
     """
     if groups not in GROUPS:
         raise MorphError(f"groups '{groups}' is unknown; take one of {', '.join(GROUPS)}")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
-            raise MorphError(f"module '{name}' is lazy; run the model once before")
+    _require_eager(model)
     followed = _on_cpu(model) if _elsewhere(model) else model
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    example = tuple(x.to("cpu", dtype if x.is_floating_point() else x.dtype) for x in example)
-    inputs = tuple(x[:1].clone() for x in example)
-    found = Discover(followed, Table(), groups)
-    found.input_vids = []
-    for x in inputs:
-        atoms = torch.zeros((), dtype=torch.int64).expand(x.shape)
-        found.input_vids.append(found.number(atoms))
-        found.set_label(x, Label(found.input_vids[-1], atoms))
+    inputs = tuple(x[:1].to("cpu", dtype if x.is_floating_point() else x.dtype).clone() for x in example)
+    found = ParentRun(followed, Table(), groups)
+    given = tuple(x.clone() for x in inputs)
+    for x in given:
+        found.input_vids.append(found.number(no_atoms(x.shape)))
+        found.set_label(x, Label(found.input_vids[-1], no_atoms(x.shape)))
     try:
-        result = found.forward(tuple(inputs))
+        result = found.forward(given)
     except MorphError:
         raise
     except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MorphError(f"the network cannot be run on this example: {text} (after {found.where_now})") from error
+        text = f"{first_line(error)} (after {found.where_now})"
+        raise MorphError(f"the network cannot be run on this example: {text}") from error
     outputs: list[Any] = []
     for leaf in tree_flatten(result)[0]:
         if isinstance(leaf, Tensor):
@@ -157,10 +155,18 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
             outputs.append(label.vids)
         else:
             outputs.append(leaf)
-    spaces = Spaces([], found, outputs, tuple(x[:1].clone() for x in example), model, followed)
+    spaces = Spaces([], found, outputs, inputs, model, followed)
     _try(spaces)
     spaces.spaces = _group(found)
     return spaces
+
+
+def _require_eager(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise MorphError(f"module '{name}' is lazy; run the model once before")
 
 
 def _elsewhere(model: nn.Module) -> bool:
@@ -176,7 +182,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     return model
 
 
-def _classes(found: Discover) -> list[int]:
+def _classes(found: ParentRun) -> list[int]:
     """Classes that are not frozen."""
     if not found.axes:
         return []
@@ -215,7 +221,7 @@ def _alone(spaces: Spaces, space: Space) -> bool:
     return True
 
 
-def _group(found: Discover) -> list[Space]:
+def _group(found: ParentRun) -> list[Space]:
     """Classes that lie on the same axes, and are frozen for the same reason, are one space."""
     roots = {axis: found.atoms.roots(atoms) for axis, atoms in found.axes.items()}
     texts: dict[str, int] = {}
@@ -245,47 +251,42 @@ def _group(found: Discover) -> list[Space]:
     return spaces
 
 
-def _skeleton(model: nn.Module, plan: Plan, found: Discover) -> nn.Module:
+def skeleton(model: nn.Module, plan: Plan, found: ParentRun) -> nn.Module:
     """A copy of the model that shares its tensors, except those whose size the plan gives.
 
     Weights of linear ops have that size alone, as their values are not read.
     """
-    child = duplicate(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    tensors = named_tensors(model)
     made: dict[int, Tensor] = {}
-    resized: set[int] = set()
+    vectors: set[int] = set()
     for (name, axis), parents in plan.parents.items():
         old = tensors[name]
         if name in found.parameters:
-            made[id(old)] = _like(old, old.detach().index_select(axis, parents.to(old.device)))
-            resized.add(id(old))
+            made[id(old)] = of_kind(old, old.detach().index_select(axis, parents.to(old.device)))
+            vectors.add(id(old))
         else:
             made[id(old)] = _sized(made.get(id(old), old), axis, len(parents))
     for (name, axis), atoms in found.columns.items():
         length = int(plan.counts[:, found.atoms.roots(atoms)].sum())
         if length != len(atoms):
             made[id(tensors[name])] = _sized(made.get(id(tensors[name]), tensors[name]), axis, length)
-    for module in child.modules():
-        for store in (module._parameters, module._buffers):
-            for key, value in store.items():
-                if value is not None and id(value) in made:
-                    store[key] = made[id(value)]  # pyright: ignore[reportArgumentType]
-                    if id(value) in resized:
-                        _resize(module, value.numel(), made[id(value)].numel())
+    child = duplicate(model, {id(t): t for t in tensors.values()})
+    fill(child, model, lambda t: made.get(id(t), t))
+    for module, source in zip(child.modules(), model.modules(), strict=True):
+        own = {**source._parameters, **source._buffers}
+        for key, (before, after) in resized(module, source).items():
+            if id(own[key]) in vectors:
+                resize_attributes(module, before.numel(), after.numel())
     return child
 
 
 def _sized(tensor: Tensor, axis: int, length: int) -> Tensor:
     """A tensor of another length along an axis, without memory of its own."""
     shape = [length if a == axis else s for a, s in enumerate(tensor.shape)]
-    return _like(tensor, tensor.detach().new_zeros(()).expand(shape))
+    return of_kind(tensor, tensor.detach().new_zeros(()).expand(shape))
 
 
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
-def _resize(module: nn.Module, before: int, after: int) -> None:
+def resize_attributes(module: nn.Module, before: int, after: int) -> None:
     """Attributes that repeat the length of a module's vector."""
     for key in ("num_features", "num_channels", "num_parameters", "out_channels", "out_features"):
         if getattr(module, key, None) == before:
@@ -293,6 +294,3 @@ def _resize(module: nn.Module, before: int, after: int) -> None:
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and len(shape) == 1:
         module.__dict__["normalized_shape"] = (after,)
-
-
-__all__ = ["Example", "Space", "Spaces", "as_inputs", "find_spaces"]

@@ -1,7 +1,7 @@
 """Splits of outgoing weights over copies of a channel, such that their stored numbers add up to the weight exactly.
 
 Replicating channel j with c copies (E) leaves the function as it is if each consumer's column j is split into c parts
-that add up to it (S E = I, section 3.1). 1/c does so in real numbers only: for c = 3, 5, 6, 7 the stored parts miss
+that add up to it (S E = I). 1/c does so in real numbers only: for c = 3, 5, 6, 7 the stored parts miss
 the weight in most cases. Two families add up exactly in binary floating point:
 
 - Kraft: factors 2^-l with sum 1, e.g. 1/2 1/4 1/4. The same for every weight, so copies differ little.
@@ -61,7 +61,7 @@ def split_columns(
         columns: old column of each new one (I'), FREE for one that reads a new channel and becomes zero.
         split: "sterbenz" or "kraft".
         generator: for the random shares.
-        noise: null-space noise (section 6), relative to the weight's standard deviation: values are added that
+        noise: null-space noise, relative to the weight's standard deviation: values are added that
             cancel over the copies. Only up to rounding, so `S E = I` then holds to that.
 
     Raises:

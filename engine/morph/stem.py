@@ -1,13 +1,11 @@
 """What a network does first with its image, how far it sees, and what it stores: read off its recorded program.
 
-The stem is the set of convolutions that read the image, directly or behind steps that commute with averaging over
+The stem is the set of convolutions that read the image, directly or after steps that commute with averaging over
 pixels (subtracting a mean, dividing by a deviation, repeating a channel).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture.trace import Op, Program, Ref, capture, refs
 from ..errors import GigamorphError, MorphError
+from .running import eval_mode, failures
 
 Shape = tuple[int, int, int, int]
 
@@ -95,31 +94,17 @@ def view(model: nn.Module, shape: Shape, example: Tensor) -> View:
 def record(model: nn.Module, shape: tuple[int, ...], example: Tensor) -> Program:
     """The program of the network in eval mode, with refusals as a MorphError."""
     try:
-        with eval_mode(model):
+        with eval_mode(model), failures(f"the network cannot be run on an image of {tuple(shape)}"):
             return capture(model, shape, _dtype(model, example), example.device)
+    except MorphError:
+        raise
     except GigamorphError as error:
         raise MorphError(f"the network cannot be recorded: {error}") from error
-    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MorphError(f"the network cannot be run on an image of {tuple(shape)}: {line}") from error
 
 
 def _dtype(model: nn.Module, example: Tensor) -> torch.dtype:
     """That of the network's weights: as in every check, the example stands for a shape and a device."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back to the mode each was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def activation_bytes(model: nn.Module, shape: Shape, example: Tensor) -> int:

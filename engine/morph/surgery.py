@@ -1,7 +1,7 @@
 """Local morphs: find a module by its path, replace it, and do all of it on a copy that must pass the check.
 
-Every local morph is an edit: a function that changes a network in place from JSON-able arguments alone, so that the
-same step can be repeated on a fresh network whose weights are loaded afterwards (`EDITS`, `apply_edit`).
+Every local morph is an `Edit`, a step that changes a network in place, so that it can be repeated on a fresh network
+whose weights are loaded afterwards.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch.nn.utils import parametrize
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
-from .verify import Example, Report, as_inputs, cast, duplicate, verified_report
+from .running import Example, as_inputs, failures
+from .step import Edit
+from .verify import Report, cast, duplicate, verified_report
 
-EDITS: dict[str, Callable[..., list[str]]] = {}
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,25 +27,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def edit(name: str) -> Callable[[Callable[..., list[str]]], Callable[..., list[str]]]:
-    """Register a function (network, **arguments) -> lines that say what changed, as the step `{"op": name}`."""
-
-    def register(function: Callable[..., list[str]]) -> Callable[..., list[str]]:
-        EDITS[name] = function
-        return function
-
-    return register
-
-
-def apply_edit(model: nn.Module, step: dict[str, Any]) -> list[str]:
-    """Change `model` in place as `step` says, unchecked; on a fresh network for weights that are loaded afterwards."""
-    return EDITS[step["op"]](model, **{key: value for key, value in step.items() if key != "op"})
-
-
 @freed_pages_kept()
 def morphed(
     model: nn.Module,
-    step: dict[str, Any],
+    step: Edit,
     example: Example,
     *,
     inplace: bool = False,
@@ -56,7 +42,7 @@ def morphed(
 
     Args:
         model: the parent.
-        step: the edit, see `EDITS`.
+        step: the edit.
         example: an input of the child.
         inplace: change `model` after the check has passed.
         rounded: the new weights are computed, not copied or split, and therefore rounded: the function is compared
@@ -69,29 +55,29 @@ def morphed(
     """
     parent = cast(duplicate(model), torch.float64) if rounded else model
     child = duplicate(parent)
-    changes = apply_edit(child, step)
+    changes = step.edit(child)
     pair = view(parent, child) if view else (parent, child)
     try:
         report = verified_report(step, *pair, example, changes=changes, train=train)
     except MorphError as error:
+        cause = error.__cause__
+        if isinstance(cause, AttributeError | LookupError):
+            raise MorphError(
+                f"{_where(step)}: the network's code needs the module that was replaced to be of its old class "
+                f"({type(cause).__name__}: {cause}); the original is unchanged"
+            ) from cause
         raise MorphError(f"{_where(step)}: {error}") from error
-    except (AttributeError, LookupError, NotImplementedError) as error:
-        raise MorphError(
-            f"{_where(step)}: the network's code needs the module that was replaced to be of its old class "
-            f"({type(error).__name__}: {error}); the original is unchanged"
-        ) from error
     if inplace:
-        apply_edit(model, step)
+        step.edit(model)
         return model, report
     if rounded:
         child = duplicate(model)
-        apply_edit(child, step)
+        step.edit(child)
     return child, report
 
 
-def _where(step: dict[str, Any]) -> str:
-    paths = step.get("paths", [step["path"]] if "path" in step else [])
-    return f"{step['op']} at {', '.join(repr(path) for path in paths)}" if paths else step["op"]
+def _where(step: Edit) -> str:
+    return f"{step.op} at {', '.join(repr(path) for path in step.where)}" if step.where else step.op
 
 
 # -- modules by path ---------------------------------------------------------------------------------------------
@@ -163,7 +149,7 @@ def placed(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Site:
-    """What a module gives: channels, the image axes behind them (0: channels on the last axis), and all its axes."""
+    """What a module gives: channels, the image axes after them (0: channels on the last axis), and all its axes."""
 
     channels: int
     dims: int
@@ -197,10 +183,8 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
     like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = tuple(x.to(like.dtype) if x.is_floating_point() else x for x in as_inputs(example))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), failures("the model cannot be run on the example"):
             work(*inputs)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise MorphError(f"the model cannot be run on the example: {str(error).splitlines()[0]}") from error
     finally:
         for hook in hooks:
             hook.remove()

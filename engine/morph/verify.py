@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
+from .running import Example, as_inputs, failures
+from .step import Step
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
-NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less (section 3)
+NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less
 FLOAT64_ROUNDOFF = 2.0**-29  # unit roundoff of float64 over that of float32
 TRAIN_BATCH = 4  # batch statistics of fewer values would magnify rounding
-
-Example = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Report:
-    """What a morph did and how exactly; `step` repeats it on a fresh model, as JSON."""
+    """What a morph did and how exactly; `step` repeats it on a fresh network."""
 
-    step: dict[str, Any]
+    step: Step
     difference: Difference
     parameters: tuple[int, int]  # before, after
     flops: tuple[int, int]  # before, after: multiplications and additions of one eval forward on the example
@@ -109,11 +109,7 @@ class Report:
     @property
     def transform(self) -> str:
         """Name of the morph."""
-        return str(self.step["op"])
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
-        return asdict(self)
+        return self.step.op
 
     def __str__(self) -> str:
         (p0, p1), (f0, f1) = self.parameters, self.flops
@@ -171,7 +167,7 @@ def require_equal(
 
 
 def verified_report(
-    step: dict[str, Any],
+    step: Step,
     parent: nn.Module,
     child: nn.Module,
     example: Example,
@@ -183,9 +179,9 @@ def verified_report(
     seed: int = 0,
     train: bool = True,
 ) -> Report:
-    """The report of a morph, after `require_equal`; `step` is its JSON description with the name under "op"."""
+    """The report of a morph, after `require_equal`."""
     if certificate is not None and certificate.violations:
-        raise MorphError(f"{step['op']}: {certificate}; the original is unchanged, report this")
+        raise MorphError(f"{step.op}: {certificate}; the original is unchanged, report this")
     difference, flops = _check(parent, child, example, child_example, outputs, seed)
     _require(difference, train)
     parameters = (count_parameters(parent), count_parameters(child))
@@ -224,11 +220,6 @@ class NoDropout(TorchFunctionMode):
         if name == "bernoulli_":  # stochastic depth draws its mask thus; p has been divided out by its caller
             return args[0].fill_(1)
         return func(*args, **kwargs)
-
-
-def as_inputs(example: Example) -> tuple[Tensor, ...]:
-    """The positional inputs that an example stands for."""
-    return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
 def duplicate(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
@@ -371,11 +362,8 @@ def _run(
             torch.manual_seed(0)
             work.train(training)
             given = tuple(x.to(dtype) if x.is_floating_point() else x.clone() for x in given)
-            try:
+            with failures(f"{who} cannot be run in {'train' if training else 'eval'} mode"):
                 result = work(*given)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                mode = "train" if training else "eval"
-                raise MorphError(f"{who} cannot be run in {mode} mode: {str(error).splitlines()[0]}") from error
             result = outputs(result) if outputs else result
             return [t.detach().double() for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
 

@@ -1,14 +1,14 @@
 """Widening: more channels in any space, by copies whose outgoing weights are split, and by new channels that add zero.
 
-W' = E_out W S_in (section 3.1): rows are copied, columns are split so that their stored parts add up to the column.
-Which parameters, which rows and which columns is decided by `spaces` alone; nothing here knows an architecture.
+Rows of weights are copied, columns are split so that their stored parts add up to the column. Which parameters, which
+rows and which columns is decided by `spaces` alone; nothing here knows an architecture.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
-from .provenance import Mismatch
-from .rebuild import Copies, ParameterMap
+from .copies import Copies, ParameterMap
+from .running import Example, as_inputs
 from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
-from .verify import Certificate, Example, Report, as_inputs, verified_report
+from .step import Step
+from .tensors import fill, named_tensors
+from .tracer import Mismatch
+from .verify import Certificate, Report, verified_report
 
 Counts = Mapping[int | str, int | Sequence[int]]
 
@@ -70,18 +73,10 @@ def widen(
     if factor is not None and not spaces.growable():
         reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
         raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
-    chosen, new = _choose(spaces, counts or {}, factor, free or {}, seed)
-    step = {
-        "op": "widen",
-        "example": [list(x.shape) for x in as_inputs(example)],
-        "copies": chosen,
-        "free": new,
-        "split": split,
-        "noise": noise,
-        "seed": seed,
-        "groups": groups,
-    }
-    child, certificate = _grow(spaces, step)
+    chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed)
+    shapes = tuple(tuple(x.shape) for x in as_inputs(example))
+    step = WidenStep(shapes, chosen, new, split, noise, seed, groups)
+    child, certificate = step.grow(spaces)
     changes = [
         f"space {s.id} ({s.key}): {s.width} -> {_width(s, chosen.get(s.key), new.get(s.key))}"
         for s in spaces
@@ -93,41 +88,90 @@ def widen(
     return (replace_contents(model, child) if inplace else child), report
 
 
-def rebuild(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
-    """Repeat a widening on another instance of the network, e.g. a fresh one whose weights are to be loaded.
+@dataclass(frozen=True)
+class WidenStep(Step, op="widen"):
+    """See `widen`; of each space that grows, by its key, the copies and the new channels of each of its classes.
 
-    Args:
-        model: an instance of the same class and size as the network that was widened; untouched.
-        step: `Report.step`, also after a round trip through JSON.
+    Attributes:
+        example: shapes of the inputs with which the spaces were found; `groups` says how.
     """
-    child, _ = _grow(spaces_of(model, step), step)
-    return child
+
+    example: tuple[tuple[int, ...], ...]
+    copies: dict[str, tuple[int, ...]]
+    free: dict[str, tuple[int, ...]]
+    split: str
+    noise: float
+    seed: int
+    groups: str
+
+    def repeat(self, model: nn.Module) -> nn.Module:
+        return self.grow(self.spaces_of(model))[0]
+
+    def tensor_maps(self, model: nn.Module) -> dict[str, ParameterMap]:
+        """Of each tensor that the widening changes, the map; `grow_tensor` applies it, one tensor at a time."""
+        return self.check(self.spaces_of(model))[1]
+
+    def spaces_of(self, model: nn.Module) -> Spaces:
+        """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
+        generator = torch.Generator().manual_seed(0)
+        return find_spaces(model, *(torch.randn(s, generator=generator) for s in self.example), groups=self.groups)
+
+    def check(self, spaces: Spaces) -> tuple[nn.Module, dict[str, ParameterMap]]:
+        """The child without new weights and the maps of all tensors that the step changes.
+
+        Raises:
+            MorphError: the step would change the function, or names spaces that the network does not have.
+        """
+        return check_counts(spaces, self.copies, self.free)
+
+    def grow(self, spaces: Spaces) -> tuple[nn.Module, Certificate]:
+        """The child with its weights, and the certificate of all splits."""
+        child, maps = self.check(spaces)
+        originals, certificate = named_tensors(spaces.model), Certificate()
+        grown: dict[int, Tensor] = {}
+        for name, made in maps.items():
+            grown[id(originals[name])], part = self.grow_tensor(name, originals[name], made)
+            certificate += part
+        for module, parent in zip(child.modules(), spaces.model.modules(), strict=True):
+            for key, old in vars(parent).items():
+                if isinstance(old, Tensor):
+                    setattr(module, key, getattr(module, key).to(old.device))
+        fill(child, spaces.model, lambda t: grown[id(t)] if id(t) in grown else t.detach().clone())
+        return child, certificate
+
+    def grow_tensor(self, name: str, tensor: Tensor, made: ParameterMap) -> tuple[Tensor, Certificate]:
+        """The child's tensor, and the certificate of its split; draws depend on the seed and the tensor's name only."""
+        generator = torch.Generator().manual_seed((int(self.seed) << 32) ^ zlib.crc32(name.encode()))
+        result, certificate = tensor.detach().cpu(), Certificate()
+        if made.columns is not None and made.columns_axis is not None:
+            before = result.movedim(made.columns_axis, 1)
+            after = split_columns(before, made.columns, self.split, generator, float(self.noise))
+            certificate = certify(before, after, made.columns)
+            result = after.movedim(1, made.columns_axis).contiguous()
+        if made.parents is not None and made.free is not None and made.axis is not None:
+            result = result.index_select(made.axis, made.parents)
+            if bool(made.free.any()) and tensor.ndim > 1:  # vectors (norms, biases) keep those of the copied channel
+                _draw(result, made.axis, made.free, tensor, generator)
+        return result.to(tensor.device), certificate
 
 
-def tensor_maps(model: nn.Module, step: Mapping[str, Any]) -> dict[str, ParameterMap]:
-    """Of each tensor that a widening changes, the map; `grow_tensor` applies it, one tensor at a time."""
-    spaces = spaces_of(model, step)
-    return check_step(spaces, step)[1]
+def check_counts(
+    spaces: Spaces, copies: Mapping[str, Sequence[int]], free: Mapping[str, Sequence[int]]
+) -> tuple[nn.Module, dict[str, ParameterMap]]:
+    """`Spaces.check` for copies and new channels per class, by the spaces' keys.
 
-
-def grow_tensor(name: str, tensor: Tensor, made: ParameterMap, step: Mapping[str, Any]) -> tuple[Tensor, Certificate]:
-    """The child's tensor, and the certificate of its split; draws depend on the seed and the tensor's name only."""
-    generator = torch.Generator().manual_seed((int(step["seed"]) << 32) ^ zlib.crc32(name.encode()))
-    result, certificate = tensor.detach().cpu(), Certificate()
-    if made.columns is not None and made.columns_axis is not None:
-        before = result.movedim(made.columns_axis, 1)
-        after = split_columns(before, made.columns, step["split"], generator, float(step["noise"]))
-        certificate = certify(before, after, made.columns)
-        result = after.movedim(1, made.columns_axis).contiguous()
-    if made.parents is not None and made.free is not None and made.axis is not None:
-        result = result.index_select(made.axis, made.parents)
-        if bool(made.free.any()) and tensor.ndim > 1:  # vectors (norms, biases) keep those of the copied channel
-            places = made.free.nonzero().reshape(-1)
-            shape = [len(places) if a == made.axis else s for a, s in enumerate(result.shape)]
-            deviation = float(tensor.detach().double().std(unbiased=False)) if tensor.is_floating_point() else 0.0
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation
-            result.index_copy_(made.axis, places, drawn.to(result.dtype))
-    return result.to(tensor.device), certificate
+    Raises:
+        MorphError: they would change the function, or a space does not exist.
+    """
+    counts: Copies = {}
+    for key in [*copies, *free]:
+        order = spaces[key].order
+        pairs = zip(copies.get(key, [1] * len(order)), free.get(key, [0] * len(order)), strict=True)
+        counts |= {root: (int(c), int(f)) for root, (c, f) in zip(order, pairs, strict=True)}
+    try:
+        return spaces.check(counts)
+    except Mismatch as error:
+        raise MorphError(f"these counts would change the function: {error}; nothing was changed") from None
 
 
 def replace_contents(model: nn.Module, child: nn.Module) -> nn.Module:
@@ -137,67 +181,19 @@ def replace_contents(model: nn.Module, child: nn.Module) -> nn.Module:
     return model
 
 
-def spaces_of(model: nn.Module, step: Mapping[str, Any]) -> Spaces:
-    """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
-    generator = torch.Generator().manual_seed(0)
-    example = [torch.randn(shape, generator=generator) for shape in step["example"]]
-    return find_spaces(model, *example, groups=step["groups"])
+def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torch.Generator) -> None:
+    """Random values in the slices that are new, as widely spread as those of the parent's tensor."""
+    places = free.nonzero().reshape(-1)
+    shape = [len(places) if a == axis else s for a, s in enumerate(result.shape)]
+    deviation = float(like.detach().double().std(unbiased=False)) if like.is_floating_point() else 0.0
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation
+    result.index_copy_(axis, places, drawn.to(result.dtype))
 
 
-def check_step(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, dict[str, ParameterMap]]:
-    """The child without new weights and the maps of all tensors that the step changes.
-
-    Raises:
-        MorphError: the step would change the function, or names spaces that the network does not have.
-    """
-    copies: Copies = {}
-    for key in [*step["copies"], *step["free"]]:
-        space = spaces[key]
-        counts = step["copies"].get(key, [1] * len(space.order))
-        new = step["free"].get(key, [0] * len(space.order))
-        for root, c, f in zip(space.order, counts, new, strict=True):
-            copies[root] = (int(c), int(f))
-    try:
-        return spaces.check(copies)
-    except Mismatch as error:
-        raise MorphError(f"these counts would change the function: {error}; nothing was changed") from None
-
-
-def _grow(spaces: Spaces, step: Mapping[str, Any]) -> tuple[nn.Module, Certificate]:
-    child, maps = check_step(spaces, step)
-    certificate = Certificate()
-
-    grown: dict[str, Tensor] = {}
-    originals: dict[str, Tensor] = {}
-    for kind in (spaces.model.named_parameters, spaces.model.named_buffers):
-        originals |= dict(kind(remove_duplicate=False))
-    for name, made in maps.items():
-        grown[name], part = grow_tensor(name, originals[name], made, step)
-        certificate += part
-
-    by_id = {id(originals[name]): tensor for name, tensor in grown.items()}
-    new: dict[int, Tensor] = {}
-    for (path, module), parent in zip(child.named_modules(), spaces.model.modules(), strict=True):
-        del path
-        for key, old in vars(parent).items():
-            if isinstance(old, Tensor):
-                setattr(module, key, getattr(module, key).to(old.device))
-        for store, source in ((module._parameters, parent._parameters), (module._buffers, parent._buffers)):
-            for key, old in source.items():
-                if old is None:
-                    continue
-                if id(old) not in new:
-                    data = by_id.get(id(old))
-                    data = old.detach().clone() if data is None else data
-                    new[id(old)] = nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
-                store[key] = new[id(old)]  # pyright: ignore[reportArgumentType]
-    return child, certificate
-
-
-def _choose(
+def choose_counts(
     spaces: Spaces, counts: Counts, factor: float | None, free: Mapping[int | str, int], seed: int
-) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Copies and new ones per class, by key."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Copies and new ones per class, by key; arguments as of `widen`."""
     if factor is not None and not factor >= 1:
         raise MorphError(f"factor {factor} would make the network narrower; give 1 or more")
     wanted: dict[str, int | Sequence[int]] = {}
@@ -215,7 +211,7 @@ def _choose(
         copies = _copies(space, value, np.random.default_rng(drawn), factor is not None and key not in counts)
         if copies != [1] * len(copies):
             _must_grow(space)
-            chosen[space.key] = copies
+            chosen[space.key] = tuple(copies)
     new = {}
     for key, number in free.items():
         space = spaces[key]
@@ -223,7 +219,7 @@ def _choose(
         unit = space.width // len(space.order)
         if number % unit or number < 0 or not _even(space):
             raise MorphError(f"space {space.key} gets new channels in multiples of {unit}, not {number}")
-        new[space.key] = [0] * (len(space.order) - 1) + [number // unit]
+        new[space.key] = (*[0] * (len(space.order) - 1), number // unit)
     return chosen, new
 
 

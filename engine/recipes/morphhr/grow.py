@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ...morph.activation import PAct, insert_activation
 from ...morph.deepen import insert_identity
 from ...morph.files import Grown, add_morph
-from ...morph.front import front
+from ...morph.front import FrontStep, front
 from ...morph.verify import Report
 from ...morph.widen import widen
 from ..loop import seed_of
@@ -51,7 +49,7 @@ def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tu
     return grown, reports
 
 
-def renew_front(child: nn.Module, step: dict[str, Any], seed: int) -> list[str]:
+def renew_front(child: nn.Module, step: FrontStep, seed: int) -> list[str]:
     """Give random weights to the front that a step has brought and to the stem that reads it; returns their names.
 
     This is the control of the ablation: the same architecture and the same trunk, but its front has to be learnt.
@@ -63,7 +61,7 @@ def renew_front(child: nn.Module, step: dict[str, Any], seed: int) -> list[str]:
     """
     generator = torch.Generator().manual_seed(seed_of(seed, 2))
     renewed = []
-    for path in step["at"] or ["front"]:
+    for path in step.at or ["front"]:
         for name, module in child.get_submodule(path).named_modules(prefix=path):
             if isinstance(module, nn.Conv2d):
                 with torch.no_grad():
@@ -79,13 +77,13 @@ def renew_front(child: nn.Module, step: dict[str, Any], seed: int) -> list[str]:
     return renewed
 
 
-def _centre(child: nn.Module, step: dict[str, Any]) -> None:
+def _centre(child: nn.Module, step: FrontStep) -> None:
     """Let the random filters that read the image have mean zero, so that slow grey levels do not drown fine detail.
 
     What reads them has weight zero, so the child's function stays what it is.
     """
-    path = f"{step['at'][0]}.front" if step["at"] else "front"
+    path = f"{step.at[0]}.front" if step.at else "front"
     first = next(m for m in child.get_submodule(path).modules() if isinstance(m, nn.Conv2d))
     with torch.no_grad():
-        new = first.weight[step["channels"] :]
+        new = first.weight[step.channels :]
         new -= new.mean((2, 3), keepdim=True)

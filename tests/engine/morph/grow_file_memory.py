@@ -9,8 +9,9 @@ from torch import nn
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, _shapes, grow_file
+from gigamorph.engine.morph.step import Step
 from gigamorph.engine.morph.store import Computed, Layout, layout, write_state
-from gigamorph.engine.morph.widen import widen
+from gigamorph.engine.morph.widen import WidenStep, widen
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 op, source, target, layers, width = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
@@ -39,13 +40,13 @@ def shapes(width: int, more: int) -> dict[str, Layout]:
     return parts
 
 
-steps: list[dict] = []
+steps: list[Step] = []
 more = width // 4
 child = shapes(width, more)  # the recipe of the wide network, made on a narrow one
 step = steps[0]
-if op == "widen":
-    (key,) = step["copies"]
-    step["copies"][key] = [1] * (width - more) + [2] * more
+if isinstance(step, WidenStep):
+    (key,) = step.copies
+    step.copies[key] = (1,) * (width - more) + (2,) * more
 with torch.device("meta"):
     model = network(width)
 parts = layout(model.state_dict())

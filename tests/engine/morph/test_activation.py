@@ -105,7 +105,7 @@ def test_in_place_changes_the_model_and_keeps_its_parameters() -> None:
     model = net()
     first = model[0].weight
     child, report = insert_activation(model, torch.randn(2, 2, 9, 8), "0", "GELU", inplace=True)
-    assert child is model and model[0][0].weight is first and report.step["op"] == "activation"
+    assert child is model and model[0][0].weight is first and report.step.op == "activation"
     assert isinstance(pickle.loads(pickle.dumps(model))[0][1], PAct)
 
 
@@ -156,7 +156,7 @@ def test_refusals_name_the_module(path: str, message: str) -> None:
 
 def test_channels_on_the_last_axis_are_found() -> None:
     child, report = insert_activation(Branches(), torch.randn(1, 2, 5, 4), "act", "Tanh")
-    assert (report.step["channels"], report.step["dims"]) == (6, 0)
+    assert (report.step.channels, report.step.dims) == (6, 0)
     assert child.act[1].a.shape == (6,)
     with pytest.raises(MorphError, match="channel axis cannot be told"):  # 6 rows as well as 6 channels
         insert_activation(Branches(), torch.randn(1, 2, 6, 4), "act", "Tanh")

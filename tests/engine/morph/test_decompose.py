@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.decompose import (
-    compose,
+    DecomposeStep,
+    ParallelStep,
     decompose,
-    factorise,
-    fewest_middle,
     insert_module,
     split_parallel,
 )
-from gigamorph.engine.morph.surgery import apply_edit
+from gigamorph.engine.morph.factors import compose, factorise, fewest_middle
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -173,7 +172,7 @@ def test_parallel_is_exact_in_every_float() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(50, 40)).to(dtype)
-        apply_edit(child := copy.deepcopy(model), {"op": "parallel", "path": "0", "seed": 3})
+        ParallelStep("0", 3).edit(child := copy.deepcopy(model))
         one, two = child[0].branches
         assert torch.equal(one.weight.double() + two.weight.double(), model[0].weight.double())
 
@@ -212,7 +211,7 @@ def test_in_a_resnet_and_the_step_on_a_fresh_one() -> None:
     ):
         child, report = grow(child, x, path, **options)
         assert report.difference.float64 <= 1e-12
-        apply_edit(fresh, report.step)
+        report.step.edit(fresh)
     fresh.load_state_dict(child.state_dict())
     assert torch.equal(fresh.eval()(x), child.eval()(x))
     assert torch.equal(pickle.loads(pickle.dumps(child))(x), child(x))
@@ -221,11 +220,10 @@ def test_in_a_resnet_and_the_step_on_a_fresh_one() -> None:
 
 
 def test_shapes_alone_on_the_meta_device() -> None:
-    step = {"op": "decompose", "path": "0", "kernels": [3, 3], "middle": None, "method": "orthogonal"}
-    step |= {"act": "GELU", "between": "pair", "seed": 0}
+    step = DecomposeStep("0", (3, 3), None, "orthogonal", "GELU", "pair", 0)
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(4, 4, 5))
-    apply_edit(model, step)
+    step.edit(model)
     assert model[0][0].weight.is_meta and model[0][0].weight.shape == (2 * 15, 4, 3, 3)
 
 

@@ -16,7 +16,6 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.activation import activation, insert_activation
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
-from gigamorph.engine.morph.surgery import apply_edit
 
 PAIRS = ["ReLU", "GELU", "GELU(approximate='tanh')", "SiLU", "Hardswish", "Softplus", "LogSigmoid"]
 PAIRS += ["LeakyReLU(negative_slope=0.2)", "PReLU", "Softplus(beta=3.0, threshold=20.0)"]
@@ -182,7 +181,7 @@ def test_all_in_a_resnet_and_the_step_on_a_fresh_one() -> None:
     ):
         child, report = insert(child, x, path, **options)
         assert report.difference.float64_eval <= 1e-12
-        apply_edit(fresh, report.step)
+        report.step.edit(fresh)
     assert relative(child(x), model(x)) < 1e-5
     fresh.load_state_dict(child.state_dict())
     assert torch.equal(fresh.eval()(x), child.eval()(x))
@@ -206,7 +205,7 @@ class ChannelsLast(nn.Module):
 def test_channels_on_the_last_axis(insert: Any, options: Any) -> None:
     x = torch.randn(2, 2, 5, 6)
     child, report = insert(ChannelsLast(), x, "linear", "GELU", 1, **options)
-    assert report.step["dims"] == 0 and child(x).shape == (2, 5, 6, 6)
+    assert report.step.dims == 0 and child(x).shape == (2, 5, 6, 6)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.morph.discover import Discover
+from gigamorph.engine.morph import op_rules, tracer
+from gigamorph.engine.morph.child_check import ChildCheck
 from gigamorph.engine.morph.lookup import Bags, Join, Rows, Table
 from gigamorph.engine.morph.merge import merge
+from gigamorph.engine.morph.parent_run import ParentRun
 from gigamorph.engine.morph.planner import plan_growth
-from gigamorph.engine.morph.provenance import Fault, Tracer
-from gigamorph.engine.morph.rebuild import Rebuild
 from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.tracer import Fault
 from gigamorph.engine.morph.widen import widen
 
 X = torch.zeros(1, 3, 8, 8)
@@ -38,22 +39,25 @@ class Net(nn.Module):
         return self.head((x * x.mean(1, keepdim=True)).flatten(2).permute(0, 2, 1)).mean(1)
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: Exception) -> None:
+def planted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> Any:
         raise error
 
     monkeypatch.setattr(owner, name, fail)
 
 
-STEPS = ["elementwise", "rows", "statistic", "linear", "parameter_label", "begin", "_move", "_setitem", "_meaning"]
+STEPS = "elementwise rows statistic linear parameter_label begin _move _setitem constant_vid group_count".split()
 LOOKUPS = [(Join, "find"), (Rows, "find"), (Bags, "find"), (Table, "find")]
-PLACES = [(Rebuild, step) for step in STEPS] + [(Rebuild, "constant_vid"), (Rebuild, "group_count"), *LOOKUPS]
+PLACES = [(ChildCheck, step) for step in [*STEPS, "constant_vid", "group_count"]] + [
+    (tracer, "output_labels"),
+    *LOOKUPS,
+]
 
 
 @pytest.mark.parametrize("owner, name", PLACES)
 @pytest.mark.parametrize("kind", [RuntimeError, KeyError, AssertionError])
 def test_a_fault_is_no_reason_to_freeze(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, kind: type[Exception]
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, kind: type[Exception]
 ) -> None:
     net = Net()
     assert find_spaces(net, X).growable()
@@ -63,10 +67,8 @@ def test_a_fault_is_no_reason_to_freeze(
             morph(net, X)
 
 
-@pytest.mark.parametrize("owner, name", [(Discover, "elementwise"), (Discover, "linear"), (Tracer, "_norm")])
-def test_a_fault_in_the_parents_run_is_not_the_networks(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
-) -> None:
+@pytest.mark.parametrize("owner, name", [(ParentRun, "elementwise"), (ParentRun, "linear"), (op_rules, "_norm")])
+def test_a_fault_in_the_parents_run_is_not_the_networks(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     planted(monkeypatch, owner, name, ValueError("planted"))
     with pytest.raises(Fault, match="ValueError planted; report this"):
         find_spaces(Net(), X)
@@ -79,15 +81,15 @@ def test_merge_and_plan_do_not_hide_a_fault(monkeypatch: pytest.MonkeyPatch) -> 
     assert merge(child, X)[1].changes and len(spaces)
 
     calls = {"left": 0}
-    real = Rebuild.linear
+    real = ChildCheck.linear
 
-    def late(self: Rebuild, *args: Any) -> Any:
+    def late(self: ChildCheck, *args: Any) -> Any:
         calls["left"] -= 1
         if not calls["left"]:
             raise IndexError("planted")
         return real(self, *args)
 
-    monkeypatch.setattr(Rebuild, "linear", late)
+    monkeypatch.setattr(ChildCheck, "linear", late)
     for count in (4, 7, 9):  # in finding the spaces, in the proof of the whole, in that of the child
         calls["left"] = count
         with pytest.raises(Fault, match="IndexError planted"):

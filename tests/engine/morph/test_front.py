@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import LesionNet, resnet18
-from gigamorph.engine.morph.front import _step, front, repeat
+from gigamorph.engine.morph.front import front, plan_front
 from gigamorph.engine.morph.stem import find_stem, view
 
 LIMIT = 1e-12
@@ -73,8 +73,8 @@ class TestExact:
         parent = net(**options)
         stem = find_stem(parent, torch.zeros(1, options["channels"], 13, 13))
         assert stem.convs == ("stem",) and stem.plain == (True,)
-        step = _step(parent, stem, options["channels"], r, mode, "area", filters=6, act="GELU", seed=0)
-        child = repeat(copy.deepcopy(parent), step)
+        step = plan_front(parent, stem, options["channels"], r, mode, "area", filters=6, act="GELU", seed=0)
+        child = step.repeat(copy.deepcopy(parent))
         x = torch.randn(2, options["channels"], r * height, r * width, dtype=torch.float64)
         assert error(parent, child, x, F.avg_pool2d(x, r)) <= LIMIT
 
@@ -290,7 +290,7 @@ class TestStem:
             child, report = front(parent, example, 4, mode)
             x = torch.randn(2, 1, 48, 48, dtype=torch.float64)
             assert error(parent, child, x, F.avg_pool2d(x, 4)) <= LIMIT
-            assert report.step["at"] == []
+            assert report.step.at == ()
         with pytest.raises(MorphError, match="'tanh' in the model"):
             front(parent, example, 4, "fold")
 
@@ -389,7 +389,7 @@ class TestRefusals:
     def test_wrong_child_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The check is not for show: a fold with a wrong cell raises."""
         cell = lambda *_: torch.tensor([0.51, 0.49], dtype=torch.float64)  # noqa: E731
-        monkeypatch.setattr("gigamorph.engine.morph.front._cell", cell)
+        monkeypatch.setattr("gigamorph.engine.morph.front_layers.cell_weights", cell)
         for mode in ("fold", "stages"):
             with pytest.raises(MorphError, match="differs from its parent"):
                 front(net(), torch.zeros(1, 1, 12, 12, dtype=torch.float64), 2, mode)

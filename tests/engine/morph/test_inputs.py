@@ -18,11 +18,9 @@ from gigamorph.engine.morph.inputs import (
     OnesChannel,
     add_planes,
     mix_inputs,
-    mix_inputs_state,
     to_grey,
     to_rgb,
 )
-from gigamorph.engine.morph.surgery import apply_edit
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -119,11 +117,11 @@ def test_resnet_to_grey_in_both_modes_and_with_the_scan() -> None:
     model = randomize(ResNet(BasicBlock, (1, 1, 1, 1), 2, 3, width=8))
     y = torch.rand(2, 1, 40, 36)
     child, report = to_grey(model, y)
-    assert report.difference.float64 <= 1e-12 and report.step["paths"] == ["conv1"]
+    assert report.difference.float64 <= 1e-12 and report.step.paths == ("conv1",)
     assert model.training and isinstance(child.conv1[0], OnesChannel)
     fresh = ResNet(BasicBlock, (1, 1, 1, 1), 2, 3, width=8)
-    apply_edit(fresh, report.step)
-    fresh.load_state_dict(mix_inputs_state(model.state_dict(), "conv1", report.step["matrix"], report.step["offset"]))
+    report.step.edit(fresh)
+    fresh.load_state_dict(child.state_dict())
     assert torch.equal(fresh.eval()(y), copy.deepcopy(child).eval()(y))
     assert_exact(child.double().eval(), torch.rand(1, 1, 61, 52, dtype=torch.float64), tile=32)
 
@@ -149,7 +147,7 @@ class Skip(Twice):
 def test_all_that_read_the_image_are_found() -> None:
     torch.manual_seed(0)
     _, report = to_grey(Twice(), torch.rand(1, 1, 8, 8))
-    assert report.step["paths"] == ["a", "b"]
+    assert report.step.paths == ("a", "b")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.morph.kernel_size import grow_kernel, grow_kernel_state, pad_kernel
-from gigamorph.engine.morph.surgery import apply_edit
+from gigamorph.engine.morph.kernel_size import grow_kernel, pad_kernel
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -106,21 +105,9 @@ def test_step_repeats_it_on_a_fresh_network() -> None:
     model, x = net(), torch.randn(2, 2, 16, 14)
     child, report = grow_kernel(model, x, "0", 4)
     fresh = net()
-    apply_edit(fresh, report.step)
+    report.step.edit(fresh)
     fresh.load_state_dict(child.state_dict())
     assert torch.equal(fresh.eval()(x), child.eval()(x))
-
-
-def test_state_dict() -> None:
-    model, x = net(), torch.randn(2, 2, 16, 14)
-    child, _ = grow_kernel(model, x, ["0", "3"], 5)
-    state = grow_kernel_state(model.state_dict(), ["0", "3"], 5)
-    assert state.keys() == child.state_dict().keys()
-    assert all(torch.equal(state[k], v) for k, v in child.state_dict().items())
-    with pytest.raises(MorphError, match=r"hold no '7.weight'"):
-        grow_kernel_state(model.state_dict(), "7", 5)
-    with pytest.raises(MorphError, match="no even growth"):
-        grow_kernel_state(model.state_dict(), "0", 4)
 
 
 def test_pad_kernel_orders_the_axes() -> None:

@@ -18,10 +18,13 @@ from torch.optim import SGD
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import resnet
-from gigamorph.engine.morph.merge import _add_columns, merge, rebuild
+from gigamorph.engine.morph.fold import add_columns
+from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import grow_optimizer
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
+from gigamorph.engine.morph.step import Step, from_json, to_json
+from gigamorph.engine.morph.verify import Report
 from gigamorph.engine.morph.widen import widen
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -37,6 +40,11 @@ def random_counts(model: nn.Module, seed: int, most: int = 4, groups: str = "mor
         s.key: torch.randint(1, most + 1, (len(s.order),), generator=generator).tolist()
         for s in find_spaces(model, x, groups=groups).growable()
     }
+
+
+def read_again(report: Report) -> Step:
+    """The step after a round trip through JSON."""
+    return from_json(json.loads(json.dumps(to_json(report.step))))
 
 
 def assert_same(first: nn.Module, second: nn.Module) -> None:
@@ -138,8 +146,8 @@ def test_groups_that_got_wider_are_merged() -> None:
     child, _ = widen(parent, X, factor=2, groups="wider")
     merged, report = merge(child, X)
     assert_same(merged, parent)
-    assert "wider" in report.step["groups"]
-    again = rebuild(child, json.loads(json.dumps(report.step)))
+    assert "wider" in report.step.groups
+    again = read_again(report).repeat(child)
     assert repr(again) == repr(parent)
 
 
@@ -184,7 +192,7 @@ def test_a_norm_over_concatenated_maps_is_merged() -> None:
     merged, report = merge(child, X)
     assert_same(merged, parent)
     assert sorted(report.changes) == ["space 0 (stem.weight:0): 12 -> 4", "space 1 (down.weight:0): 9 -> 6"]
-    again = rebuild(child, json.loads(json.dumps(report.step)))
+    again = read_again(report).repeat(child)
     assert repr(again) == repr(parent)
 
 
@@ -314,7 +322,7 @@ def test_sums_are_exact_in_any_order(copies: int, seed: int) -> None:
     big = torch.randn(3, copies, generator=generator, dtype=torch.float64) * 1e8
     parts = torch.cat([want, big, -big], 1)[:, torch.randperm(2 * copies + 1, generator=generator)]
     columns = torch.zeros(2 * copies + 1, dtype=torch.int64)
-    have, certificate = _add_columns(parts, columns, 1)
+    have, certificate = add_columns(parts, columns, 1)
     assert torch.equal(have, want) and certificate.violations == 0 and certificate.entries == 3
 
 
@@ -344,11 +352,11 @@ def test_step_rebuilds_the_architecture() -> None:
     fresh = copy.deepcopy(child)
     for p in fresh.parameters():
         nn.init.normal_(p)
-    shape = rebuild(fresh, json.loads(json.dumps(report.step)))
+    shape = read_again(report).repeat(fresh)
     shape.load_state_dict(merged.state_dict())
     assert_same(shape, merged)
     with pytest.raises(MorphError):
-        rebuild(net, report.step)
+        report.step.repeat(net)
 
 
 def test_in_place() -> None:

@@ -21,7 +21,7 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.optimizer import gradient_shares, grow_ema, grow_optimizer
 from gigamorph.engine.morph.spaces import find_spaces
-from gigamorph.engine.morph.widen import tensor_maps, widen
+from gigamorph.engine.morph.widen import widen
 
 LIMIT = 100.0  # times the network's own sensitivity to a relative perturbation of 2^-52 of its parameters
 
@@ -176,7 +176,7 @@ def test_gradients_follow_the_adjoint_rule(name: str, seed: int) -> None:
     child, report = widen(model, X.double(), counts, split="kraft", seed=seed, groups=groups)
     for network in (model, child):
         train(network, SGD(network.parameters(), lr=0.0), 1)
-    maps = tensor_maps(copy.deepcopy(model).float(), report.step)
+    maps = report.step.tensor_maps(copy.deepcopy(model).float())
     theirs = dict(child.named_parameters())
     scale = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
     for key, p in model.named_parameters():
@@ -198,7 +198,7 @@ def test_shares_add_up_to_one(counts: list[int], split: str) -> None:
     if len(counts) == 1 or counts == [1] * len(counts):
         return
     _, report = widen(model, X, {"0.weight:0": counts}, split=split)
-    made = tensor_maps(model, report.step)["0.weight"]
+    made = report.step.tensor_maps(model)["0.weight"]
     shares = gradient_shares(made, split)
     assert shares is not None and made.parents is not None
     totals = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, made.parents, shares)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from gigamorph.engine.morph.head import grow_head, split_class
 from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.merge import merge
-from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, apply, fingerprint, grow, grow_file, known_steps
+from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, apply, fingerprint, grow, grow_file
+from gigamorph.engine.morph.step import known, to_json
 from gigamorph.engine.morph.store import SafetensorsFile, read_state, write_state
 from gigamorph.engine.morph.widen import widen
 
@@ -87,7 +89,7 @@ def same(one: Any, other: Any) -> None:
 
 
 def test_all_known_morphs_are_tested() -> None:
-    assert {name.split()[0] for name in MORPHS} == set(known_steps())
+    assert {name.split()[0] for name in MORPHS} == set(known())
 
 
 @pytest.mark.parametrize("name", MORPHS)
@@ -103,7 +105,7 @@ class TestEveryMorph:
         again.load_state_dict(read_state(tmp_path / "child.safetensors"), strict=True)
         assert fingerprint(fresh.state_dict()) == before
         recipe.require_contents(again.state_dict())
-        r = recipe.morphs[0].step.get("r", 1)
+        r = getattr(recipe.morphs[0].step, "r", 1)
         x = torch.randn(2, 2 if name == "inputs" else 1, 32 * r, 32 * r)
         for mode in (False, True):
             torch.manual_seed(0)
@@ -130,6 +132,17 @@ class TestEveryMorph:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_recipes_that_were_written_before_are_read() -> None:
+    """Files of the first version, one of each morph: they say what they said and rebuild what they did."""
+    written = json.loads(Path(__file__).with_name("recipes_version_1.json").read_text())
+    assert list(written) == list(MORPHS)
+    for name, data in written.items():
+        recipe = Recipe.from_json(json.dumps(data))
+        assert json.loads(recipe.to_json()) == data, name
+        child = apply(recipe, trained())
+        assert fingerprint(child.state_dict()).shapes == data["morphs"][0]["child"]["shapes"], name
+
+
 class TestChain:
     @settings(max_examples=4, deadline=None, phases=[Phase.generate])
     @given(data=st.data())
@@ -150,7 +163,7 @@ class TestChain:
                 continue
             recipe.add(report, model, child)
             model = child
-            x = torch.zeros(1, 1, *(int(s * report.step.get("r", 1)) for s in x.shape[2:]))
+            x = torch.zeros(1, 1, *(int(s * getattr(report.step, "r", 1)) for s in x.shape[2:]))
         recipe = Recipe.from_json(recipe.to_json())
         again = apply(recipe, network())
         again.load_state_dict(model.state_dict(), strict=True)
@@ -200,7 +213,7 @@ class TestChain:
         with pytest.raises(MorphError, match=r"head: its parent has other parameters.*\(kernel\)"):
             recipe.add(report, parent, other)
         recipe.add(report, child, other)
-        assert [m.step["op"] for m in recipe.morphs] == ["kernel", "head"]
+        assert [m.step.op for m in recipe.morphs] == ["kernel", "head"]
 
 
 class TestHashes:
@@ -281,15 +294,18 @@ class TestRefusals:
             "kernel": 2,
             "copies": {"x:0": [1]},
         }
-        broken = [{k: v for k, v in morph.step.items() if k != key} for key in morph.step if key not in ("op", "noise")]
-        broken += [{**morph.step, key: value} for key, value in wrong.items() if key in morph.step]
-        broken += [{**morph.step, "op": "melt"}]
+        good = to_json(morph.step)
+        broken = [{k: v for k, v in good.items() if k != key} for key in good if key != "op"]
+        broken += [{**good, key: value} for key, value in wrong.items() if key in good]
+        broken += [{**good, "op": "melt"}, {**good, "extra": 1}]
         for step in broken:
             fresh = network()
-            bad = Recipe([Morph(step, morph.parent, morph.child)])
+            written = json.loads(recipe.to_json())
+            written["morphs"][0]["step"] = step
+            text = json.dumps(written)
             for call in (
-                lambda bad=bad, fresh=fresh: apply(bad, fresh),
-                lambda bad=bad, fresh=fresh: grow_file(bad, fresh, source, source),
+                lambda text=text, fresh=fresh: apply(Recipe.from_json(text), fresh),
+                lambda text=text, fresh=fresh: grow_file(Recipe.from_json(text), fresh, source, source),
             ):
                 with pytest.raises(MorphError) as caught:
                     call()
@@ -308,7 +324,7 @@ class TestRefusals:
     def test_a_step_that_is_no_json(self) -> None:
         parent = network()
         _, report = MORPHS["kernel"](parent, torch.zeros(1, 1, 32, 32))
-        report.step["kernel"] = torch.ones(2)
+        report = replace(report, step=replace(report.step, kernel=torch.ones(2)))
         with pytest.raises(MorphError, match="kernel: the step is not plain JSON"):
             Recipe().add(report, parent, parent)
 

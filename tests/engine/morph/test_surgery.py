@@ -17,7 +17,8 @@ from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_r
 from gigamorph.engine.morph.head import grow_head, split_class
 from gigamorph.engine.morph.inputs import add_planes, to_grey
 from gigamorph.engine.morph.kernel_size import grow_kernel
-from gigamorph.engine.morph.surgery import EDITS, apply_edit, module_at, site
+from gigamorph.engine.morph.step import EditAll, EditAt, from_json, to_json
+from gigamorph.engine.morph.surgery import module_at, site
 
 MORPHS = [
     lambda m, x, **o: insert_activation(m, x, "layer1", "PReLU", **o),
@@ -53,19 +54,20 @@ def test_steps(number: int) -> None:
     child, report = MORPHS[number](model, x)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
     assert [m.training for m in child.modules()] == [True] * len(list(child.modules()))
-    step = json.loads(json.dumps(report.step))
+    step: Any = from_json(json.loads(json.dumps(to_json(report.step))))
+    assert step == report.step
 
     fresh = net()
-    changes = apply_edit(fresh, step)
+    changes = step.edit(fresh)
     assert changes == report.changes and str(report)
     fresh.load_state_dict(child.state_dict())
-    image = x[:, :1] if step["op"] == "inputs" and len(step["matrix"][0]) == 1 else x
-    image = torch.cat([x, x], 1) if step["op"] == "inputs" and len(step["matrix"][0]) == 6 else image
+    image = x[:, :1] if step.op == "inputs" and step.channels == 1 else x
+    image = torch.cat([x, x], 1) if step.op == "inputs" and step.channels == 6 else image
     assert torch.equal(fresh.eval()(image), copy.deepcopy(child).eval()(image))
 
     with torch.device("meta"):
         shapes = net()
-    apply_edit(shapes, step)
+    step.edit(shapes)
     assert {k: v.shape for k, v in shapes.state_dict().items()} == {k: v.shape for k, v in child.state_dict().items()}
     assert all(v.is_meta for v in shapes.state_dict().values())
 
@@ -78,7 +80,7 @@ def test_steps(number: int) -> None:
 
 def test_every_edit_is_tried() -> None:
     mine = "activation identity pair residual kernel decompose module parallel inputs head split_class".split()
-    assert set(mine) <= set(EDITS)
+    assert set(mine) == {kind.op for kind in [*EditAt.__subclasses__(), *EditAll.__subclasses__()]}
     x = torch.randn(2, 3, 40, 36)
     assert {run(parent(), x)[1].transform for run in MORPHS} == set(mine)
 

@@ -28,8 +28,9 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.recipe import Recipe, apply
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
+from gigamorph.engine.morph.step import from_json, to_json
 from gigamorph.engine.morph.verify import Report, compare, count_parameters
-from gigamorph.engine.morph.widen import _grow, grow_tensor, rebuild, tensor_maps, widen
+from gigamorph.engine.morph.widen import WidenStep, widen
 
 X = torch.zeros(1, 3, 8, 8)
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -123,9 +124,8 @@ def test_integer_programs_are_equal_to_the_bit(program: Program, seed: int, grou
 def times(model: nn.Module, factors: dict[str, int]) -> nn.Module:
     """Each space as many times as wide, in powers of two."""
     spaces = find_spaces(model, X)
-    copies = {key: [factor] * len(spaces[key].order) for key, factor in factors.items()}
-    step = {"copies": copies, "free": {}, "split": "kraft", "noise": 0.0, "seed": 0, "groups": "more"}
-    return rebuild(model, {"op": "widen", "example": [list(X.shape)]} | step)
+    copies = {key: (factor,) * len(spaces[key].order) for key, factor in factors.items()}
+    return WidenStep((tuple(X.shape),), copies, {}, "kraft", 0.0, 0, "more").repeat(model)
 
 
 @settings(quiet, max_examples=10)
@@ -305,14 +305,15 @@ def test_widening_twice_and_counts_of_one() -> None:
 def test_the_step_repeats_the_widening_and_single_tensors() -> None:
     model = small()
     child, report = widen(model, X, {"0.weight:0": 9}, free={"3.weight:0": 2}, seed=7)
-    step = json.loads(json.dumps(report.step))
-    again = rebuild(model, step)
+    step = from_json(json.loads(json.dumps(to_json(report.step))))
+    assert step == report.step and isinstance(step, WidenStep)
+    again = step.repeat(model)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in child.state_dict().items())
-    fresh = rebuild(small(), step)
+    fresh = step.repeat(small())
     fresh.load_state_dict(child.state_dict())
-    maps = tensor_maps(small(), step)
+    maps = step.tensor_maps(small())
     for name, made in maps.items():
-        assert torch.equal(grow_tensor(name, model.state_dict()[name], made, step)[0], child.state_dict()[name])
+        assert torch.equal(step.grow_tensor(name, model.state_dict()[name], made)[0], child.state_dict()[name])
     assert set(maps) == {k for k, v in child.state_dict().items() if v.shape != model.state_dict()[k].shape}
 
 
@@ -321,10 +322,10 @@ def test_the_step_of_a_float64_network_repeats() -> None:
     child, report = widen(model, X.double(), factor=2)
     recipe = Recipe()
     recipe.add(report, model, child)
-    for grown in (rebuild(model, report.step), apply(recipe, model)):
+    for grown in (report.step.repeat(model), apply(recipe, model)):
         assert grown[0].weight.dtype == torch.float64
         assert all(torch.equal(v, grown.state_dict()[k]) for k, v in child.state_dict().items())
-    assert rebuild(small(), report.step)[0].weight.dtype == torch.float32
+    assert report.step.repeat(small())[0].weight.dtype == torch.float32
 
 
 def test_following_a_copy_gives_the_same_child(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +425,7 @@ def test_lattice_networks_are_equal_to_the_bit(name: str) -> None:
     rng = np.random.default_rng(2)
     drawn = {s.key: rng.choice([1, 1, 1, 2, 3], len(s.order)).tolist() for s in spaces.growable()}
     free = {key: [i % 7 == 0 for i in range(len(counts))] for key, counts in drawn.items()}
-    step = {"op": "widen", "copies": drawn, "free": free, "split": "kraft", "noise": 0.0, "seed": 0}
-    child, certificate = _grow(spaces, step)
+    child, certificate = WidenStep((), drawn, free, "kraft", 0.0, 0, "more").grow(spaces)
     assert certificate.violations == 0 and count_parameters(child) > 1.5 * count_parameters(model)
     for dtype in (torch.float64, torch.float32):
         model, child = model.to(dtype), child.eval().to(dtype)
@@ -477,10 +477,8 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutated_children_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gigamorph.engine.morph import widen as module
-
     torch.manual_seed(0)
-    model, original = randomize(Shortcut()), module._grow
+    model, original = randomize(Shortcut()), WidenStep.grow
 
     def wrong(*arguments: Any) -> Any:
         child, certificate = original(*arguments)
@@ -490,7 +488,7 @@ def test_mutated_children_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch
 
     counts = {"a.weight:0": [2, 1, 3, 1], "b.weight:0": [1, 2, 1, 1, 3, 2]}
     assert widen(model, X, counts)[1].changes
-    monkeypatch.setattr(module, "_grow", wrong)
+    monkeypatch.setattr(WidenStep, "grow", wrong)
     with pytest.raises(MorphError, match="differs"):
         widen(model, X, counts)
 

@@ -7,97 +7,51 @@ linear weights get their maps here (which parent column each column copies), eve
 
 from __future__ import annotations
 
-import math
 import struct
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from .attributes import Named, name_ints, set_int, unname_ints
-from .discover import Axis, Discover, row_vids
+from .copies import ParameterMap, Plan
+from .labels import Label, row_vids
+from .log import (
+    AlongChannelsRecord,
+    ArgumentsRecord,
+    BarrierRecord,
+    ElementwiseRecord,
+    Entry,
+    GroupWidthRecord,
+    LinearRecord,
+    Record,
+    RowsRecord,
+    StatisticRecord,
+)
 from .lookup import FREE, MISSING, Rows
-from .provenance import Entry, Fault, Label, Mismatch, Tracer
+from .parent_run import ParentRun
+from .primitives import LinearCall, Shape
+from .running import first_line
+from .tracer import Fault, Mismatch, Tracer
 
 RUNS = 5  # one to see that an attribute has to follow, one to see which, one to see that all is well; two to spare
-Copies = dict[int, tuple[int, int]]  # class (root atom) -> copies of each of its channels, and free ones
+R = TypeVar("R", bound=Record)
 
 
-@dataclass
-class ParameterMap:
-    """How one tensor of the child is made of the parent's."""
-
-    axis: int | None = None  # along which whole slices are copied
-    parents: Tensor | None = None  # parent's slice of each slice
-    free: Tensor | None = None  # which of them are new and random instead (of a weight)
-    columns_axis: int | None = None  # along which a linear weight is split
-    columns: Tensor | None = None  # parent's column of each column; FREE: zero
-
-
-@dataclass
-class Plan:
-    """Copies per class, spread over the parameter axes.
-
-    Attributes:
-        counts: copies of each channel of the class of that root, and new ones, (2, atoms).
-        parents: parent's index of each new one along an axis.
-        free: which of them are new.
-    """
-
-    counts: np.ndarray
-    parents: dict[Axis, Tensor] = field(default_factory=dict)
-    free: dict[Axis, Tensor] = field(default_factory=dict)
-
-
-def make_plan(found: Discover, copies: Copies) -> Plan:
-    """Order rule: maximal runs of equal class, without borders, are tiled as wholes, the free ones last (5.4)."""
-    counts = np.zeros((2, found.atoms.size), dtype=np.int64)
-    counts[0] = 1
-    for root, kept_and_new in copies.items():
-        counts[:, root] = kept_and_new
-    plan = Plan(counts)
-    borders = found.borders.find()
-    known: dict[bytes, tuple[Tensor, Tensor]] = {}  # the vectors of a norm are laid out alike
-    for axis, atoms in found.axes.items():
-        roots = found.atoms.roots(atoms)
-        ends = borders[atoms]
-        key = roots.tobytes() + ends.tobytes()
-        if key not in known:
-            known[key] = _lay_out(roots, ends, counts)
-        parents, free = known[key]
-        if _moved(parents, len(roots)) or bool(free.any()):
-            plan.parents[axis], plan.free[axis] = parents, free
-    return plan
-
-
-def _lay_out(roots: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Parent's index of each new one, and which of them are free, for an axis with these classes and borders."""
-    starts = np.flatnonzero(np.concatenate([[True], (roots[1:] != roots[:-1]) | ends[:-1]]))
-    lengths = np.diff(np.append(starts, len(roots)))
-    kept, new = counts[:, roots[starts]]
-    total = kept + new
-    run = np.repeat(np.arange(len(starts)), lengths * total)  # run of each new index
-    first = np.repeat(np.cumsum(lengths * total) - lengths * total, lengths * total)
-    within = np.arange(len(run)) - first
-    parents = starts[run] + within % lengths[run]
-    return torch.from_numpy(parents), torch.from_numpy(within // lengths[run] >= kept[run])
-
-
-class Rebuild(Tracer):
+class ChildCheck(Tracer):
     """Runs `child`, a copy of the parent whose vectors have the new sizes, against the parent's log."""
 
     real = False
 
-    def __init__(self, child: nn.Module, found: Discover, plan: Plan):
+    def __init__(self, child: nn.Module, found: ParentRun, plan: Plan):
         super().__init__(child, found.table)
         self.found = found
         self.followed_parameters |= found.parameters.keys()
         self.plan = plan
         self.position = 0
-        self.entry: Entry | None = None
-        self.step = 0
+        self.records: list[Record] = []  # of the op that is followed; the next one first
         self.maps: dict[str, ParameterMap] = {}
         self.again = False  # an attribute had the parent's value when it was read
         self.modules = dict(child.named_modules())
@@ -131,161 +85,160 @@ class Rebuild(Tracer):
     def begin(self, name: str, scalars: list[Any]) -> Entry:
         if self.position >= len(self.found.log):
             raise Mismatch("the child runs more ops than its parent")
-        self.entry = self.found.log[self.position]
+        entry = self.found.log[self.position]
         self.position += 1
-        self.step = 0
-        if self.entry.name != name:
-            raise Mismatch(f"the child runs '{name}' where its parent runs '{self.entry.name}'", self.latest)
-        if name not in _SIZED and not _same(scalars, self.entry.scalars):
+        self.records = list(entry.records)
+        if entry.name != name:
+            raise Mismatch(f"the child runs '{name}' where its parent runs '{entry.name}'", self.latest)
+        if name not in _SIZED and not _same(scalars, entry.scalars):
             raise Mismatch(f"'{name}' has other arguments than in the parent", self.latest)
-        return self.entry
+        return entry
 
-    def _next(self) -> Any:
-        assert self.entry is not None
-        self.step += 1
-        return self.entry.steps[self.step - 1]
+    def _next(self, kind: type[R]) -> R:
+        """The record of the parent's step that this one repeats."""
+        if not self.records or not isinstance(self.records[0], kind):
+            raise Mismatch("the op is called otherwise than in the parent", self.latest)
+        return self.records.pop(0)  # pyright: ignore[reportReturnType]
 
-    # ---------------------------------------------------------------- steps
+    # ---------------------------------------------------------------- primitive steps
 
     def elementwise(self, labels: list[Label]) -> Label:
-        small: tuple[int, ...] = self._next()
-        if small:
-            big = [label for i, label in enumerate(labels) if i not in small]
-            labels = [*big, self.elementwise([labels[i] for i in small])]
-        try:
-            shape = torch.broadcast_shapes(*(label.vids.shape for label in labels))
-        except RuntimeError:
-            raise Mismatch("operands have grown to different sizes", [label.vids for label in labels]) from None
-        join, base = self._next()
-        if len(join.columns[0].shape) != len(shape):
-            raise Mismatch("operands have other axes than in the parent", [label.vids for label in labels])
-        at = join.find([label.vids.expand(shape) for label in labels])
-        if bool((at == MISSING).any()):
-            raise Mismatch("operands are widened inconsistently", [label.vids for label in labels])
-        return Label(torch.where(at < 0, at, at + base).reshape(shape), None)
+        return self._joined(labels, self._next(ElementwiseRecord))
 
-    def spread(self, label: Label, axes: list[int]) -> bool:
-        return self._next()
+    def _joined(self, labels: list[Label], record: ElementwiseRecord) -> Label:
+        if record.inner is not None:
+            first = self._joined([labels[i] for i in record.first], record.inner)
+            labels = [*(label for i, label in enumerate(labels) if i not in record.first), first]
+        vids = [label.vids for label in labels]
+        try:
+            shape = torch.broadcast_shapes(*(v.shape for v in vids))
+        except RuntimeError:
+            raise Mismatch("operands have grown to different sizes", vids) from None
+        if len(record.join.columns[0].shape) != len(shape):
+            raise Mismatch("operands have other axes than in the parent", vids)
+        at = record.join.find([v.expand(shape) for v in vids])
+        if bool((at == MISSING).any()):
+            raise Mismatch("operands are widened inconsistently", vids)
+        return Label(torch.where(at < 0, at, at + record.base).reshape(shape), None)
+
+    def along_channels(self, label: Label, axes: list[int]) -> bool:
+        return self._next(AlongChannelsRecord).found
 
     def agree(self, values: list[Any]) -> None:
-        if not _same(values, self._next()):
+        if not _same(values, self._next(ArgumentsRecord).values):
             raise Mismatch("the op has other arguments than in the parent", self.latest)
 
     def group_count(self, channels: int, groups: int) -> int:
-        width = self._next()
+        width = self._next(GroupWidthRecord).width
         if channels % width:
             raise Mismatch(f"{channels} channels do not make groups of {width}", self.latest)
         return channels // width
 
-    def rows(self, label: Label, axes: list[int], outputs: list[tuple[int, ...]] | None, keeps: bool) -> list[Label]:
-        index, bases, old_axes, _ = self._next()
-        kept = [a for a in range(label.vids.ndim) if a not in axes]
-        if axes != old_axes:
+    def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
+        record = self._next(RowsRecord)
+        if axes != record.axes:
             raise Mismatch("other axes are reduced than in the parent", [label.vids])
-        slabs = label.vids.permute(*kept, *axes).reshape(math.prod(label.vids.shape[a] for a in kept), -1)
-        at = index.find(slabs)
+        at = record.index.find(label.slabs(axes))
         if bool((at == MISSING).any()):
             raise Mismatch("a reduced slab is no copy of one of the parent's", [label.vids])
-        return [Label(row_vids(at, base, shape, kept, axes, keeps, label.vids.shape), None) for base, shape in bases]
+        size = label.vids.shape
+        return [Label(row_vids(at, base, shape, axes, keeps, size), None) for base, shape in record.outputs]
 
     def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
-        bags, base, old_axes = self._next()
-        if axes != old_axes:
+        record = self._next(StatisticRecord)
+        if axes != record.axes:
             raise Mismatch("other axes are reduced than in the parent", [label.vids])
-        kept = [a for a in range(label.vids.ndim) if a not in axes]
-        slabs = label.vids.permute(*kept, *axes).reshape(math.prod(label.vids.shape[a] for a in kept), -1)
+        slabs = label.slabs(axes)
         if bool((slabs == FREE).any()):
             raise Mismatch("a statistic over channels would see new channels", [label.vids])
-        row = bags.find(slabs)
+        row = record.bags.find(slabs)
         if bool((row < 0).any()):
             what = "an extreme misses channels" if extreme else "a mean over channels needs equal counts"
             raise Mismatch(what, [label.vids])
         shape = [1 if a in axes else s for a, s in enumerate(label.vids.shape)]
-        return Label((base + row).reshape(shape), None)
+        return Label((record.base + row).reshape(shape), None)
 
-    def barrier(self, labels: list[Label], outputs: list[tuple[int, ...]], why: str) -> list[Label]:
-        inputs, results, why = self._next()
-        for label, old in zip(labels, inputs, strict=True):
+    def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
+        record = self._next(BarrierRecord)
+        for label, old in zip(labels, record.inputs, strict=True):
             if label.vids.shape != old.shape or not torch.equal(label.vids, old):
-                raise Mismatch(why, [label.vids, old])
-        return [Label(vids, None) for vids in results]
+                raise Mismatch(record.why, [label.vids, old])
+        return [Label(vids, None) for vids in record.outputs]
+
+    def pick(self, name: str, label: Label, results: list[Label]) -> None:
+        """Nothing to check: the labels say what was picked."""
 
     # ---------------------------------------------------------------- linear ops
 
-    def linear(self, name: str, label: Label, axis: int, kind: tuple[bool, int, tuple[int, ...]]) -> Label:
-        transposed, groups, shape = kind
-        axis %= label.vids.ndim
-        record = self._next()
-        if record is None:
-            return self.barrier([label], [shape], "")[0]
-        old, index, out, old_groups, wider = record
-        slabs = label.vids.movedim(axis, 0).reshape(label.vids.shape[axis], -1)
-        if old_groups == 1:
-            at = index.find(slabs)
-            if bool((at == MISSING).any()):
-                bad = int((at == MISSING).nonzero()[0])
-                raise Mismatch(f"input channel {bad} is no copy of one of the parent's", [label.vids])
-            columns = _distribute(at, index.find(old))
-            if columns is None:
-                raise Mismatch("input channels of the parent are missing", [label.vids, old])
-            rows, free = self._grouped_rows(name, 1 if transposed else 0, out.shape[0])
-            self._columns(name, 0 if transposed else 1, columns)
-        elif wider:
-            rows, free = self._inside_groups(name, slabs, old, old_groups, out.shape[0])
-            self.size("groups", groups, old_groups, label, axis)
+    def linear(self, label: Label, call: LinearCall) -> Label:
+        if self.records and isinstance(self.records[0], BarrierRecord):
+            return self.barrier([label], [call.shape], "")[0]
+        record = self._next(LinearRecord)
+        slabs = label.vids.movedim(call.axis, 0).reshape(label.vids.shape[call.axis], -1)
+        groups = 1
+        if record.groups == 1:
+            rows, free = self._dense(call, label, slabs, record)
+        elif record.wider:
+            groups = record.groups
+            rows, free = self._inside_groups(call.name, slabs, record)
+            self.size("groups", call.groups, groups, label, call.axis)
         else:
-            rows, free, now = self._groups(name, label, slabs, old, old_groups, transposed, out.shape[0])
-            self.size("groups", groups, now, label, axis)
-            groups = now
-        self._owner(name, len(slabs), len(rows), groups if old_groups > 1 else 1)
-        picked = out[rows]
+            rows, free, groups = self._whole_groups(call, label, slabs, record)
+            self.size("groups", call.groups, groups, label, call.axis)
+        self._owner(call.name, len(slabs), len(rows), groups)
+        picked = record.outputs[rows]
         view = [-1] + [1] * (picked.ndim - 1)
-        vids = torch.where(free.reshape(view), FREE, picked).movedim(0, axis)
-        return Label(vids, None)
+        return Label(torch.where(free.reshape(view), FREE, picked).movedim(0, call.axis), None)
 
-    def _grouped_rows(self, name: str, axis: int, count: int) -> tuple[Tensor, Tensor]:
-        if (name, axis) in self.plan.parents:
-            return self.plan.parents[name, axis], self.plan.free[name, axis]
-        return torch.arange(count), torch.zeros(count, dtype=torch.bool)
+    def _dense(self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord) -> tuple[Tensor, Tensor]:
+        """Columns are copied as the channels are that they read: (parent's output channel of each, which are free)."""
+        at = record.index.find(slabs)
+        if bool((at == MISSING).any()):
+            bad = int((at == MISSING).nonzero()[0])
+            raise Mismatch(f"input channel {bad} is no copy of one of the parent's", [label.vids])
+        columns = _distribute(at, record.index.find(record.inputs))
+        if columns is None:
+            raise Mismatch("input channels of the parent are missing", [label.vids, record.inputs])
+        rows_axis, columns_axis = call.axes
+        self._columns(call.name, columns_axis, columns)
+        return self.plan.rows(call.name, rows_axis, len(record.outputs))
 
-    def _groups(
-        self, name: str, label: Label, slabs: Tensor, old: Tensor, groups: int, transposed: bool, out_channels: int
+    def _whole_groups(
+        self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord
     ) -> tuple[Tensor, Tensor, int]:
         """Whole groups are copied: (parent's output channel of each, which are free, number of groups)."""
-        inside, outside = len(old) // groups, out_channels // groups
-        parents, free = self._grouped_rows(name, 0, self.found.shapes[name][0])
-        width = inside if transposed else outside
+        groups = record.groups
+        inside, outside = len(record.inputs) // groups, len(record.outputs) // groups
+        parents, free = self.plan.rows(call.name, 0, self.found.shapes[call.name][0])
+        width = inside if call.transposed else outside
         if len(slabs) % inside or len(parents) % width or len(slabs) // inside != len(parents) // width:
             raise Mismatch("groups have grown unevenly", [label.vids])
         now = len(slabs) // inside
         blocks, marks = parents.reshape(now, width), free.reshape(now, width)
         source = blocks[:, 0] // width
-        if not torch.equal(blocks, source[:, None] * width + torch.arange(width)) or bool(
-            (marks != marks[:, :1]).any()
-        ):
+        whole = torch.equal(blocks, source[:, None] * width + torch.arange(width))
+        if not whole or bool((marks != marks[:, :1]).any()):
             raise Mismatch("groups are not copied as wholes", [label.vids])
         new = slabs.reshape(now, inside, -1)
         empty = marks[:, 0]
-        arrives = (new == old.reshape(groups, inside, -1)[source]).flatten(1).all(1)
+        arrives = (new == record.inputs.reshape(groups, inside, -1)[source]).flatten(1).all(1)
         nothing = (new == FREE).any(2).all(1)
         if not bool(torch.where(empty, nothing, arrives).all()):
             raise Mismatch("a group's input channels are not those of the group it copies", [label.vids])
-        self.maps.setdefault(name, ParameterMap())
+        self.maps.setdefault(call.name, ParameterMap())
         rows = (source[:, None] * outside + torch.arange(outside)).reshape(-1)
         return rows, empty.repeat_interleave(outside), now
 
-    def _inside_groups(
-        self, name: str, slabs: Tensor, old: Tensor, groups: int, out_channels: int
-    ) -> tuple[Tensor, Tensor]:
+    def _inside_groups(self, name: str, slabs: Tensor, record: LinearRecord) -> tuple[Tensor, Tensor]:
         """Channels are copied within their group, in all groups alike: (parent's output channel of each, free ones)."""
-        parents, free = self._grouped_rows(name, 0, out_channels)
+        groups, channels = record.groups, len(record.outputs)
+        parents, free = self.plan.rows(name, 0, channels)
         if len(slabs) % groups or len(parents) % groups:
             raise Mismatch("groups have grown unevenly", [slabs])
-        if not torch.equal(
-            parents // (out_channels // groups), torch.arange(groups).repeat_interleave(len(parents) // groups)
-        ):
+        own = torch.arange(groups).repeat_interleave(len(parents) // groups)
+        if not torch.equal(parents // (channels // groups), own):
             raise Mismatch("output channels are copied into other groups", [slabs])
-        for new, before in zip(slabs.chunk(groups), old.chunk(groups), strict=True):
+        for new, before in zip(slabs.chunk(groups), record.inputs.chunk(groups), strict=True):
             index = Rows(before)
             at = index.find(new)
             columns = None if bool((at == MISSING).any()) else _distribute(at, index.find(before))
@@ -333,13 +286,10 @@ class Rebuild(Tracer):
         except (Mismatch, Fault):
             raise
         except Exception as error:  # the network's code may raise anything at another width
-            text = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Mismatch(f"its forward fails at another width: {text}", self.latest) from error
+            raise Mismatch(f"its forward fails at another width: {first_line(error)}", self.latest) from error
 
     def finish(self, result: Any, old_result: list[Any]) -> dict[str, ParameterMap]:
         """Check the outputs; the maps of all tensors that change."""
-        from torch.utils._pytree import tree_flatten
-
         if self.position != len(self.found.log):
             raise Mismatch("the child runs fewer ops than its parent")
         flat = tree_flatten(result)[0]
@@ -352,11 +302,11 @@ class Rebuild(Tracer):
                     raise Mismatch("an output would change", [vids])
             elif isinstance(old, Tensor) or not np.array_equal(leaf, old):
                 raise Mismatch("an output that is no tensor would change")
-        return {name: m for name, m in self.maps.items() if _changes(m, self.found.shapes[name])}
+        return {name: m for name, m in self.maps.items() if m.changes(self.found.shapes[name])}
 
 
 def run_child(
-    child: nn.Module, found: Discover, plan: Plan, inputs: tuple[Tensor, ...], outputs: list[Any]
+    child: nn.Module, found: ParentRun, plan: Plan, inputs: tuple[Tensor, ...], outputs: list[Any]
 ) -> dict[str, ParameterMap]:
     """Check a child whose vectors have the plan's sizes; it gets the attributes that go with them.
 
@@ -375,7 +325,7 @@ def run_child(
     """
     try:
         for left in reversed(range(RUNS)):
-            run = Rebuild(child, found, plan)
+            run = ChildCheck(child, found, plan)
             given = tuple(x.clone() for x in inputs)
             for x, vids in zip(given, found.input_vids, strict=True):
                 run.set_label(x, Label(vids, None))
@@ -416,13 +366,3 @@ def _distribute(at: Tensor, canonical: Tensor) -> Tensor | None:
     seen = torch.zeros(len(canonical), dtype=torch.bool)
     seen[columns[columns >= 0]] = True
     return columns if bool(seen.all()) else None
-
-
-def _changes(made: ParameterMap, shape: tuple[int, ...]) -> bool:
-    rows = made.axis is not None and made.parents is not None and _moved(made.parents, shape[made.axis])
-    columns = made.columns is not None and made.columns_axis is not None
-    return rows or (columns and _moved(made.columns, shape[made.columns_axis]))  # pyright: ignore
-
-
-def _moved(index: Tensor, size: int) -> bool:
-    return len(index) != size or not torch.equal(index, torch.arange(size))

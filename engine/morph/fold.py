@@ -1,0 +1,228 @@
+"""Folding tied channels into one, with its proof: the given network must pass, op by op, as the result widened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import MorphError
+from .attributes import get_int, set_int
+from .child_check import run_child
+from .copies import ParameterMap, make_plan
+from .parent_run import Axis
+from .spaces import Spaces, find_spaces, resize_attributes, skeleton
+from .tensors import Shapes, fill, named_tensors, resized
+from .ties import Folds, Units
+from .tracer import Fault, Mismatch
+from .verify import Certificate, duplicate
+
+
+def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:
+    """The narrower network, and how its sums of outgoing weights are rounded.
+
+    Args:
+        spaces: of the network.
+        folds: what becomes one.
+        tied: whether rows have to be equal; if not, the first one is kept.
+
+    Raises:
+        Mismatch: the parent is no widening of it.
+    """
+    index = _Indices.of(spaces, folds)
+    parents = named_tensors(spaces.model)
+    small: dict[str, Tensor] = {name: tensor.detach() for name, tensor in parents.items()}
+    for (name, axis), kept in [*index.kept_rows.items(), *index.kept_columns.items()]:
+        small[name] = small[name].index_select(axis, kept.to(small[name].device))
+    wider = spaces.found.groups == "wider"
+    child = _with_tensors(spaces.model, small, index.sizes, wider)
+    try:
+        reduced = find_spaces(child, *spaces.inputs, groups=spaces.found.groups)
+    except Fault:
+        raise
+    except MorphError as error:
+        raise Mismatch(str(error)) from error
+    maps = _prove(reduced, index.rows)
+    certificate = Certificate()
+    for name, made in maps.items():
+        value, part = _folded(name, parents[name].detach(), made, index, tied)
+        if value.shape != small[name].shape:
+            raise Mismatch(f"'{name}' would be folded otherwise")
+        small[name] = value
+        certificate += part
+    left = [name for name, _ in (*index.kept_rows, *index.kept_columns) if name not in maps]
+    if left:
+        raise Mismatch(f"'{left[0]}' would not be folded back")
+    return _with_tensors(spaces.model, small, index.sizes, wider), certificate
+
+
+def _folded(name: str, value: Tensor, made: ParameterMap, index: _Indices, tied: bool) -> tuple[Tensor, Certificate]:
+    """One tensor of the narrower network, from the map by which the given one would be its widening."""
+    axis = made.axis
+    if axis is not None and made.parents is not None:
+        rows = index.rows.get((name, axis))
+        if rows is None or not torch.equal(made.parents, rows):
+            raise Mismatch(f"'{name}' would be folded otherwise")
+        narrow = value.index_select(axis, index.kept_rows[name, axis].to(value.device))
+        if tied and not torch.equal(narrow.index_select(axis, made.parents.to(value.device)), value):
+            raise Mismatch(f"the rows of '{name}' are not equal")
+        value = narrow
+    if made.columns is None or made.columns_axis is None:
+        return value, Certificate()
+    if len(made.columns) != value.shape[made.columns_axis]:  # of other groups
+        raise Mismatch(f"'{name}' would be folded otherwise")
+    return add_columns(value, made.columns, made.columns_axis)
+
+
+@dataclass
+class _Indices:
+    """Which slices of each tensor stay.
+
+    Attributes:
+        kept_rows: rows that are kept.
+        rows: of each old row the kept one, by its new place.
+        kept_columns: columns that are kept.
+        sizes: by module and attribute, sizes that functional calls are given.
+    """
+
+    kept_rows: dict[Axis, Tensor] = field(default_factory=dict)
+    rows: dict[Axis, Tensor] = field(default_factory=dict)
+    kept_columns: dict[Axis, Tensor] = field(default_factory=dict)
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spaces: Spaces, folds: Folds) -> _Indices:
+        """The k-th row or column of a unit is folded into the k-th one of the unit that represents it."""
+        found, result = spaces.found, cls()
+        unit, into = _representatives(spaces, folds)
+        for axis, atoms in found.axes.items():
+            if (folded := _fold_places(unit[atoms].tolist(), into)) is not None:
+                result.kept_rows[axis], result.rows[axis] = folded
+        for axis, atoms in found.columns.items():
+            if (folded := _fold_places(unit[atoms].tolist(), into)) is not None:
+                result.kept_columns[axis] = folded[0]
+        for where, source in found.sources.items():
+            if (folded := _fold_places(unit[found.sized[where]].tolist(), into)) is not None:
+                before = get_int(spaces.model.get_submodule(source[0]), source[1])
+                result.sizes[source] = before * len(folded[0]) // len(found.sized[where])
+        return result
+
+
+def _representatives(spaces: Spaces, folds: Folds) -> tuple[np.ndarray, dict[int, int]]:
+    """The unit of each atom, and of each unit that is folded the one that stands for it."""
+    found = spaces.found
+    every = np.arange(found.atoms.size)
+    unit = roots = found.atoms.roots(every)
+    into: dict[int, int] = {}
+    for key, first in folds.items():
+        space = spaces[key]
+        fine = len(first) != len(space.order)
+        names = Units.of(spaces, space, fine).names
+        if fine:
+            unit = np.where(np.isin(roots, space.order), found.atoms.channels(every), unit)
+        into |= {names[i]: names[j] for i, j in enumerate(first) if i != j}
+    return unit, into
+
+
+def _fold_places(names: list[int], into: dict[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Places of an axis that are kept and, of each old place, the new one; None if all stay."""
+    if not any(n in into for n in names):
+        return None
+    kept = [i for i, n in enumerate(names) if n not in into]
+    rank: dict[int, int] = {}
+    place: dict[tuple[int, int], int] = {}
+    for new, i in enumerate(kept):
+        place[names[i], rank.setdefault(names[i], 0)] = new
+        rank[names[i]] += 1
+    seen: dict[int, int] = {}
+    back = []
+    for n in names:
+        k: int = seen.get(n, -1) + 1
+        seen[n] = k
+        if (into.get(n, n), k) not in place:
+            raise Mismatch("tied channels are read differently often")
+        back.append(place[into.get(n, n), k])
+    return torch.tensor(kept), torch.tensor(back)
+
+
+def _prove(reduced: Spaces, rows: dict[Axis, Tensor]) -> dict[str, ParameterMap]:
+    """Check that copying the reduced network's rows thus is a widening; its maps, with those of the columns."""
+    found = reduced.found
+    plan = make_plan(found, {})
+    for axis, parents in rows.items():
+        if axis not in found.axes:
+            raise Mismatch(f"'{axis[0]}' is used otherwise at another width")
+        plan.parents[axis], plan.free[axis] = parents, torch.zeros(len(parents), dtype=torch.bool)
+    wide = skeleton(reduced.model, plan, found)
+    return run_child(wide, found, plan, reduced.inputs, reduced.outputs)
+
+
+def add_columns(weight: Tensor, columns: Tensor, axis: int) -> tuple[Tensor, Certificate]:
+    """Columns with the same number added; a violation is a sum that the weight's type cannot hold.
+
+    Sums are distilled in float64 (error-free two-sums, repeated), so that a sum that is representable comes out
+    as it is, however its parts are ordered.
+    """
+    parts = weight.cpu().double().movedim(axis, 0)
+    counts = torch.bincount(columns)
+    order = torch.argsort(columns, stable=True)
+    starts = torch.cumsum(counts, 0) - counts
+    total = torch.zeros((len(counts), *parts.shape[1:]), dtype=torch.float64)
+    entries = violations = 0
+    for copies in torch.unique(counts).tolist():
+        here = (counts == copies).nonzero().reshape(-1)
+        terms = [parts[order[starts[here] + k]] for k in range(copies)]
+        for _ in range(copies - 1):
+            for k in range(1, copies):
+                a, b = terms[k - 1], terms[k]
+                after = a + b
+                back = after - a
+                terms[k - 1], terms[k] = (a - (after - back)) + (b - back), after
+        result = terms[-1]
+        rest = torch.zeros_like(result, dtype=torch.bool)
+        for term in terms[:-1]:
+            rest |= term != 0
+        rounded = result.to(weight.dtype)
+        violations += int((rest | (rounded.double() != result)).sum())
+        entries += result.numel()
+        total[here] = result
+    return total.movedim(0, axis).to(weight.dtype).contiguous().to(weight.device), Certificate(entries, violations)
+
+
+def _with_tensors(
+    model: nn.Module, values: dict[str, Tensor], sizes: dict[tuple[str, str], int], wider: bool
+) -> nn.Module:
+    """A copy of the model with other tensors, some of them smaller, and its modules' sizes set to that."""
+    old = named_tensors(model)
+    changed = {id(old[name]): value for name, value in values.items() if value.shape != old[name].shape}
+    child = duplicate(model, {id(t): t for t in old.values()})
+    fill(child, model, lambda t: (changed[id(t)] if id(t) in changed else t.detach()).clone())
+    for module, source in zip(child.modules(), model.modules(), strict=True):
+        _fit(module, resized(module, source), wider)
+    for (path, key), size in sizes.items():
+        set_int(child.get_submodule(path), key, size)
+    return child
+
+
+def _fit(module: nn.Module, shapes: dict[str, Shapes], wider: bool) -> None:
+    """Set the sizes that a module keeps as attributes."""
+    for before, after in shapes.values():
+        if isinstance(module, nn.GroupNorm) and module.num_channels == before.numel():
+            module.num_groups = module.num_groups * after.numel() // before.numel()  # groups keep their width
+        if sum(s > 1 for s in before) <= 1:
+            resize_attributes(module, before.numel(), after.numel())
+    if "weight" not in shapes:
+        return
+    before, after = shapes["weight"]
+    if isinstance(module, _ConvNd):
+        if module.groups > 1 and not (wider and before[1] > 1 and not module.transposed):
+            module.groups = module.groups * after[0] // before[0]
+        inside, outside = (0, 1) if module.transposed else (1, 0)
+        sizes = {inside: after[inside], outside: after[outside]}
+        sizes[1] *= module.groups
+        module.in_channels, module.out_channels = sizes[inside], sizes[outside]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = after

@@ -1,0 +1,154 @@
+"""What each op does to labels, in primitive steps: convolutions, norms, reductions, poolings, elementwise functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from . import families
+from .labels import Label
+from .primitives import LinearCall, Primitives, Shape
+
+_NORM_ARGUMENTS = {
+    "batch_norm": "input running_mean running_var weight bias training momentum eps",
+    "instance_norm": "input running_mean running_var weight bias use_input_stats momentum eps",
+    "layer_norm": "input normalized_shape weight bias eps",
+    "rms_norm": "input normalized_shape weight eps",
+    "group_norm": "input num_groups weight bias eps",
+}
+_NORM_SIZED = ("input", "weight", "bias", "running_mean", "running_var", "num_groups", "normalized_shape")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: its name, arguments, the tensors among them with their labels, and the outputs' shapes."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    labels: list[Label]
+    shapes: list[Shape]
+    plain: bool  # one output, of the operands' broadcast shape
+
+    def arguments(self, names: str) -> dict[str, Any]:
+        """Positional and named arguments by name."""
+        return dict(zip(names.split(), self.args, strict=False)) | self.kwargs
+
+
+def output_labels(run: Primitives, call: Call) -> list[Label]:
+    """The labels of an op's outputs."""
+    name, labels, shapes = call.name, call.labels, call.shapes
+    if not shapes:
+        return run.barrier(labels, [], f"its values are read by '{name}'")
+    ndim, one = call.tensors[0].ndim, len(shapes) == 1
+    if name in ("max", "min") and len(labels) == 2 and call.plain:
+        return [run.elementwise(labels)]
+    if name == "prelu" and one:
+        return [run.elementwise([labels[0], labels[1].as_channels(ndim)])]
+    if name in families.ELEMENTWISE and call.plain:
+        return [run.elementwise(labels)]
+    if name in families.CONVOLUTIONS or name == "linear":
+        return _linear(run, call)
+    if name in families.SPATIAL or name in families.RESIZE:
+        n = families.SPATIAL.get(name, ndim - 2)
+        return run.rows(labels[0], list(range(ndim - n, ndim)), shapes, True)
+    if name in families.NORMS:
+        return [_norm(run, call)]
+    if name in families.ROWS and len(labels) == 1:
+        return _reduce(run, call)
+    return run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to keep copies")
+
+
+def _linear(run: Primitives, call: Call) -> list[Label]:
+    transposed = call.name.startswith("conv_transpose")
+    last = "output_padding groups dilation" if transposed else "dilation groups"
+    given = call.arguments(f"input weight bias stride padding {last}")
+    weight = run.stored_name(given["weight"])
+    if weight is None:
+        return run.barrier(call.labels, call.shapes, f"the weight of '{call.name}' is computed in the forward")
+    plain = {k: v for k, v in given.items() if k not in ("input", "weight", "bias", "groups")}
+    run.agree(tree_flatten([plain[k] for k in sorted(plain)])[0])
+    x = run.need(given["input"])
+    spatial = families.CONVOLUTIONS[call.name][0] if call.name != "linear" else 0
+    axis = (x.vids.ndim - spatial - 1) % x.vids.ndim
+    groups = given.get("groups", 1) if call.name != "linear" else 1
+    out = run.linear(x, LinearCall(weight, axis, transposed, groups, call.shapes[0]))
+    if given.get("bias") is not None:
+        out = run.elementwise([out, run.need(given["bias"]).on_axis(axis, out.vids.ndim)])
+    return [out]
+
+
+def _reduce(run: Primitives, call: Call) -> list[Label]:
+    (label,), name = call.labels, call.name
+    ndim = label.vids.ndim
+    axes = _axes(call, ndim)
+    keeps = len(call.shapes[0]) == ndim
+    known = name in families.MEANS or name in families.EXTREMES
+    known = known or (name in ("max", "min") and len(call.shapes) == 1)
+    if known and run.along_channels(label, axes):
+        out = run.statistic(label, axes, name not in families.MEANS)
+        return [out if keeps else out.reshape([out.vids.shape[a] for a in out.others(axes)])]
+    return run.rows(label, axes, call.shapes, keeps)
+
+
+def _norm(run: Primitives, call: Call) -> Label:
+    name = call.name
+    given = call.arguments(_NORM_ARGUMENTS[name])
+    x = run.need(given["input"])
+    ndim = x.vids.ndim
+    run.agree([v for k, v in sorted(given.items()) if k not in _NORM_SIZED])
+    affine = [run.need(given[k]) for k in ("weight", "bias") if given.get(k) is not None]
+    if name in ("batch_norm", "instance_norm"):
+        own = bool(given.get("training") if name == "batch_norm" else given.get("use_input_stats", True))
+        if own:
+            axes = list(range(2, ndim)) if name == "instance_norm" else [0, *range(2, ndim)]
+            moments = [_moment(run, x, axes, False).spread_over(x)]
+        else:
+            moments = [run.need(given[k]).as_channels(ndim) for k in ("running_mean", "running_var")]
+        return run.elementwise([x, *moments, *(a.as_channels(ndim) for a in affine)])
+    if name == "group_norm":
+        return _group_norm(run, x, given["num_groups"], affine)
+    axes = list(range(ndim - len(given["normalized_shape"]), ndim))
+    for axis, length in zip(axes, given["normalized_shape"], strict=True):
+        run.size(f"normalized_shape[{axis - ndim}]", length, x.vids.shape[axis], x, axis)
+    moment = _moment(run, x, axes, run.along_channels(x, axes))
+    return run.elementwise([x, moment.spread_over(x), *affine])
+
+
+def _group_norm(run: Primitives, x: Label, given: int, affine: list[Label]) -> Label:
+    batch, channels, *rest = x.vids.shape
+    groups = run.group_count(channels, given)
+    run.size("num_groups", given, groups, x, 1)
+    folded = (batch, groups, channels // groups * math.prod(rest))
+    view = x.reshape(folded)
+    moment = _moment(run, view, [2], run.along_channels(view, [2]))
+    moment = Label(moment.vids.expand(folded).reshape(x.vids.shape), x.atoms)
+    return run.elementwise([x, moment, *(a.as_channels(x.vids.ndim) for a in affine)])
+
+
+def _moment(run: Primitives, x: Label, axes: list[int], over_channels: bool) -> Label:
+    """A mean or variance along axes, which are kept with size 1."""
+    if over_channels:
+        return run.statistic(x, axes, False)
+    shape = tuple(1 if i in axes else s for i, s in enumerate(x.vids.shape))
+    return run.rows(x, axes, [shape], True)[0]
+
+
+def _axes(call: Call, ndim: int) -> list[int]:
+    """The axes of a reduction or scan."""
+    name = call.name
+    at = {"norm": 2, "normalize": 2, "topk": 2}.get(name, 1)
+    given = call.kwargs.get("dim", call.kwargs.get("axis", call.args[at] if len(call.args) > at else None))
+    if given is None and name == "normalize":
+        given = 1
+    if given is None and name in ("softmax", "log_softmax", "softmin", "topk", "sort", "argsort"):
+        given = -1
+    if given is None or isinstance(given, bool):
+        return list(range(ndim))
+    axes = [given] if isinstance(given, int) else list(given)
+    return sorted(a % ndim for a in axes) or list(range(ndim))

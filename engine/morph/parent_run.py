@@ -1,0 +1,398 @@
+"""First run, of the parent: numbers every value, unites the atoms that must grow together, and keeps a log.
+
+Sound or not, what it unites or freezes only decides what is attempted: `ChildCheck` checks every op by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import families
+from .atoms import FIXED, Atoms
+from .borders import Borders
+from .labels import Label, compact, essential, no_atoms, row_vids, varies
+from .log import (
+    AlongChannelsRecord,
+    ArgumentsRecord,
+    BarrierRecord,
+    ElementwiseRecord,
+    Entry,
+    GroupWidthRecord,
+    LinearRecord,
+    Record,
+    RowsRecord,
+    StatisticRecord,
+)
+from .lookup import Bags, Join, Rows, Table
+from .primitives import LinearCall, Shape
+from .tensors import named_tensors
+from .tracer import Tracer
+
+Axis = tuple[str, int]  # parameter or buffer name, axis
+
+
+class ParentRun(Tracer):
+    """Labels with value numbers and atoms; what it learnt is in `log`, `atoms`, `axes` and `atom_of`."""
+
+    def __init__(self, model: nn.Module, table: Table, groups: str = "more"):
+        super().__init__(model, table)
+        self.groups = groups
+        self.has_groups = False  # some might get wider
+        self.atoms = Atoms()
+        self.borders = Borders(self.atoms)
+        self.axes: dict[Axis, np.ndarray] = {}  # atoms of every parameter axis that might grow
+        self.columns: dict[Axis, np.ndarray] = {}  # atoms that arrive at a linear op's input axis
+        self.linear_names: set[str] = set()
+        self.fixed: dict[str, str] = {}  # matrices that are read by other than linear ops
+        self.log: list[Entry] = []
+        self.constants: dict[bytes, int] = {}
+        self.next_vid = 0
+        self.blocks: list[Tensor] = []  # atom of every vid, in order
+        self.input_vids: list[Tensor] = []
+        # Sizes among an op's arguments, by the op's place in the log and the argument's name: the channels that they
+        # go with, and (found by the second run) the module and attribute that they are from.
+        self.sized: dict[tuple[int, str], np.ndarray] = {}
+        self.sources: dict[tuple[int, str], tuple[str, str]] = {}
+        self.shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
+
+    # ---------------------------------------------------------------- numbers
+
+    def number(self, atoms: Tensor) -> Tensor:
+        """Fresh vids for values with these atoms."""
+        vids = torch.arange(self.next_vid, self.next_vid + atoms.numel()).reshape(atoms.shape)
+        self.next_vid += atoms.numel()
+        self.blocks.append(atoms.reshape(-1))
+        return vids
+
+    def atom_of(self) -> Tensor:
+        """The atom of every vid."""
+        return torch.cat(self.blocks) if self.blocks else torch.zeros(0, dtype=torch.int64)
+
+    def constant_vid(self, value: float) -> int:
+        key = struct.pack("d", value)
+        if key not in self.constants:
+            self.constants[key] = int(self.number(no_atoms((1,))))
+        return self.constants[key]
+
+    def constant_label(self, tensor: Tensor) -> Label:
+        values, inverse = torch.unique(tensor.detach().double().reshape(-1), return_inverse=True)
+        vids = torch.tensor([self.constant_vid(v) for v in values.tolist()], dtype=torch.int64)
+        return Label(vids[inverse].reshape(tensor.shape), no_atoms(tensor.shape))
+
+    def parameter_label(self, name: str, tensor: Tensor) -> Label:
+        wide = [a for a in range(tensor.ndim) if tensor.shape[a] > 1]
+        if name in self.linear_names:
+            self._fix(name, f"{self.where_now} reads '{name}' as a whole")
+            wide = [0, 1]
+        atoms = no_atoms(tensor.shape)
+        axis = _channel_axis(tensor, wide)
+        if axis is not None and name not in self.linear_names:
+            self.axes[name, axis] = self.atoms.new(tensor.shape[axis])
+            shape = [1] * tensor.ndim
+            shape[axis] = -1
+            atoms = torch.from_numpy(self.axes[name, axis]).reshape(shape).expand(tensor.shape)
+        return Label(self.number(atoms), atoms, parameter=name)
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def need(self, tensor: Tensor) -> Label:
+        label = super().need(tensor)
+        wide = [a for a in range(tensor.ndim) if tensor.shape[a] > 1]
+        if (
+            label.parameter is not None
+            and len(wide) > 1
+            and (label.parameter, _channel_axis(tensor, wide)) not in self.axes
+        ):
+            self._fix(label.parameter, f"{self.where_now} reads '{label.parameter}' as a whole")
+        return label
+
+    def _fix(self, name: str, why: str) -> None:
+        if name in self.fixed:
+            return
+        self.fixed[name] = why
+        for known in (self.axes, self.columns):
+            for (owner, _), atoms in known.items():
+                if owner == name:
+                    self.atoms.freeze(atoms, why)
+
+    def begin(self, name: str, scalars: list[Any]) -> Entry:
+        entry = Entry(name, scalars, self.where_now)
+        self.log.append(entry)
+        return entry
+
+    def freeze(self, atoms: Tensor | np.ndarray, why: str) -> None:
+        self.atoms.freeze(compact(atoms) if isinstance(atoms, Tensor) else atoms, f"{why} ({self.where_now})")
+
+    def _record(self, record: Record) -> None:
+        self.log[-1].records.append(record)
+
+    # ---------------------------------------------------------------- primitive steps
+
+    def elementwise(self, labels: list[Label]) -> Label:
+        result, record = self._joined(labels)
+        self._record(record)
+        return result
+
+    def _joined(self, labels: list[Label]) -> tuple[Label, ElementwiseRecord]:
+        shape = torch.broadcast_shapes(*(label.vids.shape for label in labels))
+        small = tuple(i for i, label in enumerate(labels) if label.vids.numel() < math.prod(shape))
+        small = small if 2 <= len(small) < len(labels) else ()  # these are joined first, at their own small size
+        inner = None
+        if small:
+            first, inner = self._joined([labels[i] for i in small])
+            labels = [*(label for i, label in enumerate(labels) if i not in small), first]
+        atoms = self._meet(labels, shape)
+        vids = self.number(atoms)
+        columns = [label.vids.expand(shape) for label in labels]
+        join = Join(self.table, columns)
+        base = first_vid(vids)
+        if join.main is None and vids.numel():  # equal operands make equal values
+            vids = vids.reshape(-1)[join.find(columns)].reshape(shape)
+        return Label(vids, atoms), ElementwiseRecord(join, base, small, inner)
+
+    def _meet(self, labels: list[Label], shape: Shape) -> Tensor:
+        """Unite the atoms of broadcast operands; the atoms of the result."""
+        operands = [_Operand.of(label, len(shape)) for label in labels]
+        # After a concatenation along the tokens only their meeting shows that all tokens have the same channels.
+        operands.sort(key=lambda operand: len(operand.varies) > 1)
+        main = set().union(*(operand.varies for operand in operands))
+        for operand in operands:
+            if operand.one_channel() and operand.stretched(shape) & main:
+                self.freeze(operand.atoms, "its one channel is broadcast")
+        joined: Tensor | None = None
+        for operand in operands:
+            if operand.stretched(shape) & main:
+                if operand.varies:
+                    for other in operands:
+                        self.freeze(other.atoms, "channels of two axes are multiplied")
+                    return no_atoms(shape)
+            elif joined is None:
+                joined = operand.atoms if main or bool((operand.atoms != FIXED).any()) else None
+            elif main or bool((operand.atoms != FIXED).any()):
+                joined = self._unite_operands(joined, operand.atoms)
+        return (no_atoms(()) if joined is None else joined).expand(shape)
+
+    def _unite_operands(self, one: Tensor, other: Tensor) -> Tensor:
+        a, b = torch.broadcast_tensors(one, other)
+        self.atoms.unite(a.numpy(), b.numpy(), f"it meets a tensor of fixed size ({self.where_now})")
+        self.borders.meet(a.numpy(), b.numpy())
+        return torch.where(a == FIXED, b, a)
+
+    def along_channels(self, label: Label, axes: list[int]) -> bool:
+        found = varies(_atoms(label), axes)
+        self._record(AlongChannelsRecord(found))
+        return found
+
+    def agree(self, values: list[Any]) -> None:
+        self._record(ArgumentsRecord(values))
+
+    def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
+        atoms = _atoms(label).movedim(axis, 0)
+        self.sized[len(self.log), what] = atoms[(slice(None), *[0] * (atoms.ndim - 1))].numpy()
+
+    def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
+        atoms = _atoms(label)
+        if varies(atoms, axes):
+            self.freeze(atoms, "it is reduced over its channels")
+            atoms = no_atoms(atoms.shape)
+        slabs = label.slabs(axes)
+        index = Rows(slabs)
+        canonical = index.find(slabs)
+        for a in axes:
+            atoms = atoms.narrow(a, 0, 1)
+        if not keeps:
+            atoms = atoms.reshape([atoms.shape[a] for a in label.others(axes)])
+        results, bases = [], []
+        for shape in outputs:
+            vids = self.number(atoms.expand(shape))
+            base = first_vid(vids)
+            vids = row_vids(canonical, base, shape, axes, keeps, label.vids.shape)
+            results.append(Label(vids, atoms.expand(shape)))
+            bases.append((base, shape))
+        self._record(RowsRecord(index, tuple(bases), axes))
+        return results
+
+    def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
+        slabs = label.slabs(axes)
+        self._unite_slabs(Label(_atoms(label), None).slabs(axes), extreme)
+        shape = tuple(1 if a in axes else s for a, s in enumerate(label.vids.shape))
+        atoms = no_atoms(shape)
+        base = first_vid(self.number(atoms))
+        bags = Bags(slabs, extreme)
+        self._record(StatisticRecord(bags, base, axes))
+        return Label((base + bags.find(slabs)).reshape(shape), atoms)
+
+    def _unite_slabs(self, atoms: Tensor, extreme: bool) -> None:
+        """What is reduced over its channels (rows of atoms) counts together, or cannot grow."""
+        if not bool((atoms != atoms[:1]).any()):  # all rows are of the same channels
+            if extreme:
+                return
+            atoms = atoms[:1]
+        elif extreme:
+            self.freeze(atoms, "it is reduced over its channels in groups")
+            return
+        elif bool((self._roots(atoms) == self._roots(atoms[:, :1])).all()):
+            return
+        alike = atoms[:, :1].expand_as(atoms).numpy()
+        self.atoms.unite(atoms.numpy(), alike, f"a mean ({self.where_now})", statistic=True)
+
+    def _roots(self, atoms: Tensor) -> Tensor:
+        return torch.from_numpy(self.atoms.roots(atoms.numpy()))
+
+    def group_count(self, channels: int, groups: int) -> int:
+        self._record(GroupWidthRecord(channels // groups))
+        return groups
+
+    def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
+        for label in labels:
+            self.freeze(_atoms(label), why)
+            if label.parameter is not None:
+                self._fix(label.parameter, f"{why} ({self.where_now})")
+        results = [Label(self.number(no_atoms(shape)), no_atoms(shape)) for shape in outputs]
+        self._record(BarrierRecord([label.vids for label in labels], [label.vids for label in results], why))
+        return results
+
+    # ---------------------------------------------------------------- linear ops
+
+    def linear(self, label: Label, call: LinearCall) -> Label:
+        name, others = call.name, label.others([call.axis])
+        if name in self.parameters:
+            self._fix(name, f"{self.where_now} uses '{name}', which others read as a whole")
+        self.linear_names.add(name)
+        if varies(_atoms(label), others) or name in self.fixed:
+            why = self.fixed.get(name, "a linear op runs across its channels")
+            self._fix(name, f"{why} ({self.where_now})")
+            return self.barrier([label], [call.shape], why)[0]
+        arriving = _atoms(label)
+        for a in others:
+            arriving = arriving.narrow(a, 0, 1)
+        arriving = np.ascontiguousarray(arriving.reshape(-1).numpy())
+        wider = False
+        if call.groups == 1:
+            rows = self._dense(call, arriving)
+        else:
+            self.size("groups", call.groups, call.groups, label, call.axis)
+            inside = self.shapes[name][1]  # input channels in a group; output channels of a transposed one
+            self.has_groups |= inside > 1 and not call.transposed
+            wider = self.groups == "wider" and inside > 1 and not call.transposed
+            rows = (self._wider_groups if wider else self._more_groups)(call, arriving)
+        atoms = Label(torch.from_numpy(rows), None).on_axis(call.axis, label.vids.ndim).vids.expand(call.shape)
+        vids = self.number(atoms)
+        slabs = label.vids.movedim(call.axis, 0).reshape(label.vids.shape[call.axis], -1)
+        self._record(LinearRecord(slabs, Rows(slabs), vids.movedim(call.axis, 0), call.groups, wider))
+        return Label(vids, atoms)
+
+    def _new_axis(self, name: str, axis: int) -> np.ndarray:
+        if (name, axis) not in self.axes:
+            self.axes[name, axis] = self.atoms.new(self.shapes[name][axis])
+        return self.axes[name, axis]
+
+    def _dense(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
+        """Atoms of the output channels of a linear op of one group."""
+        rows_axis, columns_axis = call.axes
+        rows = self._new_axis(call.name, rows_axis)
+        seen = self.columns.setdefault((call.name, columns_axis), arriving)
+        self.atoms.unite(seen, arriving, f"a shared weight also reads fixed channels ({self.where_now})")
+        self.borders.meet(seen, arriving)
+        return rows
+
+    def _wider_groups(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
+        """The same places of all groups are copied alike, within their group."""
+        rows = self._new_axis(call.name, 0)
+        own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
+        why = f"a grouped convolution reads fixed channels ({self.where_now})"
+        seen = self.columns.setdefault((call.name, call.axes[1]), inside[0])
+        self.atoms.unite(seen, inside[0], why)
+        for part in (own, inside):
+            self.atoms.unite(np.broadcast_to(part[:1], part.shape), part, why)
+            self.borders.cut(part[:-1, -1], part[1:, 0])
+        return rows
+
+    def _more_groups(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
+        """Groups are copied as wholes."""
+        rows = self._new_axis(call.name, 0)
+        own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
+        why = f"a grouped convolution reads fixed channels ({self.where_now})"
+        first = inside[:, :1]
+        self.atoms.unite(np.broadcast_to(first, own.shape), own, why)
+        self.atoms.unite(np.broadcast_to(first, inside.shape), inside, why)
+        self.borders.step((inside[:-1, -1], inside[1:, 0]), (own[:-1, -1], own[1:, 0]))
+        return np.repeat(first.reshape(-1), self.shapes[call.name][1]) if call.transposed else rows
+
+    # ---------------------------------------------------------------- fixed indices
+
+    def pick(self, name: str, label: Label, results: list[Label]) -> None:
+        if name in families.CHUNKS:
+            self._pick_chunks(_atoms(label), [_atoms(result) for result in results])
+            return
+        atoms = essential(_atoms(label))
+        before = np.unique(atoms.numpy())
+        for result in results:
+            now = essential(_atoms(result))
+            if not np.array_equal(np.unique(now.numpy()), before) or (now.numel() != atoms.numel() and len(before) > 1):
+                self.freeze(atoms, "it is cut or repeated at fixed indices")
+                return
+
+    def _pick_chunks(self, atoms: Tensor, parts: list[Tensor]) -> None:
+        cut = next((a for a in range(atoms.ndim) if parts[0].shape[a] != atoms.shape[a]), 0)
+        for one, following in itertools.pairwise(parts):
+            self.borders.cut(compact(one.narrow(cut, -1, 1)).numpy(), compact(following.narrow(cut, 0, 1)).numpy())
+        first, *others = [compact(part) for part in parts]
+        for part in others:
+            if part.shape != first.shape:
+                self.freeze(essential(atoms), "its chunks are of unequal size")
+            elif not torch.equal(part, first):
+                self.atoms.unite(first.numpy(), part.numpy(), f"a chunk ({self.where_now})")
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One of several tensors that meet: atoms, size, and the axes along which its channels lie."""
+
+    atoms: Tensor
+    size: Shape
+    varies: set[int]
+
+    @classmethod
+    def of(cls, label: Label, ndim: int) -> _Operand:
+        """With `ndim` axes, as broadcasting aligns them."""
+        atoms = compact(_atoms(label))
+        atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
+        size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
+        return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])})
+
+    def stretched(self, shape: Shape) -> set[int]:
+        """Axes along which it is repeated to get that shape."""
+        return {a for a, s in enumerate(shape) if self.size[a] == 1 and s > 1}
+
+    def one_channel(self) -> bool:
+        """Whether all of it is one channel that may grow."""
+        return not self.varies and self.atoms.numel() > 0 and int(self.atoms.reshape(-1)[0]) != FIXED
+
+
+def first_vid(vids: Tensor) -> int:
+    """The first of fresh value numbers; 0 if there are none."""
+    return int(vids.reshape(-1)[0]) if vids.numel() else 0
+
+
+def _atoms(label: Label) -> Tensor:
+    """The atoms, which all labels of the parent have."""
+    assert label.atoms is not None
+    return label.atoms
+
+
+def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:
+    """The axis of a parameter that can grow: of vectors, and of embeddings (1, N, C) and (1, C, H, W)."""
+    if not tensor.ndim:
+        return None
+    if len(wide) > 1:
+        return {3: 2, 4: 1}.get(tensor.ndim) if tensor.shape[0] == 1 else None
+    return wide[0] if wide else min(tensor.ndim - 1, 1)

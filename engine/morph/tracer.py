@@ -1,0 +1,302 @@
+"""One run of a network's unmodified forward under a TorchFunctionMode that labels every element it computes.
+
+`Tracer` follows the calls, `op_rules` and `movement` say what each does to labels, and the two subclasses do the
+primitive steps: `ParentRun` (which channels belong together, a record of all values) and `ChildCheck` (is every value
+of the child a copy of the parent's?).
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..capture.trace import module_paths, refuse_custom_functions
+from ..errors import MorphError
+from . import families
+from .families import op_name, reads_no_values
+from .labels import Label
+from .log import Entry
+from .lookup import Table
+from .movement import Movement, pad_value
+from .op_rules import Call, output_labels
+from .primitives import Primitives
+from .running import eval_mode, first_line
+from .tensors import named_tensors
+
+_STORES = ("_parameters", "_buffers", "_modules")
+
+
+class Mismatch(Exception):
+    """A value of the child is no copy of a parent's value; `vids` are what the failing op read."""
+
+    def __init__(self, message: str, vids: list[Tensor] | None = None):
+        super().__init__(message)
+        self.vids = vids or []
+
+
+class Fault(MorphError):
+    """Following an op failed, not the op: an error of this engine, which must not pass for one of the network."""
+
+
+class Tracer(Primitives, TorchFunctionMode):
+    """Base of both runs: labels, the calls, the refusals."""
+
+    real = True  # whether outputs are computed
+
+    def __init__(self, model: nn.Module, table: Table):
+        super().__init__()
+        self.model = model
+        self.table = table
+        self.path: list[str] = []
+        self.where_now = "the model"
+        self.latest: list[Tensor] = []  # vids that the latest op read
+        self.failed: Exception | None = None  # what the latest op that failed raised
+        self.names: dict[int, str] = {}
+        for name, t in named_tensors(model).items():
+            if t.is_floating_point():
+                self.names.setdefault(id(t), name)
+        self.parameters: dict[str, Label] = {}
+        self.followed_parameters: set[str] = {""}  # "": tensors that are none; the weights of linear ops are not in it
+        plain = [v for m in model.modules() for k, v in vars(m).items() if k not in _STORES and _full(v)]
+        self.held = {id(t) for t in [*tree_flatten(plain)[0], *model.parameters(), *model.buffers()]}
+
+    # ---------------------------------------------------------------- labels
+
+    def where(self) -> str:
+        return f"module '{self.path[-1]}'" if self.path and self.path[-1] else "the model"
+
+    def set_label(self, tensor: Tensor, label: Label) -> None:
+        label.version = tensor._version
+        tensor._morph_label = label  # pyright: ignore[reportAttributeAccessIssue]
+
+    def label(self, tensor: Tensor) -> Label | None:
+        """The tensor's label; None for a constant."""
+        if id(tensor) in self.names:
+            name = self.names[id(tensor)]
+            if name not in self.parameters:
+                self.parameters[name] = self.parameter_label(name, tensor)
+            return self.parameters[name]
+        label: Label | None = getattr(tensor, "_morph_label", None)
+        if label is not None and label.version != tensor._version:
+            raise MorphError(
+                f"{self.where()} reads a tensor that was changed in place through another view of it; "
+                "write that change out of place"
+            )
+        return label
+
+    def followed(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter or comes from the inputs or parameters."""
+        return id(tensor) in self.names or hasattr(tensor, "_morph_label")
+
+    def need(self, tensor: Tensor) -> Label:
+        """The tensor's label, for a constant by its values."""
+        label = self.label(tensor)
+        if label is not None:
+            return label
+        if id(tensor) not in self.held and not getattr(tensor, "_morph_constant", False):
+            raise MorphError(
+                f"{self.where()} uses a tensor that was made outside of any recorded call (scripted or "
+                "custom code?); give the plain eager module"
+            )
+        return self.constant_label(tensor)
+
+    def weight(self, tensor: Tensor) -> Label:
+        """A label for the weight of a linear op, whose elements are not followed unless it is computed."""
+        name = self.names.get(id(tensor))
+        return self.need(tensor) if name is None else Label(torch.empty(0, dtype=torch.int64), None, parameter=name)
+
+    def stored_name(self, tensor: Tensor) -> str | None:
+        return self.names.get(id(tensor))
+
+    @abstractmethod
+    def parameter_label(self, name: str, tensor: Tensor) -> Label:
+        """The label of a parameter or buffer that is read for the first time."""
+
+    @abstractmethod
+    def constant_label(self, tensor: Tensor) -> Label:
+        """A label by values."""
+
+    @abstractmethod
+    def begin(self, name: str, scalars: list[Any]) -> Entry:
+        """The log's entry of the op that now follows."""
+
+    # ---------------------------------------------------------------- dispatch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return self._follow(func, args, kwargs or {})
+        except (Mismatch, MorphError):
+            raise
+        except Exception as error:
+            if error is self.failed:
+                raise
+            text = f"{type(error).__name__} {first_line(error)}"
+            raise Fault(f"{self.where_now} could not be followed: {text}; report this") from error
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The op itself; what it raises is the network's affair."""
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
+        name, written = op_name(func)
+        leaves = tree_flatten((args, kwargs))[0]
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        if reads_no_values(name) or not any(self.followed(t) for t in tensors):
+            return self._constants(self.call(func, args, kwargs))
+        self.where_now = f"'{name}' in {self.where()}"
+        self._refuse(name, written, kwargs, tensors[0])
+        self.latest = [
+            label.vids
+            for t in tensors
+            if self.names.get(id(t), "") in self.followed_parameters and (label := self.label(t))
+        ]
+        if name in families.DROPOUT and not kwargs.get("training", args[2] if len(args) > 2 else True):
+            return args[0] if args else kwargs["input"]
+        if name in families.FACTORIES:
+            return self._constants(self.call(func, args, kwargs))
+        if name == "setitem":
+            return self._setitem(*args)
+        if name == "copy":
+            return self._setitem(args[0], ..., args[1])
+        if name in families.MOVE:
+            return self._move(name, func, args, kwargs, tensors)
+        return self._compute(name, func, args, kwargs, tensors, leaves)
+
+    def _constants(self, result: Any) -> Any:
+        """Results that no input or parameter has a part in."""
+        for t in tree_flatten(result)[0]:
+            if isinstance(t, Tensor) and id(t) not in self.held and id(t) not in self.names:
+                t._morph_constant = True  # pyright: ignore[reportAttributeAccessIssue]
+        return result
+
+    def _refuse(self, name: str, written: str, kwargs: Any, first: Tensor) -> None:
+        if kwargs.get("out") is not None or name == "data":
+            what = ".data" if name == "data" else "out="
+            raise MorphError(f"{self.where()} uses '{what}', which cannot be followed; write it out of place")
+        label = self.label(first)
+        if written.endswith("_") and not written.startswith("__") and label is not None and label.parameter is not None:
+            raise MorphError(
+                f"{self.where()} writes to the parameter or buffer in place during eval; this cannot be followed"
+            )
+
+    def _compute(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], leaves: list[Any]) -> Any:
+        scalars = [a for a in leaves if not isinstance(a, Tensor)]
+        entry = self.begin(name, scalars)
+        linear = name in families.CONVOLUTIONS or name == "linear"
+        labels = [self.weight(t) if linear and i == 1 else self.need(t) for i, t in enumerate(tensors)]
+        result = None
+        if self.real:
+            result = self.call(func, args, kwargs)
+            flat, entry.structure = tree_flatten(result)
+            entry.outputs = [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in flat]
+            entry.constants = [None if isinstance(t, Tensor) else t for t in flat]
+            entry.plain = len(flat) == 1 and _shape(flat[0]) == _broadcast(labels)
+            entry.in_place = next((i for i, t in enumerate(tensors) if len(flat) == 1 and flat[0] is t), None)
+        shapes = [o[0] for o in entry.outputs if o is not None]
+        made = output_labels(self, Call(name, args, kwargs, tensors, labels, shapes, entry.plain))
+        return self._finish(entry, result, tensors, made)
+
+    def _finish(self, entry: Entry, result: Any, tensors: list[Tensor], labels: list[Label]) -> Any:
+        if not self.real:
+            assert entry.structure is not None
+            made = iter(labels)
+            if entry.in_place is not None:
+                target = tensors[entry.in_place]
+                if target._version is not None:
+                    target.zero_()  # tells the other views that it has changed
+                result = target
+            else:
+                result = tree_unflatten(
+                    [
+                        c if o is None else torch.zeros(next(made).vids.shape, dtype=o[1])
+                        for o, c in zip(entry.outputs, entry.constants, strict=True)
+                    ],
+                    entry.structure,
+                )
+        results = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        for t, label in zip(results, labels, strict=True):
+            self.set_label(t, Label(label.vids, label.atoms))
+        return result
+
+    def _move(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        joins = name in families.JOINS
+        labels = {id(t): self.need(t) for t in tensors if joins or t.is_floating_point() or self.followed(t)}
+        result = self.call(func, args, kwargs)
+        in_place = any(result is t for t in tensors)
+        flat = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        if not joins and (len(labels) > 1 or id(tensors[0]) not in labels):  # an index that the network computes
+            self.begin(name, [])
+            shapes = [tuple(t.shape) for t in flat]
+            made = self.barrier(list(labels.values()), shapes, "it is indexed by a computed tensor")
+            for t, label in zip(flat, made, strict=True):
+                self.set_label(t, label)
+            return result
+        fill = self.constant_vid(pad_value(args, kwargs)) if name == "pad" else None
+        made = Movement(name, func, args, kwargs, labels, in_place).run(fill)
+        if name in families.PICKS or name in families.CHUNKS:
+            self.pick(name, next(iter(labels.values())), made)
+        for t, label in zip(flat, made, strict=True):
+            if id(t) in self.names:
+                continue  # e.g. contiguous() of a parameter is the parameter
+            if self.label(t) is not None and not in_place and any(t is a for a in tensors):
+                continue
+            self.set_label(t, label)
+        return result
+
+    def _setitem(self, target: Tensor, index: Any, value: Any) -> Any:
+        label = self.need(target)
+        source = self.need(value) if isinstance(value, Tensor) else None
+        self.call(operator.setitem, (target, index, value), {})
+        vids = label.vids.clone()
+        atoms = None if label.atoms is None else label.atoms.clone()
+        if source is not None:
+            vids[index] = source.vids
+            if atoms is not None:
+                assert source.atoms is not None
+                atoms[index] = source.atoms
+        else:  # the atoms stay: a constant fits any number of copies
+            vids[index] = self.constant_vid(float(value))
+        if any(isinstance(i, Tensor) and self.label(i) is not None for i in tree_flatten(index)[0]):
+            raise MorphError(f"{self.where()} writes to a tensor at computed indices; this cannot be followed")
+        self.set_label(target, Label(vids, atoms))
+        return target
+
+    # ---------------------------------------------------------------- the run
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Run the model under this mode, in eval mode without gradients; errors name the place."""
+        # The outputs of one would look like constants.
+        custom = refuse_custom_functions(
+            lambda name: MorphError(
+                f"{self.where()} calls the custom autograd.Function '{name}', which cannot be "
+                "followed; use the plain PyTorch form of it"
+            )
+        )
+        with eval_mode(self.model), torch.no_grad(), module_paths(self.model, self.path), custom, self:
+            return self.model(*inputs)
+
+
+def _full(value: Any) -> bool:
+    """Whether there can be a tensor in it."""
+    return not (value is None or isinstance(value, bool | int | float | str) or (isinstance(value, dict) and not value))
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | str:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else "no tensor"
+
+
+def _broadcast(labels: list[Label]) -> tuple[int, ...] | None:
+    try:
+        return tuple(torch.broadcast_shapes(*(label.vids.shape for label in labels)))
+    except RuntimeError:
+        return None
