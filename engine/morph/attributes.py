@@ -60,5 +60,35 @@ def get_int(module: nn.Module, key: str) -> int:
     return old[0] if isinstance(old, list | tuple) else old
 
 
+HEAD_SIZES = ("num_features", "head_hidden_size")  # what timm's `reset_classifier` builds a new head for
+
+
+def follow_head(parent: nn.Module, child: nn.Module) -> None:
+    """Let a timm network's own record of what its classifier reads follow the classifier's new width."""
+    old = _head(parent)
+    if old is None:
+        return
+    path = next((name for name, module in parent.named_modules() if module is old), "")
+    before, after = (getattr(m, "in_features", None) for m in (old, child.get_submodule(path)))
+    for key in HEAD_SIZES:
+        if isinstance(after, int) and vars(child).get(key) == before:
+            child.__dict__[key] = after
+
+
+def head_changes(parent: nn.Module, child: nn.Module) -> list[str]:
+    """What of it follows, and what says the parent's widths still, as lines of a report."""
+    pairs = [(key, vars(parent).get(key), vars(child).get(key)) for key in HEAD_SIZES]
+    lines = [f"attribute {key}: {before} -> {after}" for key, before, after in pairs if before != after]
+    if "feature_info" in vars(child):
+        lines.append("attribute feature_info still gives the parent's channels")
+    return lines
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_classifier", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, nn.Module) else None
+
+
 def _like(old: list[int] | tuple[int, ...], value: int) -> Any:
     return [value] if isinstance(old, list) else (value,)

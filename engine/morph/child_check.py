@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from .attributes import Named, name_ints, set_int, unname_ints
 from .copies import ParameterMap, Plan
@@ -33,7 +32,7 @@ from .log import (
 from .lookup import FREE, MISSING, Rows
 from .parent_run import ParentRun
 from .primitives import LinearCall, Shape
-from .running import first_line
+from .running import first_line, output_leaves
 from .tracer import Fault, Mismatch, Tracer
 
 RUNS = 5  # one to see that an attribute has to follow, one to see which, one to see that all is well; two to spare
@@ -292,7 +291,7 @@ class ChildCheck(Tracer):
         """Check the outputs; the maps of all tensors that change."""
         if self.position != len(self.found.log):
             raise Mismatch("the child runs fewer ops than its parent")
-        flat = tree_flatten(result)[0]
+        flat = output_leaves(result)
         if len(flat) != len(old_result):
             raise Mismatch("the child returns another structure than its parent")
         for leaf, old in zip(flat, old_result, strict=True):

@@ -255,7 +255,7 @@ class _Two:
             acts = [phi]
         elif self.act is not None:
             acts = [PAct(activation(self.act), sum(len(k) for k in one), dims)]
-        layers = [_like(old, torch.cat(k).to(weight), size) for k, size in ((one, first), (two, second))]
+        layers = [_like(old, torch.cat(k).to(weight).contiguous(), size) for k, size in ((one, first), (two, second))]
         if dims:
             _share_geometry(old, layers, first, second, extra)
         with torch.no_grad():

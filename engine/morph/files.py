@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
 from ..models import create_model
@@ -21,7 +20,7 @@ from .front_layers import downsampler
 from .head import HeadStep, SplitClassStep
 from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply
-from .running import failures
+from .running import failures, output_tensors
 from .step import Step
 from .store import SafetensorsFile, atomic, read_state, write_state
 from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, cast, compare, duplicate
@@ -218,7 +217,7 @@ class _Kept(nn.Module):
         self.network, self.undo, self.softmax = network, undo, softmax
 
     def forward(self, x: Tensor) -> Tensor:
-        y = next(t for t in tree_flatten(self.network(x))[0] if isinstance(t, Tensor))
+        y = output_tensors(self.network(x))[0]
         if self.softmax:
             y = y.softmax(1)
         for width, index in self.undo:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MorphError
-from .attributes import get_int, set_int
+from .attributes import follow_head, get_int, set_int
 from .child_check import run_child
 from .copies import ParameterMap, make_plan
 from .parent_run import Axis
@@ -204,6 +204,7 @@ def _with_tensors(
         _fit(module, resized(module, source), wider)
     for (path, key), size in sizes.items():
         set_int(child.get_submodule(path), key, size)
+    follow_head(model, child)
     return child
 
 

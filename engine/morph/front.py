@@ -42,6 +42,7 @@ class FrontReport(Report):
     after: View = None  # pyright: ignore[reportAssignmentType]
 
 
+@torch.inference_mode(False)
 @freed_pages_kept()
 def front(
     model: nn.Module,

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
-from .running import Example, as_inputs, failures
+from .running import Example, as_inputs, failures, output_tensors
 from .step import EditAt
 from .surgery import CONVS, morphed, plain
 from .verify import Report, cast, duplicate
@@ -192,7 +191,7 @@ class _Kept(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         results = []
-        for tensor, axis, size in zip(_tensors(self.network(*inputs)), self.axes, self.sizes, strict=True):
+        for tensor, axis, size in zip(output_tensors(self.network(*inputs)), self.axes, self.sizes, strict=True):
             if axis is not None and size is not None:
                 tensor = _probabilities(tensor, axis) if self.softmax else tensor
                 kept, added = tensor.narrow(axis, 0, size), tensor.narrow(axis, size, tensor.shape[axis] - size)
@@ -212,11 +211,7 @@ def _probabilities(x: Tensor, axis: int) -> Tensor:
     return x.softmax(axis)
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
-
-
 def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
     work = cast(duplicate(network), torch.float32).eval()
     with torch.no_grad(), failures("the network cannot be run"):
-        return _tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))
+        return output_tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))

@@ -146,7 +146,7 @@ def mixed_weight(weight: Tensor, matrix: Matrix, offset: Sequence[float] | None 
     columns = columns.to(weight.device).reshape(groups, inputs, -1)
     parts = weight.double().reshape(groups, outputs // groups, inputs, -1)
     mixed = torch.einsum("goik,gic->gock", parts, columns)
-    return mixed.reshape(outputs, -1, *weight.shape[2:]).to(weight.dtype)
+    return mixed.reshape(outputs, -1, *weight.shape[2:]).to(weight.dtype).contiguous()
 
 
 def image_convs(model: nn.Module, image: Tensor) -> list[str]:

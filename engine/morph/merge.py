@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
+from .attributes import head_changes
 from .fold import fold
-from .running import Example, as_inputs
+from .running import Example, as_inputs, input_kinds, stand_ins
 from .spaces import GROUPS, Spaces, find_spaces
 from .step import Step
 from .ties import Folds, Units, find_ties, kept_width
@@ -26,6 +27,7 @@ from .verify import Certificate, Report, cast, duplicate, verified_report
 from .widen import replace_contents
 
 
+@torch.inference_mode(False)
 @freed_pages_kept()
 def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """A narrower network that computes the same function, with every set of tied channels folded into one.
@@ -45,8 +47,8 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
     inputs = as_inputs(example)
     child, found = _merge(model, inputs)
     shapes = tuple(tuple(x.shape) for x in inputs)
-    step = MergeStep(shapes, tuple(found.passes), tuple(found.groups))
-    changes, certificate = found.changes, found.certificate
+    step = MergeStep(shapes, tuple(found.passes), tuple(found.groups), input_kinds(inputs))
+    changes, certificate = [*found.changes, *head_changes(model, child)], found.certificate
     if certificate.violations:  # the function is compared where that rounding does not hide anything
         changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
         exact = cast(duplicate(model), torch.float64)
@@ -63,16 +65,17 @@ class MergeStep(Step, op="merge"):
 
     Attributes:
         example: shapes of the inputs.
+        kinds: their dtypes, if not all are floating.
         passes: of each space that is folded, by its key, for each unit the first one that is equal.
     """
 
     example: tuple[tuple[int, ...], ...]
     passes: tuple[Folds, ...]
     groups: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
 
     def repeat(self, model: nn.Module) -> nn.Module:
-        like = next(model.parameters(), torch.zeros(()))
-        inputs = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in self.example)
+        inputs = stand_ins(self.example, self.kinds)
         for folds, groups in zip(self.passes, self.groups, strict=True):
             spaces = find_spaces(model, *inputs, groups=groups)
             for key, first in folds.items():

@@ -146,7 +146,9 @@ def _axes(call: Call, ndim: int) -> list[int]:
     given = call.kwargs.get("dim", call.kwargs.get("axis", call.args[at] if len(call.args) > at else None))
     if given is None and name == "normalize":
         given = 1
-    if given is None and name in ("softmax", "log_softmax", "softmin", "topk", "sort", "argsort"):
+    if given is None and name in ("softmax", "log_softmax", "softmin"):
+        given = 0 if ndim in (0, 1, 3) else 1  # what PyTorch takes, with a warning
+    if given is None and name in ("topk", "sort", "argsort"):
         given = -1
     if given is None or isinstance(given, bool):
         return list(range(ndim))

@@ -161,9 +161,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
                 at = made.free.nonzero().reshape(-1).to(value.device)
                 value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
         tensor.data = value
-    generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in average.parameters()), torch.device("cpu"))
-    example = tuple(torch.randn(shape, generator=generator).to(device) for shape in step.example)
+    example = tuple(x.to(device) for x in step.inputs())
     require_equal(average, grown, example)
     return grown.train(average.training)
 

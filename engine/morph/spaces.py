@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._pytree import tree_flatten
 
 from ..errors import MorphError
 from .child_check import run_child
@@ -22,7 +21,7 @@ from .copies import Copies, ParameterMap, Plan, make_plan
 from .labels import Label, no_atoms
 from .lookup import Table
 from .parent_run import Axis, ParentRun
-from .running import first_line
+from .running import as_inputs, first_line, output_leaves
 from .tensors import fill, named_tensors, of_kind, resized
 from .tracer import Mismatch
 from .verify import duplicate
@@ -93,6 +92,13 @@ class Spaces:
         """The spaces that can be widened."""
         return [s for s in self.spaces if not s.frozen]
 
+    def unread(self) -> list[str]:
+        """Modules with parameters none of which this example's forward has read, by path."""
+        read = self.found.parameters.keys() | self.found.linear_names
+        own = {n.rpartition(".")[0]: True for n, p in self.followed.named_parameters() if p.is_floating_point()}
+        used = {name.rpartition(".")[0] for name in read}
+        return [path for path in own if path not in used]
+
     def check(self, copies: Copies) -> tuple[nn.Module, dict[str, ParameterMap]]:
         """The child with the new sizes but without new weights, and the maps of all tensors that change.
 
@@ -112,6 +118,7 @@ class Spaces:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # its tensors have no versions, by which writes are noticed
 def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spaces:
     """All channel spaces of a network.
 
@@ -130,10 +137,34 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
     """
     if groups not in GROUPS:
         raise MorphError(f"groups '{groups}' is unknown; take one of {', '.join(GROUPS)}")
+    found, result, inputs, followed = labelled_run(model, *example, groups=groups)
+    outputs: list[Any] = []
+    for leaf in output_leaves(result):
+        if isinstance(leaf, Tensor):
+            label = found.need(leaf)
+            assert label.atoms is not None
+            found.atoms.freeze(label.atoms, OUTPUT)
+            outputs.append(label.vids)
+        else:
+            outputs.append(leaf)
+    spaces = Spaces([], found, outputs, inputs, model, followed)
+    _try(spaces)
+    spaces.spaces = _group(found)
+    return spaces
+
+
+def labelled_run(
+    model: nn.Module, *example: Tensor, groups: str = "more"
+) -> tuple[ParentRun, Any, tuple[Tensor, ...], nn.Module]:
+    """One labelled run of a network, in eval mode and on the CPU: the run, its result, its inputs, what was run.
+
+    Raises:
+        MorphError: the forward cannot be followed.
+    """
     _require_eager(model)
     followed = _on_cpu(model) if _elsewhere(model) else model
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = tuple(x[:1].to("cpu", dtype if x.is_floating_point() else x.dtype).clone() for x in example)
+    inputs = tuple(_one(x).to("cpu", dtype if x.is_floating_point() else x.dtype).clone() for x in as_inputs(example))
     found = ParentRun(followed, Table(), groups)
     given = tuple(x.clone() for x in inputs)
     for x in given:
@@ -146,19 +177,12 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
     except Exception as error:
         text = f"{first_line(error)} (after {found.where_now})"
         raise MorphError(f"the network cannot be run on this example: {text}") from error
-    outputs: list[Any] = []
-    for leaf in tree_flatten(result)[0]:
-        if isinstance(leaf, Tensor):
-            label = found.need(leaf)
-            assert label.atoms is not None
-            found.atoms.freeze(label.atoms, OUTPUT)
-            outputs.append(label.vids)
-        else:
-            outputs.append(leaf)
-    spaces = Spaces([], found, outputs, inputs, model, followed)
-    _try(spaces)
-    spaces.spaces = _group(found)
-    return spaces
+    return found, result, inputs, followed
+
+
+def _one(x: Tensor) -> Tensor:
+    """The first of a batch."""
+    return x[:1] if x.ndim else x
 
 
 def _require_eager(model: nn.Module) -> None:

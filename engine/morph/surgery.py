@@ -7,6 +7,7 @@ whose weights are loaded afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.nn.utils import parametrize
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
+from .labels import varies
 from .running import Example, as_inputs, failures
+from .spaces import labelled_run
 from .step import Edit
 from .verify import Report, cast, duplicate, verified_report
 
@@ -25,8 +28,11 @@ Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# These say where channels are.
+_TOLD = (nn.Linear, nn.LayerNorm, nn.GroupNorm, *CONVS, *TRANSPOSED, *BATCH_NORMS)
 
 
+@torch.inference_mode(False)
 @freed_pages_kept()
 def morphed(
     model: nn.Module,
@@ -156,6 +162,7 @@ class Site:
     rank: int
 
 
+@torch.inference_mode(False)
 def site(model: nn.Module, path: str, example: Example) -> Site:
     """Where the channels of the output of `path` are, from one run of a copy on the example.
 
@@ -163,7 +170,7 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
         MorphError: the module is not called, gives no single tensor, gives several widths, or its channel axis
             cannot be told.
     """
-    module_at(model, path)
+    axis = None if isinstance(module_at(model, path), _TOLD) else _followed_axis(model, path, as_inputs(example))
     work = duplicate(model).eval()
     target = module_at(work, path)
     known: list[tuple[int, bool]] = [(-1, True)]  # of the latest layer: width, channels on axis 1
@@ -177,7 +184,7 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
         if module is target:
             if not batch:
                 raise MorphError(f"module '{path}' does not give one batch of features; name another one")
-            found.add(_site(path, result, known[0], layer is not None))
+            found.add(_site(path, result, known[0], layer is not None, axis))
 
     hooks = [module.register_forward_hook(look) for module in work.modules()]
     like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
@@ -196,6 +203,23 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
     return found.pop()
 
 
+def _followed_axis(model: nn.Module, path: str, inputs: tuple[Tensor, ...]) -> int | None:
+    """The axis along which the output's channels lie, as the labels say; None where they do not say it."""
+    work = duplicate(model)
+    axes: list[int] = []
+
+    def look(_module: nn.Module, _args: Any, result: Any) -> None:
+        label = getattr(result, "_morph_label", None)
+        if label is not None:
+            axes.extend(a for a in range(result.ndim) if varies(label.atoms, [a]))
+        raise MorphError("seen")  # what comes after it need not be followed
+
+    module_at(work, path).register_forward_hook(look)
+    with suppress(MorphError):  # a network that cannot be followed can still be changed locally
+        labelled_run(work, *inputs)
+    return axes[0] if len(axes) == 1 else None
+
+
 def _layer(module: nn.Module, result: Tensor) -> tuple[int, bool] | None:
     """Width of a layer's output and whether it stands on axis 1; None for what is no such layer."""
     if isinstance(module, nn.Linear):
@@ -209,13 +233,17 @@ def _layer(module: nn.Module, result: Tensor) -> tuple[int, bool] | None:
     return None
 
 
-def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool) -> Site:
+def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, axis: int | None) -> Site:
     width, first = latest
     shape, dims = result.shape, result.ndim - 2
     if not dims:
         return Site(shape[1], 0, 2)
     on_first, on_last = shape[1] == width, shape[-1] == width
-    if not certain:
+    if axis is not None:
+        if axis not in (1, result.ndim - 1):
+            raise MorphError(f"module '{path}' gives {tuple(shape)} with channels on axis {axis}; name another one")
+        first = axis == 1
+    elif not certain:
         if not first and on_first == on_last:
             raise MorphError(f"module '{path}' gives {tuple(shape)}, whose channel axis cannot be told; name a layer")
         first = on_first if not first else on_first or not on_last

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
-from .running import Example, as_inputs, failures
+from .running import Example, as_inputs, failures, output_tensors
 from .step import Step
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
@@ -365,14 +364,16 @@ def _run(
             with failures(f"{who} cannot be run in {'train' if training else 'eval'} mode"):
                 result = work(*given)
             result = outputs(result) if outputs else result
-            return [t.detach().double() for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+            return [t.detach().double() for t in output_tensors(result)]
 
-        with torch.no_grad(), torch.random.fork_rng(devices), full_precision(), NoDropout():
-            with counter if dtype == torch.float32 else nullcontext():
-                runs[f"{short} eval"] = call(inputs, False)
+        with torch.no_grad(), torch.random.fork_rng(devices), full_precision():
+            # As it will be run: modes switch PyTorch's fast paths off, which read a layer's weights past its modules.
+            runs[f"{short} eval"] = call(inputs, False)
             shapes = [tuple(t.shape) for t in runs[f"{short} eval"]]
-            runs[f"{short} train"] = call(train_inputs, True)
-            runs[f"{short} train"] += call(inputs, False)  # with the statistics that the train step left
+            with NoDropout():
+                runs[f"{short} train"] = call(train_inputs, True)
+                with counter if dtype == torch.float32 else nullcontext():
+                    runs[f"{short} train"] += call(inputs, False)  # with the statistics that the train step left
         del work, call
     return runs, shapes, counter.get_total_flops()
 

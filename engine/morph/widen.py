@@ -6,6 +6,7 @@ rows and which columns is decided by `spaces` alone; nothing here knows an archi
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +17,20 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
+from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
-from .running import Example, as_inputs
+from .running import Example, as_inputs, input_kinds, stand_ins
 from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
 from .step import Step
 from .tensors import fill, named_tensors
 from .tracer import Mismatch
-from .verify import Certificate, Report, verified_report
+from .verify import Certificate, Report, cast, duplicate, verified_report
 
 Counts = Mapping[int | str, int | Sequence[int]]
 
 
+@torch.inference_mode(False)
 @freed_pages_kept()
 def widen(
     model: nn.Module,
@@ -69,22 +72,36 @@ def widen(
         raise MorphError("widen: give counts, a factor or free channels")
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
-    spaces = find_spaces(model, *as_inputs(example), groups=groups)
+    inputs = as_inputs(example)
+    spaces = find_spaces(model, *inputs, groups=groups)
     if factor is not None and not spaces.growable():
         reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
         raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed)
-    shapes = tuple(tuple(x.shape) for x in as_inputs(example))
-    step = WidenStep(shapes, chosen, new, split, noise, seed, groups)
+    shapes = tuple(tuple(x.shape) for x in inputs)
+    step = WidenStep(shapes, chosen, new, split, noise, seed, groups, input_kinds(inputs))
     child, certificate = step.grow(spaces)
+    parent, checked = model, child
+    if noise:  # its sums are rounded when they are stored: the function is compared where that hides nothing
+        parent = cast(duplicate(model), torch.float64)
+        checked, _ = step.grow(find_spaces(parent, *inputs, groups=groups))
     changes = [
         f"space {s.id} ({s.key}): {s.width} -> {_width(s, chosen.get(s.key), new.get(s.key))}"
         for s in spaces
         if s.key in chosen or s.key in new
     ]
-    report = verified_report(
-        step, model, child, example, changes=changes, certificate=None if noise else certificate, seed=seed
-    )
+    changes += head_changes(model, child)
+    unread = _listed(spaces.unread()) if chosen or new else ""
+    if unread:
+        changes.append(f"not reached by this example, and as wide as they were: {unread}")
+    try:
+        report = verified_report(
+            step, parent, checked, example, changes=changes, certificate=None if noise else certificate, seed=seed
+        )
+    except MorphError as error:
+        if not unread:
+            raise
+        raise MorphError(f"{error}; this example does not reach {unread}, which would keep their width") from error
     return (replace_contents(model, child) if inplace else child), report
 
 
@@ -94,6 +111,7 @@ class WidenStep(Step, op="widen"):
 
     Attributes:
         example: shapes of the inputs with which the spaces were found; `groups` says how.
+        kinds: their dtypes, if not all are floating.
     """
 
     example: tuple[tuple[int, ...], ...]
@@ -103,6 +121,7 @@ class WidenStep(Step, op="widen"):
     noise: float
     seed: int
     groups: str
+    kinds: tuple[str, ...] = ()
 
     def repeat(self, model: nn.Module) -> nn.Module:
         return self.grow(self.spaces_of(model))[0]
@@ -113,8 +132,11 @@ class WidenStep(Step, op="widen"):
 
     def spaces_of(self, model: nn.Module) -> Spaces:
         """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
-        generator = torch.Generator().manual_seed(0)
-        return find_spaces(model, *(torch.randn(s, generator=generator) for s in self.example), groups=self.groups)
+        return find_spaces(model, *self.inputs(), groups=self.groups)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Inputs of the recorded shapes, on the CPU."""
+        return stand_ins(self.example, self.kinds)
 
     def check(self, spaces: Spaces) -> tuple[nn.Module, dict[str, ParameterMap]]:
         """The child without new weights and the maps of all tensors that the step changes.
@@ -137,6 +159,7 @@ class WidenStep(Step, op="widen"):
                 if isinstance(old, Tensor):
                     setattr(module, key, getattr(module, key).to(old.device))
         fill(child, spaces.model, lambda t: grown[id(t)] if id(t) in grown else t.detach().clone())
+        follow_head(spaces.model, child)
         return child, certificate
 
     def grow_tensor(self, name: str, tensor: Tensor, made: ParameterMap) -> tuple[Tensor, Certificate]:
@@ -181,6 +204,11 @@ def replace_contents(model: nn.Module, child: nn.Module) -> nn.Module:
     return model
 
 
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
 def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torch.Generator) -> None:
     """Random values in the slices that are new, as widely spread as those of the parent's tensor."""
     places = free.nonzero().reshape(-1)
@@ -194,6 +222,8 @@ def choose_counts(
     spaces: Spaces, counts: Counts, factor: float | None, free: Mapping[int | str, int], seed: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Copies and new ones per class, by key; arguments as of `widen`."""
+    if factor is not None and not (isinstance(factor, int | float) and math.isfinite(factor)):
+        raise MorphError(f"factor {factor!r} is no finite number; give 1 or more")
     if factor is not None and not factor >= 1:
         raise MorphError(f"factor {factor} would make the network narrower; give 1 or more")
     wanted: dict[str, int | Sequence[int]] = {}

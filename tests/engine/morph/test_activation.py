@@ -137,7 +137,17 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.relu(self.wide(self.relu(self.conv(x))))
-        return self.act(self.linear(y.permute(0, 2, 3, 1)))
+        return self.act(self.last(self.linear(y.permute(0, 2, 3, 1))))
+
+    def last(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+class Mixed(Branches):
+    """After its last layer no channel is followed."""
+
+    def last(self, y: torch.Tensor) -> torch.Tensor:
+        return y.cumsum(-1)
 
 
 @pytest.mark.parametrize(
@@ -158,5 +168,8 @@ def test_channels_on_the_last_axis_are_found() -> None:
     child, report = insert_activation(Branches(), torch.randn(1, 2, 5, 4), "act", "Tanh")
     assert (report.step.channels, report.step.dims) == (6, 0)
     assert child.act[1].a.shape == (6,)
-    with pytest.raises(MorphError, match="channel axis cannot be told"):  # 6 rows as well as 6 channels
-        insert_activation(Branches(), torch.randn(1, 2, 6, 4), "act", "Tanh")
+    square = torch.randn(1, 2, 6, 4)  # 6 rows as well as 6 channels
+    _, report = insert_activation(Branches(), square, "act", "Tanh")
+    assert (report.step.channels, report.step.dims) == (6, 0)
+    with pytest.raises(MorphError, match="channel axis cannot be told"):
+        insert_activation(Mixed(), square, "act", "Tanh")
