@@ -98,7 +98,7 @@ def train(
     if config is not None:
         raise click.UsageError("--config is a recipe's; name the recipe with --recipe")
     from ..engine.images.pixels import Normalize
-    from ..engine.train import launch
+    from ..engine.parallel import launch
     from ..engine.train.fit import TrainOptions
     from ..engine.train.inputs import training_data
 
@@ -133,7 +133,7 @@ def train(
         split_image=split_image,
     )
     if launch.launched():
-        with launch.group(device):
+        with launch.process_group(device):
             _train(images, chosen, out, resume)
     elif there > 1:
         launch.launch(_train, there, device, images, chosen, out, resume)
@@ -143,16 +143,16 @@ def train(
 
 def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
     """Train in this process, alone or as one of several, of which the first reports."""
+    from ..engine.parallel.process_group import ProcessGroup
     from ..engine.train.fit import fit
-    from ..engine.train.team import Team
     from .progress import ProgressView
 
-    team = Team.here(chosen.split_image)
-    if not team.leads:
+    group = ProcessGroup.here(chosen.split_image)
+    if not group.leads:
         fit(images, chosen, out, resume=resume)
         return
     counts = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
-    several = "" if team.size == 1 else f" in {team.size} processes"
+    several = "" if group.size == 1 else f" in {group.size} processes"
     click.echo(f"{counts} images; classes {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
     try:
         with ProgressView(device=chosen.device) as view:

@@ -1,1 +1,1 @@
-"""Processes that work on one batch."""
+"""Processes that work on one batch, or train together: how they start, and their group."""

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..models.compat import make_torchvision_importable
+from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import peak_bytes, reset_peak
 from .curves import write_log
 from .module import Classifier
 from .progress import Meter
-from .team import Team
 
 make_torchvision_importable()
 
@@ -31,9 +31,9 @@ class InterruptedTraining(Exception):
 class EpochLog(Callback):
     """One row per epoch: losses, AUC, rate, seconds, throughput and peak memory; drives the progress report too."""
 
-    def __init__(self, folder: Path, meter: Meter, team: Team) -> None:
+    def __init__(self, folder: Path, meter: Meter, group: ProcessGroup) -> None:
         self.rows: list[dict[str, float]] = []
-        self._folder, self._meter, self._team = folder, meter, team
+        self._folder, self._meter, self._group = folder, meter, group
         self._clock, self._pixels = time.monotonic(), 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -45,7 +45,7 @@ class EpochLog(Callback):
     ) -> None:
         if batch_idx == 0 or self._pixels == 0:
             epochs, images = trainer.max_epochs or 1, len(trainer.train_dataloader.dataset)  # pyright: ignore
-            done = self._team.done(batch_idx, images)
+            done = self._group.done(batch_idx, images)
             self._meter.start("train", images, trainer.current_epoch, epochs, done)
         self._pixels += sum(i["image"].shape[-2] * i["image"].shape[-1] for i in batch)
 
@@ -64,19 +64,19 @@ class EpochLog(Callback):
         seconds = time.monotonic() - self._clock
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         optimizer = trainer.optimizers[0]
-        pixels = self._team.all(self._pixels)[:: self._team.size // self._team.at_once]
+        pixels = self._group.all(self._pixels)[:: self._group.size // self._group.at_once]
         row = {
             "epoch": trainer.current_epoch + 1,
-            "train_loss": float(np.mean(self._team.in_order(pl_module.training_losses))),
+            "train_loss": float(np.mean(self._group.in_order(pl_module.training_losses))),
             **metrics,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "megapixels_per_second": round(sum(pixels) / 1e6 / max(seconds, 1e-9), 3),
-            "peak_bytes": max(self._team.all(peak_bytes(pl_module.device))),
+            "peak_bytes": max(self._group.all(peak_bytes(pl_module.device))),
         }
         self.rows.append(row)
         pl_module.training_losses.clear()
-        if self._team.leads:
+        if self._group.leads:
             write_log(self._folder, self.rows)
         shown = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"loss {row['train_loss']:.4f}"]
         for name, label in (("val_loss", "val loss"), ("val_auc_image", "val AUC")):
@@ -97,11 +97,12 @@ class Checkpoints(Checkpoint):
     The first Ctrl-C lets the image under way (or the validation, which Lightning cannot take up again in its midst)
     finish, writes ``last.ckpt`` and raises `InterruptedTraining`; a second one interrupts at once and leaves the
     former ``last.ckpt``. Lightning's own `ModelCheckpoint` writes its last checkpoint only when it also writes a best
-    one, and knows no place inside an epoch. All processes of a team stop at the same place, at a Ctrl-C to any of them.
+    one, and knows no place inside an epoch. All processes of a group stop at the same place, at a Ctrl-C to any of
+    them.
     """
 
-    def __init__(self, folder: Path, team: Team) -> None:
-        self._folder, self._team = folder, team
+    def __init__(self, folder: Path, group: ProcessGroup) -> None:
+        self._folder, self._group = folder, group
         self._best: list[float] | None = None
         self._asked = False
         self._stopped = False
@@ -121,19 +122,19 @@ class Checkpoints(Checkpoint):
             signal.signal(signal.SIGINT, self._former)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        if any(self._team.all(self._asked)):
+        if any(self._group.all(self._asked)):
             self._save(trainer, "last.ckpt")
             raise InterruptedTraining
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         trainer.save_checkpoint(self._folder / name)
-        self._team.wait()
+        self._group.wait()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Classifier)
-        done = self._team.done(batch_idx + 1, len(trainer.train_dataloader.dataset))  # pyright: ignore
+        done = self._group.done(batch_idx + 1, len(trainer.train_dataloader.dataset))  # pyright: ignore
         pl_module.position = (trainer.current_epoch, done)
         # After the last image the epoch still lacks its validation: stopping there would skip it on resuming.
         if batch_idx + 1 < trainer.num_training_batches:
@@ -153,7 +154,7 @@ class Checkpoints(Checkpoint):
         self._save(trainer, "last.ckpt")
         if better:
             self._save(trainer, "best.ckpt")
-        if any(self._team.all(self._asked)):
+        if any(self._group.all(self._asked)):
             raise InterruptedTraining
 
     def state_dict(self) -> dict[str, Any]:

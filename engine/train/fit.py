@@ -20,6 +20,7 @@ from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..models import create_model
 from ..models.compat import make_torchvision_importable
+from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from .callbacks import Checkpoints, EpochLog, InterruptedTraining
 from .card import Card, write_card
@@ -28,7 +29,6 @@ from .metrics import Prediction, as_cases, scores
 from .module import Classifier, balanced_weights, prediction
 from .progress import Meter, Report
 from .sampler import EpochSampler
-from .team import Team
 
 make_torchvision_importable()
 
@@ -110,7 +110,7 @@ def fit(
 
     All processes of a group of `torch.distributed` train together when each of them calls this: with ``split_image``
     they share each image, else each has one of its own and the gradients are averaged, so that an optimizer step has
-    ``accumulate`` images in either way. The first of them reports and writes. `gigamorph.engine.train.launch` starts
+    ``accumulate`` images in either way. The first of them reports and writes. `gigamorph.engine.parallel.launch` starts
     such processes; in other groups a process uses its current device. BatchNorm's running statistics are those of the
     first process, as ever in DDP. Sums over processes may be rounded otherwise in a run that was resumed.
 
@@ -127,13 +127,13 @@ def fit(
     out = Path(out)
     _check(data)
     last = out / "last.ckpt"
-    team = Team.here(options.split_image)
-    if options.accumulate % team.at_once:
+    group = ProcessGroup.here(options.split_image)
+    if options.accumulate % group.at_once:
         raise GigamorphError(
-            f"{options.accumulate} images per optimizer step cannot be dealt to {team.at_once} processes; make "
+            f"{options.accumulate} images per optimizer step cannot be dealt to {group.at_once} processes; make "
             "accumulate a multiple, or let them share each image"
         )
-    record = _record(data, options, team)
+    record = _record(data, options, group)
     stored = load_checkpoint(last) if resume else None
     if stored is not None:
         _check_same(stored["gigamorph"], record, last)
@@ -141,16 +141,16 @@ def fit(
         record["versions_at_start"] = stored["gigamorph"].get("versions_at_start", stored["gigamorph"]["versions"])
     elif last.exists():
         raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
-    team.wait()  # all have seen the folder as it was
+    group.wait()  # all have seen the folder as it was
     started = time.monotonic()
     torch.manual_seed(options.seed)
-    meter = Meter(report if team.leads else None, team.at_once)
-    net = build_network(record, None if resume else options.weights, team.split)
+    meter = Meter(report if group.leads else None, group.at_once)
+    net = build_network(record, None if resume else options.weights, group.split)
     net.on_tile = meter.on_tile
-    module = _module(net, record, data, options, meter, team)
+    module = _module(net, record, data, options, meter, group)
     # A run that was stopped early and then interrupted lacks nothing but its scores.
     if stored is None or not stored["callbacks"]["Checkpoints"]["stopped"]:
-        _run(module, data, options, out, meter, team, stored)
+        _run(module, data, options, out, meter, group, stored)
 
     best = load_checkpoint(out / "best.ckpt")
     module.load_state_dict(best["state_dict"])
@@ -158,7 +158,7 @@ def fit(
     predictions = {}
     for name, stage in (("val", "validate"), ("test", "test")):
         if len(data.parts[name]):
-            predictions[name] = evaluate(net, data.parts[name], meter, stage, team)
+            predictions[name] = evaluate(net, data.parts[name], meter, stage, group)
             metrics[name] = scores(predictions[name])
     metrics |= {
         "seconds": round(time.monotonic() - started, 2),
@@ -169,7 +169,7 @@ def fit(
         "versions": record["versions"],
     }
     text = json.dumps(metrics, indent=1) + "\n"
-    if team.leads:
+    if group.leads:
         write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
         write_card(out / "model_card.md", _card(data, options, net, metrics, predictions))
     return Fitted(metrics, predictions, net)
@@ -227,22 +227,22 @@ def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, de
     return net
 
 
-def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str, team: Team) -> list[Prediction]:
-    """Predictions of the images, in order; a collective of the team."""
+def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str, group: ProcessGroup) -> list[Prediction]:
+    """Predictions of the images, in order; a collective of the group."""
     net.eval()
     meter.start(stage, len(images))
     found = []
     with torch.no_grad():
-        for index in range(team.turn, len(images), team.at_once):
+        for index in range(group.turn, len(images), group.at_once):
             item = images[index]
             meter.image(item["image"].shape[-2] * item["image"].shape[-1])
             found.append(prediction(item, net(item["image"])[0]))
             meter.image_done()
-    return team.in_order(found)
+    return group.in_order(found)
 
 
 def _module(
-    net: nn.Module, record: dict[str, Any], data: Data, options: TrainOptions, meter: Meter, team: Team
+    net: nn.Module, record: dict[str, Any], data: Data, options: TrainOptions, meter: Meter, group: ProcessGroup
 ) -> Classifier:
     labels = [record.label for record in data.train.records]
     steps = options.epochs * -(-len(data.train) // options.accumulate)
@@ -255,7 +255,7 @@ def _module(
         steps=steps,
         class_weights=balanced_weights(labels, len(data.classes)) if options.class_weights else None,
         meter=meter,
-        team=team,
+        group=group,
     )
 
 
@@ -265,17 +265,17 @@ def _run(
     options: TrainOptions,
     out: Path,
     meter: Meter,
-    team: Team,
+    group: ProcessGroup,
     stored: dict[str, Any] | None,
 ) -> None:
-    checkpoints = Checkpoints(out, team)
-    callbacks: list[Callback] = [EpochLog(out, meter, team), checkpoints]
+    checkpoints = Checkpoints(out, group)
+    callbacks: list[Callback] = [EpochLog(out, meter, group), checkpoints]
     if options.patience is not None and len(data.val):
         # NaN never occurs: val_score falls back on the loss.
         callbacks.insert(0, EarlyStopping("val_score", mode="max", patience=options.patience, verbose=False))
     # Images that vary from epoch to epoch are told which one it is.
     tell = getattr(data.train, "set_epoch", None)
-    sampler = EpochSampler(len(data.train), options.seed, team=team, on_epoch=tell)
+    sampler = EpochSampler(len(data.train), options.seed, group=group, on_epoch=tell)
     if stored is not None:
         sampler.epoch, sampler.skip = stored["gigamorph"]["position"]
     with warnings.catch_warnings():
@@ -284,14 +284,14 @@ def _run(
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         trainer = pl.Trainer(
             accelerator="gpu" if options.device.startswith("cuda") else "cpu",
-            # Lightning sees one process of its own everywhere; what several have in common is the team's.
+            # Lightning sees one process of its own everywhere; what several have in common is the group's.
             devices=[torch.cuda.current_device()] if options.device.startswith("cuda") else 1,
             max_epochs=options.epochs,
-            accumulate_grad_batches=options.accumulate // team.at_once,
+            accumulate_grad_batches=options.accumulate // group.at_once,
             precision=PRECISIONS[options.precision],  # type: ignore[arg-type]
             gradient_clip_val=1.0,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(team.leads)],
+            plugins=[AtomicCheckpointIO(group.leads)],
             default_root_dir=out,
             logger=False,
             enable_progress_bar=False,
@@ -301,7 +301,7 @@ def _run(
             use_distributed_sampler=False,
         )
         train = DataLoader(cast(Any, data.train), sampler=sampler, collate_fn=list)
-        shared = team.share(range(len(data.val)))
+        shared = group.share(range(len(data.val)))
         val = DataLoader(cast(Any, data.val), sampler=shared, collate_fn=list) if shared else None
         try:
             if stored is None:
@@ -328,7 +328,7 @@ def _check(data: Data) -> None:
                 )
 
 
-def _record(data: Data, options: TrainOptions, team: Team) -> dict[str, Any]:
+def _record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[str, Any]:
     # The last two parts of a path: the folder may have moved when a run is resumed.
     split = {
         name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in images.records]
@@ -337,7 +337,7 @@ def _record(data: Data, options: TrainOptions, team: Team) -> dict[str, Any]:
     return {
         "format": 1,
         "options": asdict(options),
-        "images_at_once": team.at_once,
+        "images_at_once": group.at_once,
         "classes": list(data.classes),
         "channels": data.channels,
         "preprocessing": data.preprocessing,

@@ -17,9 +17,9 @@ from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate import odds
 from ..models.compat import make_torchvision_importable
+from ..parallel.process_group import ProcessGroup
 from .metrics import Prediction, scores
 from .progress import Meter
-from .team import Team
 
 make_torchvision_importable()
 
@@ -37,7 +37,7 @@ class Classifier(pl.LightningModule):
         record: what the checkpoint says of the run: plain containers, numbers and texts only.
         class_weights: (classes,) or None; weights of the loss.
         steps: optimizer steps of the whole run, for the cosine schedule.
-        team: the processes that train together. If each has images of its own, gradients are averaged over them at
+        group: the processes that train together. If each has images of its own, gradients are averaged over them at
             each optimizer step.
     """
 
@@ -54,13 +54,13 @@ class Classifier(pl.LightningModule):
         steps: int = 1,
         class_weights: Sequence[float] | None = None,
         meter: Meter | None = None,
-        team: Team | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.net = net
-        self._team = team or Team()
+        self._group = group or ProcessGroup()
         # Not one of this module's children, among whose parameters those of the network would be twice.
-        self.__dict__["_averaged"] = _averaged(net) if self._team.at_once > 1 else None
+        self.__dict__["_averaged"] = _averaged(net) if self._group.at_once > 1 else None
         self.record = record
         self.seed, self.lr, self.weight_decay, self.steps = seed, lr, weight_decay, steps
         self._class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
@@ -94,13 +94,13 @@ class Classifier(pl.LightningModule):
             raise BudgetError(f"{batch[0]['record'].path}: {error}") from error
 
     def training_step(self, batch: Sequence[dict[str, Any]], batch_idx: int) -> Tensor:
-        number = batch_idx * self._team.at_once + self._team.turn
+        number = batch_idx * self._group.at_once + self._group.turn
         seed = np.random.SeedSequence([self.seed, self.current_epoch, number]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         with self._accumulating(batch_idx):
             logits, labels = self._logits(batch)
         loss = self.loss(logits, labels)
-        if not self._team.counts(batch_idx, len(self.trainer.train_dataloader.dataset)):  # pyright: ignore
+        if not self._group.counts(batch_idx, len(self.trainer.train_dataloader.dataset)):  # pyright: ignore
             return loss * 0  # an image that this process repeats while others have their last
         self.training_losses.append(loss.item())
         return loss
@@ -112,12 +112,12 @@ class Classifier(pl.LightningModule):
         return contextlib.nullcontext() if self._averaged is None or last else self._averaged.no_sync()
 
     def on_validation_start(self) -> None:
-        if self._team.at_once > 1:  # each process has statistics of its own images; the first one's are stored
+        if self._group.at_once > 1:  # each process has statistics of its own images; the first one's are stored
             for buffer in self.net.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: Sequence[dict[str, Any]], batch_idx: int) -> None:
-        if not self._team.counts(batch_idx, len(self.trainer.val_dataloaders.dataset)):  # pyright: ignore
+        if not self._group.counts(batch_idx, len(self.trainer.val_dataloaders.dataset)):  # pyright: ignore
             return
         logits, labels = self._logits(batch)
         for item, row, label in zip(batch, logits, labels, strict=True):
@@ -126,8 +126,8 @@ class Classifier(pl.LightningModule):
             self.validation_losses.append(self.loss(row[None], label[None]).item())
 
     def on_validation_epoch_end(self) -> None:
-        found = scores(self._team.in_order(self.validated))
-        losses = self._team.in_order(self.validation_losses)
+        found = scores(self._group.in_order(self.validated))
+        losses = self._group.in_order(self.validation_losses)
         loss = float(np.mean(losses)) if losses else math.nan
         score = -loss if found["auc_image"] is None else float(found["auc_image"])
         # One class alone has no AUC; the loss then decides which epoch was best.
@@ -149,22 +149,23 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        per_step = self.trainer.accumulate_grad_batches * self._group.at_once
         checkpoint["gigamorph"] = {
             **self.record,
             "position": list(self.position),
-            "training_losses": self._team.in_order(self.training_losses),
+            "training_losses": self._group.in_order(self.training_losses),
             # Inside an accumulation the gradients so far are part of the state.
             "gradients": {
-                name: self._team.mean(p.grad.detach()).cpu()
+                name: self._group.mean(p.grad.detach()).cpu()
                 for name, p in self.net.named_parameters()
-                if p.grad is not None and self.position[1] % (self.trainer.accumulate_grad_batches * self._team.at_once)
+                if p.grad is not None and self.position[1] % per_step
             },
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint["gigamorph"]
         self.position = (stored["position"][0], stored["position"][1])
-        self.training_losses = list(stored["training_losses"][self._team.turn :: self._team.at_once])
+        self.training_losses = list(stored["training_losses"][self._group.turn :: self._group.at_once])
         self._gradients = stored["gradients"]
 
     def on_train_start(self) -> None:

@@ -1,4 +1,4 @@
-"""Several processes that train together, against one; and who has which image."""
+"""Several processes that train together, against one."""
 
 from __future__ import annotations
 
@@ -12,43 +12,21 @@ from exactness import errors
 from processes import in_processes
 from training import run
 
+from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import TrainOptions
 from gigamorph.engine.train.progress import Meter
 from gigamorph.engine.train.sampler import EpochSampler
-from gigamorph.engine.train.team import Team
 
 SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, lr=3e-3, seed=5, split_image=True)
 OWN = replace(SPLIT, model="training:normed", accumulate=8, split_image=False)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 9])
-@pytest.mark.parametrize("images", [1, 7, 8])
-def test_each_image_is_of_one_process(size, images):
-    order = list(range(100, 100 + images))
-    teams = [Team(rank, size) for rank in range(size)]
-    shares = [team.share(order) for team in teams]
-    assert len({len(share) for share in shares}) == 1 and {i for share in shares for i in share} == set(order)
-    counted = [
-        image
-        for number in range(len(shares[0]))
-        for team, share in zip(teams, shares, strict=True)
-        if team.counts(number, images)
-        for image in [share[number]]
-    ]
-    assert counted == order
-    assert teams[0].done(len(shares[0]), images) == images
-
-
-def test_an_image_that_is_split_is_of_all():
-    assert [Team(rank, 3, split=True).share([4, 2, 9]) for rank in range(3)] == [[4, 2, 9]] * 3
-
-
 def test_the_shares_of_an_epoch_go_on_where_it_was_interrupted():
     whole = list(EpochSampler(13, 5, 3))
-    parts = [list(EpochSampler(13, 5, 3, 8, Team(rank, 4))) for rank in range(4)]
+    parts = [list(EpochSampler(13, 5, 3, 8, ProcessGroup(rank, 4))) for rank in range(4)]
     assert [image for turn in zip(*parts, strict=True) for image in turn][:5] == whole[8:]
-    assert len(EpochSampler(13, 5, team=Team(1, 4))) == 4
+    assert len(EpochSampler(13, 5, group=ProcessGroup(1, 4))) == 4
 
 
 def test_progress_counts_the_images_of_all():

@@ -1,4 +1,4 @@
-"""Several processes of one machine that train together, and the group in which processes meet."""
+"""Several processes of one machine that train together, and the process group in which they meet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def group(device: str, meeting: str = "env://") -> Iterator[None]:
+def process_group(device: str, meeting: str = "env://") -> Iterator[None]:
     """The process group of launched processes: gloo for the CPU, NCCL for GPUs, of which each process gets one.
 
     Args:
@@ -125,7 +125,7 @@ def _child(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
     torch.set_num_threads(threads)
     try:
-        with group(device, meeting):
+        with process_group(device, meeting):
             function(*args)
     except KeyboardInterrupt:
         _end(130)

@@ -1,4 +1,4 @@
-"""The processes that train together: which images each has, and what they have to agree on."""
+"""The processes of a group that train together: which images each has, and what they have to agree on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch import distributed as dist
 
-from ..parallel.processes import world
+from .processes import world
 
 T = TypeVar("T")
 _NOTHING: Any = object()
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """This process among those that train together.
 
     Either each has an image of its own at a time and the gradients are averaged, or all of them share one (`split`).
@@ -29,7 +29,7 @@ class Team:
     split: bool = False
 
     @classmethod
-    def here(cls, split: bool) -> Team:
+    def here(cls, split: bool) -> ProcessGroup:
         """This process in the group of `torch.distributed`; alone without one."""
         return cls(dist.get_rank() if world() > 1 else 0, world(), split)
 
