@@ -58,21 +58,16 @@ def explain(
     """
     from ..engine.errors import DataError
     from ..engine.explain import explain as run
-    from ..engine.train.checkpoint import load_checkpoint
-    from ..engine.train.fit import restore_network
-    from ..engine.train.inputs import images as open_images
+    from ..engine.recipes.networks import open_classifier
     from ..engine.train.inputs import prediction_records
     from ..engine.train.progress import Meter
     from .progress import ProgressView
 
-    stored = load_checkpoint(checkpoint)
-    record = stored["gigamorph"]
-    classes = record["classes"]
+    net, classes, open_images = open_classifier(checkpoint, memory_budget=memory_budget, device=device)
     if name is not None and name not in classes:
         raise DataError(f"{checkpoint}: has no class {name!r}; there are {', '.join(classes)}")
-    net = restore_network(stored, memory_budget=memory_budget, device=device)
     records = prediction_records(images, classes, check_files=not skip_bad)
-    data = open_images(records, record["channels"], record["preprocessing"])
+    data = open_images(records)
     with ProgressView(device=device) as view:
         meter = Meter(view)
         net.on_tile = meter.on_tile

@@ -30,26 +30,25 @@ def predict(
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
 
+    A recipe's checkpoints serve as well where they hold a classifier of whole images: those of
+    morphhr and end2end, and the fine-tuned networks of dvme.
+
     IMAGES are image files, folders, or a csv with a column image_path. predictions.csv gets a line as soon as an image
     is done; breasts.csv has the mean of the views of each breast. A damaged image ends the command with an error that
     names it, unless --skip-bad; what was computed stays.
 
     Example: gigamorph predict run/best.ckpt exam1.dcm exam2.dcm --heatmaps --out predictions
     """
-    from ..engine.train.checkpoint import load_checkpoint
-    from ..engine.train.fit import restore_network
-    from ..engine.train.inputs import images as open_images
+    from ..engine.recipes.networks import open_classifier
     from ..engine.train.inputs import prediction_records
     from ..engine.train.metrics import scores
     from ..engine.train.predict import predict as run
     from ..engine.train.progress import Meter
     from .progress import ProgressView
 
-    stored = load_checkpoint(checkpoint)
-    record = stored["gigamorph"]
-    net = restore_network(stored, memory_budget=memory_budget, device=device)
-    records = prediction_records(images, record["classes"], check_files=not skip_bad)
-    data = open_images(records, record["channels"], record["preprocessing"])
+    net, classes, open_images = open_classifier(checkpoint, memory_budget=memory_budget, device=device)
+    records = prediction_records(images, classes, check_files=not skip_bad)
+    data = open_images(records)
     with ProgressView(device=device) as view:
         meter = Meter(view)
         net.on_tile = meter.on_tile
@@ -57,7 +56,7 @@ def predict(
             net,
             data,
             out,
-            record["classes"],
+            classes,
             heatmaps=heatmaps,
             skip_bad=skip_bad,
             identifiers=identifiers,

@@ -54,7 +54,8 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
     if not synthetic:
         click.echo(default_text(name), nl=False)
         return 0
-    from ..engine.recipes.recipe import Run, show_claim
+    from ..engine.recipes.recipe import show_claim
+    from ..engine.train.run import Run
     from .progress import ProgressView
 
     folder = Path(out or f"recipe-{name}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from . import options
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
     from ..engine.train.fit import Data, TrainOptions
+    from ..engine.train.run import Run
 
 
 @click.command()
@@ -35,14 +38,14 @@ if TYPE_CHECKING:
 @click.option("--accumulate", type=click.IntRange(1), default=8, show_default=True, help="Images per optimizer step.")
 @options.precision
 @click.option("--class-weights", is_flag=True, help="Weigh classes in the loss by the inverse of their frequency.")
-@click.option("--patience", type=click.IntRange(1), help="Stop after so many epochs without a better validation AUC.")
+@click.option("--patience", type=click.IntRange(1), help="Stop after this many epochs without a better validation AUC.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @options.device
 @click.option(
     "--devices",
     type=click.IntRange(1),
     metavar="N",
-    help="Train on so many GPUs, or in so many processes on the CPU: an image on each at a time, gradients averaged.",
+    help="Train on this many GPUs, or processes on the CPU: an image on each at a time, gradients averaged.",
 )
 @click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped.")
@@ -67,7 +70,7 @@ def train(
     lr: float,
     weight_decay: float,
     accumulate: int,
-    precision: str,
+    precision: Any,
     class_weights: bool,
     patience: int | None,
     seed: int,
@@ -86,27 +89,30 @@ def train(
     Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU.
 
     With --recipe the model, its images and the stages of its training stand in --config; of the other options only
-    --memory-budget, --precision (fp32 or bf16), --seed, --device and --resume are taken.
+    --memory-budget, --precision, --seed, --device, --devices, --split-image and --resume are taken.
 
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
-    if recipe is not None:
-        _refuse_others(ctx, precision)
-        _train_recipe(recipe, config, data, out, memory_budget, precision, seed, device, resume)
-        return
-    if config is not None:
+    if config is not None and recipe is None:
         raise click.UsageError("--config is a recipe's; name the recipe with --recipe")
+    if recipe is not None:
+        _refuse_others(ctx)
+    count = _count_processes(devices, split_image)
+    if recipe is not None:
+        from ..engine.recipes import get_recipe
+        from ..engine.recipes.config import load_config
+        from ..engine.train.run import Run
+
+        kind = get_recipe(recipe).config
+        settings = kind() if config is None else load_config(config, kind)
+        run = Run(Path(out), seed, device, memory_budget, resume, precision)
+        _start(_train_recipe, count, device, recipe, settings, data, run, split_image)
+        return
     from ..engine.images.pixels import Normalize
-    from ..engine.parallel import launch
     from ..engine.train.fit import TrainOptions
     from ..engine.train.inputs import training_data
 
-    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
-    if devices not in (None, there):
-        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
-    if split_image and there == 1 and not launch.launched():
-        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
     images = training_data(
         data,
         channels=channels,
@@ -132,13 +138,31 @@ def train(
         device=device,
         split_image=split_image,
     )
+    _start(_train, count, device, images, chosen, out, resume)
+
+
+def _count_processes(devices: int | None, split_image: bool) -> int:
+    from ..engine.parallel import launch
+
+    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
+    if devices not in (None, there):
+        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
+    if split_image and there == 1 and not launch.launched():
+        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
+    return there
+
+
+def _start(function: Callable[..., None], count: int, device: str, *args: Any) -> None:
+    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones."""
+    from ..engine.parallel import launch
+
     if launch.launched():
         with launch.process_group(device):
-            _train(images, chosen, out, resume)
-    elif there > 1:
-        launch.launch(_train, there, device, images, chosen, out, resume)
+            function(*args)
+    elif count > 1:
+        launch.launch(function, count, device, *args)
     else:
-        _train(images, chosen, out, resume)
+        function(*args)
 
 
 def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
@@ -175,10 +199,22 @@ def _scores(found: dict[str, float | int | None]) -> str:
     )
 
 
-_OF_RECIPES = {"data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "resume"}
+_OF_RECIPES = {
+    "data",
+    "out",
+    "recipe",
+    "config",
+    "memory_budget",
+    "precision",
+    "seed",
+    "device",
+    "devices",
+    "split_image",
+    "resume",
+}
 
 
-def _refuse_others(ctx: click.Context, precision: str) -> None:
+def _refuse_others(ctx: click.Context) -> None:
     """What a recipe's configuration says cannot be said by an option as well."""
     given = [
         p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) is not ParameterSource.DEFAULT
@@ -186,45 +222,25 @@ def _refuse_others(ctx: click.Context, precision: str) -> None:
     others = [p.opts[0] for p in given if p.name not in _OF_RECIPES]
     if others:
         raise click.UsageError(f"{', '.join(others)} cannot go with --recipe; it stands in the recipe's --config")
-    if precision == "fp16":
-        raise click.UsageError("recipes train in fp32 or bf16")
 
 
-def _train_recipe(
-    name: str,
-    config: str | None,
-    data: str,
-    out: str,
-    memory_budget: int | None,
-    precision: Any,
-    seed: int,
-    device: str,
-    resume: bool,
-) -> None:
+def _train_recipe(name: str, config: Any, data: str, run: Run, split_image: bool) -> None:
+    """Run a recipe in this process, alone or as one of several, of which the first reports."""
+    from ..engine.parallel.process_group import ProcessGroup
     from ..engine.recipes import get_recipe
-    from ..engine.recipes.config import load_config
-    from ..engine.recipes.recipe import Run
     from .progress import ProgressView
     from .table import show_rows
 
-    recipe = get_recipe(name)
-    chosen = recipe.config() if config is None else load_config(config, recipe.config)
+    run = replace(run, group=ProcessGroup.here(split_image))
+    if not run.group.leads:
+        get_recipe(name).train(Path(data), config, run)
+        return
     try:
-        with ProgressView(device=device) as view:
-            run = Run(
-                Path(out),
-                seed=seed,
-                device=device,
-                memory_budget=memory_budget,
-                resume=resume,
-                precision=precision,
-                report=view,
-                say=view.say,
-            )
-            metrics = recipe.train(Path(data), chosen, run)
+        with ProgressView(device=run.device) as view:
+            metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
     except KeyboardInterrupt:
-        click.echo(f"stopped; the same command with --resume goes on from what is in {out}", err=True)
+        click.echo(f"stopped; the same command with --resume goes on from what is in {run.out}", err=True)
         raise
     plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
     show_rows([{"measure": key, "value": value} for key, value in plain.items()])
-    click.echo(f"{out}/metrics.json has all of it")
+    click.echo(f"{run.out}/metrics.json has all of it")

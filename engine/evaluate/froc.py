@@ -95,7 +95,7 @@ def curve(one: Events, weights: Array | None = None) -> tuple[Array, Array]:
 
 
 def sensitivity_at(false: Array, sensitivity: Array, rate: float) -> Array:
-    """Sensitivity (b,) of the lowest threshold with at most so many false marks per image; no interpolation."""
+    """Sensitivity (b,) of the lowest threshold with at most this many false marks per image; no interpolation."""
     last = (false <= rate + _SLACK).sum(1) - 1
     return np.take_along_axis(sensitivity, last[:, None], 1)[:, 0]
 

@@ -190,7 +190,7 @@ def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
 
 
 def measure_mean(cases: Cases, resamples: Resamples) -> Measure:
-    """The mean AUC over the outputs: classes each against the rest (macro), or labels. Undefined ones are left out."""
+    """The mean AUC over the outputs: classes each against the rest (macro), or labels. Undefined ones are omitted."""
     value, areas = roc.labelwise_auc(cases.truth, cases.scores)
     used = [column for column, area in enumerate(areas) if area is not None]
     left_out = [cases.outputs[c] for c in range(len(areas)) if c not in used]

@@ -15,7 +15,7 @@ from .bootstrap import Resamples
 from .cases import Cases
 from .curves import WeightedCurves, rates
 
-_BAND = 500  # resamples behind the band of a curve
+_BAND = 500  # resamples for the band of a curve
 
 
 def png(figure: Figure) -> bytes:

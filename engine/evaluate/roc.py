@@ -39,7 +39,7 @@ def macro_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
         scores: (n, classes), each column larger for its class. Of two columns the second alone counts.
 
     Returns:
-        None where fewer than two classes occur; classes that do not occur are left out of the mean.
+        None where fewer than two classes occur; classes that do not occur are omitted from the mean.
     """
     truth, values = np.asarray(labels), np.asarray(scores)
     if len(np.unique(truth)) < 2:

@@ -15,7 +15,7 @@ from ..errors import BudgetError, DataError, GigamorphError
 from ..files import write_atomically
 from ..images.pixels import as_stored
 from ..images.writers import write_tiff
-from ..train.fit import Images
+from ..train.classify import Images
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.predict import unique_name
 from ..train.progress import Meter

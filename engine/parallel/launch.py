@@ -60,7 +60,7 @@ def need_gpus(number: int) -> None:
 
 
 def launch(function: Callable[..., Any], number: int, device: str, *args: Any) -> None:
-    """Call `function(*args)` in so many processes of this machine, which form a process group.
+    """Call `function(*args)` in `number` processes of this machine, which form a process group.
 
     When one fails, all end. A first Ctrl-C is passed on to each, and they end as they see fit; a second one ends them.
 
@@ -130,7 +130,7 @@ def _child(
     except KeyboardInterrupt:
         _end(130)
     except Exception as error:
-        # The processes that waited for this one fail behind it, and put in their errors behind this one.
+        # The processes that waited for this one fail after it, and put their errors after this one.
         known = isinstance(error, GigamorphError)
         errors.put(error if known else RuntimeError(f"process {rank} failed:\n{traceback.format_exc()}"))
         _end(2)

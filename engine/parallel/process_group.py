@@ -48,7 +48,7 @@ class ProcessGroup:
         return 0 if self.split else self.rank
 
     def share(self, order: Sequence[int]) -> list[int]:
-        """This process's images of an order: every so manieth.
+        """This process's images of an order: one in `at_once`.
 
         All processes have equally many, for they wait for each other; those that would have one less repeat one, which
         `counts` tells.
@@ -61,7 +61,7 @@ class ProcessGroup:
         return number * self.at_once + self.turn < images
 
     def done(self, number: int, images: int) -> int:
-        """Images that are done when each process has done so many."""
+        """Images that are done when each process has done this many."""
         return min(number * self.at_once, images)
 
     def all(self, mine: T) -> list[T]:

@@ -11,7 +11,7 @@ from ..datasets.tables import Record
 from ..evaluate import Cases
 from ..tiling.memory import format_bytes, peak_bytes
 from ..train.card import Card, write_card
-from .recipe import Run
+from ..train.run import Run
 
 
 def recipe_card(

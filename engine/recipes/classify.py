@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from ..accelerate import accelerate
 from ..datasets.splits import assign_splits
 from ..datasets.tables import SPLITS, Record, read_table
-from ..errors import BudgetError, DataError
+from ..errors import DataError
 from ..evaluate.cases import Array, Cases
 from ..evaluate.roc import labelwise_auc
-from ..train.fit import Images
-from .loop import Task
+from ..train.classify import Images, logits_of_items, tell_epoch
+from ..train.task import Task
+from .config import to_plain
 from .tta import PLAIN, predict
 
 
@@ -121,6 +122,15 @@ def require_both(parts: dict[str, list[Record]], target: Target) -> None:
                 raise DataError(f"split {split} {what}; give it patients of both kinds, or leave the column split out")
 
 
+def classifier_record(recipe: str, config: Any, target: Target, **more: Any) -> dict[str, Any]:
+    """What a checkpoint says of a recipe's classifier, for `open_classifier`; nothing of a network of labels."""
+    if target.kind == "labels":
+        return {}
+    # A checkpoint is passed on: it names no files and tells nothing of patients.
+    plain = to_plain(config, omit=("weights", "start", "patients"))
+    return {"recipe": recipe, "classes": list(target.names), "config": plain, **more}
+
+
 class ImageTask(Task):
     """A network trained on whole images of any size, inside a memory budget.
 
@@ -130,6 +140,8 @@ class ImageTask(Task):
         val: images that choose the best epoch, by the mean area under the ROC curves.
         balanced: see `Target.loss`.
         batch: images that are predicted at a time.
+        record: what checkpoints say of the network.
+        split: whether the processes of a group share each image.
     """
 
     def __init__(
@@ -142,25 +154,21 @@ class ImageTask(Task):
         memory_budget: int | None = None,
         balanced: bool = False,
         batch: int = 1,
+        record: Mapping[str, Any] | None = None,
+        split: bool = False,
     ) -> None:
         self.module, self.train, self.val, self.target = module, train, val, target
-        self.balanced, self.batch = balanced, batch
-        self.net = accelerate(module, memory_budget=memory_budget)
+        self.balanced, self.batch, self.record = balanced, batch, record or {}
+        self.net = accelerate(module, memory_budget=memory_budget, split=split)
         self.net.on_tile = lambda event: self.meter.on_tile(event)
 
     def examples(self, epoch: int) -> Any:
-        tell = getattr(self.train, "set_epoch", None)
-        if tell is not None:
-            tell(epoch)
+        tell_epoch(self.train, epoch)
         return self.train
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
-        images = [item["image"] for item in batch]
-        self.meter.image(sum(image.shape[-2] * image.shape[-1] for image in images) // len(images))
-        try:
-            logits = self.net(images)
-        except BudgetError as error:  # the larger images of a set may not fit
-            raise BudgetError(f"{batch[0]['record'].path}: {error}") from error
+        self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))
+        logits = logits_of_items(self.net, batch)
         truth = self.target.truth([item["record"] for item in batch])
         return self.target.loss(logits, truth, balanced=self.balanced)
 
@@ -168,6 +176,11 @@ class ImageTask(Task):
         return auc_of(self.predict(self.val))[0]
 
     def predict(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Cases:
-        """What the network says of images, averaged over mirrored ones; it must be in evaluation mode."""
+        """What the network says of images, averaged over mirrored ones; it must be in evaluation mode.
+
+        A collective of the process group.
+        """
+        own = range(self.group.turn, len(images), self.group.at_once)
         labels = self.target.kind == "labels"
-        return self.target.cases(images.records, predict(self.net, images, flips, labels=labels, batch=self.batch))
+        rows = predict(self.net, images, own, flips, labels=labels, batch=self.batch)
+        return self.target.cases(images.records, np.array(self.group.in_order(list(rows))))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,7 +20,7 @@ def default_text(name: str) -> str:
 
 
 def load_config(path: str | Path, cls: type[T]) -> T:
-    """A configuration from a TOML file; what the file leaves out is as published.
+    """A configuration from a TOML file; what the file omits is as published.
 
     Raises:
         GigamorphError: the file is missing or no TOML, a key is unknown, or a value is of another type; in one line
@@ -39,6 +40,22 @@ def parse_config(text: str, cls: type[T], source: str) -> T:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise GigamorphError(f"{source}: is no TOML: {error}") from error
+    return _build(cls, values, source, "")
+
+
+def to_plain(config: Any, omit: Sequence[str] = ()) -> dict[str, Any]:
+    """A configuration as plain containers, numbers and texts, which `from_plain` takes, without some of its keys."""
+    return _plain(asdict(config), omit)
+
+
+def _plain(value: Any, omit: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(own, omit) for key, own in value.items() if own is not None and key not in omit}
+    return [_plain(own, omit) for own in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(values: dict[str, Any], cls: type[T], source: str) -> T:
+    """The inverse of `to_plain`; `source` is what messages call it."""
     return _build(cls, values, source, "")
 
 
@@ -66,7 +83,7 @@ def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
             raise GigamorphError(f"{source}: key '{key}' is {value!r}; take one of {', '.join(map(str, choices))}")
         return value
     if origin in (Union, UnionType):
-        # TOML has no null: a key that may be None is left out for it.
+        # TOML has no null: a key that may be None is omitted for it.
         [wanted] = [t for t in get_args(wanted) if t is not NoneType]
         return _value(wanted, value, source, key)
     if origin is tuple and isinstance(value, list):

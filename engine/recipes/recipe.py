@@ -5,40 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from torch import nn
 
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..train.checkpoint import versions
-from ..train.progress import Report
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where, and with what, a recipe runs."""
-
-    out: Path
-    seed: int = 0
-    device: str = "cpu"
-    memory_budget: int | None = None
-    """Bytes of a step; None lets the engine take what is free."""
-    resume: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-    report: Report | None = None
-    """Called while it works, for a progress bar."""
-    say: Callable[[str], None] = _silent
-    """Called with a line for people."""
-
-    def part(self, name: str) -> Run:
-        """The run of a part of the recipe, in a folder of its own."""
-        return replace(self, out=self.out / name)
+from ..train.classify import Images
+from ..train.run import Run
 
 
 @dataclass(frozen=True)
@@ -70,6 +48,8 @@ class Recipe:
     """(table, config, run) -> metrics, plain values; writes into run.out."""
     synthetic: Callable[[Run, Sequence[int]], Claim]
     """(run, seeds) -> what the synthetic task shows."""
+    restore: Callable[[dict[str, Any]], tuple[nn.Module, Callable[[Sequence[Record]], Images]]] | None = None
+    """(record of a checkpoint) -> its classifier of whole images, without weights, and what opens images for it."""
 
 
 def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> None:
@@ -91,6 +71,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
     if not run.resume:
         if path.exists():
             raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
+        run.group.wait()  # all have seen the folder as it was
         text = json.dumps({**note, "versions": versions()}, indent=1) + "\n"
         write_atomically(path, lambda p: p.write_text(text), "run's record")
         return

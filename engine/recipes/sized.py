@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..datasets.dataset import ImageDataset
 from ..datasets.views import DownsampledSource
 from ..errors import GigamorphError
-from ..images.pixels import PixelSource
+from ..images.affine import Affine, Map
+from ..images.pixels import PixelSource, as_stored, check_region, steps_of, to_original
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,57 @@ class Size:
         return not self.resize and not self.crop
 
 
+class SizedSource:
+    """An image at a recipe's size, which is small: it is read as a whole and held."""
+
+    def __init__(self, source: PixelSource, size: Size) -> None:
+        self.source, self.size, self.name = source, size, source.name
+        self._image, self._place = _sized(source, size)
+        self.shape = (self._image.shape[0], self._image.shape[1], self._image.shape[2])
+
+    @property
+    def to_original(self) -> Map:
+        """From this image's coordinates to those of the file."""
+        return to_original(self.source) @ self._place
+
+    @property
+    def as_stored(self) -> PixelSource:
+        """The same image in the geometry of its file."""
+        return as_stored(self.source)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What was applied, in order."""
+        return (*steps_of(self.source), f"resized and cropped to {self.shape[1]} x {self.shape[2]} pixels")
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        return self._image[:, top:bottom, left:right].clone()
+
+
+class SizedImages(ImageDataset):
+    """Images at a recipe's size."""
+
+    size = Size()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return item if self.size.native else {**item, "image": SizedSource(item["image"], self.size)}
+
+
 def read_sized(source: PixelSource, size: Size) -> Tensor:
     """The whole image at that size: float32 (C, H, W).
 
     Large images are averaged over whole blocks of pixels first, region by region, and then resized bilinearly with
     anti-aliasing.
     """
+    return _sized(source, size)[0]
+
+
+def _sized(source: PixelSource, size: Size) -> tuple[Tensor, Affine]:
+    """The image at that size, and the map from its coordinates to those of the source."""
     _, height, width = source.shape
+    place = Affine()
     if size.resize:
         wanted = size.resize
         if len(wanted) == 1:
@@ -52,14 +99,15 @@ def read_sized(source: PixelSource, size: Size) -> Tensor:
         _, height, width = source.shape
         image = source.read(0, height, 0, width)[None]
         image = F.interpolate(image, wanted, mode="bilinear", antialias=True, align_corners=False)[0]
+        place = Affine.scale(factor * width / wanted[1], factor * height / wanted[0])
     else:
         image = source.read(0, height, 0, width)
     if not size.crop:
-        return image
+        return image, place
     top, left = (image.shape[1] - size.crop) // 2, (image.shape[2] - size.crop) // 2
     if top < 0 or left < 0:
         raise GigamorphError(
             f"{source.name}: {image.shape[1]} x {image.shape[2]} pixels are less than crop = {size.crop}; "
             "make resize larger"
         )
-    return image[:, top : top + size.crop, left : left + size.crop]
+    return image[:, top : top + size.crop, left : left + size.crop], place @ Affine.shift(left, top)

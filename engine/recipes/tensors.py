@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loop import Task
+from ..train.task import Task
 
 Measure = Callable[[Tensor, Tensor], float | None]
 """(labels (n,), logits (n, classes)) -> larger is better; None where it is not defined."""

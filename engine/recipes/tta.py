@@ -12,7 +12,7 @@ import torch
 from ..datasets.views import MirroredSource
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
-from ..train.fit import Images
+from ..train.classify import Images
 
 PLAIN = ((False, False),)
 FLIPS = ((False, False), (True, False), (False, True), (True, True))
@@ -22,24 +22,24 @@ FLIPS = ((False, False), (True, False), (False, True), (True, True))
 def predict(
     net: Callable[[Any], Any],
     images: Images,
+    numbers: Sequence[int],
     flips: Sequence[tuple[bool, bool]] = PLAIN,
     *,
     labels: bool = False,
     batch: int = 1,
-    done: Callable[[int], object] | None = None,
 ) -> Array:
     """Log-odds (images, outputs) of each output, from the mean of its probabilities over mirrored images.
 
     Args:
         net: a list of pixel sources -> logits (images, outputs); in evaluation mode.
+        numbers: of the images to predict.
         labels: outputs are labels, each with a sigmoid of its own; classes, with a softmax, otherwise.
         batch: images that are computed at a time.
-        done: called with each batch's number of pixels.
     """
     found = []
     with torch.no_grad():
-        for first in range(0, len(images), batch):
-            sources = [images[i]["image"] for i in range(first, min(first + batch, len(images)))]
+        for first in range(0, len(numbers), batch):
+            sources = [images[i]["image"] for i in numbers[first : first + batch]]
             seen = []
             for left_right, up_down in flips:
                 mirrored = left_right or up_down
@@ -47,9 +47,7 @@ def predict(
                 seen.append(net(views).double().cpu().numpy())
             logits = np.stack(seen)
             found.append(odds.mean(logits if labels else odds.of_logits(logits)))
-            if done is not None:
-                done(sum(source.shape[-2] * source.shape[-1] for source in sources))
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.empty((0, 0))
 
 
 def averaged(members: Sequence[Cases]) -> Cases:

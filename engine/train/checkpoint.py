@@ -31,11 +31,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), "checkpoint")
 
 
-def load_checkpoint(path: str | Path, key: str = "gigamorph") -> dict[str, Any]:
-    """Read a gigamorph checkpoint, told by an entry of it, without running any code in it.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a gigamorph checkpoint without running any code in it.
 
     Raises:
-        DataError: if it cannot be read or is not a checkpoint of ``gigamorph train``.
+        DataError: if it cannot be read or is not a checkpoint of `run_stages`.
     """
     path = Path(path)
     try:
@@ -44,7 +44,7 @@ def load_checkpoint(path: str | Path, key: str = "gigamorph") -> dict[str, Any]:
         raise DataError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has many errors for a damaged file
         raise DataError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or key not in checkpoint:
+    if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
     return checkpoint
 

@@ -1,10 +1,10 @@
-"""The files that show how a run went: log.csv, curves.png, roc.png."""
+"""The pictures that show how a run went: curves.png, roc.png."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,16 +14,8 @@ from .checkpoint import write_atomically
 from .metrics import Prediction
 
 
-def write_log(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """``log.csv`` with one line per epoch, and the curves in ``curves.png``; both are replaced as a whole."""
-
-    def table(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(folder / "log.csv", table, "log")
+def write_curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The curves of a log's rows, in ``curves.png``."""
     save_figure(_curves(rows), folder / "curves.png")
 
 
@@ -32,7 +24,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda p: figure.savefig(p, dpi=110, bbox_inches="tight"), "picture")
 
 
-def _curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.4))
     loss, score = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]

@@ -1,41 +1,29 @@
-"""Train a classifier at native resolution: Lightning's loop around an accelerated network."""
+"""Train a classifier at native resolution: what `gigamorph train` does."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 from ..accelerate import Accelerated, accelerate
-from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..models import create_model
-from ..models.compat import make_torchvision_importable
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
-from .callbacks import Checkpoints, EpochLog, InterruptedTraining
 from .card import Card, write_card
-from .checkpoint import AtomicCheckpointIO, load_checkpoint, versions, write_atomically
+from .checkpoint import load_checkpoint, versions, write_atomically
+from .classify import Classification, Images, balanced_weights
+from .loop import run_stages
 from .metrics import Prediction, as_cases, scores
-from .module import Classifier, balanced_weights, prediction
-from .progress import Meter, Report
-from .sampler import EpochSampler
-
-make_torchvision_importable()
-
-import lightning.pytorch as pl  # noqa: E402
-from lightning.pytorch.callbacks import Callback, EarlyStopping  # noqa: E402
-
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+from .progress import Report
+from .run import Run
+from .stages import Stage
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class TrainOptions:
     weight_decay: float = 1e-4
     accumulate: int = 8
     """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     class_weights: bool = False
     patience: int | None = None
     """Epochs without a better validation score after which the run ends."""
@@ -60,15 +48,6 @@ class TrainOptions:
     device: str = "cpu"
     split_image: bool = False
     """Whether processes share each image, a band of rows each, instead of having one each."""
-
-
-class Images(Protocol):
-    """What `gigamorph.engine.datasets.dataset.ImageDataset` offers: records, and items that open their file."""
-
-    records: list[Record]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +72,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of a run: what ``metrics.json`` holds, the predictions behind it ("val", "test"), the best network."""
+    """The end of a run: what ``metrics.json`` holds, its predictions ("val", "test"), the best network."""
 
     metrics: dict[str, Any]
     predictions: dict[str, list[Prediction]]
@@ -108,11 +87,9 @@ def fit(
 
     A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
 
-    All processes of a group of `torch.distributed` train together when each of them calls this: with ``split_image``
-    they share each image, else each has one of its own and the gradients are averaged, so that an optimizer step has
-    ``accumulate`` images in either way. The first of them reports and writes. `gigamorph.engine.parallel.launch` starts
-    such processes; in other groups a process uses its current device. BatchNorm's running statistics are those of the
-    first process, as ever in DDP. Sums over processes may be rounded otherwise in a run that was resumed.
+    All processes of a group of `torch.distributed` train together when each of them calls this, see `run_stages`: with
+    ``split_image`` they share each image, else each has one of its own. `gigamorph.engine.parallel.launch` starts such
+    processes; in other groups a process uses its current device.
 
     Returns:
         The best checkpoint's scores on the validation and test images, with the hash of the split, time, peak memory
@@ -126,43 +103,34 @@ def fit(
     """
     out = Path(out)
     _check(data)
-    last = out / "last.ckpt"
     group = ProcessGroup.here(options.split_image)
-    if options.accumulate % group.at_once:
-        raise GigamorphError(
-            f"{options.accumulate} images per optimizer step cannot be dealt to {group.at_once} processes; make "
-            "accumulate a multiple, or let them share each image"
-        )
     record = _record(data, options, group)
-    stored = load_checkpoint(last) if resume else None
-    if stored is not None:
-        _check_same(stored["gigamorph"], record, last)
+    if resume:
+        last = out / "last.ckpt"
+        stored = load_checkpoint(last)["gigamorph"]
+        if "options" not in stored:
+            raise DataError(f"{last}: is a recipe's; resume it with --recipe, or name another folder")
+        _check_same(stored, record, last)
         # The code may be newer than the run: what began the run stays on record beside what continues it.
-        record["versions_at_start"] = stored["gigamorph"].get("versions_at_start", stored["gigamorph"]["versions"])
-    elif last.exists():
-        raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
-    group.wait()  # all have seen the folder as it was
+        record["versions_at_start"] = stored.get("versions_at_start", stored["versions"])
     started = time.monotonic()
     torch.manual_seed(options.seed)
-    meter = Meter(report if group.leads else None, group.at_once)
     net = build_network(record, None if resume else options.weights, group.split)
-    net.on_tile = meter.on_tile
-    module = _module(net, record, data, options, meter, group)
-    # A run that was stopped early and then interrupted lacks nothing but its scores.
-    if stored is None or not stored["callbacks"]["Checkpoints"]["stopped"]:
-        _run(module, data, options, out, meter, group, stored)
+    labels = [image.label for image in data.train.records]
+    weights = balanced_weights(labels, len(data.classes)) if options.class_weights else None
+    task = Classification(net, data.train, data.val, record, weights)
+    run = Run(out, options.seed, options.device, options.memory_budget, resume, options.precision, report, group=group)
+    trained = run_stages(task, [_stage(options, validated=bool(len(data.val)))], run)
 
-    best = load_checkpoint(out / "best.ckpt")
-    module.load_state_dict(best["state_dict"])
-    metrics: dict[str, Any] = {"best_epoch": best["gigamorph"]["position"][0]}
+    metrics: dict[str, Any] = {"best_epoch": trained.best_epoch}
     predictions = {}
     for name, stage in (("val", "validate"), ("test", "test")):
         if len(data.parts[name]):
-            predictions[name] = evaluate(net, data.parts[name], meter, stage, group)
+            predictions[name] = task.predict(data.parts[name], stage)
             metrics[name] = scores(predictions[name])
     metrics |= {
         "seconds": round(time.monotonic() - started, 2),
-        "peak_bytes": max(row["peak_bytes"] for row in load_checkpoint(last)["callbacks"]["EpochLog"]["rows"]),
+        "peak_bytes": max(row["peak_bytes"] for row in trained.rows),
         "split_sha256": record["split"]["sha256"],
         "preprocessing": data.preprocessing,
         "seed": options.seed,
@@ -173,6 +141,20 @@ def fit(
         write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
         write_card(out / "model_card.md", _card(data, options, net, metrics, predictions))
     return Fitted(metrics, predictions, net)
+
+
+def _stage(options: TrainOptions, validated: bool) -> Stage:
+    return Stage(
+        "train",
+        options.epochs,
+        options.lr,
+        weight_decay=options.weight_decay,
+        optimizer="adamw",
+        accumulate=options.accumulate,
+        schedule="cosine",
+        patience=options.patience if validated else None,
+        clip=1.0,
+    )
 
 
 def _card(
@@ -225,93 +207,6 @@ def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, de
     net = build_network({**record, "options": here})
     net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
     return net
-
-
-def evaluate(net: nn.Module, images: Images, meter: Meter, stage: str, group: ProcessGroup) -> list[Prediction]:
-    """Predictions of the images, in order; a collective of the group."""
-    net.eval()
-    meter.start(stage, len(images))
-    found = []
-    with torch.no_grad():
-        for index in range(group.turn, len(images), group.at_once):
-            item = images[index]
-            meter.image(item["image"].shape[-2] * item["image"].shape[-1])
-            found.append(prediction(item, net(item["image"])[0]))
-            meter.image_done()
-    return group.in_order(found)
-
-
-def _module(
-    net: nn.Module, record: dict[str, Any], data: Data, options: TrainOptions, meter: Meter, group: ProcessGroup
-) -> Classifier:
-    labels = [record.label for record in data.train.records]
-    steps = options.epochs * -(-len(data.train) // options.accumulate)
-    return Classifier(
-        net,
-        record,
-        seed=options.seed,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        steps=steps,
-        class_weights=balanced_weights(labels, len(data.classes)) if options.class_weights else None,
-        meter=meter,
-        group=group,
-    )
-
-
-def _run(
-    module: Classifier,
-    data: Data,
-    options: TrainOptions,
-    out: Path,
-    meter: Meter,
-    group: ProcessGroup,
-    stored: dict[str, Any] | None,
-) -> None:
-    checkpoints = Checkpoints(out, group)
-    callbacks: list[Callback] = [EpochLog(out, meter, group), checkpoints]
-    if options.patience is not None and len(data.val):
-        # NaN never occurs: val_score falls back on the loss.
-        callbacks.insert(0, EarlyStopping("val_score", mode="max", patience=options.patience, verbose=False))
-    # Images that vary from epoch to epoch are told which one it is.
-    tell = getattr(data.train, "set_epoch", None)
-    sampler = EpochSampler(len(data.train), options.seed, group=group, on_epoch=tell)
-    if stored is not None:
-        sampler.epoch, sampler.skip = stored["gigamorph"]["position"]
-    with warnings.catch_warnings():
-        # Lightning advises on workers, loggers and folders; none of it concerns sources that are read by tiles.
-        warnings.filterwarnings("ignore", module="lightning")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        trainer = pl.Trainer(
-            accelerator="gpu" if options.device.startswith("cuda") else "cpu",
-            # Lightning sees one process of its own everywhere; what several have in common is the group's.
-            devices=[torch.cuda.current_device()] if options.device.startswith("cuda") else 1,
-            max_epochs=options.epochs,
-            accumulate_grad_batches=options.accumulate // group.at_once,
-            precision=PRECISIONS[options.precision],  # type: ignore[arg-type]
-            gradient_clip_val=1.0,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(group.leads)],
-            default_root_dir=out,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=True,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-        train = DataLoader(cast(Any, data.train), sampler=sampler, collate_fn=list)
-        shared = group.share(range(len(data.val)))
-        val = DataLoader(cast(Any, data.val), sampler=shared, collate_fn=list) if shared else None
-        try:
-            if stored is None:
-                trainer.fit(module, train, val)
-            else:
-                trainer.fit(module, train, val, ckpt_path=out / "last.ckpt", weights_only=True)
-        except (InterruptedTraining, SystemExit) as error:  # Lightning makes an exit of a second Ctrl-C
-            raise KeyboardInterrupt from error
-        finally:
-            checkpoints.restore_handler()
 
 
 def _check(data: Data) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from io import FileIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,9 @@ from ..errors import BudgetError, DataError, GigamorphError
 from ..evaluate.read import ODDS, PROBABILITY
 from ..images.pixels import as_stored
 from .checkpoint import write_atomically
-from .fit import Images
+from .classify import Images, prediction
 from .heatmap import overlay_name, write_overlay
 from .metrics import Prediction, per_breast
-from .module import prediction
 from .progress import Meter
 
 
@@ -67,25 +67,14 @@ def predict(
         if found:
             write_atomically(out / "breasts.csv", lambda p: _write_all(p, per_breast(found), classes), "table")
 
-    names: set[str] = set()
-    patients: dict[str, str] = {}
+    one = _Predictor(net, out, classes, heatmaps, identifiers)
     with _Table(out / "predictions.csv", classes) as table:
         try:
             for index in range(len(images)):
                 try:
                     item = images[index]
-                    source = item["image"]
-                    meter.image(source.shape[-2] * source.shape[-1])
-                    with torch.no_grad():
-                        result = prediction(item, net(source)[0])
-                    if not identifiers and result.patient != item["record"].patient_id:
-                        number = patients.setdefault(result.patient, f"P{len(patients) + 1:05d}")
-                        result = replace(result, patient=number)
-                    if heatmaps:
-                        best = max(range(len(classes)), key=result.log_odds.__getitem__)
-                        name = overlay_name(unique_name(Path(result.image).stem, names), as_stored(source).shape)
-                        evidence = net.evidence(source, output=best)[0]
-                        write_overlay(source, evidence, out / "heatmaps" / name, stored=True)
+                    meter.image(item["image"].shape[-2] * item["image"].shape[-1])
+                    result = one(item)
                 except BudgetError as error:  # the larger images of a set may not fit
                     raise BudgetError(f"{images.records[index].path}: {error}") from error
                 except DataError as error:
@@ -104,6 +93,30 @@ def predict(
             raise
         breasts()
     return found, skipped
+
+
+class _Predictor:
+    """An item of a data set -> its prediction; draws its heat map if that is wanted."""
+
+    def __init__(self, net: Accelerated, out: Path, classes: Sequence[str], heatmaps: bool, identifiers: bool) -> None:
+        self._net, self._out, self._classes = net, out, classes
+        self._heatmaps, self._identifiers = heatmaps, identifiers
+        self._names: set[str] = set()
+        self._patients: dict[str, str] = {}
+
+    def __call__(self, item: dict[str, Any]) -> Prediction:
+        source = item["image"]
+        with torch.no_grad():
+            result = prediction(item, self._net(source)[0])
+        if not self._identifiers and result.patient != item["record"].patient_id:
+            number = self._patients.setdefault(result.patient, f"P{len(self._patients) + 1:05d}")
+            result = replace(result, patient=number)
+        if self._heatmaps:
+            best = max(range(len(self._classes)), key=result.log_odds.__getitem__)
+            name = overlay_name(unique_name(Path(result.image).stem, self._names), as_stored(source).shape)
+            evidence = self._net.evidence(source, output=best)[0]
+            write_overlay(source, evidence, self._out / "heatmaps" / name, stored=True)
+        return result
 
 
 def unique_name(stem: str, taken: set[str]) -> str:

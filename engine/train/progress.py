@@ -12,7 +12,7 @@ class Progress:
     """A state of the work. ``pixels`` counts the finished part of the image under way."""
 
     stage: str
-    """"train", "validate", "test" or "predict"."""
+    """"validate", "test", "predict", or the name of a stage of training."""
     epoch: int
     epochs: int
     image: int
@@ -33,7 +33,7 @@ class Meter:
     """Counts images and pixels of a stage and reports them; its `on_tile` is hung on the accelerated network.
 
     Args:
-        at_once: images that are computed at a time, one by each of so many processes; they are counted as if all were
+        at_once: images that are computed at a time, one by each of as many processes; they are counted as if all were
             as large as this process's.
     """
 
@@ -43,22 +43,30 @@ class Meter:
     def __init__(self, report: Report | None, at_once: int = 1) -> None:
         self._report, self._at_once = report, at_once
         self._stage, self._epoch, self._epochs, self._images = "", 0, 1, 0
-        self._image, self._pixels, self._current = 0, 0.0, 0.0
+        self._image, self._pixels, self._current, self._training = 0, 0.0, 0.0, False
 
-    def start(self, stage: str, images: int, epoch: int = 0, epochs: int = 1, done: int = 0) -> None:
+    @property
+    def pixels(self) -> float:
+        """Of the stage's images that are complete, in all processes."""
+        return self._pixels
+
+    def start(
+        self, stage: str, images: int, epoch: int = 0, epochs: int = 1, done: int = 0, *, training: bool = False
+    ) -> None:
         """Begin a stage of ``images`` images, ``done`` of which were done before."""
+        self._training = training
         self._stage, self._images, self._epoch, self._epochs = stage, images, epoch, epochs
         self._image, self._pixels, self._current = done, 0.0, 0.0
         self._send()
 
     def image(self, pixels: int) -> None:
-        """The next image, of ``pixels`` pixels, begins."""
+        """The next image begins, of ``pixels`` pixels; or several, of this many together."""
         self._current = float(pixels * self._at_once)
 
     def on_tile(self, event: Any) -> None:
         """Take the engine's ``TileEvent``."""
         share = event.done / max(event.total, 1)
-        if self._stage == "train":
+        if self._training:
             first = self._FORWARD
             share = share * first if event.phase == "forward" else first + (1 - first) * share
         self._send(share)

@@ -47,7 +47,7 @@ def test_a_bar_on_a_terminal_shows_tiles_inside_an_image(clock):
     console = Console(file=text, force_terminal=True, width=160)
     with ProgressView(console) as view:
         meter = Meter(view)
-        meter.start("train", 2)
+        meter.start("train", 2, training=True)
         meter.image(8_000_000)
         clock.now += 1
         meter.on_tile(Event)

@@ -192,7 +192,7 @@ def test_full_disk_while_saving_a_checkpoint(phantoms, tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch, "save", full)
     assert run("train", phantoms, "--out", tmp_path / "run", *FAST) == 2
     error = capsys.readouterr().err
-    assert "last.ckpt" in error and "No space left on device" in error and error.count("\n") == 1
+    assert "best.ckpt" in error and "No space left on device" in error and error.count("\n") == 1
 
 
 def test_full_disk_while_predicting_keeps_the_lines_before(trained, phantoms, tmp_path, capsys):

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from gigamorph.engine.datasets.augment import Augment
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.parallel.process_group import ProcessGroup
+from gigamorph.engine.recipes.classify import ImageTask, Target
 from gigamorph.engine.train.fit import Data, TrainOptions, fit
 from gigamorph.engine.train.inputs import training_data
+from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.progress import Progress, Report
+from gigamorph.engine.train.run import Run
+from gigamorph.engine.train.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -112,3 +117,15 @@ def run(out: Path, options: TrainOptions, resume: bool = False, press: int | Non
 def run_augmented(table: Path, augment: str, out: Path, options: TrainOptions) -> dict[str, Any]:
     """The metrics of a run on a table of images that are varied."""
     return fit(training_data(table, augment=Augment.parse(augment), seed=5), options, out).metrics
+
+
+def run_stage(out: Path, split: bool, batch: int, accumulate: int) -> Any:
+    """The rows of a recipe's stage on whole images, or what it ended with."""
+    torch.manual_seed(3)
+    task = ImageTask(normed(2, 1), images(13), images(5, 100), Target(("normal", "finding")), batch=2, split=split)
+    stage = Stage("all", 2, 3e-3, batch_size=batch, accumulate=accumulate)
+    try:
+        rows = run_stages(task, [stage], Run(out, seed=5, group=ProcessGroup.here(split))).rows
+    except GigamorphError as error:
+        return repr(error)
+    return [{name: row[name] for name in ("stage", "epoch", "score", "lr")} for row in rows]

@@ -39,7 +39,7 @@ class ConvAutoEncoder(nn.Module):
         mode: one of `MODES`.
         theta: the threshold t of trec and tlin.
         tied: the decoder uses the encoder's weights; else it starts from them.
-        pool: side and stride of the maximum pooling, 1 for none. Rows and columns that fill no block are left out, and
+        pool: side and stride of the maximum pooling, 1 for none. Rows and columns that fill no block are omitted, and
             come back as zeros from the unpooling.
     """
 

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..loop import run_stages, seed_of
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
 from ..phantom_patches import CLASSES, phantom_patches
-from ..recipe import Claim, Run
-from ..stages import Stage
+from ..recipe import Claim
 from ..tensors import TensorTask, accuracy, logits_of
 from .autoencoder import Stack
 from .config import CaeConfig

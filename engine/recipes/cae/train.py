@@ -22,13 +22,15 @@ from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.pixels import Normalize
 from ...models import create_model
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
+from ...train.task import Task
 from ..card import recipe_card
 from ..classify import Target
 from ..features import Features, UpTo, frozen_features
-from ..loop import Task, run_stages, seed_of
-from ..recipe import Run, begin, finish
+from ..recipe import begin, finish
 from ..sized import Size
-from ..stages import Stage
 from .autoencoder import Stack
 from .config import CaeConfig
 from .svm import fit_svm, measure_svm, svm_scores
@@ -121,35 +123,13 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     backbone = UpTo(network, config.layer)
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)
-    labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
-    metrics: dict[str, Any] = {"classes": read.classes, "images": {name: len(own) for name, own in parts.items()}}
     features = {"raw": vectors(maps, config.pyramid), "cae": vectors(maps, config.pyramid, stack)}
-    inside, told = parts["train"], {}
-    for name, values in features.items():
-        for kernel in config.svm:
-            model = fit_svm(
-                values[inside],
-                labels[inside],
-                patients[inside],
-                kernel=kernel,
-                c=config.c,
-                folds=config.folds,
-                standardise=config.standardise,
-            )
-            if name == "cae":
-                told |= {
-                    (part, kernel): _cases(model, values[own], [records[i] for i in own], read.classes)
-                    for part, own in parts.items()
-                    if own and part != "train"
-                }
-            metrics[f"{name}_{kernel}"] = {
-                part: measure_svm(model, values[own], labels[own])
-                for part, own in parts.items()
-                if own and part != "train"
-            }
+    measured, told = _classify(features, records, parts, read.classes, config)
+    images = {name: len(own) for name, own in parts.items()}
+    metrics: dict[str, Any] = {"classes": read.classes, "images": images, **measured}
     exported = {
         "features": features["cae"],
-        "labels": labels,
+        "labels": np.array([r.label for r in records]),
         "splits": np.array([r.split for r in records]),
         "paths": np.array([r.path.as_posix() for r in records]),
     }
@@ -166,6 +146,36 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         predictions={f"{part}, {kernel} SVM": cases for (part, kernel), cases in told.items()},
     )
     return finish(run, metrics)
+
+
+def _classify(
+    features: dict[str, NDArray[Any]],
+    records: Sequence[Record],
+    parts: dict[str, list[int]],
+    classes: Sequence[str],
+    config: CaeConfig,
+) -> tuple[dict[str, Any], dict[tuple[str, str], Cases]]:
+    """Of each features and kernel the measures of val and test; of the codes, by (split, kernel), what the SVM says."""
+    labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
+    train, held_out = parts["train"], {part: own for part, own in parts.items() if own and part != "train"}
+    metrics, told = {}, {}
+    for name, values in features.items():
+        for kernel in config.svm:
+            model = fit_svm(
+                values[train],
+                labels[train],
+                patients[train],
+                kernel=kernel,
+                c=config.c,
+                folds=config.folds,
+                standardise=config.standardise,
+            )
+            found = {part: measure_svm(model, values[own], labels[own]) for part, own in held_out.items()}
+            metrics[f"{name}_{kernel}"] = found
+            if name == "cae":
+                for part, own in held_out.items():
+                    told[part, kernel] = _cases(model, values[own], [records[i] for i in own], classes)
+    return metrics, told
 
 
 def _cases(model: Any, features: NDArray[Any], records: Sequence[Record], classes: Sequence[str]) -> Cases:

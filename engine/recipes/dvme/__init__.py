@@ -3,7 +3,7 @@
 from ..recipe import Recipe
 from .config import DvmeConfig, ExtractorConfig
 from .synthetic import synthetic
-from .train import train
+from .train import restore, train
 
 RECIPE = Recipe(
     name="dvme",
@@ -15,6 +15,7 @@ RECIPE = Recipe(
     config=DvmeConfig,
     train=train,
     synthetic=synthetic,
+    restore=restore,
 )
 
 __all__ = ["RECIPE", "DvmeConfig", "ExtractorConfig", "synthetic", "train"]

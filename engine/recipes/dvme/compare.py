@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from ..recipe import Run
+from ...train.run import Run
 from ..tensors import logits_of
 from .config import DvmeConfig
 from .protocols import OnEmbeddings, fit_head, measure

@@ -61,7 +61,7 @@ def load_backbone(network: nn.Module, path: str | Path) -> list[str]:
     """Load self-supervised weights: safetensors, or the torch files of VISSL, SwAV and DINO as they are published.
 
     Returns:
-        The names of tensors of projection heads, prototypes and classifiers, which are left out.
+        The names of tensors of projection heads, prototypes and classifiers, which are omitted.
 
     Raises:
         DataError: the file cannot be read without running code in it, or does not fit the network.

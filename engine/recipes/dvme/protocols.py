@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from ...datasets.dataset import ImageDataset
 from ...evaluate import odds
 from ...evaluate.measures import quadratic_kappa
 from ...evaluate.roc import macro_auc
-from ..loop import Task, run_stages, seed_of
-from ..recipe import Run
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
+from ...train.task import Task
 from ..sized import Size, read_sized
-from ..stages import Stage
 from ..tensors import Measure, TensorTask
 from .config import DvmeConfig
 from .extractors import Fused
@@ -108,6 +110,7 @@ class Finetuning(Task):
         module: (N, C, H, W) -> (N, classes).
         images: a subset's training images; told which epoch it is.
         val: validation images, which choose the best epoch.
+        record: what checkpoints say of the network.
     """
 
     def __init__(
@@ -119,8 +122,10 @@ class Finetuning(Task):
         score: Measure,
         run: Run,
         batch: int,
+        record: Mapping[str, Any],
     ) -> None:
         self.module, self.images, self.val, self.size, self.measure = module, images, val, size, score
+        self.record = record
         self.batch, self.device = batch, run.device
         self.net = accelerate(module, run.memory_budget, fallback="whole")
         self.net.on_tile = lambda event: self.meter.on_tile(event)
@@ -144,7 +149,7 @@ class Finetuning(Task):
         return torch.cat([self._logits(batch).float().cpu() for batch in batches])
 
     def _logits(self, sources: Sequence) -> Tensor:
-        self.meter.image(sources[0].shape[1] * sources[0].shape[2])
+        self.meter.image(sum(source.shape[1] * source.shape[2] for source in sources))
         if self.size.native:
             return self.net(sources)
         return self.net(torch.stack([read_sized(source, self.size) for source in sources]).to(self.device))
@@ -160,12 +165,13 @@ def fit_networks(
     config: DvmeConfig,
     run: Run,
     transformer: bool,
+    record: Mapping[str, Any],
 ) -> Finetuning:
     """Fine-tune extractors with a head on them; `transformer`: with the rate and batch for one."""
     torch.manual_seed(seed_of(run.seed, 1))
     module = Fused(extractors, make_head(protocol, dims, classes, config))
     stage = _stage(protocol, config, transformer)
     size = Size(config.resize, config.crop)
-    task = Finetuning(module, images, val, size, measure(config.metric, classes), run, stage.batch_size)
+    task = Finetuning(module, images, val, size, measure(config.metric, classes), run, stage.batch_size, record)
     run_stages(task, [stage], run)
     return task

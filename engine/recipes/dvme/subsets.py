@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...errors import DataError
-from ..loop import seed_of
+from ...train.run import seed_of
 
 
 def draw_subset(labels: Sequence[int], classes: int, size: int, fold: int, seed: int) -> list[int]:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...datasets.phantom.image import LESIONS, Kind
-from ..loop import run_stages, seed_of
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
 from ..phantom_patches import CLASSES, phantom_patches
-from ..recipe import Claim, Run
-from ..stages import Stage
+from ..recipe import Claim
 from ..tensors import TensorTask, logits_of
 from .compare import compare_heads, summarise
 from .config import DvmeConfig, ExtractorConfig

@@ -18,17 +18,18 @@ from ...datasets.tables import SPLITS, Record, read_table
 from ...evaluate import odds
 from ...evaluate.read import write_cases
 from ...images.pixels import Normalize
+from ...train.run import Run, seed_of
 from ..card import recipe_card
-from ..classify import Target
+from ..classify import Target, classifier_record
+from ..config import from_plain
 from ..features import frozen_features
-from ..loop import seed_of
-from ..recipe import Run, begin, finish
-from ..sized import Size
+from ..recipe import begin, finish
+from ..sized import Size, SizedImages
 from ..tensors import logits_of
 from .compare import check_parts, compare_heads, folder, summarise
 from .config import DvmeConfig
-from .extractors import make_extractor
-from .protocols import fit_networks, measure
+from .extractors import Fused, make_extractor
+from .protocols import fit_networks, make_head, measure
 from .subsets import draw_subset
 
 
@@ -51,25 +52,10 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     classes = len(read.classes)
     check_parts(labels, classes)
     begin(run, "dvme", config, records)
-    embeddings: dict[str, dict[str, Tensor]] = {name: {} for name in SPLITS}
-    for number, extractor in enumerate(config.extractors):
-        network = _extractor(config, number, run)
-        for name, own in parts.items():
-            found = frozen_features(
-                network,
-                _images(own, config),
-                run.out / "embeddings",
-                size=Size(config.resize, config.crop),
-                batch_size=config.batch_size,
-                memory_budget=run.memory_budget,
-                device=run.device,
-                report=run.report,
-                stage=extractor.name,
-            )
-            embeddings[name][extractor.name] = torch.from_numpy(np.stack(list(found)))
+    embeddings = _embeddings(config, parts, run)
     known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}
     rows, heads = compare_heads(known, classes, config, run)
-    rows += _finetune(config, parts, known["train"][0], classes, run)
+    rows += _finetune(config, parts, known["train"][0], Target(tuple(read.classes)), run)
     metrics: dict[str, Any] = {
         "classes": read.classes,
         "images": {name: len(own) for name, own in parts.items()},
@@ -101,10 +87,48 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     return finish(run, metrics)
 
 
+def _embeddings(config: DvmeConfig, parts: dict[str, list[Record]], run: Run) -> dict[str, dict[str, Tensor]]:
+    """(images, dim) of each split and extractor."""
+    embeddings: dict[str, dict[str, Tensor]] = {name: {} for name in SPLITS}
+    for number, extractor in enumerate(config.extractors):
+        network = _extractor(config, number, run)
+        for name, own in parts.items():
+            found = frozen_features(
+                network,
+                _images(own, config),
+                run.out / "embeddings",
+                size=Size(config.resize, config.crop),
+                batch_size=config.batch_size,
+                memory_budget=run.memory_budget,
+                device=run.device,
+                report=run.report,
+                stage=extractor.name,
+            )
+            embeddings[name][extractor.name] = torch.from_numpy(np.stack(list(found)))
+    return embeddings
+
+
+def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The fine-tuned network of a checkpoint's record, and what opens images for it."""
+    config = from_plain(record["config"], DvmeConfig, "checkpoint")
+    chosen = [e for e in config.extractors if e.name in record["extractors"]]
+    extractors = [make_extractor(e.model, config.channels, blocks=e.blocks) for e in chosen]
+    head = make_head(record["protocol"], record["dims"], len(record["classes"]), config)
+
+    def images(records: Sequence[Record]) -> SizedImages:
+        found = SizedImages(
+            records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels
+        )
+        found.size = Size(config.resize, config.crop)
+        return found
+
+    return Fused(extractors, head), images
+
+
 def _finetune(
-    config: DvmeConfig, parts: dict[str, list[Record]], embeddings: dict[str, Tensor], classes: int, run: Run
+    config: DvmeConfig, parts: dict[str, list[Record]], embeddings: dict[str, Tensor], target: Target, run: Run
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows, classes = [], len(target.names)
     test = _images(parts["test"], config)
     truth = torch.tensor([record.label for record in parts["test"]])
     names = [extractor.name for extractor in config.extractors]
@@ -119,16 +143,20 @@ def _finetune(
                     what = group[0] if protocol == "finetune" else "all"
                     networks: list[nn.Module] = [_extractor(config, names.index(name), run) for name in group]
                     own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
+                    dims = [embeddings[name].shape[1] for name in group]
                     task = fit_networks(
                         protocol,
                         networks,
-                        [embeddings[name].shape[1] for name in group],
+                        dims,
                         images,
                         _images(parts["val"], config),
                         classes,
                         config,
                         own,
                         transformer=bool(set(group) & set(config.transformers)),
+                        record=classifier_record(
+                            "dvme", config, target, protocol=protocol, extractors=group, dims=dims
+                        ),
                     )
                     found = measure(config.metric, classes)(truth, task.predict(test))
                     row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what}

@@ -3,7 +3,7 @@
 from ..recipe import Recipe
 from .config import Config
 from .synthetic import synthetic
-from .train import train
+from .train import restore, train
 
 RECIPE = Recipe(
     name="end2end",
@@ -13,4 +13,5 @@ RECIPE = Recipe(
     config=Config,
     train=train,
     synthetic=synthetic,
+    restore=restore,
 )

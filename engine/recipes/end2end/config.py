@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import GigamorphError
-from ..stages import Stage
+from ...train.stages import Stage
 
 CLASSES = ("background", "calc_mal", "calc_ben", "mass_mal", "mass_ben")
 """Of patches, in the order of the patch network's outputs."""
@@ -111,7 +111,7 @@ class Config:
         Stage("transfer", 50, 1e-6, weight_decay=1e-2, batch_size=2, dropout=0.0, patience=10, batch_norm="eval"),
     )
     patients: tuple[int, ...] = ()
-    """Of the transfer's learning curve: so many training patients; empty for all of them."""
+    """Of the transfer's learning curve: numbers of training patients; empty for all of them."""
 
     def __post_init__(self) -> None:
         if len(self.resize) not in (0, 2):

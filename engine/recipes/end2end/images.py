@@ -20,7 +20,7 @@ from ...errors import DataError
 from ...files import write_atomically
 from ...images.open import open_pixels
 from ...images.pixels import Normalize, PixelSource, check_region
-from ..sized import Size, read_sized
+from ..sized import Size, SizedImages, read_sized
 from .config import CLASSES, Config
 from .sampler import Lesion, Patch, breast_box, sample
 
@@ -51,7 +51,7 @@ def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Rec
 
 
 def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
-    """The lesions of an image from its findings, as masks of ``shape``; findings without pathology are left out.
+    """The lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
 
     A finding's mask is its mask file, else its box. Kinds that begin with calc are calcifications, others masses.
     """
@@ -146,7 +146,7 @@ class Patches:
 
 
 def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
-    """The images of the whole-image network."""
+    """The images of the whole-image network, which have its size already."""
     return ImageDataset(
         records,
         normalize=Normalize(config.mean, config.std),
@@ -156,3 +156,12 @@ def whole_images(records: Sequence[Record], config: Config, *, augment: bool = F
         augment=Augment.parse(config.augment) if augment and config.augment else None,
         seed=seed,
     )
+
+
+def sized_images(records: Sequence[Record], config: Config) -> SizedImages:
+    """Images of any size at the size of the whole-image network."""
+    images = SizedImages(
+        records, normalize=Normalize(config.mean, config.std), voi=config.voi, flip=False, channels=config.channels
+    )
+    images.size = Size(config.resize)
+    return images

@@ -2,7 +2,7 @@
 
 Masses are smooth (benign) or have spicules (malignant), and are annotated. Half of the cancers have spicules only, an
 architectural distortion, which no one has annotated: to the patch network it is background, and a heat map of the patch
-classes does not show it, though the features behind it do.
+classes does not show it, though the features before it do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from ...datasets.phantom import PhantomImage
 from ...datasets.tables import Finding, Record, write_table
 from ...models.lesionnet import LesionNet
-from ..recipe import Claim, Run
-from ..stages import Stage
+from ...train.run import Run
+from ...train.stages import Stage
+from ..recipe import Claim
 from .config import Block, Config, Model, Sampling
 from .train import train
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,17 @@ from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
+from ...train.loop import Trained, run_stages
+from ...train.run import Run
+from ...train.stages import Stage
+from ...train.task import Task
 from ..card import recipe_card
-from ..classify import ImageTask, Target, auc_of, batch_weights, read_target
-from ..loop import Task, Trained, run_stages
-from ..recipe import Run, begin, finish
-from ..stages import Stage
+from ..classify import ImageTask, Target, auc_of, batch_weights, classifier_record, read_target
+from ..config import from_plain
+from ..recipe import begin, finish
 from ..tta import FLIPS, PLAIN, averaged
 from .config import CLASSES, Config, Model
-from .images import Patches, resized, sample_all, whole_images
+from .images import Patches, resized, sample_all, sized_images, whole_images
 from .network import PatchNet, WholeNet, convert, features, width_of
 
 Parts = dict[str, list[Record]]
@@ -41,7 +43,7 @@ class PatchTask(Task):
         return self.train
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
-        self.meter.image(batch[0][0].shape[-2] * batch[0][0].shape[-1])
+        self.meter.image(sum(pixels.shape[-2] * pixels.shape[-1] for pixels, _ in batch))
         logits, labels = self._logits(batch)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
@@ -69,7 +71,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     Returns:
         As in ``metrics.json``: accuracy of the patch networks; area under the ROC curve per image of each whole-image
         network on the test images, plain and averaged over mirrored images, and of the ensemble; of a transfer, before
-        and after training with so many patients.
+        and after training with this many patients.
 
     Raises:
         DataError: what is wrong with the table or an image, or that no training image has a lesion.
@@ -98,7 +100,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         torch.manual_seed(run.seed + number)
         net = convert(patch_nets[model.backbone, model.weights, model.layer], model)
         own = run.part(model.name)
-        task = _task(net, images, target, config, run, config.whole)
+        task = _task(net, images, target, config, run, config.whole, model)
         trained = run_stages(task, config.whole, own)
         write_atomically(own.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
         metrics[model.name], cases = _results(task, images, config, own, trained)
@@ -129,7 +131,9 @@ def _patch_network(
     return net, trained.best_score
 
 
-def _task(net: WholeNet, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage]) -> ImageTask:
+def _task(
+    net: WholeNet, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage], model: Model
+) -> ImageTask:
     return ImageTask(
         net,
         whole_images(images["train"], config, augment=True, seed=run.seed),
@@ -138,7 +142,16 @@ def _task(net: WholeNet, images: Parts, target: Target, config: Config, run: Run
         memory_budget=run.memory_budget,
         balanced=True,
         batch=max(stage.batch_size for stage in stages),
+        record=classifier_record("end2end", config, target, model=model.name),
+        split=run.group.split,
     )
+
+
+def restore(record: dict[str, Any]) -> tuple[WholeNet, Any]:
+    """The whole-image network of a checkpoint's record, and what opens images for it."""
+    config = from_plain(record["config"], Config, "checkpoint")
+    model = next(model for model in config.models if model.name == record["model"])
+    return _untrained(model, config), lambda records: sized_images(records, config)
 
 
 def _results(
@@ -189,7 +202,7 @@ def _transfer(images: Parts, target: Target, config: Config, run: Run) -> dict[s
         for model in config.models:
             part = run.part(f"{model.name}-{count}")
             net = _load(Path(config.start) / model.name / "model.pt", model, config)
-            task = _task(net, own, target, config, run, config.transfer)
+            task = _task(net, own, target, config, run, config.transfer, model)
             task.module.eval().to(run.device)
             if "before" not in metrics.get(model.name, {}):
                 metrics[model.name] = {"before": _results(task, images, config, part, None)[0]["auc"]}
@@ -215,9 +228,13 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
     return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
 
 
-def _load(path: Path, model: Model, config: Config) -> WholeNet:
+def _untrained(model: Model, config: Config) -> WholeNet:
     maps = features(model.backbone, config.channels, layer=model.layer)
-    net = convert(PatchNet(maps, width_of(maps, config.channels)), replace(model, weights=None))
+    return convert(PatchNet(maps, width_of(maps, config.channels)), model)
+
+
+def _load(path: Path, model: Model, config: Config) -> WholeNet:
+    net = _untrained(model, config)
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:

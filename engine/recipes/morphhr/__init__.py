@@ -3,7 +3,7 @@
 from ..recipe import Recipe
 from .config import Config
 from .synthetic import synthetic
-from .train import train
+from .train import restore, train
 
 RECIPE = Recipe(
     name="morphhr",
@@ -14,4 +14,5 @@ RECIPE = Recipe(
     config=Config,
     train=train,
     synthetic=synthetic,
+    restore=restore,
 )

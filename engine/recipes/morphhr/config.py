@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import GigamorphError
-from ..stages import Stage
+from ...train.stages import Stage
 
 Arm = Literal["finetune", "scratch", "morph"]
 
@@ -31,11 +31,11 @@ class Config:
     front: Literal["stages", "fold", "residual"] = "stages"
     filters: int = 16
     act: str = "ReLU"
-    """Of the P-activations: between the stages of the front, and behind inserted layers."""
+    """Of the P-activations: between the stages of the front, and after inserted layers."""
     widen: float | None = None
-    """Every channel space of the child that can grow becomes so many times as wide."""
+    """Every channel space of the child that can grow becomes this many times as wide."""
     deepen: tuple[str, ...] = ()
-    """Modules of the parent behind which the child has one more 3x3 convolution with a P-activation."""
+    """Modules of the parent after which the child has one more 3x3 convolution with a P-activation."""
     arms: tuple[Arm, ...] = ("morph",)
     """Which networks are trained on: "finetune" ends with the parent, "scratch" has a new front and stem, "morph" has
     the morphed front. All three are the ablation."""

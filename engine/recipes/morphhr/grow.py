@@ -11,7 +11,7 @@ from ...morph.files import Grown, add_morph
 from ...morph.front import FrontStep, front
 from ...morph.verify import Report
 from ...morph.widen import widen
-from ..loop import seed_of
+from ...train.run import seed_of
 from .config import Config
 
 

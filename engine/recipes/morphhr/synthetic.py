@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from ...datasets.phantom import PhantomImage
 from ...datasets.tables import Record, write_table
 from ...models.lesionnet import LesionNet
+from ...train.loop import run_stages
+from ...train.run import Run
+from ...train.stages import Stage
 from ..classify import ImageTask, Target
-from ..loop import run_stages
-from ..recipe import Claim, Run
-from ..stages import Stage
+from ..recipe import Claim
 from .config import Config
 from .images import parent_images
 from .train import train

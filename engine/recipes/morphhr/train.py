@@ -19,11 +19,14 @@ from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
 from ...models import create_model
 from ...morph.files import Grown, save_network
+from ...morph.recipe import Recipe, apply
+from ...train.loop import Trained, run_stages
+from ...train.run import Run
+from ...train.stages import Stage
 from ..card import recipe_card
-from ..classify import ImageTask, Target, auc_of, read_target
-from ..loop import Trained, run_stages
-from ..recipe import Run, begin, finish
-from ..stages import Stage
+from ..classify import ImageTask, Target, auc_of, classifier_record, read_target
+from ..config import from_plain
+from ..recipe import begin, finish
 from ..tta import FLIPS, PLAIN
 from .config import Config
 from .grow import grow
@@ -39,17 +42,27 @@ class _Data:
     config: Config
     run: Run
 
-    def task(self, net: torch.nn.Module, images: Any, stages: Sequence[Stage]) -> ImageTask:
+    def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ImageTask:
         """`images`: `parent_images` or `child_images`."""
         return ImageTask(
-            net,
+            net.network,
             images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
             images(self.parts["val"], self.config),
             self.target,
             memory_budget=self.run.memory_budget,
             balanced=self.config.balanced,
             batch=max(stage.batch_size for stage in stages),
+            record=classifier_record("morphhr", self.config, self.target, morphs=net.recipe.to_json()),
+            split=self.run.group.split,
         )
+
+
+def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
+    """The parent or child of a checkpoint's record, and what opens images for it."""
+    config, recipe = from_plain(record["config"], Config, "checkpoint"), Recipe.from_json(record["morphs"])
+    network = create_model(config.model, len(record["classes"]), config.channels)
+    images = child_images if recipe.morphs else parent_images
+    return apply(recipe, network), lambda records: images(records, config)
 
 
 def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
@@ -75,7 +88,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         create_model(config.model, len(target.names), config.channels, config.weights), channels=config.channels
     )
     run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
-    task = data.task(parent.network, parent_images, config.low)
+    task = data.task(parent, parent_images, config.low)
     trained = run_stages(task, config.low, run.part("parent"))
     metrics: dict[str, Any] = {}
     if "finetune" in config.arms:
@@ -90,7 +103,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
                 run.say(line)
             metrics["difference"] = _compare(data, parent, child)
         run.say(f"training the {'morphed child' if arm == 'morph' else 'child with a new front'} at full resolution")
-        task = data.task(child.network, child_images, config.high)
+        task = data.task(child, child_images, config.high)
         trained = run_stages(task, config.high, run.part(arm))
         save_network(run.out / arm / "model.safetensors", child)
         metrics[arm] = _results(data, task, child_images, trained, arm)

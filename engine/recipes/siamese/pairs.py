@@ -36,11 +36,11 @@ def find_pairs(records: Sequence[Record], *, skip_unpaired: bool = False) -> lis
     """The pairs of a table in their order.
 
     Args:
-        skip_unpaired: leave out images without a counterpart.
+        skip_unpaired: omit images without a counterpart.
 
     Raises:
         DataError: an image without side or view; two images of one side and view of an exam; or, unless they are to be
-            left out, an image without its contralateral view.
+            omitted, an image without its contralateral view.
     """
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
     for record in records:

@@ -21,7 +21,7 @@ from .config import SiameseConfig
 from .pairs import Pair, open_side
 from .register import breast_mask, downsampled, registered
 
-_SMALL = 16  # a cell's tissue is judged on blocks of so many parts of its side
+_SMALL = 16  # a cell's tissue is judged on blocks of this many parts of its side
 
 
 def sources_of(pair: Pair, config: SiameseConfig) -> tuple[PixelSource, PixelSource]:

@@ -14,10 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ...errors import DataError
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
 from ..features import evaluating
-from ..loop import run_stages, seed_of
-from ..recipe import Run
-from ..stages import Stage
 from ..tensors import TensorTask, logits_of
 from .augment import mirrored
 from .config import SiameseConfig

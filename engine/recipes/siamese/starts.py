@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ...errors import GigamorphError
 from ...files import write_atomically
 from ...models import create_model
-from ..loop import run_stages, seed_of
-from ..recipe import Run
-from ..stages import Stage
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
 from .byol import BYOLTask
 from .config import SiameseConfig
 from .network import Embedding

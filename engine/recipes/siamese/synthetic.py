@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ...datasets.phantom import PhantomImage
 from ...datasets.phantom.image import Kind
 from ...evaluate.roc import auc
-from ..loop import run_stages, seed_of
-from ..recipe import Claim, Run
-from ..stages import Stage
+from ...train.loop import run_stages
+from ...train.run import Run, seed_of
+from ...train.stages import Stage
+from ..recipe import Claim
 from .config import SiameseConfig
 from .network import Embedding
 from .probe import fine_tuned, probed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
-from ..loop import Task
+from ...train.task import Task
 from .augment import jittered, mirrored
 from .config import SiameseConfig
 from .mixture import Mixture, fit_mixture, soft_labels
@@ -67,7 +67,7 @@ class SiameseTask(Task):
 
     @torch.no_grad()
     def measure(self, network: Embedding) -> tuple[Tensor, dict[str, float]]:
-        """Soft labels of all pairs by a network's distances, and the mixture behind them; zeros where it has none."""
+        """Soft labels of all pairs by a network's distances, and their mixture; zeros where it has none."""
         d, deviation = self.distances(network)
         mixture = fit_mixture(d, least=self.config.least_share, most=self.config.most_share)
         row = {**_told(mixture), "embedding_std": deviation}

@@ -17,11 +17,12 @@ from ...datasets.tables import SPLITS, Finding, Record, read_table
 from ...dense import write_map
 from ...evaluate.roc import auc
 from ...files import write_atomically
+from ...train.loop import run_stages
+from ...train.run import Run
+from ...train.stages import Stage
 from ..card import recipe_card
 from ..features import evaluating
-from ..loop import run_stages
-from ..recipe import Run, begin, finish
-from ..stages import Stage
+from ..recipe import begin, finish
 from .config import SiameseConfig
 from .network import AsymmetryMap, Embedding
 from .pairs import Pair, StackedSource, find_pairs
@@ -63,7 +64,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         "probe": _downstream(files, patches, networks[0], config, run),
     }
     if config.maps:
-        for number, pair in enumerate(pairs["test"]):
+        for number, pair in enumerate(pairs["test"] if run.group.leads else ()):
             _write_map(networks[0], pair, config, run, run.out / "maps" / f"{number}.tif")
         metrics["maps"] = {f"maps/{number}.tif": pair.name for number, pair in enumerate(pairs["test"])}
     recipe_card(
@@ -132,7 +133,7 @@ def _downstream(
     for fraction in config.fractions:
         chosen = _fraction(y, fraction, run.seed)
         for name, start in starts.items():
-            own = Run(run.out / "probe" / f"{name}_{fraction}", run.seed, run.device, resume=run.resume)
+            own = run.part(f"probe/{name}_{fraction}")
             scores = {
                 "probe": probed(start, x[chosen], y[chosen], test),
                 "fine_tuned": fine_tuned(start, x[chosen], y[chosen], test, config, own),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import GigamorphError
-from ..loop import Task
+from ...train.task import Task
 from .augment import cropped, jittered, mirrored
 from .config import SiameseConfig
 

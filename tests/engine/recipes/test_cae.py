@@ -20,7 +20,7 @@ from gigamorph.engine.recipes.cae.svm import fit_svm, measure_svm
 from gigamorph.engine.recipes.cae.train import Reconstruction
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.features import UpTo
-from gigamorph.engine.recipes.recipe import Run
+from gigamorph.engine.train.run import Run
 
 SMALL = CaeConfig(
     model="resnet18",

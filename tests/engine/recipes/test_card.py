@@ -8,8 +8,8 @@ import numpy as np
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.recipes.card import recipe_card
 from gigamorph.engine.recipes.classify import Target
-from gigamorph.engine.recipes.recipe import Run
-from gigamorph.engine.recipes.stages import Stage
+from gigamorph.engine.train.run import Run
+from gigamorph.engine.train.stages import Stage
 
 
 @dataclass(frozen=True)

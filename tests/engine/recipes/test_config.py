@@ -8,8 +8,9 @@ import pytest
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.recipes import RECIPES, get_recipe
 from gigamorph.engine.recipes.config import default_text, load_config, parse_config
-from gigamorph.engine.recipes.recipe import Run, begin
-from gigamorph.engine.recipes.stages import Stage
+from gigamorph.engine.recipes.recipe import begin
+from gigamorph.engine.train.run import Run
+from gigamorph.engine.train.stages import Stage
 
 
 @dataclass(frozen=True)

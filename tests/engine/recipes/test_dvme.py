@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import nn
 
-from gigamorph.engine.datasets.tables import Record, write_table
+from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate import read_cases
 from gigamorph.engine.evaluate.roc import auc
@@ -22,10 +22,11 @@ from gigamorph.engine.recipes.dvme.extractors import Extractor, load_backbone, m
 from gigamorph.engine.recipes.dvme.head import DVMEHead, SelfAttention
 from gigamorph.engine.recipes.dvme.protocols import Finetuning, Linear, measure
 from gigamorph.engine.recipes.dvme.subsets import draw_subset
-from gigamorph.engine.recipes.loop import run_stages
-from gigamorph.engine.recipes.recipe import Run
-from gigamorph.engine.recipes.stages import Stage
+from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tensors import TensorTask
+from gigamorph.engine.train.loop import run_stages
+from gigamorph.engine.train.run import Run
+from gigamorph.engine.train.stages import Stage
 
 make_torchvision_importable()
 timm = pytest.importorskip("timm")
@@ -275,6 +276,12 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     for file in files:
         first, second = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(value, second[name]) for name, value in first.items())
+    place = tmp_path / "whole" / folder("finetune_dvme", "all", 4, 0) / "best.ckpt"
+    net, classes, images = open_classifier(place, memory_budget=None, device="cpu")
+    source = images(read_table(table).records)[0]["image"]
+    assert classes == ["0", "1"] and source.shape == (1, 32, 24) and net.eval()(source).isfinite().all()
+    with pytest.raises(DataError, match="no classifier of whole images"):
+        open_classifier(place.parents[3] / "linear" / "a" / "4_0" / "best.ckpt", memory_budget=None, device="cpu")
 
 
 def test_linear_evaluation_leaves_extractors_as_they_are(table, tmp_path, monkeypatch):

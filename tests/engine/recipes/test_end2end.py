@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from gigamorph.cli.main import main
 from gigamorph.engine.accelerate import accelerate
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
@@ -19,13 +21,14 @@ from gigamorph.engine.models import create_model
 from gigamorph.engine.recipes.classify import ImageTask
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.end2end.config import CLASSES, Block, Config, Model, Sampling
-from gigamorph.engine.recipes.end2end.images import Window, lesions
+from gigamorph.engine.recipes.end2end.images import Window, lesions, resized, whole_images
 from gigamorph.engine.recipes.end2end.network import PatchNet, WholeNet, convert, features, top_blocks
 from gigamorph.engine.recipes.end2end.sampler import Lesion, Patch, breast_box, sample
 from gigamorph.engine.recipes.end2end.train import PatchTask, _patients, train
-from gigamorph.engine.recipes.recipe import Run
-from gigamorph.engine.recipes.stages import Stage, trainable_names
+from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tta import FLIPS, averaged, predict
+from gigamorph.engine.train.run import Run
+from gigamorph.engine.train.stages import Stage, trainable_names
 
 # ---------------------------------------------------------------------------------------------------------- the sampler
 
@@ -241,7 +244,7 @@ def test_mirrored_predictions_do_not_depend_on_mirroring():
             return {"image": open_pixels(self.x)}
 
     call = lambda sources: net(torch.stack([s.read(0, 48, 0, 64) for s in sources]))  # noqa: E731
-    found = [predict(call, One(x), FLIPS) for x in (image, image.flip(2), image.flip(1), image.flip(1, 2))]
+    found = [predict(call, One(x), [0], FLIPS) for x in (image, image.flip(2), image.flip(1), image.flip(1, 2))]
     assert max(np.abs(f - found[0]).max() for f in found) < 1e-5
     with torch.no_grad():
         views = torch.stack([image, image.flip(2), image.flip(1), image.flip(1, 2)])
@@ -308,6 +311,32 @@ def test_both_variants_and_their_ensemble(whole):
     assert 0 <= metrics["patch_accuracy_a"] <= 1 and "patch_accuracy_b" not in metrics  # one backbone, learnt once
     assert np.load(out / "images" / "000000.npy").shape == (48, 40)
     assert (out / "ensemble.csv").exists() and json.loads((out / "metrics.json").read_text())["seed"] == 2
+
+
+def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, tmp_path):
+    """Of images of any size, which are brought to the network's; maps go back to the pixels of the file."""
+    out, folder = whole[0], table.parent
+    net, classes, images = open_classifier(out / "a" / "best.ckpt", memory_budget=None, device="cpu")
+    record = Record(folder / "3.npy", -1, "p")
+    source = images([record])[0]["image"]
+    assert classes == ["0", "1"] and source.shape == (1, 48, 40)
+    assert source.to_original.points([[0, 0], [40, 48]]).tolist() == [[0, 0], [50, 60]]
+    state = torch.load(out / "a" / "best.ckpt", weights_only=True)["state_dict"]
+    stock = convert(PatchNet(features(NET, 1), 32), SMALL.models[0])
+    stock.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    [small] = resized([record], SMALL, tmp_path / "images")
+    want = stock.eval()(whole_images([small], SMALL)[0]["image"].read(0, 48, 0, 40)[None])
+    assert (net.eval()(source) - want).abs().max() < 1e-3  # the recipe keeps resized images in 16 bits
+    for command, files in (("predict", ["--heatmaps"]), ("explain", [])):
+        with pytest.raises(SystemExit) as done:
+            main(
+                [command, str(out / "a" / "best.ckpt"), str(folder / "3.npy"), *files, "--out", str(tmp_path / command)]
+            )
+        assert done.value.code == 0
+    for path in (tmp_path / "predict" / "heatmaps" / "3.png", tmp_path / "explain" / "3.png"):
+        assert imagecodecs.png_decode(path.read_bytes()).shape == (60, 50, 3)
+    with pytest.raises(DataError, match="no classifier of whole images"):
+        open_classifier(out / "a-patches" / "best.ckpt", memory_budget=None, device="cpu")
 
 
 @pytest.mark.parametrize(("task", "nth"), [(PatchTask, 3), (ImageTask, 5)])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine.datasets.phantom import PhantomImage
-from gigamorph.engine.datasets.tables import Record, write_table
+from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.datasets.tables.chestxray14 import FINDINGS
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models import create_model
@@ -25,8 +25,9 @@ from gigamorph.engine.recipes.morphhr.config import Config
 from gigamorph.engine.recipes.morphhr.grow import grow
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
 from gigamorph.engine.recipes.morphhr.train import train
-from gigamorph.engine.recipes.recipe import Run
-from gigamorph.engine.recipes.stages import Stage
+from gigamorph.engine.recipes.networks import open_classifier
+from gigamorph.engine.train.run import Run
+from gigamorph.engine.train.stages import Stage
 
 SMALL = Config(
     model="lesionnet",
@@ -167,6 +168,22 @@ def test_ablation_of_one_command(whole):
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     child = open_network("lesionnet", out / "morph" / "model.safetensors", 2, 1)
     assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("arm", ["parent", "morph"])
+def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
+    net, classes, images = open_classifier(whole[0] / arm / "best.ckpt", memory_budget=None, device="cpu")
+    [first, *_] = images(read_table(table).records)
+    source = first["image"]
+    assert classes == ["no", "yes"] and source.shape == ((1, 16, 20) if arm == "parent" else (1, 32, 40))
+    state = torch.load(whole[0] / arm / "best.ckpt", weights_only=True)["state_dict"]
+    network = create_model("lesionnet", 2, 1)
+    if arm == "morph":
+        network = open_network("lesionnet", whole[0] / arm / "model.safetensors", 2, 1).network
+    network.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    with torch.no_grad():
+        want = network.eval()(source.read(0, source.shape[1], 0, source.shape[2])[None])
+        assert (net.eval()(source) - want).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("nth", [4, 12])

@@ -22,7 +22,6 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.recipes.config import default_text, parse_config
-from gigamorph.engine.recipes.recipe import Run
 from gigamorph.engine.recipes.siamese import SiameseConfig, train
 from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.mixture import Mixture, fit_mixture, soft_labels
@@ -33,6 +32,7 @@ from gigamorph.engine.recipes.siamese.probe import probed
 from gigamorph.engine.recipes.siamese.register import register, registered
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
+from gigamorph.engine.train.run import Run
 
 SMALL = SiameseConfig(
     model="lesionnet",
@@ -404,7 +404,7 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
     row = whole["probe"][0]
     assert f"(100%), start byol: AUC {row['probe']:.3f} by a linear probe, {row['fine_tuned']:.3f} fine-tuned." in card
     # A checkpoint after each step; killed inside the second epoch of both methods.
-    monkeypatch.setattr("gigamorph.engine.recipes.loop._SAVE_EVERY", 0.0)
+    monkeypatch.setattr("gigamorph.engine.train.callbacks.SAVE_EVERY", 0.0)
     for task in (BYOLTask, SimCLRTask):
         loss, calls = task.loss, []
 

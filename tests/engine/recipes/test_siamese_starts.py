@@ -11,13 +11,13 @@ from torch import nn
 
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.models.compat import make_torchvision_importable
-from gigamorph.engine.recipes.recipe import Run
 from gigamorph.engine.recipes.siamese.augment import cropped, jittered, mirrored
 from gigamorph.engine.recipes.siamese.byol import BYOLTask, byol_loss, follow, tau_at
 from gigamorph.engine.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask, nt_xent
 from gigamorph.engine.recipes.siamese.starts import make_network, self_supervised
+from gigamorph.engine.train.run import Run
 
 SMALL = SiameseConfig(patch=8, dim=4, hidden=16, epochs=3, batch_size=8, lr=1e-2)
 TASKS = {"simclr": SimCLRTask, "byol": BYOLTask}

@@ -115,7 +115,7 @@ def test_best_checkpoint_is_of_the_best_validation_score_then_loss(data, tmp_pat
     rows = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
     score, loss = rows[0].index("val_score"), rows[0].index("val_loss")
     keys = [(float(row[score]), -float(row[loss])) for row in rows[1:]]
-    best = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]["position"][0]
+    best = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]["state"]["epoch"]
     assert best == 1 + keys.index(max(keys))
 
 
@@ -172,23 +172,23 @@ def test_full_disk_keeps_the_former_checkpoint(data, whole, tmp_path, monkeypatc
         return real(first, *args, **kwargs)
 
     monkeypatch.setattr(failing, full)
-    with pytest.raises(GigamorphError, match=r"last\.ckpt: .* No space left on device; the former one is kept"):
+    with pytest.raises(GigamorphError, match=r"(last|best)\.ckpt: .* No space left on device; the former one is kept"):
         fit(data, OPTIONS, tmp_path / "run")
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["gigamorph"]["position"] == [1, 0]
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")["gigamorph"]["state"]
+    assert (state["epoch"], state["batch"]) == (1, 0)
     assert not list((tmp_path / "run").glob(".*"))  # no half-written file is left to fill the disk
     fit(data, OPTIONS, tmp_path / "run", resume=True)
     assert_same_run(whole, tmp_path / "run")
 
 
 def test_class_weights_act_at_batch_size_one(data, tmp_path):
-    from gigamorph.engine.train.module import Classifier, balanced_weights
+    from gigamorph.engine.train.classify import balanced_weights, weighted_loss
 
     weights = balanced_weights([0, 0, 0, 1], 2)
     assert weights == pytest.approx([4 / 6, 2.0])
     logits, one = torch.tensor([[0.3, -0.2]]), torch.tensor([1])
-    plain = Classifier(torch.nn.Identity(), {}).loss(logits, one)
-    weighted = Classifier(torch.nn.Identity(), {}, class_weights=weights).loss(logits, one)
+    plain, weighted = weighted_loss(logits, one), weighted_loss(logits, one, weights)
     assert weighted.item() == pytest.approx(2 * plain.item())
 
 

@@ -15,18 +15,34 @@ from training import run
 from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import TrainOptions
+from gigamorph.engine.train.module import Batches
 from gigamorph.engine.train.progress import Meter
-from gigamorph.engine.train.sampler import EpochSampler
+from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.state import State
+from gigamorph.engine.train.task import Task
 
 SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, lr=3e-3, seed=5, split_image=True)
 OWN = replace(SPLIT, model="training:normed", accumulate=8, split_image=False)
 
 
+class Numbers(Task):
+    """Examples that are their numbers."""
+
+    def examples(self, epoch: int) -> range:
+        return range(13)
+
+
+def batches(group: ProcessGroup, done: int) -> Batches:
+    task = Numbers()
+    task.group = group
+    return Batches(task, Stage("train", 9, 0.1), State(epoch=3, batch=done), seed=5)
+
+
 def test_the_shares_of_an_epoch_go_on_where_it_was_interrupted():
-    whole = list(EpochSampler(13, 5, 3))
-    parts = [list(EpochSampler(13, 5, 3, 8, ProcessGroup(rank, 4))) for rank in range(4)]
+    whole = [example for [example] in batches(ProcessGroup(), 0)]
+    parts = [[example for [example] in batches(ProcessGroup(rank, 4), 8)] for rank in range(4)]
     assert [image for turn in zip(*parts, strict=True) for image in turn][:5] == whole[8:]
-    assert len(EpochSampler(13, 5, group=ProcessGroup(1, 4))) == 4
+    assert len(batches(ProcessGroup(1, 4), 0)) == 4
 
 
 def test_progress_counts_the_images_of_all():
@@ -65,7 +81,8 @@ def assert_like_one_process(options: TrainOptions, ends: list[Any], folder: Path
         # A float32 loss of float64 logits and AdamW's quotients: rounding of sums, a few times amplified.
         worst = errors(*both)
         assert max(worst.values()) < 1e-9, worst
-        assert first["gigamorph"]["position"] == second["gigamorph"]["position"]
+        states = [stored["gigamorph"]["state"] for stored in (first, second)]
+        assert all(states[0][name] == states[1][name] for name in ("stage", "within", "epoch", "batch", "best_epoch"))
     rows = [row.split(",")[:5] for f in (alone, folder) for row in (f / "log.csv").read_text().splitlines()]
     assert rows[:3] == rows[3:]
 

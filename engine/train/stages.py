@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -37,9 +38,9 @@ class Stage:
     schedule: Literal["constant", "cosine"] = "constant"
     """"cosine" rises over the first tenth of the stage and then falls to zero."""
     plateau: int | None = None
-    """The rate is divided by ten after so many epochs without a better score."""
+    """The rate is divided by ten after this many epochs without a better score."""
     patience: int | None = None
-    """The stage ends after so many epochs without a better score."""
+    """The stage ends after this many epochs without a better score."""
     dropout: float | None = None
     """Probability of every dropout layer; None leaves each as it was built."""
     batch_norm: Literal["train", "eval", "trainable"] = "train"
@@ -117,3 +118,16 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.momentum > 0)
     return (torch.optim.Adam if stage.optimizer == "adam" else torch.optim.AdamW)(groups, lr=stage.lr)
+
+
+def cosine_with_warmup(steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate at each step: linear over the first tenth, then a cosine down to zero."""
+    warmup = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    return factor

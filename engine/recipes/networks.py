@@ -1,0 +1,41 @@
+"""Classifiers of whole images in checkpoints, of `gigamorph train` and of recipes, and the images that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..accelerate import Accelerated, accelerate
+from ..datasets.tables import Record
+from ..errors import DataError
+from ..train.checkpoint import load_checkpoint
+from ..train.classify import Images
+from ..train.fit import restore_network
+from ..train.inputs import images
+from . import get_recipe
+
+
+def open_classifier(
+    path: str | Path, *, memory_budget: int | None, device: str
+) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
+    """The trained network of a checkpoint in a budget and on a device, its classes, and what opens images for it.
+
+    Raises:
+        DataError: if it is no checkpoint, or what was trained classifies no whole images.
+    """
+    stored = load_checkpoint(path)
+    record = stored["gigamorph"]
+    if "options" in record:
+        net = restore_network(stored, memory_budget=memory_budget, device=device)
+        return (
+            net,
+            record["classes"],
+            partial(images, channels=record["channels"], preprocessing=record["preprocessing"]),
+        )
+    restore = get_recipe(record["recipe"]).restore if "recipe" in record else None
+    if restore is None:
+        raise DataError(f"{path}: what was trained here is no classifier of whole images; name a checkpoint of one")
+    network, opened = restore(record)
+    network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
+    return accelerate(network.to(device), memory_budget, fallback="whole"), record["classes"], opened

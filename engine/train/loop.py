@@ -1,0 +1,151 @@
+"""The training loop: stages one after another on Lightning, resumable at any moment, bit for bit on the CPU.
+
+Every random number of a step follows from (seed, epoch, step), the order of the examples from (seed, epoch), so that a
+run that was killed goes on from ``last.ckpt`` to the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..errors import GigamorphError
+from ..models.compat import make_torchvision_importable
+from .callbacks import Epochs
+from .checkpoint import AtomicCheckpointIO, load_checkpoint
+from .interrupt import Interrupt
+from .module import StageModule
+from .progress import Meter
+from .run import Run
+from .stages import Stage, freeze, restored, trainable_names
+from .state import State
+from .task import Task
+
+make_torchvision_importable()
+
+import lightning.pytorch as pl  # noqa: E402
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The end of the stages; the module has the parameters of the best epoch, or of the last without scores."""
+
+    rows: list[dict[str, Any]]
+    """As in ``log.csv``: stage, epoch, train_loss, score (or the columns of a `Score`), lr, seconds, peak_bytes, and
+    megapixels_per_second where the task counts pixels."""
+    best_epoch: int
+    """Counted from 1, through the stages."""
+    best_score: float | None
+
+
+def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
+    """Train through stages; each goes on from the weights that the one before has left.
+
+    Writes ``last.ckpt``, ``best.ckpt`` and ``log.csv`` into ``run.out``. With ``run.resume`` it goes on where the
+    folder's run stopped, from the start if it had not begun, and returns at once if it was complete.
+
+    The processes of ``run.group`` train together when each of them calls this: if they split each image, all of them
+    compute every batch; else the batches of an optimizer step are dealt to them, whole, and the gradients are averaged,
+    so that a step is that of one process. The first of them reports and writes. BatchNorm's running statistics are
+    those of the first process, as ever in DDP. Sums over processes may be rounded otherwise in a run that was resumed.
+
+    Raises:
+        GigamorphError: a loss or gradient that is not finite (the last checkpoint is kept), a pattern that names no
+            parameter, batches that cannot be dealt to the processes, a folder that holds another run, or a file that
+            cannot be written.
+        KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
+    """
+    group, last, best = run.group, run.out / "last.ckpt", run.out / "best.ckpt"
+    for stage in stages:
+        trainable_names(task.module, stage)
+        _require_deal(stage, group.at_once)
+    record = {**task.record, "settings": _settings(stages, run, group.at_once)}
+    task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
+    task.module.to(run.device)
+    state, goes_on = State(), run.resume and last.exists()
+    if goes_on:
+        state = _resumed(task, load_checkpoint(last), record, str(last))
+    elif last.exists():
+        raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
+    group.wait()  # all have seen the folder as it was
+    interrupt = Interrupt()
+    with interrupt.awaited():
+        while state.stage < len(stages):
+            if not state.is_over(stages[state.stage]):
+                _fit(task, stages[state.stage], state, run, record, goes_on, interrupt)
+            state.next_stage()
+            goes_on = False
+    if state.best_epoch != state.epoch:
+        _take(task, load_checkpoint(best), str(best))
+    task.module.eval()
+    return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])
+
+
+def _fit(
+    task: Task, stage: Stage, state: State, run: Run, record: dict[str, Any], goes_on: bool, interrupt: Interrupt
+) -> None:
+    """One stage in Lightning's loop, which takes up what it needs from ``last.ckpt`` if the stage `goes_on`."""
+    on_gpu = run.device.startswith("cuda")
+    with restored(task.module), warnings.catch_warnings():
+        freeze(task.module, stage)
+        # Lightning advises on workers, loggers and folders; none of it concerns sources that are read by tiles.
+        warnings.filterwarnings("ignore", module="lightning")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = pl.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            # Lightning sees one process of its own everywhere; what several have in common is the group's.
+            devices=[torch.cuda.current_device()] if on_gpu else 1,
+            max_epochs=stage.epochs,
+            accumulate_grad_batches=stage.accumulate // task.group.at_once,
+            precision=PRECISIONS[run.precision],  # type: ignore[arg-type]
+            callbacks=[Epochs(interrupt)],
+            plugins=[AtomicCheckpointIO(task.group.leads)],
+            default_root_dir=run.out,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        module = StageModule(task, stage, state, run, record)
+        trainer.fit(module, ckpt_path=run.out / "last.ckpt" if goes_on else None, weights_only=True)
+
+
+def _require_deal(stage: Stage, processes: int) -> None:
+    if stage.accumulate % processes:
+        size = f", {stage.batch_size} at a time," if stage.batch_size > 1 else ""
+        raise GigamorphError(
+            f"stage '{stage.name}': {stage.accumulate * stage.batch_size} images per optimizer step{size} cannot be "
+            f"dealt to {processes} processes; make accumulate a multiple, or let them share each image"
+        )
+
+
+def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:
+    plain = [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stage).items()} for stage in stages]
+    return {"seed": run.seed, "precision": run.precision, "processes": at_once, "stages": plain}
+
+
+def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: str) -> State:
+    for name, value in record["settings"].items():
+        if stored["gigamorph"]["settings"].get(name) != value:
+            raise GigamorphError(f"{path}: was begun with other {name}; resume with the same")
+    _take(task, stored, path)
+    state = State(**stored["gigamorph"]["state"])
+    state.losses = state.losses[task.group.turn :: task.group.at_once]
+    return state
+
+
+def _take(task: Task, stored: dict[str, Any], path: str) -> None:
+    try:
+        task.module.load_state_dict({k.removeprefix("net."): v for k, v in stored["state_dict"].items()})
+    except RuntimeError as error:
+        raise GigamorphError(f"{path}: belongs to another network; resume with the same") from error
+    task.load_state(stored["gigamorph"]["task"])

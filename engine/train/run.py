@@ -1,0 +1,45 @@
+"""Where, and with what, something is trained; and the seeds of its random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..parallel.process_group import ProcessGroup
+from .progress import Report
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where, and with what, a training or a whole recipe runs."""
+
+    out: Path
+    seed: int = 0
+    device: str = "cpu"
+    memory_budget: int | None = None
+    """Bytes of a step; None lets the engine take what is free."""
+    resume: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    report: Report | None = None
+    """Called while it works, for a progress bar."""
+    say: Callable[[str], None] = _silent
+    """Called with a line for people."""
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    """The processes that run it together: each does all of it but the training, which they share."""
+
+    def part(self, name: str) -> Run:
+        """The run of a part of the whole, in a folder of its own."""
+        return replace(self, out=self.out / name)
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for random numbers that belong to these."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,72 @@
+"""What is trained: a network with its examples, its loss and its score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..parallel.process_group import ProcessGroup
+from .progress import Meter
+
+
+@dataclass(frozen=True)
+class Score:
+    """What validation data say of an epoch."""
+
+    value: float
+    """Larger is better."""
+    tie: float = 0.0
+    """Decides between epochs of equal value; larger is better."""
+    columns: Mapping[str, float] = field(default_factory=dict)
+    """Of ``log.csv``, in place of its column score."""
+    shown: Mapping[str, float] = field(default_factory=dict)
+    """What the line of an epoch tells, in place of the value."""
+
+
+class Task:
+    """A network with its examples, its loss and its score. `gigamorph train` and each recipe derive their own.
+
+    Attributes:
+        module: all parameters and buffers. What `accelerate` makes of its parts shares them.
+        record: what checkpoints say of the network besides its weights: plain containers, numbers and texts.
+        meter: counts images and pixels.
+        group: the processes that train together. `run_stages` sets both before the first example.
+    """
+
+    module: nn.Module
+    record: Mapping[str, Any] = MappingProxyType({})
+    meter = Meter(None)
+    group = ProcessGroup()
+
+    def examples(self, epoch: int) -> Sequence[Any]:
+        """The examples of an epoch, counted on through the stages; taken in an order that is drawn anew each time.
+
+        All epochs of a stage have equally many.
+        """
+        raise NotImplementedError
+
+    def loss(self, batch: Sequence[Any]) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        raise NotImplementedError
+
+    def score(self) -> Score | float | None:
+        """On validation data, in evaluation mode without gradients; larger is better. None where there are none."""
+        return None
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Work between epochs, in evaluation mode without gradients. What it leaves belongs into `state`."""
+
+    def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Called in the process that leads, with all rows of ``log.csv`` so far."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the module: plain containers, numbers, texts and tensors."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
