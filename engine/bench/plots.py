@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..report.figure import panel
 from .peers import PEERS
 from .results import EQUAL_MEMORY, NOT_RUN, OK, OUT_OF_MEMORY, WRONG, LimitRow, StepRow
 
@@ -40,21 +39,9 @@ def colour(peer: str) -> str:
     return _COLOURS.get(peer, _OTHERS)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
-    path.write_bytes(png(figure))
-
-
-def png(figure: Figure) -> bytes:
-    """A PNG, the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
     """Peak memory of a step against the image's pixels; where a peer runs out, its line ends in a cross."""
-    figure, axes = _panel(title)
+    figure, axes = panel(8.2, 4.8, title)
     caps = {row.cap_bytes for row in rows if row.cap_bytes}
     cap = max(caps) / 1e9 if caps else None
     ends: list[tuple[float, float, str, str]] = []
@@ -87,7 +74,7 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
 
 def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
     """Megapixels per second against the image's pixels."""
-    figure, axes = _panel(title)
+    figure, axes = panel(8.2, 4.8, title)
     ends = []
     for peer, line in _by_peer(rows):
         x, y = _points(line, lambda row: row.mpx_per_s)
@@ -112,41 +99,38 @@ def roofline_figure(rows: Sequence[StepRow], title: str) -> Figure:
     size = max(set(sizes), key=lambda s: (sizes.count(s), s))
     bars = [(row.peer, 100 * row.roofline_share) for row in rows if row.task.megapixels == size and row.roofline_share]
     bars.sort(key=lambda bar: bar[1])
-    figure = Figure(figsize=(8.2, 1.3 + 0.45 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    for number, (peer, share) in enumerate(bars):
-        axes.barh(number, share, color=colour(peer), height=0.62)
-        axes.text(share, number, f" {share:.0f} %", va="center", color=colour(peer))
+    figure, axes = _bars([(peer, share, f"{share:.0f} %") for peer, share in bars], f"{title}, {size:.3g} megapixels")
     axes.axvline(100, color="0.35", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(bars)), [label(peer) for peer, _ in bars])
     axes.set_xlim(0, 1.15 * max(100, *(share for _, share in bars)))
     axes.set_xlabel("speed as a share of the roofline of unfused ops on this machine, in percent")
-    axes.set_title(f"{title}, {size:.3g} megapixels", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def limits_figure(rows: Sequence[LimitRow], title: str) -> Figure:
     """The largest image of each peer in megapixels: one bar each."""
-    bars = sorted(((row, row.side**2 / 1e6) for row in rows if row.side), key=lambda bar: bar[1])
-    figure = Figure(figsize=(8.2, 1.3 + 0.45 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    for number, (row, size) in enumerate(bars):
-        axes.barh(number, size, color=colour(row.peer), height=0.62)
-        more = "" if row.too_large else " and more"
-        axes.text(size, number, f" {row.side} × {row.side}{more}", va="center", color=colour(row.peer))
-    axes.set_yticks(range(len(bars)), [label(row.peer) for row, _ in bars])
-    axes.set_xlim(0, 1.3 * max(size for _, size in bars))
+    bars = [
+        (row.peer, row.side**2 / 1e6, f"{row.side} × {row.side}{'' if row.too_large else ' and more'}")
+        for row in sorted((row for row in rows if row.side), key=lambda row: row.side or 0)
+    ]
+    figure, axes = _bars(bars, title)
+    axes.set_xlim(0, 1.3 * bars[-1][1])
     axes.set_xlabel("largest image in megapixels")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _bars(bars: Sequence[tuple[str, float, str]], title: str) -> tuple[Figure, Axes]:
+    """A bar for each peer, its length, and what is written at its end; the first is the lowest."""
+    figure, axes = panel(8.2, 1.3 + 0.45 * len(bars), title)
+    for number, (peer, length, text) in enumerate(bars):
+        axes.barh(number, length, color=colour(peer), height=0.62)
+        axes.text(length, number, f" {text}", va="center", color=colour(peer))
+    axes.set_yticks(range(len(bars)), [label(peer) for peer, *_ in bars])
+    return figure, axes
 
 
 def timeline_figure(timeline: Timeline) -> Figure:
     """Bytes allocated in one step against time, with a tick where a tile was done."""
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel(9.5, 4, timeline.title)
     seconds, held = [p[0] for p in timeline.points], [p[1] / 2**20 for p in timeline.points]
     axes.plot(seconds, held, color=_COLOURS["gigamorph"], linewidth=1)
     top = max(held, default=1)
@@ -157,17 +141,7 @@ def timeline_figure(timeline: Timeline) -> Figure:
             text = f"{phase}: {len(marks)} tiles, each tick is one done"
             axes.text(marks[0], 0.04 * top, text, color=shade, fontsize=9)
     axes.set(xlabel="seconds since the step began", ylabel="allocated in the step, MiB", ylim=(0, 1.1 * top))
-    axes.set_title(timeline.title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _panel(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8.2, 4.8), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _by_peer(rows: Sequence[StepRow]) -> Iterable[tuple[str, list[StepRow]]]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..accelerate import Accelerated
+from ..report.figure import save_figure
 from ..tiling.scan import TileEvent
-from .plots import save, timeline_figure
+from .plots import timeline_figure
 from .timeline import TILE, read_timeline
 
 if TYPE_CHECKING:
@@ -39,5 +40,5 @@ def profile_step(work: Work, folder: Path) -> dict[str, Any]:
     recorded.export_chrome_trace(str(folder / "trace.json"))
     timeline = read_timeline(folder / "trace.json", f"{work.task}, {work.label}", work.task.device)
     (folder / "timeline.json").write_text(json.dumps(vars(timeline)) + "\n")
-    save(timeline_figure(timeline), folder / "timeline.png")
+    save_figure(timeline_figure(timeline), folder / "timeline.png")
     return {"folder": str(folder)}

@@ -1,0 +1,1 @@
+"""What every report is made with: HTML pages from templates (`page.py`), and figures (`figure.py`)."""

@@ -1,0 +1,38 @@
+"""Figures as all reports have them: no box around the axes, the title at the left, the same bytes for the same figure."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..files import write_atomically
+
+
+def panel(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
+    """A figure of one pair of axes; inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    open_axes(axes)
+    axes.set_title(title, loc="left", fontsize=10)
+    return figure, axes
+
+
+def open_axes(*axes: Axes) -> None:
+    """Leave out the lines at the top and at the right."""
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, with everything that is drawn in it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_atomically(path, lambda p: p.write_bytes(png(figure)), "picture")

@@ -1,0 +1,89 @@
+"""One HTML page that needs nothing else: templates with one style, pictures embedded, all text from outside escaped."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..files import write_atomically
+
+_NUMBER = re.compile(r"[+\-−]?\.?\d")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under names; numbers stand at the right of their columns.
+
+    Attributes:
+        strong: rows with this cell are marked.
+        grouped: rows whose first cell is the same belong together.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    strong: str = ""
+    grouped: bool = False
+
+    @property
+    def styles(self) -> list[str]:
+        """The class of each column: words (as in the first), which need room where they are many, or numbers."""
+        styles = []
+        for number in range(len(self.head)):
+            cells = [str(row[number]) for row in self.rows if str(row[number])]
+            longest = max(map(len, cells), default=0)
+            words = "words wide" if longest > 40 else "words broad" if longest > 14 else "words"
+            numeric = number > 0 and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) > len(cells)
+            styles.append("number" if numeric else words)
+        return styles
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, object]], strong: str = "", grouped: bool = False) -> Table:
+        """Rows by the names of their cells, the same names in each; columns that are empty throughout are omitted."""
+        head = [name for name in (rows[0] if rows else ()) if any(str(row[name]) for row in rows)]
+        return cls(head, [[row[name] for name in head] for row in rows], strong, grouped)
+
+
+def render(template: str, **content: Any) -> str:
+    """The text of a template; in ``.html`` everything from outside is escaped."""
+    return _ENVIRONMENT.get_template(template).render(**content)
+
+
+def write_page(path: Path, template: str, pictures: Mapping[str, bytes], **content: Any) -> Path:
+    """Write a page, and beside it its pictures, which it also holds; returns its path.
+
+    Args:
+        template: a file of `templates/`.
+        pictures: PNG files by their names without ``.png``.
+        content: what the template names.
+
+    Raises:
+        GigamorphError: if a file cannot be written.
+    """
+    for name, data in pictures.items():
+        write_atomically(path.parent / f"{name}.png", lambda p, data=data: p.write_bytes(data), "picture")
+    text = render(template, pictures=pictures, **content)
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"), "report")
+    return path
+
+
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=lambda name: name is None or name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    made.filters["anchor"] = lambda title: re.sub(r"\W+", "-", title.lower()).strip("-")
+    return made
+
+
+_ENVIRONMENT = _environment()
