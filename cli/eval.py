@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,10 @@ def eval(
     found = evaluate(images, settings, other=None if other is None else read(other), marked=marked)
     if marked is not None:
         found["froc"]["findings_without_place"] = without
+    files = {"predictions": predictions, "table": table, "compared_with": other, "marks": marks}
+    found |= {key: None if path is None else "/".join(Path(path).parts[-2:]) for key, path in files.items()}
     found |= {"split": split, "predictions_sha256": hashlib.sha256(Path(predictions).read_bytes()).hexdigest()}
+    found["date"] = datetime.date.today().isoformat()
     page = write_report(out, images, found)
     for line in headline(found):
         click.echo(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..report.figure import open_axes, panel
 from . import roc
 from .bootstrap import Resamples
 from .cases import Cases
 from .curves import WeightedCurves, rates
 
 _BAND = 500  # resamples for the band of a curve
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
@@ -47,15 +40,19 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
             _band(left, cases, curve, rows, seed)
             prevalence = found[name]["prevalence"]
             right.axhline(prevalence, color="0.75", linewidth=1)
-            right.set_title(f"average precision {found[name]['average_precision']['value']:.3f}", fontsize=10)
-            left.set_title(f"area {found[name]['auc']['value']:.3f}", fontsize=10)
+    for axes, title, key, measure in (
+        (left, "ROC curve", "auc", "area"),
+        (right, "Precision and recall", "average_precision", "average precision"),
+    ):
+        told = f", {measure} {found[shown[0][1]][key]['value']:.3f}" if len(shown) == 1 else ""
+        axes.set_title(title + told, loc="left", fontsize=10)
     if len(shown) > 1:
         left.legend(fontsize=8, title="area", loc="lower right")
     left.set(xlabel="1 − specificity", ylabel="sensitivity")
     right.set(xlabel="sensitivity (recall)", ylabel="positive predictive value (precision)")
     for axes in (left, right):
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axes.spines[["top", "right"]].set_visible(False)
+    open_axes(left, right)
     return figure
 
 
@@ -78,8 +75,7 @@ def _band(axes: Axes, cases: Cases, curve: WeightedCurves, rows: np.ndarray, see
 
 def calibration_figure(found: dict[str, Any]) -> Figure:
     """Frequency against probability of each output that has a reliability curve."""
-    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel(4.8, 4.6, "Frequency of positives against their probability")
     axes.plot([0, 1], [0, 1], color="0.75", linewidth=1)
     shown = {name: one["calibration"]["reliability"] for name, one in found.items() if "calibration" in one}
     for name, curve in shown.items():
@@ -100,31 +96,27 @@ def calibration_figure(found: dict[str, Any]) -> Figure:
         axes.legend(fontsize=8)
     axes.set(xlabel="mean probability of the rows of a bin", ylabel="share of positives among them")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def subgroups_figure(rows: Sequence[dict[str, Any]], by: str) -> Figure:
     """The area of each subgroup with its interval."""
     shown = [row for row in rows if row.get("auc")]
-    figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(shown)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel(6.4, 1.1 + 0.32 * len(shown), f"By {by}, rows in parentheses")
     for place, row in enumerate(shown):
         value, interval = row["auc"]["value"], row["auc"]["bootstrap"]
         axes.plot([value], [place], "o", color="tab:blue", markersize=5)
         if interval is not None:
             axes.plot(interval, [place, place], color="tab:blue", linewidth=1.2)
     axes.set_yticks(range(len(shown)), [f"{row['value']} ({row['rows']})" for row in shown])
-    axes.set(xlabel=f"area under the ROC curve, by {by}", ylim=(len(shown) - 0.5, -0.5), xlim=(0, 1.02))
+    axes.set(xlabel="area under the ROC curve", ylim=(len(shown) - 0.5, -0.5), xlim=(0, 1.02))
     axes.axvline(0.5, color="0.75", linewidth=1)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def froc_figure(found: dict[str, Any]) -> Figure:
     """Sensitivity per lesion against false marks per image, on a logarithmic axis."""
-    figure = Figure(figsize=(5.6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel(5.6, 4, "Lesions found against false marks (FROC)")
     false, sensitivity = (np.array(found["curve"][name]) for name in ("false_marks_per_image", "sensitivity"))
     axes.step(
         np.append(np.maximum(false, 0.01), max(10.0, false[-1])),
@@ -139,5 +131,4 @@ def froc_figure(found: dict[str, Any]) -> Figure:
     axes.set(xlabel="false marks per image", ylabel="lesions found", xscale="log", xlim=(0.05, 10), ylim=(0, 1.02))
     axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

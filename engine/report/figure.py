@@ -1,4 +1,4 @@
-"""Figures as all reports have them: no box around the axes, the title at the left, the same bytes for the same figure."""
+"""Figures as all reports have them: axes without a box, the title at the left, the same bytes for the same figure."""
 
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""A page holds all that it shows, and what comes from users' files is text in it, whatever it says."""
+
+import json
+
+import numpy as np
+import pytest
+from bench_results import everything
+from jinja2 import UndefinedError
+
+from gigamorph.engine.bench.report import write_report as write_bench
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.evaluate import Cases
+from gigamorph.engine.evaluate.evaluate import Settings, evaluate
+from gigamorph.engine.evaluate.report import write_report as write_evaluation
+from gigamorph.engine.report.page import Table, render, write_page
+
+BAD = "<img src=x onerror=alert(1)>\"'&"
+ESCAPED = "&lt;img src=x onerror=alert(1)&gt;&#34;&#39;&amp;"
+
+
+def test_a_table_omits_empty_columns_and_tells_words_from_numbers():
+    rows = [{"peer": "stock", "time": "1.5 (9%)", "first": "", "remark": "tile 64"}] * 2
+    table = Table.of([*rows, {"peer": "7", "time": "never", "first": "", "remark": ""}])
+    assert table.head == ["peer", "time", "remark"] and table.rows[2] == ["7", "never", ""]
+    assert table.styles == ["words", "number", "words"]
+    assert Table(["", "a"], [["x" * 20, "y" * 50]]).styles == ["words broad", "words wide"]
+    assert Table.of([]).rows == []
+
+
+def test_pictures_lie_in_the_page_and_beside_it(tmp_path):
+    content = {"intro": "", "sections": []}
+    page = write_page(tmp_path / "new" / "page.html", "bench.html", {"one": b"\x89PNG"}, **content)
+    assert (tmp_path / "new" / "one.png").read_bytes() == b"\x89PNG" and page.read_text().startswith("<!doctype html>")
+    (tmp_path / "file").touch()
+    with pytest.raises(GigamorphError, match="cannot be written"):
+        write_page(tmp_path / "file" / "page.html", "bench.html", {}, **content)
+
+
+def test_a_template_with_nothing_to_show_is_an_error():
+    with pytest.raises(UndefinedError):
+        render("bench.html", sections=[])
+
+
+def test_what_results_of_benchmarks_say_is_text(tmp_path):
+    made = everything()
+    made.what, made.steps[1].reason, made.declared[0].text = BAD, BAD, BAD
+    made.write(tmp_path / "a.json")
+    text = write_bench([tmp_path / "a.json"], tmp_path / "out").read_text()
+    assert BAD not in text and text.count(ESCAPED) == 3
+
+
+def test_what_predictions_and_tables_say_is_text(tmp_path):
+    random = np.random.default_rng(0)
+    names = tuple(map(str, range(40)))
+    cases = Cases(
+        outputs=(BAD,),
+        truth=(random.random((40, 1)) < 0.5).astype(float),
+        scores=random.normal(size=(40, 1)),
+        names=names,
+        patients=names,
+        exams=names,
+        sides=("L",) * 40,
+        columns={BAD: (BAD,) * 40},
+    )
+    found = evaluate(cases, Settings(by=(BAD,), resamples=5))
+    text = write_evaluation(tmp_path, cases, found | {"predictions": BAD, "date": "2026-11-21"}).read_text()
+    assert "<img src=x" not in text and text.count(ESCAPED) > 8 and "2026-11-21" in text
+    assert json.loads((tmp_path / "metrics.json").read_text())["outputs"] == [BAD]
