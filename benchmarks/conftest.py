@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gigamorph.engine.bench import ratio
 from gigamorph.engine.bench.machine import provenance
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ratio as ratios
+from gigamorph.engine.bench.meter import time_call
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,9 +37,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., flo
         seconds: dict[str, list[float]] = {"ours": [], "reference": []}
 
         def timed(which: str, call: Callable[[], Any]) -> None:
-            started = time.process_time()
-            call()
-            seconds[which].append(time.process_time() - started)
+            seconds[which].append(time_call(call)[1])
 
         benchmark.pedantic(
             lambda: timed("ours", ours),
@@ -54,8 +48,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., flo
         benchmark.extra_info.update(cpu_seconds=seconds, ratio=found, limit=limit, **info)
         print(f"\n{name}: {found:.2f} times the reference's CPU time")
         if request.config.getoption("--save-ratios"):
-            ratios.save(name, found)
-        wrong = ratios.judge(name, found, limit, ratios.load())
+            ratio.save(name, found)
+        wrong = ratio.judge(name, found, limit, ratio.load())
         assert wrong is None, wrong
         return found
 

@@ -24,7 +24,6 @@ import copy
 import fnmatch
 import itertools
 import json
-import os
 import platform
 import queue
 import subprocess
@@ -38,6 +37,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
 from coverage_markdown import PAGE, page  # noqa: E402
+
+from gigamorph.engine.bench.meter import time_call  # noqa: E402
+from gigamorph.engine.bench.process import Process  # noqa: E402
+from gigamorph.engine.bench.results import OK  # noqa: E402
 
 TIMM = """
     resnet18 resnet50 resnext50_32x4d resnetblur18 resnetaa50 resnet50d resnetv2_50 resnet51q regnetx_002 densenet121
@@ -176,9 +179,7 @@ def _times(model: Any, image: Any, fast: Callable[[Any], Any]) -> dict[str, floa
     from exactness import step
 
     def seconds(network: Any) -> float:
-        began = time.perf_counter()
-        step(network, image)
-        return time.perf_counter() - began
+        return time_call(lambda: step(network, image))[0]
 
     stock, tiled = copy.deepcopy(model), fast(copy.deepcopy(model))
     first = seconds(tiled)
@@ -233,66 +234,43 @@ def _legal_size(model: Any, batch: int) -> tuple[int, int]:
     raise RuntimeError(f"the network itself takes none of the sizes {SIZES}")
 
 
-def serve() -> None:
-    """Child process: a network's name and a mode per line in, the verdict as JSON per line out."""
-    import torch
+class Server:
+    """What a child process does: one network in one mode."""
 
-    torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what networks print must not get among the answers
-    for line in sys.stdin:
-        name, mode = line.split()
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+
+    def check(self, name: str, mode: str) -> dict[str, Any]:
         try:
-            report = check(name, mode)
+            return check(name, mode)
         except Exception as error:  # whatever a network raises is its verdict
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            report = {
-                "network": name,
-                "mode": mode,
-                "class": CLASSES[name],
-                "verdict": "wrong",
-                "message": text[:300],
-            }
-        answers.write(json.dumps(report) + "\n")
-        answers.flush()
+            return _wrong(name, mode, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def _wrong(name: str, mode: str, message: str) -> dict[str, Any]:
+    return {"network": name, "mode": mode, "class": CLASSES[name], "verdict": "wrong", "message": message}
 
 
 class Child:
     """A process that checks networks; started again after a crash."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
+        self.process: Process | None = None
 
     def check(self, name: str, mode: str) -> dict[str, Any]:
-        if self.process is None:
-            command = [sys.executable, __file__, "--serve"]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        process = self.process
-        assert process.stdin is not None and process.stdout is not None
-        late = threading.Event()
-        timer = threading.Timer(TIMEOUT, lambda: (late.set(), process.kill()))
-        timer.start()
-        try:
-            process.stdin.write(f"{name} {mode}\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            timer.cancel()
-        if answer:
-            return json.loads(answer)
-        self.process = None
-        died = f"the process died with code {process.wait()}"
-        message = f"no verdict within {TIMEOUT} s" if late.is_set() else died
-        return {"network": name, "mode": mode, "class": CLASSES[name], "verdict": "wrong", "message": message}
+        self.process = self.process or Process("coverage", TIMEOUT, folder=Path(__file__).parent)
+        report = self.process.ask("check", name=name, mode=mode)
+        if report.pop("status") == OK:
+            return report
+        self.close()
+        return _wrong(name, mode, report["reason"])
 
     def close(self) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait()
+        if self.process is not None:
+            self.process.__exit__()
+            self.process = None
 
 
 def check_all(tasks: list[tuple[str, str]], jobs: int, results: Results) -> None:
@@ -392,11 +370,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also what has a verdict already")
     parser.add_argument("--retry", action="store_true", help="also what is wrong or refused")
     parser.add_argument("--markdown", action="store_true", help="write docs/coverage.md from the file; check nothing")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        serve()
-        return 0
     results = Results(options.json)
 
     def wanted(name: str, mode: str) -> bool:

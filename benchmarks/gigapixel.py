@@ -18,9 +18,11 @@ import torch
 
 from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.bench.meter import measure
 from gigamorph.engine.bench.results import Results, StepRow, Task
 from gigamorph.engine.models.resnet import resnet18
-from gigamorph.engine.tiling.memory import format_bytes, parse_bytes, peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.tiling.memory import format_bytes, parse_bytes, used_bytes
+from gigamorph.engine.tiling.scan import TileEvent
 
 
 def write_image(path: Path, side: int, strip: int = 512) -> None:
@@ -36,6 +38,49 @@ def write_image(path: Path, side: int, strip: int = 512) -> None:
     del image
 
 
+def train_step(options: argparse.Namespace, path: Path) -> StepRow:
+    """One step on the image in a file, with its progress printed; `process_bytes` is the peak of resident memory."""
+    torch.manual_seed(0)
+    network = resnet18(num_classes=2, in_channels=1, width=options.width).eval()
+    planned = plan(network, (1, options.side, options.side), options.budget, tile=options.tile)
+    print(planned, flush=True)
+    net = accelerate(network, memory_budget=options.budget, tile=options.tile)
+    source, forward = open_pixels(path), 0.0
+    started = time.perf_counter()
+
+    def progress(event: TileEvent) -> None:
+        if event.done % max(1, event.total // 32) == 0:
+            seconds, memory = time.perf_counter() - started, format_bytes(used_bytes())
+            done = f"{event.phase:8} {event.done:5}/{event.total} tiles"
+            print(f"{done}  {seconds:7.0f} s  {memory} resident", flush=True)
+
+    def step() -> None:
+        nonlocal forward
+        logits = net(source)
+        forward = time.perf_counter() - started
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1])).backward()
+
+    net.on_tile = progress
+    cost = measure(step)
+    model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
+    return StepRow(
+        Task(model, (1, 1, options.side, options.side)),
+        "gigamorph",
+        seconds=cost.seconds,
+        process_bytes=cost.peak_bytes,
+        predicted_bytes=planned.peak_bytes,
+        settings={
+            "image": "on disk, read by tile",
+            "memory_budget": parse_bytes(options.budget),
+            "tile": list(planned.tile),
+            "carries": planned.halos,
+            "carry_bytes": planned.halo_bytes,
+            "stock_bytes": planned.stock_bytes,
+            "forward_seconds": forward,
+        },
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=32768)
@@ -45,56 +90,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the image is written (2 GB)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-
-    torch.manual_seed(0)
-    network = resnet18(num_classes=2, in_channels=1, width=options.width).eval()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "image.npy"
         write_image(path, options.side)
-        planned = plan(network, (1, options.side, options.side), options.budget, tile=options.tile)
-        print(planned, flush=True)
-        net = accelerate(network, memory_budget=options.budget, tile=options.tile)
-        started = time.perf_counter()
-
-        def progress(event: object) -> None:
-            done, total = event.done, event.total  # type: ignore[attr-defined]
-            if done % max(1, total // 32) == 0:
-                seconds = time.perf_counter() - started
-                memory = format_bytes(used_bytes())
-                print(f"{event.phase:8} {done:5}/{total} tiles  {seconds:7.0f} s  {memory} resident", flush=True)  # type: ignore[attr-defined]
-
-        net.on_tile = progress
-        source = open_pixels(path)
-        reset_peak()
-        logits = net(source)
-        forward = time.perf_counter() - started
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([1]))
-        loss.backward()
-        seconds = time.perf_counter() - started
-        peak = peak_bytes()
-    megapixels = options.side**2 / 1e6
+        row = train_step(options, path)
     if options.json:
-        model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
-        row = StepRow(
-            Task(model, (1, 1, options.side, options.side)),
-            "gigamorph",
-            seconds=[seconds],
-            process_bytes=peak,
-            predicted_bytes=planned.peak_bytes,
-            settings={
-                "image": "on disk, read by tile",
-                "memory_budget": parse_bytes(options.budget),
-                "tile": list(planned.tile),
-                "carries": planned.halos,
-                "carry_bytes": planned.halo_bytes,
-                "stock_bytes": planned.stock_bytes,
-                "forward_seconds": forward,
-            },
-        )
         Results("benchmarks/gigapixel.py", provenance(), steps=[row]).write(options.json)
     print(
-        f"{megapixels:.0f} Mpx in {seconds:.0f} s ({megapixels / seconds:.2f} Mpx/s), "
-        f"peak resident memory {format_bytes(peak)}"
+        f"{row.task.megapixels:.0f} Mpx in {row.seconds[0]:.0f} s ({row.mpx_per_s:.2f} Mpx/s), "
+        f"peak resident memory {format_bytes(row.process_bytes or 0)}"
     )
 
 

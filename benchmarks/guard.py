@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.bench.meter import time_call
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.models.compat import make_torchvision_importable
 
@@ -27,15 +27,11 @@ def measure(name: str) -> dict[str, Any]:
     import timm
 
     model = timm.create_model(name).train()
-    began = time.perf_counter()
-    guard = capture(model, (1, 3, 512, 512), torch.float32, "cpu").guard
-    recorded = time.perf_counter() - began
-    times = []
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        held = guard.holds()
-        times.append((time.perf_counter() - began) * 1e3)
-        assert held
+    guards = []
+    recorded, _ = time_call(lambda: guards.append(capture(model, (1, 3, 512, 512), torch.float32, "cpu").guard))
+    held = []
+    times = [1e3 * time_call(lambda: held.append(guards[0].holds()))[0] for _ in range(_ROUNDS)]
+    assert all(held)
     return {
         "network": name,
         "modules": sum(1 for _ in model.modules()),

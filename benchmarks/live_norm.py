@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from gigamorph import BudgetError, plan
-from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.bench.results import OK, Task
+from gigamorph.engine.bench.results import OK, StepRow, Task
+from gigamorph.engine.bench.step import alone
 from gigamorph.engine.bench.work import build
 
 SHARES = (0.7, 0.56, 0.43, 0.34, 0.25)
@@ -37,16 +37,16 @@ def task_of(model: str, side: int) -> Task:
 
 def run(model: str, side: int, how: str, budget: int | None) -> dict[str, Any]:
     """Bytes and least seconds of some steps in a process of their own; what fails ends this one."""
-    task = task_of(model, side)
-    answer = measure_alone(task, PEERS[how], {"memory_budget": budget} if how == "ours" else {}, STEPS)
-    if answer["status"] != OK:
-        sys.exit(f"{task}, {how}: {answer['reason']}")
-    parameters = sum(t.nbytes for t in build(task).state_dict().values())
+    settings = {"memory_budget": budget} if how == "ours" else {}
+    row = alone(StepRow(task_of(model, side), PEERS[how], settings=settings), STEPS)
+    if row.status != OK or row.peak_bytes is None:
+        sys.exit(f"{row.task}, {how}: {row.reason}")
+    parameters = sum(t.nbytes for t in build(row.task).state_dict().values())
     return {
-        "bytes": answer["peak_bytes"],
-        "added": answer["peak_bytes"] - parameters,
-        "seconds": min(answer["seconds"]),
-        "cpu_seconds": min(answer["cpu_seconds"]),
+        "bytes": row.peak_bytes,
+        "added": row.peak_bytes - parameters,
+        "seconds": min(row.seconds),
+        "cpu_seconds": min(row.cpu_seconds),
     }
 
 

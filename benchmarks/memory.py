@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from gigamorph import BudgetError
-from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, Results, StepRow, Task
-from gigamorph.engine.bench.step import planned
+from gigamorph.engine.bench.results import OUT_OF_MEMORY, Results, StepRow, Task
+from gigamorph.engine.bench.step import alone, planned
 from gigamorph.engine.bench.work import build
 
 TILE = 512
@@ -34,13 +33,7 @@ GB = 1e9
 
 def measure(task: Task, peer: str, settings: dict[str, Any], predicted: int | None) -> StepRow:
     """One row, printed."""
-    row = StepRow(task, peer, settings=settings, predicted_bytes=predicted)
-    answer = measure_alone(task, row.base_peer, settings, STEPS)
-    row.status, row.reason = answer["status"], answer.get("reason")
-    if row.status == OK:
-        row.seconds, row.cpu_seconds = answer["seconds"], answer["cpu_seconds"]
-        row.peak_bytes, row.process_bytes = answer["peak_bytes"], answer["process_bytes"]
-    return show(row)
+    return show(alone(StepRow(task, peer, settings=settings, predicted_bytes=predicted), STEPS))
 
 
 def square(model: str, sides: list[int]) -> list[StepRow]:

@@ -20,7 +20,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,11 @@ from pydicom.encaps import get_frame
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.bench.meter import measure, time_call
 from gigamorph.engine.datasets.augment import Augment, augmented
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.images.header import MG_FOR_PRESENTATION, read_info
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
 SIDE, TILE, REGION = 16384, 512, 1024
 HEADERS = 10_000
@@ -53,9 +52,7 @@ AUGMENT = (
 
 def milliseconds(task: Callable[[], Any]) -> float:
     """How long one call takes."""
-    start = time.perf_counter()
-    task()
-    return (time.perf_counter() - start) * 1e3
+    return 1e3 * time_call(task)[0]
 
 
 def compressed_mammogram(path: Path, repeats: int) -> dict[str, float]:
@@ -85,10 +82,9 @@ def zstd_regions(folder: Path, repeats: int) -> dict[str, float]:
     opened, read = [], []
     for _ in range(repeats):
         top, left = (int(place) for place in rng.integers(0, SIDE - REGION, 2))
-        start = time.perf_counter()
-        source = open_pixels(path)
-        opened.append((time.perf_counter() - start) * 1e3)
-        read.append(milliseconds(lambda s=source, y=top, x=left: s.read(y, y + REGION, x, x + REGION)))
+        sources = []
+        opened.append(milliseconds(lambda found=sources: found.append(open_pixels(path))))
+        read.append(milliseconds(lambda s=sources[0], y=top, x=left: s.read(y, y + REGION, x, x + REGION)))
     return {"open_ms": statistics.median(opened), "region_ms": statistics.median(read), "region_ms_worst": max(read)}
 
 
@@ -114,10 +110,9 @@ def index_seconds(mammogram: Path, folder: Path) -> float:
     shutil.copy(mammogram, first)
     for number in range(1, HEADERS):
         os.link(first, folder / "many" / f"{number}.dcm")
-    start = time.perf_counter()
-    found = index_folder(folder / "many", workers=2)
-    seconds = time.perf_counter() - start
-    assert len(found.records) == HEADERS
+    found = []
+    seconds, _ = time_call(lambda: found.append(index_folder(folder / "many", workers=2)))
+    assert len(found[0].records) == HEADERS
     return seconds
 
 
@@ -141,15 +136,12 @@ def uncompressed(folder: Path, repeats: int) -> dict[str, float]:
         file.write((rows * columns * 2).to_bytes(4, "little"))
         file.truncate(size)
     open_pixels(path)
-    reset_peak()
-    before = used_bytes()
-    opened = [milliseconds(lambda: open_pixels(path)) for _ in range(repeats)]
-    grown = peak_bytes() - before
+    opened = measure(lambda: open_pixels(path), times=repeats)
     read = [milliseconds(lambda: open_pixels(path).read(5000, 5512, 700, 1212)) for _ in range(repeats)]
     return {
         "file_bytes": size,
-        "open_ms": statistics.median(opened),
-        "open_peak_bytes": grown,
+        "open_ms": 1e3 * statistics.median(opened.seconds),
+        "open_peak_bytes": opened.added_bytes,
         "open_and_region_ms": statistics.median(read),
     }
 

@@ -19,9 +19,9 @@ def demo(out: str, seed: int, device: str) -> None:
 
     Example: gigamorph demo --out demo-run
     """
+    from ..engine.demo.report import write_report
+    from ..engine.demo.run import BUDGET, FACTOR, run_demo
     from ..engine.tiling.memory import format_bytes
-    from ..engine.train.demo import BUDGET, FACTOR, run_demo
-    from ..engine.train.report import write_report
     from .progress import ProgressView
 
     with ProgressView(device=device) as view:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,9 +11,6 @@ from matplotlib.figure import Figure
 from ..report.figure import panel
 from .peers import PEERS
 from .results import EQUAL_MEMORY, NOT_RUN, OK, OUT_OF_MEMORY, WRONG, LimitRow, StepRow
-
-if TYPE_CHECKING:
-    from .timeline import Timeline
 
 _COLOURS = {
     "stock": "#c0392b",
@@ -126,22 +122,6 @@ def _bars(bars: Sequence[tuple[str, float, str]], title: str) -> tuple[Figure, A
         axes.text(length, number, f" {text}", va="center", color=colour(peer))
     axes.set_yticks(range(len(bars)), [label(peer) for peer, *_ in bars])
     return figure, axes
-
-
-def timeline_figure(timeline: Timeline) -> Figure:
-    """Bytes allocated in one step against time, with a tick where a tile was done."""
-    figure, axes = panel(9.5, 4, timeline.title)
-    seconds, held = [p[0] for p in timeline.points], [p[1] / 2**20 for p in timeline.points]
-    axes.plot(seconds, held, color=_COLOURS["gigamorph"], linewidth=1)
-    top = max(held, default=1)
-    for phase, shade in (("forward", "#b7950b"), ("backward", "#884ea0")):
-        marks = [s for s, name, _ in timeline.tiles if name == phase]
-        if marks:
-            axes.vlines(marks, 0, 0.03 * top, color=shade, linewidth=1)
-            text = f"{phase}: {len(marks)} tiles, each tick is one done"
-            axes.text(marks[0], 0.04 * top, text, color=shade, fontsize=9)
-    axes.set(xlabel="seconds since the step began", ylabel="allocated in the step, MiB", ylim=(0, 1.1 * top))
-    return figure
 
 
 def _by_peer(rows: Sequence[StepRow]) -> Iterable[tuple[str, list[StepRow]]]:

@@ -7,38 +7,97 @@ total after every allocation and release, and when each of gigamorph's tiles was
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..accelerate import Accelerated
-from ..report.figure import save_figure
+from ..report.figure import panel, save_figure
 from ..tiling.scan import TileEvent
-from .plots import timeline_figure
-from .timeline import TILE, read_timeline
+from .plots import colour
 
-if TYPE_CHECKING:
-    from .work import Work
+_TILE = "tile done: "  # what a trace calls it, before phase and number
+_POINTS = 4000  # of a timeline, at most: the largest of its neighbours stands for the others
 
 
-def profile_step(work: Work, folder: Path) -> dict[str, Any]:
-    """Run one step of a measured process under the profiler and write `trace.json`, `timeline.json`, `timeline.png`."""
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes allocated in a step.
+
+    Attributes:
+        points: (seconds since the step began, bytes above those at its beginning).
+        tiles: (seconds, phase, tile) when a tile was done; empty for all but gigamorph.
+    """
+
+    title: str
+    points: list[tuple[float, int]]
+    tiles: list[tuple[float, str, int]]
+
+
+def read_timeline(trace: Path, title: str, device: str) -> Timeline:
+    """The timeline in a trace with memory."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    kind = 0 if device == "cpu" else 1  # as torch numbers devices
+    changes = sorted(
+        (e["ts"], e["args"]["Total Allocated"])
+        for e in events
+        if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind
+    )
+    if not changes:
+        return Timeline(title, [], [])
+    begin, held = changes[0][0], changes[0][1]
+    points = [((ts - begin) / 1e6, total - held) for ts, total in changes]
+    step = -(-len(points) // _POINTS)
+    points = [max(points[i : i + step], key=lambda p: p[1]) for i in range(0, len(points), step)]
+    tiles = sorted(
+        ((e["ts"] - begin) / 1e6, *e["name"].removeprefix(_TILE).rsplit(" ", 1))
+        for e in events
+        if str(e.get("name", "")).startswith(_TILE) and "ts" in e
+    )
+    return Timeline(title, points, [(seconds, phase, int(done)) for seconds, phase, done in tiles])
+
+
+def timeline_figure(timeline: Timeline) -> Figure:
+    """Bytes allocated in one step against time, with a tick where a tile was done."""
+    figure, axes = panel(9.5, 4, timeline.title)
+    seconds, held = [p[0] for p in timeline.points], [p[1] / 2**20 for p in timeline.points]
+    axes.plot(seconds, held, color=colour("gigamorph"), linewidth=1)
+    top = max(held, default=1)
+    for phase, shade in (("forward", "#b7950b"), ("backward", "#884ea0")):
+        marks = [s for s, name, _ in timeline.tiles if name == phase]
+        if marks:
+            axes.vlines(marks, 0, 0.03 * top, color=shade, linewidth=1)
+            text = f"{phase}: {len(marks)} tiles, each tick is one done"
+            axes.text(marks[0], 0.04 * top, text, color=shade, fontsize=9)
+    axes.set(xlabel="seconds since the step began", ylabel="allocated in the step, MiB", ylim=(0, 1.1 * top))
+    return figure
+
+
+def profile_step(runs: nn.Module, step: Callable[[], Any], title: str, device: str, folder: Path) -> None:
+    """Run one step under the profiler and write `trace.json`, `timeline.json`, `timeline.png`.
+
+    Args:
+        runs: what is called for the step's forward.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if work.task.device == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
 
     def mark(event: TileEvent) -> None:
-        with record_function(f"{TILE}{event.phase} {event.done}"):
+        with record_function(f"{_TILE}{event.phase} {event.done}"):
             pass
 
-    if isinstance(work.runs, Accelerated):
-        work.runs.on_tile = mark
+    if isinstance(runs, Accelerated):
+        runs.on_tile = mark
     with profile(activities=activities, profile_memory=True) as recorded:
-        work.step(work.image)
-    if isinstance(work.runs, Accelerated):
-        work.runs.on_tile = None
+        step()
+    if isinstance(runs, Accelerated):
+        runs.on_tile = None
     recorded.export_chrome_trace(str(folder / "trace.json"))
-    timeline = read_timeline(folder / "trace.json", f"{work.task}, {work.label}", work.task.device)
+    timeline = read_timeline(folder / "trace.json", title, device)
     (folder / "timeline.json").write_text(json.dumps(vars(timeline)) + "\n")
     save_figure(timeline_figure(timeline), folder / "timeline.png")
-    return {"folder": str(folder)}

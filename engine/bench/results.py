@@ -26,7 +26,6 @@ OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
     "not run",
 )
 EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream, capped by what gigamorph took
-STATUSES = (OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ keeps maps in cache.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .meter import time_call
 from .ordinary import autocast, first_tensor, loss_of
 from .results import Task
 
@@ -57,15 +57,9 @@ def measure_ceilings(device: str) -> dict[str, float]:
 
 def _least_seconds(run: Callable[[], Any], device: str) -> float:
     best, spent = float("inf"), 0.0
-    run()
+    time_call(run, device)
     while spent < _SECONDS:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        took = time.perf_counter() - started
+        took, _ = time_call(run, device)
         best, spent = min(best, took), spent + took
     return best
 

@@ -17,7 +17,7 @@ from ..errors import BudgetError, UnsupportedError
 from ..planning.plan import Plan
 from ..planning.preview import plan
 from . import check, roofline
-from .child import Child
+from .child import Child, measure_alone
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, Settings
@@ -98,6 +98,15 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
                 cell.profile(options.folder / f"{task} {row.peer}".replace(" ", "_"))
             say(row)
     return rows
+
+
+def alone(row: StepRow, steps: int) -> StepRow:
+    """Take the steps of a row, all timed, in a process that ends with them, and note what they took in the row."""
+    answer = measure_alone(row.task, row.base_peer, row.settings, steps, cap=row.cap_bytes)
+    if _take(row, answer):
+        _time(row, answer)
+        _note(row, answer)
+    return row
 
 
 def _equal_cap(rows: list[StepRow]) -> int | None:

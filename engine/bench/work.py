@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import resource
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze_batch_norm
-from ..errors import BudgetError, UnsupportedError
 from ..models import create_model
-from ..tiling.memory import peak_bytes, reset_peak, return_free_pages, used_bytes
+from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
+from .meter import measure
 from .ordinary import loss_of
 from .peers import PEERS, Settings
-from .results import FAILED, OUT_OF_MEMORY, REFUSED, Task
+from .results import Task
 
-# What the C++ side says when the system refuses memory; oneDNN cannot tell why a primitive could not be made.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory")
 _ADDRESSES = 2**30  # bytes that the stacks and heaps of new threads may reserve; they take next to no memory
 _WARM = 64  # side of the image by which the libraries load what they need
 
@@ -51,32 +48,6 @@ def picture(task: Task, channels_last: bool) -> Tensor:
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     image = torch.rand(task.image, generator=torch.Generator().manual_seed(1)).to(task.device, dtype)
     return image.contiguous(memory_format=torch.channels_last) if channels_last else image
-
-
-class NvmlPeak:
-    """How much the memory in use on the GPU grows while it is open, by NVML, sampled every 2 ms; None on the CPU."""
-
-    def __init__(self, device: str):
-        self.device, self.bytes = device, None if device == "cpu" else 0
-        self._stop = threading.Event()
-        self._before = 0
-
-    def __enter__(self) -> NvmlPeak:
-        if self.device == "cuda":
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-            self._before = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-            threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True).start()
-        return self
-
-    def _watch(self, nvml: Any, handle: Any) -> None:
-        while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes or 0, nvml.nvmlDeviceGetMemoryInfo(handle).used - self._before)
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
 
 
 class Work:
@@ -130,30 +101,22 @@ class Work:
             `seconds` and `cpu_seconds` of each timed step, and bytes as in `StepRow`.
         """
         device = self.task.device
-        reset_peak(device)
-        seconds, cpu_seconds = [], []
-        with NvmlPeak(device) as nvml:
-            for number in range(warm + steps):
-                self.output = None
-                started, cpu_started = time.perf_counter(), time.process_time()
-                self.output = self.step(self.image)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                if number >= warm:
-                    seconds.append(time.perf_counter() - started)
-                    cpu_seconds.append(time.process_time() - cpu_started)
-        peak = peak_bytes(device)
+        cost = measure(self._step, device, times=steps, warm=warm)
         if device == "cuda":
             torch.cuda.empty_cache()  # for those who have the next turn
         else:
-            self.process_bytes = max(self.process_bytes, peak)
+            self.process_bytes = max(self.process_bytes, cost.peak_bytes)
         return {
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds if device == "cpu" else [],
-            "peak_bytes": peak - self.before + self.parameter_bytes,
+            "seconds": cost.seconds,
+            "cpu_seconds": cost.cpu_seconds if device == "cpu" else [],
+            "peak_bytes": cost.peak_bytes - self.before + self.parameter_bytes,
             "process_bytes": self.process_bytes if device == "cpu" else None,
-            "nvml_bytes": nvml.bytes,
+            "nvml_bytes": cost.nvml_bytes,
         }
+
+    def _step(self) -> None:
+        self.output = None
+        self.output = self.step(self.image)
 
     def results(self) -> dict[str, dict[str, Tensor]]:
         """Output, gradients and running statistics after the last step, on the CPU."""
@@ -164,13 +127,35 @@ class Work:
         return {kind: {name: t.detach().cpu() for name, t in part.items()} for kind, part in found.items()}
 
 
-def status_of(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a step that ended with an error."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, (BudgetError, torch.OutOfMemoryError, MemoryError)):
-        return OUT_OF_MEMORY, text
-    if isinstance(error, RuntimeError) and any(words in text.lower() for words in _NO_MEMORY):
-        return OUT_OF_MEMORY, text
-    if isinstance(error, UnsupportedError):
-        return REFUSED, text
-    return FAILED, f"{type(error).__name__}: {text}"
+class Server:
+    """What `Child` asks for."""
+
+    def __init__(self) -> None:
+        self._work: Work | None = None
+
+    @property
+    def work(self) -> Work:
+        assert self._work is not None
+        return self._work
+
+    def start(self, task: dict[str, Any], peer: str, settings: Settings, cap: int | None) -> dict[str, Any]:
+        self._work = Work(Task(**{**task, "image": tuple(task["image"])}), peer, settings, cap)
+        return {"prepare_seconds": self._work.prepare_seconds}
+
+    def run(self, steps: int, warm: int) -> dict[str, Any]:
+        return self.work.run(steps, warm)
+
+    def save(self, path: str) -> None:
+        torch.save(self.work.results(), path)
+
+    def ceilings(self, device: str) -> dict[str, float]:
+        from .roofline import measure_ceilings
+
+        return measure_ceilings(device)
+
+    def profile(self, folder: str) -> None:
+        from .profile import profile_step  # matplotlib would count as memory of the process
+
+        work = self.work
+        title = f"{work.task}, {work.label}"
+        profile_step(work.runs, lambda: work.step(work.image), title, work.task.device, Path(folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from ..evaluate.evaluate import Settings, evaluate
+from ..evaluate.report import format_value
+from ..report.figure import panel, png
+from ..report.page import Table, write_page
 from ..tiling.memory import format_bytes
-from .checkpoint import versions, write_atomically
-from .compare import StepCost
-from .curves import roc_figure, save_figure
-from .demo import BUDGET, FACTOR, HEIGHT, WIDTH, DemoResult
+from ..train.checkpoint import versions
+from ..train.curves import roc_figure
+from ..train.metrics import Prediction, as_cases
+from .run import BUDGET, FACTOR, HEIGHT, WIDTH, DemoResult
+from .step import StepCost
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right; ends excluded
 _DETAIL = 160  # pixels: side of the part that is shown at full size
@@ -28,22 +33,60 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
     Raises:
         GigamorphError: if a file cannot be written.
     """
-    out = Path(out)
-    save_figure(_memory_figure(result.stock, result.tiled), out / "memory.png")
-    curves = {
-        f"native: AUC {result.auc_native:.3f}": result.native,
-        f"1/{FACTOR}: AUC {result.auc_low:.3f}": result.low,
+    figures = {
+        "roc": roc_figure(
+            {
+                f"native: AUC {result.auc_native:.3f}": result.native,
+                f"1/{FACTOR}: AUC {result.auc_low:.3f}": result.low,
+            }
+        ),
+        "memory": _memory_figure(result.stock, result.tiled),
+        "evidence": _evidence_figure(result),
     }
-    save_figure(roc_figure(curves), out / "roc.png")
-    save_figure(_evidence_figure(result), out / "evidence.png")
-    page = _page(result)
-    write_atomically(out / "report.html", lambda p: p.write_text(page, encoding="utf-8"), "report")
-    return out / "report.html"
+    settings = Settings(levels=("image",))
+    return write_page(
+        Path(out) / "report.html",
+        "demo.html",
+        {name: png(figure) for name, figure in figures.items()},
+        images=len(result.native),
+        height=HEIGHT,
+        width=WIDTH,
+        factor=FACTOR,
+        budget=format_bytes(BUDGET),
+        resamples=settings.resamples,
+        areas=Table(
+            ["Resolution", "AUC on test patients"],
+            [["native", _area(result.native, settings)], [f"1/{FACTOR} of it", _area(result.low, settings)]],
+        ),
+        costs=_costs(result.stock, result.tiled),
+        made=[
+            ("training at native resolution", f"{result.native_seconds:.0f} s"),
+            ("all of it", f"{result.seconds:.0f} s"),
+            ("seed", result.seed),
+        ],
+        versions=versions().items(),
+    )
+
+
+def _area(predictions: Sequence[Prediction], settings: Settings) -> str:
+    """AUC per image with its interval over patients."""
+    [output] = evaluate(as_cases(predictions, ("0", "1")), settings)["levels"]["image"]["outputs"].values()
+    return format_value(output["auc"])
+
+
+def _costs(stock: StepCost, tiled: StepCost) -> Table:
+    return Table(
+        ["One training step", "stock PyTorch", "gigamorph"],
+        [
+            ["peak memory", format_bytes(stock.peak_bytes), format_bytes(tiled.peak_bytes)],
+            ["time", f"{stock.seconds:.2f} s", f"{tiled.seconds:.2f} s"],
+            ["loss", f"{stock.loss:.7f}", f"{tiled.loss:.7f}"],
+        ],
+    )
 
 
 def _memory_figure(stock: StepCost, tiled: StepCost) -> Figure:
-    figure = Figure(figsize=(7.2, 3.6))
-    axes = figure.subplots()
+    figure, axes = panel(9.2, 3.6, "One training step of one image: memory above what the process held before")
     mib = 2**20
     end = max(cost.curve[-1][0] if cost.curve else 0.0 for cost in (stock, tiled))
     for name, cost, color in (("stock PyTorch", stock, "tab:red"), ("gigamorph", tiled, "tab:blue")):
@@ -58,8 +101,6 @@ def _memory_figure(stock: StepCost, tiled: StepCost) -> Figure:
     label = max(BUDGET / mib, tiled.peak_bytes / mib + apart) if tiled.peak_bytes <= BUDGET else BUDGET / mib - apart
     axes.text(1.01 * end, label, f"budget {format_bytes(BUDGET)}", color="0.3", va="center")
     axes.set(xlabel="time since the step began (s)", ylabel="memory of the step (MiB)", xlim=(0, end), ylim=(0, None))
-    axes.set_title("One training step of one image: memory above what the process held before", fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -122,38 +163,3 @@ def _reduced(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     height, width = (side // factor * factor for side in picture.shape[:2])
     blocks = picture[:height, :width].reshape(height // factor, factor, width // factor, factor, -1)
     return blocks.max((1, 3))
-
-
-def _page(result: DemoResult) -> str:
-    stock, tiled = result.stock, result.tiled
-    rows = [
-        ("AUC on test patients, native resolution", f"{result.auc_native:.3f}"),
-        (f"AUC on test patients, 1/{FACTOR} of the resolution", f"{result.auc_low:.3f}"),
-        ("Memory budget of a training step", format_bytes(BUDGET)),
-        ("Peak of a step, stock PyTorch", format_bytes(stock.peak_bytes)),
-        ("Peak of a step, gigamorph", format_bytes(tiled.peak_bytes)),
-        ("Time of a step, stock PyTorch", f"{stock.seconds:.2f} s"),
-        ("Time of a step, gigamorph", f"{tiled.seconds:.2f} s"),
-        ("Loss of that step, stock PyTorch and gigamorph", f"{stock.loss:.7f} and {tiled.loss:.7f}"),
-        ("Training at native resolution", f"{result.native_seconds:.0f} s"),
-        ("Seed", str(result.seed)),
-        *((name, text) for name, text in versions().items()),
-    ]
-    table = "\n".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>gigamorph demo</title>
-<style>body{{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
-td{{padding:.1em 1.5em .1em 0}}img{{max-width:100%}}</style>
-<h1>gigamorph demo</h1>
-<p>{len(result.native)} test images of {HEIGHT} × {WIDTH} pixels, of patients that no training has seen. The label is a
-cluster of micro-calcifications of 1 to 3 pixels; images without one hold the same cluster blurred, of equal total
-brightness. Averaged over {FACTOR} × {FACTOR} pixels nothing tells the two apart.</p>
-<table>{table}</table>
-<h2>ROC</h2><img src="roc.png" alt="ROC curves">
-<h2>Memory of one training step</h2><img src="memory.png" alt="memory over time">
-<h2>Evidence</h2>
-<p>Exact class activation: the gradient of the class's logit times the activation, drawn at native resolution;
-what half of the image has anyway is left grey.</p>
-<img src="evidence.png" alt="evidence on two test images">
-</html>
-"""

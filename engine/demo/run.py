@@ -12,12 +12,12 @@ from typing import Any
 from ..datasets.phantom import write_phantoms
 from ..errors import GigamorphError
 from ..images.pixels import Normalize
-from .compare import StepCost, measure_step
-from .fit import TrainOptions, fit
-from .heatmap import write_overlay
-from .inputs import training_data
-from .metrics import Prediction, auc_of
-from .progress import Report
+from ..train.fit import Fitted, Images, TrainOptions, fit
+from ..train.heatmap import write_overlay
+from ..train.inputs import training_data
+from ..train.metrics import Prediction, auc_of
+from ..train.progress import Report
+from .step import StepCost, measure_step
 
 HEIGHT, WIDTH = 2048, 1664
 PATIENTS = {"train": 20, "val": 4, "test": 32}
@@ -92,29 +92,34 @@ def run_demo(
     say("training at native resolution")
     started = time.monotonic()
     fitted = fit(native, options, out / "native", report=report)
-    predictions = fitted.predictions["test"]
     native_seconds = time.monotonic() - started
 
-    # The two positive test images that the network is surest of.
-    order = sorted(range(len(predictions)), key=lambda i: -predictions[i].log_odds[1])
-    examples, overlays = [], []
-    for index in [i for i in order if predictions[i].label == 1][:2]:
-        item = native.test[index]
-        path = out / "overlays" / f"{item['record'].path.stem}.png"
-        write_overlay(item["image"], fitted.net.evidence(item["image"], output=1)[0], path)
-        examples.append(item)
-        overlays.append(path)
+    examples, overlays = _examples(native.test, fitted, out / "overlays")
     return DemoResult(
         stock,
         tiled,
         fitted_low.predictions["test"],
-        predictions,
+        fitted.predictions["test"],
         overlays,
         examples,
         native_seconds,
         time.monotonic() - began,
         seed,
     )
+
+
+def _examples(test: Images, fitted: Fitted, folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The two positive test images that the network is surest of, and where their overlays were written."""
+    predictions = fitted.predictions["test"]
+    order = sorted(range(len(predictions)), key=lambda i: -predictions[i].log_odds[1])
+    examples, overlays = [], []
+    for index in [i for i in order if predictions[i].label == 1][:2]:
+        item = test[index]
+        path = folder / f"{item['record'].path.stem}.png"
+        write_overlay(item["image"], fitted.net.evidence(item["image"], output=1)[0], path)
+        examples.append(item)
+        overlays.append(path)
+    return examples, overlays
 
 
 def _clear(out: Path) -> None:

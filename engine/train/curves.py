@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from .checkpoint import write_atomically
+from ..files import write_atomically
+from ..report.figure import open_axes, panel, save_figure
 from .metrics import Prediction
 
 
@@ -19,33 +20,28 @@ def write_curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     save_figure(_curves(rows), folder / "curves.png")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    write_atomically(path, lambda p: figure.savefig(p, dpi=110, bbox_inches="tight"), "picture")
-
-
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    figure = Figure(figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     loss, score = figure.subplots(1, 2)
+    open_axes(loss, score)
     epochs = [row["epoch"] for row in rows]
     for name, label in (("train_loss", "training"), ("val_loss", "validation")):
         if name in rows[0]:
             loss.plot(epochs, [row[name] for row in rows], marker=".", label=label)
     loss.set(xlabel="epoch", ylabel="loss")
-    loss.legend()
     for name, label in (("val_auc_image", "per image"), ("val_auc_breast", "per breast")):
         if name in rows[0]:
             score.plot(epochs, [row[name] for row in rows], marker=".", label=label)
     score.set(xlabel="epoch", ylabel="validation AUC", ylim=(0, 1.02))
-    if score.lines:
-        score.legend()
+    for axes in (loss, score):
+        if axes.lines:  # above the axes, where no curve comes
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 
 
 def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
     """ROC curves of two-class predictions, each named beside it; only labelled predictions count."""
-    figure = Figure(figsize=(4.4, 4.2))
-    axes = figure.subplots()
+    figure, axes = panel(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for number, (name, predictions) in enumerate(curves.items()):
         labelled = [p for p in predictions if p.label is not None]
@@ -57,5 +53,4 @@ def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
         axes.text(at + 0.04, np.interp(at, false, true) - 0.05, name, color=line.get_color(), va="top")
     axes.set(xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

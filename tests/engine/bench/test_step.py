@@ -170,7 +170,7 @@ def test_a_step_that_takes_too_long_is_stopped():
     ],
 )
 def test_errors_have_a_status(error, status):
-    from gigamorph.engine.bench.work import status_of
+    from gigamorph.engine.bench.process import status_of
 
     assert status_of(error)[0] == status
 

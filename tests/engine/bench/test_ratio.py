@@ -1,10 +1,6 @@
-"""benchmarks/ratio.py: a regression is a ratio, not a time."""
+"""A regression is a ratio, not a time."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import ratio
+from gigamorph.engine.bench import ratio
 
 
 def test_a_ratio_far_above_the_saved_one_fails():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-SAVED = Path(__file__).parent / "results" / "ratios.json"
+from .machine import ROOT
+
+SAVED = ROOT / "benchmarks" / "results" / "ratios.json"
 REGRESSION = 1.3  # over the saved ratio: what a busy machine moves one of a few rounds by is a tenth
 
 

@@ -1,0 +1,133 @@
+"""Measured processes: what one does cannot touch another's memory, and none is lost if one runs out of it.
+
+The parent writes requests and reads answers, a line of JSON each. What is asked for are the methods of a class `Server`
+in some module; it lives as long as the process, so that what one request makes, the next can use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED
+
+Answer = dict[str, Any]
+_LEAN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# What the C++ side says when the system refuses memory; oneDNN cannot tell why a primitive could not be made.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory")
+
+
+class Process:
+    """A process that answers requests. Use it as a context manager: it ends with the block.
+
+    Every request gives an answer with a `status`; after one that is not "ok" the process has ended.
+
+    Args:
+        server: the module whose `Server` answers.
+        longest: seconds that one request may take.
+        lean: freed memory goes back to the system at once (glibc), so that resident memory is what is in use; otherwise
+            the heap keeps as much again where blocks are small. It costs time.
+        folder: where the module lies, if Python does not find it otherwise.
+    """
+
+    def __init__(self, server: str, longest: float = 600.0, lean: bool = False, folder: Path | None = None):
+        self.longest = longest
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, server, *([] if folder is None else [str(folder)])],
+            env={**os.environ, **(_LEAN if lean else {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._errors: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+        self._error_reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._error_reader.start()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._errors = [*self._errors[-20:], line.rstrip()]
+
+    def ask(self, do: str, **what: Any) -> Answer:
+        """One request; its answer with "status" and, if that is not "ok", the "reason"."""
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps({"do": do, **what}), file=self._process.stdin, flush=True)
+            line = self._answers.get(timeout=self.longest)
+        except queue.Empty:
+            self._process.kill()
+            return {"status": NOT_RUN, "reason": f"stopped after {self.longest:.0f} s"}
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._error_reader.join(timeout=5)
+        if code == -signal.SIGKILL:
+            return {"status": OUT_OF_MEMORY, "reason": "the system ended the process"}
+        last = next((line for line in reversed(self._errors) if line.strip()), "no message")
+        if "alloc" in last.lower() or "memory" in last.lower():
+            return {"status": OUT_OF_MEMORY, "reason": last[:300]}
+        return {"status": FAILED, "reason": f"the process ended with code {code}: {last[:300]}"}
+
+
+def serve(name: str) -> None:
+    """Answer requests by the `Server` of a module until the input ends or one fails."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print does not mix with answers
+    server = importlib.import_module(name).Server()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: Answer = {"status": OK}
+        try:
+            answer |= getattr(server, request.pop("do"))(**request) or {}
+        except Exception as error:
+            answer["status"], answer["reason"] = status_of(error)
+        print(json.dumps(answer), file=answers, flush=True)
+        if answer["status"] != OK:
+            os._exit(0)  # what an error has left in memory would count
+
+
+def status_of(error: BaseException) -> tuple[str, str]:
+    """Status and reason of a step that ended with an error."""
+    import torch
+
+    from ..errors import BudgetError, UnsupportedError
+
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, (BudgetError, torch.OutOfMemoryError, MemoryError)):
+        return OUT_OF_MEMORY, text
+    if isinstance(error, RuntimeError) and any(words in text.lower() for words in _NO_MEMORY):
+        return OUT_OF_MEMORY, text
+    if isinstance(error, UnsupportedError):
+        return REFUSED, text
+    return FAILED, f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.path[:0] = sys.argv[2:]
+    serve(sys.argv[1])
