@@ -25,12 +25,11 @@ import fnmatch
 import itertools
 import json
 import platform
-import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -275,28 +274,20 @@ class Child:
 
 def check_all(tasks: list[tuple[str, str]], jobs: int, results: Results) -> None:
     """Append the verdicts on all networks and modes, with one line each as they come."""
-    waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    lock, done = threading.Lock(), itertools.count(1)
+    idle = [Child() for _ in range(jobs)]
 
-    def work() -> None:
-        child = Child()
-        while True:
-            try:
-                task = waiting.get_nowait()
-            except queue.Empty:
-                return child.close()
-            report = child.check(*task)
-            with lock:
-                results.add(report)
-                print(_line(next(done), len(tasks), report), flush=True)
+    def work(task: tuple[str, str]) -> dict[str, Any]:
+        child = idle.pop()
+        report = child.check(*task)
+        idle.append(child)
+        return report
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, done in enumerate(as_completed([pool.submit(work, task) for task in tasks]), 1):
+            results.add(done.result())
+            print(_line(number, len(tasks), done.result()), flush=True)
+    for child in idle:
+        child.close()
 
 
 class Results:

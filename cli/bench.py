@@ -176,9 +176,9 @@ def kernels(match: str, path: Path | None) -> None:
 
     Example: gigamorph bench kernels --match "3x3" --json kernels.json
     """
-    from ..engine.bench.kernels import measure
+    from ..engine.bench.scripts import measure_kernels
 
-    found = measure(match, lambda row: click.echo(f"{row.op:40} {row.ms} {row.reason or ''}"))
+    found = measure_kernels(match, lambda row: click.echo(f"{row.op:40} {row.ms} {row.reason or ''}"))
     results = _begin("cuda")
     results.kernels = found
     _keep(results, path)
@@ -192,10 +192,10 @@ def morph(seeds: int, path: Path | None) -> None:
 
     Example: gigamorph bench morph --seeds 1
     """
-    from ..engine.bench.morph import measure
+    from ..engine.bench.scripts import measure_morphs
 
     results = _begin("cpu")
-    results.morphs = measure(range(seeds), say=click.echo)
+    results.morphs = measure_morphs(range(seeds), say=click.echo)
     for row in results.morphs:
         reached = f"after {row.seconds:.1f} s, {row.epochs} epochs" if row.seconds else "never"
         click.echo(f"seed {row.seed}  {row.how:36} accuracy {row.accuracy:.1%} {reached}")

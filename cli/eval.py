@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +112,23 @@ def eval(
     found = evaluate(images, settings, other=None if other is None else read(other), marked=marked)
     if marked is not None:
         found["froc"]["findings_without_place"] = without
-    files = {"predictions": predictions, "table": table, "compared_with": other, "marks": marks}
-    found |= {key: None if path is None else "/".join(Path(path).parts[-2:]) for key, path in files.items()}
-    found |= {"split": split, "predictions_sha256": hashlib.sha256(Path(predictions).read_bytes()).hexdigest()}
-    found["date"] = datetime.date.today().isoformat()
+    found |= {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
     page = write_report(out, images, found)
     for line in headline(found):
         click.echo(line)
     click.echo(f"{page}, metrics.json and plots")
+
+
+def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
+    """What was evaluated, by names of files without their folders."""
+    model = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        note = json.loads(predictions.with_suffix(".json").read_text())  # of gigamorph predict
+        model = f"{note['model']}, {note['checkpoint']}"
+    return {
+        "predictions": predictions.name,
+        "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
+        "date": datetime.date.fromtimestamp(predictions.stat().st_mtime).isoformat(),
+        "model": model,
+        **{what: None if path is None else Path(path).name for what, path in others.items()},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import rich_click as click
@@ -34,11 +35,12 @@ def predict(
     morphhr and end2end, and the fine-tuned networks of dvme.
 
     IMAGES are image files, folders, or a csv with a column image_path. predictions.csv gets a line as soon as an image
-    is done; breasts.csv has the mean of the views of each breast. A damaged image ends the command with an error that
-    names it, unless --skip-bad; what was computed stays.
+    is done; breasts.csv has the mean of the views of each breast; predictions.json names the model. A damaged image
+    ends the command with an error that names it, unless --skip-bad; what was computed stays.
 
     Example: gigamorph predict run/best.ckpt exam1.dcm exam2.dcm --heatmaps --out predictions
     """
+    from ..engine.files import write_atomically
     from ..engine.recipes.networks import open_classifier
     from ..engine.train.inputs import prediction_records
     from ..engine.train.metrics import scores
@@ -62,6 +64,8 @@ def predict(
             identifiers=identifiers,
             meter=meter,
         )
+    model = {"model": record["options"]["model"], "checkpoint": Path(checkpoint).name}
+    write_atomically(Path(out) / "predictions.json", lambda p: p.write_text(json.dumps(model) + "\n"), "note")
     click.echo(f"{len(found)} images predicted, {len(skipped)} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
     labelled = scores([p for p in found if p.label is not None])
     if labelled["auc_image"] is not None:

@@ -28,9 +28,9 @@ def read(path: Path) -> Results:
 
         return from_gpu(data)
     if isinstance(data, dict) and {"settings", "seeds", "summary"} <= data.keys():
-        from .morph import rows_of
+        from .scripts import morph_rows
 
-        return Results("benchmarks/morph_training.py", data.get("provenance", {}), morphs=rows_of(data))
+        return Results("benchmarks/morph_training.py", data.get("provenance", {}), morphs=morph_rows(data))
     raise DataError(
         f"{path}: not results of gigamorph bench ({FORMAT!r}), benchmarks/gpu.py or benchmarks/morph_training.py; "
         "measure it again"

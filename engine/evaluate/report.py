@@ -21,7 +21,8 @@ _NAMES = {
     "called": "share called",
 }
 _SOURCES = {
-    "date": "date",
+    "date": "date of the predictions",
+    "model": "model",
     "predictions": "predictions",
     "predictions_sha256": "SHA-256 of the predictions",
     "table": "data set",

@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_path, capsys):
-    from gigamorph.engine.bench import morph, rows
+    from gigamorph.engine.bench import rows, scripts
     from gigamorph.engine.bench.results import NOT_RUN, DeclaredRow, MorphRow
 
     row = DeclaredRow(3, "VGG16", "fast", NOT_RUN, "needs a GPU")
@@ -103,7 +103,7 @@ def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_
     assert run("rows", "--json", str(tmp_path / "r.json")) == 0
     assert read(tmp_path / "r.json").declared == [row]
     made = MorphRow(0, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)])
-    monkeypatch.setattr(morph, "measure", lambda seeds, say: [made])
+    monkeypatch.setattr(scripts, "measure_morphs", lambda seeds, say: [made])
     assert run("morph", "--json", str(tmp_path / "m.json")) == 0
     assert read(tmp_path / "m.json").morphs == [made]
     out = capsys.readouterr().out

@@ -52,6 +52,7 @@ def test_all_of_it(files, tmp_path, capsys):
     rows = list(csv.DictReader(files["a"].open()))
     lines = [f"{row['image_path']},{15 if k % 2 else 50},15,{k}" for k, row in enumerate(rows)]
     marks.write_text("image_path,row,column,score\n" + "\n".join(lines))
+    files["a"].with_suffix(".json").write_text('{"model": "resnet18", "checkpoint": "best.ckpt"}')
     out = tmp_path / "out"
     options = [
         "--table",
@@ -83,7 +84,10 @@ def test_all_of_it(files, tmp_path, capsys):
     assert found["froc"]["lesions"] == sum(labels) and found["froc"]["marks"] == 120
     assert found["predictions_sha256"] == hashlib.sha256(files["a"].read_bytes()).hexdigest()
     assert f"image level: AUC {roc_auc_score(labels, z):.3f} (" in said and "FROC: mean sensitivity" in said
-    assert (out / "report.html").stat().st_size > 50_000
+    page = (out / "report.html").read_text()
+    assert len(page) > 50_000 and page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) >= 6
+    for known in ("resnet18, best.ckpt", "a.csv", "table.csv", found["date"], "Evaluation of"):
+        assert known in page, known
 
 
 def test_the_same_command_writes_the_same_bytes(files, tmp_path):

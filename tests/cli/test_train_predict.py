@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import shutil
 import signal
@@ -63,6 +64,7 @@ def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path
     maps = sorted((out / "heatmaps").iterdir())
     assert len(maps) == 16 and all(m.read_bytes().startswith(b"\x89PNG") for m in maps)
     assert "16 images predicted, 0 skipped" in capsys.readouterr().out
+    assert json.loads((out / "predictions.json").read_text())["checkpoint"] == "best.ckpt"
 
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):

@@ -56,23 +56,23 @@ def test_a_machine_without_memory_says_so(pretended, monkeypatch):
 
 
 def test_a_script_that_is_not_there_is_told(monkeypatch, tmp_path):
-    from gigamorph.engine.bench import checkout
+    from gigamorph.engine.bench import scripts
 
-    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    monkeypatch.setattr(scripts, "ROOT", tmp_path)
     with pytest.raises(GigamorphError, match=r"benchmarks/gpu_ops\.py is not here"):
-        checkout.script("gpu_ops")
+        scripts.script("gpu_ops")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_kernels_need_a_gpu():
-    from gigamorph.engine.bench.kernels import measure
+    from gigamorph.engine.bench.scripts import measure_kernels
 
     with pytest.raises(GigamorphError, match="needs a GPU"):
-        measure()
+        measure_kernels()
 
 
 def test_kernels_are_timed_by_the_code_of_the_gpu_script(monkeypatch):
-    from gigamorph.engine.bench import kernels
+    from gigamorph.engine.bench import scripts
     from gigamorph.engine.bench.results import FAILED
 
     class Timer:
@@ -85,14 +85,14 @@ def test_kernels_are_timed_by_the_code_of_the_gpu_script(monkeypatch):
 
     Ops.Timer = Timer  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "script", lambda name: Ops())
-    (three,), (one,) = kernels.measure("3x3"), kernels.measure("1x1")
+    monkeypatch.setattr(scripts, "script", lambda name: Ops())
+    (three,), (one,) = scripts.measure_kernels("3x3"), scripts.measure_kernels("1x1")
     assert (three.op, three.status, three.ms) == ("3x3", OK, {"ours": 3.0})
     assert (one.status, one.reason) == (FAILED, "cudnn: no plan")
 
 
 def test_morphs_are_compared_at_the_accuracy_of_training_from_scratch():
-    from gigamorph.engine.bench.morph import rows_of
+    from gigamorph.engine.bench.scripts import morph_rows
 
     def curve(*accuracies):
         return [{"seconds": 10.0 * n, "epoch": n, "test_accuracy": a} for n, a in enumerate(accuracies)]
@@ -102,7 +102,7 @@ def test_morphs_are_compared_at_the_accuracy_of_training_from_scratch():
     curves["deepened"] = curve(0.1, 0.2)
     curves["widened, from scratch, same time"] = curve(1.0)
     checks = {name: {"seconds": 0.5} for name in ("widened", "deepened")}
-    found = rows_of({"seeds": [{"seed": 4, "curves": curves, "checks": checks}]})
+    found = morph_rows({"seeds": [{"seed": 4, "curves": curves, "checks": checks}]})
     assert [(row.how, row.accuracy, row.seconds, row.epochs, row.morph_seconds) for row in found] == [
         ("widened", 0.9, 20.0, 2, 0.5),
         ("widened, from scratch, same epochs", 0.9, 30.0, 3, None),
