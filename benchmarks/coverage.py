@@ -259,8 +259,8 @@ class Child:
         self.process: Process | None = None
 
     def check(self, name: str, mode: str) -> dict[str, Any]:
-        self.process = self.process or Process("coverage", TIMEOUT, folder=Path(__file__).parent)
-        report = self.process.ask("check", name=name, mode=mode)
+        process = self.process = self.process or Process("coverage", TIMEOUT, folder=Path(__file__).parent)
+        report = process.ask("check", name=name, mode=mode)
         if report.pop("status") == OK:
             return report
         self.close()

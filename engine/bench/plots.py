@@ -106,7 +106,8 @@ def limits_figure(rows: Sequence[LimitRow], title: str) -> Figure:
     """The largest image of each peer in megapixels: one bar each."""
     bars = [
         (row.peer, row.side**2 / 1e6, f"{row.side} × {row.side}{'' if row.too_large else ' and more'}")
-        for row in sorted((row for row in rows if row.side), key=lambda row: row.side or 0)
+        for row in sorted(rows, key=lambda row: row.side or 0)
+        if row.side
     ]
     figure, axes = _bars(bars, title)
     axes.set_xlim(0, 1.3 * bars[-1][1])

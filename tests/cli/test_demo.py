@@ -30,7 +30,7 @@ def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypa
     # The step that the budget bounds is the step that stock PyTorch takes.
     stock, ours = re.search(r">loss</td><td[^>]*>([\d.]+)</td><td[^>]*>([\d.]+)</td>", page).groups()
     assert float(stock) == pytest.approx(float(ours), abs=1e-5)
-    assert re.search(r"native</td><td[^>]*>[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)</td>", page)
+    assert re.search(r"native</td><td[^>]*>[01]\.\d{3}</td>", page)  # of four patients there is no interval
     assert len(list((tmp_path / "demo" / "overlays").iterdir())) == 2
     assert len(list((tmp_path / "demo" / "data" / "images").iterdir())) == 20
 
