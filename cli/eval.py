@@ -124,7 +124,7 @@ def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
     model = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         note = json.loads(predictions.with_suffix(".json").read_text())  # of gigamorph predict
-        model = f"{note['model']}, {note['checkpoint']}"
+        model = f"{note['checkpoint']}, SHA-256 {note['sha256']}"
     return {
         "predictions": predictions.name,
         "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def predict(
             identifiers=identifiers,
             meter=meter,
         )
-    model = {"model": record["options"]["model"], "checkpoint": Path(checkpoint).name}
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    model = {"checkpoint": Path(checkpoint).name, "sha256": digest}
     write_atomically(Path(out) / "predictions.json", lambda p: p.write_text(json.dumps(model) + "\n"), "note")
     click.echo(f"{len(found)} images predicted, {len(skipped)} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
     labelled = scores([p for p in found if p.label is not None])

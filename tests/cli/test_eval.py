@@ -52,7 +52,7 @@ def test_all_of_it(files, tmp_path, capsys):
     rows = list(csv.DictReader(files["a"].open()))
     lines = [f"{row['image_path']},{15 if k % 2 else 50},15,{k}" for k, row in enumerate(rows)]
     marks.write_text("image_path,row,column,score\n" + "\n".join(lines))
-    files["a"].with_suffix(".json").write_text('{"model": "resnet18", "checkpoint": "best.ckpt"}')
+    files["a"].with_suffix(".json").write_text('{"checkpoint": "best.ckpt", "sha256": "abc"}')
     out = tmp_path / "out"
     options = [
         "--table",
@@ -86,7 +86,7 @@ def test_all_of_it(files, tmp_path, capsys):
     assert f"image level: AUC {roc_auc_score(labels, z):.3f} (" in said and "FROC: mean sensitivity" in said
     page = (out / "report.html").read_text()
     assert len(page) > 50_000 and page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) >= 6
-    for known in ("resnet18, best.ckpt", "a.csv", "table.csv", found["date"], "Evaluation of"):
+    for known in ("best.ckpt, SHA-256 abc", "a.csv", "table.csv", found["date"], "Evaluation of"):
         assert known in page, known
 
 
