@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from ..files import write_atomically
 from ..report.figure import open_axes, panel, save_figure
 from .metrics import Prediction
 
