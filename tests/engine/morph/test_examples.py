@@ -230,7 +230,7 @@ def test_softmax_without_an_axis_is_over_channels() -> None:
             self.body = small(nn.Conv2d(2, 3, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.body[3](F.softmax(self.body[:3](x)))  # noqa: PLE
+            return self.body[3](F.softmax(self.body[:3](x)))
 
     with pytest.warns(UserWarning, match="Implicit dimension"):
         space = find_spaces(Legacy(), X)["body.2.weight:0"]
