@@ -58,6 +58,11 @@ def test_a_checkout_is_whole(tmp_path: Path):
     assert told.split() == ["gigamorph.engine.errors", str(tmp_path / "engine" / "errors.py")]
 
 
+def test_the_package_is_a_command():
+    told = subprocess.run([sys.executable, "-m", "gigamorph", "--version"], check=True, capture_output=True, text=True)
+    assert told.stdout.startswith("gigamorph, version ")
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_go_down_from_folder_to_folder(folder: str):
     """Within a folder import-linter sees to it (`make lint`)."""

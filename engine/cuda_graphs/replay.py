@@ -280,18 +280,20 @@ class ReplayedBackward:
             total.zero_()
         kept.sums = bench.sums
         step: dict[Name, Tensor] = {("vector", v): vector.detach() for v, vector in kept.vectors.items()}
-        self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # of targets: what is None from step to step
+        self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # of consumers: what is None from step to step
         for value, taken in consumers.items():
-            for number, target in enumerate(taken):
-                self.form.append((value, number, tuple(grad is not None for grad in target.grads), bool(target.shares)))
-                if target.accumulator is None or target.accumulator.reduction.grid is not None:
+            for number, consumer in enumerate(taken):
+                self.form.append(
+                    (value, number, tuple(grad is not None for grad in consumer.grads), bool(consumer.shares))
+                )
+                if consumer.accumulator is None or consumer.accumulator.reduction.grid is not None:
                     continue  # a stored map, rows or columns: a part of the gradient for each tile
-                for place, grad in enumerate(target.grads):
+                for place, grad in enumerate(consumer.grads):
                     if grad is not None:
                         step["grad", value, number, place] = grad
-                if target.of_block:
-                    assert target.accumulator.total is not None
-                    step["total", value, number] = target.accumulator.total
+                if consumer.of_block:
+                    assert consumer.accumulator.total is not None
+                    step["total", value, number] = consumer.accumulator.total
         bench.step.load(step)
 
     def __call__(self, i: int, j: int, read: Read, halos: Halos, returned: Returned) -> WindowGrads | None:
@@ -316,21 +318,21 @@ class ReplayedBackward:
         """Per tile: gradients of stored blocks, stored blocks themselves, and the shares of maxima."""
         tiled, found = self.bench.tiled, {}
         for value, number, there, shared in self.form:
-            target = self.consumers[value][number]
+            consumer = self.consumers[value][number]
             if not any(there) or not tiled.computes(value, i, j):
                 continue
             place = tiled.axes(value), tiled.block(value, i, j)
-            if target.accumulator is not None and target.accumulator.reduction.grid is not None:
-                parts: dict[Name, Tensor | None] = {("grad", value, number, k): g for k, g in enumerate(target.grads)}
-                parts["total", value, number] = target.accumulator.total if target.of_block else None
+            if consumer.accumulator is not None and consumer.accumulator.reduction.grid is not None:
+                parts: dict[Name, Tensor | None] = {("grad", value, number, k): g for k, g in enumerate(consumer.grads)}
+                parts["total", value, number] = consumer.accumulator.total if consumer.of_block else None
                 rect = place[1]
-                found.update((n, target.accumulator.part_of(t, rect)) for n, t in parts.items() if t is not None)
-            if target.accumulator is None:
-                found["stored", value] = cut(target.grads[0], *place)  # pyright: ignore[reportArgumentType]
-            elif target.of_block and value in tiled.unvalued:
+                found.update((n, consumer.accumulator.part_of(t, rect)) for n, t in parts.items() if t is not None)
+            if consumer.accumulator is None:
+                found["stored", value] = cut(consumer.grads[0], *place)  # pyright: ignore[reportArgumentType]
+            elif consumer.of_block and value in tiled.unvalued:
                 found["kept", value] = cut(self.stored[value], *place)
             elif shared:
-                found["share", value, number] = target.shares[i, j]
+                found["share", value, number] = consumer.shares[i, j]
         return found
 
 
@@ -360,7 +362,7 @@ def _differentiate(
 def _buffered_consumers(
     bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: Recording
 ) -> Consumers:
-    """The targets of a step with graph buffers in the place of theirs."""
+    """The consumers of a step with graph buffers in the place of theirs."""
     stage, step = bench.tiled.stage, bench.step.inputs
     consumers: Consumers = {}
     for value, number, there, shared in form:

@@ -63,7 +63,7 @@ class Forward:
         targets: the tensors that `Program.updates` change, by the value that they come with.
 
     Attributes:
-        taps: by the number of a map that the network gives away as it is made, what gets its blocks.
+        observers: by the number of a map that the network gives away as it is made, what gets its blocks.
     """
 
     def __init__(

@@ -146,7 +146,7 @@ def _sum_over_shards(
     """Add up what the processes have found, of `wanted` vectors and of sources that all of them have whole."""
     sixteen = (torch.float16, torch.bfloat16)
     for value, vector in wanted.items():
-        if value not in sums:  # no tile of this band gave one
+        if value not in sums:  # no tile of this shard gave one
             sums[value] = torch.zeros_like(vector, dtype=torch.float32 if vector.dtype in sixteen else vector.dtype)
     whole = [v for v in source_grads if v not in (stage.offsets or {})]
     parts = [*(sums[v] for v in wanted), *(source_grads[v] for v in whole)]

@@ -249,7 +249,7 @@ class _Lifetimes:
         within = {v: part for part in staged.segments for v in self.made if self.made[v] in part}
         self.maker = within  # the segment that makes a map, and below the one that alone knows it
         self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
-        # A band's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
+        # A shard's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
         self.held = {v for step in steps if not isinstance(step, VectorOp) for v in _reads(step)}
         self.held.update(staged.program.results())
 

@@ -179,7 +179,7 @@ class GridAccumulator(Accumulator):
             found = [self.total, self.deviations / self.pixels]
         else:
             found = [self.total / reduction.count if reduction.count != 1 else self.total]
-        if reduction.kind == "max" and len(reduction.outputs) > 1:  # a band's maximum: how many elements have it
+        if reduction.kind == "max" and len(reduction.outputs) > 1:  # a shard's maximum: how many elements have it
             assert self.places is not None
             first = self.places != torch.iinfo(torch.int64).max
             found.append(first if reduction.first_only else self._counts())

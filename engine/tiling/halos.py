@@ -235,7 +235,7 @@ class HaloStore:
     def __init__(self, place: str):
         self.place = place
         self.bytes = 0
-        self._file = tempfile.TemporaryFile(prefix="gigamorph-carries-") if place == "disk" else None  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(prefix="gigamorph-halos-") if place == "disk" else None  # noqa: SIM115
 
     def put(self, tensor: Tensor) -> Any:
         """A handle from which `get` gives the tensor back."""

@@ -152,11 +152,11 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
         raise GigamorphError(f"{path}: a TIFF takes the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
     size = (height, width) if channels == 1 else (height, width, channels)
     kind = np.dtype("uint8") if dtype.kind == "b" else dtype
-    shard: Queue[np.ndarray | None] = Queue(1)
+    bands: Queue[np.ndarray | None] = Queue(1)
     failed: list[BaseException] = []
 
     def full() -> Iterator[np.ndarray]:
-        while (band := shard.get()) is not None:
+        while (band := bands.get()) is not None:
             yield band
 
     come = full()
@@ -192,7 +192,7 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
         if failed:
             raise GigamorphError(f"{path}: cannot be written ({failed[0]})")
         rows = np.moveaxis(band, axes, (0, 1))
-        shard.put(rows.reshape(*rows.shape[:2], channels))
+        bands.put(rows.reshape(*rows.shape[:2], channels))
 
     writer = Thread(target=write)
     writer.start()
@@ -201,7 +201,7 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
         yield _Shard(shape, axes, dtype, TILE, flush)
         whole = True
     finally:
-        shard.put(None)
+        bands.put(None)
         writer.join()
         if not whole:
             path.unlink(missing_ok=True)

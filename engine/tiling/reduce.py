@@ -160,7 +160,7 @@ class Accumulator:
         if self.reduction.count != 1:  # a sum that overflows is infinite before it is divided, as in stock PyTorch
             value = value.to(torch.promote_types(self.dtype, torch.float32)) / self.reduction.count
         found = [value.to(self.dtype)]
-        if len(self.reduction.outputs) > 1:  # a band's maximum: how many elements have it
+        if len(self.reduction.outputs) > 1:  # a shard's maximum: how many elements have it
             first, has = self.reduction.first_only, self.reduction.has
             counts = [has(part, self.total) * (1 if first else note) for part, note in self.maxima.values()]
             found.append(torch.stack(counts).sum(0, dtype=torch.float64))

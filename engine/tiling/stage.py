@@ -29,7 +29,7 @@ class TiledStage:
         self.with_halo = [v for v in self.rows.frontier if v not in stage.sources and self._has_halo(v)]
         self.in_place = in_place_runs(stage, set(self.with_halo))
         self.unvalued = unvalued_runs(stage, set(self.with_halo))
-        # Of a band's sources no tile reads the rows that it does not need.
+        # Of a shard's sources no tile reads the rows that it does not need.
         self.apportioned = {v for v in stage.sources if self._is_apportioned(v)} if stage.offsets is None else set()
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(stage.reductions):
