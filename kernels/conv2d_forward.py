@@ -217,7 +217,9 @@ def _conv2d_pointer_kernel(
     group = tl.program_id(1)
     m = (pid // blocks) * P.BM + tl.arange(0, P.BM)  # [BM] output pixels
     k = (pid % blocks) * P.BN + tl.arange(0, P.BN)  # [BN] output channels within the group
-    n, i, j = m // (OH * OW), m // OW % OH, m % OW
+    i, j = m // OW, m % OW
+    n = i // OH
+    i -= n * OH  # not a second division: sm_80 has no register to spare
     inside, wanted = n < N, k < COUT
     n = n.to(tl.int64)
 

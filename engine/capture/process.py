@@ -17,6 +17,8 @@ import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .unseen import Unseen
+
 LOCK = threading.RLock()
 
 
@@ -78,24 +80,10 @@ class _Type(type, metaclass=_Meta):
 
 
 @contextmanager
-def recording(
-    apply: Callable[[Callable[..., Any], type, tuple[Any, ...], dict[str, Any]], Any],
-    from_numpy: Callable[[Callable[..., Any], Any], Any],
-    batch_norm: Callable[[Callable[..., Any], nn.Module, torch.Tensor], torch.Tensor],
-    synchronized: Callable[[nn.SyncBatchNorm, torch.Tensor], torch.Tensor],
-    reseeded: Callable[[str], None],
-    checkpointed: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
-    spaces: Iterable[dict[str, Any]] = (),
-) -> Iterator[None]:
-    """One recording at a time in the process; calls that a function mode does not see are handed over.
+def recording(unseen: Unseen, spaces: Iterable[dict[str, Any]] = ()) -> Iterator[None]:
+    """One recording at a time in the process; calls that a function mode does not see are handed to `unseen`.
 
     Args:
-        apply: gets the original, the class, positional and keyword arguments of a custom `autograd.Function`'s call.
-        from_numpy: gets `torch.from_numpy` and its argument.
-        batch_norm: the forward of a BatchNorm, after the original.
-        synchronized: the forward of a SyncBatchNorm.
-        reseeded: told the name of a call that sets a random generator.
-        checkpointed: gets the generator function of non-reentrant checkpointing and its arguments.
         spaces: globals of the network's own code that ask for `type(x)`: of a tensor without values it is `Tensor`.
     """
     mine = threading.get_ident()
@@ -114,7 +102,7 @@ def recording(
 
     def seeding(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            reseeded(getattr(original, "__name__", "manual_seed"))
+            unseen.reseeded(getattr(original, "__name__", "manual_seed"))
             return original(*args, **kwargs)
 
         return call
@@ -124,7 +112,7 @@ def recording(
 
         def call(cls: type, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == mine and active[0]:
-                return apply(plain, cls, args, kwargs)
+                return unseen.custom_function(plain, cls, args, kwargs)
             return plain(cls, *args, **kwargs)
 
         return classmethod(call)
@@ -134,14 +122,16 @@ def recording(
         changes = Replacements()
         try:
             changes.put(torch.autograd.Function, "apply", function_apply)
-            changes.put(torch, "from_numpy", replaced(lambda original: lambda array: from_numpy(original, array)))
-            changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: synchronized))
+            changes.put(
+                torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array))
+            )
+            changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
             norm = nn.modules.batchnorm._BatchNorm
-            changes.put(norm, "forward", replaced(lambda original: lambda m, x: batch_norm(original, m, x)))
+            changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))
             changes.put(
                 torch.utils.checkpoint,
                 "_checkpoint_without_reentrant_generator",
-                replaced(lambda original: lambda *args, **kwargs: checkpointed(original, args, kwargs)),
+                replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs)),
             )
             for owner, name in _SEEDING:
                 changes.put(owner, name, replaced(seeding))

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
-import random
 import threading
 import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -35,11 +31,15 @@ from ..errors import UnsupportedError
 from . import process
 from .guard import Guard, Read, inside_of, replaced
 from .holders import Holder, mentioned, walk
+from .leaks import let_go
 from .program import Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
+from .random_state import put_back, random_state, same_state
 from .recorder import Recorder
 from .state import Snapshot, owner_now
 from .trees import taken_apart
+from .unseen import Unseen
+from .values import Values
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
 
@@ -161,9 +161,10 @@ class _Recording:
     def __init__(self, model: nn.Module, device: torch.device, call: Callable[..., Any] | None):
         self.model, self.call = model, call
         self.snapshot = Snapshot(walk(model, () if call is None else (call,)))
-        self.dice = _dice()
+        self.random = random_state()
         fake = FakeTensorMode(allow_non_fake_inputs=False)
-        self.fake, self.recorder = fake, Recorder(model, fake, device, self.snapshot)
+        self.fake, self.values = fake, Values(model, fake, device)
+        self.recorder = Recorder(self.values, self.snapshot)
 
     def run(
         self,
@@ -173,53 +174,45 @@ class _Recording:
         vectors: Sequence[Spec],
         grad: bool | str,
     ) -> Program:
-        recorder, program = self.recorder, self.recorder.program
-        weak = recorder.weak
+        values, program = self.values, self.values.program
+        weak = values.weak
         try:
             with self.fake, enable_python_dispatcher():
-                image = recorder.given(shape, dtype, grad)
-                maps = [recorder.given(*_three(spec)) for spec in inputs]
-                rest = [recorder.given(*_three(spec)) for spec in vectors]
-                program.image = recorder.numbers[id(image)]
-                program.inputs = tuple(recorder.numbers[id(t)] for t in maps)
-                program.vectors = tuple(recorder.numbers[id(t)] for t in rest)
+                image = values.given(shape, dtype, grad)
+                maps = [values.given(*_three(spec)) for spec in inputs]
+                rest = [values.given(*_three(spec)) for spec in vectors]
+                program.image = values.numbers[id(image)]
+                program.inputs = tuple(values.numbers[id(t)] for t in maps)
+                program.vectors = tuple(values.numbers[id(t)] for t in rest)
                 self._forward(image, [*maps, *rest])
                 del image, maps, rest
-            if not _same_dice(self.dice, _dice()):
+            if not same_state(self.random, random_state()):
                 raise _DrewError(
                     "the model's forward draws Python or numpy random numbers or seeds torch's, so it is another "
                     "program at each call; draw them with torch, and seed outside of the forward"
                 )
         except BaseException as error:
-            _put_back_dice(self.dice)
+            put_back(self.random)
             traceback.clear_frames(error.__traceback__)  # their variables would keep tensors without values
-            recorder.forget()
-            _let_go(weak, refuse=False)
+            values.forget()
+            let_go(weak, refuse=False)
             raise
         program.guard = self._guard(program)
-        recorder.forget()
-        _let_go(weak, refuse=True)
+        values.forget()
+        let_go(weak, refuse=True)
         return program
 
     def _forward(self, image: Tensor, further: Sequence[Tensor]) -> None:
         """Run the forward; note what it returns and changes; put back what it has changed."""
-        recorder, program = self.recorder, self.recorder.program
-        around = process.recording(
-            recorder.custom_function,
-            recorder.from_numpy,
-            recorder.batch_norm,
-            recorder.synchronized,
-            recorder.reseeded,
-            recorder.checkpointed,
-            self._asking(),
-        )
+        recorder, program = self.recorder, self.values.program
+        around = process.recording(Unseen(recorder), self._asking())
         plain = torch.compiler.set_stance("force_eager")  # what is compiled is recorded as what it was compiled from
         log = logging.getLogger("torch._subclasses.fake_tensor")
         told, log.disabled = log.disabled, True  # it prints whole tracebacks of errors that are the network's own
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
-            with around, module_paths(self.model, recorder.path), plain, recorder:
+            with around, module_paths(self.model, self.values.path), plain, recorder:
                 result = (self.model if self.call is None else self.call)(image, *further)
             self._finish(program, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -247,16 +240,16 @@ class _Recording:
         return [space for space in spaces.values() if "type" not in space]
 
     def _finish(self, program: Program, result: Any) -> None:
-        recorder, snapshot = self.recorder, self.snapshot
-        leaf = lambda t: Ref(recorder.present(recorder.twin(t)))  # noqa: E731
+        values, snapshot = self.values, self.snapshot
+        leaf = lambda t: Ref(values.present(values.twin(t)))  # noqa: E731
         program.output = taken_apart(result, leaf, snapshot.was_there, "the result of the model")
         if not refs(program.output):
             raise UnsupportedError(
                 f"the model returns a {type(result).__name__} without tensors that can be seen; "
                 "return a tensor, or a tuple, list or dict of tensors"
             )
-        program.effects = snapshot.effects(leaf, recorder.twins)
-        program.updates = recorder.updates()
+        program.effects = snapshot.effects(leaf, values.twins)
+        program.updates = values.updates()
 
     def _guard(self, program: Program) -> Guard:
         """What the recording depends on; constants that each call replaces are looked up where they are."""
@@ -302,24 +295,6 @@ def _content(holder: Holder, key: Any) -> Tensor:
     return owner[key] if isinstance(owner, (dict, list)) else holder.read()[key]
 
 
-def _dice() -> tuple[Any, ...]:
-    """The states of the random generators; nothing is drawn while recording."""
-    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-
-
-def _same_dice(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    arrays = zip(before[1], now[1], strict=True)
-    same = all(np.array_equal(a, b) for a, b in arrays)  # pyright: ignore[reportArgumentType]
-    return before[0] == now[0] and same and torch.equal(before[2], now[2])
-
-
-def _put_back_dice(state: tuple[Any, ...]) -> None:
-    if not _same_dice(state, _dice()):
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.default_generator.set_state(state[2])
-
-
 def _own_error(error: Exception, where: str) -> Exception:
     """The network's own error as it is; one that only tensors without values raise as a refusal."""
     text = str(error).strip().splitlines()[:1] or [type(error).__name__]
@@ -342,52 +317,3 @@ _FAKE = (
     "doesn't have storage",
     "numpy",
 )
-
-
-def _let_go(weak: list[Any], refuse: bool) -> None:
-    """Make sure that no tensor without values is left: caches that hold one are emptied, others refused."""
-    left = [ref for ref in weak if ref() is not None]
-    if not left:
-        return
-    gc.collect()
-    left = [ref for ref in left if ref() is not None]
-    if not left:
-        return
-    for cache in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
-        if _reaches(cache, {id(ref()) for ref in left}):
-            cache.cache_clear()
-    left = [ref for ref in left if ref() is not None]
-    names = sorted({_drop(ref()) for ref in left if ref() is not None})
-    if names and refuse:
-        raise UnsupportedError(
-            f"the forward leaves tensors in {names[0]}, where later calls would not put theirs; return them, or keep "
-            "them in an attribute of a module"
-        )
-
-
-def _reaches(thing: Any, wanted: set[int], depth: int = 5) -> bool:
-    inside = [part for part in gc.get_referents(thing) if not isinstance(part, (type, types.ModuleType))]
-    if any(id(part) in wanted for part in inside):
-        return True
-    return depth > 0 and any(
-        _reaches(part, wanted, depth - 1) for part in inside if isinstance(part, (dict, list, tuple, set))
-    )
-
-
-def _drop(tensor: Tensor | None) -> str:
-    """Take a tensor without values out of what holds it; what messages call that."""
-    found = ""
-    for holder in gc.get_referrers(tensor):
-        if isinstance(holder, dict):
-            for key in [key for key, value in holder.items() if value is tensor]:
-                del holder[key]
-            found = "a dict that is no attribute of a module"
-        elif isinstance(holder, list):
-            holder[:] = [item for item in holder if item is not tensor]
-            found = "a list that is no attribute of a module"
-        elif isinstance(holder, set):
-            holder.discard(tensor)
-            found = "a set that is no attribute of a module"
-        elif isinstance(holder, types.CellType):
-            found = "a function that it returns or keeps"
-    return found or "an object that is no attribute of a module"

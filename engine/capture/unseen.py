@@ -1,0 +1,98 @@
+"""Calls that a function mode does not see; `process.recording` hands them over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+
+from ..errors import UnsupportedError
+from ..parallel.processes import world
+from .averages import CumulativeAverage
+from .lines import line_of
+from .program import CustomFunction, place
+from .recorder import Recorder
+
+
+class Unseen:
+    """What is done in the place of such a call while a forward is recorded."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.values = recorder, recorder.values
+
+    def custom_function(self, plain: Callable[..., Any], cls: type, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The call of an `autograd.Function`, whose own way to apply it is `plain`."""
+        self.values.line = line_of()
+        if cls.__module__ == "torch.utils.checkpoint" and cls.__name__ == "CheckpointFunction":
+            run, _preserve, *rest = args
+            wants = any(isinstance(a, Tensor) and a.requires_grad for a in rest)
+            if not wants:
+                with torch.no_grad():
+                    return run(*rest)
+            with self._run_twice():
+                return run(*rest)
+        if not _active(self.recorder):
+            return plain(cls, *args, **kwargs)
+        with _pop_mode_temporarily():
+            return self.recorder.call(CustomFunction(cls), args, kwargs)
+
+    def from_numpy(self, original: Callable[..., Any], array: Any) -> Tensor:
+        """A real tensor on an array's memory; it is a constant where it is used."""
+        with unset_fake_temporarily():
+            return original(array)
+
+    def batch_norm(self, original: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
+        """A BatchNorm without momentum would turn its counter into a Python number, once and for all."""
+        if module.momentum is not None or module.num_batches_tracked is None:
+            return original(module, x)
+        mark = CumulativeAverage(1.0)
+        mark.module = module
+        module.momentum = mark
+        try:
+            return original(module, x)
+        finally:
+            module.momentum = None
+
+    def checkpointed(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[None]:
+        """The calls inside of a non-reentrant checkpoint."""
+        with self._run_twice():
+            yield from original(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _run_twice(self) -> Iterator[None]:
+        """Refuse changes of state in what stock computes a second time in its backward, and changes twice."""
+        where = self.values.where()
+        before = self.values.updates(), self.recorder.snapshot.now()
+        yield
+        if torch.is_grad_enabled() and (self.values.updates(), self.recorder.snapshot.now()) != before:
+            raise UnsupportedError(
+                f"{where} checkpoints layers that change their state (running statistics), which stock PyTorch changes "
+                "again in the backward; leave checkpointing out, the memory budget does its work"
+            )
+
+    def synchronized(self, module: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        """A SyncBatchNorm as the BatchNorm that it is, with its processes."""
+        group = (module.process_group or dist.group.WORLD) if module.training and world() > 1 else None
+        self.values.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        try:
+            return nn.modules.batchnorm._BatchNorm.forward(module, x)
+        finally:
+            self.values.group = None
+
+    def reseeded(self, name: str) -> None:
+        raise UnsupportedError(
+            f"{place(''.join(self.values.path[-1:]), line_of())} calls '{name}' in the forward, which would give other "
+            "random numbers in each tile; draw fixed numbers once, in the constructor, and keep them in a buffer"
+        )
+
+
+def _active(mode: TorchFunctionMode) -> bool:
+    from torch.overrides import _get_current_function_mode
+
+    return _get_current_function_mode() is mode

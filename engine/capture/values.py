@@ -1,0 +1,261 @@
+"""The values of a recording: which one each tensor holds now, what shares its memory, and the calls that made them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from ..errors import UnsupportedError
+from .aliases import Alias, Aliases, Step, inverse, is_same
+from .modes import straight_through
+from .program import Op, Program, Ref, Value, place, refs
+
+
+class Values:
+    """The program so far, and the value that each tensor without values stands for.
+
+    Args:
+        model: the network.
+        fake: makes tensors without values.
+        device: of the image.
+
+    Attributes:
+        path: modules whose forwards are running, the innermost last.
+        line: of the network's code, of the call that is being recorded.
+        group: of the SyncBatchNorm whose forward is running.
+        weak: all tensors without values, to see whether any outlives the recording.
+    """
+
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, device: torch.device):
+        self.fake, self.device = fake, device
+        self.entry_grad, self.entry_autocast = torch.is_grad_enabled(), self.autocast()
+        self.program = Program(image=0, grad=self.entry_grad)
+        self.names: dict[int, str] = {}
+        for name, tensor in [
+            *model.named_buffers(remove_duplicate=False),
+            *model.named_parameters(remove_duplicate=False),
+        ]:
+            self.names[id(tensor)] = name
+        self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
+        self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
+        self.written: set[int] = set()  # memory of real tensors that has been written to
+        self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
+        self.alive: list[Any] = []  # ids stay unique only while their objects live
+        self.weak: list[weakref.ref[Tensor]] = []
+        self.aliases = Aliases()
+        self.path: list[str] = []
+        self.line = ""
+        self.group: Any = None
+
+    def autocast(self) -> tuple[bool, torch.dtype]:
+        kind = self.device.type
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def where(self) -> str:
+        return place(self.path[-1] if self.path else "", self.line)
+
+    def given(self, shape: Any, dtype: torch.dtype, grad: bool | str = False) -> Tensor:
+        """A tensor that comes from outside, without values; see `program.wants`."""
+        with torch.inference_mode(False), torch.enable_grad():
+            made = torch.empty(tuple(shape), dtype=dtype, device=self.device).requires_grad_(bool(grad))
+            made = made.clone() if grad == "made" else made
+        self.first[id(made)] = self.new_value(made)
+        return made
+
+    def new_value(self, tensor: Tensor, name: str | None = None, constant: Tensor | None = None) -> int:
+        """A number for a tensor's present value."""
+        number = self.number(tensor)
+        value = self.program.values[number]
+        value.name, value.constant = name, constant
+        self.know(tensor, number, None)
+        return number
+
+    def know(self, tensor: Tensor, number: int, step: Step | None) -> None:
+        """A tensor without values has a number; `step` made it, where it is a view of another."""
+        self.numbers[id(tensor)] = number
+        self.alive.append(tensor)
+        self.weak.append(weakref.ref(tensor))
+        self.aliases.add(tensor, step)
+
+    def number(self, like: Tensor, differentiable: bool | None = None) -> int:
+        wants = like.requires_grad if differentiable is None else differentiable
+        wants = wants or not self.entry_grad
+        self.program.values.append(Value(like.shape, like.dtype, like.device, differentiable=wants))
+        return len(self.program.values) - 1
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """The fake tensor that stands for `tensor`; itself if it was made during the recording."""
+        if id(tensor) in self.numbers:
+            return tensor
+        if id(tensor) in self.twins:
+            return self.twins[id(tensor)]
+        if self.fake.is_our_fake(tensor):
+            return self._unseen(tensor)
+        if tensor.layout != torch.strided:
+            raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
+        if tensor.untyped_storage()._cdata in self.written:
+            raise UnsupportedError(
+                f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; "
+                "keep one of them, and make the other from it in the forward"
+            )
+        with torch.inference_mode(False):
+            device = self.device if tensor.is_meta else tensor.device  # plans take networks without values
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            twin.requires_grad_(tensor.requires_grad)
+        self.alive.append(tensor)
+        self.twins[id(tensor)] = twin
+        name = self.names.get(id(tensor))
+        number = self.first[id(twin)] = self.new_value(twin, name, None if name else tensor)
+        self.program.values[number].trainable = tensor.requires_grad
+        return twin
+
+    def _unseen(self, tensor: Tensor) -> Tensor:
+        """A tensor that no recorded call made: `Variable(x)` is one on the memory of x."""
+        known = self.aliases.twin(tensor)
+        if known is None:
+            raise UnsupportedError(
+                f"{self.where()} uses a tensor that was made outside of any recorded call (a scripted or compiled "
+                "part?); give the plain eager module"
+            )
+        number = self.present(known)
+        if known.requires_grad and not tensor.requires_grad:
+            number = self.emit(Tensor.detach, "detach", (number,), tensor, False)
+        self.know(tensor, number, Step(Tensor.detach, "detach", (known,), {}, known, (tensor,), 0))
+        return tensor
+
+    def present(self, tensor: Tensor) -> int:
+        """The number of a tensor's present value; a view whose memory was written to is made again."""
+        alias = self.aliases.of.get(id(tensor))
+        if alias is not None and alias.version != alias.memory.version:
+            root = alias.memory.root
+            self.numbers[id(tensor)] = self.again(alias, self.numbers[id(root)])[-1]
+            alias.version = alias.memory.version
+        return self.numbers[id(tensor)]
+
+    def again(self, alias: Alias, value: int) -> list[int]:
+        """The values along the way from a root's value to a view."""
+        found = [value]
+        for step in alias.chain:
+            parent = step.parent
+            if is_same(step) and step.name != "detach":
+                found.append(found[-1])
+                continue
+            as_ref = lambda a, p=parent: Ref(found[-1]) if a is p else self.ref(a)  # noqa: E731
+            args, kwargs = tree_map(as_ref, (step.args, step.kwargs))
+            numbers = tuple(self.number(t) for t in step.outputs)
+            self.append(step.func, step.name, args, kwargs, numbers, ())
+            found.append(numbers[step.index])
+        return found
+
+    def ref(self, leaf: Any) -> Any:
+        return Ref(self.present(leaf)) if isinstance(leaf, Tensor) else leaf
+
+    def write(self, tensor: Tensor, number: int, tracked: bool) -> None:
+        """A tensor has a new value, and with it its root."""
+        alias = self.aliases.of[id(tensor)]
+        memory = alias.memory
+        root = memory.root
+        old, own = self.numbers[id(root)], number
+        if alias.chain:
+            values = self.again(alias, old)
+            for step, parent in zip(reversed(alias.chain), reversed(values[:-1]), strict=True):
+                if is_same(step):
+                    continue
+                func, name, arguments = inverse(step, self.where())
+                number = self.emit(func, name, arguments(parent, number), step.parent, None)
+        if not tracked and root.requires_grad and self.program.values[old].differentiable:
+            number = self.emit(straight_through, "straight_through", (old, number), root, True)
+        elif not tracked and self.program.values[number].differentiable and not root.requires_grad:
+            number = self.emit(Tensor.detach, "detach", (number,), root, False)
+        memory.version += 1
+        root_alias = self.aliases.of[id(root)]
+        self.numbers[id(root)], root_alias.version = number, memory.version
+        if tensor is not root:
+            self.numbers[id(tensor)] = own
+            alias.version = memory.version if tracked else -1  # else made again from the root when it is read
+        self._mates(root)
+
+    def _mates(self, root: Tensor) -> None:
+        """Refuse writes to real tensors whose memory other tensors of the network look at."""
+        real = {id(twin): key for key, twin in self.twins.items()}.get(id(root))
+        if real is None:
+            return
+        objects = {id(t): t for t in self.alive}
+        memory = objects[real].untyped_storage()._cdata
+        self.written.add(memory)
+        for key in self.twins:
+            if key != real and objects[key].untyped_storage()._cdata == memory:
+                raise UnsupportedError(
+                    f"{self.where()} writes to a tensor whose memory another tensor of the network shares; keep one of "
+                    "them, and make the other from it in the forward"
+                )
+
+    def detach(self, tensor: Tensor) -> None:
+        """`detach_`: the same tensor, from here on without its graph."""
+        number = self.emit(Tensor.detach, "detach", (self.present(tensor),), tensor, False)
+        self.numbers[id(tensor)] = number
+
+    def emit(self, func: Any, name: str, args: tuple[Any, ...], like: Tensor, differentiable: bool | None) -> int:
+        """A call of our own; numbers stand for values."""
+        numbers = [a for a in args if type(a) is int]
+        if name in ("reshape", "transpose", "permute"):
+            own, rest = (Ref(args[0]),), args[1:]
+        elif name == "__setitem__":
+            own, rest = (Ref(args[0]), tree_map(self.ref, args[1]), Ref(args[2])), ()
+        else:
+            own, rest = tuple(Ref(a) for a in numbers), ()
+        if differentiable is None:
+            differentiable = any(self.program.values[v].differentiable for v in refs(own))
+        number = self.number(like, differentiable)
+        mutated = (args[0],) if name == "__setitem__" else ()
+        self.append(func, name, (*own, *rest), {}, (number,), mutated)
+        return number
+
+    def append(
+        self, func: Any, name: str, args: Any, kwargs: Any, outputs: tuple[int, ...], mutated: tuple[int, ...]
+    ) -> None:
+        state = self.autocast()
+        self.program.ops.append(
+            Op(
+                func=func,
+                name=name,
+                args=args,
+                kwargs=kwargs,
+                inputs=tuple(dict.fromkeys(refs((args, kwargs)))),
+                outputs=outputs,
+                mutated=mutated,
+                module=self.path[-1] if self.path else "",
+                line=self.line,
+                autocast=None if state == self.entry_autocast else state,
+                group=self.group,
+            )
+        )
+
+    def state(self) -> Iterator[tuple[int, Tensor]]:
+        """The values that stand for real tensors."""
+        reals = {id(twin): key for key, twin in self.twins.items()}
+        objects = {id(t): t for t in self.alive}
+        for twin_id, number in self.first.items():
+            if twin_id in reals:
+                yield number, objects[reals[twin_id]]
+
+    def updates(self) -> list[tuple[int, int]]:
+        """The tensors from outside that were written to: the value that each came with, and its last."""
+        found = []
+        for key, number in self.first.items():
+            alias = self.aliases.of.get(key)
+            if alias is not None and self.numbers[key] != number:
+                found.append((number, self.numbers[key]))
+        return found
+
+    def forget(self) -> None:
+        """Let all tensors of the recording go."""
+        self.alive.clear()
+        self.aliases = Aliases()
+        self.twins.clear()
