@@ -41,6 +41,11 @@ class StageFunction(torch.autograd.Function):
         count, tiled = len(sources), scan.tiled
         work = ForwardPass(scan, tensors[count:], wants[count:], wanted, replay)
         results, kept = work.run(), work.kept
+        asked = {*wanted, *(v for v, want in zip(tiled.stage.vectors, wants[count:], strict=True) if want)}
+        reach = tiled.stage.reach
+        ctx.mark_non_differentiable(
+            *(t for v, t in zip(tiled.stage.results, results, strict=True) if asked.isdisjoint(reach[v]))
+        )
         reread = [t for v, t in zip(tiled.stage.results, results, strict=True) if v in tiled.reread]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *reread)
@@ -98,7 +103,8 @@ class StageFunction(torch.autograd.Function):
 def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
     """Autograd visits what has made a function's input also where there is no gradient for it, as stock would not.
 
-    Most nodes pass that on. But hooks of a parameter are called with None, and a custom function gets zeros.
+    Most nodes pass that on. But hooks of a parameter are called with None, a custom function gets zeros, and what an
+    earlier backward has used up fails.
     """
     name = stage.program.values[value].name
     what = f"parameter '{name}'" if name else "a tensor that weights are made of"
@@ -117,11 +123,24 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
             if not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
                 raise _unreached(f"{what} is made by {type(node)._forward_cls.__name__}")  # pyright: ignore
             continue  # a stage sees to its own inputs
+        if _is_used_up(node):
+            raise _unreached(f"{what} was made before an earlier backward")
         nodes += [following for following, _ in node.next_functions]
 
 
 def _is_watched(leaf: Tensor) -> bool:
     return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_used_up(node: Any) -> bool:
+    """Whether a backward has been here and let go what the node has saved."""
+    try:
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                getattr(node, name)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _unreached(what: str) -> GigamorphError:

@@ -681,6 +681,48 @@ def test_what_autograd_visits_without_a_gradient(way: str):
         net(x)[0].sum().backward()
 
 
+class StaleWeight(nn.Module):
+    """Reads a weight that was made once, outside of the forward, as pruning leaves one where its module is not called.
+
+    Attributes:
+        split: whether a second output depends on the weight, beside one that does not.
+    """
+
+    def __init__(self, split: bool):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+        self.mask, self.split = (torch.rand(3, 3, 3, 3, dtype=torch.float64) > 0.3).double(), split
+        self.double()
+        self.weight = self.conv.weight * self.mask
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.conv2d(x, self.weight, padding=1)
+        if self.split:
+            return y.mean((2, 3)), self.head((y.detach() + self.conv.bias[:, None, None]).mean((2, 3)))
+        self.mean = y.mean((0, 2, 3)).detach() + self.mean
+        return self.head(y.detach().relu().mean((2, 3)))
+
+
+def test_a_graph_that_an_earlier_backward_has_used_up():
+    """Stock does not come to it where the loss does not reach it; nor does a result that no gradient goes through."""
+    torch.manual_seed(0)
+    x, model = image(1, 3, 20, 20), StaleWeight(split=False)
+    net = accelerate(StaleWeight(split=False), tile=7)
+    net.load_state_dict(model.state_dict())
+    net.weight = net.conv.weight * net.mask  # pyright: ignore[reportOperatorIssue]
+    model.weight = model.conv.weight * net.mask  # pyright: ignore[reportOperatorIssue]
+    for network in (model, net, model, net):
+        network(x).sum().backward()
+    for a, b in zip(model.parameters(), net.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or (a.grad - b.grad).abs().max() <= LIMIT * a.grad.abs().max()
+    net = accelerate(StaleWeight(split=True), tile=7)
+    net(x)[0].sum().backward()
+    with pytest.raises(GigamorphError, match="made before an earlier backward, and this loss does not reach it"):
+        net(x)[1].sum().backward()
+
+
 def test_memory_that_two_tensors_of_the_network_share():
     """Written to through one of them, and read through the other."""
 
