@@ -163,7 +163,10 @@ class Guard:
         self.ids = list(map(id, self.alive))
 
     def _about(self) -> list[Any]:
-        return [_about(value) for space in self.named for value in space.values()]
+        """Of each parameter and buffer, with the place of the first that is the same tensor: ties may be cut."""
+        values = [value for space in self.named for value in space.values()]
+        first: dict[int, int] = {}
+        return [(_about(value), first.setdefault(id(value), place)) for place, value in enumerate(values)]
 
     def _of_classes(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(_values, self.classes))))

@@ -355,6 +355,58 @@ def test_changes_are_noticed(name):
         SETTING["x"] = 1.0
 
 
+class Tied(nn.Module):
+    """One weight and one running mean under two names each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+        self.norm, self.other = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+        self.double()
+        self.tie()
+
+    def tie(self) -> None:
+        self.second.weight, self.other.running_mean = self.first.weight, self.norm.running_mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.second(self.norm(self.first(x)).relu())).mean((2, 3))
+
+
+def cut(net: Any) -> None:
+    net.second.weight = nn.Parameter(net.second.weight.detach().clone())
+    net.other.running_mean = net.norm.running_mean.clone()
+
+
+@pytest.mark.parametrize("way", ["assigned", "cut", "tied"])
+def test_ties_of_parameters_and_buffers(way):
+    """Cut or made between steps: each name has its gradient, and each buffer its update."""
+    torch.manual_seed(0)
+    stock = Tied()
+    if way == "tied":
+        cut(stock)
+    elif way == "assigned":  # buffers would share memory, which is refused
+        stock.other.running_mean = stock.norm.running_mean.clone()
+    twin, x = copy.deepcopy(stock), torch.randn(2, 2, 22, 26, dtype=torch.float64)
+    net = accelerate(twin, tile=9)
+    for number in range(2):
+        for called, own in ((stock, stock), (net, twin)):
+            if number:
+                own.zero_grad()
+                if way == "assigned":
+                    called.load_state_dict(called.state_dict(), assign=True)
+                else:
+                    (cut if way == "cut" else Tied.tie)(own)
+            (called(x) ** 2).sum().backward()
+        named = (
+            dict(stock.named_parameters(remove_duplicate=False)),
+            dict(twin.named_parameters(remove_duplicate=False)),
+        )
+        for key, parameter in named[0].items():
+            assert torch.allclose(parameter.grad, named[1][key].grad, rtol=LIMIT, atol=LIMIT), key
+        for key, buffer in stock.state_dict().items():
+            assert torch.allclose(buffer, twin.state_dict()[key], rtol=LIMIT, atol=LIMIT), key
+
+
 def test_nothing_is_recorded_again_without_a_change():
     net = accelerate(network(with_options), tile=9)
     net.table = torch.ones(4, 1, 1, dtype=torch.float64)
