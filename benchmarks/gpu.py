@@ -119,9 +119,10 @@ def choices() -> Row:
     """What was chosen for each op and shape during the steps."""
     from dataclasses import asdict
 
-    from gigamorph.kernels import choice
+    from gigamorph.kernels import choice, measurements
 
-    return {"file": choice.cache_file("").name, "choices": [asdict(row) for row in choice.table()]}
+    rows = [asdict(row) for row in choice.table()]
+    return {"file": measurements.measurement_file("").name, "choices": rows, "failed": choice.failures()}
 
 
 def work(dry: bool) -> None:

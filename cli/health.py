@@ -11,7 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from .. import kernels
 from ..engine.tiling.memory import available_bytes, format_bytes
+from ..kernels.choice import failures
 
 PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
 _SAFE_LIGHTNING = (2, 6, 6)
@@ -38,6 +40,10 @@ class Machine:
     memory: int
     shm: int | None
     """Size of /dev/shm, None where there is none."""
+    kernels_lack: str | None = None
+    """What Triton lacks to compile kernels; None if nothing, or without a GPU."""
+    failed_kernels: tuple[str, ...] = ()
+    """What failed on this GPU before, with its cause."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ def probe() -> Machine:
             of = torch.cuda.get_device_properties(index)
             gpus.append(f"{of.name}, {format_bytes(of.total_memory)}, sm_{of.major}{of.minor}")
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
+    lacks = kernels.missing() if gpus else None
+    failed = {} if lacks or not gpus else failures()
     return Machine(
         versions=versions,
         import_errors=errors,
@@ -79,6 +87,8 @@ def probe() -> Machine:
         threads=torch.get_num_threads(),
         memory=available_bytes(),
         shm=shm,
+        kernels_lack=lacks,
+        failed_kernels=tuple(f"{op}: {cause}" for op, causes in failed.items() for cause in causes.values()),
     )
 
 
@@ -152,8 +162,20 @@ def problems(machine: Machine) -> list[Problem]:
                 "pip install --force-reinstall torch (from PyPI: the CUDA build on Linux)",
             )
         )
-    if "triton" not in machine.versions and machine.gpus:
-        found.append(Problem("warning", "triton is missing; torch.compile cannot use the GPU", "pip install triton"))
+    if machine.kernels_lack is not None:
+        what, _, fix = machine.kernels_lack.partition("; ")
+        found.append(Problem("warning", f"kernels cannot be compiled, PyTorch's own ops run on the GPU: {what}", fix))
+    if machine.failed_kernels:
+        first, *others = machine.failed_kernels
+        several = f", and {len(others)} more" if others else ""
+        found.append(
+            Problem(
+                "warning",
+                f"kernels failed on this GPU, PyTorch's own ops do their work: {first}{several}",
+                "report it with the output of GIGAMORPH_KERNELS=triton gigamorph plan --kernels ...; "
+                "an update of torch, triton or gigamorph tries them again",
+            )
+        )
     if machine.threads < machine.cores and machine.threads == 1:
         found.append(
             Problem(

@@ -43,8 +43,8 @@ def plan(
     """Say which tile a network and an image size need, the predicted peak memory, and what stock PyTorch would need.
 
     Nothing is computed, except with --kernels. The exit code is 2 if no tile fits the budget. Which kernels run is
-    measured once per layer and shape and kept; the environment variable GIGAMORPH_KERNELS=stock (or triton, or
-    measured) overrides it.
+    measured once per layer and amount of work and kept; the environment variable GIGAMORPH_KERNELS=stock (or triton, or
+    auto) overrides it.
 
     Example: gigamorph plan --model resnet50 --size 4096x3328 --memory-budget 4GiB
     """

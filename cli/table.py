@@ -77,15 +77,15 @@ def show_choices(choices: Sequence[Choice], console: Console | None = None) -> N
     """Print which kernels run, with the times that decided it; those that gain most first."""
     console = console or Console(highlight=False)
     table = Table(title="kernels, as measured on this GPU", box=None, title_justify="left", pad_edge=False)
-    for name in ("op", "shape and settings"):
+    for name in ("op", "channels and settings"):
         table.add_column(name, overflow="fold")
-    for name in ("stock ms", "ours ms", "ours / stock"):
+    for name in ("pixels", "stock ms", "ours ms", "ours / stock"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", no_wrap=True)
     for choice in sorted(choices, key=lambda c: c.ratio):
         ours = min(ms for name, ms in choice.ms.items() if name != "stock")
         style = "" if choice.chosen == "stock" else "green"
-        row = (f"{choice.ms['stock']:.3f}", f"{ours:.3f}", f"{choice.ratio:.2f}", choice.chosen)
+        row = (f"{choice.work:,}", f"{choice.ms['stock']:.3f}", f"{ours:.3f}", f"{choice.ratio:.2f}", choice.chosen)
         table.add_row(choice.op, choice.key, *row, style=style)
     console.print(table)
 

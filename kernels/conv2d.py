@@ -21,7 +21,7 @@ from . import conv2d_forward as dense_forward
 from . import conv2d_wgrad as dense_wgrad
 from . import depthwise
 from .activations import ACTIVATIONS, MASKS, activate_reference, slope_reference
-from .choice import choose, map_key, run_fastest
+from .choice import run_fastest
 from .dtypes import sum_dtype
 from .moments import moments_of_each
 from .pointwise import act_grad
@@ -122,7 +122,7 @@ def conv2d_forward(
         return whole, z
 
     named = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
-    return run_fastest("conv2d_forward", x, (tuple(weight.shape), *given, act, *named, keep_z, *margin), ours, stock)
+    return run_fastest("conv2d_forward", x, (*weight.shape, *given.form, act, *named, keep_z, any(margin)), ours, stock)
 
 
 def _outputs(
@@ -165,7 +165,7 @@ def conv2d_moments(
 
     if x.shape[0] > 1 or given.is_depthwise(weight):
         return stock()
-    settings = (tuple(weight.shape), *given, shift is None, *margin)
+    settings = (*weight.shape, *given.form, shift is None, any(margin))
     return run_fastest("conv2d_moments", x, settings, ours, stock)
 
 
@@ -252,7 +252,7 @@ def conv2d_dgrad(
             dx = dx + addend
         return dx if mask is None else dx * slope_reference(mask, mask_act)
 
-    settings = (tuple(weight.shape), *size, *given, gate_act, mask_act, addend is None)
+    settings = (*weight.shape, *given.form, gate_act, mask_act, addend is None)
     return run_fastest("conv2d_dgrad", dy, settings, ours, stock)
 
 
@@ -303,13 +303,13 @@ def conv2d_wgrad_(
         if dshift is not None:
             dshift.add_(dz.sum((0, 2, 3), dtype=dshift.dtype))
 
-    settings = (tuple(dw.shape), tuple(dy.shape[2:]), *given, gate_act, dshift is None)
+    settings = (*dw.shape, *given.form, gate_act, dshift is None)
     # A measurement runs the candidates many times: on scratch buffers, not on the sums.
     trial = {
         "triton": lambda: ours(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
         "stock": lambda: stock(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
     }
-    {"triton": ours, "stock": stock}[choose("conv2d_wgrad", (*map_key(x), *settings), trial, x)]()
+    run_fastest("conv2d_wgrad", x, settings, ours, stock, trial)
 
 
 @conv2d_wgrad_.register_fake

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate, activate_reference, slope, slope_reference
-from .dtypes import accumulator, dot_precision, sum_dtype
+from .dtypes import accumulator, sum_dtype
 from .moments import merge_parts, tile_moments
+from .precision import dot_precision
 from .stream import as_map, place
 from .tuning import Config, matmul_config
 from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense

@@ -14,8 +14,3 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums over pixels, and so gradients of weights, are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: TF32 where cuDNN may use it, as in stock convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from .activations import ACTIVATIONS, activate, activate_reference
 from .choice import run_fastest
 from .conv2d import conv2d_backward, conv2d_forward
-from .dtypes import accumulator, dot_precision, sum_dtype
+from .dtypes import accumulator, sum_dtype
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_reference
 from .pointwise import act_grad
+from .precision import dot_precision
 from .stream import as_map, count_pixels, is_flat, pixel_offsets, vector
 from .tuning import linear_columns, linear_config
 from .windows import ConvGeometry, empty_map, nhwc
@@ -140,7 +141,7 @@ def launch_linear_act(
         FLAT=is_flat(x, y),
         VEC=vector(x, y),
         ACT=act,
-        PRECISION=dot_precision(weight.dtype),
+        PRECISION=dot_precision(weight.dtype, linear=True),
         ACC=accumulator(weight.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -202,7 +203,7 @@ def _layer_norm_linear_act(
         return activate_reference(z, act).permute(0, 3, 1, 2)
 
     given = [name for name, t in (("scale", ln_weight), ("shift", ln_bias), ("bias", bias)) if t is not None]
-    settings = (tuple(weight.shape), str(weight.dtype), act, *given)
+    settings = (*weight.shape, str(weight.dtype), act, *given)
     return run_fastest("layer_norm_linear_act", x, settings, ours, stock)
 
 

@@ -22,8 +22,9 @@ from .activations import ACTIVATIONS, activate
 from .batch_norm import normalize_act, normalize_act_reference
 from .choice import run_fastest
 from .conv2d import conv2d_forward, conv2d_moments
-from .dtypes import accumulator, dot_precision, sum_dtype
+from .dtypes import accumulator, sum_dtype
 from .moments import merge_parts, moments_of_each, tile_moments
+from .precision import dot_precision
 from .stream import as_map, count_pixels, is_flat, pixel_offsets, vector
 from .tuning import linear_config
 from .windows import ConvGeometry, empty_map, nhwc
@@ -188,7 +189,7 @@ def normalized_conv1x1(
         whole, _ = conv2d_forward(n, w, None, shift, None, ConvGeometry(), "none", False, margin)
         return whole, *(x.new_empty(0, dtype=sum_dtype(x.dtype)) for _ in range(2))
 
-    settings = (tuple(w.shape), act, shift is None, moments, *margin)
+    settings = (*w.shape, act, shift is None, moments, any(margin))
     return run_fastest("normalized_conv1x1", x, settings, ours, stock)
 
 

@@ -279,7 +279,7 @@ def max_pool2d(x: Tensor, kernel: Sequence[int], geometry: Sequence[int]) -> Ten
     def stock() -> Tensor:
         return nhwc(max_pool2d_reference(x, kernel, given))
 
-    return run_fastest("max_pool2d", x, (*kernel, *given), ours, stock)
+    return run_fastest("max_pool2d", x, (*kernel, *given.form), ours, stock)
 
 
 @max_pool2d.register_fake
@@ -318,7 +318,7 @@ def max_pool2d_backward(
         dx = dx.clone() if mask_act == "none" else dx * slope_reference(x, mask_act)
         return nhwc(dx)
 
-    return run_fastest("max_pool2d_backward", x, (*kernel, *given, mask_act), ours, stock)
+    return run_fastest("max_pool2d_backward", x, (*kernel, *given.form, mask_act), ours, stock)
 
 
 @max_pool2d_backward.register_fake

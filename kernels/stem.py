@@ -40,7 +40,8 @@ from torch.nn import functional as F
 
 from .activations import activate, activate_reference, slope, slope_reference
 from .choice import run_fastest
-from .dtypes import accumulator, dot_precision, sum_dtype
+from .dtypes import accumulator, sum_dtype
+from .precision import dot_precision
 from .stream import as_map
 from .tuning import StemTile, stem_lines, stem_share, stem_tile
 from .windows import ConvGeometry, empty_map, nhwc, output_size
@@ -339,8 +340,8 @@ class Stem:
         """What the time depends on besides the pixels."""
         named = ("scale", self.scale), ("shift", self.shift), ("gain", self.gain), ("offset", self.offset)
         given = [name for name, t in named if t is not None]
-        kind = tuple(self.weight.shape), str(self.weight.dtype), *given, self.low, self.high
-        return (*kind, *self.geometry.stride, *self.geometry.padding, *(self.pool_padding or ()), self.act)
+        kind = *self.weight.shape, str(self.weight.dtype), *given
+        return (*kind, *self.geometry.form, self.pool_padding is not None, self.act)
 
     def check_map(self, name: str, y: Tensor) -> None:
         if y.shape != self.shape or (y.stride(1) != 1 and y.shape[1] > 1):

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import knobs
 
 from .activations import MASKS
-from .dtypes import dot_precision
+from .precision import dot_precision
 
 # Most dynamic shared memory a block may have, bytes.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}

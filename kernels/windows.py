@@ -61,6 +61,12 @@ class ConvGeometry(NamedTuple):
     def dilation(self) -> tuple[int, int]:
         return self.dilation_h, self.dilation_w
 
+    @property
+    def form(self) -> tuple[int | bool, ...]:
+        """What the time depends on: uneven padding costs stock a copy, how much there is of it costs nothing."""
+        uneven = self.top != self.bottom or self.left != self.right
+        return *self.stride, *self.dilation, self.groups, uneven
+
     def output(self, x: Tensor, kernel: Sequence[int]) -> tuple[int, int]:
         """Rows and columns that a filter of (height, width) makes of a map."""
         return (

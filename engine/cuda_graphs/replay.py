@@ -13,7 +13,9 @@ to, measures and compiles kernels, warms libraries up. The second is captured. R
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.choice import current_mode
+from ...kernels.precision import tf32_settings
 from ..tiling.forward import Gathered
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore, Rect, area, cut
@@ -33,6 +36,8 @@ from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
 from .buffers import Arena, Executor, GraphBuffers, Name, copy_all
 from .signature import Outline, Signature, axis_signature, translates
+
+log = logging.getLogger("gigamorph")
 
 FEWEST_TILES = 8  # of a stage: among fewer, too few are alike
 MOST_KINDS = 64  # of tiles that are recorded; where strides do not divide the tile there are many
@@ -62,9 +67,19 @@ class Recording(GraphBuffers):
         """Do the work on these inputs."""
         self.load(tensors)
         if self.seen and self.replay is None:
-            self.replay = executor.capture(self.run)
+            self.replay = self._captured(executor)
         (self.replay or self.run)()
         self.seen = True
+
+    def _captured(self, executor: Executor) -> Callable[[], None]:
+        """The work as a graph; as it is where it cannot be captured, which is told once per cause."""
+        try:
+            return executor.capture(self.run)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _warn_once(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+            return self.run
 
     def halos(self, kind: str, parts: Parts) -> Halos:
         """The inputs (kind, side, value), as halos of which only these parts are here."""
@@ -80,6 +95,11 @@ class Recording(GraphBuffers):
     def pixels(self, source: int, rect: Rect) -> Tensor:
         """A window of a source."""
         return self.inputs["window", source, self.outline.relative("source", source, rect)]
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("a tile cannot be captured as a CUDA graph and runs op by op: %s", reason)
 
 
 class Bench:
@@ -133,8 +153,7 @@ class Replays:
             current_mode(),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.deterministic,
-            torch.backends.cudnn.allow_tf32,
-            torch.backends.cuda.matmul.allow_tf32,
+            tf32_settings(),
         )
         key = scan.device, scan.dtype, scan.autocast, settings
         if key not in self.benches:

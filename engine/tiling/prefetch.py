@@ -1,11 +1,13 @@
 """Pixels read ahead of need: while one tile is computed, the next one's are read, converted and uploaded.
 
 One thread of its own reads, so a source is never read by two at once. On a CUDA device it uploads from pinned memory on
-a stream of its own, and the computing stream waits for the copy, not the host.
+a stream of its own, and the computing stream waits for the copy, not the host. The upload stream waits for what the
+thread that made the `Prefetch`, and the source itself, have begun on the device before: a source may read from there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -34,7 +36,10 @@ class Prefetch:
         tiles: Iterable[list[tuple[int, Rect]]],
     ):
         self.fetch, self.convert, self.tiles = fetch, convert, iter(tiles)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+        self.stream = _upload_stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         self.thread = ThreadPoolExecutor(1, "gigamorph-pixels")
         self.now: dict[tuple[int, Rect], Future[tuple[Tensor, Any]]] = {}
         self.next = self._begin()
@@ -65,6 +70,13 @@ class Prefetch:
         pixels = self.fetch(source, rect)
         if self.stream is None:
             return self.convert(source, pixels), None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # this thread's, that the source has used
         with torch.cuda.stream(self.stream):
             pixels = self.convert(source, pixels if pixels.is_cuda else pixels.pin_memory())
             return pixels, self.stream.record_event()
+
+
+@functools.cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all passes: PyTorch deals out 32 streams in turn, and a new one for each would meet that of captures."""
+    return torch.cuda.Stream(device)

@@ -209,8 +209,14 @@ class Scan:
         return self.convert(pixels)
 
     def _on_device(self, source: int) -> bool:
+        """Whether a source is read where it is, by the stream that computes.
+
+        On the CPU an image's change of memory order is worth the thread that reads ahead.
+        """
         stored = self.sources[source]
-        return isinstance(stored, StoredMap) and stored.tensor.device.type == self.device.type
+        tensor = getattr(stored, "tensor", None)
+        here = tensor is not None and tensor.device.type == self.device.type
+        return here and (isinstance(stored, StoredMap) or self.device.type != "cpu")
 
     @contextlib.contextmanager
     def reader(self, tiles: Iterable[tuple[int, int]]) -> Iterator[Reader]:

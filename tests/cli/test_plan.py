@@ -98,8 +98,8 @@ def test_choices_are_listed_with_their_times():
     out = StringIO()
     show_choices(
         [
-            Choice("conv2d_forward", '["bfloat16"]', "stock", {"stock": 1.0, "triton": 1.25}, 1.25),
-            Choice("conv2d_dgrad", '["bfloat16"]', "triton", {"stock": 2.0, "triton": 1.0}, 0.5),
+            Choice("conv2d_forward", '["bfloat16"]', 4096, "stock", {"stock": 1.0, "triton": 1.25}, 1.25),
+            Choice("conv2d_dgrad", '["bfloat16"]', 4096, "triton", {"stock": 2.0, "triton": 1.0}, 0.5),
         ],
         Console(file=out, width=120),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ import torch
 import triton
 from torch._subclasses import FakeTensorMode
 
-from gigamorph.kernels import choice
+from gigamorph import kernels
+from gigamorph.kernels import choice, measurements
 
 KEY = ((1, 64, 32, 32), torch.bfloat16, None)
 
@@ -40,26 +42,28 @@ class Gpu:
 
     def restart(self) -> None:
         """As in a new process: nothing is remembered but what is on disk."""
-        for memory in (choice._files, choice._chosen, choice._warn_once.cache_clear()):
+        for memory in (choice._files, choice._chosen, measurements._warn_once.cache_clear()):
             if memory is not None:
                 memory.clear()
 
-    def candidates(self, **ms: float) -> dict:
+    def candidates(self, **ms: float | Exception) -> dict:
         def candidate(name: str):
             def run() -> float:
                 self.calls.append(name)
+                if isinstance(ms[name], Exception):
+                    raise ms[name]
                 return ms[name]
 
             return run
 
         return {name: candidate(name) for name in ms}
 
-    def choose(self, key=KEY, op: str = "conv2d", like=None, **ms: float) -> str:
-        return choice.choose(op, key, self.candidates(**ms), like)
+    def choose(self, key=KEY, op: str = "conv2d", like=None, work: int = 10**6, **ms: float | Exception) -> str:
+        return choice.choose(op, key, self.candidates(**ms), work, like)
 
     @property
     def file(self) -> Path:
-        return choice.cache_file(self.name)
+        return measurements.measurement_file(self.name)
 
 
 @pytest.fixture
@@ -108,9 +112,9 @@ def test_kept_on_disk_for_the_next_process(gpu):
     gpu.calls.clear()
     assert gpu.choose(stock=1.0, triton=2.0) == "triton"
     assert not gpu.calls
-    stored = json.loads(gpu.file.read_text())
-    assert [len(samples) for times in stored.values() for samples in times.values()] == [choice.ROUNDS] * 2
-    assert not list(gpu.file.parent.glob("*.tmp"))
+    (stored,) = map(json.loads, gpu.file.read_text().splitlines())
+    assert [len(samples) for samples in stored["ms"].values()] == [choice.ROUNDS] * 2
+    assert (stored["op"], stored["work"]) == ("conv2d", 10**6)
 
 
 def test_another_gpu_or_version_is_another_file(gpu, monkeypatch):
@@ -127,8 +131,8 @@ def test_another_gpu_or_version_is_another_file(gpu, monkeypatch):
             patch.setattr(module, name, "99.0")
             assert gpu.file != before
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "_source_version", lambda: "another")
-        assert gpu.file.name.endswith("_gigamorphanother.json")
+        patch.setattr(measurements, "_source_version", lambda: "another")
+        assert gpu.file.name.endswith("_gigamorphanother.jsonl")
 
 
 def test_cache_folder(gpu, monkeypatch, tmp_path):
@@ -140,29 +144,157 @@ def test_cache_folder(gpu, monkeypatch, tmp_path):
     assert gpu.file.parent == Path.home() / ".cache" / "gigamorph" / "kernels"
 
 
+WHOLE = '{"op": "conv2d", "key": [], "work": 1, "ms": {"stock": [1.0], "triton": [2.0]}, "failed": {}}'
 DAMAGED = [
-    "",
     "{",
     "[]",
-    '{"conv2d []": 1}',
-    '{"conv2d []": {"stock": ["a"]}}',
-    '{"conv2d []": {"stock": []}}',
-    '{"conv2d []": {"triton": [1.0]}}',
-    '{"conv2d []": {}}',
+    "1",
+    '{"op": "conv2d"}',
+    WHOLE.replace("[1.0]", '["a"]'),
+    WHOLE.replace("[1.0]", "[]"),
+    WHOLE.replace('"stock": [1.0], ', ""),
+    WHOLE.replace('"work": 1', '"work": -1'),
+    WHOLE[:50],
     "\x00\xff",
 ]
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_damaged_file_is_ignored_with_one_warning(gpu, caplog, text):
+def test_damaged_line_is_ignored_with_a_warning(gpu, caplog, text):
     gpu.file.parent.mkdir(parents=True)
-    gpu.file.write_bytes(text.encode("latin-1"))
+    gpu.file.write_bytes((WHOLE + "\n" + text).encode("latin-1"))  # as a kill in the middle of a line leaves it
     with caplog.at_level(logging.WARNING, "gigamorph"):
         assert gpu.choose(stock=2.0, triton=1.0) == "triton"
         assert gpu.choose(("b",), stock=2.0, triton=1.0) == "triton"
+        assert gpu.choose((), work=1, stock=2.0, triton=1.0) == "stock", "the whole line counts"
     assert len(caplog.records) == 1 and str(gpu.file) in caplog.text
     gpu.restart()
-    assert len(choice.table()) == 2, "the file is whole again"
+    assert len(choice.table()) == 3
+
+
+def test_a_measurement_serves_nearly_equal_work(gpu):
+    gpu.choose(work=10**6, stock=2.0, triton=1.0)
+    count = len(gpu.calls)
+    for work in (600_000, 10**6, 1_700_000):
+        assert gpu.choose(work=work, stock=1.0, triton=2.0) == "triton"
+    assert len(gpu.calls) == count
+    assert gpu.choose(work=3 * 10**6, stock=1.0, triton=2.0) == "stock" and len(gpu.calls) == 2 * count
+    assert gpu.choose(work=2 * 10**6, stock=0.0, triton=0.0) == "stock", "the nearer of two"
+    assert gpu.choose(work=1_600_000, stock=0.0, triton=0.0) == "triton"
+    assert gpu.choose(work=100, stock=2.0, triton=1.0) == gpu.choose(work=1, stock=1.0, triton=2.0) == "triton"
+    assert len(gpu.calls) == 3 * count, "little work takes the time of a launch"
+
+
+def test_the_file_is_only_appended_to(gpu):
+    """A thousand measurements take a thousand lines, not half a million."""
+    written = []
+    for key in range(50):
+        gpu.choose((key,), stock=1.0, triton=2.0)
+        written.append(gpu.file.read_bytes())
+    assert all(after.startswith(before) for before, after in itertools.pairwise(written))
+    assert len(written[-1].splitlines()) == 50
+
+
+# -- what fails ---------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_that_raises_is_out_of_the_running(gpu, caplog):
+    bad = RuntimeError("ptxas: no such chip\nand much more")
+    with caplog.at_level(logging.WARNING, "gigamorph"):
+        assert gpu.choose(stock=2.0, triton=bad) == "stock"
+        assert gpu.choose(work=10, stock=2.0, triton=1.0) == "stock", "whatever the work"
+        assert gpu.choose(("b",), stock=2.0, triton=bad, other=1.0) == "other"
+    assert len(caplog.records) == 2
+    for part in ("conv2d", "triton", "torch.bfloat16", "RuntimeError: ptxas: no such chip"):
+        assert part in caplog.messages[0]
+    gpu.restart()
+    gpu.calls.clear()
+    assert gpu.choose(stock=2.0, triton=1.0) == "stock" and "triton" not in gpu.calls, "in the next process, too"
+    assert "ptxas: no such chip" in str(choice.failures())
+    assert [row.op for row in choice.table()] == ["conv2d"], "one that failed alone has no ratio"
+
+
+def test_a_failure_of_stock_is_raised(gpu):
+    with pytest.raises(ValueError, match="not for us"):
+        gpu.choose(stock=ValueError("not for us"), triton=1.0)
+
+
+def test_no_memory_for_a_trial_means_stock_for_this_process(gpu):
+    assert gpu.choose(stock=2.0, triton=torch.OutOfMemoryError("full")) == "stock"
+    assert gpu.choose(stock=2.0, triton=1.0) == "stock" and not choice.failures()
+    gpu.restart()
+    assert gpu.choose(stock=2.0, triton=1.0) == "triton"
+
+
+def test_stock_does_the_work_of_a_kernel_that_fails_when_it_is_wanted(gpu, monkeypatch, caplog):
+    x = torch.zeros(1, 3, 8, 8)
+    monkeypatch.setattr(choice, "_gpu", lambda like: 0)
+    monkeypatch.setattr(choice, "_may_measure", lambda like: True)
+    broken, calls = [False], []
+
+    def ours() -> float:
+        calls.append("ours")
+        if broken[0]:
+            raise RuntimeError("an illegal instruction")
+        return 1.0
+
+    run = lambda: choice.run_fastest("pool", x, ("relu",), ours, lambda: 2.0)  # noqa: E731
+    assert run() == 1.0
+    broken[0] = True
+    with caplog.at_level(logging.WARNING, "gigamorph"):
+        assert run() == 2.0
+        calls.clear()
+        assert run() == 2.0 and not calls
+    assert len(caplog.records) == 1 and "an illegal instruction" in caplog.text
+    gpu.restart()
+    assert run() == 2.0 and not calls
+    with choice.override("triton"), pytest.raises(RuntimeError, match="an illegal instruction"):
+        run()
+
+
+def test_without_a_compiler_stock(monkeypatch, caplog):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.delenv("GIGAMORPH_KERNELS", raising=False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    kernels.missing.cache_clear()
+    with caplog.at_level(logging.WARNING, "gigamorph"):
+        assert not kernels.enabled(cuda) and not kernels.enabled(cuda) and not kernels.enabled(cpu)
+    assert len(caplog.records) == 1 and "C compiler" in caplog.text
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    kernels.missing.cache_clear()
+    assert kernels.enabled(cuda) and not kernels.enabled(cpu)
+    kernels.missing.cache_clear()
+
+
+TF32 = {
+    "fp32_precision = 'tf32'": ("tf32", "tf32"),
+    "fp32_precision = 'ieee'": ("ieee", "ieee"),
+    "cudnn.fp32_precision = 'ieee'": ("ieee", "ieee"),
+    "cudnn.conv.fp32_precision = 'ieee'": ("ieee", "ieee"),
+    "cuda.matmul.fp32_precision = 'tf32'": ("tf32", "tf32"),
+    "cudnn.allow_tf32 = False": ("ieee", "ieee"),
+    "cuda.matmul.allow_tf32 = True": ("tf32", "tf32"),
+    "cudnn.allow_tf32 = True": ("tf32", "ieee"),
+}
+
+
+def test_float32_is_multiplied_as_stock_may():
+    """In the old and in the new spelling of PyTorch's settings, which refuse to be read by each other."""
+    code = f"""
+import os, torch
+from gigamorph.kernels.precision import dot_precision
+from gigamorph.engine.capture.guard import process_state
+for setting in {list(TF32)}:
+    if not os.fork():  # settings do not forget
+        exec("torch.backends." + setting)
+        process_state()
+        found = dot_precision(torch.float32), dot_precision(torch.float32, linear=True), dot_precision(torch.bfloat16)
+        print(setting, *found, sep="; ", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines() == ["; ".join((setting, *found, "ieee")) for setting, found in TF32.items()]
 
 
 def test_unwritable_folder_is_told_once(gpu, caplog, monkeypatch, tmp_path):
@@ -246,12 +378,12 @@ def test_override_and_environment(gpu, monkeypatch):
     assert not gpu.calls, "what is forced is not measured"
     monkeypatch.setenv("GIGAMORPH_KERNELS", "triton")
     assert gpu.choose(stock=1.0, triton=2.0) == "triton" and not gpu.calls
-    with choice.override("measured"):
+    with choice.override("auto"):
         assert gpu.choose(stock=1.0, triton=2.0) == "stock" and gpu.calls
     monkeypatch.setenv("GIGAMORPH_KERNELS", "stock")
     assert gpu.choose(stock=2.0, triton=1.0) == "stock"
     monkeypatch.setenv("GIGAMORPH_KERNELS", "")
-    assert choice.current_mode() == "measured"
+    assert choice.current_mode() == "auto"
 
 
 def test_forced_triton_takes_the_fastest_of_ours(gpu):
@@ -271,7 +403,7 @@ def test_override_reaches_the_threads_of_a_backward(gpu):
 
 
 def test_mistakes_are_named(gpu, monkeypatch):
-    with pytest.raises(ValueError, match=r"override: 'cudnn' is not known; give one of measured, stock, triton"):
+    with pytest.raises(ValueError, match=r"override: 'cudnn' is not known; give one of auto, stock, triton"):
         choice.override("cudnn").__enter__()
     monkeypatch.setenv("GIGAMORPH_KERNELS", "fast")
     with pytest.raises(ValueError, match="GIGAMORPH_KERNELS: 'fast'"):
@@ -300,7 +432,8 @@ torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_name = lambda index=None: "Fake"
 torch.cuda.is_current_stream_capturing = lambda: False
 torch.cuda.device = lambda index: contextlib.nullcontext()
-from gigamorph.kernels import choice
+from gigamorph import kernels
+from gigamorph.kernels import choice, measurements, precision
 choice.elapsed = lambda run: run()
 ours = float(sys.argv[1])
 print(*[choice.choose("op", (i,), {"stock": lambda: 1.0, "triton": lambda: ours}) for i in range(40)])
@@ -316,5 +449,5 @@ def test_processes_that_measure_together_choose_alike(tmp_path):
     ]
     chosen = [worker.communicate(timeout=120)[0].split() for worker in workers]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 40
-    (file,) = (tmp_path / "gigamorph" / "kernels").glob("*.json")
-    assert len(json.loads(file.read_text())) == 40
+    (file,) = (tmp_path / "gigamorph" / "kernels").glob("*.jsonl")
+    assert len(file.read_text().splitlines()) == 40

@@ -70,7 +70,7 @@ def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: Con
 
         if not conv_conv1x1_fits(x, w1, w2, residual, geometry):
             return (apart(),)
-        settings = (tuple(w1.shape), tuple(w2.shape), *geometry, residual is None)
+        settings = (*w1.shape, *w2.shape, *geometry.form, residual is None)
         return (run_fastest("conv_conv1x1", x, settings, together, apart),)
 
     inputs = tuple(dict.fromkeys((*maker.op.inputs, *(v for v in local.op.inputs if v != second.x))))

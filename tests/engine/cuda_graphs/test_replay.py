@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exactness import LIMIT, assert_exact, errors, named, randomize, step
+from exactness import LIMIT, assert_exact, errors, named, randomize, step, step_errors
 from hypothesis import HealthCheck, assume, given, settings
 from random_net import Program, examples, programs
 from torch import Tensor, nn
@@ -424,6 +424,31 @@ def test_a_tensor_of_the_step_is_seen(remembered: Remembered, monkeypatch: pytes
     monkeypatch.setattr(replay.Replays, "forward", forward)
     with torch.no_grad(), pytest.raises(AssertionError, match="not static"):
         accelerate(build(), tile=16)(image(96, 96))
+
+
+def test_a_capture_that_fails_leaves_the_tile_op_by_op(
+    remembered: Remembered, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel or library that cannot be captured costs speed, with one warning, not the step."""
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        remembered.captured += 1
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(remembered, "capture", capture)
+    replay._warn_once.cache_clear()
+    model, x = build().double(), image(60, 60).double()
+    wanted = step(copy.deepcopy(model), x)
+    net = accelerate(model, tile=8)
+    with caplog.at_level("WARNING", "gigamorph"):
+        steps, counts = [], []
+        for _ in range(3):
+            steps.append(step(net, x))
+            counts.append(remembered.captured)
+    for got in steps:
+        assert max(step_errors(wanted, got).values()) <= LIMIT
+    assert counts[1] == counts[2] > 0, "none is tried twice"
+    assert [record.name for record in caplog.records] == ["gigamorph"] and "not permitted" in caplog.text
 
 
 def test_recordings_are_bounded(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,118 @@
+"""Reading ahead on a GPU, by what a double of PyTorch's streams is told: who waits for whom, and on which stream."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+from gigamorph.engine.execution.forward import ImageTensor
+from gigamorph.engine.tiling import prefetch
+from gigamorph.engine.tiling.prefetch import Prefetch
+from gigamorph.engine.tiling.scan import Scan, StoredMap
+
+GPU = torch.device("cuda", 0)
+
+
+class Stream:
+    def __init__(self, log: list, name: str):
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return f"the upload on {self.name}"
+
+
+class Pixels:
+    """Stands for pixels: on the device or not."""
+
+    def __init__(self, log: list, is_cuda: bool):
+        self.log, self.is_cuda, self.device = log, is_cuda, GPU
+
+    def pin_memory(self) -> Pixels:
+        return self
+
+    def record_stream(self, stream: Stream) -> None:
+        self.log.append(f"kept for {stream.name}")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What happens, in order."""
+    log, made, main = [], [], threading.current_thread()
+    running: dict[int, Stream] = {}
+
+    def current(device=None) -> Stream:
+        thread = threading.current_thread()
+        own = Stream(log, "the user's stream" if thread is main else "the reader's default stream")
+        return running.get(thread.ident, own)
+
+    @contextlib.contextmanager
+    def entered(stream: Stream):
+        running[threading.get_ident()] = stream
+        yield
+        del running[threading.get_ident()]
+
+    def new(device=None) -> Stream:
+        made.append(Stream(log, f"upload stream {len(made) + 1}"))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", new)
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    prefetch._upload_stream.cache_clear()
+    yield log
+    prefetch._upload_stream.cache_clear()
+
+
+def read(log: list, is_cuda: bool) -> None:
+    def fetch(source, rect):
+        log.append(f"read {rect}")
+        return Pixels(log, is_cuda)
+
+    def convert(source, pixels):
+        log.append(f"upload on {torch.cuda.current_stream().name}")
+        return pixels
+
+    with Prefetch(fetch, convert, GPU, [[(0, "a")]]) as pixels:
+        pixels.advance()
+        pixels(0, "a")
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_an_upload_waits_for_what_made_the_pixels(log, is_cuda):
+    """Pixels that were made on the device a moment ago, by the user's stream or by the source itself."""
+    read(log, is_cuda)
+    upload = log.index("upload on upload stream 1")
+    for before in ("upload stream 1 waits for the user's stream", "read a"):
+        assert log.index(before) < upload
+    assert "upload stream 1 waits for the reader's default stream" in log[log.index("read a") : upload]
+    assert log[upload + 1 :] == [
+        "the user's stream waits for the upload on upload stream 1",
+        "kept for the user's stream",
+    ]
+
+
+def test_one_upload_stream_for_all_passes(log):
+    """PyTorch deals out 32 streams in turn: a new one for each pass would be that of the captures now and then."""
+    for _ in range(40):
+        read(log, False)
+    assert "upload stream 1 waits for the user's stream" in log and "upload stream 2" not in " ".join(log)
+
+
+@pytest.mark.parametrize("kind", [ImageTensor, lambda t: StoredMap(t, (2, 3))])
+def test_what_is_on_the_device_is_read_by_the_stream_that_computes(kind):
+    class OnGpu:
+        shape, device = (1, 1, 4, 4), GPU
+
+    scan = Scan.__new__(Scan)
+    object.__setattr__(scan, "sources", {0: kind(OnGpu()), 1: ImageTensor(torch.zeros(1, 1, 4, 4))})
+    object.__setattr__(scan, "device", GPU)
+    assert scan._on_device(0) and not scan._on_device(1)
