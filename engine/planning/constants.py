@@ -16,6 +16,9 @@ HEAP_SHARE, HEAP_SHARE_FEW_TILES, FEW_TILES = 1.0, 0.35, 4
 LOOSE_SHARE, LOOSE_SHARE_FEW_TILES, LOOSE_FEW_TILES = 2.5, 1.1, 8
 WEIGHT_COPIES, MOST_WEIGHT_COPIES = 2, 78_000_000
 SLACK_FILLED = 0.25
+# On a GPU: cuBLAS's workspaces (32 MiB a stream on Hopper, two streams) and cuDNN's own; and in how many splits the
+# gradient of a large weight is summed at most. Both from documentation and code; no GPU was measured.
+GPU_LIBRARIES, WGRAD_SPLITS = 96 * 2**20, 8
 # How many sides, from the largest on, are tried before another choice of stored maps is.
 COARSE = 3
 # How many choices of stored maps, from the one that needs least on, are tried with smaller tiles.

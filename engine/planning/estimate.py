@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,9 +148,11 @@ class Estimate:
         return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=library)
 
     def _library(self, stages: list[TiledStage], tile_bytes: int) -> tuple[int, int]:
-        """Bytes of compiled kernels, and of the heap's slack under a budget."""
-        if self.image.device.type != "cpu" or not tile_bytes:
+        """Bytes of compiled kernels (on a GPU of scratch), and of the heap's slack under a budget."""
+        if not tile_bytes:
             return 0, 0
+        if self.image.device.type != "cpu":
+            return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, self.training) for tiled in stages), 0
         compiled = 0
         for tiled in stages:
             outputs = [local.op.outputs[0] for local in tiled.stage.locals if local.op.name == "conv2d"]
@@ -168,7 +171,7 @@ class Estimate:
 
     def _loosen(self, plan: Plan, stages: list[TiledStage]) -> Plan:
         """Let the heap take what it takes without a budget, or what the budget leaves it."""
-        if not plan.library_bytes:
+        if not plan.library_bytes or self.image.device.type != "cpu":
             return plan
         tiles = max(s.tiles for s in stages)
         loose = (
@@ -206,6 +209,29 @@ def _block_bytes(tiled: TiledStage) -> int:
             top, bottom, left, right = tiled.block(value, i, j)
             total += _nbytes(halo_shape(stage, value, bottom - top, right - left), stage.program.values[value].dtype)
     return total
+
+
+def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
+    """Bytes that a convolution of a tile may take besides its tensors on a GPU.
+
+    A library's workspace is as large as the maps in another memory order; a choice between kernels (`kernels/choice.py`)
+    makes the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
+    """
+    stage = tiled.stage
+
+    def block(value: int) -> int:
+        spans = [map(partial(axis.block, value), range(axis.steps)) for axis in (tiled.rows, tiled.cols)]
+        rows, cols = (max(hi - lo for lo, hi in axis) for axis in spans)
+        return _nbytes(halo_shape(stage, value, rows, cols), stage.program.values[value].dtype)
+
+    most = 0
+    for local in stage.locals:
+        if "conv" in local.op.name or local.op.name == "fused_stem":
+            maps = sum(map(block, local.reads)) + 2 * sum(map(block, local.op.outputs))
+            weights = (v for v in local.op.inputs if v in stage.vectors and len(stage.program.values[v].shape) == 4)
+            sums = sum(4 * math.prod(stage.program.values[v].shape) for v in weights)
+            most = max(most, maps + constants.WGRAD_SPLITS * sums * training)
+    return most
 
 
 def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int, int]]:

@@ -34,7 +34,8 @@ class Plan:
         tile_bytes: peak of one tile.
         retained_bytes: graphs of retained tiles.
         stored_bytes: maps that exist whole, their gradients, and the ops after them.
-        library_bytes: compiled kernels and the heap's slack on the CPU; 0 elsewhere.
+        library_bytes: compiled kernels and the heap's slack on the CPU; on a GPU workspaces, and what trials of kernels
+            take.
         sides: the tile of each stage, in pixels of its largest source.
         maps: where maps that stages alone read are stored: "device", "host" or "disk".
         away_bytes: what they take there, if that is not the device.
@@ -111,7 +112,7 @@ class Plan:
         if self.away_bytes:
             lines.append(("whole maps", f"{format_bytes(self.away_bytes)} {PLACES[self.maps]}"))
         if self.library_bytes:
-            lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap)"))
+            lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap or workspaces)"))
         if len(self.sides) > 1:
             lines.append(("stages", str(len(self.sides))))
         if self.replay_bytes:

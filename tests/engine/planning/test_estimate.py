@@ -1,0 +1,31 @@
+"""The parts of a plan: what a GPU takes besides tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.stages import lower
+from gigamorph.engine.planning import constants
+from gigamorph.engine.planning.estimate import Estimate
+from gigamorph.engine.tiling.stage import TiledStage
+
+
+def test_scratch_of_a_gpu_is_counted():
+    """Workspaces, trials of kernels and partial sums of the heaviest convolution of a tile; of a CPU none of them."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 64, 1), nn.AdaptiveAvgPool2d(1))
+    staged = lower(capture(model, (2, 3, 256, 256), torch.float32, "cpu"))
+    tiles = [TiledStage(stage, (64, 64)) for stage in staged.stages]
+    estimate = Estimate(staged, training=True, image_grad=False)
+    estimate.image = dataclasses.replace(estimate.image, device=torch.device("cuda"))
+    scratch, slack = estimate._library(tiles, 1)
+    pixels = 2 * 64 * 64 * 4
+    heaviest = (8 + 2 * 64) * pixels
+    sums = 4 * constants.WGRAD_SPLITS * 8 * 64
+    assert slack == 0 and scratch >= constants.GPU_LIBRARIES + heaviest + sums
+    assert scratch <= constants.GPU_LIBRARIES + 1.2 * heaviest + sums, "not of the whole map"
+    inference, _ = Estimate(staged, training=False, image_grad=False)._library(tiles, 1)
+    assert inference < constants.GPU_LIBRARIES
