@@ -35,7 +35,8 @@ from .tuning import programs_at_once, split_count, splits_blocks, wgrad_config
 from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
 
 
-@triton.jit
+# Integers that follow from the image's size are not specialised: a new size compiles nothing.
+@triton.jit(do_not_specialize=["OH", "segments", "total", "share", "top", "shift_even", "shift_odd"])
 def _wgrad_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
@@ -127,7 +128,7 @@ def _wgrad_descriptor_kernel(
             tl.store(to, total_dz, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW", "pixels", "share", "top", "left"])
 def _wgrad_pointer_kernel(
     x,  # map [N, groups * CIN, H, W]
     dy,  # map [N, groups * K, OH, OW]
@@ -209,7 +210,7 @@ def _wgrad_pointer_kernel(
             tl.store(to, total_dz, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _add_splits_kernel(
     part_ptr,  # [splits, length]
     dw_ptr,  # [weights]

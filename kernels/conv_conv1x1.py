@@ -30,7 +30,7 @@ from .tuning import conv_conv1x1_config, most_mid_channels
 from .windows import ConvGeometry, can_describe, can_describe_product, column_phases, describe, empty_map
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OH", "segments", "top", "shift_even", "shift_odd"])
 def _conv_conv1x1_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns

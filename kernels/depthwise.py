@@ -90,7 +90,7 @@ def _spread(sums, x, factors, at: tl.constexpr, APART: tl.constexpr, FACTORS_APA
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead_h", "lead_w", "base_h", "base_w"])
 def _depthwise_kernel(
     x,  # map [N, C, H, W]
     gate,  # map [N, C, H, W] or None
@@ -191,7 +191,7 @@ def _depthwise_kernel(
         tl.store(y.ptr + place(y, n, i, j, B.VEC) + c, total.to(y.ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "share", "top", "left"])
 def _depthwise_wgrad_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, OH, OW]

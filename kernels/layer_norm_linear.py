@@ -31,7 +31,7 @@ from .tuning import linear_columns, linear_config
 from .windows import ConvGeometry, empty_map, nhwc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "H", "W"])
 def _layer_norm_linear_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, K, H, W]

@@ -69,7 +69,7 @@ def _moments_kernel(
     tl.store(m2_ptr + at, m2, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "segments", "length", "run"])
 def _merge_kernel(
     part_mean_ptr,  # [parts, C]
     part_m2_ptr,  # [parts, C]

@@ -30,7 +30,7 @@ from .tuning import linear_config
 from .windows import ConvGeometry, empty_map, nhwc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "H", "W"])
 def _normalized_conv1x1_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, K, H, W]

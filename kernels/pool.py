@@ -75,7 +75,7 @@ def _at(m, n, i, j, c, VEC: tl.constexpr):
     return m.ptr + place(m, n, i, j, VEC)[:, None] + c[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top", "left"])
 def _max_pool2d_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, C, OH, OW] or None
@@ -124,7 +124,7 @@ def _max_pool2d_kernel(
         tl.store(_at(taps, n, i, j, c, POOL.VEC), tap.to(tl.uint8), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top", "left"])
 def _max_pool2d_grad_kernel(
     dy,  # map [N, C, OH, OW]
     taps,  # map [N, C, OH, OW] of bytes

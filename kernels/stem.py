@@ -158,7 +158,7 @@ def _store_row(y, image, w, at, i, j, k, z, FORM: tl.constexpr):
     tl.store(image + pixels[:, None] + k[None, :], values.to(y.ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "strips", "segments"])
 def _stem_forward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]
@@ -199,7 +199,7 @@ def _stem_forward_kernel(
             _store_row(y, made, w, at, i + t, j, k, _conv(image, x, w, at, i + t, j, k, FORM), FORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "share", "segments"])
 def _stem_backward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]

@@ -214,8 +214,8 @@ def _block_bytes(tiled: TiledStage) -> int:
 def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
     """Bytes that a convolution of a tile may take besides its tensors on a GPU.
 
-    A library's workspace is as large as the maps in another memory order; a choice between kernels (`kernels/choice.py`)
-    makes the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
+    A library's workspace is as large as the maps in another memory order; a choice between kernels (`choice.py`) makes
+    the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
     """
     stage = tiled.stage
 
