@@ -125,7 +125,7 @@ def describe(x: Tensor, box: Sequence[int]) -> TensorDescriptor:
 
     Args:
         x: (N, C, H, W) map, or an (R, C) matrix.
-        box: the block that one load or store moves, (1, 1, pixels, channels) or (rows, columns).
+        box: the block that one load or store moves, (1, rows, pixels, channels) or (rows, columns).
     """
     view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     shape = view.shape
