@@ -1,13 +1,19 @@
-"""Everything that is measured on a GPU, in one command of under nine minutes that writes one JSON.
+"""Everything that is measured on a GPU, in commands of under nine minutes that write one JSON.
 
-    python benchmarks/gpu.py --json results.json
-    python benchmarks/gpu.py --json results.json --only checks,tiles
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,tests,checks      is it right?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,ops,tiles         which kernels are faster?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,steps             are whole steps?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,limits            how large may images be?
+    gigamorph bench report gpu.json --out report                                  plots and tables of what was found
     python benchmarks/gpu.py --json dry.json --dry            on the CPU, tiny, to see that this script works
 
-Sections, in order: `ceilings` (copy bandwidth and matrix rate), `checks` (every kernel against float64, twice, with 4
-and 8 warps), `ops` (the layers of ResNet-50 and ConvNeXt-T against cuDNN, eager and torch.compile), `tiles` (the
-forward in alternative tiles), `steps` (whole training steps and inference). See gpu_checks.py, gpu_ops.py and
-gpu_steps.py.
+A command goes on where the file ends: what it holds without an error is not measured again. `--cache` is a folder for
+compiled kernels and measured choices, which later commands, on a fresh machine too, begin with.
+
+Sections, in order: `ceilings` (copy bandwidth and matrix rate), `tests` (tests/gpu, and compute-sanitizer if there is
+one), `checks` (every kernel against float64, twice, with 4 and 8 warps), `ops` (the layers of ResNet-50 and ConvNeXt-T
+against cuDNN, eager and torch.compile), `tiles` (the forward in alternative tiles), `steps` (whole training steps and
+inference), `limits` (the largest images). See gpu_tests.py, gpu_checks.py, gpu_ops.py and gpu_steps.py.
 
 Items run in worker processes, so that a kernel that hangs or corrupts the context costs one item. Checks run side by
 side, and beside them whatever the timed sections will need is compiled; timed items run alone. The JSON is written
@@ -32,10 +38,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("ceilings", "checks", "ops", "tiles", "steps")
+SECTIONS = ("ceilings", "tests", "checks", "ops", "tiles", "steps", "limits")
 # Seconds: of a section, and of one item before its process is ended. `steps` gets whatever the others leave.
-BUDGET = {"ceilings": 40, "checks": 140, "ops": 110, "tiles": 30, "steps": 1e9}
-LIMIT = {"ceilings": 40, "checks": 60, "prepare": 130, "ops": 25, "tiles": 30, "steps": 90}
+BUDGET = {"ceilings": 40, "tests": 240, "checks": 140, "ops": 110, "tiles": 30, "steps": 1e9, "limits": 1e9}
+LIMIT = {
+    "ceilings": 40,
+    "tests": 150,
+    "checks": 60,
+    "prepare": 130,
+    "ops": 25,
+    "tiles": 30,
+    "steps": 90,
+    "limits": 150,
+}
 ALWAYS = ("machine", "ceilings", "choices")  # whatever --match says
 WORKERS = 14
 BOX = 8.0  # seconds of timed steps in one entry
@@ -58,6 +73,7 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     import gpu_checks
     import gpu_ops
     import gpu_steps
+    import gpu_tests
 
     timer = gpu_ops.Timer(seconds=0.01, least=1, most=2) if dry else gpu_ops.Timer()
     once = gpu_ops.Timer(prepare=True)
@@ -69,11 +85,13 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
             prepare |= {f"{section}: {n}": lambda case=case: once.row(case()) for n, case in cases.items()}
     return {
         "ceilings": {"machine": machine, "ceilings": lambda: gpu_ops.ceilings(dry)},
+        "tests": gpu_tests.suites(dry),
         "checks": gpu_checks.checks(dry),
         "prepare": prepare,
         "ops": {n: lambda case=case: timer.row(case()) for n, case in ops.items()},
         "tiles": {n: lambda case=case: timer.row(case()) for n, case in tiles.items()},
-        "steps": {**gpu_steps.runs(dry, 0.1 if dry else BOX), "choices": choices},
+        "steps": {**gpu_steps.runs(gpu_steps.steps(dry), dry, 0.1 if dry else BOX), "choices": choices},
+        "limits": gpu_steps.runs(gpu_steps.limits(dry), dry, 0.1 if dry else BOX),
     }
 
 
@@ -100,6 +118,13 @@ def clocks() -> Row:
 
     if not torch.cuda.is_available():
         return {}
+    try:
+        return _clocks()
+    except Exception as error:  # whatever NVML does not tell costs no measurement
+        return {"nvml": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _clocks() -> Row:
     import pynvml
 
     pynvml.nvmlInit()
@@ -145,7 +170,7 @@ def work(dry: bool) -> None:
             except Exception as error:
                 kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
                 row = {"error": kind, "message": str(error)[:600]}
-            if request["do"] in ("ops", "steps", "ceilings"):
+            if request["do"] in ("ops", "steps", "limits", "ceilings"):
                 row |= {"clocks": clocks()}
             row["item_seconds"] = round(time.perf_counter() - started, 3)
         fatal = torch.cuda.is_available() and _context_is_lost()
@@ -175,12 +200,15 @@ def _context_is_lost() -> bool:
 class Worker:
     """A process that runs items; it is started when it is first needed, and again after it has died."""
 
-    def __init__(self, dry: bool, log: Path):
-        self.dry, self.log = dry, log
+    def __init__(self, dry: bool, log: Path, cache: Path | None = None):
+        self.dry, self.log, self.cache = dry, log, cache
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+        if self.cache is not None:
+            places = {"GIGAMORPH_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+            environment |= {name: str(self.cache / folder) for name, folder in places.items()}
         if self.dry:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-u", __file__, "--worker", *(["--dry"] if self.dry else [])]
@@ -230,12 +258,19 @@ class Worker:
 
 
 class Report:
-    """What is known so far, written to disk after every item."""
+    """What is known so far, written to disk after every item; it begins with what the file holds."""
 
     def __init__(self, path: Path, begun: float):
         self.path, self.begun = path, begun
-        self.data: dict[str, Any] = {s: {} for s in SECTIONS} | {"skipped": [], "seconds": {}}
+        self.data: dict[str, Any] = {s: {} for s in SECTIONS} | {"skipped": [], "seconds": {}, "commands": []}
+        if path.exists():
+            self.data |= json.loads(path.read_text())
+            self.data["skipped"] = []
         self._lock = threading.Lock()
+
+    def has(self, section: str, name: str) -> bool:
+        """Whether an item was measured before, without an error."""
+        return "error" not in self.data[section].get(name, {"error": ""})
 
     def add(self, section: str, name: str, row: Row) -> None:
         with self._lock:
@@ -295,7 +330,8 @@ def interleave(first: list[Item], second: list[Item]) -> list[Item]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where results go, anew after every item")
+    parser.add_argument("--json", type=Path, required=True, help="where results go, anew after every item; goes on")
+    parser.add_argument("--cache", type=Path, help="folder of compiled kernels and measured choices")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, with commas between")
     parser.add_argument("--match", default="", help="of these, items whose name contains this text")
     parser.add_argument("--seconds", type=float, default=520, help="time for everything")
@@ -311,13 +347,15 @@ def main() -> None:
     report = Report(options.json, begun)
     log = options.json.with_suffix(".log")
     log.write_text("")
-    workers = [Worker(options.dry, log) for _ in range(1 if options.dry else WORKERS)]
+    workers = [Worker(options.dry, log, options.cache) for _ in range(1 if options.dry else WORKERS)]
+    report.data["commands"].append(sys.argv[1:])
     try:
         listed = workers[0].ask("list", "", min(90, options.seconds))
         if "error" in listed:
             sys.exit(f"no worker could be started: {listed['message']}")
         for section in (s for s in SECTIONS if s in wanted):
             items = [(section, n) for n in listed[section] if options.match in n or n in ALWAYS]
+            items = [(section, n) for _, n in items if n in ALWAYS or not report.has(section, n)]
             started = time.monotonic()
             deadline = min(end, started + BUDGET[section])
             if section == "checks":
@@ -327,11 +365,13 @@ def main() -> None:
                 run_items(interleave(ahead, items), workers, report, deadline, min(end, deadline + 15))
                 for spare in workers[1:]:  # their memory would count as in use
                     spare.stop()
-            elif section == "steps":
+            elif section in ("steps", "limits"):
                 workers[0].stop()  # what earlier items left in memory would count, too
                 # What was chosen is read at the end, for which a little time is kept.
-                run_items(items[:-1], workers[:1], report, deadline - 15, end - 8)
-                run_items(items[-1:], workers[:1], report, end, end)
+                last = items[-1:] if section == "steps" else []
+                timed = items[: len(items) - len(last)]
+                run_items(timed, workers[:1], report, deadline - 15, end - 8)
+                run_items(last, workers[:1], report, end, end)
             else:
                 run_items(items, workers[:1], report, deadline, end)
             if section == "ceilings" and options.commit:
@@ -384,11 +424,17 @@ def summary(data: dict[str, Any]) -> list[str]:
         lines.append("  ".join(f"{k} {where[k]}" for k in ("gpu", "driver", "torch", "triton", "cudnn") if k in where))
     if "gb_per_s" in peak:
         lines.append(f"ceilings: {peak['gb_per_s']:.0f} GB/s, {peak['tflop_per_s']:.0f} TFLOP/s")
+    for name, row in data.get("tests", {}).items():
+        lines.append(f"tests: {name}: {row.get('result') or row.get('error')}")
     if checks := data["checks"]:
         bad = [name for name, row in checks.items() if not row.get("ok")]
         lines.append(f"checks: {len(checks) - len(bad)} of {len(checks)} hold")
         lines += [f"  WRONG {n}: {_complaint(checks[n])}" for n in bad[:25]]
-    lines += _op_lines(data["ops"], peak) + _tile_lines(data["tiles"], peak) + _step_lines(data["steps"])
+    lines += (
+        _op_lines(data["ops"], peak)
+        + _tile_lines(data["tiles"], peak)
+        + _step_lines({**data["steps"], **data.get("limits", {})})
+    )
     table = data["steps"].get("choices", {}).get("choices", [])
     if table:
         ours = sum(row["chosen"] != "stock" for row in table)

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,8 +48,9 @@ class Step:
 
     Attributes:
         how: "ours"; "ours_stock" (no kernels); "ours_op_by_op" (no tile is captured and replayed); "ours_third" (a
-            third of stock's memory as the budget); "ours_8GiB" (that budget, tile chosen by the plan); "eager";
-            "channels_last"; "compile"; "checkpoint".
+            third of stock's memory as the budget); "ours_equal" (stock's memory as the budget, tile chosen by the
+            plan); "ours_auto" (no budget, tile chosen by the plan); "ours_8GiB" (that budget, tile chosen by the
+            plan); "eager"; "channels_last"; "compile"; "checkpoint".
     """
 
     model: str
@@ -72,11 +73,13 @@ def prepare(step: Step, tile: int | None) -> nn.Module:
     network = build(step.model)
     if step.how.startswith("ours"):
         budget: int | None = None
-        if step.how == "ours_third":
+        if step.how in ("ours_auto", "ours_equal"):
+            tile = None
+        if step.how in ("ours_third", "ours_equal"):
             with torch.set_grad_enabled(step.training):
                 planned = plan(network, (1, step.side, step.side), tile=tile, training=step.training)
             assert planned.stock_bytes is not None
-            budget = planned.stock_bytes // 3
+            budget = planned.stock_bytes // (3 if step.how == "ours_third" else 1)
         if step.how == "ours_8GiB":
             budget, tile = parse_bytes("8GiB"), None
         return accelerate(network, memory_budget=budget, tile=tile)
@@ -200,19 +203,19 @@ STOCK = ("channels_last", "eager", "compile")
 def steps(dry: bool) -> list[Step]:
     """Every entry, the most wanted first: what time does not reach is left out from the end."""
     if dry:
-        hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_8GiB", *STOCK, "checkpoint")
+        hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_auto", "ours_equal", *STOCK, "checkpoint")
         frozen = [
             Step("resnet18", training, 64, how)
             for training in (True, False)
             for how in hows
-            if training or how not in ("ours_third", "ours_8GiB", "checkpoint")
+            if training or how not in ("ours_third", "ours_equal", "checkpoint")
         ]
         # At 64 pixels the last statistics are of four values: stock's own bfloat16 gradient is off by a tenth.
         return [*frozen, *(Step("resnet18_live", True, 256, how) for how in ("ours", "channels_last"))]
     train, infer = True, False
     wanted = [
-        ("resnet50", train, 4096, ("ours", *STOCK, "ours_third", "checkpoint")),
-        ("resnet50", infer, 4096, ("ours", *STOCK)),
+        ("resnet50", train, 4096, ("ours_auto", "ours_equal", "ours", *STOCK, "ours_third", "checkpoint")),
+        ("resnet50", infer, 4096, ("ours_auto", "ours", *STOCK)),
         ("resnet50", train, 8192, ("ours", "ours_op_by_op", "channels_last", "ours_stock", "checkpoint")),
         ("resnet50", train, 32768, ("ours",)),
         ("resnet50", infer, 8192, ("ours", "ours_op_by_op", "channels_last")),
@@ -224,7 +227,6 @@ def steps(dry: bool) -> list[Step]:
         ("vgg16", infer, 4096, ("ours", *STOCK)),
         ("resnet50", train, 2048, ("ours", "channels_last", "eager")),
         ("resnet50", infer, 32768, ("ours",)),
-        ("resnet50", train, 32768, ("ours_8GiB",)),
         ("resnet34", train, 65536, ("ours",)),
         ("resnet50_live", train, 4096, ("ours", *STOCK)),
         ("resnet50", train, 16384, ("ours", "channels_last", "checkpoint")),
@@ -235,6 +237,14 @@ def steps(dry: bool) -> list[Step]:
             for training in (train, infer):
                 listed += [Step(model, training, side, how) for how in ("ours", "channels_last", "eager")]
     return list(dict.fromkeys(listed))
+
+
+def limits(dry: bool) -> list[Step]:
+    """The largest images: within 8 GiB, and on tiles that the plan chooses."""
+    if dry:
+        return [Step("resnet18", True, 96, "ours_8GiB")]
+    entries = [("resnet50", 32768), ("resnet18", 65536), ("resnet50", 65536), ("convnext_tiny", 32768)]
+    return [Step(model, training, side, "ours_8GiB") for model, side in entries for training in (True, False)]
 
 
 def warm_ups(dry: bool) -> list[Step]:
@@ -251,9 +261,9 @@ def warm_up(step: Step, tile: int) -> dict[str, Any]:
         return measure(step, tile, 0.0, warm_only=True)
 
 
-def runs(dry: bool, box: float) -> dict[str, Callable[[], dict[str, Any]]]:
+def runs(entries: Sequence[Step], dry: bool, box: float) -> dict[str, Callable[[], dict[str, Any]]]:
     tile = 32 if dry else TILE
-    return {str(step): partial(measure, step, tile, box) for step in steps(dry)}
+    return {str(step): partial(measure, step, tile, box) for step in entries}
 
 
 def preparations(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:

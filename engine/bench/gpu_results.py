@@ -15,6 +15,8 @@ _PEERS = {
     "ours_stock": "gigamorph, PyTorch's kernels",
     "ours_op_by_op": "gigamorph, no replay",
     "ours_third": "gigamorph, a third of stock's memory",
+    "ours_auto": "gigamorph, the plan's tile",
+    "ours_equal": "gigamorph, stock's memory",
     "ours_8GiB": "gigamorph, 8 GiB",
 }
 _AGAINST = "channels_last"
@@ -26,7 +28,7 @@ def from_gpu(data: dict[str, Any]) -> Results:
     found = data["ceilings"].get("ceilings", {})
     ceilings = {"gb_per_s": found["gb_per_s"], "tflop_per_s bf16": found["tflop_per_s"]} if "gb_per_s" in found else {}
     machine = {k: v for k, v in data["ceilings"].get("machine", {}).items() if k != "clocks"}
-    steps = {name: row for name, row in data["steps"].items() if name != "choices"}
+    steps = {name: row for name, row in (data["steps"] | data.get("limits", {})).items() if name != "choices"}
     return Results(
         "benchmarks/gpu.py",
         machine,

@@ -76,6 +76,24 @@ def test_every_item_once_with_several_workers(workers, tmp_path):
     assert sorted(data["checks"], key=int) == names and {row["do"] for row in data["checks"].values()} == {"checks"}
 
 
+def test_a_later_command_goes_on_where_the_file_ends(workers, tmp_path):
+    path = tmp_path / "out.json"
+    run(workers[:1], gpu.Report(path, time.monotonic()), ["a", "dies"])
+    report = gpu.Report(path, time.monotonic())
+    assert report.has("checks", "a") and not report.has("checks", "dies") and not report.has("ops", "a")
+    data = run(workers[:1], report, ["b"])
+    assert set(data["checks"]) == {"a", "dies", "b"} and data["checks"]["a"]["do"] == "checks"
+
+
+def test_clocks_that_cannot_be_read_cost_nothing(monkeypatch):
+    def broken():
+        raise OSError("NVML: Unknown Error")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "_clocks", broken)
+    assert gpu.clocks() == {"nvml": "OSError: NVML: Unknown Error"}
+
+
 def test_a_check_sees_wrong_values_and_unequal_runs():
     oracle = torch.randn(1, 8, 16, 16, dtype=torch.float64)
     good = oracle.to(torch.bfloat16)
@@ -172,7 +190,7 @@ def test_dry_run(tmp_path):
     """Every section's code, on the CPU and in the interpreter."""
     path = tmp_path / "dry.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GIGAMORPH_CACHE": str(tmp_path)}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(path), "--dry"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(path), "--dry", "--cache", str(tmp_path / "c")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr
     data = json.loads(path.read_text())

@@ -1,0 +1,57 @@
+"""The tests that need a GPU, and the sanitizer's view of our kernels, as items of `gpu.py`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of each family one check: the sanitizer makes a kernel a hundred times slower.
+SANITIZED = ("conv2d_forward", "conv2d_dgrad", "conv2d_wgrad", "depthwise", "stem", "pool", "batch_norm", "layer_norm")
+TOOLS = ("memcheck", "racecheck")
+
+
+def suites(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Items by name. Without a GPU the tests are skipped, and there is no sanitizer."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    found: dict[str, Callable[[], dict[str, Any]]] = {file.stem: partial(_pytest, file) for file in files}
+    if not dry:
+        found |= {f"{tool} {name}": partial(_sanitized, tool, name) for tool in TOOLS for name in SANITIZED}
+    return found
+
+
+def _pytest(file: Path) -> dict[str, Any]:
+    """What a test file's run ends with; its failures are an error."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment())
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode not in (0, 5):
+        raise AssertionError(f"{last}\n{done.stdout[-1500:]}")
+    return {"result": last}
+
+
+def _sanitized(tool: str, family: str) -> dict[str, Any]:
+    """The first check of a family under compute-sanitizer."""
+    path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if path is None:
+        return {"result": "compute-sanitizer is not installed"}
+    code = f"import gpu_checks; c = gpu_checks.checks(False); c[next(n for n in c if n.startswith({family!r}))]()"
+    command = [path, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    if done.returncode:
+        raise AssertionError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    errors = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
+    return {"result": errors[-1] if errors else "no summary"}
+
+
+def _environment() -> dict[str, str]:
+    """The checkout's packages, for a child."""
+    paths = [ROOT, ROOT / "tests" / "helpers", ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}

@@ -1,0 +1,93 @@
+"""On a GPU: whole steps against stock PyTorch in float64, equal runs, and pixels that are just being made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from exactness import assert_exact, randomize
+from torch import nn
+
+from gigamorph import accelerate
+from gigamorph.engine.models import create_model
+from gigamorph.kernels import choice
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def network(name: str = "resnet18") -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(create_model(name, num_classes=4, in_channels=1)).cuda()
+
+
+def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    net.zero_grad(set_to_none=True)
+    output = net(x)
+    output.float().square().sum().backward()
+    return [output.detach().clone(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("kernels", ["stock", "triton"])
+def test_float64(live: bool, kernels: str) -> None:
+    with choice.override(kernels):
+        assert_exact(network().double().train(live), torch.rand(2, 1, 200, 264, device="cuda").double(), tile=64)
+
+
+@pytest.mark.parametrize("kernels", ["stock", "triton", "auto"])
+def test_float32_errs_no_more_than_stock(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, without TF32; twice stock's own error at most, which is of another order of sums."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, x = network().eval(), torch.rand(1, 1, 520, 392, device="cuda")
+    truth = gradients(copy.deepcopy(model).double(), x.double())
+    stock = gradients(copy.deepcopy(model), x)
+    with choice.override(kernels):
+        ours = gradients(accelerate(copy.deepcopy(model), tile=128), x)
+    for wanted, own, tiled in zip(truth, stock, ours, strict=True):
+        scale = wanted.norm().item()
+        assert (tiled - wanted).norm() <= max(2 * (own - wanted).norm().item(), 1e-6 * scale)
+
+
+def test_two_equal_steps_are_equal() -> None:
+    net, x = accelerate(network().eval(), tile=128), torch.rand(1, 1, 700, 500, device="cuda")
+    gradients(net, x)  # measures, compiles and captures
+    first, second = gradients(net, x), gradients(net, x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def on_another_stream(image: torch.Tensor) -> torch.Tensor:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        made = image * 2
+    torch.cuda.current_stream().wait_stream(stream)
+    made.record_stream(torch.cuda.current_stream())
+    return made
+
+
+def after_a_sleep(image: torch.Tensor) -> torch.Tensor:
+    torch.cuda._sleep(200_000_000)  # a tenth of a second
+    return image * 2
+
+
+def by_an_upload(image: torch.Tensor) -> torch.Tensor:
+    host = (image * 2).cpu().pin_memory()
+    torch.cuda._sleep(200_000_000)
+    return host.to("cuda", non_blocking=True)
+
+
+@pytest.mark.parametrize("make", [after_a_sleep, on_another_stream, by_an_upload])
+def test_pixels_that_are_still_being_made(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    net, image = accelerate(network().eval(), tile=128), torch.rand(1, 1, 700, 500, device="cuda")
+    wanted = gradients(net, (image * 2).clone())
+    torch.cuda.synchronize()
+    for _ in range(3):
+        got = gradients(net, make(image))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
