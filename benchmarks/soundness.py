@@ -126,7 +126,8 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
     context = multiprocessing.get_context("spawn")
     while waiting or suspects:
         queue, count = (suspects, 1) if suspects else (waiting, workers)
-        pool = ProcessPoolExecutor(count, context, _ready)
+        # PyTorch's cache of fake ops grows without end, and with it what each garbage collection goes through.
+        pool = ProcessPoolExecutor(count, context, _ready, max_tasks_per_child=50)
         running: dict[Any, list[Any]] = {}
         try:
             while running or queue:
