@@ -335,14 +335,14 @@ def launch(
         cols = config.block_m // rows
         box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n]
         even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
-        x_desc = describe(even, box_x)
+        x_desc = describe(even, box_x, operand=True)
         segments = triton.cdiv(run, cols)
         sums = parts(images * lines * segments) if moments else None
         tiles = images * triton.cdiv(lines, rows) * segments
         _conv2d_descriptor_kernel[(tiles * triton.cdiv(filters, config.block_n),)](
             x_desc,
-            x_desc if geometry.stride_w == 1 else describe(odd, box_x),
-            describe(matrix, [config.block_n, config.block_k]),
+            x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
+            describe(matrix, [config.block_n, config.block_k], operand=True),
             *(None if t is None else describe(t, box_y) for t in (residual, mask, y, z)),
             scale,
             shift,

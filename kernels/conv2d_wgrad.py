@@ -320,9 +320,9 @@ def launch(
         box_x, box_dy = [1, rows, cols, config.block_n], [1, rows, cols, config.block_m]
         even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
         _wgrad_descriptor_kernel[(tiles * splits,)](
-            describe(even, box_x),
-            describe(odd, box_x),
-            describe(dy, box_dy),
+            describe(even, box_x, operand=True),
+            describe(odd, box_x, operand=True),
+            describe(dy, box_dy, operand=gate is None),
             None if gate is None else describe(gate, box_dy),
             dw if part is None else part,
             shifts,

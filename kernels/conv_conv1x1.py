@@ -129,10 +129,10 @@ def conv_conv1x1_launch(
     box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
     segments = triton.cdiv(ow, config.block_m)
     _conv_conv1x1_kernel[(n * oh * segments,)](
-        describe(even, box_x),
-        describe(odd, box_x),
-        describe(_matrix(weight1), [mid, config.block_k]),
-        describe(weight2.reshape(filters, mid), [config.block_n, mid]),
+        describe(even, box_x, operand=True),
+        describe(odd, box_x, operand=True),
+        describe(_matrix(weight1), [mid, config.block_k], operand=True),
+        describe(weight2.reshape(filters, mid), [config.block_n, mid], operand=True),
         None if residual is None else describe(residual, box_y),
         describe(y, box_y),
         shift1,

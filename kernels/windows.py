@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import has_descriptors
+from .precision import dot_precision
+from .tuning import has_descriptors, interpreting
+
+# From Triton 3.7 on descriptors round what they load; before, tensor cores cut the lower bits of float32 off.
+_ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
 
 
 class ConvGeometry(NamedTuple):
@@ -120,12 +124,13 @@ def can_describe(*tensors: Tensor | None) -> bool:
     return True
 
 
-def describe(x: Tensor, box: Sequence[int]) -> TensorDescriptor:
+def describe(x: Tensor, box: Sequence[int], operand: bool = False) -> TensorDescriptor:
     """A descriptor of a map's NHWC view; reads outside are zero, writes outside are dropped.
 
     Args:
         x: (N, C, H, W) map, or an (R, C) matrix.
         box: the block that one load or store moves, (1, rows, pixels, channels) or (rows, columns).
+        operand: whether it is multiplied as it is: float32 is rounded where products are in TF32.
     """
     view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     shape = view.shape
@@ -133,7 +138,8 @@ def describe(x: Tensor, box: Sequence[int]) -> TensorDescriptor:
     unit = 16 // view.element_size()
     strides = [unit if n == 1 and s % unit else s for s, n in zip(view.stride(), shape, strict=True)]
     strides[-1] = 1
-    return TensorDescriptor(view, list(shape), strides, list(box))
+    rounded = operand and _ROUNDS and dot_precision(x.dtype) == "tf32" and not interpreting()
+    return TensorDescriptor(view, list(shape), strides, list(box), **({"round_f32_to_tf32": True} if rounded else {}))
 
 
 def is_dense(x: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, random_map
 from torch import Tensor
 
-from gigamorph.kernels import tuning
+from gigamorph.kernels import precision, tuning, windows
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
 from gigamorph.kernels.tuning import Config, forced
 from gigamorph.kernels.windows import ConvGeometry, output_size
@@ -312,3 +312,22 @@ def test_the_forced_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in CASES:
         run(case, operands(case, torch.bfloat16), "none", Guarded())
         assert seen[-1] == case.form, case
+
+
+@pytest.mark.parametrize(
+    ("dtype", "setting", "rounded"),
+    [
+        (torch.float32, "tf32", True),
+        (torch.float32, "ieee", False),
+        (torch.bfloat16, "tf32", False),
+    ],
+)
+def test_operands_in_tf32_are_rounded_not_cut(dtype, setting, rounded, monkeypatch) -> None:
+    """Cut off, they would all be too small: a bias of some 7e-4."""
+    monkeypatch.setattr(windows, "interpreting", lambda: False)
+    monkeypatch.setattr(precision, "tf32_settings", lambda: (setting, "ieee"))
+    x = torch.zeros(1, 16, 4, 4, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    if not windows._ROUNDS:
+        pytest.skip("Triton before 3.7 cannot")
+    assert windows.describe(x, [1, 1, 4, 16], operand=True).round_f32_to_tf32 == rounded
+    assert not windows.describe(x, [1, 1, 4, 16]).round_f32_to_tf32, "what is added is added as it is"
