@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from gigamorph import accelerate, kernels
+from gigamorph import GigamorphError, accelerate, kernels
+from gigamorph.engine import verify as self_check
 from gigamorph.engine.lowering.fused.conv import FusedConv
-from gigamorph.kernels import choice
+from gigamorph.kernels import choice, conv2d
 
 if not torch.cuda.is_available():
     import interpreter
@@ -340,3 +342,22 @@ class TestFusing:
             return sum(saved.values())
 
         assert held(True) < held(False)
+
+
+def test_verify_runs_the_kernels_whatever_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the choice may fall on a kernel for other sizes than the small ones that are checked."""
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr(kernels, "enabled", lambda device: True)
+    monkeypatch.setattr(self_check, "_SIZES", ((21, 17),))
+    verify = lambda: accelerate(model.eval(), verify=True)  # noqa: E731
+    verify()
+    launch = conv2d.dense_forward.launch
+
+    def wrong(x: Tensor, weight: Tensor, y: Tensor, *more: Any, **options: Any) -> Any:
+        result = launch(x, weight, y, *more, **options)
+        y.mul_(1 + 1e-6)
+        return result
+
+    monkeypatch.setattr(conv2d.dense_forward, "launch", wrong)
+    with pytest.raises(GigamorphError, match=r"with all kernels\); .* or set GIGAMORPH_KERNELS=stock"):
+        verify()
