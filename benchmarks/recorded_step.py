@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from gigamorph import kernels
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering import fused  # noqa: F401  registers our ops
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models.compat import make_torchvision_importable
@@ -124,6 +125,7 @@ def calls_of_step(
     model: nn.Module,
     shape: Sequence[int],
     tile: tuple[int, int],
+    chip: int,
     training: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Counter[Call]:
@@ -131,11 +133,12 @@ def calls_of_step(
 
     Args:
         shape: of the image batch.
+        chip: 10 * major + minor of the GPU's compute capability.
         dtype: of autocast; None for none.
     """
     found: Counter[Call] = Counter()
     autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-    with mock.patch.object(kernels, "enabled", lambda device: True), autocast:
+    with on_chip(chip), mock.patch.object(kernels, "enabled", lambda device: True), autocast:
         staged = lower(capture(model, tuple(shape), torch.float32, "cpu"))
         prepare(staged, training)
         wanted = staged.wanted(False)
@@ -192,6 +195,17 @@ class _Driver:
 
 
 @contextlib.contextmanager
+def on_chip(chip: int) -> Iterator[None]:
+    """Triton takes this chip for the machine's."""
+    active = driver._active
+    driver.set_active(_Driver(chip))
+    try:
+        yield
+    finally:
+        driver._active = active
+
+
+@contextlib.contextmanager
 def noted(chip: int, launches: list[Launch], choices: list[tuple[str, tuple, int]]) -> Iterator[None]:
     """Launches and choices (op, key, work) become entries; what is chosen is our kernel."""
 
@@ -205,13 +219,8 @@ def noted(chip: int, launches: list[Launch], choices: list[tuple[str, tuple, int
         choices.append((op, key, work))
         return "triton"
 
-    active = driver._active
-    driver.set_active(_Driver(chip))
-    try:
-        with mock.patch.object(JITFunction, "run", run), mock.patch.object(choice, "choose", choose):
-            yield
-    finally:
-        driver._active = active
+    with on_chip(chip), mock.patch.object(JITFunction, "run", run), mock.patch.object(choice, "choose", choose):
+        yield
 
 
 def start_up(
@@ -225,7 +234,7 @@ def start_up(
         file = MeasurementFile(Path(folder) / "choices.jsonl")
         for height, width in sizes:
             side = (tile or max(height, width),) * 2
-            calls = calls_of_step(model, (1, 3, height, width), side, dtype=torch.bfloat16)
+            calls = calls_of_step(model, (1, 3, height, width), side, chip, dtype=torch.bfloat16)
             launches: list[Launch] = []
             choices: list[tuple[str, tuple, int]] = []
             wanted = done = 0
