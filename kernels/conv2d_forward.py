@@ -15,10 +15,9 @@ it was rounded: statistics cost no pass over memory of their own.
 The left operand is loaded and multiplied as it is: computed in registers (a slope applied to it, say), Triton would let
 the next turn of the loop overwrite it under products still in flight (triton-lang/triton#9433, sm_90).
 
-Two kernels. The descriptor form (sm_90) takes a rectangle of pixels per tile, of as many rows as leave the fewest
-pixels idle at the map's borders: a filter tap is a shift of its coordinates and padding is what descriptors return
-outside the window, so there are no masks, no pointer arithmetic and no 32-bit overflow. A stride of two reads the even
-and the odd columns as two windows, and takes one row per tile. The pointer form does everything
+Two kernels. The descriptor form (sm_90) takes a segment of one row of pixels per tile: a filter tap is a shift of its
+coordinates and padding is what descriptors return outside the window, so there are no masks, no pointer arithmetic and
+no 32-bit overflow. A stride of two reads the even and the odd columns as two windows. The pointer form does everything
 else: groups, channels that are not a multiple of 16 bytes, other strides, older chips.
 """
 
@@ -45,11 +44,10 @@ CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
 
 
 class Product(NamedTuple):
-    """Known when compiled: the filter; rows, pixels, filters and channels of a tile; how products are computed."""
+    """Known when compiled: the filter; pixels, filters and channels of a tile; how products are computed."""
 
     R: int
     S: int
-    BH: int
     BM: int
     BN: int
     BK: int
@@ -57,8 +55,8 @@ class Product(NamedTuple):
     ACC: tl.dtype
 
     @classmethod
-    def of(cls, kernel: tuple[int, int], config: Config, dtype: torch.dtype, rows: int = 1) -> Product:
-        blocks = rows, config.block_m, config.block_n, config.block_k
+    def of(cls, kernel: tuple[int, int], config: Config, dtype: torch.dtype) -> Product:
+        blocks = config.block_m, config.block_n, config.block_k
         return cls(*kernel, *blocks, dot_precision(dtype), accumulator(dtype))
 
 
@@ -116,7 +114,7 @@ def gemm(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """conv(x, w) of a tile from column j0 and WIDTH filters from k0; row of tap 0, column shift of each phase."""
+    """conv(x, w) of BM pixels from column j0 and WIDTH filters from k0; row of tap 0, column shift of each phase."""
     BM: tl.constexpr = P.BM
     acc = tl.zeros((BM, WIDTH), P.ACC)
     acc = _gemm_columns(acc, x_desc, w_desc, n, row, j0 + shift_even, k0, dil_h, 0, STEPS, P)
@@ -152,15 +150,15 @@ def _conv2d_descriptor_kernel(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """y of a rectangle of BM pixels and BN filters."""
+    """y of BM pixels of one row and BN filters."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(COUT, P.BN)
     k0 = (pid % blocks) * P.BN  # channels first: tiles that read the same pixels run together and share them in L2
     segment = pid // blocks
-    j0 = (segment % segments) * (P.BM // P.BH)
-    strips = tl.cdiv(OH, P.BH)
-    n = segment // segments // strips
-    i = segment // segments % strips * P.BH
+    j0 = (segment % segments) * P.BM
+    line = segment // segments
+    n = line // OH
+    i = line % OH
     row = i * STEPS.STRIDE_H - top
     acc = gemm(x_desc, x_odd_desc, w_desc, n, row, j0, shift_even, shift_odd, k0, dil_h, P.BN, STEPS, P)
 
@@ -172,13 +170,13 @@ def _conv2d_descriptor_kernel(
     if residual_desc is not None:
         acc += residual_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC)
     if z_desc is not None:
-        z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, P.BH, P.BM // P.BH, P.BN))
+        z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, 1, P.BM, P.BN))
     y = activate(acc, ACT)
     if mask_desc is not None:
         y *= slope(mask_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC), MASK)
     y = y.to(y_desc.dtype)
-    y_desc.store([n, i, j0, k0], y.reshape(1, P.BH, P.BM // P.BH, P.BN))
-    if mean_ptr is not None:  # of tiles of one row
+    y_desc.store([n, i, j0, k0], y.reshape(1, 1, P.BM, P.BN))
+    if mean_ptr is not None:
         mean, m2 = tile_moments(y.to(P.ACC), j0 + tl.arange(0, P.BM) < OW, tl.minimum(P.BM, OW - j0), P.ACC)
         at = segment.to(tl.int64) * COUT + k
         tl.store(mean_ptr + at, mean, mask=k < COUT)
@@ -311,7 +309,6 @@ def launch(
         x.device,
         x.dtype,
         run if described else pixels,
-        1 if moments or geometry.stride_h > 1 else lines,
         filters // geometry.groups,
         depth,
         described,
@@ -319,11 +316,10 @@ def launch(
         r * s,
         not {act, mask_act} <= CHEAP,
     )
-    rows = 1 if moments or geometry.stride_h > 1 or not described else config.rows
     options = {
         "ACT": act,
         "MASK": mask_act,
-        "P": Product.of((r, s), config, x.dtype, rows),
+        "P": Product.of((r, s), config, x.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -332,14 +328,12 @@ def launch(
         return torch.empty(2, tiles, filters, dtype=sum_dtype(y.dtype), device=y.device)
 
     if config.form == "descriptor":
-        cols = config.block_m // rows
-        box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n]
+        box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
         even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
         x_desc = describe(even, box_x, operand=True)
-        segments = triton.cdiv(run, cols)
+        segments = triton.cdiv(run, config.block_m)
         sums = parts(images * lines * segments) if moments else None
-        tiles = images * triton.cdiv(lines, rows) * segments
-        _conv2d_descriptor_kernel[(tiles * triton.cdiv(filters, config.block_n),)](
+        _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
             x_desc,
             x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
             describe(matrix, [config.block_n, config.block_k], operand=True),

@@ -49,7 +49,7 @@ def _wgrad_descriptor_kernel(
     K,
     segments,
     total,
-    share,  # blocks of BK pixels per strip of BH rows, of all strips, per split
+    share,  # segments per row, of all rows, per split
     top,
     dil_h,
     shift_even,
@@ -83,11 +83,11 @@ def _wgrad_descriptor_kernel(
     sums = tl.zeros((BK, BM), P.ACC)
     for turn in range(turns):
         t = first + turn
-        j = (t % segments) * (BK // P.BH)
-        strips = tl.cdiv(OH, P.BH)
-        n = t // segments // strips
-        i = t // segments % strips * P.BH
-        # Pixels beyond the map's end are zeros in dy, so what x holds there does not matter.
+        j = (t % segments) * BK
+        line = t // segments
+        n = line // OH
+        i = line % OH
+        # Pixels beyond the row's end are zeros in dy, so what x holds there does not matter.
         dz = dy_desc.load([n, i, j, k0]).reshape(BK, BM)
         if gate_desc is not None or dshift_ptr is not None:
             d = dz.to(P.ACC)
@@ -279,14 +279,12 @@ def launch(
         x.device,
         x.dtype,
         run if described else pixels,
-        lines if described and geometry.stride_h == 1 else 1,
         filters // groups,
         columns,
         s if described else 1,
         described,
         gate_act,
     )
-    rows = config.rows if config.form == "descriptor" and geometry.stride_h == 1 else 1
     by_descriptors = config.form == "descriptor"
     if not by_descriptors:
         columns, run = r * s * depth, pixels
@@ -295,9 +293,8 @@ def launch(
     length = dw.numel() + (0 if dshift is None else filters)
     tiles = triton.cdiv(filters // groups, config.block_m) * triton.cdiv(columns, config.block_n)
     tiles *= r if by_descriptors else groups
-    cols = config.block_k // rows
-    segments = triton.cdiv(run, cols)
-    total = segments * (triton.cdiv(lines, rows) * dy.shape[0] if by_descriptors else 1)
+    segments = triton.cdiv(run, config.block_k)
+    total = segments * (pixels // run)
     if splits is None:
         taps = s if by_descriptors else 1
         tile_bytes = (config.block_m * (1 if gate is None else 2) + taps * config.block_n) * config.block_k
@@ -310,14 +307,14 @@ def launch(
     options = {
         "GATE": gate_act,
         "ADD": part is None,
-        "P": Product.of((r, s), config, x.dtype, rows),
+        "P": Product.of((r, s), config, x.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # Left alone, ptxas spills a few addresses of wide elements so that one more program fits.
         "maxnreg": 255 if x.element_size() > 2 else None,
     }
     if by_descriptors:
-        box_x, box_dy = [1, rows, cols, config.block_n], [1, rows, cols, config.block_m]
+        box_x, box_dy = [1, 1, config.block_k, config.block_n], [1, 1, config.block_k, config.block_m]
         even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
         _wgrad_descriptor_kernel[(tiles * splits,)](
             describe(even, box_x, operand=True),

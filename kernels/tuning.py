@@ -57,7 +57,6 @@ class Config:
         form: "descriptor" (row segments through tensor descriptors) or "pointer".
         block_m, block_n, block_k: pixels, output channels and input channels of a tile.
         num_warps, num_stages: as Triton takes them.
-        rows: of the map, that the pixels of a tile lie in, where a kernel takes more than one.
     """
 
     form: str
@@ -66,7 +65,6 @@ class Config:
     block_k: int
     num_warps: int = 4
     num_stages: int = 3
-    rows: int = 1
 
 
 _forced: list[Config] = []
@@ -95,7 +93,6 @@ def matmul_config(
     device: torch.device,
     dtype: torch.dtype,
     pixels: int,
-    lines: int,
     channels_out: int,
     depth: int,
     described: bool,
@@ -112,7 +109,6 @@ def matmul_config(
 
     Args:
         pixels: longest run of output pixels that a tile may take (the row for descriptors, all of them for pointers).
-        lines: rows that a tile may take some of; 1 for pointers.
         channels_out: output channels (of a group).
         depth: input channels (of a group).
         described: whether descriptors can address every operand.
@@ -135,27 +131,14 @@ def matmul_config(
         return _pointer_config(device, itemsize, pixels, channels_out, depth, epilogue_maps)
     block_k = power_of_two(depth, 16, 128 // itemsize)
     wide = half and taps * depth >= 512 and not costly and epilogue_maps <= 2
-    there = pixels * min(lines, 16)
-    block_m, block_n = power_of_two(there, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
-    if block_n <= 64 and there > 128 and half and not costly:
+    block_m, block_n = power_of_two(pixels, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
+    if block_n <= 64 and pixels > 128 and half and not costly:
         block_m = 256
     num_warps = 8 if block_m * block_n > 128 * 64 else 4
     blocks = 1 if block_n > 128 else 2
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
     num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
-    return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages, tile_rows(block_m, pixels, lines))
-
-
-def tile_rows(block: int, run: int, lines: int) -> int:
-    """In how many rows a tile's pixels lie, so that the fewest are idle at the borders of a map of `lines` x `run`.
-
-    One, or as many as leave sixteen columns: more choices save one or two pixels in a hundred, and each is compiled.
-    """
-
-    def tiles(rows: int) -> int:
-        return triton.cdiv(run, block // rows) * triton.cdiv(lines, rows)
-
-    return min((1, block // 16), key=tiles)
+    return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages)
 
 
 def _pointer_config(
@@ -180,7 +163,7 @@ def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters
     block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
     """
     if interpreting() or forced_config() is not None:
-        return matmul_config(device, dtype, pixels, 1, filters, channels, described=False)
+        return matmul_config(device, dtype, pixels, filters, channels, described=False)
     return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
 
 
@@ -234,7 +217,6 @@ def wgrad_config(
     device: torch.device,
     dtype: torch.dtype,
     run: int,
-    lines: int,
     filters: int,
     depth: int,
     taps: int,
@@ -245,7 +227,6 @@ def wgrad_config(
 
     Args:
         run: output pixels that lie side by side: a row for descriptors, all of them for pointers.
-        lines: rows that a block of pixels may take some of; 1 for pointers.
         filters: output channels (of a group).
         depth: input channels for descriptors, columns of the flattened filter for pointers.
         taps: tiles that a program holds at once: the taps of a filter row for descriptors, 1 for pointers.
@@ -260,7 +241,7 @@ def wgrad_config(
     itemsize = dtype.itemsize
     if itemsize == 8 or (itemsize == 4 and dot_precision(dtype) == "ieee"):  # products without tensor cores
         return Config(form, power_of_two(filters, 16, 32), power_of_two(depth, 16, 32 if taps == 1 else 16), 16, 4, 3)
-    block_k = power_of_two(run * min(lines, 16), 16, 128 // itemsize)
+    block_k = power_of_two(run, 16, 128 // itemsize)
     if described:  # rows are input channels, 64 at least; accumulators take at most 96 registers of a thread
         block_n = power_of_two(depth, 64, 128 if taps == 1 else 64)
         block_m = power_of_two(filters, 16, min(128, 1 << (384 // taps).bit_length() - 1))
@@ -273,8 +254,7 @@ def wgrad_config(
     stage = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * block_k * itemsize
     # Two programs of four warps share a multiprocessor. Beside the stages dz passes through shared memory.
     room = shared_limit(device) * num_warps // 8 - block_m * block_k * itemsize - 4096
-    rows = tile_rows(block_k, run, lines)
-    return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)), rows)
+    return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)))
 
 
 def programs_at_once(num_warps: int) -> int:

@@ -129,7 +129,7 @@ def describe(x: Tensor, box: Sequence[int], operand: bool = False) -> TensorDesc
 
     Args:
         x: (N, C, H, W) map, or an (R, C) matrix.
-        box: the block that one load or store moves, (1, rows, pixels, channels) or (rows, columns).
+        box: the block that one load or store moves, (1, 1, pixels, channels) or (rows, columns).
         operand: whether it is multiplied as it is: float32 is rounded where products are in TF32.
     """
     view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x

@@ -162,14 +162,6 @@ def test_any_blocks(form, blocks):
     problem.check(*problem.run(2, Config(form, *blocks)))
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[-1] == "descriptor"])
-def test_blocks_of_several_rows(case, rows):
-    """Pixels of a block lie in several rows; with a stride in one all the same."""
-    problem = Problem(CASES[case], torch.bfloat16, "relu")
-    problem.check(*problem.run(2, Config("descriptor", 32, 16, 32, rows=rows)))
-
-
 @pytest.mark.parametrize("case", ["3x3", "1x1", "stem of 3"])
 def test_configuration_of_the_interpreter(case):
     problem = Problem(CASES[case], torch.float32)
@@ -431,7 +423,7 @@ def test_configurations_fit_the_chip(arch, dtype, tf32, monkeypatch):
     for filters, depth, taps, act in sizes:
         for described in (False, True) if arch >= 90 else (False,):
             held = taps if described else 1
-            config = tuning.wgrad_config(DEVICE, dtype, 4096, 64, filters, depth, held, described, act)
+            config = tuning.wgrad_config(DEVICE, dtype, 4096, filters, depth, held, described, act)
             stage = (
                 (config.block_m * (1 if act == "none" else 2) + config.block_n * held) * config.block_k * dtype.itemsize
             )
