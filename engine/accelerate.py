@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .. import kernels
 from .capture.arguments import Arguments
@@ -21,22 +21,21 @@ from .capture.program import wants
 from .capture.trace import Program, Spec, capture, refuse_backward_hooks
 from .cuda_graphs import buffers
 from .errors import GigamorphError
+from .execution.evidence import Evidence, Score, find_evidence
 from .execution.forward import Forward, ImageTensor
 from .execution.prepared import Prepared, ProgramKey
 from .execution.run import run
 from .images.pixels import PixelBatch, PixelSource, as_batch
-from .lowering.ops import Reduction, VectorOp
-from .lowering.stages import Stage
+from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
 from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
 from .parallel.processes import check_same, check_same_steps, world
 from .planning.plan import Plan
 from .planning.search import Request, arrange, arrange_together
-from .tiling.forward import ForwardPass
 from .tiling.memory import parse_bytes
 from .tiling.page_pool import PagePool
-from .tiling.scan import Autocast, Observer, Pixels, TileEvent
+from .tiling.scan import Autocast, Pixels, TileEvent
 from .tiling.spatial import SpatialShard, spatial_group
 from .tiling.stage import TiledStage
 from .verify import CannotVerify
@@ -372,7 +371,6 @@ class Accelerated(Delegate):
             forwards[-1].keep_to_plan(self._page_pool)
         return forwards
 
-    @entrance
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.
 
@@ -384,43 +382,32 @@ class Accelerated(Delegate):
             output: index of the output (column of the network's first output tensor).
 
         Returns:
-            (N, h, w) float32 (of a float64 network float64) on the network's device, at the stride of that map.
+            (N, h, w) float32 (of a float64 network float64) on the network's device, at the stride of that map. Where
+            its cells lie in the image: `evidence_map`.
+
+        Raises:
+            GigamorphError: if the network has no global pooling, or images are split over processes.
+        """
+        return self.evidence_map(x, lambda outputs: _column(outputs, output)).values
+
+    @entrance
+    def evidence_map(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], score: Score) -> Evidence:
+        """`evidence` of any score of the outputs, with the outputs and the place of its cells in the image.
+
+        Args:
+            x: an image batch as for `forward`, all of one size.
+            score: (N, outputs) -> (N,), differentiable; of the network's first output tensor.
 
         Raises:
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
         self.need_all_rows("evidence")
-        with torch.inference_mode(False), torch.no_grad():  # a part of it needs gradients
-            forward = self._open(as_batch(x))
-            steps = forward.prepared.staged.steps
-            pooling = [n for n, step in enumerate(steps) if isinstance(step, Stage) and step.reductions]
-            if not pooling:
-                raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
-            run([forward], 0, pooling[-1])
-            scan, _, vectors = forward.scan(pooling[-1])
-            replay = forward.prepared.replay(pooling[-1], scan.device)
-            stage, results = scan.tiled.stage, ForwardPass(scan, vectors, replay=replay).run()
-            pooled = {r.outputs[0]: r for r in stage.reductions if r.kind != "moments" and r.grid is None}
-            with torch.enable_grad():
-                leaves = [r.detach().requires_grad_() for r in results]
-                forward.env.update(zip(stage.results, leaves, strict=True))
-                run([forward], pooling[-1] + 1)
-                scores = next(t for t in tree_leaves(forward.output()) if isinstance(t, Tensor))
-                scores = scores.reshape(scores.shape[0], -1)
-                if not -scores.shape[1] <= output < scores.shape[1]:
-                    raise GigamorphError(f"output {output} does not exist; the network has {scores.shape[1]}")
-                grads = torch.autograd.grad(scores[:, output].sum(), leaves, allow_unused=True)
-            size = stage.maps.size(stage.reductions[-1].value)
-            wide = torch.promote_types(leaves[0].dtype, torch.float32)
-            total = torch.zeros(scores.shape[0], *size, dtype=wide, device=scan.device)
-            observers: dict[int, list[Observer]] = {}
-            for value, grad in zip(stage.results, grads, strict=True):
-                reduction = pooled.get(value)
-                if reduction is not None and grad is not None and stage.maps.size(reduction.value) == size:
-                    observer = _evidence_observer(total, reduction, grad, stage.maps.axes[reduction.value])
-                    observers.setdefault(reduction.value, []).append(observer)
-            ForwardPass(replace(scan, observers=observers), vectors).run()
-        return total
+        with torch.inference_mode(False), torch.no_grad():
+            with torch.enable_grad():  # recorded without gradients, what is written in place would have none
+                images = [replace(self._images(as_batch(x)), training=False, image_grad=False)]
+                prepared = self._program(images)
+            (forward,) = self._ready(images, prepared)
+            return find_evidence(forward, score)
 
     def need_all_rows(self, name: str) -> None:
         """Refuse, by the caller's name, what one process cannot give if images are split over several."""
@@ -449,16 +436,10 @@ def _for_backward(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
-def _evidence_observer(total: Tensor, reduction: Reduction, grad: Tensor, axes: tuple[int, int]):
-    """Adds a block's evidence to the map of it."""
-    grad = reduction.keep_dims(grad)
-
-    def add(block: Tensor, rect: tuple[int, int, int, int]) -> None:
-        share = (block.to(total.dtype) * (grad.to(total.dtype) / reduction.count)).movedim(axes, (-2, -1))
-        share = share.reshape(share.shape[0], -1, *share.shape[-2:]).sum(1)
-        total[:, rect[0] : rect[1], rect[2] : rect[3]] += share
-
-    return add
+def _column(outputs: Tensor, output: int) -> Tensor:
+    if not -outputs.shape[1] <= output < outputs.shape[1]:
+        raise GigamorphError(f"output {output} does not exist; the network has {outputs.shape[1]}")
+    return outputs[:, output]
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -40,3 +40,21 @@ def test_refuses_outputs_that_are_not_there_and_networks_that_pool_nothing():
         accelerate(Net("mean"), tile=16).evidence(torch.zeros(1, 1, 40, 40), 3)
     with pytest.raises(GigamorphError, match="pools nothing"):
         accelerate(Net("mean").body, tile=16).evidence(torch.zeros(1, 1, 40, 40))
+
+
+@pytest.mark.parametrize("cells", [1, 3, (4, 7)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_of_pooling_to_a_grid_and_of_heads_that_write_in_place(cells, inplace):
+    """Adaptive pooling whose cells overlap, and a classifier with a hidden layer, as in VGG and MobileNetV3."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 5, 2, 2), nn.ReLU(inplace))
+    pooled = 4 * (cells**2 if isinstance(cells, int) else cells[0] * cells[1])
+    hidden = nn.Sequential(nn.Linear(pooled, 6), nn.Hardswish(inplace), nn.Dropout(0.5, inplace), nn.Linear(6, 2))
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(cells), nn.Flatten(), nn.ReLU(inplace))
+    net = nn.Sequential(body, pool, hidden).double().eval()
+    x = torch.randn(2, 1, 47, 35, dtype=torch.float64)
+    maps = body(x).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(hidden(pool(maps))[:, 1].sum(), maps)
+    got = accelerate(net, tile=16).evidence(x, 1)
+    torch.testing.assert_close(got, (grad * maps).sum(1).detach(), rtol=1e-10, atol=1e-14)
+    assert got.abs().max() > 0

@@ -1,0 +1,113 @@
+"""Where in the image a score comes from: the class activation map of a forward, with the place of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..errors import GigamorphError
+from ..lowering.geometry import Cells
+from ..lowering.ops import Axes, Reduction
+from ..lowering.receptive_field import ReceptiveField, receptive_fields
+from ..lowering.stages import Stage
+from ..tiling.forward import ForwardPass
+from ..tiling.scan import Observer
+from .forward import Forward
+from .run import run
+
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What each cell of the last map before the global pooling adds to a score.
+
+    Attributes:
+        values: (N, h, w) float32 (of a float64 network float64).
+        outputs: (N, outputs), what the network said.
+        rows: where the map's rows lie in the image.
+        columns: likewise.
+        adds_up: whether values add up to what the map gives to the score, as those of means and sums do, and those of
+            maxima do not.
+    """
+
+    values: Tensor
+    outputs: Tensor
+    rows: ReceptiveField
+    columns: ReceptiveField
+    adds_up: bool
+
+
+def find_evidence(forward: Forward, score: Score) -> Evidence:
+    """Run a forward, and once more the stage with its last pooling, for the map of a score.
+
+    Args:
+        forward: nothing of it is computed yet.
+        score: (N, outputs) -> (N,), of the network's first output tensor.
+
+    Raises:
+        GigamorphError: if the network has no global pooling.
+    """
+    staged = forward.prepared.staged
+    pooling = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and step.reductions]
+    if not pooling:
+        raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
+    run([forward], 0, pooling[-1])
+    scan, _, vectors = forward.scan(pooling[-1])
+    replay = forward.prepared.replay(pooling[-1], scan.device)
+    stage, results = scan.tiled.stage, ForwardPass(scan, vectors, replay=replay).run()
+    pooled = {r.outputs[0]: r for r in stage.reductions if r.kind != "moments"}
+    with torch.enable_grad():
+        leaves = [r.detach().requires_grad_() for r in results]
+        forward.env.update(zip(stage.results, leaves, strict=True))
+        run([forward], pooling[-1] + 1)
+        outputs = next(t for t in tree_leaves(forward.output()) if isinstance(t, Tensor))
+        outputs = outputs.reshape(outputs.shape[0], -1)
+        grads = torch.autograd.grad(score(outputs).sum(), leaves, allow_unused=True)
+    there = [
+        (pooled[value], grad)
+        for value, grad in zip(stage.results, grads, strict=True)
+        if value in pooled and grad is not None
+    ]
+    if not there:
+        raise GigamorphError("the score does not depend on what the network pools last, so there is no evidence")
+    last = there[-1][0].value
+    size = stage.maps.size(last)
+    there = [(reduction, grad) for reduction, grad in there if stage.maps.size(reduction.value) == size]
+    wide = torch.promote_types(leaves[0].dtype, torch.float32)
+    total = torch.zeros(outputs.shape[0], *size, dtype=wide, device=scan.device)
+    observers: dict[int, list[Observer]] = {}
+    for reduction, grad in there:
+        observer = _observer(total, reduction, grad, stage.maps.axes[reduction.value])
+        observers.setdefault(reduction.value, []).append(observer)
+    ForwardPass(replace(scan, observers=observers), vectors).run()
+    rows, columns = receptive_fields(staged)[last]
+    adds_up = any(reduction.kind == "sum" for reduction, _ in there)
+    return Evidence(total, outputs.detach(), rows, columns, adds_up)
+
+
+def _observer(total: Tensor, reduction: Reduction, grad: Tensor, axes: Axes) -> Observer:
+    """Adds a block's evidence to the map of it."""
+    grad = reduction.keep_dims(grad)
+
+    def add(block: Tensor, rect: tuple[int, int, int, int]) -> None:
+        weight = grad.to(total.dtype) / reduction.count
+        if reduction.grid is not None:
+            for axis, cells, span in zip(axes, reduction.grid, (rect[:2], rect[2:]), strict=True):
+                weight = _spread(weight, axis, cells, *span)
+        share = (block.to(total.dtype) * weight).movedim(axes, (-2, -1))
+        share = share.reshape(share.shape[0], -1, *share.shape[-2:]).sum(1)
+        total[:, rect[0] : rect[1], rect[2] : rect[3]] += share
+
+    return add
+
+
+def _spread(weight: Tensor, axis: int, cells: Cells, lo: int, hi: int) -> Tensor:
+    """The sum of the weights of the cells that hold each of the indices [lo, hi) of an axis."""
+    spans = [cells.span(cell) for cell in range(cells.count)]
+    holds = [[float(start <= index < end) for start, end in spans] for index in range(lo, hi)]
+    return torch.movedim(torch.movedim(weight, axis, -1) @ weight.new_tensor(holds).T, -1, axis)
