@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from ..accelerate import Accelerated, accelerate
@@ -13,6 +12,7 @@ from ..train.checkpoint import load_checkpoint
 from ..train.classify import Images
 from ..train.fit import restore_network
 from ..train.inputs import images
+from ..train.splits import with_splits
 from . import get_recipe
 
 
@@ -20,6 +20,8 @@ def open_classifier(
     path: str | Path, *, memory_budget: int | None, device: str
 ) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
     """The trained network of a checkpoint in a budget and on a device, its classes, and what opens images for it.
+
+    The images' records say which split of the training they were in, where that is known.
 
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images.
@@ -31,7 +33,7 @@ def open_classifier(
         return (
             net,
             record["classes"],
-            partial(images, channels=record["channels"], preprocessing=record["preprocessing"]),
+            lambda records: images(with_splits(records, record), record["channels"], record["preprocessing"]),
         )
     restore = get_recipe(record["recipe"]).restore if "recipe" in record else None
     if restore is None:

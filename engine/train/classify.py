@@ -147,6 +147,7 @@ def prediction(item: dict[str, Any], logits: Tensor) -> Prediction:
         laterality=record.laterality or getattr(header, "laterality", None) or "",
         view=record.view or getattr(header, "view", None) or "",
         exam=record.exam_id or "",
+        split=record.split or "",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from .loop import run_stages
 from .metrics import Prediction, as_cases, scores
 from .progress import Report
 from .run import Run
+from .splits import hash_of
 from .stages import Stage
 
 
@@ -224,11 +224,7 @@ def _check(data: Data) -> None:
 
 
 def _record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[str, Any]:
-    # The last two parts of a path: the folder may have moved when a run is resumed.
-    split = {
-        name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in images.records]
-        for name, images in data.parts.items()
-    }
+    parts = {name: images.records for name, images in data.parts.items()}
     return {
         "format": 1,
         "options": asdict(options),
@@ -238,8 +234,8 @@ def _record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[str,
         "preprocessing": data.preprocessing,
         # A checkpoint is passed on: it tells whether a split is the same, not who is in it.
         "split": {
-            "sha256": hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest(),
-            **{name: len(rows) for name, rows in split.items()},
+            "sha256": hash_of(parts),
+            **{name: len(records) for name, records in parts.items()},
         },
         "versions": versions(),
     }

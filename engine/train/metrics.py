@@ -17,7 +17,7 @@ class Prediction:
 
     ``log_odds`` are those of each class against all others, float64: large logits keep their order, which probabilities
     near 1 do not. ``patient``, ``exam`` and ``laterality`` name the breast; ``laterality`` is "" where it is not known,
-    and then an image stands for itself.
+    and then an image stands for itself. ``split`` is what the image was in the training; "" where that is not known.
     """
 
     image: str
@@ -27,6 +27,7 @@ class Prediction:
     laterality: str = ""
     view: str = ""
     exam: str = ""
+    split: str = ""
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -49,7 +50,7 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
         exams=tuple(p.exam for p in predictions),
         sides=tuple(p.laterality for p in predictions),
         kind="binary" if binary else "classes",
-        columns={"view": tuple(p.view for p in predictions)},
+        columns={"view": tuple(p.view for p in predictions), "split": tuple(p.split for p in predictions)},
     )
 
 
@@ -72,6 +73,7 @@ def per_breast(predictions: Sequence[Prediction]) -> list[Prediction]:
             laterality=breasts.sides[i],
             view=breasts.columns["view"][i],
             exam=breasts.exams[i],
+            split=breasts.columns["split"][i],
         )
         for i, label in enumerate(breasts.labels)
     ]

@@ -1,0 +1,38 @@
+"""Which split of a training an image was in, as far as a checkpoint can tell: it knows the split, not who is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..datasets.splits import assign_splits
+from ..datasets.tables import SPLITS, Record
+from ..errors import DataError
+
+
+def hash_of(parts: Mapping[str, Sequence[Record]]) -> str:
+    """SHA-256 of which images, patients and labels are in which split."""
+    # The last two parts of a path: the folder may have moved when a run is resumed.
+    split = {name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in part] for name, part in parts.items()}
+    return hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest()
+
+
+def with_splits(records: Sequence[Record], trained: Mapping[str, Any]) -> list[Record]:
+    """Records with the split that they had in a training, as far as it is known.
+
+    The table of the training gives the splits of the training: drawn again by its seed, with the same hash. Of other
+    images it is the split that their table names, or None.
+
+    Args:
+        trained: what a checkpoint says of its network.
+    """
+    try:
+        drawn = assign_splits(records, seed=trained["options"]["seed"])
+        parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
+        if hash_of(parts) == trained["split"]["sha256"]:
+            return drawn
+    except (DataError, KeyError):  # other images; a recipe's checkpoint, which keeps no hash
+        pass
+    return list(records)

@@ -1,0 +1,34 @@
+"""What a checkpoint's hash of the split says of images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from gigamorph.engine.datasets.splits import assign_splits
+from gigamorph.engine.datasets.tables import SPLITS, Record
+from gigamorph.engine.train.splits import hash_of, with_splits
+
+RECORDS = [Record(Path(f"/a/{n // 2}/{n}.dcm"), n // 2 % 2, f"p{n // 2}") for n in range(60)]
+
+
+def trained(seed: int) -> dict:
+    """What a checkpoint says of a training on these records."""
+    drawn = assign_splits(RECORDS, seed=seed)
+    parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
+    return {"options": {"seed": seed}, "split": {"sha256": hash_of(parts), **{k: len(v) for k, v in parts.items()}}}
+
+
+def test_the_splits_of_the_trainings_own_table_are_drawn_again():
+    moved = [replace(record, path=Path("/elsewhere") / record.path.relative_to("/a")) for record in RECORDS]
+    found = with_splits(moved, trained(3))
+    assert [record.split for record in found] == [record.split for record in assign_splits(RECORDS, seed=3)]
+    assert [record.path for record in found] == [record.path for record in moved]
+
+
+def test_of_other_images_it_is_what_their_table_says():
+    for some in (RECORDS[:-1], [replace(RECORDS[0], label=-1), *RECORDS[1:]], []):
+        assert with_splits(some, trained(3)) == some
+    given = [replace(record, split="test") for record in RECORDS[:4]]
+    assert with_splits(given, trained(3)) == given
+    mixed = [*given, RECORDS[5]]
+    assert with_splits(mixed, trained(3)) == mixed
+    assert with_splits(given, {"recipe": "morphhr"}) == given
