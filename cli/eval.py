@@ -89,13 +89,15 @@ def eval(
 
     PREDICTIONS is the csv of gigamorph predict, or any with a column of scores and one of labels. An image is a row; a
     breast is the mean probability of its views; an exam is the highest of its breasts. metrics.json, plots and
-    report.html, which holds them all, come into --out.
+    report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph predict
+    --calibration.
 
     Example: gigamorph eval predictions/predictions.csv --table table.csv --split test --by density --out evaluation
     """
     from ..engine.errors import GigamorphError
     from ..engine.evaluate import read_cases, read_marks
     from ..engine.evaluate.evaluate import Settings, evaluate
+    from ..engine.evaluate.recalibration import write_calibration
     from ..engine.evaluate.report import headline, write_report
 
     if (Path(out) / "metrics.json").exists():
@@ -114,17 +116,26 @@ def eval(
         found["froc"]["findings_without_place"] = without
     found |= {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
     page = write_report(out, images, found)
+    note = _checkpoint(Path(predictions))
+    if split != "train" and "calibrated_on" not in note:
+        write_calibration(out, images, found, note.get("sha256"))
     for line in headline(found):
         click.echo(line)
     click.echo(f"{page}, metrics.json and plots")
 
 
+def _checkpoint(predictions: Path) -> dict[str, str]:
+    """What gigamorph predict notes of the checkpoint; nothing of other predictions."""
+    with contextlib.suppress(OSError, ValueError):
+        note = json.loads(predictions.with_suffix(".json").read_text())
+        return note if isinstance(note, dict) else {}
+    return {}
+
+
 def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
     """What was evaluated, by names of files without their folders."""
-    model = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        note = json.loads(predictions.with_suffix(".json").read_text())  # of gigamorph predict
-        model = f"{note['checkpoint']}, SHA-256 {note['sha256']}"
+    note = _checkpoint(predictions)
+    model = f"{note['checkpoint']}, SHA-256 {note['sha256']}" if {"checkpoint", "sha256"} <= note.keys() else None
     return {
         "predictions": predictions.name,
         "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),

@@ -1,0 +1,86 @@
+"""A calibration that was measured, kept in ``calibration.json``, so that it can be applied to further predictions.
+
+Of two classes: log-odds z become a + b z, with Cox's intercept a and slope b of the images that were evaluated (Platt,
+1999), and an image is called where z reaches the threshold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..files import write_atomically
+from .calibration import slope_and_intercept
+from .cases import Cases
+
+_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What predictions of a network become.
+
+    Attributes:
+        output: name of the second class.
+        threshold: log-odds before the calibration, from which on an image is called.
+        images: how many it was measured on, of which split of a training.
+        sha256: of the checkpoint that predicted them.
+    """
+
+    output: str
+    slope: float
+    intercept: float
+    threshold: float
+    images: int
+    split: str | None
+    sha256: str
+
+    def __call__(self, log_odds: float) -> float:
+        """Calibrated log-odds of the second class."""
+        return self.intercept + self.slope * log_odds
+
+
+def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str | None) -> Path | None:
+    """Write the calibration of evaluated images into a folder; None where there is none to be had.
+
+    There is one of log-odds of two classes, by a checkpoint that is known, that rank better than chance and do not part
+    the classes. The threshold is that of the middle of the specificities that were evaluated.
+
+    Args:
+        found: of `evaluate`, with the split that was evaluated.
+        sha256: of the checkpoint.
+    """
+    known = images.labelled()
+    if images.kind != "binary" or not images.probable or images.level != "image" or sha256 is None or not len(known):
+        return None
+    [name] = images.outputs
+    points = found["levels"].get("image", {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
+    threshold = points[len(points) // 2].get("log_odds") if points else None
+    fitted = slope_and_intercept(known.truth[:, 0], known.scores[:, 0])
+    if fitted is None or fitted[0] <= 0 or threshold is None:
+        return None
+    one = Calibration(name, *fitted, float(threshold), len(known), found.get("split"), sha256)
+    path = Path(out) / _FILE
+    write_atomically(path, lambda p: p.write_text(json.dumps(asdict(one), indent=1) + "\n"), "calibration")
+    return path
+
+
+def read_calibration(path: str | Path, classes: list[str], sha256: str) -> Calibration:
+    """The calibration in a file, for a checkpoint and its classes.
+
+    Raises:
+        DataError: if it cannot be read, or belongs to another checkpoint.
+    """
+    try:
+        found = Calibration(**json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: is no {_FILE} of gigamorph eval") from error
+    if found.sha256 != sha256 or classes[1:] != [found.output]:
+        raise DataError(f"{path}: was measured on predictions of another checkpoint; evaluate those of this one")
+    return found
