@@ -19,10 +19,10 @@ from . import options
     type=click.Choice(["activation", "gradient"]),
     default="activation",
     show_default=True,
-    help="activation: what each place adds to the logit; gradient: how much each pixel moves it.",
+    help="activation: what each place adds to the log-odds; gradient: how much each pixel moves them.",
 )
 @click.option(
-    "--class", "name", metavar="NAME", help="Class to explain; by default the second of two, else the likely."
+    "--class", "name", metavar="NAME", help="Class to explain; by default the second of two, else the likeliest."
 )
 @click.option(
     "--format",
@@ -48,6 +48,9 @@ def explain(
     device: str,
 ) -> None:
     """Show where a prediction comes from, on every pixel of the file as stored.
+
+    Of two classes the second is explained, of more the most probable one. Class and probability are written in the
+    picture, and its colours are on one scale for all images, so that a negative is grey.
 
     IMAGES are image files, folders, or a csv with a column image_path. Maps are computed by tiles and equal those of
     the whole image. marks.csv has the peaks of class activation maps, for gigamorph eval --marks.

@@ -10,12 +10,25 @@ import rich_click as click
 
 from . import options
 
+_SPLITS = {
+    "test": "test",
+    "val": "val (chose the epoch)",
+    "train": "train (learnt from these, so this measures nothing)",
+    "": "split not known (may hold images of the training)",
+}
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(dir_okay=False))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the predictions.")
-@click.option("--heatmaps", is_flag=True, help="Draw the evidence on every pixel of each image, as its file stores it.")
+@click.option("--heatmaps", is_flag=True, help="Draw what explain draws, on every pixel of each image as stored.")
+@click.option(
+    "--calibration",
+    "calibrated_by",
+    type=click.Path(dir_okay=False),
+    help="calibration.json that gigamorph eval wrote of this checkpoint: calibrated probabilities, and who is called.",
+)
 @click.option("--skip-bad", is_flag=True, help="Report damaged or missing images and go on.")
 @click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
 @options.memory_budget
@@ -25,6 +38,7 @@ def predict(
     images: tuple[str, ...],
     out: str,
     heatmaps: bool,
+    calibrated_by: str | None,
     skip_bad: bool,
     identifiers: bool,
     memory_budget: int | None,
@@ -39,8 +53,15 @@ def predict(
     is done; breasts.csv has the mean of the views of each breast; predictions.json names the model. A damaged image
     ends the command with an error that names it, unless --skip-bad; what was computed stays.
 
+    The column split says what an image was in the training: of the training's own table, else as the table says. Areas
+    under the ROC curve are given of each split alone.
+
+    With --calibration, probabilities and log-odds are calibrated as gigamorph eval measured it on other images (of the
+    split val, say), and the column called is 1 where the threshold of its middle specificity is reached.
+
     Example: gigamorph predict run/best.ckpt exam1.dcm exam2.dcm --heatmaps --out predictions
     """
+    from ..engine.evaluate.recalibration import read_calibration
     from ..engine.files import write_atomically
     from ..engine.recipes.networks import open_classifier
     from ..engine.train.inputs import prediction_records
@@ -50,6 +71,8 @@ def predict(
     from .progress import ProgressView
 
     net, classes, open_images = open_classifier(checkpoint, memory_budget=memory_budget, device=device)
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    calibration = None if calibrated_by is None else read_calibration(calibrated_by, classes, digest)
     records = prediction_records(images, classes, check_files=not skip_bad)
     data = open_images(records)
     with ProgressView(device=device) as view:
@@ -63,12 +86,16 @@ def predict(
             heatmaps=heatmaps,
             skip_bad=skip_bad,
             identifiers=identifiers,
+            calibration=calibration,
             meter=meter,
         )
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     model = {"checkpoint": Path(checkpoint).name, "sha256": digest}
+    if calibration is not None:
+        model["calibrated_on"] = f"{calibration.images} images, split {calibration.split or 'not known'}"
     write_atomically(Path(out) / "predictions.json", lambda p: p.write_text(json.dumps(model) + "\n"), "note")
     click.echo(f"{len(found)} images predicted, {len(skipped)} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
-    labelled = scores([p for p in found if p.label is not None])
-    if labelled["auc_image"] is not None:
-        click.echo(f"AUC per image {labelled['auc_image']:.4f}, per breast {labelled['auc_breast']:.4f}")
+    for split, note in _SPLITS.items():
+        labelled = scores([p for p in found if p.label is not None and p.split == split])
+        if labelled["auc_image"] is not None:
+            area = f"AUC per image {labelled['auc_image']:.4f} ({labelled['images']} images)"
+            click.echo(f"{note}: {area}, per breast {labelled['auc_breast']:.4f} ({labelled['breasts']} breasts)")

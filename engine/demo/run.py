@@ -12,6 +12,7 @@ from typing import Any
 from ..datasets.phantom import write_phantoms
 from ..errors import GigamorphError
 from ..images.pixels import Normalize
+from ..train.explanation import explain_class
 from ..train.fit import Fitted, Images, TrainOptions, fit
 from ..train.heatmap import write_overlay
 from ..train.inputs import training_data
@@ -116,7 +117,7 @@ def _examples(test: Images, fitted: Fitted, folder: Path) -> tuple[list[dict[str
     for index in [i for i in order if predictions[i].label == 1][:2]:
         item = test[index]
         path = folder / f"{item['record'].path.stem}.png"
-        write_overlay(item["image"], fitted.net.evidence(item["image"], output=1)[0], path)
+        write_overlay(explain_class(fitted.net, item["image"], 1)[0], path)
         examples.append(item)
         overlays.append(path)
     return examples, overlays

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from scipy import ndimage
 
-from .maps import Explanation
+from ..train.explanation import Explanation
 
 
 class Mark(NamedTuple):
@@ -22,7 +22,7 @@ def find_marks(found: Explanation, count: int = 10) -> list[Mark]:
     """The highest positive peaks of a map, no two in neighbouring cells, by falling score.
 
     A peak is a cell, or several equal ones that touch, that no neighbour exceeds; the mark is its middle. Scores are
-    values of the map: of a class activation map shares of the logit, which compare from image to image.
+    values of the map: of a class activation map parts of the log-odds, which compare from image to image.
     """
     values = found.values.double().cpu().numpy()
     highest = ndimage.maximum_filter(values, size=3, mode="constant", cval=-np.inf)
@@ -34,5 +34,5 @@ def find_marks(found: Explanation, count: int = 10) -> list[Mark]:
     scores = ndimage.maximum(values, peaks, labels)
     middles = np.array(ndimage.center_of_mass(peaks > 0, peaks, labels)) + 0.5
     best = np.argsort(-scores, kind="stable")[:count]
-    points = found.place.points(middles[best][:, ::-1])
+    points = found.points(middles[best][:, ::-1])
     return [Mark(float(y), float(x), float(score)) for (x, y), score in zip(points, scores[best], strict=True)]

@@ -19,11 +19,11 @@ from pydicom.valuerep import DA
 
 from ..errors import DataError
 from ..files import write_atomically
-from .maps import Explanation
+from ..train.explanation import Explanation
 
 Kind = Literal["fractional", "binary"]
 REGION = 0.5
-"""Share of the map's maximum from which on a pixel belongs to the region of a binary SEG."""
+"""Share of the drawn map's maximum from which on a pixel belongs to the region of a binary SEG."""
 _STRIP = 512
 
 
@@ -33,8 +33,9 @@ def write_segmentation(found: Explanation, image: str | Path, path: str | Path, 
     Args:
         image: the DICOM file that the map is of, of a single frame.
         label: of the segment.
-        kind: "fractional" has 255 where the map has its maximum (which is no probability of a lesion); "binary" has
-            the region of at least half of it, which every viewer shows.
+        kind: "fractional" has 255 where the drawn map is 1 (which is no probability of a lesion); "binary" has the
+            region of at least half of its maximum, which every viewer shows, or nothing where the class is less
+            probable than not.
 
     Raises:
         DataError: if highdicom is missing, the image is no DICOM file of one frame, or its header lacks what a SEG
@@ -45,7 +46,8 @@ def write_segmentation(found: Explanation, image: str | Path, path: str | Path, 
     except ImportError as error:
         raise DataError("DICOM SEG needs highdicom: pip install 'gigamorph[seg]'") from error
     header = _header(Path(image), found.size)
-    heat = _whole(found.relative())
+    shown = found.relative()
+    heat = _whole(shown)
     fractional = kind == "fractional"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they may print what identifies the patient
@@ -62,7 +64,7 @@ def write_segmentation(found: Explanation, image: str | Path, path: str | Path, 
             )
             seg = highdicom.seg.Segmentation(
                 source_images=[header],
-                pixel_array=heat[None] if fractional else (heat >= REGION)[None],
+                pixel_array=heat[None] if fractional else _region(heat, shown)[None],
                 segmentation_type=kind.upper(),
                 segment_descriptions=[described],
                 series_instance_uid=generate_uid(),
@@ -103,6 +105,11 @@ def _is_date(value: object) -> bool:
         return bool(DA(str(value)))
     except ValueError:
         return False
+
+
+def _region(heat: np.ndarray, shown: Explanation) -> np.ndarray:
+    called = shown.log_odds is None or shown.log_odds >= 0
+    return (heat >= REGION * float(shown.values.max())) & (heat > 0) & called
 
 
 def _whole(found: Explanation) -> np.ndarray:

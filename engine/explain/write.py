@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from ..accelerate import Accelerated
 from ..errors import BudgetError, DataError, GigamorphError
+from ..evaluate import odds
 from ..files import write_atomically
 from ..images.pixels import as_stored
 from ..images.writers import write_tiff
 from ..train.classify import Images
+from ..train.explanation import Explanation, caption, explain_class
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.predict import unique_name
 from ..train.progress import Meter
-from .maps import Explanation, activation_map, gradient_map
+from .maps import explain_gradient
 from .marks import Mark, find_marks
 from .seg import write_segmentation
 
 Method = Literal["activation", "gradient"]
 Format = Literal["png", "tif", "seg", "binary-seg"]
-METHODS = {"activation": activation_map, "gradient": gradient_map}
+METHODS = {"activation": explain_class, "gradient": explain_gradient}
 
 
 def explain(
@@ -42,9 +43,10 @@ def explain(
 ) -> tuple[int, list[str]]:
     """Write the maps of images into ``out``, on the pixels of their files as stored, and ``marks.csv``.
 
-    For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it; ``NAME.map.tif``,
-    its values in float32; ``NAME.seg.dcm``, a fractional, or ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has
-    the peaks of class activation maps, for `gigamorph eval --marks`.
+    For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it with the class and
+    its probability; ``NAME.map.tif``, its values in float32; ``NAME.seg.dcm``, a fractional, or
+    ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has the peaks of class activation maps, for `gigamorph eval
+    --marks`.
 
     Args:
         classes: names of the outputs.
@@ -72,11 +74,11 @@ def explain(
         try:
             source = images[index]["image"]
             meter.image(source.shape[-2] * source.shape[-1])
-            which = _output(net, source, classes) if output is None else output
-            found = METHODS[method](net, source, which)
+            found, logits, which = METHODS[method](net, source, output)
+            log_odds = float(odds.of_logits(logits.double().cpu().numpy())[which])
             stem = unique_name(path.stem, names)
             for one in formats:
-                _write(found, path, out, stem, one, classes[which])
+                _write(found, path, out, stem, one, classes[which], log_odds)
         except BudgetError as error:  # the larger images of a set may not fit
             raise BudgetError(f"{path}: {error}") from error
         except DataError as error:
@@ -94,17 +96,10 @@ def explain(
     return done, skipped
 
 
-def _output(net: Accelerated, source: object, classes: Sequence[str]) -> int:
-    if len(classes) == 2:
-        return 1
-    with torch.no_grad():
-        return int(net(source)[0].argmax())
-
-
-def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str) -> None:
+def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, log_odds: float) -> None:
     if one == "png":
         name = overlay_name(stem, as_stored(found.source).shape)
-        write_overlay(found.source, found.values, out / name, stored=True)
+        write_overlay(found, out / name, stored=True, caption=caption(label, log_odds))
     elif one == "tif":
         dtype = np.dtype(np.float32)
         path = out / f"{stem}.map.tif"

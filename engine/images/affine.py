@@ -63,18 +63,30 @@ class Map:
             found[index] = x.min(), y.min(), x.max(), y.max()
         return found
 
-    def resample(self, values: Any, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    def resample(
+        self,
+        values: Any,
+        top: int,
+        bottom: int,
+        left: int,
+        right: int,
+        reach: tuple[float, float, float, float] | None = None,
+    ) -> np.ndarray:
         """A map carried over: float32 (bottom - top, right - left), a region of the image that this leads to.
 
         values: (h, w), a map in the coordinates that this leads from, one value a pixel (for a heat map at stride s
         multiply by `scale(s)` first). Bilinear between the pixels' middles, constant beyond the outer ones' middles;
         0 where the map does not reach. Mirrored and shifted maps keep their values exactly.
+
+        reach: (left, top, right, bottom) in those coordinates, up to where the map's outer values hold; by default to
+        its own borders.
         """
         values = np.asarray(values, np.float32)
         height, width = values.shape
         rows, columns = (axis.astype(np.float64) + 0.5 for axis in np.ogrid[top:bottom, left:right])
         x, y = self.inverse().at(columns, rows)
-        inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+        x0, y0, x1, y1 = (0, 0, width, height) if reach is None else reach
+        inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
         x, y = np.clip(x - 0.5, 0, width - 1), np.clip(y - 0.5, 0, height - 1)
         j, i = np.floor(x).astype(np.intp), np.floor(y).astype(np.intp)
         part_x, part_y = (x - j).astype(np.float32), (y - i).astype(np.float32)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import tifffile
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import GigamorphError
-from ..images.affine import Affine, Map
-from ..images.pixels import PixelSource, as_stored, to_original
+from ..images.pixels import PixelSource, as_stored
 from .checkpoint import write_atomically
+from .explanation import Explanation
 
 _TILE = 512
 # Above this a PNG (held whole, 3 bytes per pixel) would need more than 300 MB; a TIFF is written tile by tile.
@@ -27,25 +29,22 @@ def overlay_name(stem: str, shape: tuple[int, int, int]) -> str:
     return stem + (".png" if shape[1] * shape[2] <= PNG_PIXELS else ".tif")
 
 
-def write_overlay(source: PixelSource, evidence: Tensor, path: str | Path, *, stored: bool = False) -> None:
-    """Write an 8-bit RGB picture of the image in grey with the positive evidence in red to yellow.
-
-    The evidence that half of the image has anyway (its median, where that is positive) is left uncoloured.
+def write_overlay(found: Explanation, path: str | Path, *, stored: bool = False, caption: str = "") -> None:
+    """Write an 8-bit RGB picture of the image in grey with what stands out (`Explanation.relative`) in red to yellow.
 
     Args:
-        source: the image (C, H, W) that the network saw; its channels are averaged.
-        evidence: (h, w) float, at the network's stride; drawn bilinearly, scaled to its own maximum.
+        found: drawn bilinearly; the channels of its image are averaged.
         path: ``.png``, or ``.tif`` (tiled, deflate).
-        stored: draw on the image as its file stores it, every pixel, the evidence carried back through mirroring and
+        stored: draw on the image as its file stores it, every pixel, the map carried back through mirroring and
             averaging; else on what the network saw.
+        caption: written into the corner where least stands out.
 
     Raises:
         GigamorphError: if the file cannot be written, or has another suffix.
     """
     path = Path(path)
-    place = cells_to_pixels(source, evidence.shape, stored=stored)
-    source = as_stored(source) if stored else source
-    strips = _strips(source, evidence, place)
+    source = as_stored(found.source) if stored else found.source
+    strips = _strips(source, found.relative(), stored, caption)
     if path.suffix == ".png":
         picture = np.concatenate(list(strips)) if source.shape[1] <= _TILE else _gather(strips, source.shape)
         write_atomically(path, lambda p: p.write_bytes(imagecodecs.png_encode(picture, level=4)), "heat map")
@@ -53,19 +52,6 @@ def write_overlay(source: PixelSource, evidence: Tensor, path: str | Path, *, st
         write_atomically(path, _tiff_writer(strips, source.shape), "heat map")
     else:
         raise GigamorphError(f"{path}: heat maps are written as .png or .tif")
-
-
-def cells_to_pixels(source: PixelSource, shape: Sequence[int], *, stored: bool) -> Map:
-    """From the cells of a map (h, w) of all of an image to the pixels of that image, or (stored) of its file."""
-    place: Map = Affine.scale(source.shape[2] / shape[1], source.shape[1] / shape[0])
-    return to_original(as_stored(source)).inverse() @ to_original(source) @ place if stored else place
-
-
-def relative(evidence: Tensor) -> Tensor:
-    """Positive evidence, less what half of the image has anyway, as a share of its maximum: float32 in [0, 1]."""
-    positive = evidence.detach().float().cpu()
-    positive = (positive - positive.median().clamp(min=0)).clamp(min=0)
-    return positive / positive.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _gather(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -98,20 +84,66 @@ def _tiff_writer(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int
     return write
 
 
-def _strips(source: PixelSource, evidence: Tensor, place: Map) -> Iterator[NDArray[np.uint8]]:
-    """RGB strips of ``_TILE`` rows (the last one shorter), uint8 (rows, W, 3); ``place`` leads from cells to pixels."""
+def _strips(source: PixelSource, shown: Explanation, stored: bool, caption: str) -> Iterator[NDArray[np.uint8]]:
+    """RGB strips of ``_TILE`` rows (the last one shorter), uint8 (rows, W, 3)."""
     _, height, width = source.shape
     low, high = _window(source)
-    shown = relative(evidence).numpy()
+
+    def grey_of(top: int, bottom: int, left: int, right: int) -> Tensor:
+        return source.read(top, bottom, left, right).float().mean(0).sub_(low).div_(high - low).clamp_(0, 1)
+
+    def heat_of(top: int, bottom: int, left: int, right: int) -> Tensor:
+        return torch.from_numpy(shown.read(top, bottom, left, right, stored=stored)).clamp_(0, 1)
+
+    note = _Caption(caption, height, width, lambda *box: (float(heat_of(*box).mean()), float(grey_of(*box).mean())))
     for top in range(0, height, _TILE):
         bottom = min(top + _TILE, height)
-        grey = source.read(top, bottom, 0, width).float().mean(0).sub_(low).div_(high - low).clamp_(0, 1)
-        parts = [place.resample(shown, top, bottom, left, min(left + _TILE, width)) for left in range(0, width, _TILE)]
-        heat = torch.from_numpy(np.concatenate(parts, 1))
+        grey = grey_of(top, bottom, 0, width)
+        heat = torch.cat([heat_of(top, bottom, x, min(x + _TILE, width)) for x in range(0, width, _TILE)], 1)
         # Half-transparent at most, so that what lies below the evidence stays visible.
-        alpha = heat.clamp(0, 1).sqrt().mul_(0.6)
+        alpha = heat.sqrt().mul_(0.6)
         rgb = torch.stack((grey * (1 - alpha) + alpha, grey * (1 - alpha) + alpha * heat, grey * (1 - alpha)), -1)
-        yield rgb.mul_(255).round_().to(torch.uint8).numpy()
+        yield note.written(rgb, top).mul_(255).round_().to(torch.uint8).numpy()
+
+
+class _Caption:
+    """A line of white text on dark ground in a corner of a picture.
+
+    Args:
+        look: (top, bottom, left, right) -> what the corner is chosen by, the least.
+    """
+
+    def __init__(
+        self, text: str, height: int, width: int, look: Callable[[int, int, int, int], tuple[float, float]]
+    ) -> None:
+        self.ink, self.top, self.left = torch.zeros(0, 0), 0, 0
+        if text:
+            self.ink = _ink(text, max(10, min(height, width) // 40), width)[:height, :width]
+            rows, columns = self.ink.shape
+            corners = [(top, left) for top in (0, height - rows) for left in (0, width - columns)]
+            self.top, self.left = min(corners, key=lambda at: look(at[0], at[0] + rows, at[1], at[1] + columns))
+
+    def written(self, rgb: Tensor, top: int) -> Tensor:
+        """A strip of the picture, (rows, W, 3) in [0, 1], that begins at row `top`, with its part of the text."""
+        first, last = max(self.top, top), min(self.top + len(self.ink), top + len(rgb))
+        if first < last:
+            ink = self.ink[first - self.top : last - self.top, :, None]
+            under = rgb[first - top : last - top, self.left : self.left + ink.shape[1]]
+            under.copy_(under * 0.3 * (1 - ink) + ink)
+        return rgb
+
+
+def _ink(text: str, size: int, width: int) -> Tensor:
+    """A line of text, `size` pixels high or what a picture's width allows: float32 (h, w), 1 where it is written."""
+    figure = Figure(dpi=72)  # so that points are pixels
+    canvas = FigureCanvasAgg(figure)
+    line = figure.text(0.5, 0.5, text, fontsize=size, ha="center", va="center", parse_math=False)
+    needed = line.get_window_extent(canvas.get_renderer()).width + size
+    scale = min(1.0, width / needed)
+    line.set_fontsize(size * scale)
+    figure.set_size_inches(max(1, needed * scale) / 72, max(1, 1.6 * size * scale) / 72)
+    canvas.draw()
+    return 1 - torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., 0].astype(np.float32) / 255)
 
 
 def _window(source: PixelSource) -> tuple[float, float]:

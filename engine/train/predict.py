@@ -16,9 +16,11 @@ import torch
 from ..accelerate import Accelerated
 from ..errors import BudgetError, DataError, GigamorphError
 from ..evaluate.read import ODDS, PROBABILITY
+from ..evaluate.recalibration import Calibration
 from ..images.pixels import as_stored
 from .checkpoint import write_atomically
 from .classify import Images, prediction
+from .explanation import caption, explain_class
 from .heatmap import overlay_name, write_overlay
 from .metrics import Prediction, per_breast
 from .progress import Meter
@@ -33,14 +35,16 @@ def predict(
     heatmaps: bool = False,
     skip_bad: bool = False,
     identifiers: bool = False,
+    calibration: Calibration | None = None,
     meter: Meter | None = None,
 ) -> tuple[list[Prediction], list[str]]:
     """Predict image by image into ``out``.
 
     ``predictions.csv`` gets one flushed line per image, so that whatever ends the run early leaves what was computed;
     ``breasts.csv`` (mean of the views of each breast) is written at the end, also after an error. With ``heatmaps``,
-    ``heatmaps/NAME.png`` shows the evidence for the predicted class on every pixel of the image as its file stores it
-    (``.tif`` for very large images), so that it lies over the original and over boxes in the file's coordinates.
+    ``heatmaps/NAME.png`` is what `gigamorph explain` draws: what stands out for the second of two classes, else for
+    the most probable one, with its probability, on every pixel of the image as its file stores it (``.tif`` for very
+    large images), so that it lies over the original and over boxes in the file's coordinates.
 
     Args:
         net: an accelerated network, pixel source -> (1, classes).
@@ -48,6 +52,8 @@ def predict(
         classes: names of the outputs.
         skip_bad: note a damaged image and go on; otherwise it ends the run.
         identifiers: name patients that only the DICOM headers name by their PatientID; they are numbered otherwise.
+        calibration: of two classes; what is written is calibrated, and a column ``called`` says 1 where the threshold
+            is reached.
 
     Returns:
         The predictions, and for each skipped image the message.
@@ -67,8 +73,8 @@ def predict(
         if found:
             write_atomically(out / "breasts.csv", lambda p: _write_all(p, per_breast(found), classes), "table")
 
-    one = _Predictor(net, out, classes, heatmaps, identifiers)
-    with _Table(out / "predictions.csv", classes) as table:
+    one = _Predictor(net, out, classes, heatmaps, identifiers, calibration)
+    with _Table(out / "predictions.csv", classes, calibration) as table:
         try:
             for index in range(len(images)):
                 try:
@@ -98,24 +104,40 @@ def predict(
 class _Predictor:
     """An item of a data set -> its prediction; draws its heat map if that is wanted."""
 
-    def __init__(self, net: Accelerated, out: Path, classes: Sequence[str], heatmaps: bool, identifiers: bool) -> None:
-        self._net, self._out, self._classes = net, out, classes
+    def __init__(
+        self,
+        net: Accelerated,
+        out: Path,
+        classes: Sequence[str],
+        heatmaps: bool,
+        identifiers: bool,
+        calibration: Calibration | None,
+    ) -> None:
+        self._net, self._out, self._classes, self._calibration = net, out, classes, calibration
         self._heatmaps, self._identifiers = heatmaps, identifiers
         self._names: set[str] = set()
         self._patients: dict[str, str] = {}
 
     def __call__(self, item: dict[str, Any]) -> Prediction:
         source = item["image"]
-        with torch.no_grad():
-            result = prediction(item, self._net(source)[0])
+        if self._heatmaps:
+            explained, logits, which = explain_class(self._net, source)
+        else:
+            with torch.no_grad():
+                explained, logits, which = None, self._net(source)[0], 0
+        result = prediction(item, logits)
+        if self._calibration is not None:
+            log_odds = self._calibration(result.log_odds[1])
+            result = replace(result, log_odds=(-log_odds, log_odds))
+            if explained is not None:
+                explained = replace(explained, values=explained.values * self._calibration.slope, log_odds=log_odds)
         if not self._identifiers and result.patient != item["record"].patient_id:
             number = self._patients.setdefault(result.patient, f"P{len(self._patients) + 1:05d}")
             result = replace(result, patient=number)
-        if self._heatmaps:
-            best = max(range(len(self._classes)), key=result.log_odds.__getitem__)
+        if explained is not None:
             name = overlay_name(unique_name(Path(result.image).stem, self._names), as_stored(source).shape)
-            evidence = self._net.evidence(source, output=best)[0]
-            write_overlay(source, evidence, self._out / "heatmaps" / name, stored=True)
+            text = caption(self._classes[which], result.log_odds[which])
+            write_overlay(explained, self._out / "heatmaps" / name, stored=True, caption=text)
         return result
 
 
@@ -132,8 +154,8 @@ def unique_name(stem: str, taken: set[str]) -> str:
 class _Table:
     """A csv file of predictions: a line is in the file, whole, when `write` returns, or not at all when it raises."""
 
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        self._path, self._classes = path, classes
+    def __init__(self, path: Path, classes: Sequence[str], calibration: Calibration | None) -> None:
+        self._path, self._classes, self._calibration = path, classes, calibration
         self._file: FileIO | None = None
 
     def __enter__(self) -> _Table:
@@ -144,7 +166,7 @@ class _Table:
             raise GigamorphError(f"{self._path}: already exists; name another --out") from error
         except OSError as error:
             raise GigamorphError(f"{self._path}: cannot be written: {os.strerror(error.errno or 0)}") from error
-        self._line(_header(self._classes))
+        self._line([*_header(self._classes), *([] if self._calibration is None else ["called"])])
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -152,7 +174,10 @@ class _Table:
             self._file.close()
 
     def write(self, result: Prediction) -> None:
-        self._line(_row(result))
+        called = []
+        if self._calibration is not None:
+            called = [int(result.log_odds[1] >= self._calibration(self._calibration.threshold))]
+        self._line([*_row(result), *called])
 
     def _line(self, values: Iterable[object]) -> None:
         assert self._file is not None
@@ -171,7 +196,7 @@ class _Table:
 
 
 def _header(classes: Sequence[str]) -> list[str]:
-    keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "label"]
+    keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "label"]
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
@@ -179,7 +204,8 @@ def _row(result: Prediction) -> list[object]:
     label = "" if result.label is None else result.label
     # Probabilities are for reading; log-odds, with all digits, keep the order of images that the network is sure of.
     values = (*(f"{value:.6g}" for value in result.probabilities), *(repr(value) for value in result.log_odds))
-    return [result.image, result.patient, result.exam, result.laterality, result.view, label, *values]
+    keys = (result.image, result.patient, result.exam, result.laterality, result.view, result.split)
+    return [*keys, label, *values]
 
 
 def _write_all(path: Path, results: Sequence[Prediction], classes: Sequence[str]) -> None:

@@ -38,12 +38,13 @@ def checkpoint(table, tmp_path_factory):
 
 
 def stock_gradient(checkpoint, path):
-    """Of the logit of the second class, in the file's geometry."""
+    """Of the log-odds of the second class, in the file's geometry."""
     net = create_model("lesionnet", weights=checkpoint).eval()
     source = open_pixels(path, normalize=Normalize((0.3,), (0.1,)))
     _, height, width = source.shape
     x = source.read(0, height, 0, width)[None].requires_grad_()
-    [gradient] = torch.autograd.grad(net(x)[0, 1], x)
+    logits = net(x)[0]
+    [gradient] = torch.autograd.grad(logits[1] - logits[0], x)
     found = gradient[0].abs().amax(0).numpy()
     return found[:, ::-1] if source.to_original.xx < 0 else found
 
@@ -80,7 +81,8 @@ def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
     assert all(0 <= float(m["row"]) < 160 and 0 <= float(m["column"]) < 128 for m in marks)
     path = sorted((table.parent / "images").iterdir())[0]
     net = accelerate(create_model("lesionnet", weights=checkpoint), tile=64).eval()
-    evidence = net.evidence(open_pixels(path, normalize=Normalize((0.3,), (0.1,))), output=1)
+    image = open_pixels(path, normalize=Normalize((0.3,), (0.1,)))
+    evidence = net.evidence(image, output=1) - net.evidence(image, output=0)
     own = [float(mark["score"]) for mark in marks if mark["image_path"] == str(path)]
     assert own == sorted(own, reverse=True) and own[0] == pytest.approx(evidence.max().item(), rel=1e-4)
     capsys.readouterr()
@@ -89,6 +91,18 @@ def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
     assert run("eval", tmp_path / "p" / "predictions.csv", *options, *marked) == 0
     froc = json.loads((tmp_path / "v" / "metrics.json").read_text())["froc"]
     assert froc["images"] == 12 and froc["marks"] == len(marks) and froc["lesions"] > 0
+
+
+def test_predict_and_explain_draw_the_same_and_predict_says_the_same_with_heat_maps(table, checkpoint, tmp_path):
+    images = sorted((table.parent / "images").iterdir())[:3]
+    assert run("predict", checkpoint, *images, "--heatmaps", "--out", tmp_path / "p") == 0
+    assert run("predict", checkpoint, *images, "--out", tmp_path / "plain") == 0
+    assert run("explain", checkpoint, *images, "--out", tmp_path / "e") == 0
+    for name in ("predictions.csv", "breasts.csv"):
+        assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    for path in images:
+        drawn = (tmp_path / "p" / "heatmaps" / f"{path.stem}.png").read_bytes()
+        assert drawn == (tmp_path / "e" / f"{path.stem}.png").read_bytes()
 
 
 def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -65,6 +66,51 @@ def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path
     assert len(maps) == 16 and all(m.read_bytes().startswith(b"\x89PNG") for m in maps)
     assert "16 images predicted, 0 skipped" in capsys.readouterr().out
     assert json.loads((out / "predictions.json").read_text())["checkpoint"] == "best.ckpt"
+
+
+def test_predictions_say_their_split_and_are_measured_by_split(trained, phantoms, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("predict", trained / "best.ckpt", phantoms, "--out", out) == 0
+    of_table = {os.path.basename(r["image_path"]): r for r in rows(phantoms)}
+    images = rows(out / "predictions.csv")
+    assert {r["split"] for r in images} == {"train", "val", "test"}
+    assert all(r["split"] == of_table[os.path.basename(r["image_path"])]["split"] for r in images)
+    assert {r["split"] for r in rows(out / "breasts.csv")} == {"train", "val", "test"}
+    said = capsys.readouterr().out
+    assert "train (learnt from these, so this measures nothing): AUC per image" in said
+    own = [r for r in images if r["split"] == "train"]
+    assert f"({len(own)} images), per breast" in next(line for line in said.splitlines() if line.startswith("train"))
+    # A table of the same images that does not say the split.
+    table = phantoms.parent / "labels.csv"
+    with table.open("w") as file:
+        for row in csv.reader(phantoms.open()):
+            file.write(",".join(row[:3]) + "\n")
+    assert rows(table)[0].keys() == {"image_path", "label", "patient_id"}
+    assert run("predict", trained / "best.ckpt", table, "--out", tmp_path / "again") == 0
+    assert "\nsplit not known (may hold images of the training): AUC" in capsys.readouterr().out
+    assert {r["split"] for r in rows(tmp_path / "again" / "predictions.csv")} == {""}
+
+
+def test_a_calibration_is_applied_to_probabilities_calls_and_pictures(trained, phantoms, tmp_path, capsys):
+    digest = hashlib.sha256((trained / "best.ckpt").read_bytes()).hexdigest()
+    stored = {"output": "1", "slope": 0.5, "intercept": -1.0, "images": 40, "split": "val", "sha256": digest}
+    images = sorted((phantoms.parent / "images").iterdir())[:4]
+    assert run("predict", trained / "best.ckpt", *images, "--out", tmp_path / "plain") == 0
+    plain = rows(tmp_path / "plain" / "predictions.csv")
+    stored["threshold"] = float(plain[2]["log_odds_1"])
+    (tmp_path / "calibration.json").write_text(json.dumps(stored))
+    command = ["predict", trained / "best.ckpt", *images, "--calibration", tmp_path / "calibration.json"]
+    assert run(*command, "--out", tmp_path / "out") == 0
+    for before, after in zip(plain, rows(tmp_path / "out" / "predictions.csv"), strict=True):
+        z = float(before["log_odds_1"])
+        assert float(after["log_odds_1"]) == pytest.approx(0.5 * z - 1, rel=1e-12)
+        assert float(after["p_1"]) == pytest.approx(1 / (1 + np.exp(1 - 0.5 * z)), rel=1e-5)
+        assert after["called"] == str(int(z >= stored["threshold"])) and "called" not in before
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["calibrated_on"] == "40 images, split val"
+    (tmp_path / "calibration.json").write_text(json.dumps(stored | {"sha256": "0"}))
+    assert run(*command, "--out", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "measured on predictions of another checkpoint" in error and error.count("\n") == 1
 
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):

@@ -1,5 +1,7 @@
 """Maps by tiles against stock autograd in float64, and back on the pixels of the file."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from gigamorph.engine.explain import activation_map, find_marks, gradient_map
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.models import create_model
+from gigamorph.engine.recipes.sized import Size, SizedSource
 
 
 def image(height, width, channels=1, seed=0) -> torch.Tensor:
@@ -36,6 +39,12 @@ class Net(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+def odds(logits: torch.Tensor, output: int) -> torch.Tensor:
+    """log(p / (1 - p)) of the softmax."""
+    p = logits.softmax(0)[output]
+    return torch.log(p / (1 - p))
+
+
 def trained(make) -> nn.Module:
     torch.manual_seed(3)
     net = make().double()
@@ -54,15 +63,19 @@ def test_both_maps_are_those_of_stock_autograd(height, width, tile, channels, ou
     source = open_pixels(image(height, width, channels))
     x = source.read(0, height, 0, width)[None].double().requires_grad_()
     maps = net.features(x)
-    logit = net.head(maps.mean((2, 3)))[0, output]
-    by_map, by_pixel = torch.autograd.grad(logit, (maps, x))
+    log_odds = odds(net.head(maps.mean((2, 3)))[0], output)
+    by_map, by_pixel = torch.autograd.grad(log_odds, (maps, x))
     tiled = accelerate(net, tile=tile)
     found = gradient_map(tiled, source, output)
     torch.testing.assert_close(found.values, by_pixel[0].abs().amax(0), rtol=1e-10, atol=1e-14)
     found = activation_map(tiled, source, output)
     torch.testing.assert_close(found.values, (by_map * maps).sum(1)[0].detach(), rtol=1e-10, atol=1e-14)
-    # What all places add is the logit without its bias.
-    assert found.values.sum().item() == pytest.approx((logit - net.head.bias[output]).item(), abs=1e-12)
+    assert found.log_odds == pytest.approx(log_odds.item(), rel=1e-10, abs=1e-12) and found.adds_up
+    # Of the output itself: what all places add is the logit without its bias.
+    logit = net.head(maps.mean((2, 3)))[0, output]
+    assert tiled.evidence(source, output).sum().item() == pytest.approx(
+        (logit - net.head.bias[output]).item(), abs=1e-12
+    )
 
 
 def test_maps_of_resnet18_are_those_of_stock_autograd():
@@ -71,9 +84,9 @@ def test_maps_of_resnet18_are_those_of_stock_autograd():
     x = source.read(0, 135, 0, 97)[None].double().requires_grad_()
     kept = []
     hook = net.layer4.register_forward_hook(lambda module, inputs, out: kept.append(out))
-    logit = net(x)[0, 1]
+    log_odds = odds(net(x)[0], 1)
     hook.remove()
-    by_map, by_pixel = torch.autograd.grad(logit, (kept[0], x))
+    by_map, by_pixel = torch.autograd.grad(log_odds, (kept[0], x))
     tiled = accelerate(net, tile=32)
     torch.testing.assert_close(gradient_map(tiled, source, 1).values, by_pixel[0, 0].abs(), rtol=1e-9, atol=1e-15)
     expected = (by_map * kept[0]).sum(1)[0].detach()
@@ -123,3 +136,99 @@ def test_marks_are_the_highest_peaks_in_the_files_pixels():
     assert found == [(55, 15, 4), (15, 45, 3), (40, 55, 1)]
     assert find_marks(Explanation(source, values), count=1) == [(55, 15, 4)]
     assert find_marks(Explanation(source, -values.abs())) == []
+
+
+def bright() -> nn.Module:
+    """A network of stride 32, padded as ResNets are, whose log-odds of the second class are what is bright."""
+    layers = [nn.Sequential(nn.Conv2d(1, 1, 3, 2, 1, bias=False), nn.ReLU()) for _ in range(5)]
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        for conv, _ in layers:
+            conv.weight.fill_(1 / 9)
+        head.weight[:, 0] = torch.tensor([0.0, 1.0])
+        head.bias.zero_()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+
+
+VIEWS = {
+    "as it is": lambda source: source,
+    "left-right": lambda source: MirroredSource(source, left_right=True, up_down=False),
+    "both": lambda source: MirroredSource(source, left_right=True, up_down=True),
+    "averaged": lambda source: DownsampledSource(source, 2),
+    "averaged, left-right": lambda source: MirroredSource(DownsampledSource(source, 2), left_right=True, up_down=False),
+    "resized": lambda source: SizedSource(source, Size((288, 352))),
+    "cropped": lambda source: SizedSource(source, Size((288,), 256)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_top_mark_lies_in_a_lesion_and_so_does_the_drawn_maximum(view):
+    """A bright square, on the pixels of the file, whatever of its geometry the network saw changed."""
+    net = accelerate(bright())
+    generator = np.random.default_rng(4)
+    rows, columns, side = (20, 510), (20, 570), 34
+    if view in ("resized", "cropped"):
+        rows, columns, side = (70, 440), (100, 460), 68
+    elif view.startswith("averaged"):
+        rows, columns, side = (20, 490), (30, 550), 68
+    for corner in range(4):  # towards the corners of the image
+        image = np.zeros((580, 643), np.float32)
+        top = rows[corner // 2] + generator.integers(20)
+        left = columns[corner % 2] + generator.integers(20)
+        image[top : top + side, left : left + side] = 1
+        found = activation_map(net, VIEWS[view](open_pixels(image)), 1)
+        mark = find_marks(found)[0]
+        assert top <= mark.row <= top + side and left <= mark.column <= left + side, (view, mark)
+        drawn = found.relative().read(0, 580, 0, 643)
+        row, column = np.unravel_index(drawn.argmax(), drawn.shape)
+        assert top <= row < top + side and left <= column < left + side, (view, row, column)
+
+
+def test_the_map_reaches_to_the_borders_of_the_image_and_no_farther():
+    """Cells of a ResNet end half a cell before the image does."""
+    source = DownsampledSource(open_pixels(np.zeros((130, 131), np.float32)), 2)
+    found = activation_map(accelerate(bright()), source, 1)
+    full = Explanation(source, torch.ones_like(found.values), found.cells)
+    drawn = full.read(0, 130, 0, 131)
+    assert (drawn[:, :130] == 1).all() and (drawn[:, 130] == 0).all()
+    [mark] = find_marks(full)
+    assert 0 < mark.row < 130 and 0 < mark.column < 130
+
+
+def log_odds_map(values, log_odds, **more):
+    source = open_pixels(torch.zeros(1, 8 * len(values), 8 * len(values[0])))
+    return Explanation(source, torch.tensor(values, dtype=torch.float64), None, log_odds, **more)
+
+
+def test_what_is_drawn_is_the_rise_of_the_probability_on_one_scale():
+    values = np.full((9, 9), -0.01)
+    values[4, 4:6] = 3, 1
+    sure = log_odds_map(values, 2.0).relative().values
+    without, p = 1 / (1 + np.exp(2.0)), 1 / (1 + np.exp(-2.0))
+    assert sure[4, 4].item() == pytest.approx(p - without, abs=1e-6) and sure[0, 0] == 0
+    assert sure[4, 5].item() == pytest.approx(1 / (1 + np.exp(2 - 4 / 3)) - without, abs=1e-6)
+    # The same places in an image that is hardly positive, and noise in one that is: next to nothing.
+    assert log_odds_map(values, -5.0).relative().values.max() < 0.01
+    assert log_odds_map(values / 100, 2.0).relative().values.max() < 0.01
+    # After a maximum places do not add up.
+    values[2, 2] = 3
+    assert log_odds_map(values, 2.0, adds_up=False).relative().values.max() == pytest.approx(
+        p - 1 / (1 + np.e), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("brightness", [-2.0, 3.0])
+def test_borders_of_an_image_without_anything_do_not_shine(brightness):
+    """Networks answer to padding, which is not as dark as the background."""
+    torch.manual_seed(0)
+    shone = []
+    for _ in range(4):
+        net = create_model("lesionnet", 2, 1).eval()
+        with torch.no_grad():
+            net.fc.weight *= 20
+        source = open_pixels(torch.full((1, 240, 200), brightness))
+        found = activation_map(accelerate(net), source, 1)
+        without = dataclasses.replace(found, border=(0, 0))
+        shone.append(float(without.relative().values.max()))
+        assert found.relative().values.max() < 0.05
+    assert brightness > 0 or max(shone) > 0.5

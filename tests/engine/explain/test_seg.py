@@ -1,5 +1,7 @@
 """DICOM SEG, read back by highdicom and pydicom, on phantoms and on real mammograms."""
 
+from dataclasses import replace
+
 import highdicom
 import numpy as np
 import pydicom
@@ -96,6 +98,13 @@ def test_what_cannot_have_one_is_said_in_a_line(real_data, phantoms, tmp_path):
             explained(tmp_path / "b.dcm"), tmp_path / "b.dcm", tmp_path / "s.dcm", label="x", kind="binary"
         )
     assert "\n" not in str(error.value) and not (tmp_path / "s.dcm").exists()
+
+
+@pytest.mark.parametrize(("log_odds", "empty"), [(-2.0, True), (2.0, False)])
+def test_a_binary_segment_of_what_the_network_does_not_call_is_empty(phantoms, tmp_path, log_odds, empty):
+    found = replace(explained(phantoms[0]), log_odds=log_odds)
+    write_segmentation(found, phantoms[0], tmp_path / "s.dcm", label="x", kind="binary")
+    assert (pydicom.dcmread(tmp_path / "s.dcm").pixel_array.max() == 0) == empty
 
 
 def test_a_map_without_evidence_is_an_empty_segment(phantoms, tmp_path):

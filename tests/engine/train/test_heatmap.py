@@ -16,6 +16,7 @@ from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, to_original
+from gigamorph.engine.train.explanation import Explanation
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
 from gigamorph.engine.train.predict import predict
 
@@ -38,7 +39,7 @@ def expected(source, evidence):
 def test_overlay_is_the_whole_image_one_strip_at_a_time(tmp_path, source, suffix):
     evidence = torch.randn(35, 19, generator=torch.Generator().manual_seed(1)) + 0.3
     path = tmp_path / f"map{suffix}"
-    write_overlay(source, evidence, path)
+    write_overlay(Explanation(source, evidence), path)
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not the private mode of a temporary file
     picture = np.array(Image.open(path)) if suffix == ".png" else tifffile.imread(path)
@@ -57,14 +58,30 @@ def test_overlay_is_the_whole_image_one_strip_at_a_time(tmp_path, source, suffix
 def test_what_most_of_the_image_has_is_left_grey(tmp_path, source):
     evidence = torch.full((35, 19), 0.8)
     evidence[20:24, 10:12] = 1.0
-    write_overlay(source, evidence, tmp_path / "a.png")
+    write_overlay(Explanation(source, evidence), tmp_path / "a.png")
     picture = np.array(Image.open(tmp_path / "a.png")).astype(int)
     coloured = picture[..., 0] != picture[..., 2]
     assert coloured[650:740, 325:370].all() and not coloured[:580].any() and not coloured[:, :270].any()
 
 
+@pytest.mark.parametrize("shape", [(900, 700), (90, 300), (40, 24)])
+def test_a_caption_stands_in_the_corner_where_nothing_stands_out(tmp_path, shape):
+    source = open_pixels(torch.rand(1, *shape, generator=torch.Generator().manual_seed(2)))
+    evidence = torch.zeros(10, 10)
+    evidence[:2, :] = evidence[:, 8:] = 1.0  # all corners but the one at the bottom left
+    found = Explanation(source, evidence)
+    write_overlay(found, tmp_path / "plain.png")
+    write_overlay(found, tmp_path / "a.png", caption="malignant: probability 0.931, log-odds +2.60 $x^2$")
+    plain, picture = (np.array(Image.open(tmp_path / name)).astype(int) for name in ("plain.png", "a.png"))
+    assert picture.shape == plain.shape == (*shape, 3)
+    rows, columns = np.nonzero((picture != plain).any(-1))
+    assert rows.min() > shape[0] / 2 and columns.min() == 0
+    text = picture[rows.min() :, : columns.max() + 1]
+    assert text.max() > 150 and (text[..., 0] == text[..., 2]).mean() > 0.6  # light and grey
+
+
 def test_negative_or_no_evidence_leaves_the_image_grey(tmp_path, source):
-    write_overlay(source, -torch.rand(8, 8), tmp_path / "a.png")
+    write_overlay(Explanation(source, -torch.rand(8, 8)), tmp_path / "a.png")
     picture = np.array(Image.open(tmp_path / "a.png"))
     assert (picture[..., 0] == picture[..., 2]).all() and picture.std() > 50
 
@@ -73,7 +90,7 @@ def test_a_large_image_is_a_tiff_and_other_suffixes_are_refused(tmp_path, source
     assert overlay_name("x", (1, 4096, 3328)) == "x.png"
     assert overlay_name("x", (1, 32768, 32768)) == "x.tif"
     with pytest.raises(GigamorphError, match=r"a\.jpg: heat maps are written as"):
-        write_overlay(source, torch.rand(3, 3), tmp_path / "a.jpg")
+        write_overlay(Explanation(source, torch.rand(3, 3)), tmp_path / "a.jpg")
 
 
 def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, source, monkeypatch):
@@ -84,7 +101,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, source, monkeyp
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(GigamorphError, match=r"a\.png: the heat map cannot be written: No space left on device"):
-        write_overlay(source, torch.rand(3, 3), tmp_path / "a.png")
+        write_overlay(Explanation(source, torch.rand(3, 3)), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -101,7 +118,7 @@ def test_no_native_size_float_map_is_held(tmp_path):
             return torch.zeros(1, bottom - top, right - left)
 
     blank = Blank()
-    write_overlay(blank, torch.rand(128, 128), tmp_path / "a.tif")
+    write_overlay(Explanation(blank, torch.rand(128, 128)), tmp_path / "a.tif")
     assert blank.largest <= 512 * 4096
 
 
@@ -122,7 +139,7 @@ def test_evidence_goes_back_to_the_stored_image(tmp_path, up_down):
     )
     evidence = torch.zeros(50, 30)  # cells of 4 x 5 pixels of 3 x 3
     evidence[7, 22] = 1
-    write_overlay(source, evidence, tmp_path / "a.png", stored=True)
+    write_overlay(Explanation(source, evidence), tmp_path / "a.png", stored=True)
     found = colour(tmp_path / "a.png")
     assert found.shape == (602, 452)
     left, top, right, bottom = to_original(source).boxes([22 * 5, 7 * 4, 23 * 5, 8 * 4]).astype(int)
@@ -145,7 +162,7 @@ def test_evidence_lies_on_a_mammogram_as_it_is_stored(tmp_path, real_data):
     assert to_original(source).points([0, 0]).tolist() == [2394, 0]
     evidence = torch.zeros(96, 75)
     evidence[40, 10] = 1
-    write_overlay(source, evidence, tmp_path / "a.png", stored=True)
+    write_overlay(Explanation(source, evidence), tmp_path / "a.png", stored=True)
     found = colour(tmp_path / "a.png")
     rows, columns = np.nonzero(found > 0.7 * found.max())
     assert abs(rows.mean() - 40.5 * 3062 / 96) < 1 and abs(columns.mean() - (2394 - 10.5 * 2394 / 75)) < 1
@@ -155,7 +172,7 @@ def test_evidence_lies_on_a_mammogram_as_it_is_stored(tmp_path, real_data):
 
 
 def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
-    """A network that sums what is brighter than its surroundings, on breasts of both sides."""
+    """A network that looks for what is brighter than its surroundings, on breasts of both sides."""
     table = write_phantoms(tmp_path / "p", patients=4, height=384, width=288, seed=3)
     records = [record for record in read_table(table).records if record.label]
     assert {record.laterality for record in records} == {"L", "R"}
@@ -163,9 +180,9 @@ def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
     with torch.no_grad():
         conv.weight.fill_(-1 / 48)[..., 3, 3] = 1
         conv.bias.fill_(-0.3)
-        linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
-        linear.bias.zero_()
-    net = accelerate(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear))
+        linear.weight.copy_(torch.tensor([[-300.0], [300.0]]))
+        linear.bias.copy_(torch.tensor([7.0, -8.0]))
+    net = accelerate(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), linear))
     predict(net, ImageDataset(records, channels=1), tmp_path / "out", ["0", "1"], heatmaps=True)
     for record in records:
         found = colour(tmp_path / "out" / "heatmaps" / f"{record.path.stem}.png")
