@@ -25,6 +25,8 @@ _JPEG, _JPEG_LS, _JPEG_2000 = (
 # Frames are decoded whole. A claim above this is damage or a bomb if it comes from a thousandth of the bytes or fewer
 # (deflate cannot do better than 1 in 1032), and too large to be read at all above the second limit.
 _SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO, LARGEST_BYTES = 64 * 2**20, 1032, 4 * 2**30
+# Two bytes of PackBits stand for 128 at most.
+_RLE_RATIO = 64
 
 
 class Frame(NamedTuple):
@@ -40,6 +42,11 @@ class Frame(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of a decoded frame: (rows, columns), or (rows, columns, samples)."""
         return (self.rows, self.columns) if self.samples == 1 else (self.rows, self.columns, self.samples)
+
+    @property
+    def spare(self) -> int:
+        """Pixels that may follow a frame: fewer than a row or column, which would make it another image."""
+        return min(self.rows, self.columns) - 1
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +75,8 @@ def decode(data: bytes, syntax: str, frame: Frame, name: str) -> np.ndarray:
     `DataError` if it is damaged, ends early or is not of the shape that the header declares.
     """
     check_size(frame.nbytes, len(data), name)
+    if syntax == RLE and frame.nbytes > _RLE_RATIO * len(data):
+        raise DataError(f"{name}: {len(data)} bytes of RLE cannot hold {frame.nbytes} bytes of pixels; it is damaged")
     declared = _declared(data, syntax) if syntax != RLE else (frame.rows, frame.columns, frame.samples)
     if declared is None:
         raise DataError(f"{name}: the code stream has no header with its size; it is damaged")
@@ -111,7 +120,8 @@ def _jpeg(data: bytes, frame: Frame) -> np.ndarray:
 def _rle(data: bytes, frame: Frame) -> np.ndarray:
     """PS3.5 annex G: each byte of each sample is one PackBits segment, the most significant byte first.
 
-    The segments are taken apart here because imagecodecs' own decoder crashes on offsets that point outside.
+    The segments are taken apart here because imagecodecs' own decoder crashes on offsets that point outside. Each is
+    decoded no further than the frame goes: one that holds more is of another image, or a bomb.
     """
     count, *offsets = struct.unpack("<16I", data[:64])
     width = frame.bits_allocated // 8
@@ -122,7 +132,8 @@ def _rle(data: bytes, frame: Frame) -> np.ndarray:
         raise ValueError(f"segments at {offsets}")
     pixels = np.empty((frame.samples, frame.rows, frame.columns, width), np.uint8)
     for number in range(count):
-        segment = imagecodecs.packbits_decode(data[offsets[number] : offsets[number + 1]])
+        packed = data[offsets[number] : offsets[number + 1]]
+        segment = imagecodecs.packbits_decode(packed, out=frame.rows * frame.columns + max(frame.spare, 1))
         if len(segment) < frame.rows * frame.columns:
             raise ValueError(f"segment {number} ends early")
         plane = np.frombuffer(segment, np.uint8, frame.rows * frame.columns).reshape(frame.rows, frame.columns)

@@ -19,7 +19,7 @@ from . import grayscale
 from .affine import Affine
 from .dicom_file import DicomFile, StoredFrames, locate_frames, quietly, read_header
 from .header import MG_FOR_PRESENTATION, DicomInfo, describe, read_info
-from .rawfile import RawPixels, one_line
+from .rawfile import RawPixels, brief, one_line
 from .slide import SlidePixels
 
 __all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "read_info"]
@@ -52,8 +52,10 @@ def open_dicom(
 
 
 def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None:
-    if info.photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
-        raise DataError(f"{path}: is {info.photometric}, not grey; only MONOCHROME1 and MONOCHROME2 are read")
+    if info.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DataError(f"{path}: is {brief(info.photometric)}, not grey; only MONOCHROME1 and MONOCHROME2 are read")
+    if samples != 1:
+        raise DataError(f"{path}: is {info.photometric} with {samples} samples a pixel, not 1; correct the header")
     if frame is None and info.frames > 1:
         raise DataError(f"{path}: has {info.frames} frames; say which one (frame=0 to {info.frames - 1})")
     if frame is not None and not 0 <= frame < info.frames:
@@ -61,7 +63,9 @@ def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None
 
 
 class DicomPixels:
-    """Stored pixels (`pixels.StoredPixels`) of one frame of a DICOM file; made by `open_dicom`."""
+    """Stored pixels (`stored.StoredPixels`) of one frame of a DICOM file; made by `open_dicom`."""
+
+    self_describing = True
 
     def __init__(self, ds: Dataset, info: DicomInfo, frames: StoredFrames, *, voi: str, frame: int) -> None:
         self.path, self.name = frames.path, str(frames.path)

@@ -65,6 +65,8 @@ class DicomFile(io.BufferedReader):
     deflated: int | None = None
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+            raise DataError(f"{path}: is no regular file; name an image")
         try:
             self._bytes = io.FileIO(path)
             super().__init__(self._bytes)
@@ -116,17 +118,23 @@ def _inflated_header(file: DicomFile, path: Path) -> io.BufferedIOBase:
     return io.BytesIO(_inflate(path, file.deflated, _INFLATED_HEADER))
 
 
-def _inflate(path: Path, start: int, count: int) -> bytes:
-    """The first `count` bytes of the deflate stream at byte `start`, fewer where it ends."""
-    stream, parts = zlib.decompressobj(-zlib.MAX_WBITS), []
+def _inflate(path: Path, start: int, count: int, skip: int = 0) -> bytearray:
+    """`count` bytes of the deflate stream at byte `start`, after the first `skip`; fewer where it ends.
+
+    Nothing but these is held.
+    """
+    stream, done, found = zlib.decompressobj(-zlib.MAX_WBITS), 0, bytearray()
     with path.open("rb") as file:
         file.seek(start)
-        while count > 0 and not stream.eof and (data := file.read(2**20)):
-            while data and count > 0:
-                parts.append(stream.decompress(data, min(count, 2**24)))
-                count -= len(parts[-1])
+        while len(found) < count and not stream.eof and (data := file.read(2**20)):
+            part = b"more"
+            # Output may be left when all input is taken, and input when the stream has ended.
+            while (data or part) and len(found) < count and not stream.eof:
+                part = stream.decompress(data, min(skip + count - done, 2**20))
+                found += memoryview(part)[max(skip - done, 0) :]
+                done += len(part)
                 data = stream.unconsumed_tail
-    return b"".join(parts)
+    return found
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,7 @@ class StoredFrames:
             data = FileBytes(self.path).read(start, count)
         else:
             codecs.check_size(size, self.path.stat().st_size, str(self.path))
-            data = _inflate(self.path, self.deflated, start + count)[start:]
+            data = _inflate(self.path, self.deflated, count, skip=start)
         if len(data) < count:
             raise DataError(f"{self.path}: is truncated in its pixel data; fetch the file again")
         if self.swapped:
@@ -251,6 +259,11 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
     high, count = int(ds.get("HighBit", stored - 1)), int(ds.get("NumberOfFrames") or 1)
     if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
         raise DataError(f"{path}: {stored} bits of {allocated}, high bit {high}, is not supported; convert the file")
+    if (ds.get("PixelRepresentation") or 0) not in (0, 1):
+        raise DataError(f"{path}: PixelRepresentation {ds.PixelRepresentation} is neither 0 nor 1; correct the header")
+    if high != stored - 1 and syntax.is_encapsulated and syntax != codecs.RLE:
+        # A code stream holds the values themselves, not words with room for more.
+        raise DataError(f"{path}: {stored} bits stored and high bit {high} contradict each other; correct the header")
     samples, photometric = int(ds.get("SamplesPerPixel", 1)), str(ds.get("PhotometricInterpretation", ""))
     frame = codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
     big = syntax == ExplicitVRBigEndian
@@ -262,8 +275,14 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
         ranges = _frame_ranges(ds, file, place, count, path)
     else:
         end = place + frame.nbytes * count
-        if length == 0xFFFFFFFF or length < frame.nbytes * count:
-            raise DataError(f"{path}: {length} bytes of pixel data, {frame.nbytes * count} expected")
+        if length == 0xFFFFFFFF:
+            raise DataError(f"{path}: uncompressed pixel data without a length; the file is damaged")
+        surplus = length - frame.nbytes * count
+        if surplus < 0 or surplus > max(frame.spare * frame.nbytes // (frame.rows * frame.columns), 1):
+            raise DataError(
+                f"{path}: {length} bytes of pixel data, {frame.nbytes * count} expected for {count} frames of "
+                f"{frame.rows} x {frame.columns}; correct the header or fetch the file again"
+            )
         if file.deflated is None and end > file.size:
             raise DataError(f"{path}: is truncated ({file.size} of {end} bytes); fetch the file again")
     return StoredFrames(

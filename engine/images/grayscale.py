@@ -13,6 +13,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from ..errors import DataError
+from .rawfile import brief
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ def check_voi(voi: str) -> None:
 def _window(values: np.ndarray, center: float, width: float, function: str, name: str) -> np.ndarray:
     """Grey as a fraction of the output range (PS3.3 C.11.2.1.2 and .3)."""
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise DataError(f"{name}: VOILUTFunction {function!r} is unknown; choose another grey scale with voi='none'")
+        raise DataError(
+            f"{name}: VOILUTFunction {brief(function)!r} is unknown; choose another grey scale with voi='none'"
+        )
     if not (np.isfinite(center) and np.isfinite(width)) or (width < 1 if function == "LINEAR" else width <= 0):
         raise DataError(
             f"{name}: WindowCenter {center:g}, WindowWidth {width:g} is not allowed; choose another one with voi='none'"

@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .pixels import ArrayPixels, ImageSource, Normalize, StoredPixels, channels_first
+from .levels import White
+from .pixels import ArrayPixels, ImageSource, Normalize, channels_first
+from .stored import StoredPixels
 
 
 def open_pixels(
@@ -22,6 +24,8 @@ def open_pixels(
     channels: int | None = None,
     frame: int | None = None,
     for_processing: bool = False,
+    white: White | None = None,
+    laterality: str | None = None,
 ) -> ImageSource:
     """A `PixelSource` of a file or array.
 
@@ -35,10 +39,15 @@ def open_pixels(
     voi: DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none" (full range), "minmax"
         (from the image's darkest to its brightest pixel), "window:I" or "lut:I", I a number from 0 or the file's name.
     flip: True mirrors left-right; "auto" mirrors mammograms so that the chest wall is left, and nothing else.
+        Mammograms are DICOM files that say so, and other files whose `laterality` is given.
     channels: 3 repeats grey, 1 takes one channel of a colour image whose channels are equal; default as stored.
     frame: which frame of a multi-frame DICOM file, or plane of a slide, TIFF or OME-Zarr image that has several, from
         0; such files are refused without it.
     for_processing: accept DICOM images that are not meant for display (raw detector values).
+    white: the value that is white in files other than DICOM, by default the largest of their type (1 for floats);
+        4095 for 12 bits in a 16-bit PNG; "auto" takes the least of 255, 1023, 4095, 16383, 65535 that no pixel exceeds.
+    laterality: "L" or "R" tells that a file other than DICOM is a mammogram. The chest wall is where the breast is and,
+        where that is unclear, where it is as the breast is hung: on the right of a right one.
 
     Raises `DataError` naming the file: missing, damaged, truncated, of an unknown format, or not what was asked for.
     """
@@ -46,7 +55,7 @@ def open_pixels(
         stored = _open_file(Path(image), voi=voi, frame=frame, for_processing=for_processing)
     else:
         stored = _open_array(image)
-    return ImageSource(stored, normalize=normalize, flip=flip, channels=channels)
+    return ImageSource(stored, normalize=normalize, flip=flip, channels=channels, white=white, laterality=laterality)
 
 
 def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool) -> StoredPixels:
@@ -56,6 +65,8 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
 
         if any((path / mark).is_file() for mark in MARKS):
             return ZarrPixels(path, frame)
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; name an image")
     try:
         with path.open("rb") as file:
             head = file.read(132)

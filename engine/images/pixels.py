@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from .affine import Affine, Map
+from .levels import White, brighter_half, find_white, highest, sample_rows
+from .stored import StoredPixels
 
 
 @runtime_checkable
@@ -42,53 +44,6 @@ class PixelSource(Protocol):
         A fresh tensor that the caller may change. `DataError` if the file is damaged; `ValueError` if the region leaves
         the image.
         """
-        ...
-
-
-class StoredPixels(Protocol):
-    """What a file format must offer to become a `PixelSource`: stored values of a region, in their own dtype."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """The file."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype | torch.dtype:
-        """Of the stored values."""
-        ...
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What leads from the file to grey values, in order; nothing that identifies a patient."""
-        ...
-
-    @property
-    def to_original(self) -> Affine:
-        """From the stored image's coordinates to those of the file."""
-        ...
-
-    @property
-    def full(self) -> float:
-        """The grey value that means white: a stored value, or an entry of `table` where there is one."""
-        ...
-
-    @property
-    def table(self) -> np.ndarray | None:
-        """Grey value of every stored value (indexed by it), or None where stored values are grey values."""
-        ...
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
-        """(channels, bottom - top, right - left) stored values."""
-        ...
-
-    def flips(self) -> tuple[bool, bool]:
-        """(left-right, up-down): the mirroring that brings the image to its canonical orientation."""
         ...
 
 
@@ -135,7 +90,10 @@ class Normalize:
 
 
 class ImageSource:
-    """Stored pixels with grey scale, mirroring, channels and normalisation on top: a `PixelSource`."""
+    """Stored pixels with grey scale, mirroring, channels and normalisation on top: a `PixelSource`.
+
+    white, laterality: as in `open_pixels`; files that say themselves go by what they say.
+    """
 
     def __init__(
         self,
@@ -144,6 +102,8 @@ class ImageSource:
         normalize: Normalize | None = None,
         flip: bool | Literal["auto"] = "auto",
         channels: int | None = None,
+        white: White | None = None,
+        laterality: str | None = None,
     ) -> None:
         own, height, width = stored.shape
         channels = own if channels is None else channels
@@ -154,9 +114,13 @@ class ImageSource:
         self.stored = stored
         self.normalize = normalize or Normalize()
         self.flip = flip
+        self.white: White | None = None if stored.self_describing else white
+        self.laterality = None if stored.self_describing else laterality
         self.shape = (channels, height, width)
         self._mean, self._std = self.normalize.per_channel(channels)
         self._tables: list[np.ndarray] | None = None
+        self._full: float | None = None
+        self._chest_wall_right: bool | None = None
         self._uploaded: dict[tuple[int, torch.device], Tensor] = {}  # tables where they are looked up
 
     @property
@@ -179,7 +143,15 @@ class ImageSource:
     @property
     def as_stored(self) -> ImageSource:
         """The same image as the file stores it: not mirrored."""
-        return ImageSource(self.stored, normalize=self.normalize, flip=False, channels=self.shape[0])
+        return ImageSource(self.stored, normalize=self.normalize, flip=False, channels=self.shape[0], white=self.white)
+
+    @property
+    def full(self) -> float:
+        """The grey value that means white: as the file says, or as was asked for."""
+        if self._full is None:
+            own = find_white(self.stored) if self.white == "auto" else self.white
+            self._full = float(self.stored.full if own is None else own)
+        return self._full
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -189,7 +161,7 @@ class ImageSource:
         """
         own, channels = self.stored.shape[0], self.shape[0]
         mirrored = [side for side, is_so in zip(("left-right", "up-down"), self._mirrored(), strict=True) if is_so]
-        steps = [*self.stored.steps, f"grey 0 to {self.stored.full:g} as 0 to 1"]
+        steps = [*self.stored.steps, f"grey 0 to {self.full:g} as 0 to 1"]
         if mirrored:
             why = "chest wall left, feet down" if self.flip == "auto" else "as asked for"
             steps.append(f"mirrored {' and '.join(mirrored)} ({why})")
@@ -199,7 +171,26 @@ class ImageSource:
 
     def _mirrored(self) -> tuple[bool, bool]:
         """(left-right, up-down)."""
-        return self.stored.flips() if self.flip == "auto" else (bool(self.flip), False)
+        if self.flip != "auto":
+            return bool(self.flip), False
+        return self.stored.flips() if self.laterality is None else (self._is_right(), False)
+
+    def _is_right(self) -> bool:
+        """Whether the chest wall is on the right: by the pixels, and as a right breast is hung where they are unclear.
+
+        Files that were mirrored before say nothing of it, so the pixels come first.
+        """
+        if self._chest_wall_right is None:
+            _, height, width = self.stored.shape
+            columns = np.zeros(width)
+            for top, bottom in sample_rows(height):
+                values = self.stored.read(top, bottom, 0, width)
+                columns += np.nansum(np.asarray(values, np.float64), (0, 1))
+            if self.stored.table is not None:  # white is zero
+                columns = -columns
+            side = brighter_half(columns)
+            self._chest_wall_right = self.laterality == "R" if side is None else side == "right"
+        return self._chest_wall_right
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         values = self._read(top, bottom, left, right)
@@ -242,15 +233,22 @@ class ImageSource:
         rows = (height - bottom, height - top) if mirror_y else (top, bottom)
         columns = (width - right, width - left) if mirror_x else (left, right)
         values = self.stored.read(*rows, *columns)
+        self._refuse_above_white(values)
         axes = tuple(axis for axis, mirrored in ((1, mirror_y), (2, mirror_x)) if mirrored)
         if axes:
             values = np.flip(values, axes) if isinstance(values, np.ndarray) else _flipped(values, axes)
         return values
 
+    def _refuse_above_white(self, values: np.ndarray | Tensor) -> None:
+        if self.white not in (None, "auto") and self.full < self.stored.full:
+            most = highest(values) if 0 not in values.shape else 0.0
+            if most > self.full:
+                raise DataError(f"{self.name}: holds {most:g}, above white {self.full:g}; give a larger white level")
+
     def _own_tables(self, table: np.ndarray) -> list[np.ndarray]:
         """For each channel a table with grey scale and normalisation in it."""
         if self._tables is None:
-            grey = table / self.stored.full
+            grey = (table - (self.stored.full - self.full)) / self.full
             pairs = zip(self._mean, self._std, strict=True)
             self._tables = [((grey - mean) / std).astype(np.float32) for mean, std in pairs]
         return self._tables
@@ -275,8 +273,8 @@ class ImageSource:
             grey = values.to(torch.float32)
             fresh = grey.data_ptr() != values.data_ptr()
         grey = grey if fresh else grey.clone()
-        if self.stored.full != 1:
-            grey.div_(self.stored.full)
+        if self.full != 1:
+            grey.div_(self.full)
         if self.shape[0] == 1 and len(grey) == 3:
             if not (torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])):
                 raise DataError(f"{self.name}: is a colour image, but the model takes grey; convert it to grey first")
@@ -293,6 +291,7 @@ class ArrayPixels:
     """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
 
     table = None
+    self_describing = False
     to_original = Affine()
 
     def __init__(self, values: np.ndarray | Tensor, name: str) -> None:

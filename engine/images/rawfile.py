@@ -19,10 +19,18 @@ from ..errors import DataError
 from .affine import Affine
 from .pixels import channels_first, full_range
 
+_LONGEST = 160
+
 
 def one_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return brief(str(error)) or type(error).__name__
+
+
+def brief(text: str) -> str:
+    """In one line, cut where it is long: damaged headers are quoted by the kilobyte."""
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 class FileBytes:
@@ -76,13 +84,14 @@ class FileBytes:
 
 
 class RawPixels:
-    """A C-ordered array at a byte offset of a file, as stored pixels (`pixels.StoredPixels`).
+    """A C-ordered array at a byte offset of a file, as stored pixels (`stored.StoredPixels`).
 
     shape: of the array as it lies in the file. order: the permutation to (channels, height, width) or (height, width),
     by default the one of `channels_first`. full: the value that means white, by default that of the dtype.
     """
 
     table = None
+    self_describing = False
     to_original = Affine()
 
     def __init__(

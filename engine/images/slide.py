@@ -21,13 +21,14 @@ _SPARSEST = 1e-4
 
 
 class SlidePixels:
-    """Stored pixels (`pixels.StoredPixels`) of a slide; made by `dicom.open_dicom`.
+    """Stored pixels (`stored.StoredPixels`) of a slide; made by `dicom.open_dicom`.
 
     plane: which focal plane and optical path, from 0, focal planes first; needed where there are several.
     Tiles that a sparse slide leaves out are white in colour and black in grey.
     """
 
     to_original = Affine()
+    self_describing = True
 
     def __init__(self, ds: Dataset, info: DicomInfo, frames: StoredFrames, *, voi: str, plane: int | None) -> None:
         self.path, self.name = frames.path, str(frames.path)

@@ -20,13 +20,14 @@ _JPEG, _JPEG_2000, _APERIO_YCBCR = {6, 7, 34892, 33007}, {33004, 33005, 34712}, 
 
 
 class TiffPixels:
-    """Stored pixels (`pixels.StoredPixels`) of one plane of a TIFF file, at full resolution; alpha is dropped.
+    """Stored pixels (`stored.StoredPixels`) of one plane of a TIFF file, at full resolution; alpha is dropped.
 
     frame: which plane of the file's first image, from 0: a page, or a focal plane, time or channel of OME-TIFF. Needed
     where there are several. Thumbnails, labels and lower resolutions are further images and never meant.
     """
 
     to_original = Affine()
+    self_describing = False
 
     def __init__(self, path: Path, frame: int | None = None) -> None:
         self.name = str(path)

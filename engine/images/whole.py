@@ -22,9 +22,10 @@ _BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16
 
 
 class WholeFile:
-    """Stored pixels (`pixels.StoredPixels`) of a file that is decoded in one piece; a base class."""
+    """Stored pixels (`stored.StoredPixels`) of a file that is decoded in one piece; a base class."""
 
     table = None
+    self_describing = False
     to_original = Affine()
     shape: tuple[int, int, int]
     dtype: np.dtype

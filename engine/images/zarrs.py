@@ -21,7 +21,7 @@ MARKS = ("zarr.json", ".zarray", ".zgroup")
 
 
 class ZarrPixels:
-    """Stored pixels (`pixels.StoredPixels`) of a zarr array, or of the full resolution of an OME-Zarr image.
+    """Stored pixels (`stored.StoredPixels`) of a zarr array, or of the full resolution of an OME-Zarr image.
 
     An array of two or three axes is laid out as `open_pixels` says. Of one with more, and of an OME-Zarr image, the
     last two axes are rows and columns; `frame` counts through the others (time, channel, depth), the last fastest, and
@@ -31,6 +31,7 @@ class ZarrPixels:
     """
 
     table = None
+    self_describing = False
     to_original = Affine()
 
     def __init__(self, path: Path, frame: int | None = None) -> None:

@@ -1,6 +1,8 @@
 """The DICOM reader on real mammograms, on synthetic files of every lossless syntax, and on damaged ones."""
 
 import pickle
+import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,6 +272,11 @@ def test_voi_lut_with_bytes_and_with_too_few_bits_declared(write_dicom: Write) -
         ({"RescaleSlope": 0, "RescaleIntercept": 1}, "RescaleSlope"),
         ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "RGB"),
         ({"BitsStored": 20}, "20 bits of 16"),
+        ({"PixelRepresentation": 2}, "PixelRepresentation 2 is neither 0 nor 1"),
+        ({"PixelRepresentation": 65535}, "PixelRepresentation 65535 is neither 0 nor 1"),
+        ({"Rows": 36}, "3922 bytes of pixel data, 3816 expected for 1 frames of 36 x 53; correct the header"),
+        ({"Columns": 52}, "3922 bytes of pixel data, 3848 expected for 1 frames of 37 x 52"),
+        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "3922 bytes of pixel data, 1961 expected"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.2.1"}, "For Processing"),
         ({"PresentationIntentType": "FOR PROCESSING"}, "For Processing"),
     ],
@@ -280,6 +287,60 @@ def test_headers_that_cannot_be_right(write_dicom: Write, elements: dict, messag
         open_pixels(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, DEFLATED])
+def test_a_few_bytes_after_the_pixels_are_padding(write_dicom: Write, syntax: str) -> None:
+    """Fewer than a row or column of another image would have."""
+    pixels = picture(12, (37, 53))
+    path = write_dicom(np.append(pixels.ravel(), np.zeros(36, np.uint16))[None], syntax, Rows=37, Columns=53)
+    np.testing.assert_array_equal(open_dicom(path).read(0, 37, 0, 53)[0], pixels)
+
+
+@pytest.mark.parametrize("syntax", [JPEG + end for end in ("57", "70", "80", "90", "201")])
+@pytest.mark.parametrize("high", [12, 15])
+def test_a_high_bit_that_a_code_stream_cannot_have(write_dicom: Write, syntax: str, high: int) -> None:
+    """Its values were shifted down; they are the stored values whatever the header says."""
+    path = write_dicom(picture(12), syntax, HighBit=high)
+    with pytest.raises(DataError, match=f"x.dcm: 12 bits stored and high bit {high} contradict each other"):
+        open_pixels(path)
+
+
+@pytest.mark.parametrize("elements", [{"Rows": 36}, {"Columns": 52}, {"Rows": 8, "Columns": 8}])
+def test_rle_that_holds_more_than_the_header_says(write_dicom: Write, elements: dict) -> None:
+    """RLE has no size of its own, so that another width shears the image."""
+    with pytest.raises(DataError, match=r"x\.dcm: damaged pixel data"):
+        whole(open_pixels(write_dicom(picture(12), RLE, **elements)))
+
+
+def test_bombs_take_no_more_than_the_header_says(write_dicom: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_dicom(picture(8, (64, 64)), RLE, 8)
+    start = struct.pack("<16I", 1, 64, *[0] * 14)
+    bomb = start + b"\x81\x05" * 400_000  # 51 MB
+    monkeypatch.setattr("image_files.encode", lambda *_: bomb)
+    path = write_dicom(picture(8, (64, 64)), RLE, 8)
+    source = open_pixels(path)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="damaged pixel data"):
+        whole(source)
+    assert tracemalloc.get_traced_memory()[1] < 4 * len(bomb)
+    tracemalloc.stop()
+    # A size that two bytes for 128 cannot reach is refused before anything is allocated.
+    monkeypatch.setattr("image_files.encode", lambda *_: start + b"\x81\x05" * 1000)
+    with pytest.raises(DataError, match="bytes of RLE cannot hold"):
+        whole(open_pixels(write_dicom(np.zeros((512, 512), np.uint8), RLE, 8)))
+
+
+def test_a_frame_of_a_deflated_file_holds_no_other(write_dicom: Write) -> None:
+    pixels = np.zeros((20, 500, 500), np.uint16)
+    pixels[19] = picture(12, (500, 500))
+    source = open_pixels(write_dicom(pixels, DEFLATED), frame=19, voi="none", flip=False)
+    tracemalloc.start()
+    seen = source.stored.read(0, 500, 0, 500)[0]  # pyright: ignore[reportArgumentType]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(seen, pixels[19])
+    assert peak < pixels.nbytes  # of 20 frames
 
 
 def test_for_processing_on_demand_ignores_windows(write_dicom: Write) -> None:

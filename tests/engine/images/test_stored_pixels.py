@@ -21,7 +21,7 @@ from gigamorph.engine.tiling.scan import Scan
 class Stored:
     """Stored values with a table, mirrored both ways, as a DICOM file may have them."""
 
-    name, steps, to_original = "stored", (), Affine()
+    name, steps, to_original, self_describing = "stored", (), Affine(), True
 
     def __init__(self, values: np.ndarray, table: np.ndarray | None, full: float):
         self.values, self.table, self.full = values, table, full

@@ -1,0 +1,63 @@
+"""What a reader of a file format offers: the values that the file stores, and what they mean."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .affine import Affine
+
+
+class StoredPixels(Protocol):
+    """What a file format must offer to become a `PixelSource`: stored values of a region, in their own dtype."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype | torch.dtype:
+        """Of the stored values."""
+        ...
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What leads from the file to grey values, in order; nothing that identifies a patient."""
+        ...
+
+    @property
+    def to_original(self) -> Affine:
+        """From the stored image's coordinates to those of the file."""
+        ...
+
+    @property
+    def full(self) -> float:
+        """The grey value that means white: a stored value, or an entry of `table` where there is one."""
+        ...
+
+    @property
+    def table(self) -> np.ndarray | None:
+        """Grey value of every stored value (indexed by it), or None where stored values are grey values."""
+        ...
+
+    @property
+    def self_describing(self) -> bool:
+        """Whether the file itself says where white and the chest wall are, as DICOM does."""
+        ...
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        """(channels, bottom - top, right - left) stored values."""
+        ...
+
+    def flips(self) -> tuple[bool, bool]:
+        """(left-right, up-down): the mirroring that brings the image to its canonical orientation, if the file says."""
+        ...
