@@ -85,6 +85,13 @@ def write_segmentation(found: Explanation, image: str | Path, path: str | Path, 
         write_atomically(path, lambda p: seg.save_as(p), "DICOM SEG")
 
 
+# Of patient and study, which highdicom copies: type 2 (PS3.3 C.7.1, C.7.2), and files that were stripped lack them.
+_MAY_BE_EMPTY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+    *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
+)
+
+
 def _header(image: Path, size: tuple[int, int]) -> Dataset:
     try:
         header = dcmread(image, stop_before_pixels=True)
@@ -93,6 +100,9 @@ def _header(image: Path, size: tuple[int, int]) -> Dataset:
     frames = int(header.get("NumberOfFrames") or 1)
     if frames != 1 or (header.Rows, header.Columns) != size:
         raise DataError(f"{image}: has {frames} frames; a DICOM SEG is of one; write png or tif")
+    for keyword in _MAY_BE_EMPTY:
+        if keyword not in header:
+            setattr(header, keyword, "")
     for keyword in ("StudyDate", "SeriesDate", "PatientBirthDate"):
         # De-identified files have dates of zeros, which highdicom refuses; a date may be empty.
         if keyword in header and not _is_date(header[keyword].value):

@@ -11,7 +11,7 @@ import torch
 from gigamorph import DataError
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.maps import Explanation
-from gigamorph.engine.explain.seg import REGION, write_segmentation
+from gigamorph.engine.explain.seg import _MAY_BE_EMPTY, REGION, write_segmentation
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored
 
@@ -113,3 +113,14 @@ def test_a_map_without_evidence_is_an_empty_segment(phantoms, tmp_path):
     write_segmentation(nothing, phantoms[0], tmp_path / "s.dcm", label="x", kind="binary")
     assert pydicom.dcmread(tmp_path / "s.dcm").pixel_array.max() == 0
     assert as_stored(source).shape == (1, 200, 152)
+
+
+def test_a_file_that_was_stripped_of_its_patient(phantoms, tmp_path):
+    """Tools that remove names remove elements that a SEG must have, if only empty."""
+    ds = pydicom.dcmread(phantoms[0])
+    for keyword in _MAY_BE_EMPTY:
+        if keyword in ds:
+            delattr(ds, keyword)
+    ds.save_as(tmp_path / "x.dcm")
+    seg = check(tmp_path / "x.dcm", tmp_path, "binary")
+    assert seg.PatientBirthDate == ""
