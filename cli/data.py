@@ -24,15 +24,18 @@ _workers: Any = click.option("--workers", type=click.IntRange(1), help="Processe
 _dataset: Any = click.option(
     "--dataset",
     metavar="NAME",
-    help="cbis-ddsm, inbreast, vindr-mammo, rsna, embed, csaw-cc, cmmd, cdd-cesm, mini-mias or chestxray14; found out "
-    "from the tables in the folder if left away.",
+    help="cbis-ddsm, inbreast, vindr-mammo, rsna, embed, csaw-cc, cmmd, cdd-cesm, mini-mias, nyu or chestxray14; found "
+    "out from the tables in the folder if left out.",
 )
 _label: Any = click.option(
     "--label",
     metavar="NAME",
-    help="Which of the data set's labels; the command says what the label means. none asks for no label.",
+    help="Which of the data set's labels; the command says what the label means. Of a table of your own NAME is its "
+    "column label_NAME. none asks for no label.",
 )
-_skip: Any = click.option("--skip-missing", is_flag=True, help="Leave out images that were not downloaded.")
+_skip: Any = click.option(
+    "--skip-missing", is_flag=True, help="Leave out images and masks of lesions that were not downloaded."
+)
 _seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For all that is drawn.")
 
 
@@ -55,13 +58,21 @@ def data() -> None:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The table, csv.")
 @click.option("--identifiers", is_flag=True, help="Keep PatientID and StudyInstanceUID; numbers stand for them if not.")
+@click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="How file names say patient, side and view, as in {patient}_{laterality}-{view}; {exam} and {any}, which is "
+    "passed over, may stand in it too, and slashes for folders. By default common ones are tried where headers say "
+    "nothing.",
+)
 @_workers
-def index(folder: str, out: str, identifiers: bool, workers: int | None) -> None:
+def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers: int | None) -> None:
     """List all images below a folder with what their headers say: side, view, size, grey scale, maker, oddities.
 
     The table has no labels; add a column label to train from it. Files that are no images are listed and passed over.
+    Of PNG and TIFF files patient, side and view are in the names: the command shows which pattern it went by.
 
-    Example: gigamorph data index downloads/dicom --out index.csv
+    Example: gigamorph data index downloads/png --pattern "{patient}_{laterality}-{view}" --out index.csv
     """
     from ..engine.datasets.index import index_folder
     from ..engine.datasets.tables import write_table
@@ -69,7 +80,14 @@ def index(folder: str, out: str, identifiers: bool, workers: int | None) -> None
     from .count import Count
 
     with Count("headers") as count:
-        found = index_folder(folder, identifiers=identifiers, workers=workers, on_start=count.start, on_done=count.add)
+        found = index_folder(
+            folder,
+            identifiers=identifiers,
+            pattern=pattern,
+            workers=workers,
+            on_start=count.start,
+            on_done=count.add,
+        )
     for error in found.errors[:_SHOWN]:
         click.echo(f"passed over: {error}", err=True)
     if len(found.errors) > _SHOWN:
@@ -77,8 +95,19 @@ def index(folder: str, out: str, identifiers: bool, workers: int | None) -> None
     if not found.records:
         raise DataError(f"{folder}: holds no images")
     write_table(out, found.records, [])
-    patients = len({record.patient_id for record in found.records})
+    known = [record for record in found.records if record.patient_known]
+    patients = len({record.patient_id for record in known})
     click.echo(f"{len(found.records)} images of {patients} patients, {len(found.errors)} files passed over; {out}")
+    if found.pattern:
+        first = known[0] if pattern else next(r for r in known if "modality" not in r.extra)
+        told = ", ".join(part for part in (first.laterality, first.view) if part)
+        click.echo(f"file names read as {found.pattern}: {first.path.name} is of patient {first.patient_id}, {told}")
+    if len(known) < len(found.records):
+        click.echo(
+            f"warning: of {len(found.records) - len(known)} images the patient is not known; fill in patient_id, or "
+            "say with --pattern how file names tell it",
+            err=True,
+        )
     views = Counter(f"{record.laterality or '?'} {record.view or '?'}" for record in found.records)
     click.echo(", ".join(f"{count} {name}" for name, count in views.most_common(8)))
 
@@ -87,12 +116,14 @@ def index(folder: str, out: str, identifiers: bool, workers: int | None) -> None
 @click.argument("source", type=click.Path(exists=True))
 @click.option("--out", type=click.Path(dir_okay=False), help="All problems as csv: image, kind, what is wrong.")
 @_dataset
+@options.white
 @_workers
-def check(source: str, out: str | None, dataset: str | None, workers: int | None) -> None:
+def check(source: str, out: str | None, dataset: str | None, white: Any, workers: int | None) -> None:
     """Decode every image of a table, folder or public data set and name those that would spoil a training.
 
-    Found are files that cannot be read, blank ones, the same pixels twice (also mirrored, also in another format),
-    patients or images in two splits, sides and views on which table, header and pixels disagree, and, to know,
+    Found are files that cannot be read, blank ones, those that use next to nothing of their grey scale (12 bits in a
+    16-bit PNG), masks that are missing or of another size, the same pixels twice (also mirrored, also in another
+    format), patients or images in two splits, sides and views on which table, header and pixels disagree, and, to know,
     implants, spot views, phantoms and the like. The exit code is 1 if there is anything to mend.
 
     Example: gigamorph data check table.csv --out problems.csv
@@ -100,18 +131,19 @@ def check(source: str, out: str | None, dataset: str | None, workers: int | None
     import csv
 
     from ..engine.datasets.check import KINDS, check_images
+    from ..engine.datasets.tables.cells import escape
     from ..engine.errors import DataError
     from .count import Count
 
     records = _open(source, dataset, check_files=False, labels=False).records
     with Count("images", len(records)) as count:
-        problems = check_images(records, workers=workers, on_done=count.add)
+        problems = check_images(records, white=white, workers=workers, on_done=count.add)
     if out:
         try:
             with Path(out).open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["image_path", "kind", "problem"])
-                writer.writerows((problem.path, problem.kind, problem.message) for problem in problems)
+                writer.writerows(map(escape, (p.path, p.kind, p.message)) for p in problems)
         except OSError as error:
             raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
     serious = [problem for problem in problems if problem.kind != "flag"]
@@ -162,7 +194,16 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
         labels = Counter(read.classes[record.label] for record in part)
         told = ", ".join(f"{labels[label]} of {label}" for label in read.classes)
         click.echo(f"{name:<5} {len({record.patient_id for record in part}):>6} patients {len(part):>7} images: {told}")
-    click.echo(f"no patient is in two splits; {out}")
+    unknown = sum(not record.patient_known for record in records)
+    if unknown:
+        click.echo(
+            f"warning: of {unknown} images the patient is not known; each counts as a patient of its own, so that one "
+            f"woman may be in two splits; fill in patient_id",
+            err=True,
+        )
+        click.echo(out)
+    else:
+        click.echo(f"no patient is in two splits; {out}")
 
 
 @data.command()
@@ -179,6 +220,7 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
 )
 @options.voi
 @options.for_processing
+@options.white
 @_workers
 def convert(
     source: str,
@@ -189,6 +231,7 @@ def convert(
     file_format: str | None,
     voi: str,
     for_processing: bool,
+    white: Any,
     workers: int | None,
 ) -> None:
     """Turn a public data set, as it was downloaded, into a table for training; its images too if asked for.
@@ -199,12 +242,21 @@ def convert(
     Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
     """
     from ..engine.datasets.convert import convert_images
-    from ..engine.datasets.tables import DATA_SETS, write_table
+    from ..engine.datasets.tables import DATA_SETS, missing_masks, without_masks, write_table
     from ..engine.errors import DataError
     from .count import Count
 
     table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     records, errors = table.records, []
+    absent = missing_masks(records)
+    if absent and not skip_missing:
+        raise DataError(
+            f"{source}: {len(absent)} masks do not exist, the first {absent[0]}; download them, or leave them out "
+            "(--skip-missing)"
+        )
+    if absent:
+        records = without_masks(records, absent)
+        click.echo(f"{len(absent)} masks are missing and left out, the first {absent[0]}", err=True)
     if file_format:
         with Count("images", len(records)) as count:
             records, errors = convert_images(
@@ -213,6 +265,7 @@ def convert(
                 file_format=file_format,  # pyright: ignore[reportArgumentType]
                 voi=voi,
                 for_processing=for_processing,
+                white=white,
                 workers=workers,
                 on_done=count.add,
             )
@@ -228,6 +281,7 @@ def convert(
         write_table(Path(out) / "unlabelled.csv", unlabelled, table.classes)
     meaning = {
         "data_set": table.name,
+        "source": source,
         "label": table.label_rule,
         "split": DATA_SETS[table.name].split if table.name else "as in the table",
         "classes": table.classes,
@@ -254,6 +308,7 @@ def convert(
 @options.voi
 @click.option("--frame", type=click.IntRange(0), help="Of a file with several.")
 @options.for_processing
+@options.white
 @options.augment
 @_seed
 def preview(
@@ -265,6 +320,7 @@ def preview(
     voi: str,
     frame: int | None,
     for_processing: bool,
+    white: Any,
     augment: Augment | None,
     seed: int,
 ) -> None:
@@ -292,6 +348,7 @@ def preview(
         channels=channels,
         frame=frame,
         for_processing=for_processing,
+        white=white,
     )
     if augment:
         source = NormalizedSource(augmented(source, augment, seed=seed, epoch=0, index=0), normalize)
@@ -410,9 +467,8 @@ def _open(
     name = dataset or (detect(source) if Path(source).is_dir() else None)
     if name is None:
         labels = labels and label != "none"
-        if label not in (None, "none"):
-            raise click.UsageError("--label chooses among the labels of a public data set; say which: --dataset NAME")
-        return read_table(source, labels=labels, check_files=check_files)
+        own = None if label == "none" else label
+        return read_table(source, labels=labels, label=own, check_files=check_files, skip_missing=skip_missing)
     if dataset is None:
         click.echo(f"{source} holds {DATA_SETS[name].title} (--dataset {name})")
     wanted = None if label == "none" else label

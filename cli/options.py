@@ -59,6 +59,18 @@ def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None
         raise click.BadParameter(str(error), ctx, param) from error
 
 
+def _parse_white(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    from ..engine.errors import GigamorphError
+    from ..engine.images.levels import parse_white
+
+    try:
+        return parse_white(value)
+    except GigamorphError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
 model: Any = click.option(
     "--model",
     default="resnet18",
@@ -109,6 +121,13 @@ voi: Any = click.option(
     default="auto",
     show_default=True,
     help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.",
+)
+white: Any = click.option(
+    "--white",
+    callback=_parse_white,
+    metavar="LEVEL",
+    help="The value that is white in PNG, TIFF and other files that are no DICOM: a number, as 4095 for 12 bits in a "
+    "16-bit PNG, or auto for the bits that each image uses; by default the largest value of the file's type.",
 )
 for_processing: Any = click.option(
     "--for-processing", is_flag=True, help="Accept DICOM images that are not meant for display."

@@ -61,6 +61,8 @@ def predict(
 
     Example: gigamorph predict run/best.ckpt exam1.dcm exam2.dcm --heatmaps --out predictions
     """
+    from ..engine.datasets.dataset import ImageDataset
+    from ..engine.datasets.grey import grey_warnings
     from ..engine.evaluate.recalibration import read_calibration
     from ..engine.files import write_atomically
     from ..engine.recipes.networks import open_classifier
@@ -75,6 +77,9 @@ def predict(
     calibration = None if calibrated_by is None else read_calibration(calibrated_by, classes, digest)
     records = prediction_records(images, classes, check_files=not skip_bad)
     data = open_images(records)
+    if isinstance(data, ImageDataset):
+        for text in grey_warnings(data):
+            click.echo(f"warning: {text}", err=True)
     with ProgressView(device=device) as view:
         meter = Meter(view)
         net.on_tile = meter.on_tile

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @options.std
 @options.voi
 @options.for_processing
+@options.white
 @options.augment
 @click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of AdamW.")
@@ -65,6 +66,7 @@ def train(
     std: tuple[float, ...],
     voi: str,
     for_processing: bool,
+    white: Any,
     augment: Augment | None,
     epochs: int,
     lr: float,
@@ -119,8 +121,10 @@ def train(
         normalize=Normalize(mean, std),
         voi=voi,
         for_processing=for_processing,
+        white=white,
         augment=augment,
         seed=seed,
+        warn=lambda text: click.echo(f"warning: {text}", err=True),
     )
     chosen = TrainOptions(
         model=model,

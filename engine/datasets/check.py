@@ -12,9 +12,11 @@ import numpy as np
 
 from ..errors import DataError
 from ..images.header import DicomInfo, read_info
+from ..images.levels import White, brighter_half
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
+from .grey import odd_range
 from .index import is_dicom
 from .splits import leaks
 from .tables.schema import Record
@@ -22,6 +24,8 @@ from .tables.schema import Record
 KINDS = {
     "unreadable": "cannot be opened or decoded",
     "blank": "all pixels are equal",
+    "grey": "far from the scale from black to white: nearly black, or brighter than white",
+    "mask": "a mask that is missing, unreadable, empty, or of another size than its image",
     "duplicate": "the same pixels twice, perhaps mirrored",
     "leak": "a patient or an image in two splits",
     "patient": "one patient under two names, so that no split by patient holds",
@@ -30,8 +34,6 @@ KINDS = {
     "flag": "not a standard view for presentation: to know, not to mend",
 }
 _ROWS = 256
-# How much brighter the half with the breast must be before its side counts as seen.
-_CLEAR = 1.3
 # Without PatientOrientation the side on which images of a laterality lie is learnt from so many, if so many agree.
 _FEW, _MOST = 3, 0.8
 # A PatientID that more patients of the table have is what an anonymiser wrote into all files.
@@ -59,22 +61,28 @@ class _Facts:
     brighter: str | None
     """"left" or "right" half of the stored image, where it is clear."""
     info: DicomInfo | None
+    grey: str
+    """What is odd about the range of grey values; empty if nothing is."""
+    masks: tuple[str, ...]
+    """What is wrong with the masks."""
 
 
 def check_images(
     records: Sequence[Record],
     *,
+    white: White | None = None,
     workers: int | None = None,
     on_done: Callable[[], object] | None = None,
 ) -> list[Problem]:
     """Decode every image, in parallel, and compare all with each other and with the table; in the table's order.
 
     Nothing stops at the first bad file. Held in memory are 32 bytes and a header per image.
+    white: the white level of images of which the table does not say, as in `open_pixels`.
     on_done: called after each image.
     """
     facts: list[_Facts | DataError] = [DataError("")] * len(records)
-    places = [(record.path, record.frame) for record in records]
-    for number, result in run_parallel(_inspect, places, workers=workers, chunk=4):
+    tasks = [_Task(record, white if record.white is None else record.white) for record in records]
+    for number, result in run_parallel(_inspect, tasks, workers=workers, chunk=4):
         facts[number] = result
         if on_done is not None:
             on_done()
@@ -86,6 +94,8 @@ def check_images(
         if isinstance(fact, DataError)
     ]
     problems += [Problem(r.path, "blank", f"all {_size(f)} pixels are equal") for r, f in good if f.blank]
+    problems += [Problem(r.path, "grey", f.grey) for r, f in good if f.grey and not f.blank]
+    problems += [Problem(r.path, "mask", text) for r, f in good for text in f.masks]
     problems += _duplicates(good)
     problems += _leaks(records, good)
     problems += _disagreements(good)
@@ -94,21 +104,49 @@ def check_images(
     return sorted(problems, key=lambda problem: (order[problem.path], list(KINDS).index(problem.kind)))
 
 
-def _inspect(place: tuple[Path, int | None]) -> _Facts:
-    path, frame = place
+@dataclass(frozen=True)
+class _Task:
+    record: Record
+    white: White | None
+
+    def __str__(self) -> str:
+        return str(self.record.path)
+
+
+def _inspect(task: _Task) -> _Facts:
+    path, frame = task.record.path, task.record.frame
     info = read_info(path) if is_dicom(path) else None
     frames: Iterable[int | None] = [frame]
     if frame is None and info is not None and info.matrix is None and info.frames > 1:
         frames = range(info.frames)
     # Grey values as stored, so that the choice of a window makes no difference.
-    parts = [_read_through(open_pixels(path, voi="none", flip=False, frame=number)) for number in frames]
-    digests, blanks, columns = zip(*parts, strict=True)
+    parts, source = [], None
+    for number in frames:  # one after the other: a decoded frame stays with its source
+        source = open_pixels(path, voi="none", flip=False, frame=number, white=task.white)
+        parts.append(_read_through(source))
+    assert source is not None
+    digests, least, most, columns = zip(*parts, strict=True)
     digest = digests[0] if len(parts) == 1 else blake2b(b"".join(digests), digest_size=32).digest()
-    return _Facts(digest, all(blanks), _brighter(np.sum(columns, 0)), info)
+    blank = all(low == high for low, high in zip(least, most, strict=True))
+    side, grey = brighter_half(np.sum(columns, 0)), odd_range(source, max(most))
+    masks = (_wrong_mask(finding.mask, source.shape) for finding in task.record.findings if finding.mask)
+    return _Facts(digest, blank, side, info, grey, tuple(text for text in masks if text))
 
 
-def _read_through(source: ImageSource) -> tuple[bytes, bool, np.ndarray]:
-    """Digest, whether all pixels are equal, and the mean grey of every column."""
+def _wrong_mask(mask: Path, shape: tuple[int, int, int]) -> str:
+    """What is wrong with a mask of an image of this shape; empty if nothing is."""
+    try:
+        source = open_pixels(mask, voi="none", flip=False)
+        if source.shape[1:] != shape[1:]:
+            return f"{mask} is {source.shape[1]} x {source.shape[2]}, its image {shape[1]} x {shape[2]}"
+        _, _, most, _ = _read_through(source)
+    except DataError as error:
+        return f"{mask}: {_reason(error, mask)}"
+    return f"{mask} is empty" if most <= 0 else ""
+
+
+def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]:
+    """Digest, least and largest grey value, and the mean grey of every column."""
     channels, height, width = source.shape
     seed = f"{channels} {height} {width}".encode()
     plain, mirrored = blake2b(seed, digest_size=32), blake2b(seed, digest_size=32)
@@ -120,17 +158,7 @@ def _read_through(source: ImageSource) -> tuple[bytes, bool, np.ndarray]:
         mirrored.update(np.ascontiguousarray(strip[:, :, ::-1]).data)
         columns += strip.sum((0, 1), dtype=np.float64)
         least, most = min(least, float(strip.min())), max(most, float(strip.max()))
-    return min(plain.digest(), mirrored.digest()), least == most, columns / (channels * height)
-
-
-def _brighter(columns: np.ndarray) -> str | None:
-    """The half that holds more above the darkest column, if it is clear."""
-    weight = columns - columns.min()
-    half = len(weight) // 2
-    left, right = weight[:half].sum(), weight[len(weight) - half :].sum()
-    if max(left, right) < _CLEAR * min(left, right) or left == right:
-        return None
-    return "left" if left > right else "right"
+    return min(plain.digest(), mirrored.digest()), least, most, columns / (channels * height)
 
 
 def _reason(error: DataError, path: Path) -> str:

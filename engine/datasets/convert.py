@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +14,12 @@ import numpy as np
 
 from ..errors import DataError
 from ..images.affine import Affine
+from ..images.levels import White
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
+from .dataset import open_record
 from .tables.schema import Box, Finding, Record
 
 Format = Literal["tiff", "png"]
@@ -24,11 +29,13 @@ _SUFFIX = {"tiff": ".tif", "png": ".png"}
 @dataclass(frozen=True)
 class _Task:
     record: Record
+    source: str
     target: Path
     mask_folder: Path
     file_format: Format
     voi: str
     for_processing: bool
+    white: White | None
 
     def __str__(self) -> str:
         return str(self.record.path)
@@ -41,6 +48,7 @@ def convert_images(
     file_format: Format = "tiff",
     voi: str = "auto",
     for_processing: bool = False,
+    white: White | None = None,
     workers: int | None = None,
     on_done: Callable[[], object] | None = None,
 ) -> tuple[list[Record], list[DataError]]:
@@ -49,8 +57,11 @@ def convert_images(
     A pixel becomes its grey value, from 0 black to 65535 white, at native resolution and in the orientation of
     `open_pixels`; TIFF files are tiled and compressed without loss, and written tile by tile.
 
-    Returns the records of what was written, with their findings in the new coordinates and `extra["steps"]`, what was
-    done; and an error for each image that could not be read, which stops nothing.
+    Files keep their names; those of several folders that share one are called after patient, side and view.
+
+    Returns the records of what was written, with their findings in the new coordinates, `extra["source"]`, the path of
+    the file below the folder that holds all of them, and `extra["steps"]`, what was done; and an error for each image
+    that could not be read, or whose mask could not, which stops nothing.
     """
     folder = Path(folder)
     try:
@@ -59,17 +70,21 @@ def convert_images(
             (folder / "masks").mkdir(exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    names = _unique([record.path.stem for record in records])
+    names = _names(records)
+    paths = [Path(os.path.abspath(record.path)) for record in records]
+    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     tasks = [
         _Task(
             record,
+            path.relative_to(root).as_posix(),
             folder / "images" / (name + _SUFFIX[file_format]),
             folder / "masks",
             file_format,
             voi,
             for_processing,
+            white,
         )
-        for record, name in zip(records, names, strict=True)
+        for record, path, name in zip(records, paths, names, strict=True)
     ]
     done: list[Record | DataError] = [DataError("")] * len(tasks)
     for number, result in run_parallel(_convert, tasks, workers=workers):
@@ -79,8 +94,22 @@ def convert_images(
     return [r for r in done if isinstance(r, Record)], [e for e in done if isinstance(e, DataError)]
 
 
+def _names(records: Sequence[Record]) -> list[str]:
+    """A name for each image: that of its file, unless several files share it (TCIA calls every first one 1-1.dcm)."""
+    stems = Counter(record.path.stem.lower() for record in records)
+    names = []
+    for record in records:
+        name = record.path.stem
+        if stems[name.lower()] > 1:
+            parts = (record.patient_id, record.laterality, record.view)
+            if record.laterality or record.view:
+                name = re.sub(r"[^\w.-]+", "_", "_".join(part for part in parts if part)).strip("._") or name
+        names.append(name)
+    return _unique(names)
+
+
 def _unique(names: Sequence[str]) -> list[str]:
-    """Names, with -2, -3, ... where they come again: files of several folders may share one."""
+    """Names, with -2, -3, ... where they come again."""
     taken: set[str] = set()
     found = []
     for name in names:
@@ -94,21 +123,29 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _convert(task: _Task) -> Record:
-    source = open_pixels(
-        task.record.path, voi=task.voi, channels=1, frame=task.record.frame, for_processing=task.for_processing
-    )
+    source = open_record(task.record, voi=task.voi, channels=1, for_processing=task.for_processing, white=task.white)
     _write(source, task.target, task.file_format, 65535)
     back = source.to_original.inverse()
     findings = []
     for number, finding in enumerate(task.record.findings):
         mask = None
-        if finding.mask is not None and finding.mask.exists():
+        if finding.mask is not None:
             flips = source.to_original.xx < 0, source.to_original.yy < 0
             mask = task.mask_folder / f"{task.target.stem}_{number}.tif"
             _write_mask(finding.mask, mask, source, flips)
         findings.append(_moved(finding, back, mask))
-    extra = {**task.record.extra, "steps": "; ".join(source.steps)}
-    return replace(task.record, path=task.target, findings=tuple(findings), extra=extra, frame=None)
+    extra = {**task.record.extra, "source": task.source, "steps": "; ".join(source.steps)}
+    # What is written is on the scale of 16 bits and not to be mirrored again.
+    side = "left" if task.record.laterality or task.record.chest_wall else None
+    return replace(
+        task.record,
+        path=task.target,
+        findings=tuple(findings),
+        extra=extra,
+        frame=None,
+        white=None,
+        chest_wall=side,
+    )
 
 
 def _write(source: ImageSource, target: Path, file_format: Format, white: int) -> None:
@@ -129,8 +166,9 @@ def _write(source: ImageSource, target: Path, file_format: Format, white: int) -
 
 
 def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool, bool]) -> None:
-    """The mask turned as its image was; 255 where it is not 0."""
+    """The mask turned as its image was; 255 where it is not 0 (of lossy JPEG files, where it is above half)."""
     source = open_pixels(mask, voi="none", flip=False)
+    level = 0.5 if source.steps[0].startswith("JPEG") else 0.0
     _, height, width = source.shape
     if source.shape[1:] != image.shape[1:]:
         raise DataError(
@@ -142,7 +180,7 @@ def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool,
         columns = (width - right, width - left) if flips[0] else (left, right)
         values = source.read(*rows, *columns).amax(0).numpy()
         values = values[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
-        return np.where(values > 0, np.uint8(255), np.uint8(0))
+        return np.where(values > level, np.uint8(255), np.uint8(0))
 
     with whole_or_absent(target) as part:
         write_tiff(part, (height, width), np.dtype(np.uint8), read)

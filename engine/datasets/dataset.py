@@ -8,17 +8,37 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from ..images.levels import White
 from ..images.open import open_pixels
-from ..images.pixels import Normalize, PixelSource
+from ..images.pixels import ImageSource, Normalize, PixelSource
 from .augment import Augment, augmented
 from .tables import Record
 from .views import DownsampledSource, NormalizedSource
 
 
+def open_record(
+    record: Record, *, flip: bool | Literal["auto"] = "auto", white: White | None = None, **options: Any
+) -> ImageSource:
+    """The image of a record, with frame, white level and side as the table says; the rest as in `open_pixels`.
+
+    flip: "auto" goes by the table's chest_wall, where it has one. white: of images of which the table does not say.
+    """
+    if flip == "auto" and record.chest_wall is not None:
+        flip = record.chest_wall == "right"
+    return open_pixels(
+        record.path,
+        flip=flip,
+        frame=record.frame,
+        white=white if record.white is None else record.white,
+        laterality=record.laterality,
+        **options,
+    )
+
+
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images of a table; an item is dict(image=PixelSource, label=int, index=int, record=Record).
 
-    normalize, voi, flip, channels, for_processing: as in `pixels.open_pixels`.
+    normalize, voi, flip, channels, for_processing, white: as in `open_record`.
     downsample: average factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
     augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
     `set_epoch` at the start of every epoch.
@@ -36,6 +56,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         channels: int | None = None,
         downsample: int = 1,
         for_processing: bool = False,
+        white: White | None = None,
         augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
@@ -43,6 +64,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.normalize, self.voi, self.channels = normalize, voi, channels
         self.flip: bool | Literal["auto"] = flip
         self.for_processing = for_processing
+        self.white: White | None = white
         self.downsample, self.augment, self.seed = downsample, augment, seed
         self.epoch = 0
 
@@ -53,17 +75,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        source: PixelSource = open_pixels(
-            record.path,
-            normalize=None if self.augment else self.normalize,
+    def opened(self, record: Record, normalize: Normalize | None) -> ImageSource:
+        """An image of this data set as it is prepared for the network, before it is averaged and varied."""
+        return open_record(
+            record,
+            normalize=normalize,
             voi=self.voi,
             flip=self.flip,
             channels=self.channels,
-            frame=record.frame,
             for_processing=self.for_processing,
+            white=self.white,
         )
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        source: PixelSource = self.opened(record, None if self.augment else self.normalize)
         if self.downsample != 1:
             source = DownsampledSource(source, self.downsample)
         if self.augment:

@@ -10,6 +10,7 @@ from ..errors import DataError
 from ..images.header import DicomInfo, read_info
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
+from .names import NamePattern, find_pattern
 from .tables.generic import image_files
 from .tables.schema import Record
 
@@ -23,27 +24,34 @@ class Index:
     records: list[Record]
     """One per image, label -1; `extra` has rows, columns, frames, and for DICOM what else matters for training."""
     errors: list[DataError]
-    """Files that are no images or damaged, each named."""
+    """Files that are no images or damaged, or whose names do not fit the pattern that was asked for, each named."""
+    pattern: str | None
+    """Of the file names from which patients, sides and views are; None if none are."""
 
 
 def index_folder(
     folder: str | Path,
     *,
     identifiers: bool = False,
+    pattern: str | None = None,
     workers: int | None = None,
     on_start: Callable[[int], object] | None = None,
     on_done: Callable[[], object] | None = None,
 ) -> Index:
     """Read the headers of all images below a folder, in parallel; a bad file is noted, and stops nothing.
 
-    Patients and exams are numbered in the order of their first file (P00001, E00001), so that splits by patient are
-    possible and nobody is named; identifiers=True keeps PatientID and StudyInstanceUID. Images that name no patient
-    (PNG, TIFF) are each a patient of their own.
+    Patients and exams of DICOM files are numbered in the order of their first file (P00001, E00001), so that splits by
+    patient are possible and nobody is named; identifiers=True keeps PatientID and StudyInstanceUID.
+
+    Files whose header names no patient (PNG, TIFF) have patient, side and view from their names, if one of the common
+    patterns of `names.COMMON` fits all of them; else each stands for a patient of its own, and its `patient_known` is
+    False. pattern: a pattern for the names of all files, which then counts before their headers; see `names`.
     on_start: called with the number of files. on_done: called after each.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
+    wanted = None if pattern is None else NamePattern(pattern)
     paths = image_files(folder)
     if on_start is not None:
         on_start(len(paths))
@@ -54,18 +62,49 @@ def index_folder(
             on_done()
     records = [record for record in found if isinstance(record, Record)]
     if not identifiers:
-        patients = _numbers([record.patient_id for record in records], "P")
-        exams = _numbers([record.exam_id or "" for record in records], "E")
-        records = [
-            replace(record, patient_id=patient, exam_id=exam)
-            for record, patient, exam in zip(records, patients, exams, strict=True)
+        records = _numbered(records)
+    errors = [error for error in found if isinstance(error, DataError)]
+    nameless = [record.path for record in records if not record.patient_known]
+    fitting = wanted or find_pattern(nameless)
+    if fitting is not None:
+        named = [_named(record, fitting, always=wanted is not None) for record in records]
+        errors += [
+            DataError(f"{record.path}: its name does not fit the pattern {fitting.text}; rename it, or name another")
+            for record, new in zip(records, named, strict=True)
+            if new is None
         ]
-    return Index(records, [error for error in found if isinstance(error, DataError)])
+        records = [record for record in named if record is not None]
+    return Index(records, errors, fitting.text if fitting else None)
 
 
-def _numbers(names: Sequence[str], letter: str) -> list[str]:
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names), 1)}
-    return [f"{letter}{numbers[name]:05d}" for name in names]
+def _numbered(records: Sequence[Record]) -> list[Record]:
+    """Records whose patients and exams of DICOM headers are numbers."""
+    known = [record for record in records if record.patient_known]
+    patients = {name: f"P{number:05d}" for number, name in enumerate(dict.fromkeys(r.patient_id for r in known), 1)}
+    exams = {name: f"E{number:05d}" for number, name in enumerate(dict.fromkeys(r.exam_id for r in known), 1)}
+    return [
+        replace(record, patient_id=patients[record.patient_id], exam_id=exams[record.exam_id])
+        if record.patient_known
+        else record
+        for record in records
+    ]
+
+
+def _named(record: Record, pattern: NamePattern, *, always: bool) -> Record | None:
+    """With what the file's name says, where the header says nothing or `always`; None if the name does not fit."""
+    if record.patient_known and not always:
+        return record
+    said = pattern.match(record.path)
+    if said is None or said.patient is None:
+        return None
+    return replace(
+        record,
+        patient_id=said.patient,
+        patient_known=True,
+        exam_id=said.exam or said.patient,
+        laterality=said.laterality or record.laterality,
+        view=said.view or record.view,
+    )
 
 
 def _read(path: Path) -> Record:
@@ -73,12 +112,12 @@ def _read(path: Path) -> Record:
         return _dicom_record(path, read_info(path))
     channels, height, width = open_pixels(path).shape
     extra = {"rows": str(height), "columns": str(width), "channels": str(channels)}
-    return Record(path, -1, str(path), exam_id=str(path), extra=extra)
+    return Record(path, -1, str(path), patient_known=False, extra=extra)
 
 
 def is_dicom(path: Path) -> bool:
     """Whether the file has DICOM's mark; `DataError` if it cannot be read."""
-    if path.is_dir():
+    if path.exists() and not path.is_file():
         return False
     try:
         with path.open("rb") as file:
@@ -106,9 +145,10 @@ def _dicom_record(path: Path, info: DicomInfo) -> Record:
         path,
         -1,
         info.patient_id or str(path),
+        patient_known=info.patient_id is not None,
         laterality=info.laterality,
         view=info.view,
         extra=extra,
-        exam_id=info.study_uid or info.patient_id or str(path),
+        exam_id=info.study_uid or info.patient_id,
         manufacturer=info.manufacturer,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import DataError
 from ..images.pixels import ImageSource, PixelSource, steps_of
 from ..images.writers import PNG_PIXELS, whole_or_absent, write_png
+from .grey import odd_range
 from .views import DownsampledSource, NormalizedSource
 
 Seen = ImageSource | NormalizedSource
@@ -34,11 +35,13 @@ class Preview:
     """Share of the pixels whose grey value is 0: background, or cut off by the window."""
     white: float
     """Share of the pixels whose grey value is 1."""
+    odd: str = ""
+    """What is odd about the range of grey values."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a look at the figures alone should tell."""
-        found = []
+        found = [self.odd] if self.odd else []
         if self.least == self.most:
             found.append("all pixels are equal")
         if self.white > 0.05:
@@ -56,18 +59,22 @@ def preview(source: Seen) -> Preview:
     total = squares = 0.0
     least, most = math.inf, -math.inf
     black = white = 0
+    brightest = np.full(source.shape[0], -math.inf)
     low, high = _grey(source, np.float32(0)), _grey(source, np.float32(1))
     for top in range(0, height, _ROWS):
         strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
         total += float(strip.sum(dtype=np.float64))
         squares += float(np.square(strip, dtype=np.float64).sum())
         least, most = min(least, float(strip.min())), max(most, float(strip.max()))
+        brightest = np.maximum(brightest, strip.max((1, 2)))
         black += int((strip <= low).sum())
         white += int((strip >= high).sum())
     count = math.prod(source.shape)
     mean = total / count
     std = math.sqrt(max(squares / count - mean * mean, 0.0))
-    return Preview(source.shape, steps_of(source), least, mean, std, most, black / count, white / count)
+    means, stds = (np.array(values) for values in source.normalize.per_channel(source.shape[0]))
+    odd = odd_range(source, float((brightest * stds + means).max())) if isinstance(source, ImageSource) else ""
+    return Preview(source.shape, steps_of(source), least, mean, std, most, black / count, white / count, odd)
 
 
 def _grey(source: Seen, grey: np.float32) -> np.ndarray:

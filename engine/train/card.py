@@ -99,7 +99,11 @@ def _data(card: Card) -> list[str]:
         if told:
             missing = f", not known {values[None]}" if values[None] else ""
             known.append(f"- {column}: {told}{missing}")
-    return [*lines, "", "No patient is in two splits.", "", *(known or ["Views, densities and makers are not known."])]
+    unknown = sum(not record.patient_known for part in card.records.values() for record in part)
+    leaks = "No patient is in two splits."
+    if unknown:
+        leaks = f"The patient of {unknown} images is not known, so one may be in two splits."
+    return [*lines, "", leaks, "", *(known or ["Views, densities and makers are not known."])]
 
 
 def _is(record: Record, number: int, name: str) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..datasets.augment import Augment
 from ..datasets.dataset import ImageDataset
+from ..datasets.grey import grey_warnings
 from ..datasets.splits import assign_splits
 from ..datasets.tables import Record, read_table
 from ..errors import DataError
+from ..images.levels import White
 from ..images.pixels import Normalize
 from .fit import Data
 
@@ -24,12 +27,15 @@ def training_data(
     voi: str = "auto",
     downsample: int = 1,
     for_processing: bool = False,
+    white: White | None = None,
     augment: Augment | None = None,
     seed: int = 0,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> Data:
     """The images of a csv or of a folder per class, split by patient as the table says, or drawn by the seed.
 
-    Only the training images are varied as ``augment`` says, anew in each epoch.
+    Only the training images are varied as ``augment`` says, anew in each epoch. ``warn`` is called with what a look at
+    a few training images tells: a grey scale or a normalisation that cannot be theirs.
 
     Raises:
         DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
@@ -44,6 +50,8 @@ def training_data(
     }
     if for_processing:
         preprocessing["for_processing"] = True
+    if white is not None:
+        preprocessing["white"] = white
     if augment is not None:
         preprocessing["augment"] = str(augment)
     train, val, test = (
@@ -56,7 +64,28 @@ def training_data(
         )
         for name in ("train", "val", "test")
     )
+    for text in _unlearnable(read.classes, [record for record in records if record.split == "train"], Path(table)):
+        warn(text)
+    unknown = sum(not record.patient_known for record in records)
+    if unknown:
+        warn(f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits")
+    for text in grey_warnings(train):
+        warn(text)
     return Data(train, val, test, classes=tuple(read.classes), channels=channels, preprocessing=preprocessing)
+
+
+def _unlearnable(classes: Sequence[str], records: Sequence[Record], table: Path) -> list[str]:
+    """`DataError` if all training images have one label; what else is to be told of label columns."""
+    found = {record.label for record in records}
+    if len(found) == 1:
+        name = classes[found.pop()]
+        raise DataError(f"{table}: all {len(records)} training images have label {name}; training needs another class")
+    names = sorted({name for record in records for name in record.labels})
+    # A label that was made from a column is that column.
+    if any(all(r.labels.get(name) == r.label for r in records) for name in names):
+        return []
+    told = ", ".join(f"label_{name}" for name in names)
+    return [f"columns {told} are not learnt, label is (data convert --label makes another one it)"] if told else []
 
 
 def images(
@@ -76,6 +105,7 @@ def images(
         flip=preprocessing["flip"],
         downsample=preprocessing["downsample"],
         for_processing=preprocessing.get("for_processing", False),
+        white=preprocessing.get("white"),
         augment=augment,
         seed=seed,
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..accelerate import Accelerated
+from ..datasets.tables.cells import escape
 from ..errors import BudgetError, DataError, GigamorphError
 from ..evaluate.read import ODDS, PROBABILITY
 from ..evaluate.recalibration import Calibration
@@ -182,7 +183,7 @@ class _Table:
     def _line(self, values: Iterable[object]) -> None:
         assert self._file is not None
         text = StringIO(newline="")
-        csv.writer(text).writerow(values)
+        csv.writer(text).writerow(map(escape, values))
         rest = text.getvalue().encode()
         before = self._file.tell()
         try:
@@ -212,4 +213,4 @@ def _write_all(path: Path, results: Sequence[Prediction], classes: Sequence[str]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["breast", *_header(classes)[1:]])
-        writer.writerows(_row(result) for result in results)
+        writer.writerows(map(escape, _row(result)) for result in results)

@@ -161,7 +161,87 @@ def test_convert_says_what_it_cannot(tmp_path, capsys):
     assert run("convert", tmp_path / "e" / "unlabelled.csv", "--out", out) == 2
     assert "label is empty" in capsys.readouterr().err
     assert run("convert", tmp_path / "a" / "table.csv", "--out", tmp_path / "d", "--label", "cancer") == 2
-    assert "--dataset NAME" in capsys.readouterr().err
+    assert "1 of 3 images do not exist" in capsys.readouterr().err
+    only = ["--skip-missing", "--label"]
+    assert run("convert", tmp_path / "a" / "table.csv", "--out", tmp_path / "d", *only, "biopsy") == 0
+    assert rows(tmp_path / "d" / "table.csv")
+    assert run("convert", tmp_path / "a" / "table.csv", "--out", tmp_path / "d", *only, "size") == 2
+    assert "has no column label_size" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "in" / "train_images")
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "g", "--skip-missing") == 2
+    assert "none of the 3 images exists" in capsys.readouterr().err
+
+
+def test_convert_and_missing_masks(tmp_path, capsys):
+    save_png(tmp_path / "x.png", np.arange(63, dtype=np.uint8).reshape(9, 7))
+    save_png(tmp_path / "m.png", np.eye(9, 7, dtype=np.uint8))
+    (tmp_path / "t.csv").write_text("image_path,label,patient_id,mask_path\nx.png,0,a,m.png\n")
+    for number, format_ in enumerate((["--images", "png"], [])):
+        assert run("convert", tmp_path / "t.csv", "--out", tmp_path / f"good{number}", *format_) == 0
+        assert read_table(tmp_path / f"good{number}" / "table.csv").records[0].findings[0].mask.exists()
+    (tmp_path / "m.png").unlink()
+    capsys.readouterr()
+    for number, format_ in enumerate((["--images", "png"], [])):
+        out = tmp_path / str(number)
+        assert run("convert", tmp_path / "t.csv", "--out", out, *format_) == 2
+        assert "1 masks do not exist, the first" in capsys.readouterr().err
+        assert run("convert", tmp_path / "t.csv", "--out", out, "--skip-missing", *format_) == 0
+        assert "1 masks are missing and left out, the first" in capsys.readouterr().err
+        assert [finding.mask for r in read_table(out / "table.csv").records for finding in r.findings] == [None]
+    assert run("check", tmp_path / "t.csv") == 1
+    assert "1 mask: a mask that is missing" in capsys.readouterr().out
+
+
+def save_png(path, pixels):
+    path.write_bytes(imagecodecs.png_encode(pixels))
+
+
+def test_file_names_and_patients(tmp_path, capsys):
+    """A split of exams whose patients nobody names does not claim to be one by patient."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for patient in range(6):
+        for side in "LR":
+            save_png(folder / f"{patient}_{side}-CC.png", np.arange(63, dtype=np.uint8).reshape(9, 7))
+    assert run("index", folder, "--out", tmp_path / "i.csv") == 0
+    said = capsys.readouterr()
+    assert "12 images of 6 patients" in said.out
+    assert "file names read as {patient}_{laterality}-{view}: 0_L-CC.png is of patient 0, L, CC" in said.out
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"{number}.png")
+    assert run("index", folder, "--out", tmp_path / "j.csv", "--pattern", "x{patient}") == 2
+    assert run("index", folder, "--out", tmp_path / "j.csv") == 0
+    assert "warning: of 12 images the patient is not known" in capsys.readouterr().err
+    found = rows(tmp_path / "j.csv")
+    assert all(row["image_path"] == row["patient_id"] for row in found)
+    with (tmp_path / "k.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows({**row, "label": number % 2} for number, row in enumerate(found))
+    assert run("split", tmp_path / "k.csv", "--out", tmp_path / "s.csv") == 0
+    said = capsys.readouterr()
+    assert "no patient is in two splits" not in said.out
+    assert "warning: of 12 images the patient is not known" in said.err
+
+
+def test_twelve_bits_in_sixteen(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 4096, (30, 20)).astype(np.uint16)
+    pixels[0, 0] = 4095
+    save_png(tmp_path / "x.png", pixels)
+    (tmp_path / "t.csv").write_text("image_path,label,patient_id\nx.png,0,a\n")
+    assert run("check", tmp_path / "t.csv") == 1
+    assert "nearly black; say where white is: --white 4095" in capsys.readouterr().out
+    assert run("check", tmp_path / "t.csv", "--white", "auto") == 0
+    assert run("preview", tmp_path / "x.png") == 0
+    assert "warning: grey values reach only 4095 of 65535" in capsys.readouterr().err
+    assert run("preview", tmp_path / "x.png", "--white", "4095") == 0
+    said = capsys.readouterr()
+    assert "grey 0 to 4095 as 0 to 1" in said.out
+    assert said.err == ""
+    assert run("preview", tmp_path / "x.png", "--white", "bright") == 2
+    assert run("convert", tmp_path / "t.csv", "--out", tmp_path / "c", "--images", "png", "--white", "4095") == 0
+    written = imagecodecs.png_decode((tmp_path / "c" / "images" / "x.png").read_bytes())
+    np.testing.assert_array_equal(written, np.rint(pixels / np.float32(4095) * 65535))
 
 
 def test_preview(phantoms, tmp_path, capsys):

@@ -3,6 +3,7 @@
 Every function fills a folder and returns what a reader must find in it: the expected records by image file name.
 """
 
+import pickle
 import plistlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -325,6 +326,32 @@ def chestxray14(folder: Path, *, first_release: bool = False) -> None:
         place.write_bytes(imagecodecs.png_encode(np.full(SHAPE, number, np.uint8)))
 
 
+EXAMS: list[dict[str, object]] = [
+    {
+        "horizontal_flip": "NO",
+        "L-CC": ["0_L-CC"],
+        "R-CC": ["0_R-CC"],
+        "L-MLO": ["0_L-MLO"],
+        "R-MLO": ["0_R-MLO"],
+        "best_center": {"L-CC": [(1136.0, 158.0)]},
+        "cancer_label": {"unknown": 0, "left_benign": 1, "right_benign": 0, "left_malignant": 0, "right_malignant": 1},
+        "R-CC_malignant_seg": ["0_R-CC_malignant"],
+    },
+    {"horizontal_flip": "YES", "L-CC": ["1_L_CC"], "R-CC": ["1_R_CC", "1_R_CC_2"], "L-MLO": [], "R-MLO": []},
+]
+
+
+def nyu(folder: Path, protocol: int = 4) -> Path:
+    """Two exams of seven images, the second stored mirrored and without labels; returns the one mask."""
+    names = [f"images/{n}" for n in ("0_L-CC", "0_R-CC", "0_L-MLO", "0_R-MLO", "1_L_CC", "1_R_CC", "1_R_CC_2")]
+    for number, name in enumerate([*names, "segmentation/0_R-CC_malignant"]):
+        place = folder / f"{name}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(imagecodecs.png_encode(np.full(SHAPE, number, np.uint16)))
+    (folder / "exam_list_before_cropping.pkl").write_bytes(pickle.dumps(EXAMS, protocol))
+    return place
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "cbis-ddsm": cbis_ddsm,
     "inbreast": inbreast,
@@ -335,5 +362,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "cmmd": cmmd,
     "cdd-cesm": cdd_cesm,
     "mini-mias": mini_mias,
+    "nyu": nyu,
     "chestxray14": chestxray14,
 }

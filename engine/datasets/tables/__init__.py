@@ -1,6 +1,6 @@
 """Tables of images: one's own (csv, folder per class) and those of public data sets, as records of one schema."""
 
-from .generic import missing_files, read_table
+from .generic import missing_files, missing_masks, read_table, without_masks
 from .public import DATA_SETS, detect, read_data_set
 from .schema import SPLITS, Box, Finding, Record, Table, write_table
 
@@ -13,7 +13,9 @@ __all__ = [
     "Table",
     "detect",
     "missing_files",
+    "missing_masks",
     "read_data_set",
     "read_table",
+    "without_masks",
     "write_table",
 ]

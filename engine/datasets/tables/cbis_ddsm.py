@@ -2,7 +2,9 @@
 
 A table has a row per abnormality. The paths in it are those of the first release, StudyUID/SeriesUID/00000N.dcm; later
 downloads call the files 1-1.dcm in folders named after dates and series descriptions, so files are looked up by the UID
-of their series through NBIA's metadata.csv. Cropped image and mask lie in one series and are swapped in some of the
+of their series, which names the last folder (tcia_utils, Kaggle's JPEG release) or stands in NBIA's metadata.csv. A
+film with masses and calcifications is in both tables, under two names and with two labels: it is one image here, and
+malignant if any finding is. Cropped image and mask lie in one series and are swapped in some of the
 rows: the mask is the larger of the two.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ...errors import DataError
 from ...images.dicom import read_info
+from ...images.open import open_pixels
 from . import values
 from .base import DataSet
 from .cells import Rows, read_rows
@@ -34,11 +37,13 @@ _NAMES = {
     "od_crop_path": "cropped_image_file_path",
     "mask_path": "roi_mask_file_path",
 }
+_ENDINGS = (".dcm", ".jpg")
+"""Of images as TCIA has them, and of Kaggle's release, which is JPEG of 8 bits: jpeg/SERIES UID/1-172.jpg."""
 _NEEDED = ("patient_id", "left_or_right_breast", "image_view", "pathology", "image_file_path")
 
 
 def read(files: Files) -> list[Record]:
-    """One record per full image, with a finding per abnormality."""
+    """One record per film, with a finding per abnormality."""
     places = _Series(files)
     rows = [
         {**row, "split": split, "kind": "mass" if name.startswith("mass") else "calcification"}
@@ -51,13 +56,12 @@ def read(files: Files) -> list[Record]:
     # The tables of masses and of calcifications are split separately and share patients: whoever is in a test set is
     # in test.
     test = {row["patient_id"] for row in rows if row["split"] == "test"}
-    images: dict[str, list[dict[str, str]]] = {}
+    # A film with masses and calcifications is in both tables, under two names.
+    films: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        images.setdefault(row["image_file_path"], []).append(row)
-    return [
-        _record(path, group, "test" if group[0]["patient_id"] in test else "train", places)
-        for path, group in images.items()
-    ]
+        film = row["patient_id"], row["left_or_right_breast"].upper(), row["image_view"].upper()
+        films.setdefault(film, []).append(row)
+    return [_record(group, "test" if group[0]["patient_id"] in test else "train", places) for group in films.values()]
 
 
 def _rows(table: Rows) -> list[dict[str, str]]:
@@ -69,9 +73,10 @@ def _rows(table: Rows) -> list[dict[str, str]]:
     return [dict(zip(names, row.values(), strict=True)) for row in table.rows]
 
 
-def _record(path: str, rows: Sequence[dict[str, str]], split: str, places: _Series) -> Record:
+def _record(rows: Sequence[dict[str, str]], split: str, places: _Series) -> Record:
     first = rows[0]
-    image = places.image(path)
+    images = [places.image(path) for path in dict.fromkeys(row["image_file_path"] for row in rows)]
+    image = next((path for path in images if path.is_file()), images[0])
     densities = [d for row in rows if (d := values.density(row.get("breast_density", "")))]
     grades = [grade for row in rows if (grade := values.birads(row.get("assessment", "")))]
     return Record(
@@ -106,20 +111,27 @@ class _Series:
     def __init__(self, files: Files) -> None:
         self._files = files
         self._folders: dict[str, Path] = {}
-        for path in files.matching(["metadata.csv"]) if files.path.is_dir() else []:
+        if not files.path.is_dir():
+            return
+        # Most tools name the last folder after the series; NBIA's own names it otherwise, and metadata.csv tells.
+        for path in files.matching(_ENDINGS):
+            self._folders.setdefault(path.parent.name, path.parent)
+        for path in files.matching(["metadata.csv"]):
             for row in read_rows(path).rows:
                 if row.get("Series UID") and row.get("File Location"):
                     place = row["File Location"].replace("\\", "/").removeprefix("./")
                     self._folders[row["Series UID"]] = path.parent / place
 
     def files(self, path: str) -> list[Path]:
-        """The DICOM files of the series that a path of the table names; empty if it was not downloaded."""
+        """The image files of the series that a path of the table names; empty if it was not downloaded."""
         wanted = PurePosixPath(path)
         own = self._files.folder / wanted.parent
         below = self._files.folder / "CBIS-DDSM" / wanted.parent
         for folder in (own, below, self._folders.get(wanted.parent.name)):
             if path and folder is not None and folder.is_dir():
-                return sorted(folder.glob("*.dcm"))
+                found = sorted(file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS)
+                if found:
+                    return found
         return []
 
     def image(self, path: str) -> Path:
@@ -135,21 +147,27 @@ class _Series:
         found = sorted({*self.files(mask), *self.files(crop)})
         if not found:
             return self._files.folder / mask if mask else None
-        sizes = {path: (info := read_info(path)).rows * info.columns for path in found}
+        sizes = {path: _pixels(path) for path in found}
         largest = max(found, key=lambda path: sizes[path])
-        if image.is_file():
-            info = read_info(image)
-            # Some masks differ from their image by a few rows; crops are far smaller.
-            if 2 * sizes[largest] < info.rows * info.columns:
-                return None
+        # Some masks differ from their image by a few rows; crops are far smaller.
+        if image.is_file() and 2 * sizes[largest] < _pixels(image):
+            return None
         return largest
+
+
+def _pixels(path: Path) -> int:
+    if path.suffix.lower() == ".dcm":
+        info = read_info(path)
+        return info.rows * info.columns
+    _, height, width = open_pixels(path).shape
+    return height * width
 
 
 DATA_SET = DataSet(
     name="cbis-ddsm",
     title="CBIS-DDSM",
     tables=tuple(_TABLES),
-    rules={"malignant": "1 if an abnormality of the image is MALIGNANT, 0 if all are BENIGN(_WITHOUT_CALLBACK)"},
+    rules={"malignant": "1 if an abnormality of the film is MALIGNANT, 0 if all are BENIGN(_WITHOUT_CALLBACK)"},
     split="train and test as published; a patient of either test set is in test",
     read=read,
 )

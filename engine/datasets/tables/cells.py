@@ -14,6 +14,9 @@ from ...errors import DataError
 
 # The field of the csv module may hold 128 KiB at most unless told; outlines of findings are longer.
 csv.field_size_limit(2**27)
+# What a spreadsheet takes for a formula, perhaps escaped already.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
 
@@ -68,8 +71,24 @@ def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "c
     return Rows(path, [name for name in names if name], rows, places)
 
 
+def is_number(text: str) -> bool:
+    """Whether a cell is a number as tables write them; Python's own reading takes 1_0 for 10."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def escape(value: object) -> str:
+    """A cell for a csv file: what a spreadsheet would run as a formula gets an apostrophe, which `read_rows` drops.
+
+    Numbers stay as they are, negative ones too.
+    """
+    text = "" if value is None else str(value)
+    return f"'{text}" if _FORMULA.match(text) and not is_number(text) else text
+
+
 def _clean(cell: str) -> str:
     cell = cell.strip()
+    if cell.startswith("'") and _FORMULA.match(cell):
+        cell = cell[1:]
     return _BREAKS.sub(" ", cell) if "\n" in cell or "\r" in cell else cell
 
 

@@ -24,7 +24,13 @@ class Files:
     def _names(self) -> dict[str, list[Path]]:
         """Files below the folder by their lower-case name; one walk, however many look-ups."""
         found: dict[str, list[Path]] = {}
-        for folder, _, names in os.walk(self.folder, followlinks=True):
+        seen: set[str] = set()
+        for folder, folders, names in os.walk(self.folder, followlinks=True):
+            if os.path.realpath(folder) in seen:  # links may lead in a circle
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            folders.sort()
             for name in names:
                 found.setdefault(name.lower(), []).append(Path(folder, name))
         return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import DataError
+from ...images.levels import White, parse_white
 from . import values
-from .cells import read_rows
+from .cells import is_number, read_rows
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 SPLIT_NAMES = {
@@ -25,24 +29,31 @@ SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", 
 _ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
 _COLUMNS = {
     *("image_path", "label", "patient_id", "exam_id", "split", "laterality", "view"),
-    *("density", "birads", "manufacturer", "findings", "mask_path", "frame"),
+    *("density", "birads", "manufacturer", "findings", "mask_path", "frame", "white", "chest_wall"),
 }
 
 
 def read_table(
-    path: str | Path, *, labels: bool = True, classes: Sequence[str] | None = None, check_files: bool = True
+    path: str | Path,
+    *,
+    labels: bool = True,
+    label: str | None = None,
+    classes: Sequence[str] | None = None,
+    check_files: bool = True,
+    skip_missing: bool = False,
 ) -> Table:
     """Read a csv file or a folder-per-class tree.
 
     csv: columns image_path (relative to the csv's folder), label, patient_id, and as you like the others of `Record`
-    (frame, exam_id, split, laterality, view, density, birads, manufacturer, findings as JSON, mask_path, label_NAME),
-    and any of one's own; separated by commas, semicolons or tabs. Labels 0, 1, ... are kept; other labels are names,
-    numbered in sorted order. Folder: [train|val|test/]CLASS/[PATIENT/]image; without patient folders each image is a
-    patient.
+    (frame, exam_id, split, laterality, view, density, birads, manufacturer, white, chest_wall, findings as JSON,
+    mask_path, label_NAME), and any of one's own; separated by commas, semicolons or tabs. Labels 0, 1, ... are kept;
+    other labels are names, numbered in sorted order. Folder: [train|val|test/]CLASS/[PATIENT/]image; without patient
+    folders each image is a patient.
 
     labels: False reads images to predict: label and patient_id are not needed, and labels are -1.
+    label: a label column, ``label_NAME``, that becomes the label; images in whose row it is empty have label -1.
     classes: the class names of a trained model, so that labels get the model's numbers.
-    check_files: refuse tables that name files which do not exist.
+    check_files: refuse tables that name files which do not exist. skip_missing: leave out their images instead.
 
     Raises `DataError`, in one line that names the file and the place in it.
     """
@@ -50,22 +61,33 @@ def read_table(
     if path.is_dir():
         rows = _folder_rows(path, labels)
     elif path.is_file():
-        rows = _csv_rows(path, labels)
+        rows = _csv_rows(path, labels, label)
     else:
         raise DataError(f"{path}: no such file or folder")
     if not rows:
         raise DataError(f"{path}: holds no images; expected rows below the header, or a sub-folder of images per class")
-    names = _class_names([row["label"] for _, row in rows], classes, path) if labels else []
+    names = _class_names([row["label"] for _, row in rows if row["label"]], classes, path) if labels else []
     numbers = {name: number for number, name in enumerate(names)}
     records = []
     for place, row in rows:
-        if labels and row["label"] not in numbers:
+        if labels and row["label"] and row["label"] not in numbers:
             raise DataError(f"{path}, {place}: label {row['label']!r} is none of the classes {', '.join(names)}")
-        records.append(_record(path, place, row, numbers[row["label"]] if labels else -1))
+        records.append(_record(path, place, row, numbers.get(row["label"], -1) if labels else -1))
     _refuse_duplicates(path, rows, records)
+    if skip_missing:
+        return Table(skip_absent(path, records), names)
     if check_files:
         _refuse_missing(path, records)
     return Table(records, names)
+
+
+def skip_absent(path: str | Path, records: Sequence[Record]) -> list[Record]:
+    """Records whose file exists; `DataError` if none does."""
+    missing = set(missing_files(records))
+    if len(missing) == len({record.path for record in records}):
+        first = _few(sorted(str(file) for file in missing))
+        raise DataError(f"{path}: none of the {len(records)} images exists: {first}; download them")
+    return [record for record in records if record.path not in missing]
 
 
 def missing_files(records: Sequence[Record]) -> list[Path]:
@@ -73,12 +95,36 @@ def missing_files(records: Sequence[Record]) -> list[Path]:
     return [record.path for record in records if not record.path.exists()]
 
 
-def _csv_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
+def missing_masks(records: Sequence[Record]) -> list[Path]:
+    """The masks of findings that do not exist."""
+    return [f.mask for record in records for f in record.findings if f.mask is not None and not f.mask.exists()]
+
+
+def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Record]:
+    """Records whose findings are the same but for some masks."""
+    absent = set(masks)
+    return [
+        replace(record, findings=tuple(replace(f, mask=None) if f.mask in absent else f for f in record.findings))
+        for record in records
+    ]
+
+
+def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, dict[str, str]]]:
     """(place for messages, row) of every line below the header; names and cells are stripped."""
     table = read_rows(path, fallback=None)
     header = [_ALIASES.get(name, name) if _ALIASES.get(name) not in table.header else name for name in table.header]
+    others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
+    if label is not None and label not in others:
+        raise DataError(f"{path}: has no column {LABEL_PREFIX}{label}; it has {', '.join(header)}")
     needed = ["image_path", "label", "patient_id"] if labels else ["image_path"]
+    if label is not None:
+        needed.remove("label")
     missing = [name for name in needed if name not in header]
+    if missing == ["label"] and others:
+        raise DataError(
+            f"{path}: column label is missing; make one of label_{', label_'.join(others)} the label: gigamorph data "
+            f"convert {path} --label {others[0]} --out FOLDER"
+        )
     if missing:
         raise DataError(
             f"{path}: column {', '.join(missing)} is missing; it has {', '.join(header)} "
@@ -89,6 +135,8 @@ def _csv_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
         for name in needed:
             if not row[name]:
                 raise DataError(f"{path}, {place}: {name} is empty")
+        if labels:
+            row["label"] = _whole(row["label"] if label is None else row[LABEL_PREFIX + label])
     return list(zip(table.places, rows, strict=True))
 
 
@@ -103,8 +151,10 @@ def _folder_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
 
 def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
     rows = []
-    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        for file in image_files(folder):
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for folder in folders:
+        # A link to another class does not make its images this one's.
+        for file in _image_files(folder, {os.path.realpath(other) for other in (path, *folders)}):
             inside = file.relative_to(folder).parts
             # The same stem in two splits or classes is another patient, unless folders name the patients.
             patient = inside[0] if len(inside) > 1 else str(file)
@@ -115,12 +165,23 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
 
 def image_files(folder: Path) -> list[Path]:
     """Files that may be images, and zarr folders, which are one image each; sorted."""
+    return _image_files(folder, set())
+
+
+def _image_files(folder: Path, seen: set[str]) -> list[Path]:
+    """The same without the folders whose real paths are in `seen`: links may lead in a circle."""
+    seen.add(os.path.realpath(folder))
     found = []
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+    for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and entry.suffix.lower() != ".zarr":
-            found += image_files(entry)
+            if os.path.realpath(entry) not in seen:
+                found += _image_files(entry, seen)
         elif entry.suffix.lower() in SUFFIXES or entry.is_dir():
             found.append(entry)
     return found
@@ -130,6 +191,16 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     if classes is not None:
         return [str(name) for name in classes]
     found = set(labels)
+    if not found:
+        raise DataError(f"{path}: no image has a label; fill the column in")
+    odd = [label for label in sorted(found) if label.lower() == "nan"]
+    if all(is_number(label) for label in found):
+        odd += [label for label in sorted(found) if not label.isdecimal()]
+    if odd:
+        raise DataError(
+            f"{path}: label {odd[0]} is no class; number classes 0, 1, ... or name them, leave rows of unknown label "
+            "out, and make classes of a score by a threshold"
+        )
     if all(label.isdecimal() for label in found):
         names = [str(number) for number in range(max(int(label) for label in found) + 1)]
         absent = [name for name in names if name not in found]
@@ -143,6 +214,12 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     return sorted(found)
 
 
+def _whole(label: str) -> str:
+    """A whole number without its point, as tables write it that had empty cells: 1 of 1.0."""
+    number = float(label) if is_number(label) else math.nan
+    return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in label else label
+
+
 def _record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
     split = row.get("split", "").lower()
     if split and split not in SPLIT_NAMES:
@@ -152,11 +229,15 @@ def _record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
         raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
     if row.get("frame") and not row["frame"].isdecimal():
         raise DataError(f"{path}, {place}: frame {row['frame']!r} is no number from 0")
+    if row.get("chest_wall", "").lower() not in ("", "left", "right"):
+        raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} is neither left nor right")
     folder = Path() if path.is_dir() else path.parent
+    patient = row.get("patient_id") or row["image_path"]
     return Record(
         path=folder / row["image_path"],
         label=label,
-        patient_id=row.get("patient_id") or row["image_path"],
+        patient_id=patient,
+        patient_known=patient != row["image_path"],
         split=SPLIT_NAMES.get(split),
         laterality=side,
         view=row.get("view", "").upper() or None,
@@ -170,7 +251,16 @@ def _record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
         labels=_labels(path, place, row),
         findings=_findings(path, place, row),
         frame=int(row["frame"]) if row.get("frame") else None,
+        white=_white(path, place, row),
+        chest_wall=row.get("chest_wall", "").lower() or None,
     )
+
+
+def _white(path: Path, place: str, row: dict[str, str]) -> White | None:
+    try:
+        return parse_white(row["white"]) if row.get("white") else None
+    except DataError as error:
+        raise DataError(f"{path}, {place}: {error}") from error
 
 
 def _labels(path: Path, place: str, row: dict[str, str]) -> dict[str, float]:

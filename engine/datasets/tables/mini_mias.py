@@ -23,7 +23,11 @@ _PLACE = re.compile(r"\s+(\d+)\s+(\d+)(?:\s+(\d+))?\s*")
 
 
 def read(files: Files) -> list[Record]:
-    """One record per film; films of a woman are neighbours in number, the left one odd."""
+    """One record per film; films of a woman are neighbours in number, the left one odd.
+
+    The README of mini-MIAS says that even numbers are left. The names of the films in the original MIAS say the side
+    (mdb001lm, mdb002rl), and are followed here; whether films were mirrored since is not known.
+    """
     path = files.table("Info.txt")
     if path is None:
         raise DataError(f"{files.path}: holds no Info.txt; name the folder of the data set")

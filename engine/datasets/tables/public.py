@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import DataError
-from . import cbis_ddsm, cdd_cesm, chestxray14, cmmd, csaw_cc, embed, inbreast, mini_mias, rsna, vindr_mammo
+from . import cbis_ddsm, cdd_cesm, chestxray14, cmmd, csaw_cc, embed, inbreast, mini_mias, nyu, rsna, vindr_mammo
 from .base import DataSet
 from .cells import read_rows
 from .files import Files
-from .generic import missing_files
+from .generic import missing_files, skip_absent
 from .schema import Record, Table
 
-_MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, chestxray14)
+_MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, nyu, chestxray14)
 DATA_SETS: dict[str, DataSet] = {module.DATA_SET.name: module.DATA_SET for module in _MODULES}
 
 
@@ -48,7 +48,7 @@ def read_data_set(
                 f"{path}: {len(missing)} of {len(records)} images of {data_set.title} are missing: {first}; "
                 "download them, or leave them out (--skip-missing)"
             )
-        records = [record for record in records if record.path not in missing]
+        records = skip_absent(path, records)
     return Table(records, ["0", "1"], f"{label}: {data_set.rules[label]}", name)
 
 

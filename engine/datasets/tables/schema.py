@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...images.levels import White
+from .cells import escape
 
 SPLITS = ("train", "val", "test")
 LABEL_PREFIX = "label_"
@@ -92,6 +94,12 @@ class Record:
     findings: tuple[Finding, ...] = ()
     frame: int | None = None
     """Which frame of a file that has several, from 0."""
+    white: White | None = None
+    """The stored value that is white, or "auto", as in `open_pixels`; None where the table does not say."""
+    patient_known: bool = field(default=True, compare=False)
+    """False where nothing says who the patient is, and the image stands for a patient of its own."""
+    chest_wall: str | None = None
+    """left or right: where the chest wall lies in the file; None where header and pixels are to say."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,10 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: escape(cell) for name, cell in row.items()} for row in rows)
+    except UnicodeEncodeError as error:
+        odd = error.object[max(error.start - 40, 0) : error.end + 40].encode(errors="backslashreplace").decode().strip()
+        raise DataError(f"{path}: cannot be written: {odd} is not in UTF-8; rename the file") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
@@ -137,6 +148,13 @@ def relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
 
 
+def _plain(value: float | str) -> str:
+    """A number in full, whole ones without a point; text as it is."""
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
 def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]:
     findings = [finding.to_json(folder) for finding in record.findings]
     label = "" if record.label < 0 else classes[record.label] if classes else str(record.label)
@@ -144,7 +162,8 @@ def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]
         "image_path": relative(record.path, folder),
         "frame": "" if record.frame is None else str(record.frame),
         "label": label,
-        "patient_id": record.patient_id,
+        # Who reads this again sees that the image stands for its patient.
+        "patient_id": record.patient_id if record.patient_known else relative(record.path, folder),
         "split": record.split or "",
         "laterality": record.laterality or "",
         "view": record.view or "",
@@ -152,7 +171,9 @@ def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]
         "density": record.density or "",
         "birads": record.birads or "",
         "manufacturer": record.manufacturer or "",
+        "white": "" if record.white is None else _plain(record.white),
+        "chest_wall": record.chest_wall or "",
         "findings": json.dumps(findings) if findings else "",
-        **{LABEL_PREFIX + name: f"{value:g}" for name, value in record.labels.items() if not math.isnan(value)},
+        **{LABEL_PREFIX + name: _plain(value) for name, value in record.labels.items() if not math.isnan(value)},
         **record.extra,
     }

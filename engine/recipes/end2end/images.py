@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...datasets.augment import Augment, augmented
-from ...datasets.dataset import ImageDataset
+from ...datasets.dataset import ImageDataset, open_record
 from ...datasets.tables import Finding, Record
 from ...datasets.views import NormalizedSource
 from ...errors import DataError
@@ -29,7 +29,7 @@ _FULL = 65535
 
 def opened(record: Record, config: Config) -> PixelSource:
     """The image as its file stores it, unmirrored, so that findings lie where the table says."""
-    return open_pixels(record.path, voi=config.voi, flip=False, channels=config.channels, frame=record.frame)
+    return open_record(record, voi=config.voi, flip=False, channels=config.channels)
 
 
 def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Record]:
@@ -46,7 +46,7 @@ def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Rec
             image = read_sized(opened(record, replace(config, channels=1)), Size(config.resize))
             pixels = (image[0].clamp(0, 1) * _FULL).round().numpy().astype(np.uint16)
             write_atomically(path, lambda p, pixels=pixels: np.save(p, pixels), "image")
-        made.append(replace(record, path=path, frame=None))
+        made.append(replace(record, path=path, frame=None, white=None))
     return made
 
 

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...datasets.dataset import open_record
 from ...datasets.tables import Record
 from ...datasets.views import MirroredSource
 from ...errors import DataError
 from ...images.affine import Map
-from ...images.open import open_pixels
 from ...images.pixels import Normalize, PixelSource, to_original
 
 
@@ -72,12 +72,11 @@ def open_side(
 ) -> PixelSource:
     """A breast with its chest wall where that of the other one is: on the left as the file's header says ("auto"), or
     as stored if it is a left breast and mirrored if it is a right one ("table")."""
-    source: PixelSource = open_pixels(
-        record.path,
+    source: PixelSource = open_record(
+        record,
         normalize=normalize,
         channels=channels,
         voi=voi,
-        frame=record.frame,
         flip="auto" if mirror == "auto" else False,
     )
     if mirror == "table" and record.laterality == "R":

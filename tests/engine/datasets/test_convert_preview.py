@@ -9,9 +9,10 @@ import pydicom
 import pytest
 
 from gigamorph.engine.datasets.convert import convert_images
+from gigamorph.engine.datasets.dataset import open_record
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.preview import preview, thumbnail, write_preview
-from gigamorph.engine.datasets.tables import Finding, Record, read_table
+from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
@@ -64,6 +65,7 @@ def test_outlines_move_and_names_stay_apart(tmp_path: Path) -> None:
     finding = Finding(outline=((1.0, 2.0), (3.0, 4.0), (5.0, 2.5)), box=(1, 6, 2, 5))
     records, _ = convert_images([Record(path, 0, "p", findings=(finding,)) for path in paths], tmp_path / "out")
     assert [record.path.name for record in records] == ["1-1.tif", "1-1-2.tif"]
+    assert [record.extra["source"] for record in records] == ["a/1-1.dcm", "b/1-1.dcm"]
     assert records[0].findings[0].outline == ((1.0, 38.0), (3.0, 36.0), (5.0, 37.5))
     assert records[0].findings[0].box == (1, 6, 35, 38)
 
@@ -73,11 +75,46 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
     cut.write_bytes(phantoms[0].path.read_bytes()[:9000])
     mask = tmp_path / "mask.png"
     mask.write_bytes(imagecodecs.png_encode(np.zeros((3, 3), np.uint8)))
-    bad = [Record(cut, 0, "p"), Record(phantoms[1].path, 0, "p", findings=(Finding(mask=mask),))]
-    records, errors = convert_images([bad[0], phantoms[0], bad[1]], tmp_path / "out", workers=1)
+    masks = mask, tmp_path / "absent.png"
+    bad = [Record(cut, 0, "p"), *(Record(phantoms[1].path, 0, "p", findings=(Finding(mask=m),)) for m in masks)]
+    records, errors = convert_images([bad[0], phantoms[0], *bad[1:]], tmp_path / "out", workers=1)
     assert [record.path.stem for record in records] == [phantoms[0].path.stem]
     assert "cut.dcm: is truncated" in str(errors[0])
     assert "mask.png: is 3 x 3, its image 600 x 530" in str(errors[1])
+    assert "absent.png: cannot be read (No such file or directory)" in str(errors[2])
+
+
+def test_files_of_one_name_are_called_after_patient_side_and_view(tmp_path: Path) -> None:
+    """As TCIA's downloads, in which every series begins with 1-1.dcm."""
+    views = [("P_00001", "L", "CC"), ("P_00001", "L", "MLO"), ("P 2/a", "R", "CC"), ("P 2/a", "R", "CC")]
+    paths = [lookalikes.dicom(tmp_path / "in" / f"{n}" / "1-1.dcm") for n in range(4)]
+    records = [Record(path, 0, *names[:1], None, *names[1:]) for path, names in zip(paths, views, strict=True)]
+    records.append(Record(lookalikes.dicom(tmp_path / "in" / "4" / "own.dcm"), 0, "p", None, "L", "CC"))
+    found, _ = convert_images(records, tmp_path / "out")
+    assert [record.path.stem for record in found] == [
+        "P_00001_L_CC",
+        "P_00001_L_MLO",
+        "P_2_a_R_CC",
+        "P_2_a_R_CC-2",
+        "own",
+    ]
+    assert [record.extra["source"] for record in found][-2:] == ["3/1-1.dcm", "4/own.dcm"]
+
+
+def test_what_is_converted_is_not_mirrored_again(phantoms: list[Record], tmp_path: Path) -> None:
+    """A table of PNG files says the side of the breast, and images that are mirrored already lie differently."""
+    records, _ = convert_images(phantoms[:8], tmp_path)
+    table = read_table(write_table(tmp_path / "t.csv", records, ["0", "1"])).records
+    for before, after in zip(phantoms, table, strict=False):
+        assert (after.chest_wall, after.white) == ("left", None)
+        seen, again = (open_record(record).read(0, 600, 0, 530).numpy() for record in (before, after))
+        np.testing.assert_array_equal(np.rint(again * 65535), np.rint(seen * np.float64(65535)))
+    # Images that were never converted come to the same side.
+    stored = open_record(phantoms[-1], flip=False).read(0, 600, 0, 530)[0].numpy()
+    np.save(tmp_path / "x.npy", stored)
+    assert phantoms[-1].laterality == "R"
+    plain = open_record(Record(tmp_path / "x.npy", 0, "p", laterality="R")).read(0, 600, 0, 530)[0].numpy()
+    np.testing.assert_array_equal(plain, stored[:, ::-1])
     assert not list((tmp_path / "out").rglob("*.part"))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):

@@ -1,6 +1,7 @@
 """Folders as tables, and data sets looked through: every kind of problem is found, and none is invented."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from gigamorph.engine.datasets.check import KINDS, Problem, check_images
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.phantom import write_phantoms
-from gigamorph.engine.datasets.tables import Record, read_table, write_table
+from gigamorph.engine.datasets.splits import assign_splits
+from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 
@@ -39,8 +41,9 @@ def test_index(tmp_path: Path) -> None:
     found = index_folder(tmp_path, on_start=lambda n: seen.append(n), on_done=lambda: seen.append(1))
     assert seen == [6, 1, 1, 1, 1, 1, 1]
     assert [record.path.name for record in found.records] == ["p.png", "0.dcm", "1.dcm", "2.dcm"]
-    assert [record.patient_id for record in found.records] == ["P00001", "P00002", "P00003", "P00002"]
-    assert [record.exam_id for record in found.records] == ["E00001", "E00002", "E00003", "E00004"]
+    assert [record.patient_id for record in found.records][1:] == ["P00001", "P00002", "P00001"]
+    assert [record.exam_id for record in found.records] == [None, "E00001", "E00002", "E00003"]
+    assert [record.patient_known for record in found.records] == [False, True, True, True]
     assert sorted(str(error).split(":")[0] for error in found.errors) == [
         str(tmp_path / n) for n in ("cut.dcm", "notes")
     ]
@@ -57,9 +60,66 @@ def test_index(tmp_path: Path) -> None:
     assert [record.patient_id for record in named[1:]] == ["B", "A", "B"]
     assert [record.exam_id for record in named[1:]] == ["1.0", "1.1", "1.2"]
     table = read_table(write_table(tmp_path / "index.csv", found.records, []), labels=False)
-    assert table.records == found.records
+    assert table.records[1:] == found.records[1:]
+    assert [record.patient_known for record in table.records] == [False, True, True, True]
     with pytest.raises(DataError, match="no such folder"):
         index_folder(tmp_path / "absent")
+
+
+def save_exams(folder: Path, name: str, patients: Sequence[str] = ("0", "1")) -> None:
+    """PNG files of four views."""
+    for patient in patients:
+        for side in "LR":
+            for view in ("CC", "MLO"):
+                path = folder / name.format(patient=patient, laterality=side, view=view)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(imagecodecs.png_encode(np.zeros((5, 7), np.uint16)))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("{patient}_{laterality}-{view}.png", "{patient}_{laterality}-{view}"),
+        ("{patient}_{laterality}_{view}.png", "{patient}_{laterality}_{view}"),
+        ("deep/p_{patient}_{laterality}{view}.png", "{patient}_{laterality}{view}"),
+        ("{patient}/{laterality}{view}.png", "{patient}/{laterality}{view}"),
+        ("{patient}/{laterality}-{view}.png", "{patient}/{laterality}-{view}"),
+        ("A_000{patient}_1.{laterality}_{view}.png", "{patient}.{laterality}_{view}"),
+        ("{patient}_{laterality}-{view}_0.png", "{patient}_{laterality}-{view}_{any}"),
+        ("226_{patient}_MG_{laterality}_{view}_ANON.png", "{any}_{patient}_MG_{laterality}_{view}_ANON"),
+    ],
+)
+def test_names_tell_what_headers_do_not(tmp_path: Path, name: str, pattern: str) -> None:
+    save_exams(tmp_path, name)
+    found = index_folder(tmp_path)
+    assert found.pattern == pattern
+    assert len({record.patient_id for record in found.records}) == 2
+    assert sorted(f"{r.laterality} {r.view}" for r in found.records) == sorted(["L CC", "L MLO", "R CC", "R MLO"] * 2)
+    assert all(record.patient_known for record in found.records)
+    records = assign_splits([replace(record, label=0) for record in found.records], fractions=(0.5, 0.5, 0))
+    assert len({(record.patient_id, record.split) for record in records}) == 2
+
+
+def test_a_pattern_of_ones_own(tmp_path: Path) -> None:
+    save_exams(tmp_path, "site7/x{patient}/2019-{view}--{laterality}.png")
+    plain = index_folder(tmp_path)
+    assert plain.pattern is None
+    assert not any(record.patient_known for record in plain.records)
+    found = index_folder(tmp_path, pattern="x{patient}/{exam}-{view}--{laterality}")
+    assert {(r.patient_id, r.exam_id, r.laterality, r.view) for r in found.records} == {
+        (patient, "2019", side, view) for patient in "01" for side in "LR" for view in ("CC", "MLO")
+    }
+    # A header's patient stays unless a pattern is named.
+    lookalikes.dicom(tmp_path / "d" / "7_L_CC.dcm", PatientID="B")
+    assert index_folder(tmp_path).records[0].patient_id == "P00001"
+    named = index_folder(tmp_path / "d", pattern="{patient}_{laterality}_{view}").records[0]
+    assert (named.patient_id, named.laterality, named.view) == ("7", "L", "CC")
+    partly = index_folder(tmp_path, pattern="{patient}_{laterality}_{view}")
+    assert len(partly.records) == 1
+    assert "does not fit the pattern {patient}_{laterality}_{view}" in str(partly.errors[0])
+    for wrong in ("{laterality}-{view}", "{patient}_{side}", "{patient}_{patient}"):
+        with pytest.raises(DataError, match="pattern"):
+            index_folder(tmp_path, pattern=wrong)
 
 
 def test_index_tells_nothing_that_identifies(tmp_path: Path) -> None:
@@ -207,3 +267,46 @@ def test_messages_name_no_patient(tmp_path: Path) -> None:
     text = " ".join(f"{problem.path} {problem.message}" for problem in check_images(records))
     assert "PatientID of" in text
     assert [value for value in lookalikes.SECRETS.values() if value in text] == []
+
+
+def test_images_on_another_grey_scale(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (30, 20)).astype(np.uint16)
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(pixels))
+    np.save(tmp_path / "y.npy", pixels[::-1, ::-1].T.astype(np.float32))
+    records = [Record(tmp_path / name, 0, name) for name in ("x.png", "y.npy")]
+    dark, bright = check_images(records)
+    assert (dark.kind, bright.kind) == ("grey", "grey")
+    most = int(pixels.max())
+    assert dark.message == (
+        f"grey values reach only {most} of 65535, nearly black; say where white is: --white 4095, or a column white"
+    )
+    assert bright.message.startswith(f"grey values reach {most}, and white is 1; say where white is: --white 4095")
+    assert check_images([replace(record, white="auto") for record in records]) == []
+    assert check_images(records, white=4095) == []
+    [found] = check_images([replace(records[0], white=1023)])
+    assert (found.kind, found.message.split(";")[0]) == ("unreadable", f"holds {most}, above white 1023")
+
+
+def test_masks_are_looked_at(tmp_path: Path) -> None:
+    def save(name: str, pixels: np.ndarray) -> Path:
+        (tmp_path / name).write_bytes(imagecodecs.png_encode(pixels))
+        return tmp_path / name
+
+    rng = np.random.default_rng(0)
+    image = save("image.png", rng.integers(0, 256, (40, 30)).astype(np.uint8))
+    good = save("good.png", np.eye(40, 30, dtype=np.uint8))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(save("noise.png", rng.integers(0, 2, (40, 30)).astype(np.uint8)).read_bytes()[:90])
+    masks = {
+        good: "",
+        tmp_path / "absent.png": "absent.png: cannot be read (No such file or directory)",
+        save("small.png", np.ones((4, 3), np.uint8)): "small.png is 4 x 3, its image 40 x 30",
+        save("empty.png", np.zeros((40, 30), np.uint8)): "empty.png is empty",
+        cut: "cut.png: damaged or truncated image",
+    }
+    record = Record(image, 0, "p", findings=(Finding(), *(Finding(mask=mask) for mask in masks)))
+    found = check_images([record])
+    assert {problem.kind for problem in found} == {"mask"}
+    assert [text in problem.message for text, problem in zip(list(masks.values())[1:], found, strict=True)] == [
+        True
+    ] * 4

@@ -40,7 +40,7 @@ def test_damaged_tables_of_public_data_sets(tmp_path: Path, name: str) -> None:
     if name in ("cmmd", "cdd-cesm"):
         pytest.importorskip("python_calamine")
     WRITERS[name](tmp_path / "good")
-    endings = {".csv", ".txt", ".xlsx", ".xml"}
+    endings = {".csv", ".txt", ".xlsx", ".xml", ".pkl"}
     tables = sorted(path for path in (tmp_path / "good").rglob("*") if path.suffix in endings)
     assert tables
     rng = random.Random(name)

@@ -41,7 +41,13 @@ def test_every_row_of_the_real_cbis_tables(real_data: Path, name: str, images: i
 
 def test_real_cbis_tables_together_do_not_leak(real_data: Path) -> None:
     records = read_data_set("cbis-ddsm", real_data / "tables", check_files=False).records
-    assert len(records) == 1231 + 361 + 284
+    # 19 films have masses and calcifications; of four the two tables have different labels.
+    assert len(records) == 1231 + 361 + 284 - 19
+    both = [record for record in records if len({finding.kind for finding in record.findings}) == 2]
+    assert len(both) == 19
+    malignant = [{f.kind for f in record.findings if f.pathology == "malignant"} for record in both]
+    assert sum(len(kinds) == 1 for kinds in malignant) == 4
+    assert [record.label for record in both] == [int(bool(kinds)) for kinds in malignant]
     splits: dict[str, set[str | None]] = {}
     for record in records:
         splits.setdefault(record.patient_id, set()).add(record.split)
@@ -71,11 +77,11 @@ def test_cbis_ddsm(tmp_path: Path, nbia: bool, old: bool) -> None:
     assert [(r.patient_id, r.laterality, r.view, r.split, r.label, r.density, r.birads) for r in table.records] == [
         ("P_00001", "L", "CC", "train", 1, "C", "4"),
         ("P_00001", "L", "MLO", "train", 0, "C", "4"),
-        ("P_00002", "R", "CC", "test", 0, "C", "4"),
-        ("P_00002", "R", "CC", "test", 1, "C", "4"),
+        ("P_00002", "R", "CC", "test", 1, "C", "4"),  # in both tables: a benign mass, a malignant calcification
     ]
     assert all("full mammogram" in str(r.path) if nbia else r.path.name == "000000.dcm" for r in table.records)
-    assert len({record.path for record in table.records}) == 4
+    assert len({record.path for record in table.records}) == 3
+    assert [len(record.findings) for record in table.records] == [2, 1, 2]
     found = [finding for record in table.records for finding in record.findings]
     assert [finding.mask for finding in found] == list(masks.values())
     assert [finding.kind for finding in found] == ["mass"] * 4 + ["calcification"]

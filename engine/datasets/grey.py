@@ -1,0 +1,78 @@
+"""Images on another grey scale than they seem: 12 bits in 16-bit files, floats from 0 to 255, a mean in grey levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import DataError
+from ..images.levels import DARK, WHITES, highest, sample_rows
+from ..images.pixels import ImageSource
+from .dataset import ImageDataset
+
+_LOOKED_AT = 4
+# Rounding, and resampling with kernels that overshoot, make floats a little brighter than white.
+_BRIGHT = 1.5
+
+
+def odd_range(source: ImageSource, most: float) -> str:
+    """What is odd about the range of an image whose largest grey value is `most`, and the remedy; empty if nothing is.
+
+    DICOM files say themselves what their values mean, and colour is not judged.
+    """
+    if source.stored.self_describing or source.stored.shape[0] != 1:
+        return ""
+    value = float(f"{most * source.full:.5g}")  # as it is stored, without the rounding of what was done since
+    remedy = next((f"{white:g}" for white in WHITES if white >= value), f"{value:g}")
+    remedy = f"say where white is: --white {remedy}, or a column white"
+    if most > _BRIGHT:
+        return f"grey values reach {value:g}, and white is {source.full:g}; {remedy}"
+    if 0 < most <= DARK:
+        return f"grey values reach only {value:g} of {source.full:g}, nearly black; {remedy}"
+    return ""
+
+
+def grey_warnings(images: ImageDataset) -> list[str]:
+    """What a look at a few of the images tells about their grey scale, and about mean and std that do not fit it.
+
+    Read are some rows of up to four images that are spread over the table. Damaged ones are passed over: whoever uses
+    them names them.
+    """
+    found = []
+    chosen = sorted({round(number) for number in np.linspace(0, len(images) - 1, _LOOKED_AT)}) if len(images) else []
+    ranges = [seen for number in chosen if (seen := _range(images, number))]
+    odd = [text for source, _, most in ranges if (text := odd_range(source, most))]
+    if odd:
+        number = next(n for n, (source, _, most) in enumerate(ranges) if odd_range(source, most))
+        more = f" (and {len(odd) - 1} more of {len(ranges)} that were looked at)" if len(odd) > 1 else ""
+        found.append(f"{ranges[number][0].name}{more}: {odd[0]}")
+    if ranges and images.normalize is not None:
+        least, most = min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
+        found += _misfits(images.normalize.mean, images.normalize.std, least, most)
+    return found
+
+
+def _range(images: ImageDataset, number: int) -> tuple[ImageSource, float, float] | None:
+    """An image without normalisation, and the least and largest grey value of what was read of it."""
+    try:
+        source = images.opened(images.records[number], None)
+        _, height, width = source.shape
+        strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height)]
+    except DataError:
+        return None
+    return source, min(float(strip.min()) for strip in strips), max(highest(strip) for strip in strips)
+
+
+def _misfits(mean: Sequence[float], std: Sequence[float], least: float, most: float) -> list[str]:
+    found = []
+    told = f"the images' grey values go from {least:.3g} to {most:.3g}, 0 black to 1 white"
+    for value in mean:
+        if value != 0 and not least <= value <= most:
+            found.append(f"mean {value:g} is no grey value of these images; {told}: divide it by the value of white")
+            break
+    for value in std:
+        if value != 1 and value > max(most - least, 1e-6):
+            found.append(f"std {value:g} is more than the whole range; {told}: divide it by the value of white")
+            break
+    return found

@@ -1,0 +1,91 @@
+"""Patient, exam, side and view from the names of files, where no header says them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DataError
+from .tables import values
+
+_VIEWS = "CC|MLO|ML|LMO|LM|XCCL|XCCM|XCC|FB|AT|SIO|ISO"
+_FIELDS = {
+    "patient": r"[^/]+?",
+    "exam": r"[^/]+?",
+    "laterality": "L|R|LEFT|RIGHT",
+    "view": _VIEWS,
+    "any": r"[^/]*?",
+}
+_FIELD = re.compile(r"\{(\w*)\}")
+COMMON = (
+    "{patient}_{laterality}-{view}",
+    "{patient}_{laterality}_{view}",
+    "{patient}_{laterality}{view}",
+    "{patient}-{laterality}-{view}",
+    "{patient}.{laterality}_{view}",
+    "{patient}_{view}_{laterality}",
+    "{any}_{patient}_MG_{laterality}_{view}_ANON",
+    "{patient}/{laterality}-{view}",
+    "{patient}/{laterality}_{view}",
+    "{patient}/{laterality}{view}",
+    "{patient}/{view}_{laterality}",
+    "{patient}_{laterality}-{view}_{any}",
+    "{patient}_{laterality}_{view}_{any}",
+    "{patient}.{laterality}_{view}{any}",
+)
+"""Patterns that are tried where none is given; the first that fits every name is taken."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the name of a file says; None where it says nothing."""
+
+    patient: str | None = None
+    exam: str | None = None
+    laterality: str | None = None
+    view: str | None = None
+
+
+class NamePattern:
+    """A pattern of file names, as ``{patient}_{laterality}-{view}``, without the ending of the file.
+
+    Fields are {patient}, {exam}, {laterality}, {view} and {any}, which is passed over; all else stands for itself, in
+    any case. With slashes it is of the last folders too. `DataError` for other fields, and without {patient}.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        fields = _FIELD.findall(text)
+        wrong = [field for field in fields if field not in _FIELDS]
+        if wrong or "patient" not in fields or any(fields.count(field) > 1 for field in _FIELDS if field != "any"):
+            raise DataError(
+                f"pattern {text!r}: write each of {{patient}}, {{exam}}, {{laterality}} and {{view}} once at most, "
+                "{any} for what is passed over; {patient} must be there"
+            )
+        pieces = _FIELD.split(text)
+        expression = re.escape(pieces[0])
+        for field, literal in zip(pieces[1::2], pieces[2::2], strict=True):
+            group = f"(?:{_FIELDS[field]})" if field == "any" else f"(?P<{field}>{_FIELDS[field]})"
+            expression += group + re.escape(literal)
+        self._expression = re.compile(expression, re.IGNORECASE)
+        self._depth = text.count("/") + 1
+
+    def match(self, path: Path) -> Named | None:
+        """What a path says; None if it does not fit."""
+        parts = [*path.parts[:-1], path.stem][-self._depth :]
+        found = self._expression.fullmatch("/".join(parts))
+        if found is None:
+            return None
+        said = found.groupdict()
+        view = said.get("view")
+        return Named(
+            said["patient"], said.get("exam"), values.side(said.get("laterality") or ""), view.upper() if view else None
+        )
+
+
+def find_pattern(paths: Sequence[Path]) -> NamePattern | None:
+    """The first of the common patterns that fits all the paths; None if none does, or there are no paths."""
+    patterns = (NamePattern(text) for text in COMMON)
+    return next((p for p in patterns if paths and all(p.match(path) for path in paths)), None)

@@ -1,0 +1,106 @@
+"""Exam lists of NYU's classifiers (breast_cancer_classifier, GMIC, mammography_metarepository): a pickled list of
+dictionaries, one per exam, and 16-bit PNG files.
+
+An exam names its files by view, without ending, as {'L-CC': ['0_L_CC'], ...}; 'horizontal_flip' says whether all of
+them are stored mirrored; 'cancer_label' has labels per breast, where there are any; 'L-CC_malignant_seg' and the like
+name masks. Layout and meaning are those of the README files of the three repositories.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+from .base import DataSet
+from .files import Files
+from .pickles import read_pickle
+from .schema import Finding, Record
+
+_TABLES = ("exam_list_before_cropping.pkl", "cropped_exam_list.pkl", "exam_list.pkl")
+_VIEWS = ("L-CC", "R-CC", "L-MLO", "R-MLO")
+_SIDES = {"L": "left", "R": "right"}
+_OTHER = {"left": "right", "right": "left"}
+
+
+def read(files: Files) -> list[Record]:
+    """One record per image. The lists name no patients, so each exam stands for one."""
+    path = files.path if files.path.is_file() else files.table(*_TABLES)
+    if path is None:
+        raise DataError(f"{files.path}: holds no {', '.join(_TABLES)}; name the folder or the list")
+    exams = read_pickle(path)
+    if not isinstance(exams, list) or not all(isinstance(e, dict) and any(v in e for v in _VIEWS) for e in exams):
+        raise DataError(f"{path}: is no list of exams with {', '.join(_VIEWS)}; name another pickle file")
+    return [
+        _record(files, path, exam, number, view, name, place)
+        for number, exam in enumerate(exams)
+        for view in _VIEWS
+        for place, name in enumerate(_texts(path, number, exam, view))
+    ]
+
+
+def _record(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, name: str, place: int) -> Record:
+    laterality, _, projection = view.partition("-")
+    side = _SIDES[laterality]
+    flip = exam.get("horizontal_flip", "NO")
+    if flip not in ("YES", "NO"):
+        raise DataError(f"{path}, exam {number}: horizontal_flip is neither YES nor NO")
+    return Record(
+        path=files.expect(_png(name)),
+        label=-1,
+        patient_id=f"exam{number}",
+        laterality=laterality,
+        view=projection,
+        exam_id=f"exam{number}",
+        labels=_labels(path, exam, number, side),
+        findings=tuple(_masks(files, path, exam, number, view, place)),
+        # 12 bits, stored as they are by some and rescaled to 16 by others.
+        white="auto",
+        chest_wall=_OTHER[side] if flip == "YES" else side,
+    )
+
+
+def _labels(path: Path, exam: dict[str, Any], number: int, side: str) -> dict[str, float]:
+    given = exam.get("cancer_label") or {}
+    found = {}
+    for kind in ("malignant", "benign"):
+        value = given.get(f"{side}_{kind}") if isinstance(given, dict) else None
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise DataError(f"{path}, exam {number}: cancer_label {side}_{kind} is neither 0 nor 1")
+        found[kind] = float(value)
+    return found
+
+
+def _masks(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, place: int) -> list[Finding]:
+    found = []
+    for kind in ("malignant", "benign"):
+        names = _texts(path, number, exam, f"{view}_{kind}_seg")
+        if place < len(names) and (mask := files.find(_png(names[place]))) is not None:
+            found.append(Finding(mask=mask, pathology=kind))
+    return found
+
+
+def _texts(path: Path, number: int, exam: dict[str, Any], key: str) -> list[str]:
+    names = exam.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}, exam {number}: {key} is no list of file names")
+    return names
+
+
+def _png(name: str) -> str:
+    return name if name.lower().endswith(".png") else f"{name}.png"
+
+
+DATA_SET = DataSet(
+    name="nyu",
+    title="an exam list of NYU's classifiers",
+    tables=_TABLES,
+    rules={
+        "malignant": "1 if the breast has a malignant finding (cancer_label), 0 if not",
+        "benign": "1 if the breast has a benign finding (cancer_label), 0 if not",
+    },
+    split="none; the list names no patients, so each exam stands for one",
+    read=read,
+)

@@ -1,0 +1,294 @@
+"""Odd places and odd tables: links, pipes, formulas, labels that are none, downloads in other layouts."""
+
+import os
+import pickle
+import shutil
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import imagecodecs
+import lookalikes
+import numpy as np
+import pytest
+from image_files import write_dicom
+
+from gigamorph.engine.datasets.check import check_images
+from gigamorph.engine.datasets.index import index_folder
+from gigamorph.engine.datasets.tables import Record, detect, missing_masks, read_data_set, read_table, write_table
+from gigamorph.engine.datasets.tables.cells import escape, read_rows
+from gigamorph.engine.datasets.tables.files import Files
+from gigamorph.engine.datasets.tables.pickles import Unread, read_pickle
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.images.dicom import read_info
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.train.inputs import training_data
+
+
+def save(path: Path, value: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((9, 8), value, np.uint8)
+    pixels[0, 0] = 255
+    path.write_bytes(imagecodecs.png_encode(pixels))
+    return path
+
+
+def test_links_in_a_circle_are_walked_once(tmp_path: Path) -> None:
+    """Two of them made two to the power of forty paths."""
+    save(tmp_path / "a" / "x.png")
+    save(tmp_path / "b" / "y.png")
+    for folder in "ab":
+        for name in ("one", "two"):
+            (tmp_path / folder / name).symlink_to(tmp_path)
+    found = index_folder(tmp_path)
+    assert [record.path.name for record in found.records] == ["x.png", "y.png"]
+    assert Files(tmp_path).find("y.png") == tmp_path / "b" / "y.png"
+    assert len(read_table(tmp_path).records) == 2
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.dcm")
+    save(tmp_path / "x.png")
+    found = index_folder(tmp_path)
+    assert [record.path.name for record in found.records] == ["x.png"]
+    assert all("is no regular file" in str(error) for error in found.errors)
+    assert len(found.errors) == 2
+    for reader in (open_pixels, read_info):
+        with pytest.raises(DataError, match=r"pipe\.dcm: is no regular file"):
+            reader(tmp_path / "pipe.dcm")
+    assert [problem.kind for problem in check_images([Record(tmp_path / "pipe", 0, "p")])] == ["unreadable"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        ("+x", "'+x"),
+        ("-x", "'-x"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("'=1", "''=1"),
+        ("''-x", "'''-x"),
+        ("-1.5", "-1.5"),
+        ("+3", "+3"),
+        ("-1e-05", "-1e-05"),
+        ("-inf", "-inf"),
+        ("-.5", "-.5"),
+        ("-1.5x", "'-1.5x"),
+        ("-", "'-"),
+        ("'quoted'", "'quoted'"),
+        ("plain", "plain"),
+        ("", ""),
+    ],
+)
+def test_formulas_are_escaped_and_numbers_are_not(tmp_path: Path, cell: str, written: str) -> None:
+    assert escape(cell) == written
+    image = save(tmp_path / "x.png")
+    path = write_table(tmp_path / "t.csv", [Record(image, 0, cell or "p", extra={"note": cell, "n": "1"})], ["0", "1"])
+    assert f",{written},".replace(",,", ",") in path.read_text().replace("\n", ",")
+    [record] = read_table(path).records
+    assert (record.patient_id, record.extra.get("note", "")) == (cell or "p", cell)
+    assert read_rows(path).rows[0].get("note", "") == cell
+
+
+def test_numbers_of_labels_are_written_in_full(tmp_path: Path) -> None:
+    labels = {"score": -1.5, "third": 1 / 3, "count": 12345678.0}
+    path = write_table(tmp_path / "t.csv", [Record(save(tmp_path / "x.png"), 0, "p", labels=labels)], ["0", "1"])
+    assert read_table(path).records[0].labels == labels
+
+
+def table(folder: Path, labels: list[str], header: str = "label") -> Path:
+    rows = [f"{save(folder / f'{n}.png', n).name},{label},p{n}" for n, label in enumerate(labels)]
+    path = folder / "t.csv"
+    path.write_text("\n".join([f"image_path,{header},patient_id", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([str(0.1 * n) for n in range(24)], "label 0.1 is no class; number classes 0, 1, ... or name them"),
+        (["0", "1", "-1"], "label -1 is no class"),
+        (["0", "1", "nan"], "label nan is no class"),
+        (["benign", "malignant", "NaN"], "label NaN is no class"),
+        (["0.5", "1.5"], "label 0.5 is no class"),
+        (["inf", "1"], "label inf is no class"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_table(table(tmp_path, labels))
+
+
+def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
+    read = read_table(table(tmp_path, ["0.0", "1.0", "1"]))
+    assert (read.classes, [record.label for record in read.records]) == (["0", "1"], [0, 1, 1])
+    named = read_table(table(tmp_path, ["1_0", "2_0"]))
+    assert named.classes == ["1_0", "2_0"]
+
+
+@pytest.mark.parametrize(("labels", "name"), [(["1"] * 9, "1"), (["0"] * 9, "0"), (["benign"] * 9, "benign")])
+def test_one_label_is_nothing_to_learn(tmp_path: Path, labels: list[str], name: str) -> None:
+    with pytest.raises(DataError, match=f"training images have label {name}; training needs another class"):
+        training_data(table(tmp_path, labels))
+
+
+def test_label_columns(tmp_path: Path) -> None:
+    path = table(tmp_path, [f"{n % 2},{'' if n == 4 else n // 3}" for n in range(9)], "label_cancer,label_kind")
+    with pytest.raises(
+        DataError, match=r"make one of label_cancer, label_kind the label: gigamorph data convert .*cancer"
+    ):
+        read_table(path)
+    read = read_table(path, label="kind")
+    assert (read.classes, [r.label for r in read.records]) == (["0", "1", "2"], [0, 0, 0, 1, -1, 1, 2, 2, 2])
+    with pytest.raises(DataError, match="has no column label_size; it has image_path, label_cancer"):
+        read_table(path, label="size")
+    # What is beside the label is told, unless the label was made from it.
+    told = []
+    both = tmp_path / "both.csv"
+    text = path.read_text().replace("label_cancer,label_kind", "label,label_kind")
+    both.write_text(text)
+    training_data(both, warn=told.append)
+    assert told == ["columns label_kind are not learnt, label is (data convert --label makes another one it)"]
+    told.clear()
+    both.write_text("\n".join(line.rpartition(",")[0] + f",{line.rpartition(',')[2]}" for line in text.splitlines()))
+    cancer = read_table(path, label="cancer")
+    training_data(write_table(tmp_path / "made.csv", cancer.records, cancer.classes), warn=told.append)
+    assert told == []
+
+
+def test_patients_that_nobody_names_are_told(tmp_path: Path) -> None:
+    for n in range(12):
+        save(tmp_path / "in" / "ab"[n % 2] / f"{n}.png", n)
+    told = []
+    training_data(tmp_path / "in", warn=told.append)
+    assert told[0] == "of 12 of 12 images the patient is not known, so that one may be in two splits"
+
+
+def test_nothing_but_missing_files(tmp_path: Path) -> None:
+    path = table(tmp_path, ["0", "1", "1"])
+    (tmp_path / "1.png").unlink()
+    assert [r.path.name for r in read_table(path, skip_missing=True).records] == ["0.png", "2.png"]
+    for n in (0, 2):
+        (tmp_path / f"{n}.png").unlink()
+    with pytest.raises(DataError, match=r"t\.csv: none of the 3 images exists: .*0\.png, .*download them"):
+        read_table(path, skip_missing=True)
+    lookalikes.vindr_mammo(tmp_path / "vindr")
+    shutil.rmtree(tmp_path / "vindr" / "images")
+    with pytest.raises(DataError, match=r"none of the .* images exists"):
+        read_data_set("vindr-mammo", tmp_path / "vindr", skip_missing=True)
+
+
+def relaid(folder: Path, jpeg: bool) -> None:
+    """CBIS-DDSM as tcia_utils lays it out, a folder per series, or as Kaggle's release does, in JPEG."""
+    for path in sorted(folder.rglob("*.dcm")):
+        target = folder / ("jpeg" if jpeg else "tciaDownload") / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        name = "1-" + str(int(path.stem) + 1)
+        if jpeg:
+            pixels = open_pixels(path, flip=False).read(0, *sum(((s, 0) for s in open_pixels(path).shape[1:]), ())[:3])
+            grey = (pixels[0].numpy() * 255).astype(np.uint8)
+            (target / f"{name}.jpg").write_bytes(imagecodecs.jpeg8_encode(grey))
+        else:
+            shutil.copy(path, target / f"{name}.dcm")
+        path.unlink()
+
+
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_cbis_ddsm_in_other_layouts(tmp_path: Path, jpeg: bool) -> None:
+    lookalikes.cbis_ddsm(tmp_path)
+    before = read_data_set("cbis-ddsm", tmp_path).records
+    relaid(tmp_path, jpeg)
+    after = read_data_set("cbis-ddsm", tmp_path).records
+    assert [replace(r, path=Path(), findings=()) for r in after] == [
+        replace(r, path=Path(), findings=()) for r in before
+    ]
+    assert [r.path.parent.name for r in after] == [r.path.parent.name for r in before]
+    assert missing_masks(after) == []
+    shapes = {open_pixels(f.mask, flip=False).shape for r in after for f in r.findings if f.mask}
+    assert shapes == {(1, *lookalikes.SHAPE)}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_exam_lists_of_nyu(tmp_path: Path, protocol: int) -> None:
+    mask = lookalikes.nyu(tmp_path, protocol)
+    assert detect(tmp_path) == "nyu"
+    found = read_data_set("nyu", tmp_path)
+    assert [(r.path.stem, r.patient_id, r.laterality, r.view, r.label, r.chest_wall) for r in found.records] == [
+        ("0_L-CC", "exam0", "L", "CC", 0, "left"),
+        ("0_R-CC", "exam0", "R", "CC", 1, "right"),
+        ("0_L-MLO", "exam0", "L", "MLO", 0, "left"),
+        ("0_R-MLO", "exam0", "R", "MLO", 1, "right"),
+        ("1_L_CC", "exam1", "L", "CC", -1, "right"),
+        ("1_R_CC", "exam1", "R", "CC", -1, "left"),
+        ("1_R_CC_2", "exam1", "R", "CC", -1, "left"),
+    ]
+    assert {record.white for record in found.records} == {"auto"}
+    assert [(f.mask, f.pathology) for f in found.records[1].findings] == [(mask, "malignant")]
+    assert [r.label for r in read_data_set("nyu", tmp_path, label="benign").records][:4] == [1, 0, 1, 0]
+
+
+class Trap:
+    """Unpickled by the usual means this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickles_are_read_and_not_run(tmp_path: Path, protocol: int) -> None:
+    trap = tmp_path / "made"
+    exams = [{**lookalikes.EXAMS[0], "more": Trap(trap), "array": np.arange(3), "order": OrderedDict(a=1)}]
+    path = tmp_path / "exam_list.pkl"
+    path.write_bytes(pickle.dumps(exams, protocol))
+    read = read_pickle(path)
+    assert isinstance(read[0]["more"], Unread)
+    assert read[0]["L-CC"] == ["0_L-CC"]
+    assert len(read_data_set("nyu", tmp_path, check_files=False).records) == 4
+    assert not trap.exists()
+    for wrong, message in (
+        (b"no pickle", "is no pickle file, or damaged"),
+        (path.read_bytes()[:-40], "is no pickle file, or damaged"),
+        (pickle.dumps({"a": 1}), "is no list of exams"),
+        (pickle.dumps([{"L-CC": "0_L_CC"}]), "exam 0: L-CC is no list of file names"),
+        (
+            pickle.dumps([{**lookalikes.EXAMS[0], "cancer_label": {"left_malignant": 3}}]),
+            "exam 0: cancer_label left_malignant",
+        ),
+        (pickle.dumps([{**lookalikes.EXAMS[0], "horizontal_flip": "MAYBE"}]), "exam 0: horizontal_flip"),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(DataError, match=rf"exam_list\.pkl.*{message}|exam_list\.pkl, {message}"):
+            read_data_set("nyu", tmp_path, check_files=False)
+
+
+def test_long_headers_are_quoted_in_brief(tmp_path: Path) -> None:
+    pixels = np.arange(63, dtype=np.uint16).reshape(7, 9)
+    for elements in (
+        {"PhotometricInterpretation": "X" * 5000},
+        {"VOILUTFunction": "Y" * 5000, "WindowCenter": 1, "WindowWidth": 9},
+    ):
+        path = write_dicom(tmp_path / "x.dcm", pixels, **elements)
+        with pytest.raises(DataError) as error:
+            open_pixels(path)
+        assert len(str(error.value)) < len(str(path)) + 300
+    with pytest.raises(DataError, match="is MONOCHROME2 with 31 samples a pixel, not 1; correct the header"):
+        open_pixels(write_dicom(tmp_path / "x.dcm", pixels, SamplesPerPixel=31))
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    with pytest.raises(DataError, match=r"t\.csv: cannot be written: .*udce9.*rename the file"):
+        write_table(tmp_path / "t.csv", [Record(tmp_path / name, 0, "p")], ["0", "1"])
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(DataError, match=r"cannot be listed \(Permission denied\)"):
+        index_folder(tmp_path)
