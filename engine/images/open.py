@@ -65,8 +65,8 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
 
         if any((path / mark).is_file() for mark in MARKS):
             return ZarrPixels(path, frame)
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; name an image")
+    if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for its writer
+        raise DataError(f"{path}: is no regular file; name an image")
     try:
         with path.open("rb") as file:
             head = file.read(132)
