@@ -27,7 +27,8 @@ def show_report(report: Report, console: Console | None = None) -> None:
     for name in ("difference", "float64", "float32", "own rounding noise"):
         table.add_column(name, justify="left" if name == "difference" else "right", no_wrap=True)
     table.add_row("eval mode", f"{d.float64_eval:.1e}", f"{d.float32_eval:.1e}", f"{d.noise_eval:.1e}")
-    table.add_row("train mode", f"{d.float64_train:.1e}", f"{d.float32_train:.1e}", f"{d.noise_train:.1e}")
+    if d.float64_train is not None:
+        table.add_row("train mode", f"{d.float64_train:.1e}", f"{d.float32_train:.1e}", f"{d.noise_train:.1e}")
     console.print(table)
     if report.certificate is not None:
         console.print(f"certificate: {report.certificate}", style="red" if report.certificate.violations else "green")

@@ -51,11 +51,11 @@ def plan(
     import torch
 
     from ..engine.accelerate import freeze_batch_norm
-    from ..engine.models import create_model
+    from ..engine.morph.origin import create_grown
     from ..engine.planning.preview import plan as make_plan
     from .table import show_plan
 
-    net = create_model(model, classes, channels).train(not inference)
+    net = create_grown(model, classes, channels).train(not inference)
     if batch_norm == "frozen":
         freeze_batch_norm(net)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -17,15 +17,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.accelerate import Accelerated, accelerate
     from .engine.dense import dense_loss, write_map
-    from .engine.errors import BudgetError, DataError, GigamorphError, UnsupportedError
+    from .engine.errors import BudgetError, DataError, GigamorphError, MorphError, UnsupportedError
     from .engine.images.open import open_pixels
     from .engine.images.pixels import Normalize, PixelSource
     from .engine.models import create_model
-    from .engine.morph.deepen import insert_identity, insert_pair, insert_residual
+    from .engine.morph.decompose import decompose, insert_module, split_parallel
+    from .engine.morph.deepen import deepen, insert_identity, insert_pair, insert_residual
     from .engine.morph.front import front
-    from .engine.morph.head import grow_head
+    from .engine.morph.head import grow_head, split_class
+    from .engine.morph.inputs import add_planes, to_grey, to_rgb
     from .engine.morph.kernel_size import grow_kernel
     from .engine.morph.merge import merge
+    from .engine.morph.optimizer import grow_ema, grow_optimizer
+    from .engine.morph.planner import plan_growth
+    from .engine.morph.recipe import Recipe
+    from .engine.morph.spaces import find_spaces
     from .engine.morph.widen import widen
     from .engine.planning.plan import Plan
     from .engine.planning.preview import plan
@@ -37,15 +43,21 @@ if not os.path.isdir(os.path.join(__path__[0], "engine")):  # a checkout: engine
 _HOMES = {
     "accelerate": "Accelerated accelerate",
     "dense": "dense_loss write_map",
-    "errors": "BudgetError DataError GigamorphError UnsupportedError",
+    "errors": "BudgetError DataError GigamorphError MorphError UnsupportedError",
     "images.open": "open_pixels",
     "images.pixels": "Normalize PixelSource",
     "models": "create_model",
-    "morph.deepen": "insert_identity insert_pair insert_residual",
+    "morph.decompose": "decompose insert_module split_parallel",
+    "morph.deepen": "deepen insert_identity insert_pair insert_residual",
     "morph.front": "front",
-    "morph.head": "grow_head",
+    "morph.head": "grow_head split_class",
+    "morph.inputs": "add_planes to_grey to_rgb",
     "morph.kernel_size": "grow_kernel",
     "morph.merge": "merge",
+    "morph.optimizer": "grow_ema grow_optimizer",
+    "morph.planner": "plan_growth",
+    "morph.recipe": "Recipe",
+    "morph.spaces": "find_spaces",
     "morph.widen": "widen",
     "planning.plan": "Plan",
     "planning.preview": "plan",
@@ -61,13 +73,26 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "dense_loss",
     "create_model",
     "widen",
+    "merge",
+    "deepen",
     "insert_identity",
     "insert_pair",
     "insert_residual",
+    "insert_module",
+    "decompose",
+    "split_parallel",
     "grow_kernel",
     "grow_head",
+    "split_class",
+    "to_grey",
+    "to_rgb",
+    "add_planes",
     "front",
-    "merge",
+    "find_spaces",
+    "plan_growth",
+    "grow_optimizer",
+    "grow_ema",
+    "Recipe",
     "Accelerated",
     "Plan",
     "Normalize",
@@ -76,6 +101,7 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "GigamorphError",
     "BudgetError",
     "DataError",
+    "MorphError",
     "UnsupportedError",
 ]
 

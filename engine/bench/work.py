@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze_batch_norm
 from ..models import create_model
+from ..morph.origin import create_grown
 from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
 from .meter import measure
 from .ordinary import loss_of
@@ -27,7 +28,7 @@ _WARM = 64  # side of the image by which the libraries load what they need
 def build(task: Task) -> nn.Module:
     """The network of a task, with the same weights in every process."""
     torch.manual_seed(0)
-    network = create_model(task.model, num_classes=1000, in_channels=task.image[1]).train(task.training)
+    network = create_grown(task.model, 1000, task.image[1]).train(task.training)
     if task.batch_norm == "frozen":
         freeze_batch_norm(network)
         _spread_statistics(network)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from .running import Example
+from .example import Example
 from .step import EditAt
 from .surgery import follow, morphed, placed, site
 from .verify import Report

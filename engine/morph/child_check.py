@@ -7,7 +7,9 @@ linear weights get their maps here (which parent column each column copies), eve
 
 from __future__ import annotations
 
+import math
 import struct
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from .attributes import Named, name_ints, set_int, unname_ints
 from .copies import ParameterMap, Plan
+from .example import Inputs
 from .labels import Label, row_vids
 from .log import (
     AlongChannelsRecord,
@@ -157,6 +160,17 @@ class ChildCheck(Tracer):
         shape = [1 if a in axes else s for a, s in enumerate(label.vids.shape)]
         return Label((record.base + row).reshape(shape), None)
 
+    def places(self, label: Label, axes: list[int], shape: Shape) -> Label:
+        record = self._next(RowsRecord)
+        slabs = label.slabs(axes)
+        ((base, old),) = record.outputs
+        same = slabs.shape == record.index.rows.shape and torch.equal(slabs, record.index.rows)
+        now = tuple(n for a, n in enumerate(label.vids.shape) if a not in axes) if len(old) < label.vids.ndim else None
+        if same:
+            return Label(torch.arange(base, base + math.prod(old)).reshape(old), None)
+        now = now or tuple(1 if a in axes else n for a, n in enumerate(label.vids.shape))
+        return Label(torch.full(now, MISSING), None)
+
     def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
         record = self._next(BarrierRecord)
         for label, old in zip(labels, record.inputs, strict=True):
@@ -279,7 +293,7 @@ class ChildCheck(Tracer):
 
     # ---------------------------------------------------------------- the run
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+    def forward(self, inputs: Inputs) -> Any:
         try:
             return super().forward(inputs)
         except (Mismatch, Fault):
@@ -305,7 +319,7 @@ class ChildCheck(Tracer):
 
 
 def run_child(
-    child: nn.Module, found: ParentRun, plan: Plan, inputs: tuple[Tensor, ...], outputs: list[Any]
+    child: nn.Module, found: ParentRun, plan: Plan, inputs: Inputs, outputs: list[Any]
 ) -> dict[str, ParameterMap]:
     """Check a child whose vectors have the plan's sizes; it gets the attributes that go with them.
 
@@ -325,8 +339,8 @@ def run_child(
     try:
         for left in reversed(range(RUNS)):
             run = ChildCheck(child, found, plan)
-            given = tuple(x.clone() for x in inputs)
-            for x, vids in zip(given, found.input_vids, strict=True):
+            given = replace(inputs, tensors=tuple(x.clone() for x in inputs.tensors))
+            for x, vids in zip(given.tensors, found.input_vids, strict=True):
                 run.set_label(x, Label(vids, None))
             try:
                 maps = run.finish(run.forward(given), outputs)

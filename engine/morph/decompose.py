@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .activation import PAct, activation, paired
 from .deepen import dirac, layer
+from .example import Example
 from .factors import factorise, factorise_stable, fewest_middle
 from .kernel_size import numeric_padding, pad_kernel, set_padding
-from .running import Example
 from .step import EditAt
 from .surgery import CONVS, follow, morphed, placed, plain, replace, site, spatial
 from .verify import Report

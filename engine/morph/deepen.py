@@ -14,10 +14,33 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from .activation import PAct, activation, paired
-from .running import Example
+from .example import Example
 from .step import EditAt
 from .surgery import BATCH_NORMS, Site, conv_class, follow, module_at, morphed, placed, site, spatial
 from .verify import Report
+
+HOW = ("residual", "pair", "identity")
+
+
+def deepen(
+    model: nn.Module, example: Example, path: str, how: str = "residual", **options: Any
+) -> tuple[nn.Module, Report]:
+    """A new layer or block after the module at `path`.
+
+    Args:
+        model: the network; a copy is changed unless ``inplace=True``.
+        example: an input batch.
+        path: a module whose output is one tensor; it becomes `path.0`.
+        how: "residual" (`insert_residual`), "pair" (`insert_pair`) or "identity" (`insert_identity`).
+        options: of that function.
+
+    Raises:
+        MorphError: another `how`, or as of that function.
+    """
+    if how not in HOW:
+        raise MorphError(f"how={how!r} is unknown; take one of {', '.join(HOW)}")
+    insert: Any = {"residual": insert_residual, "pair": insert_pair, "identity": insert_identity}[how]
+    return insert(model, example, path, **options)
 
 
 def insert_identity(

@@ -67,6 +67,13 @@ CONVOLUTIONS = {
     **{f"conv{n}d": (n, False) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": (n, True) for n in (1, 2, 3)},
 }
+# Products of which one operand may be a stored matrix: then they are linear ops on channels.
+PRODUCTS = frozenset("matmul mm rmatmul addmm einsum".split())
+# Of a stored matrix, these give its transpose.
+TRANSPOSES = frozenset("t T mT transpose swapaxes swapdims permute".split())
+# Variances: over channels a mean of squares, if they are divided by the number itself.
+VARIANCES = frozenset("var std var_mean std_mean".split())
+DECLARED: dict[str, str] = {}  # custom Functions by name -> "elementwise" or "channelwise", see `custom.declare`
 NORMS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm".split())
 
 # Read no values.
@@ -84,6 +91,18 @@ def op_name(func: Callable[..., Any]) -> tuple[str, str]:
     full = resolve_name(func) or getattr(func, "__name__", repr(func))
     written = full.removesuffix(".__get__").removesuffix(".__set__").rsplit(".", 1)[-1]
     return written.strip("_") or written, written
+
+
+def writes(written: str) -> bool:
+    """Whether an op, by its name as written, changes its first tensor in place."""
+    if not written.startswith("__"):
+        return written.endswith("_")
+    return written == "__setitem__" or written in _IN_PLACE
+
+
+_IN_PLACE = frozenset(
+    f"__i{op}__" for op in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+)
 
 
 def reads_no_values(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Grown networks in files: weights with their recipe, opened by the name of the network they began as, and compared.
 
-A safetensors file carries the recipe in its header, so that one file is whole; `name.recipe.json` beside it is the same
-text for people, and the only copy beside a torch file.
+A safetensors file carries the recipe in its header, so that one file is whole; `b.recipe.json` beside it is the same
+text for people. A torch file has its own beside it, `b.pt.recipe.json`, the only copy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..models import create_model
+from .copying import cast, duplicate
 from .front import FrontStep
 from .front_layers import downsampler
 from .head import HeadStep, SplitClassStep
@@ -22,10 +23,11 @@ from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply
 from .running import failures, output_tensors
 from .step import Step
-from .store import SafetensorsFile, atomic, read_state, write_state
-from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, cast, compare, duplicate
+from .store import SafetensorsFile, atomic, read_state, read_torch, write_state
+from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, compare
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
+ENDING = ".recipe.json"
 SIDE = 64  # of the images that checks take, before any front
 PREFIXES = ("net.", "module.")  # of a checkpoint of gigamorph train, of DistributedDataParallel
 
@@ -54,8 +56,9 @@ class Grown:
 
 
 def recipe_path(weights: str | Path) -> Path:
-    """`b.recipe.json` for `b.safetensors`."""
-    return Path(weights).with_suffix(".recipe.json")
+    """`b.recipe.json` for `b.safetensors`, `b.pt.recipe.json` for `b.pt`: no two files share one."""
+    path = Path(weights)
+    return path.with_suffix(ENDING) if path.suffix == ".safetensors" else path.with_name(path.name + ENDING)
 
 
 def open_network(spec: str, weights: str | Path | None, classes: int = 2, channels: int = 1) -> Grown:
@@ -73,9 +76,9 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
     if weights is None:
         return Grown(create_model(spec, classes, channels), channels=channels)
     path = _weights_path(Path(weights))
-    state = dict(read_state(path))
+    state = read_weights(path)
     network = create_model(spec, classes, channels)
-    recipe = _recipe_of(path)
+    recipe = recipe_of(path)
     try:
         network = apply(recipe, network) if recipe.morphs else network
         _load(network, state)
@@ -154,7 +157,9 @@ def verdict(difference: Difference) -> tuple[bool, str]:
     """
     d = difference
     evaluated = _level(d.float64_eval, d.float32_eval, d.noise_eval)
-    trained = _level(d.float64_train, d.float32_train, d.noise_train)
+    trained = evaluated
+    if d.float64_train is not None and d.float32_train is not None and d.noise_train is not None:
+        trained = _level(d.float64_train, d.float32_train, d.noise_train)
     if evaluated == _DIFFERENT:
         return False, f"different: by {d.float64_eval:.1e}, the first one's own rounding noise is {d.noise_eval:.1e}"
     if trained == _DIFFERENT:
@@ -229,16 +234,18 @@ class _Kept(nn.Module):
 
 def _weights_path(path: Path) -> Path:
     """The weights that a recipe stands beside."""
-    if not path.name.endswith(".recipe.json"):
+    if not path.name.endswith(ENDING):
         return path
-    stem = path.name.removesuffix(".recipe.json")
-    for suffix in SUFFIXES:
-        if path.with_name(stem + suffix).is_file():
-            return path.with_name(stem + suffix)
-    raise MorphError(f"{path}: there are no weights {stem}.safetensors beside it")
+    name = path.name.removesuffix(ENDING)
+    weights = path.with_name(name if Path(name).suffix in SUFFIXES else f"{name}.safetensors")
+    if not weights.is_file():
+        raise MorphError(f"{path}: there are no weights {weights.name} beside it")
+    return weights
 
 
-def _recipe_of(weights: Path) -> Recipe:
+def recipe_of(weights: str | Path) -> Recipe:
+    """The recipe in a weights file or checkpoint, or beside it; an empty one if the network never grew."""
+    weights = Path(weights)
     if weights.suffix == ".safetensors":
         text = SafetensorsFile(weights).metadata.get("recipe")
         if text is not None:
@@ -246,15 +253,24 @@ def _recipe_of(weights: Path) -> Recipe:
                 return Recipe.from_json(text)
             except MorphError as error:
                 raise MorphError(f"{weights}: {error}") from error
+    elif weights.suffix == ".ckpt":  # of gigamorph train
+        grown = read_torch(weights).get("gigamorph", {}).get("grown")
+        return Recipe.from_json(grown["recipe"]) if grown else Recipe()
     beside = recipe_path(weights)
     return Recipe.load(beside) if beside.exists() else Recipe()
 
 
-def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """All weights, in the dtype of the file; older files lack BatchNorm's counter, which no result depends on."""
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """All weights of a file, by the names that they have in the network itself."""
+    state = dict(read_state(path))
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """All weights, in the dtype of the file; older files lack BatchNorm's counter, which no result depends on."""
     own = network.state_dict()
     state |= {n: t for n, t in own.items() if n not in state and n.endswith("num_batches_tracked")}
     problems = [f"'{name}' is missing" for name in own if name not in state]

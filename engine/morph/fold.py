@@ -13,12 +13,13 @@ from ..errors import MorphError
 from .attributes import follow_head, get_int, set_int
 from .child_check import run_child
 from .copies import ParameterMap, make_plan
+from .copying import duplicate
 from .parent_run import Axis
 from .spaces import Spaces, find_spaces, resize_attributes, skeleton
 from .tensors import Shapes, fill, named_tensors, resized
 from .ties import Folds, Units
 from .tracer import Fault, Mismatch
-from .verify import Certificate, duplicate
+from .verify import Certificate
 
 
 def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:
@@ -40,7 +41,7 @@ def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Ce
     wider = spaces.found.groups == "wider"
     child = _with_tensors(spaces.model, small, index.sizes, wider)
     try:
-        reduced = find_spaces(child, *spaces.inputs, groups=spaces.found.groups)
+        reduced = find_spaces(child, spaces.inputs, groups=spaces.found.groups)
     except Fault:
         raise
     except MorphError as error:

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
+from .copying import cast, duplicate
 from .front_layers import Filters, add_zero_columns, downsampler, folded, prime_factors, residual, stages
+from .running import eval_mode, failures, output_tensors
 from .stem import Stem, View, find_stem, view
 from .step import Step
-from .verify import Report, cast, duplicate, verified_report
+from .stock import as_given, stock
+from .verify import Report, verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
 DOWNSAMPLERS = ("area", "bilinear", "antialias")
@@ -85,9 +88,20 @@ def front(
         MorphError: what is asked cannot be exact; nothing has changed.
     """
     _check_arguments(example, r, mode, downsample, size)
+    given, model = model, stock(model, inplace)
     height, width = size or (r * example.shape[2], r * example.shape[3])
     stem = find_stem(model, example)
-    step = plan_front(model, stem, example.shape[1], r, mode, downsample, filters, act, seed)
+    asked = (example.shape[1], r, mode, downsample, filters, act, seed)
+    step = plan_front(model, stem, *asked)
+    large = example.repeat_interleave(r, 2).repeat_interleave(r, 3)
+    if not _gives_the_same_shapes(model, step, large):
+        # It goes by the image's own size (a segmentation network that upsamples to it): let it see the shrunk one.
+        if mode == "fold":
+            raise MorphError(
+                "front: the network's results have other shapes on the large image, as if it asked for the image's "
+                "size (upsampling to it?); mode='stages', 'residual' or 'keep' puts the front before all of it"
+            )
+        step = plan_front(model, replace(stem, others=("the image's size",)), *asked)
     if inplace and not (step.at and step.at[0]):
         raise MorphError("this front stands before the whole network, which cannot become it; use inplace=False")
     child = step.repeat(duplicate(model))
@@ -100,11 +114,21 @@ def front(
     changes = [f"found: {stem}", *step.describe(child), f"before: {before}", f"after: {after}"]
     changes.append(f"the child's image sides must be multiples of {r}")
     parent = nn.Sequential(downsampler(downsample, r), checked[0])
-    large = example.new_zeros(example.shape[0], example.shape[1], r * example.shape[2], r * example.shape[3])
     report = verified_report(step, parent, checked[1], large, changes=changes, seed=seed)
     if inplace:
         child = step.repeat(model)
-    return child, FrontReport(**vars(report), stem=stem, before=before, after=after)
+    return as_given(child, given), FrontReport(**vars(report), stem=stem, before=before, after=after)
+
+
+def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> bool:
+    """Whether the child's results on the large image have the shapes of the parent's on the shrunk one."""
+    shapes = []
+    small = downsampler(step.downsample, step.r)(large.float())
+    for network, image in ((model, small), (step.repeat(duplicate(model)), large)):
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), image.dtype)
+        with eval_mode(network), torch.no_grad(), failures("the network cannot be run on an image of that size"):
+            shapes.append([tuple(t.shape) for t in output_tensors(network(image.to(dtype, copy=True)))])
+    return shapes[0] == shapes[1]
 
 
 @dataclass(frozen=True)

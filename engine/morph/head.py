@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from .running import Example, as_inputs, failures, output_tensors
+from .copying import cast, duplicate
+from .example import Example, as_inputs
+from .running import failures, output_tensors
 from .step import EditAt
 from .surgery import CONVS, morphed, plain
-from .verify import Report, cast, duplicate
+from .verify import Report
 
 SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
 KINDS = ("independent", "softmax")
@@ -189,9 +191,11 @@ class _Kept(nn.Module):
         self.network, self.axes, self.sizes = network, axes, sizes
         self.softmax, self.index, self.parts = softmax, index, parts
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         results = []
-        for tensor, axis, size in zip(output_tensors(self.network(*inputs)), self.axes, self.sizes, strict=True):
+        for tensor, axis, size in zip(
+            output_tensors(self.network(*args, **kwargs)), self.axes, self.sizes, strict=True
+        ):
             if axis is not None and size is not None:
                 tensor = _probabilities(tensor, axis) if self.softmax else tensor
                 kept, added = tensor.narrow(axis, 0, size), tensor.narrow(axis, size, tensor.shape[axis] - size)
@@ -214,4 +218,5 @@ def _probabilities(x: Tensor, axis: int) -> Tensor:
 def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
     work = cast(duplicate(network), torch.float32).eval()
     with torch.no_grad(), failures("the network cannot be run"):
-        return output_tensors(work(*(x.float() if x.is_floating_point() else x for x in as_inputs(example))))
+        inputs = as_inputs(example)
+        return output_tensors(inputs.call(work, inputs.to(torch.float32)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
-from .running import Example
+from .example import Example
 from .step import EditAll
 from .surgery import CONVS, TRANSPOSED, morphed, plain, replace, spatial
 from .verify import Report

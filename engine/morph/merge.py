@@ -10,20 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
 from .attributes import head_changes
+from .copying import cast, duplicate
+from .example import Example, Inputs, as_inputs, stand_ins
 from .fold import fold
-from .running import Example, as_inputs, input_kinds, stand_ins
 from .spaces import GROUPS, Spaces, find_spaces
 from .step import Step
+from .stock import as_given, stock
 from .ties import Folds, Units, find_ties, kept_width
 from .tracer import Mismatch
-from .verify import Certificate, Report, cast, duplicate, verified_report
+from .verify import Certificate, Report, verified_report
 from .widen import replace_contents
 
 
@@ -34,7 +37,8 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
 
     Args:
         model: any eager network, e.g. one that was widened; untouched unless `inplace`.
-        example: its input or tuple of inputs; a small image will do unless a linear layer wants the real size.
+        example: its input, a tuple of positional or a dict of keyword arguments; a small image will do unless a linear
+            layer wants the real size.
         inplace: put the result into `model` after all checks have passed.
 
     Returns:
@@ -45,18 +49,17 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
         MorphError: no channels are tied, or folding any of them would change the function; nothing has been changed.
     """
     inputs = as_inputs(example)
+    given, model = model, stock(model, inplace)
     child, found = _merge(model, inputs)
-    shapes = tuple(tuple(x.shape) for x in inputs)
-    step = MergeStep(shapes, tuple(found.passes), tuple(found.groups), input_kinds(inputs))
+    step = MergeStep(inputs.shapes, tuple(found.passes), tuple(found.groups), inputs.kinds, inputs.form)
     changes, certificate = [*found.changes, *head_changes(model, child)], found.certificate
     if certificate.violations:  # the function is compared where that rounding does not hide anything
         changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
         exact = cast(duplicate(model), torch.float64)
-        doubles = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-        report = verified_report(step, exact, _merge(exact, doubles)[0], example, changes=changes)
+        report = verified_report(step, exact, _merge(exact, inputs)[0], example, changes=changes)
     else:
         report = verified_report(step, model, child, example, changes=changes, certificate=certificate)
-    return (replace_contents(model, child) if inplace else child), report
+    return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class MergeStep(Step, op="merge"):
     Attributes:
         example: shapes of the inputs.
         kinds: their dtypes, if not all are floating.
+        form: their places among the arguments, if they are not the positional ones; see `Inputs`.
         passes: of each space that is folded, by its key, for each unit the first one that is equal.
     """
 
@@ -73,11 +77,12 @@ class MergeStep(Step, op="merge"):
     passes: tuple[Folds, ...]
     groups: tuple[str, ...]
     kinds: tuple[str, ...] = ()
+    form: Any = None
 
     def repeat(self, model: nn.Module) -> nn.Module:
-        inputs = stand_ins(self.example, self.kinds)
+        inputs = stand_ins(self.example, self.kinds, self.form)
         for folds, groups in zip(self.passes, self.groups, strict=True):
-            spaces = find_spaces(model, *inputs, groups=groups)
+            spaces = find_spaces(model, inputs, groups=groups)
             for key, first in folds.items():
                 if len(first) not in (len(Units.of(spaces, spaces[key], fine).names) for fine in (False, True)):
                     raise MorphError(f"space {key} has another width than in the network that was merged")
@@ -98,14 +103,14 @@ class _Passes:
     certificate: Certificate = field(default_factory=Certificate)
 
 
-def _merge(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, _Passes]:
+def _merge(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, _Passes]:
     """The child, after as many passes as fold something."""
     child, done = model, _Passes()
     reason = "no two channels are exact copies of each other; there is nothing to merge"
     untried = list(GROUPS)
     while untried:  # copies in one layer may become equal only after those in the layer before have been folded
         groups, *others = untried
-        spaces = find_spaces(child, *inputs, groups=groups)
+        spaces = find_spaces(child, inputs, groups=groups)
         try:
             result = _fold_most(spaces, find_ties(spaces))
         except Mismatch as error:

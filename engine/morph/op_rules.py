@@ -48,12 +48,24 @@ def output_labels(run: Primitives, call: Call) -> list[Label]:
     ndim, one = call.tensors[0].ndim, len(shapes) == 1
     if name in ("max", "min") and len(labels) == 2 and call.plain:
         return [run.elementwise(labels)]
+    declared = families.DECLARED.get(name)
+    if declared == "elementwise" and call.plain:
+        return [run.elementwise(labels)]
+    if declared == "channelwise" and one and len(shapes[0]) == ndim:
+        made = run.rows(labels[0], list(range(2, ndim)), shapes, True)
+        return [run.elementwise([*made, *(label.as_channels(ndim) for label in labels[1:])])]
     if name == "prelu" and one:
         return [run.elementwise([labels[0], labels[1].as_channels(ndim)])]
     if name in families.ELEMENTWISE and call.plain:
         return [run.elementwise(labels)]
     if name in families.CONVOLUTIONS or name == "linear":
         return _linear(run, call)
+    if name in families.PRODUCTS:
+        made = _product(run, call)
+        labels = [run.need(t) for t in call.tensors] if made is None else labels
+        return made or run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to keep copies")
+    if name == "glu":
+        return [_glu(run, call)]
     if name in families.SPATIAL or name in families.RESIZE:
         n = families.SPATIAL.get(name, ndim - 2)
         return run.rows(labels[0], list(range(ndim - n, ndim)), shapes, True)
@@ -68,7 +80,8 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     transposed = call.name.startswith("conv_transpose")
     last = "output_padding groups dilation" if transposed else "dilation groups"
     given = call.arguments(f"input weight bias stride padding {last}")
-    weight = run.stored_name(given["weight"])
+    stored = run.matrix(given["weight"]) if call.name == "linear" else None
+    weight, turned = stored or (run.stored_name(given["weight"]), False)
     if weight is None:
         return run.barrier(call.labels, call.shapes, f"the weight of '{call.name}' is computed in the forward")
     plain = {k: v for k, v in given.items() if k not in ("input", "weight", "bias", "groups")}
@@ -77,10 +90,76 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     spatial = families.CONVOLUTIONS[call.name][0] if call.name != "linear" else 0
     axis = (x.vids.ndim - spatial - 1) % x.vids.ndim
     groups = given.get("groups", 1) if call.name != "linear" else 1
-    out = run.linear(x, LinearCall(weight, axis, transposed, groups, call.shapes[0]))
+    out = run.linear(x, LinearCall(weight, axis, transposed or turned, groups, call.shapes[0]))
     if given.get("bias") is not None:
         out = run.elementwise([out, run.need(given["bias"]).on_axis(axis, out.vids.ndim)])
     return [out]
+
+
+def _product(run: Primitives, call: Call) -> list[Label] | None:
+    """A product of which one operand is a stored matrix; None for any other."""
+    tensors = call.tensors[::-1] if call.name == "rmatmul" else call.tensors
+    if call.name == "einsum":
+        return _einsum(run, call)
+    *bias, left, right = tensors
+    if len(bias) != (call.name == "addmm"):
+        return None
+    for x, matrix, first in ((left, right, False), (right, left, True)):
+        stored = run.matrix(matrix)
+        if stored is None or run.matrix(x) is not None:
+            continue
+        label, (weight, turned) = run.need(x), stored
+        axis = max(label.vids.ndim - (2 if first else 1), 0)
+        out = run.linear(label, LinearCall(weight, axis, turned if first else not turned, 1, call.shapes[0]))
+        return [run.elementwise([out, *(run.need(b) for b in bias)]) if bias else out]
+    return None
+
+
+def _einsum(run: Primitives, call: Call) -> list[Label] | None:
+    """`...c,oc->...o` in any order of the axes: one axis of a map is summed over with a stored matrix."""
+    text = call.args[0]
+    place = next((i for i, t in enumerate(call.tensors) if run.matrix(t) is not None), None)
+    if not isinstance(text, str) or "->" not in text or len(call.tensors) != 2 or place is None:
+        return None
+    if run.matrix(call.tensors[1 - place]) is not None:
+        return None
+    label = run.need(call.tensors[1 - place])
+    left, out = text.replace(" ", "").split("->")
+    subscripts = left.split(",")
+    w, x = subscripts[place], subscripts[1 - place]
+    if "..." in x + out:
+        rest = "".join(chr(0x3B1 + i) for i in range(label.vids.ndim - len(x.replace("...", ""))))
+        x, out = x.replace("...", rest), out.replace("...", rest)
+    summed, new = [c for c in w if c in x], [c for c in w if c not in x]
+    if len(w) != 2 or len(set(x)) != len(x) or len(summed) != 1 or len(new) != 1:
+        return None
+    moved = x.replace(summed[0], new[0])
+    if sorted(moved) != sorted(out):
+        return None
+    weight, turned = run.matrix(call.tensors[place]) or ("", False)
+    shape = tuple(call.shapes[0][out.index(c)] for c in moved)
+    linear = LinearCall(weight, x.index(summed[0]), (w.index(new[0]) == 1) != turned, 1, shape)
+    made = run.linear(label, linear)
+    order = [moved.index(c) for c in out]
+    return [Label(made.vids.permute(order), None if made.atoms is None else made.atoms.permute(order))]
+
+
+def _glu(run: Primitives, call: Call) -> Label:
+    (label,) = call.labels
+    axis = call.arguments("input dim").get("dim", -1) % label.vids.ndim
+    vids = label.vids.chunk(2, axis)
+    atoms = [None, None] if label.atoms is None else label.atoms.chunk(2, axis)
+    halves = [Label(v, a) for v, a in zip(vids, atoms, strict=True)]
+    run.pick("chunk", label, halves)
+    return run.elementwise(halves)
+
+
+def _divided_by_the_number(call: Call) -> bool:
+    """Whether a variance is the mean of squares, without a correction."""
+    if "correction" in call.kwargs:
+        return call.kwargs["correction"] == 0
+    flags = [a for a in call.args[1:3] if isinstance(a, bool)]
+    return call.kwargs.get("unbiased", flags[0] if flags else True) is False
 
 
 def _reduce(run: Primitives, call: Call) -> list[Label]:
@@ -89,10 +168,13 @@ def _reduce(run: Primitives, call: Call) -> list[Label]:
     axes = _axes(call, ndim)
     keeps = len(call.shapes[0]) == ndim
     known = name in families.MEANS or name in families.EXTREMES
-    known = known or (name in ("max", "min") and len(call.shapes) == 1)
-    if known and run.along_channels(label, axes):
-        out = run.statistic(label, axes, name not in families.MEANS)
-        return [out if keeps else out.reshape([out.vids.shape[a] for a in out.others(axes)])]
+    known = known or name in ("max", "min")
+    variance = name in families.VARIANCES and _divided_by_the_number(call)
+    if (known or variance) and run.along_channels(label, axes):
+        places = len(call.shapes) - 1 if known else 0  # of the extremes
+        made = [run.statistic(label, axes, not (variance or name in families.MEANS)) for _ in call.shapes[places:]]
+        made = [out if keeps else out.reshape([out.vids.shape[a] for a in out.others(axes)]) for out in made]
+        return [*made, *(run.places(label, axes, shape) for shape in call.shapes[1 : 1 + places])]
     return run.rows(label, axes, call.shapes, keeps)
 
 

@@ -16,7 +16,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,13 +26,28 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import MorphError
 from .copies import ParameterMap
+from .copying import duplicate
 from .splits import kraft_lengths
 from .step import Step
-from .verify import Report, duplicate, require_equal
+from .stock import stock
+from .verify import Report, require_equal
 from .widen import WidenStep
 
-OPTIMIZERS = (SGD, Adam, AdamW)
-MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # state -> power of the gradient
+RATES = (SGD, Adam, AdamW)  # whose rates per tensor are known under which training commutes
+# State of a parameter's shape -> power of the gradient that it is a mean of. Of any optimizer that keeps no other:
+# SGD, the Adam family with NAdam, RAdam, Adamax and LAMB, Lion, Adagrad, RMSprop.
+MOMENTS = {
+    "momentum_buffer": 1,
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "exp_inf": 1,
+    "grad_avg": 1,
+    "square_avg": 2,
+    "sum": 2,
+}
+# Momentum of steps that have been divided by the gradient's size, in which the shares cancel.
+STEPS = {"RMSprop": {"momentum_buffer": 0}, "RMSpropTF": {"momentum_buffer": 0}, "Adadelta": {"acc_delta": 0}}
 
 Rates = Literal["plain", "commute"]
 Averaged = TypeVar("Averaged", bound=nn.Module)
@@ -53,7 +68,8 @@ def grow_optimizer(
     """An optimizer for the child that goes on where the parent's stands.
 
     Args:
-        optimizer: SGD, Adam or AdamW on parameters of `parent`; it is not changed.
+        optimizer: on parameters of `parent`; it is not changed. Any whose state is means of gradients or of their
+            squares: of torch.optim all but Adafactor, ASGD, LBFGS, Muon, Rprop and SparseAdam, timm's LAMB.
         parent: the network before the morph, with the weights that it had then.
         child: the network after it, on the device where it will be trained.
         report: of that morph. Widening maps all state, see above. After other morphs a parameter that is still there
@@ -66,15 +82,18 @@ def grow_optimizer(
         An optimizer of the same class. New parameters are in the group of the first one with as many axes.
 
     Raises:
-        MorphError: another optimizer; a parameter that is not the parent's; "plain" where copies would never part; or
-            "commute" where no factor per tensor makes training commute (uneven copies, other splits than equal
-            powers of two, new channels, Adam with coupled weight decay, other morphs).
+        MorphError: an optimizer with other state; a parameter that is not the parent's; "plain" where copies would
+            never part; or "commute" where no factor per tensor makes training commute (another optimizer than SGD, Adam
+            and AdamW, uneven copies, other splits than equal powers of two, new channels, Adam with coupled weight
+            decay, other morphs).
     """
-    if type(optimizer) not in OPTIMIZERS:
-        known = ", ".join(o.__name__ for o in OPTIMIZERS)
-        raise MorphError(f"optimizer {type(optimizer).__name__}: its state cannot be mapped; known are {known}")
     if lr not in ("plain", "commute"):
         raise MorphError(f"lr '{lr}' is unknown; take 'plain' or 'commute'")
+    if lr == "commute" and type(optimizer) not in RATES:
+        known = ", ".join(o.__name__ for o in RATES)
+        raise MorphError(f"optimizer {type(optimizer).__name__}: lr='commute' knows {known}; take lr='plain'")
+    powers = _powers(optimizer)
+    parent, child = stock(parent), stock(child)
     names = {id(p): name for name, p in parent.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -107,7 +126,7 @@ def grow_optimizer(
             factors = _factors(type(optimizer), group, maps.get(name), name) if lr == "commute" else _Factors()
             made.setdefault(factors, []).append(heirs[name])
             if p in optimizer.state:
-                state[target] = _grown_state(optimizer.state[p], p, target, maps.get(name), split)
+                state[target] = _grown_state(optimizer.state[p], powers, target, maps.get(name), split)
         for factors, members in (made or {_Factors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
@@ -131,6 +150,7 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
     Raises:
         MorphError: another morph than widening, an average of another architecture, or a failed check.
     """
+    average, parent, child = stock(average), stock(parent), stock(child)
     step = report.step
     if not isinstance(step, WidenStep):
         raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
@@ -162,7 +182,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
                 value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
         tensor.data = value
     device = next((p.device for p in average.parameters()), torch.device("cpu"))
-    example = tuple(x.to(device) for x in step.inputs())
+    given = step.inputs()
+    example = replace(given, tensors=tuple(x.to(device) for x in given.tensors))
     require_equal(average, grown, example)
     return grown.train(average.training)
 
@@ -199,6 +220,23 @@ def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _powers(optimizer: Optimizer) -> dict[str, int]:
+    """Of each state of a parameter's shape the power of the gradient.
+
+    Raises:
+        MorphError: one of them is not known.
+    """
+    name = type(optimizer).__name__
+    known = MOMENTS | STEPS.get(name, {})
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and (key not in known or value.shape != p.shape):
+                raise MorphError(
+                    f"optimizer {name}: what its state '{key}' becomes of a grown network is not known; begin a new one"
+                )
+    return known
 
 
 def _maps(parent: nn.Module, step: WidenStep) -> dict[str, ParameterMap]:
@@ -266,12 +304,12 @@ def _one(values: Tensor, name: str) -> float:
 
 
 def _grown_state(
-    state: Mapping[str, Any], old: Tensor, new: Tensor, made: ParameterMap | None, split: str
+    state: Mapping[str, Any], powers: Mapping[str, int], new: Tensor, made: ParameterMap | None, split: str
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and key in MOMENTS and value.shape == old.shape:
-            moment = value.detach() if made is None else _grown_moment(value.detach(), made, MOMENTS[key], split)
+        if isinstance(value, Tensor) and value.ndim:
+            moment = value.detach() if made is None else _grown_moment(value.detach(), made, powers[key], split)
             result[key] = moment.clone().to(new.device)
         else:
             result[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # the step's number

@@ -230,6 +230,11 @@ class ParentRun(Tracer):
         self._record(StatisticRecord(bags, base, axes))
         return Label((base + bags.find(slabs)).reshape(shape), atoms)
 
+    def places(self, label: Label, axes: list[int], shape: Shape) -> Label:
+        vids = self.number(no_atoms(shape))
+        self._record(RowsRecord(Rows(label.slabs(axes)), ((first_vid(vids), shape),), axes))
+        return Label(vids, no_atoms(shape))
+
     def _unite_slabs(self, atoms: Tensor, extreme: bool) -> None:
         """What is reduced over its channels (rows of atoms) counts together, or cannot grow."""
         if not bool((atoms != atoms[:1]).any()):  # all rows are of the same channels

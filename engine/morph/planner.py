@@ -85,7 +85,7 @@ class Growth:
         """
         chosen, new = choose_counts(self.spaces, counts or {}, factor, free or {}, seed)
         child, _ = check_counts(self.spaces, chosen, new)
-        return _cost_of(child, self.shape, self.spaces.inputs[0])
+        return _cost_of(child, self.shape, self.spaces.inputs.tensors[0])
 
     def __str__(self) -> str:
         _, _, *size = self.shape
@@ -174,7 +174,7 @@ def _cost_after(spaces: Spaces, copies: Copies, shape: tuple[int, ...]) -> Cost:
         child, _ = spaces.check(copies)
     except Mismatch as error:
         raise MorphError(f"these counts would change the function: {error}; nothing was changed") from None
-    return _cost_of(child, shape, spaces.inputs[0])
+    return _cost_of(child, shape, spaces.inputs.tensors[0])
 
 
 def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:

@@ -41,6 +41,10 @@ class Primitives(ABC):
         """The name of a parameter or buffer."""
 
     @abstractmethod
+    def matrix(self, tensor: Tensor) -> tuple[str, bool] | None:
+        """The name of a stored matrix, and whether the tensor is its transpose; None for any other tensor."""
+
+    @abstractmethod
     def constant_vid(self, value: float) -> int:
         """The vid of a constant."""
 
@@ -55,6 +59,10 @@ class Primitives(ABC):
     @abstractmethod
     def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
         """A mean-like function (or extreme) of the multiset of each slab along `axes`; they are kept with size 1."""
+
+    @abstractmethod
+    def places(self, label: Label, axes: list[int], shape: Shape) -> Label:
+        """Where in each slab along `axes` something is found: other numbers as soon as the slab is another one."""
 
     @abstractmethod
     def linear(self, label: Label, call: LinearCall) -> Label:

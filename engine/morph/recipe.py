@@ -25,11 +25,12 @@ from ..tiling.memory import large_blocks_on_own_pages
 
 # Imported so that all steps are known.
 from . import activation, decompose, deepen, front, head, inputs, kernel_size, merge  # noqa: F401
+from .copying import duplicate
 from .running import first_line
 from .step import Step, from_json, to_json
 from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state, tensor_bytes, write_state
 from .tensors import fill, named_tensors, of_kind
-from .verify import Report, duplicate
+from .verify import Report
 from .widen import WidenStep
 
 FORMAT = "gigamorph recipe"
@@ -164,6 +165,11 @@ def apply(recipe: Recipe, model: nn.Module) -> nn.Module:
     for number, morph in enumerate(recipe.morphs, 1):
         model = _repeat(model, morph, number)
     return model
+
+
+def matches(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether a network has the parameters of the one that the recipe began with."""
+    return not recipe.morphs or _shapes(layout(model.state_dict())) == recipe.morphs[0].parent.shapes
 
 
 def grow(recipe: Recipe, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

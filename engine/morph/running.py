@@ -1,51 +1,15 @@
-"""Running a network: inputs from an example, the tensors that it returns, eval mode, any error as one line."""
+"""Running a network: the tensors that it returns, eval mode, any error as one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import GigamorphError, MorphError
-
-Example = Tensor | tuple[Tensor, ...]
-
-
-def as_inputs(example: Example) -> tuple[Tensor, ...]:
-    """The positional inputs that an example stands for.
-
-    Raises:
-        MorphError: it is neither a tensor nor a tuple or list of tensors.
-    """
-    if isinstance(example, Tensor):
-        return (example,)
-    if not isinstance(example, tuple | list):
-        raise MorphError(f"the example is a {type(example).__name__}; give a tensor, or a tuple of all inputs in order")
-    for i, x in enumerate(example):
-        if not isinstance(x, Tensor):
-            raise MorphError(f"input {i} of the example is a {type(x).__name__}; every input must be a tensor")
-    return tuple(example)
-
-
-def input_kinds(inputs: tuple[Tensor, ...]) -> tuple[str, ...]:
-    """The dtypes of inputs by name, as a step keeps them; none if all are floating, whose precision does not matter."""
-    if all(x.is_floating_point() for x in inputs):
-        return ()
-    return tuple(str(x.dtype).removeprefix("torch.") for x in inputs)
-
-
-def stand_ins(shapes: Sequence[Sequence[int]], kinds: Sequence[str]) -> tuple[Tensor, ...]:
-    """Inputs of these shapes and `input_kinds`: random numbers on the CPU, zeros where they are no floating ones."""
-    generator = torch.Generator().manual_seed(0)
-    dtypes = [getattr(torch, kind) for kind in kinds] or [torch.float32] * len(shapes)
-    return tuple(
-        torch.randn(tuple(shape), generator=generator) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
 
 
 def output_leaves(result: Any) -> list[Any]:

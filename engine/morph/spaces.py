@@ -7,7 +7,7 @@ Where that fails, the channels that the failing op read are frozen with the op's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..errors import MorphError
 from .child_check import run_child
 from .copies import Copies, ParameterMap, Plan, make_plan
+from .copying import duplicate
+from .example import Inputs, as_inputs
 from .labels import Label, no_atoms
 from .lookup import Table
 from .parent_run import Axis, ParentRun
-from .running import as_inputs, first_line, output_leaves
+from .running import first_line, output_leaves
+from .stock import stock
 from .tensors import fill, named_tensors, of_kind, resized
 from .tracer import Mismatch
-from .verify import duplicate
 
 TRIALS = 60
 GROUPS = ("more", "wider")
@@ -68,7 +70,7 @@ class Spaces:
     spaces: list[Space]
     found: ParentRun = field(repr=False)
     outputs: list[Any] = field(repr=False)
-    inputs: tuple[Tensor, ...] = field(repr=False)
+    inputs: Inputs = field(repr=False)
     model: nn.Module = field(repr=False)
     followed: nn.Module = field(repr=False)  # `model`, or a copy of it on the CPU
 
@@ -119,7 +121,7 @@ class Spaces:
 
 
 @torch.inference_mode(False)  # its tensors have no versions, by which writes are noticed
-def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spaces:
+def find_spaces(model: nn.Module, *example: Any, groups: str = "more") -> Spaces:
     """All channel spaces of a network.
 
     Frozen though they could grow by other means: maps of which a grouped convolution's group, of more than one channel,
@@ -127,7 +129,8 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
 
     Args:
         model: any eager network; it is run in eval mode, on the CPU (as a copy if it is elsewhere), and not changed.
-        example: its inputs; one small image will do, unless a linear layer wants the real size.
+        example: its inputs, or one example of any kind that `as_inputs` takes; one small image will do, unless a
+            linear layer wants the real size.
         groups: how convolutions whose groups have several input channels grow. "more": whole groups are copied
             (ResNeXt 32x4d to 64x4d), a class is a group. "wider": channels are copied within their group (to 32x8d), a
             class is the same place in all groups; transposed ones still get more.
@@ -137,7 +140,9 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
     """
     if groups not in GROUPS:
         raise MorphError(f"groups '{groups}' is unknown; take one of {', '.join(GROUPS)}")
-    found, result, inputs, followed = labelled_run(model, *example, groups=groups)
+    model = stock(model)
+    given = as_inputs(example[0] if len(example) == 1 else example)
+    found, result, inputs, followed = labelled_run(model, given, groups=groups)
     outputs: list[Any] = []
     for leaf in output_leaves(result):
         if isinstance(leaf, Tensor):
@@ -153,9 +158,7 @@ def find_spaces(model: nn.Module, *example: Tensor, groups: str = "more") -> Spa
     return spaces
 
 
-def labelled_run(
-    model: nn.Module, *example: Tensor, groups: str = "more"
-) -> tuple[ParentRun, Any, tuple[Tensor, ...], nn.Module]:
+def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tuple[ParentRun, Any, Inputs, nn.Module]:
     """One labelled run of a network, in eval mode and on the CPU: the run, its result, its inputs, what was run.
 
     Raises:
@@ -164,10 +167,11 @@ def labelled_run(
     _require_eager(model)
     followed = _on_cpu(model) if _elsewhere(model) else model
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = tuple(_one(x).to("cpu", dtype if x.is_floating_point() else x.dtype).clone() for x in as_inputs(example))
+    first = example.first()
+    inputs = replace(first, tensors=tuple(x.cpu() for x in first.to(dtype)))
     found = ParentRun(followed, Table(), groups)
-    given = tuple(x.clone() for x in inputs)
-    for x in given:
+    given = replace(inputs, tensors=inputs.to(dtype))
+    for x in given.tensors:
         found.input_vids.append(found.number(no_atoms(x.shape)))
         found.set_label(x, Label(found.input_vids[-1], no_atoms(x.shape)))
     try:
@@ -178,11 +182,6 @@ def labelled_run(
         text = f"{first_line(error)} (after {found.where_now})"
         raise MorphError(f"the network cannot be run on this example: {text}") from error
     return found, result, inputs, followed
-
-
-def _one(x: Tensor) -> Tensor:
-    """The first of a batch."""
-    return x[:1] if x.ndim else x
 
 
 def _require_eager(model: nn.Module) -> None:

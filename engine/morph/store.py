@@ -147,14 +147,7 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"  # files of torch before 1.6 cannot be mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError as error:
-        raise MorphError(f"{path}: no such file") from error
-    except Exception as error:  # zip, pickle and torch have their own errors for a damaged file
-        raise MorphError(f"{path}: not a readable weights file: {_first_line(error)}") from error
+    loaded = read_torch(path)
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -162,6 +155,23 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise MorphError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), path)")
     return loaded
+
+
+def read_torch(path: str | Path) -> Any:
+    """What torch.save wrote to a file, without running any code in it, mapped into memory if possible.
+
+    Raises:
+        MorphError: the file is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"  # files of torch before 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileNotFoundError as error:
+        raise MorphError(f"{path}: no such file") from error
+    except Exception as error:  # zip, pickle and torch have their own errors for a damaged file
+        raise MorphError(f"{path}: not a readable weights file: {_first_line(error)}") from error
 
 
 def write_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -17,17 +17,22 @@ from torch.nn.utils import parametrize
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
+from .copying import cast, duplicate
+from .example import Example, Inputs, as_inputs
 from .labels import varies
-from .running import Example, as_inputs, failures
+from .running import failures, output_tensors
 from .spaces import labelled_run
 from .step import Edit
-from .verify import Report, cast, duplicate, verified_report
+from .stock import as_given, stock
+from .tensors import named_tensors
+from .verify import Report, distance, has_fast_path, verified_report
 
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PASSED_OVER = 1e-3  # relative difference of two ways to compute the same, beyond any rounding of float32
 # These say where channels are.
 _TOLD = (nn.Linear, nn.LayerNorm, nn.GroupNorm, *CONVS, *TRANSPOSED, *BATCH_NORMS)
 
@@ -59,6 +64,7 @@ def morphed(
     Raises:
         MorphError: the edit is not possible or not exact here; `model` is untouched.
     """
+    given, model = model, stock(model, inplace)
     parent = cast(duplicate(model), torch.float64) if rounded else model
     child = duplicate(parent)
     changes = step.edit(child)
@@ -73,13 +79,45 @@ def morphed(
                 f"({type(cause).__name__}: {cause}); the original is unchanged"
             ) from cause
         raise MorphError(f"{_where(step)}: {error}") from error
+    _refuse_passed_over(child, parent, example)
     if inplace:
         step.edit(model)
         return model, report
     if rounded:
         child = duplicate(model)
         step.edit(child)
-    return child, report
+    return as_given(child, given), report
+
+
+def _refuse_passed_over(child: nn.Module, parent: nn.Module, example: Example) -> None:
+    """Refuse what PyTorch's fast path would not run in eval mode: it goes by the weights of the layers it knows.
+
+    What is new does nothing yet, so that no comparison with the parent shows it; with other weights it does something.
+    """
+    if not has_fast_path(child):
+        return
+    known = named_tensors(parent)
+    work = duplicate(child).eval()
+    new = [p for name, p in work.named_parameters() if name not in known or known[name].shape != p.shape]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in new:
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
+    inputs = as_inputs(example).random(0)
+    dtype = next((p.dtype for p in work.parameters() if p.is_floating_point()), torch.float32)
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        with torch.no_grad(), failures("the child cannot be run in eval mode"):
+            as_run = output_tensors(inputs.call(work, inputs.to(dtype)))
+            torch.backends.mha.set_fastpath_enabled(False)
+            layer_by_layer = output_tensors(inputs.call(work, inputs.to(dtype)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    if distance([t.double() for t in layer_by_layer], [t.double() for t in as_run]) > PASSED_OVER:
+        raise MorphError(
+            "in eval mode PyTorch's fast path of nn.TransformerEncoderLayer passes over what is inserted here; insert "
+            "it elsewhere, or call torch.backends.mha.set_fastpath_enabled(False) now and wherever the child is used"
+        )
 
 
 def _where(step: Edit) -> str:
@@ -170,6 +208,7 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
         MorphError: the module is not called, gives no single tensor, gives several widths, or its channel axis
             cannot be told.
     """
+    model = stock(model)
     axis = None if isinstance(module_at(model, path), _TOLD) else _followed_axis(model, path, as_inputs(example))
     work = duplicate(model).eval()
     target = module_at(work, path)
@@ -186,12 +225,16 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
                 raise MorphError(f"module '{path}' does not give one batch of features; name another one")
             found.add(_site(path, result, known[0], layer is not None, axis))
 
-    hooks = [module.register_forward_hook(look) for module in work.modules()]
+    if isinstance(target, torch.jit.ScriptModule):
+        raise MorphError(
+            f"module '{path}' is TorchScript, which takes nothing in it or after it; give the eager module"
+        )
+    hooks = [m.register_forward_hook(look) for m in work.modules() if not isinstance(m, torch.jit.ScriptModule)]
     like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
-    inputs = tuple(x.to(like.dtype) if x.is_floating_point() else x for x in as_inputs(example))
+    inputs = as_inputs(example)
     try:
         with torch.no_grad(), failures("the model cannot be run on the example"):
-            work(*inputs)
+            inputs.call(work, inputs.to(like.dtype))
     finally:
         for hook in hooks:
             hook.remove()
@@ -203,7 +246,7 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
     return found.pop()
 
 
-def _followed_axis(model: nn.Module, path: str, inputs: tuple[Tensor, ...]) -> int | None:
+def _followed_axis(model: nn.Module, path: str, inputs: Inputs) -> int | None:
     """The axis along which the output's channels lie, as the labels say; None where they do not say it."""
     work = duplicate(model)
     axes: list[int] = []
@@ -214,9 +257,12 @@ def _followed_axis(model: nn.Module, path: str, inputs: tuple[Tensor, ...]) -> i
             axes.extend(a for a in range(result.ndim) if varies(label.atoms, [a]))
         raise MorphError("seen")  # what comes after it need not be followed
 
-    module_at(work, path).register_forward_hook(look)
+    target = module_at(work, path)
+    if isinstance(target, torch.jit.ScriptModule):
+        return None
+    target.register_forward_hook(look)
     with suppress(MorphError):  # a network that cannot be followed can still be changed locally
-        labelled_run(work, *inputs)
+        labelled_run(work, inputs)
     return axes[0] if len(axes) == 1 else None
 
 
@@ -244,7 +290,7 @@ def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, ax
             raise MorphError(f"module '{path}' gives {tuple(shape)} with channels on axis {axis}; name another one")
         first = axis == 1
     elif not certain:
-        if not first and on_first == on_last:
+        if (width < 0 and dims == 1) or (not first and on_first == on_last):  # of an image, they are on axis 1
             raise MorphError(f"module '{path}' gives {tuple(shape)}, whose channel axis cannot be told; name a layer")
         first = on_first if not first else on_first or not on_last
     if first and dims > 3:

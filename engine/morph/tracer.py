@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,15 +18,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..capture.trace import module_paths, refuse_custom_functions
+from ..capture.trace import module_paths
 from ..errors import MorphError
 from . import families
+from .custom import custom_name
+from .example import Inputs
 from .families import op_name, reads_no_values
 from .labels import Label
 from .log import Entry
 from .lookup import Table
 from .movement import Movement, pad_value
 from .op_rules import Call, output_labels
+from .precision import in_dtype
 from .primitives import Primitives
 from .running import eval_mode, first_line
 from .tensors import named_tensors
@@ -83,6 +88,11 @@ class Tracer(Primitives, TorchFunctionMode):
                 self.parameters[name] = self.parameter_label(name, tensor)
             return self.parameters[name]
         label: Label | None = getattr(tensor, "_morph_label", None)
+        whole: Tensor | None = getattr(tensor, "_morph_transposed", None)
+        if label is None and whole is not None:  # it is read otherwise than by a product
+            stored = self.need(whole)
+            label = Label(stored.vids.t(), None if stored.atoms is None else stored.atoms.t(), tensor._version)
+            self.set_label(tensor, label)
         if label is not None and label.version != tensor._version:
             raise MorphError(
                 f"{self.where()} reads a tensor that was changed in place through another view of it; "
@@ -92,7 +102,12 @@ class Tracer(Primitives, TorchFunctionMode):
 
     def followed(self, tensor: Tensor) -> bool:
         """Whether the tensor is a parameter or comes from the inputs or parameters."""
-        return id(tensor) in self.names or hasattr(tensor, "_morph_label")
+        return id(tensor) in self.names or hasattr(tensor, "_morph_label") or hasattr(tensor, "_morph_transposed")
+
+    def matrix(self, tensor: Tensor) -> tuple[str, bool] | None:
+        whole: Tensor = getattr(tensor, "_morph_transposed", tensor)
+        name = self.names.get(id(whole))
+        return (name, whole is not tensor) if name is not None and whole.ndim == 2 else None
 
     def need(self, tensor: Tensor) -> Label:
         """The tensor's label, for a constant by its values."""
@@ -108,7 +123,7 @@ class Tracer(Primitives, TorchFunctionMode):
 
     def weight(self, tensor: Tensor) -> Label:
         """A label for the weight of a linear op, whose elements are not followed unless it is computed."""
-        name = self.names.get(id(tensor))
+        name = self.names.get(id(getattr(tensor, "_morph_transposed", tensor)))
         return self.need(tensor) if name is None else Label(torch.empty(0, dtype=torch.int64), None, parameter=name)
 
     def stored_name(self, tensor: Tensor) -> str | None:
@@ -158,10 +173,14 @@ class Tracer(Primitives, TorchFunctionMode):
         self.latest = [
             label.vids
             for t in tensors
-            if self.names.get(id(t), "") in self.followed_parameters and (label := self.label(t))
+            if self.names.get(id(t), "") in self.followed_parameters
+            and not hasattr(t, "_morph_transposed")
+            and (label := self.label(t))
         ]
         if name in families.DROPOUT and not kwargs.get("training", args[2] if len(args) > 2 else True):
             return args[0] if args else kwargs["input"]
+        if name == "data":
+            return self._data(func, args, kwargs, tensors)
         if name in families.FACTORIES:
             return self._constants(self.call(func, args, kwargs))
         if name == "setitem":
@@ -180,11 +199,16 @@ class Tracer(Primitives, TorchFunctionMode):
         return result
 
     def _refuse(self, name: str, written: str, kwargs: Any, first: Tensor) -> None:
-        if kwargs.get("out") is not None or name == "data":
-            what = ".data" if name == "data" else "out="
-            raise MorphError(f"{self.where()} uses '{what}', which cannot be followed; write it out of place")
+        if kwargs.get("out") is not None:
+            raise MorphError(f"{self.where()} uses 'out=', which cannot be followed; write it out of place")
+        if not families.writes(written):
+            return
         label = self.label(first)
-        if written.endswith("_") and not written.startswith("__") and label is not None and label.parameter is not None:
+        if getattr(first, "_morph_data", False):
+            raise MorphError(
+                f"{self.where()} writes to a tensor's '.data', which cannot be followed; write it out of place"
+            )
+        if label is not None and label.parameter is not None:
             raise MorphError(
                 f"{self.where()} writes to the parameter or buffer in place during eval; this cannot be followed"
             )
@@ -192,8 +216,8 @@ class Tracer(Primitives, TorchFunctionMode):
     def _compute(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], leaves: list[Any]) -> Any:
         scalars = [a for a in leaves if not isinstance(a, Tensor)]
         entry = self.begin(name, scalars)
-        linear = name in families.CONVOLUTIONS or name == "linear"
-        labels = [self.weight(t) if linear and i == 1 else self.need(t) for i, t in enumerate(tensors)]
+        weight = self._weight_place(name, tensors)
+        labels = [self.weight(t) if i == weight else self.need(t) for i, t in enumerate(tensors)]
         result = None
         if self.real:
             result = self.call(func, args, kwargs)
@@ -228,7 +252,20 @@ class Tracer(Primitives, TorchFunctionMode):
             self.set_label(t, Label(label.vids, label.atoms))
         return result
 
+    def _weight_place(self, name: str, tensors: list[Tensor]) -> int | None:
+        """Which of the tensors is the weight of a linear op."""
+        if name in families.CONVOLUTIONS or name == "linear":
+            return 1
+        if name not in families.PRODUCTS:
+            return None
+        stored = [i for i, t in enumerate(tensors) if self.matrix(t) is not None]
+        return stored[0] if len(stored) == 1 else None
+
     def _move(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        if name in families.TRANSPOSES and id(tensors[0]) in self.names and _transposes(name, args, tensors[0]):
+            result = self.call(func, args, kwargs)
+            result._morph_transposed = tensors[0]
+            return result
         joins = name in families.JOINS
         labels = {id(t): self.need(t) for t in tensors if joins or t.is_floating_point() or self.followed(t)}
         result = self.call(func, args, kwargs)
@@ -253,6 +290,16 @@ class Tracer(Primitives, TorchFunctionMode):
             self.set_label(t, label)
         return result
 
+    def _data(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """`x.data`: its values, frozen, since what is written to them would not be noticed at `x`."""
+        if len(args) > 1:
+            raise MorphError(
+                f"{self.where()} replaces a tensor's '.data', which cannot be followed; write it out of place"
+            )
+        result = self._compute("data", func, args, kwargs, tensors, list(args))
+        result._morph_data = True
+        return result
+
     def _setitem(self, target: Tensor, index: Any, value: Any) -> Any:
         label = self.need(target)
         source = self.need(value) if isinstance(value, Tensor) else None
@@ -271,24 +318,64 @@ class Tracer(Primitives, TorchFunctionMode):
         self.set_label(target, Label(vids, atoms))
         return target
 
+    def _custom(self, cls: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A custom autograd.Function: any function of its arguments, unless something else was declared of it."""
+
+        def func(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                return apply(*args, **kwargs)
+
+        name = custom_name(cls)
+        leaves = tree_flatten((args, kwargs))[0]
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        if not any(self.followed(t) for t in tensors):
+            return self._constants(self.call(func, args, kwargs))
+        self.where_now = f"the custom function '{cls.__name__}' in {self.where()}"
+        self.latest = [label.vids for t in tensors if (label := self.label(t)) is not None]
+        return self._compute(name, func, args, kwargs, tensors, leaves)
+
     # ---------------------------------------------------------------- the run
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+    def forward(self, inputs: Inputs) -> Any:
         """Run the model under this mode, in eval mode without gradients; errors name the place."""
-        # The outputs of one would look like constants.
-        custom = refuse_custom_functions(
-            lambda name: MorphError(
-                f"{self.where()} calls the custom autograd.Function '{name}', which cannot be "
-                "followed; use the plain PyTorch form of it"
-            )
-        )
-        with eval_mode(self.model), torch.no_grad(), module_paths(self.model, self.path), custom, self:
-            return self.model(*inputs)
+        custom = _custom_functions(self._custom)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        with eval_mode(self.model), torch.no_grad(), module_paths(self.model, self.path), custom, in_dtype(dtype), self:
+            return inputs.call(self.model)
+
+
+@contextmanager
+def _custom_functions(call: Callable[..., Any]) -> Iterator[None]:
+    """Custom autograd.Functions do not pass through a function mode: `call(its class, apply, arguments)` instead."""
+    original = torch.autograd.Function.apply
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return call(cls, lambda *a, **k: original.__func__(cls, *a, **k), args, kwargs)  # pyright: ignore
+
+    own = torch.autograd.Function.__dict__.get("apply")
+    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        if own is None:
+            del torch.autograd.Function.apply
+        else:
+            torch.autograd.Function.apply = own
 
 
 def _full(value: Any) -> bool:
     """Whether there can be a tensor in it."""
     return not (value is None or isinstance(value, bool | int | float | str) or (isinstance(value, dict) and not value))
+
+
+def _transposes(name: str, args: tuple[Any, ...], matrix: Tensor) -> bool:
+    """Whether a movement gives the transpose of a matrix."""
+    if matrix.ndim != 2:
+        return False
+    axes = tree_flatten(args[1:])[0]
+    if name in ("transpose", "swapaxes", "swapdims", "permute"):
+        return len(axes) == 2 and axes[0] % 2 != axes[1] % 2 and (name != "permute" or axes[0] % 2 == 1)
+    return not axes
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | str:

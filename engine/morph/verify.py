@@ -1,34 +1,39 @@
 """The numeric check of a morph: parent and child against each other, with the parent's own rounding as the measure.
 
-Both networks are copied and run on the same random inputs in float64 and float32, in eval mode, in train mode (live
-batch statistics, dropout off) and in eval mode again, which shows the running statistics that the train step left.
+Both networks are run on the same random inputs in float64 and float32, in eval mode, in train mode (live batch
+statistics, dropout off) and in eval mode again, which shows the running statistics that the train step left. They are
+run as views that share the parameters and cast them one at a time, so that no copy of a network is made for it.
 The float32 difference of a correct morph is as large as the parent's own rounding noise, its distance to itself in
 float64, because only the order of the sums is new; no morph may promise bit equality.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
-from .running import Example, as_inputs, failures, output_tensors
+from .copying import seen_in
+from .example import Example, Inputs, as_inputs
+from .precision import full_precision, in_dtype
+from .running import failures, output_tensors
 from .step import Step
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
 NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less
 FLOAT64_ROUNDOFF = 2.0**-29  # unit roundoff of float64 over that of float32
-TRAIN_BATCH = 4  # batch statistics of fewer values would magnify rounding
+STATISTICS = 64  # values of which a batch statistic is taken at least: fewer would magnify rounding
+TRAIN_BATCH = 4  # at most so many images for that
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,16 @@ class Difference:
     """Largest relative differences of all outputs, child against parent; nan if the networks give nan or inf.
 
     Each is the maximum norm of the difference over the maximum norm of the parent's output. `noise` is the parent's
-    float32 output against its own float64 output, at least 4 * 2^-24. `train` covers live statistics and those left.
+    float32 output against its own float64 output, at least 4 * 2^-24. `train` covers live statistics and those left;
+    it is None where train mode was not compared.
     """
 
     float64_eval: float
-    float64_train: float
+    float64_train: float | None
     float32_eval: float
-    float32_train: float
+    float32_train: float | None
     noise_eval: float
-    noise_train: float
+    noise_train: float | None
 
     @property
     def float64(self) -> float:
@@ -59,7 +65,7 @@ class Difference:
     @property
     def noise_ratio(self) -> float:
         """float32 difference over the parent's own noise, the worse of the two modes."""
-        return _worst(self.float32_eval / self.noise_eval, self.float32_train / self.noise_train)
+        return _worst(self.float32_eval / self.noise_eval, _ratio(self.float32_train, self.noise_train))
 
     @property
     def float64_ratio(self) -> float:
@@ -68,15 +74,22 @@ class Difference:
         A few units say that the difference is rounding, magnified by the network itself: where BatchNorm in train
         mode has a handful of values per channel, correct morphs differ by 1e-12 and more.
         """
-        ratios = self.float64_eval / self.noise_eval, self.float64_train / self.noise_train
+        ratios = self.float64_eval / self.noise_eval, _ratio(self.float64_train, self.noise_train)
         return _worst(*ratios) / FLOAT64_ROUNDOFF
 
+    def in_eval(self) -> Difference:
+        """Of eval mode alone."""
+        return replace(self, float64_train=None, float32_train=None, noise_train=None)
+
     def __str__(self) -> str:
+        def train(value: float | None) -> str:
+            return f" (train mode {value:.1e})" if value is not None else ""
+
         return (
-            f"float64 {self.float64_eval:.1e} (train mode {self.float64_train:.1e}), "
-            f"float32 {self.float32_eval:.1e} (train mode {self.float32_train:.1e}); "
+            f"float64 {self.float64_eval:.1e}{train(self.float64_train)}, "
+            f"float32 {self.float32_eval:.1e}{train(self.float32_train)}; "
             f"{self.float64_ratio:.1f} and {self.noise_ratio:.1f} times the parent's own rounding noise, "
-            f"which is {self.noise_eval:.1e} in float32 (train mode {self.noise_train:.1e})"
+            f"which is {self.noise_eval:.1e} in float32{train(self.noise_train)}"
         )
 
 
@@ -129,23 +142,28 @@ def compare(
     *,
     outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
+    train: bool = True,
 ) -> Difference:
     """Differences of two networks in float64 and float32, in eval and train mode; both stay untouched.
+
+    Train mode is not compared where the parent cannot be run in it on the example (if it wants targets then).
 
     Args:
         parent: the network before.
         child: the network after.
-        example: the parent's input or tuple of inputs (N, ...). Floating-point inputs are replaced by random ones of
-            that shape and device, with a batch of at least 4 in train mode.
+        example: the parent's inputs, see `as_inputs`. Floating-point tensors are replaced by random ones of that shape
+            and device, in train mode with a batch of up to 4 if statistics are taken of few values; by the example's
+            own values if the parent fails on random ones or returns nan or inf.
         child_example: the child's inputs where they differ from the parent's (another size or channels); then both
             are taken as they are, and a network with BatchNorm needs a batch of at least 2.
         outputs: makes of the child's result what shall equal the parent's result; default: the result.
         seed: of the random inputs.
+        train: whether to compare train mode.
 
     Raises:
         MorphError: the results have other structures or shapes, or a network cannot be run.
     """
-    return _check(parent, child, example, child_example, outputs, seed)[0]
+    return _check(parent, child, example, child_example, outputs, seed, train).difference
 
 
 def require_equal(
@@ -177,35 +195,21 @@ def verified_report(
     outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
     train: bool = True,
+    compare_train: bool = True,
 ) -> Report:
-    """The report of a morph, after `require_equal`."""
+    """The report of a morph, after `require_equal`; `compare_train=False` runs no train mode at all."""
     if certificate is not None and certificate.violations:
         raise MorphError(f"{step.op}: {certificate}; the original is unchanged, report this")
-    difference, flops = _check(parent, child, example, child_example, outputs, seed)
-    _require(difference, train)
+    found = _check(parent, child, example, child_example, outputs, seed, compare_train)
+    _require(found.difference, train)
     parameters = (count_parameters(parent), count_parameters(child))
-    return Report(step, difference, parameters, flops, changes or [], certificate)
+    lines = [*(changes or []), *([f"train mode was not compared: {found.untrained}"] if found.untrained else [])]
+    return Report(step, found.difference, parameters, found.flops, lines, certificate)
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """TF32, autocast and the like off: a Dirac convolution in TF32 rounds its input to 10 bits."""
-    backends: Any = torch.backends
-    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [s.fp32_precision for s in settings]
-    try:
-        for s in settings:
-            s.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for s, old in zip(settings, before, strict=True):
-            s.fp32_precision = old
 
 
 class NoDropout(TorchFunctionMode):
@@ -221,34 +225,18 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def duplicate(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy; what a hook has computed (the old `nn.utils.weight_norm`) is copied too, without its graph.
-
-    Args:
-        model: any network.
-        shared: id of a tensor -> what the copy has in its place.
-    """
-    memo: dict[int, Any] = dict(shared or {})
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, memo)
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)` that also casts tensors held as plain attributes; in place."""
-    model.to(dtype)
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, key, value.to(dtype))
-    return model
-
-
 # --------------------------------------------------------------------------------------------------------------------
 
 _Runs = dict[str, list[Tensor]]  # "float32 eval" -> outputs in float64
+
+
+@dataclass
+class _Found:
+    """What a comparison found: `flops` of parent and child, and why train mode was not compared."""
+
+    difference: Difference
+    flops: tuple[int, int]
+    untrained: str
 
 
 def _check(
@@ -258,58 +246,175 @@ def _check(
     child_example: Example | None,
     outputs: Callable[[Any], Any] | None,
     seed: int,
-) -> tuple[Difference, tuple[int, int]]:
-    parent_inputs = as_inputs(example)
-    if child_example is None:
-        parent_inputs, train_inputs = (
-            _random_like(parent_inputs, seed, 1),
-            _random_like(parent_inputs, seed, TRAIN_BATCH),
-        )
-        child_inputs, child_train = parent_inputs, train_inputs
+    train: bool,
+) -> _Found:
+    given = as_inputs(example)
+    theirs = None if child_example is None else as_inputs(child_example)
+    stateful = any(True for net in (parent, child) for _ in net.buffers())
+    if theirs is not None:
+        own = _Network(parent, "the parent", None, stateful)
+        own.run(given, given if train else None)
     else:
-        train_inputs = parent_inputs
-        child_inputs = child_train = as_inputs(child_example)
-    want, shape, flops_before = _run(parent, parent_inputs, train_inputs, None, "the parent")
-    have, child_shape, flops_after = _run(child, child_inputs, child_train, outputs, "the child")
-    if shape != child_shape:
-        raise MorphError(f"the child returns {child_shape}, the parent {shape}; the original is unchanged")
-    found: dict[str, float] = {}
-    for mode in ("eval", "train"):
+        own, given = _run_parent(parent, given, seed, train, stateful)
+    other = _Network(child, "the child", outputs, stateful)
+    other.run(theirs or given, None if own.untrained or not train else theirs or own.trained_on)
+    if other.untrained and train and not own.untrained:
+        raise MorphError(other.untrained)
+    if own.shapes != other.shapes:
+        raise MorphError(f"the child returns {other.shapes}, the parent {own.shapes}; the original is unchanged")
+    found: dict[str, float | None] = dict.fromkeys(("float64_train", "float32_train", "noise_train"))
+    for mode in ("eval", "train") if train and not own.untrained else ("eval",):
         for dtype in ("float64", "float32"):
-            found[f"{dtype}_{mode}"] = distance(want[f"{dtype} {mode}"], have[f"{dtype} {mode}"])
-        noise = distance(want[f"float64 {mode}"], want[f"float32 {mode}"])
+            found[f"{dtype}_{mode}"] = distance(own.runs[f"{dtype} {mode}"], other.runs[f"{dtype} {mode}"])
+        if mode == "train" and stateful:
+            found["float64_train"] = _worst(
+                distance(own.runs["float64 after"], other.runs["float64 after"]), found["float64_train"]
+            )
+        noise = distance(own.runs[f"float64 {mode}"], own.runs[f"float32 {mode}"])
         found[f"noise_{mode}"] = max(noise, NOISE_FLOOR) if math.isfinite(noise) else noise
-    return Difference(**found), (flops_before, flops_after)
+    return _Found(Difference(**found), (own.flops, other.flops), own.untrained)  # pyright: ignore[reportArgumentType]
+
+
+def _run_parent(parent: nn.Module, example: Inputs, seed: int, train: bool, stateful: bool) -> tuple[_Network, Inputs]:
+    """Its runs on random numbers, or where these are nothing that it takes, on the example's own; and those inputs."""
+    refused: MorphError | None = None
+    tried: list[tuple[_Network, Inputs]] = []
+    for draw in (example.random, example.own):
+        network, inputs = _Network(parent, "the parent", None, stateful), draw(seed)
+        try:
+            network.run(inputs, draw if train else None, seed)
+        except MorphError as error:
+            refused = refused or error
+            continue
+        tried.append((network, inputs))
+        if network.finite():
+            return tried[-1]
+    if not tried:
+        assert refused is not None
+        raise refused
+    return tried[0]
+
+
+class _Network:
+    """One of the two networks, and what it returned.
+
+    Attributes:
+        runs: outputs by dtype and mode.
+        shapes: of the eval outputs.
+        flops: of one eval forward.
+        trained_on: the inputs of train mode.
+        untrained: why it could not be run in train mode.
+    """
+
+    def __init__(self, model: nn.Module, who: str, outputs: Callable[[Any], Any] | None, stateful: bool) -> None:
+        self.model, self.who, self.outputs, self.stateful = model, who, outputs, stateful
+        self.runs: _Runs = {}
+        self.shapes: list[tuple[int, ...]] = []
+        self.flops = 0
+        self.trained_on: Inputs | None = None
+        self.untrained = ""
+
+    def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
+        """All runs; `train` gives the inputs of train mode, from the seed and a batch, None: no such runs."""
+        counter, norms = FlopCounterMode(display=False), _Norms()
+        devices = sorted({x.device.index or 0 for x in inputs.tensors if x.is_cuda})
+        with torch.no_grad(), torch.random.fork_rng(devices), full_precision():
+            for dtype in (torch.float32, torch.float64):
+                short = str(dtype).removeprefix("torch.")
+                work = seen_in(self.model, dtype)
+                # As it will be run: function modes switch PyTorch's fast paths off, which read weights past modules.
+                fast = has_fast_path(self.model)
+                with nullcontext() if fast or self.flops else counter, norms:
+                    self.runs[f"{short} eval"] = self._call(work, inputs, dtype, False)
+                self.shapes = [tuple(t.shape) for t in self.runs[f"{short} eval"]]
+                if fast and not self.flops:  # whose fused ops are not counted
+                    with NoDropout(), counter:
+                        self._call(work, inputs, dtype, False)
+                self.flops = counter.get_total_flops()
+                if callable(train):
+                    batch = min(TRAIN_BATCH, -(-STATISTICS // max(norms.fewest, 1))) if norms.fewest else 1
+                    train = train(seed, batch)
+                if train is not None and not self.untrained:
+                    self._train(work, inputs, train, dtype, short)
+
+    def _train(self, work: nn.Module, inputs: Inputs, train: Inputs, dtype: torch.dtype, short: str) -> None:
+        self.trained_on = train
+        with NoDropout():
+            try:
+                self.runs[f"{short} train"] = self._call(work, train, dtype, True)
+            except MorphError as error:
+                self.untrained = str(error)
+                return
+            if self.stateful and dtype == torch.float64:  # with the statistics that the train step left
+                self.runs["float64 after"] = self._call(work, inputs, dtype, False)
+
+    def _call(self, work: nn.Module, inputs: Inputs, dtype: torch.dtype, training: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        work.train(training)
+        given = inputs.to(dtype)
+        with failures(f"{self.who} cannot be run in {'train' if training else 'eval'} mode"), in_dtype(dtype):
+            result = inputs.call(work, given)
+            result = self.outputs(result) if self.outputs else result
+        return [t.detach().double() for t in output_tensors(result)]
+
+    def finite(self) -> bool:
+        """Whether all outputs are."""
+        return all(bool(t.isfinite().all()) for tensors in self.runs.values() for t in tensors)
+
+
+class _Norms(TorchDispatchMode):
+    """Of how few values per channel and image a norm over the batch takes its statistics; 0: there is no such norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fewest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm" in str(func) and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
+            values = math.prod(args[0].shape[2:])
+            self.fewest = min(self.fewest or values, values)
+        return func(*args, **(kwargs or {}))
+
+
+def has_fast_path(model: nn.Module) -> bool:
+    """Whether PyTorch may compute modules of it in eval mode by one fused op that reads the weights of their parts."""
+    return any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in model.modules())
 
 
 def _require(difference: Difference, train: bool = True) -> Difference:
-    float64 = difference.float64 if train else difference.float64_eval
-    float32 = difference.float32 if train else difference.float32_eval
-    ratio = difference.noise_ratio if train else difference.float32_eval / difference.noise_eval
-    float64_ratio = (
-        difference.float64_ratio if train else difference.float64_eval / difference.noise_eval / FLOAT64_ROUNDOFF
-    )
-    if not float64 <= FLOAT64_LIMIT:
-        if float64_ratio <= NOISE_RATIO:
+    d = difference if train else difference.in_eval()
+    if math.isnan(d.float64):
+        raise MorphError(
+            "nothing can be told: the networks return nan or inf, on random inputs and on the example's own values; "
+            "give an example of values that they take; the original is unchanged"
+        )
+    if not d.float64 <= FLOAT64_LIMIT:
+        if d.float64_ratio <= NOISE_RATIO:
             raise MorphError(
                 f"the parent magnifies rounding so much on this example that nothing can be told: float64 differs by "
-                f"{float64:.1e} (limit {FLOAT64_LIMIT:.0e}), which is its own noise; give a larger image or batch; the "
-                "original is unchanged"
+                f"{d.float64:.1e} (limit {FLOAT64_LIMIT:.0e}), which is its own noise; give a larger image or batch; "
+                "the original is unchanged"
             )
         raise MorphError(
-            f"the child's function differs from its parent's by {float64:.1e} in float64 "
+            f"the child's function differs from its parent's by {d.float64:.1e} in float64 "
             f"(limit {FLOAT64_LIMIT:.0e}); the original is unchanged, report this"
         )
-    if not ratio <= NOISE_RATIO:
+    if not d.noise_ratio <= NOISE_RATIO:
         raise MorphError(
-            f"the child differs from its parent by {float32:.1e} in float32, {ratio:.1f} "
+            f"the child differs from its parent by {d.float32:.1e} in float32, {d.noise_ratio:.1f} "
             f"times the parent's own rounding noise (limit {NOISE_RATIO:.0f}); the original is unchanged"
         )
     return difference
 
 
-def _worst(a: float, b: float) -> float:
+def _worst(a: float, b: float | None) -> float:
+    if b is None:
+        return a
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
 
 
 def distance(want: list[Tensor], have: list[Tensor]) -> float:
@@ -324,64 +429,3 @@ def distance(want: list[Tensor], have: list[Tensor]) -> float:
         if difference:
             worst = max(worst, difference / scale if scale else math.inf)
     return worst
-
-
-def _random_like(inputs: tuple[Tensor, ...], seed: int, least_batch: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(x: Tensor) -> Tensor:
-        repeats = -(-least_batch // max(x.shape[0], 1)) if x.ndim else 1
-        if not x.is_floating_point():
-            return torch.cat([x] * repeats) if repeats > 1 else x
-        shape = (x.shape[0] * repeats, *x.shape[1:]) if x.ndim else ()
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
-
-    return tuple(draw(x) for x in inputs)
-
-
-def _run(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    train_inputs: tuple[Tensor, ...],
-    outputs: Callable[[Any], Any] | None,
-    who: str,
-) -> tuple[_Runs, list[tuple[int, ...]], int]:
-    """Outputs by dtype and mode, the shapes of the eval outputs, and the FLOPs of one eval forward."""
-    runs: _Runs = {}
-    shapes: list[tuple[int, ...]] = []
-    counter = FlopCounterMode(display=False)
-    devices = sorted({x.device.index or 0 for x in inputs if x.is_cuda})
-    for dtype in (torch.float64, torch.float32):
-        work = _converted(model, dtype)
-        short = str(dtype).removeprefix("torch.")
-
-        def call(
-            given: tuple[Tensor, ...], training: bool, work: nn.Module = work, dtype: torch.dtype = dtype
-        ) -> list[Tensor]:
-            torch.manual_seed(0)
-            work.train(training)
-            given = tuple(x.to(dtype) if x.is_floating_point() else x.clone() for x in given)
-            with failures(f"{who} cannot be run in {'train' if training else 'eval'} mode"):
-                result = work(*given)
-            result = outputs(result) if outputs else result
-            return [t.detach().double() for t in output_tensors(result)]
-
-        with torch.no_grad(), torch.random.fork_rng(devices), full_precision():
-            # As it will be run: modes switch PyTorch's fast paths off, which read a layer's weights past its modules.
-            runs[f"{short} eval"] = call(inputs, False)
-            shapes = [tuple(t.shape) for t in runs[f"{short} eval"]]
-            with NoDropout():
-                runs[f"{short} train"] = call(train_inputs, True)
-                with counter if dtype == torch.float32 else nullcontext():
-                    runs[f"{short} train"] += call(inputs, False)  # with the statistics that the train step left
-        del work, call
-    return runs, shapes, counter.get_total_flops()
-
-
-def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in another dtype, made in one step."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        value = p.detach().to(dtype if p.is_floating_point() else p.dtype, copy=True)
-        memo[id(p)] = nn.Parameter(value, p.requires_grad)
-    return cast(duplicate(model, memo), dtype)

@@ -10,22 +10,27 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from ..tiling.memory import freed_pages_kept
+from ..tiling.memory import freed_pages_kept, return_free_pages
 from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
-from .running import Example, as_inputs, input_kinds, stand_ins
+from .copying import cast, duplicate
+from .example import Example, Inputs, as_inputs, stand_ins
 from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
+from .standard import standard_name
 from .step import Step
+from .stock import as_given, stock
 from .tensors import fill, named_tensors
 from .tracer import Mismatch
-from .verify import Certificate, Report, cast, duplicate, verified_report
+from .verify import Certificate, Report, verified_report
 
 Counts = Mapping[int | str, int | Sequence[int]]
 
@@ -36,29 +41,38 @@ def widen(
     model: nn.Module,
     example: Example,
     counts: Counts | None = None,
-    factor: float | None = None,
+    factor: float | Mapping[str, float] | None = None,
     *,
     free: Mapping[int | str, int] | None = None,
+    ignore: Sequence[str] = (),
+    round_to: int = 1,
     split: str = "sterbenz",
     noise: float = 0.0,
     seed: int = 0,
     groups: str = "more",
+    train: bool = True,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
     """A wider network that computes the same function.
 
     Args:
         model: any eager network; untouched unless `inplace`.
-        example: its input or tuple of inputs; a small image will do unless a linear layer wants the real size.
+        example: its input, a tuple of positional or a dict of keyword arguments; a small image will do unless a linear
+            layer wants the real size.
         counts: per space (id, key, or "parameter:axis") its new width, or the number of copies of each of its classes
             in the order of `Space.order`.
         factor: for all other spaces that can grow: the new width is the nearest possible one to factor x width. Which
-            channels get the additional copies is drawn by `seed`.
+            channels get the additional copies is drawn by `seed`. Or one for each module of some, by path or by a
+            pattern as in a shell ({"layer3.*": 2, "layer4.*": 1.5}), the first that fits; other spaces stay.
         free: per space a number of new random channels, whose outgoing weights are zero.
+        ignore: modules, by path or pattern, whose channels no factor widens.
+        round_to: what the widths by a factor are a multiple of where a space allows it, 8 for tensor cores.
         split: of outgoing weights, "sterbenz" (random, breaks the symmetry of copies) or "kraft" (powers of two).
         noise: null-space noise on top, relative to each weight's standard deviation; then S E = I holds to rounding.
         seed: for all that is drawn.
         groups: "more" groups, or each of them "wider"; see `find_spaces`.
+        train: compare parent and child in train mode too; omit it for a network whose train mode runs what the
+            example does not reach.
         inplace: put the result into `model` after all checks have passed.
 
     Returns:
@@ -73,36 +87,50 @@ def widen(
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
     inputs = as_inputs(example)
-    spaces = find_spaces(model, *inputs, groups=groups)
+    given, model = model, stock(model, inplace)
+    spaces = find_spaces(model, inputs, groups=groups)
     if factor is not None and not spaces.growable():
         reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
         raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
-    chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed)
-    shapes = tuple(tuple(x.shape) for x in inputs)
-    step = WidenStep(shapes, chosen, new, split, noise, seed, groups, input_kinds(inputs))
+    chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
+    step = WidenStep(inputs.shapes, chosen, new, split, noise, seed, groups, inputs.kinds, inputs.form)
     child, certificate = step.grow(spaces)
     parent, checked = model, child
     if noise:  # its sums are rounded when they are stored: the function is compared where that hides nothing
         parent = cast(duplicate(model), torch.float64)
-        checked, _ = step.grow(find_spaces(parent, *inputs, groups=groups))
+        checked, _ = step.grow(find_spaces(parent, inputs, groups=groups))
     changes = [
         f"space {s.id} ({s.key}): {s.width} -> {_width(s, chosen.get(s.key), new.get(s.key))}"
         for s in spaces
         if s.key in chosen or s.key in new
     ]
     changes += head_changes(model, child)
+    if name := standard_name(child):
+        changes.append(f"this is what {name} builds: load the weights there, without a recipe")
     unread = _listed(spaces.unread()) if chosen or new else ""
     if unread:
         changes.append(f"not reached by this example, and as wide as they were: {unread}")
+    del spaces  # whose labels take as much memory as a network
+    return_free_pages()
     try:
         report = verified_report(
-            step, parent, checked, example, changes=changes, certificate=None if noise else certificate, seed=seed
+            step,
+            parent,
+            checked,
+            example,
+            changes=changes,
+            certificate=None if noise else certificate,
+            seed=seed,
+            compare_train=train,
         )
     except MorphError as error:
         if not unread:
             raise
-        raise MorphError(f"{error}; this example does not reach {unread}, which would keep their width") from error
-    return (replace_contents(model, child) if inplace else child), report
+        raise MorphError(
+            f"{error}; this example does not reach {unread}, which would keep their width; train=False compares eval "
+            "mode alone"
+        ) from error
+    return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,7 @@ class WidenStep(Step, op="widen"):
     Attributes:
         example: shapes of the inputs with which the spaces were found; `groups` says how.
         kinds: their dtypes, if not all are floating.
+        form: their places among the arguments, if they are not the positional ones; see `Inputs`.
     """
 
     example: tuple[tuple[int, ...], ...]
@@ -122,6 +151,7 @@ class WidenStep(Step, op="widen"):
     seed: int
     groups: str
     kinds: tuple[str, ...] = ()
+    form: Any = None
 
     def repeat(self, model: nn.Module) -> nn.Module:
         return self.grow(self.spaces_of(model))[0]
@@ -132,11 +162,11 @@ class WidenStep(Step, op="widen"):
 
     def spaces_of(self, model: nn.Module) -> Spaces:
         """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
-        return find_spaces(model, *self.inputs(), groups=self.groups)
+        return find_spaces(model, self.inputs(), groups=self.groups)
 
-    def inputs(self) -> tuple[Tensor, ...]:
+    def inputs(self) -> Inputs:
         """Inputs of the recorded shapes, on the CPU."""
-        return stand_ins(self.example, self.kinds)
+        return stand_ins(self.example, self.kinds, self.form)
 
     def check(self, spaces: Spaces) -> tuple[nn.Module, dict[str, ParameterMap]]:
         """The child without new weights and the maps of all tensors that the step changes.
@@ -219,18 +249,22 @@ def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torc
 
 
 def choose_counts(
-    spaces: Spaces, counts: Counts, factor: float | None, free: Mapping[int | str, int], seed: int
+    spaces: Spaces,
+    counts: Counts,
+    factor: float | Mapping[str, float] | None,
+    free: Mapping[int | str, int],
+    seed: int,
+    *,
+    ignore: Sequence[str] = (),
+    round_to: int = 1,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Copies and new ones per class, by key; arguments as of `widen`."""
-    if factor is not None and not (isinstance(factor, int | float) and math.isfinite(factor)):
-        raise MorphError(f"factor {factor!r} is no finite number; give 1 or more")
-    if factor is not None and not factor >= 1:
-        raise MorphError(f"factor {factor} would make the network narrower; give 1 or more")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise MorphError(f"round_to={round_to!r} is no number of channels; give 1 or more")
     wanted: dict[str, int | Sequence[int]] = {}
-    if factor is not None:
-        for s in spaces.growable():
-            classes = len(s.order)
-            wanted[s.key] = round(classes * factor) * (s.width // classes) if _even(s) else max(1, round(factor))
+    for s, by in _factors(spaces, factor, ignore):
+        unit = s.width // len(s.order)
+        wanted[s.key] = _rounded(s.width * by, unit, s.width, round_to) if _even(s) else max(1, round(by))
     for key, value in counts.items():
         wanted[spaces[key].key] = value
     rng = np.random.default_rng(seed)
@@ -251,6 +285,47 @@ def choose_counts(
             raise MorphError(f"space {space.key} gets new channels in multiples of {unit}, not {number}")
         new[space.key] = (*[0] * (len(space.order) - 1), number // unit)
     return chosen, new
+
+
+def _factors(
+    spaces: Spaces, factor: float | Mapping[str, float] | None, ignore: Sequence[str]
+) -> list[tuple[Space, float]]:
+    """The spaces that a factor widens, each with its own.
+
+    Raises:
+        MorphError: a factor is no finite number of at least 1, or a pattern fits no space that can grow.
+    """
+    if factor is None:
+        return []
+    by = dict(factor) if isinstance(factor, Mapping) else {"*": factor}
+    for value in by.values():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise MorphError(f"factor {value!r} is no finite number; give 1 or more")
+        if not value >= 1:
+            raise MorphError(f"factor {value} would make the network narrower; give 1 or more")
+    growable = spaces.growable()
+    for pattern in [*ignore, *(by if isinstance(factor, Mapping) else [])]:
+        if not any(_fits(pattern, s) for s in growable):
+            raise MorphError(f"'{pattern}' fits no module whose channels can grow; see the table of find_spaces")
+    kept = [s for s in growable if not any(_fits(pattern, s) for pattern in ignore)]
+    pairs = [(s, next((v for pattern, v in by.items() if _fits(pattern, s)), None)) for s in kept]
+    return [(s, value) for s, value in pairs if value is not None]
+
+
+def _fits(pattern: str, space: Space) -> bool:
+    """Whether it is the space's key, or the path of a module that makes its channels, or of one around that."""
+    if pattern in ("*", space.key):
+        return True
+    paths = [name.rpartition(".")[0] for name, axis in space.members if axis == 0]
+    parents = {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 2)}
+    return any(fnmatchcase(path, pattern) for path in parents)
+
+
+def _rounded(width: float, unit: int, least: int, round_to: int) -> int:
+    """The nearest multiple of the unit, and of `round_to` too, that is no less than `least`."""
+    step = math.lcm(unit, round_to)
+    near = round(width / step) * step
+    return max(near if near >= least else math.ceil(least / step) * step, least)
 
 
 def _even(space: Space) -> bool:

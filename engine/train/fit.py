@@ -12,7 +12,8 @@ import torch
 
 from ..accelerate import Accelerated, accelerate
 from ..errors import DataError, GigamorphError
-from ..models import create_model
+from ..models import create_model, load_weights
+from ..morph.origin import Origin
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from .card import Card, write_card
@@ -111,8 +112,12 @@ def fit(
         if "options" not in stored:
             raise DataError(f"{last}: is a recipe's; resume it with --recipe, or name another folder")
         _check_same(stored, record, last)
+        record |= {"grown": stored["grown"]} if "grown" in stored else {}
         # The code may be newer than the run: what began the run stays on record beside what continues it.
         record["versions_at_start"] = stored.get("versions_at_start", stored["versions"])
+    elif options.weights:
+        origin = Origin.of_file(options.model, options.weights, data.channels)
+        record |= {"grown": origin.record()} if origin else {}
     started = time.monotonic()
     torch.manual_seed(options.seed)
     net = build_network(record, None if resume else options.weights, group.split)
@@ -195,7 +200,12 @@ def _card(
 def build_network(record: dict[str, Any], weights: str | Path | None = None, split: bool = False) -> Accelerated:
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
     options = record["options"]
-    model = create_model(options["model"], len(record["classes"]), record["channels"], weights)
+    if "grown" in record:
+        model = Origin.from_record(record["grown"]).build(options["model"], len(record["classes"]))
+        if weights is not None:
+            load_weights(model, weights)
+    else:
+        model = create_model(options["model"], len(record["classes"]), record["channels"], weights)
     model = model.to(options["device"])
     return accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
 

@@ -15,10 +15,14 @@ from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.store import read_state, write_state
 
 
-def run(*args):
+def call(*args):
     with pytest.raises(SystemExit) as exit_:
-        main(["morph", *map(str, args)])
+        main([*map(str, args)])
     return exit_.value.code
+
+
+def run(*args):
+    return call("morph", *args)
 
 
 def tiny(num_classes, in_channels):
@@ -278,8 +282,10 @@ def test_every_line_of_the_documentation_runs(folder, capsys):
         for line in block.strip().splitlines():
             program, group, *arguments = shlex.split(line)
             capsys.readouterr()
-            assert (program, group) == ("gigamorph", "morph") and run(*arguments) == 0, line
+            assert program == "gigamorph" and call(group, *arguments) == 0, line
             out = capsys.readouterr().out
+            if group != "morph":
+                continue
             if arguments[0] == "spaces":
                 assert all(f"    {row}\n" in text for row in out.splitlines())
             if arguments[0] == "verify":
@@ -306,3 +312,10 @@ def test_half_precision_files_stay_that(folder, capsys):
     capsys.readouterr()
     assert run("verify", "a.safetensors", "g.safetensors", *NET) == 0
     assert lines(capsys.readouterr().out)[0] == "equal"
+
+
+def test_a_grown_network_is_planned_by_its_file(folder, capsys):
+    assert grow("widen", "a", "b", "--factor", 2) == 0
+    capsys.readouterr()
+    assert call("plan", "--model", f"{NET[1]}+b.safetensors", "--size", "256x256", "--channels", 1) == 0
+    assert "256" in capsys.readouterr().out

@@ -47,12 +47,25 @@ def test_what_a_recipe_says_of_the_images(grown):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_round_trip(grown, suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
-    assert save_network(path, grown) == recipe_path(path) == tmp_path / "a.recipe.json"
+    beside = {".safetensors": "a.recipe.json", ".pt": "a.pt.recipe.json"}[suffix]
+    assert save_network(path, grown) == recipe_path(path) == tmp_path / beside
     for name in (path, recipe_path(path)):
         back = open_network("lesionnet", name)
         assert back.channels == 2 and back.recipe.morphs == grown.recipe.morphs
         for key, value in back.network.state_dict().items():
             assert torch.equal(value, grown.network.state_dict()[key])
+
+
+def test_no_two_files_share_a_recipe(tmp_path):
+    torch.manual_seed(0)
+    parent = Grown(LesionNet(2, 1))
+    wide = add_morph(parent, *widen(parent.network, parent.example(), factor=1.5))
+    wider = add_morph(parent, *widen(parent.network, parent.example(), factor=2))
+    for name, net in (("b.pt", wide), ("b.safetensors", wider), ("b.pth", wide)):
+        save_network(tmp_path / name, net)
+    for name, net in (("b.pt", wide), ("b.safetensors", wider), ("b.pth", wide)):
+        for file in (tmp_path / name, recipe_path(tmp_path / name)):
+            assert open_network("lesionnet", file).recipe.morphs == net.recipe.morphs
 
 
 def test_the_header_counts_and_a_bare_file_takes_the_recipe_beside_it(grown, tmp_path):

@@ -340,8 +340,8 @@ def test_refusals() -> None:
     coupled = Adam(model.parameters(), weight_decay=0.1)
     with pytest.raises(MorphError, match="coupled"):
         grow_optimizer(coupled, model, kraft, report, lr="commute")
-    with pytest.raises(MorphError, match="RMSprop"):
-        grow_optimizer(torch.optim.RMSprop(model.parameters()), model, kraft, report)
+    with pytest.raises(MorphError, match="RMSprop: lr='commute'"):
+        grow_optimizer(torch.optim.RMSprop(model.parameters()), model, kraft, report, lr="commute")
     with pytest.raises(MorphError, match="not the parent's"):
         grow_optimizer(optimizer, copy.deepcopy(model), kraft, report, lr="commute")
     with pytest.raises(MorphError, match="its own child"):

@@ -1,0 +1,105 @@
+"""What a grown network's file says of the network that it began as, so that it is built again for another purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import DataError, MorphError
+from ..models import create_model
+from .files import SUFFIXES, read_weights, recipe_of
+from .head import HeadStep, SplitClassStep
+from .inputs import InputsStep
+from .recipe import Recipe, apply, matches
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The morphs of a network, and outputs and image channels of the one that it began as."""
+
+    recipe: Recipe
+    classes: int
+    channels: int
+
+    @classmethod
+    def of_file(cls, spec: str, weights: str | Path, channels: int) -> Origin | None:
+        """The origin of the network in a weights file; None if the file is of a network that never grew.
+
+        Args:
+            spec: the network that it began as, see `create_model`.
+            weights: a file of `gigamorph morph`, or a checkpoint of a grown network that was trained.
+            channels: image channels that the network shall have now.
+
+        Raises:
+            MorphError: the file cannot be read, or did not begin as a `spec`.
+            DataError: its network takes other images.
+        """
+        recipe = recipe_of(weights) if Path(weights).is_file() else Recipe()
+        if not recipe.morphs:
+            return None
+        inputs = [m.step for m in recipe.morphs if isinstance(m.step, InputsStep)]
+        if inputs and inputs[-1].channels != channels:
+            raise DataError(f"{weights}: its network takes images of {inputs[-1].channels} channels, not {channels}")
+        began = len(inputs[0].matrix) if inputs else channels
+        head = _last_weight(create_model(spec, 2, began)).removesuffix("weight")
+        rows = {t.shape[0] for name, t in read_weights(weights).items() if name.startswith(head) and t.ndim >= 2}
+        heads = any(isinstance(m.step, HeadStep | SplitClassStep) for m in recipe.morphs)
+        for classes in range(1, max(rows, default=1) + 1) if heads else sorted(rows):
+            if matches(recipe, create_model(spec, classes, began)):
+                return cls(recipe, classes, began)
+        raise MorphError(
+            f"{weights}: it did not begin as {spec!r}, or not with {began} image channels; give the model that the "
+            "first gigamorph morph was given"
+        )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Origin:
+        """What `record` gave."""
+        return cls(Recipe.from_json(record["recipe"]), record["classes"], record["channels"])
+
+    def record(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return {"recipe": self.recipe.to_json(), "classes": self.classes, "channels": self.channels}
+
+    def build(self, spec: str, classes: int | None = None) -> nn.Module:
+        """The grown network with random weights; with another number of outputs its last layer is a new one."""
+        network = apply(self.recipe, create_model(spec, self.classes, self.channels))
+        if classes is not None:
+            _set_outputs(network, classes)
+        return network
+
+
+def create_grown(spec: str, classes: int, channels: int) -> nn.Module:
+    """`create_model`, or for ``resnet18+wide.safetensors`` the network of that file, with its weights.
+
+    Raises:
+        GigamorphError: no such network, or the file is not one that it became.
+    """
+    base, plus, file = spec.rpartition("+")
+    if not plus or Path(file).suffix not in (*SUFFIXES, ".ckpt"):
+        return create_model(spec, classes, channels)
+    origin = Origin.of_file(base, file, channels)
+    if origin is None:
+        raise MorphError(f"{file}: holds no recipe of a grown network; omit it, or give a file of gigamorph morph")
+    network = origin.build(base)
+    network.load_state_dict(read_weights(file))
+    return network
+
+
+def _last_weight(network: nn.Module) -> str:
+    """Name of the weight of the last layer, the classifier."""
+    return [name for name, p in network.named_parameters() if name.endswith("weight") and p.ndim >= 2][-1]
+
+
+def _set_outputs(network: nn.Module, classes: int) -> None:
+    path = _last_weight(network).removesuffix(".weight")
+    head = network.get_submodule(path)
+    if isinstance(head, nn.Linear) and head.out_features != classes:
+        network.set_submodule(path, nn.Linear(head.in_features, classes, head.bias is not None))
+    elif isinstance(head, nn.Conv2d) and head.out_channels != classes:
+        new = nn.Conv2d(head.in_channels, classes, head.kernel_size, head.stride, bias=head.bias is not None)  # pyright: ignore
+        network.set_submodule(path, new)

@@ -1,0 +1,43 @@
+"""Whether a grown network is one that its library has a function for: ResNet-50 widened inside is wide_resnet50_2."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+MOST = 40  # functions that are tried; each builds a network without memory
+
+
+def standard_name(network: nn.Module) -> str:
+    """The function, of the module that defines the network's class, that builds this very network; "" if none does.
+
+    It is called with `num_classes` only. Equal are names and shapes of all parameters, and all layers as they print.
+    """
+    module = sys.modules.get(type(network).__module__)
+    shapes = {name: t.shape for name, t in network.state_dict().items()}
+    outputs = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) >= 2][-1:]
+    for name, build in _builders(module):
+        try:
+            with torch.device("meta"):
+                made = build(num_classes=outputs[0]) if outputs else build()
+        except Exception:  # it wants other arguments, or cannot be built without memory
+            continue
+        if type(made) is not type(network) or {n: t.shape for n, t in made.state_dict().items()} != shapes:
+            continue
+        if str(made) == str(network):
+            return f"{type(network).__module__}.{name}"
+    return ""
+
+
+def _builders(module: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    found = [
+        (name, f)
+        for name, f in vars(module).items()
+        if inspect.isfunction(f) and not name.startswith("_") and f.__module__ == module.__name__
+    ]
+    yield from found if len(found) <= MOST else []

@@ -1,0 +1,31 @@
+"""Morphs of an accelerated network: the network that it stands for is grown, and the child is accelerated too."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..accelerate import Accelerated, accelerate
+from ..errors import MorphError
+
+
+def stock(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """The network itself, with its ordinary forward.
+
+    Raises:
+        MorphError: an accelerated one is to be changed in place.
+    """
+    if not isinstance(model, Accelerated):
+        return model
+    if inplace:
+        raise MorphError("inplace=True wants the network itself, not the accelerated one; take what the morph returns")
+    return model.__dict__["_network"]
+
+
+def as_given(child: nn.Module, model: nn.Module) -> nn.Module:
+    """The child of a morph, accelerated with the same settings if `model` is."""
+    if not isinstance(model, Accelerated):
+        return child
+    settings = model.memory_budget, model.tile, model.batch_norm, model.halos, model.fallback, model.split
+    net = accelerate(child, *settings)
+    net.on_tile = model.on_tile
+    return net
