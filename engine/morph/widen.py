@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from ..tiling.memory import freed_pages_kept, return_free_pages
+from ..tiling.memory import freed_pages_kept, large_blocks_on_own_pages, return_free_pages
 from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
 from .copying import cast, duplicate
@@ -94,35 +94,32 @@ def widen(
         raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
     step = WidenStep(inputs.shapes, chosen, new, split, noise, seed, groups, inputs.kinds, inputs.form)
-    child, certificate = step.grow(spaces)
-    parent, checked = model, child
-    if noise:  # its sums are rounded when they are stored: the function is compared where that hides nothing
-        parent = cast(duplicate(model), torch.float64)
-        checked, _ = step.grow(find_spaces(parent, inputs, groups=groups))
+    child, maps = step.check(spaces)
     changes = [
         f"space {s.id} ({s.key}): {s.width} -> {_width(s, chosen.get(s.key), new.get(s.key))}"
         for s in spaces
         if s.key in chosen or s.key in new
     ]
+    unread = _listed(spaces.unread()) if chosen or new else ""
+    del spaces  # whose labels may take as much memory as the network
+    return_free_pages()
+    with large_blocks_on_own_pages():
+        certificate = step.fill(child, model, maps)
+    parent, checked = model, child
+    if noise:  # its sums are rounded when they are stored: the function is compared where that hides nothing
+        parent = cast(duplicate(model), torch.float64)
+        checked, _ = step.grow(find_spaces(parent, inputs, groups=groups))
     changes += head_changes(model, child)
     if name := standard_name(child):
         changes.append(f"this is what {name} builds: load the weights there, without a recipe")
-    unread = _listed(spaces.unread()) if chosen or new else ""
     if unread:
         changes.append(f"not reached by this example, and as wide as they were: {unread}")
-    del spaces  # whose labels take as much memory as a network
-    return_free_pages()
+    proof = None if noise else certificate
     try:
-        report = verified_report(
-            step,
-            parent,
-            checked,
-            example,
-            changes=changes,
-            certificate=None if noise else certificate,
-            seed=seed,
-            compare_train=train,
-        )
+        with large_blocks_on_own_pages():
+            report = verified_report(
+                step, parent, checked, example, changes=changes, certificate=proof, seed=seed, compare_train=train
+            )
     except MorphError as error:
         if not unread:
             raise
@@ -179,18 +176,22 @@ class WidenStep(Step, op="widen"):
     def grow(self, spaces: Spaces) -> tuple[nn.Module, Certificate]:
         """The child with its weights, and the certificate of all splits."""
         child, maps = self.check(spaces)
-        originals, certificate = named_tensors(spaces.model), Certificate()
+        return child, self.fill(child, spaces.model, maps)
+
+    def fill(self, child: nn.Module, parent: nn.Module, maps: Mapping[str, ParameterMap]) -> Certificate:
+        """Give the child that `check` made its weights; the certificate of all splits."""
+        originals, certificate = named_tensors(parent), Certificate()
         grown: dict[int, Tensor] = {}
         for name, made in maps.items():
             grown[id(originals[name])], part = self.grow_tensor(name, originals[name], made)
             certificate += part
-        for module, parent in zip(child.modules(), spaces.model.modules(), strict=True):
-            for key, old in vars(parent).items():
+        for module, source in zip(child.modules(), parent.modules(), strict=True):
+            for key, old in vars(source).items():
                 if isinstance(old, Tensor):
                     setattr(module, key, getattr(module, key).to(old.device))
-        fill(child, spaces.model, lambda t: grown[id(t)] if id(t) in grown else t.detach().clone())
-        follow_head(spaces.model, child)
-        return child, certificate
+        fill(child, parent, lambda t: grown[id(t)] if id(t) in grown else t.detach().clone())
+        follow_head(parent, child)
+        return certificate
 
     def grow_tensor(self, name: str, tensor: Tensor, made: ParameterMap) -> tuple[Tensor, Certificate]:
         """The child's tensor, and the certificate of its split; draws depend on the seed and the tensor's name only."""
