@@ -25,6 +25,25 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return rates
 
 
+def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, float]:
+    if value is None:
+        return {}
+    name, _, number = value.rpartition("=")
+    try:
+        if name not in ("", "log_odds"):
+            raise ValueError(name)
+        return {name or "threshold": float(number)}
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
+
+
+def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of numbers; write 0.125,1,2", ctx, param) from error
+
+
 @click.command()
 @click.argument("predictions", type=click.Path(exists=True, dir_okay=False))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for metrics, plots and report.")
@@ -52,20 +71,37 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     "--compare",
     "other",
     type=click.Path(exists=True, dir_okay=False),
-    help="Predictions of the same images by another model: paired DeLong test.",
+    help="Predictions of the same images, breasts or exams by another model or a reader: paired DeLong test.",
 )
 @click.option(
     "--marks",
     type=click.Path(exists=True, dir_okay=False),
     help="Marks in the images, as gigamorph explain writes them: FROC against the findings of --table.",
 )
-@click.option("--threshold", type=float, help="A threshold that was fixed before: what comes of calling from it on.")
+@click.option(
+    "--false-marks",
+    default="0.125,0.25,0.5,1,2,4,8",
+    show_default=True,
+    callback=_parse_numbers,
+    help="Of --marks: false marks per image at which the lesions found are told.",
+)
+@click.option(
+    "--iou",
+    type=float,
+    help="Of --marks: a box finds a lesion if they share so much of their union; by default if its middle is inside.",
+)
+@click.option(
+    "--threshold",
+    callback=_parse_threshold,
+    metavar="NUMBER",
+    help="A threshold that was fixed before, a probability or log_odds=NUMBER: what comes of calling from it on.",
+)
 @click.option(
     "--rates",
     default="0.8,0.9,0.95",
     show_default=True,
     callback=_parse_rates,
-    help="Specificities at which the sensitivity is told, and the other way round.",
+    help="Specificities at which the sensitivity is told, and the other way round; partial areas begin there.",
 )
 @click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
@@ -80,7 +116,9 @@ def eval(
     by: tuple[str, ...],
     other: str | None,
     marks: str | None,
-    threshold: float | None,
+    false_marks: tuple[float, ...],
+    iou: float | None,
+    threshold: dict[str, float],
     rates: tuple[float, ...],
     resamples: int,
     seed: int,
@@ -109,7 +147,16 @@ def eval(
         return read_cases(path, table=table, label=label, score=score, split=split)
 
     images = read(predictions)
-    settings = Settings(tuple(levels) or None, rates, threshold, by, resamples, seed)
+    settings = Settings(
+        levels=tuple(levels) or None,
+        rates=rates,
+        by=by,
+        resamples=resamples,
+        seed=seed,
+        false_marks=false_marks,
+        iou=iou,
+        **threshold,
+    )
     marked, without = (None, 0) if marks is None or table is None else read_marks(marks, table, images)
     found = evaluate(images, settings, other=None if other is None else read(other), marked=marked)
     if marked is not None:

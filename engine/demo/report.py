@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..evaluate.evaluate import Settings, evaluate
-from ..evaluate.report import format_value
+from ..evaluate.report import format_value, no_interval
 from ..report.figure import panel, png
 from ..report.page import Table, write_page
 from ..tiling.memory import format_bytes
@@ -44,6 +44,10 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
         "evidence": _evidence_figure(result),
     }
     settings = Settings(levels=("image",))
+    areas = {
+        "native": _area(result.native, settings),
+        f"1/{FACTOR} of it": _area(result.low, settings),
+    }
     return write_page(
         Path(out) / "report.html",
         "demo.html",
@@ -55,9 +59,9 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
         budget=format_bytes(BUDGET),
         resamples=settings.resamples,
         areas=Table(
-            ["Resolution", "AUC on test patients"],
-            [["native", _area(result.native, settings)], [f"1/{FACTOR} of it", _area(result.low, settings)]],
+            ["Resolution", "AUC on test patients"], [[name, format_value(area)] for name, area in areas.items()]
         ),
+        without_interval=[f"{name}: {no_interval(area)}" for name, area in areas.items() if no_interval(area)],
         costs=_costs(result.stock, result.tiled),
         made=[
             ("training at native resolution", f"{result.native_seconds:.0f} s"),
@@ -68,10 +72,10 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
     )
 
 
-def _area(predictions: Sequence[Prediction], settings: Settings) -> str:
-    """AUC per image with its interval over patients."""
+def _area(predictions: Sequence[Prediction], settings: Settings) -> dict[str, Any]:
+    """AUC per image with its interval over patients, or why there is none."""
     [output] = evaluate(as_cases(predictions, ("0", "1")), settings)["levels"]["image"]["outputs"].values()
-    return format_value(output["auc"])
+    return output["auc"]
 
 
 def _costs(stock: StepCost, tiled: StepCost) -> Table:

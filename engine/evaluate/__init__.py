@@ -8,7 +8,7 @@ from .cases import LEVELS, Cases
 from .compare import compare
 from .measures import pf1, quadratic_kappa
 from .read import read_cases, read_marks, write_cases
-from .roc import auc, delong, delong_interval, labelwise_auc, macro_auc, paired_delong
+from .roc import auc, delong, delong_interval, labelwise_auc, macro_auc, paired_delong, partial_auc
 
 __all__ = [
     "LEVELS",
@@ -20,6 +20,7 @@ __all__ = [
     "labelwise_auc",
     "macro_auc",
     "paired_delong",
+    "partial_auc",
     "pf1",
     "quadratic_kappa",
     "read_cases",

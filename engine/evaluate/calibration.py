@@ -18,6 +18,8 @@ from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
+from .checks import labels_and_probabilities, labels_and_scores
+
 Array = NDArray[np.float64]
 BINS = 15
 
@@ -38,7 +40,7 @@ class Reliability:
 
 def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> Reliability:
     """The reliability curve of rows (n,) in bins of equal counts; equal probabilities are never parted."""
-    truth, p = np.asarray(labels) > 0, np.asarray(probabilities, np.float64)
+    truth, p = labels_and_probabilities(labels, probabilities)
     edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
     number = np.searchsorted(edges[1:-1], p, side="right")
     rows = np.bincount(number)
@@ -61,17 +63,30 @@ def in_bin(probabilities: Array) -> NDArray[np.int64]:
     return np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
 
 
-def expected_error(labels: ArrayLike, probabilities: ArrayLike, weights: Array | None = None) -> Array:
-    """ECE (b,) of rows (n,) with weights (b, n), by default one of ones."""
-    p = np.asarray(probabilities, np.float64)
-    weights = np.ones((1, len(p))) if weights is None else weights
-    bins = np.eye(BINS)[in_bin(p)] * (np.asarray(labels, np.float64) - p)[:, None]
-    return np.abs(weights @ bins).sum(1) / weights.sum(1)
+def expected_error(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """ECE of rows (n,)."""
+    truth, p = labels_and_probabilities(labels, probabilities)
+    return float(Binned(truth, p).expected_error(np.ones((1, len(p))))[0])
+
+
+class Binned:
+    """Rows (n,) in the bins of the ECE, to be weighted; quickest where they are sorted by their probability."""
+
+    def __init__(self, truth: Array, probabilities: Array) -> None:
+        self._left = truth - probabilities
+        bins = in_bin(probabilities)
+        self._starts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
+        self._bins = np.eye(BINS)[bins[self._starts]]
+
+    def expected_error(self, weights: Array) -> Array:
+        """ECE (b,) of the rows with weights (b, n)."""
+        runs = np.add.reduceat(weights * self._left, self._starts, axis=1)
+        return np.abs(runs @ self._bins).sum(1) / weights.sum(1)
 
 
 def slope_and_intercept(labels: ArrayLike, log_odds: ArrayLike) -> tuple[float, float] | None:
     """Cox's slope and intercept; None if the scores part the classes or are infinite, where they are not finite."""
-    truth, z = np.asarray(labels) > 0, np.asarray(log_odds, np.float64)
+    truth, [z] = labels_and_scores(labels, log_odds)
     if not np.isfinite(z).all() or _parted(truth, z):
         return None
     # Standardised, the optimiser sees numbers of order one whatever the network's scale.
@@ -88,7 +103,7 @@ def slope_and_intercept(labels: ArrayLike, log_odds: ArrayLike) -> tuple[float, 
 
 def in_the_large(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
     """The shift of all log-odds that makes the mean probability the frequency; None with one class or infinite odds."""
-    truth, z = np.asarray(labels) > 0, np.asarray(log_odds, np.float64)
+    truth, [z] = labels_and_scores(labels, log_odds)
     if not np.isfinite(z).all() or truth.all() or not truth.any():
         return None
     reach = float(np.abs(z).max()) + float(np.log(len(z))) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +46,19 @@ class Cases:
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("truth", "scores"):
+            shape = getattr(self, name).shape
+            if shape != (len(self.names), len(self.outputs)):
+                raise DataError(
+                    f"{name} of shape {shape} do not fit {len(self.names)} rows of {len(self.outputs)} outputs"
+                )
+        for name in ("patients", "exams", "sides", *self.columns):
+            values = self.columns[name] if name in self.columns else getattr(self, name)
+            if len(values) != len(self.names):
+                raise DataError(f"{name}: {len(values)} values do not fit {len(self.names)} rows")
+        wrong = np.flatnonzero(~((self.truth == 0) | (self.truth == 1) | np.isnan(self.truth)).all(1))
+        if len(wrong):
+            raise DataError(f"{self.names[wrong[0]]}: its truth is neither 1 nor 0, nor NaN for not known")
         # Of probabilities 0 and 1 the log-odds are infinite.
         fine = ~np.isnan(self.scores) if self.probable else np.isfinite(self.scores)
         bad = np.flatnonzero(~fine.all(1))
@@ -59,6 +72,10 @@ class Cases:
     def clusters(self) -> tuple[str, ...]:
         """The patient of each row; rows without one stand for themselves."""
         return tuple(f"patient {p}" if p else f"row {name}" for p, name in zip(self.patients, self.names, strict=True))
+
+    def counted_patients(self) -> dict[str, int]:
+        """How many patients there are, and how many rows have none: the latter count as one each in intervals."""
+        return {"patients": len(set(self.patients) - {""}), "rows_without_patient": self.patients.count("")}
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -99,56 +116,80 @@ class Cases:
         """The images' breasts or exams, by `LEVELS`; images without patient (or, for breasts, side) stay single."""
         if level == self.level:
             return self
-        if self.level != "image":
+        if self.level == "exam" or level == "image":
             raise DataError(f"rows are {self.level}s already; give those of images")
-        sided = [bool(p and s) for p, s in zip(self.patients, self.sides, strict=True)]
-        breasts = self._grouped("breast", list(zip(self.patients, self.exams, self.sides, strict=True)), sided)
+        breasts = self if self.level == "breast" else self._breasts()
         if level == "breast":
             return breasts
         known = [bool(p) for p in breasts.patients]
         return breasts._grouped("exam", list(zip(breasts.patients, breasts.exams, strict=True)), known)
 
+    def _breasts(self) -> Cases:
+        sided = [bool(p and s) for p, s in zip(self.patients, self.sides, strict=True)]
+        return self._grouped("breast", list(zip(self.patients, self.exams, self.sides, strict=True)), sided)
+
     def _grouped(self, level: Level, keys: list[tuple[str, ...]], known: list[bool]) -> Cases:
         """Rows of one key together, in the order of their first; those of unknown key single."""
-        groups: dict[tuple[str, ...], list[int]] = {}
+        numbers: dict[tuple[str, ...], int] = {}
+        firsts: list[int] = []
+        group = np.empty(len(self), np.int64)
         for row, (key, is_known) in enumerate(zip(keys, known, strict=True)):
-            groups.setdefault(key if is_known else (*key, "row", str(row)), []).append(row)
-        members = [np.array(rows) for rows in groups.values()]
-        combine = self._mean if level == "breast" else self._highest
+            number = numbers.setdefault(key if is_known else (*key, "row", str(row)), len(firsts))
+            if number == len(firsts):
+                firsts.append(row)
+            group[row] = number
 
         def joined(values: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple("+".join(sorted({values[i] for i in rows if values[i]})) for rows in members)
+            found = [values[i] for i in firsts]
+            several: dict[int, set[str]] = {}
+            for number, value in zip(group.tolist(), values, strict=True):
+                if value != found[number]:
+                    several.setdefault(number, {found[number]}).add(value)
+            for number, of in several.items():
+                found[number] = "+".join(sorted(of - {""}))
+            return tuple(found)
 
-        names = []
-        for rows in members:
-            first = rows[0]
-            parts = [part for part in keys[first] if part]
-            names.append("_".join(dict.fromkeys(parts)) if known[first] else self.names[first])
-        firsts = [rows[0] for rows in members]
+        members = _Groups(group, len(firsts))
         return replace(
             self,
             level=level,
-            truth=np.array([self._truth(rows) for rows in members]).reshape(-1, len(self.outputs)),
-            scores=np.array([combine(rows) for rows in members]).reshape(-1, len(self.outputs)),
-            names=tuple(names),
+            truth=self._truth_of(members),
+            scores=self._mean_of(members) if level == "breast" else self._highest_of(members),
+            names=tuple("_".join(part for part in keys[i] if part) if known[i] else self.names[i] for i in firsts),
             patients=tuple(self.patients[i] for i in firsts),
             exams=tuple(self.exams[i] for i in firsts),
             sides=joined(self.sides),
             columns={name: joined(values) for name, values in self.columns.items()},
         )
 
-    def _truth(self, rows: NDArray[np.int64]) -> Array:
+    def _truth_of(self, members: _Groups) -> Array:
         if self.kind != "classes":
-            return np.fmax.reduce(self.truth[rows])  # NaN only where none is known
-        label = self.labels[rows].max()
-        return np.eye(len(self.outputs))[label] if label >= 0 else np.full(len(self.outputs), np.nan)
+            return members.reduce(np.fmax, self.truth)  # NaN only where none is known
+        labels = members.reduce(np.maximum, self.labels)
+        return np.where((labels >= 0)[:, None], np.eye(len(self.outputs))[labels], np.nan)
 
-    def _mean(self, rows: NDArray[np.int64]) -> Array:
-        return odds.mean(self.scores[rows]) if self.probable else self.scores[rows].mean(0)
+    def _mean_of(self, members: _Groups) -> Array:
+        if not self.probable:
+            return members.reduce(np.add, self.scores) / members.sizes[:, None]
+        return odds.means(self.scores[members.order], members.starts)
 
-    def _highest(self, rows: NDArray[np.int64]) -> Array:
+    def _highest_of(self, members: _Groups) -> Array:
         if self.kind != "classes" or not self.probable:
-            return self.scores[rows].max(0)
+            return members.reduce(np.maximum, self.scores)
         # One breast's probabilities as a whole, so that they still add up to 1: that of the highest expected class.
-        expected = odds.probabilities(self.scores[rows]) @ np.arange(len(self.outputs))
-        return self.scores[rows[int(expected.argmax())]]
+        expected = odds.probabilities(self.scores) @ np.arange(len(self.outputs))
+        best = np.lexsort((-expected, members.group))
+        return self.scores[best[members.starts]]
+
+
+class _Groups:
+    """Rows sorted into groups, none of which is empty."""
+
+    def __init__(self, group: NDArray[np.int64], count: int) -> None:
+        self.group, self.order = group, np.argsort(group, kind="stable")
+        self.sizes = np.bincount(group, minlength=count)
+        self.starts = np.append(0, np.cumsum(self.sizes)[:-1])[:count]
+
+    def reduce(self, how: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+        """Values (rows, ...) -> (groups, ...)."""
+        return how.reduceat(values[self.order], self.starts, axis=0) if len(values) else values

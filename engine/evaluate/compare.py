@@ -2,42 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
-from . import curves, roc
-from .bootstrap import Resamples, interval
+from . import roc
+from .bootstrap import Resamples
 from .cases import Cases
+from .curves import WeightedCurves
+
+Key = tuple[str, ...]
+
+
+class UnpairedError(DataError):
+    """Rows of two predictions that cannot be told to be the same."""
 
 
 def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
     """The labelled rows that both have, in the order of the first.
 
+    Rows are paired by their names; where no name is in both (other files of the same breasts, a table of a reader's
+    scores) by what both know of patient, exam, side and view, if that tells the rows of either apart.
+
     Raises:
-        DataError: if names are not unique, nothing is common, outputs differ, or a row has two truths.
+        UnpairedError: if rows cannot be told apart, or nothing is common.
+        DataError: if outputs differ, or a row has two truths.
     """
     first, second = first.labelled(), second.labelled()
     if first.outputs != second.outputs or first.kind != second.kind:
         raise DataError(
             f"the two predictions are of other outputs: {', '.join(first.outputs)}; {', '.join(second.outputs)}"
         )
-    for cases in (first, second):
-        if len(set(cases.names)) != len(cases):
-            twice = next(name for name in cases.names if cases.names.count(name) > 1)
-            raise DataError(f"{twice}: is there twice, so that predictions cannot be paired; leave one out")
-    places = {name: row for row, name in enumerate(second.names)}
-    rows = [row for row, name in enumerate(first.names) if name in places]
+    keys, others = _keys(first, second)
+    for cases, of in ((first, keys), (second, others)):
+        if len(set(of)) != len(of):
+            twice = next(name for name, key in zip(cases.names, of, strict=True) if of.count(key) > 1)
+            raise UnpairedError(f"{twice}: is there twice, so that predictions cannot be paired; leave one out")
+    places = {key: row for row, key in enumerate(others)}
+    rows = [row for row, key in enumerate(keys) if key in places]
     if not rows:
         names = "; ".join(cases.names[0] if len(cases) else "none" for cases in (first, second))
-        raise DataError(f"the two predictions have no {first.level} with a label in common ({names})")
-    one, two = first.where(rows), second.where([places[first.names[row]] for row in rows])
+        raise UnpairedError(
+            f"the two predictions have no {first.level} with a label in common ({names}), by name or by patient, exam, "
+            "side and view"
+        )
+    one, two = first.where(rows), second.where([places[keys[row]] for row in rows])
     differ = np.flatnonzero(~np.isclose(one.truth, two.truth, equal_nan=True).all(1))
     if len(differ):
         raise DataError(f"{one.names[differ[0]]}: the two predictions have different labels; take those of one table")
     return one, two
+
+
+def _keys(first: Cases, second: Cases) -> tuple[Sequence[Key], Sequence[Key]]:
+    """What tells the rows of each apart: names, or patient, exam, side and view."""
+    names = [(name,) for name in first.names], [(name,) for name in second.names]
+    if set(first.names) & set(second.names):
+        return names
+    known = [_known(cases) for cases in (first, second)]
+    both = [what for what in known[0] if any(known[0][what]) and any(known[1][what])]
+    if "patient" not in both:
+        return names
+    keys = [list(zip(*(of[what] for what in both), strict=True)) for of in known]
+    return (keys[0], keys[1]) if all(len(set(of)) == len(of) for of in keys) else names
+
+
+def known_keys(cases: Cases) -> list[Key] | None:
+    """Patient, exam, side and view of each row; None where no patient is known."""
+    return list(zip(*_known(cases).values(), strict=True)) if any(cases.patients) else None
+
+
+def _known(cases: Cases) -> dict[str, tuple[str, ...]]:
+    """What is known of rows besides their names; "" where it is not."""
+    found = {"patient": cases.patients, "exam": cases.exams}
+    if cases.level != "exam":
+        found["side"] = cases.sides
+    if cases.level == "image":
+        found["view"] = cases.columns.get("view", ("",) * len(cases))
+    return found
 
 
 def compare(first: Cases, second: Cases, *, count: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -56,10 +100,9 @@ def compare(first: Cases, second: Cases, *, count: int = 2000, seed: int = 0) ->
             found[name] = {"undefined": str(error)}
             continue
         if paired["p"] is None:
-            paired["why"] = "the variance of the difference is 0: the two rank alike"
-        both = [curves.WeightedCurves(truth, each) for each in scores]
-        drawn = resamples.values(
-            lambda w, both=both: {str(k): curves.auc(*curve.counts(w)) for k, curve in enumerate(both)}, rows
-        )
-        found[name] = {**paired, "bootstrap": interval(drawn["1"] - drawn["0"])}
+            alike = ": the two rank alike" if paired["difference"] == 0 else ""
+            paired["why"] = f"the variance of the difference is 0{alike}"
+        both = [WeightedCurves(truth, each) for each in scores]
+        drawn = resamples.values(lambda w, both=both: {str(k): c(w).auc() for k, c in enumerate(both)}, rows)
+        found[name] = {**resamples.spread(drawn["1"] - drawn["0"]).listed(), **paired}
     return found

@@ -1,79 +1,203 @@
-"""The ROC and precision-recall curve of many weightings of the same rows at once: what intervals are made of."""
+"""The ROC and precision-recall curve of many weightings of the same rows at once: what intervals are made of.
+
+Rows are sorted once, negatives and positives each by rising score. For weights of them, two running sums tell all: how
+much of either class lies below any score. A million rows then take some ten milliseconds per weighting.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .checks import labels_and_scores
+
 Array = NDArray[np.float64]
+Places = NDArray[np.int64]
 # A rate that should be exactly on the limit may miss it by a rounding.
 _SLACK = 1e-9
 
 
+@dataclass(frozen=True)
+class _Class:
+    """The rows of one class by rising score.
+
+    Attributes:
+        scores: (n,).
+        below, upto: of each row, how many of the other class are below its score, and not above it.
+        first, last: of each row, where the rows of its score begin, and where they end.
+    """
+
+    scores: Array
+    below: Places
+    upto: Places
+    first: Places
+    last: Places
+
+    @classmethod
+    def of(cls, scores: Array, others: Array) -> _Class:
+        """Both sorted."""
+        sides = [np.searchsorted(of, scores, side) for of in (others, scores) for side in ("left", "right")]
+        return cls(scores, *sides)
+
+    def mirrored(self, others: int) -> _Class:
+        """With the sign of all scores turned, of which the other class has so many."""
+        n = len(self.scores)
+        turned = (others - self.upto, others - self.below, n - self.last, n - self.first)
+        return _Class(-self.scores[::-1], *(places[::-1] for places in turned))
+
+
 class WeightedCurves:
-    """The counts above each threshold of rows with weights.
+    """The curves of rows with weights.
 
     Args:
         labels: (n,) 1 or 0.
         scores: (n,), larger for 1; the thresholds are its distinct values.
+
+    Attributes:
+        order: (n,) rows, negatives and then positives, each by rising score. Rows that are given in this order are
+            weighted without being sorted again.
     """
 
     def __init__(self, labels: ArrayLike, scores: ArrayLike) -> None:
-        values = np.asarray(scores, np.float64)
-        self._order = np.argsort(-values, kind="stable")
-        sorted_ = values[self._order]
-        self._ends = np.flatnonzero(np.append(sorted_[1:] != sorted_[:-1], True))
-        self.thresholds: Array = sorted_[self._ends]
-        self._positive = (np.asarray(labels) > 0)[self._order]
+        truth, [values] = labels_and_scores(labels, scores)
+        self.order = np.lexsort((values, truth))
+        self._sorted = bool((self.order == np.arange(len(values))).all())
+        by_class = np.split(values[self.order], [int((~truth).sum())])
+        self._rows = (_Class.of(*by_class), _Class.of(*by_class[::-1]))
+        sizes = [len(one) for one in by_class]
+        self._turned = (self._rows[1].mirrored(sizes[0]), self._rows[0].mirrored(sizes[1]))
+        distinct = np.unique(values)[::-1]
+        self._above = [np.searchsorted(one, distinct, "left") for one in by_class]
 
-    def counts(self, weights: Array) -> tuple[Array, Array]:
-        """Weights (b, n) -> true and false positives (b, thresholds), from the highest threshold on."""
-        sorted_ = weights[:, self._order]
-        true = np.cumsum(sorted_ * self._positive, 1)[:, self._ends]
-        return true, np.cumsum(sorted_ * ~self._positive, 1)[:, self._ends]
-
-
-def auc(true: Array, false: Array) -> Array:
-    """Area under the ROC curve (b,) by trapezoids; NaN without positives or negatives."""
-    zero = np.zeros((len(true), 1))
-    steps, heights = np.diff(false, prepend=zero), true + np.concatenate([zero, true[:, :-1]], 1)
-    return _ratio((steps * heights).sum(1) / 2, true[:, -1] * false[:, -1])
-
-
-def average_precision(true: Array, false: Array) -> Array:
-    """sum over thresholds of (step of recall) x precision (b,); NaN without positives."""
-    steps = np.diff(true, prepend=np.zeros((len(true), 1)))
-    above = true + false
-    precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
-    return _ratio((steps * precision).sum(1), true[:, -1])
+    def __call__(self, weights: Array) -> Curves:
+        """The curves of weights (b, n), in the order in which the rows were given."""
+        by_class = np.split(weights if self._sorted else weights[:, self.order], [len(self._rows[0].scores)], axis=1)
+        sums = [np.empty((len(weights), one.shape[1] + 1)) for one in by_class]
+        for one, sum_ in zip(by_class, sums, strict=True):
+            sum_[:, 0] = 0
+            np.cumsum(one, 1, out=sum_[:, 1:])
+        return Curves(self._rows, self._turned, by_class[0], by_class[1], sums[0], sums[1], self._above)
 
 
-def sensitivity_at(true: Array, false: Array, specificity: float) -> Array:
-    """The highest sensitivity (b,) of a threshold whose specificity is at least that."""
-    limit = (1 - specificity) * false[:, -1:] + _SLACK
-    last = (false <= limit).sum(1) - 1  # -1: only the threshold above all scores, with sensitivity 0
-    at = np.where(last >= 0, np.take_along_axis(true, np.maximum(last, 0)[:, None], 1)[:, 0], 0.0)
-    return np.where(false[:, -1] > 0, _ratio(at, true[:, -1]), np.nan)
+@dataclass(frozen=True)
+class Curves:
+    """The curves of b weightings. In every measure NaN stands where a weighting has no positives or no negatives.
 
+    Attributes:
+        rows: the negatives (n) and the positives (m). turned: those of the mirrored curves.
+        of_negatives, of_positives: their weights (b, n) and (b, m).
+        negatives, positives: the weight of the first k of them (b, n + 1) and (b, m + 1).
+        above: of each threshold, from the highest on, how many negatives and positives are below it.
+    """
 
-def specificity_at(true: Array, false: Array, sensitivity: float) -> Array:
-    """The highest specificity (b,) of a threshold whose sensitivity is at least that."""
-    needed = sensitivity * true[:, -1:] - _SLACK
-    first = (true < needed).sum(1)
-    at = np.take_along_axis(false, np.minimum(first, false.shape[1] - 1)[:, None], 1)[:, 0]
-    at = np.where(sensitivity <= 0, 0.0, at)
-    return np.where(true[:, -1] > 0, 1 - _ratio(at, false[:, -1]), np.nan)
+    rows: tuple[_Class, _Class]
+    turned: tuple[_Class, _Class]
+    of_negatives: Array
+    of_positives: Array
+    negatives: Array
+    positives: Array
+    above: Sequence[Places]
 
+    @property
+    def all_negatives(self) -> Array:
+        """(b, 1)."""
+        return self.negatives[:, -1:]
 
-def rates(true: Array, false: Array, grid: Sequence[float] | Array) -> Array:
-    """Sensitivity (b, len(grid)) at false positive rates: linear between the points of each curve."""
-    found = np.full((len(true), len(grid)), np.nan)
-    for row, (t, f) in enumerate(zip(true, false, strict=True)):
-        if t[-1] > 0 and f[-1] > 0:
-            found[row] = np.interp(grid, np.append(0, f / f[-1]), np.append(0, t / t[-1]))
-    return found
+    @property
+    def all_positives(self) -> Array:
+        """(b, 1)."""
+        return self.positives[:, -1:]
+
+    def counts(self) -> tuple[Array, Array]:
+        """True and false positives (b, thresholds), from the highest threshold on."""
+        return (
+            self.all_positives - self.positives[:, self.above[1]],
+            self.all_negatives - self.negatives[:, self.above[0]],
+        )
+
+    def auc(self) -> Array:
+        """Area under the ROC curve (b,), ties half."""
+        [_, positive] = self.rows
+        passed = self.negatives[:, positive.below] + self.negatives[:, positive.upto]
+        pairs = self.all_positives * self.all_negatives
+        return _ratio(np.einsum("ij,ij->i", self.of_positives, passed) / 2, pairs[:, 0])
+
+    def average_precision(self) -> Array:
+        """sum over thresholds of (step of recall) x precision (b,)."""
+        [_, positive] = self.rows
+        true = self.all_positives - self.positives[:, positive.first]
+        above = true + self.all_negatives - self.negatives[:, positive.below]
+        precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
+        return _ratio(np.einsum("ij,ij->i", self.of_positives, precision), self.all_positives[:, 0])
+
+    def sensitivity_at(self, specificity: float) -> Array:
+        """The highest sensitivity (b,) of a threshold whose specificity is at least that."""
+        needed = specificity * self.all_negatives[:, 0] - _SLACK
+        sought = [np.searchsorted(sums, value) for sums, value in zip(self.negatives, needed, strict=True)]
+        k = np.array(sought, np.int64)  # negatives that must lie below the threshold
+        upto = self.rows[0].upto
+        below = np.where(k > 0, upto[np.maximum(k - 1, 0)], 0) if len(upto) else k
+        missed = self.positives[np.arange(len(k)), below]
+        found = 1 - _ratio(missed, self.all_positives[:, 0])
+        return np.where(self.all_negatives[:, 0] > 0, found, np.nan)
+
+    def specificity_at(self, sensitivity: float) -> Array:
+        """The highest specificity (b,) of a threshold whose sensitivity is at least that."""
+        return self.mirrored.sensitivity_at(sensitivity)
+
+    @cached_property
+    def mirrored(self) -> Curves:
+        """The same curves with classes and signs turned: sensitivity is what specificity was."""
+        return Curves(
+            self.turned,
+            self.rows,
+            self.of_positives[:, ::-1],
+            self.of_negatives[:, ::-1],
+            self.all_positives - self.positives[:, ::-1],
+            self.all_negatives - self.negatives[:, ::-1],
+            (),
+        )
+
+    def partial_area(self, least: float) -> Array:
+        """Area (b,) under the ROC curve over specificities from `least` to 1: from 0 to 1 - least."""
+        [negative, _] = self.rows
+        total = self.all_positives
+        last, part, top, rise = self._cut(least * self.all_negatives)
+        begin = int(last.min())
+        missed = self.positives[:, negative.below[begin:]] + self.positives[:, negative.upto[begin:]]
+        counted = self.of_negatives[:, begin:] * (np.arange(begin, len(negative.scores)) >= last)
+        whole = np.einsum("ij,ij->i", counted, total - missed / 2)
+        return _ratio(whole + (part * (top + rise / 2))[:, 0], (total * self.all_negatives)[:, 0])
+
+    def rates(self, grid: Sequence[float] | Array) -> Array:
+        """Sensitivity (b, len(grid)) at false positive rates: linear between the points of each curve."""
+        _, _, top, rise = self._cut((1 - np.asarray(grid, np.float64)) * self.all_negatives)
+        defined = (self.all_negatives > 0) & (self.all_positives > 0)
+        return np.where(defined, _ratio(top + rise, np.broadcast_to(self.all_positives, top.shape)), np.nan)
+
+    def _cut(self, below: Array) -> tuple[Places, Array, Array, Array]:
+        """Where the ROC curve is if a given weight of the negatives (b, g) is not called.
+
+        Negatives of one score are called bit by bit, along a slope on which the positives of that score are found.
+
+        Returns:
+            The end of the negatives of the score that is being called, how much of them is, the weight of the positives
+            of higher scores, and that of those found on the slope; (b, g) each.
+        """
+        [negative, _] = self.rows
+        row = np.arange(len(below))[:, None]
+        sought = [np.searchsorted(sums, of, "right") for sums, of in zip(self.negatives, below, strict=True)]
+        k = np.clip(np.array(sought, np.int64) - 1, 0, len(negative.scores) - 1)
+        last = negative.last[k]
+        end, passed = self.negatives[row, last], self.positives[row, negative.upto[k]]
+        width = end - self.negatives[row, negative.first[k]]
+        part = np.minimum(end - below, width)
+        share = np.divide(part, width, out=np.zeros_like(part), where=width > 0)
+        return last, part, self.all_positives - passed, (passed - self.positives[row, negative.below[k]]) * share
 
 
 def _ratio(above: Array, below: Array) -> Array:

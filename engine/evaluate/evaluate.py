@@ -11,7 +11,7 @@ from ..errors import DataError
 from . import froc, odds
 from .bootstrap import Resamples
 from .cases import LEVELS, Cases, Level
-from .compare import compare
+from .compare import UnpairedError, compare
 from .measures import measure_classes, measure_mean, measure_output
 from .subgroups import subgroups
 
@@ -28,6 +28,10 @@ class Settings:
         threshold: probability (of scores that only rank: score) from which on a row is called; fixed before.
         by: columns whose values make subgroups.
         resamples: of the bootstrap.
+        false_marks: per image, at which FROC's sensitivity is told.
+        iou: of FROC, the least intersection over union of a mark's box and the lesion's that it finds; None takes marks
+            whose middle lies in the lesion's box.
+        log_odds: the threshold as log-odds, where probabilities are too near 0 or 1 to be told apart.
     """
 
     levels: tuple[Level, ...] | None = None
@@ -36,6 +40,9 @@ class Settings:
     by: tuple[str, ...] = ()
     resamples: int = 2000
     seed: int = 0
+    false_marks: tuple[float, ...] = froc.RATES
+    iou: float | None = None
+    log_odds: float | None = None
 
 
 def evaluate(
@@ -64,37 +71,54 @@ def evaluate(
         "seed": settings.seed,
         "levels": {},
     }
-    for level in settings.levels or levels_of(images):
-        there = images.at(level).labelled()
-        found["levels"][level] = _at_level(there, settings) | {"without_label": len(images.at(level)) - len(there)}
+    there = at_levels(images, settings.levels)
+    for level, cases in there.items():
+        labelled = cases.labelled()
+        found["levels"][level] = _at_level(labelled, settings) | {"without_label": len(cases) - len(labelled)}
         if other is not None:
-            options = {"count": settings.resamples, "seed": settings.seed}
-            found["levels"][level]["comparison"] = compare(there, other.at(level), **options)
+            found["levels"][level]["comparison"] = _compared(labelled, other, settings)
+    compared = [one["comparison"] for one in found["levels"].values() if "comparison" in one]
+    if compared and all("unpaired" in one for one in compared):
+        raise DataError(compared[0]["unpaired"])
     of_all = [output for one in found["levels"].values() for output in one["outputs"].values()]
     if all("undefined" in output for output in of_all):
         raise DataError(f"{of_all[0]['undefined']}; nothing can be measured")
     if marked is not None:
-        found["froc"] = froc.measure(marked, count=settings.resamples, seed=settings.seed)
+        options = {"rates": settings.false_marks, "iou": settings.iou}
+        found["froc"] = froc.measure(marked, count=settings.resamples, seed=settings.seed, **options)
     found["versions"] = {name: version(name) for name in ("gigamorph", "numpy", "scipy", "scikit-learn")}
     return found
 
 
-def levels_of(images: Cases) -> tuple[Level, ...]:
-    """The level of the rows, and those above at which there are fewer."""
+def at_levels(images: Cases, levels: Sequence[Level] | None = None) -> dict[Level, Cases]:
+    """The rows at each of these levels; None takes their own, and those above at which there are fewer."""
+    if levels is not None:
+        return {level: images.at(level) for level in levels}
     if images.level != "image":
-        return (images.level,)
-    levels: list[Level] = ["image"]
-    breasts, exams = len(images.at("breast")), len(images.at("exam"))
-    if breasts < len(images):
-        levels.append("breast")
-    if exams < breasts:
-        levels.append("exam")
-    return tuple(levels)
+        return {images.level: images}
+    breasts = images.at("breast")
+    exams = breasts.at("exam")
+    found: dict[Level, Cases] = {"image": images}
+    if len(breasts) < len(images):
+        found["breast"] = breasts
+    if len(exams) < len(breasts):
+        found["exam"] = exams
+    return found
+
+
+def _compared(cases: Cases, other: Cases, settings: Settings) -> dict[str, Any]:
+    """The comparison at a level, or why the rows of this level are not paired."""
+    if other.level not in ("image", cases.level):
+        return {"unpaired": f"the other prediction is of {other.level}s, and has no {cases.level}s"}
+    try:
+        return compare(cases, other.at(cases.level), count=settings.resamples, seed=settings.seed)
+    except UnpairedError as error:
+        return {"unpaired": str(error)}
 
 
 def _at_level(cases: Cases, settings: Settings) -> dict[str, Any]:
     resamples = Resamples(cases.clusters, settings.resamples, settings.seed)
-    threshold = score_of(cases, settings.threshold)
+    threshold = score_of(cases, settings)
     outputs = {
         name: measure_output(cases, column, resamples, settings.rates, threshold)
         for column, name in enumerate(cases.outputs)
@@ -102,7 +126,7 @@ def _at_level(cases: Cases, settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {
         "rule": LEVELS[cases.level],
         "rows": len(cases),
-        "patients": resamples.patients,
+        **cases.counted_patients(),
         "outputs": outputs,
     }
     if len(cases.outputs) > 1:
@@ -120,20 +144,24 @@ def _subgroups(cases: Cases, by: str, outputs: dict[str, Any], settings: Setting
     for column, name in enumerate(cases.outputs):
         if "undefined" in outputs[name]:
             continue
-        shared = score_of(cases, settings.threshold)
+        shared, limit = score_of(cases, settings), {"threshold": settings.threshold, "log_odds": settings.log_odds}
         if shared is None:
-            point = outputs[name]["sensitivity_at_specificity"][len(settings.rates) // 2]
-            shared = point["log_odds"] if cases.probable else point["threshold"]
+            limit = outputs[name]["sensitivity_at_specificity"][len(settings.rates) // 2]
+            given = Settings(threshold=limit["threshold"], log_odds=limit.get("log_odds"))
+            shared = score_of(cases, given)
         rows = subgroups(cases, column, by, shared, count=settings.resamples, seed=settings.seed)
-        shown = None if shared is None else float(odds.probabilities(shared)) if cases.probable else shared
-        found[name] = {"threshold": shown, "rows": rows}
+        found[name] = {"threshold": limit["threshold"], "log_odds": limit.get("log_odds"), "rows": rows}
     return found
 
 
-def score_of(cases: Cases, threshold: float | None) -> float | None:
-    """The score that a threshold is: log-odds of a probability, where scores are log-odds."""
-    if threshold is None or not cases.probable:
-        return threshold
-    if not 0 < threshold < 1:
-        raise DataError(f"the threshold is a probability, between 0 and 1, not {threshold:g}")
-    return float(odds.of_probabilities(threshold))
+def score_of(cases: Cases, settings: Settings) -> float | None:
+    """The score that the threshold is: log-odds of a probability, where scores are log-odds."""
+    if settings.log_odds is not None:
+        if not cases.probable:
+            raise DataError("the scores only rank, they are no log-odds; give the threshold as a score")
+        return settings.log_odds
+    if settings.threshold is None or not cases.probable:
+        return settings.threshold
+    if not 0 <= settings.threshold <= 1:
+        raise DataError(f"the threshold is a probability, between 0 and 1, not {settings.threshold:g}")
+    return float(odds.of_probabilities(settings.threshold))

@@ -1,8 +1,9 @@
 """Free-response ROC: how many lesions are found for how many false marks per image.
 
-A mark is a place with a score. It finds a lesion if it lies in the lesion's box; a mark in no box is false. For each
-threshold: sensitivity = lesions found by a mark of at least that score / lesions, against false marks / images, all
-images counting (Chakraborty, 1989). The mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks per image is the
+A mark is a place with a score. It finds a lesion if it lies in the lesion's box, or, of marks that are boxes, if the
+intersection of the two is a given part of their union at least; a mark that finds none is false. For each threshold:
+sensitivity = lesions found by a mark of at least that score / lesions, against false marks / images, all images
+counting (Chakraborty, 1989). The mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks per image is the
 competition performance metric (Niemeijer et al., 2011).
 """
 
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bootstrap import Resamples, interval
+from ..errors import DataError
+from .bootstrap import Resamples
 
 Array = NDArray[np.float64]
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -24,13 +26,52 @@ _SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Marked:
-    """One image: its lesions' boxes (lesions, 4), each top, bottom, left, right, ends excluded; and its marks' places
-    (marks, 2), each row and column, and scores (marks,)."""
+    """One image with its lesions and marks.
+
+    Attributes:
+        patient: whose it is.
+        boxes: (lesions, 4) of the lesions, each top, bottom, left, right, ends excluded.
+        places: (marks, 2) row and column of each mark.
+        scores: (marks,) of the marks.
+        outlines: (marks, 4) boxes of the marks, where they are boxes.
+    """
 
     patient: str
     boxes: Array
     places: Array
     scores: Array
+    outlines: Array | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("boxes", "places", "outlines"):
+            values = getattr(self, name)
+            if values is not None and not np.isfinite(values).all():
+                raise DataError(f"{self.patient}: {name} of lesions or marks hold numbers that are not finite")
+        if np.isnan(self.scores).any() or len(self.scores) != len(self.places):
+            raise DataError(f"{self.patient}: each of the {len(self.places)} marks needs a score that is a number")
+        for values in (self.boxes, self.outlines):
+            if values is not None and not (values.reshape(-1, 4)[:, 1::2] > values.reshape(-1, 4)[:, ::2]).all():
+                raise DataError(
+                    f"{self.patient}: a box ends where it begins, or before; boxes are top, bottom, left, right"
+                )
+
+    def hits(self, iou: float | None = None) -> NDArray[np.bool_]:
+        """Which lesion is found by which mark: (lesions, marks)."""
+        boxes = self.boxes.reshape(-1, 1, 4)
+        if iou is None:
+            places = self.places.reshape(1, -1, 2)
+            inside = (boxes[..., 0] <= places[..., 0]) & (places[..., 0] < boxes[..., 1])
+            return inside & (boxes[..., 2] <= places[..., 1]) & (places[..., 1] < boxes[..., 3])
+        if self.outlines is None:
+            raise DataError("the overlap of marks and lesions needs marks that are boxes: top, bottom, left and right")
+        marks = self.outlines.reshape(1, -1, 4)
+        low, high = np.maximum(boxes, marks), np.minimum(boxes, marks)
+        common = np.maximum(high[..., 1] - low[..., 0], 0) * np.maximum(high[..., 3] - low[..., 2], 0)
+        return common >= iou * (_area(boxes) + _area(marks) - common)
+
+
+def _area(boxes: Array) -> Array:
+    return (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2])
 
 
 @dataclass(frozen=True)
@@ -51,13 +92,11 @@ class Events:
     """Marks, with those that find a lesion again."""
 
 
-def events(images: Sequence[Marked]) -> Events:
-    """What happens at which score. A lesion is found at the highest score of the marks in its box."""
+def events(images: Sequence[Marked], iou: float | None = None) -> Events:
+    """What happens at which score. A lesion is found at the highest score of the marks that find it."""
     score, found, image, marks = [], [], [], 0
     for number, one in enumerate(images):
-        boxes, places = one.boxes.reshape(-1, 1, 4), one.places.reshape(1, -1, 2)
-        inside = (boxes[..., 0] <= places[..., 0]) & (places[..., 0] < boxes[..., 1])
-        inside &= (boxes[..., 2] <= places[..., 1]) & (places[..., 1] < boxes[..., 3])
+        inside = one.hits(iou)
         for hits in inside:
             if hits.any():
                 score.append(float(one.scores[hits].max()))
@@ -100,31 +139,48 @@ def sensitivity_at(false: Array, sensitivity: Array, rate: float) -> Array:
     return np.take_along_axis(sensitivity, last[:, None], 1)[:, 0]
 
 
-def measure(images: Sequence[Marked], *, count: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Sensitivity at each of `RATES` and their mean, with intervals over patients, and the curve."""
-    one = events(images)
+def measure(
+    images: Sequence[Marked],
+    *,
+    rates: Sequence[float] = RATES,
+    iou: float | None = None,
+    count: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sensitivity at each of some rates of false marks per image and their mean, with intervals over patients, and the
+    curve.
+
+    Raises:
+        DataError: for rates below 0, an `iou` that is not above 0 and at most 1, or marks without boxes for it.
+    """
+    if any(not np.isfinite(rate) or rate < 0 for rate in rates) or not rates:
+        raise DataError(f"false marks per image are numbers from 0 on, not {', '.join(map(str, rates)) or 'none'}")
+    if iou is not None and not 0 < iou <= 1:
+        raise DataError(f"the overlap of a mark and a lesion is above 0 and at most 1, not {iou:g}")
+    one = events(images, iou)
     lesions = int(one.lesions.sum())
     found: dict[str, Any] = {
         "images": len(images),
         "images_with_lesions": int((one.lesions > 0).sum()),
         "lesions": lesions,
         "marks": one.marks,
+        "iou": iou,
     }
     if not lesions:
         return found | {"undefined": "no image of the table has a finding with a box or outline"}
 
     def statistics(weights: Array) -> dict[str, Array]:
         false, sensitivity = curve(one, weights)
-        values = {str(rate): sensitivity_at(false, sensitivity, rate) for rate in RATES}
+        values = {str(rate): sensitivity_at(false, sensitivity, rate) for rate in rates}
         return values | {"mean": np.mean(list(values.values()), 0)}
 
     here = statistics(np.ones((1, len(images))))
-    drawn = Resamples([image.patient for image in images], count, seed).values(statistics)
+    around = Resamples([image.patient for image in images], count, seed).spreads(statistics)
     found["sensitivity"] = [
-        {"false_marks_per_image": rate, "value": float(here[str(rate)][0]), "bootstrap": interval(drawn[str(rate)])}
-        for rate in RATES
+        {"false_marks_per_image": rate, "value": float(here[str(rate)][0]), **around[str(rate)].listed()}
+        for rate in rates
     ]
-    found["mean_sensitivity"] = {"value": float(here["mean"][0]), "bootstrap": interval(drawn["mean"])}
+    found["mean_sensitivity"] = {"value": float(here["mean"][0]), **around["mean"].listed()}
     false, sensitivity = curve(one)
     found["curve"] = {"false_marks_per_image": false[0].tolist(), "sensitivity": sensitivity[0].tolist()}
     return found

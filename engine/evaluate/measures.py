@@ -7,48 +7,67 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, confusion_matrix, roc_curve
 
-from . import calibration, curves, odds, roc
-from .bootstrap import Resamples, interval
+from . import odds, roc
+from .bootstrap import Resamples, Spread
+from .calibration import Binned, in_the_large, reliability, slope_and_intercept
 from .cases import Cases
+from .checks import classes_of, labels_and_probabilities
+from .curves import WeightedCurves
+from .thresholds import threshold as few_digits
 
 Array = NDArray[np.float64]
 Measure = dict[str, Any]
-"""value, or None and why; and, where there are any, delong and bootstrap: 95 % intervals [low, high] or None."""
+"""value, or None and why; bootstrap, its 95 % interval [low, high] over patients, and standard_error, or None and why;
+exact, where there is no bootstrap but an exact interval."""
 
 
-def pf1(labels: ArrayLike, probabilities: ArrayLike, weights: Array | None = None) -> Array:
-    """Probabilistic F1 (b,) of rows (n,) with weights (b, n), by default one of ones.
+def pf1(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """Probabilistic F1 of rows (n,).
 
     Positives count with their probability p: precision = sum_pos p / sum p, recall = sum_pos p / positives, and
     F1 = 2 precision recall / (precision + recall) (Yacouby and Axman, 2020; the RSNA screening mammography challenge).
     0 where no positive has any probability, NaN without positives.
     """
-    truth, p = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
-    weights = np.ones((1, len(p))) if weights is None else weights
-    hits, positives = weights @ (truth * p), weights @ truth
+    truth, p = labels_and_probabilities(labels, probabilities)
+    return float(weighted_pf1(truth, p, truth * p, np.ones((1, len(p))))[0])
+
+
+def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) -> Array:
+    """`pf1` (b,) of rows with weights (b, n); of positives the probabilities are `of_positives`, of others 0."""
+    positives = weights @ truth
     # 2PR / (P + R) with P = hits / all and R = hits / positives
-    below = weights @ p + positives
+    hits, below = weights @ of_positives, weights @ p + positives
     return np.divide(2 * hits, below, out=np.full_like(hits, np.nan), where=positives > 0)
 
 
 def quadratic_kappa(labels: ArrayLike, predicted: ArrayLike, classes: int) -> float | None:
     """Cohen's kappa with quadratic weights of classes (n,); None where all have one and the same class."""
+    labels, predicted = classes_of(labels, classes), classes_of(predicted, classes)
     if len(np.union1d(labels, predicted)) < 2:
         return None
     return float(cohen_kappa_score(labels, predicted, weights="quadratic", labels=list(range(classes))))
 
 
-def weighted_kappa(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int, weights: Array) -> Array:
-    """`quadratic_kappa` (b,) of rows with weights (b, n); NaN where not defined."""
-    cells = weights @ np.eye(classes * classes)[labels * classes + predicted]
-    table = cells.reshape(-1, classes, classes)
-    rows = np.maximum(table.sum((1, 2)), 1)[:, None, None]  # none drawn: not defined below
-    chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :] / rows
-    cost = np.subtract.outer(np.arange(classes), np.arange(classes)) ** 2
-    above, below = (table * cost).sum((1, 2)), (chance * cost).sum((1, 2))
-    return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+class Confusion:
+    """Rows (n,) with classes, to be weighted; quickest where rows of equal classes stand together."""
+
+    def __init__(self, labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> None:
+        cells = labels * classes + predicted
+        self._starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
+        self._cells = np.eye(classes * classes)[cells[self._starts]]
+        self._cost = np.subtract.outer(np.arange(classes), np.arange(classes)) ** 2
+
+    def kappa(self, weights: Array) -> Array:
+        """`quadratic_kappa` (b,) of the rows with weights (b, n); NaN where not defined."""
+        counts = np.add.reduceat(weights, self._starts, axis=1) @ self._cells
+        table = counts.reshape(-1, *self._cost.shape)
+        rows = np.maximum(table.sum((1, 2)), 1)[:, None, None]  # none drawn: not defined below
+        chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :] / rows
+        above, below = (table * self._cost).sum((1, 2)), (chance * self._cost).sum((1, 2))
+        return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
 def measure_output(
@@ -59,113 +78,152 @@ def measure_output(
     Args:
         cases: of which the rows whose label is known count; the resamples are of all of them.
         column: of the output.
-        at: specificities (and sensitivities) at which the other one is told.
+        at: specificities (and sensitivities) at which the other one is told, and from which on the partial areas are.
         threshold: score from which on a row is called, if one was fixed before.
     """
-    rows = ~np.isnan(cases.truth[:, column])
-    truth, scores = cases.truth[rows, column], roc.ranks(cases.scores[rows, column])
-    odds_, p = cases.scores[rows, column], odds.probabilities(cases.scores[rows, column])
-    positives = int(truth.sum())
-    negatives = len(truth) - positives
-    found: dict[str, Any] = {"rows": len(truth), "positives": positives, "negatives": negatives}
+    rows = np.flatnonzero(~np.isnan(cases.truth[:, column]))
+    positives = int(cases.truth[rows, column].sum())
+    negatives = len(rows) - positives
+    found: dict[str, Any] = {"rows": len(rows), "positives": positives, "negatives": negatives}
     if not positives or not negatives:
-        found["undefined"] = one_class(len(truth), positives, cases.level)
+        found["undefined"] = one_class(len(rows), positives, cases.level)
         return found
-    found["prevalence"] = positives / len(truth)
-    weighted = curves.WeightedCurves(truth, scores)
+    rows = rows[WeightedCurves(cases.truth[rows, column], roc.ranks(cases.scores[rows, column])).order]
+    scored = _Scored(cases, column, rows, at, threshold)
+    around = resamples.spreads(scored.statistics, rows)
+    ones = {name: float(value[0]) for name, value in scored.statistics(np.ones((1, len(rows)))).items()}
 
-    def statistics(weights: Array) -> dict[str, Array]:
-        true, false = weighted.counts(weights)
-        values = {"auc": curves.auc(true, false), "average_precision": curves.average_precision(true, false)}
-        for rate in at:
-            values[f"sensitivity {rate}"] = curves.sensitivity_at(true, false, rate)
-            values[f"specificity {rate}"] = curves.specificity_at(true, false, rate)
-        if cases.probable:
-            drawn = weights.sum(1) > 0
-            safe = np.where(drawn[:, None], weights, 1.0)
-            values["pf1"] = pf1(truth, p, weights)
-            values["brier"] = np.where(drawn, safe @ (p - truth) ** 2 / safe.sum(1), np.nan)
-            values["ece"] = np.where(drawn, calibration.expected_error(truth, p, safe), np.nan)
-        return values
+    def measure(name: str, value: float | None = None, **more: Any) -> Measure:
+        return {"value": ones[name] if value is None else value, **more, **around[name].listed()}
 
-    around = resamples.intervals(statistics, rows)
-
-    def with_interval(name: str, value: float, **more: Any) -> Measure:
-        return {"value": value, **more, "bootstrap": _listed(around[name])}
-
-    area = roc.auc(truth, scores)
-    assert area is not None
-    found["auc"] = with_interval("auc", area, delong=_listed(roc.delong_interval(truth, scores)))
-    if found["auc"]["delong"] is None:
-        found["auc"]["why"] = "DeLong's variance needs two of each class and is 0 where the ranking is perfect"
-    found["average_precision"] = with_interval("average_precision", float(average_precision_score(truth, scores)))
-    found |= _operating_points(truth, scores, odds_, at, around, cases.probable)
+    area = roc.auc(scored.truth, scored.ranks)
+    error = roc.delong_error(scored.truth, scored.ranks)
+    found["prevalence"] = positives / len(rows)
+    found["auc"] = measure("auc", area) | {
+        "delong": _listed(roc.interval_of(area, error)),
+        "delong_standard_error": error,
+    }
+    if error is None:
+        few = min(positives, negatives) < 2
+        found["auc"]["delong_why"] = (
+            "DeLong's variance needs two of each class" if few else "DeLong's variance is 0: the ranking is perfect"
+        )
+    precision = float(average_precision_score(scored.truth, scored.ranks))
+    found["average_precision"] = measure("average_precision", precision)
+    found["partial_auc"] = [
+        {
+            "over": over,
+            "from": rate,
+            **measure(f"partial {over} {rate}"),
+            "raw": measure(f"raw partial {over} {rate}"),
+        }
+        for over in ("specificity", "sensitivity")
+        for rate in at
+    ]
+    found |= _operating_points(scored, at, around)
     if threshold is not None:
-        found["at_threshold"] = _calls(truth, odds_ >= threshold, resamples, rows)
+        clusters = np.array(cases.clusters, dtype=object)[rows]
+        found["at_threshold"] = {
+            name: _share(scored, name, ones[name], around[name], clusters) for name in scored.calls
+        }
     if cases.probable:
-        found["pf1"] = with_interval("pf1", float(pf1(truth, p)[0]))
-        found["brier"] = with_interval("brier", float(brier_score_loss(truth, p)))
-        found["ece"] = with_interval("ece", float(calibration.expected_error(truth, p)[0]))
-        found["calibration"] = _calibration(truth, p, odds_)
+        found["pf1"] = measure("pf1")
+        found["brier"] = measure("brier", float(brier_score_loss(scored.truth, scored.p)))
+        found["ece"] = measure("ece")
+        found["calibration"] = _calibration(scored.truth, scored.p, scored.odds)
     return found
 
 
-def _operating_points(
-    truth: Array, scores: Array, given: Array, at: Sequence[float], around: dict[str, Any], probable: bool
-) -> dict[str, list[Measure]]:
+class _Scored:
+    """The rows of one output, sorted for `WeightedCurves`, and all that is resampled of them at once."""
+
+    def __init__(
+        self, cases: Cases, column: int, rows: NDArray[np.int64], at: Sequence[float], threshold: float | None
+    ) -> None:
+        self.odds, self.probable, self.at = cases.scores[rows, column], cases.probable, at
+        self.truth, self.ranks = cases.truth[rows, column], roc.ranks(self.odds)
+        self.p = odds.probabilities(self.odds)
+        self.curves = WeightedCurves(self.truth, self.ranks)
+        self.calls: dict[str, tuple[Array, Array]] = {}
+        """Of each share at the threshold: the rows that count, and those of them that are hit; 1 or 0."""
+        if threshold is not None:
+            called, positive = self.odds >= threshold, self.truth > 0
+            every = np.ones(len(rows), bool)
+            shares = {
+                "sensitivity": (positive, called),
+                "specificity": (~positive, ~called),
+                "positive_predictive_value": (called, positive),
+                "negative_predictive_value": (~called, ~positive),
+                "called": (every, called),
+            }
+            self.calls = {name: (of * 1.0, (of & hit) * 1.0) for name, (of, hit) in shares.items()}
+        if self.probable:
+            self._of_positives = self.truth * self.p
+            self._binned, self._squares = Binned(self.truth, self.p), (self.p - self.truth) ** 2
+
+    def statistics(self, weights: Array) -> dict[str, Array]:
+        """All that has an interval, of the rows with weights (b, n): (b,) by name."""
+        drawn = self.curves(weights)
+        values = {"auc": drawn.auc(), "average_precision": drawn.average_precision()}
+        for rate in self.at:
+            values[f"sensitivity {rate}"] = drawn.sensitivity_at(rate)
+            values[f"specificity {rate}"] = drawn.specificity_at(rate)
+            for over, curves in (("specificity", drawn), ("sensitivity", drawn.mirrored)):
+                area = curves.partial_area(rate)
+                values[f"raw partial {over} {rate}"] = area
+                values[f"partial {over} {rate}"] = roc.standardised(area, rate)
+        for name, (of, hit) in self.calls.items():
+            values[name] = _ratio(weights @ hit, weights @ of)
+        if self.probable:
+            all_ = weights.sum(1)
+            safe = weights if all_.all() else np.where(all_[:, None] > 0, weights, 1.0)
+            values["pf1"] = weighted_pf1(self.truth, self.p, self._of_positives, weights)
+            values["brier"] = np.where(all_ > 0, safe @ self._squares / safe.sum(1), np.nan)
+            values["ece"] = np.where(all_ > 0, self._binned.expected_error(safe), np.nan)
+        return values
+
+
+def _operating_points(scored: _Scored, at: Sequence[float], around: dict[str, Spread]) -> dict[str, list[Measure]]:
     """Sensitivity at each specificity and back, with the threshold: rows with that score or more are called."""
-    false, true, thresholds = roc_curve(truth, scores, drop_intermediate=False)
-    distinct = np.unique(given)
-    rows: dict[str, list[Measure]] = {"sensitivity_at_specificity": [], "specificity_at_sensitivity": []}
+    false, true, thresholds = roc_curve(scored.truth, scored.ranks, drop_intermediate=False)
+    distinct, negatives = np.unique(scored.odds), int((scored.truth == 0).sum())
+    found: dict[str, list[Measure]] = {"sensitivity_at_specificity": [], "specificity_at_sensitivity": []}
     for rate in at:
         best = int(np.flatnonzero(1 - false >= rate - 1e-12)[-1])
         enough = int(np.flatnonzero(true >= rate - 1e-12)[0])
-        for name, place, value in (
-            ("sensitivity", best, float(true[best])),
-            ("specificity", enough, float(1 - false[enough])),
+        for name, fixed, place, value in (
+            ("sensitivity", "specificity", best, float(true[best])),
+            ("specificity", "sensitivity", enough, (negatives - round(false[enough] * negatives)) / negatives),
         ):
             rank = thresholds[place]
             score = float(distinct[int(rank)]) if np.isfinite(rank) else None  # None: above all scores
-            limit: dict[str, float | None] = {"threshold": score}
-            if probable:
-                finite = score is not None and np.isfinite(score)  # that of probability 0 or 1 is not
-                probability = None if score is None else float(odds.probabilities(score))
-                limit = {"threshold": probability, "log_odds": score if finite else None}
-            key = "sensitivity_at_specificity" if name == "sensitivity" else "specificity_at_sensitivity"
-            rows[key].append({"at": rate, "value": value, **limit, "bootstrap": _listed(around[f"{name} {rate}"])})
-    return rows
+            lower = float(distinct[int(rank) - 1]) if score is not None and rank > 0 else None
+            limit = few_digits(score, lower, scored.probable)
+            point = {"at": rate, "value": value, **limit, **around[f"{name} {rate}"].listed()}
+            found[f"{name}_at_{fixed}"].append(point)
+    return found
 
 
-def _calls(truth: Array, called: NDArray[np.bool_], resamples: Resamples, rows: NDArray[np.bool_]) -> dict[str, Any]:
-    """What comes of calling these rows; a predictive value of no calls is not defined."""
-
-    def statistics(weights: Array) -> dict[str, Array]:
-        hits, alarms = weights @ (called * truth), weights @ (called * (1 - truth))
-        positives, negatives = weights @ truth, weights @ (1 - truth)
-        above = {
-            "sensitivity": (hits, positives),
-            "specificity": (negatives - alarms, negatives),
-            "positive_predictive_value": (hits, hits + alarms),
-            "negative_predictive_value": (negatives - alarms, positives + negatives - hits - alarms),
-            "called": (hits + alarms, positives + negatives),
-        }
-        return {name: np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0) for name, (a, b) in above.items()}
-
-    around = resamples.intervals(statistics, rows)
-    values = {name: float(value[0]) for name, value in statistics(np.ones((1, len(truth)))).items()}
-    return {
-        name: {"value": None if np.isnan(value) else value, "bootstrap": _listed(around[name])}
-        for name, value in values.items()
-    }
+def _share(scored: _Scored, name: str, value: float, around: Spread, clusters: NDArray[Any]) -> Measure:
+    """What comes of calling rows from a threshold on; a predictive value of no calls is not defined."""
+    if np.isnan(value):
+        return {"value": None, "why": "not defined: there are no such rows", "bootstrap": None, "standard_error": None}
+    found = {"value": value, **around.listed()}
+    if around.interval is None and value in (0, 1):
+        # Each patient is one trial, however many rows agree.
+        patients = len(set(clusters[scored.calls[name][0] > 0]))
+        sides = binomtest(round(value) * patients, patients).proportion_ci(method="exact")
+        found["exact"] = [float(sides.low), float(sides.high)]
+    return found
 
 
 def _calibration(truth: Array, p: Array, z: Array) -> dict[str, Any]:
-    curve = calibration.reliability(truth, p)
-    line = calibration.slope_and_intercept(truth, z)
+    curve = reliability(truth, p)
+    line = slope_and_intercept(truth, z)
     found: dict[str, Any] = {
         "slope": line[0] if line else None,
         "intercept": line[1] if line else None,
-        "in_the_large": calibration.in_the_large(truth, z),
+        "in_the_large": in_the_large(truth, z),
         "reliability": {name: values.tolist() for name, values in vars(curve).items()},
     }
     if line is None:
@@ -175,7 +233,8 @@ def _calibration(truth: Array, p: Array, z: Array) -> dict[str, Any]:
 
 def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
     """Quadratic weighted kappa of the most probable class, with the confusion matrix (rows: truth)."""
-    rows = cases.labels >= 0
+    rows = np.flatnonzero(cases.labels >= 0)
+    rows = rows[np.lexsort((cases.predicted[rows], cases.labels[rows]))]
     labels, predicted = cases.labels[rows], cases.predicted[rows]
     classes = max(2, len(cases.outputs))
     value = quadratic_kappa(labels, predicted, classes) if len(labels) else None
@@ -183,8 +242,8 @@ def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
     if value is None:
         found["why"] = "all rows have one class, and are predicted to have it"
     else:
-        values = resamples.values(lambda w: {"kappa": weighted_kappa(labels, predicted, classes, w)}, rows)
-        found["bootstrap"] = _listed(interval(values["kappa"]))
+        confusion = Confusion(labels, predicted, classes)
+        found |= resamples.spreads(lambda w: {"kappa": confusion.kappa(w)}, rows)["kappa"].listed()
     table = confusion_matrix(labels, predicted, labels=list(range(classes))) if len(labels) else np.zeros((0, 0))
     return {"kappa": found, "confusion": table.tolist()}
 
@@ -199,14 +258,14 @@ def measure_mean(cases: Cases, resamples: Resamples) -> Measure:
     each = []
     for column in used:
         rows = ~np.isnan(cases.truth[:, column])
-        weighted = curves.WeightedCurves(cases.truth[rows, column], cases.scores[rows, column])
-        each.append(resamples.values(lambda w, c=weighted: {"auc": curves.auc(*c.counts(w))}, rows)["auc"])
+        weighted = WeightedCurves(cases.truth[rows, column], cases.scores[rows, column])
+        each.append(resamples.values(lambda w, c=weighted: {"auc": c(w).auc()}, rows)["auc"])
     # As in the value: the mean over those that the resample defines.
     drawn = np.array(each)
     there = ~np.isnan(drawn)
     count = there.sum(0)
     mean = np.where(there, drawn, 0).sum(0) / np.where(count, count, np.nan)
-    return {"value": value, "bootstrap": _listed(interval(mean)), "left_out": left_out}
+    return {"value": value, **resamples.spread(mean).listed(), "left_out": left_out}
 
 
 def one_class(rows: int, positives: int, level: str) -> str:
@@ -214,6 +273,10 @@ def one_class(rows: int, positives: int, level: str) -> str:
     if not rows:
         return f"no {level} has a label"
     return f"one class only: all {rows} {level}s are {'positive' if positives else 'negative'}"
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
 def _listed(pair: tuple[float, float] | None) -> list[float] | None:

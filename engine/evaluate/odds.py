@@ -41,3 +41,18 @@ def mean(log_odds: Array) -> Array:
     with np.errstate(invalid="ignore"):  # inf - inf where all are certain
         found = logsumexp(log_expit(log_odds), axis=0) - logsumexp(log_expit(-log_odds), axis=0)
     return np.asarray(np.where(np.isnan(found), log_odds.max(0), found))
+
+
+def means(log_odds: Array, starts: NDArray[np.int64]) -> Array:
+    """`mean` of each group of rows (n, ...) that begins at one of `starts` (groups,), none of which is empty."""
+    if not len(log_odds):
+        return log_odds
+    sizes = np.diff(np.append(starts, len(log_odds)))
+
+    def log_sums(values: Array) -> Array:
+        highest = np.maximum.reduceat(values, starts, axis=0)
+        highest = np.where(np.isfinite(highest), highest, 0.0)  # all -inf: so is their sum
+        return np.log(np.add.reduceat(np.exp(values - np.repeat(highest, sizes, axis=0)), starts, axis=0)) + highest
+
+    with np.errstate(divide="ignore"):  # log 0
+        return log_sums(log_expit(log_odds)) - log_sums(log_expit(-log_odds))

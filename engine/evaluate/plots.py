@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..report.figure import open_axes, panel
 from . import roc
 from .bootstrap import Resamples
 from .cases import Cases
-from .curves import WeightedCurves, rates
+from .curves import WeightedCurves
 
 _BAND = 500  # resamples for the band of a curve
 
@@ -32,7 +33,7 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
     for column, name in shown:
         rows = ~np.isnan(cases.truth[:, column])
         curve = WeightedCurves(cases.truth[rows, column], roc.ranks(cases.scores[rows, column]))
-        true, false = (counts[0] for counts in curve.counts(np.ones((1, int(rows.sum())))))
+        true, false = _drawn(*(counts[0] for counts in curve(np.ones((1, int(rows.sum())))).counts()))
         [line] = left.plot(np.append(0, false / false[-1]), np.append(0, true / true[-1]), linewidth=1.8, clip_on=False)
         right.plot(*_steps(true, false), color=line.get_color(), linewidth=1.8, clip_on=False)
         line.set_label(f"{name}: {found[name]['auc']['value']:.3f}")
@@ -56,6 +57,13 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
     return figure
 
 
+def _drawn(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a curve that a picture can tell apart, of a million thresholds some thousand."""
+    cells = np.stack([np.round(2000 * true / true[-1]), np.round(2000 * false / false[-1])])
+    kept = np.append((cells[:, 1:] != cells[:, :-1]).any(0), True)
+    return true[kept], false[kept]
+
+
 def _steps(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision of the steps whose area is the average precision."""
     recall, precision = true / true[-1], true / (true + false)
@@ -66,7 +74,7 @@ def _band(axes: Axes, cases: Cases, curve: WeightedCurves, rows: np.ndarray, see
     """Where the middle 95 % of the resampled curves run."""
     grid = np.linspace(0, 1, 201)
     resamples = Resamples(cases.clusters, _BAND, seed)
-    drawn = np.concatenate([rates(*curve.counts(weights), grid) for weights in resamples.weights(rows)])
+    drawn = np.concatenate([curve(weights).rates(grid) for weights in resamples.weights(rows)])
     drawn = drawn[~np.isnan(drawn).any(1)]
     if len(drawn):
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
@@ -128,7 +136,9 @@ def froc_figure(found: dict[str, Any]) -> Figure:
         axes.plot([row["false_marks_per_image"]], [row["value"]], "o", color="tab:blue", markersize=4)
         if row["bootstrap"]:
             axes.plot([row["false_marks_per_image"]] * 2, row["bootstrap"], color="tab:blue", linewidth=0.8)
-    axes.set(xlabel="false marks per image", ylabel="lesions found", xscale="log", xlim=(0.05, 10), ylim=(0, 1.02))
-    axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    axes.set(xlabel="false marks per image", ylabel="lesions found", xscale="log", ylim=(0, 1.02))
+    rates = [row["false_marks_per_image"] for row in found["sensitivity"] if row["false_marks_per_image"] > 0]
+    axes.set_xlim(min([0.05, *(rate / 2 for rate in rates)]), max([10, *(1.25 * rate for rate in rates)]))
+    axes.set_xticks(rates, [str(Fraction(rate).limit_denominator(64)) if rate < 1 else f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     return figure

@@ -121,8 +121,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     out.
 
     Args:
-        marks: csv with image_path, score, and row and column, or top, bottom, left and right (their middle counts);
-            in pixels of the file as stored, as gigamorph explain writes them.
+        marks: csv with image_path, score, and row and column, or top, bottom, left and right (their middle counts,
+            or their overlap with a lesion); in pixels of the file as stored, as gigamorph explain writes them.
         table: csv whose findings are the lesions.
         images: those that count, with marks or without.
 
@@ -138,6 +138,7 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     if len(wanted) < len(images):
         raise DataError(f"{images.names[0]}: an image or its frames are there twice; marks are of images of one frame")
     places: list[list[tuple[float, float]]] = [[] for _ in wanted]
+    outlines: list[list[list[float]]] = [[] for _ in wanted]
     scores: list[list[float]] = [[] for _ in wanted]
     for place, row in zip(found.places, found.rows, strict=True):
         number = wanted.get(_place(row["image_path"], Path()))
@@ -145,6 +146,7 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
             continue  # of another split
         sides = [_number(row, name, found, place) for name in (("top", "bottom", "left", "right") if boxes else ())]
         if boxes:
+            outlines[number].append(sides)
             places[number].append(((sides[0] + sides[1]) / 2, (sides[2] + sides[3]) / 2))
         else:
             places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
@@ -156,6 +158,7 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
             np.array(lesions[number], np.float64).reshape(-1, 4),
             np.array(places[number], np.float64).reshape(-1, 2),
             np.array(scores[number], np.float64),
+            np.array(outlines[number], np.float64).reshape(-1, 4) if boxes else None,
         )
         for number, cluster in enumerate(images.clusters)
     ], without

@@ -12,6 +12,7 @@ from ..report.figure import png
 from ..report.page import Table, write_page
 from . import plots
 from .cases import Cases
+from .evaluate import at_levels
 
 _NAMES = {
     "sensitivity": "sensitivity",
@@ -20,7 +21,7 @@ _NAMES = {
     "negative_predictive_value": "negative predictive value",
     "called": "share called",
 }
-_SOURCES = {
+SOURCES = {
     "date": "date of the predictions",
     "model": "model",
     "predictions": "predictions",
@@ -38,7 +39,7 @@ def write_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
     Args:
         images: what was evaluated.
         found: what `evaluate` returned of it, with whatever was added; what is known of where it came from under the
-            keys of `_SOURCES`.
+            keys of `SOURCES`.
 
     Raises:
         GigamorphError: if a file cannot be written.
@@ -58,23 +59,27 @@ def headline(found: dict[str, Any]) -> list[str]:
             if "undefined" in output:
                 lines.append(of + output["undefined"])
             else:
-                counts = f"{output['rows']} {level}s, {output['positives']} positive, {one['patients']} patients"
-                lines.append(f"{of}AUC {format_value(output['auc'])}, {counts}")
+                counts = f"{output['rows']} {level}s, {output['positives']} positive, {_patients(one)}"
+                lines.append(f"{of}AUC {format_value(output['auc'])}, {counts}{_why(output['auc'])}")
         if "mean_auc" in one:
             lines.append(f"{level} level: mean AUC {format_value(one['mean_auc'])}")
+        unpaired = one.get("comparison", {}).get("unpaired")
+        if unpaired:
+            lines.append(f"{level} level, not compared: {unpaired}")
         for name, pair in _pairs(one):
-            p = pair.get("undefined") or (pair.get("why") if pair["p"] is None else f"p {_p(pair['p'])} (DeLong)")
+            p = pair.get("undefined") or (pair.get("why") if pair["p"] is None else f"p {format_p(pair['p'])} (DeLong)")
             areas = "" if "undefined" in pair else f"AUC {pair['first']:.3f} and {pair['second']:.3f}, "
             lines.append(f"{level} level, {name}, compared: {areas}{p}")
     if "mean_sensitivity" in found.get("froc", {}):
-        lines.append(f"FROC: mean sensitivity {format_value(found['froc']['mean_sensitivity'])} per lesion")
+        mean = found["froc"]["mean_sensitivity"]
+        lines.append(f"FROC: mean sensitivity {format_value(mean)} per lesion{_why(mean)}")
     return lines
 
 
 def _pictures(images: Cases, found: dict[str, Any]) -> dict[str, bytes]:
     figures = {}
-    for level, one in found["levels"].items():
-        cases = images.at(level).labelled()
+    for level, cases in at_levels(images, list(found["levels"])).items():
+        one, cases = found["levels"][level], cases.labelled()
         figures[f"{level}_curves"] = plots.curves_figure(cases, one["outputs"], found["seed"])
         if any("calibration" in output for output in one["outputs"].values()):
             figures[f"{level}_calibration"] = plots.calibration_figure(one["outputs"])
@@ -97,7 +102,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     froc = found.get("froc")
     return {
         "title": found.get("predictions") or "predictions",
-        "facts_of": [(name, found[key]) for key, name in _SOURCES.items() if found.get(key)],
+        "facts_of": [(name, found[key]) for key, name in SOURCES.items() if found.get(key)],
         "overview": _overview(found),
         "compared": _compared(found),
         "levels": [_level(level, one) for level, one in found["levels"].items()],
@@ -113,7 +118,7 @@ def _overview(found: dict[str, Any]) -> Table:
     rows = []
     for level, one in found["levels"].items():
         for name, output in one["outputs"].items():
-            row = [f"{level}, {name}", output["rows"], one["patients"], output["positives"]]
+            row = [f"{level}, {name}", output["rows"], _counted(one), output["positives"]]
             if "undefined" in output:
                 rows.append([*row, output["undefined"], "", ""])
             else:
@@ -123,7 +128,7 @@ def _overview(found: dict[str, Any]) -> Table:
             left_out = one["mean_auc"].get("left_out")
             note = f" without {', '.join(left_out)}" if left_out else ""
             mean = format_value(one["mean_auc"])
-            rows.append([f"{level}, mean{note}", one["rows"], one["patients"], "", mean, "", ""])
+            rows.append([f"{level}, mean{note}", one["rows"], _counted(one), "", mean, "", ""])
     header = ["level, output", "rows", "patients", "positive", "AUC", "DeLong's interval", "average precision"]
     return Table(header, rows)
 
@@ -131,12 +136,14 @@ def _overview(found: dict[str, Any]) -> Table:
 def _compared(found: dict[str, Any]) -> Table:
     rows = []
     for level, one in found["levels"].items():
+        if "unpaired" in one.get("comparison", {}):
+            rows.append([level, one["comparison"]["unpaired"], "", "", "", "", ""])
         for name, pair in _pairs(one):
             if "undefined" in pair:
                 rows.append([f"{level}, {name}", pair["undefined"], "", "", "", "", ""])
                 continue
             areas = [f"{pair['first']:.3f}", f"{pair['second']:.3f}", f"{pair['difference']:+.3f}"]
-            test = [_interval(pair["bootstrap"]), _interval(pair["interval"]), _p(pair["p"])]
+            test = [_interval(pair["bootstrap"]), _interval(pair["interval"]), format_p(pair["p"])]
             rows.append([f"{level}, {name}", *areas, *test])
     header = ["level, output", "AUC", "other", "difference", "over patients", "DeLong's interval", "p (DeLong)"]
     return Table(header, rows)
@@ -146,6 +153,7 @@ def _level(level: str, one: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": level,
         "rule": one["rule"],
+        "notes": _notes(one),
         "without_label": one["without_label"],
         "outputs": {name: _output(output) for name, output in one["outputs"].items() if "undefined" not in output},
         "kappa": format_value(one["kappa"]) if "kappa" in one else "",
@@ -165,8 +173,11 @@ def _output(output: dict[str, Any]) -> Table:
         ("specificity_at_sensitivity", "sensitivity", "specificity"),
     ):
         for point in output[key]:
-            threshold = "above all scores" if point["threshold"] is None else f"{point['threshold']:.4g}"
-            rows.append([f"{told} at {fixed} {point['at']:g}", format_value(point), threshold])
+            rows.append([f"{told} at {fixed} {point['at']:g}", format_value(point), _threshold(point)])
+    for area in output["partial_auc"]:
+        told = f"partial AUC, {area['over']} {area['from']:g} to 1"
+        raw = f"{area['raw']['value']:.4f} of {1 - area['from']:.4g}"
+        rows.append([told, f"{format_value(area)}; raw {raw}", ""])
     for key, measure in output.get("at_threshold", {}).items():
         rows.append([f"{_NAMES[key]} at the threshold given", format_value(measure), ""])
     for key, text in (("pf1", "probabilistic F1"), ("brier", "Brier score"), ("ece", "expected calibration error")):
@@ -178,6 +189,25 @@ def _output(output: dict[str, Any]) -> Table:
             words = {"slope": "calibration slope", "intercept": "calibration intercept"}.get(key, "shift of log-odds")
             rows.append([words, line.get("why", "") if line[key] is None else f"{line[key]:.3f}", ""])
     return Table(["", "value (95 % interval over patients)", "threshold"], rows)
+
+
+def _threshold(point: dict[str, Any]) -> str:
+    """A threshold with all its digits, as ``--threshold`` takes it."""
+    if point["threshold"] is not None:
+        return str(point["threshold"])
+    return "above all scores" if point.get("log_odds") is None else f"log_odds={point['log_odds']}"
+
+
+def _notes(one: dict[str, Any]) -> list[str]:
+    """Why there are no intervals, and whose rows count as patients."""
+    notes = []
+    if one["rows_without_patient"]:
+        notes.append(f"{_patients(one)[0].upper()}{_patients(one)[1:]}.")
+    for name, output in one["outputs"].items():
+        if "undefined" not in output:
+            reasons = [output["auc"].get("why"), output["auc"].get("delong_why")]
+            notes += [f"{name}: {reason}." for reason in reasons if reason]
+    return notes
 
 
 def _confusion(one: dict[str, Any]) -> Table:
@@ -197,7 +227,7 @@ def _subgroups(level: str, by: str, name: str, part: dict[str, Any]) -> dict[str
         "name": name,
         "by": by,
         "table": Table([by, "rows", "patients", "positive", "AUC", "sensitivity", "specificity"], rows),
-        "threshold": "" if part["threshold"] is None else f"{part['threshold']:.4g}",
+        "threshold": "" if part["threshold"] is None and part["log_odds"] is None else _threshold(part),
         "picture": _subgroup_picture(level, by, name),
     }
 
@@ -217,14 +247,38 @@ def format_value(measure: dict[str, Any]) -> str:
     if measure["value"] is None:
         return str(measure.get("why", "not defined"))
     interval = _interval(measure.get("bootstrap"))
+    if not interval and "exact" in measure:
+        interval = f"{_interval(measure['exact'])}, exact"
     return f"{measure['value']:.3f} ({interval})" if interval else f"{measure['value']:.3f}"
+
+
+def no_interval(measure: dict[str, Any]) -> str:
+    """Why a value has no interval over patients, "" where it has one."""
+    return "" if measure["value"] is None else str(measure.get("why", ""))
+
+
+def _why(measure: dict[str, Any]) -> str:
+    reason = no_interval(measure)
+    return f"; {reason}" if reason else ""
+
+
+def _counted(one: dict[str, Any]) -> str:
+    return f"{one['patients']}" if one["patients"] else "not known"
+
+
+def _patients(one: dict[str, Any]) -> str:
+    """How many patients there are; rows of none count as one each, which makes intervals too narrow."""
+    without = one["rows_without_patient"]
+    if not one["patients"]:
+        return "patients not known, so intervals take each row for one"
+    return f"{one['patients']} patients" + (f" and {without} rows without one, each taken for one" if without else "")
 
 
 def _interval(pair: Sequence[float] | None) -> str:
     return "" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
 
 
-def _p(p: float | None) -> str:
+def format_p(p: float | None) -> str:
     if p is None:
         return ""
     return f"{p:.1e}" if p < 0.001 else f"{p:.3f}"

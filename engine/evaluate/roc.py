@@ -10,20 +10,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
+from ..errors import DataError
+from .checks import classes_of, labels_and_scores, numbers
+from .curves import WeightedCurves
+
 Array = NDArray[np.float64]
 _Z95 = float(norm.ppf(0.975))
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Area under the ROC curve of scores (n,) that are larger for label 1; None with one class only."""
-    truth, values = np.asarray(labels) > 0, ranks(scores)
-    return float(roc_auc_score(truth, values)) if truth.any() and not truth.all() else None
+    """Area under the ROC curve of scores (n,) that are larger for label 1; None with one class only.
+
+    Raises:
+        DataError: for labels that are neither 1 nor 0, and scores that are not a number; so do all that follow.
+    """
+    truth, [values] = labels_and_scores(labels, scores)
+    return float(roc_auc_score(truth, ranks(values))) if truth.any() and not truth.all() else None
+
+
+@dataclass(frozen=True)
+class PartialArea:
+    """An area under a part of the ROC curve."""
+
+    raw: float
+    """The area itself, at most the width of the part."""
+    standardised: float
+    """0.5 for chance, 1 for a perfect ranking, whatever the part (McClish, 1989)."""
+
+
+def partial_auc(
+    labels: ArrayLike, scores: ArrayLike, least: float, over: Literal["specificity", "sensitivity"] = "specificity"
+) -> PartialArea | None:
+    """The area under the ROC curve over specificities (or sensitivities) from `least` to 1; None with one class only.
+
+    `least=0.9` is scikit-learn's ``max_fpr=0.1``, whose value is the standardised one.
+    """
+    if not 0 <= least < 1:
+        raise DataError(f"a partial area begins at a rate from 0 to below 1, not {least:g}")
+    truth, [values] = labels_and_scores(labels, scores)
+    if truth.all() or not truth.any():
+        return None
+    curves = WeightedCurves(truth, values)(np.ones((1, len(truth))))
+    raw = (curves if over == "specificity" else curves.mirrored).partial_area(least)
+    return PartialArea(float(raw[0]), float(standardised(raw, least)[0]))
+
+
+def standardised(area: Array, least: float) -> Array:
+    """McClish's form of areas over rates from `least` to 1: chance has e^2 / 2 and the best e, e = 1 - least."""
+    width = 1 - least
+    return (1 + (area - width**2 / 2) / (width - width**2 / 2)) / 2
 
 
 def ranks(scores: ArrayLike) -> Array:
@@ -41,7 +83,8 @@ def macro_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     Returns:
         None where fewer than two classes occur; classes that do not occur are omitted from the mean.
     """
-    truth, values = np.asarray(labels), np.asarray(scores)
+    values = numbers(scores)
+    truth = classes_of(labels, values.shape[1])
     if len(np.unique(truth)) < 2:
         return None
     if values.shape[1] == 2:
@@ -57,7 +100,7 @@ def labelwise_auc(truth: ArrayLike, scores: ArrayLike) -> tuple[float | None, li
         truth: (n, labels) 1 or 0; NaN where a row's label is not known.
         scores: (n, labels).
     """
-    known, values = np.asarray(truth, np.float64), np.asarray(scores, np.float64)
+    known, values = np.asarray(truth, np.float64), numbers(scores)
     found = []
     for column in range(known.shape[1]):
         rows = ~np.isnan(known[:, column])
@@ -75,32 +118,47 @@ def delong(labels: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Array, Array
 
     Raises:
         ValueError: with fewer than two positives or negatives, whose variance is not defined.
+        DataError: as `auc`.
     """
-    truth = np.asarray(labels) > 0
+    truth, columns = labels_and_scores(labels, *scores)
     m, n = int(truth.sum()), int((~truth).sum())
     if m < 2 or n < 2:
         raise ValueError(f"DeLong's variance needs two positives and two negatives, not {m} and {n}")
+    v10, v01 = components(truth, columns)
+    return v10.mean(1), np.atleast_2d(np.cov(v10) / m + np.cov(v01) / n)
+
+
+def components(truth: NDArray[np.bool_], scores: Sequence[Array]) -> tuple[Array, Array]:
+    """V10 (k, m) of the positives and V01 (k, n) of the negatives, of k scores (rows,)."""
+    m, n = int(truth.sum()), int((~truth).sum())
     v10, v01 = np.empty((len(scores), m)), np.empty((len(scores), n))
-    for k, each in enumerate(scores):
-        values = np.asarray(each, np.float64)
+    for k, values in enumerate(scores):
         positives, negatives = values[truth], values[~truth]
         together = rankdata(np.concatenate([positives, negatives]))
         v10[k] = (together[:m] - rankdata(positives)) / n
         v01[k] = 1 - (together[m:] - rankdata(negatives)) / m
-    covariance = np.cov(v10) / m + np.cov(v01) / n
-    return v10.mean(1), np.atleast_2d(covariance)
+    return v10, v01
+
+
+def delong_error(labels: ArrayLike, scores: ArrayLike) -> float | None:
+    """DeLong's standard error of the area; None where it is not defined, or 0 (perfect ranking)."""
+    try:
+        _, [[variance]] = delong(labels, [scores])
+    except ValueError:
+        return None
+    return float(np.sqrt(variance)) if variance > 0 else None
 
 
 def delong_interval(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float] | None:
-    """The 95 % interval of the area, cut to [0, 1]; None where the variance is not defined, or 0 (perfect ranking)."""
-    try:
-        [area], [[variance]] = delong(labels, [scores])
-    except ValueError:
+    """The 95 % interval of the area, cut to [0, 1]; None where there is no `delong_error`."""
+    return interval_of(auc(labels, scores), delong_error(labels, scores))
+
+
+def interval_of(area: float | None, error: float | None) -> tuple[float, float] | None:
+    """The normal 95 % interval of an area, cut to [0, 1]."""
+    if error is None or area is None:
         return None
-    if variance <= 0:
-        return None
-    half = _Z95 * float(np.sqrt(variance))
-    return max(0.0, float(area) - half), min(1.0, float(area) + half)
+    return max(0.0, area - _Z95 * error), min(1.0, area + _Z95 * error)
 
 
 @dataclass(frozen=True)

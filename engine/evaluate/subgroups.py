@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from . import curves, roc
+from . import roc
 from .bootstrap import Resamples
 from .cases import Cases
+from .curves import WeightedCurves
 from .measures import one_class
 
 _FEW = 12  # numbers with more distinct values than this are put into bands
@@ -60,17 +61,18 @@ def subgroups(
 def _part(part: Cases, column: int, threshold: float | None, count: int, seed: int) -> dict[str, Any]:
     truth, scores = part.truth[:, column], part.scores[:, column]
     positives = int(truth.sum())
-    found: dict[str, Any] = {"rows": len(part), "patients": len(set(part.clusters)), "positives": positives}
+    found: dict[str, Any] = {"rows": len(part), **part.counted_patients(), "positives": positives}
     if not 0 < positives < len(part):
         found["undefined"] = one_class(len(part), positives, part.level)
     else:
         resamples = Resamples(part.clusters, count, seed)
-        weighted = curves.WeightedCurves(truth, scores)
-        around = resamples.intervals(lambda w: {"auc": curves.auc(*weighted.counts(w))})["auc"]
+        weighted = WeightedCurves(truth, roc.ranks(scores))
+        area, error = roc.auc(truth, scores), roc.delong_error(truth, roc.ranks(scores))
         found["auc"] = {
-            "value": roc.auc(truth, scores),
-            "delong": roc.delong_interval(truth, roc.ranks(scores)),
-            "bootstrap": around,
+            "value": area,
+            "delong": roc.interval_of(area, error),
+            "delong_standard_error": error,
+            **resamples.spreads(lambda w: {"auc": weighted(w).auc()})["auc"].listed(),
         }
     if threshold is not None:
         called: NDArray[np.bool_] = scores >= threshold

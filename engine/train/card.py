@@ -15,6 +15,7 @@ from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import LEVELS, Cases
 from ..evaluate.evaluate import Settings, evaluate
+from ..evaluate.report import format_value, no_interval
 from ..files import write_atomically
 from .checkpoint import versions
 
@@ -120,7 +121,8 @@ def _evaluated(cases: Cases, resamples: int) -> dict[str, Any] | str:
 
 
 def _results(found: Mapping[str, dict[str, Any] | str], resamples: int) -> list[str]:
-    rows, notes = [], []
+    rows: list[list[object]] = []
+    notes: list[str] = []
     for split, one in found.items():
         if isinstance(one, str):
             notes.append(f"- {split}: {one}.")
@@ -131,8 +133,15 @@ def _results(found: Mapping[str, dict[str, Any] | str], resamples: int) -> list[
                     notes.append(f"- {split}, {level}, {name}: {output['undefined']}.")
                 else:
                     rows.append([split, level, name, *_row(output)])
+                    if no_interval(output["auc"]):
+                        notes.append(f"- {split}, {level}, {name}: AUC with {no_interval(output['auc'])}.")
             if "mean_auc" in at:
-                rows.append([split, level, "mean", at["rows"], "", _value(at["mean_auc"]), "", "", "", ""])
+                rows.append([split, level, "mean", at["rows"], "", format_value(at["mean_auc"]), "", "", "", ""])
+            if at["rows_without_patient"]:
+                notes.append(
+                    f"- {split}, {level}: {at['rows_without_patient']} rows without a patient count as one each."
+                )
+    notes = list(dict.fromkeys(notes))
     if not rows:
         return [*(notes or ["No images were held out, so nothing was measured."])]
     header = ["split", "level", "output", "rows", "positive", "AUC", "average precision", "sensitivity at 0.9"]
@@ -149,14 +158,7 @@ def _results(found: Mapping[str, dict[str, Any] | str], resamples: int) -> list[
 def _row(output: dict[str, Any]) -> list[object]:
     [at] = [point for point in output["sensitivity_at_specificity"] if point["at"] == 0.9]
     measures = [output["auc"], output["average_precision"], at, output.get("brier"), output.get("ece")]
-    return [output["rows"], output["positives"], *("" if one is None else _value(one) for one in measures)]
-
-
-def _value(measure: dict[str, Any]) -> str:
-    if measure["value"] is None:
-        return "not defined"
-    interval = measure.get("bootstrap")
-    return f"{measure['value']:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+    return [output["rows"], output["positives"], *("" if one is None else format_value(one) for one in measures)]
 
 
 def _limits(card: Card, found: Mapping[str, dict[str, Any] | str]) -> list[str]:

@@ -138,3 +138,31 @@ def test_what_is_there_is_not_overwritten_and_marks_need_findings(files, tmp_pat
     assert "already holds metrics" in capsys.readouterr().err
     assert run("eval", files["a"], "--marks", files["b"], "--out", tmp_path / "out") == 2
     assert "--marks needs the findings of --table" in capsys.readouterr().err
+
+
+def test_told_thresholds_are_taken_again(files, tmp_path):
+    """All probabilities are 1 in float64."""
+    assert run("eval", files["a"], "--out", tmp_path / "x", "--level", "image", "--resamples", 2) == 0
+    read = lambda name: json.loads((tmp_path / name / "metrics.json").read_text())  # noqa: E731
+    [point, *_] = read("x")["levels"]["image"]["outputs"]["1"]["sensitivity_at_specificity"]
+    assert point["threshold"] is None and 35 < point["log_odds"] < 50
+    assert f"log_odds={point['log_odds']}" in (tmp_path / "x" / "report.html").read_text()
+    options = ["--level", "image", "--resamples", 2, "--threshold", f"log_odds={point['log_odds']}"]
+    assert run("eval", files["a"], "--out", tmp_path / "y", *options) == 0
+    assert read("y")["levels"]["image"]["outputs"]["1"]["at_threshold"]["sensitivity"]["value"] == point["value"]
+
+
+def test_boxes_at_any_rate_and_overlap(files, tmp_path):
+    marks = tmp_path / "marks.csv"
+    rows = list(csv.DictReader(files["a"].open()))
+    lines = [f"{row['image_path']},10,20,{12 if k % 2 else 18},{22 if k % 2 else 28},{k}" for k, row in enumerate(rows)]
+    marks.write_text("image_path,top,bottom,left,right,score\n" + "\n".join(lines))
+    options = ["--table", files["table"], "--split", "all", "--marks", marks, "--resamples", 5, "--level", "image"]
+    extra = ["--false-marks", "0.3,1", "--iou", "0.5"]
+    assert run("eval", files["a"], "--out", tmp_path / "out", *options, *extra) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["froc"]
+    assert [row["false_marks_per_image"] for row in found["sensitivity"]] == [0.3, 1] and found["iou"] == 0.5
+    positive = [k % 2 for k, row in enumerate(rows) if row["label"] == "1"]
+    assert found["sensitivity"][1]["value"] == pytest.approx(sum(positive) / len(positive))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "overlap by 0.5 of their union" in page

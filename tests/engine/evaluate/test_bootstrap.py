@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gigamorph.engine.evaluate.bootstrap import Resamples, interval
+from gigamorph.engine.evaluate.bootstrap import Resamples
 
 
 def mean_of(values):
@@ -39,7 +39,7 @@ def test_intervals_of_clustered_rows_cover_the_truth():
         values = np.repeat(random.normal(size=40), 4) + 0.3 * random.normal(size=160)
         for clustered in covered:
             names = [str(i // 4 if clustered else i) for i in range(160)]
-            low, high = Resamples(names, 300).intervals(mean_of(values))["mean"]
+            low, high = Resamples(names, 300).spreads(mean_of(values))["mean"].interval
             covered[clustered] += low <= 0 <= high
     assert covered[True] >= 180 and covered[False] <= 160
 
@@ -47,14 +47,43 @@ def test_intervals_of_clustered_rows_cover_the_truth():
 def test_the_seed_decides_and_nothing_else():
     clusters = [str(i) for i in range(30)]
     values = np.arange(30.0)
-    one, two, other = (Resamples(clusters, 50, seed).intervals(mean_of(values))["mean"] for seed in (3, 3, 4))
+    one, two, other = (Resamples(clusters, 50, seed).spreads(mean_of(values))["mean"].interval for seed in (3, 3, 4))
     assert one == two != other
 
 
 def test_an_interval_needs_nine_in_ten_resamples():
     values = np.arange(100.0)
-    assert interval(values) == pytest.approx((2.475, 96.525))
+    resamples = Resamples(["a", "b"], 100)
+    spread = resamples.spread(values)
+    assert spread.interval == pytest.approx((2.475, 96.525)) and spread.error == values.std(ddof=1)
     values[:10] = np.nan
-    assert interval(values) is not None
+    assert resamples.spread(values).interval is not None
     values[10] = np.nan
-    assert interval(values) is None
+    assert resamples.spread(values).interval is None and "too few patients" in resamples.spread(values).why
+
+
+@pytest.mark.parametrize(
+    ("clusters", "values", "why"),
+    [
+        (["p"] * 50, np.linspace(0, 1, 50), "all rows are of one patient"),
+        (["p", "q"] * 25, np.ones(50), "the same in every resample"),
+        (["p", "q"] * 25, np.repeat(0.1, 50), "the same in every resample"),  # but for rounding
+    ],
+)
+def test_an_interval_of_width_0_is_none(clusters, values, why):
+    spread = Resamples(clusters, 100).spreads(mean_of(values))["mean"]
+    assert spread.interval is None and spread.error is None and why in spread.why
+    assert spread.listed() == {"bootstrap": None, "standard_error": None, "why": spread.why}
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    values = np.random.default_rng(0).normal(size=400)
+    spread = Resamples([str(i) for i in range(400)], 2000).spreads(mean_of(values))["mean"]
+    assert spread.error == pytest.approx(values.std() / 20, rel=0.05)
+
+
+def test_rows_may_be_asked_for_in_any_order():
+    resamples = Resamples([str(i % 7) for i in range(20)], 30)
+    order = np.random.default_rng(0).permutation(20)
+    every, sorted_ = (np.concatenate(list(resamples.weights(rows))) for rows in (None, order))
+    assert (every[:, order] == sorted_).all()

@@ -23,10 +23,10 @@ def test_expected_error_is_the_sum_over_the_bins(seed):
         inside = (p >= low) & ((p < high) | (high == 1))
         if inside.any():
             expected += inside.mean() * abs(labels[inside].mean() - p[inside].mean())
-    assert calibration.expected_error(labels, p)[0] == pytest.approx(expected, abs=1e-12)
+    assert calibration.expected_error(labels, p) == pytest.approx(expected, abs=1e-12)
     times = random.integers(1, 4, 62)
-    weighted = calibration.expected_error(labels, p, times[None].astype(float))[0]
-    assert weighted == pytest.approx(calibration.expected_error(np.repeat(labels, times), np.repeat(p, times))[0])
+    weighted = calibration.Binned(labels, p).expected_error(times[None].astype(float))[0]
+    assert weighted == pytest.approx(calibration.expected_error(np.repeat(labels, times), np.repeat(p, times)))
 
 
 def test_reliability_is_scikit_learns_quantile_curve():

@@ -9,6 +9,7 @@ from gigamorph import DataError
 from gigamorph.engine.evaluate import roc
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.compare import compare
+from gigamorph.engine.evaluate.evaluate import Settings, evaluate
 from gigamorph.engine.evaluate.subgroups import bands, subgroups
 
 
@@ -91,3 +92,51 @@ def test_numbers_are_put_into_decades_or_quarters():
     assert [quarters.count(name) for name in dict.fromkeys(quarters)] == [25, 25, 25, 25, 1]
     assert quarters[0] == "0 to 24.75" and quarters[99] == "74.25 to 99"
     assert bands(["CC", "MLO"], "view") == ["CC", "MLO"]
+
+
+def breasts(cases, **more) -> Cases:
+    """Each of 60 patients with both sides."""
+    sides = tuple("LR"[n % 2] for n in range(len(cases)))
+    return replace(cases, sides=sides, **more)
+
+
+def test_rows_of_other_names_are_paired_by_patient_and_side(cases):
+    first = breasts(cases)
+    second = breasts(cases, scores=cases.scores + np.random.default_rng(1).normal(size=(120, 1)))
+    expected = compare(first, second, count=100)
+    order = np.random.default_rng(2).permutation(120)
+    renamed = replace(second, names=tuple(f"readings.csv, line {n}" for n in range(120))).where(order)
+    assert compare(first, renamed, count=100) == expected
+    # What only one of them knows tells nothing.
+    exams = replace(first, exams=("e",) * 120)
+    assert compare(exams, renamed, count=100)["rows"] == 120
+    twice = replace(renamed, sides=("L",) * 120)
+    with pytest.raises(DataError, match=r"in common .* by name or by patient, exam, side and view"):
+        compare(first, twice)
+
+
+def test_groups_of_equal_words_are_told_apart():
+    """A patient and an exam of one name, and the same patient without an exam."""
+    values = {"outputs": ("a",), "truth": np.eye(2)[:, :1], "scores": np.eye(2)[:, :1], "names": ("i", "j")}
+    cases = Cases(**values, patients=("1", "1"), exams=("1", ""), sides=("L", "L"))
+    assert len(set(cases.at("breast").names)) == 2
+
+
+def test_a_level_at_which_rows_cannot_be_paired_says_so(cases):
+    """Scores of breasts beside those of four images each."""
+    images = Cases(
+        **vars(cases)
+        | {
+            "patients": tuple(f"p{n // 4}" for n in range(120)),
+            "sides": tuple("LLRR"[n % 4] for n in range(120)),
+            "truth": np.repeat(cases.truth[::2], 2, 0),
+            "columns": {},
+        }
+    )
+    by_breast = images.at("breast")
+    reader = replace(by_breast, names=tuple(f"line {n}" for n in range(60)), scores=by_breast.scores + 1)
+    found = evaluate(images, Settings(resamples=20), other=reader)["levels"]
+    assert found["breast"]["comparison"]["rows"] == 60 and found["breast"]["comparison"]["cancer"]["difference"] == 0
+    assert "the other prediction is of breasts" in found["image"]["comparison"]["unpaired"]
+    with pytest.raises(DataError, match="the other prediction is of breasts, and has no images"):
+        evaluate(images, Settings(levels=("image",), resamples=20), other=reader)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from gigamorph import DataError
+from gigamorph.engine.evaluate import odds
 from gigamorph.engine.evaluate.cases import Cases
-from gigamorph.engine.evaluate.evaluate import Settings, evaluate, levels_of
+from gigamorph.engine.evaluate.evaluate import Settings, at_levels, evaluate
 from gigamorph.engine.evaluate.froc import Marked
 from gigamorph.engine.evaluate.report import headline, write_report
 
@@ -52,9 +53,9 @@ def test_each_level_states_its_rule_and_is_the_area_of_its_rows():
 
 def test_levels_that_change_nothing_are_left_out():
     images = exams()
-    assert levels_of(images.where(np.arange(0, 120, 4))) == ("image",)
-    assert levels_of(images.where(np.arange(0, 120, 2))) == ("image", "exam")
-    assert levels_of(images.at("breast")) == ("breast",)
+    assert list(at_levels(images.where(np.arange(0, 120, 4)))) == ["image"]
+    assert list(at_levels(images.where(np.arange(0, 120, 2)))) == ["image", "exam"]
+    assert list(at_levels(images.at("breast"))) == ["breast"]
 
 
 def test_a_threshold_given_is_told_what_comes_of_it():
@@ -162,3 +163,44 @@ def test_whatever_the_rows_are_there_are_plain_values_or_one_line(seed, kind, n,
     else:
         json.dumps(found, allow_nan=False)
         assert len(headline(found)) >= 3
+
+
+def test_rows_without_a_patient_are_told(tmp_path):
+    images = exams()
+    for known, text in (
+        (0, "patients not known, so intervals take each row for one"),
+        (100, "25 patients and 20 rows without one, each taken for one"),
+    ):
+        patients = images.patients[:known] + ("",) * (120 - known)
+        some = Cases(**{**vars(images), "patients": patients})
+        found = evaluate(some, Settings(levels=("image",), resamples=20))
+        one = found["levels"]["image"]
+        assert (one["patients"], one["rows_without_patient"]) == (known // 4, 120 - known)
+        assert text in headline(found)[0]
+        assert text[1:] in write_report(tmp_path / str(known), some, found).read_text()
+
+
+def test_one_patient_has_no_interval_but_a_reason(tmp_path):
+    images = Cases(**{**vars(exams()), "patients": ("p",) * 120})
+    found = evaluate(images, Settings(levels=("image",), resamples=20))
+    measure = found["levels"]["image"]["outputs"]["cancer"]["auc"]
+    assert measure["bootstrap"] is None and measure["standard_error"] is None
+    assert "all rows are of one patient" in headline(found)[0]
+    assert "all rows are of one patient" in write_report(tmp_path, images, found).read_text()
+
+
+def test_grouping_many_images_takes_no_loop_over_breasts():
+    """The mean of groups is that of each."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(30, 2)) * 50
+    values[3:5] = np.inf
+    values[7] = -np.inf
+    starts = np.array([0, 3, 5, 8, 29])
+    parts = np.split(values, starts[1:])
+    np.testing.assert_allclose(odds.means(values, starts), [odds.mean(part) for part in parts], rtol=1e-12)
+
+
+@pytest.mark.parametrize("change", [{"truth": np.full((120, 1), 2.0)}, {"patients": ("p",)}, {"scores": np.ones(120)}])
+def test_cases_that_do_not_fit_are_refused(change):
+    with pytest.raises(DataError):
+        Cases(**{**vars(exams()), **change})

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gigamorph import DataError
 from gigamorph.engine.evaluate import froc
 from gigamorph.engine.evaluate.froc import Marked
 
@@ -96,3 +97,26 @@ def test_without_lesions_it_says_so():
     assert "no image" in froc.measure([IMAGES[1]])["undefined"]
     found = froc.measure([image("a", [(0, 5, 0, 5)], [])], count=10)
     assert found["mean_sensitivity"]["value"] == 0
+
+
+def test_any_rates_and_the_overlap_of_boxes():
+    boxes = np.array([[0.0, 10, 0, 10], [0, 10, 5, 15], [0, 10, 9, 19], [50, 60, 50, 60]])  # overlap 1, 1/3, 1/19, 0
+    places = boxes.reshape(-1, 2, 2).mean(2)
+    one = Marked("a", np.array([[0.0, 10, 0, 10]]), places, np.array([1.0, 2, 3, 4]), boxes)
+    assert one.hits(1 / 3).tolist() == [[True, True, False, False]]
+    assert one.hits(0.01).tolist() == [[True, True, True, False]]
+    assert one.hits().tolist() == [[True, False, False, False]]  # the middle of the second is on the end, excluded
+    found = froc.measure([one], rates=(0.0, 1, 3.5), iou=0.05, count=5)
+    assert [row["value"] for row in found["sensitivity"]] == [0, 1, 1] and found["iou"] == 0.05
+    assert found["mean_sensitivity"]["value"] == pytest.approx(2 / 3)
+    assert "of one patient" in found["mean_sensitivity"]["why"] and found["mean_sensitivity"]["bootstrap"] is None
+
+
+def test_rates_and_overlaps_that_cannot_be_are_refused():
+    with pytest.raises(DataError, match="numbers from 0 on, not -1"):
+        froc.measure(IMAGES, rates=(-1,))
+    for iou in (0, 1.5, float("nan")):
+        with pytest.raises(DataError, match="above 0 and at most 1"):
+            froc.measure(IMAGES, iou=iou)
+    with pytest.raises(DataError, match="needs marks that are boxes"):
+        froc.measure(IMAGES, iou=0.2)

@@ -5,9 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
-from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, f1_score, roc_curve
+from scipy.stats import beta
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    cohen_kappa_score,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
 
-from gigamorph.engine.evaluate import curves, measures
+from gigamorph import DataError
+from gigamorph.engine.evaluate import curves, measures, roc
 from gigamorph.engine.evaluate.bootstrap import Resamples
 from gigamorph.engine.evaluate.cases import Cases
 
@@ -39,19 +48,19 @@ def rows(draw):
 def test_weighted_curves_are_scikit_learns(case, seed):
     labels, z = case
     weights = np.random.default_rng(seed).uniform(0.1, 3, (2, len(z)))
-    true, false = curves.WeightedCurves(labels, z).counts(weights)
+    found = curves.WeightedCurves(labels, z)(weights)
     expected = [average_precision_score(labels, z, sample_weight=w) for w in weights]
-    np.testing.assert_allclose(curves.average_precision(true, false), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.average_precision(), expected, rtol=0, atol=1e-12)
     for rate in (0.0, 0.5, 0.9, 1.0):
         for row, w in enumerate(weights):
             fpr, tpr, _ = roc_curve(labels, z, sample_weight=w, drop_intermediate=False)
             sensitivity = tpr[1 - fpr >= rate - 1e-9].max()
             specificity = (1 - fpr)[tpr >= rate - 1e-9].max()
-            assert curves.sensitivity_at(true, false, rate)[row] == pytest.approx(sensitivity, rel=0, abs=1e-12)
-            assert curves.specificity_at(true, false, rate)[row] == pytest.approx(specificity, rel=0, abs=1e-12)
+            assert found.sensitivity_at(rate)[row] == pytest.approx(sensitivity, rel=0, abs=1e-12)
+            assert found.specificity_at(rate)[row] == pytest.approx(specificity, rel=0, abs=1e-12)
     grid = np.linspace(0, 1, 7)
     fpr, tpr, _ = roc_curve(labels, z, sample_weight=weights[0], drop_intermediate=False)
-    at = curves.rates(true, false, grid)[0]
+    at = found.rates(grid)[0]
     inner = [k for k, g in enumerate(grid) if not np.isclose(fpr, g).any()]  # at a step both ends are on the curve
     np.testing.assert_allclose(at[inner], np.interp(grid, fpr, tpr)[inner], rtol=0, atol=1e-12)
 
@@ -81,17 +90,18 @@ def test_resampled_values_are_those_of_repeated_rows(case, seed):
     if len(set(np.repeat(labels, times))) < 2:
         return
     many, scores = np.repeat(labels, times), np.repeat(z, times)
-    true, false = curves.WeightedCurves(labels, z).counts(times[None].astype(float))
-    assert curves.average_precision(true, false)[0] == pytest.approx(average_precision_score(many, scores), abs=1e-12)
+    drawn = curves.WeightedCurves(labels, z)(times[None].astype(float))
+    assert drawn.average_precision()[0] == pytest.approx(average_precision_score(many, scores), abs=1e-12)
     weights = times[None].astype(float)
-    assert measures.pf1(labels, expit(z), weights)[0] == pytest.approx(measures.pf1(many, expit(scores))[0], abs=1e-12)
+    found = measures.weighted_pf1(labels, expit(z), labels * expit(z), weights)[0]
+    assert found == pytest.approx(measures.pf1(many, expit(scores)), abs=1e-12)
 
 
 def test_pf1_of_hard_calls_is_f1_and_of_the_competitions_code():
     random = np.random.default_rng(0)
     labels = random.integers(0, 2, 50)
     called = random.integers(0, 2, 50)
-    assert measures.pf1(labels, called)[0] == pytest.approx(f1_score(labels, called), abs=1e-12)
+    assert measures.pf1(labels, called) == pytest.approx(f1_score(labels, called), abs=1e-12)
     p = random.uniform(size=50)
     # As the RSNA competition prints it.
     y_true_count = ctp = cfp = 0.0
@@ -103,8 +113,8 @@ def test_pf1_of_hard_calls_is_f1_and_of_the_competitions_code():
             cfp += prediction
     c_precision, c_recall = ctp / (ctp + cfp), ctp / y_true_count
     expected = 2 * (c_precision * c_recall) / (c_precision + c_recall)
-    assert measures.pf1(labels, p)[0] == pytest.approx(expected, abs=1e-12)
-    assert measures.pf1([1, 0], [0.0, 0.0])[0] == 0 and np.isnan(measures.pf1([0, 0], [0.5, 0.1])[0])
+    assert measures.pf1(labels, p) == pytest.approx(expected, abs=1e-12)
+    assert measures.pf1([1, 0], [0.0, 0.0]) == 0 and np.isnan(measures.pf1([0, 0], [0.5, 0.1]))
 
 
 @given(st.integers(0, 10000), st.integers(2, 5))
@@ -114,7 +124,7 @@ def test_quadratic_kappa_is_scikit_learns_with_weights_too(seed, classes):
     times = random.integers(0, 3, (2, 30)).astype(float)
     expected = cohen_kappa_score(labels, predicted, weights="quadratic")
     assert measures.quadratic_kappa(labels, predicted, classes) == pytest.approx(expected, rel=0, abs=1e-12)
-    found = measures.weighted_kappa(labels, predicted, classes, times)
+    found = measures.Confusion(labels, predicted, classes).kappa(times)
     expected = [cohen_kappa_score(labels, predicted, weights="quadratic", sample_weight=w) for w in times]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
@@ -155,3 +165,73 @@ def test_scores_that_only_rank_have_no_calibration():
 def test_kappa_of_one_class_is_not_defined():
     assert measures.quadratic_kappa([1, 1], [1, 1], 3) is None
     assert measures.quadratic_kappa([1, 1], [0, 1], 3) == 0  # as much as chance
+
+
+@given(rows(), st.sampled_from([0.0, 0.3, 0.8, 0.95]))
+def test_partial_areas_are_scikit_learns(case, least):
+    labels, z = case
+    found = roc.partial_auc(labels, z, least)
+    expected = roc_auc_score(labels, z, max_fpr=1 - least) if least else roc_auc_score(labels, z)
+    assert found.standardised == pytest.approx(expected, rel=0, abs=1e-12)
+    width = 1 - least
+    worst = width**2 / 2
+    assert found.raw == pytest.approx((2 * found.standardised - 1) * (width - worst) + worst, abs=1e-12)
+    # The same with classes and signs turned is the area over sensitivities.
+    turned = roc.partial_auc(1 - labels, -z, least)
+    assert vars(roc.partial_auc(labels, z, least, "sensitivity")) == pytest.approx(vars(turned), abs=1e-12)
+
+
+@given(rows(), st.integers(0, 100))
+def test_weighted_partial_areas_are_those_of_repeated_rows(case, seed):
+    labels, z = case
+    times = np.random.default_rng(seed).integers(0, 4, len(z))
+    many, scores = np.repeat(labels, times), np.repeat(z, times)
+    if len(set(many)) < 2:
+        return
+    curves_ = curves.WeightedCurves(labels, z)(times[None].astype(float))
+    for least in (0.2, 0.9):
+        assert curves_.partial_area(least)[0] == pytest.approx(roc.partial_auc(many, scores, least).raw, abs=1e-12)
+        over = roc.partial_auc(many, scores, least, "sensitivity").raw
+        assert curves_.mirrored.partial_area(least)[0] == pytest.approx(over, abs=1e-12)
+
+
+def test_partial_areas_need_a_range_and_two_classes():
+    assert roc.partial_auc([1, 1], [0, 1], 0.9) is None
+    with pytest.raises(DataError, match="from 0 to below 1, not 1"):
+        roc.partial_auc([0, 1], [0, 1], 1)
+
+
+def test_a_share_that_no_resample_changes_has_an_exact_interval_of_patients():
+    labels, z = [0] * 30 + [1] * 10, [-1.0] * 30 + [1.0] * 10
+    cases = binary(labels, z, [f"p{i // 2}" for i in range(40)])  # two rows each
+    found = measures.measure_output(cases, 0, Resamples(cases.clusters, 50), (0.9,), threshold=0.0)
+    assert found["auc"]["bootstrap"] is None and found["auc"]["delong"] is None
+    assert "same in every resample" in found["auc"]["why"] and "ranking is perfect" in found["auc"]["delong_why"]
+    told = found["at_threshold"]["sensitivity"]
+    assert told["value"] == 1 and told["bootstrap"] is None
+    assert told["exact"] == pytest.approx([beta.ppf(0.025, 5, 1), 1])  # five patients of five
+    assert found["at_threshold"]["specificity"]["exact"] == pytest.approx([beta.ppf(0.025, 15, 1), 1])
+    assert "exact" not in found["at_threshold"]["called"]
+
+
+def test_measures_have_standard_errors():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 300)
+    cases = binary(labels, random.normal(size=300) + labels)
+    found = measures.measure_output(cases, 0, Resamples(cases.clusters, 400), (0.8,), threshold=0.5)
+    area = found["auc"]
+    _, [[variance]] = roc.delong(labels, [cases.scores[:, 0]])
+    assert area["delong_standard_error"] == pytest.approx(np.sqrt(variance))
+    assert area["standard_error"] == pytest.approx(np.sqrt(variance), rel=0.12)
+    every = [
+        area,
+        *(found[name] for name in ("average_precision", "pf1", "brier", "ece")),
+        *found["sensitivity_at_specificity"],
+        *found["specificity_at_sensitivity"],
+        *found["at_threshold"].values(),
+        *found["partial_auc"],
+        *(part["raw"] for part in found["partial_auc"]),
+    ]
+    for one in every:
+        low, high = one["bootstrap"]
+        assert 0 < one["standard_error"] < high - low < 6 * one["standard_error"]

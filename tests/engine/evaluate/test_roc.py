@@ -11,7 +11,6 @@ from sklearn.metrics import roc_auc_score
 from gigamorph.engine.evaluate import roc
 from gigamorph.engine.evaluate.bootstrap import Resamples
 from gigamorph.engine.evaluate.curves import WeightedCurves
-from gigamorph.engine.evaluate.curves import auc as weighted_auc
 
 
 @st.composite
@@ -61,7 +60,7 @@ def test_area_is_scikit_learns_and_the_share_of_ordered_pairs(case):
 def test_weighted_area_is_scikit_learns(case, seed):
     labels, scores = case[0], case[1][:, 1]
     weights = np.random.default_rng(seed).uniform(0.1, 3, (3, len(labels)))
-    found = weighted_auc(*WeightedCurves(labels, scores).counts(weights))
+    found = WeightedCurves(labels, scores)(weights).auc()
     expected = [roc_auc_score(labels, scores, sample_weight=w) for w in weights]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
@@ -107,7 +106,7 @@ def test_delong_agrees_with_the_bootstrap_of_independent_rows():
     for scores in (first, second):
         curve = WeightedCurves(labels, scores)
         resamples = Resamples([str(i) for i in range(600)], 4000, seed=1)
-        drawn.append(resamples.values(lambda w, curve=curve: {"auc": weighted_auc(*curve.counts(w))})["auc"])
+        drawn.append(resamples.values(lambda w, curve=curve: {"auc": curve(w).auc()})["auc"])
     np.testing.assert_allclose(np.sqrt(np.diag(np.cov(drawn))), np.sqrt(np.diag(covariance)), rtol=0.05)
     assert np.corrcoef(drawn)[0, 1] == pytest.approx(covariance[0, 1] / np.sqrt(np.prod(np.diag(covariance))), abs=0.05)
 

@@ -79,3 +79,16 @@ def test_several_outputs_have_a_row_each_and_a_mean(tmp_path, kind):
         told = card(records={"test": many}, classes=("a", "b", "c"), predictions={})
         assert "| test | 5 | 5 | 5 | 2 | 0 |" in write_card(tmp_path / "labels.md", told).read_text()
     assert text.count("| test | image |") == 4 and "| test | image | mean | 30 |" in text
+
+
+def test_two_images_have_no_interval_but_a_reason(tmp_path):
+    """Perfectly ranked, as one positive and one negative often are."""
+    two = [Record(Path(f"/secret/{k}.dcm"), k, f"Secret-{k}", "test") for k in (0, 1)]
+    cases = predicted(two)
+    cases = Cases(**{**vars(cases), "scores": np.array([[-2.0], [2.0]])})
+    text = write_card(tmp_path / "card.md", card(records={"test": two}, predictions={"test": cases})).read_text()
+    assert "| 1.000 |" in text and "1.000 (1.000" not in text
+    assert "- test, image, malignant: AUC with no interval: " in text
+    nobody = Cases(**{**vars(cases), "patients": ("", "")})
+    text = write_card(tmp_path / "other.md", card(records={"test": two}, predictions={"test": nobody})).read_text()
+    assert "- test, image: 2 rows without a patient count as one each" in text
