@@ -96,6 +96,15 @@ def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tu
     metavar="NUMBER",
     help="A threshold that was fixed before, a probability or log_odds=NUMBER: what comes of calling from it on.",
 )
+@click.option("--reader", metavar="COLUMN", help="Of a readers' study, whose rows are readings: who read (MRMC).")
+@click.option("--modality", metavar="COLUMN", help="Of a readers' study: by what was read; modalities are compared.")
+@click.option(
+    "--covariance",
+    type=click.Choice(["delong", "jackknife"]),
+    default="delong",
+    show_default=True,
+    help="Of a readers' study: the covariance of the areas; the jackknife leaves out a patient at a time.",
+)
 @click.option(
     "--rates",
     default="0.8,0.9,0.95",
@@ -119,6 +128,9 @@ def eval(
     false_marks: tuple[float, ...],
     iou: float | None,
     threshold: dict[str, float],
+    reader: str | None,
+    modality: str | None,
+    covariance: Any,
     rates: tuple[float, ...],
     resamples: int,
     seed: int,
@@ -146,7 +158,19 @@ def eval(
     def read(path: str) -> Cases:
         return read_cases(path, table=table, label=label, score=score, split=split)
 
+    if modality is not None and reader is None:
+        raise click.UsageError("--modality needs the readers: --reader COLUMN")
     images = read(predictions)
+    if reader is not None:
+        from ..engine.evaluate.readers import study_of
+        from ..engine.evaluate.readers_report import reader_headline, write_reader_report
+
+        study = study_of(images, reader=reader, modality=modality, covariance=covariance)
+        page = write_reader_report(out, study, {"split": split, **_source(Path(predictions), table=table)})
+        for line in reader_headline(study):
+            click.echo(line)
+        click.echo(f"{page} and metrics.json")
+        return
     settings = Settings(
         levels=tuple(levels) or None,
         rates=rates,

@@ -166,3 +166,26 @@ def test_boxes_at_any_rate_and_overlap(files, tmp_path):
     assert found["sensitivity"][1]["value"] == pytest.approx(sum(positive) / len(positive))
     page = (tmp_path / "out" / "report.html").read_text()
     assert "overlap by 0.5 of their union" in page
+
+
+def test_a_readers_study(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    lines = ["case,patient_id,reader,modality,label,grade"]
+    for case in range(60):
+        for reader in "ABC":
+            for modality in ("film", "digital"):
+                grade = int(np.clip(np.rint(2.5 + case % 2 + random.normal()), 1, 5))
+                lines.append(f"c{case},P{case},{reader},{modality},{case % 2},{grade}")
+    table = tmp_path / "readings.csv"
+    table.write_text("\n".join(lines))
+    options = ["--score", "grade", "--reader", "reader", "--modality", "modality"]
+    assert run("eval", table, "--out", tmp_path / "out", *options, "--covariance", "jackknife") == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["cases"] == 60 and set(found["areas"]) == {"film", "digital"} and found["covariance"] == "jackknife"
+    p = found["random_readers_random_cases"]["differences"]["film - digital"]["p"]
+    assert "new readers and new cases: film - digital: AUC " in said and f"p {p:.3f}" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "3 readers, 60 cases, 30 positive" in page and "readings.csv" in page
+    assert run("eval", table, "--out", tmp_path / "two", "--score", "grade", "--modality", "modality") == 2
+    assert "--modality needs the readers" in capsys.readouterr().err

@@ -1,0 +1,335 @@
+"""Studies in which several readers read the same cases by several modalities (MRMC): are the modalities as good?
+
+Obuchowski and Rockette (1995): the areas under the ROC curves, one for each modality i and reader j, follow an analysis
+of variance, theta_ij = mu + modality_i + Reader_j + (modality x Reader)_ij + error_ij, whose errors are correlated as
+all read the same cases. Of the covariance matrix of the areas (DeLong's, or the jackknife's over patients) four numbers
+are taken: the mean variance; Cov1, of one reader's areas by two modalities; Cov2, of two readers' by one modality;
+Cov3, of two readers' by two modalities. Tests and degrees of freedom are those of Hillis (2007); for new readers and
+new cases
+
+    F = MS(T) / [MS(TR) + J max(Cov2 - Cov3, 0)],   ddf = [that denominator]^2 / {MS(TR)^2 / [(I - 1)(J - 1)]},
+
+I modalities, J readers. Hillis, Berbaum and Metz (2008) print the same for fixed readers and for fixed cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import chi2, f, norm, t
+
+from ..errors import DataError
+from . import roc
+from .cases import Cases
+from .checks import numbers, truth_of
+from .compare import known_keys
+
+Array = NDArray[np.float64]
+Covariance = Literal["delong", "jackknife"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error, degrees of freedom (None: normal) and 95 % interval; of a difference with the
+    two-sided p of its being 0. None, all three, where the variance is 0."""
+
+    value: float
+    error: float | None
+    df: float | None
+    interval: tuple[float, float] | None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Test:
+    """Of all modalities being equally good: F, whose second degrees of freedom are None where they are infinite; of
+    fixed readers chi-square."""
+
+    statistic: float
+    df: int
+    denominator_df: float | None
+    p: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What holds for one kind of generalisation.
+
+    Attributes:
+        test: None with one modality, or where the variance is 0.
+        modalities: the mean area of each over the readers.
+        differences: of each pair of modalities ("a - b"), the first minus the second.
+        readers: of fixed readers, each one's differences by the same names.
+    """
+
+    test: Test | None
+    modalities: dict[str, Estimate]
+    differences: dict[str, Estimate]
+    readers: dict[str, dict[str, Estimate]]
+
+
+@dataclass(frozen=True)
+class Components:
+    """Mean squares of the areas, the error's covariances, and what is left for readers (may come out below 0)."""
+
+    ms_modality: float
+    ms_reader: float
+    ms_both: float
+    error: float
+    cov1: float
+    cov2: float
+    cov3: float
+    reader: float
+    both: float
+
+
+@dataclass(frozen=True)
+class ReaderStudy:
+    """The areas (modalities x readers) and the three analyses; those of random readers need two of them."""
+
+    areas: dict[str, dict[str, float]]
+    cases: int
+    positives: int
+    covariance: str
+    components: Components
+    random_readers_random_cases: Analysis | None
+    fixed_readers_random_cases: Analysis
+    random_readers_fixed_cases: Analysis | None
+
+
+def reader_study(
+    truth: ArrayLike,
+    scores: ArrayLike,
+    *,
+    modalities: Sequence[str] | None = None,
+    readers: Sequence[str] | None = None,
+    covariance: Covariance = "delong",
+    patients: Sequence[str] | None = None,
+) -> ReaderStudy:
+    """Compare modalities by the areas under the ROC curves of several readers.
+
+    Args:
+        truth: (cases,) 1 or 0.
+        scores: (modalities, readers, cases), larger for 1; every reader reads every case by every modality.
+        modalities, readers: their names; by default numbers from 1 on.
+        covariance: of the areas; DeLong's takes cases as independent.
+        patients: of the cases; the jackknife leaves out a patient at a time, by default a case.
+
+    Raises:
+        DataError: for values that are no numbers, shapes that do not fit, and fewer than two cases of either class.
+    """
+    values, positive = numbers(scores), truth_of(truth)
+    if values.ndim != 3 or values.shape[2] != len(positive) or not values.size:
+        raise DataError(f"scores are (modalities, readers, {len(positive)} cases), not of shape {values.shape}")
+    if not 2 <= positive.sum() <= len(positive) - 2:
+        raise DataError(f"{positive.sum()} of {len(positive)} cases are positive; two of either class are needed")
+    if patients is not None and (covariance != "jackknife" or len(patients) != len(positive)):
+        raise DataError("patients are one for each case, and for the jackknife; DeLong takes cases as independent")
+    names = [modalities or _numbered(values.shape[0]), readers or _numbered(values.shape[1])]
+    for given, size in zip(names, values.shape, strict=False):
+        if len(set(given)) != size:
+            raise DataError(f"{', '.join(given)}: {size} different names are needed")
+    flat = list(values.reshape(-1, len(positive)))
+    areas, matrix = roc.delong(positive, flat)
+    if covariance == "jackknife":
+        matrix = jackknife(positive, flat, patients)
+    return _Anova(areas.reshape(values.shape[:2]), matrix, names[0], names[1]).study(positive, covariance)
+
+
+def jackknife(truth: ArrayLike, scores: Sequence[ArrayLike], patients: Sequence[str] | None = None) -> Array:
+    """The covariance matrix (k, k) of the areas of k scores (n,) of the same rows, each patient left out once.
+
+    (K - 1) / K times the sum of the products of the deviations, K patients (by default rows).
+    """
+    positive, columns = truth_of(truth), [numbers(each) for each in scores]
+    _, of_patient = np.unique(np.arange(len(positive)) if patients is None else patients, return_inverse=True)
+    count = int(of_patient.max()) + 1
+    inside = [of_patient[positive], of_patient[~positive]]
+    left = [len(of) - np.bincount(of, minlength=count) for of in inside]
+    if not (left[0] * left[1]).all():
+        raise DataError("without one of the patients a class has no case; the jackknife is not defined")
+    found = np.empty((len(columns), count))
+    for row, (column, v10, v01) in enumerate(zip(columns, *roc.components(positive, columns), strict=True)):
+        # The pairs of the area, less those with a case of the patient; those with two such were counted twice.
+        pairs = v10.sum() * len(v01)
+        pairs = pairs - np.bincount(inside[0], v10, count) * len(v01) - np.bincount(inside[1], v01, count) * len(v10)
+        found[row] = (pairs + _within(column[positive], column[~positive], *inside, count)) / (left[0] * left[1])
+    deviation = found - found.mean(1, keepdims=True)
+    return (count - 1) / count * deviation @ deviation.T
+
+
+def _within(positives: Array, negatives: Array, of_positive: Array, of_negative: Array, count: int) -> Array:
+    """The ordered pairs within each patient (count,), ties half."""
+    found = np.zeros(count)
+    for patient in np.intersect1d(of_positive, of_negative):
+        above = np.subtract.outer(positives[of_positive == patient], negatives[of_negative == patient])
+        found[patient] = np.heaviside(above, 0.5).sum()
+    return found
+
+
+def study_of(
+    cases: Cases, *, reader: str = "reader", modality: str | None = None, covariance: Covariance = "delong"
+) -> ReaderStudy:
+    """The study whose readings are rows: two columns say by whom and by which modality a case was read.
+
+    Args:
+        cases: of one output; a case is known by its name, or by patient, exam, side and view.
+        covariance: the jackknife leaves out a patient at a time.
+
+    Raises:
+        DataError: as `reader_study`; for a missing column, and readings that are missing, there twice or contradict
+            each other's truth.
+    """
+    for column in (reader, modality):
+        if column is not None and column not in cases.columns:
+            raise DataError(f"no column {column!r}; there are {', '.join(sorted(cases.columns)) or 'none'}")
+    if len(cases.outputs) != 1:
+        raise DataError(f"a readers' study is of one output, not of {', '.join(cases.outputs)}; name it with --score")
+    cases = cases.labelled()
+    by = cases.columns[modality] if modality is not None else ("all",) * len(cases)
+    keys = known_keys(cases)
+    # Names of rows that only say where they stand tell nothing of the case.
+    keys = keys if len(set(cases.names)) == len(cases) and keys is not None else [(name,) for name in cases.names]
+    places = [list(dict.fromkeys(of)) for of in (by, cases.columns[reader], keys)]
+    numbers_of = [{name: number for number, name in enumerate(of)} for of in places]
+    scores = np.full([len(of) for of in places], np.nan)
+    truth = np.full(len(places[2]), np.nan)
+    for row, names in enumerate(zip(by, cases.columns[reader], keys, strict=True)):
+        at = tuple(of[name] for of, name in zip(numbers_of, names, strict=True))
+        told = f"{' '.join(filter(None, names[2]))}, {names[0]}, reader {names[1]}"
+        if not np.isnan(scores[at]):
+            raise DataError(f"{told}: this reading is there twice; leave one out")
+        if truth[at[2]] == 1 - cases.truth[row, 0]:
+            raise DataError(f"{told}: its label is not that of the other readings of this case")
+        scores[at], truth[at[2]] = cases.scores[row, 0], cases.truth[row, 0]
+    missing = np.argwhere(np.isnan(scores))
+    if len(missing):
+        i, j, k = missing[0]
+        of = f"{' '.join(filter(None, places[2][k]))} by reader {places[1][j]}, {places[0][i]}"
+        raise DataError(f"{len(missing)} readings are missing, the first of {of}; all readers read all cases")
+    patient_of = dict(zip(keys, cases.clusters, strict=True))
+    patients = [patient_of[key] for key in places[2]] if covariance == "jackknife" else None
+    names = {"modalities": places[0], "readers": places[1]}
+    return reader_study(truth, scores, covariance=covariance, patients=patients, **names)
+
+
+class _Anova:
+    def __init__(self, areas: Array, matrix: Array, modalities: Sequence[str], readers: Sequence[str]) -> None:
+        """Areas (I, J) and their covariance matrix (I J, I J)."""
+        self.areas, self.modalities, self.readers = areas, modalities, readers
+        self.i, self.j = areas.shape
+        self.matrix = matrix.reshape(self.i, self.j, self.i, self.j)
+        self.means = areas.mean(1)
+        error, cov1, cov2, cov3 = self._covariances()
+        over_modalities, over_readers = max(self.i - 1, 1), max(self.j - 1, 1)
+        of_reader, mean = areas.mean(0), areas.mean()
+        rest = areas - self.means[:, None] - of_reader + mean
+        ms_t = self.j * float(((self.means - mean) ** 2).sum()) / over_modalities
+        ms_r = self.i * float(((of_reader - mean) ** 2).sum()) / over_readers
+        ms_tr = float((rest**2).sum()) / (over_modalities * over_readers)
+        reader = (ms_r - ms_tr) / self.i - cov1 + cov3
+        both = ms_tr - error + cov1 + max(cov2 - cov3, 0)
+        self.least = 1e-12 * error  # what is left of equal areas is rounding
+        self.found = Components(ms_t, ms_r, ms_tr, error, cov1, cov2, cov3, reader, both)
+
+    def _covariances(self) -> tuple[float, float, float, float]:
+        same_modality = np.eye(self.i, dtype=bool)[:, None, :, None]
+        same_reader = np.eye(self.j, dtype=bool)[None, :, None, :]
+        kinds = [
+            same_modality & same_reader,
+            ~same_modality & same_reader,
+            same_modality & ~same_reader,
+            ~same_modality & ~same_reader,
+        ]
+        error, cov1, cov2, cov3 = (float(self.matrix[kind].mean()) if kind.any() else 0.0 for kind in kinds)
+        return error, cov1, cov2, cov3
+
+    def study(self, positive: NDArray[np.bool_], covariance: str) -> ReaderStudy:
+        several = self.j > 1
+        areas = {
+            modality: dict(zip(self.readers, row.tolist(), strict=True))
+            for modality, row in zip(self.modalities, self.areas, strict=True)
+        }
+        counts = (len(positive), int(positive.sum()))
+        return ReaderStudy(
+            areas,
+            *counts,
+            covariance,
+            self.found,
+            self._random_readers(True) if several else None,
+            self._fixed_readers(),
+            self._random_readers(False) if several else None,
+        )
+
+    def _random_readers(self, random_cases: bool) -> Analysis:
+        """Readers are a sample; cases are one too, or are those that there are, without covariances."""
+        found, degrees = self.found, (self.i - 1) * (self.j - 1)
+        shared = self.j * max(found.cov2 - found.cov3, 0) if random_cases else 0.0
+        variance = found.ms_both + shared
+        df = degrees * (variance / found.ms_both) ** 2 if found.ms_both > self.least else np.inf
+        test = None
+        if self.i > 1 and variance > self.least:
+            statistic = found.ms_modality / variance
+            if np.isfinite(df):
+                test = Test(statistic, self.i - 1, df, float(f.sf(statistic, self.i - 1, df)))
+            else:  # readers differ alike by all modalities: all variance is the cases'
+                test = Test(statistic, self.i - 1, None, float(chi2.sf(statistic * (self.i - 1), self.i - 1)))
+        modalities = {}
+        for row, name in enumerate(self.modalities):
+            spread = float(self.areas[row].var(ddof=1))
+            cov2 = self.j * max(self._cov2(row), 0) if random_cases else 0.0
+            own = (self.j - 1) * ((spread + cov2) / spread) ** 2 if spread > self.least else np.inf
+            modalities[name] = self._estimate(self.means[row], (spread + cov2) / self.j, own)
+        return Analysis(test, modalities, self._differences(self.means, 2 * variance / self.j, df), {})
+
+    def _fixed_readers(self) -> Analysis:
+        """Cases are a sample, readers are those that there are."""
+        found = self.found
+        variance = found.error - found.cov1 + (self.j - 1) * max(found.cov2 - found.cov3, 0)
+        test = None
+        if self.i > 1 and variance > self.least:
+            statistic = (self.i - 1) * found.ms_modality / variance
+            test = Test(statistic, self.i - 1, None, float(chi2.sf(statistic, self.i - 1)))
+        modalities, readers = {}, {}
+        for row, name in enumerate(self.modalities):
+            own = float(np.einsum("jj->j", self.matrix[row, :, row]).mean())
+            modalities[name] = self._estimate(
+                self.means[row], (own + (self.j - 1) * max(self._cov2(row), 0)) / self.j, None
+            )
+        for column, name in enumerate(self.readers):
+            own = self.matrix[:, column, :, column]
+            others = float(own[~np.eye(self.i, dtype=bool)].mean()) if self.i > 1 else 0.0
+            spread = 2 * (float(np.diag(own).mean()) - others)
+            readers[name] = self._differences(self.areas[:, column], spread, None)
+        return Analysis(test, modalities, self._differences(self.means, 2 * variance / self.j, None), readers)
+
+    def _cov2(self, row: int) -> float:
+        """Cov2 of one modality alone."""
+        own = self.matrix[row, :, row]
+        return float(own[~np.eye(self.j, dtype=bool)].mean()) if self.j > 1 else 0.0
+
+    def _differences(self, values: Array, variance: float, df: float | None) -> dict[str, Estimate]:
+        return {
+            f"{self.modalities[a]} - {self.modalities[b]}": self._estimate(
+                values[a] - values[b], variance, df, test=True
+            )
+            for a, b in itertools.combinations(range(self.i), 2)
+        }
+
+    def _estimate(self, value: float, variance: float, df: float | None, test: bool = False) -> Estimate:
+        if variance <= self.least:
+            return Estimate(float(value), None, None, None)
+        error, of = float(np.sqrt(variance)), norm() if df is None else t(df)
+        half = float(of.ppf(0.975)) * error
+        p = float(2 * of.sf(abs(value) / error)) if test else None
+        finite = None if df is None or not np.isfinite(df) else float(df)
+        return Estimate(float(value), error, finite, (float(value) - half, float(value) + half), p)
+
+
+def _numbered(size: int) -> list[str]:
+    return [str(number + 1) for number in range(size)]

@@ -1,0 +1,85 @@
+"""A readers' study as files: ``metrics.json`` and one page of HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from ..report.page import Table, write_page
+from .readers import Analysis, Estimate, ReaderStudy
+from .report import SOURCES, format_p
+
+_KINDS = {
+    "random_readers_random_cases": "new readers and new cases",
+    "fixed_readers_random_cases": "these readers and new cases",
+    "random_readers_fixed_cases": "new readers and these cases",
+}
+
+
+def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str, Any]) -> Path:
+    """Write ``metrics.json`` and ``report.html`` into `out`; returns the page's path.
+
+    Args:
+        source: what is known of where the readings came from, under the keys of `report.SOURCES`.
+
+    Raises:
+        GigamorphError: if a file cannot be written.
+    """
+    out = Path(out)
+    text = json.dumps(asdict(study) | dict(source), indent=1, allow_nan=False) + "\n"
+    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    readers = list(next(iter(study.areas.values())))
+    rows = [[reader, *(f"{of[reader]:.3f}" for of in study.areas.values())] for reader in readers]
+    return write_page(
+        out / "report.html",
+        "readers.html",
+        {},
+        title=source.get("predictions") or "readings",
+        facts_of=[(name, source[key]) for key, name in SOURCES.items() if source.get(key)],
+        counts=f"{len(readers)} readers, {study.cases} cases, {study.positives} positive",
+        covariance=study.covariance,
+        analyses=[(words, _table(analysis)) for words, analysis in _analyses(study)],
+        areas=Table(["reader", *study.areas], rows),
+        components=Table(["", "value"], [[name, f"{value:.8f}"] for name, value in asdict(study.components).items()]),
+    )
+
+
+def reader_headline(study: ReaderStudy) -> list[str]:
+    """A line for each modality and difference, and each kind of generalisation."""
+    lines = []
+    for words, analysis in _analyses(study):
+        for name, one in (*analysis.modalities.items(), *analysis.differences.items()):
+            p = "" if one.p is None else f", p {format_p(one.p)}"
+            lines.append(f"{words}: {name}: AUC {_told(one)}{p}")
+    return lines
+
+
+def _analyses(study: ReaderStudy) -> list[tuple[str, Analysis]]:
+    found = [(words, getattr(study, kind)) for kind, words in _KINDS.items()]
+    return [(words, analysis) for words, analysis in found if analysis is not None]
+
+
+def _table(analysis: Analysis) -> Table:
+    rows = [[name, *_row(one)] for name, one in (*analysis.modalities.items(), *analysis.differences.items())]
+    for reader, differences in analysis.readers.items():
+        rows += [[f"reader {reader}: {name}", *_row(one)] for name, one in differences.items()]
+    if analysis.test is not None:
+        test = analysis.test
+        df = f"{test.df}" if test.denominator_df is None else f"{test.df} and {test.denominator_df:.2f}"
+        rows.append(["all modalities alike", f"statistic {test.statistic:.3f}", "", df, format_p(test.p)])
+    return Table(["", "AUC (95 % interval)", "standard error", "degrees of freedom", "p"], rows)
+
+
+def _row(one: Estimate) -> list[str]:
+    error = "" if one.error is None else f"{one.error:.4f}"
+    return [_told(one), error, "" if one.df is None else f"{one.df:.2f}", format_p(one.p)]
+
+
+def _told(one: Estimate) -> str:
+    if one.interval is None:
+        return f"{one.value:.3f} (no interval: the variance is 0)"
+    return f"{one.value:.3f} ({one.interval[0]:.3f} to {one.interval[1]:.3f})"
