@@ -156,6 +156,8 @@ def _subgroups(cases: Cases, by: str, outputs: dict[str, Any], settings: Setting
 
 def score_of(cases: Cases, settings: Settings) -> float | None:
     """The score that the threshold is: log-odds of a probability, where scores are log-odds."""
+    if any(value is not None and value != value for value in (settings.threshold, settings.log_odds)):
+        raise DataError("the threshold is not a number (NaN)")
     if settings.log_odds is not None:
         if not cases.probable:
             raise DataError("the scores only rank, they are no log-odds; give the threshold as a score")

@@ -119,6 +119,7 @@ def measure_output(
         }
         for over in ("specificity", "sensitivity")
         for rate in at
+        if rate < 1
     ]
     found |= _operating_points(scored, at, around)
     if threshold is not None:
@@ -168,7 +169,7 @@ class _Scored:
         for rate in self.at:
             values[f"sensitivity {rate}"] = drawn.sensitivity_at(rate)
             values[f"specificity {rate}"] = drawn.specificity_at(rate)
-            for over, curves in (("specificity", drawn), ("sensitivity", drawn.mirrored)):
+            for over, curves in (("specificity", drawn), ("sensitivity", drawn.mirrored)) if rate < 1 else ():
                 area = curves.partial_area(rate)
                 values[f"raw partial {over} {rate}"] = area
                 values[f"partial {over} {rate}"] = roc.standardised(area, rate)

@@ -158,7 +158,8 @@ def jackknife(truth: ArrayLike, scores: Sequence[ArrayLike], patients: Sequence[
         # The pairs of the area, less those with a case of the patient; those with two such were counted twice.
         pairs = v10.sum() * len(v01)
         pairs = pairs - np.bincount(inside[0], v10, count) * len(v01) - np.bincount(inside[1], v01, count) * len(v10)
-        found[row] = (pairs + _within(column[positive], column[~positive], *inside, count)) / (left[0] * left[1])
+        twice = _within(column[positive], column[~positive], inside[0], inside[1], count)
+        found[row] = (pairs + twice) / (left[0] * left[1])
     deviation = found - found.mean(1, keepdims=True)
     return (count - 1) / count * deviation @ deviation.T
 
@@ -195,13 +196,14 @@ def study_of(
     keys = known_keys(cases)
     # Names of rows that only say where they stand tell nothing of the case.
     keys = keys if len(set(cases.names)) == len(cases) and keys is not None else [(name,) for name in cases.names]
-    places = [list(dict.fromkeys(of)) for of in (by, cases.columns[reader], keys)]
-    numbers_of = [{name: number for number, name in enumerate(of)} for of in places]
-    scores = np.full([len(of) for of in places], np.nan)
-    truth = np.full(len(places[2]), np.nan)
-    for row, names in enumerate(zip(by, cases.columns[reader], keys, strict=True)):
-        at = tuple(of[name] for of, name in zip(numbers_of, names, strict=True))
-        told = f"{' '.join(filter(None, names[2]))}, {names[0]}, reader {names[1]}"
+    who = cases.columns[reader]
+    modalities, readers, of_cases = list(dict.fromkeys(by)), list(dict.fromkeys(who)), list(dict.fromkeys(keys))
+    number_of_case = {key: number for number, key in enumerate(of_cases)}
+    scores = np.full((len(modalities), len(readers), len(of_cases)), np.nan)
+    truth = np.full(len(of_cases), np.nan)
+    for row, key in enumerate(keys):
+        at = (modalities.index(by[row]), readers.index(who[row]), number_of_case[key])
+        told = f"{_named(key)}, {by[row]}, reader {who[row]}"
         if not np.isnan(scores[at]):
             raise DataError(f"{told}: this reading is there twice; leave one out")
         if truth[at[2]] == 1 - cases.truth[row, 0]:
@@ -210,12 +212,15 @@ def study_of(
     missing = np.argwhere(np.isnan(scores))
     if len(missing):
         i, j, k = missing[0]
-        of = f"{' '.join(filter(None, places[2][k]))} by reader {places[1][j]}, {places[0][i]}"
+        of = f"{_named(of_cases[k])} by reader {readers[j]}, {modalities[i]}"
         raise DataError(f"{len(missing)} readings are missing, the first of {of}; all readers read all cases")
     patient_of = dict(zip(keys, cases.clusters, strict=True))
-    patients = [patient_of[key] for key in places[2]] if covariance == "jackknife" else None
-    names = {"modalities": places[0], "readers": places[1]}
-    return reader_study(truth, scores, covariance=covariance, patients=patients, **names)
+    patients = [patient_of[key] for key in of_cases] if covariance == "jackknife" else None
+    return reader_study(truth, scores, modalities=modalities, readers=readers, covariance=covariance, patients=patients)
+
+
+def _named(key: tuple[str, ...]) -> str:
+    return " ".join(part for part in key if part)
 
 
 class _Anova:

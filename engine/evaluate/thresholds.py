@@ -29,17 +29,17 @@ def threshold(score: float | None, lower: float | None, probable: bool) -> dict[
     """
     if score is None:
         return {"threshold": None} | ({"log_odds": None} if probable else {})
-    below = -np.inf if lower is None else lower
+    below, least_called = -np.inf if lower is None else lower, score
 
     def parts(value: float) -> bool:
-        return (below < value or lower is None) and value <= score
+        return (below < value or lower is None) and value <= least_called
 
     if not probable:
         return {"threshold": _short(score, parts)}
 
     def parts_probabilities(p: float) -> bool:
         is_above = lower is None or float(odds.probabilities(below)) < p
-        return parts(float(odds.of_probabilities(p))) and is_above and p <= float(odds.probabilities(score))
+        return parts(float(odds.of_probabilities(p))) and is_above and p <= float(odds.probabilities(least_called))
 
     probability = _short(float(odds.probabilities(score)), parts_probabilities)
     if score == np.inf:  # as good as any number above the next score

@@ -121,7 +121,7 @@ def _evaluated(cases: Cases, resamples: int) -> dict[str, Any] | str:
 
 
 def _results(found: Mapping[str, dict[str, Any] | str], resamples: int) -> list[str]:
-    rows: list[list[object]] = []
+    rows: list[list[Any]] = []
     notes: list[str] = []
     for split, one in found.items():
         if isinstance(one, str):

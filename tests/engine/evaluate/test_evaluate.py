@@ -68,8 +68,21 @@ def test_a_threshold_given_is_told_what_comes_of_it():
     assert at["positive_predictive_value"] == pytest.approx(truth[called].mean())
     assert at["negative_predictive_value"] == pytest.approx((~truth)[~called].mean())
     assert at["called"] == pytest.approx(called.mean())
+    for unknown in (Settings(threshold=np.nan), Settings(log_odds=np.nan)):
+        with pytest.raises(DataError, match="not a number"):
+            evaluate(images, unknown)
     with pytest.raises(DataError, match="between 0 and 1, not 3"):
         evaluate(images, Settings(threshold=3, resamples=5))
+
+
+def test_all_of_a_class_may_be_asked_for():
+    """Sensitivity without a false alarm; there is no area over so narrow a range."""
+    images = exams()
+    found = evaluate(images, Settings(levels=("image",), rates=(1.0,), resamples=20))["levels"]["image"]["outputs"]
+    [point] = found["cancer"]["sensitivity_at_specificity"]
+    highest = images.scores[images.truth == 0].max()
+    assert point["value"] == pytest.approx((images.scores[images.truth == 1] > highest).mean())
+    assert found["cancer"]["partial_auc"] == []
 
 
 def test_subgroups_without_a_threshold_have_areas_only():
