@@ -164,7 +164,9 @@ def jackknife(truth: ArrayLike, scores: Sequence[ArrayLike], patients: Sequence[
     return (count - 1) / count * deviation @ deviation.T
 
 
-def _within(positives: Array, negatives: Array, of_positive: Array, of_negative: Array, count: int) -> Array:
+def _within(
+    positives: Array, negatives: Array, of_positive: NDArray[np.intp], of_negative: NDArray[np.intp], count: int
+) -> Array:
     """The ordered pairs within each patient (count,), ties half."""
     found = np.zeros(count)
     for patient in np.intersect1d(of_positive, of_negative):
