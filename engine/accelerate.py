@@ -25,7 +25,8 @@ from .execution.evidence import Evidence, Score, find_evidence
 from .execution.forward import Forward, ImageTensor
 from .execution.prepared import Prepared, ProgramKey
 from .execution.run import run
-from .images.pixels import PixelBatch, PixelSource, as_batch
+from .images.batches import as_batch, as_batches
+from .images.pixels import PixelBatch, PixelSource
 from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
 from .module.delegation import Container, Delegate, is_container
@@ -256,20 +257,18 @@ class Accelerated(Delegate):
                 device or a pixel source, says the size; further tensors with these H and W as their last two axes
                 (images, masks) are read tile by tile as well, all other tensors (metadata) whole. Python values are
                 part of the recording.
-                A list of pixel sources or tensors in the place of an only argument is a batch. Images of unequal sizes
-                are taken one after the other and their outputs concatenated; with BatchNorm in training mode side by
-                side, for its statistics are those of all pixels of all images, and its running statistics are updated
-                once.
+                A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), in the place of an only argument is a
+                batch. Images of unequal sizes are taken one after the other and their outputs concatenated; with
+                BatchNorm in training mode side by side, for its statistics are those of all pixels of all images, and
+                its running statistics are updated once.
             kwargs: likewise, by name.
 
         Returns:
             What the network returns for the whole images.
         """
         if len(args) == 1 and not kwargs and not isinstance(args[0], dict):
-            (x,) = args
-            if isinstance(x, (list, tuple)) and len({tuple(s.shape) for s in x}) > 1:
-                return self._several_sizes([as_batch(source) for source in x])
-            return self._one_size(as_batch(x))
+            batches = as_batches(args[0])
+            return self._one_size(batches[0]) if len(batches) == 1 else self._several_sizes(batches)
         given = Arguments.of(self._network, args, kwargs)
         form = Form(given.key, given.call, given.inputs, given.vectors)
         return self._one_size(given.image, form, given.maps, given.others)

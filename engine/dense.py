@@ -22,7 +22,8 @@ from .accelerate import Accelerated, Form
 from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
 from .execution.run import run
-from .images.pixels import PixelBatch, PixelSource, as_batch
+from .images.batches import as_batch
+from .images.pixels import PixelBatch, PixelSource
 from .module.entrance import entrance
 from .tiling.map_files import sink
 

@@ -398,19 +398,6 @@ def steps_of(source: PixelSource) -> tuple[str, ...]:
     return getattr(source, "steps", ())
 
 
-def as_batch(x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource]) -> Tensor | PixelBatch:
-    """What a network takes: a tensor or `PixelBatch` unchanged, one source or a list of them as a `PixelBatch`."""
-    if isinstance(x, Tensor | PixelBatch):
-        return x
-    if isinstance(x, PixelSource):
-        return PixelBatch([x])
-    if isinstance(x, list | tuple) and all(isinstance(item, PixelSource) for item in x):
-        return PixelBatch(x)
-    raise DataError(
-        f"expected a tensor, a pixel source or a list of them, got {type(x).__name__}; use open_pixels first"
-    )
-
-
 def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     """The permutation that brings an array of this shape to (channels, height, width); `DataError` if none does."""
     if len(shape) == 2 and all(shape):

@@ -15,8 +15,9 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.images.batches import as_batch
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.images.pixels import Normalize, PixelSource, as_batch, steps_of
+from gigamorph.engine.images.pixels import Normalize, PixelSource, steps_of
 
 
 @pytest.fixture(scope="module")

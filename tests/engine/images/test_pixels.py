@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.images.batches import as_batch
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.images.pixels import Normalize, PixelBatch, PixelSource, as_batch
+from gigamorph.engine.images.pixels import Normalize, PixelBatch, PixelSource
 from gigamorph.engine.images.tiles import CACHE
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
