@@ -96,8 +96,17 @@ class StageFunction(torch.autograd.Function):
                 total = torch.zeros_like(vector)
             if total is None and asked[value]:
                 _refuse_visits(stage, value, vector)
-            results.append(total)
+            results.append(total if total is None else _with_strides_of(vector, total))
         return None, None, None, None, *results
+
+
+def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
+    """A gradient with a vector's strides also along axes of one element, where any stride will do but to DDP, which
+    warns of them (1x1 kernels, depthwise kernels, one input channel)."""
+    differ = (n > 1 and a != b for n, a, b in zip(vector.shape, vector.stride(), grad.stride(), strict=True))
+    if grad.shape != vector.shape or grad.stride() == vector.stride() or any(differ):
+        return grad
+    return grad.as_strided(vector.shape, vector.stride())
 
 
 def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
