@@ -32,13 +32,14 @@ def entrance(method: Callable[..., Any]) -> Callable[..., Any]:
     return entered
 
 
+_REASON = "an accelerated network computes by tiles, which cannot be traced; export the network itself"
 _UNCOMPILED: list[Callable[..., Any]] = []  # of `_enter`, once it is made; a functools.cache would be compiled
 
 
 def _uncompiled() -> Callable[..., Any]:
     if not _UNCOMPILED:  # imported late: it takes a second, and `accelerate` says why it comes before the first step
         dynamo = importlib.import_module("torch._dynamo")
-        _UNCOMPILED.append(dynamo.disable(_enter, reason="an accelerated network computes by tiles"))
+        _UNCOMPILED.append(dynamo.disable(_enter, reason=_REASON))
     return _UNCOMPILED[0]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 
 from ..errors import UnsupportedError
 from . import turns
@@ -30,10 +31,10 @@ def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
         )
     modes = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
     traced = any(torch._C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL))
-    if traced or torch._C._get_tracing_state() is not None:
+    if traced or torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag:
         raise UnsupportedError(
-            "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, ONNX, "
-            "fake tensors); give the network itself, whose parameters it shares"
+            "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, "
+            "torch.fx, ONNX, fake tensors); give the network itself, whose parameters it shares"
         )
     # One level at most can be entered; outside of it there are no tangents.
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors()):

@@ -447,6 +447,8 @@ TRACES = {
     "jit.trace": torch.jit.trace,
     "jit.script": lambda net, _x: torch.jit.script(net),
     "export": lambda net, x: torch.export.export(net, (x,)),
+    "fx": lambda net, _x: torch.fx.symbolic_trace(net),
+    "fx of what holds it": lambda net, _x: torch.fx.symbolic_trace(nn.Sequential(net)),
     "make_fx": lambda net, x: make_fx(net)(x),  # held the image as a constant
     "fake tensors": _fake,
 }
@@ -459,6 +461,13 @@ def test_traces_are_refused(name):
     with pytest.raises(UnsupportedError, match="network itself"):
         TRACES[name](net.eval(), image())
     assert max(errors(named([model(image())]), named([net(image())])).values()) <= LIMIT
+
+
+def test_a_strict_export_says_why_not():
+    """TorchDynamo's own refusal, with our reason."""
+    _, net = pair(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()))
+    with pytest.raises(Exception, match="by tiles, which cannot be traced; export the network itself"):
+        torch.export.export(net.eval(), (image(),), strict=True)
 
 
 def test_first_derivatives_with_create_graph():
