@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
     """Build a network.
 
     Args:
-        spec: a name in `MODELS`, ``timm:NAME``, or ``module:factory``; a factory is called with those of
-            ``num_classes`` and ``in_channels`` that it takes. A module is also looked for in the working directory.
+        spec: a name in `MODELS`, ``timm:NAME``, or ``module:factory``: a function or class of a module that Python can
+            import, also from the working directory. It gives a `torch.nn.Module` that maps (N, channels, H, W) to
+            logits (N, classes). It is called with ``num_classes`` and ``in_channels``, each only if its signature names
+            it; ``**kwargs`` counts as naming ``num_classes``, which torchvision's functions hand on.
         num_classes: outputs of the classifier.
         in_channels: channels of the image.
         weights: a safetensors or torch file. See `load_weights`.
@@ -64,7 +67,7 @@ def _timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
         raise GigamorphError(
             f"model 'timm:{name}' needs timm, which cannot be imported ({_first_line(error)}); "
-            "pip install 'gigamorph[models]', with the torchvision build that matches torch"
+            "pip install timm, with the torchvision build that matches torch"
         ) from error
     try:
         return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
@@ -74,25 +77,48 @@ def _timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
 def _factory(module_name: str, name: str, num_classes: int, in_channels: int) -> nn.Module:
     spec = f"{module_name}:{name}"
+    make_torchvision_importable()
     with _working_directory_on_path():
+        factory = _imported(spec, module_name, name)
         try:
-            factory = getattr(importlib.import_module(module_name), name)
-        except Exception as error:
-            # The module is the user's: whatever it raises is the answer to "why can it not be imported".
-            raise GigamorphError(f"model {spec!r} cannot be imported: {_first_line(error)}") from error
-        try:
-            accepted = inspect.signature(factory).parameters
+            taken = inspect.signature(factory).parameters
         except (TypeError, ValueError):
-            accepted = {}
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+            taken = {}
         wanted = {"num_classes": num_classes, "in_channels": in_channels}
+        # torchvision's functions hand further keywords on to networks that know the one and not the other.
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            taken = {**taken, "num_classes": None}
         try:
-            model = factory(**{key: value for key, value in wanted.items() if takes_any or key in accepted})
+            model = factory(**{key: value for key, value in wanted.items() if key in taken})
         except Exception as error:
-            raise GigamorphError(f"model {spec!r} cannot be built: {_first_line(error)}") from error
+            contract = f"; {_CONTRACT}" if isinstance(error, TypeError) else ""
+            raise GigamorphError(f"model {spec!r} cannot be built: {_first_line(error)}{contract}") from error
     if not isinstance(model, nn.Module):
         raise GigamorphError(f"model {spec!r} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+_CONTRACT = "it is called with num_classes and, where its signature names it, in_channels, and nothing else"
+
+
+def _imported(spec: str, module_name: str, name: str) -> Callable[..., Any]:
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
+            raise GigamorphError(f"model {spec!r} cannot be imported: {_first_line(error)}") from error
+        raise GigamorphError(
+            f"model {spec!r} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "
+            "path; run this in the folder that holds it, or put that folder into PYTHONPATH"
+        ) from error
+    except Exception as error:
+        # The module is the user's: whatever it raises is the answer to "why can it not be imported".
+        raise GigamorphError(f"model {spec!r} cannot be imported: {_first_line(error)}") from error
+    if not callable(found):
+        raise GigamorphError(
+            f"model {spec!r} is a {type(found).__name__}, not a function or class that makes a network"
+        )
+    return found
 
 
 @contextlib.contextmanager

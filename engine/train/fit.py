@@ -14,6 +14,7 @@ from ..accelerate import Accelerated, accelerate
 from ..errors import DataError, GigamorphError
 from ..models import create_model, load_weights
 from ..morph.origin import Origin
+from ..models.classifier import check_classifier
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from .card import Card, write_card
@@ -87,6 +88,8 @@ def fit(
     ``model_card.md``.
 
     A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
+    More epochs than it was begun with extend it, also a complete one: from there on the learning rate is that of as
+    many epochs.
 
     All processes of a group of `torch.distributed` train together when each of them calls this, see `run_stages`: with
     ``split_image`` they share each image, else each has one of its own. `gigamorph.engine.parallel.launch` starts such
@@ -98,8 +101,9 @@ def fit(
 
     Raises:
         DataError: if the split leaks a patient or a checkpoint belongs to another split.
-        GigamorphError: if ``out`` already holds a run, a file cannot be written, or ``accumulate`` is no multiple of
-            the number of images that are computed at a time.
+        GigamorphError: if the network does not take the images or gives other than a logit per class, ``out`` already
+            holds a run, a file cannot be written, or ``accumulate`` is no multiple of the number of images that are
+            computed at a time.
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
     out = Path(out)
@@ -121,6 +125,8 @@ def fit(
     started = time.monotonic()
     torch.manual_seed(options.seed)
     net = build_network(record, None if resume else options.weights, group.split)
+    shape = (1, *data.train[0]["image"].shape)
+    check_classifier(net._network, options.model, shape, len(data.classes), options.device)
     labels = [image.label for image in data.train.records]
     weights = balanced_weights(labels, len(data.classes)) if options.class_weights else None
     task = Classification(net, data.train, data.val, record, weights)
@@ -215,7 +221,13 @@ def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, de
     record = checkpoint["gigamorph"]
     here = {**record["options"], "memory_budget": memory_budget, "device": device}
     net = build_network({**record, "options": here})
-    net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
+    try:
+        net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
+    except RuntimeError as error:
+        raise DataError(
+            f"the checkpoint's weights are not those of {here['model']!r} as it is built today: "
+            f"{str(error).strip().splitlines()[-1].strip()}"
+        ) from error
     return net
 
 
@@ -261,9 +273,15 @@ def _check_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> N
         )
     for name, value in stored["options"].items():
         # Where and in how much memory a step is computed does not change what it computes.
-        if name not in ("memory_budget", "device", "weights", "split_image") and record["options"].get(name) != value:
+        if name in ("memory_budget", "device", "weights", "split_image"):
+            continue
+        now = record["options"].get(name)
+        if name == "epochs" and now > value:
+            continue
+        if now != value:
             raise GigamorphError(
-                f"{path}: was begun with {name}={value!r}, not {record['options'].get(name)!r}; resume with the same"
+                f"{path}: was begun with {name}={value!r}, not {now!r}; resume with the same"
+                + (" or more" if name == "epochs" else "")
             )
     if stored["preprocessing"] != record["preprocessing"]:
         raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")

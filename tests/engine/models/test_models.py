@@ -64,6 +64,9 @@ def test_factory_from_the_working_directory(tmp_path, monkeypatch):
         "def net(num_classes): return torch.nn.Linear(3, num_classes)\n"
         "def broken(): raise ValueError('no such depth')\n"
         "def other(): return 3\n"
+        "def sized(width): return torch.nn.Linear(3, width)\n"
+        "def passed_on(**kwargs): return torch.nn.Linear(3, kwargs.pop('num_classes'), **kwargs)\n"
+        "number = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     assert create_model("my_nets:net", 5).out_features == 5
@@ -71,8 +74,25 @@ def test_factory_from_the_working_directory(tmp_path, monkeypatch):
         create_model("my_nets:broken")
     with pytest.raises(GigamorphError, match="gives a int"):
         create_model("my_nets:other")
-    with pytest.raises(GigamorphError, match=r"my_nets:absent.*cannot be imported"):
-        create_model("my_nets:absent")
+    assert create_model("my_nets:passed_on", 5).out_features == 5
+    for name, message in FACTORIES.items():
+        with pytest.raises(GigamorphError, match=message):
+            create_model(name)
+
+
+FACTORIES = {
+    "my_nets:absent": r"my_nets:absent.*cannot be imported",
+    "my_nets:number": "is a int, not a function or class",
+    "my_nets:sized": "argument: 'width'; it is called with num_classes and, where its signature names it, in_channels",
+    "no_such.nets:net": r"no module 'no_such' in \S+ or on Python's path; run this in the folder .* PYTHONPATH",
+}
+
+
+def test_torchvisions_functions_are_factories():
+    """They hand keywords on to networks that know no in_channels."""
+    pytest.importorskip("torchvision")
+    network = create_model("torchvision.models:resnet18", 4, 1)
+    assert network.fc.out_features == 4 and network.conv1.in_channels == 3
 
 
 def test_timm_model_and_its_error():
@@ -87,7 +107,7 @@ def test_missing_timm_says_how_to_install_it(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(GigamorphError, match=r"pip install 'gigamorph\[models\]'"):
+    with pytest.raises(GigamorphError, match="pip install timm, with the torchvision"):
         create_model("timm:resnet10t")
 
 

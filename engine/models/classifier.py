@@ -1,0 +1,66 @@
+"""Whether a network takes these images and tells these classes apart: asked before any work, on fake tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..capture.program import Ref
+from ..capture.trace import Program, capture
+from ..errors import GigamorphError
+
+
+def record(model: nn.Module, name: str, shape: tuple[int, int, int, int], device: torch.device | str) -> Program:
+    """The recorded forward of a network on float images (N, C, H, W), in the gradient mode that is on.
+
+    Args:
+        name: what messages call the network.
+
+    Raises:
+        GigamorphError: in one line, if the network itself refuses such an image (another size or number of channels).
+        UnsupportedError: if it cannot be recorded.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        return capture(model, shape, dtype, device)
+    except GigamorphError:
+        raise
+    except Exception as error:  # the network's own: whatever it raises is the answer
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise GigamorphError(
+            f"model {name!r} cannot take an image of {_sides(shape[1:])} (channels, height, width): "
+            f"{type(error).__name__}: {first}{_other_channels(model, shape[1])}"
+        ) from error
+
+
+def check_classifier(
+    model: nn.Module, name: str, shape: tuple[int, int, int, int], classes: int, device: torch.device | str = "cpu"
+) -> None:
+    """Refuse a network that does not give a row of `classes` logits for each image.
+
+    Raises:
+        GigamorphError: with what it gives instead; see also `record`.
+    """
+    program = record(model, name, shape, device)
+    if not isinstance(program.output, Ref):
+        raise GigamorphError(
+            f"model {name!r} gives several tensors or a container of them; a classifier gives its logits alone "
+            "(images, classes)"
+        )
+    given = tuple(program.values[program.output.value].shape)
+    if given != (shape[0], classes):
+        raise GigamorphError(
+            f"model {name!r} gives {_sides(given)} for {shape[0]} image and {classes} classes; a classifier gives one "
+            f"logit for each class, {shape[0]} x {classes}"
+        )
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def _other_channels(model: nn.Module, channels: int) -> str:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.in_channels == channels:
+        return ""
+    return f"; its first convolution takes {first.in_channels} channels, give it images of as many (--channels)"
