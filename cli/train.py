@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     help="Train on this many GPUs, or processes on the CPU: an image on each at a time, gradients averaged.",
 )
 @click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped; --epochs extends it.")
 @click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
 @click.option("--config", type=click.Path(), help="Of the recipe, TOML; by default as published.")
 @click.pass_context
@@ -88,7 +88,12 @@ def train(
     DATA is a csv with the columns image_path, label, patient_id and, as you like, split (train, val, test),
     laterality and view; or a folder with a sub-folder per class. Without a split, patients are drawn into one.
 
-    Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU.
+    Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU. With
+    more --epochs it also goes on with a run that was complete.
+
+    MODULE:FACTORY is a function or class of a Python module in this folder or on Python's path. It is called with
+    num_classes and in_channels, each if its signature names it, and gives a torch.nn.Module that maps (N, channels, H,
+    W) to logits (N, classes).
 
     With --recipe the model, its images and the stages of its training stand in --config; of the other options only
     --memory-budget, --precision, --seed, --device, --devices, --split-image and --resume are taken.
@@ -126,6 +131,8 @@ def train(
         seed=seed,
         warn=lambda text: click.echo(f"warning: {text}", err=True),
     )
+    if resume and ctx.get_parameter_source("epochs") is ParameterSource.DEFAULT:
+        epochs = _epochs_of(Path(out) / "last.ckpt", epochs)
     chosen = TrainOptions(
         model=model,
         weights=weights,
@@ -143,6 +150,13 @@ def train(
         split_image=split_image,
     )
     _start(_train, count, device, images, chosen, out, resume)
+
+
+def _epochs_of(checkpoint: Path, otherwise: int) -> int:
+    """As many epochs as a run was begun with."""
+    from ..engine.train.checkpoint import load_checkpoint
+
+    return load_checkpoint(checkpoint)["gigamorph"].get("options", {}).get("epochs", otherwise)
 
 
 def _count_processes(devices: int | None, split_image: bool) -> int:

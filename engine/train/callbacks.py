@@ -96,6 +96,8 @@ class Epochs(Callback):
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         task.meter.note(f"{stage.name} {state.within}/{stage.epochs}  {shown}")
         trainer.should_stop = state.is_over(stage)
+        if trainer.should_stop and state.within < stage.epochs:
+            task.meter.note(f"{stage.name}: {state.ending(stage)}")
         self._start_clock(module)
         if any(group.all(self._interrupt.asked)):
             raise InterruptedTraining

@@ -49,7 +49,8 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     """Train through stages; each goes on from the weights that the one before has left.
 
     Writes ``last.ckpt``, ``best.ckpt`` and ``log.csv`` into ``run.out``. With ``run.resume`` it goes on where the
-    folder's run stopped, from the start if it had not begun, and returns at once if it was complete.
+    folder's run stopped, from the start if it had not begun, and returns at once if it was complete. The last stage may
+    have more epochs than before.
 
     The processes of ``run.group`` train together when each of them calls this: if they split each image, all of them
     compute every batch; else the batches of an optimizer step are dealt to them, whole, and the gradients are averaged,
@@ -78,8 +79,11 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     interrupt = Interrupt()
     with interrupt.awaited():
         while state.stage < len(stages):
-            if not state.is_over(stages[state.stage]):
-                _fit(task, stages[state.stage], state, run, record, goes_on, interrupt)
+            stage = stages[state.stage]
+            if not state.is_over(stage):
+                _fit(task, stage, state, run, record, goes_on, interrupt)
+            elif goes_on:
+                task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
             state.next_stage()
             goes_on = False
     if state.best_epoch != state.epoch:
@@ -135,12 +139,20 @@ def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]
 
 def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: str) -> State:
     for name, value in record["settings"].items():
-        if stored["gigamorph"]["settings"].get(name) != value:
+        before = stored["gigamorph"]["settings"].get(name)
+        if name == "stages" and _extends(value, before):
+            continue
+        if before != value:
             raise GigamorphError(f"{path}: was begun with other {name}; resume with the same")
     _take(task, stored, path)
     state = State(**stored["gigamorph"]["state"])
     state.losses = state.losses[task.group.turn :: task.group.at_once]
     return state
+
+
+def _extends(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> bool:
+    """Whether stages are those that there were before, but for more epochs of the last one."""
+    return [*before[:-1], {**before[-1], "epochs": max(before[-1]["epochs"], now[-1]["epochs"])}] == now
 
 
 def _take(task: Task, stored: dict[str, Any], path: str) -> None:

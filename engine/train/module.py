@@ -176,9 +176,10 @@ class StageModule(pl.LightningModule):
 
 def remedy(run: Run) -> str:
     """What to do about a value that is not finite, and where the state before it is."""
-    last = run.out / "last.ckpt"
-    kept = f"{last} has the state of the last checkpoint before it; " if last.exists() else ""
-    return f"{kept}lower lr, or look at the images and labels"
+    last, best = run.out / "last.ckpt", run.out / "best.ckpt"
+    kept = f"{last} has the state of the last checkpoint before it" if last.exists() else ""
+    kept += f" and {best} the best epoch, which can be used as it is; " if kept and best.exists() else "; " * bool(kept)
+    return f"{kept}train anew with a lower lr, or look at the images and labels"
 
 
 class _Loss(nn.Module):

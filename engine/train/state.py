@@ -38,6 +38,14 @@ class State:
     def is_over(self, stage: Stage) -> bool:
         return self.within >= stage.epochs or (stage.patience is not None and self.stale >= stage.patience)
 
+    def ending(self, stage: Stage) -> str:
+        """Why a stage is over, for people; empty where it is not."""
+        if self.within >= stage.epochs:
+            return f"all of {stage.epochs} epochs are done"
+        if self.is_over(stage):
+            return f"stopped early after epoch {self.within} of {stage.epochs}: no better score in {self.stale} epochs"
+        return ""
+
     def end_epoch(self, stage: Stage, row: dict[str, Any], score: Score | None) -> bool:
         """Count an epoch; returns whether it is the best so far. Without a score the latest is the best known."""
         self.rows.append(row)

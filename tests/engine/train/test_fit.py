@@ -127,12 +127,56 @@ def test_learns_and_scores_per_image_and_breast(data, tmp_path):
 def test_early_stop_ends_the_run_for_good(data, tmp_path):
     # A learning rate of nothing never improves: the first epoch is the best, two more pass.
     options = replace(OPTIONS, epochs=9, lr=0.0, patience=2)
-    first = fit(data, options, tmp_path / "run").metrics
+    notes = []
+    first = fit(data, options, tmp_path / "run", report=lambda p: notes.append(p.note)).metrics
+    assert "train: stopped early after epoch 3 of 9: no better score in 2 epochs" in notes
     log = (tmp_path / "run" / "log.csv").read_text()
     assert len(log.splitlines()) == 1 + 3
     again = fit(data, options, tmp_path / "run", resume=True).metrics
     assert (tmp_path / "run" / "log.csv").read_text() == log
     assert again["test"] == first["test"] and again["peak_bytes"] == first["peak_bytes"]
+
+
+def test_more_epochs_extend_a_run(data, tmp_path):
+    """Also one that was complete; its log goes on, and what was trained is where it goes on from."""
+    notes = []
+    fit(data, replace(OPTIONS, epochs=2), tmp_path / "run")
+    short = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    log = (tmp_path / "run" / "log.csv").read_text()
+    fit(data, replace(OPTIONS, epochs=4), tmp_path / "run", resume=True)
+    rows = (tmp_path / "run" / "log.csv").read_text()
+    assert rows.startswith(log) and len(rows.splitlines()) == 1 + 4
+    long = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert long["gigamorph"]["options"]["epochs"] == 4 and long["gigamorph"]["state"]["epoch"] == 4
+    steps = [max(float(s["step"]) for s in c["optimizer_states"][0]["state"].values()) for c in (short, long)]
+    assert steps[1] == 2 * steps[0]
+    with pytest.raises(GigamorphError, match="was begun with epochs=4, not 3; resume with the same or more"):
+        fit(data, OPTIONS, tmp_path / "run", resume=True)
+    fit(data, replace(OPTIONS, epochs=4), tmp_path / "run", resume=True, report=lambda p: notes.append(p.note))
+    assert "train: nothing is left to do, all of 4 epochs are done" in notes
+
+
+def test_a_diverged_run_keeps_what_it_had(data, tmp_path):
+    """The best epoch so far serves prediction, and the message names it."""
+    run, calls = tmp_path / "run", []
+
+    def spoil(progress):
+        if progress.note:
+            calls.append(progress.note)
+
+    real = torch.nn.functional.cross_entropy
+
+    def diverging(*args, **kwargs):
+        return real(*args, **kwargs) * (float("nan") if len(calls) == 2 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.cross_entropy", diverging)
+        message = r"epoch 3, step 1: the loss is nan; .*last\.ckpt has .* and .*best\.ckpt the best epoch, .*lower lr"
+        with pytest.raises(GigamorphError, match=message):
+            fit(data, OPTIONS, run, report=spoil)
+    assert load_checkpoint(run / "best.ckpt")["gigamorph"]["state"]["epoch"] <= 2
+    assert len((run / "log.csv").read_text().splitlines()) == 1 + 2 and (run / "curves.png").exists()
+    fit(data, OPTIONS, run, resume=True)  # what had spoilt it is gone
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -205,7 +249,7 @@ def test_refusals_name_the_culprit(data, tmp_path):
     fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")
     with pytest.raises(GigamorphError, match="already holds a run; continue it with --resume"):
         fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")
-    with pytest.raises(GigamorphError, match="was begun with epochs=1, not 3"):
-        fit(data, OPTIONS, tmp_path / "run", resume=True)
+    with pytest.raises(GigamorphError, match=r"was begun with accumulate=3, not 1; resume with the same$"):
+        fit(data, replace(OPTIONS, accumulate=1), tmp_path / "run", resume=True)
     with pytest.raises(DataError, match="another split"):
         fit(replace(data, test=Images([])), replace(OPTIONS, epochs=1), tmp_path / "run", resume=True)
