@@ -1,9 +1,11 @@
 # `make demo` runs the main job; `make test` passes the tests. Both set up everything they need.
-# Without an NVIDIA GPU the CPU build of torch is taken (constraints-cpu.txt); with one, the CUDA build.
+# Without an NVIDIA GPU the CPU build of torch is taken (constraints-cpu.txt), from its vendor's index where that can be
+# reached: on the public index the same version is the CUDA build, of several gigabytes. With a GPU, the CUDA build.
 PYTHON ?= python3
 VENV ?= .venv
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 CONSTRAINTS := $(if $(filter-out 0,$(GPU)),,-c constraints-cpu.txt)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint types gate check clean
@@ -12,7 +14,14 @@ BIN := $(VENV)/bin
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+ifneq ($(CONSTRAINTS),)
+	@if $(PYTHON) -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=10)" 2>/dev/null \
+		&& $(BIN)/pip install --quiet $(CONSTRAINTS) --index-url $(CPU_INDEX) torch torchvision; \
+	then echo "torch and torchvision: CPU builds of $(CPU_INDEX)"; \
+	else echo "torch and torchvision: of pip's own index, for $(CPU_INDEX) does not offer them here"; fi
+endif
 	$(BIN)/pip install --quiet $(CONSTRAINTS) -e '.[models,dev]'
+	@$(BIN)/python -c "import torch; print('torch', torch.__version__, torch.version.cuda and 'CUDA build' or 'CPU build')"
 	touch $@
 
 demo: $(VENV)/installed

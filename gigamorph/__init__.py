@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .engine.planning.preview import plan
     from .engine.tiling.scan import TileEvent
 
+__version__ = "0.2.0"
+
 if not os.path.isdir(os.path.join(__path__[0], "engine")):  # a checkout: engine, kernels and cli stand beside the door
     __path__.append(os.path.dirname(__path__[0]))
 

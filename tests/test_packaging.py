@@ -58,6 +58,12 @@ def test_a_checkout_is_whole(tmp_path: Path):
     assert told.split() == ["gigamorph.engine.errors", str(tmp_path / "engine" / "errors.py")]
 
 
+def test_one_version():
+    """The door's is the wheel's (`dynamic`), and the citation's."""
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
+    assert f"\nversion: {gigamorph.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_package_is_a_command():
     told = subprocess.run([sys.executable, "-m", "gigamorph", "--version"], check=True, capture_output=True, text=True)
     assert told.stdout.startswith("gigamorph, version ")

@@ -52,6 +52,16 @@ def test_ctrl_c_is_130_and_faults_of_ours_keep_their_trace(monkeypatch, capsys):
         main(["doctor"])
 
 
+@pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["train", "--help"]])
+def test_a_reader_that_has_enough(args, monkeypatch):
+    """As of `gigamorph | head -3`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert run(*args) == 141
+
+
 def test_version(capsys):
     assert run("--version") == 0
     assert "0." in capsys.readouterr().out
