@@ -42,9 +42,9 @@ def train_step(options: argparse.Namespace, path: Path) -> StepRow:
     """One step on the image in a file, with its progress printed; `process_bytes` is the peak of resident memory."""
     torch.manual_seed(0)
     network = resnet18(num_classes=2, in_channels=1, width=options.width).eval()
-    planned = plan(network, (1, options.side, options.side), options.budget, tile=options.tile)
+    planned = plan(network, (1, options.side, options.side), options.memory_budget, tile=options.tile)
     print(planned, flush=True)
-    net = accelerate(network, memory_budget=options.budget, tile=options.tile)
+    net = accelerate(network, memory_budget=options.memory_budget, tile=options.tile)
     source, forward = open_pixels(path), 0.0
     started = time.perf_counter()
 
@@ -71,7 +71,7 @@ def train_step(options: argparse.Namespace, path: Path) -> StepRow:
         predicted_bytes=planned.peak_bytes,
         settings={
             "image": "on disk, read by tile",
-            "memory_budget": parse_bytes(options.budget),
+            "memory_budget": parse_bytes(options.memory_budget),
             "tile": list(planned.tile),
             "carries": planned.halos,
             "carry_bytes": planned.halo_bytes,
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32768)
     parser.add_argument("--tile", type=int, default=1024)
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage of the ResNet-18")
-    parser.add_argument("--budget", default="2.5GiB")
+    parser.add_argument("--memory-budget", default="2.5GiB")
     parser.add_argument("--folder", type=Path, default=None, help="where the image is written (2 GB)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

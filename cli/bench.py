@@ -38,7 +38,7 @@ def _task(command: Any) -> Any:
     for option in (
         _json,
         options.device,
-        click.option("--channels", type=click.Choice([1, 3]), default=3, show_default=True),
+        options.channels,
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16"]),
@@ -133,14 +133,14 @@ def step(
 @bench.command()
 @click.option("--model", default="resnet18", show_default=True, metavar="SPEC", help="As in gigamorph plan.")
 @click.option(
-    "--budget", required=True, metavar="SIZE", callback=options.parse_budget, help="All that a step may take."
+    "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="All that a step may take."
 )
 @_peers
 @click.option("--longest", type=float, default=120.0, show_default=True, help="Seconds that one try may take.")
 @_task
 def limit(
     model: str,
-    budget: int,
+    memory_budget: int,
     peers: tuple[str, ...],
     longest: float,
     inference: bool,
@@ -154,7 +154,7 @@ def limit(
 
     Each size is tried in a process of its own. gigamorph is given 0.9 of the budget to plan with.
 
-    Example: gigamorph bench limit --model resnet18 --budget 1GiB --peer stock --peer gigamorph
+    Example: gigamorph bench limit --model resnet18 --memory-budget 1GiB --peer stock --peer gigamorph
     """
     from ..engine.bench.limit import Search, find
     from ..engine.bench.results import Task
@@ -162,7 +162,7 @@ def limit(
     results = _begin(device)
     task = Task(model, (1, channels, 0, 0), not inference, "live" if live else "frozen", precision, device)
     for peer in _known(peers):
-        row = find(task, peer, Search(budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
+        row = find(task, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
         results.limits.append(row)
         _show_limit(row)
         _keep(results, path)

@@ -76,7 +76,7 @@ model: Any = click.option(
     default="resnet18",
     show_default=True,
     metavar="SPEC",
-    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory.",
+    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory of your own (see gigamorph train).",
 )
 memory_budget: Any = click.option(
     "--memory-budget",

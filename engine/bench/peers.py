@@ -136,7 +136,7 @@ def _lightstream(network: nn.Module, task: Task, settings: Settings) -> Prepared
 
 def _no_lightstream(task: Task) -> str | None:
     if importlib.util.find_spec("lightstream") is None:
-        return "lightstream is not installed; pip install 'gigamorph[peers]'"
+        return "lightstream is not installed; pip install lightstream==1.0.7"
     if task.batch_norm == "live":
         return "it freezes the norms"
     return None

@@ -44,7 +44,7 @@ def write_segmentation(found: Explanation, image: str | Path, path: str | Path, 
     try:
         import highdicom
     except ImportError as error:
-        raise DataError("DICOM SEG needs highdicom: pip install 'gigamorph[seg]'") from error
+        raise DataError("DICOM SEG needs highdicom: pip install highdicom") from error
     header = _header(Path(image), found.size)
     shown = found.relative()
     heat = _whole(shown)

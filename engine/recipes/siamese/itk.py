@@ -63,7 +63,7 @@ def free_form(fixed: Array, moving: Array) -> Map:
 def _required() -> Any:
     sitk = simpleitk()
     if sitk is None:
-        raise GigamorphError("registration with SimpleITK needs it: pip install 'gigamorph[register]'")
+        raise GigamorphError("registration with SimpleITK needs it: pip install SimpleITK")
     return sitk
 
 
