@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from .progress import Report
 from .run import Run
 from .splits import hash_of
 from .stages import Stage
+
+log = logging.getLogger("gigamorph")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def fit(
     started = time.monotonic()
     torch.manual_seed(options.seed)
     net = build_network(record, None if resume else options.weights, group.split)
+    if options.patience is not None and not len(data.val):
+        log.warning("patience has no effect: there are no validation images, and all epochs are trained")
     shape = (1, *data.train[0]["image"].shape)
     check_classifier(net._network, options.model, shape, len(data.classes), options.device)
     labels = [image.label for image in data.train.records]

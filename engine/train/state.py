@@ -41,7 +41,7 @@ class State:
     def ending(self, stage: Stage) -> str:
         """Why a stage is over, for people; empty where it is not."""
         if self.within >= stage.epochs:
-            return f"all of {stage.epochs} epochs are done"
+            return f"complete after epoch {stage.epochs}"
         if self.is_over(stage):
             return f"stopped early after epoch {self.within} of {stage.epochs}: no better score in {self.stale} epochs"
         return ""

@@ -132,6 +132,32 @@ def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path)
     assert rows(tmp_path / "named" / "predictions.csv")[0]["patient_id"] == image.stem.split("_")[0]
 
 
+def test_resume_takes_the_epochs_of_the_run_and_more_extend_it(trained, phantoms, tmp_path, capsys):
+    out, others = tmp_path / "run", [option for option in FAST if option not in ("--epochs", "1")]
+    shutil.copytree(trained, out)
+    assert run("train", phantoms, "--out", out, *others, "--resume") == 0
+    assert "train: nothing is left to do, complete after epoch 1" in capsys.readouterr().out
+    assert run("train", phantoms, "--out", out, *others, "--resume", "--epochs", "2") == 0
+    assert [row["epoch"] for row in rows(out / "log.csv")] == ["1", "2"]
+
+
+def test_a_network_that_is_no_classifier_of_these_images(phantoms, tmp_path, monkeypatch, capsys):
+    """Said before anything is written; a module is looked for in the folder that the command runs in."""
+    (tmp_path / "one_output.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))\n"
+    )
+    for folder, message in (
+        (tmp_path, "gives 1 x 1 for 1 image and 2 classes"),
+        (phantoms.parent, "no module 'one_out"),
+    ):
+        monkeypatch.chdir(folder)
+        sys.modules.pop("one_output", None)
+        assert run("train", phantoms, "--model", "one_output:net", "--out", tmp_path / "run") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def damaged(phantoms, tmp_path):
     """A copy of the phantoms whose sixth file is cut short."""

@@ -15,7 +15,7 @@ from training import Images, images, make_data
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import TrainOptions, fit
+from gigamorph.engine.train.fit import TrainOptions, fit, restore_network
 
 
 @pytest.fixture
@@ -92,6 +92,13 @@ def test_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whol
     assert_same_run(whole, tmp_path / "parts")
 
 
+def test_a_network_that_is_built_otherwise_today(whole):
+    stored = load_checkpoint(whole / "best.ckpt")
+    stored["gigamorph"]["options"]["model"] = "lesionnet"
+    with pytest.raises(DataError, match="weights are not those of 'lesionnet' as it is built today"):
+        restore_network(stored, memory_budget=None, device="cpu")
+
+
 def test_other_seed_gives_another_run(data, whole, tmp_path):
     fit(data, replace(OPTIONS, seed=6), tmp_path / "run")
     a, b = (load_checkpoint(run / "last.ckpt")["state_dict"] for run in (whole, tmp_path / "run"))
@@ -153,7 +160,7 @@ def test_more_epochs_extend_a_run(data, tmp_path):
     with pytest.raises(GigamorphError, match="was begun with epochs=4, not 3; resume with the same or more"):
         fit(data, OPTIONS, tmp_path / "run", resume=True)
     fit(data, replace(OPTIONS, epochs=4), tmp_path / "run", resume=True, report=lambda p: notes.append(p.note))
-    assert "train: nothing is left to do, all of 4 epochs are done" in notes
+    assert "train: nothing is left to do, complete after epoch 4" in notes
 
 
 def test_a_diverged_run_keeps_what_it_had(data, tmp_path):
@@ -189,9 +196,11 @@ def test_mixed_precision_trains(data, tmp_path, precision):
     assert 0 < (ours - theirs).abs().max() < 0.05
 
 
-def test_runs_without_validation_images(data, tmp_path):
-    metrics = fit(replace(data, val=Images([]), test=Images([])), replace(OPTIONS, epochs=2), tmp_path / "run").metrics
+def test_runs_without_validation_images(data, tmp_path, caplog):
+    options = replace(OPTIONS, epochs=2, patience=1)
+    metrics = fit(replace(data, val=Images([]), test=Images([])), options, tmp_path / "run").metrics
     assert "val" not in metrics and metrics["best_epoch"] == 2
+    assert "patience has no effect" in caplog.text
 
 
 def test_validation_of_one_class_falls_back_on_the_loss(data, tmp_path):
