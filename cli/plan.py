@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -12,12 +15,34 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..engine.bench.roofline import Work
     from ..engine.planning.plan import Plan
+
+
+def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, int | None]:
+    """``cuda:24GiB`` -> ("cuda", its bytes)."""
+    import torch
+
+    kind, colon, memory = value.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not re.search(r"[kmgt]", memory.lower()))):
+        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda and cuda:MEMORY, as in cuda:24GiB", ctx, param)
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return kind, options.parse_budget(ctx, param, memory) if colon else None
 
 
 @click.command()
 @options.model
 @click.option("--size", required=True, metavar="HxW", callback=options.parse_size, help="Image size, as in 4096x3328.")
+@click.option(
+    "--batch",
+    "--views",
+    "batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Images of a step: a batch, or the views of an exam.",
+)
 @options.channels
 @options.classes_count
 @options.memory_budget
@@ -27,10 +52,18 @@ if TYPE_CHECKING:
 @click.option(
     "--kernels", is_flag=True, help="Also run some tiles on the GPU and list our kernel's time and cuDNN's per layer."
 )
-@options.device
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    callback=_parse_place,
+    metavar="auto|cpu|cuda[:MEMORY]",
+    help="Where the step would run; the GPU need not be here, as in cuda:24GiB.",
+)
 def plan(
     model: str,
     size: tuple[int, int],
+    batch: int,
     channels: int,
     classes: int,
     memory_budget: int | None,
@@ -38,32 +71,109 @@ def plan(
     precision: str,
     inference: bool,
     kernels: bool,
-    device: str,
+    device: tuple[str, int | None],
 ) -> None:
     """Say which tile a network and an image size need, the predicted peak memory, and what stock PyTorch would need.
 
-    Nothing is computed, except with --kernels. The exit code is 2 if no tile fits the budget. Which kernels run is
-    measured once per layer and amount of work and kept; the environment variable GIGAMORPH_KERNELS=stock (or triton, or
-    auto) overrides it.
+    A table shows what five other budgets would cost, and on a GPU that is not here which GPUs are large enough. Their
+    times are lower bounds (roofline), for the rates that are named.
 
-    Example: gigamorph plan --model resnet50 --size 4096x3328 --memory-budget 4GiB
+    The step itself is not computed, except with --kernels. The exit code is 2 if no tile fits the budget. Which kernels
+    run is measured once per layer and amount of work and kept; the environment variable GIGAMORPH_KERNELS=stock (or
+    triton, or auto) overrides it.
+
+    Example: gigamorph plan --model timm:efficientnet_b2 --size 4096x3328 --views 4 --device cuda
     """
     import torch
 
     from ..engine.accelerate import freeze_batch_norm
+    from ..engine.models.classifier import record
     from ..engine.morph.origin import create_grown
+    from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
     from .table import show_plan
 
+    kind, memory = device
     net = create_grown(model, classes, channels).train(not inference)
     if batch_norm == "frozen":
         freeze_batch_norm(net)
+    if memory is not None and memory_budget is None:
+        memory_budget = int(constants.FREE_SHARE * memory)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
-        made = make_plan(net, (channels, *size), memory_budget, device=device, training=not inference)
-    show_plan(made, model)
+    shape = (batch, channels, *size)
+    with _autocast(kind, autocast):
+        with torch.set_grad_enabled(not inference):
+            record(net, model, shape, "cpu")  # what the network itself refuses, in one line
+        made = make_plan(net, shape, memory_budget, device=kind, training=not inference)
+        show_plan(made, model)
+        _compare(net, made, model, precision, kind)
     if kernels:
-        _measure_kernels(net, made, torch.device(device), autocast)
+        _measure_kernels(net, made, torch.device(kind), autocast)
+
+
+@contextlib.contextmanager
+def _autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """As `torch.autocast`, which does nothing for a GPU that is not here; and that is planned for on the CPU."""
+    import torch
+
+    kinds = {kind, "cpu"}
+    before = {each: (torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in kinds}
+    for each in kinds:
+        torch.set_autocast_enabled(each, dtype is not None)
+        torch.set_autocast_dtype(each, before[each][1] if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        for each, (enabled, former) in before.items():
+            torch.set_autocast_enabled(each, enabled)
+            torch.set_autocast_dtype(each, former)
+
+
+def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) -> None:
+    """What five budgets would cost: shares of stock's memory, or GPUs that are not here."""
+    import torch
+
+    from ..engine.bench.results import Task
+    from ..engine.bench.roofline import count, measure_ceilings
+    from ..engine.planning import constants
+    from ..engine.planning.preview import plan_each
+    from .table import BudgetRow, show_budgets
+
+    sixteen = "fp32" if precision == "fp32" else "bf16"
+    work = count(net, Task(model, made.image, made.training, precision=sixteen))
+    if kind == "cpu" or torch.cuda.is_available():
+        rates = measure_ceilings(kind, seconds=0.5)
+        stock = made.stock_bytes or made.peak_bytes
+        names = {1: "stock's memory", 2: "1/2 of it", 4: "1/4 of it", 8: "1/8 of it", 16: "1/16 of it"}
+        rows = [(name, stock // share, rates) for share, name in names.items()]
+        source = f"this machine's, measured now: {_rates(rates, sixteen)}"
+    else:
+        rows = [
+            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), _ceilings(*rate))
+            for name, (gb, *rate) in constants.GPUS.items()
+        ]
+        source = "those of the maker's data sheets"
+    plans = plan_each(net, made.image, [budget for _, budget, _ in rows], device=kind, training=made.training)
+    found = [
+        BudgetRow(name, budget, each, each and _seconds(work, each, rates, sixteen))
+        for (name, budget, rates), each in zip(rows, plans, strict=True)
+    ]
+    show_budgets(found, f"rates: {source}")
+
+
+def _ceilings(gb_per_s: float, fp32: float, sixteen: float) -> dict[str, float]:
+    return {"gb_per_s": gb_per_s, "tflop_per_s fp32": fp32, "tflop_per_s bf16": sixteen}
+
+
+def _rates(rates: dict[str, float], precision: str) -> str:
+    arithmetic = rates.get(f"tflop_per_s {precision}")
+    return f"{rates['gb_per_s']:.3g} GB/s" + (f", {arithmetic:.3g} TFLOP/s" if arithmetic else "")
+
+
+def _seconds(work: Work, made: Plan, rates: dict[str, float], precision: str) -> float | None:
+    """At best: the floor of stock PyTorch's step under these rates, times the plan's work."""
+    floor = work.seconds(rates, precision)
+    return None if floor is None else floor * made.work
 
 
 def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast: torch.dtype | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,7 +52,53 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
             bar = "█" * max(1, round(_BAR * size / largest)) if size else ""
             table.add_row(name, format_bytes(size), bar, style=style)
         table.add_row()
+    if plan.choices:
+        kept = f"; kept: {plan.choices[plan.choice].name}" if len(plan.sides) > 1 else ""
+        table.caption = f"work {plan.work:.2f} times that of stock PyTorch{kept}"
+        table.caption_justify = "left"
     console.print(table)
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """A budget of a plan's table: its name, its bytes, the plan (None where nothing fits), its least seconds."""
+
+    name: str
+    budget: int
+    plan: Plan | None
+    seconds: float | None
+
+
+def show_budgets(rows: Sequence[BudgetRow], rates: str, console: Console | None = None) -> None:
+    """Print what a step costs under several budgets, and in one line the least of them that is enough."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("budget", "peak", "tile", "work", "at best"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = ("does not fit", "", "", "")
+        if row.plan is not None:
+            tile = f"{row.plan.tile[0]} x {row.plan.tile[1]}"
+            cells = (format_bytes(row.plan.peak_bytes), tile, f"{row.plan.work:.2f}", _time(row.seconds))
+        table.add_row(row.name, format_bytes(row.budget), *cells)
+    console.print()
+    console.print(table)
+    enough = [row for row in rows if row.plan is not None]
+    if enough:
+        least = min(enough, key=lambda row: row.budget)
+        assert least.plan is not None
+        what = f"peak {format_bytes(least.plan.peak_bytes)}, at best {_time(least.seconds)} a step"
+        console.print(f"the least that is enough: {least.name} ({what})", soft_wrap=True)
+    console.print(
+        "work: times that of stock PyTorch's step. At best: an estimate (roofline), the least time of stock's "
+        f"arithmetic and traffic, times work; {rates}",
+        soft_wrap=True,
+    )
+
+
+def _time(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:

@@ -25,20 +25,21 @@ from .meter import time_call
 from .ordinary import autocast, first_tensor, loss_of
 from .results import Task
 
-_SECONDS = 1.5  # of each ceiling
 
-
-def measure_ceilings(device: str) -> dict[str, float]:
+def measure_ceilings(device: str, seconds: float = 1.5) -> dict[str, float]:
     """Copy bandwidth (`gb_per_s`, bytes read plus written) and arithmetic by dtype (`tflop_per_s fp32`, ...).
 
     Arithmetic is that of a matrix product or of a convolution, whichever is faster: on a CPU they come from two
     libraries, of which one may use wider vectors than the other. The best of many counts: a ceiling is what the machine
     can do, not what it does on average beside other work.
+
+    Args:
+        seconds: that each of them is tried for.
     """
     size = 2**28 if device == "cpu" else 2**32
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    found = {"gb_per_s": 2 * size / _least_seconds(lambda: target.copy_(source), device) / 1e9}
+    found = {"gb_per_s": 2 * size / _least_seconds(lambda: target.copy_(source), device, seconds) / 1e9}
     for name, dtype, side in (("fp32", torch.float32, 2048), ("bf16", torch.bfloat16, 8192)):
         if name == "bf16" and device == "cpu":
             continue
@@ -49,18 +50,21 @@ def measure_ceilings(device: str) -> dict[str, float]:
             for shape in ((1, c, c, c), (c, c, k, k))
         )
         with torch.no_grad():
-            product = 2 * side**3 / _least_seconds(lambda a=a, b=b: a @ b, device)
-            convolution = 2 * c**4 * k**2 / _least_seconds(lambda x=x, w=w: conv2d(x, w, padding=1), device)
+            product = 2 * side**3 / _least_seconds(lambda a=a, b=b: a @ b, device, seconds)
+            convolution = 2 * c**4 * k**2 / _least_seconds(lambda x=x, w=w: conv2d(x, w, padding=1), device, seconds)
         found[f"tflop_per_s {name}"] = max(product, convolution) / 1e12
     return found
 
 
-def _least_seconds(run: Callable[[], Any], device: str) -> float:
+def _least_seconds(run: Callable[[], Any], device: str, seconds: float) -> float:
     best, spent = float("inf"), 0.0
     time_call(run, device)
-    while spent < _SECONDS:
-        took, _ = time_call(run, device)
-        best, spent = min(best, took), spent + took
+    while spent < seconds:
+        took, own = time_call(run, device)
+        spent += took
+        if device == "cpu" and took > 1.5 * own:  # other work has the cores; alone it would have taken its own time
+            took = own / torch.get_num_threads()
+        best = min(best, took)
     return best
 
 

@@ -35,3 +35,12 @@ FREE_SHARE = 0.8
 FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
 # Where maps may be kept besides on the device, and the arithmetic that could be done while a byte goes there.
 ELSEWHERE = {"cpu": {"disk": 100}, "cuda": {"host": 10_000, "disk": 100_000}}
+# Of GPUs that people have: memory in GB, GB/s, and TFLOP/s of float32 and of 16-bit products without sparsity, as their
+# maker's data sheets say. They make the times of GPUs that are not here, which are lower bounds.
+GPUS = {
+    "T4": (16, 320, 8.1, 65),
+    "RTX 4090": (24, 1008, 82.6, 165.2),
+    "L40S": (48, 864, 91.6, 362),
+    "A100": (80, 2039, 19.5, 312),
+    "H100": (80, 3350, 67, 989),
+}

@@ -39,8 +39,8 @@ class Plan:
         sides: the tile of each stage, in pixels of its largest source.
         maps: where maps that stages alone read are stored: "device", "host" or "disk".
         away_bytes: what they take there, if that is not the device.
-        choices: which maps may be stored whole (`strategy.py`): those that did not fit, the one taken, and in the
-            result of `plan` those that need still less.
+        choices: which maps may be stored whole (`strategy.py`), as far as they were tried: those that did not fit, and
+            the one taken.
         choice: which of them is taken.
         replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are computed op by op.
         budget: the budget, or None.
@@ -94,6 +94,13 @@ class Plan:
         """Whether the predicted peak keeps to the budget."""
         return self.budget is None or self.peak_bytes <= self.budget
 
+    @property
+    def work(self) -> float:
+        """Arithmetic and moved bytes of the step, those of stock PyTorch being 1."""
+        stock, tiles = 3 if self.training else 1, self.tiles[0] * self.tiles[1]
+        forwards = self.choices[self.choice].forwards
+        return (forwards - (forwards - stock) * self.retained / tiles) / stock  # retained tiles are not recomputed
+
     def __str__(self) -> str:
         n, c, height, width = self.image
         lines = [
@@ -120,14 +127,11 @@ class Plan:
         lines.append(("predicted peak", format_bytes(self.peak_bytes)))
         if self.budget is not None:
             lines.append(("budget", f"{format_bytes(self.budget)} ({'fits' if self.fits else 'does not fit'})"))
+        if self.choices:
+            lines.append(("work", f"{self.work:.2f} times that of stock PyTorch"))
+            if len(self.sides) > 1:
+                lines.append(("kept", self.choices[self.choice].name))
         if self.stock_bytes is not None:
             ratio = self.stock_bytes / self.peak_bytes
             lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} ({ratio:.1f} times this)"))
-        text = "\n".join(f"{name:<15} {text}" for name, text in lines)
-        if len(self.choices) < 2:
-            return text
-        rows = (
-            f"{'>' if n == self.choice else ' '} {made.forwards:5.1f}  {format_bytes(made.bytes):>9}  {made.name}"
-            for n, made in enumerate(self.choices)
-        )
-        return "\n".join([text, "", "  work in forwards, bytes of whole maps, and which maps are stored", *rows])
+        return "\n".join(f"{name:<15} {text}" for name, text in lines)

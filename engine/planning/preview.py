@@ -8,19 +8,22 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..capture.trace import capture
+from ..capture.trace import Program, capture
 from ..errors import GigamorphError
 from ..module.arguments import HALO_PLACES, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from .plan import Plan
-from .search import Request, arrange
-from .simulate import stock_peak
+from .search import Request, arrange, arrange_each
+from .simulate import is_here, stock_peak
+
+ENDLESS = 1 << 60
+"""Bytes of a GPU that is not here, and as large as it has to be."""
 
 
 def plan(
     model: nn.Module,
     image_size: tuple[int, ...],
-    budget: int | str | None = None,
+    memory_budget: int | str | None = None,
     *,
     tile: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -33,10 +36,10 @@ def plan(
     Args:
         model: the network, in the mode it will run in (freeze BatchNorm before, or put it in evaluation mode).
         image_size: (H, W), (C, H, W) or (N, C, H, W); without them N is 1 and C what the first layer takes.
-        budget: bytes (``"4GiB"``); None takes what is free.
+        memory_budget: bytes (``"4GiB"``); None takes what is free, and of a GPU that is not here whatever is needed.
         tile: side or (height, width); None chooses.
         dtype: dtype of the image; None takes that of the parameters.
-        device: device the step would run on.
+        device: device the step would run on; it need not be here.
         training: with a backward, or inference.
         halos: "device", "host", "disk" or "auto".
 
@@ -46,20 +49,50 @@ def plan(
     """
     check_network(model)
     check_choice("halos", halos, HALO_PLACES)
-    shape = _full_shape(model, image_size)
-    network = model.__dict__.get("_network", model)
-    if dtype is None:
-        floating = [p.dtype for p in network.parameters() if p.is_floating_point()]
-        dtype = floating[0] if floating else torch.float32
-    assert dtype is not None
-    device = torch.device(device)
-    with torch.set_grad_enabled(training):
-        program = capture(network, shape, dtype, device)
-    limit = None if budget is None else parse_bytes(budget)
-    _, chosen = arrange(program, Request(limit, tile_sides(tile), training, halos), compare=True)
+    network, shape, dtype, device = _asked(model, image_size, dtype, device)
+    program = _program(network, shape, dtype, device, training)
+    limit = None if memory_budget is None else parse_bytes(memory_budget)
+    request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
+    _, chosen = arrange(program, request)
     held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     stock = held + stock_peak(network, shape, dtype, device, training)
     return replace(chosen, stock_bytes=stock)
+
+
+def plan_each(
+    model: nn.Module,
+    image_size: tuple[int, ...],
+    memory_budgets: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    training: bool = True,
+) -> list[Plan | None]:
+    """As `plan`, for several budgets in bytes; None where nothing fits. Stock PyTorch is not asked about."""
+    check_network(model)
+    network, shape, dtype, device = _asked(model, image_size, None, device)
+    program = _program(network, shape, dtype, device, training)
+    return arrange_each(program, Request(None, None, training), memory_budgets)
+
+
+def _program(
+    network: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, training: bool
+) -> Program:
+    """The recorded forward, as on a device that need not be here."""
+    with torch.set_grad_enabled(training):
+        program = capture(network, shape, dtype, device if is_here(device) else "cpu")
+    for value in program.values:
+        value.device = device
+    return program
+
+
+def _asked(
+    model: nn.Module, image_size: Sequence[int], dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[nn.Module, tuple[int, int, int, int], torch.dtype, torch.device]:
+    """The network itself, the full shape, the image's dtype, the device."""
+    shape = _full_shape(model, image_size)
+    network = model.__dict__.get("_network", model)
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    return network, shape, own if dtype is None else dtype, torch.device(device)
 
 
 def _full_shape(model: nn.Module, given: Sequence[int]) -> tuple[int, int, int, int]:

@@ -31,6 +31,7 @@ class Request:
 
     Attributes:
         budget: bytes; None for what is free.
+        available: bytes that are free, of which a share is taken; None asks the device.
         tile: (height, width) of a tile of the image; None for the preferred one if it fits, else the largest that does.
         training: whether there is a backward.
         halos: where the halos may be kept between the passes: "device", "host", "disk" or "auto".
@@ -46,10 +47,13 @@ class Request:
     image_grad: bool = False
     count_tile: bool = True
     fallback: str | None = None
+    available: int | None = None
 
     def limit(self, device: torch.device) -> int:
         """Bytes that the step may take."""
-        return int(constants.FREE_SHARE * available_bytes(device)) if self.budget is None else self.budget
+        if self.budget is not None:
+            return self.budget
+        return int(constants.FREE_SHARE * (available_bytes(device) if self.available is None else self.available))
 
     def halo_places(self, device: torch.device) -> list[str]:
         """Where the halos may be kept, the fastest first."""
@@ -118,7 +122,6 @@ class _Options:
 def arrange(
     program: Program,
     request: Request,
-    compare: bool = False,
     shard: SpatialShard | None = None,
     agree: bool = False,
 ) -> tuple[StagedProgram, Plan]:
@@ -128,7 +131,6 @@ def arrange(
     free is the limit, and nothing is retained.
 
     Args:
-        compare: list in the plan the choices that are slower and need less, too.
         shard: this process's part of the image, if that is split: the plan is that of this process.
         agree: take a choice that fits in all processes; given by all of them at the same time.
 
@@ -141,12 +143,26 @@ def arrange(
     for strategy in strategies(maps, nodes, request.training, request.image_grad):
         if options.add(strategy) and len(options.options) == 1:
             found = options.fit(0, coarse=True)
-        if found is not None and not compare:
+        if found is not None:
             break
     found = found or options.slower()
     if found is None:
         raise options.refusal()
     return options.options[found.choice][0], replace(found, choices=tuple(options.tried))
+
+
+def arrange_each(program: Program, request: Request, budgets: Sequence[int]) -> list[Plan | None]:
+    """The plans that `arrange` would make for several budgets, in the time that one takes; None where nothing fits."""
+    maps, nodes = sort(program, request.fallback)
+    options = _Options(request, program.values[0].device, None, agree=False)
+    for strategy in strategies(maps, nodes, request.training, request.image_grad):
+        options.add(strategy)
+    plans: list[Plan | None] = []
+    for budget in budgets:
+        options.request = replace(request, budget=budget)
+        found = options.fit(0, coarse=True) or options.slower()
+        plans.append(found and replace(found, choices=tuple(options.tried)))
+    return plans
 
 
 def _prepare_once(staged: StagedProgram, ready: set[int], request: Request) -> None:

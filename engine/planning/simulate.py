@@ -7,8 +7,9 @@ memory and the allocator's loss.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..capture.holders import walk
+from ..capture.program import Value
 from ..capture.state import Snapshot
 from ..lowering.geometry import AxisSchedule
 from ..lowering.stages import Stage
@@ -84,6 +86,29 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     Args:
         wanted: the sources and vectors that want a gradient.
     """
+    with _on_what_is_here(stage.program.values):
+        return _tile_peak(stage, tiled, training, wanted)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether tensors without values can be differentiated as if they lay on a device; on no GPU that is not here."""
+    return device.type != "cuda" or torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _on_what_is_here(values: Sequence[Value]) -> Iterator[None]:
+    """Values of a GPU that is not here are counted as the CPU's, where they have as many bytes."""
+    devices = [value.device for value in values]
+    for value in values:
+        value.device = value.device if is_here(value.device) else torch.device("cpu")
+    try:
+        yield
+    finally:
+        for value, device in zip(values, devices, strict=True):
+            value.device = device
+
+
+def _tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
     values = stage.program.values
     image = values[stage.image]
     i, j = _usual(tiled.rows, stage), _usual(tiled.cols, stage)
@@ -177,7 +202,7 @@ def stock_peak(
     model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool
 ) -> int:
     """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
-    fake = FakeTensorMode()
+    fake, device = FakeTensorMode(), device if is_here(device) else torch.device("cpu")
     state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
     def twin(tensor: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
             here = stored_peak(away, training, wanted)
             yield Strategy(text, away, (cost + flops * moved) / unit, here, stored - here)
 
-    yield from weigh("all that is read again", split(maps, nodes, crossing(maps, nodes)))
+    yield from weigh("all maps that are read again", split(maps, nodes, crossing(maps, nodes)))
     for name, staged in _candidates(maps, nodes, training):
         yield from weigh(name, staged)
 
@@ -92,21 +92,19 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
     read_later, level = crossing(maps, nodes), levels(maps, nodes)
     stored = [v for v in read_later if level[v] or v in fixed]
     if len(stored) < len(read_later):
-        yield "all that is read again, but for the first layers", split(maps, nodes, stored)
+        yield "all maps that are read again but those of the first layers", split(maps, nodes, stored)
     for grouped in (1, 2, 4) if training else (1,):
         every = cuts[::-1][::grouped][::-1]
         for until in range(1 if training and grouped == 1 else len(every), len(every) + 1):
             chosen = every[:until]
-            name = f"{['', 'every cut', 'every second cut', '', 'every fourth cut'][grouped]}"
-            name += f" up to {until} of {len(every)}" if until < len(every) else ""
-            name += ", and what is between while it is needed" if training else ", and what is read again"
+            name = _named_after(until, len(every), grouped, training)
             read_later = crossing(maps, nodes, chosen)
             level = levels(maps, nodes, chosen)
             # The more is not stored, the more costs keeping late maps: those choices are no better than others.
             for number in range((until if until == len(every) else 1) + 1):
                 end = level[chosen[number - 1]] if number else -1
                 inside = {v for v in read_later if level[v] <= end and v not in fixed}
-                for dropped, text in ((inside - set(chosen), "cuts only"), (inside, "nothing")):
+                for dropped, text in ((inside - set(chosen), "the ends only"), (inside, "nothing")):
                     if number and not dropped:
                         continue
                     stored = [v for v in read_later if v not in dropped]
@@ -114,9 +112,19 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                     staged = split(maps, nodes, stored, kept)
                     if training and kept:
                         staged.segments = segments_between(staged, kept)
-                    yield name + (f"; up to cut {number} {text}" if number else ""), staged
+                    yield name + (f"; of blocks 1 to {number} {text}" if number else ""), staged
                     if not number:
                         break
+
+
+def _named_after(until: int, count: int, grouped: int, training: bool) -> str:
+    """What a choice keeps, in words: a block is what lies between two cuts."""
+    block = {1: "block", 2: "second block", 4: "fourth block"}[grouped]
+    if not training:
+        return f"the end of every {block}, and what is read again"
+    if until < count:
+        return f"the ends of blocks 1 to {until} of {count}, and all maps of the others"
+    return f"the end of every {block}"
 
 
 def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:

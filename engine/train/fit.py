@@ -14,8 +14,8 @@ import torch
 from ..accelerate import Accelerated, accelerate
 from ..errors import DataError, GigamorphError
 from ..models import create_model, load_weights
-from ..morph.origin import Origin
 from ..models.classifier import check_classifier
+from ..morph.origin import Origin
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from .card import Card, write_card

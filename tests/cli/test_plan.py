@@ -9,6 +9,22 @@ from gigamorph.cli.main import main
 RESNET = ["--model", "resnet18", "--size", "2048x1536"]
 
 
+RATES = {"gb_per_s": 10.0, "tflop_per_s fp32": 0.1}
+
+
+@pytest.fixture
+def table():
+    """For tests that look at the table of budgets."""
+
+
+@pytest.fixture(autouse=True)
+def rates(request, monkeypatch):
+    """Those of this machine would have to be measured; the table is made for the tests that look at it."""
+    monkeypatch.setattr("gigamorph.engine.bench.roofline.measure_ceilings", lambda device, seconds: RATES)
+    if "table" not in request.fixturenames:
+        monkeypatch.setattr("gigamorph.cli.plan._compare", lambda *args: None)
+
+
 def run(*args):
     with pytest.raises(SystemExit) as exit_:
         main(["plan", *args])
@@ -68,6 +84,60 @@ def test_a_terminal_gets_bars_on_one_scale():
     assert max(bars.values()) == next(n for name, n in bars.items() if name.startswith("stock PyTorch")) == 32
     assert bars["budget (kept)"] == round(32 * 2**21 / made.stock_bytes)
     assert lines[0] == "a training step of net on 512 x 512 pixels (0.3 Mpx)"
+
+
+def test_five_budgets_and_their_least_times(table, capsys):
+    """Shares of stock's memory; the time is the floor of stock's step, times the work of the plan."""
+    import torch
+
+    from gigamorph import accelerate, create_model, plan
+    from gigamorph.engine.bench.results import Task
+    from gigamorph.engine.bench.roofline import count
+
+    assert run("--model", "resnet18", "--size", "2048x1536", "--views", "2", "--batch-norm", "frozen") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("image           2 x 1 x 2048 x 1536 (6.3 Mpx)") and "every cut" not in out
+    net = accelerate(create_model("resnet18"), batch_norm="frozen")
+    whole = plan(net, (2, 1, 2048, 1536))
+    row = next(line for line in out.splitlines() if line.startswith("1/2 of it"))
+    half = plan(net, (2, 1, 2048, 1536), whole.stock_bytes // 2)
+    with torch.enable_grad():
+        floor = count(net._network, Task("", (2, 1, 2048, 1536))).seconds(RATES, "fp32")
+    wanted = [f"{half.tile[0]} x {half.tile[1]}", f"{half.work:.2f}", f"{floor * half.work:.2g} s"]
+    assert re.split(r"  +", row.strip())[-3:] == wanted
+    assert (
+        sum(re.match(r"(stock's memory|1/\d+ of it) +[\d.]+ \wiB ", line) is not None for line in out.splitlines()) == 5
+    )
+    assert "the least that is enough: 1/" in out
+    assert out.rstrip().endswith("rates: this machine's, measured now: 10 GB/s, 0.1 TFLOP/s")
+
+
+@pytest.mark.parametrize("more", [[], ["--batch-norm", "frozen", "--precision", "bf16"], ["--inference"]])
+def test_which_gpu_of_those_that_are_not_here(more, table, capsys):
+    assert run("--model", "resnet18", "--size", "1024x1024", "--views", "4", "--device", "cuda", *more) == 0
+    out = capsys.readouterr().out
+    (answer,) = (line for line in out.splitlines() if line.startswith("the least that is enough"))
+    assert re.fullmatch(r".*: T4, 16 GB \(peak [\d.]+ [MG]iB, at best [\d.]+ s a step\)", answer)
+    assert out.count(" GB ") >= 5 and "data sheets" in out
+
+
+def test_a_gpu_s_memory_is_the_budget(capsys):
+    assert run(*RESNET, "--device", "cuda:1GiB", "--batch-norm", "frozen") == 0
+    assert re.search(r"budget +819 MiB \(fits\)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:1", "cuda:lots", "cpu:4GiB", "cuda:0GiB"])
+def test_devices_that_are_none(device, capsys):
+    assert run(*RESNET, "--device", device) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_the_network_refuses_is_one_line(capsys):
+    pytest.importorskip("timm")
+    assert run("--model", "timm:vit_tiny_patch16_224", "--size", "512x512") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot take an image of 1 x 512 x 512" in error
+    assert "Input height (512) doesn't match model (224)" in error
 
 
 def test_plan_of_a_budget_below_every_tile_fails_in_one_line(capsys):

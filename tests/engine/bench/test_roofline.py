@@ -36,13 +36,22 @@ def test_views_cost_nothing():
 @pytest.mark.parametrize("product, convolution", [(1.0, 1e9), (1e9, 1.0)])
 def test_the_ceiling_is_the_faster_of_product_and_convolution(monkeypatch, product, convolution):
     seconds = iter((1.0, product, convolution))
-    monkeypatch.setattr("gigamorph.engine.bench.roofline._least_seconds", lambda run, device: next(seconds))
+    monkeypatch.setattr("gigamorph.engine.bench.roofline._least_seconds", lambda run, device, longest: next(seconds))
     flops = 2 * 2048**3 if product < convolution else 2 * 9 * 256 * 256 * 256**2  # 3x3, 256 to 256 channels, 256 x 256
     assert measure_ceilings("cpu")["tflop_per_s fp32"] == flops / 1e12
 
 
-def test_ceilings_are_rates(monkeypatch):
-    monkeypatch.setattr("gigamorph.engine.bench.roofline._SECONDS", 0.01)
-    found = measure_ceilings("cpu")
+def test_ceilings_are_rates():
+    found = measure_ceilings("cpu", seconds=0.01)
     assert found.keys() == {"gb_per_s", "tflop_per_s fp32"} and all(rate > 0 for rate in found.values())
     assert torch.get_num_threads() > 0
+
+
+def test_other_work_on_the_cores_is_not_counted(monkeypatch):
+    threads = torch.get_num_threads()
+    taken = {"busy": (10.0, 0.5 * threads), "alone": (0.5, 0.5 * threads)}
+    found = {}
+    for name, times in taken.items():
+        monkeypatch.setattr("gigamorph.engine.bench.roofline.time_call", lambda run, device, times=times: times)
+        found[name] = measure_ceilings("cpu", seconds=0.3)
+    assert found["busy"] == found["alone"]
