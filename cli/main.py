@@ -54,25 +54,32 @@ def main(args: list[str] | None = None) -> None:
     # the many short operations of a step by tiles 10 to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
+        code = _run(args)
         sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever read the output, as `| head` does, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
-        sys.exit(141)  # as of a process that SIGPIPE has ended
+        code = 141  # as of a process that SIGPIPE has ended
+    sys.exit(code)
+
+
+def _run(args: list[str] | None) -> int:
+    """The exit code."""
+    try:
+        code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         from ..engine.errors import GigamorphError
 
         if not isinstance(error, GigamorphError):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        return 2
 
 
 if __name__ == "__main__":

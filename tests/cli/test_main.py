@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -54,12 +55,14 @@ def test_ctrl_c_is_130_and_faults_of_ours_keep_their_trace(monkeypatch, capsys):
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["train", "--help"]])
 def test_a_reader_that_has_enough(args, monkeypatch):
-    """As of `gigamorph | head -3`."""
+    """As of `gigamorph | head -3`: no traceback; the exit code is click's, or that of a process ended by SIGPIPE."""
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        assert run(*args) == 141
+    pipe = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert run(*args) in (1, 2, 141)
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()
 
 
 def test_version(capsys):
