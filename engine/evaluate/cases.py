@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import DataError
 from . import odds
+from .checks import NotANumber
 
 Array = NDArray[np.float64]
 Level = Literal["image", "breast", "exam"]
@@ -63,7 +64,7 @@ class Cases:
         fine = ~np.isnan(self.scores) if self.probable else np.isfinite(self.scores)
         bad = np.flatnonzero(~fine.all(1))
         if len(bad):
-            raise DataError(f"{self.names[bad[0]]}: its score is not a number; predict it again, or leave it out")
+            raise NotANumber(f"{self.names[bad[0]]}: its score is not a number; predict it again, or leave it out")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -10,6 +10,10 @@ from ..errors import DataError
 Array = NDArray[np.float64]
 
 
+class NotANumber(DataError):
+    """A score or label is NaN: of a network, its training has diverged."""
+
+
 def numbers(values: ArrayLike, name: str = "scores") -> Array:
     """Values as float64, infinite ones too; `DataError` for NaN and for what is no number."""
     try:
@@ -18,7 +22,7 @@ def numbers(values: ArrayLike, name: str = "scores") -> Array:
         raise DataError(f"{name} are no numbers ({error})") from error
     bad = np.argwhere(np.isnan(found))
     if len(bad):
-        raise DataError(f"{name}: row {bad[0][0]} is not a number (NaN); leave it out")
+        raise NotANumber(f"{name}: row {bad[0][0]} is not a number (NaN); leave it out")
     return found
 
 

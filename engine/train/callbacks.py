@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from ..errors import GigamorphError
+from ..evaluate.checks import NotANumber
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 from ..tiling.memory import peak_bytes, reset_peak
@@ -103,7 +104,10 @@ class Epochs(Callback):
             raise InterruptedTraining
 
     def _score(self, trainer: pl.Trainer, module: StageModule) -> Score | None:
-        found = _evaluating(trainer, module, 1, module.task.score)
+        try:
+            found = _evaluating(trainer, module, 1, module.task.score)
+        except NotANumber:  # a prediction is
+            found = math.nan
         score = found if found is None or isinstance(found, Score) else Score(found)
         if score is not None and not math.isfinite(score.value):
             place = f"stage '{module.stage.name}', epoch {module.state.within + 1}"

@@ -55,10 +55,10 @@ def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path
     )
     assert code == 0
     assert [(task.model, task.image) for task, *_ in given] == [
-        ("a", (1, 3, 100, 200)),
-        ("a", (1, 3, 300, 300)),
-        ("b", (1, 3, 100, 200)),
-        ("b", (1, 3, 300, 300)),
+        ("a", (1, 1, 100, 200)),
+        ("a", (1, 1, 300, 300)),
+        ("b", (1, 1, 100, 200)),
+        ("b", (1, 1, 300, 300)),
     ]
     task, options, ceilings = given[0]
     assert not task.training and options.cap == 2**30 and options.peers == ("stock",) and ceilings == {"gb_per_s": 20.0}

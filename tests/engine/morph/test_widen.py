@@ -478,17 +478,17 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutated_children_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, original = randomize(Shortcut()), WidenStep.grow
+    model, original = randomize(Shortcut()), WidenStep.fill
 
-    def wrong(*arguments: Any) -> Any:
-        child, certificate = original(*arguments)
+    def wrong(step: WidenStep, child: nn.Module, *more: Any) -> Any:
+        certificate = original(step, child, *more)
         with torch.no_grad():
             MUTATIONS[name](child)
-        return child, certificate
+        return certificate
 
     counts = {"a.weight:0": [2, 1, 3, 1], "b.weight:0": [1, 2, 1, 1, 3, 2]}
     assert widen(model, X, counts)[1].changes
-    monkeypatch.setattr(WidenStep, "grow", wrong)
+    monkeypatch.setattr(WidenStep, "fill", wrong)
     with pytest.raises(MorphError, match="differs"):
         widen(model, X, counts)
 

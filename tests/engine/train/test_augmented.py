@@ -50,7 +50,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 def test_training_images_alone_are_varied_and_it_is_recorded(table: Path, tmp_path: Path, drawn: list) -> None:
     data = training_data(table, augment=AUGMENT, seed=5)
     metrics = fit(data, OPTIONS, tmp_path / "run").metrics
-    # Each image once an epoch, and none of val and test.
+    # The first for its size, before; then each image once an epoch, and none of val and test.
+    assert drawn.pop(0) == (5, 0, 0)
     assert sorted(drawn) == [(5, epoch, index) for epoch in range(2) for index in range(len(data.train))]
     stored = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]["preprocessing"]
     assert stored["augment"] == "flip,rotate=10,elastic=3,gamma=0.2,noise=0.02"
