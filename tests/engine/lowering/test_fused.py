@@ -134,7 +134,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(80),
+    max_examples=examples(50),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

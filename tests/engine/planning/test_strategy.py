@@ -60,7 +60,7 @@ def arbitrary(seed: int):
     return choose
 
 
-@settings(max_examples=examples(50), **CHECKS)
+@settings(max_examples=examples(30), **CHECKS)
 @given(programs(statistics=True), st.integers(0, 10**6))
 def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)
@@ -88,14 +88,14 @@ def test_rows_columns_and_grids_with_any_maps_stored(seed: int, monkeypatch: pyt
     assert_exact(Gated().double(), image, tile=(9, 7))
 
 
-@settings(max_examples=examples(15), **CHECKS)
+@settings(max_examples=examples(10), **CHECKS)
 @given(programs(statistics=True, strips=True), st.integers(0, 10**6))
 def test_random_networks_with_strips(program: Program, seed: int) -> None:
     check(program, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(50), **CHECKS)
+@settings(max_examples=examples(30), **CHECKS)
 @given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
 def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)
