@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.precision import tf32_settings
 from .holders import Found, Holder
 from .state import Effect, Snapshot
 
@@ -40,8 +41,7 @@ def process_state() -> tuple[Any, ...]:
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,
+        tf32_settings(),
         tuple(module._global_forward_hooks.values()),
         tuple(module._global_forward_pre_hooks.values()),
         bool(module._global_backward_hooks or module._global_backward_pre_hooks),

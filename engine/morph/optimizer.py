@@ -150,7 +150,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
     Raises:
         MorphError: another morph than widening, an average of another architecture, or a failed check.
     """
-    average, parent, child = stock(average), stock(parent), stock(child)
+    parent, child = stock(parent), stock(child)
+    average = stock(average)  # pyright: ignore[reportAssignmentType]  of the same class, or what was accelerated
     step = report.step
     if not isinstance(step, WidenStep):
         raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
