@@ -255,7 +255,7 @@ def test_live_norms_are_exact(remembered: Remembered) -> None:
 
 
 def test_random_networks(remembered: Remembered) -> None:
-    @settings(max_examples=examples(30), **CHECKS)
+    @settings(max_examples=examples(50), **CHECKS)
     @given(programs(max_steps=10))
     def check(program: Program) -> None:
         model = program.build()
