@@ -1,4 +1,4 @@
-"""Which real networks the engine computes exactly: the 176 networks of the census, frozen and with live norms.
+"""Which real networks the engine computes exactly: the 178 networks of the census, frozen and with live norms.
 
 Each network runs at a small, odd size in tiles, with random weights and statistics, and is compared with stock PyTorch:
 outputs, the gradient of every parameter and of the image, and every buffer after the step. Two modes: "eval" (batch 1),
@@ -42,15 +42,15 @@ from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 
 TIMM = """
-    resnet18 resnet50 resnext50_32x4d resnetblur18 resnetaa50 resnet50d resnetv2_50 resnet51q regnetx_002 densenet121
-    densenetblur121d vgg11_bn vgg11 convnext_atto convnext_atto_ols convnext_atto_rms convnext_tiny_hnf
+    resnet18 resnet50 resnext50_32x4d resnetblur18 resnetaa50 resnet50d resnetv2_50 resnet51q regnetx_002
+    densenet121 densenetblur121d vgg11_bn vgg11 convnext_atto convnext_atto_ols convnext_atto_rms convnext_tiny_hnf
     efficientnet_lite0 efficientnet_es fbnetc_100 mobilenetv1_100 mobilenetv2_100 mobilenet_edgetpu_v2_s
     mobilenetv4_conv_small mobilenetv4_conv_aa_medium mobilenetv4_conv_blur_medium mnasnet_100 spnasnet_100 dla34
-    dla60x dla60_res2net hrnet_w18_small hrnet_w18_ssld res2net50_26w_4s res2net50d nf_resnet26 repvgg_a0 mobileone_s0
-    gernet_s inception_v3 inception_v4 inception_resnet_v2 inception_next_atto xception41 xception41p legacy_xception
-    dpn48b dpn68b darknet53 darknetaa53 cspresnet50 cspdarknet53 cs3darknet_focus_s cs3darknet_s selecsls42b vovnet39a
-    nasnetalarge pnasnet5large starnet_s1 fasternet_t0 hgnetv2_b0 convmixer_768_32 mambaout_femto convformer_s18
-    halonet26t
+    dla60x dla60_res2net hrnet_w18_small hrnet_w18_ssld hrnet_w30 res2net50_26w_4s res2net50d nf_resnet26 repvgg_a0
+    mobileone_s0 gernet_s inception_v3 inception_v4 inception_resnet_v2 inception_next_atto xception41 xception41p
+    legacy_xception dpn48b dpn68b darknet53 darknetaa53 cspresnet50 cspdarknet53 cs3darknet_focus_s cs3darknet_s
+    selecsls42b vovnet39a nasnetalarge pnasnet5large starnet_s1 fasternet_t0 hgnetv2_b0 convmixer_768_32
+    mambaout_femto convformer_s18 halonet26t
 """.split()
 TORCHVISION = """
     googlenet shufflenet_v2_x0_5 squeezenet1_1 mnasnet0_5 alexnet convnext_tiny resnet18 densenet121 inception_v3
@@ -75,7 +75,7 @@ CLASS_B = """
     ese_vovnet39b eca_vovnet39b hgnet_tiny repvit_m0_9 fastvit_t8 poolformer_s12 poolformerv2_s12 focalnet_tiny_srf
     efficientvit_b0 efficientvit_l1 mobilevitv2_050 swiftformer_xs lambda_resnet26t tv:mobilenet_v3_small
     tv:efficientnet_v2_s tv:regnet_y_400mf tvs:deeplabv3_mobilenet_v3_large tvs:lraspp_mobilenet_v3_large own:unet_in
-    edgenext_xx_small edgenext_small_rw
+    edgenext_xx_small edgenext_small_rw skresnext50_32x4d
 """.split()
 CLASS_C = """
     mobilenetv4_hybrid_medium fastvit_sa12 caformer_s18 mobilevit_xxs nextvit_small shvit_s1 iformer_t lowformer_b0
@@ -295,12 +295,13 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
+        self.commit = commit()
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
         if path.exists():
             self.rows = {(r["network"], r["mode"]): r for r in json.loads(path.read_text())["networks"]}
 
     def add(self, report: dict[str, Any]) -> None:
-        self.rows[report["network"], report["mode"]] = report
+        self.rows[report["network"], report["mode"]] = report | {"commit": self.commit}
         order = {(name, mode): i for i, (name, mode) in enumerate(itertools.product(CLASSES, MODES))}
         rows = [self.rows[key] for key in sorted(self.rows, key=lambda key: order.get(key, len(order)))]
         text = json.dumps({**provenance(), "counts": counts(rows), "networks": rows}, indent=1) + "\n"
@@ -332,17 +333,19 @@ def _line(number: int, total: int, report: dict[str, Any]) -> str:
     ).rstrip()
 
 
+def commit() -> str:
+    """The commit of the code that runs, with "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def provenance() -> dict[str, Any]:
-    """What the numbers were made with."""
+    """The versions that the numbers were made with."""
     import timm
     import torch
     import torchvision
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
-        "commit": commit.stdout.strip(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "torchvision": torchvision.__version__,

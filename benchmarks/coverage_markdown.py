@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,16 @@ Written by `python benchmarks/coverage.py --markdown` from `benchmarks/results/c
 {len(names)} networks (timm {result["timm"]}, torchvision {result["torchvision"]}, and small U-Nets and a feature
 pyramid of our own), unmodified, in tiles of {tile} pixels: outputs, the gradient of every parameter and of the image,
 and every buffer after one training step, against stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
-Rows are measured one by one; the commit in the JSON is that of the last.
+{_commits(result["networks"])}
 """
+
+
+def _commits(rows: list[Row]) -> str:
+    """Which code the rows are of."""
+    counted = Counter(row["commit"] for row in rows).most_common()
+    if len(counted) == 1:
+        return f"All {len(rows)} rows are of commit {counted[0][0]}."
+    return "Rows by commit: " + ", ".join(f"{number} of {commit}" for commit, number in counted) + "."
 
 
 def _counts(rows: list[Row]) -> str:
@@ -93,7 +102,26 @@ that it is right; the remark says so.
 
 *float32* is the error of the outputs in float32, measured against float64, as a multiple of stock PyTorch's own.
 Below 1 the tiles are nearer to the truth than stock is. {_gradients(result["networks"])}
+
+*time* is a training step's in float64 on one core, as a multiple of stock PyTorch's: the best of three in turns, after
+the recording. {_slowest(result["networks"])} Images are small here and tiles smaller, so that seams are many and the
+halos as large as the tiles; what a step takes at real sizes is in `docs/benchmarks.md`.
 """
+
+
+def slowdown(row: Row) -> float | None:
+    """How many times as long as stock's step a step in tiles takes; None of a row without times."""
+    return row["steps"]["tiled"] / row["steps"]["stock"] if "steps" in row else None
+
+
+def _slowest(rows: list[Row]) -> str:
+    timed = [(ratio, row) for row in rows if (ratio := slowdown(row)) is not None]
+    if not timed:
+        return "None was timed."
+    slowest, row = max(timed, key=lambda pair: pair[0])
+    median = statistics.median(ratio for ratio, _ in timed)
+    return f"""Median {median:.1f}; the longest, {slowest:.1f}, is {row["network"]}'s
+with {MODES[row["mode"]]} norms."""
 
 
 def _gradients(rows: list[Row]) -> str:
@@ -128,12 +156,14 @@ def _shared(text: str) -> str:
 
 def _cells(row: Row | None, numbers: dict[str, int]) -> str:
     if row is None:
-        return "not measured | |"
+        return "not measured | | |"
     error = f"{row['error']:.0e}" if "error" in row else ""
     single = f"{row['float32']['outputs']:.2f}" if "float32" in row else ""
     remarks = ", ".join(f"[{numbers[text]}](#remarks)" for text in _texts(row))
+    ratio = slowdown(row)
+    time = f"{ratio:.1f}" if ratio is not None else ""
     verdict = "**wrong**" if row["verdict"] == "wrong" else row["verdict"]
-    return f"{verdict} {remarks}".strip() + f" | {error} | {single}"
+    return f"{verdict} {remarks}".strip() + f" | {error} | {single} | {time}"
 
 
 def _networks(rows: list[Row]) -> str:
@@ -142,8 +172,8 @@ def _networks(rows: list[Row]) -> str:
     lines = [
         "## Networks",
         "",
-        "| network | class | size | frozen | error | float32 | live | error | float32 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | class | size | frozen | error | float32 | time | live | error | float32 | time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["network"] for row in rows):
         both = [by.get((name, mode)) for mode in MODES]

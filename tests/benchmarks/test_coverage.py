@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import coverage as census  # noqa: E402
 from coverage_judge import ROUNDING  # noqa: E402
-from coverage_markdown import PAGE, page  # noqa: E402
+from coverage_markdown import PAGE, page, slowdown  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def test_the_page_is_what_the_json_says(recorded: dict[str, Any]) -> None:
 
 def test_every_network_frozen(recorded: dict[str, Any]) -> None:
     frozen = [row["network"] for row in recorded["networks"] if row["mode"] == "eval"]
-    assert frozen == list(census.CLASSES) and len(frozen) == 176
+    assert frozen == list(census.CLASSES) and len(frozen) == 178
 
 
 def test_every_network_in_both_modes(recorded: dict[str, Any]) -> None:
-    """The 176 of the census, in its order."""
+    """The 178 of the census, in its order."""
     found = [(row["network"], row["mode"]) for row in recorded["networks"]]
-    assert found == list(itertools.product(census.CLASSES, census.MODES)) and len(census.CLASSES) == 176
+    assert found == list(itertools.product(census.CLASSES, census.MODES)) and len(census.CLASSES) == 178
     assert recorded["counts"] == census.counts(recorded["networks"])
 
 
@@ -49,6 +49,11 @@ def test_not_one_is_wrong(recorded: dict[str, Any]) -> None:
         assert row["verdict"] == "exact" or row["message"], row["network"]
 
 
+def test_no_step_takes_ten_times_stocks(recorded: dict[str, Any]) -> None:
+    slow = {(row["network"], row["mode"]): ratio for row in recorded["networks"] if (ratio := slowdown(row))}
+    assert len(slow) == len(recorded["networks"]) and {key: r for key, r in slow.items() if r >= 10} == {}
+
+
 def test_classes_a_and_b_are_computed_tile_by_tile(recorded: dict[str, Any]) -> None:
     """Halo attention alone (windows of the map with a matrix for each) takes a map whole."""
     whole = {row["network"] for row in recorded["networks"] if row["verdict"] != "exact" and row["class"] in "ab"}
@@ -57,10 +62,12 @@ def test_classes_a_and_b_are_computed_tile_by_tile(recorded: dict[str, Any]) -> 
 
 def test_counts_and_remarks_of_the_page() -> None:
     def row(name: str, kind: str, mode: str, verdict: str, **more: Any) -> dict[str, Any]:
-        return {"network": name, "class": kind, "mode": mode, "verdict": verdict, "size": [8, 9], "tile": 4, **more}
+        measured = {"size": [8, 9], "tile": 4, "commit": "c0ffee"}
+        return {"network": name, "class": kind, "mode": mode, "verdict": verdict, **measured, **more}
 
+    single = {"outputs": 1.0, "gradients": 0.5}
     rows = [
-        row("one", "a", "eval", "exact", error=2e-13, float32={"outputs": 1.0, "gradients": 0.5}),
+        row("one", "a", "eval", "exact", error=2e-13, float32=single, steps={"stock": 2.0, "tiled": 5.0}),
         row("one", "a", "live", "wrong", message="module 'x' fails"),
         row("two", "c", "eval", "taken whole", error=1e-14, message="module 'x' fails"),
     ]
@@ -68,7 +75,9 @@ def test_counts_and_remarks_of_the_page() -> None:
     text = page({"networks": rows, **source})
     assert "| a | frozen | 1 | 1 | 0 | 0 | 0 |\n" in text and "| all | live | 1 | 0 | 0 | 0 | 1 |\n" in text
     assert "Not measured yet with live norms: two." in text
-    assert "| one | a | 8 x 9 | exact | 2e-13 | 1.00 | **wrong** [1](#remarks) |  |  |\n" in text
+    assert "| one | a | 8 x 9 | exact | 2e-13 | 1.00 | 2.5 | **wrong** [1](#remarks) |  |  |  |\n" in text
+    assert "Median 2.5; the longest, 2.5, is one's\nwith frozen norms." in text
+    assert "All 3 rows are of commit c0ffee." in text
     assert text.count("module 'x' fails") == 1 and "Wrong: 1" in text
 
 
