@@ -66,12 +66,13 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": helpers},
     )
-    while not (tmp_path / "split" / "last.ckpt").exists():
+    started: set[int] = set()
+    while not (tmp_path / "split" / "last.ckpt").exists():  # two epochs are left then, of a second each
         assert child.poll() is None, child.communicate()
+        started |= {number for number, parent in processes().items() if parent == child.pid}
         time.sleep(0.005)
-    started = {number for number, parent in processes().items() if parent == child.pid}
-    assert len(started) >= 2
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    assert len(started) >= 2
     output, error = child.communicate(timeout=120)
     assert child.returncode == 130, error
     said = error.split("\n")
