@@ -72,11 +72,22 @@ def _integers(value: Any) -> list[int]:
 
 
 @contextlib.contextmanager
+def on_chip(chip: int) -> Iterator[None]:
+    """Triton takes this chip for the machine's."""
+    active = driver._active
+    driver.set_active(_Driver(chip))
+    try:
+        yield
+    finally:
+        driver._active = active
+
+
+@contextlib.contextmanager
 def compile_only(chip: int) -> Iterator[list[Launch]]:
     """Launches become compilations for a chip (10 * major + minor); the list grows by one for each."""
     launches: list[Launch] = []
     logs: dict[int, str] = {}
-    before, active, dump = JITFunction.run, driver._active, knobs.nvidia.dump_ptxas_log
+    before, dump = JITFunction.run, knobs.nvidia.dump_ptxas_log
 
     def run(self, *args, grid, warmup=False, **options):
         began = time.perf_counter()
@@ -92,13 +103,12 @@ def compile_only(chip: int) -> Iterator[list[Launch]]:
         launches.append(Launch(self.__name__, tuple(grid), integers, kernel, logs[id(kernel)], seconds))
         return kernel
 
-    driver.set_active(_Driver(chip))
-    JITFunction.run, knobs.nvidia.dump_ptxas_log = run, True
-    try:
-        yield launches
-    finally:
-        JITFunction.run, knobs.nvidia.dump_ptxas_log = before, dump
-        driver._active = active
+    with on_chip(chip):
+        JITFunction.run, knobs.nvidia.dump_ptxas_log = run, True
+        try:
+            yield launches
+        finally:
+            JITFunction.run, knobs.nvidia.dump_ptxas_log = before, dump
 
 
 @dataclass(frozen=True)

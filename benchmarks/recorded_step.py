@@ -24,9 +24,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from compile_only import on_chip
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from gigamorph import kernels
@@ -174,35 +174,6 @@ def _calls_of_tile(tiled: TiledStage, i: int, j: int, training: bool, wanted: se
     ):
         simulate.tile_peak(tiled.stage, tiled, training, wanted)
     return calls
-
-
-class _Driver:
-    """What JITFunction asks of a driver before it launches."""
-
-    def __init__(self, chip: int):
-        self.chip = chip
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.chip, 32)
-
-    def get_current_device(self) -> int:
-        return self.chip
-
-    def get_current_stream(self, _device: int | None = None) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def on_chip(chip: int) -> Iterator[None]:
-    """Triton takes this chip for the machine's."""
-    active = driver._active
-    driver.set_active(_Driver(chip))
-    try:
-        yield
-    finally:
-        driver._active = active
 
 
 @contextlib.contextmanager

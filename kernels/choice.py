@@ -202,7 +202,7 @@ def _measure(file: MeasurementFile, op: str, key: Any, candidates: Candidates, w
         return False
     for name, error in failed.items():
         _warn(op, key, name, error)
-    file.add(Measurement(op, key, work, times, {name: _reason(error) for name, error in failed.items()}))
+    file.add(Measurement(op, key, work, times, {name: reason(error) for name, error in failed.items()}))
     return True
 
 
@@ -214,16 +214,17 @@ def _out_of_the_running(op: str, key: Any, like: Tensor, work: int, name: str, e
         for known in [known for known in _chosen if known[1:3] == (op, key)]:
             del _chosen[known]
         if device is not None:
-            _file(device).add(Measurement(op, key, work, {}, {name: _reason(error)}))
+            _file(device).add(Measurement(op, key, work, {}, {name: reason(error)}))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What an error is and the first line that it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")[:300]
 
 
 def _warn(op: str, key: Any, name: str, error: Exception) -> None:
-    log.warning("kernel %s (%s) of %s fails; PyTorch's own is used: %s", op, name, key, _reason(error))
+    log.warning("kernel %s (%s) of %s fails; PyTorch's own is used: %s", op, name, key, reason(error))
 
 
 def _gpu(like: Tensor | None) -> int | None:

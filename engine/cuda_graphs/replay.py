@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...kernels.choice import current_mode
+from ...kernels.choice import current_mode, reason
 from ...kernels.precision import tf32_settings
 from ..tiling.forward import Gathered
 from ..tiling.grid import new_accumulator
@@ -78,7 +78,7 @@ class Recording(GraphBuffers):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            _warn_once(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+            _warn_once(reason(error))
             return self.run
 
     def halos(self, kind: str, parts: Parts) -> Halos:
@@ -98,8 +98,8 @@ class Recording(GraphBuffers):
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    log.warning("a tile cannot be captured as a CUDA graph and runs op by op: %s", reason)
+def _warn_once(cause: str) -> None:
+    log.warning("a tile cannot be captured as a CUDA graph and runs op by op: %s", cause)
 
 
 class Bench:
