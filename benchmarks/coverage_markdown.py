@@ -103,7 +103,7 @@ that it is right; the remark says so.
 *float32* is the error of the outputs in float32, measured against float64, as a multiple of stock PyTorch's own.
 Below 1 the tiles are nearer to the truth than stock is. {_gradients(result["networks"])}
 
-*time* is a training step's in float64 on one core, as a multiple of stock PyTorch's: the best of three in turns, after
+*time* is a training step's CPU time in float64, as a multiple of stock PyTorch's: the best of three in turns, after
 the recording. {_slowest(result["networks"])} Images are small here and tiles smaller, so that seams are many and the
 halos as large as the tiles; what a step takes at real sizes is in `docs/benchmarks.md`.
 """

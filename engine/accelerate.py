@@ -468,7 +468,7 @@ def accelerate(
             over the image (global pooling), after which anything may follow.
         memory_budget: bytes for one step (``"4GiB"``), parameters and gradients included. It is used to the full:
             tiles whose graph still fits are not recomputed in the backward. None takes the least that the preferred
-            tile needs, and refuses only what exceeds the free memory.
+            tile needs on the CPU, and on a GPU what is free; it refuses only what exceeds that.
         tile: side, or (height, width), of a tile in image pixels; None lets the plan choose.
         batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
         halos: where the halos between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or

@@ -39,7 +39,6 @@ from .signature import Outline, Signature, axis_signature, translates
 
 log = logging.getLogger("gigamorph")
 
-FEWEST_TILES = 8  # of a stage: among fewer, too few are alike
 MOST_KINDS = 64  # of tiles that are recorded; where strides do not divide the tile there are many
 MOST_RECORDINGS = 4 * MOST_KINDS  # kept of a stage: both passes, and as many again for other outputs or settings
 

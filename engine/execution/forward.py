@@ -22,7 +22,9 @@ from ..capture.trees import realize
 from ..images.pixels import PixelBatch, StoredBatch
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
+from ..planning import constants
 from ..tiling.forward import ForwardPass
+from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent, cast_dtype
@@ -152,7 +154,7 @@ class Forward:
             dtype=self.dtype,
             autocast=Autocast.current(self.device),
             halo_place=plan.halos,
-            retained=plan.retained,
+            retained=self._retained(),
             on_tile=self.on_tile,
             memory_limit=self.memory_limit,
             maps=MapKeeping(prepared.stage_maps, prepared.staged.place, self.gradients),
@@ -169,6 +171,13 @@ class Forward:
             for v in stage.vectors
         ]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
+
+    def _retained(self) -> int:
+        """How many tiles keep their graph: as planned; on a GPU that has no budget, what still fits."""
+        plan = self.prepared.plan
+        if plan.budget is not None or self.device.type == "cpu" or not plan.retained:
+            return plan.retained
+        return plan.retained_within(int(constants.FREE_SHARE * available_bytes(self.device)))
 
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
         """This forward with other values and another image tensor, for a segment of its steps."""

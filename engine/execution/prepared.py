@@ -10,7 +10,7 @@ import torch
 
 from ..capture.trace import Op
 from ..cuda_graphs import buffers
-from ..cuda_graphs.replay import FEWEST_TILES, Replays
+from ..cuda_graphs.replay import Replays
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning.plan import Plan
@@ -123,10 +123,11 @@ class Prepared:
 
     def replay(self, number: int, device: torch.device) -> Replays | None:
         """The replays of the stage at a place among the steps, if the plan has room for them."""
-        usable = self.plan.replayed and self.shard is None and self.staged.place == "device"
-        executor = buffers.executor(device) if usable else None
         index = self.stage_number[number]
-        if executor is not None and index not in self.replays and self.stages[index].tiles >= FEWEST_TILES:
+        recomputed = self.stages[index].tiles > self.plan.retained
+        usable = self.plan.replayed and recomputed and self.shard is None and self.staged.place == "device"
+        executor = buffers.executor(device) if usable else None
+        if executor is not None and index not in self.replays:
             self.replays[index] = Replays(self.stages[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..cuda_graphs import buffers
-from ..cuda_graphs.replay import FEWEST_TILES, buffer_bytes
+from ..cuda_graphs.replay import buffer_bytes
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import TiledStage
@@ -67,12 +67,19 @@ class Estimate:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
 
     def plan(
-        self, tile: tuple[int, int], halos: str, budget: int | None, count_tile: bool = True, limit: int = 0
+        self,
+        tile: tuple[int, int],
+        halos: str,
+        budget: int | None,
+        count_tile: bool = True,
+        limit: int = 0,
+        room: int | None = None,
     ) -> Plan:
         """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out.
 
         Args:
             limit: tiles are replayed where that keeps the peak below it.
+            room: the peak up to which graphs of tiles are retained; None for the budget.
         """
         graphs = self.staged.stages
         sides = stage_sides(self.staged, tile)
@@ -108,19 +115,20 @@ class Estimate:
             sides=tuple(sides),
             budget=budget,
         )
-        retained = self._loosen(self._retain(plan, stages, held, slack), stages)
+        room = budget if room is None else room
+        retained = self._loosen(self._retain(plan, stages, held, slack, room), stages)
         if (
             count_tile
             and self.staged.place == "device"
             and buffers.executor(self.image.device)
-            and stages[0].tiles - retained.retained >= FEWEST_TILES
+            and stages[0].tiles > retained.retained
         ):
-            buffered = max(buffer_bytes(tiled, self.training) for tiled in stages if tiled.tiles >= FEWEST_TILES)
+            buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
             arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
             replayed = replace(plan, replay_bytes=peak + arena + copies if buffered else 0)
             if replayed.peak_bytes <= limit:
-                return self._retain(replayed, stages, held, slack)
+                return self._retain(replayed, stages, held, slack, room)
         return retained
 
     def _tile_peak(self, tiled: TiledStage) -> tuple[int, int]:
@@ -132,14 +140,17 @@ class Estimate:
             self.peaks[key] = tile_peak(stage, tiled, self.training, self.wanted)
         return self.peaks[key]
 
-    def _retain(self, plan: Plan, stages: list[TiledStage], held: int, slack: int) -> Plan:
-        """Retain tiles with what a plan leaves of its budget; each holds `held` bytes, its part of the heap's slack."""
-        budget = plan.budget
-        if budget is None or not held or plan.peak_bytes > budget or len(stages) > 1:
+    def _retain(self, plan: Plan, stages: list[TiledStage], held: int, slack: int, room: int | None) -> Plan:
+        """Retain tiles with what a plan leaves of `room`; each holds `held` bytes, its part of the heap's slack."""
+        if len(stages) > 1 or not self.training:
             return plan
         (tiled,) = stages
-        # What is left of the budget keeps graphs of tiles; the first of them is the tile in work itself.
-        left = budget - plan.peak_bytes
+        if tiled.tiles == 1 and plan.budget is None:  # its graph is what pass 2 would make again at once
+            return replace(plan, retained=1)
+        if room is None or not held or plan.peak_bytes > room:
+            return plan
+        # What is left keeps graphs of tiles; the first of them is the tile in work itself.
+        left = room - plan.peak_bytes
         graphs = min(left / (1 - constants.SLACK_FILLED), left + slack) // held
         retained = min(tiled.tiles, 1 + int(graphs))
         kept_graphs = (retained - 1) * held

@@ -94,6 +94,12 @@ class Plan:
         """Whether the predicted peak keeps to the budget."""
         return self.budget is None or self.peak_bytes <= self.budget
 
+    def retained_within(self, free: int) -> int:
+        """How many tiles may keep their graph where so many bytes are free: other forwards of a step keep theirs."""
+        graph = self.retained_bytes // (self.retained - 1) if self.retained > 1 else self.tile_bytes
+        fit = 1 + (free - self.tile_bytes) // graph
+        return self.retained if fit >= self.retained else max(0, fit - 1)  # a later backward has a tile in work too
+
     @property
     def work(self) -> float:
         """Arithmetic and moved bytes of the step, those of stock PyTorch being 1."""

@@ -55,6 +55,13 @@ class Request:
             return self.budget
         return int(constants.FREE_SHARE * (available_bytes(device) if self.available is None else self.available))
 
+    def room(self, device: torch.device) -> int | None:
+        """Bytes that graphs of tiles may fill: the budget, or without one what is free on a GPU that nothing shares.
+
+        Not where a tile is given: small tiles are faster replayed than retained.
+        """
+        return self.limit(device) if self.budget is None and self.tile is None and device.type != "cpu" else self.budget
+
     def halo_places(self, device: torch.device) -> list[str]:
         """Where the halos may be kept, the fastest first."""
         if self.halos != "auto":
@@ -127,8 +134,8 @@ def arrange(
 ) -> tuple[StagedProgram, Plan]:
     """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
 
-    A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without a budget what is
-    free is the limit, and nothing is retained.
+    A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without one, what is free
+    is the limit; it is used to the full on a GPU, and on the CPU for an image of one tile only.
 
     Args:
         shard: this process's part of the image, if that is split: the plan is that of this process.
@@ -331,7 +338,7 @@ def fitting(
         for side in sides:
             plan = estimate.plan(side, place, request.budget, count_tile=False)
             if plan.peak_bytes <= limit and (request.count_tile or request.tile is None):
-                plan = estimate.plan(side, place, request.budget, limit=limit)
+                plan = estimate.plan(side, place, request.budget, limit=limit, room=request.room(device))
             if plan.peak_bytes <= limit:
                 return plan
     return None

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate, dense_loss, kernels, plan
 from gigamorph.engine.cuda_graphs import buffers, replay, signature
-from gigamorph.engine.execution import forward, prepared
+from gigamorph.engine.execution import forward
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
 from gigamorph.kernels import choice
@@ -123,7 +123,6 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     monkeypatch.setattr(replay, "Bench", Bench)
     monkeypatch.setattr(buffers.GraphBuffers, "load", load)
     monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
-    monkeypatch.setattr(prepared, "FEWEST_TILES", 1)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))
     return executor
 
@@ -327,6 +326,22 @@ def test_retained_tiles_are_not_replayed(remembered: Remembered, monkeypatch: py
     monkeypatch.setattr(forward, "Scan", lambda **given: Scan(**{**given, "retained": 7}))
     assert_replays_agree(remembered, build(), image(96, 96), tile=16)
     assert remembered.replayed > 0
+
+
+def test_a_program_of_few_tiles_is_replayed_from_its_third_step_on(remembered: Remembered) -> None:
+    """One tile in inference, two in training; where all keep their graph there is nothing to replay."""
+    net, x = accelerate(build().eval(), tile=(96, 48)), image(96, 96)
+    for _ in range(3):
+        net(x).sum().backward()
+    assert remembered.captured == 4 and remembered.replayed == 8
+    one = accelerate(build().eval(), tile=96)
+    for _ in range(3):
+        one(x).sum().backward()
+    assert remembered.captured == 4, "its graph is retained"
+    with torch.no_grad():
+        results = [one(x) for _ in range(3)]
+    assert remembered.captured == 5 and remembered.replayed == 10
+    assert torch.equal(results[0], results[2])
 
 
 def test_two_forwards_before_their_backwards(remembered: Remembered) -> None:

@@ -4,15 +4,38 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from exactness import assert_exact, randomize
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigamorph import BudgetError, GigamorphError, accelerate, plan
 from gigamorph.engine.models import create_model
+from gigamorph.engine.planning import preview
 from gigamorph.engine.tiling.memory import parse_bytes
+
+
+class CountCalls(TorchDispatchMode):
+    """Convolutions that are computed forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_calls(net: nn.Module, image: torch.Tensor) -> int:
+    net(image)  # records
+    with CountCalls() as found:
+        net(image).sum().backward()
+    return found.calls
 
 
 def small_net() -> nn.Module:
@@ -50,6 +73,37 @@ def test_retained_tiles_change_nothing(extra):
     chosen = plan(net, tuple(image.shape), budget, tile=32, dtype=torch.float64)
     assert chosen.retained > 1
     assert_exact(net, image, tile=32, memory_budget=budget)
+
+
+def test_an_image_of_one_tile_is_computed_once():
+    """Its graph is kept as stock's is; twice in a step likewise."""
+    net, image = small_net(), torch.randn(1, 1, 200, 163, dtype=torch.float64)
+    assert plan(net, tuple(image.shape), dtype=torch.float64).retained == 1
+    assert count_calls(accelerate(net), image) == 3, "three convolutions, once each"
+    assert_exact(net, image)
+
+
+def test_without_a_budget_a_gpu_retains_what_fits(monkeypatch: pytest.MonkeyPatch):
+    """And a device that computes on the memory of its host, or a tile that is given, nothing."""
+    net = nn.Sequential(*small_net(), nn.Softmax(1)).float()
+    size = (1, 1, 9000, 12000)
+    roomy, small = (plan(net, size, device="cuda", tile=tile) for tile in (None, 1024))
+    assert roomy.tiles == (3, 3) and roomy.retained == 9 and not roomy.replayed
+    assert small.retained == 0 and plan(net, size).retained == 0
+    free = roomy.peak_bytes - 5.5 * roomy.retained_bytes / 8
+    monkeypatch.setattr(preview, "ENDLESS", int(free / 0.8))  # of which a share is taken
+    some = plan(net, size, device="cuda")
+    assert some.retained == 3 and some.peak_bytes <= free
+
+
+@pytest.mark.parametrize(("tiles", "retained"), [(3, 3), (2.9, 1), (2, 1), (1.5, 0), (0.5, 0)])
+def test_what_other_forwards_keep_leaves_room_for_fewer_graphs(tiles: float, retained: int):
+    made = plan(small_net().float(), (1, 1, 9000, 12000), device="cuda")
+    held = made.retained_bytes // (made.retained - 1)
+    made = replace(made, retained=3, retained_bytes=2 * held, tile_bytes=held)
+    assert made.retained_within(int(tiles * held)) == retained
+    one = replace(made, retained=1, retained_bytes=0)
+    assert one.retained_within(int(tiles * held)) == min(1, int(tiles))
 
 
 def test_retained_tiles_survive_retain_graph():
