@@ -1,13 +1,14 @@
-"""Every kernel launch of recorded training and inference steps, compiled for sm_80 and sm_90 without a GPU.
+"""Every kernel launch of recorded training and inference steps, compiled for four chips without any of them.
 
 Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit code 1:
 
-    shared memory or grid beyond the chip's limits        a product of matrices without wgmma (sm_80: mma)
+    shared memory or grid beyond the chip's limits        a product of matrices without wgmma (elsewhere: mma)
     registers spilled to memory                           wgmma that ptxas has serialized
     32-bit integers that may overflow at these sizes      wgmma with its left operand in registers although it was
     descriptors that did not become TMA loads             loaded by a descriptor and used unchanged
     registers that a loop rewrites while wgmma may still read them (triton-lang/triton#9433)
 
+The chips are NVIDIA's sm_80, sm_90 and sm_100, and AMD's MI300 (gfx942), whose kernels are those without descriptors.
 The launches are those that the engine makes (`recorded_step.py`): of six networks with frozen and with live norms, in
 bfloat16, float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mammogram, and of an image of 32768 x 32768
 in one tile. The last line holds the worst figures.
@@ -35,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(_
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from compile_only import compile_only, read_code  # noqa: E402
+from compile_only import MI300, compile_only, read_code  # noqa: E402
 from compile_verdict import faults  # noqa: E402
 from recorded_step import Call, Launch, calls_of_step, noted  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -45,7 +46,7 @@ from torch import nn  # noqa: E402
 from gigamorph.engine.models.compat import make_torchvision_importable  # noqa: E402
 from gigamorph.kernels.choice import override  # noqa: E402
 
-CHIPS = (80, 90)
+CHIPS = (80, 90, 100, MI300)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 MAMMOGRAM = (4096, 3328)
 TILES = (512, 1024, 2048, None)

@@ -29,8 +29,11 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Of one multiprocessor: shared memory in bytes (a block takes 1024 more than it asks for), registers, warps.
-SHARED_OF_MULTIPROCESSOR = {80: 167_936, 90: 233_472}
+SHARED_OF_MULTIPROCESSOR = {80: 167_936, 90: 233_472, 100: 233_472}
 REGISTERS, WARPS = 65_536, 64
+# AMD's MI300 by the digits of its name gfx942: of one compute unit, memory in bytes, registers of a lane, waves.
+MI300 = 942
+MI300_SHARED, MI300_REGISTERS, MI300_SIMDS, MI300_WAVES = 65_536, 512, 4, 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class _Driver:
         self.chip = chip
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.chip, 32)
+        return GPUTarget("hip", f"gfx{self.chip}", 64) if self.chip == MI300 else GPUTarget("cuda", self.chip, 32)
 
     def get_current_device(self) -> int:
         return self.chip  # kernels are cached per device: one cache per chip
@@ -84,7 +87,7 @@ def on_chip(chip: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compile_only(chip: int) -> Iterator[list[Launch]]:
-    """Launches become compilations for a chip (10 * major + minor); the list grows by one for each."""
+    """Launches become compilations for a chip (10 * major + minor, or `MI300`); the list grows by one for each."""
     launches: list[Launch] = []
     logs: dict[int, str] = {}
     before, dump = JITFunction.run, knobs.nvidia.dump_ptxas_log
@@ -116,6 +119,7 @@ class Code:
     """What one compiled kernel needs and contains.
 
     Attributes:
+        registers: of a thread.
         shared: dynamic shared memory of a block, bytes.
         spilled: stores of registers to local memory.
         wgmma, mma, descriptor_loads: instructions of the matrix units and the tensor memory accelerator.
@@ -131,6 +135,9 @@ class Code:
 
     def blocks(self, chip: int) -> int:
         """Blocks that one multiprocessor holds at a time."""
+        if chip == MI300:
+            waves = MI300_SIMDS * min(MI300_WAVES, MI300_REGISTERS // max(self.registers, 1))
+            return min(waves // self.warps, MI300_SHARED // max(self.shared, 1))
         registers = -(-self.registers // 8) * 8 * 32 * self.warps
         return min(REGISTERS // registers, SHARED_OF_MULTIPROCESSOR[chip] // (self.shared + 1024), WARPS // self.warps)
 
@@ -138,6 +145,8 @@ class Code:
 @functools.cache
 def read_code(kernel: Any) -> Code:
     """Disassemble a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        return _read_amd(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -157,9 +166,23 @@ def read_code(kernel: Any) -> Code:
         kernel.metadata.num_warps,
         count("STL"),
         count("HGMMA"),
-        count("HMMA"),
+        count("HMMA") + count("UTCHMMA"),
         count("UTMALDG"),
     )
+
+
+def _read_amd(kernel: Any) -> Code:
+    text = kernel.asm["amdgcn"]
+
+    def told(what: str) -> int:
+        found = re.search(rf"\.{what}: +(\d+)", text)
+        assert found is not None, what
+        return int(found[1])
+
+    # The matrix units' own registers are a part of the same file. Scalars that spill go to vector registers.
+    registers, spilled = told("vgpr_count") + told("agpr_count"), told("vgpr_spill_count")
+    products = len(re.findall(r"\bv_mfma_\w+", text))
+    return Code(registers, kernel.metadata.shared, kernel.metadata.num_warps, spilled, 0, products, 0)
 
 
 _OPERATION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+) ?(.*?)(?: loc\(.*\))?$")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from compile_only import Launch, overflows, read_code
+from compile_only import MI300, Launch, overflows, read_code
 
 from gigamorph.kernels.tuning import SHARED_LIMIT
 
@@ -79,21 +79,21 @@ def wants_wgmma(ttir: str) -> bool:
 def faults(launch: Launch, chip: int) -> tuple[str, ...]:
     """What is wrong with a launch, in a few words each."""
     code, ttir = read_code(launch.kernel), launch.kernel.asm["ttir"]
-    found = []
-    if code.shared > SHARED_LIMIT[chip]:
-        found.append(f"shared memory {code.shared:,} > {SHARED_LIMIT[chip]:,}")
+    found, limit = [], SHARED_LIMIT[0 if chip == MI300 else chip]
+    if code.shared > limit:
+        found.append(f"shared memory {code.shared:,} > {limit:,}")
     if code.spilled:
         found.append(f"{code.spilled} spills")
     x, y, z = (*launch.grid, 1, 1)[:3]
     if x >= 2**31 or max(y, z) > 65535 or min(x, y, z) < 1:
         found.append(f"grid {launch.grid}")
-    if chip >= 90 and wants_wgmma(ttir) and not code.wgmma:
+    if chip == 90 and wants_wgmma(ttir) and not code.wgmma:
         found.append("no wgmma")
     if re.search(r"tt\.dot .*(inputPrecision = tf32|x(bf16|f16)> \*)", ttir) and not code.wgmma + code.mma:
         found.append("no mma")
-    if chip >= 90:
-        if "tt.descriptor_load" in ttir and not code.descriptor_loads:
-            found.append("no TMA load")
+    if chip in (90, 100) and "tt.descriptor_load" in ttir and not code.descriptor_loads:
+        found.append("no TMA load")
+    if chip == 90:
         if plain_left_operands(ttir) and re.search(r"warp_group_dot %.* : tensor<", launch.kernel.asm["ttgir"]):
             found.append("left operand in registers")
         if in_flight(launch.kernel.asm["ttgir"]):

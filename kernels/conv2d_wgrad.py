@@ -31,7 +31,7 @@ from .activations import slope, slope_reference
 from .conv2d_forward import Product, Steps
 from .dtypes import sum_dtype
 from .stream import as_map, place
-from .tuning import programs_at_once, split_count, splits_blocks, wgrad_config
+from .tuning import programs_at_once, register_limit, split_count, splits_blocks, wgrad_config
 from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
 
 
@@ -311,7 +311,7 @@ def launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # Left alone, ptxas spills a few addresses of wide elements so that one more program fits.
-        "maxnreg": 255 if x.element_size() > 2 else None,
+        **register_limit(x.device, 255 if x.element_size() > 2 else None),
     }
     if by_descriptors:
         box_x, box_dy = [1, 1, config.block_k, config.block_n], [1, 1, config.block_k, config.block_m]

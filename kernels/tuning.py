@@ -15,8 +15,8 @@ from triton import knobs
 from .activations import MASKS
 from .precision import dot_precision
 
-# Most dynamic shared memory a block may have, bytes.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+# Most dynamic shared memory a block may have, bytes, by capability.
+SHARED_LIMIT = {0: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
 
 def interpreting() -> bool:
@@ -31,12 +31,17 @@ def _device_capability(index: int) -> int:
 
 
 def capability(device: torch.device) -> int:
-    """10 * major + minor of the GPU that kernels on `device` are compiled for; 90 in the interpreter."""
+    """10 * major + minor of the NVIDIA GPU that kernels on `device` are compiled for, 0 of another maker's.
+
+    90 in the interpreter.
+    """
     if device.type == "cuda":
-        return _device_capability(device.index if device.index is not None else torch.cuda.current_device())
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return 0 if torch.version.hip else _device_capability(index)  # AMD has numbers of its own, as (9, 4)
     if interpreting():
         return 90
-    return triton.runtime.driver.active.get_current_target().arch  # pyright: ignore
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0  # pyright: ignore
 
 
 def has_descriptors(device: torch.device) -> bool:
@@ -47,6 +52,11 @@ def has_descriptors(device: torch.device) -> bool:
 def shared_limit(device: torch.device) -> int:
     """Shared memory that one block may use, bytes; the smallest known limit on unknown chips."""
     return SHARED_LIMIT.get(capability(device), min(SHARED_LIMIT.values()))
+
+
+def register_limit(device: torch.device, registers: int | None) -> dict[str, int | None]:
+    """The launch option that tells the assembler how many registers a thread may use; AMD's compiler has none."""
+    return {"maxnreg": registers} if capability(device) else {}
 
 
 @dataclass(frozen=True)
@@ -413,7 +423,7 @@ class StemTile:
     pixels: int
     filters: int
     taps: int
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def stem_tile(weight: Tensor, width: int) -> StemTile:
@@ -424,7 +434,8 @@ def stem_tile(weight: Tensor, width: int) -> StemTile:
     side = 64 if weight.dtype.itemsize <= 2 else 32
     # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
     # (triton-lang/triton#9433). Told no limit, the assembler spills a few registers to fit two programs per processor.
-    options = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
+    warps = 8 if capability(weight.device) else 4  # 256 threads: AMD's warps have 64
+    options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, 255)}
     return StemTile(side, power_of_two(filters, 16, side), power_of_two(depth, 16, 32), options)
 
 

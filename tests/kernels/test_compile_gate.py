@@ -154,9 +154,9 @@ def test_planted_faults_are_found(verdicts, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", [("90",), ("80", "--only", "conv2d_dgrad")])
+@pytest.mark.parametrize("chip", [("90",), ("80", "--only", "conv2d_dgrad"), ("942", "--only", "stem_gradients")])
 def test_quick_gate_passes(chip):
-    """On the older chip products of matrices alone: they are another instruction there. `make gate` has the rest."""
+    """On other chips products of matrices alone: they are another instruction there. `make gate` has the rest."""
     done = _child(BENCHMARKS / "compile_gate.py", "--quick", "--faults", "--chip", *chip)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("ok: ")
