@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 MOST = 40  # functions that are tried; each builds a network without memory
 
@@ -23,7 +24,7 @@ def standard_name(network: nn.Module) -> str:
     outputs = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) >= 2][-1:]
     for name, build in _builders(module):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Unfilled():
                 made = build(num_classes=outputs[0]) if outputs else build()
         except Exception:  # it wants other arguments, or cannot be built without memory
             continue
@@ -32,6 +33,17 @@ def standard_name(network: nn.Module) -> str:
         if str(made) == str(network):
             return f"{type(network).__module__}.{name}"
     return ""
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills tensors with values: of tensors without memory that is most of a network's construction."""
+
+    FILLS = frozenset("uniform_ normal_ fill_ zero_ copy_ erfinv_ mul_ add_ sub_ div_ clamp_".split())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.FILLS and args and isinstance(args[0], Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _builders(module: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
