@@ -12,7 +12,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -24,8 +23,25 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from kernel_checks import BOUNDS, DEVICE, Guarded, errors, poisoned, random_map
 
+from gigamorph.kernels import batch_norm as bn
 from gigamorph.kernels import choice
+from gigamorph.kernels.conv2d import conv2d, conv2d_moments
+from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad
+from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+from gigamorph.kernels.conv2d_forward import launch as forward
+from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
+from gigamorph.kernels.conv2d_wgrad import launch as wgrad
+from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
+from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
+from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
+from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
+from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
+from gigamorph.kernels.pointwise import act_grad, act_grad_reference
+from gigamorph.kernels.pool import max_pool2d, max_pool2d_reference
+from gigamorph.kernels.stem import stem
+from gigamorph.kernels.stem_reference import Stem, stem_reference
 from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.windows import ConvGeometry
 
 Check = Callable[[], dict[str, Any]]
 
@@ -86,13 +102,6 @@ def _variants(op: str, dtype: torch.dtype, geometry: str, dry: bool) -> Iterator
 
 def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """Forward with its whole epilogue, data or weight gradient with its prologue."""
-    from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad
-    from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
-    from gigamorph.kernels.conv2d_forward import launch as forward
-    from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
-    from gigamorph.kernels.conv2d_wgrad import launch as wgrad
-    from gigamorph.kernels.windows import ConvGeometry
-
     kernel, stride, dilation, groups, pad = GEOMETRIES[geometry]
     c, k, h, w = (16, 24, 9, 17) if dry else (96, 136, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(crc32(f"{op} {geometry}".encode()))
@@ -201,123 +210,85 @@ def _vector(g: torch.Generator, n: int) -> Tensor:
     return torch.rand(n, generator=g).add(0.5).to(DEVICE)
 
 
-def _others(dtype: torch.dtype, dry: bool) -> Iterator[tuple[str, Check]]:
-    """Checks of the ops beside the dense convolution, those that exist."""
-    c, h, w = (16, 9, 17) if dry else (96, 61, 267)
+def _size(dry: bool) -> tuple[int, int, int]:
+    """Channels, rows and columns of the maps of the checks beside the dense convolution."""
+    return (16, 9, 17) if dry else (96, 61, 267)
 
-    def maps(*more: Callable[[torch.Generator], Tensor], n: int = 1) -> Callable[[torch.Generator], list[Tensor]]:
-        return lambda g: [*(random_map(2, c, h, w, dtype, g) for _ in range(n)), *(make(g) for make in more)]
 
-    vector = partial(_vector, n=c)
-    if find_spec("gigamorph.kernels.layer_norm"):
-        from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
+def norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    c, h, w = _size(dry)
+    return differentiable(
+        lambda x, a, b: layer_norm(x, a, b, 1e-6),
+        lambda x, a, b: layer_norm_reference(x, a, b, 1e-6),
+        lambda g: [random_map(2, c, h, w, dtype, g), _vector(g, c), _vector(g, c)],
+        dtype,
+    )
 
-        yield (
-            "layer_norm",
-            partial(
-                differentiable,
-                lambda x, a, b: layer_norm(x, a, b, 1e-6),
-                lambda x, a, b: layer_norm_reference(x, a, b, 1e-6),
-                maps(vector, vector),
-                dtype,
-            ),
-        )
-    if find_spec("gigamorph.kernels.layer_norm_linear"):
-        from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
 
-        def norm_linear() -> dict[str, Any]:
-            """The forward: the backward is made of kernels that have checks of their own."""
-            g = torch.Generator().manual_seed(4)
-            given = random_map(2, c, h, w, dtype, g), vector(g), vector(g), 1e-6
-            last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
-            bench = Bench(dtype)
-            with choice.override("triton"):
-                (y,) = bench.twice(lambda: (layer_norm_linear_act(*given, *last, "gelu"),))
-            wide = [t.double() if isinstance(t, Tensor) else t for t in (*given, *last)]
-            bench.compare("y", y, layer_norm_linear_act_reference(*wide, "gelu"))
-            return bench.row
+def norm_linear(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """The forward: the backward is made of kernels that have checks of their own."""
+    (c, h, w), g = _size(dry), torch.Generator().manual_seed(4)
+    given = random_map(2, c, h, w, dtype, g), _vector(g, c), _vector(g, c), 1e-6
+    last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
+    bench = Bench(dtype)
+    with choice.override("triton"):
+        (y,) = bench.twice(lambda: (layer_norm_linear_act(*given, *last, "gelu"),))
+    wide = [t.double() if isinstance(t, Tensor) else t for t in (*given, *last)]
+    bench.compare("y", y, layer_norm_linear_act_reference(*wide, "gelu"))
+    return bench.row
 
-        yield "layer_norm_linear_act gelu", norm_linear
-    if find_spec("gigamorph.kernels.pointwise"):
-        from gigamorph.kernels.pointwise import act_grad, act_grad_reference
 
-        def slopes(act: str) -> dict[str, Any]:
-            bench, g = Bench(dtype), torch.Generator().manual_seed(5)
-            dy, gate = (random_map(2, c, h, w, dtype, g) for _ in range(2))
-            with choice.override("triton"):
-                (dz,) = bench.twice(lambda: (act_grad(dy, gate, act),))
-            bench.compare("dz", dz, act_grad_reference(dy.double(), gate.double(), act))
-            return bench.row
+def slopes(act: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    bench, g = Bench(dtype), torch.Generator().manual_seed(5)
+    dy, gate = (random_map(2, *_size(dry), dtype, g) for _ in range(2))
+    with choice.override("triton"):
+        (dz,) = bench.twice(lambda: (act_grad(dy, gate, act),))
+    bench.compare("dz", dz, act_grad_reference(dy.double(), gate.double(), act))
+    return bench.row
 
-        for act in ("relu", "gelu"):
-            yield f"act_grad {act}", partial(slopes, act)
-    if find_spec("gigamorph.kernels.pool"):
-        from gigamorph.kernels.pool import max_pool2d, max_pool2d_reference
-        from gigamorph.kernels.windows import ConvGeometry
 
-        place = (3, 3), ConvGeometry.of((2, 2), (1, 0, 1, 1))
-        yield (
-            "max_pool2d",
-            partial(
-                differentiable,
-                lambda x: max_pool2d(x, *place),
-                lambda x: max_pool2d_reference(x, *place),
-                maps(),
-                dtype,
-            ),
-        )
-    if find_spec("gigamorph.kernels.conv2d"):
-        from gigamorph.kernels.conv2d import conv2d
+def pool(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    place = (3, 3), ConvGeometry.of((2, 2), (1, 0, 1, 1))
+    return differentiable(
+        lambda x: max_pool2d(x, *place),
+        lambda x: max_pool2d_reference(x, *place),
+        lambda g: [random_map(2, *_size(dry), dtype, g)],
+        dtype,
+    )
 
-        size = 3 if dry else 7
 
-        def plain(x: Tensor, weight: Tensor, shift: Tensor, stride: int, act: str) -> Tensor:
-            from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
-            from gigamorph.kernels.windows import ConvGeometry
+def depthwise(stride: int, act: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    (c, h, w), size = _size(dry), _depthwise_side(dry)
+    place = ConvGeometry.of((stride, stride), (size // 2,) * 4, groups=c)
+    return differentiable(
+        lambda x, k, b: conv2d(x, k, shift=b, stride=stride, padding=size // 2, groups=c, act=act),
+        lambda x, k, b: conv2d_forward_reference(x, k, None, b, None, place, act)[0],
+        lambda g: [random_map(2, c, h, w, dtype, g), random_map(c, 1, size, size, dtype, g, 1 / size), _vector(g, c)],
+        dtype,
+    )
 
-            place = ConvGeometry.of((stride, stride), (size // 2,) * 4, groups=c)
-            return conv2d_forward_reference(x, weight, None, shift, None, place, act)[0]
 
-        for stride, act in ((1, "none"), (2, "relu")):
-            yield (
-                f"depthwise {size}x{size}/{stride} {act}",
-                partial(
-                    differentiable,
-                    lambda x, k, b, s=stride, act=act: conv2d(
-                        x, k, shift=b, stride=s, padding=size // 2, groups=c, act=act
-                    ),
-                    partial(plain, stride=stride, act=act),
-                    maps(lambda g: random_map(c, 1, size, size, dtype, g, 1 / size), vector),
-                    dtype,
-                ),
-            )
-    if find_spec("gigamorph.kernels.stem"):
-        from gigamorph.kernels.stem import Stem, stem, stem_reference
-        from gigamorph.kernels.windows import ConvGeometry
+def _depthwise_side(dry: bool) -> int:
+    return 3 if dry else 7
 
-        side, filters = (21, 16) if dry else (157, 64)
-        rest = 0.0, 1.0, ConvGeometry.of((2, 2), (3, 3, 3, 3)), (1, 1, 1, 1), "relu"
 
-        def pixels(g: torch.Generator) -> list[Tensor]:
-            image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # exact in bfloat16
-            weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7)
-            return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
+def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """From uint16 pixels to the map after the pooling."""
+    side, filters = (21, 16) if dry else (157, 64)
+    rest = 0.0, 1.0, ConvGeometry.of((2, 2), (3, 3, 3, 3)), (1, 1, 1, 1), "relu"
 
-        gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-        yield (
-            "stem",
-            partial(
-                differentiable,
-                lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
-                lambda x, k, a, b: stem_reference(Stem(x, k, a, b, gain, offset, *rest)),
-                pixels,
-                dtype,
-            ),
-        )
-    if find_spec("gigamorph.kernels.batch_norm"):
-        yield "batch_norm", partial(batch_norm, dtype, dry)
-    if dry or torch.cuda.get_device_capability() >= (9, 0):
-        yield "conv_conv1x1", partial(pair, dtype, dry)
+    def pixels(g: torch.Generator) -> list[Tensor]:
+        image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # exact in bfloat16
+        weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7)
+        return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
+
+    gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
+    return differentiable(
+        lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
+        lambda x, k, a, b: stem_reference(Stem(x, k, a, b, gain, offset, *rest)),
+        pixels,
+        dtype,
+    )
 
 
 def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
@@ -327,12 +298,6 @@ def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 
 def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    from gigamorph.kernels import batch_norm as bn
-    from gigamorph.kernels.conv2d import conv2d_moments
-    from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
-    from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
-    from gigamorph.kernels.windows import ConvGeometry
-
     c, h, w = (16, 9, 17) if dry else (96, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(2)
     x, dy = (random_map(2, c, h, w, dtype, g) for _ in range(2))
@@ -378,9 +343,6 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """A 3x3 convolution and the 1x1 behind it in one kernel, with residual."""
-    from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
-    from gigamorph.kernels.windows import ConvGeometry
-
     c, m, k, h, w = (16, 16, 32, 5, 37) if dry else (64, 64, 256, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(3)
     x, residual = random_map(2, c, h, w, dtype, g), random_map(2, k, h, w, dtype, g)
@@ -391,6 +353,25 @@ def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     (y,) = bench.twice(lambda: (conv_conv1x1(*inputs, *place),))
     bench.compare("y", y, conv_conv1x1_reference(*(t.double() for t in inputs), *place))
     return bench.row
+
+
+def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]]]:
+    """Checks of the ops beside the dense convolution."""
+    side = _depthwise_side(dry)
+    found = {
+        "layer_norm": norm,
+        "layer_norm_linear_act gelu": norm_linear,
+        "act_grad relu": partial(slopes, "relu"),
+        "act_grad gelu": partial(slopes, "gelu"),
+        "max_pool2d": pool,
+        f"depthwise {side}x{side}/1 none": partial(depthwise, 1, "none"),
+        f"depthwise {side}x{side}/2 relu": partial(depthwise, 2, "relu"),
+        "stem": whole_stem,
+        "batch_norm": batch_norm,
+    }
+    if dry or torch.cuda.get_device_capability() >= (9, 0):
+        found["conv_conv1x1"] = pair
+    return found
 
 
 def checks(dry: bool) -> dict[str, Check]:
@@ -405,8 +386,8 @@ def checks(dry: bool) -> dict[str, Check]:
             if dtype == torch.float16 and geometry not in VARIED:
                 continue
             found[f"conv {op} {geometry} {name}"] = partial(conv, op, geometry, dtype, dry)
-        for op, check in _others(dtype, dry):
-            found[f"{op} {name}"] = check
+        for op, check in _others(dry).items():
+            found[f"{op} {name}"] = partial(check, dtype, dry)
     return {name: partial(_guarded, check) for name, check in found.items()}
 
 

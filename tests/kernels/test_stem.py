@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 
-from gigamorph.kernels import stem as module
-from gigamorph.kernels import tuning
-from gigamorph.kernels.stem import Stem, stem, stem_backward, stem_forward, stem_gradients
+from gigamorph.kernels import stem_kernels, stem_reference, tuning
+from gigamorph.kernels.stem import stem, stem_gradients
+from gigamorph.kernels.stem_kernels import stem_backward, stem_forward
+from gigamorph.kernels.stem_reference import Stem
 from gigamorph.kernels.tuning import StemTile
 from gigamorph.kernels.windows import ConvGeometry
 
@@ -60,8 +61,8 @@ def window(form):
     return ConvGeometry.of((form[3],) * 2, form[4]), form[5]
 
 
-def stem_reference(*arguments):
-    return module.stem_reference(Stem(*arguments))
+def reference(*arguments):
+    return stem_reference.stem_reference(Stem(*arguments))
 
 
 def oracle(inputs, form, act):
@@ -71,7 +72,7 @@ def oracle(inputs, form, act):
     # Normalised as the kernel does it, in float32, and rounded to the dtype of the weights.
     v = x.to(torch.uint16) if x.dtype == torch.uint16 else x.view(torch.uint16) if x.dtype == torch.int16 else x
     v = (v.to(gain.dtype) * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)).clamp(*BOUNDS).to(leaves[0].dtype)
-    y = stem_reference(v.double(), *wide, None, None, -math.inf, math.inf, *window(form), act)
+    y = reference(v.double(), *wide, None, None, -math.inf, math.inf, *window(form), act)
     g = torch.Generator().manual_seed(1)
     dy = random_map(*y.shape, leaves[0].dtype, g)
     if dy.dtype == torch.float32:
@@ -88,7 +89,7 @@ def check(inputs, form, act="relu"):
     whole = Stem(x, *given_, *BOUNDS, *window(form), act)
     y = guarded.empty(*y_oracle.shape, dtype=weight.dtype)
     stem_forward(whole, y)
-    stock = stem_reference(*inputs, *BOUNDS, *window(form), act)
+    stock = reference(*inputs, *BOUNDS, *window(form), act)
     assert_close("y", y, y_oracle, tf32=weight.dtype == torch.float32, stock=stock)
 
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -128,7 +129,7 @@ def test_other_activations_without_affine(act, form):
 
 def test_several_strips_and_splits(monkeypatch):
     """Tiles as on a GPU: many programs, ragged in every direction."""
-    monkeypatch.setattr(module, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
+    monkeypatch.setattr(stem_kernels, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
     form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     check(problem(form, torch.float64, size=(9, 36)), form)
     monkeypatch.setattr(tuning, "interpreting", lambda: False)  # strips of one row, a split per tile
@@ -147,7 +148,7 @@ def test_no_normalisation_and_clamp_alone():
     x, weight, scale, shift, *_ = problem(RESNET, torch.float64, torch.float32)
     for low, high in ((-math.inf, math.inf), (20.0, 200.0), (-math.inf, 100.0)):
         call = (weight, scale, shift, None, None, low, high, *window(RESNET), "relu")
-        assert_close("y", stem(x, *call), stem_reference(x, *call))
+        assert_close("y", stem(x, *call), reference(x, *call))
 
 
 @settings(max_examples=5, deadline=None)
@@ -177,7 +178,7 @@ def test_gradient_goes_to_the_first_maximum():
     )
     dy = torch.arange(16.0, dtype=torch.float64, device=DEVICE).reshape(1, 1, 4, 4)
     (mine,) = torch.autograd.grad(stem(x, weight, *arguments), weight, dy)
-    (theirs,) = torch.autograd.grad(stem_reference(x, weight, *arguments), weight, dy)
+    (theirs,) = torch.autograd.grad(reference(x, weight, *arguments), weight, dy)
     assert_close("dweight", mine, theirs)
 
 
@@ -185,7 +186,7 @@ def test_order_of_programs(monkeypatch):
     form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     inputs = problem(form, torch.float32)
     _, dy, _ = oracle(inputs, form, "relu")
-    monkeypatch.setattr(module, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
+    monkeypatch.setattr(stem_kernels, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
     call = (*inputs, *BOUNDS, *window(form), "relu")
     assert_order_free(lambda: (stem(*call), *stem_gradients(dy, *call)))
 

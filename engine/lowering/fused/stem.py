@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ....kernels.dtypes import sum_dtype
-from ....kernels.stem import ACTIVATIONS, stem, stem_gradients
+from ....kernels.stem import stem, stem_gradients
+from ....kernels.stem_reference import ACTIVATIONS
 from ..geometry import Chain, Window
 from ..ops import Block, Env, Local
 from ..stages import Stage, private_maps, readers_of
