@@ -2,6 +2,7 @@
 
 from . import (
     along,
+    attention,
     contract,
     flat,
     grids,
@@ -36,6 +37,7 @@ __all__ = [
     "VectorOp",
     "Whole",
     "along",
+    "attention",
     "contract",
     "find_rule",
     "flat",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...capture.trace import Op
+from .attention import take_whole
 from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted
 
@@ -97,8 +98,10 @@ def contraction(
     values, terms = list(values), [list(term) for term in terms]
     found = {tuple(terms[i][axis] for axis in maps.axes[v]) for i, v in enumerate(values) if v in maps}
     extents = {maps.extent(v) for v in values if v in maps}
+    if len(found) > 1:
+        return _asked(op, maps, values, terms, output)
     image = found.pop()
-    if found or len(extents) > 1 or any(term.count(x) > 1 for term in terms for x in image):
+    if len(extents) > 1 or any(term.count(x) > 1 for term in terms for x in image):
         return Whole(op)
     first = next(v for v in values if v in maps)
     if maps.program.values[first].dtype.is_complex:
@@ -122,6 +125,22 @@ def contraction(
     if set(image) & set(output):
         return Whole(op)
     return [*nodes, *_summed(op, maps, values, terms, output, image)]
+
+
+def _asked(op: Op, maps: Maps, values: list[int], terms: list[Term], output: Term) -> Whole | list[Node]:
+    """The operand whose positions stay goes by tile; of those that its positions ask, all positions are there."""
+    of_maps = [i for i, v in enumerate(values) if v in maps]
+    image = {i: {terms[i][axis] for axis in maps.axes[values[i]]} for i in of_maps}
+    stays = next((i for i in of_maps if image[i] <= set(output)), None)
+    if stays is None or any(image[i] & image[stays] for i in of_maps if image[i] != image[stays]):
+        return Whole(op)
+    others = [values[i] for i in of_maps if image[i] != image[stays]]
+    if any(values[i] in others or maps.merged(values[i]) for i in of_maps if image[i] == image[stays]):
+        return Whole(op)
+    own, nodes = take_whole(op, maps, others)
+    names = dict(zip(op.inputs, own.inputs, strict=True))
+    made = contraction(own, maps, [names.get(v, v) for v in values], terms, output)
+    return [*nodes, *(made if isinstance(made, list) else [made])]
 
 
 def _squeezed(value: int, made: int, maps: Maps) -> VectorOp:

@@ -16,22 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ...capture.trace import Op, Ref
-from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, Run, VectorOp, Whole, arguments, replay, rule
+from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Run, VectorOp, Whole
 from .promote import renamed
-
-
-@rule("scaled_dot_product_attention")
-def attention(op: Op, maps: Maps) -> Local:
-    """Per pixel where the image axes are among the batch dimensions."""
-    behind = {tuple(axis - len(maps.shape(v)) for axis in maps.axes[v]) for v in maps.inputs(op)}
-    given = arguments(op, "query key value attn_mask dropout_p", dropout_p=0.0)
-    if len(behind) > 1 or any(max(axes) > -3 for axes in behind) or len(maps.inputs(op)) < 3 or given["attn_mask"]:
-        raise Refusal(f"'{op.name}' attends over positions of the image")
-    axes = behind.pop()
-    rank = len(maps.shape(op.outputs[0]))
-    local = Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, ((axes[0] + rank, axes[1] + rank),), replay(op))
-    local.random = given["dropout_p"] > 0
-    return local
 
 
 def unflatten(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:

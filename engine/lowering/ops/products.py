@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...capture.trace import Op
 from ..geometry import Cells
+from .attention import asks_all, take_whole
 from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted, spread_strip
 
@@ -46,6 +47,12 @@ def _product(
         return _over_positions(op, maps, left, right)
     if _is_strip(first, second, ranks):
         return _over_one_axis(op, maps, left, right)
+    if first is not None and second is not None:
+        whole = asks_all(maps, left, right, first, second, ranks)
+        if whole is not None:
+            own, nodes = take_whole(op, maps, (whole,))
+            made = matmul(own, maps)
+            return [*nodes, *(made if isinstance(made, list) else [made])]
     found = [axes for axes in (first, second) if axes is not None]
     contracted = (first is not None and -1 in first) or (second is not None and (-2 if ranks[1] > 1 else -1) in second)
     if contracted and len(found) == 1:

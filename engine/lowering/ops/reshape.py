@@ -44,10 +44,10 @@ def reshape(op: Op, maps: Maps) -> Local | VectorOp | Whole:
     if value in maps.flat:
         return _of_flat(op, maps, value, before, after) or Whole(op)
     h, w = maps.axes[value]
-    found = [_along(before, after, axis) for axis in (h, w)]
-    if found[0] is None or found[1] is None or found[0][0] == found[1][0]:
+    found = _both(before, after, h, w)
+    if found is None:
         return (_flattens(op, maps, value, before, after) if w == h + 1 else None) or Whole(op)
-    (new_h, rows, high), (new_w, cols, wide) = found[0], found[1]
+    (new_h, rows, high), (new_w, cols, wide) = found
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
@@ -63,23 +63,44 @@ def reshape(op: Op, maps: Maps) -> Local | VectorOp | Whole:
     return Local(op, {value: (rows, cols)}, ((new_h, new_w),), run)
 
 
-def _along(before: Sequence[int], after: Sequence[int], axis: int) -> tuple[int, Access, int] | None:
-    """Where an image axis went, how its new indices read the old ones, and the factor between them."""
+_Way = tuple[int, Access, int]  # where an axis went, how its new indices read the old ones, the factor between them
+
+
+def _both(before: Sequence[int], after: Sequence[int], h: int, w: int) -> tuple[_Way, _Way] | None:
+    """Where both image axes went. An axis of one block, (B, 7, 14, C) -> (B, 1, 7, 2, 7, C), goes as the other does."""
+    pairs = [
+        (first, second)
+        for first in _along(before, after, h)
+        for second in _along(before, after, w)
+        if first[0] != second[0]
+    ]
+    alike = (pair for pair in pairs if type(pair[0][1]) is type(pair[1][1]) and _stays(pair[0]) == _stays(pair[1]))
+    return next(alike, next(iter(pairs), None))
+
+
+def _stays(way: _Way) -> bool:
+    return isinstance(way[1], Window) and way[1] == same(way[1].size_in)
+
+
+def _along(before: Sequence[int], after: Sequence[int], axis: int) -> list[_Way]:
+    """Where an image axis may have gone: it is as it was, or cut into blocks, or joined with the dimension after it."""
     size = before[axis]
+    found: list[_Way] = []
     position = _place(before, after, axis, 1, [size])
     if position is not None:
-        return position, same(size), 1
+        found.append((position, same(size), 1))
     for blocks in after:
         if 0 < blocks < size and size % blocks == 0:
             position = _place(before, after, axis, 1, [blocks, size // blocks])
             if position is not None:
-                return position, Window(size, blocks, size // blocks, size // blocks), size // blocks
+                found.append((position, Window(size, blocks, size // blocks, size // blocks), size // blocks))
     if axis + 1 < len(before):
         factor = before[axis + 1]
         position = _place(before, after, axis, 2, [size * factor])
         if position is not None:
-            return position, Gather(size, size * factor, tuple(o // factor for o in range(size * factor))), factor
-    return None
+            access = Gather(size, size * factor, tuple(o // factor for o in range(size * factor)))
+            found.append((position, access, factor))
+    return found
 
 
 def _merged(
@@ -122,25 +143,25 @@ def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Seque
     axis, own = maps.axes[value][0], maps.flat[value]
     ahead = math.prod(before[:axis]) * own.ahead
     behind = math.prod(before[axis + 1 :]) * own.behind
-    found = _merged(before, after, ahead, own.height, own.width)
-    if found is not None:
+    places = range(len(after) - 2, -1, -1)  # from behind: in front are images, of which there may be one
+    position = next(
+        (
+            i
+            for i in places
+            if tuple(after[i : i + 2]) == (own.height, own.width)
+            and (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)
+        ),
+        None,
+    )
+    if position is not None:
+        flat, axes = own, (position, position + 1)
+    else:
+        found = _merged(before, after, ahead, own.height, own.width)
+        if found is None:
+            return None
         position, flat = found
         maps.flat[op.outputs[0]] = flat
         axes = (position, position)
-    else:
-        places = range(len(after) - 1)
-        position = next(
-            (
-                i
-                for i in places
-                if tuple(after[i : i + 2]) == (own.height, own.width)
-                and (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)
-            ),
-            None,
-        )
-        if position is None:
-            return None
-        flat, axes = own, (position, position + 1)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         shape = list(after)

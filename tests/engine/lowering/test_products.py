@@ -9,8 +9,6 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph import UnsupportedError, accelerate
-
 
 def ramp(n: int, x: Tensor, *shape: int) -> Tensor:
     return torch.linspace(-1, 1, n, dtype=x.dtype).view(shape or (n,))
@@ -128,7 +126,6 @@ def all_with_all(x: Tensor) -> Tensor:
     return (x.flatten(2) @ weights).view_as(x)
 
 
-def test_all_with_all_is_refused():
-    net = accelerate(Around(all_with_all).double())
-    with pytest.raises(UnsupportedError, match=r"'matmul' contracts positions.*fallback=\"whole\""):
-        net(image())
+def test_all_with_all():
+    """A row of weights for each position, and what they give to all positions is a sum over the tiles."""
+    assert_exact(Around(all_with_all).double(), image(), tile=(5, 4))

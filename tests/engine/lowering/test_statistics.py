@@ -387,11 +387,9 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape) + x
 
 
-def test_attention_takes_its_tokens_whole_if_allowed():
+def test_attention_after_live_norms():
     net = Around(nn.Sequential(Attention(), nn.Conv2d(4, 4, 3, 2, 1), Attention())).double().train()
-    with pytest.raises(UnsupportedError, match=r"attends over positions.*fallback=.whole."):
-        accelerate(copy.deepcopy(net), tile=5)(image())
-    assert_exact(net, image(), tile=5, fallback="whole")
+    assert_exact(net, image(), tile=5)
 
 
 def merged_tokens(x: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Attention over positions of the image: the maps of keys and values are kept whole, queries go by tile.
+
+Every query asks all keys, so that no tile can answer before the last key is known. Keys and values are stored by the
+stage that makes them and are vectors to the next one: there a tile has its own queries, all keys, and a softmax over
+them, which is a local op. The gradient of a vector is a sum over the tiles, that of keys and values like any other.
+
+    (N, heads, pixels, d) @ (N, heads, d, pixels)    left: queries, a map; right: keys, taken whole
+    (N, heads, pixels, L) @ (N, heads, pixels, d)    left: a row of L weights per query; right: values, taken whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...capture.trace import Op, Ref
+from .base import Local, Maps, Node, Refusal, Whole, arguments, replay, rule
+from .promote import promoted, renamed
+
+
+def take_whole(op: Op, maps: Maps, values: Sequence[int]) -> tuple[Op, list[Node]]:
+    """The op with maps that it reads at all positions as vectors."""
+    nodes: list[Node] = []
+    names: dict[int, int] = {}
+    for value in dict.fromkeys(values):
+        names[value] = maps.new_value(like=value)
+        whole = Op(torch.Tensor.contiguous, "contiguous", (Ref(value),), {}, (value,), (names[value],), (), op.module)
+        nodes.append(Whole(whole))
+    return renamed(op, names), nodes
+
+
+@rule("scaled_dot_product_attention")
+def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
+    """Per pixel where the image axes are among the batch dimensions; else of each pixel's query with all keys."""
+    given = arguments(op, "query key value attn_mask dropout_p is_causal", dropout_p=0.0, is_causal=False)
+    query, key, value = (given[name].value for name in ("query", "key", "value"))
+    rank = len(maps.shape(op.outputs[0]))
+    if query not in maps:
+        return Whole(op)  # a few queries of their own pool the map
+    axes = maps.axes[query]
+    behind = tuple(axis - len(maps.shape(query)) for axis in axes)
+    if max(behind) < -2:
+        return _of_windows(op, maps, (query, key, value), given["attn_mask"], behind, rank)
+    if behind != (-2, -2) or maps.merged(query) or given["is_causal"]:
+        raise Refusal(f"'{op.name}' attends over positions of the image in an order of its own")
+    own, nodes = take_whole(op, maps, [v for v in (key, value) if v in maps])
+    own, made = _with_mask(own, maps, rank - 2, rank)
+    local = Local(own, {v: maps.pointwise(v) for v in maps.inputs(own)}, ((rank - 2, rank - 2),), replay(own))
+    return [*nodes, *made, _random(local, given["dropout_p"])]
+
+
+def _of_windows(
+    op: Op, maps: Maps, values: Sequence[int], mask: Ref | None, behind: tuple[int, ...], rank: int
+) -> Local | list[Node]:
+    """Each window of the image attends to itself."""
+    given = arguments(op, "query key value attn_mask dropout_p", dropout_p=0.0)
+    others = {tuple(axis - len(maps.shape(v)) for axis in maps.axes[v]) for v in values if v in maps}
+    if others != {behind} or any(v not in maps for v in values) or len({maps.extent(v) for v in values}) > 1:
+        raise Refusal(f"'{op.name}' attends over positions of the image")
+    axes = behind[0] + rank, behind[1] + rank
+    own, made = (op, []) if mask is None else promoted(op, maps, axes, rank, among=(mask.value,))
+    local = Local(own, {v: maps.pointwise(v) for v in maps.inputs(own)}, (axes,), replay(own))
+    return [*made, _random(local, given["dropout_p"])]
+
+
+def _with_mask(op: Op, maps: Maps, axis: int, rank: int) -> tuple[Op, list[Node]]:
+    """The op with a mask, or bias, that has a row for each query."""
+    mask = arguments(op, "query key value attn_mask")["attn_mask"]
+    if mask is None:
+        return op, []
+    if mask.value in maps:
+        own = {place - len(maps.shape(mask.value)) for place in maps.axes[mask.value]}
+        if own != {-2} or maps.extent(mask.value) != maps.extent(op.inputs[0]):
+            raise Refusal(f"'{op.name}' has a mask that depends on the image otherwise than its queries")
+        return op, []
+    return promoted(op, maps, (axis, axis), rank, among=(mask.value,))
+
+
+def _random(local: Local, dropout: float) -> Local:
+    local.random = dropout > 0
+    return local
+
+
+def asks_all(
+    maps: Maps, left: int, right: int, first: tuple[int, int], second: tuple[int, int], ranks: tuple[int, int]
+) -> int | None:
+    """Of a matrix product of two maps, the factor whose positions all of the other's ask; None if neither.
+
+    Args:
+        first, second: the image axes of the factors, counted from after.
+        ranks: of the factors.
+    """
+    contracts = -1 in first, (-2 if ranks[1] > 1 else -1) in second
+    if contracts == (True, True) or maps.merged(left) or maps.merged(right):
+        return None
+    if any(contracts):
+        return left if contracts[0] else right
+    return right if first == (-2, -2) and second == (-1, -1) else None

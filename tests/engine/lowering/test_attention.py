@@ -1,0 +1,78 @@
+"""Attention over all positions: keys and values are kept, queries go tile by tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_modules import Global
+from exactness import assert_exact
+from torch import nn
+from torch.nn import functional as F
+
+from gigamorph import UnsupportedError, accelerate
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.stages import lower
+
+H, W = 15, 22
+
+
+def network(*middle: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *middle, nn.Conv2d(4, 4, 3), *ends).double()
+
+
+def image(n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 2, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("form", ["sdpa", "matmul", "bmm", "einsum"])
+@pytest.mark.parametrize("tile", [(6, 7), 100])
+def test_each_way_of_writing_it(form, tile):
+    assert_exact(network(Global(4, form), nn.GELU(), Global(4, form)), image(), tile=tile)
+
+
+@pytest.mark.parametrize("form", ["sdpa", "matmul", "einsum"])
+def test_pooled_keys(form):
+    assert_exact(network(Global(4, form, pool=3)), image(), tile=(6, 7))
+
+
+@pytest.mark.parametrize("form", ["sdpa", "matmul"])
+def test_bias_for_each_pair(form):
+    assert_exact(network(Global(4, form, bias=H * W)), image(), tile=(6, 7))
+
+
+class Fixed(nn.Module):
+    """Attention to keys that are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = nn.Parameter(torch.randn(1, 9, 4)), nn.Parameter(torch.randn(1, 9, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.scaled_dot_product_attention(x.flatten(2).transpose(1, 2), self.k, self.v)
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+def test_keys_that_are_parameters():
+    assert_exact(network(Fixed()), image(1), tile=(6, 7))
+
+
+class Causal(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True).transpose(1, 2).reshape(x.shape)
+
+
+def test_an_order_among_positions_is_refused():
+    with pytest.raises(UnsupportedError, match="an order of its own"):
+        accelerate(network(Causal()))(image())
+
+
+def test_scores_go_by_tile():
+    """They are maps, with a row of H * W for each position, and no stage stores one."""
+    staged = lower(capture(network(Global(4, "matmul")), (1, 2, H, W), torch.float64, torch.device("cpu")))
+    scores = {v for v in staged.maps.axes if H * W in staged.maps.shape(v)}
+    assert scores
+    assert all(staged.maps.size(v) == (H, W) for v in scores)
+    assert not any(scores & {*stage.stored, *stage.sources} for stage in staged.stages)
