@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import sys
 from typing import Any
@@ -15,7 +16,9 @@ _COMMANDS = {
     "demo": "Train on phantom mammograms at native resolution and report (four minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and name every known trap with its fix.",
     "eval": "Measure predictions: areas, operating points, calibration, subgroups, with intervals and a report.",
+    "export": "Write a network as a Hugging Face folder that timm loads, or as ONNX, checked.",
     "explain": "Maps of what a prediction rests on, on the pixels of the file: PNG, TIFF, DICOM SEG; marks.",
+    "import": "A published network becomes a folder that every command takes as a model, once its logits agree.",
     "morph": "Grow a trained network without changing what it computes; check that it did not.",
     "plan": "Say how large a tile, and how much memory, a network and an image need.",
     "predict": "Predictions, and heat maps at native resolution, for images of any size.",
@@ -31,7 +34,8 @@ class LazyCommand(click.RichCommand):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         assert self.name is not None
-        command = getattr(importlib.import_module(f".{self.name}", __package__), self.name)
+        name = f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+        command = getattr(importlib.import_module(f".{name}", __package__), name)
         return command.make_context(info_name, args, parent=parent, **extra)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,7 +18,7 @@ _SPLITS = {
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(dir_okay=False))
+@click.argument("checkpoint", type=click.Path())
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the predictions.")
 @click.option("--heatmaps", is_flag=True, help="Draw what explain draws, on every pixel of each image as stored.")
@@ -46,11 +45,14 @@ def predict(
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
 
+    Or with a folder of gigamorph import, an ensemble among them.
+
     A recipe's checkpoints serve as well where they hold a classifier of whole images: those of
     morphhr and end2end, and the fine-tuned networks of dvme.
 
     IMAGES are image files, folders, or a csv with a column image_path. predictions.csv gets a line as soon as an image
-    is done; breasts.csv has the mean of the views of each breast; predictions.json names the model. A damaged image
+    is done; breasts.csv has the mean of the views of each breast, exams.csv the
+    highest of the breasts of each exam; predictions.json names the model. A damaged image
     ends the command with an error that names it, unless --skip-bad; what was computed stays.
 
     The column split says what an image was in the training: of the training's own table, else as the table says. Areas
@@ -65,6 +67,7 @@ def predict(
     from ..engine.datasets.grey import grey_warnings
     from ..engine.evaluate.recalibration import read_calibration
     from ..engine.files import write_atomically
+    from ..engine.models.folder import digest_of
     from ..engine.recipes.networks import open_classifier
     from ..engine.train.inputs import prediction_records
     from ..engine.train.metrics import scores
@@ -73,7 +76,7 @@ def predict(
     from .progress import ProgressView
 
     net, classes, open_images = open_classifier(checkpoint, memory_budget=memory_budget, device=device)
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    digest = digest_of(checkpoint)
     calibration = None if calibrated_by is None else read_calibration(calibrated_by, classes, digest)
     records = prediction_records(images, classes, check_files=not skip_bad)
     data = open_images(records)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..accelerate import Accelerated
 from ..images.pixels import PixelSource
+from ..models.outputs import outputs_of
 from ..train.explanation import Explanation, class_of, explain_class, log_odds_of
 
 __all__ = ["Explanation", "activation_map", "explain_gradient", "gradient_map"]
@@ -57,8 +58,9 @@ def explain_gradient(net: Accelerated, source: PixelSource, which: int | None) -
     image = source.read(0, height, 0, width)[None].to(dtype).requires_grad_()
     with _frozen(net), torch.enable_grad():
         found = next(t for t in tree_leaves(net(image)) if isinstance(t, Tensor)).reshape(1, -1)
-        number = class_of(found, which)
-        (gradient,) = torch.autograd.grad(log_odds_of(found, number)[0], image)
+        heads = outputs_of(net)
+        number = class_of(found, which, heads)
+        (gradient,) = torch.autograd.grad(log_odds_of(found, number, heads)[0], image)
     return Explanation(source, gradient[0].abs().amax(0)), found[0].detach(), number
 
 

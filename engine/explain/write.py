@@ -11,12 +11,12 @@ import numpy as np
 
 from ..accelerate import Accelerated
 from ..errors import BudgetError, DataError, GigamorphError
-from ..evaluate import odds
 from ..files import write_atomically
 from ..images.pixels import as_stored
 from ..images.writers import write_tiff
+from ..models.outputs import outputs_of
 from ..train.classify import Images
-from ..train.explanation import Explanation, caption, explain_class
+from ..train.explanation import Explanation, caption, explain_class, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.predict import unique_name
 from ..train.progress import Meter
@@ -75,7 +75,7 @@ def explain(
             source = images[index]["image"]
             meter.image(source.shape[-2] * source.shape[-1])
             found, logits, which = METHODS[method](net, source, output)
-            log_odds = float(odds.of_logits(logits.double().cpu().numpy())[which])
+            log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs_of(net))[0])
             stem = unique_name(path.stem, names)
             for one in formats:
                 _write(found, path, out, stem, one, classes[which], log_odds)

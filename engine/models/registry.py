@@ -1,4 +1,4 @@
-"""One function that builds a network from a short text: our own name, ``timm:NAME`` or ``module:factory``."""
+"""One function that builds a network from a short text: our own name, ``timm:NAME``, ``module:factory``, a folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
 from .compat import make_torchvision_importable
+from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
+from .outputs import set_outputs
 from .resnet import resnet18, resnet34, resnet50
+from .spec import Spec
+from .weights import first_line, load_exactly, read_state
 
 log = logging.getLogger("gigamorph")
 
@@ -36,7 +40,10 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
         spec: a name in `MODELS`, ``timm:NAME``, or ``module:factory``: a function or class of a module that Python can
             import, also from the working directory. It gives a `torch.nn.Module` that maps (N, channels, H, W) to
             logits (N, classes). It is called with ``num_classes`` and ``in_channels``, each only if its signature names
-            it; ``**kwargs`` counts as naming ``num_classes``, which torchvision's functions hand on.
+            it; ``**kwargs`` counts as naming ``num_classes``, which torchvision's functions hand on. Arguments of its
+            own follow after a question mark, as in ``timm:resnet18?global_pool=max&drop_rate=0.2``; they go before
+            what is said here. Or the folder of a network that was imported (`gigamorph import`), with its weights; how
+            many outputs and channels it has, it says itself.
         num_classes: outputs of the classifier.
         in_channels: channels of the image.
         weights: a safetensors or torch file. See `load_weights`.
@@ -45,41 +52,67 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
         GigamorphError: if the network is unknown or cannot be built.
         DataError: if the weights do not fit.
     """
-    kind, colon, name = spec.partition(":")
-    if not colon:
-        if spec not in MODELS:
-            own = ", ".join(sorted(MODELS))
-            raise GigamorphError(f"model {spec!r} is unknown; take one of {own}, timm:NAME or module:factory")
-        model = MODELS[spec](num_classes=num_classes, in_channels=in_channels)
-    elif kind == "timm":
-        model = _timm(name, num_classes, in_channels)
-    else:
-        model = _factory(kind, name, num_classes, in_channels)
+    model = _of_folder(Path(spec)) if is_folder(spec) else _build(Spec.parse(spec), num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights)
     return model
 
 
-def _timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+def _build(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
+    if spec.kind == "timm":
+        return _timm(spec, num_classes, in_channels)
+    if spec.kind:
+        return _factory(spec, num_classes, in_channels)
+    if spec.name not in MODELS:
+        own = ", ".join(sorted(MODELS))
+        folder = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
+        raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{folder}")
+    try:
+        return MODELS[spec.name](**{"num_classes": num_classes, "in_channels": in_channels, **spec.arguments})
+    except TypeError as error:
+        raise GigamorphError(f"model {str(spec)!r} cannot be built: {first_line(error)}") from error
+
+
+def _of_folder(folder: Path) -> nn.Module:
+    description = read_description(folder)
+    if description.members:
+        raise GigamorphError(
+            f"{folder}: is an ensemble of {len(description.members)} networks, which predicts; name one of its "
+            f"members, as {folder / description.members[0]}"
+        )
+    spec = Spec.parse(description.model)
+    model = _build(spec, description.outputs.columns, description.preprocessing.channels)
+    path = check_weights(folder, description)
+    load_exactly(model, read_state(path).tensors, path)
+    set_outputs(model, description.outputs)
+    return model
+
+
+def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
     make_torchvision_importable()
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
         raise GigamorphError(
-            f"model 'timm:{name}' needs timm, which cannot be imported ({_first_line(error)}); "
+            f"model 'timm:{spec.name}' needs timm, which cannot be imported ({first_line(error)}); "
             "pip install timm, with the torchvision build that matches torch"
         ) from error
+    if ":" in spec.name or spec.arguments.get("pretrained"):
+        raise GigamorphError(
+            f"model {str(spec)!r} would be downloaded; fetch its files yourself and give them to gigamorph import"
+        )
+    given = {"num_classes": num_classes, "in_chans": in_channels, **spec.arguments}
     try:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise GigamorphError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+        return timm.create_model(spec.name, **given)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise GigamorphError(f"timm cannot build {str(spec).removeprefix('timm:')!r}: {first_line(error)}") from error
 
 
-def _factory(module_name: str, name: str, num_classes: int, in_channels: int) -> nn.Module:
-    spec = f"{module_name}:{name}"
+def _factory(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
     make_torchvision_importable()
+    text = str(spec)
     with _working_directory_on_path():
-        factory = _imported(spec, module_name, name)
+        factory = _imported(text, spec.kind, spec.name)
         try:
             taken = inspect.signature(factory).parameters
         except (TypeError, ValueError):
@@ -89,16 +122,19 @@ def _factory(module_name: str, name: str, num_classes: int, in_channels: int) ->
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
             taken = {**taken, "num_classes": None}
         try:
-            model = factory(**{key: value for key, value in wanted.items() if key in taken})
+            model = factory(**{**{key: value for key, value in wanted.items() if key in taken}, **spec.arguments})
         except Exception as error:
             contract = f"; {_CONTRACT}" if isinstance(error, TypeError) else ""
-            raise GigamorphError(f"model {spec!r} cannot be built: {_first_line(error)}{contract}") from error
+            raise GigamorphError(f"model {text!r} cannot be built: {first_line(error)}{contract}") from error
     if not isinstance(model, nn.Module):
-        raise GigamorphError(f"model {spec!r} gives a {type(model).__name__}, not a torch.nn.Module")
+        raise GigamorphError(f"model {text!r} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
-_CONTRACT = "it is called with num_classes and, where its signature names it, in_channels, and nothing else"
+_CONTRACT = (
+    "it is called with num_classes and, where its signature names it, in_channels, and nothing else but what follows "
+    "after a question mark, as in module:factory?width=32"
+)
 
 
 def _imported(spec: str, module_name: str, name: str) -> Callable[..., Any]:
@@ -106,14 +142,14 @@ def _imported(spec: str, module_name: str, name: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
-            raise GigamorphError(f"model {spec!r} cannot be imported: {_first_line(error)}") from error
+            raise GigamorphError(f"model {spec!r} cannot be imported: {first_line(error)}") from error
         raise GigamorphError(
             f"model {spec!r} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "
             "path; run this in the folder that holds it, or put that folder into PYTHONPATH"
         ) from error
     except Exception as error:
         # The module is the user's: whatever it raises is the answer to "why can it not be imported".
-        raise GigamorphError(f"model {spec!r} cannot be imported: {_first_line(error)}") from error
+        raise GigamorphError(f"model {spec!r} cannot be imported: {first_line(error)}") from error
     if not callable(found):
         raise GigamorphError(
             f"model {spec!r} is a {type(found).__name__}, not a function or class that makes a network"
@@ -137,7 +173,9 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load parameters from a safetensors file or a torch file (``weights_only``: no code is run).
 
     A gigamorph or Lightning checkpoint serves as well. Tensors of the last layer whose shape differs are skipped with
-    a warning that names them (another number of classes); any other difference is an error.
+    a warning that names them (another number of classes); any other difference is an error. A folder of `gigamorph
+    import` serves too: a last layer that it does not have (features) is new, and one with a single sigmoid becomes that
+    of two classes with the same probabilities.
 
     Returns:
         The names of the skipped tensors.
@@ -146,9 +184,9 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         DataError: if the file cannot be read, or does not fit the network.
     """
     path = Path(path)
-    state = _read(path)
     own = model.state_dict()
     head = _head_prefix(own)
+    state = _start(path, own, head) if is_folder(path) else _read(path)
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
     ]
@@ -170,6 +208,21 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     return skipped
 
 
+def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]:
+    """The weights of a folder, with the last layer that a network of other outputs starts with."""
+    description = read_description(folder)
+    state = read_state(check_weights(folder, description)).tensors
+    new = [name for name in own if name.startswith(head) and name not in state]
+    if new and not description.outputs.predicts:
+        state |= {name: own[name] for name in new}
+        log.warning("%s: gives features; the classifier is new: %s", folder, ", ".join(new))
+    if description.outputs.heads[0].binary and description.outputs.columns == 1:
+        for name in (n for n in own if n.startswith(head) and n in state):
+            if len(own[name]) == 2 and state[name].shape == (1, *own[name].shape[1:]):
+                state[name] = torch.cat([torch.zeros_like(state[name]), state[name]])  # softmax (0, s) is sigmoid s
+    return state
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -180,7 +233,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such weights file") from error
     except Exception as error:  # each reader has its own errors for a damaged file
-        raise DataError(f"{path}: not a readable weights file: {_first_line(error)}") from error
+        raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
     if isinstance(loaded, dict):
         for key in ("state_dict", "model", "model_state_dict"):
             if isinstance(loaded.get(key), dict):
@@ -198,8 +251,3 @@ def _head_prefix(state: dict[str, Tensor]) -> str:
     """The last layer that has a weight, by the order of the state_dict: the classifier."""
     weights = [key for key, value in state.items() if key.endswith("weight") and value.ndim >= 2]
     return weights[-1].removesuffix("weight") if weights else "\0"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

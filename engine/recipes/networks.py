@@ -8,6 +8,7 @@ from pathlib import Path
 from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import Record
 from ..errors import DataError
+from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.classify import Images
 from ..train.fit import restore_network
@@ -21,11 +22,15 @@ def open_classifier(
 ) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
     """The trained network of a checkpoint in a budget and on a device, its classes, and what opens images for it.
 
+    Of a folder of `gigamorph import` likewise, or the ensemble in it.
+
     The images' records say which split of the training they were in, where that is known.
 
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images.
     """
+    if Path(path).is_dir():
+        return open_published(path, memory_budget=memory_budget, device=device)  # type: ignore[return-value]
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" in record:

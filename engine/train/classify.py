@@ -16,6 +16,7 @@ from ..accelerate import Accelerated
 from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate import odds
+from ..models.outputs import Outputs
 from .curves import write_curves
 from .metrics import Prediction, scores
 from .task import Score, Task
@@ -128,10 +129,13 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Sequence[float] | Non
     return losses.mean()
 
 
-def prediction(item: dict[str, Any], logits: Tensor) -> Prediction:
+def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = None) -> Prediction:
     """One image's prediction from its logits (classes,).
 
     Patient, laterality and view come from the table, else from the DICOM header.
+
+    Args:
+        outputs: what the logits are, where they are not those of one softmax, see `outputs_of`.
     """
     record: Record = item["record"]
     header = getattr(getattr(item["image"], "stored", None), "info", None)
@@ -139,9 +143,12 @@ def prediction(item: dict[str, Any], logits: Tensor) -> Prediction:
     patient = record.patient_id
     if Path(patient).name == record.path.name:
         patient = getattr(header, "patient_id", None) or patient
+    values = logits.detach().double().cpu()
+    log_odds = odds.of_logits(values.numpy()) if outputs is None else outputs.log_odds(values[None])[0].numpy()
     return Prediction(
         image=str(record.path),
-        log_odds=tuple(odds.of_logits(logits.detach().double().cpu().numpy()).tolist()),
+        log_odds=tuple(log_odds.tolist()),
+        exclusive=outputs is None or outputs.exclusive,
         label=None if record.label < 0 else record.label,
         patient=patient,
         laterality=record.laterality or getattr(header, "laterality", None) or "",

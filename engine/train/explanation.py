@@ -15,6 +15,7 @@ from ..accelerate import Accelerated
 from ..errors import GigamorphError
 from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource, as_stored, to_original
+from ..models.outputs import Outputs, outputs_of
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,16 @@ def explain_class(net: Accelerated, source: PixelSource, which: int | None = Non
     Raises:
         GigamorphError: as `Accelerated.evidence`.
     """
-    found = net.evidence_map(source, lambda outputs: log_odds_of(outputs, class_of(outputs, which)))
-    number = class_of(found.outputs, which)
+    heads = outputs_of(net)
+    found = net.evidence_map(source, lambda outputs: log_odds_of(outputs, class_of(outputs, which, heads), heads))
+    number = class_of(found.outputs, which, heads)
     cells = Affine(
         xx=found.columns.stride,
         x0=found.columns.first + (1 - found.columns.stride) / 2,
         yy=found.rows.stride,
         y0=found.rows.first + (1 - found.rows.stride) / 2,
     )
-    log_odds = float(log_odds_of(found.outputs.double(), number)[0])
+    log_odds = float(log_odds_of(found.outputs.double(), number, heads)[0])
     # Half of what a cell sees, around its middle, is what counts most; of a small map a quarter at most is border.
     near = (ceil(axis.extent / 4 / axis.stride) for axis in (found.rows, found.columns))
     height, width = found.values.shape[1:]
@@ -149,21 +151,31 @@ def caption(label: str, log_odds: float) -> str:
     return f"{label}: probability {expit(log_odds):.3f}, log-odds {log_odds:+.2f}"
 
 
-def class_of(outputs: Tensor, which: int | None) -> int:
+def class_of(outputs: Tensor, which: int | None, heads: Outputs | None = None) -> int:
     """The class that is explained: the one asked for, else the second of two, else the most probable one.
+
+    Of several heads it is the first one's; of labels that do not exclude each other the most probable one.
 
     Args:
         outputs: logits (1, classes).
+        heads: what they are, where they are not those of one softmax.
     """
-    count = outputs.shape[1]
+    names = outputs.shape[1] if heads is None else len(heads.names)
     if which is None:
-        return count - 1 if count <= 2 else int(outputs[0].argmax())
-    if not -count <= which < count:
-        raise GigamorphError(f"output {which} does not exist; the network has {count}")
-    return which % count
+        if heads is None:
+            return names - 1 if names <= 2 else int(outputs[0].argmax())
+        first = len(heads.heads[0].classes)
+        if heads.exclusive and first <= 2:
+            return first - 1
+        return int(heads.log_odds(outputs)[0, :first].argmax())
+    if not -names <= which < names:
+        raise GigamorphError(f"output {which} does not exist; the network has {names}")
+    return which % names
 
 
-def log_odds_of(outputs: Tensor, which: int) -> Tensor:
+def log_odds_of(outputs: Tensor, which: int, heads: Outputs | None = None) -> Tensor:
     """Log-odds (N,) of a class against all others, of logits (N, classes); of a single output that logit."""
+    if heads is not None:
+        return heads.log_odds(outputs)[:, which]
     others = torch.cat([outputs[:, :which], outputs[:, which + 1 :]], 1)
     return outputs[:, which] - (torch.logsumexp(others, 1) if others.shape[1] else 0)

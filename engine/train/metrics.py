@@ -9,6 +9,7 @@ import numpy as np
 
 from ..evaluate import Cases, macro_auc
 from ..evaluate import odds as of
+from ..evaluate.cases import Level
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Prediction:
     ``log_odds`` are those of each class against all others, float64: large logits keep their order, which probabilities
     near 1 do not. ``patient``, ``exam`` and ``laterality`` name the breast; ``laterality`` is "" where it is not known,
     and then an image stands for itself. ``split`` is what the image was in the training; "" where that is not known.
+    ``exclusive`` says that an image is of exactly one of the classes; otherwise each is a label of its own.
     """
 
     image: str
@@ -28,19 +30,21 @@ class Prediction:
     view: str = ""
     exam: str = ""
     split: str = ""
+    exclusive: bool = True
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """The softmax of the network's outputs, one per class."""
+        """Of each class; those of classes that exclude each other add up to 1."""
         return tuple(of.probabilities(self.log_odds).tolist())
 
 
 def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases:
     """Predictions as what `gigamorph.engine.evaluate` measures; of two classes the second against the first."""
-    labels = np.array([-1 if p.label is None else p.label for p in predictions])
+    exclusive = all(p.exclusive for p in predictions)
+    labels = np.array([-1 if p.label is None or not exclusive else p.label for p in predictions])
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(classes))[labels])
     scores = np.array([p.log_odds for p in predictions], np.float64)
-    binary = len(classes) == 2
+    binary = exclusive and len(classes) == 2
     return Cases(
         outputs=tuple(classes[1:] if binary else classes),
         truth=truth[:, 1:] if binary else truth,
@@ -49,7 +53,7 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
         patients=tuple(p.patient for p in predictions),
         exams=tuple(p.exam for p in predictions),
         sides=tuple(p.laterality for p in predictions),
-        kind="binary" if binary else "classes",
+        kind="binary" if binary else "classes" if exclusive else "labels",
         columns={"view": tuple(p.view for p in predictions), "split": tuple(p.split for p in predictions)},
     )
 
@@ -59,11 +63,24 @@ def per_breast(predictions: Sequence[Prediction]) -> list[Prediction]:
 
     Images without patient or laterality stay single. The order is that of each breast's first image.
     """
+    return _grouped(predictions, "breast")
+
+
+def per_exam(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The views of each exam (patient, exam) as one: the highest of its breasts, each the mean of its views.
+
+    Of several classes that exclude each other the highest add up to more than 1. Images without patient stay single.
+    """
+    return _grouped(predictions, "exam")
+
+
+def _grouped(predictions: Sequence[Prediction], level: Level) -> list[Prediction]:
     if not predictions:
         return []
     classes = [str(number) for number in range(len(predictions[0].log_odds))]
-    breasts = as_cases(predictions, classes).at("breast")
-    scores = breasts.scores if breasts.kind == "classes" else np.concatenate([-breasts.scores, breasts.scores], 1)
+    breasts = as_cases(predictions, classes).at(level)
+    scores = breasts.scores if breasts.kind != "binary" else np.concatenate([-breasts.scores, breasts.scores], 1)
+    labels = [-1] * len(breasts) if breasts.kind == "labels" else breasts.labels
     return [
         Prediction(
             image=breasts.names[i],
@@ -74,14 +91,15 @@ def per_breast(predictions: Sequence[Prediction]) -> list[Prediction]:
             view=breasts.columns["view"][i],
             exam=breasts.exams[i],
             split=breasts.columns["split"][i],
+            exclusive=breasts.kind != "labels",
         )
-        for i, label in enumerate(breasts.labels)
+        for i, label in enumerate(labels)
     ]
 
 
 def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
     """AUC per image and per breast with the counts, over the predictions that have a label."""
-    labelled = [p for p in predictions if p.label is not None]
+    labelled = [p for p in predictions if p.label is not None and p.exclusive]
     breasts = per_breast(labelled)
     return {
         "images": len(labelled),

@@ -19,11 +19,12 @@ from ..errors import BudgetError, DataError, GigamorphError
 from ..evaluate.read import ODDS, PROBABILITY
 from ..evaluate.recalibration import Calibration
 from ..images.pixels import as_stored
+from ..models.outputs import outputs_of
 from .checkpoint import write_atomically
 from .classify import Images, prediction
 from .explanation import caption, explain_class
 from .heatmap import overlay_name, write_overlay
-from .metrics import Prediction, per_breast
+from .metrics import Prediction, per_breast, per_exam
 from .progress import Meter
 
 
@@ -42,7 +43,8 @@ def predict(
     """Predict image by image into ``out``.
 
     ``predictions.csv`` gets one flushed line per image, so that whatever ends the run early leaves what was computed;
-    ``breasts.csv`` (mean of the views of each breast) is written at the end, also after an error. With ``heatmaps``,
+    ``breasts.csv`` (mean of the views of each breast) and ``exams.csv`` (highest of the breasts of each exam) are
+    written at the end, also after an error. With ``heatmaps``,
     ``heatmaps/NAME.png`` is what `gigamorph explain` draws: what stands out for the second of two classes, else for
     the most probable one, with its probability, on every pixel of the image as its file stores it (``.tif`` for very
     large images), so that it lies over the original and over boxes in the file's coordinates.
@@ -73,6 +75,7 @@ def predict(
     def breasts() -> None:
         if found:
             write_atomically(out / "breasts.csv", lambda p: _write_all(p, per_breast(found), classes), "table")
+            write_atomically(out / "exams.csv", lambda p: _write_all(p, per_exam(found), classes, "exam"), "table")
 
     one = _Predictor(net, out, classes, heatmaps, identifiers, calibration)
     with _Table(out / "predictions.csv", classes, calibration) as table:
@@ -126,7 +129,7 @@ class _Predictor:
         else:
             with torch.no_grad():
                 explained, logits, which = None, self._net(source)[0], 0
-        result = prediction(item, logits)
+        result = prediction(item, logits, outputs_of(self._net))
         if self._calibration is not None:
             log_odds = self._calibration(result.log_odds[1])
             result = replace(result, log_odds=(-log_odds, log_odds))
@@ -209,8 +212,8 @@ def _row(result: Prediction) -> list[object]:
     return [*keys, label, *values]
 
 
-def _write_all(path: Path, results: Sequence[Prediction], classes: Sequence[str]) -> None:
+def _write_all(path: Path, results: Sequence[Prediction], classes: Sequence[str], what: str = "breast") -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["breast", *_header(classes)[1:]])
+        writer.writerow([what, *_header(classes)[1:]])
         writer.writerows(map(escape, _row(result)) for result in results)

@@ -1,0 +1,154 @@
+"""``gigamorph import``: a published network becomes a folder that every command takes as a model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import rich_click as click
+
+from . import options
+
+_FLIPS = {"left-right": (True, False), "up-down": (False, True), "both": (True, True)}
+
+
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    return None if value is None else options.parse_size(ctx, param, value)
+
+
+def _parse_resize(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | str | None:
+    return value if value in (None, "none") else options.parse_size(ctx, param, value)
+
+
+def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    return None if value is None else options._parse_numbers(ctx, param, value)
+
+
+def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    found = []
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not equals or not name or not rest:
+            raise click.BadParameter(f"{value!r}; write NAME=ACTIVATION:CLASSES, as in density=softmax:A,B,C,D")
+        found.append((name, rest))
+    return tuple(found)
+
+
+@click.command("import")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write.")
+@click.option(
+    "--weights",
+    metavar="FILE",
+    help="State dict, checkpoint or Hugging Face folder on disk; cache: what timm has fetched before.",
+)
+@click.option("--prefix", default="", metavar="NAMES", help="Take the weights whose names begin so, as in model.")
+@click.option(
+    "--layout",
+    type=click.Choice(["mammoscreen", "rsna-2023", "mammo-clip", "gmic"]),
+    help="Of a checkpoint; by default recognised by its names.",
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["softmax", "sigmoid", "probability", "features"]),
+    help="What the outputs are; by default softmax, of a single one sigmoid.",
+)
+@click.option("--classes", metavar="NAMES", help="Names of the outputs with commas between; by default 0,1,...")
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    metavar="NAME=...",
+    callback=_parse_heads,
+    help="Of several heads, in order: density=softmax:A,B,C,D. Repeatable.",
+)
+@click.option("--channels", type=click.Choice([1, 3]), help="Of the images; by default what the weights take.")
+@click.option("--mean", callback=_parse_numbers, metavar="NUMBERS", help="Grey value taken as zero, 0 to 1.")
+@click.option("--std", callback=_parse_numbers, metavar="NUMBERS", help="Spread that is scaled to one.")
+@click.option("--voi", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.")
+@click.option(
+    "--per-image",
+    type=click.Choice(["minmax", "standard", "none"]),
+    help="Bring each image to [0, 1], or to mean 0 and spread 1, by its own pixels.",
+)
+@click.option(
+    "--resize",
+    metavar="HxW|none",
+    callback=_parse_resize,
+    help="Size that images are brought to; none keeps every pixel, also of a layout that has a size.",
+)
+@click.option(
+    "--fit", type=click.Choice(["pad", "widen", "stretch"]), help="How they are brought to it; by default pad."
+)
+@click.option("--licence", default="", help="Of the weights, to be kept with them.")
+@click.option("--size", metavar="HxW", callback=_parse_size, help="Of the image that the import is checked by.")
+@click.option("--trust", is_flag=True, help="Open a pickled module, which runs the code in it, in its own process.")
+@click.option(
+    "--flip",
+    "flips",
+    multiple=True,
+    type=click.Choice(list(_FLIPS)),
+    help="Average over the mirrored image too. Repeatable; SOURCES are folders then.",
+)
+def import_(
+    sources: tuple[str, ...],
+    out: str,
+    weights: str | None,
+    prefix: str,
+    layout: str | None,
+    activation: Any,
+    classes: str | None,
+    heads: tuple[tuple[str, str], ...],
+    licence: str,
+    size: tuple[int, int] | None,
+    trust: bool,
+    flips: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Make a folder of a published network: its weights, what builds it, what it takes and gives.
+
+    SOURCE is a network with arguments (timm:NAME?in_chans=1&global_pool=max, module:function?width=32) whose --weights
+    are named; a Hugging Face folder on disk; a checkpoint of ianpan/mammoscreen, the RSNA 2023 winner, Mammo-CLIP or
+    GMIC; or several folders of gigamorph import, which become an ensemble: the mean of their probabilities.
+
+    The folder has the logits of a fixed image by ordinary PyTorch. It is written only if the network, computed by
+    tiles, gives them too: to 1e-5 in float32, 1e-12 in float64. predict, explain, train --init, morph, bench and plan
+    take it as a model. Nothing is ever downloaded.
+
+    Example: gigamorph import "timm:tf_efficientnetv2_s?in_chans=1&global_pool=max" --weights model.safetensors
+    --out net
+    """
+    from ..engine.errors import GigamorphError
+    from ..engine.models.folder import Preprocessing, is_folder
+    from ..engine.published.importing import Wishes, import_ensemble, import_network
+
+    if flips or len(sources) > 1:
+        for source in sources:
+            if not is_folder(source):
+                raise GigamorphError(f"{source}: is no folder of gigamorph import; of several, or with --flip, each is")
+        path = import_ensemble(sources, out, [_FLIPS[flip] for flip in flips])
+        click.echo(f"{path}: mean of {len(sources)} networks, {1 + len(flips)} views of each image")
+        return
+    known = {field.name for field in fields(Preprocessing)}
+    wanted = {key: value for key, value in given.items() if key in known and value is not None}
+    if given["resize"] is not None:
+        wanted["size"] = None if given["resize"] == "none" else given["resize"]
+    if wanted.get("per_image") == "none":
+        wanted["per_image"] = None
+    names = tuple(name.strip() for name in classes.split(",")) if classes else ()
+    wishes = Wishes(weights, prefix, layout, activation, names, heads, wanted, licence, size, trust)
+    for folder in import_network(sources[0], out, wishes, click.echo):
+        _show(folder)
+
+
+def _show(folder: Any) -> None:
+    from ..engine.models.folder import read_description
+
+    found = read_description(folder)
+    taken = found.preprocessing
+    size = f", {taken.size[0]} x {taken.size[1]} ({taken.fit})" if taken.size else ", every pixel"
+    click.echo(f"{folder}: {found.model}")
+    click.echo(f"  gives {', '.join(found.outputs.names) or f'{found.outputs.columns} features'}")
+    click.echo(f"  takes {taken.channels} channels{size}, mean {list(taken.mean)}, std {list(taken.std)}")
+    far = ", ".join(f"{found.reference[f'{kind} difference']:.0e} in {kind}" for kind in ("float32", "float64"))
+    click.echo(f"  logits by tiles differ from ordinary PyTorch's by {far}; licence {found.licence or 'not stated'}")

@@ -1,0 +1,185 @@
+"""A network in a folder: weights, what builds it, what its outputs and images are, and logits to check it by.
+
+``model.json`` describes it, ``model.safetensors`` has the weights by the network's own names, ``reference.safetensors``
+a fixed image and the logits that ordinary PyTorch gave for it. An ensemble has a ``model.json`` that names its members,
+folders inside its own. Nothing in a folder is executed, except that the factory that builds the network is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import DataError, GigamorphError
+from ..files import write_atomically
+from ..images.pixels import Normalize
+from .outputs import Outputs
+from .weights import sha256
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS, REFERENCE = "model.json", "model.safetensors", "reference.safetensors"
+UNITS = "grey, 0 black to 1 white"
+
+PerImage = Literal["minmax", "standard"]
+Fit = Literal["pad", "widen", "stretch"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a file's pixels to what the network sees.
+
+    Attributes:
+        channels: of the images.
+        mean, std: the input is (grey - mean) / std, per channel.
+        voi: grey scale of DICOM images, as in `open_pixels`.
+        per_image: "minmax": an image's darkest pixel is 0 and its brightest 1 before mean and std; "standard": its own
+            mean and standard deviation are taken in their place.
+        size: (height, width) that images are brought to; None leaves every pixel.
+        fit: how: "pad": as large as fits, black around it; "widen": black beside it where it is narrower, then
+            stretched; "stretch".
+    """
+
+    channels: int = 1
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    voi: str = "auto"
+    per_image: PerImage | None = None
+    size: tuple[int, int] | None = None
+    fit: Fit = "pad"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        if self.size is not None:
+            object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
+        if self.per_image not in (None, *get_args(PerImage)) or self.fit not in get_args(Fit):
+            raise GigamorphError(
+                f"preprocessing per_image {self.per_image!r}, fit {self.fit!r}: take one of "
+                f"{', '.join(get_args(PerImage))} or none, and one of {', '.join(get_args(Fit))}"
+            )
+        self.normalize.per_channel(self.channels)
+
+    @property
+    def normalize(self) -> Normalize:
+        return Normalize(self.mean, self.std)
+
+    @property
+    def streams(self) -> bool:
+        """Whether an image can be read tile by tile as it is."""
+        return self.per_image is None and self.size is None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``model.json`` says.
+
+    Attributes:
+        model: the spec that builds it, with all arguments, see `create_model`; "" for an ensemble.
+        outputs: what it gives.
+        preprocessing: what it takes.
+        source: the file that the weights came from (its name and SHA-256), the layout that was recognised, where in
+            the file they stood (place, prefix).
+        key_map: pairs (beginning of their names, of ours), the first that fits counts.
+        licence: of the weights, as their authors state it.
+        reference: of the fixed image: its shape, and by how much the logits that were computed by tiles differed.
+        versions: of the packages that it was made with.
+        members: sub-folders of an ensemble; their probabilities are averaged.
+        flips: (left-right, up-down) of the images whose probabilities are averaged too.
+    """
+
+    model: str
+    outputs: Outputs
+    preprocessing: Preprocessing
+    source: Mapping[str, Any] = field(default_factory=dict)
+    key_map: tuple[tuple[str, str], ...] = ()
+    licence: str = ""
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
+    flips: tuple[tuple[bool, bool], ...] = ((False, False),)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers; `from_json` reads them back."""
+        found: dict[str, Any] = {"format": FORMAT}
+        if self.members:
+            found |= {"members": list(self.members), "mean of": "probabilities"}
+        else:
+            found |= {"model": self.model, "key_map": [list(pair) for pair in self.key_map]}
+        found["flips"] = [list(pair) for pair in self.flips]
+        found["outputs"] = self.outputs.to_json()
+        found["input"] = {"units": UNITS, **asdict(self.preprocessing)}
+        rest = ("licence", "source", "reference", "versions")
+        return found | {name: getattr(self, name) for name in rest}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Description:
+        """The inverse of `to_json`."""
+        given = {key: value for key, value in found["input"].items() if key != "units"}
+        return cls(
+            model=found.get("model", ""),
+            outputs=Outputs.from_json(found["outputs"]),
+            preprocessing=Preprocessing(**given),
+            source=found["source"],
+            key_map=tuple((theirs, ours) for theirs, ours in found.get("key_map", ())),
+            licence=found["licence"],
+            reference=found["reference"],
+            versions=found["versions"],
+            members=tuple(found.get("members", ())),
+            flips=tuple((bool(x), bool(y)) for x, y in found["flips"]),
+        )
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a text is the path of a network's folder."""
+    return (Path(path) / DESCRIPTION).is_file()
+
+
+def read_description(folder: str | Path) -> Description:
+    """What the folder of a network says.
+
+    Raises:
+        DataError: it is no such folder, or its description is damaged or of another version of gigamorph.
+    """
+    path = Path(folder) / DESCRIPTION
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: has no {DESCRIPTION}; make such a folder with gigamorph import") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; import it again") from error
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise DataError(f"{path}: is of format {version!r}, not {FORMAT}; import it again with this gigamorph")
+    try:
+        return Description.from_json(found)
+    except (KeyError, TypeError, ValueError, GigamorphError) as error:
+        raise DataError(f"{path}: is damaged ({type(error).__name__}: {error}); import it again") from error
+
+
+def write_description(folder: str | Path, description: Description) -> None:
+    """Write ``model.json``."""
+    text = json.dumps(description.to_json(), indent=1) + "\n"
+    write_atomically(Path(folder) / DESCRIPTION, lambda path: path.write_text(text), "description")
+
+
+def check_weights(folder: str | Path, description: Description) -> Path:
+    """The weights of a folder, after a look at their SHA-256.
+
+    Raises:
+        DataError: they are missing or not those that were checked.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise DataError(f"{path}: no such weights file; import the network again")
+    if sha256(path) != description.source.get("weights_sha256"):
+        raise DataError(f"{path}: is not the file that was checked when it was imported; import the network again")
+    return path
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a checkpoint, or of the description of a folder, which has those of all its weights."""
+    path = Path(path)
+    return sha256(path / DESCRIPTION if path.is_dir() else path)

@@ -1,0 +1,137 @@
+"""What the numbers that a network gives mean: classes, labels, several heads; and their log-odds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import GigamorphError
+
+Activation = Literal["softmax", "sigmoid", "probability", "features"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Neighbouring columns of a network's output that belong together.
+
+    Attributes:
+        classes: "softmax": names of classes that exclude each other, one a column. "sigmoid" and "probability": names
+            of labels, any of which may hold, one a column; or of two classes for a single column, which is the
+            second's. "features": none; what is given is no prediction.
+        activation: what makes probabilities of the columns; "probability": they are.
+        columns: how many there are.
+        name: tells the heads of one network apart.
+    """
+
+    classes: tuple[str, ...]
+    activation: Activation
+    columns: int
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise GigamorphError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        fits = len(self.classes) == self.columns or (self.binary and len(self.classes) == 2)
+        if self.activation != "features" and not fits:
+            raise GigamorphError(
+                f"head {self.name!r}: {len(self.classes)} names ({', '.join(self.classes)}) do not fit {self.columns} "
+                f"outputs of a {self.activation}"
+            )
+        if self.activation == "softmax" and self.columns < 2:
+            raise GigamorphError(f"head {self.name!r}: a softmax of a single output is always 1; take sigmoid")
+
+    @property
+    def binary(self) -> bool:
+        """Whether a single column stands for the second of two classes."""
+        return self.columns == 1 and self.activation in ("sigmoid", "probability")
+
+    def log_odds(self, values: Tensor) -> Tensor:
+        """(N, columns) -> (N, classes): of each class against all others, of each label against its absence."""
+        if self.activation == "softmax":
+            others = [torch.cat([values[:, :c], values[:, c + 1 :]], 1) for c in range(self.columns)]
+            return torch.stack([values[:, c] - torch.logsumexp(others[c], 1) for c in range(self.columns)], 1)
+        found = torch.logit(values) if self.activation == "probability" else values
+        return torch.cat([-found, found], 1) if self.binary and len(self.classes) == 2 else found
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The heads of a network, whose columns stand side by side in its output (N, columns).
+
+    Attributes:
+        averaged: what is given are log-odds (N, names) already, as of an ensemble.
+    """
+
+    heads: tuple[Head, ...]
+    averaged: bool = False
+
+    @classmethod
+    def of(cls, activation: Activation, columns: int, classes: tuple[str, ...] = ()) -> Outputs:
+        """One head; without names classes are called 0, 1, ..., those of a single sigmoid 0 and 1."""
+        if not classes and activation != "features":
+            binary = columns == 1 and activation != "softmax"
+            classes = tuple(str(i) for i in range(2 if binary else columns))
+        return cls((Head(classes, activation, columns),))
+
+    @property
+    def columns(self) -> int:
+        return sum(head.columns for head in self.heads)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all classes and labels, in order; those of several heads begin with the head's."""
+        if len(self.heads) == 1:
+            return list(self.heads[0].classes)
+        found: list[str] = []
+        for head in self.heads:
+            found += [head.name] if len(head.classes) == 1 else [f"{head.name}_{one}" for one in head.classes]
+        return found
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether an image has exactly one of the names."""
+        head = self.heads[0]
+        return len(self.heads) == 1 and (head.activation == "softmax" or (head.binary and len(head.classes) == 2))
+
+    @property
+    def predicts(self) -> bool:
+        """Whether all of it are predictions, none features."""
+        return all(head.activation != "features" for head in self.heads)
+
+    def log_odds(self, values: Tensor) -> Tensor:
+        """(N, columns) of the network -> (N, names), differentiable."""
+        if self.averaged:
+            return values
+        parts = torch.split(values, [head.columns for head in self.heads], 1)
+        return torch.cat([head.log_odds(part) for head, part in zip(self.heads, parts, strict=True)], 1)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain containers; `from_json` reads them back."""
+        return [
+            {"name": h.name, "activation": h.activation, "outputs": h.columns, "classes": list(h.classes)}
+            for h in self.heads
+        ]
+
+    @classmethod
+    def from_json(cls, heads: list[Mapping[str, Any]]) -> Outputs:
+        """The inverse of `to_json`."""
+        return cls(tuple(Head(tuple(h["classes"]), h["activation"], h["outputs"], h["name"]) for h in heads))
+
+
+_ATTRIBUTE = "gigamorph_outputs"
+
+
+def set_outputs(network: Any, outputs: Outputs) -> None:
+    """Have a network say what its outputs are, for `outputs_of`."""
+    setattr(network, _ATTRIBUTE, outputs)
+
+
+def outputs_of(network: Any) -> Outputs | None:
+    """What the outputs of a network or an accelerated one are; None where it does not say: logits of a softmax."""
+    found = getattr(network, _ATTRIBUTE, None)
+    return found if isinstance(found, Outputs) else None

@@ -1,0 +1,66 @@
+"""What a network's name says: who makes it, and the arguments that it is made with."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, unquote
+
+from ..errors import GigamorphError
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``timm:NAME?in_chans=1&global_pool=max``, ``module:factory?width=32`` or a name of our own.
+
+    Attributes:
+        kind: "timm", a module, or "" for a name of our own.
+        name: of the network or factory.
+        arguments: by keyword: numbers, true, false, none, tuples and text.
+    """
+
+    kind: str
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """The spec of a text.
+
+        Raises:
+            GigamorphError: an argument without a name or value, or given twice.
+        """
+        path, _, query = text.partition("?")
+        kind, colon, name = path.partition(":")
+        arguments: dict[str, Any] = {}
+        for part in query.split("&") if query else ():
+            key, equals, value = part.partition("=")
+            if not equals or not key.isidentifier() or key in arguments:
+                raise GigamorphError(
+                    f"model {text!r}: {part!r} is no argument, or is given twice; write NAME=VALUE with & between "
+                    "them, as in timm:resnet18?in_chans=1&global_pool=max"
+                )
+            arguments[key] = _value(unquote(value))
+        return cls(kind, name, arguments) if colon else cls("", path, arguments)
+
+    def __str__(self) -> str:
+        path = f"{self.kind}:{self.name}" if self.kind else self.name
+        return path + ("?" + "&".join(f"{k}={_text(v)}" for k, v in self.arguments.items()) if self.arguments else "")
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _text(value: Any) -> str:
+    plain = value if isinstance(value, str) and _value(value) == value else repr(value)
+    return quote(plain, safe="/:,.()[]'\" -_")

@@ -1,0 +1,1 @@
+"""Networks that others have published: imported, checked, predicted with, and exported again."""

@@ -1,0 +1,382 @@
+"""What `gigamorph import` does: a network and its weights become a folder, once its logits by tiles are those of stock.
+
+The folder is written beside its place and put there when everything in it is checked: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GigamorphError
+from ..files import write_atomically
+from ..models import create_model
+from ..models.folder import WEIGHTS, Description, Preprocessing, read_description, write_description
+from ..models.outputs import Activation, Head, Outputs
+from ..models.spec import Spec
+from ..models.weights import State, load_exactly, read_state, renamed, sha256, subtree
+from ..train.checkpoint import versions
+from . import pickled
+from .layouts import parts_of
+from .layouts.layout import Part
+from .reference import compute, fixed_image, verified
+from .sources import cached, hub_folder, timm_preprocessing, weights_in
+
+SIZE = (320, 256)
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says of a network; None and empty leave it to the weights.
+
+    Attributes:
+        weights: a file, a Hugging Face folder, or "cache".
+        prefix: of the sub-tree of the checkpoint that is the network.
+        layout: one of `LAYOUTS`.
+        activation, classes: of a single head.
+        heads: of several: pairs (name, text) as ("density", "softmax:A,B,C,D").
+        preprocessing: fields of `Preprocessing` that go before what the source says.
+        licence: of the weights.
+        size: (height, width) of the image that it is checked by.
+        trust: whether a pickled module may run its code, in a process of its own.
+    """
+
+    weights: str | None = None
+    prefix: str = ""
+    layout: str | None = None
+    activation: Activation | None = None
+    classes: tuple[str, ...] = ()
+    heads: tuple[tuple[str, str], ...] = ()
+    preprocessing: Mapping[str, Any] | None = None
+    licence: str = ""
+    size: tuple[int, int] | None = None
+    trust: bool = False
+
+
+def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = print) -> list[Path]:
+    """Write the folder of a network.
+
+    Args:
+        source: a spec (`create_model`) whose weights ``wishes`` names; a Hugging Face folder of a timm model; or a
+            checkpoint of a known layout, of which an ensemble becomes a folder of folders.
+        say: called with what is worth knowing, a line each.
+
+    Returns:
+        The folders that hold a network.
+
+    Raises:
+        GigamorphError: what is wrong in one line; nothing was written.
+    """
+    path = Path(source)
+    if path.exists():
+        hub = hub_folder(path)
+        if hub is not None:
+            chosen = replace(wishes, classes=wishes.classes or hub.classes, licence=wishes.licence or hub.licence)
+            with _new_folder(out) as folder:
+                state = _read(hub.weights, chosen)
+                _import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say)
+            return [Path(out)]
+        return _import_layout(weights_in(path), out, wishes, say)
+    spec = Spec.parse(source)
+    if wishes.layout is not None:
+        raise GigamorphError(f"--layout is of a checkpoint file; {source!r} is no file that is here")
+    if wishes.weights is None:
+        raise GigamorphError(
+            f"{source!r}: name its weights, --weights FILE, or --weights cache for those that timm has fetched before"
+        )
+    weights = cached(spec) if wishes.weights == "cache" and spec.kind == "timm" else weights_in(Path(wishes.weights))
+    with _new_folder(out) as folder:
+        if wishes.trust and pickled.holds_module(weights):
+            _import_pickled(spec, weights, folder, wishes, say)
+        else:
+            channels = _channels_of(spec, read_state(weights).tensors, wishes)
+            wanted, licence, fixed = Preprocessing(channels), "", None
+            if spec.kind == "timm":
+                wanted, licence, fixed = timm_preprocessing(spec, channels)
+            chosen = replace(wishes, licence=wishes.licence or licence, size=wishes.size or fixed)
+            _import_state(spec, _read(weights, wishes), wanted, (), folder, chosen, say)
+    return [Path(out)]
+
+
+def import_ensemble(folders: Sequence[str | Path], out: str | Path, flips: Sequence[tuple[bool, bool]]) -> Path:
+    """Copy networks into one folder whose prediction is the mean of their probabilities, of mirrored images too.
+
+    Args:
+        flips: (left-right, up-down) besides the image as it is.
+
+    Raises:
+        GigamorphError: their outputs have other names, or one is no folder of a network.
+    """
+    found = [read_description(folder) for folder in folders]
+    for folder, one in zip(folders, found, strict=True):
+        if one.members or one.flips != ((False, False),):
+            raise GigamorphError(f"{folder}: is an ensemble already; name the networks in it")
+        if not one.outputs.predicts:
+            raise GigamorphError(f"{folder}: its network gives features, no predictions, which cannot be averaged")
+        if one.outputs.names != found[0].outputs.names:
+            raise GigamorphError(
+                f"{folder}: predicts {', '.join(one.outputs.names)}, not {', '.join(found[0].outputs.names)} as "
+                f"{folders[0]}"
+            )
+        mine, first = one.preprocessing, found[0].preprocessing
+        if (mine.channels, mine.voi) != (first.channels, first.voi):
+            raise GigamorphError(f"{folder}: takes other channels or another grey scale than {folders[0]}")
+    names = [f"member{number}" for number in range(len(folders))]
+    with _new_folder(out) as target:
+        for name, folder in zip(names, folders, strict=True):
+            shutil.copytree(folder, target / name)
+        _write_ensemble(target, names, found, tuple(flips))
+    return Path(out)
+
+
+def _write_ensemble(
+    folder: Path, names: Sequence[str], members: Sequence[Description], flips: tuple[tuple[bool, bool], ...] = ()
+) -> None:
+    first = members[0]
+    # The members' descriptions have the hashes of their weights.
+    source = {"members_sha256": {name: sha256(folder / name / "model.json") for name in names}}
+    licence = ", ".join(dict.fromkeys(m.licence for m in members if m.licence))
+    description = Description(
+        model="",
+        outputs=first.outputs,
+        preprocessing=replace(first.preprocessing, mean=(0.0,), std=(1.0,), per_image=None, size=None),
+        source=source,
+        licence=licence,
+        versions=versions(),
+        members=tuple(names),
+        flips=((False, False), *flips),
+    )
+    write_description(folder, description)
+
+
+def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> list[Path]:
+    state = read_state(path)
+    name, parts = parts_of(state, wishes.layout)
+    say(f"{path.name}: layout {name}, {len(parts)} network{'s' if len(parts) > 1 else ''}")
+    with _new_folder(out) as folder:
+        targets = [folder / part.name if len(parts) > 1 else folder for part in parts]
+        made = []
+        for part, target in zip(parts, targets, strict=True):
+            target.mkdir(exist_ok=True)
+            chosen = replace(wishes, licence=wishes.licence or part.licence, size=wishes.size or part.size)
+            tensors = subtree(state.tensors, part.prefix, path) if part.prefix else state.tensors
+            tensors = {key: t for key, t in tensors.items() if not key.startswith(part.ignored or ("\0",))}
+            own = State(path, tensors, state.place)
+            made.append(_import_state(Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen,
+                                      say, part, name))  # fmt: skip
+        if len(parts) > 1:
+            _write_ensemble(folder, [part.name for part in parts], made)
+    return [Path(out) / part.name if len(parts) > 1 else Path(out) for part in parts]
+
+
+def _import_state(
+    spec: Spec,
+    state: State,
+    preprocessing: Preprocessing,
+    key_map: tuple[tuple[str, str], ...],
+    folder: Path,
+    wishes: Wishes,
+    say: Say,
+    part: Part | None = None,
+    layout: str | None = None,
+) -> Description:
+    """Build, load, check and write one network."""
+    tensors = renamed(state.tensors, key_map)
+    channels = preprocessing.channels
+    network, prefix = _built(spec, tensors, channels, state.path, part)
+    if prefix:
+        say(f"{state.path.name}: all names begin with {prefix}, which the network's do not")
+        tensors, key_map = subtree(tensors, prefix, state.path), ((prefix, ""), *key_map)
+    converted = _load(network, spec, tensors, channels, state.path, say)
+    wanted = replace(preprocessing, **(wishes.preprocessing or {}))
+    image = fixed_image(wanted, wishes.size or SIZE)
+    reference = compute(network, image, str(spec))
+    outputs = _outputs(wishes, part, reference.logits32.shape[1])
+    checked = verified(network, reference, str(spec))
+    _write_weights(network, folder)
+    reference.write(folder)
+    source = {
+        "file": state.path.name,
+        "sha256": sha256(state.path),
+        "place": state.place,
+        "prefix": wishes.prefix or (part.prefix if part else ""),
+        "weights_sha256": sha256(folder / WEIGHTS),
+    }
+    source |= {"layout": layout} if layout else {}
+    source |= {"converted": converted} if converted else {}
+    description = Description(
+        model=str(_alone(spec, channels)),
+        outputs=outputs,
+        preprocessing=wanted,
+        source=source,
+        key_map=key_map,
+        licence=wishes.licence,
+        reference=checked,
+        versions=versions(),
+    )
+    write_description(folder, description)
+    return description
+
+
+def _alone(spec: Spec, channels: int) -> Spec:
+    """The spec that builds the network for as many outputs as it is asked for, and its own number of channels."""
+    arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
+    if spec.kind == "timm":
+        arguments.setdefault("in_chans", channels)
+    return Spec(spec.kind, spec.name, arguments)
+
+
+def _built(
+    spec: Spec, tensors: Mapping[str, Tensor], channels: int, path: Path, part: Part | None
+) -> tuple[nn.Module, str]:
+    """The network, with as many outputs as the weights have; and a prefix that all weights' names have before its."""
+    columns = part.outputs.columns if part else None
+    if columns is None:
+        trial = create_model(str(spec), 2, channels)
+        own = trial.state_dict()
+        prefix = _common_prefix(own, tensors)
+        head = next((n for n in reversed(own) if n.endswith("weight") and own[n].ndim >= 2), "")
+        found = tensors.get(prefix + head)
+        columns = 2 if found is None else len(found)
+    else:
+        prefix = ""
+    return create_model(str(spec), columns, channels), prefix
+
+
+def _common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What stands before all names of a file, where the names after it are the network's; "" otherwise."""
+    first = next(iter(tensors), "")
+    parts = first.split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        if first.removeprefix(prefix) in own and all(name.startswith(prefix) for name in tensors):
+            return prefix
+    return ""
+
+
+def _load(
+    network: nn.Module, spec: Spec, tensors: Mapping[str, Tensor], channels: int, path: Path, say: Say
+) -> list[str]:
+    """Load the weights; for timm's models as timm does, which sums the colours of a first convolution for grey images.
+
+    Returns:
+        Names of the tensors that were converted.
+    """
+    own = network.state_dict()
+    convertible = [
+        name
+        for name, value in tensors.items()
+        if name in own
+        and value.ndim == own[name].ndim == 4
+        and value.shape[1] == 3
+        and own[name].shape == (len(value), channels, *value.shape[2:])
+        and channels != 3
+    ]
+    if spec.kind != "timm" or len(convertible) != 1:
+        load_exactly(network, tensors, path)
+        return []
+    from timm.models import adapt_input_conv
+
+    (name,) = convertible
+    changed = {**tensors, name: adapt_input_conv(channels, tensors[name])}
+    load_exactly(network, changed, path)
+    say(f"{name}: was made for 3 channels; summed over them, as timm does, for {channels}")
+    return [name]
+
+
+def _outputs(wishes: Wishes, part: Part | None, columns: int) -> Outputs:
+    """What the user, the layout or the number of columns says of the outputs.
+
+    Raises:
+        GigamorphError: names that do not fit the columns.
+    """
+    if wishes.heads:
+        heads = tuple(_head(name, text) for name, text in wishes.heads)
+        outputs = Outputs(heads)
+    elif wishes.activation is None and not wishes.classes and part is not None:
+        outputs = part.outputs
+    else:
+        activation: Activation = wishes.activation or ("softmax" if columns > 1 else "sigmoid")
+        outputs = Outputs.of(activation, columns, wishes.classes)
+    if outputs.columns != columns:
+        raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
+    return outputs
+
+
+def _head(name: str, text: str) -> Head:
+    activation, _, names = text.partition(":")
+    classes = tuple(one.strip() for one in names.split(",")) if names else (name,)
+    return Head(classes, activation, len(classes), name)  # type: ignore[arg-type]
+
+
+def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> int:
+    """What is said, else what the first convolution in the file takes, else 1."""
+    said = (wishes.preprocessing or {}).get("channels")
+    for name in ("in_chans", "in_channels"):
+        said = spec.arguments.get(name, said)
+    if said is not None:
+        return int(said)
+    first = next((value for value in tensors.values() if value.ndim == 4), None)
+    return int(first.shape[1]) if first is not None and first.shape[1] in (1, 3) else 1
+
+
+def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say: Say) -> None:
+    """A pickled module becomes a state dict in a process of its own; the spec's network must give the same logits."""
+    channels = int((wishes.preprocessing or {}).get("channels", spec.arguments.get("in_channels", 1)))
+    wanted = replace(Preprocessing(channels), **(wishes.preprocessing or {}))
+    image = fixed_image(wanted, wishes.size or SIZE)
+    found = pickled.extract(weights, image)
+    say(f"{weights.name}: a pickled {found.kind}, opened in a process of its own")
+    description = _import_state(spec, found.state, wanted, (), folder, wishes, say)
+    network = create_model(str(folder)).eval()
+    with torch.no_grad():
+        given = network(image)
+    pickled.same_logits(found, given, str(spec))
+    source = {**description.source, "pickled": found.kind}
+    write_description(folder, replace(description, source=source))
+
+
+def _read(path: Path, wishes: Wishes) -> State:
+    state = read_state(path)
+    return replace(state, tensors=subtree(state.tensors, wishes.prefix, path)) if wishes.prefix else state
+
+
+def _write_weights(network: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda path: save_file(state, path), "weights")
+
+
+@contextlib.contextmanager
+def _new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, if nothing is raised.
+
+    Raises:
+        GigamorphError: `out` is there already, or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GigamorphError(f"{out}: already exists; name another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise GigamorphError(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        yield aside
+        aside.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

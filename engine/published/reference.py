@@ -1,0 +1,123 @@
+"""The proof of an import: logits of a fixed image by ordinary PyTorch, beside those computed tile by tile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate
+from ..errors import GigamorphError
+from ..files import write_atomically
+from ..models.folder import REFERENCE, Preprocessing
+from ..models.weights import first_line
+
+LIMIT32 = 1e-5
+"""Largest difference in float32, of the largest logit or 1."""
+LIMIT64 = 1e-12
+"""The same in float64."""
+
+
+def fixed_image(preprocessing: Preprocessing, size: tuple[int, int]) -> Tensor:
+    """(1, channels, height, width) float32: grey values drawn evenly by a fixed seed, normalised."""
+    shape = preprocessing.channels, *size
+    grey = np.random.Generator(np.random.PCG64(20260)).random(shape, np.float32)
+    mean, std = preprocessing.normalize.per_channel(preprocessing.channels)
+    if preprocessing.per_image == "standard":
+        mean, std = (float(grey.mean()),) * shape[0], (float(grey.std()),) * shape[0]
+    columns = np.array(mean, np.float32)[:, None, None], np.array(std, np.float32)[:, None, None]
+    return torch.from_numpy((grey - columns[0]) / columns[1])[None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A fixed image and a network's logits (1, outputs) of it, by ordinary PyTorch in float32 and float64."""
+
+    image: Tensor
+    logits32: Tensor
+    logits64: Tensor
+
+    def write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {"image": self.image, "logits_float32": self.logits32, "logits_float64": self.logits64}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(folder / REFERENCE, lambda path: save_file(tensors, path), "reference")
+
+    @classmethod
+    def read(cls, folder: Path) -> Reference:
+        from safetensors.torch import load_file
+
+        found = load_file(folder / REFERENCE)
+        return cls(found["image"], found["logits_float32"], found["logits_float64"])
+
+
+def compute(network: nn.Module, image: Tensor, name: str) -> Reference:
+    """The logits of an image by ordinary PyTorch.
+
+    Raises:
+        GigamorphError: the network does not take the image, or gives other than a row of numbers for it.
+    """
+    double = copy.deepcopy(network).double().eval()
+    return Reference(image, ordinary(network.float().eval(), image, name), ordinary(double, image.double(), name))
+
+
+def ordinary(network: nn.Module, image: Tensor, name: str) -> Tensor:
+    """One forward of ordinary PyTorch: (1, outputs)."""
+    size = " x ".join(map(str, image.shape[1:]))
+    try:
+        with torch.no_grad():
+            found = network(image)
+    except Exception as error:  # the network's own: whatever it raises is the answer
+        raise GigamorphError(
+            f"model {name!r} cannot take an image of {size} (channels, height, width): {first_line(error)}; give "
+            "another --size, --channels or arguments of its constructor"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = " x ".join(map(str, found.shape)) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise GigamorphError(
+            f"model {name!r} gives {what} for an image; what is imported gives a tensor (images, outputs): name a "
+            "factory (module:function) that returns a network with such a forward"
+        )
+    if not bool(found.isfinite().all()):
+        raise GigamorphError(f"model {name!r} gives logits that are not finite for a fixed image of {size}")
+    return found
+
+
+def verified(network: nn.Module, reference: Reference, name: str) -> Mapping[str, object]:
+    """By how much the logits by tiles differ from a reference, in float32 and float64; the network stays as it is.
+
+    Raises:
+        GigamorphError: by more than `LIMIT32` or `LIMIT64`, in parts of the largest logit, or of 1 where that is less.
+    """
+    height, width = reference.image.shape[-2:]
+    tile = _half(height), _half(width)
+    found: dict[str, object] = {"image": list(reference.image.shape), "tile": list(tile)}
+    for kind, wanted, limit in (("float32", reference.logits32, LIMIT32), ("float64", reference.logits64, LIMIT64)):
+        dtype = getattr(torch, kind)
+        twin = copy.deepcopy(network).to(dtype).eval()
+        with torch.no_grad():
+            given = accelerate(twin, tile=tile, fallback="whole")(reference.image.to(dtype))
+        far = difference(given, wanted)
+        if not far <= limit:
+            raise GigamorphError(
+                f"model {name!r}: its logits of a fixed image, computed by tiles, differ by {far:.1e} in {kind} from "
+                f"ordinary PyTorch's, more than {limit:.0e}; nothing was written"
+            )
+        found[f"{kind} difference"] = far
+    return found
+
+
+def difference(given: Tensor, wanted: Tensor) -> float:
+    """The largest difference, in parts of the largest wanted value, or of 1."""
+    return float((given - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+
+
+def _half(side: int) -> int:
+    """About half of a side, so that there are several tiles, and a multiple of common strides."""
+    return max(32, -(-side // 64) * 32)

@@ -1,0 +1,129 @@
+"""Where a published network's weights lie: a file, a Hugging Face folder on disk, a cache. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DataError, GigamorphError
+from ..models.compat import make_torchvision_importable
+from ..models.folder import Preprocessing
+from ..models.spec import Spec
+
+_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """What the ``config.json`` of a Hugging Face folder says of a timm model."""
+
+    weights: Path
+    spec: Spec
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    licence: str
+
+
+def weights_in(path: Path) -> Path:
+    """The weights file itself, or the one in a Hugging Face folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in _NAMES if (path / name).is_file()), None)
+    if found is None:
+        raise DataError(f"{path}: has none of {', '.join(_NAMES)}; name the weights file itself")
+    return found
+
+
+def hub_folder(path: Path) -> HubFolder | None:
+    """A Hugging Face folder whose ``config.json`` names an architecture of timm; None for others.
+
+    Raises:
+        DataError: its config.json cannot be read, or it has no weights.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        found = json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{config}: cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
+        return None
+    about = found.get("pretrained_cfg") or {}
+    arguments = dict(found.get("model_args") or {})
+    if found.get("global_pool"):
+        arguments.setdefault("global_pool", found["global_pool"])
+    if found.get("num_classes") is not None:
+        arguments.setdefault("num_classes", found["num_classes"])
+    size = about.get("input_size") or (3,)
+    arguments.setdefault("in_chans", size[0])
+    return HubFolder(
+        weights=weights_in(path),
+        spec=Spec("timm", found["architecture"], arguments),
+        preprocessing=_preprocessing(about, arguments["in_chans"]),
+        classes=tuple(about.get("label_names") or found.get("label_names") or ()),
+        licence=str(about.get("license") or ""),
+    )
+
+
+def timm_preprocessing(spec: Spec, channels: int) -> tuple[Preprocessing, str, tuple[int, int] | None]:
+    """What timm says of a pretrained model: mean and standard deviation, licence, and the size where it is fixed."""
+    about = pretrained_config(spec)
+    size = about.get("input_size")
+    fixed = (int(size[1]), int(size[2])) if size and about.get("fixed_input_size") else None
+    return _preprocessing(about, channels), str(about.get("license") or ""), fixed
+
+
+def _preprocessing(about: Mapping[str, Any], channels: int) -> Preprocessing:
+    mean, std = tuple(about.get("mean") or (0.0,)), tuple(about.get("std") or (1.0,))
+    if len(mean) not in (1, channels):  # grey images of a network for colour ones: their average
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return Preprocessing(channels, mean, std)
+
+
+def pretrained_config(spec: Spec) -> Mapping[str, Any]:
+    """timm's own description of the weights of a model; empty where it has none."""
+    make_torchvision_importable()
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise GigamorphError(f"model {str(spec)!r} needs timm, which cannot be imported ({error})") from error
+    found = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name) else None
+    return {} if found is None else found.to_dict()
+
+
+def cached(spec: Spec) -> Path:
+    """The weights of a timm model in the caches of Hugging Face or torch.hub, if they are there already.
+
+    Raises:
+        GigamorphError: they are not; the message says where they were looked for and how to fetch them.
+    """
+    about = pretrained_config(spec)
+    looked = []
+    repository = about.get("hf_hub_id")
+    if repository:
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        for name in _NAMES:
+            found = try_to_load_from_cache(repository, name)
+            if isinstance(found, str):
+                return Path(found)
+        looked.append(f"{repository} in {constants.HF_HUB_CACHE}")
+    url = about.get("url")
+    if url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        if path.is_file():
+            return path
+        looked.append(str(path))
+    where = "; looked for " + " and ".join(looked) if looked else "; timm knows no weights of it"
+    fetch = f"; fetch them yourself, as with hf download {repository} model.safetensors" if repository else ""
+    raise GigamorphError(f"{str(spec)!r}: its weights are in no cache{where}{fetch}")
