@@ -137,7 +137,8 @@ def import_(
         wanted["per_image"] = None
     names = tuple(name.strip() for name in classes.split(",")) if classes else ()
     wishes = Wishes(weights, prefix, layout, activation, names, heads, wanted, licence, size, trust)
-    for folder in import_network(sources[0], out, wishes, click.echo):
+    (source,) = sources
+    for folder in import_network(source, out, wishes, click.echo):
         _show(folder)
 
 

@@ -19,11 +19,36 @@ if TYPE_CHECKING:
     from ..engine.train.run import Run
 
 
+def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    found = []
+    for value in values:
+        name, _, number = value.rpartition("=")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = 0.0
+        if not name or not 0 < rate < float("inf"):
+            raise click.BadParameter(f"{value!r}; write PATTERN=RATE, as in classifier=1e-3", ctx, param)
+        found.append((name, rate))
+    return tuple(found)
+
+
 @click.command()
 @click.argument("data", type=click.Path(exists=True))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
 @options.model
 @click.option("--weights", type=click.Path(), help="Start from these weights: a safetensors or torch file.")
+@click.option(
+    "--init",
+    metavar="FOLDER",
+    help="Fine-tune a network of gigamorph import: model, weights and, unless given, channels, --mean, --std, --voi.",
+)
+@click.option(
+    "--freeze",
+    multiple=True,
+    metavar="PATTERN",
+    help="Parts that do not learn, as layer1 or blocks.[0-2]; BatchNorm in them keeps its statistics. Repeatable.",
+)
 @options.memory_budget
 @options.batch_norm
 @options.channels
@@ -35,6 +60,14 @@ if TYPE_CHECKING:
 @options.augment
 @click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of AdamW.")
+@click.option(
+    "--lr-of",
+    "rates",
+    multiple=True,
+    metavar="PATTERN=RATE",
+    callback=_parse_rates,
+    help="A learning rate of their own for parts, as classifier=1e-3. Repeatable; the last that fits counts.",
+)
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True)
 @click.option("--accumulate", type=click.IntRange(1), default=8, show_default=True, help="Images per optimizer step.")
 @options.precision
@@ -59,6 +92,8 @@ def train(
     out: str,
     model: str,
     weights: str | None,
+    init: str | None,
+    freeze: tuple[str, ...],
     memory_budget: int | None,
     batch_norm: str | None,
     channels: int,
@@ -70,6 +105,7 @@ def train(
     augment: Augment | None,
     epochs: int,
     lr: float,
+    rates: tuple[tuple[str, float], ...],
     weight_decay: float,
     accumulate: int,
     precision: Any,
@@ -117,9 +153,18 @@ def train(
         _start(_train_recipe, count, device, recipe, settings, data, run, split_image)
         return
     from ..engine.images.pixels import Normalize
+    from ..engine.models.folder import is_folder
     from ..engine.train.fit import TrainOptions
     from ..engine.train.inputs import training_data
 
+    if init is None and is_folder(model):
+        init = model
+    elif init is not None and ctx.get_parameter_source("model") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--init says the model; omit --model")
+    if init is not None:
+        if weights is not None:
+            raise click.UsageError(f"--weights {weights}: {init} has its own weights; omit them")
+        model, weights, channels, mean, std, voi = _from_folder(ctx, init, channels, mean, std, voi)
     images = training_data(
         data,
         channels=channels,
@@ -140,6 +185,8 @@ def train(
         batch_norm=batch_norm,
         epochs=epochs,
         lr=lr,
+        freeze=freeze,
+        rates=rates,
         weight_decay=weight_decay,
         accumulate=accumulate,
         precision=precision,
@@ -150,6 +197,39 @@ def train(
         split_image=split_image,
     )
     _start(_train, count, device, images, chosen, out, resume)
+
+
+def _from_folder(
+    ctx: click.Context, folder: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...], voi: str
+) -> tuple[str, str, int, tuple[float, ...], tuple[float, ...], str]:
+    """Model, weights, channels, mean, std and grey scale of a folder, where the options do not say otherwise."""
+    from ..engine.errors import GigamorphError
+    from ..engine.models.folder import read_description
+
+    found = read_description(folder)
+    if found.members:
+        raise GigamorphError(f"{folder}: is an ensemble; fine-tune one of its members, as {folder}/{found.members[0]}")
+    own = found.preprocessing
+
+    def said(name: str) -> bool:
+        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    if not own.streams and not (said("mean") and said("std")):
+        size = f"{own.size[0]} x {own.size[1]} pixels" if own.size else ""
+        by = f"{own.per_image} of each image" if own.per_image else ""
+        click.echo(
+            f"warning: {folder} was made for images brought to {' and '.join(filter(None, (size, by)))}; here it "
+            "learns on every pixel, normalised by --mean and --std",
+            err=True,
+        )
+    return (
+        found.model,
+        folder,
+        channels if said("channels") else own.channels,
+        mean if said("mean") else own.mean,
+        std if said("std") else own.std,
+        voi if said("voi") else own.voi,
+    )
 
 
 def _epochs_of(checkpoint: Path, otherwise: int) -> int:

@@ -81,7 +81,8 @@ def _of_folder(folder: Path) -> nn.Module:
             f"members, as {folder / description.members[0]}"
         )
     spec = Spec.parse(description.model)
-    model = _build(spec, description.outputs.columns, description.preprocessing.channels)
+    columns = description.outputs.columns if description.outputs.predicts else 0
+    model = _build(spec, columns, description.preprocessing.channels)
     path = check_weights(folder, description)
     load_exactly(model, read_state(path).tensors, path)
     set_outputs(model, description.outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,14 +79,9 @@ def read_state(path: str | Path) -> State:
                 loaded = loaded[key]
                 break
     if not is_state(loaded):
-        pickled = isinstance(loaded, _Inert) or (
-            isinstance(loaded, dict) and any(isinstance(v, _Inert) for v in loaded.values())
-        )
-        if pickled:
-            raise DataError(
-                f"{path}: holds a pickled module, and to open it runs the code in it; if you trust where it comes "
-                "from, give --trust where its own code is installed, or save its state_dict()"
-            )
+        held = [loaded, *loaded.values()] if isinstance(loaded, dict) else [loaded]
+        if any(isinstance(value, _Inert) for value in held):
+            raise DataError(_untrusted(path))
         raise DataError(f"{path}: holds no state_dict; save one with torch.save(model.state_dict(), path)")
     return State(path, {_unwrapped(name): value for name, value in loaded.items()}, place, rest)
 
@@ -103,19 +99,25 @@ def _load_inert(path: Path) -> Any:
     stand_ins: list[Callable | tuple[Callable, str]] = []
     try:
         with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
-        if zipped:
+            start = file.read(2)
+        if start == b"PK":
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch have their own errors for a damaged file
-        if not zipped and "weights_only" in str(error).lower().replace(" ", "_"):
-            raise DataError(
-                f"{path}: holds a pickle in the format of before torch 1.6 that is no plain state dict; if you trust "
-                "where it comes from, give --trust where its own code is installed, or save its state_dict()"
-            ) from error
+    except pickle.UnpicklingError as error:
+        if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise DataError(_untrusted(path)) from error
         raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
+    except Exception as error:  # zip and torch have their own errors for a damaged file
+        raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
+
+
+def _untrusted(path: Path) -> str:
+    return (
+        f"{path}: holds a pickled module or other objects, and to open it runs the code in it; if you trust where it "
+        "comes from, give --trust where its own code is installed, or save its state_dict()"
+    )
 
 
 def _unwrapped(name: str) -> str:
@@ -197,10 +199,11 @@ def _count(names: Sequence[str]) -> str:
 
 
 def _beside(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Each of the first names with the nearest of the others."""
+    """Each of the first names with the nearest of the others: the same one in another place, else one spelt alike."""
     listed = []
     for name in names[:_LISTED]:
-        near = difflib.get_close_matches(name, others[:2000], 1, 0.6)
+        near = [other for other in others if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
+        near = near or difflib.get_close_matches(name, others[:2000], 1, 0.6)
         listed.append(f"{name} (nearest: {near[0]})" if near else name)
     return [*listed, *names[_LISTED:]]
 

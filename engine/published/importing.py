@@ -26,7 +26,6 @@ from ..models.weights import State, load_exactly, read_state, renamed, sha256, s
 from ..train.checkpoint import versions
 from . import pickled
 from .layouts import parts_of
-from .layouts.layout import Part
 from .reference import compute, fixed_image, verified
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
@@ -81,9 +80,9 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
         hub = hub_folder(path)
         if hub is not None:
             chosen = replace(wishes, classes=wishes.classes or hub.classes, licence=wishes.licence or hub.licence)
-            with _new_folder(out) as folder:
+            with new_folder(out) as folder:
                 state = _read(hub.weights, chosen)
-                _import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say)
+                _import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say, hub.outputs)
             return [Path(out)]
         return _import_layout(weights_in(path), out, wishes, say)
     spec = Spec.parse(source)
@@ -94,7 +93,7 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
             f"{source!r}: name its weights, --weights FILE, or --weights cache for those that timm has fetched before"
         )
     weights = cached(spec) if wishes.weights == "cache" and spec.kind == "timm" else weights_in(Path(wishes.weights))
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         if wishes.trust and pickled.holds_module(weights):
             _import_pickled(spec, weights, folder, wishes, say)
         else:
@@ -131,7 +130,7 @@ def import_ensemble(folders: Sequence[str | Path], out: str | Path, flips: Seque
         if (mine.channels, mine.voi) != (first.channels, first.voi):
             raise GigamorphError(f"{folder}: takes other channels or another grey scale than {folders[0]}")
     names = [f"member{number}" for number in range(len(folders))]
-    with _new_folder(out) as target:
+    with new_folder(out) as target:
         for name, folder in zip(names, folders, strict=True):
             shutil.copytree(folder, target / name)
         _write_ensemble(target, names, found, tuple(flips))
@@ -162,7 +161,7 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
     state = read_state(path)
     name, parts = parts_of(state, wishes.layout)
     say(f"{path.name}: layout {name}, {len(parts)} network{'s' if len(parts) > 1 else ''}")
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         targets = [folder / part.name if len(parts) > 1 else folder for part in parts]
         made = []
         for part, target in zip(parts, targets, strict=True):
@@ -171,8 +170,11 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
             tensors = subtree(state.tensors, part.prefix, path) if part.prefix else state.tensors
             tensors = {key: t for key, t in tensors.items() if not key.startswith(part.ignored or ("\0",))}
             own = State(path, tensors, state.place)
-            made.append(_import_state(Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen,
-                                      say, part, name))  # fmt: skip
+            one = _import_state(
+                Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen, say, part.outputs
+            )
+            made.append(replace(one, source={**one.source, "layout": name, "prefix": part.prefix}))
+            write_description(target, made[-1])
         if len(parts) > 1:
             _write_ensemble(folder, [part.name for part in parts], made)
     return [Path(out) / part.name if len(parts) > 1 else Path(out) for part in parts]
@@ -186,13 +188,16 @@ def _import_state(
     folder: Path,
     wishes: Wishes,
     say: Say,
-    part: Part | None = None,
-    layout: str | None = None,
+    known: Outputs | None = None,
 ) -> Description:
-    """Build, load, check and write one network."""
+    """Build, load, check and write one network.
+
+    Args:
+        known: its outputs, where the source says what they are.
+    """
     tensors = renamed(state.tensors, key_map)
     channels = preprocessing.channels
-    network, prefix = _built(spec, tensors, channels, state.path, part)
+    network, prefix = _built(spec, tensors, channels, known)
     if prefix:
         say(f"{state.path.name}: all names begin with {prefix}, which the network's do not")
         tensors, key_map = subtree(tensors, prefix, state.path), ((prefix, ""), *key_map)
@@ -200,7 +205,7 @@ def _import_state(
     wanted = replace(preprocessing, **(wishes.preprocessing or {}))
     image = fixed_image(wanted, wishes.size or SIZE)
     reference = compute(network, image, str(spec))
-    outputs = _outputs(wishes, part, reference.logits32.shape[1])
+    outputs = _outputs(wishes, known, reference.logits32.shape[1])
     checked = verified(network, reference, str(spec))
     _write_weights(network, folder)
     reference.write(folder)
@@ -208,10 +213,9 @@ def _import_state(
         "file": state.path.name,
         "sha256": sha256(state.path),
         "place": state.place,
-        "prefix": wishes.prefix or (part.prefix if part else ""),
+        "prefix": wishes.prefix,
         "weights_sha256": sha256(folder / WEIGHTS),
     }
-    source |= {"layout": layout} if layout else {}
     source |= {"converted": converted} if converted else {}
     description = Description(
         model=str(_alone(spec, channels)),
@@ -235,11 +239,9 @@ def _alone(spec: Spec, channels: int) -> Spec:
     return Spec(spec.kind, spec.name, arguments)
 
 
-def _built(
-    spec: Spec, tensors: Mapping[str, Tensor], channels: int, path: Path, part: Part | None
-) -> tuple[nn.Module, str]:
+def _built(spec: Spec, tensors: Mapping[str, Tensor], channels: int, known: Outputs | None) -> tuple[nn.Module, str]:
     """The network, with as many outputs as the weights have; and a prefix that all weights' names have before its."""
-    columns = part.outputs.columns if part else None
+    columns = None if known is None else known.columns if known.predicts else 0
     if columns is None:
         trial = create_model(str(spec), 2, channels)
         own = trial.state_dict()
@@ -293,7 +295,7 @@ def _load(
     return [name]
 
 
-def _outputs(wishes: Wishes, part: Part | None, columns: int) -> Outputs:
+def _outputs(wishes: Wishes, known: Outputs | None, columns: int) -> Outputs:
     """What the user, the layout or the number of columns says of the outputs.
 
     Raises:
@@ -302,8 +304,8 @@ def _outputs(wishes: Wishes, part: Part | None, columns: int) -> Outputs:
     if wishes.heads:
         heads = tuple(_head(name, text) for name, text in wishes.heads)
         outputs = Outputs(heads)
-    elif wishes.activation is None and not wishes.classes and part is not None:
-        outputs = part.outputs
+    elif wishes.activation is None and not wishes.classes and known is not None:
+        outputs = known
     else:
         activation: Activation = wishes.activation or ("softmax" if columns > 1 else "sigmoid")
         outputs = Outputs.of(activation, columns, wishes.classes)
@@ -358,8 +360,8 @@ def _write_weights(network: nn.Module, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, if nothing is raised.
+def new_folder(out: str | Path, keep: bool = True) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, if nothing is raised and `keep` says so.
 
     Raises:
         GigamorphError: `out` is there already, or cannot be written.
@@ -374,9 +376,10 @@ def _new_folder(out: str | Path) -> Iterator[Path]:
         raise GigamorphError(f"{out}: cannot be written: {error.strerror}") from error
     try:
         yield aside
-        aside.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
+        if keep:
+            aside.chmod(0o755)
+            if out.exists():
+                out.rmdir()
+            aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -12,7 +12,8 @@ import torch
 
 from ..errors import DataError, GigamorphError
 from ..models.compat import make_torchvision_importable
-from ..models.folder import Preprocessing
+from ..models.folder import Description, Preprocessing
+from ..models.outputs import Outputs
 from ..models.spec import Spec
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -20,13 +21,14 @@ _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin
 
 @dataclass(frozen=True)
 class HubFolder:
-    """What the ``config.json`` of a Hugging Face folder says of a timm model."""
+    """What the ``config.json`` of a Hugging Face folder says of a timm model; its outputs where we wrote it."""
 
     weights: Path
     spec: Spec
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     licence: str
+    outputs: Outputs | None = None
 
 
 def weights_in(path: Path) -> Path:
@@ -66,6 +68,10 @@ def hub_folder(path: Path) -> HubFolder | None:
         arguments.setdefault("num_classes", found["num_classes"])
     size = about.get("input_size") or (3,)
     arguments.setdefault("in_chans", size[0])
+    if "gigamorph" in found:  # written by gigamorph export
+        ours = Description.from_json(found["gigamorph"])
+        spec = Spec("timm", found["architecture"], arguments)
+        return HubFolder(weights_in(path), spec, ours.preprocessing, (), ours.licence, ours.outputs)
     return HubFolder(
         weights=weights_in(path),
         spec=Spec("timm", found["architecture"], arguments),

@@ -51,6 +51,10 @@ class TrainOptions:
     """Epochs without a better validation score after which the run ends."""
     seed: int = 0
     device: str = "cpu"
+    freeze: tuple[str, ...] = ()
+    """Patterns of modules or parameters that do not learn; their BatchNorm keeps its statistics."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Patterns with a learning rate of their own."""
     split_image: bool = False
     """Whether processes share each image, a band of rows each, instead of having one each."""
 
@@ -170,6 +174,9 @@ def _stage(options: TrainOptions, validated: bool) -> Stage:
         schedule="cosine",
         patience=options.patience if validated else None,
         clip=1.0,
+        frozen=options.freeze,
+        rates=options.rates,
+        batch_norm="trainable" if options.freeze else "train",
     )
 
 
@@ -180,7 +187,19 @@ def _card(
     metrics: dict[str, Any],
     predictions: dict[str, list[Prediction]],
 ) -> Card:
-    kept = ("epochs", "lr", "weight_decay", "accumulate", "precision", "class_weights", "patience", "seed", "device")
+    kept = (
+        "epochs",
+        "lr",
+        "rates",
+        "freeze",
+        "weight_decay",
+        "accumulate",
+        "precision",
+        "class_weights",
+        "patience",
+        "seed",
+        "device",
+    )
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
     return Card(
         title=f"{options.model} for {' and '.join(data.classes)}",

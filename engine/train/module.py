@@ -133,7 +133,7 @@ class StageModule(pl.LightningModule):
             number = self.state.within * per_epoch + self._step
             rate *= cosine_with_warmup(self.stage.epochs * per_epoch)(number)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
 
     def configure_gradient_clipping(
         self,

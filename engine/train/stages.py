@@ -27,6 +27,10 @@ class Stage:
     lr: float
     trainable: tuple[str, ...] = ("*",)
     """Patterns of parameters, or of modules, all of whose parameters are meant; all others are frozen."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of those that are frozen nevertheless."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Patterns of parameters with a learning rate of their own in the place of ``lr``; the last that fits counts."""
     weight_decay: float = 0.0
     """On weights, not on biases and norms. With "adam" and "sgd" it is a gradient, with "adamw" a decay of its own."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -53,19 +57,24 @@ def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
     """Names of the parameters that a stage trains, in the module's order.
 
     Raises:
-        GigamorphError: if a pattern names no parameter.
+        GigamorphError: if a pattern names no parameter, or none is left.
     """
-    found: dict[str, None] = {}
     names = [name for name, _ in module.named_parameters()]
-    for pattern in stage.trainable:
-        hits = [name for name in names if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
-        if not hits:
-            there = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise GigamorphError(
-                f"stage '{stage.name}': {pattern!r} names no parameter of the network, whose parts are {there}"
-            )
-        found |= dict.fromkeys(hits)
+    found = {name for pattern in stage.trainable for name in _matching(names, pattern, stage)}
+    found -= {name for pattern in stage.frozen for name in _matching(names, pattern, stage)}
+    if not found:
+        raise GigamorphError(f"stage '{stage.name}': all parameters are frozen; nothing would be trained")
     return [name for name in names if name in found]
+
+
+def _matching(names: list[str], pattern: str, stage: Stage) -> list[str]:
+    hits = [name for name in names if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
+    if not hits:
+        there = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+        raise GigamorphError(
+            f"stage '{stage.name}': {pattern!r} names no parameter of the network, whose parts are {there}"
+        )
+    return hits
 
 
 def _prefixes(name: str) -> list[str]:
@@ -110,14 +119,28 @@ def train_mode(module: nn.Module, stage: Stage) -> None:
 
 
 def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    decayed, others = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay.
+
+    Groups of another learning rate come after the others; ``factor`` says by how much theirs is larger than ``lr``.
+    """
+    rates = _rates(module, stage)
+    groups = []
+    for rate in dict.fromkeys([stage.lr, *rates.values()]):
+        learning = [p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate]
+        for decay in (True, False):
+            some = [p for p in learning if (p.ndim > 1) == decay]
+            weight_decay = stage.weight_decay if decay else 0.0
+            groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "factor": rate / stage.lr})
     groups = [group for group in groups if group["params"]]
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.momentum > 0)
     return (torch.optim.Adam if stage.optimizer == "adam" else torch.optim.AdamW)(groups, lr=stage.lr)
+
+
+def _rates(module: nn.Module, stage: Stage) -> dict[str, float]:
+    """The learning rates of parameters that have one of their own, by name."""
+    names = [name for name, _ in module.named_parameters()]
+    return {name: rate for pattern, rate in stage.rates for name in _matching(names, pattern, stage)}
 
 
 def cosine_with_warmup(steps: int) -> Callable[[int], float]:

@@ -22,7 +22,7 @@ def parts_of(state: State, layout: str | None = None) -> tuple[str, Sequence[Par
         if layout in (None, name) and module.recognises(state):
             return name, module.parts(state)
     if layout is not None:
-        raise GigamorphError(f"{state.path}: does not have the names of {layout}, which begin with {_first(state)}")
+        raise GigamorphError(f"{state.path}: does not have the names of {layout}; its own begin with {_first(state)}")
     raise GigamorphError(
         f"{state.path}: is of none of the known layouts ({', '.join(LAYOUTS)}); name what builds its network and give "
         "it as --weights, as in gigamorph import timm:resnet50 --weights FILE"

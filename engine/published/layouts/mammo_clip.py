@@ -117,11 +117,6 @@ class Tower(nn.Module):
         return x if self.classifier is None else self.classifier(x)
 
 
-def tower(size: str = "b5", num_classes: int = 0, in_channels: int = 3, features: bool = False) -> Tower:
-    """A `Tower`; `features` leaves its classifier out, whatever num_classes says."""
-    return Tower(size, 0 if features else num_classes, in_channels)
-
-
 def recognises(state: State) -> bool:
     """Whether it has such a tower."""
     return f"{_TOWER}_conv_stem.weight" in state.tensors
@@ -132,12 +127,11 @@ def parts(state: State) -> list[Part]:
     width = len(state.tensors[f"{_TOWER}_bn1.weight"])
     size = "b2" if width == 1408 else "b5"
     head = _classifier(state.tensors)
-    model = f"{__name__}:tower?size={size}" + ("" if head else "&features=true")
     others = ("text_encoder.", "image_projection.", "text_projection.", "logit_scale")
     return [
         Part(
             name=f"mammo-clip-{size}",
-            model=model,
+            model=f"{__name__}:Tower?size={size}",
             outputs=Outputs.of("sigmoid", len(state.tensors[head])) if head else Outputs.of("features", width),
             preprocessing=Preprocessing(
                 3, (0.3089279,), (0.25053555408335154,), per_image="minmax", size=(1520, 912), fit="stretch"

@@ -1,0 +1,213 @@
+"""Networks for other programs: a Hugging Face folder that timm loads, or ONNX; checked before they take their place."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GigamorphError
+from ..models import create_model
+from ..models.compat import make_torchvision_importable
+from ..models.folder import Description, Preprocessing, is_folder, read_description
+from ..models.outputs import Outputs
+from ..models.spec import Spec
+from ..models.weights import first_line, sha256
+from ..train.checkpoint import load_checkpoint, versions
+from ..train.fit import restore_network
+from .importing import new_folder
+from .reference import LIMIT32, difference, fixed_image, ordinary
+
+_SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # ours, which timm calls the same
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network with its weights, in evaluation mode, and what a folder says of it."""
+
+    path: Path
+    network: nn.Module
+    description: Description
+    grown: bool = False
+
+    @property
+    def image(self) -> Tensor:
+        """A fixed image to check by, of the size that the import was checked by."""
+        shape = self.description.reference.get("image")
+        return fixed_image(self.description.preprocessing, (shape[2], shape[3]) if shape else (320, 256))
+
+
+def open_source(path: str | Path) -> Source:
+    """The network in a folder of `gigamorph import` or a checkpoint of `gigamorph train`.
+
+    Raises:
+        DataError: it is neither.
+        GigamorphError: it is an ensemble, or a recipe's.
+    """
+    path = Path(path)
+    if is_folder(path) or path.is_dir():
+        description = read_description(path)
+        return Source(path, create_model(str(path)).float().eval(), description)
+    stored = load_checkpoint(path)
+    record = stored["gigamorph"]
+    if "options" not in record:
+        raise GigamorphError(
+            f"{path}: is a recipe's; only networks of gigamorph train and gigamorph import are written"
+        )
+    net = restore_network(stored, memory_budget=None, device="cpu")
+    given = record["preprocessing"]
+    normalize = given["normalize"]
+    description = Description(
+        model=record["options"]["model"],
+        outputs=Outputs.of("softmax", len(record["classes"]), tuple(record["classes"])),
+        preprocessing=Preprocessing(
+            record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
+        ),
+        source={"file": path.name, "sha256": sha256(path)},
+        versions=versions(),
+    )
+    return Source(path, net._network.float().eval(), description, "grown" in record)
+
+
+def export_hub(source: Source, out: str | Path) -> float:
+    """Write a folder with ``model.safetensors`` and a ``config.json`` that timm loads, and load it again to compare.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds it.
+
+    Returns:
+        The largest difference of its logits of a fixed image, in parts of the largest.
+
+    Raises:
+        GigamorphError: the network is none of timm's, or is not the same when timm has loaded it; nothing was written.
+    """
+    spec = Spec.parse(source.description.model)
+    timm_like = spec.kind == "timm" or (not spec.kind and spec.name in _SHARED_NAMES and "width" not in spec.arguments)
+    if not timm_like or source.grown:
+        what = "has grown, so that it is" if source.grown else f"({source.description.model!r}) is"
+        raise GigamorphError(f"{source.path}: its network {what} none of timm's; write it with --to onnx")
+    make_torchvision_importable()
+    import timm
+
+    image = source.image
+    with new_folder(out) as folder:
+        from safetensors.torch import save_file
+
+        state = {name: value.detach().clone().contiguous() for name, value in source.network.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_hub_config(source, spec, timm), indent=1) + "\n")
+        try:
+            again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except Exception as error:  # timm's own: whatever it raises is the answer
+            raise GigamorphError(f"{source.path}: timm cannot load what was written: {first_line(error)}") from error
+        return _same(ordinary(again, image, str(spec)), ordinary(source.network, image, str(spec)), "timm")
+
+
+def _hub_config(source: Source, spec: Spec, timm: Any) -> dict[str, Any]:
+    own, taken = source.description, source.description.preprocessing
+    arguments = {name: value for name, value in spec.arguments.items() if name not in ("num_classes", "in_channels")}
+    arguments["in_chans"] = taken.channels
+    about = getattr(source.network, "pretrained_cfg", None)  # of timm's networks
+    plain = about or timm.create_model(spec.name, num_classes=0).pretrained_cfg
+    mean, std = taken.normalize.per_channel(taken.channels)
+    size = taken.size or plain["input_size"][1:]
+    return {
+        "architecture": spec.name,
+        "num_classes": own.outputs.columns if own.outputs.predicts else 0,
+        "num_features": getattr(source.network, "num_features", None),
+        **({"global_pool": arguments["global_pool"]} if "global_pool" in arguments else {}),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [taken.channels, *size],
+            "fixed_input_size": bool(plain.get("fixed_input_size")),
+            "interpolation": "bilinear",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": own.outputs.columns if own.outputs.predicts else 0,
+            "first_conv": plain.get("first_conv"),
+            "classifier": plain.get("classifier"),
+            "label_names": own.outputs.names,
+            **({"license": own.licence} if own.licence else {}),
+        },
+        "gigamorph": own.to_json(),
+    }
+
+
+def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = None) -> float:
+    """Write an ONNX file with the input ``image`` (N, C, H, W) and the output ``logits``, and run it to compare.
+
+    Images are those that the network takes, normalised; how is written in the file's metadata (``gigamorph``).
+
+    Args:
+        size: (height, width) that images have; None leaves them free, which a network whose padding depends on the
+            size in ways that cannot be written so does not allow.
+
+    Returns:
+        As `export_hub`.
+
+    Raises:
+        GigamorphError: a package is missing, the network cannot be written so, or ONNX Runtime gives other logits;
+            nothing was written.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise GigamorphError(f"writing ONNX needs {error.name}; pip install 'gigamorph[onnx]'") from error
+    out = Path(out)
+    if out.exists():
+        raise GigamorphError(f"{out}: already exists; name another --out")
+    name, network = source.description.model, copy.deepcopy(source.network).eval()
+    images = [source.image] if size is None else [fixed_image(source.description.preprocessing, size)]
+    if size is None:  # another size and number of images than it is written with
+        height, width = images[0].shape[2:]
+        images.append(fixed_image(source.description.preprocessing, (height + 64, width + 32)).repeat(2, 1, 1, 1))
+    program = _onnx_program(network, images[0], name, free=size is None)
+    program.model.metadata_props["gigamorph"] = json.dumps(source.description.to_json())
+    with new_folder(out.with_name(f".{out.name}.folder"), keep=False) as folder:
+        path = folder / out.name
+        program.save(str(path))
+        onnx.checker.check_model(str(path))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        far = 0.0
+        for image in images:
+            (given,) = session.run(["logits"], {"image": image.numpy()})
+            far = max(far, _same(torch.from_numpy(given), ordinary(network, image, name), "ONNX Runtime"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(out)
+    return far
+
+
+def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> Any:
+    batch = {0: torch.export.Dim("images")}
+    shapes = {**batch, 2: torch.export.Dim("height", min=32), 3: torch.export.Dim("width", min=32)}
+    # Two images: a batch of one would be written as always one.
+    example = image.repeat(2, 1, 1, 1) if free else image
+    try:
+        return torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=(shapes,) if free else None,
+            verbose=False,
+        )
+    except Exception as error:  # torch.onnx has many, with pages of text
+        hint = "; with --size HxW it is written for images of one size" if free else ""
+        raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(error)}{hint}") from error
+
+
+def _same(given: Tensor, wanted: Tensor, by: str) -> float:
+    far = difference(given, wanted) if given.shape == wanted.shape else float("inf")
+    if not far <= LIMIT32:
+        raise GigamorphError(f"logits by {by} differ by {far:.1e} from ordinary PyTorch's; nothing was written")
+    return far

@@ -1,0 +1,99 @@
+"""Networks for timm and ONNX Runtime: they give the logits of ordinary PyTorch, or nothing is written."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gigamorph import create_model
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.models.folder import read_description
+from gigamorph.engine.published.export import export_hub, export_onnx, open_source
+from gigamorph.engine.published.importing import Wishes, import_network
+
+timm = pytest.importorskip("timm")
+
+
+class Off(nn.Module):
+    def forward(self, x):
+        return x + 2.5e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network of timm with padding that depends on the image's size, one sigmoid, and statistics that are not 0."""
+    here = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    network = timm.create_model("test_efficientnet", num_classes=1, in_chans=1, global_pool="max")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    torch.save(network.state_dict(), here / "w.pt")
+    wanted = {"mean": (0.4,), "std": (0.2,), "size": (96, 80)}
+    wishes = Wishes(str(here / "w.pt"), preprocessing=wanted, licence="mit", size=(96, 80))
+    import_network("timm:test_efficientnet?in_chans=1&global_pool=max", here / "net", wishes, str)
+    return here / "net"
+
+
+def test_timm_loads_what_is_exported_and_import_takes_it_back(folder, tmp_path):
+    assert export_hub(open_source(folder), tmp_path / "hub") <= 1e-5
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    image = torch.rand(2, 1, 111, 90)
+    with torch.no_grad():
+        assert torch.equal(theirs(image), create_model(str(folder)).eval()(image))
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [0.4] and config["pretrained_cfg"]["license"] == "mit"
+    import_network(str(tmp_path / "hub"), tmp_path / "back", Wishes(size=(96, 80)), str)
+    before, after = read_description(folder), read_description(tmp_path / "back")
+    assert (after.outputs, after.preprocessing, after.licence) == (before.outputs, before.preprocessing, "mit")
+
+
+def test_a_hugging_face_folder_of_others_is_read(tmp_path):
+    """As timm's own repositories have it: no description of ours."""
+    network = timm.create_model("test_convnext", num_classes=3, in_chans=3)
+    timm.models.save_for_hf(network, tmp_path / "theirs", model_config={"label_names": ["a", "b", "c"]})
+    import_network(str(tmp_path / "theirs"), tmp_path / "net", Wishes(size=(96, 64)), str)
+    found = read_description(tmp_path / "net")
+    assert found.model.startswith("timm:test_convnext?") and found.preprocessing.channels == 3
+    assert found.preprocessing.mean == tuple(network.pretrained_cfg["mean"])
+    assert found.outputs.names == ["a", "b", "c"]
+
+
+def test_onnx_runtime_gives_the_logits_at_any_size(folder, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "net.onnx"
+    assert export_onnx(open_source(folder), path) <= 1e-5
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    network = create_model(str(folder)).eval()
+    for shape in ((1, 1, 96, 80), (3, 1, 111, 133)):
+        image = torch.rand(shape)
+        (given,) = session.run(["logits"], {"image": image.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(given, network(image).numpy(), rtol=0, atol=1e-5)
+    (about,) = [p.value for p in onnx.load(str(path)).metadata_props if p.key == "gigamorph"]
+    assert json.loads(about)["input"]["mean"] == [0.4]
+    with pytest.raises(GigamorphError, match="already exists"):
+        export_onnx(open_source(folder), path)
+
+
+def test_what_others_compute_otherwise_is_refused(folder, tmp_path, monkeypatch):
+    source, plain = open_source(folder), create_model(str(folder))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: nn.Sequential(plain, Off()))
+    with pytest.raises(GigamorphError, match=r"logits by timm differ by 2.\de-05 .* nothing was written"):
+        export_hub(source, tmp_path / "hub")
+    assert os.listdir(tmp_path) == []
+
+
+def test_networks_that_timm_has_not_are_refused_for_it(tmp_path):
+    torch.save(create_model("lesionnet", 2, 1).state_dict(), tmp_path / "w.pt")
+    import_network("lesionnet", tmp_path / "net", Wishes(str(tmp_path / "w.pt"), size=(64, 64)), str)
+    with pytest.raises(GigamorphError, match="'lesionnet'.* is none of timm's; write it with --to onnx"):
+        export_hub(open_source(tmp_path / "net"), tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()

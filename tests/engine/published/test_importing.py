@@ -1,0 +1,237 @@
+"""Folders of networks: what is written, what is refused, and that what is opened again is what was imported."""
+
+import argparse
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from gigamorph import accelerate, create_model
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.models.folder import read_description
+from gigamorph.engine.models.outputs import outputs_of
+from gigamorph.engine.published import reference
+from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
+from gigamorph.engine.published.reference import Reference
+
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=2, in_channels=1, width=4):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_channels, width, 3, 2), nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+class Pair(Net):
+    def forward(self, x):
+        return super().forward(x), x
+"""
+SIZE = (72, 68)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "published_nets.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "published_nets", raising=False)
+    return tmp_path
+
+
+def network(width=4, classes=3, channels=1, seed=0):
+    torch.manual_seed(seed)
+    made = create_model(f"published_nets:Net?width={width}", classes, channels).eval()
+    made.norm.running_mean.normal_(0, 0.1)
+    made.norm.running_var.uniform_(0.5, 2)
+    return made
+
+
+def imported(here, name="net", source="published_nets:Net", quiet=None, **wishes):
+    wishes = {"weights": str(here / "w.pt"), "size": SIZE} | wishes
+    said = [] if quiet is None else quiet
+    import_network(source, here / name, Wishes(**wishes), said.append)
+    return here / name
+
+
+def test_a_folder_builds_the_network_again_with_its_logits(here):
+    made = network()
+    torch.save(made.state_dict(), here / "w.pt")
+    folder = imported(here, classes=("a", "b", "c"), licence="MIT", preprocessing={"mean": (0.4,), "std": (0.2,)})
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors", "reference.safetensors"]
+    again = create_model(str(folder), num_classes=7, in_channels=3).eval()  # what it has, it says itself
+    stored = Reference.read(folder)
+    with torch.no_grad():
+        for dtype, wanted in ((torch.float32, stored.logits32), (torch.float64, stored.logits64)):
+            image = stored.image.to(dtype)
+            assert torch.equal(made.to(dtype)(image), wanted) and torch.equal(again.to(dtype)(image), wanted)
+            torch.testing.assert_close(accelerate(again, tile=32)(image), wanted, rtol=0, atol=1e-6)
+    assert outputs_of(again).names == ["a", "b", "c"]
+    description = read_description(folder)
+    assert description.licence == "MIT" and description.preprocessing.mean == (0.4,)
+    assert description.reference["float64 difference"] <= 1e-12 and stored.image.shape == (1, 1, *SIZE)
+    assert json.loads((folder / "model.json").read_text())["input"]["units"] == "grey, 0 black to 1 white"
+
+
+def test_outputs_channels_and_prefix_follow_from_the_weights(here):
+    state = {f"net.model.{name}": value for name, value in network(classes=1, channels=3).state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": argparse.Namespace(a=1)}, here / "w.pt")
+    said = []
+    description = read_description(imported(here, quiet=said))
+    assert description.preprocessing.channels == 3 and description.outputs.names == ["0", "1"]
+    assert description.outputs.heads[0].activation == "sigmoid" and description.key_map == (("net.model.", ""),)
+    assert said == ["w.pt: all names begin with net.model., which the network's do not"]
+    torch.save({"state_dict": {**state, "loss.weight": torch.zeros(1)}}, here / "w.pt")
+    with pytest.raises(DataError, match=r"conv.weight \(nearest: net.model.conv.weight\)"):
+        imported(here, "other")
+    assert read_description(imported(here, "third", prefix="net.model")).source["prefix"] == "net.model"
+
+
+def test_arguments_of_the_constructor_are_kept(here):
+    torch.save(network(width=6).state_dict(), here / "w.pt")
+    folder = imported(here, source="published_nets:Net?width=6")
+    assert read_description(folder).model == "published_nets:Net?width=6"
+    assert create_model(str(folder)).conv.out_channels == 6
+
+
+def test_several_heads(here):
+    torch.save(network(classes=5).state_dict(), here / "w.pt")
+    heads = (("cancer", "sigmoid"), ("density", "softmax:A,B,C,D"))
+    description = read_description(imported(here, heads=heads))
+    assert description.outputs.names == ["cancer", "density_A", "density_B", "density_C", "density_D"]
+    with pytest.raises(GigamorphError, match="the network has 5 outputs, its heads as they are named 2"):
+        imported(here, "other", heads=(("density", "softmax:A,B"),))
+
+
+def test_a_network_whose_logits_by_tiles_are_others_is_refused(here, monkeypatch):
+    torch.save(network().state_dict(), here / "w.pt")
+
+    def off(twin, **options):
+        net = accelerate(twin, **options)
+        return lambda image: net(image) + 3e-5 * (image.dtype == torch.float32)
+
+    monkeypatch.setattr(reference, "accelerate", off)
+    with pytest.raises(GigamorphError, match=r"differ by 3.0e-05 in float32 .* nothing was written"):
+        imported(here)
+    assert sorted(p.name for p in here.iterdir() if p.name != "__pycache__") == ["published_nets.py", "w.pt"]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(here):
+    state = network().state_dict()
+    torch.save(state, here / "w.pt")
+    torch.save({**state, "conv.weight": state["conv.weight"] * torch.nan}, here / "nan.pt")
+    cases = {
+        "nan.pt: weights do not fit the model: 36 values are NaN": {"weights": str(here / "nan.pt")},
+        "none.pt: no such weights file": {"weights": str(here / "none.pt")},
+        "cannot take an image of 1 x 2 x 2": {"size": (2, 2)},
+        "name its weights, --weights FILE": {"weights": None},
+        "gives a tuple for an image": {"source": "published_nets:Pair"},
+        "'published_nets:Gone' cannot be imported": {"source": "published_nets:Gone"},
+        "2 names (a, b) do not fit 3 outputs": {"classes": ("a", "b")},
+    }
+    for message, wishes in cases.items():
+        with pytest.raises(GigamorphError) as caught:
+            imported(here, **wishes)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert not (here / "net").exists()
+    (here / "net").mkdir()
+    (here / "net" / "mine").touch()
+    with pytest.raises(GigamorphError, match="net: already exists"):
+        imported(here)
+
+
+def test_a_folder_that_was_changed_is_refused(here):
+    torch.save(network().state_dict(), here / "w.pt")
+    folder = imported(here)
+    kept = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(DataError, match="not the file that was checked"):
+        create_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="no such weights file"):
+        create_model(str(folder))
+    text = (folder / "model.json").read_text()
+    for changed, message in ((text.replace('"format": 1', '"format": 9'), "format 9"), (text[:-9], "cannot be read")):
+        (folder / "model.json").write_text(changed)
+        with pytest.raises(DataError, match=message):
+            create_model(str(folder))
+    (folder / "model.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="is damaged"):
+        create_model(str(folder))
+
+
+def test_timm_with_arguments_from_a_file_for_colour_images(here):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_resnet", num_classes=4, in_chans=3, global_pool="max").eval()
+    torch.save({"state_dict": theirs.state_dict(), "arch": "test_resnet"}, here / "w.pt")
+    said = []
+    folder = imported(here, source="timm:test_resnet?in_chans=1&global_pool=max", quiet=said)
+    again = create_model(str(folder)).eval()
+    grey = torch.rand(1, 1, 80, 72)
+    with torch.no_grad():
+        torch.testing.assert_close(again(grey), theirs(grey.repeat(1, 3, 1, 1)), rtol=0, atol=1e-5)
+    assert "was made for 3 channels" in said[0] and outputs_of(again).columns == 4
+    mean = timm.get_pretrained_cfg("test_resnet").mean
+    assert read_description(folder).preprocessing.mean == pytest.approx((sum(mean) / 3,))
+
+
+def test_weights_in_caches_are_found_and_never_fetched(here, monkeypatch):
+    timm = pytest.importorskip("timm")
+    import huggingface_hub
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "torch"))
+    with pytest.raises(GigamorphError, match=r"its weights are in no cache; looked for timm/test_resnet.* hf download"):
+        imported(here, source="timm:test_resnet", weights="cache")
+    config = timm.get_pretrained_cfg("test_resnet")
+    snapshot = here / "hub" / f"models--{config.hf_hub_id.replace('/', '--')}" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    save_file(timm.create_model("test_resnet").state_dict(), snapshot / "model.safetensors")
+    from functools import partial
+
+    found = partial(huggingface_hub.try_to_load_from_cache, cache_dir=str(here / "hub"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    folder = imported(here, source="timm:test_resnet", weights="cache")
+    assert read_description(folder).outputs.columns == config.num_classes
+
+
+def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here):
+    made = network()
+    torch.save(made, here / "w.pt")
+    with pytest.raises(DataError, match="--trust"):
+        imported(here)
+    said = []
+    folder = imported(here, trust=True, quiet=said)
+    assert said == ["w.pt: a pickled published_nets.Net, opened in a process of its own"]
+    image = Reference.read(folder).image
+    with torch.no_grad():
+        assert torch.equal(create_model(str(folder)).eval()(image), made(image))
+    with pytest.raises(GigamorphError, match="missing in the file|of other shape"):
+        imported(here, "other", source="published_nets:Net?width=5", trust=True)
+
+
+def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
+    for name, classes in (("a", 2), ("b", 2), ("c", 3)):
+        torch.save(network(classes=classes, seed=len(name)).state_dict(), here / "w.pt")
+        imported(here, name)
+    both = import_ensemble([here / "a", here / "b"], here / "both", [(True, False)])
+    description = read_description(both)
+    assert description.members == ("member0", "member1") and description.flips == ((False, False), (True, False))
+    shutil.rmtree(here / "a")
+    assert isinstance(create_model(str(both / "member0")), nn.Module)
+    with pytest.raises(GigamorphError, match="is an ensemble of 2 networks, which predicts; name one of its members"):
+        create_model(str(both))
+    with pytest.raises(GigamorphError, match="predicts 0, 1, 2, not 0, 1 as"):
+        import_ensemble([here / "b", here / "c"], here / "other", [])
+    with pytest.raises(GigamorphError, match="is an ensemble already"):
+        import_ensemble([both, here / "b"], here / "other", [])
+    assert not (here / "other").exists()
