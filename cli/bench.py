@@ -115,7 +115,14 @@ def step(
     results = _begin(device)
     chosen = Options(_known(peers), rounds, box, cap, memory_budget, tile, folder=profile)
     tasks = [
-        Task(model, (1, channels, *size), not inference, "live" if live else "frozen", precision, device)
+        Task(
+            model,
+            (1, options.channels_of(model, channels), *size),
+            not inference,
+            "live" if live else "frozen",
+            precision,
+            device,
+        )
         for model in models
         for size in sizes
     ]
@@ -160,7 +167,14 @@ def limit(
     from ..engine.bench.results import Task
 
     results = _begin(device)
-    task = Task(model, (1, channels, 0, 0), not inference, "live" if live else "frozen", precision, device)
+    task = Task(
+        model,
+        (1, options.channels_of(model, channels), 0, 0),
+        not inference,
+        "live" if live else "frozen",
+        precision,
+        device,
+    )
     for peer in _known(peers):
         row = find(task, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
         results.limits.append(row)

@@ -65,8 +65,9 @@ def _shared(*extra: Any) -> Callable[[Callable[..., None]], Callable[..., None]]
 def morph() -> None:
     """Grow a trained network so that it computes the same as before: wider, deeper, for larger images.
 
-    Weights are .safetensors files (or .pt, .pth). The recipe, a list of the morphs in JSON, goes into the file and
-    beside it, so that the next command needs only --model, --classes and --channels of the network that it began as.
+    Weights are .safetensors files (or .pt, .pth), or those in a --model that is a folder of gigamorph import. The
+    recipe, a list of the morphs in JSON, goes into the file and beside it, so that the next command needs only --model,
+    --classes and --channels of the network that it began as.
     Every morph is checked in float64 and float32, in eval and train mode; nothing is written if a check fails.
 
     Example: gigamorph morph widen --in a.safetensors --out b.safetensors --model resnet18 --factor 1.5
@@ -365,9 +366,10 @@ def _grow(given: dict[str, Any], change: Change) -> None:
 
 def _open(given: dict[str, Any]) -> Grown:
     from ..engine.errors import MorphError
+    from ..engine.models.folder import is_folder
     from ..engine.morph.files import open_network
 
-    if given["source"] is None and not given["random_weights"]:
+    if given["source"] is None and not given["random_weights"] and not is_folder(given["model"]):
         raise MorphError("no weights are given, so there is no function to keep: --in FILE (or --random-weights)")
     return open_network(given["model"], given["source"], given["classes"], given["channels"])
 

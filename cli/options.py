@@ -71,12 +71,20 @@ def _parse_white(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(str(error), ctx, param) from error
 
 
+def channels_of(model: str, channels: int) -> int:
+    """Image channels that a model takes: as a folder of gigamorph import says, else as asked for."""
+    from ..engine.models.folder import is_folder, read_description
+
+    return read_description(model).preprocessing.channels if is_folder(model) else channels
+
+
 model: Any = click.option(
     "--model",
     default="resnet18",
     show_default=True,
     metavar="SPEC",
-    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory of your own (see gigamorph train).",
+    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory of your own (see gigamorph train), "
+    "with arguments as in timm:NAME?global_pool=max; or a folder of gigamorph import, with its weights.",
 )
 memory_budget: Any = click.option(
     "--memory-budget",

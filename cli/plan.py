@@ -94,6 +94,7 @@ def plan(
     from .table import show_plan
 
     kind, memory = device
+    channels = options.channels_of(model, channels)
     net = create_grown(model, classes, channels).train(not inference)
     if batch_norm == "frozen":
         freeze_batch_norm(net)

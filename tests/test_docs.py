@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import keyword
 import re
 import shlex
 import shutil
@@ -90,6 +91,7 @@ def test_blocks_are_found():
 def test_a_command_is_understood(block: Block):
     """Its options and the number of its arguments; their values are looked at where it runs."""
     _, name, *words = shlex.split(block.text)
+    name += "_" * keyword.iskeyword(name)
     command = getattr(importlib.import_module(f"gigamorph.cli.{name}"), name)
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..models import create_model
+from ..models.folder import is_folder, read_description
 from .copying import cast, duplicate
 from .front import FrontStep
 from .front_layers import downsampler
@@ -66,13 +67,16 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
 
     Args:
         spec: the network that it began as, see `create_model`.
-        weights: its file, or the recipe beside it; None leaves the weights random.
+        weights: its file, or the recipe beside it; None leaves the weights random, or those of the folder that `spec`
+            names.
         classes: outputs that it began with.
         channels: image channels that it began with.
 
     Raises:
         GigamorphError: no such network, or the file is missing, damaged or another network's; the message names it.
     """
+    if is_folder(spec):
+        channels = read_description(spec).preprocessing.channels
     if weights is None:
         return Grown(create_model(spec, classes, channels), channels=channels)
     path = _weights_path(Path(weights))

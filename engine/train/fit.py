@@ -214,7 +214,7 @@ def _card(
         training={
             "recipe": "cross-entropy, AdamW, cosine with warm-up (gigamorph train)",
             "begun from": "weights that were given" if options.weights else "random weights",
-            **{name.replace("_", " "): getattr(options, name) for name in kept},
+            **{name.replace("_", " "): getattr(options, name) for name in kept if getattr(options, name) != ()},
             "best epoch": metrics["best_epoch"],
             "memory budget of a step": budget,
             "largest memory of the process": format_bytes(metrics["peak_bytes"]),

@@ -38,7 +38,7 @@ def test_one_sigmoid_is_two_classes_and_several_are_labels():
 
 
 def test_names_that_do_not_fit_are_refused():
-    with pytest.raises(GigamorphError, match="3 names .* do not fit 2 outputs"):
+    with pytest.raises(GigamorphError, match=r"3 names .* do not fit 2 outputs"):
         Outputs.of("softmax", 2, ("a", "b", "c"))
     with pytest.raises(GigamorphError, match="softmax of a single output is always 1"):
         Outputs.of("softmax", 1, ("a",))

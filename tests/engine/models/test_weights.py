@@ -130,7 +130,7 @@ def test_weights_in_half_precision_and_without_counters_load(tmp_path):
 def test_a_sub_tree_and_renamed_weights():
     state = {f"image_encoder.{n}": v for n, v in network().state_dict().items()} | {"text.weight": torch.zeros(2)}
     assert list(subtree(state, "image_encoder", Path("w"))) == list(network().state_dict())
-    with pytest.raises(DataError, match="no weight begins with 'tower.'; they begin with image_encoder., text."):
+    with pytest.raises(DataError, match=r"no weight begins with 'tower\.'; they begin with image_encoder\., text\."):
         subtree(state, "tower", Path("w"))
     found = renamed({"backbone.a": 1, "linear.b": 2, "c": 3}, (("backbone.", ""), ("linear.", "fc.")))
     assert found == {"a": 1, "fc.b": 2, "c": 3}

@@ -94,6 +94,6 @@ def test_what_others_compute_otherwise_is_refused(folder, tmp_path, monkeypatch)
 def test_networks_that_timm_has_not_are_refused_for_it(tmp_path):
     torch.save(create_model("lesionnet", 2, 1).state_dict(), tmp_path / "w.pt")
     import_network("lesionnet", tmp_path / "net", Wishes(str(tmp_path / "w.pt"), size=(64, 64)), str)
-    with pytest.raises(GigamorphError, match="'lesionnet'.* is none of timm's; write it with --to onnx"):
+    with pytest.raises(GigamorphError, match=r"'lesionnet'.* is none of timm's; write it with --to onnx"):
         export_hub(open_source(tmp_path / "net"), tmp_path / "hub")
     assert not (tmp_path / "hub").exists()

@@ -215,7 +215,7 @@ def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here
     image = Reference.read(folder).image
     with torch.no_grad():
         assert torch.equal(create_model(str(folder)).eval()(image), made(image))
-    with pytest.raises(GigamorphError, match="missing in the file|of other shape"):
+    with pytest.raises(GigamorphError, match=r"missing in the file|of other shape"):
         imported(here, "other", source="published_nets:Net?width=5", trust=True)
 
 

@@ -1,0 +1,184 @@
+"""A folder of `gigamorph import` wherever a model is taken: predict, explain, train, morph, plan, bench, export."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from gigamorph import create_model
+from gigamorph.cli.main import main
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.models.registry import load_weights
+from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
+from gigamorph.engine.train.checkpoint import load_checkpoint
+
+GREY = {"mean": (0.3,), "std": (0.1,)}
+
+
+def run(*args):
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make(folder, classes, seed=0, **wishes):
+    torch.manual_seed(seed)
+    network = create_model("lesionnet", classes, 1)
+    nn.init.normal_(network.fc.weight, std=0.5)
+    path = folder.with_suffix(".pt")
+    torch.save({"state_dict": network.state_dict()}, path)
+    import_network("lesionnet", folder, Wishes(str(path), size=(72, 64), preprocessing=GREY, **wishes), str)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=6, height=128, width=96, seed=1)
+
+
+def seen(path, **options):
+    source = open_pixels(path, normalize=Normalize((0.3,), (0.1,)), **options)
+    return source.read(0, source.shape[1], 0, source.shape[2])[None]
+
+
+def test_predict_and_explain_labels_of_their_own(tmp_path, phantoms, capsys):
+    """Sigmoids, not a softmax: each probability, each breast's mean and each exam's highest is a label's."""
+    network = make(tmp_path / "net", 2, activation="sigmoid", classes=("mass", "calcification"))
+    images = sorted((phantoms.parent / "images").iterdir())[:4]
+    assert run("predict", tmp_path / "net", *images, "--heatmaps", "--out", tmp_path / "out") == 0
+    found = rows(tmp_path / "out" / "predictions.csv")
+    for row, path in zip(found, images, strict=True):
+        with torch.no_grad():
+            wanted = network(seen(path))[0].sigmoid()
+        assert float(row["p_mass"]) == pytest.approx(float(wanted[0]), abs=1e-5)
+        assert float(row["p_calcification"]) == pytest.approx(float(wanted[1]), abs=1e-5)
+    breasts, exams = rows(tmp_path / "out" / "breasts.csv"), rows(tmp_path / "out" / "exams.csv")
+    for name in ("p_mass", "p_calcification"):
+        for breast in breasts:
+            views = [float(r[name]) for r in found if r["patient_id"] == breast["patient_id"]
+                     and r["laterality"] == breast["laterality"]]  # fmt: skip
+            assert float(breast[name]) == pytest.approx(np.mean(views), abs=1e-5)
+        for exam in exams:
+            highest = max(float(b[name]) for b in breasts if b["patient_id"] == exam["patient_id"])
+            assert float(exam[name]) == pytest.approx(highest, abs=1e-5)
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["checkpoint"] == "net"
+    assert run("explain", tmp_path / "net", images[0], "--class", "mass", "--out", tmp_path / "maps") == 0
+    assert (tmp_path / "maps" / f"{images[0].stem}.png").exists()
+    assert {row["class"] for row in rows(tmp_path / "maps" / "marks.csv")} <= {"mass"}
+    gradient = ("--method", "gradient", "--format", "tif")
+    assert run("explain", tmp_path / "net", images[0], *gradient, "--out", tmp_path / "gradient") == 0
+    capsys.readouterr()
+
+
+def test_an_ensemble_with_mirror_images_is_the_mean_of_probabilities(tmp_path, phantoms, capsys):
+    networks = [make(tmp_path / name, 2, seed) for seed, name in enumerate("ab")]
+    import_ensemble([tmp_path / "a", tmp_path / "b"], tmp_path / "both", [(True, False)])
+    path = sorted((phantoms.parent / "images").iterdir())[0]
+    assert run("predict", tmp_path / "both", path, "--out", tmp_path / "out") == 0
+    (row,) = rows(tmp_path / "out" / "predictions.csv")
+    image = seen(path)
+    with torch.no_grad():
+        each = [net(x).softmax(1)[0, 1] for net in networks for x in (image, image.flip(3))]
+    assert float(row["p_1"]) == pytest.approx(float(sum(each) / 4), abs=1e-5)
+    assert run("explain", tmp_path / "both", path, "--out", tmp_path / "maps") == 2
+    assert "an ensemble has no one map to explain; name one of its folders" in capsys.readouterr().err
+
+
+def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path, phantoms, capsys):
+    network = make(tmp_path / "net", 2)
+    command = ["train", phantoms, "--init", tmp_path / "net", "--epochs", 1, "--accumulate", 4, "--seed", 3]
+    options = ["--freeze", "stem", "--freeze", "stages.0.0", "--lr", 1e-5, "--lr-of", "fc=1e-2"]
+    assert run(*command, *options, "--out", tmp_path / "run") == 0
+    stored = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    record, before = stored["gigamorph"], network.state_dict()
+    assert record["options"]["model"] == "lesionnet" and record["preprocessing"]["normalize"]["mean"] == [0.3]
+    moved = {n.removeprefix("net."): float((v - before[n.removeprefix("net.")]).abs().max())
+             for n, v in stored["state_dict"].items()}  # fmt: skip
+    assert all(moved[name] == 0 for name in moved if name.startswith(("stem.", "stages.0.0.")))
+    assert 1e-3 < moved["fc.weight"] < 0.1 and 0 < moved["stages.1.0.weight"] < 1e-3
+    shutil.rmtree(tmp_path / "net")  # a checkpoint is whole without it
+    image = sorted((phantoms.parent / "images").iterdir())[0]
+    assert run("predict", tmp_path / "run" / "best.ckpt", image, "--out", tmp_path / "out") == 0
+    capsys.readouterr()
+
+
+def test_init_and_freeze_refuse_what_cannot_be(tmp_path, phantoms, capsys):
+    make(tmp_path / "net", 2)
+    cases = {
+        "--init says the model; omit --model": ["--init", tmp_path / "net", "--model", "resnet18"],
+        "has its own weights; omit them": ["--init", tmp_path / "net", "--weights", "w.pt"],
+        "has no model.json": ["--init", tmp_path],
+        "'layer9' names no parameter of the network": ["--init", tmp_path / "net", "--freeze", "layer9"],
+        "all parameters are frozen": ["--init", tmp_path / "net", "--freeze", "*"],
+        "write PATTERN=RATE": ["--init", tmp_path / "net", "--lr-of", "fc"],
+    }
+    for message, options in cases.items():
+        assert run("train", phantoms, *options, "--epochs", 1, "--out", tmp_path / "run") == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split()), message
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_one_sigmoid_begins_as_two_classes_with_the_same_probabilities(tmp_path):
+    network = make(tmp_path / "net", 1)
+    started = create_model("lesionnet", 2, 1).eval()
+    assert load_weights(started, tmp_path / "net") == []
+    image = torch.randn(2, 1, 70, 60)
+    with torch.no_grad():
+        torch.testing.assert_close(started(image).softmax(1)[:, 1], network(image)[:, 0].sigmoid())
+
+
+def test_plan_bench_and_morph_take_it_as_a_model(tmp_path, capsys):
+    make(tmp_path / "net", 3)
+    net = str(tmp_path / "net")
+    assert run("plan", "--model", net, "--size", "256x256", "--memory-budget", "64MiB", "--device", "cpu") == 0
+    assert "1 x 1 x 256 x 256" in capsys.readouterr().out
+    wider = tmp_path / "wider.safetensors"
+    assert run("morph", "widen", "--model", net, "--factor", 1.5, "--out", wider) == 0
+    assert run("morph", "verify", net + "/model.safetensors", wider, "--model", net) == 0
+    assert "equal" in capsys.readouterr().out
+
+
+def test_an_image_that_is_too_small_is_named_and_can_be_skipped(tmp_path, capsys, monkeypatch):
+    (tmp_path / "small_nets.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels=1):\n"
+        "    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 33, 8), nn.ReLU(), pool, nn.Linear(4, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save(create_model("small_nets:net").state_dict(), tmp_path / "w.pt")
+    assert run("import", "small_nets:net", "--weights", "w.pt", "--size", "80x72", "--out", "net") == 0
+    for name, size in (("small", (20, 50)), ("large", (60, 50))):
+        Image.fromarray(np.full(size, 100, np.uint8)).save(tmp_path / f"{name}.png")
+    assert run("predict", "net", "small.png", "--out", "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: small.png: model 'net' cannot take an image of 1 x 20 x 50")
+    assert run("predict", "net", "small.png", "large.png", "--skip-bad", "--out", "other") == 0
+    assert [row["image_path"] for row in rows(tmp_path / "other" / "predictions.csv")] == ["large.png"]
+
+
+def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys):
+    torch.save(create_model("resnet18?width=4", 2, 1).state_dict(), tmp_path / "w.pt")
+    command = ["import", "resnet18?width=4", "--weights", tmp_path / "w.pt", "--classes", "no,yes", "--mean", "0.5"]
+    assert run(*command, "--size", "96x64", "--out", tmp_path / "net") == 0
+    said = capsys.readouterr().out
+    assert "gives no, yes" in said and "takes 1 channels, every pixel, mean [0.5]" in said
+    assert "licence not stated" in said
+    assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2
+    assert "is none of timm's; write it with --to onnx" in capsys.readouterr().err
+    assert run("export", tmp_path / "net", "--to", "huggingface", "--size", "64x64", "--out", tmp_path / "hub") == 2
+    assert run("import", tmp_path / "net", tmp_path / "w.pt", "--out", tmp_path / "both") == 2
+    assert "w.pt: is no folder of gigamorph import" in capsys.readouterr().err
