@@ -7,7 +7,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,11 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
     return model
 
 
-def _build(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
+def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None = None) -> nn.Module:
     if spec.kind == "timm":
         return _timm(spec, num_classes, in_channels)
     if spec.kind:
-        return _factory(spec, num_classes, in_channels)
+        return _factory(spec, num_classes, in_channels, folder)
     if spec.name not in MODELS:
         own = ", ".join(sorted(MODELS))
         folder = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
@@ -82,7 +82,7 @@ def _of_folder(folder: Path) -> nn.Module:
         )
     spec = Spec.parse(description.model)
     columns = description.outputs.columns if description.outputs.predicts else 0
-    model = _build(spec, columns, description.preprocessing.channels)
+    model = _build(spec, columns, description.preprocessing.channels, folder)
     path = check_weights(folder, description)
     load_exactly(model, read_state(path).tensors, path)
     set_outputs(model, description.outputs)
@@ -109,7 +109,7 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
         raise GigamorphError(f"timm cannot build {str(spec).removeprefix('timm:')!r}: {first_line(error)}") from error
 
 
-def _factory(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
+def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     make_torchvision_importable()
     text = str(spec)
     with _working_directory_on_path():
@@ -118,6 +118,8 @@ def _factory(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
             taken = inspect.signature(factory).parameters
         except (TypeError, ValueError):
             taken = {}
+        if folder is not None:
+            _refuse_other_functions(spec, factory, taken, folder)
         wanted = {"num_classes": num_classes, "in_channels": in_channels}
         # torchvision's functions hand further keywords on to networks that know the one and not the other.
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
@@ -130,6 +132,17 @@ def _factory(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise GigamorphError(f"model {text!r} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _refuse_other_functions(spec: Spec, factory: Callable[..., Any], taken: Mapping[str, Any], folder: Path) -> None:
+    """A folder may come from anybody: of what is installed it must not call what does not make networks."""
+    network = isinstance(factory, type) and issubclass(factory, nn.Module)
+    of_torchvision = str(getattr(factory, "__module__", "")).startswith("torchvision.models")
+    if not (network or of_torchvision or "num_classes" in taken):
+        raise GigamorphError(
+            f"{folder}: names {spec.kind}:{spec.name} as what builds its network, which is no class of a "
+            "torch.nn.Module and no function that takes num_classes; it is not called"
+        )
 
 
 _CONTRACT = (

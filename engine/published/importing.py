@@ -26,6 +26,7 @@ from ..models.weights import State, load_exactly, read_state, renamed, sha256, s
 from ..train.checkpoint import versions
 from . import pickled
 from .layouts import parts_of
+from .layouts.layout import trained
 from .reference import compute, fixed_image, verified
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
@@ -159,7 +160,8 @@ def _write_ensemble(
 
 def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> list[Path]:
     state = read_state(path)
-    name, parts = parts_of(state, wishes.layout)
+    own_part = trained(state) if wishes.layout is None else None
+    name, parts = ("gigamorph train", [own_part]) if own_part else parts_of(state, wishes.layout)
     say(f"{path.name}: layout {name}, {len(parts)} network{'s' if len(parts) > 1 else ''}")
     with new_folder(out) as folder:
         targets = [folder / part.name if len(parts) > 1 else folder for part in parts]
@@ -228,6 +230,7 @@ def _import_state(
         versions=versions(),
     )
     write_description(folder, description)
+    create_model(str(folder))  # what cannot be opened again is not written
     return description
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from gigamorph import create_model
 from gigamorph.cli.main import main
+from gigamorph.engine.bench.results import Task
+from gigamorph.engine.bench.work import build
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
@@ -34,9 +36,9 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def make(folder, classes, seed=0, **wishes):
+def make(folder, outputs, seed=0, **wishes):
     torch.manual_seed(seed)
-    network = create_model("lesionnet", classes, 1)
+    network = create_model("lesionnet", outputs, 1)
     nn.init.normal_(network.fc.weight, std=0.5)
     path = folder.with_suffix(".pt")
     torch.save({"state_dict": network.state_dict()}, path)
@@ -110,8 +112,13 @@ def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path,
     assert all(moved[name] == 0 for name in moved if name.startswith(("stem.", "stages.0.0.")))
     assert 1e-3 < moved["fc.weight"] < 0.1 and 0 < moved["stages.1.0.weight"] < 1e-3
     shutil.rmtree(tmp_path / "net")  # a checkpoint is whole without it
-    image = sorted((phantoms.parent / "images").iterdir())[0]
-    assert run("predict", tmp_path / "run" / "best.ckpt", image, "--out", tmp_path / "out") == 0
+    image, checkpoint = sorted((phantoms.parent / "images").iterdir())[0], tmp_path / "run" / "best.ckpt"
+    assert run("predict", checkpoint, image, "--out", tmp_path / "out") == 0
+    # And becomes a folder again, as for an ensemble of folds.
+    assert run("import", checkpoint, "--size", "72x64", "--out", tmp_path / "again") == 0
+    assert run("predict", tmp_path / "again", image, "--out", tmp_path / "same") == 0
+    one, other = (rows(tmp_path / name / "predictions.csv")[0] for name in ("out", "same"))
+    assert float(one["log_odds_1"]) == pytest.approx(float(other["log_odds_1"]), abs=1e-5)
     capsys.readouterr()
 
 
@@ -145,6 +152,8 @@ def test_plan_bench_and_morph_take_it_as_a_model(tmp_path, capsys):
     net = str(tmp_path / "net")
     assert run("plan", "--model", net, "--size", "256x256", "--memory-budget", "64MiB", "--device", "cpu") == 0
     assert "1 x 1 x 256 x 256" in capsys.readouterr().out
+    task = Task(net, (1, 1, 64, 64), False, "live", "fp32", "cpu")
+    assert torch.equal(build(task).fc.weight, create_model(net).fc.weight)
     wider = tmp_path / "wider.safetensors"
     assert run("morph", "widen", "--model", net, "--factor", 1.5, "--out", wider) == 0
     assert run("morph", "verify", net + "/model.safetensors", wider, "--model", net) == 0

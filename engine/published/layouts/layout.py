@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...errors import GigamorphError
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
+from ...models.weights import State
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,31 @@ class Part:
     ignored: tuple[str, ...] = ()
     licence: str = ""
     size: tuple[int, int] = (256, 192)
+
+
+def trained(state: State) -> Part | None:
+    """The network of a checkpoint of `gigamorph train`; None for others.
+
+    Raises:
+        GigamorphError: it has grown, is a recipe's, or was trained on images that a folder cannot describe.
+    """
+    record = state.rest.get("gigamorph")
+    if not isinstance(record, dict):
+        return None
+    if "options" not in record or "grown" in record:
+        what = "has a network that has grown" if "grown" in record else "is a recipe's"
+        raise GigamorphError(f"{state.path}: {what}, which is used as it is and not imported")
+    given = record["preprocessing"]
+    other = [n for n in ("for_processing", "white") if given.get(n)] + ["downsample"] * (given["downsample"] != 1)
+    if other:
+        raise GigamorphError(f"{state.path}: was trained with {', '.join(other)}, which a folder cannot say")
+    classes, normalize = tuple(record["classes"]), given["normalize"]
+    return Part(
+        name="trained",
+        model=record["options"]["model"],
+        outputs=Outputs.of("softmax", len(classes), classes),
+        preprocessing=Preprocessing(
+            record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
+        ),
+        prefix="net.",
+    )

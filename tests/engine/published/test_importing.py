@@ -165,6 +165,21 @@ def test_a_folder_that_was_changed_is_refused(here):
         create_model(str(folder))
 
 
+def test_a_folder_calls_nothing_that_makes_no_network(here):
+    """It may come from anybody, and what is installed can do more than build networks."""
+    torch.save(network().state_dict(), here / "w.pt")
+    folder, target = imported(here), here / "ran"
+    text = (folder / "model.json").read_text()
+    for spec in (f"os:system?command=touch {target}", f"os:mkdir?path={target}", f"torch:load?f={target}"):
+        (folder / "model.json").write_text(text.replace("published_nets:Net", spec))
+        with pytest.raises(GigamorphError, match=r"it is not called|cannot be imported"):
+            create_model(str(folder))
+        assert not target.exists()
+    (here / "plain_nets.py").write_text("from published_nets import Net\ndef net(): return Net(3)\n")
+    with pytest.raises(GigamorphError, match="no function that takes num_classes; it is not called"):
+        imported(here, "other", source="plain_nets:net")
+
+
 def test_timm_with_arguments_from_a_file_for_colour_images(here):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
