@@ -23,7 +23,7 @@ else: groups, channels that are not a multiple of 16 bytes, other strides, older
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -304,7 +304,7 @@ def launch(
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     if described and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
-        images, lines, run = 1, 1, pixels
+        run = pixels
     config = matmul_config(
         x.device,
         x.dtype,
@@ -323,60 +323,92 @@ def launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
+    return run_form(_Work(x, matrix, residual, mask, y, z, scale, shift, depth, geometry, config, moments, options))
 
-    def parts(tiles: int) -> Tensor:
-        return torch.empty(2, tiles, filters, dtype=sum_dtype(y.dtype), device=y.device)
 
-    if config.form == "descriptor":
-        box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
-        even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
-        x_desc = describe(even, box_x, operand=True)
-        segments = triton.cdiv(run, config.block_m)
-        sums = parts(images * lines * segments) if moments else None
-        _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
-            x_desc,
-            x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
-            describe(matrix, [config.block_n, config.block_k], operand=True),
-            *(None if t is None else describe(t, box_y) for t in (residual, mask, y, z)),
-            scale,
-            shift,
-            *((None, None) if sums is None else sums),
-            lines,
-            run,
-            filters,
-            segments,
-            geometry.top,
-            geometry.dilation_h,
-            shift_even,
-            shift_odd,
-            STEPS=Steps(depth, *geometry.stride, geometry.dilation_w),
-            **options,
-        )
-        return None if sums is None else merge_parts(sums, config.block_m, run)
+class _Work(NamedTuple):
+    """A convolution as both forms of the kernel take it; `launch` says what its parts are."""
+
+    x: Tensor
+    matrix: Tensor  # filters [K, taps x channels]
+    residual: Tensor | None
+    mask: Tensor | None
+    y: Tensor
+    z: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    depth: int  # input channels of a group
+    geometry: ConvGeometry
+    config: Config
+    moments: bool
+    options: dict[str, Any]
+
+    def sums(self, tiles: int) -> Tensor | None:
+        """Room for mean and squared deviations of each tile and filter, if they are wanted."""
+        if not self.moments:
+            return None
+        return torch.empty(2, tiles, self.y.shape[1], dtype=sum_dtype(self.y.dtype), device=self.y.device)
+
+
+def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
+    config, geometry, x = work.config, work.geometry, work.x
+    images, filters, lines, run = work.y.shape
+    box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
+    even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
+    x_desc = describe(even, box_x, operand=True)
+    segments = triton.cdiv(run, config.block_m)
+    sums = work.sums(images * lines * segments)
+    _conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
+        x_desc,
+        x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
+        describe(work.matrix, [config.block_n, config.block_k], operand=True),
+        *(None if t is None else describe(t, box_y) for t in (work.residual, work.mask, work.y, work.z)),
+        work.scale,
+        work.shift,
+        *((None, None) if sums is None else sums),
+        lines,
+        run,
+        filters,
+        segments,
+        geometry.top,
+        geometry.dilation_h,
+        shift_even,
+        shift_odd,
+        STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w),
+        **work.options,
+    )
+    return None if sums is None else merge_parts(sums, config.block_m, run)
+
+
+def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
+    config, geometry, x = work.config, work.geometry, work.x
+    images, filters, lines, run = work.y.shape
+    pixels, groups = images * lines * run, geometry.groups
     if pixels + config.block_m >= 2**31:
         raise ValueError(
             f"conv2d: an output of {images} x {lines} x {run} pixels is too large for the pointer form; "
             "use smaller tiles"
         )
-    tiles, groups = triton.cdiv(pixels, config.block_m), geometry.groups
-    sums = parts(tiles) if moments else None
+    tiles = triton.cdiv(pixels, config.block_m)
+    sums = work.sums(tiles)
     _conv2d_pointer_kernel[(tiles * triton.cdiv(filters // groups, config.block_n), groups)](
         as_map(x),
-        matrix,
-        *map(as_map, (residual, mask, y, z)),
-        scale,
-        shift,
+        work.matrix,
+        *map(as_map, (work.residual, work.mask, work.y, work.z)),
+        work.scale,
+        work.shift,
         *((None, None) if sums is None else sums),
         x.shape[0],
         *x.shape[2:],
-        *y.shape[2:],
-        depth,
+        *work.y.shape[2:],
+        work.depth,
         filters // groups,
         geometry.top,
         geometry.left,
         *geometry.stride,
         *geometry.dilation,
-        **options,
+        **work.options,
     )
     return None if sums is None else merge_parts(sums, config.block_m, pixels)
 
