@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from . import options
+from .data_phantom import phantom
+from .data_preview import preview
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..engine.datasets.augment import Augment
     from ..engine.datasets.tables import Record, Table
 
 _SHOWN = 20  # problems that are printed
 
-_workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")
 _dataset: Any = click.option(
     "--dataset",
     metavar="NAME",
@@ -36,7 +36,6 @@ _label: Any = click.option(
 _skip: Any = click.option(
     "--skip-missing", is_flag=True, help="Leave out images and masks of lesions that were not downloaded."
 )
-_seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For all that is drawn.")
 
 
 def _parse_fractions(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float, float]:
@@ -65,7 +64,7 @@ def data() -> None:
     "passed over, may stand in it too, and slashes for folders. By default common ones are tried where headers say "
     "nothing.",
 )
-@_workers
+@options.workers
 def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers: int | None) -> None:
     """List all images below a folder with what their headers say: side, view, size, grey scale, maker, oddities.
 
@@ -117,7 +116,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
 @click.option("--out", type=click.Path(dir_okay=False), help="All problems as csv: image, kind, what is wrong.")
 @_dataset
 @options.white
-@_workers
+@options.workers
 def check(source: str, out: str | None, dataset: str | None, white: Any, workers: int | None) -> None:
     """Decode every image of a table, folder or public data set and name those that would spoil a training.
 
@@ -170,7 +169,7 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     callback=_parse_fractions,
     help="Shares of the patients for train, val and test.",
 )
-@_seed
+@options.seed
 def split(table: str, out: str, fractions: tuple[float, float, float], seed: int) -> None:
     """Split a table by patient, each label in the same proportions; the same seed gives the same split.
 
@@ -221,7 +220,7 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
 @options.voi
 @options.for_processing
 @options.white
-@_workers
+@options.workers
 def convert(
     source: str,
     out: str,
@@ -242,21 +241,12 @@ def convert(
     Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
     """
     from ..engine.datasets.convert import convert_images
-    from ..engine.datasets.tables import DATA_SETS, missing_masks, without_masks, write_table
+    from ..engine.datasets.tables import DATA_SETS, write_table
     from ..engine.errors import DataError
     from .count import Count
 
     table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
-    records, errors = table.records, []
-    absent = missing_masks(records)
-    if absent and not skip_missing:
-        raise DataError(
-            f"{source}: {len(absent)} masks do not exist, the first {absent[0]}; download them, or leave them out "
-            "(--skip-missing)"
-        )
-    if absent:
-        records = without_masks(records, absent)
-        click.echo(f"{len(absent)} masks are missing and left out, the first {absent[0]}", err=True)
+    records, errors = _with_masks(table.records, source, skip_missing), []
     if file_format:
         with Count("images", len(records)) as count:
             records, errors = convert_images(
@@ -279,13 +269,14 @@ def convert(
         write_table(Path(out) / "table.csv", labelled, table.classes)
     if unlabelled:
         write_table(Path(out) / "unlabelled.csv", unlabelled, table.classes)
+    counts = _counts(labelled, table.classes) | ({"without label": len(unlabelled)} if unlabelled else {})
     meaning = {
         "data_set": table.name,
         "source": source,
         "label": table.label_rule,
         "split": DATA_SETS[table.name].split if table.name else "as in the table",
         "classes": table.classes,
-        "images": _counts(labelled, table.classes) | ({"without label": len(unlabelled)} if unlabelled else {}),
+        "images": counts,
         "grey": f"voi={voi}, 0 black to 65535 white" if file_format else None,
         "left_out": len(errors),
     }
@@ -293,163 +284,14 @@ def convert(
     if table.label_rule:
         click.echo(f"label {table.label_rule}")
         click.echo(f"split: {meaning['split']}")
-    told = ", ".join(f"{count} {name}" for name, count in meaning["images"].items())
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
     click.echo(f"{len(records)} images of {len({record.patient_id for record in records})} patients ({told}); {out}")
     if errors:
         raise SystemExit(1)
 
 
-@data.command()
-@click.argument("image", type=click.Path(exists=True))
-@click.option("--out", type=click.Path(dir_okay=False), help="A 16-bit PNG of every pixel that the network sees.")
-@options.channels
-@options.mean
-@options.std
-@options.voi
-@click.option("--frame", type=click.IntRange(0), help="Of a file with several.")
-@options.for_processing
-@options.white
-@options.augment
-@_seed
-def preview(
-    image: str,
-    out: str | None,
-    channels: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    voi: str,
-    frame: int | None,
-    for_processing: bool,
-    white: Any,
-    augment: Augment | None,
-    seed: int,
-) -> None:
-    """Show exactly what the network will see of an image, and every step from the file to there.
-
-    With --augment one variation of it, as a training image is varied; another --seed gives another one.
-
-    Example: gigamorph data preview exam.dcm --augment rotate=10,elastic=20,noise=0.01 --out exam.png
-    """
-    from rich.console import Console
-
-    from ..engine.datasets.augment import augmented
-    from ..engine.datasets.preview import preview as measure
-    from ..engine.datasets.preview import thumbnail, write_preview
-    from ..engine.datasets.views import NormalizedSource
-    from ..engine.images.open import open_pixels
-    from ..engine.images.pixels import Normalize
-    from .picture import show_picture
-
-    normalize = Normalize(mean, std)
-    source = open_pixels(
-        image,
-        normalize=None if augment else normalize,
-        voi=voi,
-        channels=channels,
-        frame=frame,
-        for_processing=for_processing,
-        white=white,
-    )
-    if augment:
-        source = NormalizedSource(augmented(source, augment, seed=seed, epoch=0, index=0), normalize)
-    seen = measure(source)
-    console = Console()
-    rows = 2 * max(8, (console.size.height if console.is_terminal else 40) - len(seen.steps) - 6)
-    show_picture(thumbnail(source, min(console.size.width - 1, 120), rows), console)
-    for number, step in enumerate(seen.steps, 1):
-        click.echo(f"{number:>2}. {step}")
-    click.echo(
-        f"{' x '.join(map(str, seen.shape))} (channels x height x width), {seen.least:.4g} to {seen.most:.4g}, "
-        f"mean {seen.mean:.4g}, std {seen.std:.4g}"
-    )
-    click.echo(f"{seen.black:.1%} of the pixels are black, {seen.white:.1%} white")
-    for warning in seen.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    if out:
-        click.echo(f"{out}: {write_preview(source, out)}")
-
-
-@data.command()
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and the table.")
-@click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
-@click.option(
-    "--size",
-    default="1024x768",
-    show_default=True,
-    metavar="HxW",
-    callback=options.parse_size,
-    help="Pixels, up to any number for tiff.",
-)
-@click.option(
-    "--breasts",
-    type=click.IntRange(1, 2),
-    default=1,
-    show_default=True,
-    help="1: CC and MLO of one breast; 2: the four views of an exam, with one breast affected.",
-)
-@click.option(
-    "--lesion",
-    "lesions",
-    multiple=True,
-    type=click.Choice(["cluster", "mass", "asymmetry"]),
-    default=["cluster"],
-    show_default=True,
-    help="May be given often: kinds in turn.",
-)
-@click.option("--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of the patients.")
-@click.option(
-    "--symmetry",
-    type=click.FloatRange(0, 1),
-    default=0.8,
-    show_default=True,
-    help="Correlation of the texture of the two breasts.",
-)
-@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
-@click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
-@_seed
-@_workers
-def phantom(
-    out: str,
-    patients: int,
-    size: tuple[int, int],
-    breasts: int,
-    lesions: tuple[str, ...],
-    positive: float,
-    symmetry: float,
-    file_format: str,
-    masks: bool,
-    seed: int,
-    workers: int | None,
-) -> None:
-    """Make phantom mammograms whose labels, boxes and masks are known, of any size, tile by tile.
-
-    The same options give the same bytes. An image without a cluster has the same cluster blurred, so that only native
-    resolution tells.
-
-    Example: gigamorph data phantom --out phantoms --patients 20 --breasts 2 --size 3328x2560
-    """
-    from ..engine.datasets.phantom import write_phantoms
-    from ..engine.images.parallel import available_cpus
-    from .count import Count
-
-    images = patients * 2 * breasts
-    with Count("pixels", images * size[0] * size[1]) as count:
-        table = write_phantoms(
-            out,
-            patients=patients,
-            height=size[0],
-            width=size[1],
-            seed=seed,
-            breasts=breasts,  # pyright: ignore[reportArgumentType]
-            lesions=lesions,  # pyright: ignore[reportArgumentType]
-            positive=positive,
-            symmetry=symmetry,
-            file_format=file_format,  # pyright: ignore[reportArgumentType]
-            masks=masks,
-            workers=workers or available_cpus(),
-            report=count.add,
-        )
-    click.echo(f"{images} images of {patients} patients, {size[0]} x {size[1]} pixels; {table}")
+data.add_command(preview)
+data.add_command(phantom)
 
 
 def _open(
@@ -476,6 +318,23 @@ def _open(
     if label == "none":
         table = replace(table, records=[replace(record, label=-1) for record in table.records], label_rule="none")
     return table
+
+
+def _with_masks(records: list[Record], source: str, skip_missing: bool) -> list[Record]:
+    """The records without masks that do not exist; those are an error unless they may be left out."""
+    from ..engine.datasets.tables import missing_masks, without_masks
+    from ..engine.errors import DataError
+
+    absent = missing_masks(records)
+    if not absent:
+        return records
+    if not skip_missing:
+        raise DataError(
+            f"{source}: {len(absent)} masks do not exist, the first {absent[0]}; download them, or leave them out "
+            "(--skip-missing)"
+        )
+    click.echo(f"{len(absent)} masks are missing and left out, the first {absent[0]}", err=True)
+    return without_masks(records, absent)
 
 
 def _counts(records: Sequence[Record], classes: Sequence[str]) -> dict[str, int]:

@@ -162,14 +162,8 @@ def eval(
         raise click.UsageError("--modality needs the readers: --reader COLUMN")
     images = read(predictions)
     if reader is not None:
-        from ..engine.evaluate.readers import study_of
-        from ..engine.evaluate.readers_report import reader_headline, write_reader_report
-
-        study = study_of(images, reader=reader, modality=modality, covariance=covariance)
-        page = write_reader_report(out, study, {"split": split, **_source(Path(predictions), table=table)})
-        for line in reader_headline(study):
-            click.echo(line)
-        click.echo(f"{page} and metrics.json")
+        notes = {"split": split, **_source(Path(predictions), table=table)}
+        _compare_readers(out, images, notes, reader=reader, modality=modality, covariance=covariance)
         return
     settings = Settings(
         levels=tuple(levels) or None,
@@ -193,6 +187,18 @@ def eval(
     for line in headline(found):
         click.echo(line)
     click.echo(f"{page}, metrics.json and plots")
+
+
+def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> None:
+    """Write and tell a readers' study (MRMC); `how` is what `study_of` takes."""
+    from ..engine.evaluate.readers import study_of
+    from ..engine.evaluate.readers_report import reader_headline, write_reader_report
+
+    study = study_of(images, **how)
+    page = write_reader_report(out, study, notes)
+    for line in reader_headline(study):
+        click.echo(line)
+    click.echo(f"{page} and metrics.json")
 
 
 def _checkpoint(predictions: Path) -> dict[str, str]:

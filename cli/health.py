@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -127,7 +128,10 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 def problems(machine: Machine) -> list[Problem]:
     """The known traps that this machine is in."""
-    found = []
+    return [*_of_torchvision(machine), *_of_gpus(machine), *_of_host(machine), *_of_packages(machine)]
+
+
+def _of_torchvision(machine: Machine) -> Iterator[Problem]:
     torch_version = machine.versions.get("torch", "")
     vision = machine.import_errors.get("torchvision")
     if vision is not None:
@@ -139,13 +143,15 @@ def problems(machine: Machine) -> list[Problem]:
             else f"torchvision cannot be imported: {vision}"
         )
         index = "https://download.pytorch.org/whl/" + ("cpu" if machine.cuda_build is None else "cu" + _digits(machine))
-        found.append(
-            Problem(
-                "warning",
-                what + "; gigamorph declares the missing operator and works, other programs do not",
-                f"pip install --force-reinstall --no-deps torchvision --index-url {index} (or uninstall torchvision)",
-            )
+        yield Problem(
+            "warning",
+            what + "; gigamorph declares the missing operator and works, other programs do not",
+            f"pip install --force-reinstall --no-deps torchvision --index-url {index} (or uninstall torchvision)",
         )
+
+
+def _of_gpus(machine: Machine) -> Iterator[Problem]:
+    """GPUs that torch cannot use, and kernels that cannot be used on them."""
     if machine.cuda_build is not None and not machine.gpus:
         fix = (
             "update the driver to one that knows CUDA " + machine.cuda_build
@@ -153,76 +159,69 @@ def problems(machine: Machine) -> list[Problem]:
             else "nothing, if this machine has no GPU (a CPU build is smaller); else install the NVIDIA driver, "
             "and in a container pass the GPU through (docker run --gpus all)"
         )
-        found.append(Problem("warning", f"torch is built for CUDA {machine.cuda_build}, but finds no GPU", fix))
+        yield Problem("warning", f"torch is built for CUDA {machine.cuda_build}, but finds no GPU", fix)
     if machine.cuda_build is None and machine.driver is not None:
-        found.append(
-            Problem(
-                "warning",
-                f"there is an NVIDIA GPU ({machine.driver}), but torch {torch_version} is a CPU build",
-                "pip install --force-reinstall torch (from PyPI: the CUDA build on Linux)",
-            )
+        yield Problem(
+            "warning",
+            f"there is an NVIDIA GPU ({machine.driver}), but torch {machine.versions.get('torch', '')} is a CPU build",
+            "pip install --force-reinstall torch (from PyPI: the CUDA build on Linux)",
         )
     if machine.kernels_lack is not None:
         what, _, fix = machine.kernels_lack.partition("; ")
-        found.append(Problem("warning", f"kernels cannot be compiled, PyTorch's own ops run on the GPU: {what}", fix))
+        yield Problem("warning", f"kernels cannot be compiled, PyTorch's own ops run on the GPU: {what}", fix)
     if machine.failed_kernels:
         first, *others = machine.failed_kernels
         several = f", and {len(others)} more" if others else ""
-        found.append(
-            Problem(
-                "warning",
-                f"kernels failed on this GPU, PyTorch's own ops do their work: {first}{several}",
-                "report it with the output of GIGAMORPH_KERNELS=triton gigamorph plan --kernels ...; "
-                "an update of torch, triton or gigamorph tries them again",
-            )
+        yield Problem(
+            "warning",
+            f"kernels failed on this GPU, PyTorch's own ops do their work: {first}{several}",
+            "report it with the output of GIGAMORPH_KERNELS=triton gigamorph plan --kernels ...; "
+            "an update of torch, triton or gigamorph tries them again",
         )
+
+
+def _of_host(machine: Machine) -> Iterator[Problem]:
+    """Threads and shared memory."""
     if machine.threads < machine.cores and machine.threads == 1:
-        found.append(
-            Problem(
-                "warning",
-                f"torch uses 1 thread of {machine.cores} cores",
-                f"unset OMP_NUM_THREADS, or set it to {machine.cores}",
-            )
+        yield Problem(
+            "warning",
+            f"torch uses 1 thread of {machine.cores} cores",
+            f"unset OMP_NUM_THREADS, or set it to {machine.cores}",
         )
     if machine.threads > machine.cores:
-        found.append(
-            Problem(
-                "warning",
-                f"torch uses {machine.threads} threads on {machine.cores} usable cores, which slows every step",
-                f"export OMP_NUM_THREADS={machine.cores}",
-            )
+        yield Problem(
+            "warning",
+            f"torch uses {machine.threads} threads on {machine.cores} usable cores, which slows every step",
+            f"export OMP_NUM_THREADS={machine.cores}",
         )
     if machine.shm is not None and machine.shm < 2**30:
-        found.append(
-            Problem(
-                "warning",
-                f"/dev/shm has {format_bytes(machine.shm)}; DataLoader workers die with 'bus error' when it is full",
-                "docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm",
-            )
+        yield Problem(
+            "warning",
+            f"/dev/shm has {format_bytes(machine.shm)}; DataLoader workers die with 'bus error' when it is full",
+            "docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm",
         )
+
+
+def _of_packages(machine: Machine) -> Iterator[Problem]:
+    """Packages without which commands fail."""
     lightning = machine.versions.get("lightning")
     if lightning is None:
-        found.append(Problem("error", "lightning is missing; training needs it", "pip install 'lightning>=2.6.6'"))
+        yield Problem("error", "lightning is missing; training needs it", "pip install 'lightning>=2.6.6'")
     elif _release(lightning) < _SAFE_LIGHTNING:
-        found.append(
-            Problem(
-                "error",
-                f"lightning {lightning}: before 2.6.6 checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
-                "pip install 'lightning>=2.6.6'",
-            )
+        yield Problem(
+            "error",
+            f"lightning {lightning}: before 2.6.6 checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
+            "pip install 'lightning>=2.6.6'",
         )
-    elif "lightning" in machine.import_errors and vision is None:
+    elif "lightning" in machine.import_errors and "torchvision" not in machine.import_errors:
         what = f"lightning cannot be imported: {machine.import_errors['lightning']}"
-        found.append(Problem("error", what, "pip install --force-reinstall 'lightning>=2.6.6'"))
+        yield Problem("error", what, "pip install --force-reinstall 'lightning>=2.6.6'")
     if "imagecodecs" not in machine.versions or "imagecodecs" in machine.import_errors:
-        found.append(
-            Problem(
-                "error",
-                "imagecodecs is missing or broken; compressed DICOM, TIFF and PNG cannot be read",
-                "pip install --force-reinstall imagecodecs",
-            )
+        yield Problem(
+            "error",
+            "imagecodecs is missing or broken; compressed DICOM, TIFF and PNG cannot be read",
+            "pip install --force-reinstall imagecodecs",
         )
-    return found
 
 
 def _digits(machine: Machine) -> str:

@@ -148,3 +148,5 @@ augment: Any = click.option(
     "(degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, brightness=0.05, noise=0.01, with "
     "commas between them.",
 )
+seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For all that is drawn.")
+workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")

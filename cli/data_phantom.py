@@ -1,0 +1,90 @@
+"""``gigamorph data phantom``: mammograms that are made up, with labels that are known."""
+
+from __future__ import annotations
+
+import rich_click as click
+
+from . import options
+
+
+@click.command()
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and the table.")
+@click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
+@click.option(
+    "--size",
+    default="1024x768",
+    show_default=True,
+    metavar="HxW",
+    callback=options.parse_size,
+    help="Pixels, up to any number for tiff.",
+)
+@click.option(
+    "--breasts",
+    type=click.IntRange(1, 2),
+    default=1,
+    show_default=True,
+    help="1: CC and MLO of one breast; 2: the four views of an exam, with one breast affected.",
+)
+@click.option(
+    "--lesion",
+    "lesions",
+    multiple=True,
+    type=click.Choice(["cluster", "mass", "asymmetry"]),
+    default=["cluster"],
+    show_default=True,
+    help="May be given often: kinds in turn.",
+)
+@click.option("--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of the patients.")
+@click.option(
+    "--symmetry",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="Correlation of the texture of the two breasts.",
+)
+@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
+@click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
+@options.seed
+@options.workers
+def phantom(
+    out: str,
+    patients: int,
+    size: tuple[int, int],
+    breasts: int,
+    lesions: tuple[str, ...],
+    positive: float,
+    symmetry: float,
+    file_format: str,
+    masks: bool,
+    seed: int,
+    workers: int | None,
+) -> None:
+    """Make phantom mammograms whose labels, boxes and masks are known, of any size, tile by tile.
+
+    The same options give the same bytes. An image without a cluster has the same cluster blurred, so that only native
+    resolution tells.
+
+    Example: gigamorph data phantom --out phantoms --patients 20 --breasts 2 --size 3328x2560
+    """
+    from ..engine.datasets.phantom import write_phantoms
+    from ..engine.images.parallel import available_cpus
+    from .count import Count
+
+    images = patients * 2 * breasts
+    with Count("pixels", images * size[0] * size[1]) as count:
+        table = write_phantoms(
+            out,
+            patients=patients,
+            height=size[0],
+            width=size[1],
+            seed=seed,
+            breasts=breasts,  # pyright: ignore[reportArgumentType]
+            lesions=lesions,  # pyright: ignore[reportArgumentType]
+            positive=positive,
+            symmetry=symmetry,
+            file_format=file_format,  # pyright: ignore[reportArgumentType]
+            masks=masks,
+            workers=workers or available_cpus(),
+            report=count.add,
+        )
+    click.echo(f"{images} images of {patients} patients, {size[0]} x {size[1]} pixels; {table}")
