@@ -1,6 +1,6 @@
 """How long it takes to find the channel spaces of a network, and to widen it with all its checks.
 
-Each line is the least of several runs in one process, behind a first one that loads what is needed: seconds that
+Each line is the least of several runs in one process, after a first one that loads what is needed: seconds that
 passed, and of the processor, on as many threads as torch has.
 
     python benchmarks/morph_speed.py [--model resnet50] [--size 64] [--threads 2] [--runs 3] [--json FILE]
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gigamorph.engine.bench import meter
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.morph.spaces import find_spaces
 from gigamorph.engine.morph.widen import widen
@@ -31,14 +31,8 @@ def measure(model: nn.Module, x: Tensor, runs: int) -> dict[str, dict[str, float
     }
     found: dict[str, dict[str, float]] = {}
     for task, run in tasks.items():
-        run()
-        passed, processor = [], []
-        for _ in range(runs):
-            began = time.perf_counter(), time.process_time()
-            run()
-            passed.append(time.perf_counter() - began[0])
-            processor.append(time.process_time() - began[1])
-        found[task] = {"passed": round(min(passed), 2), "processor": round(min(processor), 2)}
+        cost = meter.measure(run, times=runs, warm=1)
+        found[task] = {"passed": round(min(cost.seconds), 2), "processor": round(min(cost.cpu_seconds), 2)}
     return found
 
 
