@@ -34,6 +34,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+RATES = {"gb_per_s": 10.0, "tflop_per_s fp32": 0.1}
+
+
+@pytest.fixture
+def named_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The rates of this machine for `gigamorph plan`, which measures them; tests/engine/bench does so for itself."""
+    monkeypatch.setattr("gigamorph.engine.bench.roofline.measure_ceilings", lambda device, seconds: RATES)
+    return RATES
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real mammograms and tables, or skip."""

@@ -127,6 +127,7 @@ def command(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.usefixtures("named_rates")
 def test_a_page_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = [block for block in blocks(page) if not block.left_out]
     if page != "README.md" and run:  # which makes all that it needs

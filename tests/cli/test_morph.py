@@ -271,7 +271,7 @@ def test_a_terminal_gets_tables(folder):
 
 
 @pytest.mark.slow
-def test_every_line_of_the_documentation_runs(folder, capsys):
+def test_every_line_of_the_documentation_runs(folder, named_rates, capsys):
     text = (Path(__file__).parents[2] / "docs" / "morph.md").read_text()
     names: dict[str, object] = {}
     verdicts = []
@@ -314,7 +314,7 @@ def test_half_precision_files_stay_that(folder, capsys):
     assert lines(capsys.readouterr().out)[0] == "equal"
 
 
-def test_a_grown_network_is_planned_by_its_file(folder, capsys):
+def test_a_grown_network_is_planned_by_its_file(folder, named_rates, capsys):
     assert grow("widen", "a", "b", "--factor", 2) == 0
     capsys.readouterr()
     assert call("plan", "--model", f"{NET[1]}+b.safetensors", "--size", "256x256", "--channels", 1) == 0

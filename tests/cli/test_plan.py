@@ -9,18 +9,14 @@ from gigamorph.cli.main import main
 RESNET = ["--model", "resnet18", "--size", "2048x1536"]
 
 
-RATES = {"gb_per_s": 10.0, "tflop_per_s fp32": 0.1}
-
-
 @pytest.fixture
 def table():
     """For tests that look at the table of budgets."""
 
 
 @pytest.fixture(autouse=True)
-def rates(request, monkeypatch):
-    """Those of this machine would have to be measured; the table is made for the tests that look at it."""
-    monkeypatch.setattr("gigamorph.engine.bench.roofline.measure_ceilings", lambda device, seconds: RATES)
+def rates(request, monkeypatch, named_rates):
+    """The table of budgets is made for the tests that look at it."""
     if "table" not in request.fixturenames:
         monkeypatch.setattr("gigamorph.cli.plan._compare", lambda *args: None)
 
@@ -86,7 +82,7 @@ def test_a_terminal_gets_bars_on_one_scale():
     assert lines[0] == "a training step of net on 512 x 512 pixels (0.3 Mpx)"
 
 
-def test_five_budgets_and_their_least_times(table, capsys):
+def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     """Shares of stock's memory; the time is the floor of stock's step, times the work of the plan."""
     import torch
 
@@ -102,7 +98,7 @@ def test_five_budgets_and_their_least_times(table, capsys):
     row = next(line for line in out.splitlines() if line.startswith("1/2 of it"))
     half = plan(net, (2, 1, 2048, 1536), whole.stock_bytes // 2)
     with torch.enable_grad():
-        floor = count(net._network, Task("", (2, 1, 2048, 1536))).seconds(RATES, "fp32")
+        floor = count(net._network, Task("", (2, 1, 2048, 1536))).seconds(named_rates, "fp32")
     wanted = [f"{half.tile[0]} x {half.tile[1]}", f"{half.work:.2f}", f"{floor * half.work:.2g} s"]
     assert re.split(r"  +", row.strip())[-3:] == wanted
     assert (

@@ -106,15 +106,22 @@ def step_errors(expected: Step, got: Step) -> dict[str, float]:
 
 
 def compare(
-    model: nn.Module, image: Tensor, *, image_gradient: bool = True, seed: int | None = None, **options: Any
+    model: nn.Module,
+    image: Tensor,
+    *,
+    image_gradient: bool = True,
+    seed: int | None = None,
+    inference: bool = True,
+    **options: Any,
 ) -> dict[str, float]:
-    """Errors of an accelerated training step and of inference against the network itself.
+    """Errors of an accelerated training step, and of inference, against the network itself.
 
     Args:
         model: in the mode (train or eval) and dtype to be compared; it is copied, not changed.
         image: the batch.
         image_gradient: whether the image wants a gradient.
         seed: for networks that draw random numbers: set before each forward.
+        inference: whether to compare it, too: a recording and a forward more.
         options: of `accelerate`.
     """
     stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
@@ -124,13 +131,15 @@ def compare(
             torch.manual_seed(seed)
         runs.append(step(network, image, image_gradient=image_gradient))
     result = step_errors(*runs)
+    if not inference:
+        return result
     with torch.no_grad():
         if any(module.training for module in stock.modules()) and runs[0].buffers:
             stock(image)  # updates its running statistics also without a gradient
         if seed is not None:
             torch.manual_seed(seed)
-        inference = tree_flatten(fast(image))[0]
-    inferred = errors(named(runs[0].outputs), named(inference)) | errors(buffers(stock), buffers(fast))
+        outputs = tree_flatten(fast(image))[0]
+    inferred = errors(named(runs[0].outputs), named(outputs)) | errors(buffers(stock), buffers(fast))
     return result | {f"{name} (inference)": error for name, error in inferred.items()}
 
 

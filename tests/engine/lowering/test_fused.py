@@ -134,7 +134,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(50),
+    max_examples=examples(25),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -186,7 +186,7 @@ def test_convnext(fused_with_stock_ops: None, size: tuple[int, int], tile: int) 
 
 @pytest.mark.slow
 def test_convnext_with_triton_kernels(triton_kernels: None) -> None:
-    assert_exact(build_convnext(), image(40, 33), tile=(24, 24))
+    assert_exact(build_convnext(), image(40, 33), tile=(24, 40))
 
 
 def test_a_norm_before_a_padded_convolution_of_a_pixel(fused_with_stock_ops: None) -> None:

@@ -250,7 +250,11 @@ DEEP = "GIGAMORPH_PROGRAMS" in os.environ  # as for random programs: more of eve
 def test_every_block_of_real_networks(name: str, path: str) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    options = {"mlp_ratio": 1 / 32} if name.startswith("vgg") else {}  # else a hundred million weights in the head
+    options: dict[str, Any] = {}
+    if name.startswith("vgg"):
+        options["mlp_ratio"] = 1 / 32  # else a hundred million weights in the head
+    if name.startswith("densenet") and not DEEP:
+        options["block_config"] = (2, 3, 2, 2)
     model = randomize(timm.create_model(name, num_classes=3, **options))
     x = torch.randn(2, 3, 48, 48)
     last = path.endswith("fc1")

@@ -160,9 +160,9 @@ class TestExact:
         for mode, r in (("fold", 2), (other, 4 if other == "stages" else 2)):
             if name.startswith("tf_") and mode == "fold":
                 with pytest.raises(MorphError, match="'conv_stem' \\(Conv2dSame\\)"):
-                    front(parent, torch.zeros(1, 3, 64, 64), r, mode)
+                    front(parent, torch.zeros(1, 3, 48, 48), r, mode)
                 continue
-            _, report = front(parent, torch.zeros(1, 3, 64, 64), r, mode)
+            _, report = front(parent, torch.zeros(1, 3, 48, 48), r, mode)
             assert report.difference.float64_eval <= LIMIT
 
     @pytest.mark.slow

@@ -66,7 +66,7 @@ def scrambled(network: nn.Module, seed: int) -> nn.Module:
     return network.eval()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=QUIET)
 @given(
     st.sampled_from([*sorted(NETWORKS), "groups"]),
     st.integers(0, 999),

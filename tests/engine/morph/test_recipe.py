@@ -339,7 +339,6 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("op", "layers", "width", "limit"),
         [
-            ("widen", 24, 128, 14_000_000),
             *(pytest.param(op, 56, 360, 75_000_000, marks=pytest.mark.slow) for op in ("kernel", "front")),
             pytest.param("widen", 56, 720, 300_000_000, marks=pytest.mark.slow),
         ],
