@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
+from gigamorph.engine.models import create_model  # noqa: E402
 from gigamorph.engine.models.compat import make_torchvision_importable  # noqa: E402
 from gigamorph.kernels.choice import override  # noqa: E402
 
@@ -67,7 +69,10 @@ def _unet() -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{name: lambda name=name: _timm(name) for name in ("resnet18", "resnet50", "efficientnet_b2", "convnext_tiny")},
+    **{
+        name: lambda name=name: create_model(name, num_classes=1000, in_channels=3) for name in ("resnet18", "resnet50")
+    },
+    **{name: lambda name=name: _timm(name) for name in ("efficientnet_b2", "convnext_tiny")},
     "unet": _unet,
     "densenet121": lambda: _timm("densenet121"),
 }
@@ -116,8 +121,11 @@ def network_channels(network: nn.Module) -> int:
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
-def wanted(recorded: Iterable[tuple[str, list[Call]]], chip: int) -> list[tuple[str, Call]]:
-    """Of all calls those that launch what no other has launched, each with the scene that it was first seen in."""
+def wanted(recorded: Iterable[tuple[str, list[Call]]], chip: int, quick: bool = False) -> list[tuple[str, Call]]:
+    """Of all calls those that launch what no other has launched, each with the scene that it was first seen in.
+
+    `quick`: of launches whose code differs only in how often a loop over the input channels runs, the first alone.
+    """
     seen: set[tuple[str, str]] = set()
     known: set[Call] = set()
     found = []
@@ -130,6 +138,8 @@ def wanted(recorded: Iterable[tuple[str, list[Call]]], chip: int) -> list[tuple[
             with noted(chip, launches, []):
                 call.run()
             keys = {(launch.kernel, launch.specialization) for launch in launches}
+            if quick:
+                keys = {(kernel, re.sub(r"\bCIN=\d+", "CIN", form)) for kernel, form in keys}
             if keys - seen:
                 seen |= keys
                 found.append((scene, call))
@@ -257,9 +267,8 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs) as pool:
         for chip in [options.chip] if options.chip else CHIPS:
             recorded = zip(map(str, chosen), pool.map(record, chosen, itertools.repeat(chip)), strict=True)
-            calls = [
-                (s, call) for s, call in wanted(recorded, chip) if not only or call.name.partition("::")[2] in only
-            ]
+            found = wanted(recorded, chip, options.quick)
+            calls = [(s, call) for s, call in found if not only or call.name.partition("::")[2] in only]
             chunks = [calls[n : n + CHUNK] for n in range(0, len(calls), CHUNK)]
             rows += itertools.chain.from_iterable(pool.map(_compile, itertools.repeat(chip), chunks))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)

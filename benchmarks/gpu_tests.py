@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of each family one check: the sanitizer makes a kernel a hundred times slower.
-SANITIZED = ("conv2d_forward", "conv2d_dgrad", "conv2d_wgrad", "depthwise", "stem", "pool", "batch_norm", "layer_norm")
+SANITIZED = ("conv forward", "conv dgrad", "conv wgrad", "depthwise", "stem", "max_pool2d", "batch_norm", "layer_norm")
 TOOLS = ("memcheck", "racecheck")
 
 

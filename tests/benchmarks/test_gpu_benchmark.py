@@ -17,6 +17,9 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_ops  # noqa: E402
+import gpu_summary  # noqa: E402
+import gpu_tests  # noqa: E402
+import gpu_worker  # noqa: E402
 
 WORKER = """
 import json, os, sys, time
@@ -34,10 +37,10 @@ for line in sys.stdin:
 
 @pytest.fixture
 def workers(monkeypatch, tmp_path):
-    """Workers that run the script above instead of gpu.py."""
+    """Workers that run the script above instead of gpu_worker.py."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "WORKER", script)
     found = [gpu.Worker(False, tmp_path / "log") for _ in range(2)]
     yield found
     for worker in found:
@@ -90,8 +93,8 @@ def test_clocks_that_cannot_be_read_cost_nothing(monkeypatch):
         raise OSError("NVML: Unknown Error")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "_clocks", broken)
-    assert gpu.clocks() == {"nvml": "OSError: NVML: Unknown Error"}
+    monkeypatch.setattr(gpu_worker, "_clocks", broken)
+    assert gpu_worker.clocks() == {"nvml": "OSError: NVML: Unknown Error"}
 
 
 def test_a_check_sees_wrong_values_and_unequal_runs():
@@ -108,6 +111,11 @@ def test_a_check_sees_wrong_values_and_unequal_runs():
     runs = iter([(good,), (good + 2**-7,)])
     bench.twice(lambda: next(runs))
     assert not bench.row["reproducible"] and not bench.row["ok"]
+
+
+def test_every_family_that_is_sanitized_has_a_check():
+    names = list(gpu_checks.checks(dry=True))
+    assert all(any(name.startswith(family) for name in names) for family in gpu_tests.SANITIZED)
 
 
 def test_summary_tells_what_is_wrong():
@@ -137,7 +145,7 @@ def test_summary_tells_what_is_wrong():
             "resnet18 train 64 eager": {"error": "out of memory"},
         },
     }
-    text = "\n".join(gpu.summary(data))
+    text = "\n".join(gpu_summary.summary(data))
     assert "checks: 1 of 3 hold" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
     assert "WRONG stem: timed out" in text and "FAILED 3x3: ours: OutOfResources" in text
     assert "ours 3 (1.0), channels_last 2 (4.0), eager out of memory; 1.50 - -" in text and "LOSS DIFFERS" in text
@@ -153,11 +161,14 @@ def test_interleave():
 
 def test_roofline_and_speed():
     row = {"flops": 2e12, "bytes": 4e9, "ms": {"ours": 10.0, "cudnn": 5.0}}
-    found = gpu.derive(row, {"tflop_per_s": 800.0, "gb_per_s": 4000.0})
+    found = gpu_summary.derive(row, {"tflop_per_s": 800.0, "gb_per_s": 4000.0})
     assert found["ours"] == {"tflop_per_s": 200.0, "gb_per_s": 400.0, "roofline": 0.25}
     assert found["cudnn"]["roofline"] == 0.5
-    assert gpu.derive({**row, "bytes": 2e10}, {"tflop_per_s": 800.0, "gb_per_s": 4000.0})["cudnn"]["roofline"] == 1.0
-    assert gpu.speed(row, "ours", "cudnn") == 0.5 and gpu.speed(row, "ours", "compile") is None
+    assert (
+        gpu_summary.derive({**row, "bytes": 2e10}, {"tflop_per_s": 800.0, "gb_per_s": 4000.0})["cudnn"]["roofline"]
+        == 1.0
+    )
+    assert gpu_summary.speed(row, "ours", "cudnn") == 0.5 and gpu_summary.speed(row, "ours", "compile") is None
 
 
 def test_layers_are_those_of_the_networks():

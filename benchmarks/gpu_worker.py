@@ -1,0 +1,154 @@
+"""A worker of `gpu.py`: every item by section and name, and the process that runs those that it is asked for.
+
+Requests and answers are lines of JSON; what libraries print goes to the log.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BOX = 8.0  # seconds of timed steps in one entry
+
+Row = dict[str, Any]
+
+
+def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
+    """Every item by section and name."""
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    sys.path.insert(0, str(ROOT))  # what this checkout holds, installed or not
+    if dry:
+        import interpreter
+
+        interpreter.install()
+    import gpu_checks
+    import gpu_ops
+    import gpu_steps
+    import gpu_tests
+
+    timer = gpu_ops.Timer(seconds=0.01, least=1, most=2) if dry else gpu_ops.Timer()
+    once = gpu_ops.Timer(prepare=True)
+    ops, tiles = gpu_ops.op_cases(dry), gpu_ops.config_cases(dry)
+    # A name in `prepare` says which section it is for.
+    prepare = {f"steps: {n}": run for n, run in gpu_steps.preparations(dry).items()}
+    if not dry:
+        for section, cases in (("ops", ops), ("tiles", tiles)):
+            prepare |= {f"{section}: {n}": lambda case=case: once.row(case()) for n, case in cases.items()}
+    return {
+        "ceilings": {"machine": machine, "ceilings": lambda: gpu_ops.ceilings(dry)},
+        "tests": gpu_tests.suites(dry),
+        "checks": gpu_checks.checks(dry),
+        "prepare": prepare,
+        "ops": {n: lambda case=case: timer.row(case()) for n, case in ops.items()},
+        "tiles": {n: lambda case=case: timer.row(case()) for n, case in tiles.items()},
+        "steps": {**gpu_steps.runs(gpu_steps.steps(dry), dry, 0.1 if dry else BOX), "choices": choices},
+        "limits": gpu_steps.runs(gpu_steps.limits(dry), dry, 0.1 if dry else BOX),
+    }
+
+
+def machine() -> Row:
+    """Where the figures come from."""
+    import torch
+    import triton
+
+    from gigamorph.engine.bench.machine import provenance
+
+    return {
+        **provenance(),
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        **clocks(),
+    }
+
+
+def clocks() -> Row:
+    """Driver, clocks, power and temperature as seen now; nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        return _clocks()
+    except Exception as error:  # whatever NVML does not tell costs no measurement
+        return {"nvml": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _clocks() -> Row:
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return {
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        "gpu_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+        "gpu_bytes_used": pynvml.nvmlDeviceGetMemoryInfo(handle).used,
+    }
+
+
+def choices() -> Row:
+    """What was chosen for each op and shape during the steps."""
+    from dataclasses import asdict
+
+    from gigamorph.kernels import choice, measurements
+
+    rows = [asdict(row) for row in choice.table()]
+    return {"file": measurements.measurement_file("").name, "choices": rows, "failed": choice.failures()}
+
+
+def work(dry: bool) -> None:
+    """Answer requests, a line of JSON each, until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print goes to the log
+    import torch
+
+    items = registry(dry)
+    torch.manual_seed(0)
+    for line in sys.stdin:
+        request = json.loads(line)
+        row: Row = {}
+        if request["do"] == "list":
+            row = {section: list(found) for section, found in items.items()}
+        else:
+            started = time.perf_counter()
+            try:
+                row = items[request["do"]][request["name"]]()
+            except Exception as error:
+                kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+                row = {"error": kind, "message": str(error)[:600]}
+            if request["do"] in ("ops", "steps", "limits", "ceilings"):
+                row |= {"clocks": clocks()}
+            row["item_seconds"] = round(time.perf_counter() - started, 3)
+        fatal = torch.cuda.is_available() and _context_is_lost()
+        print(json.dumps(row, default=str), file=answers, flush=True)
+        if fatal:
+            os._exit(1)
+
+
+def _context_is_lost() -> bool:
+    """Whether an illegal access has ended this process's use of the GPU; if not, free memory for the next item."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    gc.collect()
+    torch.cuda.empty_cache()
+    return False
+
+
+if __name__ == "__main__":
+    work("--dry" in sys.argv)
