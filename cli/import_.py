@@ -137,8 +137,7 @@ def import_(
         wanted["per_image"] = None
     names = tuple(name.strip() for name in classes.split(",")) if classes else ()
     wishes = Wishes(weights, prefix, layout, activation, names, heads, wanted, licence, size, trust)
-    (source,) = sources
-    for folder in import_network(source, out, wishes, click.echo):
+    for folder in import_network(next(iter(sources)), out, wishes, click.echo):
         _show(folder)
 
 

@@ -51,9 +51,9 @@ def predict(
     morphhr and end2end, and the fine-tuned networks of dvme.
 
     IMAGES are image files, folders, or a csv with a column image_path. predictions.csv gets a line as soon as an image
-    is done; breasts.csv has the mean of the views of each breast, exams.csv the
-    highest of the breasts of each exam; predictions.json names the model. A damaged image
-    ends the command with an error that names it, unless --skip-bad; what was computed stays.
+    is done; breasts.csv has the mean of the views of each breast, exams.csv the highest of the breasts of each exam;
+    predictions.json names the model. A damaged image ends the command with an error that names it, unless --skip-bad;
+    what was computed stays.
 
     The column split says what an image was in the training: of the training's own table, else as the table says. Areas
     under the ROC curve are given of each split alone.

@@ -65,8 +65,8 @@ def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None =
         return _factory(spec, num_classes, in_channels, folder)
     if spec.name not in MODELS:
         own = ", ".join(sorted(MODELS))
-        folder = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
-        raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{folder}")
+        hint = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
+        raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{hint}")
     try:
         return MODELS[spec.name](**{"num_classes": num_classes, "in_channels": in_channels, **spec.arguments})
     except TypeError as error:

@@ -18,6 +18,7 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.models.registry import load_weights
+from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
@@ -119,6 +120,11 @@ def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path,
     assert run("predict", tmp_path / "again", image, "--out", tmp_path / "same") == 0
     one, other = (rows(tmp_path / name / "predictions.csv")[0] for name in ("out", "same"))
     assert float(one["log_odds_1"]) == pytest.approx(float(other["log_odds_1"]), abs=1e-5)
+    exported = open_source(checkpoint)
+    assert exported.description.preprocessing.mean == (0.3,) and exported.description.outputs.names == ["0", "1"]
+    with torch.no_grad():
+        logits = exported.network(seen(image))[0]
+    assert float(one["log_odds_1"]) == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
     capsys.readouterr()
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from gigamorph import create_model
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.models.folder import read_description
-from gigamorph.engine.published.export import export_hub, export_onnx, open_source
+from gigamorph.engine.models.folder import Description, Preprocessing, read_description
+from gigamorph.engine.models.outputs import Outputs
+from gigamorph.engine.published.export import Source, export_hub, export_onnx, open_source
 from gigamorph.engine.published.importing import Wishes, import_network
 
 timm = pytest.importorskip("timm")
@@ -89,6 +90,18 @@ def test_what_others_compute_otherwise_is_refused(folder, tmp_path, monkeypatch)
     with pytest.raises(GigamorphError, match=r"logits by timm differ by 2.\de-05 .* nothing was written"):
         export_hub(source, tmp_path / "hub")
     assert os.listdir(tmp_path) == []
+
+
+def test_our_resnets_are_timms(tmp_path):
+    torch.manual_seed(0)
+    network = create_model("resnet18", 2, 1).eval()
+    taken = Preprocessing(1, (0.3,), (0.1,))
+    description = Description("resnet18", Outputs.of("softmax", 2), taken, reference={"image": [1, 1, 64, 96]})
+    assert export_hub(Source(tmp_path, network, description), tmp_path / "hub") <= 1e-5
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    image = torch.rand(1, 1, 70, 66)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(image), network(image), rtol=0, atol=1e-5)
 
 
 def test_networks_that_timm_has_not_are_refused_for_it(tmp_path):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate, create_model, open_pixels
 from gigamorph.cli.main import cli
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.models import load_weights
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.weights import State, read_state
 from gigamorph.engine.published.images import PreparedSource
@@ -336,6 +337,9 @@ def test_a_tower_alone_gives_features_to_fine_tune(tmp_path, capsys):
     network = create_model(str(tmp_path / "net")).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 1408)
+    started = create_model(read_description(tmp_path / "net").model, 4, 3)
+    assert load_weights(started, tmp_path / "net") == [] and started.classifier.out_features == 4
+    assert all(torch.equal(started.state_dict()[name], value) for name, value in network.state_dict().items())
     with pytest.raises(GigamorphError, match="gives features, no predictions; fine-tune it: gigamorph train --init"):
         command("predict", tmp_path / "net", tmp_path / "net", "--out", tmp_path / "out")
 
