@@ -127,13 +127,13 @@ class StageModule(pl.LightningModule):
         return contextlib.nullcontext() if self.task.group.at_once == 1 or last else self._loss.no_sync()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        rate = self.stage.lr * self.state.decay
+        share = 1.0
         if self.stage.schedule == "cosine":
             per_epoch = -(-self.batches.total // self.stage.accumulate)
             number = self.state.within * per_epoch + self._step
-            rate *= cosine_with_warmup(self.stage.epochs * per_epoch)(number)
+            share = cosine_with_warmup(self.stage.epochs * per_epoch)(number)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+            group["lr"] = group["base"] * self.state.decay * share
 
     def configure_gradient_clipping(
         self,

@@ -121,7 +121,7 @@ def train_mode(module: nn.Module, stage: Stage) -> None:
 def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay.
 
-    Groups of another learning rate come after the others; ``factor`` says by how much theirs is larger than ``lr``.
+    Groups of another learning rate come after the others; ``base`` is theirs before any schedule.
     """
     rates = _rates(module, stage)
     groups = []
@@ -130,7 +130,7 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         for decay in (True, False):
             some = [p for p in learning if (p.ndim > 1) == decay]
             weight_decay = stage.weight_decay if decay else 0.0
-            groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "factor": rate / stage.lr})
+            groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.momentum > 0)

@@ -318,3 +318,20 @@ def test_progress_is_reported(tmp_path):
     ]
     assert next(p.note for p in seen if p.note).startswith("head 1/2  loss ")
     assert json.dumps((tmp_path / "log.csv").read_text().splitlines()[0]).count(",") == 6
+
+
+def test_frozen_parts_and_rates_of_their_own():
+    stage = Stage("s", 1, 0.1, frozen=("body.0",), rates=(("head", 0.2), ("head.1.bias", 0.4)), weight_decay=0.01)
+    net = Net()
+    assert trainable_names(net, stage) == [n for n, _ in net.named_parameters() if not n.startswith("body.0.")]
+    freeze(net, stage)
+    names = {id(p): name for name, p in net.named_parameters()}
+    found = {names[id(p)]: group for group in make_optimizer(net, stage).param_groups for p in group["params"]}
+    assert found.keys() == set(trainable_names(net, stage))
+    for name, rate in (("body.1.weight", 0.1), ("head.1.weight", 0.2), ("head.1.bias", 0.4), ("head.2.bias", 0.2)):
+        assert found[name]["lr"] == rate and found[name]["base"] == rate
+        assert found[name]["weight_decay"] == (0.01 if name == "head.1.weight" else 0)
+    with pytest.raises(GigamorphError, match="all parameters are frozen"):
+        trainable_names(net, replace(stage, frozen=("body", "head")))
+    with pytest.raises(GigamorphError, match=r"'tail' names no parameter of the network, whose parts are body, head"):
+        make_optimizer(net, replace(stage, rates=(("tail", 1.0),)))
