@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .engine.morph.widen import widen
     from .engine.planning.plan import Plan
     from .engine.planning.preview import plan
+    from .engine.tilewise import tilewise
     from .engine.tiling.scan import TileEvent
 
 __version__ = "0.2.0"
@@ -63,6 +64,7 @@ _HOMES = {
     "morph.widen": "widen",
     "planning.plan": "Plan",
     "planning.preview": "plan",
+    "tilewise": "tilewise",
     "tiling.scan": "TileEvent",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -73,6 +75,7 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "open_pixels",
     "write_map",
     "dense_loss",
+    "tilewise",
     "create_model",
     "widen",
     "merge",

@@ -1,0 +1,286 @@
+"""A module of its own as one op: tile of the image -> embedding, whatever is inside (`engine/tilewise.py`).
+
+To the scan it is an op that reads a window of `size` every `stride` pixels, like a convolution. Tiles go through the
+module in batches; where there are several, each batch is computed again in the backward, so that the graph of one is
+there at a time (`torch.utils.checkpoint`, which gives the second computation the random numbers of the first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils.checkpoint import checkpoint
+
+from ...capture.trace import Op
+from ...errors import GigamorphError, UnsupportedError
+from ..geometry import Gather
+from .base import Block, Env, Local, Maps, Node, Refusal, need_nchw, rule
+from .promote import promoted
+
+Place = tuple[int, int, int]  # image, row and column of a tile
+Background = float | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How an image is cut into tiles, and what they go through; see `tilewise`."""
+
+    module: nn.Module
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    batch: int
+    background: Background | None = None
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        if height < self.size[0] or width < self.size[1]:
+            raise GigamorphError(
+                f"an image of {height} x {width} pixels is smaller than one tile of {self.size[0]} x {self.size[1]}; "
+                "pad it, or give tilewise a smaller size"
+            )
+        return (height - self.size[0]) // self.stride[0] + 1, (width - self.size[1]) // self.stride[1] + 1
+
+    def rect(self, row: int, col: int) -> tuple[int, int, int, int]:
+        """Where a tile lies: top, bottom, left, right."""
+        top, left = row * self.stride[0], col * self.stride[1]
+        return top, top + self.size[0], left, left + self.size[1]
+
+    def empty(self, tile: Tensor) -> Tensor:
+        """Which of some tiles (n, C, h, w) are background."""
+        if callable(self.background):
+            found = self.background(tile)
+            if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != tile.shape[:1]:
+                raise GigamorphError("background must return one truth value for each tile: a bool tensor (n,)")
+            return found
+        assert self.background is not None
+        return tile.flatten(1).amax(1) <= self.background
+
+
+def refuse_live_statistics(module: nn.Module, name: str = "") -> None:
+    """A norm whose statistics are those of a batch of tiles: neither of the image, nor of one tile."""
+    for path, child in module.named_modules():
+        if isinstance(child, _BatchNorm) and (child.training or child.running_mean is None):
+            raise UnsupportedError(
+                f"tilewise: '{'.'.join(p for p in (name, path) if p)}' ({type(child).__name__}) takes live statistics, "
+                "which would be of the tiles that happen to share a batch; put it in evaluation mode (.eval())"
+            )
+
+
+def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """The length and dtype of an embedding; refuses what is no function of one tile, as far as two tiles can tell."""
+    module = tiles.module
+    before = {name: buffer._version for name, buffer in module.named_buffers() if not buffer.is_inference()}
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), _as_it_was(module):
+        two = torch.rand((2, channels, *tiles.size), device=device, dtype=dtype)
+        states = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)
+        both = module(two)
+        if not isinstance(both, Tensor) or both.dim() != 2 or both.shape[0] != 2:
+            what = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
+            raise UnsupportedError(
+                f"tilewise: the module makes {what} of 2 tiles, not one vector (2, D); pool or select inside of it "
+                "(timm: num_classes=0)"
+            )
+        after = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)
+        drawn = any(not torch.equal(a, b) for a, b in zip(states, after, strict=True))
+        changed = next((n for n, b in module.named_buffers() if before.get(n, b._version) != b._version), None)
+        if changed is not None:
+            raise UnsupportedError(
+                f"tilewise: the module changes its buffer '{changed}' at each call, which would count tiles and "
+                "batches; put it in evaluation mode (.eval())"
+            )
+        if not drawn and not two.is_meta:
+            alone, scale = module(two[:1]), both.abs().amax()
+            if (both[:1] - alone).abs().amax() > 0.05 * scale:
+                raise UnsupportedError(
+                    "tilewise: the module's output for a tile depends on the other tiles of its batch (live statistics "
+                    "of its own?); put it in evaluation mode (.eval())"
+                )
+    return both.shape[1], both.dtype
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Attributes that calls inside set (counters, features kept) are put back."""
+    before = [(child, dict(child.__dict__)) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, attributes in before:
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+
+
+def embed_tiles(x: Tensor, mask: Tensor | None, skipped: Tensor | None, tiles: Tiles, *state: Tensor) -> Tensor:
+    """Recorded in place of the module's ops; see the rule of this name. It runs on tensors without values alone."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(embed_tiles, (x,), x, mask, skipped, tiles, *state)
+    device = next(tiles.module.parameters(), torch.empty(0, device=x.device)).device
+    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    # In another thread: there calls are neither recorded nor made without values.
+    with ThreadPoolExecutor(1) as aside:
+        width, dtype = aside.submit(_probe_in, autocast, tiles, x.shape[1], device, x.dtype).result()
+    made = x.new_empty((x.shape[0], width, *tiles.grid(*x.shape[2:])), dtype=dtype)
+    leaves = (x, *state) if skipped is None else (x, skipped, *state)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    return made.requires_grad_().clone() if wanted else made
+
+
+def _probe_in(autocast: tuple[bool, torch.dtype], tiles: Tiles, channels: int, device: torch.device, *more: Any):
+    with torch.autocast(device.type, dtype=autocast[1], enabled=autocast[0]):
+        return probe(tiles, channels, device, *more)
+
+
+@rule("embed_tiles")
+def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
+    x, mask, skipped, tiles, *state = op.args
+    value, output = x.value, op.outputs[0]
+    if value not in maps or any(v in maps for v in (*(t.value for t in state), *([skipped.value] if skipped else []))):
+        raise Refusal("'tilewise' takes its weights from the image")
+    need_nchw(op, maps, value)
+    shape = maps.shape(output)
+    nodes: list[Node] = []
+    reads: dict[int, Any] = {value: tuple(map(_windows, maps.size(value), shape[2:], tiles.size, tiles.stride))}
+    own = op
+    if mask is not None:
+        if mask.value not in maps:
+            alone = Op(op.func, "mask", (mask,), {}, (mask.value,), (output,), (), op.module, line=op.line)
+            alone, nodes = promoted(alone, maps, (2, 3), 4, size=(shape[2], shape[3]))
+            mask = alone.args[0]
+            own = Op(op.func, op.name, (), {}, (), op.outputs, (), op.module, op.autocast, op.line)
+        if mask.value not in maps:
+            raise Refusal("'tilewise' needs a mask with a value for each tile")
+        reads[mask.value] = maps.pointwise(mask.value)
+    inputs = (*reads, *(t.value for t in state), *([skipped.value] if skipped else []))
+    own = Op(op.func, op.name, (), {}, tuple(dict.fromkeys(inputs)), op.outputs, (), op.module, op.autocast, op.line)
+    names = [name for name, _ in named_state(tiles.module)]
+    dtype = maps.program.values[output].dtype
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        given = dict(zip(names, (env[t.value] for t in state), strict=True))
+        keep = None if mask is None else env[mask.value][:, 0]
+        base = None if skipped is None else env[skipped.value]
+        call = lambda batch: functional_call(tiles.module, given, (batch,))  # noqa: E731
+        return (embed(env[value], keep, base, tiles, call, (shape[1], dtype)),)
+
+    training = any(module.training for module in tiles.module.modules())
+    return [*nodes, Local(own, reads, ((2, 3),), run, random=training)]
+
+
+def _windows(size_in: int, size_out: int, size: int, stride: int) -> Gather:
+    """A tile's pixels. Not a `Window`: what a module does shall not be captured as a CUDA graph."""
+    first = range(0, size_out * stride, stride)
+    return Gather(size_in, size_out, tuple(first), tuple(i + size - 1 for i in first))
+
+
+def named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, each once."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+# -- computing --------------------------------------------------------------------------------------------------------
+
+
+def embed(
+    x: Any,
+    keep: Tensor | None,
+    skipped: Tensor | None,
+    tiles: Tiles,
+    call: Callable[[Tensor], Tensor],
+    result: tuple[int, torch.dtype],
+    convert: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Tensor:
+    """The grid of embeddings (N, D, h, w), in the memory of one batch of tiles.
+
+    Args:
+        x: (N, C, H, W), a tensor or anything with a `shape` and `read(top, bottom, left, right)`.
+        keep: (N, h, w), which tiles are computed.
+        skipped: what the others get, (D,) or one number; zeros if None.
+        call: the module.
+        result: length and dtype of an embedding.
+        convert: puts what is read on the device of the module.
+    """
+    n, rows, cols = x.shape[0], *tiles.grid(*x.shape[2:])
+    length, dtype = result
+    fake = isinstance(x, Tensor) and is_fake(x)
+    leaf = isinstance(x, Tensor) and x.requires_grad
+    made: list[Tensor] = []
+    places: list[Place] = []
+    for batch in _batches(x, keep, tiles, (n, rows, cols), convert):
+        places.extend(batch.places)
+        if not torch.is_grad_enabled() or len(batch.places) == n * rows * cols:  # the graph of one batch may stay
+            made.append(call(batch()))
+        elif leaf:  # a tile's gradient goes to the image once
+            made.append(checkpoint(call, batch(), use_reentrant=False, preserve_rng_state=not fake))
+        else:
+            again = lambda batch: call(batch())  # noqa: E731
+            made.append(checkpoint(again, batch, use_reentrant=False, preserve_rng_state=not fake))
+    base = torch.zeros(1, dtype=dtype) if skipped is None else skipped.to(dtype)
+    if base.shape[0] not in (1, length):
+        raise GigamorphError(f"skipped has {base.shape[0]} values, an embedding of this module has {length}")
+    base = base.to(made[0].device) if made else convert(base).to(dtype)
+    grid = base.expand(n * rows * cols, length)
+    if made:
+        index = torch.tensor([(image * rows + i) * cols + j for image, i, j in places], device=grid.device)
+        grid = grid.index_copy(0, index, torch.cat(made).to(dtype))
+    return grid.reshape(n, rows, cols, length).permute(0, 3, 1, 2)
+
+
+class _Batch:
+    """Some tiles, which are read again where they are computed again."""
+
+    def __init__(self, read: Callable[[Sequence[Place]], Tensor], places: Sequence[Place], first: Tensor | None = None):
+        self.read, self.places, self.first = read, places, first
+
+    def __call__(self) -> Tensor:
+        tiles, self.first = self.first, None
+        return self.read(self.places) if tiles is None else tiles
+
+
+def _batches(
+    x: Any, keep: Tensor | None, tiles: Tiles, counts: tuple[int, int, int], convert: Callable[[Tensor], Tensor]
+) -> Iterator[_Batch]:
+    """The tiles that are to be computed, in raster order, `tiles.batch` at a time."""
+    wanted = None if keep is None or is_fake(keep) else keep.cpu()
+    looks = tiles.background is not None and not (isinstance(x, Tensor) and is_fake(x))
+
+    def read(places: Sequence[Place]) -> Tensor:
+        found: dict[tuple[int, int], Tensor] = {}
+        parts = []
+        for image, i, j in places:
+            if isinstance(x, Tensor):
+                top, bottom, left, right = tiles.rect(i, j)
+                parts.append(x[image, :, top:bottom, left:right])
+            else:
+                if (i, j) not in found:
+                    found[i, j] = x.read(*tiles.rect(i, j))
+                parts.append(found[i, j][image])
+        return convert(torch.stack(parts))
+
+    waiting: list[Place] = []
+    seen: list[Tensor] = []
+    n, rows, cols = counts
+    for i, j in product(range(rows), range(cols)):
+        here = [(image, i, j) for image in range(n) if wanted is None or wanted[image, i, j]]
+        if here and looks:
+            own = read(here)
+            empty = tiles.empty(own.detach()).tolist()
+            here = [place for place, is_empty in zip(here, empty, strict=True) if not is_empty]
+            seen.extend(tile for tile, is_empty in zip(own, empty, strict=True) if not is_empty)
+        waiting.extend(here)
+        while len(waiting) >= tiles.batch:
+            yield _Batch(read, waiting[: tiles.batch], torch.stack(seen[: tiles.batch]) if seen else None)
+            waiting, seen = waiting[tiles.batch :], seen[tiles.batch :]
+    if waiting:
+        yield _Batch(read, waiting, torch.stack(seen) if seen else None)
