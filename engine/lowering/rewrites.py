@@ -8,7 +8,7 @@ so the stage runs one convolution with the folded weights, which are computed on
 gradients of w, gamma and beta come out of the gradients of the folded weights. Neither the convolution's raw output
 nor a normalised copy of it exists any more.
 
-`fuse` (fused/): where kernels run, convolutions take the sums and activations after them.
+`fuse` (fused/, where kernels run) and `fuse_on_cpu` (onednn.py): convolutions take the sums and activations after them.
 
 `in_place_runs`: an activation or a residual sum overwrites its input where nothing else will read that.
 """
@@ -23,11 +23,14 @@ from torch import Tensor
 
 from ... import kernels
 from ..capture.trace import Op, Ref, Value
+from .onednn import fuse_on_cpu
 from .ops import Block, Env, Local, VectorOp
 from .ops.base import Run, arguments
 from .stages import Stage, StagedProgram, private_maps, readers_of, vector_inputs
 
-_MAKES_A_NEW_TENSOR = frozenset({"conv2d", "batch_norm", "add", "linear", "live_batch_norm", "scale_shift"})
+_MAKES_A_NEW_TENSOR = frozenset(
+    {"conv2d", "packed_conv2d", "batch_norm", "add", "linear", "live_batch_norm", "scale_shift"}
+)
 
 
 def _plain(name: str) -> str:
@@ -47,6 +50,8 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
             from .fused import fuse  # needs Triton
 
             fuse(stage, training, image_grad)
+        elif stage.program.values[stage.image].device.type == "cpu":
+            fuse_on_cpu(stage, training)
 
 
 def fold_batch_norm(stage: Stage) -> None:

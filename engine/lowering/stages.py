@@ -32,6 +32,21 @@ from .ops.rising import rise
 _LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
 
 
+@dataclass(frozen=True)
+class Packing:
+    """A weight in the order in which a library computes with it, made once per pass.
+
+    Attributes:
+        weight: the vector that it is made of.
+        packed: the value number that it is given to ops by.
+        make: makes it.
+    """
+
+    weight: int
+    packed: int
+    make: Callable[[Tensor], Tensor]
+
+
 @dataclass
 class Stage:
     """One stage: local ops from its sources to reductions and stored maps, all in program order.
@@ -43,6 +58,7 @@ class Stage:
         stored: maps that the stage writes whole.
         vectors: what the stage takes besides its sources.
         offsets: of a process's band (`shard.py`): sources that are rows of a map, the first row, and all its rows.
+        packings: weights that ops take in another order besides.
     """
 
     program: Program
@@ -54,6 +70,7 @@ class Stage:
     stored: list[int] = field(default_factory=list)
     vectors: list[int] = field(default_factory=list)
     offsets: dict[int, tuple[int, int]] | None = None
+    packings: list[Packing] = field(default_factory=list)
 
     @property
     def image(self) -> int:

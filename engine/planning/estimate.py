@@ -54,12 +54,16 @@ class Estimate:
         for stage in staged.stages:
             own = {v: _nbytes(values[v].shape, cast_dtype(stage, v, values[v].dtype, autocast)) for v in stage.vectors}
             vectors.update(own)
-            kernels = (own[v] for v in own if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1)
-            copies, self.stage_bytes = max(copies, sum(kernels)), max(self.stage_bytes, sum(own.values()))
+            alone = set() if training else {packing.weight for packing in stage.packings}  # see `Scan.prepare`
+            kernels = (
+                own[v] for v in own if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1 and v not in alone
+            )
+            packed = sum(own[packing.weight] for packing in stage.packings)
+            copies, self.stage_bytes = max(copies, sum(kernels) + packed), max(self.stage_bytes, sum(own.values()))
         named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
         made = sum(_nbytes(values[v].shape, values[v].dtype) for v in vectors if values[v].name is None)
-        # parameters; made vectors (folded weights); copies of a stage's kernels in the maps' memory order; sums of
-        # gradients
+        # parameters; made vectors (folded weights); copies of a stage's kernels in the maps' memory order and packed;
+        # sums of gradients
         self.gradient_bytes = sum(vectors.values())
         self.parameter_bytes = sum(named.values()) + made + copies + (self.gradient_bytes if training else 0)
         self.stored_bytes = stored_peak(staged, training, self.wanted)
@@ -166,7 +170,8 @@ class Estimate:
             return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, self.training) for tiled in stages), 0
         compiled = 0
         for tiled in stages:
-            outputs = [local.op.outputs[0] for local in tiled.stage.locals if local.op.name == "conv2d"]
+            convs = [local.op for local in tiled.stage.locals if local.op.name in ("conv2d", "packed_conv2d")]
+            outputs = [op.outputs[0] for op in convs]
             shapes = 1
             for axis in (tiled.rows, tiled.cols):
                 blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))

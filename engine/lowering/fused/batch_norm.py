@@ -30,16 +30,15 @@ from ....kernels.batch_norm import normalize_act, normalize_act_gradients
 from ....kernels.conv2d import conv2d_backward
 from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
+from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
 from ..stages import Stage, private_maps, readers_of, vector_inputs
 from .conv import (
     DTYPES,
     ConvSpec,
-    activation_of,
     add_to_sums,
     as_autocast_wants,
     is_pixelwise,
-    other_summand,
     weight_sums,
 )
 

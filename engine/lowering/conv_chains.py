@@ -1,0 +1,204 @@
+"""Convolutions with what follows them, as one op could compute it: which ops of a stage belong together.
+
+    y = act(conv(x, w) * scale + b + residual)
+
+A GPU's kernels (fused/) and oneDNN (onednn.py) compute such a chain in one go. A linear layer on the channels of a
+channels-last map is a convolution with a filter of one pixel; the scale of a layer goes into weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..capture.trace import Op, Ref
+from .geometry import Access, Window
+from .ops import Env, Local, VectorOp
+from .ops.base import arguments
+from .stages import Stage, private_maps, readers_of
+
+ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
+
+
+@dataclass(slots=True)
+class ConvChain:
+    """A convolution and what is taken with it: value numbers and settings, without padding (that depends on the tile).
+
+    Attributes:
+        act: the activation.
+        channels_last: whether x, y and residual have shape (N, H, W, C) and the weight (K, C): a linear layer.
+        y: the output.
+        members: the ops, the convolution first.
+    """
+
+    x: int
+    weight: int
+    bias: int | None
+    residual: int | None
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    channels_last: bool = False
+    act: str = "none"
+    y: int = -1
+    members: list[Local] = field(default_factory=list)
+
+    def reads(self, stage: Stage) -> dict[int, tuple[Access, Access]]:
+        """The accesses of one op that computes the chain."""
+        found = dict(self.members[0].reads)
+        if self.residual is not None:
+            found[self.residual] = stage.maps.pointwise(self.residual)
+        return found
+
+
+def _depths(stage: Stage) -> dict[int, int]:
+    """Ops on the longest way from the image to each map."""
+    depths = dict.fromkeys(stage.sources, 0)
+    for local in stage.locals:
+        depth = 1 + max(depths.get(v, 0) for v in local.reads)
+        depths.update(dict.fromkeys(local.op.outputs, depth))
+    return depths
+
+
+def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[str]) -> list[ConvChain]:
+    """The convolutions of a stage with the sums and activations after them. Scales of layers are folded at once.
+
+    Args:
+        dtypes: of outputs that are taken.
+        acts: activations that are taken.
+    """
+    readers, private, depths = readers_of(stage), private_maps(stage), _depths(stage)
+    values = stage.program.values
+    found_chains: list[ConvChain] = []
+    taken: set[int] = set()  # outputs of ops that are part of a fused one, or read by its sum
+    # The deepest convolution of a sum takes it: what it waits for is there by then.
+    convs = [local for local in stage.locals if local.op.name == "conv2d" or _is_pixel_linear(stage, local)]
+    for conv in sorted(convs, key=lambda c: -depths[c.op.outputs[0]]):
+        own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
+        output = conv.op.outputs[0]
+        if values[output].dtype not in dtypes:
+            continue
+        height, width = conv.reads[own["input"].value]
+        assert isinstance(height, Window) and isinstance(width, Window)
+        spec = ConvChain(
+            own["input"].value,
+            own["weight"].value,
+            None if own["bias"] is None else own["bias"].value,
+            None,
+            (height.stride, width.stride),
+            (height.dilation, width.dilation),
+            own["groups"],
+            channels_last=conv.op.name == "linear",
+        )
+        chain = [conv]
+
+        def follower(chain: list[Local] = chain) -> Local | None:
+            """What alone reads the chain's output; dropout that drops nothing is passed over."""
+            while True:
+                found = readers.get(chain[-1].op.outputs[0], [])
+                if len(found) != 1 or chain[-1].op.outputs[0] not in private or found[0].op.outputs[0] in taken:
+                    return None
+                if found[0].op.name != "dropout" or found[0].random:
+                    return found[0]
+                chain.append(found[0])
+
+        if (next_op := follower()) is not None:
+            scale = _channel_scale(stage, next_op, chain[-1].op.outputs[0], spec.channels_last)
+            if scale is not None:
+                _fold_scale(stage, spec, scale)
+                chain.append(next_op)
+                next_op = follower()
+        if next_op is not None:
+            spec.residual = other_summand(stage, next_op, chain[-1].op.outputs[0])
+            if spec.residual == spec.x and conv.reads[spec.x] != stage.maps.pointwise(spec.x):
+                spec.residual = None  # an op has one window of each map that it reads
+            if spec.residual is not None:
+                chain.append(next_op)
+                next_op = follower()
+        if next_op is not None and (act := activation_of(next_op.op)) is not None and act in acts:
+            spec.act = act
+            chain.append(next_op)
+        taken.update(local.op.outputs[0] for local in chain)
+        spec.y = chain[-1].op.outputs[0]
+        spec.members = chain
+        found_chains.append(spec)
+    return found_chains
+
+
+def _is_pixel_linear(stage: Stage, local: Local) -> bool:
+    return local.op.name == "linear" and all(
+        len(stage.maps.shape(v)) == 4 and stage.maps.axes[v] == (1, 2) for v in (*local.reads, *local.op.outputs)
+    )
+
+
+def _channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -> int | None:
+    """The vector that multiplies `value` channel by channel (a layer scale), if the op is that product."""
+    operands = [arg.value for arg in local.op.args if isinstance(arg, Ref)]
+    if local.op.name.strip("_") not in ("mul", "imul", "rmul") or len(operands) != 2 or value not in operands:
+        return None
+    scale = operands[1] if operands[0] == value else operands[0]
+    if scale == value or scale in stage.maps:
+        return None
+    values = stage.program.values
+    shape = list(values[scale].shape)
+    channels = values[value].shape[3 if channels_last else 1]
+    wanted = [channels] if channels_last else [channels, 1, 1]
+    same_dtype = values[scale].dtype == values[value].dtype == values[local.op.outputs[0]].dtype
+    return (
+        scale
+        if same_dtype and len(shape) <= 4 and [1] * (4 - len(shape)) + shape == [1] * (4 - len(wanted)) + wanted
+        else None
+    )
+
+
+def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
+    """Multiply weight and bias by a layer scale, once per step and by ordinary autograd."""
+    values = stage.program.values
+    weight, bias = spec.weight, spec.bias
+    made = range(len(values), len(values) + (1 if bias is None else 2))
+    values.extend(values[v] for v in (weight, bias) if v is not None)
+
+    def fold(env: Env) -> tuple[Tensor, ...]:
+        s, w = env[scale].reshape(-1), env[weight]
+        scaled = w * s.reshape(-1, *[1] * (w.dim() - 1))
+        return (scaled,) if bias is None else (scaled, env[bias] * s)
+
+    stage.prelude.append(VectorOp(fold, tuple(v for v in (weight, bias, scale) if v is not None), tuple(made)))
+    spec.weight, spec.bias = made[0], None if bias is None else made[1]
+
+
+def other_summand(stage: Stage, local: Local, value: int) -> int | None:
+    """The map that is added to `value`, of the same shape and dtype, if the op is that sum."""
+    op, values = local.op, stage.program.values
+    operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
+    if op.name.strip("_") not in ("add", "iadd") or len(operands) != 2 or op.kwargs or value not in operands:
+        return None
+    other = operands[1] if operands[0] == value else operands[0]
+    alike = all(values[other].shape == values[v].shape for v in (value, op.outputs[0]))
+    same_dtype = values[other].dtype == values[value].dtype == values[op.outputs[0]].dtype
+    return other if other != value and other in stage.maps and alike and same_dtype else None
+
+
+def activation_of(op: Op) -> str | None:
+    name = op.name.removesuffix("_")
+    if name == "gelu" and op.kwargs.get("approximate", "none") != "none":
+        return None
+    return ACTIVATIONS.get(name) if name == "gelu" or not set(op.kwargs) - {"inplace"} else None
+
+
+def fused_op(chain: ConvChain, name: str) -> Op:
+    """The call that stands for a chain."""
+    inputs = [chain.x, chain.weight, *(v for v in (chain.bias, chain.residual) if v is not None)]
+    first, last = chain.members[0], chain.members[-1]
+    return replace(first.op, name=name, args=(), kwargs={}, inputs=tuple(inputs), outputs=last.op.outputs)
+
+
+def put_in_place(stage: Stage, chain: ConvChain, local: Local) -> None:
+    """Put one op at the place of the last of a chain."""
+    last = chain.members[-1]
+    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = local
+    dropped = {id(other) for other in chain.members[:-1]}
+    stage.locals = [other for other in stage.locals if id(other) not in dropped]

@@ -1,0 +1,201 @@
+"""Convolutions on the CPU in one call of oneDNN: bias, residual sum and activation with it, weights packed once a pass.
+
+PyTorch's CPU build carries `torch.ops.mkldnn._convolution_pointwise`, which `torch.compile` uses. It takes weights in
+the blocked order of oneDNN's kernels; an ordinary convolution brings them there in every call, that is in every tile.
+`Scan.prepare` packs the weights of each pass anew, from the tensors that the pass is given, so that they cannot be
+those of an earlier step.
+
+Both passes run the same call on the same tile, so that pass 2 finds the very bits of pass 1 (the gradient of a maximum
+goes where they are equal). In training only activations are taken whose slope the output shows; what others are
+applied to must be kept. Where oneDNN does not fuse, or is switched off, the same op is computed by PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ...kernels.choice import current_mode
+from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, put_in_place
+from .ops import Block, Env, Local
+from .ops.window import UnvaluedConv, split_padding
+from .stages import Packing, Stage, vector_inputs
+
+# Activations that oneDNN computes as PyTorch does. Of NaN its ReLUs make 0, and its GELU makes NaN of infinity: those
+# are computed after it, in place, while the block is in the cache.
+_FUSED = frozenset({"none", "hardswish"})
+_SHOWN = frozenset({"relu", "relu6"})  # activations whose slope the output shows
+_LEAST_FILTERS = 16  # of a convolution of one channel: kernels of packed weights work on so many at a time
+
+
+@functools.cache
+def runs() -> bool:
+    """Whether this build of PyTorch has the ops and they compute what they should, on this processor."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_convolution_pointwise"):
+        return False
+    place = [1, 1], [1, 1], [1, 1], 1
+    x, weight, bias = (torch.linspace(-1, 1, n).sin() for n in (16 * 36, 16 * 16 * 9, 16))
+    x, weight = x.reshape(1, 16, 6, 6).contiguous(memory_format=torch.channels_last), weight.reshape(16, 16, 3, 3)
+    try:
+        packed = ops._reorder_convolution_weight(weight, *place)
+        y = ops._convolution_pointwise.binary(x, x, packed, bias, *place, "add", None, None, [], None)
+    except (RuntimeError, TypeError):  # an operator that is registered but not built, or has another signature
+        return False
+    return torch.allclose(y, F.conv2d(x, weight, bias, padding=1) + x, atol=1e-4)
+
+
+def allowed() -> bool:
+    """Whether the settings of the process leave convolutions in float32 to oneDNN as they are."""
+    enabled: bool = torch._C._get_mkldnn_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+    precision: str = torch.backends.mkldnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return enabled and precision in ("none", "ieee") and current_mode() != "stock"
+
+
+def fuse_on_cpu(stage: Stage, training: bool) -> None:
+    """Give convolutions in float32 with the sums and activations after them to oneDNN, if it is there.
+
+    Args:
+        training: whether there will be a backward.
+    """
+    if not runs():
+        return
+    acts = _SHOWN if training else frozenset(ACTIVATIONS.values())
+    for chain in find_chains(stage, frozenset({torch.float32}), acts):
+        _replace(stage, chain)
+    stage.vectors = vector_inputs(stage)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A chain on one block: how it is computed, and the padding that is left to oneDNN."""
+
+    chain: ConvChain
+    padding: tuple[int, int]
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return self.padding, self.chain.stride, self.chain.dilation, self.chain.groups
+
+    def run(self, x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """The output, in memory of its own."""
+        act = self.chain.act
+        if not packed.is_mkldnn or x.numel() == 0:
+            y = F.conv2d(x, weight, bias, self.chain.stride, self.padding, self.chain.dilation, self.chain.groups)
+            return _activate(y if residual is None else y.add_(residual), act)
+        ops, x = torch.ops.mkldnn, _channels_last(x)
+        if residual is not None:
+            residual = _channels_last(residual)
+            y = ops._convolution_pointwise.binary(x, residual, packed, bias, *self.place, "add", None, None, [], None)
+            assert y.shape == residual.shape  # oneDNN would broadcast
+            return _activate(y, act)
+        fused = act if act in _FUSED else "none"
+        y = ops._convolution_pointwise(x, packed, bias, *self.place, fused, [], "")
+        return y if fused == act else _activate(y, act)
+
+
+def _activate(y: Tensor, act: str) -> Tensor:
+    """An activation in place, where PyTorch has that."""
+    if act == "none":
+        return y
+    return F.gelu(y) if act == "gelu" else getattr(F, act)(y, inplace=True)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The map in channels-last memory, and with strides that say so."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, c, h, w = x.shape
+    return x.as_strided(x.shape, (h * w * c, 1, w * c, c)) if c == 1 else x
+
+
+class _Recorded(torch.autograd.Function):
+    """A chain that will be differentiated: of its maps it keeps the input and, for the activation, the output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        weight: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ):
+        y = call.run(x, weight, packed, bias, residual)
+        ctx.call, ctx.bias_sizes = call, None if bias is None else list(bias.shape)
+        ctx.save_for_backward(x, weight, None if call.chain.act == "none" else y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        (dz,) = grads
+        x, weight, y = ctx.saved_tensors
+        aten, act = torch.ops.aten, ctx.call.chain.act
+        if act == "relu":
+            dz = aten.threshold_backward(dz, y, 0)
+        elif act == "relu6":
+            dz = aten.hardtanh_backward(dz, y, 0.0, 6.0)
+        _, wants_x, wants_weight, _, wants_bias, wants_residual = ctx.needs_input_grad
+        padding, stride, dilation, groups = ctx.call.place
+        wanted = [wants_x, wants_weight, wants_bias]
+        dx = dw = db = None
+        if any(wanted):
+            dx, dw, db = aten.convolution_backward(
+                dz, x, weight, ctx.bias_sizes, stride, padding, dilation, False, (0, 0), groups, wanted
+            )
+        return None, dx, dw, None, db, dz if wants_residual else None
+
+
+def _replace(stage: Stage, chain: ConvChain) -> None:
+    first, weight = chain.members[0], stage.program.values[chain.weight]
+    packed = stage.maps.new_value(like=chain.weight)
+    if weight.shape[1] > 1 or chain.groups > 1 or weight.shape[0] >= _LEAST_FILTERS:
+        stage.packings.append(Packing(chain.weight, packed, functools.partial(_pack, chain)))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x, weight = env[chain.x], env[chain.weight]
+        bias = None if chain.bias is None else env[chain.bias]
+        residual = None if chain.residual is None else env[chain.residual]
+        if chain.channels_last:
+            x, weight = x.permute(0, 3, 1, 2), weight[:, :, None, None]
+            residual = None if residual is None else residual.permute(0, 3, 1, 2)
+        even, uneven = split_padding(block.pad)
+        x = F.pad(x, uneven) if any(uneven) else x
+        given = x, weight, env.get(packed, weight), bias, residual
+        call = _Call(chain, even)
+        y: Any = _Recorded.apply(call, *given) if torch.is_grad_enabled() else call.run(*given)
+        return (y.permute(0, 2, 3, 1) if chain.channels_last else y,)
+
+    def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
+        even, uneven = split_padding(block.pad)
+        x = F.pad(env[chain.x], uneven) if any(uneven) else env[chain.x]
+        size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        place = chain.stride, even, chain.dilation, chain.groups
+        bias = None if chain.bias is None else env[chain.bias]
+        return (UnvaluedConv.apply(x, env[chain.weight], bias, size, *place),)  # pyright: ignore
+
+    linear = chain.act == "none" and chain.residual is None and first.unvalued is not None
+    local = Local(
+        fused_op(chain, "packed_conv2d"),
+        chain.reads(stage),
+        chain.members[-1].axes,
+        run,
+        fill=first.fill,
+        unvalued=unvalued if linear else None,
+    )
+    put_in_place(stage, chain, local)
+
+
+def _pack(chain: ConvChain, weight: Tensor) -> Tensor:
+    """The weight in oneDNN's order; as it is where that shall not compute."""
+    if type(weight) is not Tensor or weight.numel() == 0 or not allowed():
+        return weight[:, :, None, None] if chain.channels_last else weight
+    weight = weight[:, :, None, None] if chain.channels_last else weight
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], chain.stride, chain.dilation, chain.groups)
