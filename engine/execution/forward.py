@@ -102,7 +102,9 @@ class Forward:
             held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
             # The plan of a single stage without a budget has room for what the heap keeps.
             strict = plan.budget is not None or len(self.prepared.stages) > 1
-            self.memory_limit = MemoryLimit(plan.budget or plan.peak_bytes, held, plan.tile_bytes, page_pool, strict)
+            # Under a budget what is predicted is kept to; the records are there already.
+            limit = plan.peak_bytes - plan.record_bytes
+            self.memory_limit = MemoryLimit(limit, held, plan.tile_bytes, page_pool, strict)
 
     def step(self, number: int, again: bool = False) -> None:
         """Run one step; `again` says that this is not the first time."""
@@ -154,7 +156,7 @@ class Forward:
             dtype=self.dtype,
             autocast=Autocast.current(self.device),
             halo_place=plan.halos,
-            retained=self._retained(),
+            retained=self._retained(prepared.stage_number[number]),
             on_tile=self.on_tile,
             memory_limit=self.memory_limit,
             maps=MapKeeping(prepared.stage_maps, prepared.staged.place, self.gradients),
@@ -172,11 +174,12 @@ class Forward:
         ]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
 
-    def _retained(self) -> int:
-        """How many tiles keep their graph: as planned; on a GPU that has no budget, what still fits."""
+    def _retained(self, index: int) -> int:
+        """How many tiles of a stage keep their graph: as planned; on a GPU that has no budget, what still fits."""
         plan = self.prepared.plan
-        if plan.budget is not None or self.device.type == "cpu" or not plan.retained:
-            return plan.retained
+        planned = plan.retained_tiles[index] if plan.retained_tiles else 0
+        if plan.budget is not None or self.device.type == "cpu" or not planned:
+            return planned
         return plan.retained_within(int(constants.FREE_SHARE * available_bytes(self.device)))
 
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:

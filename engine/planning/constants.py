@@ -6,21 +6,28 @@ SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, 
 PREFERRED = {"cpu": 512, "cuda": 4096}
 # The same for stages of a few layers on the CPU, as the square root of a strip's pixels; and a strip's rows at least.
 PREFERRED_STRIP, LEAST_ROWS = 384, 16
-# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and the C library's heap
-# keeps freed blocks: a multiple of the activations of the tile in work, which grows while tiles go by, and some copies
-# of the weights. Under a budget free pages are given back (`memory_limit.py`), and the smaller share is enough; without
-# one, or where the budget has room, the larger. Retained tiles fill a part of the slack. All of it is fitted to the
-# resident memory of ResNet-18 and -50 over three steps (benchmarks/results/memory_cpu.json).
+# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and copies of the weights in
+# its own memory order.
 KERNEL_BYTES, MOST_KERNELS = 90_000, 1024
-HEAP_SHARE, HEAP_SHARE_FEW_TILES, FEW_TILES = 1.0, 0.35, 4
-LOOSE_SHARE, LOOSE_SHARE_FEW_TILES, LOOSE_FEW_TILES = 2.5, 1.1, 8
 WEIGHT_COPIES, MOST_WEIGHT_COPIES = 2, 78_000_000
-SLACK_FILLED = 0.25
+# Python's objects for a value of the recorded network, and of each choice of stored maps that was made for it (measured
+# on MobileNetV3, RegNetY and EfficientNet with 700 to 1100 values and 1 to 43 choices).
+VALUE_BYTES, CHOICE_BYTES = 10_000, 800
+# The channels of a block in oneDNN's layouts; what is not a multiple is padded.
+CHANNEL_BLOCK = 16
+# The C library's heap keeps freed blocks that later ones do not fit into. How much of that it may keep under a budget
+# is ours to say (`memory_limit.py`), as a share of a tile's activations: at least, and so much that few new pages have
+# to be asked for; and of what retained tiles hold. Without a budget it takes what it takes (fitted to ResNet-18 and
+# -50, benchmarks/results/memory_cpu.json).
+HEAP_SHARE, FREE_HEAP_SHARE, HELD_SHARE = 0.1, 0.5, 0.05
+LOOSE_SHARE, LOOSE_SHARE_FEW_TILES, LOOSE_FEW_TILES = 2.5, 1.1, 8
 # On a GPU: cuBLAS's workspaces (32 MiB a stream on Hopper, two streams) and cuDNN's own; and in how many splits the
 # gradient of a large weight is summed at most. Both from documentation and code; no GPU was measured.
 GPU_LIBRARIES, WGRAD_SPLITS = 96 * 2**20, 8
 # How many sides, from the largest on, are tried before another choice of stored maps is.
 COARSE = 3
+# A tile that takes up to so much too much by another one's figures is counted itself.
+NEARLY = 1.15
 # How many choices of stored maps, from the one that needs least on, are tried with smaller tiles.
 SMALL_TILES = 3
 # Of maps elsewhere, the parts that are here at a time: a tile's own, the next one's, and gradients of one of them.

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..cuda_graphs import buffers
@@ -28,22 +29,57 @@ from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import TiledStage
 from . import constants
 from .plan import Plan
-from .simulate import halo_shape, tile_peak
-from .strategy import stored_peak
+from .simulate import halo_shape, tile_peak, tile_weights
+from .strategy import stage_cost, stored_peak
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-Peaks = dict[Any, tuple[int, int]]  # by stage and tile, see `tile_peak`
+@dataclass(frozen=True)
+class TilePeak:
+    """What a run of a tile on fake tensors has counted.
+
+    Attributes:
+        tile: its side.
+        blocks: bytes of all blocks that it computes.
+        peak, held: see `tile_peak`.
+        fixed: bytes of the peak that do not depend on the tile: its gradients of the vectors.
+    """
+
+    tile: tuple[int, int]
+    blocks: int
+    peak: int
+    held: int
+    fixed: int
+
+    def scaled(self, tile: tuple[int, int], blocks: int) -> TilePeak:
+        """What a tile of other blocks would take: activations grow as the blocks do."""
+        share = blocks / max(1, self.blocks)
+        grown = self.fixed + int(share * max(0, self.peak - self.fixed))
+        return TilePeak(tile, blocks, grown, int(share * self.held), self.fixed)
+
+
+Peaks = dict[Any, list[TilePeak]]  # by stage, the exact ones
 
 
 class Estimate:
-    """The parts of a plan that do not depend on the tile, and plans for tiles."""
+    """The parts of a plan that do not depend on the tile, and plans for tiles.
 
-    def __init__(self, staged: StagedProgram, training: bool, image_grad: bool, peaks: Peaks | None = None):
-        self.staged, self.training = staged, training
+    Args:
+        records: bytes that recording and planning themselves have taken.
+    """
+
+    def __init__(
+        self,
+        staged: StagedProgram,
+        training: bool,
+        image_grad: bool,
+        peaks: Peaks | None = None,
+        records: int = 0,
+    ):
+        self.staged, self.training, self.records = staged, training, records
         self.peaks = {} if peaks is None else peaks
         values, image = staged.program.values, staged.program.image
         self.image = values[image]
@@ -65,7 +101,11 @@ class Estimate:
         # parameters; made vectors (folded weights); copies of a stage's kernels in the maps' memory order and packed;
         # sums of gradients
         self.gradient_bytes = sum(vectors.values())
-        self.parameter_bytes = sum(named.values()) + made + copies + (self.gradient_bytes if training else 0)
+        self.parameter_bytes = sum(named.values()) + made + copies
+        if training:
+            others = {v.name: _nbytes(v.shape, v.dtype) for n, v in enumerate(values) if n in self.wanted and v.name}
+            others.update((values[v].name, 0) for v in vectors if values[v].name)  # their sums become their gradients
+            self.parameter_bytes += self.gradient_bytes + sum(others.values())
         self.stored_bytes = stored_peak(staged, training, self.wanted)
         if image_grad:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
@@ -78,12 +118,14 @@ class Estimate:
         count_tile: bool = True,
         limit: int = 0,
         room: int | None = None,
+        exact: bool = True,
     ) -> Plan:
         """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out.
 
         Args:
             limit: tiles are replayed where that keeps the peak below it.
             room: the peak up to which graphs of tiles are retained; None for the budget.
+            exact: run a tile of this side on fake tensors; else go by one of another side, where there was one.
         """
         graphs = self.staged.stages
         sides = stage_sides(self.staged, tile)
@@ -92,82 +134,116 @@ class Estimate:
         for tiled in stages:
             entering, heaviest = halo_bytes(tiled.stage, tiled)
             kept, strip = kept + entering, max(strip, heaviest if tiled.rows.steps > 1 else 0)
-        peak = held = 0
+        peaks: list[TilePeak] = []
         if count_tile:
-            for tiled in sorted(stages, key=_block_bytes)[-constants.COUNTED :]:
-                own, held = self._tile_peak(tiled)
-                peak = max(peak, own)
+            weights = [tile_weights(tiled) for tiled in stages]
+            heaviest = sorted(range(len(stages)), key=lambda n: weights[n].max())[-constants.COUNTED :]
+            peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
+        counted = max(peaks, key=lambda one: one.peak, default=TilePeak(tile, 1, 0, 0, 0))
         # In pass 2 two strips' gradients are in work, and one strip's halos where they are not on the device.
         strips = strip * ((2 if halos == "device" else 3) if self.training else 2)
         if self.staged.place != "device":
             strips += constants.AWAY_TILES * max(_away_bytes(self.staged, tiled) for tiled in stages)
-        kernels, slack = self._library(stages, peak)
+        activations = max(0, counted.peak - counted.fixed)
+        library = self._library(stages, counted.peak)
+        # The graph of an only tile is what pass 2 would make again at once.
+        alone = self.training and budget is None and [tiled.tiles for tiled in stages] == [1]
         plan = Plan(
             image=tuple(self.image.shape),  # pyright: ignore[reportArgumentType]
             tile=tile,
             tiles=(stages[0].rows.steps, stages[0].cols.steps),
             training=self.training,
             halos=halos,
-            retained=0,
+            retained=int(alone),
+            retained_tiles=(1,) if alone else (),
             parameter_bytes=self.parameter_bytes,
             halo_bytes=kept if self.training else 0,
             strip_bytes=strips,
-            tile_bytes=peak,
+            tile_bytes=counted.peak,
             retained_bytes=0,
             stored_bytes=self.stored_bytes,
-            library_bytes=kernels + slack,
+            library_bytes=library + int(constants.HEAP_SHARE * activations) * self.on_cpu,
             sides=tuple(sides),
+            record_bytes=self.records,
             budget=budget,
         )
         room = budget if room is None else room
-        retained = self._loosen(self._retain(plan, stages, held, slack, room), stages)
-        if (
-            count_tile
-            and self.staged.place == "device"
-            and buffers.executor(self.image.device)
-            and stages[0].tiles > retained.retained
-        ):
+        if not count_tile:
+            return plan
+        if self.staged.place == "device" and buffers.executor(self.image.device):
+            retained = self._retain(plan, stages, weights, counted, room)
+            if stages[0].tiles <= retained.retained:
+                return retained
             buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
             arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
-            replayed = replace(plan, replay_bytes=peak + arena + copies if buffered else 0)
-            if replayed.peak_bytes <= limit:
-                return self._retain(replayed, stages, held, slack, room)
-        return retained
+            replayed = replace(plan, replay_bytes=counted.peak + arena + copies if buffered else 0)
+            return self._retain(replayed, stages, weights, counted, room) if replayed.peak_bytes <= limit else retained
+        return self._retain(self._loosen(plan, activations), stages, weights, counted, room)
 
-    def _tile_peak(self, tiled: TiledStage) -> tuple[int, int]:
+    @property
+    def on_cpu(self) -> bool:
+        """Whether libraries and the heap share the budget with the tiles."""
+        return self.image.device.type == "cpu"
+
+    def _tile_peak(self, tiled: TiledStage, blocks: int, exact: bool) -> TilePeak:
         """`tile_peak`, once for stages of several choices that do the same."""
         stage = tiled.stage
         made = (v for local in stage.locals for v in (*local.op.outputs, *local.reads))
-        key = (tiled.tile, *stage.sources, -1, *stage.results, -1, *made)
-        if key not in self.peaks:
-            self.peaks[key] = tile_peak(stage, tiled, self.training, self.wanted)
-        return self.peaks[key]
+        known = self.peaks.setdefault((*stage.sources, -1, *stage.results, -1, *made), [])
+        found = next((one for one in known if one.tile == tiled.tile), None)
+        if found is None and known and not exact:
+            return min(known, key=lambda one: abs(one.blocks - blocks)).scaled(tiled.tile, blocks)
+        if found is None:
+            values = stage.program.values
+            leaves = [values[v] for v in stage.vectors if v in self.wanted] if self.training else []
+            fixed = sum(_nbytes(value.shape, value.dtype) for value in leaves)
+            found = TilePeak(tiled.tile, blocks, *tile_peak(stage, tiled, self.training, self.wanted), fixed)
+            known.append(found)
+        return found
 
-    def _retain(self, plan: Plan, stages: list[TiledStage], held: int, slack: int, room: int | None) -> Plan:
-        """Retain tiles with what a plan leaves of `room`; each holds `held` bytes, its part of the heap's slack."""
-        if len(stages) > 1 or not self.training:
+    def _retain(
+        self,
+        plan: Plan,
+        stages: Sequence[TiledStage],
+        weights: Sequence[np.ndarray],
+        counted: TilePeak,
+        room: int | None,
+    ) -> Plan:
+        """Retain tiles with what a plan leaves of `room`: the last ones of each stage.
+
+        The first of them in the backward is the tile in work itself. Of several stages, those come first that
+        recompute most for a byte.
+        """
+        if room is None or not counted.held or plan.peak_bytes > room:
             return plan
-        (tiled,) = stages
-        if tiled.tiles == 1 and plan.budget is None:  # its graph is what pass 2 would make again at once
-            return replace(plan, retained=1)
-        if room is None or not held or plan.peak_bytes > room:
-            return plan
-        # What is left keeps graphs of tiles; the first of them is the tile in work itself.
+        share = (1 + constants.HELD_SHARE * self.on_cpu) * counted.held / max(1, counted.blocks)
         left = room - plan.peak_bytes
-        graphs = min(left / (1 - constants.SLACK_FILLED), left + slack) // held
-        retained = min(tiled.tiles, 1 + int(graphs))
-        kept_graphs = (retained - 1) * held
-        filled = min(slack, int(constants.SLACK_FILLED * kept_graphs))
-        library = plan.library_bytes - filled
-        return replace(plan, retained=retained, retained_bytes=kept_graphs, library_bytes=library)
+        numbers, total = [0] * len(stages), 0
+        for n in self._retainable(stages, weights):
+            in_work = weights[n].flat[-1] if len(stages) == 1 else 0
+            graphs = share * np.cumsum(weights[n].flat[::-1]) - share * in_work
+            numbers[n] = int(np.searchsorted(graphs, left - total, side="right"))
+            total += int(graphs[numbers[n] - 1]) if numbers[n] else 0
+        return replace(plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=total)
 
-    def _library(self, stages: list[TiledStage], tile_bytes: int) -> tuple[int, int]:
-        """Bytes of compiled kernels (on a GPU of scratch), and of the heap's slack under a budget."""
+    def _retainable(self, stages: Sequence[TiledStage], weights: Sequence[np.ndarray]) -> list[int]:
+        """The stages whose tiles may be retained, the most work for a byte first."""
+        if len(stages) == 1:
+            return [0]
+        if not self.on_cpu or self.staged.place != "device":
+            return []
+        again = {n for part in self.staged.segments for n in part}
+        places = (number for number, step in enumerate(self.staged.steps) if isinstance(step, Stage))
+        usable = [n for n, number in enumerate(places) if number not in again]
+        return sorted(usable, key=lambda n: -stage_cost(self.staged, stages[n].stage) / max(1.0, weights[n].sum()))
+
+    def _library(self, stages: list[TiledStage], tile_bytes: int) -> int:
+        """Bytes of compiled kernels and copies of weights; on a GPU of scratch."""
         if not tile_bytes:
-            return 0, 0
-        if self.image.device.type != "cpu":
-            return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, self.training) for tiled in stages), 0
+            return 0
+        if not self.on_cpu:
+            return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, self.training) for tiled in stages)
         compiled = 0
         for tiled in stages:
             convs = [local.op for local in tiled.stage.locals if local.op.name in ("conv2d", "packed_conv2d")]
@@ -180,32 +256,22 @@ class Estimate:
         kernels = min(constants.MOST_KERNELS, compiled) * constants.KERNEL_BYTES
         weights = self.stage_bytes * (constants.WEIGHT_COPIES if self.training else 1)
         copies = min(weights, constants.MOST_WEIGHT_COPIES)  # in the layout of the kernels, and made for the gradients
-        return kernels, int(_tight_share(stages) * self._activations(tile_bytes)) + copies
+        return kernels + copies + (max(map(_grouped_scratch, stages)) if self.training else 0)
 
-    def _activations(self, tile_bytes: int) -> int:
-        return max(0, tile_bytes - (self.stage_bytes if self.training else 0))
-
-    def _loosen(self, plan: Plan, stages: list[TiledStage]) -> Plan:
-        """Let the heap take what it takes without a budget, or what the budget leaves it."""
-        if not plan.library_bytes or self.image.device.type != "cpu":
+    def _loosen(self, plan: Plan, activations: int) -> Plan:
+        """Let the heap take what it takes without a budget; under one, what makes it fast, if that is left."""
+        if not self.on_cpu:
             return plan
-        tiles = max(s.tiles for s in stages)
-        loose = (
-            constants.LOOSE_SHARE_FEW_TILES
-            if tiles - plan.retained <= constants.LOOSE_FEW_TILES
-            else constants.LOOSE_SHARE
-        )
-        more = max(0, int((loose - _tight_share(stages)) * self._activations(plan.tile_bytes)))
+        tiles = plan.tiles[0] * plan.tiles[1]
+        if plan.budget is not None:
+            loose = constants.FREE_HEAP_SHARE
+        else:
+            few = tiles <= constants.LOOSE_FEW_TILES
+            loose = constants.LOOSE_SHARE_FEW_TILES if few else constants.LOOSE_SHARE
+        more = max(0, int((loose - constants.HEAP_SHARE) * activations))
         if plan.budget is not None:
             more = max(0, min(more, plan.budget - plan.peak_bytes))
         return replace(plan, library_bytes=plan.library_bytes + more)
-
-
-def _tight_share(stages: Sequence[TiledStage]) -> float:
-    """The heap's slack under a budget, as a share of a tile's activations."""
-    return (
-        constants.HEAP_SHARE_FEW_TILES if max(s.tiles for s in stages) <= constants.FEW_TILES else constants.HEAP_SHARE
-    )
 
 
 def _away_bytes(staged: StagedProgram, tiled: TiledStage) -> int:
@@ -215,16 +281,18 @@ def _away_bytes(staged: StagedProgram, tiled: TiledStage) -> int:
     return total // tiled.tiles
 
 
-def _block_bytes(tiled: TiledStage) -> int:
-    """Bytes of all blocks of a tile in the middle."""
-    stage = tiled.stage
-    i, j = tiled.rows.steps // 2, tiled.cols.steps // 2
-    total = 0
-    for local in stage.locals:
-        for value in local.op.outputs:
-            top, bottom, left, right = tiled.block(value, i, j)
-            total += _nbytes(halo_shape(stage, value, bottom - top, right - left), stage.program.values[value].dtype)
-    return total
+def _grouped_scratch(tiled: TiledStage) -> int:
+    """Bytes that oneDNN takes for a grouped convolution's weight gradient: that of each group, in full blocks."""
+    values, most, block = tiled.stage.program.values, 0, constants.CHANNEL_BLOCK
+    for local in tiled.stage.locals:
+        kernels = [values[v] for v in local.op.inputs if v in tiled.stage.vectors and len(values[v].shape) == 4]
+        if "conv" in local.op.name and kernels:
+            out_channels, per_group, *sides = kernels[0].shape
+            groups = max(values[v].shape[1] for v in local.reads) // max(1, per_group)
+            if groups > 1:
+                padded = (-(-channels // block) * block for channels in (per_group, out_channels // groups))
+                most = max(most, groups * math.prod(padded) * math.prod(sides) * kernels[0].dtype.itemsize)
+    return most
 
 
 def _scratch_bytes(tiled: TiledStage, training: bool) -> int:

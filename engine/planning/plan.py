@@ -33,10 +33,12 @@ class Plan:
         strip_bytes: halos of the strips in work and their gradients, on the device.
         tile_bytes: peak of one tile.
         retained_bytes: graphs of retained tiles.
+        retained_tiles: how many tiles each stage retains, its last ones; empty if none.
         stored_bytes: maps that exist whole, their gradients, and the ops after them.
         library_bytes: compiled kernels and the heap's slack on the CPU; on a GPU workspaces, and what trials of kernels
             take.
         sides: the tile of each stage, in pixels of its largest source.
+        record_bytes: what recording and planning leave in the process, on the CPU.
         maps: where maps that stages alone read are stored: "device", "host" or "disk".
         away_bytes: what they take there, if that is not the device.
         choices: which maps may be stored whole (`strategy.py`), as far as they were tried: those that did not fit, and
@@ -61,6 +63,8 @@ class Plan:
     stored_bytes: int
     library_bytes: int
     sides: tuple[tuple[int, int], ...]
+    retained_tiles: tuple[int, ...] = ()
+    record_bytes: int = 0
     maps: str = "device"
     away_bytes: int = 0
     choices: tuple[Choice, ...] = ()
@@ -82,6 +86,7 @@ class Plan:
             + self.stored_bytes
             + self.library_bytes
             + self.replay_bytes
+            + self.record_bytes
         )
 
     @property
@@ -103,9 +108,10 @@ class Plan:
     @property
     def work(self) -> float:
         """Arithmetic and moved bytes of the step, those of stock PyTorch being 1."""
-        stock, tiles = 3 if self.training else 1, self.tiles[0] * self.tiles[1]
+        stock, tiles = 3 if self.training else 1, self.tiles[0] * self.tiles[1] * len(self.sides)
         forwards = self.choices[self.choice].forwards
-        return (forwards - (forwards - stock) * self.retained / tiles) / stock  # retained tiles are not recomputed
+        retained = min(1.0, self.retained / tiles)  # those are not recomputed
+        return (forwards - (forwards - stock) * retained) / stock
 
     def __str__(self) -> str:
         n, c, height, width = self.image
@@ -126,6 +132,8 @@ class Plan:
             lines.append(("whole maps", f"{format_bytes(self.away_bytes)} {PLACES[self.maps]}"))
         if self.library_bytes:
             lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap or workspaces)"))
+        if self.record_bytes:
+            lines.append(("records", f"{format_bytes(self.record_bytes)} (of the network, for this plan)"))
         if len(self.sides) > 1:
             lines.append(("stages", str(len(self.sides))))
         if self.replay_bytes:

@@ -104,10 +104,15 @@ class _Options:
         """The plan of a choice; None if nothing fits."""
         staged, away = self.options[number]
         _prepare_once(staged, self._ready, self.request)
-        plan = fitting(staged, self.request, self._peaks, coarse)
+        plan = fitting(staged, self.request, self._peaks, coarse, self._records())
         if self.shard is not None and self.agree and not self.shard.all_agree(plan is not None, self.device):
             plan = None
         return plan and replace(plan, choice=number, maps=staged.place, away_bytes=away)
+
+    def _records(self) -> int:
+        """Bytes of Python objects that recording and planning leave in the process, if that shares the budget."""
+        values = len(self.options[0][0].program.values) if self.device.type == "cpu" else 0
+        return values * (constants.VALUE_BYTES + constants.CHOICE_BYTES * len(self.options))
 
     def slower(self) -> Plan | None:
         """The plan of the fastest choice but the first that fits; with small tiles where nothing else helps."""
@@ -123,7 +128,7 @@ class _Options:
         programs = [self.options[number][0] for number in frugal[: constants.SMALL_TILES]]
         for staged in programs:
             _prepare_once(staged, self._ready, self.request)
-        return _too_little(programs, self.request)
+        return _too_little(programs, self.request, self._peaks, self._records())
 
 
 def arrange(
@@ -293,22 +298,27 @@ def _choose_together(
             resident[n] = chosen.stored_bytes + (chosen.halo_bytes if place == "device" else 0)
             # What one image has captured would have to be let go for the next one.
             plans[n] = replace(chosen, budget=request.budget, replay_bytes=0, maps=staged_programs[n].place)
+            # The graphs of all images would be there at the same time.
+            plans[n] = replace(plans[n], retained=0, retained_bytes=0, retained_tiles=())
         else:
             return [plans[n] for n in range(len(staged_programs))]
     return None
 
 
-def _too_little(staged_programs: Sequence[StagedProgram], request: Request) -> BudgetError:
+def _too_little(staged_programs: Sequence[StagedProgram], request: Request, peaks: Peaks, records: int) -> BudgetError:
     """The refusal of a budget, with the least that one of these choices of stored maps needs."""
     image, tile = staged_programs[0].program.image, request.tile
     device, (height, width) = staged_programs[0].program.values[image].device, staged_programs[0].maps.size(image)
     place, least = request.halo_places(device)[-1], None
     for staged in staged_programs:
-        estimate = Estimate(staged, request.training, request.image_grad)
-        for side in reversed(_sides(staged, tile)):
-            if least is None or estimate.plan(side, place, None, count_tile=False).peak_bytes < least.peak_bytes:
-                found = estimate.plan(side, place, request.budget)
-                least = found if least is None or found.peak_bytes < least.peak_bytes else least
+        estimate = Estimate(staged, request.training, request.image_grad, peaks, records)
+        sides = _sides(staged, tile)
+        found = min((estimate.plan(side, place, None, count_tile=False) for side in sides), key=lambda p: p.peak_bytes)
+        if least is None or found.peak_bytes < least.peak_bytes:
+            made = [estimate.plan(side, place, request.budget, exact=False) for side in reversed(sides)]
+            found = min(made, key=lambda plan: plan.peak_bytes)
+            found = estimate.plan(found.tile, place, request.budget)
+            least = found if least is None or found.peak_bytes < least.peak_bytes else least
     assert least is not None
     what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
     return BudgetError(
@@ -319,7 +329,11 @@ def _too_little(staged_programs: Sequence[StagedProgram], request: Request) -> B
 
 
 def fitting(
-    staged: StagedProgram, request: Request, peaks: Peaks | None = None, coarse: bool | None = None
+    staged: StagedProgram,
+    request: Request,
+    peaks: Peaks | None = None,
+    coarse: bool | None = None,
+    records: int = 0,
 ) -> Plan | None:
     """The plan of a choice of stored maps; None if no tile fits.
 
@@ -327,9 +341,10 @@ def fitting(
         peaks: what was found for other choices of this program.
         coarse: where there are several stages, try only the largest tiles (or only the others), for small ones cost
             more time than another choice of stored maps.
+        records: bytes that recording and planning leave in the process.
     """
-    estimate = Estimate(staged, request.training, request.image_grad, peaks)
-    device = estimate.image.device
+    device = staged.program.values[staged.program.image].device
+    estimate = Estimate(staged, request.training, request.image_grad, peaks, records)
     limit = request.limit(device)
     sides = _sides(staged, request.tile)
     if len(staged.stages) > 1 and len(sides) > constants.COARSE and coarse is not None:
@@ -338,7 +353,10 @@ def fitting(
         for side in sides:
             plan = estimate.plan(side, place, request.budget, count_tile=False)
             if plan.peak_bytes <= limit and (request.count_tile or request.tile is None):
-                plan = estimate.plan(side, place, request.budget, limit=limit, room=request.room(device))
+                room = request.room(device)
+                plan = estimate.plan(side, place, request.budget, limit=limit, exact=False, room=room)
+                if plan.peak_bytes <= constants.NEARLY * limit:
+                    plan = estimate.plan(side, place, request.budget, limit=limit, room=room)
             if plan.peak_bytes <= limit:
                 return plan
     return None

@@ -8,10 +8,12 @@ memory and the allocator's loss.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from ..capture.holders import walk
 from ..capture.program import Value
 from ..capture.state import Snapshot
-from ..lowering.geometry import AxisSchedule
 from ..lowering.stages import Stage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
@@ -29,6 +30,7 @@ from ..tiling.record import Kept, Recorded, consumers_of, run_tile
 from ..tiling.scan import Autocast, Pixels, Scan, StoredMap, cast_dtype
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
+from .strategy import value_bytes
 
 
 class _Meter(TorchDispatchMode):
@@ -78,7 +80,7 @@ class _FakePixels:
 
 
 def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
-    """Peak bytes of one interior tile, and bytes that its recorded graph holds before it is differentiated.
+    """Peak bytes of the heaviest tile, and bytes that its recorded graph holds before it is differentiated.
 
     Without training the tile is only computed forward and the second figure is 0. The halos that enter the tile,
     their gradients and the vectors are not included; the tile's own gradients of the vectors are.
@@ -111,7 +113,7 @@ def _on_what_is_here(values: Sequence[Value]) -> Iterator[None]:
 def _tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
     values = stage.program.values
     image = values[stage.image]
-    i, j = _usual(tiled.rows, stage), _usual(tiled.cols, stage)
+    i, j = heaviest_tile(tiled)
     autocast = Autocast.current(image.device)
     with FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
         sources = {v: _fake_source(stage, v) for v in stage.sources}
@@ -154,11 +156,28 @@ def _tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Containe
         return meter.peak, held
 
 
-def _usual(axis: AxisSchedule, stage: Stage) -> int:
-    """The step whose tile is counted: one in the middle, or the heaviest where maps are joined end to end."""
-    if not any(local.op.name == "end_to_end" for local in stage.locals):
-        return axis.steps // 2
-    return max(range(axis.steps), key=lambda step: sum(hi - lo for lo, hi in (axis.block(v, step) for v in axis.kept)))
+def tile_weights(tiled: TiledStage) -> np.ndarray:
+    """Bytes of all blocks that each tile computes, (rows, columns) of tiles.
+
+    Deep maps lag behind the image by half of what they see of it. The last tile computes what the others could not yet:
+    in networks that see far several times as much as a tile in the middle.
+    """
+    stage = tiled.stage
+    values = [value for local in stage.locals for value in local.op.outputs]
+    sizes = [math.prod(stage.maps.size(value)) for value in values]
+    pixel = [value_bytes(stage.program.values[v]) / max(1, size) for v, size in zip(values, sizes, strict=True)]
+    lengths = [
+        np.array([[hi - lo for lo, hi in (axis.block(value, step) for value in values)] for step in range(axis.steps)])
+        for axis in (tiled.rows, tiled.cols)
+    ]
+    down, across = (each.reshape(-1, len(values)).astype(float) for each in lengths)
+    return (down * np.array(pixel)) @ across.T
+
+
+def heaviest_tile(tiled: TiledStage) -> tuple[int, int]:
+    """Row and column of the tile whose blocks are largest."""
+    row, column = divmod(int(tile_weights(tiled).argmax()), tiled.cols.steps)
+    return row, column
 
 
 def _fake_source(stage: Stage, value: int) -> Pixels:

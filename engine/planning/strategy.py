@@ -186,6 +186,11 @@ def _cost(maps: Maps, node: Local) -> float:
     return flops + constants.FLOPS_PER_BYTE.get(kind, 50) * moved
 
 
+def stage_cost(staged: StagedProgram, stage: Stage) -> float:
+    """Arithmetic and moved bytes of one pass of a stage."""
+    return sum(_cost(staged.maps, local) for local in stage.locals)
+
+
 def program_cost(staged: StagedProgram, training: bool) -> float:
     """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside segments."""
     total = 0.0

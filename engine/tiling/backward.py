@@ -100,7 +100,10 @@ class BackwardPass:
         grads_below: dict[int, Tensor] = {}
         ending = self._ending(grads) if last else []
         files = [*self.stored.values(), *grads, *source_grads.values()]
-        with scan.reader([tile for tile in reversed(scan.tiles) if tile not in kept.recorded]) as reader:
+        if scan.memory_limit is not None:
+            scan.memory_limit.must_keep(kept)  # from here on it says which tiles are read again
+        again = [tile for tile in reversed(scan.tiles) if tile not in kept.recorded]
+        with scan.watched(), scan.reader(again) as reader:
             for i in reversed(range(tiled.rows.steps)):
                 above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
                 grads_above = self._returned(tiled.rows, i, above, grads_below)

@@ -125,7 +125,9 @@ class ForwardPass:
             return _defer(scan, self.kept)
         replay = None if self.replay is None or scan.observers else self.replay.forward(scan, self.env)
         above: dict[int, Tensor] = {}
-        with scan.reader(scan.tiles) as reader:
+        if self.kept is not None and scan.memory_limit is not None:
+            scan.memory_limit.may_drop(self.kept)
+        with scan.watched(), scan.reader(scan.tiles) as reader:
             for i in range(scan.tiled.rows.steps):
                 above = self._strip(i, above, reader, replay)
         for value in stage.stored:

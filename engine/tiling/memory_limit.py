@@ -2,41 +2,107 @@
 
 from __future__ import annotations
 
-from .memory import return_free_pages, used_bytes
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from .memory import new_blocks_on_own_pages, return_free_pages, used_bytes
 from .page_pool import PagePool
 
 _NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
+_OP_SHARE = 0.25  # of a piece of work, what one op may add
+_WORTH_SHARE = 0.1  # of a piece of work, what the heap should have gained before it gives back once more
+
+
+class Kept(Protocol):
+    """What has graphs of tiles, by their place, in the order in which they were made."""
+
+    recorded: dict[Any, Any]
 
 
 class MemoryLimit:
     """Keeps what a step adds to this process within a limit, on the CPU.
 
-    Memory that goes back to the system costs time to get again. So what nothing uses goes back only where the next
-    tile would not fit otherwise: first the pages of maps that are gone, then those of the C library's heap, which may
-    hold as much as is in use once more (its aligned blocks do not fit into holes of their own size).
+    Memory that goes back to the system costs time to get again. So what nothing uses goes back only where it is needed:
+    first the pages of maps that are gone, then those of the C library's heap, which may hold as much as is in use once
+    more (its aligned blocks do not fit into holes of their own size). Near the limit the heap grows no further: what
+    finds no hole in it gets pages of its own, and the process holds what is in use. If that is too much itself, graphs
+    that are kept for the backward go, the one that is needed last first; its tile is then computed again.
 
     Args:
         limit: bytes for `held` and all that is added from now on.
         held: bytes of the limit that are in use already.
         work: bytes that are allocated at a time between two calls of `keep`.
-        spare: pages of maps that are gone.
+        page_pool: pages of maps that are gone.
         strict: whether the heap gives back what it has; else only the spare pages go.
 
     Attributes:
         near: whether there was no room for more than one further piece of work at the last call of `keep`.
+        dropped: how many graphs had to go.
     """
 
     def __init__(self, limit: int, held: int, work: int, page_pool: PagePool, strict: bool):
         if strict:
             return_free_pages()
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
-        self.bytes = used_bytes() - page_pool.bytes - held + limit - int(_NEW_SHARE * work)
+        self.bytes = used_bytes() - page_pool.bytes - held + limit
+        self.dropped = 0
+        self._alone = False
+        self._worth = 0  # bytes of this process from which on the heap may have something to give back
+        self._kept: list[weakref.ref[Kept]] = []  # weak: their graphs have hooks that lead here
 
     def keep(self) -> None:
         """Give back what nothing uses if the process holds more than it should before the next piece of work."""
-        over = used_bytes() - self.bytes
-        self.near = over > -self.work
+        used = used_bytes()
+        over = used + int(_NEW_SHARE * self.work) - self.bytes
+        self.near = used + int((1 + _NEW_SHARE) * self.work) > self.bytes
         if over > 0:
             self.page_pool.shrink(self.page_pool.bytes - over)
-            if self.strict and used_bytes() > self.bytes:
+            if self.strict and used_bytes() + int(_NEW_SHARE * self.work) > self.bytes:
                 return_free_pages()
+
+    def watch(self) -> None:
+        """Between two ops: keep the heap from growing near the limit, and see that it is not exceeded."""
+        if not self.strict:
+            return
+        used, room = used_bytes(), self.bytes - int(_OP_SHARE * self.work)
+        if self._alone != (used > room):
+            self._alone = used > room
+            new_blocks_on_own_pages(self._alone)
+        if used > max(room, self._worth):
+            self.page_pool.shrink(self.page_pool.bytes - (used - room))
+            return_free_pages()
+            used = used_bytes()
+            while used > self.bytes and self._drop():
+                return_free_pages()
+                used = used_bytes()
+            self._worth = used + int(_WORTH_SHARE * self.work)
+
+    def _drop(self) -> bool:
+        """Let a kept graph go; whether there was one."""
+        for kept in filter(None, (ref() for ref in self._kept)):
+            if kept.recorded:
+                del kept.recorded[next(iter(kept.recorded))]
+                self.dropped += 1
+                return True
+        return False
+
+    def may_drop(self, kept: Kept) -> None:
+        """These graphs may go where memory is short: the earlier pass 1 has made them, the later they are needed."""
+        self._kept.append(weakref.ref(kept))
+
+    def must_keep(self, kept: Kept) -> None:
+        """They may not any more."""
+        self._kept = [ref for ref in self._kept if ref() is not kept]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A pass, after which the heap may grow again as it likes."""
+        try:
+            yield
+        finally:
+            if self._alone:
+                self._alone = False
+                new_blocks_on_own_pages(False)
+            self._worth = 0

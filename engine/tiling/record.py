@@ -71,6 +71,7 @@ def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = N
             rect = tiled.block(source, tile.i, tile.j)
             publish(tile, source, tile.window(source, rect, (0, 0, 0, 0), None)[0])
     reads_left = dict(tiled.reads_left)
+    watch = scan.watch
     for local in tiled.stage.locals:
         outputs = local.op.outputs
         if tiled.computes(outputs[0], tile.i, tile.j) and (only is None or any(v in only for v in outputs)):
@@ -78,6 +79,8 @@ def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = N
                 replaced = publish(tile, value, block)
                 if reads_left.get(value):
                     tile.blocks[value] = block if replaced is None else replaced
+            if watch is not None:
+                watch()
         for value in local.reads:
             reads_left[value] -= 1
             if not reads_left[value]:
@@ -103,6 +106,16 @@ def consumers_of(scan: Scan, kept: Kept, grads: Sequence[Tensor | None] | None =
 
 def has_grad(consumer: Consumer) -> bool:
     return any(grad is not None for grad in consumer.grads)
+
+
+class _Watch:
+    """A hook of a gradient that has a look at the memory; it must not hold the graph that it hangs on."""
+
+    def __init__(self, watch: Callable[[], None]):
+        self.watch = watch
+
+    def __call__(self, _grad: Tensor) -> None:
+        self.watch()
 
 
 class Recorded:
@@ -156,6 +169,8 @@ class Recorded:
             self.keep(tile, value, block)
         if value not in tile.needs or not block.requires_grad:
             return None
+        if self.scan.watch is not None:
+            block.register_hook(_Watch(self.scan.watch))  # just before its op is differentiated
         result = None
         if value in tile.tiled.with_halo and tile.hands_on(value):
             if value in through:

@@ -182,6 +182,18 @@ class Scan:
         """Pages for new maps."""
         return None if self.memory_limit is None else self.memory_limit.page_pool
 
+    @property
+    def watch(self) -> Callable[[], None] | None:
+        """What is to be called after every op, if anything is."""
+        limit = self.memory_limit
+        return limit.watch if limit is not None and limit.strict else None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A pass, in which memory is watched."""
+        with contextlib.nullcontext() if self.memory_limit is None else self.memory_limit.watched():
+            yield
+
     def without_maps(self) -> Scan:
         """This scan for autograd to keep between the passes: stored maps it keeps itself, and lets them go."""
         return replace(self, sources={v: s for v, s in self.sources.items() if not isinstance(s, StoredMap)})

@@ -21,11 +21,11 @@ def test_scratch_of_a_gpu_is_counted():
     tiles = [TiledStage(stage, (64, 64)) for stage in staged.stages]
     estimate = Estimate(staged, training=True, image_grad=False)
     estimate.image = dataclasses.replace(estimate.image, device=torch.device("cuda"))
-    scratch, slack = estimate._library(tiles, 1)
+    scratch = estimate._library(tiles, 1)
     pixels = 2 * 64 * 64 * 4
     heaviest = (8 + 2 * 64) * pixels
     sums = 4 * constants.WGRAD_SPLITS * 8 * 64
-    assert slack == 0 and scratch >= constants.GPU_LIBRARIES + heaviest + sums
+    assert scratch >= constants.GPU_LIBRARIES + heaviest + sums
     assert scratch <= constants.GPU_LIBRARIES + 1.2 * heaviest + sums, "not of the whole map"
-    inference, _ = Estimate(staged, training=False, image_grad=False)._library(tiles, 1)
+    inference = Estimate(staged, training=False, image_grad=False)._library(tiles, 1)
     assert inference < constants.GPU_LIBRARIES

@@ -9,6 +9,13 @@ from gigamorph.engine.tiling.memory_limit import MemoryLimit
 from gigamorph.engine.tiling.page_pool import PagePool, Pages
 
 
+class Graphs:
+    """Of three tiles."""
+
+    def __init__(self) -> None:
+        self.recorded = {(0, n): object() for n in range(3)}
+
+
 class Machine:
     """A process whose use of memory is told."""
 
@@ -45,15 +52,47 @@ def test_spare_pages_go_first_and_no_more_of_them_than_must(monkeypatch: pytest.
     memory_limit = MemoryLimit(
         500, held=300, work=100, page_pool=page_pool, strict=True
     )  # 350 of the 1000 are spare: to 850 in all
-    assert memory_limit.bytes == 1000 - 350 - 300 + 500 - 70
+    assert memory_limit.bytes == 1000 - 350 - 300 + 500
+    limit = memory_limit.bytes - 70
     machine.trimmed.clear()
-    machine.used = memory_limit.bytes + 1
+    machine.used = limit + 1
     memory_limit.keep()
     assert page_pool.bytes == 150  # the oldest went
-    machine.used = memory_limit.bytes + 120
+    machine.used = limit + 120
     memory_limit.keep()
     assert page_pool.bytes == 0
-    assert machine.trimmed == [
-        memory_limit.bytes + 1,
-        memory_limit.bytes + 120,
-    ]  # the machine of this test has got no room by it
+    assert machine.trimmed == [limit + 1, limit + 120]  # the machine of this test has got no room by it
+
+
+def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks get pages of their own there, and only there; after the pass the heap is as it was."""
+    machine = Machine(monkeypatch)
+    alone: list[bool] = []
+    monkeypatch.setattr(module, "new_blocks_on_own_pages", alone.append)
+    limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=True)  # to 1200, of which an op adds 25
+    with limit.watched():
+        for machine.used in (1000, 1175, 1176, 1190, 1175, 1176):
+            limit.watch()
+        assert alone == [True, False, True]
+        assert machine.trimmed == [1000, 1176, 1190]  # not again until the heap has got something to give back
+    assert alone == [True, False, True, False]
+
+
+def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the backward needs last first, no more of them than must, and none of a backward that has begun."""
+    machine = Machine(monkeypatch)
+    limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=True)
+    first, second = Graphs(), Graphs()
+    limit.may_drop(first)
+    limit.may_drop(second)
+    in_use = lambda: 1100 + 30 * (len(first.recorded) + len(second.recorded))  # noqa: E731
+    monkeypatch.setattr(module, "return_free_pages", lambda: setattr(machine, "used", in_use()))
+    machine.used = 1300
+    limit.watch()
+    assert not first.recorded and list(second.recorded) == [(0, 0), (0, 1), (0, 2)]
+    assert limit.dropped == 3 and machine.used == 1190
+    limit.must_keep(second)
+    machine.used = 1300
+    monkeypatch.setattr(module, "return_free_pages", lambda: None)
+    limit.watch()
+    assert len(second.recorded) == 3

@@ -1,0 +1,94 @@
+"""A network of several stages keeps graphs of tiles too, as far as its budget goes, and stays exact."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from exactness import assert_exact, randomize
+from torch import Tensor, nn
+
+from gigamorph import accelerate, plan
+from gigamorph.engine.tiling import memory_limit
+from gigamorph.engine.tiling.memory_limit import MemoryLimit
+from gigamorph.engine.tiling.record import Recorded
+
+
+class Squeezed(nn.Module):
+    """Live norms, a skip connection, squeeze-and-excite: five stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(True))
+        self.body = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=3, bias=False), nn.BatchNorm2d(6), nn.SiLU(True))
+        self.gate = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Sigmoid())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.body(x)
+        x = x + y * self.gate(y.mean((2, 3), keepdim=True))
+        return self.head(x.mean((2, 3)))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(Squeezed()).double().train()
+
+
+IMAGE = torch.randn(2, 2, 61, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 1.0])
+def test_stages_retain_what_the_budget_holds(share: float) -> None:
+    net, shape = network(), tuple(IMAGE.shape)
+    least = plan(net, shape, tile=16, dtype=torch.float64)
+    most = plan(net, shape, 2**34, tile=16, dtype=torch.float64)
+    assert len(most.retained_tiles) == len(most.sides) > 2 and not any(least.retained_tiles)
+    budget = int(most.peak_bytes - (1 - share) * most.retained_bytes)
+    chosen = plan(net, shape, budget, tile=16, dtype=torch.float64)
+    assert chosen.peak_bytes <= budget and (0 < chosen.retained < most.retained or share == 1)
+    assert most.work <= chosen.work < least.work
+    assert_exact(net, IMAGE, tile=16, memory_budget=budget + 4 * IMAGE.nbytes)  # it wants a gradient there
+
+
+def test_graphs_that_have_to_go_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every watch finds the limit exceeded: graphs go one after the other, and the gradients stay those of stock."""
+    dropped: list[int] = []
+
+    def watch(self: MemoryLimit) -> None:
+        dropped.append(self._drop())
+
+    monkeypatch.setattr(MemoryLimit, "watch", watch)
+    assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
+    assert sum(dropped) > 5
+
+
+def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks on pages of their own from the first op on, the heap trimmed all the time; then it is as it was."""
+    alone: list[bool] = []
+    make = memory_limit.new_blocks_on_own_pages
+    monkeypatch.setattr(memory_limit, "new_blocks_on_own_pages", lambda on: (alone.append(on), make(on)))
+    monkeypatch.setattr(memory_limit, "used_bytes", lambda: 2**50 + len(alone))
+    monkeypatch.setattr(memory_limit, "_OP_SHARE", 2**40)
+    assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
+    assert alone and alone[0] and not alone[-1]
+
+
+def test_what_is_watched_keeps_no_graph_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward without a backward lets its retained graphs go: no hook makes a circle that Python cannot see."""
+    made: list[weakref.ref[Recorded]] = []
+    init = Recorded.__init__
+
+    def remember(self: Recorded, *args: object, **settings: object) -> None:
+        init(self, *args, **settings)  # pyright: ignore[reportArgumentType]
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Recorded, "__init__", remember)
+    output = accelerate(network(), tile=16, memory_budget="2GiB")(IMAGE)
+    assert any(ref() is not None for ref in made)
+    del output
+    gc.collect()
+    assert not any(ref() is not None for ref in made)
