@@ -93,7 +93,7 @@ def test_without_a_budget_a_gpu_retains_what_fits(monkeypatch: pytest.MonkeyPatc
     free = roomy.peak_bytes - 5.5 * roomy.retained_bytes / 8
     monkeypatch.setattr(preview, "ENDLESS", int(free / 0.8))  # of which a share is taken
     some = plan(net, size, device="cuda")
-    assert some.retained == 3 and some.peak_bytes <= free
+    assert some.retained in (3, 4) and some.peak_bytes <= free
 
 
 @pytest.mark.parametrize(("tiles", "retained"), [(3, 3), (2.9, 1), (2, 1), (1.5, 0), (0.5, 0)])
