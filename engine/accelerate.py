@@ -473,8 +473,8 @@ def accelerate(
         batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
         halos: where the halos between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or
             ``"auto"``, the first of these that the budget allows.
-        fallback: ``"whole"`` lets ops that cannot be computed tile by tile (attention over all positions) have their
-            maps whole, in the memory that this takes; None refuses such networks.
+        fallback: ``"whole"`` lets ops that cannot be computed tile by tile (a mirrored map, causal attention) have
+            their maps whole, in the memory that this takes; None refuses such networks.
         split: compute each image on several processes, each a band of its rows: those of a group of
             `torch.distributed`, or with True all. Every process gives the same images, reads the rows that it needs of
             them, and has the outputs and gradients of the whole; the budget is that of one process.

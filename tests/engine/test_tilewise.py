@@ -98,7 +98,7 @@ class Ordinary(nn.Module):
         return made.reshape(h, w, n, -1).permute(2, 3, 0, 1)
 
 
-def both(head: nn.Module, stride: int = SIZE, seed: int = 0, **options) -> tuple[nn.Module, nn.Module]:
+def both(head: nn.Module, stride: int = SIZE, seed: int = 0, **options) -> tuple[nn.Sequential, nn.Sequential]:
     torch.manual_seed(seed)
     encoder = Encoder(dropout=options.pop("dropout", 0.0))
     ours = nn.Sequential(tilewise(encoder, SIZE, stride, **options), head).double()

@@ -127,3 +127,18 @@ class Global(nn.Module):
             scores = torch.einsum("bhdi,bhdj->bhij", q, k).softmax(-1)
             y = torch.einsum("bhij,bhdj->bhdi", scores, v)
         return y.reshape(n, c, h, w)
+
+
+class Parted(nn.Module):
+    """All positions attend to all, in an order that puts the pixels of each 2 x 2 far from one another (Hiera)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 2, 4, 1).reshape(n, h * w, c)
+        x = F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+        x = x.view(n, 2, 2, h // 2, w // 2, c).permute(0, 5, 3, 1, 4, 2)
+        return x.reshape(n, c, h, w)

@@ -42,7 +42,7 @@ def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     behind = tuple(axis - len(maps.shape(query)) for axis in axes)
     if max(behind) < -2:
         return _of_windows(op, maps, (query, key, value), given["attn_mask"], behind, rank)
-    if behind != (-2, -2) or maps.merged(query) or given["is_causal"]:
+    if behind != (-2, -2) or given["is_causal"]:
         raise Refusal(f"'{op.name}' attends over positions of the image in an order of its own")
     own, nodes = take_whole(op, maps, [v for v in (key, value) if v in maps])
     own, made = _with_mask(own, maps, rank - 2, rank)
@@ -58,6 +58,10 @@ def _of_windows(
     others = {tuple(axis - len(maps.shape(v)) for axis in maps.axes[v]) for v in values if v in maps}
     if others != {behind} or any(v not in maps for v in values) or len({maps.extent(v) for v in values}) > 1:
         raise Refusal(f"'{op.name}' attends over positions of the image")
+    if mask is not None and mask.value in maps:
+        lies = tuple(axis - len(maps.shape(mask.value)) for axis in maps.axes[mask.value])
+        if lies != behind or maps.extent(mask.value) != maps.extent(values[0]):
+            raise Refusal(f"'{op.name}' has a mask that depends on the image otherwise than its queries")
     axes = behind[0] + rank, behind[1] + rank
     own, made = (op, []) if mask is None else promoted(op, maps, axes, rank, among=(mask.value,))
     local = Local(own, {v: maps.pointwise(v) for v in maps.inputs(own)}, (axes,), replay(own))

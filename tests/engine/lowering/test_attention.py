@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_modules import Global
+from attention_modules import Global, Parted
 from exactness import assert_exact
 from torch import nn
 from torch.nn import functional as F
@@ -40,6 +40,10 @@ def test_pooled_keys(form):
 @pytest.mark.parametrize("form", ["sdpa", "matmul"])
 def test_bias_for_each_pair(form):
     assert_exact(network(Global(4, form, bias=H * W)), image(), tile=(6, 7))
+
+
+def test_positions_in_another_order():
+    assert_exact(network(nn.ConstantPad2d((0, 0, 1, 0), 0.0), Parted(4)), image(), tile=(6, 7))
 
 
 class Fixed(nn.Module):
