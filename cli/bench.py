@@ -12,7 +12,8 @@ import rich_click as click
 from . import options
 
 if TYPE_CHECKING:
-    from ..engine.bench.results import LimitRow, Results, StepRow
+    from ..engine.bench.results import LimitRow, Results, StepRow, Task
+    from ..engine.bench.step import Options
 
 _json: Any = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here.")
 _peers: Any = click.option(
@@ -65,9 +66,7 @@ def bench() -> None:
     """
 
 
-@bench.command()
-@_models
-@click.option(
+_sizes: Any = click.option(
     "--size",
     "sizes",
     multiple=True,
@@ -76,6 +75,11 @@ def bench() -> None:
     callback=_parse_sizes,
     help="May be given several times.",
 )
+
+
+@bench.command()
+@_models
+@_sizes
 @_peers
 @click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="All that a step may take, as in 8GiB.")
 @options.memory_budget
@@ -109,11 +113,11 @@ def step(
 
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """
+    from ..engine.bench.peers import TRAINING
     from ..engine.bench.results import Task
-    from ..engine.bench.step import Options, exactness, measure
+    from ..engine.bench.step import Options
 
-    results = _begin(device)
-    chosen = Options(_known(peers), rounds, box, cap, memory_budget, tile, folder=profile)
+    chosen = Options(_known(peers, TRAINING), rounds, box, cap, memory_budget, tile, folder=profile)
     tasks = [
         Task(
             model,
@@ -126,15 +130,58 @@ def step(
         for model in models
         for size in sizes
     ]
-    for model in models:
-        if "gigamorph" in chosen.peers:
-            first = next(task for task in tasks if task.model == model)
-            results.steps += [row for row in exactness(first) if row.peer == "gigamorph"]
-            _show_step(results.steps[-1])
-        for task in tasks:
-            if task.model == model:
-                results.steps += measure(task, chosen, results.ceilings, _show_step)
-                _keep(results, path)
+    _compare(tasks, chosen, path)
+
+
+@bench.command()
+@_models
+@_sizes
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="NAME",
+    help="Compare these: stock, compile, onnxruntime, openvino, gigamorph; all by default.",
+)
+@click.option(
+    "--cap", metavar="SIZE", callback=options.parse_budget, help="All that a prediction may take, as in 8GiB."
+)
+@options.memory_budget
+@click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed turns of each, at most.")
+@click.option("--box", type=float, default=60.0, show_default=True, help="Seconds of one peer's timed turns at a size.")
+@options.channels
+@_json
+def infer(
+    models: tuple[str, ...],
+    sizes: tuple[tuple[int, int], ...],
+    peers: tuple[str, ...],
+    cap: int | None,
+    memory_budget: int | None,
+    tile: int | None,
+    rounds: int,
+    box: float,
+    channels: int,
+    path: Path | None,
+) -> None:
+    """Predictions on the CPU beside ONNX Runtime, OpenVINO and torch.compile; by the rules of gigamorph bench step.
+
+    All are given the whole image, in float32 and with the same number of threads. The runtimes come with
+    pip install 'gigamorph[peers]'.
+
+    Example: gigamorph bench infer --model resnet18 --size 2048x2048 --json infer.json
+    """
+    from ..engine.bench.peers import INFERENCE
+    from ..engine.bench.results import Task
+    from ..engine.bench.step import Options
+
+    chosen = Options(_known(peers, INFERENCE), rounds, box, cap, memory_budget, tile)
+    tasks = [
+        Task(model, (1, options.channels_of(model, channels), *size), training=False)
+        for model in models
+        for size in sizes
+    ]
+    _compare(tasks, chosen, path)
 
 
 @bench.command()
@@ -164,6 +211,7 @@ def limit(
     Example: gigamorph bench limit --model resnet18 --memory-budget 1GiB --peer stock --peer gigamorph
     """
     from ..engine.bench.limit import Search, find
+    from ..engine.bench.peers import TRAINING
     from ..engine.bench.results import Task
 
     results = _begin(device)
@@ -175,7 +223,7 @@ def limit(
         precision,
         device,
     )
-    for peer in _known(peers):
+    for peer in _known(peers, TRAINING):
         row = find(task, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
         results.limits.append(row)
         _show_limit(row)
@@ -250,6 +298,21 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     click.echo(str(write_report(results, out)))
 
 
+def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
+    """Measure tasks, each model's exactness first, and show and keep what is found."""
+    from ..engine.bench.step import exactness, measure
+
+    results = _begin(tasks[0].device)
+    for model in dict.fromkeys(task.model for task in tasks):
+        own = [task for task in tasks if task.model == model]
+        if "gigamorph" in chosen.peers:
+            results.steps += [row for row in exactness(own[0]) if row.peer == "gigamorph"]
+            _show_step(results.steps[-1])
+        for task in own:
+            results.steps += measure(task, chosen, results.ceilings, _show_step)
+            _keep(results, path)
+
+
 def _begin(device: str) -> Results:
     """Empty results with this machine's ceilings."""
     from ..engine.bench.child import Child
@@ -271,13 +334,13 @@ def _keep(results: Results, path: Path | None) -> None:
         results.write(path)
 
 
-def _known(peers: tuple[str, ...]) -> tuple[str, ...]:
+def _known(peers: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
     from ..engine.bench.peers import PEERS
 
     for name in peers:
         if name not in PEERS:
             raise click.BadParameter(f"{name!r} is none of {', '.join(PEERS)}", param_hint="--peer")
-    return peers or tuple(PEERS)
+    return peers or default
 
 
 def _show_step(row: StepRow) -> None:

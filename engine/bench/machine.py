@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("numpy", "triton", "lightning", "lightstream", "timm", "torchvision")
+_PACKAGES = ("numpy", "triton", "lightning", "lightstream", "timm", "torchvision", "onnxruntime", "openvino")
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""What is compared: stock PyTorch, its usual remedies for memory, lightstream, and gigamorph.
+"""What is compared: stock PyTorch, its usual remedies for memory, lightstream, runtimes for inference, and gigamorph.
 
 A peer turns a network into a *step*: a function of the image that runs a forward (and, in training, the loss and the
 backward, so that the network's parameters hold their gradients) and returns the output.
@@ -22,6 +22,7 @@ from ..accelerate import accelerate
 from ..errors import UnsupportedError
 from .ordinary import Prepared, ordinary
 from .results import Task
+from .runtimes import NEEDS, missing, onnxruntime_step, openvino_step
 
 Settings = dict[str, Any]
 
@@ -142,6 +143,14 @@ def _no_lightstream(task: Task) -> str | None:
     return None
 
 
+def _onnxruntime(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    return onnxruntime_step(network, task)
+
+
+def _openvino(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+    return openvino_step(network, task)
+
+
 def _gigamorph(network: nn.Module, task: Task, settings: Settings) -> Prepared:
     return ordinary(accelerate(network, **settings), task)
 
@@ -155,6 +164,10 @@ PEERS = {
         Peer("compile", "torch.compile", _compile, _no_compiler, channels_last=True, compiles=True),
         Peer("checkpoint", "checkpoint per block", _checkpoint, _no_gradients),
         Peer("lightstream", "lightstream", _lightstream, _no_lightstream),
+        Peer("onnxruntime", "ONNX Runtime", _onnxruntime, partial(missing, "onnxruntime")),
+        Peer("openvino", "OpenVINO", _openvino, partial(missing, "openvino")),
         Peer("gigamorph", "gigamorph", _gigamorph),
     )
 }
+TRAINING = tuple(name for name in PEERS if name not in NEEDS)
+INFERENCE = ("stock", "compile", *NEEDS, "gigamorph")

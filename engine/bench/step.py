@@ -20,7 +20,7 @@ from . import check, roofline
 from .child import Child, measure_alone
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
-from .peers import PEERS, Settings
+from .peers import PEERS, TRAINING, Settings
 from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
 from .work import build
 
@@ -46,7 +46,7 @@ class Options:
         folder: where each peer's step is profiled to; None: not profiled.
     """
 
-    peers: tuple[str, ...] = tuple(PEERS)
+    peers: tuple[str, ...] = TRAINING
     rounds: int = 5
     box: float = 60.0
     cap: int | None = None

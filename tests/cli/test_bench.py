@@ -68,6 +68,25 @@ def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path
     assert "a inference 100 x 200" in out and "1.00 GB" in out
 
 
+def test_infer_compares_predictions_with_the_runtimes(monkeypatch, tmp_path):
+    given = []
+
+    def measure(task, options, ceilings, say):
+        given.append((task, options))
+        return [StepRow(task, "onnxruntime", seconds=[2.0], cpu_seconds=[3.0], peak_bytes=10**9)]
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step, "exactness", lambda task: [StepRow(task, "gigamorph")])
+    path = tmp_path / "infer.json"
+    assert run("infer", "--model", "a", "--size", "100x200", "--peer", "onnxruntime", "--json", str(path)) == 0
+    assert run("infer", "--model", "a", "--size", "100x200") == 0
+    assert run("infer", "--model", "a", "--size", "100x200", "--peer", "onyx") == 2
+    ((task, options), *_, (_, default)) = given
+    assert not task.training and options.peers == ("onnxruntime",)
+    assert default.peers == ("stock", "compile", "onnxruntime", "openvino", "gigamorph")
+    assert read(path).steps[0].cpu_seconds == [3.0]
+
+
 def test_limit_prints_what_was_found(monkeypatch, tmp_path, capsys):
     def find(task, peer, search, say):
         say(Try(64, OK, 9, 1.0))

@@ -1,0 +1,77 @@
+"""Inference by ONNX Runtime and by OpenVINO: a network exported once, run on the whole image with PyTorch's threads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .ordinary import Prepared
+from .results import Task
+
+NEEDS = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+
+
+def missing(runtime: str, task: Task) -> str | None:
+    """Why a runtime cannot run a task, or None."""
+    if task.training:
+        return "it does not train"
+    if task.device != "cpu" or task.precision != "fp32":
+        return "it is compared in float32 on the CPU"
+    absent = [package for package in NEEDS[runtime] if find_spec(package) is None]
+    return f"{', '.join(absent)} not installed; pip install 'gigamorph[peers]'" if absent else None
+
+
+def onnxruntime_step(network: nn.Module, task: Task) -> Prepared:
+    """A step by ONNX Runtime's CPU provider."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(network, task, Path(folder))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def infer(image: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: image.numpy()})[0])
+
+    return network, infer
+
+
+def openvino_step(network: nn.Module, task: Task) -> Prepared:
+    """A step by OpenVINO's CPU plugin, which would otherwise compute in bf16 where the processor can."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = core.compile_model(core.read_model(export(network, task, Path(folder))), "CPU", settings)
+
+    def infer(image: Tensor) -> Tensor:
+        return torch.from_numpy(compiled([image.numpy()])[0].copy())
+
+    return network, infer
+
+
+def export(network: nn.Module, task: Task, folder: Path) -> Path:
+    """Write a network as ONNX for the image size of a task, weights within."""
+    path = folder / "network.onnx"
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it tells of its progress
+        program = torch.onnx.export(network, (torch.zeros(task.image),), dynamo=True)
+    assert program is not None
+    program.save(str(path), external_data=False)
+    return path
