@@ -33,6 +33,9 @@ def brief(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
+_TOGETHER, _MOST_BETWEEN = 1 << 20, 8  # bytes of one read of several runs; of a run's, from its beginning to the next's
+
+
 class FileBytes:
     """Byte ranges of one file; opened at the first read, thread-safe, and picklable as its path."""
 
@@ -127,7 +130,10 @@ class RawPixels:
         return False, False
 
     def _read_box(self, ranges: list[tuple[int, int]]) -> np.ndarray:
-        """The box of the stored array, with one file read for every contiguous run."""
+        """The box of the stored array, with one file read for every contiguous run.
+
+        Where runs are a good part of what lies between their beginnings, many are read at once with that.
+        """
         out = np.empty([stop - start for start, stop in ranges], self.dtype)
         if not out.size:
             return out
@@ -136,13 +142,26 @@ class RawPixels:
         run = len(shape) - 1
         while run > 0 and ranges[run] == (0, shape[run]):
             run -= 1
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        target = out.reshape(-1).view(np.uint8).data
+        strides = [math.prod(shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(shape))]
         length = math.prod(out.shape[run:]) * self.dtype.itemsize
-        for number, index in enumerate(itertools.product(*(range(*pair) for pair in ranges[:run]))):
-            start = sum(i * stride for i, stride in zip(index, strides, strict=False)) + ranges[run][0] * strides[run]
-            place = self.offset + start * self.dtype.itemsize
-            self._bytes.read_into(place, target[number * length : (number + 1) * length])
+        target = out.reshape(-1).view(np.uint8).reshape(-1, length)
+        step = strides[run - 1] if run else length
+        together = max(1, _TOGETHER // step) if step <= _MOST_BETWEEN * length else 1
+        count = out.shape[run - 1] if run else 1  # of runs that lie a step apart
+        done = 0
+        for index in itertools.product(*(range(*pair) for pair in ranges[: max(0, run - 1)])):
+            corner = (*index, *(start for start, _ in ranges[len(index) : run + 1]))
+            place = self.offset + sum(i * stride for i, stride in zip(corner, strides, strict=False))
+            for first in range(0, count, together):
+                rows = min(together, count - first)
+                if rows == 1:
+                    self._bytes.read_into(place + first * step, target[done].data)
+                else:
+                    span = np.empty((rows, step), np.uint8)
+                    needed = (rows - 1) * step + length
+                    self._bytes.read_into(place + first * step, span.reshape(-1).data[:needed])
+                    target[done : done + rows] = span[:, :length]
+                done += rows
         return out
 
 
