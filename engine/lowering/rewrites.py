@@ -50,8 +50,8 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
             from .fused import fuse  # needs Triton
 
             fuse(stage, training, image_grad)
-        elif stage.program.values[stage.image].device.type == "cpu":
-            fuse_on_cpu(stage, training)
+        elif stage.program.values[stage.image].device.type == "cpu" and not training:
+            fuse_on_cpu(stage)
 
 
 def fold_batch_norm(stage: Stage) -> None:

@@ -90,7 +90,7 @@ class Estimate:
         for stage in staged.stages:
             own = {v: _nbytes(values[v].shape, cast_dtype(stage, v, values[v].dtype, autocast)) for v in stage.vectors}
             vectors.update(own)
-            alone = set() if training else {packing.weight for packing in stage.packings}  # see `Scan.prepare`
+            alone = {packing.weight for packing in stage.packings}  # see `Scan.prepare`
             kernels = (
                 own[v] for v in own if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1 and v not in alone
             )

@@ -243,10 +243,10 @@ class Scan:
         with Prefetch(lambda s, rect: self.sources[s].read(*rect), self._as_computed, self.device, rects) as fetched:
             yield Reader(lambda s, rect: fetched(s, rect) if s in away else self.read(s, rect), fetched.advance)
 
-    def prepare(self, vectors: Sequence[Tensor], leaves: Sequence[int] = ()) -> dict[int, Tensor]:
+    def prepare(self, vectors: Sequence[Tensor], leaves: Iterable[int] = ()) -> dict[int, Tensor]:
         """Detached vectors, convolution weights in the memory order of maps and packed; `leaves` want a gradient."""
         prepared, packings = {}, self.tiled.stage.packings
-        packed = set() if leaves else {packing.weight for packing in packings}
+        packed = {packing.weight for packing in packings}
         for value, vector in zip(self.tiled.stage.vectors, vectors, strict=True):
             vector = vector.detach()
             if vector.dim() == 4 and vector.device.type == self.device.type and value not in packed:
