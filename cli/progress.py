@@ -12,6 +12,9 @@ from rich.progress import Progress as Bar
 from ..engine.tiling.memory import format_bytes, peak_bytes, used_bytes
 from ..engine.train.progress import Progress
 
+_INSTANT = 0.1
+"""Seconds between two pictures of the bar; what it shows takes time to find out."""
+
 
 class ProgressView:
     """A context manager to be given to the engine as its report.
@@ -50,7 +53,7 @@ class ProgressView:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def __call__(self, progress: Progress) -> None:
-        key = (progress.stage, progress.epoch)
+        key, shown = (progress.stage, progress.epoch), self._key
         now = time.monotonic()
         if key != self._key:
             self._key, self._began, self._shown, self._first = key, now, now, progress.image
@@ -61,8 +64,10 @@ class ProgressView:
         if progress.note:
             self._console.print(progress.note, highlight=False, soft_wrap=True)
         if self._bar is not None:
-            for task in self._bar.task_ids:
-                self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
+            if key != shown or now - self._shown >= _INSTANT or progress.image == progress.images:
+                self._shown = now
+                for task in self._bar.task_ids:
+                    self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
         elif not progress.note and now - self._shown >= self._interval:
             self._shown = now
             self._console.print(
@@ -75,6 +80,10 @@ class ProgressView:
         seconds = max(now - self._began, 1e-6)
         done = progress.image + progress.part - self._first
         parts = [f"{progress.image}/{progress.images}", f"{progress.pixels / 1e6 / seconds:.1f} Mpx/s"]
+        if done / seconds > 1:
+            parts.append(f"{done / seconds:.3g} images/s")
+        if progress.failed:
+            parts.append(f"{progress.failed} failed")
         parts.append(f"{format_bytes(used_bytes(self._device))} (peak {format_bytes(peak_bytes(self._device))})")
         if done > 0:
             left = seconds / done * (progress.images - progress.image - progress.part)

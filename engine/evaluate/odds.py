@@ -22,6 +22,8 @@ def of_logits(logits: ArrayLike) -> Array:
     classes = values.shape[-1]
     if classes == 1:
         return values.copy()
+    if classes == 2:  # the same, without the sum of one
+        return values - values[..., ::-1]
     others = [np.delete(values, c, axis=-1) for c in range(classes)]
     return np.stack([values[..., c] - logsumexp(others[c], axis=-1) for c in range(classes)], -1)
 

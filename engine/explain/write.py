@@ -18,7 +18,6 @@ from ..models.outputs import outputs_of
 from ..train.classify import Images
 from ..train.explanation import Explanation, caption, explain_class, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
-from ..train.predict import unique_name
 from ..train.progress import Meter
 from .maps import explain_gradient
 from .marks import Mark, find_marks
@@ -94,6 +93,16 @@ def explain(
     if method == "activation":
         write_atomically(out / "marks.csv", lambda p: _write_marks(p, rows), "table")
     return done, skipped
+
+
+def unique_name(stem: str, taken: set[str]) -> str:
+    """``stem``, or ``stem-2`` and so on: files of several folders may share a name."""
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return name
 
 
 def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, log_odds: float) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..accelerate import Accelerated, accelerate
-from ..datasets.tables import Record
+from ..datasets.tables import SPLITS, Record
 from ..errors import DataError
+from ..predict.predictor import Classifier
 from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.classify import Images
@@ -29,20 +30,26 @@ def open_classifier(
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images.
     """
+    found = open_predictor(path, memory_budget=memory_budget, device=device)
+    return found.net, found.classes, found.open_images
+
+
+def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) -> Classifier:
+    """The same for `gigamorph.engine.predict`."""
     if Path(path).is_dir():
-        return open_published(path, memory_budget=memory_budget, device=device)  # type: ignore[return-value]
+        return Classifier(*open_published(path, memory_budget=memory_budget, device=device))  # type: ignore[arg-type]
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" in record:
-        net = restore_network(stored, memory_budget=memory_budget, device=device)
-        return (
-            net,
+        return Classifier(
+            restore_network(stored, memory_budget=memory_budget, device=device),
             record["classes"],
             lambda records: images(with_splits(records, record), record["channels"], record["preprocessing"]),
+            sum(record["split"].get(name, 0) for name in SPLITS),
         )
     restore = get_recipe(record["recipe"]).restore if "recipe" in record else None
     if restore is None:
         raise DataError(f"{path}: what was trained here is no classifier of whole images; name a checkpoint of one")
     network, opened = restore(record)
     network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
-    return accelerate(network.to(device), memory_budget, fallback="whole"), record["classes"], opened
+    return Classifier(accelerate(network.to(device), memory_budget, fallback="whole"), record["classes"], opened)

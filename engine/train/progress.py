@@ -24,6 +24,8 @@ class Progress:
     """Share of the image under way that is done."""
     note: str = ""
     """A line that is worth keeping: the result of an epoch, an image that was skipped."""
+    failed: int = 0
+    """Images of this stage that were skipped."""
 
 
 Report = Callable[[Progress], None]
@@ -44,6 +46,7 @@ class Meter:
         self._report, self._at_once = report, at_once
         self._stage, self._epoch, self._epochs, self._images = "", 0, 1, 0
         self._image, self._pixels, self._current, self._training = 0, 0.0, 0.0, False
+        self._failed = 0
 
     @property
     def pixels(self) -> float:
@@ -56,7 +59,7 @@ class Meter:
         """Begin a stage of ``images`` images, ``done`` of which were done before."""
         self._training = training
         self._stage, self._images, self._epoch, self._epochs = stage, images, epoch, epochs
-        self._image, self._pixels, self._current = done, 0.0, 0.0
+        self._image, self._pixels, self._current, self._failed = done, 0.0, 0.0, 0
         self._send()
 
     def image(self, pixels: int) -> None:
@@ -80,9 +83,13 @@ class Meter:
     def note(self, text: str) -> None:
         self._send(note=text)
 
+    def failed(self, text: str) -> None:
+        """An image is skipped, and why."""
+        self._failed += 1
+        self._send(note=text)
+
     def _send(self, part: float = 0.0, note: str = "") -> None:
         if self._report is not None:
             pixels = self._pixels + part * self._current
-            self._report(
-                Progress(self._stage, self._epoch, self._epochs, self._image, self._images, pixels, part, note)
-            )
+            done = self._image, self._images, pixels, part, note, self._failed
+            self._report(Progress(self._stage, self._epoch, self._epochs, *done))

@@ -12,11 +12,13 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.predict.parts import read_parts
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
@@ -269,32 +271,48 @@ def test_full_disk_while_saving_a_checkpoint(phantoms, tmp_path, monkeypatch, ca
     assert "best.ckpt" in error and "No space left on device" in error and error.count("\n") == 1
 
 
-def test_full_disk_while_predicting_keeps_the_lines_before(trained, phantoms, tmp_path, capsys):
+def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
     """A real full disk: the file system refuses writes beyond a limit on the size of a file."""
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
         "from gigamorph.cli.main import main; main()"
     )
-    command = [sys.executable, "-c", code, "predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out"]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    out = tmp_path / "out"
+    command = ["predict", trained / "best.ckpt", phantoms, "--out", out]
+    done = subprocess.run([str(c) for c in [sys.executable, "-c", code, *command]], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "predictions.csv: cannot be written: File too large" in done.stderr
-    text = (tmp_path / "out" / "predictions.csv").read_text()
-    assert text.endswith("\n") and len(rows(tmp_path / "out" / "predictions.csv")) >= 2
+    assert "cannot be written: File too large" in done.stderr and done.stderr.count("\n") == 1
+    before = [row for some in read_parts(out / "parts") for row in some]
+    assert 2 <= len(before) < 16
+    assert run(*command, "--resume") == 0
+    assert "16 images predicted" in capsys.readouterr().out
+    after = pq.read_table(out / "parts").to_pylist()
+    assert after[: len(before)] == before and len({row["key"] for row in after}) == len(after) == 16
+    assert len(rows(out / "predictions.csv")) == 16
 
 
-def test_ctrl_c_keeps_the_lines_before(trained, phantoms, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_results_before(trained, phantoms, tmp_path, monkeypatch, capsys):
     from gigamorph.cli.progress import ProgressView
 
     def press(self, progress):
         if progress.image == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ProgressView, "__call__", press)
-    assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out") == 130
-    assert len(rows(tmp_path / "out" / "predictions.csv")) == 3
-    assert len(rows(tmp_path / "out" / "breasts.csv")) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressView, "__call__", press)
+        assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out") == 130
+    computed = len(rows(tmp_path / "out" / "predictions.csv"))  # some have become durable together with the third
+    assert 3 <= computed < 16
+    assert len(rows(tmp_path / "out" / "breasts.csv")) == (computed + 1) // 2
+    again = ["predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out", "--resume", "--json"]
+    capsys.readouterr()
+    assert run(*again) == 0
+    end = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (end["computed"], end["done"]) == (16 - computed, 16)
+    assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "whole") == 0
+    for name in ("predictions.csv", "breasts.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_predictions_are_not_overwritten(trained, phantoms, tmp_path, capsys):

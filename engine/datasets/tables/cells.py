@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import re
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,25 +52,55 @@ def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "c
         table, unit = _excel(path, sheet), "row"
     else:
         table, unit = _csv(path, fallback), "line"
-    if not table or not any(cell.strip() for cell in table[0][1]):
+    names = column_names(path, table[0][1] if table else [])
+    rows, places = [], []
+    for number, cells in table[1:]:
+        row = _row(path, unit, number, cells, names)
+        if row is not None:
+            rows.append(row)
+            places.append(f"{unit} {number}")
+    return Rows(path, [name for name in names if name], rows, places)
+
+
+def stream_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The columns of a csv (also .gz) in UTF-8, and (place, row) of its rows one by one, as `read_rows` has them.
+
+    Raises `DataError` that names the file and the line, also while the rows are taken.
+    """
+    lines = _csv_lines(path)
+    names = column_names(path, next(lines, (0, []))[1])
+
+    def rows() -> Iterator[tuple[str, dict[str, str]]]:
+        for number, cells in lines:
+            row = _row(path, "line", number, cells, names)
+            if row is not None:
+                yield f"line {number}", row
+
+    return [name for name in names if name], rows()
+
+
+def column_names(path: Path, cells: Sequence[str]) -> list[str]:
+    """The names in a header, cleaned; "" for a column without one. `DataError` if there are none, or one twice."""
+    if not any(cell.strip() for cell in cells):
         raise DataError(f"{path}: is empty; the first line must name the columns")
-    names = [_clean(cell) for cell in table[0][1]]
+    names = [_clean(cell) for cell in cells]
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:
         raise DataError(f"{path}: column {twice[0]} is there twice; rename one")
     while not names[-1]:  # commas at the end of lines, which some tables have in the header or below it only
         names.pop()
-    rows, places = [], []
-    for number, cells in table[1:]:
-        values = [_clean(cell) for cell in cells]
-        if not any(values):
-            continue
-        if unit == "line" and (len(values) < len(names) or any(values[len(names) :])):
-            raise DataError(f"{path}, line {number}: has {len(values)} cells, the header {len(names)}")
-        values += [""] * (len(names) - len(values))
-        rows.append({name: value for name, value in zip(names, values, strict=False) if name})
-        places.append(f"{unit} {number}")
-    return Rows(path, [name for name in names if name], rows, places)
+    return names
+
+
+def _row(path: Path, unit: str, number: int, cells: Sequence[str], names: Sequence[str]) -> dict[str, str] | None:
+    """A row by the names of its columns; None if it is empty."""
+    values = [_clean(cell) for cell in cells]
+    if not any(values):
+        return None
+    if unit == "line" and (len(values) < len(names) or any(values[len(names) :])):
+        raise DataError(f"{path}, line {number}: has {len(values)} cells, the header {len(names)}")
+    values += [""] * (len(names) - len(values))
+    return {name: value for name, value in zip(names, values, strict=False) if name}
 
 
 def is_number(text: str) -> bool:
@@ -112,6 +144,33 @@ def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
         return [(reader.line_num, cells) for cells in reader]
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: is not a csv file ({error}); save it as one") from error
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """What `_csv` gives of a file in UTF-8, without holding it."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # pyright: ignore[reportArgumentType]
+            first = text.readline()
+            separator = max(",;\t", key=first.count)
+            reader = csv.reader(_without_zeros(itertools.chain([first], text), path), delimiter=separator, strict=True)
+            try:
+                yield from ((reader.line_num, cells) for cells in reader)
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: is not a csv file ({error}); save it as one"
+                ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _without_zeros(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for line in lines:
+        if "\0" in line:
+            raise DataError(f"{path}: is not a csv file (it holds zero bytes); save it as csv in UTF-8")
+        yield line
 
 
 def _excel(path: Path, sheet: str | None) -> list[tuple[int, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def read_table(
     for place, row in rows:
         if labels and row["label"] and row["label"] not in numbers:
             raise DataError(f"{path}, {place}: label {row['label']!r} is none of the classes {', '.join(names)}")
-        records.append(_record(path, place, row, numbers.get(row["label"], -1) if labels else -1))
+        records.append(to_record(path, place, row, numbers.get(row["label"], -1) if labels else -1))
     _refuse_duplicates(path, rows, records)
     if skip_missing:
         return Table(skip_absent(path, records), names)
@@ -109,10 +109,9 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
     ]
 
 
-def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, dict[str, str]]]:
-    """(place for messages, row) of every line below the header; names and cells are stripped."""
-    table = read_rows(path, fallback=None)
-    header = [_ALIASES.get(name, name) if _ALIASES.get(name) not in table.header else name for name in table.header]
+def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:
+    """A table's columns by our names, and those that no row may leave empty; `DataError` if one is missing."""
+    header = [_ALIASES.get(name, name) if _ALIASES.get(name) not in found else name for name in found]
     others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
     if label is not None and label not in others:
         raise DataError(f"{path}: has no column {LABEL_PREFIX}{label}; it has {', '.join(header)}")
@@ -130,13 +129,20 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
             f"{path}: column {', '.join(missing)} is missing; it has {', '.join(header)} "
             "(tables of public data sets: gigamorph data convert)"
         )
+    return header, needed
+
+
+def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, dict[str, str]]]:
+    """(place for messages, row) of every line below the header; names and cells are stripped."""
+    table = read_rows(path, fallback=None)
+    header, needed = columns_of(path, table.header, labels, label)
     rows = [dict(zip(header, row.values(), strict=True)) for row in table.rows]
     for place, row in zip(table.places, rows, strict=True):
         for name in needed:
             if not row[name]:
                 raise DataError(f"{path}, {place}: {name} is empty")
         if labels:
-            row["label"] = _whole(row["label"] if label is None else row[LABEL_PREFIX + label])
+            row["label"] = whole(row["label"] if label is None else row[LABEL_PREFIX + label])
     return list(zip(table.places, rows, strict=True))
 
 
@@ -165,13 +171,17 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
 
 def image_files(folder: Path) -> list[Path]:
     """Files that may be images, and zarr folders, which are one image each; sorted."""
+    return list(iter_image_files(folder))
+
+
+def iter_image_files(folder: Path) -> Iterator[Path]:
+    """The same one by one: what is held are the names of one folder, and of those above it."""
     return _image_files(folder, set())
 
 
-def _image_files(folder: Path, seen: set[str]) -> list[Path]:
+def _image_files(folder: Path, seen: set[str]) -> Iterator[Path]:
     """The same without the folders whose real paths are in `seen`: links may lead in a circle."""
     seen.add(os.path.realpath(folder))
-    found = []
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -181,10 +191,9 @@ def _image_files(folder: Path, seen: set[str]) -> list[Path]:
             continue
         if entry.is_dir() and entry.suffix.lower() != ".zarr":
             if os.path.realpath(entry) not in seen:
-                found += _image_files(entry, seen)
+                yield from _image_files(entry, seen)
         elif entry.suffix.lower() in SUFFIXES or entry.is_dir():
-            found.append(entry)
-    return found
+            yield entry
 
 
 def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -> list[str]:
@@ -214,13 +223,14 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     return sorted(found)
 
 
-def _whole(label: str) -> str:
+def whole(label: str) -> str:
     """A whole number without its point, as tables write it that had empty cells: 1 of 1.0."""
     number = float(label) if is_number(label) else math.nan
     return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in label else label
 
 
-def _record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
+def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
+    """A row of a table as a record; `DataError` with its place where a cell holds what it cannot."""
     split = row.get("split", "").lower()
     if split and split not in SPLIT_NAMES:
         raise DataError(f"{path}, {place}: split {row['split']!r} is none of {', '.join(SPLITS)}")

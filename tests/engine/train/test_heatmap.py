@@ -16,9 +16,10 @@ from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, to_original
+from gigamorph.engine.predict.predictor import Classifier
+from gigamorph.engine.predict.run import Options, predict
 from gigamorph.engine.train.explanation import Explanation
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
-from gigamorph.engine.train.predict import predict
 
 
 @pytest.fixture
@@ -183,7 +184,8 @@ def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
         linear.weight.copy_(torch.tensor([[-300.0], [300.0]]))
         linear.bias.copy_(torch.tensor([7.0, -8.0]))
     net = accelerate(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), linear))
-    predict(net, ImageDataset(records, channels=1), tmp_path / "out", ["0", "1"], heatmaps=True)
+    classifier = Classifier(net, ["0", "1"], lambda records: ImageDataset(records, channels=1))
+    predict(lambda device: classifier, records, tmp_path / "out", Options("model", heatmaps=True))
     for record in records:
         found = colour(tmp_path / "out" / "heatmaps" / f"{record.path.stem}.png")
         top, bottom, left, right = record.findings[0].box

@@ -1,0 +1,250 @@
+"""Images read and decoded ahead in processes of their own, in order, so that a GPU waits for no decoder.
+
+What comes over is the image as its file stores it, once; images too large for that come as their source and are read by
+region where they are computed. Files of other places than this machine (`Row.url`) are fetched here, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..datasets.tables import Record
+from ..errors import DataError, GigamorphError
+from ..images.affine import Affine
+from ..images.pixels import ImageSource
+from ..images.rawfile import one_line
+from ..train.classify import Images
+from .rows import Work, fetch
+
+LARGEST = 2**28
+"""Bytes of an image, as stored, that is decoded ahead; larger ones are read by region."""
+# Images that are read quickly go to a process several at a time: as many as take so many seconds, at most so many.
+_BRIEF, _MOST = 0.02, 32
+
+Open = Callable[[Sequence[Record]], Images]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image that is ready to be computed, or why it is not."""
+
+    work: Work
+    item: dict[str, Any] | None = None
+    """As of `gigamorph.engine.datasets.dataset.ImageDataset`."""
+    error: GigamorphError | None = None
+    staged: Path | None = None
+    """Folder of a fetched copy that the item still reads from."""
+    fault: str = ""
+    """The traceback of an unforeseen error."""
+    bytes: int = 0
+    """That were decoded ahead."""
+    seconds: float = 0.0
+    """That reading it has taken."""
+
+    def close(self) -> None:
+        """The image is done."""
+        if self.staged is not None:
+            shutil.rmtree(self.staged, ignore_errors=True)
+
+
+class Ahead:
+    """A context manager; called with work, gives it opened, in order.
+
+    Args:
+        open_images: records -> their images.
+        workers: processes; 0 opens each image when it is asked for, in this process, and decodes it when it is read.
+        depth: images that are asked for before they are needed.
+        staging: folder for files that are fetched.
+
+    Attributes:
+        waited: seconds that the caller was kept waiting.
+    """
+
+    def __init__(self, open_images: Open, workers: int, depth: int, staging: Path) -> None:
+        self._open, self._depth, self._staging = open_images, depth, staging
+        self._workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
+        self._pool: ProcessPoolExecutor | None = None
+        self._together = 1
+        self.waited = 0.0
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __call__(self, work: Iterable[Work]) -> Iterator[Opened]:
+        if not self._workers:
+            for one in work:
+                began = time.monotonic()
+                opened = _opened(self._open, one, self._staging, whole=False)
+                self.waited += time.monotonic() - began
+                yield opened
+            return
+        work = iter(work)
+        pending: deque[tuple[list[Work], Future[list[Opened]]]] = deque()
+        while some := list(itertools.islice(work, self._together)):
+            pending.append((some, self._submit(some)))
+            if len(pending) >= self._depth:
+                yield from self._next(pending)
+        while pending:
+            yield from self._next(pending)
+
+    def _submit(self, some: list[Work]) -> Future[list[Opened]]:
+        if self._pool is None:
+            self._pool = self._new_pool(self._workers)
+        return self._pool.submit(_in_worker, some)
+
+    def _new_pool(self, workers: int) -> ProcessPoolExecutor:
+        # What a forked process needs to open images need not be sent to it.
+        given = self._open, self._staging, os.getpid()
+        return ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=given
+        )
+
+    def _next(self, pending: deque[tuple[list[Work], Future[list[Opened]]]]) -> list[Opened]:
+        began = time.monotonic()
+        some, future = pending.popleft()
+        try:
+            found = future.result()
+        except BrokenProcessPool:
+            # Whoever crashed took all that were under way along: these one by one, the others anew.
+            assert self._pool is not None
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+            found = [self._alone(one) for one in some]
+            waiting = [others for others, _ in pending]
+            pending.clear()
+            pending.extend((others, self._submit(others)) for others in waiting)
+        self.waited += time.monotonic() - began
+        slowest = max(opened.seconds for opened in found)
+        self._together = min(max(1, int(_BRIEF / max(slowest, 1e-6))), 2 * self._together, _MOST)
+        return found
+
+    def _alone(self, one: Work) -> Opened:
+        with self._new_pool(1) as pool:
+            try:
+                return pool.submit(_in_worker, [one]).result()[0]
+            except BrokenProcessPool:
+                said = "reading it ended the process; the file is damaged, or memory too small; fetch it again"
+                return Opened(one, error=DataError(f"{one.row.name}: {said}"))
+
+
+_given: tuple[Open, Path] | None = None  # of a worker
+
+
+def _start_worker(open_images: Open, staging: Path, parent: int) -> None:
+    global _given
+    _given = open_images, staging
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the one that computes ends the rest
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has gone, killed perhaps: its queue would never end."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_worker(some: list[Work]) -> list[Opened]:
+    assert _given is not None
+    open_images, staging = _given
+    found, room = [], LARGEST
+    for one in some:
+        began = time.monotonic()
+        opened = _opened(open_images, one, staging, whole=room > 0)
+        found.append(replace(opened, seconds=time.monotonic() - began))
+        room -= opened.bytes
+    return found
+
+
+def _opened(open_images: Open, one: Work, staging: Path, *, whole: bool) -> Opened:
+    """An image, fetched and, if `whole`, decoded."""
+    record, staged = one.row.record, None
+    try:
+        if one.row.url:
+            staged = Path(tempfile.mkdtemp(dir=staging))
+            record = replace(record, path=fetch(one.row.url, staged))
+        item = {**open_images([record])[0], "record": one.row.record}
+        source = stored_source(item["image"])
+        decoded = _decode(source, one.row.name) if source is not None and (whole or staged is not None) else 0
+    except Exception as error:
+        known = isinstance(error, GigamorphError)
+        text = str(error) if known else f"{one.row.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+            text = text.replace(str(record.path), one.row.url)
+        kind = type(error) if known else DataError
+        return Opened(one, error=kind(text), fault="" if known else traceback.format_exc())
+    opened = Opened(one, item, staged=staged, bytes=decoded)
+    if decoded:
+        opened.close()
+    return opened
+
+
+def stored_source(source: Any) -> ImageSource | None:
+    """The image as its file stores it that lies below all views of it; None if there is none."""
+    while source is not None and not isinstance(source, ImageSource):
+        source = getattr(source, "source", None)
+    return source
+
+
+def _decode(source: ImageSource, name: str) -> int:
+    """Let the source hold its pixels; how many bytes they are, 0 if they are too many to be held."""
+    stored = source.stored
+    channels, height, width = stored.shape
+    size = channels * height * width * np.dtype(str(stored.dtype).removeprefix("torch.")).itemsize
+    if size > LARGEST:
+        return 0
+    source.stored = DecodedPixels(source, name)
+    return size
+
+
+class DecodedPixels:
+    """What a file stores (`stored.StoredPixels`), held: it needs the file no more, and goes to other processes."""
+
+    def __init__(self, source: ImageSource, name: str) -> None:
+        stored = source.stored
+        self.shape, self.dtype, self.name = stored.shape, stored.dtype, name
+        self.to_original: Affine = stored.to_original
+        self.self_describing = stored.self_describing
+        self.info = getattr(stored, "info", None)
+        _, height, width = stored.shape
+        self.values = stored.read(0, height, 0, width)
+        # Some are only known once pixels are read, and cost time.
+        self.table, self.full, self.steps = stored.table, stored.full, stored.steps
+        self._flips = stored.flips() if source.flip == "auto" and source.laterality is None else (False, False)
+        _ = source.full, source.to_original
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        return self.values[:, top:bottom, left:right]
+
+    def flips(self) -> tuple[bool, bool]:
+        return self._flips

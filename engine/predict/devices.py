@@ -1,0 +1,201 @@
+"""One device in this process, or several, each in a process of its own that reads ahead for itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BudgetError, DataError, GigamorphError
+from .ahead import Ahead, Opened, end_with
+from .predictor import Classifier, Opener, Wanted, predict_image
+from .rows import Work
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an image: a result, a row of `RESULTS`, or an error."""
+
+    work: Work
+    result: dict[str, Any] | None = None
+    error: GigamorphError | None = None
+    waited: float = 0.0
+    """Seconds that the device had nothing to compute before it got this image."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read ahead, for each device.
+
+    Attributes:
+        workers: processes; 0 reads in the process that computes.
+        staging: folder for files that are fetched.
+        forgiving: an unforeseen error of reading an image is one of that image; else it is raised.
+    """
+
+    workers: int
+    staging: Path
+    forgiving: bool
+
+    @property
+    def depth(self) -> int:
+        """Images that are asked for before they are needed."""
+        return self.workers + 2 if self.workers else 1
+
+
+def compute_here(
+    classifier: Classifier,
+    wanted: Wanted,
+    reading: Reading,
+    work: Iterator[Work],
+    before: Callable[[Opened], object] = lambda opened: None,
+) -> Generator[Outcome, None, None]:
+    """Predict in this process, in order.
+
+    Args:
+        before: called with each image that is about to be computed.
+    """
+    classifier.net.eval()
+    waited = 0.0
+    with Ahead(classifier.open_images, reading.workers, reading.depth, reading.staging) as ahead:
+        for opened in ahead(work):
+            if opened.fault and not reading.forgiving:
+                raise RuntimeError(f"{opened.work.row.name}: reading it failed:\n{opened.fault}")
+            result, error = None, opened.error
+            if error is None:
+                before(opened)
+                try:
+                    result = predict_image(classifier, wanted, opened)
+                except (DataError, BudgetError) as own:
+                    error = own
+                finally:
+                    opened.close()
+            yield Outcome(opened.work, result, error, ahead.waited - waited)
+            waited = ahead.waited
+
+
+def compute_in_processes(
+    opener: Opener, wanted: Wanted, reading: Reading, work: Iterator[Work], devices: int, device: str
+) -> Generator[Outcome, None, None]:
+    """Predict in a process for each device, in the order in which images are done.
+
+    Args:
+        device: "cpu", or "cuda" for a GPU each.
+
+    Raises:
+        GigamorphError: what ended a process, or that one died. RuntimeError: an unforeseen error, with its traceback.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, threads // devices)
+    processes = _started(opener, wanted, reading, devices, device, threads)
+    given: dict[Connection, dict[str, Work]] = {pipe: {} for pipe in processes}
+
+    def give(pipe: Connection) -> None:
+        one = next(work, None)
+        with suppress(OSError):  # it has died, as is seen when it is asked
+            pipe.send(one)
+        if one is not None:
+            given[pipe][one.key] = one
+
+    working = set(processes)
+    try:
+        for _ in range(reading.depth + 2):
+            for pipe in processes:
+                give(pipe)
+        while working:
+            for ready in wait(list(working)):
+                assert isinstance(ready, Connection)
+                try:
+                    kind, key, value, waited = ready.recv()
+                except (EOFError, OSError):
+                    raise _death(processes[ready]) from None
+                if kind == "end":
+                    working.discard(ready)
+                elif kind == "fault":
+                    raise value if isinstance(value, GigamorphError) else RuntimeError(value)
+                else:
+                    one = given[ready].pop(key)
+                    give(ready)
+                    failed = kind == "error"
+                    yield Outcome(one, None if failed else value, value if failed else None, waited)
+    finally:
+        for pipe, process in processes.items():
+            if pipe in working:
+                process.terminate()
+        for pipe, process in processes.items():
+            process.join()
+            pipe.close()
+
+
+def _started(
+    opener: Opener, wanted: Wanted, reading: Reading, devices: int, device: str, threads: int
+) -> dict[Connection, Any]:
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, Any] = {}
+    # A terminal sends Ctrl-C to all: processes inherit that they pass over it, and this one ends them.
+    main = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        for number in range(devices):
+            here, there = context.Pipe()
+            own = there, opener, wanted, reading, number, device, threads, os.getpid()
+            process = context.Process(target=_device, args=own, name=f"device {number}")
+            process.start()
+            there.close()
+            processes[here] = process
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGINT, former)
+    return processes
+
+
+def _death(process: Any) -> GigamorphError:
+    process.join()
+    code = process.exitcode
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+    hint = "; it may have run out of memory" if code == -signal.SIGKILL else ""
+    return GigamorphError(f"the process of {process.name} {how}{hint}; what was computed is kept, --resume goes on")
+
+
+def _device(
+    pipe: Connection,
+    opener: Opener,
+    wanted: Wanted,
+    reading: Reading,
+    number: int,
+    device: str,
+    threads: int,
+    parent: int,
+) -> None:
+    end_with(parent)
+    torch.set_num_threads(threads)
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(number)
+        for outcome in compute_here(opener(device=device), wanted, reading, iter(pipe.recv, None)):
+            failed = outcome.error is not None
+            value = outcome.error if failed else outcome.result
+            pipe.send(("error" if failed else "result", outcome.work.key, value, outcome.waited))
+        pipe.send(("end", "", None, 0.0))
+    except GigamorphError as error:
+        pipe.send(("fault", "", error, 0.0))
+    except Exception:
+        pipe.send(
+            (
+                "fault",
+                "",
+                f"the process of {multiprocessing.current_process().name} failed:\n{traceback.format_exc()}",
+                0.0,
+            )
+        )

@@ -1,0 +1,277 @@
+"""What is to be done, what is done and what failed, of any number of images: a database on disk in bounded memory.
+
+It is made anew at every start, of the table and of the parts, which alone are kept; SQLite removes it when the process
+ends, however that comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import itertools
+import pickle
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..datasets.tables import Record
+from ..errors import DataError, GigamorphError
+from .rows import Row, Work, is_table, rows_of
+
+_TABLES = """
+create table rows (number integer primary key, key text not null, row blob not null, pixels integer not null);
+create table images (number integer primary key, key text not null, shard integer not null default 1, name text);
+create table done (key text primary key) without rowid;
+create table failed (key text primary key, image text not null, reason text not null) without rowid;
+create table results (key text primary key, result blob) without rowid;
+create table items (number integer primary key, breast text, exam text, item blob);
+create table numbers (number integer primary key, name text unique);
+create table named (number integer primary key, name text not null);
+create table sizes (number integer primary key, pixels integer not null);
+create table shares (number integer primary key, shard integer not null);
+create table names (name text primary key collate nocase) without rowid;
+"""
+Level = Literal["breast", "exam"]
+_CACHE_KIB = 16 * 1024
+_MISSING = 3  # that a message names
+
+
+class Index:
+    """The rows of a run; a context manager, which raises `GigamorphError` where the database cannot be written.
+
+    Args:
+        model: SHA-256 of the checkpoint.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        # A private file in TMPDIR, of which SQLite holds a part in memory.
+        self._base = sqlite3.connect("", isolation_level=None)
+        for setting in ("journal_mode=memory", "synchronous=off", f"cache_size=-{_CACHE_KIB}", "temp_store=file"):
+            self._base.execute(f"pragma {setting}")
+        self._base.executescript(_TABLES)
+        self._alone = itertools.count()
+        self.rows = self.images = 0
+        self.sha256 = ""
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._base.close()
+        if isinstance(error, sqlite3.Error):
+            raise GigamorphError(f"the list of images cannot be kept in TMPDIR ({error}); free some space") from error
+
+    def fill(self, sources: Sequence[str | Path | Record], classes: Sequence[str], *, check_files: bool) -> None:
+        """Take the rows of all sources, in order; labels where a table has them for all its rows.
+
+        Raises:
+            DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
+        """
+        for source in sources:
+            known = not isinstance(source, Record) and is_table(source)
+            self._base.execute("savepoint source")
+            try:
+                self._add(rows_of(source, classes if known else None))
+            except DataError as error:
+                # A table without labels is as good to predict from; one that is wrong otherwise fails here again.
+                self._base.execute("rollback to source")
+                if not known:
+                    raise
+                try:
+                    self._add(rows_of(source, None))
+                except DataError:
+                    raise error from None
+            self._base.execute("release source")
+        [self.rows] = self._one("select count(*) from rows")
+        if not self.rows:
+            raise DataError("no images to predict")
+        if check_files:
+            self._check_files()
+        self._base.execute("insert into images (number, key) select min(number), key from rows group by key")
+        self._base.execute("create unique index of_image on images (key)")
+        [self.images] = self._one("select count(*) from images")
+        digest = hashlib.sha256()
+        for (key,) in self._base.execute("select key from rows order by number"):
+            digest.update(key.encode())
+        self.sha256 = digest.hexdigest()
+
+    def resolve(self, change: Callable[[list[Record]], Sequence[Record]]) -> None:
+        """Replace all records by what becomes of them together; of as many as are in memory at once."""
+        rows = list(self.all_rows())
+        changed = change([row.record for _, row in rows])
+        for (number, row), record in zip(rows, changed, strict=True):
+            blob = pickle.dumps(replace(row, record=record), 5)
+            self._base.execute("update rows set row = ? where number = ?", (blob, number))
+
+    def sample(self, count: int) -> list[Row]:
+        """Some rows, spread over the table."""
+        wanted = sorted({round(n * (self.rows - 1) / max(count - 1, 1)) + 1 for n in range(count)})
+        found = [self._one("select row from rows where number = ?", number) for number in wanted]
+        return [pickle.loads(blob) for (blob,) in found]
+
+    def measure(self, pixels: Callable[[Iterator[Row]], Iterable[int]]) -> None:
+        """Let the sizes be looked up of images whose size the table does not say."""
+        unknown = "from images join rows using (number) where pixels = 0 order by number"
+        numbers = (number for (number,) in self._base.execute(f"select number {unknown}"))
+        rows = (pickle.loads(blob) for (blob,) in self._base.execute(f"select row {unknown}"))
+        self._base.executemany("insert into sizes values (?, ?)", zip(numbers, pixels(rows), strict=True))
+        self._base.execute("update rows set pixels = sizes.pixels from sizes where sizes.number = rows.number")
+
+    def share_out(self, shards: int) -> None:
+        """Give each image to a shard, so that all have about as many pixels, whoever computes it: the largest images
+        first, each to the shard that has least (Graham's rule: none has more than 4/3 of the best possible)."""
+        loads = [(0, 0, shard) for shard in range(1, shards + 1)]
+        found = self._base.execute(
+            "select number, pixels from images join rows using (number) order by pixels desc, images.key"
+        )
+
+        def shares() -> Iterator[tuple[int, int]]:
+            for number, pixels in found:
+                load, count, shard = loads[0]
+                heapq.heapreplace(loads, (load + pixels, count + 1, shard))
+                yield number, shard
+
+        with self._together():
+            self._base.executemany("insert into shares values (?, ?)", shares())
+        self._base.execute("update images set shard = shares.shard from shares where shares.number = images.number")
+
+    def add_done(self, results: Iterable[dict[str, Any]]) -> None:
+        """Images that have a result, and the names of their heat maps."""
+        with self._together():
+            for result in results:
+                self._base.execute("insert or ignore into done values (?)", (result["key"],))
+                if result["heatmap"]:
+                    self._base.execute("insert or ignore into names values (?)", (result["heatmap"],))
+
+    def add_failed(self, failures: Iterable[dict[str, Any]]) -> None:
+        """Images that failed; the last reason stands."""
+        told = ((failure["key"], failure["image_path"], failure["reason"]) for failure in failures)
+        with self._together():
+            self._base.executemany("insert or replace into failed values (?, ?, ?)", told)
+
+    def name_heatmaps(self) -> None:
+        """Names for the heat maps of images without a result: that of the file, with -2, -3, ... where it is taken."""
+        found = self._base.execute(
+            "select number, row from images join rows using (number) "
+            "where images.key not in (select key from done) order by number"
+        )
+        with self._together():
+            self._name(found)
+        self._base.execute("update images set name = named.name from named where named.number = images.number")
+
+    def _name(self, found: Iterable[tuple[int, bytes]]) -> None:
+        for number, blob in found:
+            stem, own, count = pickle.loads(blob).record.path.stem, "", 0
+            while not own:
+                count += 1
+                name = stem if count == 1 else f"{stem}-{count}"
+                if self._base.execute("insert or ignore into names values (?)", (name,)).rowcount:
+                    own = name
+            self._base.execute("insert into named values (?, ?)", (number, own))
+
+    def work(self, shard: int, *, failed: bool) -> Iterator[Work]:
+        """What a shard has to do, in the order of the table; images that failed only if asked for."""
+        again = "" if failed else "and images.key not in (select key from failed)"
+        found = self._base.execute(
+            "select images.key, row, name from images join rows using (number) where shard = ? "
+            f"and images.key not in (select key from done) {again} order by number",
+            (shard,),
+        )
+        for key, blob, name in found:
+            yield Work(key, pickle.loads(blob), name or "")
+
+    def counts(self, shard: int | None = None) -> tuple[int, int, int]:
+        """(images, those with a result, those that failed), of a shard or of all."""
+        where = "1" if shard is None else f"shard = {shard}"
+        [images] = self._one(f"select count(*) from images where {where}")
+        [done] = self._one(f"select count(*) from images where {where} and key in (select key from done)")
+        [failed] = self._one(
+            f"select count(*) from images where {where} and key in (select key from failed) "
+            "and key not in (select key from done)"
+        )
+        return images, done, failed
+
+    def strangers(self) -> int:
+        """Results of images that the table does not name."""
+        return self._one("select count(*) from done where key not in (select key from images)")[0]
+
+    def failures(self) -> Iterator[tuple[str, str]]:
+        """(image, reason) of the images of the table that failed and have no result, in the order of the table."""
+        yield from self._base.execute(
+            "select image, reason from images join failed using (key) "
+            "where key not in (select key from done) order by number"
+        )
+
+    def all_rows(self) -> Iterator[tuple[int, Row]]:
+        """(number, row) in the order of the table."""
+        for number, blob in self._base.execute("select number, row from rows order by number"):
+            yield number, pickle.loads(blob)
+
+    def joined(self, results: Iterable[dict[str, Any]]) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Each row of the table that has a result, with that, in the order of the table."""
+        told = ((result["key"], pickle.dumps(result, 5)) for result in results)
+        with self._together():
+            self._base.execute("delete from results")
+            self._base.executemany("insert or ignore into results values (?, ?)", told)
+        for blob, result in self._base.execute("select row, result from rows join results using (key) order by number"):
+            yield pickle.loads(blob), pickle.loads(result)
+
+    def keep(self, items: Iterable[tuple[tuple[str, ...] | None, tuple[str, ...] | None, Any]]) -> None:
+        """Keep items, each with its breast and its exam; without one it stays alone."""
+
+        def name(group: tuple[str, ...] | None) -> str:
+            return f"\0{next(self._alone)}" if group is None else "\0".join(group)
+
+        told = ((name(breast), name(exam), pickle.dumps(item, 5)) for breast, exam, item in items)
+        with self._together():
+            self._base.executemany("insert into items (breast, exam, item) values (?, ?, ?)", told)
+
+    def groups(self, level: Level) -> Iterator[list[Any]]:
+        """The items that were kept, those of a breast or exam together, in the order of their first."""
+        group: list[Any] = []
+        last = None
+        found = f"select min(number) over (partition by {level}) as first, item from items order by first, number"
+        for first, blob in self._base.execute(found):
+            if first != last and group:
+                yield group
+                group = []
+            last = first
+            group.append(pickle.loads(blob))
+        if group:
+            yield group
+
+    def number_of(self, name: str) -> int:
+        """The place of a name among those that were asked for before, from 1."""
+        self._base.execute("insert or ignore into numbers (name) values (?)", (name,))
+        return self._one("select number from numbers where name = ?", name)[0]
+
+    def _add(self, rows: Iterable[Row]) -> None:
+        told = ((row.key(self._model), pickle.dumps(row, 5), row.pixels) for row in rows)
+        self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
+
+    def _check_files(self) -> None:
+        missing: list[Path] = []
+        count = 0
+        for _, row in self.all_rows():
+            if not row.url and not row.record.path.exists():
+                count += 1
+                missing += [row.record.path] if count <= _MISSING else []
+        if count == 1:
+            raise DataError(f"{missing[0]}: no such file")
+        if count:
+            told = ", ".join(map(str, missing)) + (", ..." if count > _MISSING else "")
+            raise DataError(f"{count} of {self.rows} images do not exist: {told}")
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Changes that are written together, which is faster."""
+        self._base.execute("savepoint together")
+        yield
+        self._base.execute("release together")
+
+    def _one(self, query: str, *values: object) -> tuple[Any, ...]:
+        return self._base.execute(query, values).fetchone()

@@ -1,0 +1,76 @@
+"""One process at a time in a folder; another is told which one that is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import GigamorphError
+
+
+@contextlib.contextmanager
+def hold(path: Path, told: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file. It is free again when this process has ended, however that comes.
+
+    Record locks, which hold over network file systems too and which forked processes do not inherit.
+
+    Args:
+        told: what messages call held.
+        wait: for another process to end; otherwise it is an error.
+
+    Raises:
+        GigamorphError: naming the process that holds it, or if the file system knows no locks.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise GigamorphError(f"{told}: cannot be written: {os.strerror(error.errno or 0)}; free some space") from error
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise GigamorphError(
+                    f"{told}: {_holder(path)} writes to it; wait for it, or name another --out"
+                ) from error
+            raise GigamorphError(
+                f"{told}: cannot be locked ({os.strerror(error.errno or 0)}); name an --out on a file system with locks"
+            ) from error
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with contextlib.suppress(OSError):  # it only tells who holds the lock
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(me).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def held(path: Path) -> str | None:
+    """Which other process holds a lock file; None if none does."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return _holder(path)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _holder(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text())
+        return f"process {found['pid']} on {found['host']} (since {found['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

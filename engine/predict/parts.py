@@ -1,0 +1,208 @@
+"""Rows that are kept one by one: each is whole and durable, or absent, whatever ends the process or the machine.
+
+A shard of a run writes its rows to a journal, ``_00000003.jsonl``, a line each. When that has enough rows it becomes
+the part ``00000003.parquet``, which appears whole under its name, and the journal goes. A journal beside a part of its
+number was left by a kill between the two and holds nothing else. A line without its end was cut by a kill and was never
+counted as done.
+
+Readers of Parquet pass over names that begin with ``_``, so a folder of parts is a data set at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import GigamorphError
+from ..files import write_atomically
+
+ROWS = 10_000
+"""Rows of a part."""
+# A sync may take milliseconds: so seldom that it costs a twentieth of the time, at least every so many seconds' work.
+_SHARE = 0.05
+
+Row = dict[str, Any]
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Parts:
+    """The rows that one process adds to a folder, which it holds alone.
+
+    Args:
+        folder: made when the first row comes.
+        schema: of the parts.
+        rows: of a part.
+
+    Raises:
+        GigamorphError: here and in all methods, if the folder cannot be read or written; what was written is valid.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, rows: int = ROWS) -> None:
+        self._folder, self._schema, self._most = folder, schema, rows
+        self._file: int | None = None
+        self._size = self._count = self._unsynced = 0
+        self._synced, self._cost = time.monotonic(), 0.0
+        self._number = 1
+        with _telling(folder):
+            self._recover()
+
+    def append(self, row: Row) -> None:
+        """Add a row. It outlives this process at once, and the machine after the next `sync`."""
+        line = _encode(row).encode() + b"\n"
+        with _telling(self._folder):
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            try:
+                rest = line
+                while rest:  # a write may stop in its midst, and say why only when asked for the rest
+                    rest = rest[os.write(self._file, rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, self._size)
+                    os.lseek(self._file, self._size, os.SEEK_SET)
+                raise
+        self._size += len(line)
+        self._count += 1
+        self._unsynced += 1
+
+    def sync(self, *, now: bool = True) -> int:
+        """Make the rows durable; returns how many became so. Unless `now`, only if that costs little."""
+        if not self._unsynced or (not now and (time.monotonic() - self._synced) * _SHARE < self._cost):
+            return 0
+        assert self._file is not None
+        began = time.monotonic()
+        with _telling(self._folder):
+            os.fsync(self._file)
+        done, self._unsynced = self._unsynced, 0
+        if self._count >= self._most:
+            self.pack()
+        self._synced = time.monotonic()
+        self._cost = self._synced - began
+        return done
+
+    def pack(self) -> None:
+        """Make a part of the rows in the journal."""
+        if self._count:
+            journal = self._journal(self._number)
+            rows = _lines(journal.read_bytes())[0]
+            part = self._folder / f"{self._number:08d}.parquet"
+            write_atomically(part, lambda path: _write(path, rows, self._schema), "part")
+            with _telling(self._folder):
+                _sync_folder(self._folder)
+                self._close()
+                journal.unlink()
+            self._number, self._count, self._size = self._number + 1, 0, 0
+
+    def close(self) -> None:
+        """Make the rows durable and close the journal."""
+        try:
+            self.sync()
+        finally:
+            self._close()
+
+    def _recover(self) -> None:
+        """Go on where the last process stopped."""
+        if not self._folder.is_dir():
+            return
+        for path in self._folder.glob(".*.parquet*"):  # half a part
+            path.unlink()
+        parts = {int(path.stem) for path in self._folder.glob("[0-9]*.parquet")}
+        journals = sorted(int(path.stem[1:]) for path in self._folder.glob("_[0-9]*.jsonl"))
+        for number in journals:
+            if number in parts:
+                self._journal(number).unlink()
+        self._number = max(parts, default=0) + 1
+        if self._journal(self._number).exists():
+            self._open()
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._journal(self._number)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        rows, self._size = _lines(path.read_bytes())
+        self._count = len(rows)
+        if os.fstat(self._file).st_size > self._size:
+            os.ftruncate(self._file, self._size)
+        os.lseek(self._file, self._size, os.SEEK_SET)
+        os.fsync(self._file)
+        _sync_folder(self._folder)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _journal(self, number: int) -> Path:
+        return self._folder / f"_{number:08d}.jsonl"
+
+
+def read_parts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
+    """The rows of all shards below a folder, some at a time, those in journals too; other processes may write there.
+
+    Raises:
+        GigamorphError: if a part cannot be read.
+    """
+    for shard in sorted(path for path in folder.glob("*-of-*") if path.is_dir()):
+        names = sorted(shard.glob("[0-9]*.parquet"))
+        for path in names:
+            try:
+                with pq.ParquetFile(path) as file:
+                    for batch in file.iter_batches(ROWS, columns=None if columns is None else list(columns)):
+                        yield batch.to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                said = " ".join(str(error).split())[:160]
+                raise GigamorphError(
+                    f"{path}: cannot be read ({said}); without it its images are predicted again"
+                ) from error
+        for path in sorted(shard.glob("_[0-9]*.jsonl")):
+            if shard / f"{path.stem[1:]}.parquet" not in names:
+                with contextlib.suppress(FileNotFoundError):  # it has just become a part, which another run reads
+                    yield _lines(path.read_bytes())[0]
+
+
+def _lines(data: bytes) -> tuple[list[Row], int]:
+    """The rows of a journal, and where the last whole one ends."""
+    rows, end = [], 0
+    while (stop := data.find(b"\n", end)) >= 0:
+        try:
+            row = json.loads(data[end:stop])
+        except ValueError:  # what a machine left that lost its power before the sync
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+        end = stop + 1
+    return rows, end
+
+
+def _write(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
+    pq.write_table(pa.Table.from_pylist(list(rows), schema), path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise GigamorphError(f"{folder}: cannot be written: {reason}; free some space, --resume goes on") from error

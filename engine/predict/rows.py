@@ -1,0 +1,151 @@
+"""The images to predict, one by one: files, folders, tables of any length, and places that fsspec reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..datasets.tables import Record
+from ..datasets.tables.generic import SUFFIXES, iter_image_files
+from ..datasets.tables.stream import TABLES, stream_table
+from ..errors import DataError
+from ..images.rawfile import one_line
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: an image and what is known of it."""
+
+    record: Record
+    url: str = ""
+    """Where the image is to be fetched from; empty for files of this machine."""
+
+    @property
+    def name(self) -> str:
+        """What tables and messages call the image; in UTF-8, as not all names of files are."""
+        return (self.url or str(self.record.path)).encode("utf-8", "backslashreplace").decode()
+
+    def key(self, model: str) -> str:
+        """The identity of a result: the image, as the table says that it is to be read, and the model.
+
+        Args:
+            model: SHA-256 of the checkpoint.
+        """
+        own = self.record
+        parts = (model, self.url or own.path, own.frame, own.white, own.chest_wall, own.laterality)
+        return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+    @property
+    def pixels(self) -> int:
+        """Rows times columns as the table says (`gigamorph data index` writes them); 0 where it does not."""
+        sides = [self.record.extra.get(name, "") for name in ("rows", "columns")]
+        return int(sides[0]) * int(sides[1]) if all(side.isdecimal() for side in sides) else 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """An image to predict."""
+
+    key: str
+    row: Row
+    heatmap: str = ""
+    """Name of its heat map without the suffix."""
+
+
+def rows_of(source: str | Path | Record, classes: Sequence[str] | None) -> Iterator[Row]:
+    """The rows of a table, the images of a folder (also of an fsspec file system), or one image.
+
+    Args:
+        classes: as in `stream_table`.
+
+    Raises:
+        DataError: if a table is wrong, or a folder cannot be listed.
+    """
+    if isinstance(source, Record):
+        yield Row(source)
+    elif is_url(str(source)):
+        yield from (_of_url(Record(Path(), -1, url, patient_known=False), url) for url in _listed(str(source)))
+    elif is_table(source):
+        for cell, record in stream_table(Path(source), classes):
+            yield _of_url(record, cell) if is_url(cell) else Row(record)
+    elif Path(source).is_dir() and Path(source).suffix.lower() != ".zarr":
+        found = False
+        for path in iter_image_files(Path(source)):
+            found = True
+            yield Row(Record(path, -1, str(path), patient_known=False))
+        if not found:
+            raise DataError(
+                f"{source}: holds no images; expected rows below the header, or a sub-folder of images per class"
+            )
+    else:
+        yield Row(Record(Path(source), -1, str(source)))
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether the name is one of a csv or Parquet file."""
+    return str(source).lower().endswith(TABLES)
+
+
+def is_url(text: str) -> bool:
+    """Whether fsspec is to find it, as in https://host/a.dcm and zip://a.dcm::b.zip."""
+    return "://" in text
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Copy a file, or a zarr folder, that fsspec reaches into a folder; its path there.
+
+    Raises:
+        DataError: if it cannot be had, after three tries where its place was not reached.
+    """
+    import fsspec
+
+    target = folder / (url.partition("::")[0].rstrip("/").rpartition("/")[2].partition("?")[0] or "image")
+    for left in reversed(range(_TRIES)):
+        try:
+            system, path = fsspec.url_to_fs(url)
+            system.get(path, str(target), recursive=system.isdir(path))
+            return target
+        except (FileNotFoundError, PermissionError, ImportError, ValueError, NotADirectoryError) as error:
+            raise DataError(f"{url}: cannot be fetched ({_said(error)})") from error
+        except Exception as error:  # each file system has its own
+            if not left:
+                raise DataError(f"{url}: cannot be fetched ({_said(error)})") from error
+            time.sleep(0.2 * 4 ** (_TRIES - 1 - left))
+    raise AssertionError
+
+
+def _of_url(record: Record, url: str) -> Row:
+    patient = record.patient_id if record.patient_known else url
+    return Row(replace(record, path=Path(url), patient_id=patient), url)
+
+
+def _listed(url: str) -> Iterator[str]:
+    """The images below a folder of an fsspec file system; of an image itself alone."""
+    import fsspec
+
+    if is_table(url.partition("::")[0]):
+        raise DataError(f"{url}: tables are read from this machine only; fetch it")
+    own, mark, rest = url.partition("::")
+    try:
+        system, path = fsspec.url_to_fs(url)
+        if own.rstrip("/").lower().endswith(".zarr") or not system.isdir(path):
+            yield url
+            return
+        names = sorted(system.find(path))
+    except Exception as error:  # each file system has its own
+        raise DataError(f"{url}: cannot be listed ({_said(error)})") from error
+    protocol = own.partition("://")[0]
+    found = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    if not found:
+        raise DataError(f"{url}: holds no images")
+    for name in found:
+        yield name + mark + rest if "://" in name else f"{protocol}://{name.lstrip('/')}{mark}{rest}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -1,0 +1,148 @@
+"""The tables that people read, made of the parts: predictions.csv, breasts.csv, exams.csv and quarantine.csv; and the measures."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..datasets.tables.cells import escape
+from ..evaluate.read import ODDS, PROBABILITY
+from ..evaluate.recalibration import Calibration
+from ..files import write_atomically
+from ..train.metrics import Prediction, per_breast, per_exam, scores
+from .index import Index, Level
+from .rows import Row
+
+MEASURED = 200_000
+"""Labelled images that are measured here; more are measured of the table, by `gigamorph eval`."""
+_TOGETHER = 4096
+
+
+def write_tables(
+    index: Index,
+    results: Iterable[dict[str, Any]],
+    out: Path,
+    classes: Sequence[str],
+    calibration: Calibration | None,
+    *,
+    identifiers: bool,
+) -> dict[str, dict[str, float | int | None]]:
+    """Write the tables of all rows that have a result, and of the failures.
+
+    Args:
+        index: also holds what does not fit into memory.
+        identifiers: header_patient is a name; otherwise it is numbered.
+
+    Returns:
+        The measures (`scores`) of the labelled images of each split; nothing if they are more than `MEASURED`.
+    """
+    labelled: list[Prediction] = []
+
+    def predictions() -> Iterator[Prediction]:
+        joined = index.joined(results)
+        while some := list(itertools.islice(joined, _TOGETHER)):
+            found = [_prediction(row, result, index, calibration, identifiers) for row, result in some]
+            index.keep((_breast(one), _exam(one), one) for one in found)
+            if len(labelled) <= MEASURED:
+                labelled.extend(one for one in found if one.label is not None)
+            yield from found
+
+    called = [] if calibration is None else ["called"]
+    write_atomically(
+        out / "predictions.csv",
+        lambda path: _write(
+            path, [*_header(classes), *called], ([*_row(one), *_called(one, calibration)] for one in predictions())
+        ),
+        "table",
+    )
+
+    def together(level: Level, merged: Callable[[Sequence[Prediction]], list[Prediction]]) -> Iterator[list[object]]:
+        batch: list[Prediction] = []
+        for group in index.groups(level):
+            batch += group
+            if len(batch) >= _TOGETHER:
+                yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
+                batch = []
+        yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
+
+    for level, name, merged in (("breast", "breasts.csv", per_breast), ("exam", "exams.csv", per_exam)):
+        header, rows = [level, *_header(classes)[1:]], together(level, merged)
+        write_atomically(out / name, functools.partial(_write, header=header, rows=rows), "table")
+    if len(labelled) > MEASURED:
+        return {}
+    return {split: scores([one for one in labelled if one.split == split]) for split in ("test", "val", "train", "")}
+
+
+def write_failures(index: Index, out: Path) -> None:
+    """quarantine.csv, if there is anything to tell."""
+    path = out / "quarantine.csv"
+    if index.counts()[2] or path.exists():
+        write_atomically(path, lambda part: _write(part, ["image_path", "reason"], index.failures()), "table")
+
+
+def _prediction(
+    row: Row, result: dict[str, Any], index: Index, calibration: Calibration | None, identifiers: bool
+) -> Prediction:
+    """What a row of the table says of an image, and the result of the image."""
+    own = row.record
+    patient = own.patient_id
+    if Path(patient).name == own.path.name and result["header_patient"]:
+        patient = result["header_patient"]
+        patient = patient if identifiers else f"P{index.number_of(patient):05d}"
+    found = Prediction(
+        image=row.name,
+        log_odds=tuple(result["log_odds"]),
+        label=None if own.label < 0 else own.label,
+        patient=patient,
+        laterality=own.laterality or result["laterality"],
+        view=own.view or result["view"],
+        exam=own.exam_id or "",
+        split=own.split or "",
+        exclusive=result["exclusive"],
+    )
+    if calibration is None:
+        return found
+    log_odds = calibration(found.log_odds[1])
+    return replace(found, log_odds=(-log_odds, log_odds))
+
+
+def _breast(found: Prediction) -> tuple[str, ...] | None:
+    """Which breast it is; None if that is not known."""
+    return (found.patient, found.exam, found.laterality) if found.patient and found.laterality else None
+
+
+def _exam(found: Prediction) -> tuple[str, ...] | None:
+    """Which exam it is of; None if its patient is not known."""
+    return (found.patient, found.exam) if found.patient else None
+
+
+def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
+    return [] if calibration is None else [int(found.log_odds[1] >= calibration(calibration.threshold))]
+
+
+def _header(classes: Sequence[str]) -> list[str]:
+    keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "label"]
+    return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
+
+
+def _row(found: Prediction) -> list[object]:
+    label = "" if found.label is None else found.label
+    # Probabilities are for reading; log-odds, with all digits, keep the order of images that the network is sure of.
+    values = (*(f"{value:.6g}" for value in found.probabilities), *(repr(value) for value in found.log_odds))
+    keys = (found.image, found.patient, found.exam, found.laterality, found.view, found.split)
+    return [*keys, label, *values]
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([escape(cell) for cell in row] for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
