@@ -6,7 +6,6 @@ region where they are computed. Files of other places than this machine (`Row.ur
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -93,7 +92,12 @@ class Ahead:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def __call__(self, work: Iterable[Work]) -> Iterator[Opened]:
+    def __call__(self, work: Iterable[Work], more: Callable[[], bool] = lambda: True) -> Iterator[Opened]:
+        """Work, opened.
+
+        Args:
+            more: whether the next piece of work, or the end, comes at once.
+        """
         if not self._workers:
             for one in work:
                 began = time.monotonic()
@@ -103,12 +107,20 @@ class Ahead:
             return
         work = iter(work)
         pending: deque[tuple[list[Work], Future[list[Opened]]]] = deque()
-        while some := list(itertools.islice(work, self._together)):
-            pending.append((some, self._submit(some)))
-            if len(pending) >= self._depth:
+        while True:
+            some = []
+            # To wait for further work while some is done would be to wait for those who wait for that.
+            while len(pending) < self._depth and len(some) < self._together and (more() or not (some or pending)):
+                one = next(work, None)
+                if one is None:
+                    break
+                some.append(one)
+            if some:
+                pending.append((some, self._submit(some)))
+            elif not pending:
+                return
+            if len(pending) >= self._depth or not some:
                 yield from self._next(pending)
-        while pending:
-            yield from self._next(pending)
 
     def _submit(self, some: list[Work]) -> Future[list[Opened]]:
         if self._pool is None:

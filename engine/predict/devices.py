@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -20,6 +21,9 @@ from ..errors import BudgetError, DataError, GigamorphError
 from .ahead import Ahead, Opened, end_with
 from .predictor import Classifier, Opener, Wanted, predict_image
 from .rows import Work
+
+_GRACE = 5.0
+"""Seconds that a process has to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,18 @@ def compute_here(
     reading: Reading,
     work: Iterator[Work],
     before: Callable[[Opened], object] = lambda opened: None,
+    more: Callable[[], bool] = lambda: True,
 ) -> Generator[Outcome, None, None]:
     """Predict in this process, in order.
 
     Args:
         before: called with each image that is about to be computed.
+        more: as in `Ahead`.
     """
     classifier.net.eval()
     waited = 0.0
     with Ahead(classifier.open_images, reading.workers, reading.depth, reading.staging) as ahead:
-        for opened in ahead(work):
+        for opened in ahead(work, more):
             if opened.fault and not reading.forgiving:
                 raise RuntimeError(f"{opened.work.row.name}: reading it failed:\n{opened.fault}")
             result, error = None, opened.error
@@ -134,6 +140,8 @@ def compute_in_processes(
             if pipe in working:
                 process.terminate()
         for pipe, process in processes.items():
+            process.join(_GRACE)
+            process.kill()
             process.join()
             pipe.close()
 
@@ -180,22 +188,22 @@ def _device(
 ) -> None:
     end_with(parent)
     torch.set_num_threads(threads)
+    last: tuple[str, str, Any, float] = ("end", "", None, 0.0)
     try:
         if device == "cuda":
             torch.cuda.set_device(number)
-        for outcome in compute_here(opener(device=device), wanted, reading, iter(pipe.recv, None)):
+        given = iter(pipe.recv, None)
+        for outcome in compute_here(opener(device=device), wanted, reading, given, more=pipe.poll):
             failed = outcome.error is not None
             value = outcome.error if failed else outcome.result
             pipe.send(("error" if failed else "result", outcome.work.key, value, outcome.waited))
-        pipe.send(("end", "", None, 0.0))
     except GigamorphError as error:
-        pipe.send(("fault", "", error, 0.0))
+        last = "fault", "", error, 0.0
     except Exception:
-        pipe.send(
-            (
-                "fault",
-                "",
-                f"the process of {multiprocessing.current_process().name} failed:\n{traceback.format_exc()}",
-                0.0,
-            )
-        )
+        said = f"the process of {multiprocessing.current_process().name} failed:\n{traceback.format_exc()}"
+        last = "fault", "", said, 0.0
+    pipe.send(last)
+    # At once: Python would wait for the processes that read, which wait for it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

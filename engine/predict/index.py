@@ -65,8 +65,19 @@ class Index:
         if isinstance(error, sqlite3.Error):
             raise GigamorphError(f"the list of images cannot be kept in TMPDIR ({error}); free some space") from error
 
-    def fill(self, sources: Sequence[str | Path | Record], classes: Sequence[str], *, check_files: bool) -> None:
+    def fill(
+        self,
+        sources: Sequence[str | Path | Record],
+        classes: Sequence[str],
+        *,
+        check_files: bool,
+        skip: Path | None = None,
+    ) -> None:
         """Take the rows of all sources, in order; labels where a table has them for all its rows.
+
+        Args:
+            check_files: refuse files that do not exist, before any work.
+            skip: a folder whose files are no images.
 
         Raises:
             DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
@@ -75,16 +86,13 @@ class Index:
             known = not isinstance(source, Record) and is_table(source)
             self._base.execute("savepoint source")
             try:
-                self._add(rows_of(source, classes if known else None))
-            except DataError as error:
+                self._add(rows_of(source, classes if known else None, skip))
+            except DataError:
                 # A table without labels is as good to predict from; one that is wrong otherwise fails here again.
                 self._base.execute("rollback to source")
                 if not known:
                     raise
-                try:
-                    self._add(rows_of(source, None))
-                except DataError:
-                    raise error from None
+                self._add(rows_of(source, None, skip))
             self._base.execute("release source")
         [self.rows] = self._one("select count(*) from rows")
         if not self.rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ class Row:
     @property
     def name(self) -> str:
         """What tables and messages call the image; in UTF-8, as not all names of files are."""
-        return (self.url or str(self.record.path)).encode("utf-8", "backslashreplace").decode()
+        return _printed(self.url or str(self.record.path))
 
     def key(self, model: str) -> str:
         """The identity of a result: the image, as the table says that it is to be read, and the model.
@@ -57,11 +58,12 @@ class Work:
     """Name of its heat map without the suffix."""
 
 
-def rows_of(source: str | Path | Record, classes: Sequence[str] | None) -> Iterator[Row]:
+def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Path | None = None) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system), or one image.
 
     Args:
         classes: as in `stream_table`.
+        skip: a folder whose files are no images.
 
     Raises:
         DataError: if a table is wrong, or a folder cannot be listed.
@@ -75,15 +77,18 @@ def rows_of(source: str | Path | Record, classes: Sequence[str] | None) -> Itera
             yield _of_url(record, cell) if is_url(cell) else Row(record)
     elif Path(source).is_dir() and Path(source).suffix.lower() != ".zarr":
         found = False
+        below = "" if skip is None else os.path.join(os.path.abspath(skip), "")
         for path in iter_image_files(Path(source)):
+            if below and os.path.abspath(path).startswith(below):
+                continue
             found = True
-            yield Row(Record(path, -1, str(path), patient_known=False))
+            yield Row(Record(path, -1, _printed(str(path)), patient_known=False))
         if not found:
             raise DataError(
                 f"{source}: holds no images; expected rows below the header, or a sub-folder of images per class"
             )
     else:
-        yield Row(Record(Path(source), -1, str(source)))
+        yield Row(Record(Path(source), -1, _printed(str(source))))
 
 
 def is_table(source: str | Path) -> bool:
@@ -145,6 +150,11 @@ def _listed(url: str) -> Iterator[str]:
         raise DataError(f"{url}: holds no images")
     for name in found:
         yield name + mark + rest if "://" in name else f"{protocol}://{name.lstrip('/')}{mark}{rest}"
+
+
+def _printed(name: str) -> str:
+    """A name as it can be written in UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _said(error: Exception) -> str:

@@ -155,7 +155,7 @@ def predict(
     # Where other processes compute, this one only needs to know the classes, and how images are opened.
     classifier = opener(device=options.device if options.devices == 1 else "cpu")
     with Index(options.model) as index:
-        index.fill(sources, classifier.classes, check_files=options.max_failures is None)
+        index.fill(sources, classifier.classes, check_files=options.max_failures is None, skip=out)
         if index.rows == classifier.trained_on:
             index.resolve(lambda records: classifier.open_images(records).records)
         watch.looked(classifier, [row.record for row in index.sample(4) if not row.url])
@@ -262,7 +262,7 @@ class _Run:
             assert outcome.result is not None
             results.append(outcome.result)
         self._pending.append(outcome)
-        if results.sync(now=False) + failures.sync(now=False):
+        if outcome.error is not None or results.sync(now=False):
             self._synced(results, failures)
 
     def _synced(self, results: Parts, failures: Parts) -> None:

@@ -86,7 +86,7 @@ def test_whatever_write_is_the_last_one_no_row_is_lost_or_doubled(tmp_path, monk
         folder = tmp_path / str(fault)
         left, durable = [fault], []
 
-        def failing(real, left=left):
+        def failing(real, left=left, fault=fault, os_write=os.write):
             def call(*args, **kwargs):
                 left[0] -= 1
                 if left[0] >= 0:
@@ -102,7 +102,6 @@ def test_whatever_write_is_the_last_one_no_row_is_lost_or_doubled(tmp_path, monk
 
             return call
 
-        os_write = os.write
         failed = False
         with monkeypatch.context() as patched:
             for name in CALLS:
