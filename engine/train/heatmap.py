@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import GigamorphError
+from ..files import write_atomically
 from ..images.pixels import PixelSource, as_stored
-from .checkpoint import write_atomically
 from .explanation import Explanation
 
 _TILE = 512
