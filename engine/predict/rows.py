@@ -38,7 +38,7 @@ class Row:
             model: SHA-256 of the checkpoint.
         """
         own = self.record
-        parts = (model, self.url or own.path, own.frame, own.white, own.chest_wall, own.laterality)
+        parts = (model, self.url or os.path.abspath(own.path), own.frame, own.white, own.chest_wall, own.laterality)
         return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     @property
@@ -109,7 +109,8 @@ def fetch(url: str, folder: Path) -> Path:
     """
     import fsspec
 
-    target = folder / (url.partition("::")[0].rstrip("/").rpartition("/")[2].partition("?")[0] or "image")
+    name = url.partition("::")[0].rstrip("/").rpartition("/")[2].partition("?")[0]
+    target = folder / (name if name.strip(".") else "image")
     for left in reversed(range(_TRIES)):
         try:
             system, path = fsspec.url_to_fs(url)

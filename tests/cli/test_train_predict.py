@@ -315,6 +315,15 @@ def test_ctrl_c_keeps_the_results_before(trained, phantoms, tmp_path, monkeypatc
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--shard", "3/2", "'3/2' is no shard; write 1/4"), ("--max-failures", "120%", "'120%' is no share; write 2%")],
+)
+def test_a_shard_or_share_that_is_none(tmp_path, capsys, option, value, message):
+    assert run("predict", tmp_path / "x.ckpt", tmp_path, option, value, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_predictions_are_not_overwritten(trained, phantoms, tmp_path, capsys):
     (tmp_path / "predictions.csv").write_text("dear\n")
     assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path) == 2
