@@ -116,9 +116,9 @@ def predict(
     reaches them, as in https://host/a.dcm or zip://a.dcm::exams.zip. Memory does not grow with their number.
 
     Each result is kept in OUT/parts as soon as it is known, whatever ends the command: --resume computes the rest.
-    predictions.csv, breasts.csv (the mean of the views of each breast) and exams.csv (the highest of the breasts of each
-    exam) are written at the end; predictions.json names the model. A damaged image ends the command with an error that names it, unless --skip-bad or --max-failures
-    put it in quarantine.csv.
+    predictions.csv, breasts.csv (the mean of the views of each breast) and exams.csv (the highest of the breasts of
+    each exam) are written at the end; predictions.json names the model. A damaged image ends the command with an error
+    that names it, unless --skip-bad or --max-failures put it in quarantine.csv.
 
     The column split says what an image was in the training: of the training's own table, else as the table says. Areas
     under the ROC curve are given of each split alone.

@@ -1,4 +1,4 @@
-"""The tables that people read, made of the parts: predictions.csv, breasts.csv, exams.csv and quarantine.csv; and the measures."""
+"""The tables that people read, made of the parts: of images, breasts, exams and failures; and the measures."""
 
 from __future__ import annotations
 
@@ -71,9 +71,12 @@ def write_tables(
                 batch = []
         yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
 
-    for level, name, merged in (("breast", "breasts.csv", per_breast), ("exam", "exams.csv", per_exam)):
-        header, rows = [level, *_header(classes)[1:]], together(level, merged)
-        write_atomically(out / name, functools.partial(_write, header=header, rows=rows), "table")
+    header = _header(classes)[1:]
+    for name, head, rows in (
+        ("breasts.csv", ["breast", *header], together("breast", per_breast)),
+        ("exams.csv", ["exam", *header], together("exam", per_exam)),
+    ):
+        write_atomically(out / name, functools.partial(_write, header=head, rows=rows), "table")
     if len(labelled) > MEASURED:
         return {}
     return {split: scores([one for one in labelled if one.split == split]) for split in ("test", "val", "train", "")}
