@@ -96,6 +96,7 @@ def test_reading_ahead_changes_no_bit(table, whole, tmp_path, workers):
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_rows_of_one_bit_for_bit(table, whole, tmp_path):
     found = predict(archives.tiny, [table], tmp_path / "out", replace(HERE, devices=2, workers=1))
     assert (found.done, found.computed, found.complete) == (12, 12, True)
@@ -113,6 +114,7 @@ def killing(*, device: str, parent: int) -> Classifier:
     return Classifier(Deadly(), archives.CLASSES, functools.partial(ImageDataset, channels=1))
 
 
+@pytest.mark.slow
 def test_a_device_process_that_dies_is_named_and_the_rest_is_kept(table, tmp_path):
     options = replace(HERE, devices=2, workers=0)
     with pytest.raises(GigamorphError, match=r"process of device \d was ended by signal 9; it may have run out of mem"):
@@ -133,7 +135,7 @@ def test_mammograms_that_are_decoded_ahead_are_turned_and_drawn_as_they_are_here
     for name, workers in (("here", 0), ("ahead", 1)):
         predict(classifier, images, tmp_path / name, replace(HERE, heatmaps=True, workers=workers))
     found = {path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob("*.[cp][sn][vg]")}
-    assert len(found) == 2 + len(images)
+    assert len(found) == 3 + len(images)
     for path in found:
         assert (tmp_path / "here" / path).read_bytes() == (tmp_path / "ahead" / path).read_bytes()
     assert {row["laterality"] for row in rows(tmp_path / "ahead" / "predictions.csv")} == {"L", "R"}
