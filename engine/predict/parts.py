@@ -76,7 +76,8 @@ class Parts:
 
     def sync(self, *, now: bool = True) -> int:
         """Make the rows durable; returns how many became so. Unless `now`, only if that costs little."""
-        if not self._unsynced or (not now and (time.monotonic() - self._synced) * _SHARE < self._cost):
+        full = self._count >= self._most  # else parts, and what is held of them, would grow with the speed of images
+        if not self._unsynced or not (now or full or (time.monotonic() - self._synced) * _SHARE >= self._cost):
             return 0
         assert self._file is not None
         began = time.monotonic()
