@@ -30,7 +30,7 @@ from ..tiling.stage import TiledStage
 from . import constants
 from .plan import Plan
 from .simulate import halo_shape, tile_peak, tile_weights
-from .strategy import stage_cost, stored_peak
+from .strategy import stage_cost, stored_peak, value_bytes
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:
@@ -103,9 +103,9 @@ class Estimate:
         self.gradient_bytes = sum(vectors.values())
         self.parameter_bytes = sum(named.values()) + made + copies
         if training:
+            summed = {values[v].name for v in vectors}  # sums of these become their gradients
             others = {v.name: _nbytes(v.shape, v.dtype) for n, v in enumerate(values) if n in self.wanted and v.name}
-            others.update((values[v].name, 0) for v in vectors if values[v].name)  # their sums become their gradients
-            self.parameter_bytes += self.gradient_bytes + sum(others.values())
+            self.parameter_bytes += self.gradient_bytes + sum(n for name, n in others.items() if name not in summed)
         self.stored_bytes = stored_peak(staged, training, self.wanted)
         if image_grad:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
@@ -171,15 +171,19 @@ class Estimate:
         if not count_tile:
             return plan
         if self.staged.place == "device" and buffers.executor(self.image.device):
-            retained = self._retain(plan, stages, weights, counted, room)
+            retained = self._retain(plan, stages, weights, counted, room, exact)
             if stages[0].tiles <= retained.retained:
                 return retained
             buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
             arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
             replayed = replace(plan, replay_bytes=counted.peak + arena + copies if buffered else 0)
-            return self._retain(replayed, stages, weights, counted, room) if replayed.peak_bytes <= limit else retained
-        return self._retain(self._loosen(plan, activations), stages, weights, counted, room)
+            return (
+                self._retain(replayed, stages, weights, counted, room, exact)
+                if replayed.peak_bytes <= limit
+                else retained
+            )
+        return self._retain(self._loosen(plan, activations), stages, weights, counted, room, exact)
 
     @property
     def on_cpu(self) -> bool:
@@ -209,6 +213,7 @@ class Estimate:
         weights: Sequence[np.ndarray],
         counted: TilePeak,
         room: int | None,
+        exact: bool,
     ) -> Plan:
         """Retain tiles with what a plan leaves of `room`: the last ones of each stage.
 
@@ -217,15 +222,25 @@ class Estimate:
         """
         if room is None or not counted.held or plan.peak_bytes > room:
             return plan
-        share = (1 + constants.HELD_SHARE * self.on_cpu) * counted.held / max(1, counted.blocks)
         left = room - plan.peak_bytes
         numbers, total = [0] * len(stages), 0
         for n in self._retainable(stages, weights):
+            own = counted if len(stages) == 1 else self._tile_peak(stages[n], int(weights[n].max()), exact)
             in_work = weights[n].flat[-1] if len(stages) == 1 else 0
-            graphs = share * np.cumsum(weights[n].flat[::-1]) - share * in_work
+            graphs = self._held_share(stages[n], own) * (np.cumsum(weights[n].flat[::-1]) - in_work)
             numbers[n] = int(np.searchsorted(graphs, left - total, side="right"))
             total += int(graphs[numbers[n] - 1]) if numbers[n] else 0
+            if numbers[n] < stages[n].tiles:
+                break
         return replace(plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=total)
+
+    def _held_share(self, tiled: TiledStage, counted: TilePeak) -> float:
+        """Bytes that a retained tile holds for a byte of its blocks."""
+        values = self.staged.program.values
+        blocks = sum(value_bytes(values[v]) for local in tiled.stage.locals for v in local.op.outputs)
+        again = sum(value_bytes(values[v]) for v in tiled.unvalued)  # which pass 2 does not compute, but pass 1 keeps
+        held = counted.held / max(1, counted.blocks) + again / max(1, blocks)
+        return held * (1 + constants.HELD_SHARE * self.on_cpu)
 
     def _retainable(self, stages: Sequence[TiledStage], weights: Sequence[np.ndarray]) -> list[int]:
         """The stages whose tiles may be retained, the most work for a byte first."""

@@ -22,7 +22,7 @@ from ..tiling.spatial import SpatialShard, split_network
 from . import constants
 from .estimate import Estimate, Peaks, rounded
 from .plan import Choice, Plan
-from .strategy import Strategy, every_strategy, stored_peak, strategies
+from .strategy import Strategy, every_strategy, stored_peak, strategies, value_bytes
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def arrange(
     Raises:
         BudgetError: if nothing fits.
     """
+    _refuse_hopeless(program, request)
     maps, nodes = sort(program, request.fallback)
     options = _Options(request, program.values[0].device, shard, agree)
     found: Plan | None = None
@@ -161,6 +162,17 @@ def arrange(
     if found is None:
         raise options.refusal()
     return options.options[found.choice][0], replace(found, choices=tuple(options.tried))
+
+
+def _refuse_hopeless(program: Program, request: Request) -> None:
+    """Refuse at once what does not even hold the parameters, before all choices of stored maps are thought about."""
+    device = program.values[program.image].device
+    named = {v.name: v for v in program.values if v.name is not None}
+    own = sum(value_bytes(value) * (1 + (request.training and value.trainable)) for value in named.values())
+    if request.budget is not None and request.budget < own:
+        what = "parameters and their gradients alone need" if request.training else "the parameters alone need"
+        limit = format_bytes(request.limit(device))
+        raise BudgetError(f"no tile fits: {what} {format_bytes(own)}, the budget is {limit}; give a larger budget")
 
 
 def arrange_each(program: Program, request: Request, budgets: Sequence[int]) -> list[Plan | None]:

@@ -1,5 +1,6 @@
 """The plan: what it promises, what it refuses, and that every choice it makes leaves the results exact."""
 
+import math
 import re
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigamorph import BudgetError, GigamorphError, accelerate, plan
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning import preview
+from gigamorph.engine.planning.simulate import heaviest_tile, tile_peak, tile_weights
 from gigamorph.engine.tiling.memory import parse_bytes
+from gigamorph.engine.tiling.stage import TiledStage
 
 
 class CountCalls(TorchDispatchMode):
@@ -234,3 +239,26 @@ def test_sweeps_of_few_layers_take_strips_of_whole_rows():
     assert_exact(randomize(net), torch.randn(1, 1, 1500, 600, dtype=torch.float64))
     height, width = plan(net, (1500, 20000), dtype=torch.float64).tile  # strips would be too low
     assert height == width
+
+
+def test_a_hopeless_budget_is_refused_before_choices_are_thought_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not hold the parameters needs no search: of a network of many stages that would take seconds."""
+    monkeypatch.setattr("gigamorph.engine.planning.search.strategies", None)
+    net = create_model("resnet18", num_classes=2, in_channels=1).train()
+    with pytest.raises(BudgetError, match=r"gradients alone need 85.* MiB, the budget is 60.0 MiB"):
+        plan(net, (512, 512), "60MiB")
+    with pytest.raises(BudgetError, match=r"the parameters alone need 42.* MiB"):
+        plan(net.eval(), (512, 512), "40MiB", training=False)
+
+
+def test_the_heaviest_tile_is_the_last_one() -> None:
+    """Deep maps lag behind the image; the last tile computes what the others could not yet, and is what is counted."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *(nn.Conv2d(4, 4, 5, padding=2) for _ in range(12)))
+    staged = lower(capture(net, (1, 1, 256, 256), torch.float32, "cpu"))
+    (tiled,) = (TiledStage(stage, (64, 64)) for stage in staged.stages)
+    weights = tile_weights(tiled)
+    assert weights.shape == (4, 4) and heaviest_tile(tiled) == (3, 3) and weights[3, 3] > 1.4 * weights[2, 2]
+    maps = [staged.program.values[v] for local in tiled.stage.locals for v in local.op.outputs]
+    assert weights.sum() == pytest.approx(sum(math.prod(value.shape) * 4 for value in maps))
+    peak, held = tile_peak(tiled.stage, tiled, True, staged.wanted(False))
+    assert peak > held > weights[3, 3]

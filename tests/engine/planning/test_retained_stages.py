@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 from exactness import assert_exact, randomize
 from torch import Tensor, nn
 
-from gigamorph import accelerate, plan
+from gigamorph import plan
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
-from gigamorph.engine.tiling.record import Recorded
 
 
 class Squeezed(nn.Module):
@@ -75,20 +71,3 @@ def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory_limit, "_OP_SHARE", 2**40)
     assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
     assert alone and alone[0] and not alone[-1]
-
-
-def test_what_is_watched_keeps_no_graph_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward without a backward lets its retained graphs go: no hook makes a circle that Python cannot see."""
-    made: list[weakref.ref[Recorded]] = []
-    init = Recorded.__init__
-
-    def remember(self: Recorded, *args: object, **settings: object) -> None:
-        init(self, *args, **settings)  # pyright: ignore[reportArgumentType]
-        made.append(weakref.ref(self))
-
-    monkeypatch.setattr(Recorded, "__init__", remember)
-    output = accelerate(network(), tile=16, memory_budget="2GiB")(IMAGE)
-    assert any(ref() is not None for ref in made)
-    del output
-    gc.collect()
-    assert not any(ref() is not None for ref in made)
