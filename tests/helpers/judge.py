@@ -283,6 +283,10 @@ def size_of_mean(x: Tensor, count: float) -> Tensor:
     return 4 * count**0.5 * torch.finfo(x.dtype).eps * x.detach().abs().amax()
 
 
+# Where the backward of a norm has 1 / deviation and weight among its arguments.
+_BACKWARD = {"aten::native_batch_norm_backward": (6, 2), "aten::native_group_norm_backward": (3, 4)}
+
+
 class RoundedSums(TorchDispatchMode):
     """Means, sums and norms are off by a few last bits of what went into them, in a direction of each channel's own.
 
@@ -307,6 +311,10 @@ class RoundedSums(TorchDispatchMode):
                 if first is source:
                     signs = signs.reshape(-1, *[1] * (first.dim() - 2))
                 size = 4 * torch.finfo(first.dtype).eps * source.detach().abs().amax()
+                deviation, weight = (None, None) if name not in _BACKWARD else (args[n] for n in _BACKWARD[name])
+                if deviation is not None and deviation.numel():  # what goes in is stretched, and may cancel then
+                    stretch = deviation.abs().amax() * (1 if weight is None else weight.detach().abs().amax())
+                    size = torch.maximum(size, 4 * torch.finfo(first.dtype).eps * args[0].abs().amax() * stretch)
                 if name in norms and result[2].numel():
                     # A mean is off by what its sum has rounded, and so is what the norm subtracts and then stretches.
                     pixels = args[0].numel() / max(1, channels)
