@@ -111,7 +111,7 @@ halos as large as the tiles; what a step takes at real sizes is in `docs/benchma
 
 def slowdown(row: Row) -> float | None:
     """How many times as long as stock's step a step in tiles takes; None of a row without times."""
-    return row["steps"]["tiled"] / row["steps"]["stock"] if "steps" in row else None
+    return row["steps"]["tiled"] / row["steps"]["stock"] if row.get("steps") else None
 
 
 def _slowest(rows: list[Row]) -> str:
