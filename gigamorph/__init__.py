@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .engine.planning.preview import plan
     from .engine.tilewise import tilewise
     from .engine.tiling.scan import TileEvent
+    from .engine.trained import Trained, load
 
 __version__ = "0.2.0"
 
@@ -66,6 +67,7 @@ _HOMES = {
     "planning.preview": "plan",
     "tilewise": "tilewise",
     "tiling.scan": "TileEvent",
+    "trained": "Trained load",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -77,6 +79,7 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "dense_loss",
     "tilewise",
     "create_model",
+    "load",
     "widen",
     "merge",
     "deepen",
@@ -100,6 +103,7 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "Recipe",
     "Accelerated",
     "Plan",
+    "Trained",
     "Normalize",
     "PixelSource",
     "TileEvent",

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gigamorph import GigamorphError, load
 from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.predict.parts import read_parts
@@ -68,6 +69,23 @@ def test_predict_writes_images_breasts_and_heat_maps(trained, phantoms, tmp_path
     assert len(maps) == 16 and all(m.read_bytes().startswith(b"\x89PNG") for m in maps)
     assert "16 images predicted, 0 skipped" in capsys.readouterr().out
     assert json.loads((out / "predictions.json").read_text())["checkpoint"] == "best.ckpt"
+
+
+def test_load_gives_in_python_what_predict_writes(trained, phantoms, tmp_path):
+    out = tmp_path / "out"
+    assert run("predict", trained / "best.ckpt", phantoms, "--out", out) == 0
+    images = rows(out / "predictions.csv")
+    paths = [phantoms.parent / row["image_path"] for row in images]
+    opened = load(trained / "best.ckpt", memory_budget="64MiB", device="cpu")
+    found = opened.predict(paths)
+    assert opened.classes == ("0", "1") and found.dtype == torch.float64
+    assert found[:, 1].tolist() == pytest.approx([float(row["p_1"]) for row in images], rel=1e-5)
+    assert opened.predict(paths[3]).tolist() == found[3:4].tolist()
+    with torch.no_grad():
+        logits = opened.net(opened.open(paths[3]))
+    assert torch.allclose(logits.double().softmax(-1), found[3:4])
+    with pytest.raises(GigamorphError, match="path of its file"):
+        opened.predict([torch.zeros(1, 8, 8)])
 
 
 def test_predictions_say_their_split_and_are_measured_by_split(trained, phantoms, tmp_path, capsys):

@@ -1,0 +1,85 @@
+"""A trained classifier in Python: `load` opens what `gigamorph train` and `gigamorph import` have left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .datasets.tables import Record
+from .errors import GigamorphError
+from .images.pixels import PixelSource
+from .models.outputs import outputs_of
+from .recipes.networks import open_classifier
+from .tiling.memory import parse_bytes
+from .train.classify import Images, prediction
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, its classes, and its images.
+
+    Attributes:
+        net: the accelerated network, in evaluation mode: pixel sources or (N, C, H, W) -> (N, outputs).
+        classes: names of the outputs.
+    """
+
+    net: Any
+    classes: tuple[str, ...]
+    _open: Callable[[Sequence[Record]], Images] = field(repr=False)
+
+    def open(self, path: str | Path) -> PixelSource:
+        """An image file prepared as in training: grey values, mirrored, scaled, normalised.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        return self._item(path)["image"]
+
+    def predict(self, images: str | Path | Sequence[str | Path]) -> Tensor:
+        """Probabilities, (N, classes) float64 on the CPU: those that `gigamorph predict` writes, without calibration.
+
+        Args:
+            images: image files, computed one by one.
+
+        Raises:
+            DataError: if a file cannot be read. BudgetError: if no tile of it fits.
+        """
+        paths = [images] if isinstance(images, (str, Path)) else list(images)
+        found = torch.empty(len(paths), len(self.classes), dtype=torch.float64)
+        with torch.no_grad():
+            for row, path in zip(found, paths, strict=True):
+                item = self._item(path)
+                one = prediction(item, self.net(item["image"])[0], outputs_of(self.net))
+                row.copy_(torch.tensor(one.probabilities))
+        return found
+
+    def _item(self, path: str | Path) -> dict[str, Any]:
+        if not isinstance(path, (str, Path)):
+            raise GigamorphError(
+                f"an image is the path of its file, not {type(path).__name__}; net takes pixel sources"
+            )
+        return self._open([Record(Path(path), -1, Path(path).name, patient_known=False)])[0]
+
+
+def load(
+    path: str | Path, *, memory_budget: int | str | None = None, device: torch.device | str | None = None
+) -> Trained:
+    """Open a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`, to predict with it.
+
+    Args:
+        path: checkpoint or folder.
+        memory_budget: bytes for one image (``"4GiB"``), as in `accelerate`.
+        device: where it is computed; None takes the GPU, or the CPU if there is none.
+
+    Raises:
+        DataError: if it is no checkpoint, or what was trained classifies no whole images.
+    """
+    chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen)
+    return Trained(net.eval(), tuple(classes), opened)
