@@ -165,12 +165,11 @@ def _kinds(tiled: TiledStage) -> Counter[tuple[int, int]]:
 
 
 def _calls_of_tile(tiled: TiledStage, i: int, j: int, training: bool, wanted: set[int]) -> list[Call]:
-    steps = iter((i, j))
     calls: list[Call] = []
     notes = type("Notes", (_Notes,), {"calls": calls})
     with (
         mock.patch.object(simulate, "_Meter", notes),
-        mock.patch.object(simulate, "_usual", lambda axis, stage: next(steps)),
+        mock.patch.object(simulate, "heaviest_tile", lambda tiled: (i, j)),
     ):
         simulate.tile_peak(tiled.stage, tiled, training, wanted)
     return calls

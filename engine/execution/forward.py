@@ -102,8 +102,10 @@ class Forward:
             held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
             # The plan of a single stage without a budget has room for what the heap keeps.
             strict = plan.budget is not None or len(self.prepared.stages) > 1
-            # Under a budget what is predicted is kept to; the records are there already.
-            limit = plan.peak_bytes - plan.record_bytes
+            # What is predicted is kept to; where every graph is kept, the heap may have the rest of the budget. The
+            # records are there already.
+            every = sum(plan.retained_tiles) == sum(tiled.tiles for tiled in self.prepared.stages)
+            limit = ((every and plan.budget) or plan.peak_bytes) - plan.record_bytes
             self.memory_limit = MemoryLimit(limit, held, plan.tile_bytes, page_pool, strict)
 
     def step(self, number: int, again: bool = False) -> None:

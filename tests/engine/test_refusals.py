@@ -36,17 +36,6 @@ class Call(nn.Module):
         return self.function(self, x)
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(4, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).chunk(3, -1)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape) + x
-
-
 class Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -101,7 +90,6 @@ CASES = {
         r"'odd'.*'gather'",
     ),
     "layer norm over columns": (nn.LayerNorm(24), r"'odd'.*one image axis alone"),
-    "attention": (Attention(), r"'odd'.*position"),
     "antialias to one column": (
         Call(lambda m, x: F.interpolate(x, (9, 1), mode="bilinear", antialias=True)),
         r"'odd'.*one column",

@@ -45,12 +45,15 @@ def children(of: int) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, 1], ids=["reading itself", "reading ahead"])
 def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path, monkeypatch, workers):
-    """Thirty kills; the parts are small, so that kills fall between all of their writes."""
+    """At most thirty kills; the parts are small, so that kills fall between all of their writes."""
     monkeypatch.setattr(parts_module, "ROWS", 5)
     monkeypatch.setattr(run_module, "Parts", functools.partial(parts_module.Parts, rows=5))
     table = archives.make_archive(tmp_path / "images", IMAGES)
     (tmp_path / "images" / "0007.npy").write_bytes(b"damaged")
     expected = predict(archives.tiny, [table], tmp_path / "whole", Options("m", max_failures=0.5, workers=0))
+    began = time.monotonic()
+    predict(archives.tiny, [table], tmp_path / "again", Options("m", max_failures=0.5, workers=workers))
+    longest = time.monotonic() - began
     assert (expected.done, expected.failed) == (IMAGES - 1, 1)
     options = Options("m", max_failures=0.5, workers=workers, resume=True)
     out, drawn = tmp_path / "out", random.Random(workers)
@@ -58,7 +61,7 @@ def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path
     kills = finished = 0
     while kills < 30:
         child = in_child(lambda: predict(archives.tiny, [table], out, options))
-        time.sleep(drawn.uniform(0.02, 0.5))
+        time.sleep(drawn.uniform(0.02, 0.35) * longest)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
@@ -69,7 +72,7 @@ def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path
         before = keys
         if finished == 3:  # all is done; begin anew
             break
-    assert kills >= 5
+    assert kills >= 3
     predict(archives.tiny, [table], out, options)
     for name in ("predictions.csv", "breasts.csv", "quarantine.csv"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -212,7 +212,7 @@ def test_weights_of_timm_are_asked_for(monkeypatch, tmp_path):
     asked = []
     build = timm.create_model
 
-    def published(name, *, pretrained, **given):
+    def published(name, *, pretrained=False, **given):
         asked.append((name, pretrained, given))
         if not pretrained:
             return build(name, **given)
