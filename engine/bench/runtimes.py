@@ -50,7 +50,7 @@ def onnxruntime_step(network: nn.Module, task: Task) -> Prepared:
 
 def openvino_step(network: nn.Module, task: Task) -> Prepared:
     """A step by OpenVINO's CPU plugin, which would otherwise compute in bf16 where the processor can."""
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]  (extra [peers])
 
     core = openvino.Core()
     settings = {
