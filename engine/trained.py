@@ -82,4 +82,5 @@ def load(
     chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen)
-    return Trained(net.eval(), tuple(classes), opened)
+    net.eval()
+    return Trained(net, tuple(classes), opened)

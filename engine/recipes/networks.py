@@ -9,7 +9,7 @@ from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..errors import DataError
 from ..predict.predictor import Classifier
-from ..published.open import open_published
+from ..published.open import Published, open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.classify import Images
 from ..train.fit import restore_network
@@ -42,7 +42,7 @@ def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) 
     record = stored["gigamorph"]
     if "options" in record:
         return Classifier(
-            restore_network(stored, memory_budget=memory_budget, device=device),
+            Published(restore_network(stored, memory_budget=memory_budget, device=device), str(path)),  # type: ignore[arg-type]
             record["classes"],
             lambda records: images(with_splits(records, record), record["channels"], record["preprocessing"]),
             sum(record["split"].get(name, 0) for name in SPLITS),
@@ -52,4 +52,5 @@ def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) 
         raise DataError(f"{path}: what was trained here is no classifier of whole images; name a checkpoint of one")
     network, opened = restore(record)
     network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
-    return Classifier(accelerate(network.to(device), memory_budget, fallback="whole"), record["classes"], opened)
+    net = Published(accelerate(network.to(device), memory_budget, fallback="whole"), str(path))
+    return Classifier(net, record["classes"], opened)  # type: ignore[arg-type]

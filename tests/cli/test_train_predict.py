@@ -178,6 +178,28 @@ def test_a_network_that_is_no_classifier_of_these_images(phantoms, tmp_path, mon
         assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_an_image_that_the_network_itself_refuses_is_one_line(phantoms, tmp_path, monkeypatch, capsys):
+    (tmp_path / "picky.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.last = nn.Conv2d(in_channels, 4, 3, 2), nn.Linear(4, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        if x.shape[-1] < 100:\n"
+        "            raise ValueError('images of 100 columns at least')\n"
+        "        return self.last(self.conv(x).mean((2, 3)))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "picky", raising=False)
+    assert run("train", phantoms, "--out", "run", *FAST, "--model", "picky:Net") == 0
+    np.save("small.npy", np.zeros((64, 64), np.uint16))
+    capsys.readouterr()
+    assert run("predict", "run/best.ckpt", "small.npy", "--out", "out") == 2
+    error = capsys.readouterr().err
+    assert "small.npy" in error and "images of 100 columns at least" in error and "Traceback" not in error
+
+
 @pytest.fixture
 def damaged(phantoms, tmp_path):
     """A copy of the phantoms whose sixth file is cut short."""
