@@ -179,7 +179,7 @@ class Forward:
     def _retained(self, index: int) -> int:
         """How many tiles of a stage keep their graph: as planned; on a GPU that has no budget, what still fits."""
         plan = self.prepared.plan
-        planned = plan.retained_tiles[index] if plan.retained_tiles else 0
+        planned = plan.retained_of(index)
         if plan.budget is not None or self.device.type == "cpu" or not planned:
             return planned
         return plan.retained_within(int(constants.FREE_SHARE * available_bytes(self.device)))

@@ -124,7 +124,7 @@ class Prepared:
     def replay(self, number: int, device: torch.device) -> Replays | None:
         """The replays of the stage at a place among the steps, if the plan has room for them."""
         index = self.stage_number[number]
-        recomputed = self.stages[index].tiles > (self.plan.retained_tiles[index] if self.plan.retained_tiles else 0)
+        recomputed = self.stages[index].tiles > self.plan.retained_of(index)
         usable = self.plan.replayed and recomputed and self.shard is None and self.staged.place == "device"
         executor = buffers.executor(device) if usable else None
         if executor is not None and index not in self.replays:

@@ -99,6 +99,10 @@ class Plan:
         """Whether the predicted peak keeps to the budget."""
         return self.budget is None or self.peak_bytes <= self.budget
 
+    def retained_of(self, stage: int) -> int:
+        """How many tiles of a stage keep their graph."""
+        return self.retained_tiles[stage] if self.retained_tiles else 0
+
     def retained_within(self, free: int) -> int:
         """How many tiles may keep their graph where so many bytes are free: other forwards of a step keep theirs."""
         graph = self.retained_bytes // (self.retained - 1) if self.retained > 1 else self.tile_bytes
