@@ -308,10 +308,15 @@ def _choose_together(
             if chosen is None:
                 break
             resident[n] = chosen.stored_bytes + (chosen.halo_bytes if place == "device" else 0)
-            # What one image has captured would have to be let go for the next one.
-            plans[n] = replace(chosen, budget=request.budget, replay_bytes=0, maps=staged_programs[n].place)
-            # The graphs of all images would be there at the same time.
-            plans[n] = replace(plans[n], retained=0, retained_bytes=0, retained_tiles=())
+            plans[n] = replace(
+                chosen,
+                budget=request.budget,
+                maps=staged_programs[n].place,
+                replay_bytes=0,  # what one image has captured would have to be let go for the next one
+                retained=0,  # the graphs of all images would be there at the same time
+                retained_bytes=0,
+                retained_tiles=(),
+            )
         else:
             return [plans[n] for n in range(len(staged_programs))]
     return None
