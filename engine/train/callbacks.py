@@ -86,7 +86,9 @@ class Epochs(Callback):
             for buffer in module.net.buffers():
                 dist.broadcast(buffer, 0)
         score = self._score(trainer, module)
-        if state.end_epoch(stage, self._row(trainer, module, score, pixels), score):
+        row = self._row(trainer, module, score, pixels)
+        kept = Score(-row["train_loss"]) if score is None and task.best_by_loss else score
+        if state.end_epoch(stage, row, kept):
             self._save(trainer, module, "best.ckpt")
         self._save(trainer, module, "last.ckpt")
         if group.leads:

@@ -33,6 +33,8 @@ class Stage:
     """Patterns of parameters with a learning rate of their own in the place of ``lr``; the last that fits counts."""
     weight_decay: float = 0.0
     """On weights, not on biases and norms. With "adam" and "sgd" it is a gradient, with "adamw" a decay of its own."""
+    undecayed: tuple[str, ...] = ()
+    """Patterns of parameters that learn without decay."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     momentum: float = 0.9
     """Of "sgd", Nesterov's where it is not zero."""
@@ -124,11 +126,13 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     Groups of another learning rate come after the others; ``base`` is theirs before any schedule.
     """
     rates = _rates(module, stage)
+    names = [name for name, _ in module.named_parameters()]
+    undecayed = {name for pattern in stage.undecayed for name in _matching(names, pattern, stage)}
     groups = []
     for rate in dict.fromkeys([stage.lr, *rates.values()]):
-        learning = [p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate]
+        learning = {n: p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate}
         for decay in (True, False):
-            some = [p for p in learning if (p.ndim > 1) == decay]
+            some = [p for n, p in learning.items() if (p.ndim > 1 and n not in undecayed) == decay]
             weight_decay = stage.weight_decay if decay else 0.0
             groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]

@@ -40,7 +40,12 @@ _BATCH = 64  # maps that are encoded at a time
 
 
 class Reconstruction(Task):
-    """A stack learns to reconstruct maps: all of it, or one layer of it on what those below hand to it."""
+    """A stack learns to reconstruct maps: all of it, or one layer of it on what those below hand to it.
+
+    The epoch of the smallest training error is kept.
+    """
+
+    best_by_loss = True
 
     def __init__(self, stack: Stack, maps: Maps, device: str = "cpu", layer: int | None = None) -> None:
         self.module, self.maps, self.device, self.layer = stack, maps, device, layer

@@ -7,7 +7,9 @@ from typing import Literal
 
 from ...errors import GigamorphError
 
-Protocol = Literal["linear", "dvme", "no_attention", "finetune", "finetune_dvme"]
+Protocol = Literal["linear", "dvme", "no_attention", "concat", "single", "finetune", "finetune_dvme"]
+"""On embeddings: a linear layer on each, the head on all of them, the same without attention, a linear layer on all
+side by side, the head without attention on each alone; and on images, all layers: of each, and of all with the head."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -25,14 +25,14 @@ from .head import DVMEHead
 
 
 class Linear(nn.Module):
-    """A linear layer on the first of the embeddings: linear evaluation."""
+    """A linear layer on embeddings side by side: linear evaluation, of one or of all."""
 
     def __init__(self, dims: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(dims[0], classes)
+        self.fc = nn.Linear(sum(dims), classes)
 
     def forward(self, embeddings: Sequence[Tensor]) -> Tensor:
-        return self.fc(embeddings[0])
+        return self.fc(torch.cat(list(embeddings), 1))
 
 
 class OnEmbeddings(nn.Module):
@@ -48,9 +48,9 @@ class OnEmbeddings(nn.Module):
 
 def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConfig) -> nn.Module:
     """The head of a protocol on embeddings of these sizes."""
-    if protocol in ("linear", "finetune"):
+    if protocol in ("linear", "concat", "finetune"):
         return Linear(dims, classes)
-    tokens = "none" if protocol == "no_attention" else config.tokens
+    tokens = "none" if protocol in ("no_attention", "single") else config.tokens
     return DVMEHead(
         dims, classes, p=config.p, hidden=config.hidden, dropout=config.dropout, tokens=tokens, heads=config.heads
     )

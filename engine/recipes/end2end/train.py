@@ -24,7 +24,7 @@ from ..card import recipe_card
 from ..classify import ImageTask, Target, auc_of, batch_weights, classifier_record, read_target
 from ..config import from_plain
 from ..recipe import begin, finish
-from ..tta import FLIPS, PLAIN, averaged
+from ..tta import PLAIN, averaged, mirrorings
 from .config import CLASSES, Config, Model
 from .images import Patches, resized, sample_all, sized_images, whole_images
 from .network import PatchNet, WholeNet, convert, features, width_of
@@ -167,7 +167,7 @@ def _results(
         cases = task.predict(test, PLAIN)
         found["auc_single"] = auc_of(cases)[0]
         if config.flips:
-            cases = task.predict(test, FLIPS)
+            cases = task.predict(test, mirrorings(config.augment))
         found["auc"], predictions["test"] = auc_of(cases)[0], cases
         if found["auc"] is None:
             run.say("split test has images of one class only, so its area under the ROC curve is not defined")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
 from ...models import create_model
+from ...morph.activation import PAct
 from ...morph.files import Grown, save_network
 from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, run_stages
@@ -27,11 +28,12 @@ from ..card import recipe_card
 from ..classify import ImageTask, Target, auc_of, classifier_record, read_target
 from ..config import from_plain
 from ..recipe import begin, finish
-from ..tta import FLIPS, PLAIN
+from ..tta import PLAIN, mirrorings
 from .config import Config
 from .grow import grow
 from .images import child_images, parent_images
 
+_TOLD = {"direct": "the parent", "scratch": "the child with a new front", "morph": "the morphed child"}
 _TOLERANCE = 1e-3  # between logits, float32, relative to the largest: sums over r² pixels in another order
 
 
@@ -43,7 +45,7 @@ class _Data:
     run: Run
 
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ImageTask:
-        """`images`: `parent_images` or `child_images`."""
+        """`images`: `parent_images` or `child_images`, which a network without morphs may be given too."""
         return ImageTask(
             net.network,
             images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
@@ -52,16 +54,18 @@ class _Data:
             memory_budget=self.run.memory_budget,
             balanced=self.config.balanced,
             batch=max(stage.batch_size for stage in stages),
-            record=classifier_record("morphhr", self.config, self.target, morphs=net.recipe.to_json()),
+            record=classifier_record(
+                "morphhr", self.config, self.target, morphs=net.recipe.to_json(), full=images is child_images
+            ),
             split=self.run.group.split,
         )
 
 
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
-    """The parent or child of a checkpoint's record, and what opens images for it."""
+    """The network of a checkpoint's record, and what opens images for it."""
     config, recipe = from_plain(record["config"], Config, "checkpoint"), Recipe.from_json(record["morphs"])
     network = create_model(config.model, len(record["classes"]), config.channels)
-    images = child_images if recipe.morphs else parent_images
+    images = child_images if record["full"] else parent_images
     return apply(recipe, network), lambda records: images(records, config)
 
 
@@ -93,22 +97,30 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if "finetune" in config.arms:
         metrics["finetune"] = _results(data, task, parent_images, trained, "parent")
-    for arm in ("scratch", "morph"):
+    for arm in ("direct", "scratch", "morph"):
         if arm not in config.arms:
             continue
         torch.manual_seed(run.seed)
-        child, reports = grow(copy.deepcopy(parent), config, run.seed, renew=arm == "scratch")
+        child, stages = copy.deepcopy(parent), (arm == "direct" and config.direct) or config.high
+        if arm != "direct":
+            child, reports = grow(child, config, run.seed, renew=arm == "scratch")
         if arm == "morph":
             for line in reports[-1].changes if not config.widen else reports[0].changes:
                 run.say(line)
             metrics["difference"] = _compare(data, parent, child)
-        run.say(f"training the {'morphed child' if arm == 'morph' else 'child with a new front'} at full resolution")
-        task = data.task(child, child_images, config.high)
-        trained = run_stages(task, config.high, run.part(arm))
+        run.say(f"training {_TOLD[arm]} at full resolution")
+        task = data.task(child, child_images, stages)
+        trained = run_stages(task, _without_decay(stages, child.network), run.part(arm))
         save_network(run.out / arm / "model.safetensors", child)
         metrics[arm] = _results(data, task, child_images, trained, arm)
-    last = next(arm for arm in ("morph", "scratch", "finetune") if arm in config.arms)
+    last = next(arm for arm in ("morph", "scratch", "direct", "finetune") if arm in config.arms)
     return finish(run, {"auc": metrics[last]["auc"], **metrics})
+
+
+def _without_decay(stages: Sequence[Stage], network: torch.nn.Module) -> list[Stage]:
+    """Stages that do not decay the slopes of P-activations: zero is one of their functions, not a smaller weight."""
+    slopes = [f"{name}.a" for name, module in network.named_modules() if isinstance(module, PAct)]
+    return [replace(stage, undecayed=(*stage.undecayed, *slopes)) for stage in stages]
 
 
 def _compare(data: _Data, parent: Grown, child: Grown) -> float:
@@ -136,7 +148,7 @@ def _results(data: _Data, task: ImageTask, images: Any, trained: Trained, folder
     found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
     predictions = {}
     if data.parts["test"]:
-        flips = FLIPS if data.config.flips else PLAIN
+        flips = mirrorings(data.config.augment) if data.config.flips else PLAIN
         cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
         write_cases(data.run.out / folder / "test.csv", cases)
         found |= _scores(cases)

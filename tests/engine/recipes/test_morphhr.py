@@ -37,7 +37,7 @@ SMALL = Config(
     factor=2,
     filters=4,
     augment="flip",
-    arms=("finetune", "scratch", "morph"),
+    arms=("finetune", "direct", "scratch", "morph"),
     low=(Stage("low", 1, 1e-3, batch_size=4),),
     high=(Stage("high", 2, 1e-3, batch_size=2, accumulate=2),),
 )
@@ -162,7 +162,7 @@ def test_fourteen_labels_of_chestxray14(tmp_path):
 def test_ablation_of_one_command(whole):
     out, metrics = whole
     assert metrics["auc"] == metrics["morph"]["auc"] and 0 <= metrics["auc"] <= 1
-    for arm in ("finetune", "scratch", "morph"):
+    for arm in ("finetune", "direct", "scratch", "morph"):
         assert 0 <= metrics[arm]["auc"] <= 1 and "interval" in metrics[arm]
     assert metrics["difference"] < 1e-5
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
@@ -170,7 +170,7 @@ def test_ablation_of_one_command(whole):
     assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("arm", ["parent", "morph"])
+@pytest.mark.parametrize("arm", ["parent", "direct", "morph"])
 def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
     net, classes, images = open_classifier(whole[0] / arm / "best.ckpt", memory_budget=None, device="cpu")
     [first, *_] = images(read_table(table).records)
