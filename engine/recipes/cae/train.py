@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...datasets.dataset import ImageDataset
-from ...datasets.splits import assign_splits
 from ...datasets.tables import SPLITS, Record, read_table
 from ...errors import DataError
 from ...evaluate import Cases
@@ -31,6 +30,8 @@ from ..classify import Target
 from ..features import Features, UpTo, frozen_features
 from ..recipe import begin, finish
 from ..sized import Size
+from ..splits import split_records
+from ..weights import find_weights, load_pretrained
 from .autoencoder import Stack
 from .config import CaeConfig
 from .svm import fit_svm, measure_svm, svm_scores
@@ -117,14 +118,17 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         DataError: a patient in two splits, training images of one class only, or images that cannot be read.
     """
     read = read_table(table)
-    records = assign_splits(read.records, seed=run.seed)
+    records = split_records(read.records, config, run, validation=False)
     parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
     if len({records[i].label for i in parts["train"]}) < 2:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
     pool = _pool(config, records)
+    weights = find_weights(config.weights, config.mean, config.std, run)
     begin(run, "cae", config, [*records, *pool])
     torch.manual_seed(seed_of(run.seed, 0))  # without a file of weights they are drawn
-    network = create_model(config.model, max(2, len(read.classes)), config.channels, config.weights)
+    network = create_model(config.model, max(2, len(read.classes)), config.channels)
+    if weights is not None:
+        load_pretrained(network, weights)
     backbone = UpTo(network, config.layer)
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)

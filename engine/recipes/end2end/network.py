@@ -18,6 +18,7 @@ from ...errors import GigamorphError
 from ...models import create_model
 from ...models.resnet import ResNet
 from ..features import UpTo, evaluating
+from ..weights import load_pretrained
 from .config import CLASSES, Block, Model
 
 
@@ -37,15 +38,19 @@ class Maps(nn.Module):
 
 def features(spec: str, channels: int, weights: str | Path | None = None, layer: str | None = None) -> nn.Module:
     """The backbone ``spec`` up to its last maps, or up to a module's: (N, channels, H, W) -> (N, C, h, w)."""
-    net = create_model(spec, 2, channels, weights)
+    net = create_model(spec, 2, channels)
     if layer is not None:
-        return UpTo(net, layer)
-    if isinstance(net, ResNet):
+        maps, named = UpTo(net, layer), net
+    elif isinstance(net, ResNet):
         parts = [(name, part) for name, part in net.named_children() if name not in ("avgpool", "fc")]
-        return nn.Sequential(OrderedDict(parts))
-    if hasattr(net, "forward_features"):
-        return Maps(net)
-    raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; name the module as layer")
+        named = maps = nn.Sequential(OrderedDict(parts))
+    elif hasattr(net, "forward_features"):
+        maps, named = Maps(net), net
+    else:
+        raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; name the module as layer")
+    if weights is not None:
+        load_pretrained(named, weights)
+    return maps
 
 
 def width_of(maps: nn.Module, channels: int) -> int:

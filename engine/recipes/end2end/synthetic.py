@@ -38,8 +38,8 @@ CONFIG = Config(
     std=(0.1,),
     sampling=Sampling(side=32, per_lesion=4, background=3),
     models=(
-        Model("features", _NET, blocks=_BLOCKS),
-        Model("heatmap", _NET, blocks=_BLOCKS, heatmap=True, heatmap_pool=(3, 2)),
+        Model("features", _NET, "random", blocks=_BLOCKS),
+        Model("heatmap", _NET, "random", blocks=_BLOCKS, heatmap=True, heatmap_pool=(3, 2)),
     ),
     augment="",
     flips=False,

@@ -19,12 +19,13 @@ from ...files import write_atomically
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
-from ...train.task import Task
+from ...train.task import Score, Task
 from ..card import recipe_card
 from ..classify import ImageTask, Target, auc_of, batch_weights, classifier_record, read_target
 from ..config import from_plain
 from ..recipe import begin, finish
 from ..tta import PLAIN, averaged, mirrorings
+from ..weights import find_weights
 from .config import CLASSES, Config, Model
 from .images import Patches, resized, sample_all, sized_images, whole_images
 from .network import PatchNet, WholeNet, convert, features, width_of
@@ -33,7 +34,10 @@ Parts = dict[str, list[Record]]
 
 
 class PatchTask(Task):
-    """The patch classifier: cross-entropy in which all classes of a batch count the same; the score is the accuracy."""
+    """The patch classifier: cross-entropy in which all classes of a batch count the same.
+
+    The score is the accuracy on validation patches; patience goes by their plain cross-entropy.
+    """
 
     def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
         self.module, self.train, self.val, self.batch = module, train, val, batch
@@ -47,13 +51,16 @@ class PatchTask(Task):
         logits, labels = self._logits(batch)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
-    def score(self) -> float | None:
-        right = 0
+    def score(self) -> Score | None:
+        if not len(self.val):
+            return None
+        right, loss = 0, 0.0
         for first in range(0, len(self.val), self.batch):
             batch = [self.val[i] for i in range(first, min(first + self.batch, len(self.val)))]
             logits, labels = self._logits(batch)
             right += int((logits.argmax(1) == labels).sum())
-        return right / len(self.val) if len(self.val) else None
+            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        return Score(right / len(self.val), stop=-loss / len(self.val))
 
     def _logits(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
@@ -77,9 +84,11 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         DataError: what is wrong with the table or an image, or that no training image has a lesion.
         GigamorphError: a loss that is not finite, or a folder that holds another run.
     """
-    parts, target = read_target(table, "classes", (), run.seed)
+    parts, target = read_target(table, "classes", (), config, run)
     if len(target.names) != 2:
         raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
+    for model in config.models if config.start is None else ():
+        find_weights(model.weights, config.mean, config.std)  # refused before any work
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
@@ -124,7 +133,8 @@ def _patch_network(
             raise DataError("no training image has a lesion with a pathology; patches need the column findings")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
-    maps = features(model.backbone, config.channels, model.weights, model.layer)
+    weights = find_weights(model.weights, config.mean, config.std, run)
+    maps = features(model.backbone, config.channels, weights, model.layer)
     net = PatchNet(maps, width_of(maps, config.channels))
     task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in config.patch))
     trained = run_stages(task, config.patch, run.part(f"{model.name}-patches"))
@@ -144,6 +154,7 @@ def _task(
         batch=max(stage.batch_size for stage in stages),
         record=classifier_record("end2end", config, target, model=model.name),
         split=run.group.split,
+        stop_by_loss=True,
     )
 
 

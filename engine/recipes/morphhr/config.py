@@ -7,6 +7,7 @@ from typing import Literal
 
 from ...errors import GigamorphError
 from ...train.stages import Stage
+from ..splits import SplitOf
 
 Arm = Literal["finetune", "direct", "scratch", "morph"]
 
@@ -16,12 +17,15 @@ class Config:
     """MorphHR: fine-tune at low resolution, morph the front, go on at high resolution."""
 
     model: str = "resnet50"
-    weights: str | None = None
-    """A file of weights that the parent starts from; its classifier may have other outputs."""
+    weights: str = "resnet50-0676ba61.pth"
+    """A file of weights that the parent starts from, or "random"; its classifier may have other outputs."""
     channels: int = 3
     mean: tuple[float, ...] = (0.449,)
     std: tuple[float, ...] = (0.226,)
     voi: str = "auto"
+    split: SplitOf = "table"
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Of the patients, for train, val and test, where they are drawn."""
     task: Literal["classes", "labels"] = "classes"
     """"classes": the column label; "labels": columns label_NAME, any of which an image may have."""
     labels: tuple[str, ...] = ()

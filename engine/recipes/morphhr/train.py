@@ -13,7 +13,8 @@ import torch
 
 from ...accelerate import accelerate
 from ...datasets.tables import Record
-from ...errors import MorphError
+from ...datasets.tables.chestxray14 import FINDINGS
+from ...errors import GigamorphError, MorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
@@ -29,6 +30,7 @@ from ..classify import ImageTask, Target, auc_of, classifier_record, read_target
 from ..config import from_plain
 from ..recipe import begin, finish
 from ..tta import PLAIN, mirrorings
+from ..weights import find_weights, load_pretrained
 from .config import Config
 from .grow import grow
 from .images import child_images, parent_images
@@ -84,13 +86,18 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         MorphError: the network has no front that could be exact.
         GigamorphError: a loss that is not finite, or a folder that holds another run.
     """
-    parts, target = read_target(table, config.task, config.labels, run.seed)
+    parts, target = read_target(table, config.task, config.labels, config, run)
+    if set(target.names) & set(FINDINGS) and any(up_down for _, up_down in mirrorings(config.augment)):
+        raise GigamorphError(
+            "the labels are those of chest radiographs, none of which is upside down; say flip=left-right in augment"
+        )
+    weights = find_weights(config.weights, config.mean, config.std, run)
     begin(run, "morphhr", config, [record for part in parts.values() for record in part])
     data = _Data(parts, target, config, run)
     torch.manual_seed(run.seed)
-    parent = Grown(
-        create_model(config.model, len(target.names), config.channels, config.weights), channels=config.channels
-    )
+    parent = Grown(create_model(config.model, len(target.names), config.channels), channels=config.channels)
+    if weights is not None:
+        load_pretrained(parent.network, weights)
     run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
     task = data.task(parent, parent_images, config.low)
     trained = run_stages(task, config.low, run.part("parent"))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...accelerate import accelerate
-from ...datasets.splits import assign_splits
 from ...datasets.tables import SPLITS, Finding, Record, read_table
 from ...dense import write_map
 from ...evaluate.roc import auc
@@ -23,6 +22,8 @@ from ...train.stages import Stage
 from ..card import recipe_card
 from ..features import evaluating
 from ..recipe import begin, finish
+from ..splits import split_records
+from ..weights import find_weights
 from .config import SiameseConfig
 from .network import AsymmetryMap, Embedding
 from .pairs import Pair, StackedSource, find_pairs
@@ -44,10 +45,12 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
     """
     read = read_table(table, labels=False)
-    records = assign_splits(read.records, seed=run.seed)
+    records = split_records(read.records, config, run, validation=False)
     pairs = {name: [] for name in SPLITS}
     for pair in find_pairs(records, skip_unpaired=config.skip_unpaired):
         pairs[str(pair.left.split)].append(pair)
+    if config.weights != "timm":
+        find_weights(config.weights, config.mean, config.std, run)
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
     patches = PatchPairs(files["train"])
@@ -130,7 +133,7 @@ def _downstream(
         return "the table has no findings in patches of both the train and the test split"
     starts = make_starts(network, patches, config, run)
     rows = []
-    for fraction in config.fractions:
+    for fraction in config.labelled:
         chosen = _fraction(y, fraction, run.seed)
         for name, start in starts.items():
             own = run.part(f"probe/{name}_{fraction}")

@@ -15,10 +15,11 @@ from gigamorph.cli.main import main
 from gigamorph.engine.accelerate import accelerate
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.evaluate import odds
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.models import create_model
-from gigamorph.engine.recipes.classify import ImageTask
+from gigamorph.engine.recipes.classify import ImageTask, Target, cross_entropy
 from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.end2end.config import CLASSES, Block, Config, Model, Sampling
 from gigamorph.engine.recipes.end2end.images import Window, lesions, resized, whole_images
@@ -28,7 +29,7 @@ from gigamorph.engine.recipes.end2end.train import PatchTask, _patients, train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tta import FLIPS, averaged, predict
 from gigamorph.engine.train.run import Run
-from gigamorph.engine.train.stages import Stage, trainable_names
+from gigamorph.engine.train.stages import Stage, freeze, make_optimizer, trainable_names
 
 # ---------------------------------------------------------------------------------------------------------- the sampler
 
@@ -208,7 +209,45 @@ def test_stage_tables_by_name():
     first, second = (set(trainable_names(whole, stage)) for stage in config.whole)
     assert first == {name for name in second if name.startswith(("top.", "head."))} and first < second
     assert [(s.lr, s.epochs) for s in config.patch] == [(1e-3, 3), (1e-4, 10), (1e-5, 37)]
-    assert [(s.lr, s.epochs, s.weight_decay) for s in config.whole] == [(1e-4, 30, 1e-3), (1e-5, 20, 1e-2)]
+    assert [(s.lr, s.epochs) for s in config.whole] == [(1e-4, 30), (1e-5, 20)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "published"), [("patch", [1e-2, 1e-4, 1e-4]), ("whole", [1e-3, 1e-2]), ("transfer", [1e-2])]
+)
+def test_decay_is_twice_the_l2_of_keras_and_none_is_on_the_backbone(stages, published):
+    """Keras' penalty is lambda w^2, whose gradient is 2 lambda w; torch's Adam adds weight_decay w."""
+    config = Config()
+    with torch.device("meta"):
+        patch = PatchNet(features("resnet50", 3), 2048)
+        net = patch if stages == "patch" else convert(patch, config.models[0])
+    named = {parameter: name for name, parameter in net.named_parameters()}
+    for stage, penalty in zip(getattr(config, stages), published, strict=True):
+        freeze(net, stage)
+        for group in make_optimizer(net, stage).param_groups:
+            parts = {named[parameter].split(".")[0] for parameter in group["params"]}
+            assert not group["weight_decay"] or (group["weight_decay"] == 2 * penalty and "features" not in parts)
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (penalty * w**2).backward()
+    assert w.grad.item() == pytest.approx(stage.weight_decay)
+
+
+def test_score_chooses_and_the_validation_loss_stops():
+    """Accuracy or area choose the epoch; patience goes by the mean cross-entropy."""
+    z = torch.tensor([[2.0, 0.0], [0.5, 1.0], [0.0, 3.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1])
+    records = [Record(f"{i}.npy", int(label), f"p{i}") for i, label in enumerate(labels)]
+    cases = Target(("no", "yes")).cases(records, odds.of_logits(z.numpy()))
+    assert cross_entropy(cases) == pytest.approx(F.cross_entropy(z, labels).item())
+    three = torch.randn(3, 3, dtype=torch.float64)
+    cases = Target(("a", "b", "c")).cases(records, odds.of_logits(three.numpy()))
+    assert cross_entropy(cases) == pytest.approx(F.cross_entropy(three, labels).item())
+    patches = [(torch.full((1, 4, 4), float(i)), i % 3) for i in range(5)]
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(1, 5))
+    score = PatchTask(net, patches, patches, 2).score()
+    logits, truth = net(torch.stack([x for x, _ in patches])), torch.tensor([y for _, y in patches])
+    assert score.value == (logits.argmax(1) == truth).double().mean()
+    assert score.stop == pytest.approx(-F.cross_entropy(logits, truth).item(), rel=1e-5)
 
 
 def test_published_configuration():
@@ -270,8 +309,8 @@ SMALL = Config(
     augment="flip",
     sampling=Sampling(16, 2, 2),
     models=(
-        Model("a", NET, blocks=(Block("residual", 4, 1, 2),)),
-        Model("b", NET, blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
+        Model("a", NET, "random", blocks=(Block("residual", 4, 1, 2),)),
+        Model("b", NET, "random", blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
     ),
     patch=(Stage("head", 1, 1e-3, trainable=("head",), batch_size=8), Stage("all", 1, 1e-3, batch_size=8)),
     whole=(

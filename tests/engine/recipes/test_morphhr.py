@@ -24,13 +24,15 @@ from gigamorph.engine.recipes.classify import ImageTask, Target, batch_weights
 from gigamorph.engine.recipes.morphhr.config import Config
 from gigamorph.engine.recipes.morphhr.grow import grow
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
-from gigamorph.engine.recipes.morphhr.train import train
+from gigamorph.engine.recipes.morphhr.train import _without_decay, train
 from gigamorph.engine.recipes.networks import open_classifier
+from gigamorph.engine.recipes.tta import FLIPS, PLAIN, mirrorings
 from gigamorph.engine.train.run import Run
-from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.stages import Stage, freeze, make_optimizer
 
 SMALL = Config(
     model="lesionnet",
+    weights="random",
     channels=1,
     mean=(0.5,),
     std=(0.2,),
@@ -142,8 +144,8 @@ def test_losses_and_weights():
 
 
 def test_fourteen_labels_of_chestxray14(tmp_path):
-    table = write(tmp_path / "data", [0] * 16, columns=FINDINGS)
-    config = replace(SMALL, task="labels", arms=("morph",), flips=False)
+    table = write(tmp_path / "data", [0] * 16, columns=("finding", *FINDINGS))
+    config = replace(SMALL, task="labels", arms=("morph",), flips=False, augment="flip=left-right")
     metrics = train(table, config, Run(tmp_path / "out"))
     each = metrics["morph"]["labelwise"]
     assert tuple(each) == FINDINGS and len(each) == 14
@@ -152,8 +154,26 @@ def test_fourteen_labels_of_chestxray14(tmp_path):
     card = (tmp_path / "out" / "morph" / "model_card.md").read_text()
     assert "# Model card: morphhr" in card and "| test | image | mean |" in card and str(tmp_path) not in card
     assert {f"label_{name}" for name in FINDINGS} <= set(header)
-    with pytest.raises(DataError, match="has no column label_Fracture; there are Atelectasis"):
+    with pytest.raises(DataError, match="has no column label_Fracture; there are finding, Atelectasis"):
         train(table, replace(config, labels=("Fracture",)), Run(tmp_path / "other"))
+    with pytest.raises(GigamorphError, match="none of which is upside down; say flip=left-right"):
+        train(table, replace(config, augment="flip"), Run(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_only_mirrorings_of_the_augmentation_are_averaged_over():
+    assert mirrorings("flip=left-right,rotate=5") == ((False, False), (True, False))
+    assert mirrorings("") == PLAIN and mirrorings("rotate=5,flip") == FLIPS
+
+
+def test_slopes_of_p_activations_do_not_decay():
+    child, _ = grow(Grown(LesionNet(2, 1).eval()), Config(channels=1, factor=4, filters=8), seed=0)
+    slopes = [m.a for m in child.network.modules() if isinstance(m, PAct)]
+    [stage] = _without_decay([Stage("s", 1, 1e-3, weight_decay=0.1)], child.network)
+    freeze(child.network, stage)
+    decayed, _ = make_optimizer(child.network, stage).param_groups
+    assert slopes and decayed["weight_decay"] == 0.1
+    assert not any(slope is parameter for slope in slopes for parameter in decayed["params"])
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs

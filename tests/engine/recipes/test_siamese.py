@@ -43,7 +43,7 @@ SMALL = SiameseConfig(
     epochs=3,
     batch_size=8,
     registration="gauss_newton",
-    fractions=(1.0,),
+    labelled=(1.0,),
     probe_epochs=1,
 )
 
