@@ -61,6 +61,14 @@ class Model:
     """Whether the patch network's classes stand between features and blocks, as five maps."""
     heatmap_pool: tuple[int, int] = (7, 5)
     """Sides of the mean pooling (stride 1) before, and of the max-pooling after the classes."""
+    fc: tuple[int, ...] = ()
+    """Widths of fully connected layers that take the blocks' place (there are none then): of the poster 64 and 32, on
+    the heat map."""
+    shortcut: bool = False
+    """Whether the two outputs see what the fully connected layers see, too."""
+    patch: tuple[Stage, ...] = ()
+    """Stages of this backbone's patch network; those of the configuration where there are none. The first model of
+    several that share backbone and weights has them."""
 
 
 @dataclass(frozen=True)
@@ -163,5 +171,16 @@ class Config:
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise GigamorphError("models need different names, and there must be one")
+        for model in self.models:
+            if model.fc and (model.blocks or not self.resize):
+                raise GigamorphError(f"model {model.name!r}: fc needs blocks = [] and images of one size (resize)")
+            if model.shortcut and not model.fc:
+                raise GigamorphError(f"model {model.name!r}: shortcut goes past fully connected layers; give fc")
+        learnt = [(model.backbone, model.weights, model.layer) for model in self.models]
+        for number, model in enumerate(self.models):
+            if model.patch and learnt[number] in learnt[:number]:
+                raise GigamorphError(
+                    f"model {model.name!r}: its patch network is that of a model before it; omit patch"
+                )
         if self.patients and self.start is None:
             raise GigamorphError("patients are those of the transfer's learning curve; name the run to start from")

@@ -97,17 +97,16 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     if config.start is not None:
         return finish(run, _transfer(images, target, config, run))
     metrics: dict[str, Any] = {}
-    patch_nets: dict[tuple[str | None, ...], PatchNet] = {}
+    patch_nets: dict[Any, PatchNet] = {}
     for model in config.models:
-        key = model.backbone, model.weights, model.layer
-        if key not in patch_nets:
-            patch_nets[key], accuracy = _patch_network(parts, images, model, config, run)
+        if _learnt(model) not in patch_nets:
+            patch_nets[_learnt(model)], accuracy = _patch_network(parts, images, model, config, run)
             metrics[f"patch_accuracy_{model.name}"] = accuracy
     members = []
     for number, model in enumerate(config.models):
         run.say(f"{model.name}: training the whole-image network with image labels")
         torch.manual_seed(run.seed + number)
-        net = convert(patch_nets[model.backbone, model.weights, model.layer], model)
+        net = convert(patch_nets[_learnt(model)], model, config.resize, config.channels)
         own = run.part(model.name)
         task = _task(net, images, target, config, run, config.whole, model)
         trained = run_stages(task, config.whole, own)
@@ -120,10 +119,15 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     return finish(run, metrics)
 
 
+def _learnt(model: Model) -> Any:
+    """What tells a patch network from another: models that share it learn their patches once."""
+    return model.backbone, model.weights, model.layer
+
+
 def _patch_network(
     parts: Parts, images: Parts, model: Model, config: Config, run: Run
 ) -> tuple[PatchNet, float | None]:
-    sets = {}
+    sets, stages = {}, model.patch or config.patch
     for number, split in enumerate(("train", "val")):
         places = sample_all(parts[split], images[split], config, run.seed + number)
         counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
@@ -136,8 +140,8 @@ def _patch_network(
     weights = find_weights(model.weights, config.mean, config.std, run)
     maps = features(model.backbone, config.channels, weights, model.layer)
     net = PatchNet(maps, width_of(maps, config.channels))
-    task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in config.patch))
-    trained = run_stages(task, config.patch, run.part(f"{model.name}-patches"))
+    task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in stages))
+    trained = run_stages(task, stages, run.part(f"{model.name}-patches"))
     return net, trained.best_score
 
 
@@ -241,7 +245,7 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
 
 def _untrained(model: Model, config: Config) -> WholeNet:
     maps = features(model.backbone, config.channels, layer=model.layer)
-    return convert(PatchNet(maps, width_of(maps, config.channels)), model)
+    return convert(PatchNet(maps, width_of(maps, config.channels)), model, config.resize, config.channels)
 
 
 def _load(path: Path, model: Model, config: Config) -> WholeNet:
