@@ -29,6 +29,13 @@ from gigamorph.engine.recipes.claims import HELD_OUT, SEEN, judge
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "recipes" / "README.md"
+WEIGHTS = """## Weights
+
+Every configuration names its file of weights and says where it is from. It is looked for as it is named, and among what
+torch.hub has fetched; the first digits of its SHA-256 are checked where its publisher gives them. A recipe that is
+meant to start from trained weights does not begin without them unless `weights = "random"` is written down; log and
+model card say then that nothing was trained before. Files of torchvision, timm, VISSL (SimCLR), SwAV and DINO are read
+as they are. With a published file, inputs of another scale than its own are refused. Keras' h5 files are not read."""
 ORDER = ("cae", "end2end", "dvme", "morphhr", "siamese")
 TIMEOUT = 3600  # seconds for one seed
 
@@ -102,6 +109,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         seconds = [seed["cpu_seconds"] for seed in own["seeds"].values()]
         cells = (_link(name), text, own["claim"], _verdict(own))
         lines.append(f"| {' | '.join(cells)} | {len(seconds)} | {sum(seconds) / len(seconds):.0f} s |")
+    lines += ["", *WEIGHTS.splitlines()]
     for name in RECIPES:
         own = found.get(name)
         if own is not None:
