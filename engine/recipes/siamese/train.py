@@ -27,7 +27,7 @@ from ..weights import find_weights
 from .config import SiameseConfig
 from .network import AsymmetryMap, Embedding
 from .pairs import Pair, StackedSource, find_pairs
-from .patches import PatchFile, PatchPairs, sources_of, write_patches
+from .patches import PatchFile, PatchPairs, SinglePatches, sources_of, write_patches
 from .probe import fine_tuned, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
@@ -138,8 +138,8 @@ def _downstream(
         for name, start in starts.items():
             own = run.part(f"probe/{name}_{fraction}")
             scores = {
-                "probe": probed(start, x[chosen], y[chosen], test),
-                "fine_tuned": fine_tuned(start, x[chosen], y[chosen], test, config, own),
+                "probe": probed(start, x.take(chosen.tolist()), y[chosen], test),
+                "fine_tuned": fine_tuned(start, x.take(chosen.tolist()), y[chosen], test, config, own),
             }
             found = {key: auc(test_y.numpy(), value) for key, value in scores.items()}
             rows.append({"fraction": fraction, "patches": len(chosen), "start": name, **found})
@@ -156,16 +156,12 @@ def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-def _labelled(files: Sequence[PatchFile]) -> tuple[Tensor, Tensor]:
+def _labelled(files: Sequence[PatchFile]) -> tuple[SinglePatches, Tensor]:
     """Single patches of both breasts, and whether the middle of a finding's box is in them."""
-    patches, labels = [], []
-    for file in files:
-        for number, record in enumerate((file.pair.left, file.pair.right)):
-            patches.append(file.patches[:, number])
-            labels += [_has_finding(box, record) for box in file.boxes[number]]
-    if not patches:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64)
-    return torch.from_numpy(np.concatenate(patches)), torch.tensor(labels, dtype=torch.int64)
+    patches = SinglePatches(files)
+    sides = [(file.pair.left, file.pair.right) for file in files]
+    labels = [_has_finding(files[f].boxes[side][cell], sides[f][side]) for f, side, cell in patches.places]
+    return patches, torch.tensor(labels, dtype=torch.int64)
 
 
 def _has_finding(box: np.ndarray, record: Record) -> int:

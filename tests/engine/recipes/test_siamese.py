@@ -19,7 +19,7 @@ from gigamorph.engine.recipes.siamese import SiameseConfig, train
 from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.recipes.siamese.pairs import find_pairs
-from gigamorph.engine.recipes.siamese.patches import PatchPairs, sources_of, write_patches
+from gigamorph.engine.recipes.siamese.patches import PatchFile, PatchPairs, SinglePatches, sources_of, write_patches
 from gigamorph.engine.recipes.siamese.probe import probed
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
@@ -123,14 +123,29 @@ def test_patches_are_those_of_the_images_and_are_kept(table, tmp_path, monkeypat
         number, place = found.where(int(index))
         top, left = files[number].cells[place]
         wanted = [s.read(top, top + 32, left, left + 32).numpy() for s in sources_of(pairs[number], SMALL)]
-        np.testing.assert_array_equal(found[int(index)], np.stack(wanted))
+        np.testing.assert_allclose(found[int(index)], np.stack(wanted), rtol=0, atol=0.51 / 65535 / SMALL.std[0])
     # A kill between the two files of a pair: both are written again; what is there is not.
     files[0].path.with_suffix(".npz").unlink()
     again = write_patches(pairs[0], SMALL, tmp_path)
-    np.testing.assert_array_equal(again.patches, files[0].patches)
+    np.testing.assert_array_equal(again.open(), files[0].open())
     np.testing.assert_array_equal(again.boxes, files[0].boxes)
     monkeypatch.setattr("gigamorph.engine.recipes.siamese.patches.sources_of", None)
     assert write_patches(pairs[1], SMALL, tmp_path).path == files[1].path
+
+
+def test_single_patches_are_read_when_they_are_asked_for(table, tmp_path, monkeypatch):
+    """Grey values of 16 bits on disk, in order and by choice, with as many channels as the network has."""
+    config = replace(SMALL, channels=3)
+    files = [write_patches(pair, config, tmp_path) for pair in find_pairs(read_table(table, labels=False).records)[:2]]
+    assert all(file.open().dtype == np.uint16 for file in files)
+    opened, counts = PatchFile.open, []
+    monkeypatch.setattr(PatchFile, "open", lambda self: counts.append(1) or opened(self))
+    patches = SinglePatches(files)
+    some = patches.take([len(patches) - 1, 0])
+    assert len(patches) == 2 * sum(len(file.cells) for file in files) and len(some) == 2 and not counts
+    x = some[:]
+    assert x.shape == (2, 3, 32, 32) and torch.equal(x[:, 0], x[:, 2]) and len(counts) == 2
+    assert torch.equal(x[1], torch.from_numpy(PatchPairs(files)[0][0])) and torch.equal(patches[[0]][0], x[1])
 
 
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch):
