@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
+from ...images.parallel import available_cpus
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
@@ -41,14 +43,14 @@ class PatchTask(Task):
 
     def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
         self.module, self.train, self.val, self.batch = module, train, val, batch
+        self.readers = ThreadPoolExecutor(available_cpus(), "gigamorph-patches")
 
-    def examples(self, epoch: int) -> Any:
+    def examples(self, epoch: int) -> Sequence[int]:
         self.train.epoch = epoch
-        return self.train
+        return range(len(self.train))
 
-    def loss(self, batch: Sequence[Any]) -> Tensor:
-        self.meter.image(sum(pixels.shape[-2] * pixels.shape[-1] for pixels, _ in batch))
-        logits, labels = self._logits(batch)
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        logits, labels = self._logits(self.train, batch)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
     def score(self) -> Score | None:
@@ -56,16 +58,18 @@ class PatchTask(Task):
             return None
         right, loss = 0, 0.0
         for first in range(0, len(self.val), self.batch):
-            batch = [self.val[i] for i in range(first, min(first + self.batch, len(self.val)))]
-            logits, labels = self._logits(batch)
+            batch = range(first, min(first + self.batch, len(self.val)))
+            logits, labels = self._logits(self.val, batch)
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         return Score(right / len(self.val), stop=-loss / len(self.val))
 
-    def _logits(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _logits(self, patches: Patches, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
-        labels = torch.tensor([label for _, label in batch], device=device)
-        return self.module(torch.stack([pixels for pixels, _ in batch]).to(device)), labels
+        batch = list(self.readers.map(patches.__getitem__, numbers))
+        x = torch.stack([pixels for pixels, _ in batch])
+        self.meter.image(len(x) * x.shape[-2] * x.shape[-1])
+        return self.module(x.to(device)), torch.tensor([label for _, label in batch], device=device)
 
 
 def train(table: Path, config: Config, run: Run) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """end2end: which patches are taken of an image, and what lies in them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch.nn import functional as F
 from gigamorph.engine.datasets.tables import Finding, Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.recipes.end2end.config import CLASSES, Sampling
-from gigamorph.engine.recipes.end2end.images import Window, lesions
+from gigamorph.engine.recipes.end2end.config import CLASSES, Config, Sampling
+from gigamorph.engine.recipes.end2end.images import Patches, Place, Window, lesions
 from gigamorph.engine.recipes.end2end.sampler import Lesion, Patch, breast_box, sample
 
 
@@ -99,3 +101,19 @@ def test_windows_are_black_beyond_the_image():
         want = padded[:, top + 8 : top + 14, left + 8 : left + 14] if left < 12 else torch.zeros(1, 6, 6)
         assert torch.equal(got, want)
         assert torch.equal(Window(source, top, left, 6).read(1, 4, 2, 6), want[:, 1:4, 2:6])
+
+
+def test_patches_of_three_channels_are_one_varied_and_repeated(tmp_path):
+    """Each epoch another variation; grey values less each channel's mean."""
+    np.save(tmp_path / "image.npy", np.random.default_rng(0).integers(0, 65535, (40, 30), dtype=np.uint16))
+    record, places = Record(tmp_path / "image.npy", 0, "p"), [Place(0, Patch(5, 3, 2, 0.9))]
+    config = Config(sampling=Sampling(16), augment="flip,rotate=25,brightness=0.1,noise=0.05")
+    one = Patches([record], places, replace(config, channels=1), augment=True, seed=3)
+    three = Patches([record], places, replace(config, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.2)), augment=True, seed=3)
+    grey = one[0][0] * config.std[0] + config.mean[0]
+    for channel, (mean, std) in enumerate(((0.1, 0.5), (0.2, 0.5), (0.3, 0.2))):
+        assert (three[0][0][channel] - (grey[0] - mean) / std).abs().max() < 1e-5
+    assert three[0][0].shape == (3, 16, 16) and three[0][1] == 2
+    first = three[0][0]
+    three.epoch = 1
+    assert not torch.equal(three[0][0], first)
