@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import GigamorphError
+from ...train.stages import Stage
 from ..splits import SplitOf
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,6 +50,11 @@ class CaeConfig:
     svm: tuple[Literal["linear", "rbf"], ...] = ("linear", "rbf")
     c: tuple[float, ...] = (1.0,)
     folds: int = 5
+
+    finetune: tuple[Stage, ...] = ()
+    """Of the backbone with a new classifier, the supervised network to compare with; none is trained without stages."""
+    augment: str = ""
+    """Of that network's training images."""
 
     def __post_init__(self) -> None:
         if not self.code_channels or min(self.code_channels) < 1:

@@ -20,8 +20,9 @@ from gigamorph.engine.recipes.dvme import DvmeConfig, ExtractorConfig, train
 from gigamorph.engine.recipes.dvme.compare import folder
 from gigamorph.engine.recipes.dvme.extractors import Extractor, make_extractor
 from gigamorph.engine.recipes.dvme.head import DVMEHead, SelfAttention
-from gigamorph.engine.recipes.dvme.protocols import Finetuning, Linear, measure
+from gigamorph.engine.recipes.dvme.protocols import Linear, measure
 from gigamorph.engine.recipes.dvme.subsets import draw_subset
+from gigamorph.engine.recipes.finetuning import Finetuning
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tensors import TensorTask
 from gigamorph.engine.train.loop import run_stages

@@ -124,7 +124,7 @@ def test_cbis_ddsm_with_end2end(tmp_path):
     assert list(table.values()) == ["train"] * 12 + ["test"] * 4
 
 
-def test_inbreast_with_cae(tmp_path):
+def test_inbreast_with_cae_and_dvme(tmp_path):
     """No split, and BI-RADS 3 left out."""
     tree, rows = tmp_path / "tree", []
     for i in range(20):
@@ -143,10 +143,46 @@ def test_inbreast_with_cae(tmp_path):
         resize = [32, 24]
         code_channels = [6]
         epochs = 1
+        [[finetune]]
+        name = "all"
+        epochs = 1
+        lr = 1e-3
+        batch_size = 4
     """
     metrics, _ = trained(tmp_path, tree, "inbreast", "cae", config, "--label", "suspicious_without_3")
     assert sum(metrics["images"].values()) == 16 and min(metrics["images"].values()) >= 2
-    assert 0 <= metrics["cae_linear"]["test"]["auc"] <= 1
+    for machine in ("raw_linear", "cae_linear", "cae_rbf", "finetuned"):
+        assert 0 <= metrics[machine]["test"]["auc"] <= 1 and 0 <= metrics[machine]["val"]["accuracy"] <= 1
+    config = """
+        channels = 1
+        mean = [0.5]
+        std = [0.25]
+        resize = [32, 24]
+        crop = 0
+        protocols = ["linear", "dvme"]
+        subsets = [0]
+        folds = 1
+        epochs = 1
+        p = 4
+        hidden = 8
+        [[extractors]]
+        name = "a"
+        model = "lesionnet"
+        [[extractors]]
+        name = "alone"
+        model = "lesionnet"
+        fused = false
+    """
+    (tmp_path / "dvme.toml").write_text(config)
+    table, out = tmp_path / "table" / "table.csv", tmp_path / "dvme"
+    run("train", table, "--recipe", "dvme", "--config", tmp_path / "dvme.toml", "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["attention"]["extractors"] == ["a"]
+    assert [(row["protocol"], row["extractor"]) for row in metrics["rows"]] == [
+        ("linear", "a"),
+        ("linear", "alone"),
+        ("dvme", "all"),
+    ]
     assert len(read_table(tmp_path / "table" / "unlabelled.csv", labels=False).records) == 4
 
 
