@@ -66,6 +66,9 @@ class Model:
     the heat map."""
     shortcut: bool = False
     """Whether the two outputs see what the fully connected layers see, too."""
+    front: int = 0
+    """Above 1: the trained network gets MorphHR's front, which makes it the same function of images this many times as
+    large along each side, and is trained on with them (`native`)."""
     patch: tuple[Stage, ...] = ()
     """Stages of this backbone's patch network; those of the configuration where there are none. The first model of
     several that share backbone and weights has them."""
@@ -147,6 +150,20 @@ class Config:
             batch_norm="eval",
         ),
     )
+    native: tuple[Stage, ...] = (
+        Stage(
+            "native",
+            20,
+            1e-5,
+            weight_decay=2e-2,
+            undecayed=("features",),
+            batch_size=1,
+            accumulate=2,
+            patience=10,
+            batch_norm="eval",
+        ),
+    )
+    """Of networks with a front."""
     start: str | None = None
     """The folder of a finished run on another data set: its whole-image networks are transferred, without patches."""
     transfer: tuple[Stage, ...] = (
@@ -174,6 +191,8 @@ class Config:
         for model in self.models:
             if model.fc and (model.blocks or not self.resize):
                 raise GigamorphError(f"model {model.name!r}: fc needs blocks = [] and images of one size (resize)")
+            if model.front and (model.front < 2 or model.fc or not self.resize):
+                raise GigamorphError(f"model {model.name!r}: front is 2 or more, with blocks on images of one size")
             if model.shortcut and not model.fc:
                 raise GigamorphError(f"model {model.name!r}: shortcut goes past fully connected layers; give fc")
         learnt = [(model.backbone, model.weights, model.layer) for model in self.models]

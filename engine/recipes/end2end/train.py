@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...datasets.tables import SPLITS, Record
@@ -18,6 +19,8 @@ from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.parallel import available_cpus
+from ...morph.files import Grown, save_network
+from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
@@ -25,6 +28,8 @@ from ...train.task import Score, Task
 from ..card import recipe_card
 from ..classify import ImageTask, Target, auc_of, batch_weights, classifier_record, read_target
 from ..config import from_plain
+from ..morphhr.config import Config as MorphConfig
+from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish
 from ..tta import PLAIN, averaged, mirrorings
 from ..weights import find_weights
@@ -117,10 +122,31 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         write_atomically(own.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
         metrics[model.name], cases = _results(task, images, config, own, trained)
         members.append(cases)
+        if model.front:
+            metrics[f"{model.name}-front"] = _with_front(net, parts, model, config, target, run)
     metrics["auc"] = auc_of(averaged(members))[0] if len(members[0]) else None
     if len(members) > 1 and len(members[0]):
         write_cases(run.out / "ensemble.csv", averaged(members))
     return finish(run, metrics)
+
+
+def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
+    """The trained network with a front for larger images, exactly at first, trained on with them."""
+    larger = replace(config, resize=tuple(model.front * side for side in config.resize))
+    everyone = [record for split in SPLITS for record in parts[split]]
+    sized = iter(resized(everyone, larger, run.out / f"images_{model.front}"))
+    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
+    child, _ = _front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
+    own = run.part(f"{model.name}-front")
+    task = _task(child.network, images, target, larger, run, config.native, model, morphs=child.recipe.to_json())
+    trained = run_stages(task, without_decay(config.native, child.network), own)
+    save_network(own.out / "model.safetensors", child)
+    return _results(task, images, larger, own, trained)[0]
+
+
+def _front(parent: Grown, model: Model, config: Config, seed: int) -> tuple[Grown, Any]:
+    return grow(parent, MorphConfig(channels=config.channels, factor=model.front), seed)
 
 
 def _learnt(model: Model) -> Any:
@@ -150,7 +176,14 @@ def _patch_network(
 
 
 def _task(
-    net: WholeNet, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage], model: Model
+    net: nn.Module,
+    images: Parts,
+    target: Target,
+    config: Config,
+    run: Run,
+    stages: Sequence[Stage],
+    model: Model,
+    **more: Any,
 ) -> ImageTask:
     return ImageTask(
         net,
@@ -160,17 +193,20 @@ def _task(
         memory_budget=run.memory_budget,
         balanced=True,
         batch=max(stage.batch_size for stage in stages),
-        record=classifier_record("end2end", config, target, model=model.name),
+        record=classifier_record("end2end", config, target, model=model.name, **more),
         split=run.group.split,
         stop_by_loss=True,
     )
 
 
-def restore(record: dict[str, Any]) -> tuple[WholeNet, Any]:
+def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
     """The whole-image network of a checkpoint's record, and what opens images for it."""
     config = from_plain(record["config"], Config, "checkpoint")
     model = next(model for model in config.models if model.name == record["model"])
-    return _untrained(model, config), lambda records: sized_images(records, config)
+    network: nn.Module = _untrained(model, config)
+    if "morphs" in record:
+        network = apply(Recipe.from_json(record["morphs"]), network)
+    return network, lambda records: sized_images(records, config)
 
 
 def _results(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
 from ...models import create_model
-from ...morph.activation import PAct
 from ...morph.files import Grown, save_network
 from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, run_stages
@@ -32,7 +31,7 @@ from ..recipe import begin, finish
 from ..tta import PLAIN, mirrorings
 from ..weights import find_weights, load_pretrained
 from .config import Config
-from .grow import grow
+from .grow import grow, without_decay
 from .images import child_images, parent_images
 
 _TOLD = {"direct": "the parent", "scratch": "the child with a new front", "morph": "the morphed child"}
@@ -117,17 +116,11 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
             metrics["difference"] = _compare(data, parent, child)
         run.say(f"training {_TOLD[arm]} at full resolution")
         task = data.task(child, child_images, stages)
-        trained = run_stages(task, _without_decay(stages, child.network), run.part(arm))
+        trained = run_stages(task, without_decay(stages, child.network), run.part(arm))
         save_network(run.out / arm / "model.safetensors", child)
         metrics[arm] = _results(data, task, child_images, trained, arm)
     last = next(arm for arm in ("morph", "scratch", "direct", "finetune") if arm in config.arms)
     return finish(run, {"auc": metrics[last]["auc"], **metrics})
-
-
-def _without_decay(stages: Sequence[Stage], network: torch.nn.Module) -> list[Stage]:
-    """Stages that do not decay the slopes of P-activations: zero is one of their functions, not a smaller weight."""
-    slopes = [f"{name}.a" for name, module in network.named_modules() if isinstance(module, PAct)]
-    return [replace(stage, undecayed=(*stage.undecayed, *slopes)) for stage in stages]
 
 
 def _compare(data: _Data, parent: Grown, child: Grown) -> float:

@@ -7,16 +7,18 @@ import imagecodecs
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gigamorph.cli.main import main
 from gigamorph.engine.accelerate import accelerate
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.morph.files import Grown
 from gigamorph.engine.recipes.classify import ImageTask
 from gigamorph.engine.recipes.end2end.config import Block, Config, Model, Sampling
 from gigamorph.engine.recipes.end2end.images import resized, whole_images
 from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features
-from gigamorph.engine.recipes.end2end.train import PatchTask, _patients, train
+from gigamorph.engine.recipes.end2end.train import PatchTask, _front, _patients, train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
@@ -132,6 +134,25 @@ def test_any_backbone_at_native_resolution_within_a_budget(table, tmp_path):
     for layer, told in (("body", "is no module"), ("fc", "are no maps")):
         with pytest.raises(GigamorphError, match=told):
             train(table, replace(SMALL, models=(replace(own, layer=layer),)), Run(tmp_path / layer))
+
+
+def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
+    """Without a step of training it is the network that it began as, on images twice as large; then it is trained."""
+    model = replace(SMALL.models[0], front=2)
+    native = (Stage("native", 1, 1e-3, batch_size=2, batch_norm="eval"),)
+    config = replace(SMALL, models=(model,), native=native, flips=False)
+    metrics = train(table, config, Run(tmp_path, seed=2))
+    assert 0 <= metrics["a-front"]["auc"] <= 1 and metrics["auc"] == metrics["a"]["auc"]
+    assert np.load(tmp_path / "images_2" / "000000.npy").shape == (96, 80)
+    net, _, images = open_classifier(tmp_path / "a-front" / "best.ckpt", memory_budget=None, device="cpu")
+    [item] = images([Record(table.parent / "3.npy", -1, "p")])
+    assert item["image"].shape == (1, 96, 80) and net.eval()(item["image"]).shape == (1, 2)
+    parent = convert(PatchNet(features(NET, 1), 32), model).double().eval()
+    child, _ = _front(Grown(parent), model, config, 0)
+    x = torch.randn(1, 1, 96, 80, dtype=torch.float64)
+    assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-12
+    with pytest.raises(GigamorphError, match="front is 2 or more, with blocks on images of one size"):
+        replace(config, resize=())
 
 
 def test_transfer_and_its_learning_curve(whole, tmp_path):

@@ -21,9 +21,9 @@ from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.stem import activation_bytes
 from gigamorph.engine.recipes.classify import ImageTask, Target, batch_weights, read_target
 from gigamorph.engine.recipes.morphhr.config import Config
-from gigamorph.engine.recipes.morphhr.grow import grow
+from gigamorph.engine.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
-from gigamorph.engine.recipes.morphhr.train import _without_decay, train
+from gigamorph.engine.recipes.morphhr.train import train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tta import FLIPS, PLAIN, mirrorings
 from gigamorph.engine.train.run import Run
@@ -164,7 +164,7 @@ def test_only_mirrorings_of_the_augmentation_are_averaged_over():
 def test_slopes_of_p_activations_do_not_decay():
     child, _ = grow(Grown(LesionNet(2, 1).eval()), Config(channels=1, factor=4, filters=8), seed=0)
     slopes = [m.a for m in child.network.modules() if isinstance(m, PAct)]
-    [stage] = _without_decay([Stage("s", 1, 1e-3, weight_decay=0.1)], child.network)
+    [stage] = without_decay([Stage("s", 1, 1e-3, weight_decay=0.1)], child.network)
     freeze(child.network, stage)
     decayed, _ = make_optimizer(child.network, stage).param_groups
     assert slopes and decayed["weight_decay"] == 0.1

@@ -7,11 +7,13 @@ import imagecodecs
 import lookalikes
 import numpy as np
 import pytest
+import torch
 
 from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.datasets.tables.chestxray14 import FINDINGS
+from gigamorph.engine.recipes.end2end.network import features
 
 
 def run(*args):
@@ -225,4 +227,6 @@ def test_vindr_mammo_with_siamese(tmp_path):
     metrics, out = trained(tmp_path, tree, "vindr-mammo", "siamese", config)
     assert metrics["pairs"] == {"train": 4, "val": 0, "test": 4} and metrics["patches"]["test"] > 0
     assert [row["start"] for row in metrics["probe"]] == ["siamese", "scratch"]
-    assert (out / "encoder.pt").exists()
+    # Its encoder is what a patch network of end2end starts from.
+    maps, state = features("lesionnet", 1, out / "encoder.pt", "stages"), torch.load(out / "encoder.pt")
+    assert torch.equal(maps.network.stem.weight, state["stem.weight"])
