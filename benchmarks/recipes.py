@@ -29,6 +29,7 @@ from gigamorph.engine.recipes.claims import HELD_OUT, SEEN, judge
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "recipes" / "README.md"
+SIZES = "Memory and hours at the published sizes, predicted: [sizes.md](sizes.md)."
 WEIGHTS = """## Weights
 
 Every configuration names its file of weights and says where it is from. It is looked for as it is named, and among what
@@ -66,7 +67,8 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     threads = os.environ.get("OMP_NUM_THREADS", "")
     measured = {"seconds": time.monotonic() - began, "cpu_seconds": cpu, "threads": threads}
-    return {"rows": rows, **measured, "provenance": provenance()}
+    # The JSON and its page, which a run changes itself, are no change of what is measured.
+    return {"rows": rows, **measured, "provenance": {**provenance(), "uncommitted_changes": bool(changed())}}
 
 
 def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         seconds = [seed["cpu_seconds"] for seed in own["seeds"].values()]
         cells = (_link(name), text, own["claim"], _verdict(own))
         lines.append(f"| {' | '.join(cells)} | {len(seconds)} | {sum(seconds) / len(seconds):.0f} s |")
-    lines += ["", *WEIGHTS.splitlines()]
+    lines += ["", *SIZES.splitlines(), "", *WEIGHTS.splitlines()]
     for name in RECIPES:
         own = found.get(name)
         if own is not None:

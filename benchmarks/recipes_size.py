@@ -1,12 +1,14 @@
 """What the recipes take at their published sizes, without running them: memory by `plan`, hours by the roofline.
 
 python benchmarks/recipes_size.py [--only end2end-whole] [--measure]   # writes JSON and docs/recipes/sizes.md
+python benchmarks/recipes_size.py --write                              # the page from the JSON
 python benchmarks/recipes_size.py --measure --shrink 16                # sides divided by 16: every row in seconds
 
-Memory is that of a step with all that the GPU offers (80 GB), and what stock PyTorch would take. Hours
-are for 1,000 training images (patches, pairs of patches) through the configuration's epochs, at best: the floor of
-stock PyTorch's step on an A100 by its data sheet (2,039 GB/s, 19.5 TFLOP/s in float32), times the plan's work; reading
-and validation are not in it. With --measure a step in float32 is run on this CPU.
+Memory is that of a step with all that the GPU offers (80 GB), and what stock PyTorch would take. Hours are for 1,000
+training images (or patches) through the configuration's epochs, at best: the floor of stock PyTorch's step on an A100
+by its data sheet (2,039 GB/s, 19.5 TFLOP/s in float32), times the plan's work; reading and validation are not in it.
+With --measure a step in float32 is run on this CPU. Patches are trained on by plain PyTorch: what end2end-patch and
+siamese take is the column of stock PyTorch. The auto-encoder of cae is not planned.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from gigamorph.engine.morph.files import Grown
 from gigamorph.engine.planning import constants
 from gigamorph.engine.planning.preview import plan
 from gigamorph.engine.recipes.cae import CaeConfig
-from gigamorph.engine.recipes.cae.autoencoder import Stack
 from gigamorph.engine.recipes.dvme import DvmeConfig
 from gigamorph.engine.recipes.end2end.config import Config as End2End
 from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features, width_of
@@ -106,13 +107,6 @@ def rows() -> list[Row]:
             (cae.batch_size, cae.channels, *cae.resize),
             1,
             training=False,
-        ),
-        Row(
-            "cae",
-            "the auto-encoder on the maps",
-            lambda: Stack(256, cae.code_channels, feature="reconstruction"),
-            (cae.batch_size, 256, 6, 6),
-            cae.epochs,
         ),
         Row(
             "dvme",
@@ -206,8 +200,12 @@ def main() -> None:
     parser.add_argument("--only", choices=[row.name for row in every], action="append")
     parser.add_argument("--measure", action="store_true", help="run a step of each on this CPU")
     parser.add_argument("--shrink", type=int, default=1, help="divide the sides; printed, not written")
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     stored = json.loads(JSON.read_text()) if JSON.exists() and given.shrink == 1 else {}
+    if given.write:
+        PAGE.write_text(page(stored))
+        return
     for row in every:
         if not given.only or row.name in given.only:
             stored[row.name] = size(row, given.shrink, given.measure)
