@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.recipe import Recipe, apply
+from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
 from gigamorph.engine.morph.step import from_json, to_json
-from gigamorph.engine.morph.verify import Report, compare, count_parameters
+from gigamorph.engine.morph.verify import compare, count_parameters
 from gigamorph.engine.morph.widen import WidenStep, widen
 
 X = torch.zeros(1, 3, 8, 8)
