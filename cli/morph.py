@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..engine.morph.files import Grown
-    from ..engine.morph.verify import Report
+    from ..engine.morph.report import Report
 
     Change = Callable[[nn.Module, Tensor], tuple[nn.Module, Report]]
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engine.morph.planner import Growth, cells, where
-from ..engine.morph.verify import Report
+from ..engine.morph.report import Report
 
 
 def show_report(report: Report, console: Console | None = None) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +13,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from .. import kernels
 from .capture.arguments import Arguments
-from .capture.program import wants
-from .capture.trace import Program, Spec, capture, refuse_backward_hooks
-from .cuda_graphs import buffers
 from .errors import GigamorphError
+from .execution.begin import begin
 from .execution.evidence import Evidence, Score, find_evidence
-from .execution.forward import Forward, ImageTensor
-from .execution.prepared import Prepared, ProgramKey
+from .execution.forward import Forward
+from .execution.image_batch import ImageBatch
+from .execution.prepared import Prepared
+from .execution.programs import Form, Programs, Settings
 from .execution.run import run
 from .images.batches import as_batch, as_batches
 from .images.pixels import PixelBatch, PixelSource
@@ -31,52 +28,12 @@ from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
 from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
-from .parallel.processes import check_same, check_same_steps, world
 from .planning.plan import Plan
-from .planning.search import Request, arrange, arrange_together
 from .tiling.memory import parse_bytes
 from .tiling.page_pool import PagePool
-from .tiling.scan import Autocast, Pixels, TileEvent
-from .tiling.spatial import SpatialShard, spatial_group
-from .tiling.stage import TiledStage
+from .tiling.scan import Pixels, TileEvent
 from .verify import CannotVerify
 from .verify import verify as verify_network
-
-_REMEMBERED = 16  # image sizes whose program and plan are kept
-_VARIANTS = 4  # programs of one size, of different states of the network
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is computed with a network instead of its call alone.
-
-    Attributes:
-        key: tells it from others.
-        call: gets the image and further maps.
-        inputs: shapes and dtypes of those maps, whose image axes are the last two, and whether they want a gradient.
-        vectors: the same of tensors without image axes, which it gets after the maps.
-    """
-
-    key: Hashable
-    call: Callable[..., Any]
-    inputs: tuple[Spec, ...] = ()
-    vectors: tuple[Spec, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Images:
-    """An image batch: its pixels, the tensor if it is one, and how it will be computed."""
-
-    pixels: Pixels
-    image: Tensor | None
-    dtype: torch.dtype
-    device: torch.device
-    training: bool
-    image_grad: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.pixels.shape)
 
 
 class Accelerated(Delegate):
@@ -109,7 +66,7 @@ class Accelerated(Delegate):
         self.memory_budget, self.tile, self.batch_norm, self.halos = memory_budget, tile, batch_norm, halos
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
-        self._programs: OrderedDict[ProgramKey, list[tuple[Prepared, ...]]] = OrderedDict()
+        self._programs = Programs()
         self._page_pool = PagePool()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.seal()
@@ -118,7 +75,7 @@ class Accelerated(Delegate):
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
-        return {**super().__getstate__(), "_programs": OrderedDict(), "_page_pool": PagePool(), "on_tile": None}
+        return {**super().__getstate__(), "_programs": Programs(), "_page_pool": PagePool(), "on_tile": None}
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)
@@ -143,28 +100,11 @@ class Accelerated(Delegate):
         device = torch.device(self._device() if device is None else device)
         device = torch.device("cpu") if device.type == "meta" else device
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-        training = torch.is_grad_enabled()
-        program = capture(self._network, image_shape(shape), dtype, device)
-        shard = self._shard(program)
-        return arrange(program, self._request(training), shard=shard)[1]
+        return self._settings.plan_for(self._network, image_shape(shape), dtype, device)
 
-    def _request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:
-        given = self.memory_budget, self.tile, training, self.halos
-        return Request(*given, image_grad, count_tile, self.fallback)
-
-    def _shard(self, program: Program) -> SpatialShard | None:
-        """The processes that share an image; to a SyncBatchNorm among them they are one."""
-        if self.split is None:
-            return None
-        shard = spatial_group(self.split)
-        for op in program.ops:
-            if op.group is not None and dist.get_world_size(op.group) != shard.count:
-                raise GigamorphError(
-                    f"module '{op.module}' shares its statistics with other processes than those that share an image; "
-                    "give its process_group and split the same processes"
-                )
-            op.group = None
-        return shard
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.memory_budget, self.tile, self.halos, self.fallback, self.split)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -176,69 +116,9 @@ class Accelerated(Delegate):
             for m in self._network.modules()
         )
 
-    def _program(self, images: Sequence[_Images], form: Form | None = None) -> tuple[Prepared, ...]:
-        """The network made ready for image batches: one alone, or several that go through it side by side."""
-        form, first = form or Form((), self._network), images[0]
-        device, training = first.device, first.training
-        if self.split is not None:
-            what = repr((first.shape, first.dtype, training, first.image_grad, self.memory_budget))
-            check_same(
-                spatial_group(self.split).group,
-                what,
-                device,
-                "processes that share an image have images of different shapes, other settings or other modes; give "
-                "all of them the same",
-            )
-        image_grads = tuple(one.image_grad for one in images)
-        key = ProgramKey(
-            shapes=tuple(one.shape for one in images),
-            dtype=first.dtype,
-            device=device,
-            training=training,
-            image_grads=image_grads,
-            wanting=tuple(wants(one.image) for one in images),
-            modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            autocast=Autocast.current(device),
-            settings=(self.tile, self.memory_budget, self.halos),
-            triton=kernels.enabled(device),
-            world=world(),
-            form=(form.key, form.inputs, form.vectors),
-        )
-        known = self._programs.setdefault(key, [])
-        self._programs.move_to_end(key)
-        for place, ready in enumerate(known):
-            if ready[0].staged.program.guard.holds():
-                known.insert(0, known.pop(place))
-                return ready
-        if training:
-            refuse_backward_hooks(self._network)
-        if self._checked is not None:
-            self._check(first.shape[1], device)
-        programs = [
-            capture(
-                self._network, one.shape, first.dtype, device, form.call, form.inputs, form.vectors, wants(one.image)
-            )
-            for one in images
-        ]
-        for ready in known:  # what a call changes may differ (a counter), and all else be the same
-            if all(one.staged.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
-                return ready
-        counted = self.memory_budget is not None or buffers.executor(device) is not None
-        shard = None if len(images) > 1 else self._shard(programs[0])
-        if len(images) > 1:
-            arranged = arrange_together(programs, self._request(training, count_tile=counted), image_grads)
-        else:
-            request = self._request(training, image_grads[0], counted)
-            arranged = [arrange(programs[0], request, shard=shard, agree=True)]
-        prepared = []
-        for staged, plan in arranged:
-            stages = tuple(TiledStage(stage, tile) for stage, tile in zip(staged.stages, plan.sides, strict=True))
-            prepared.append(Prepared(staged, stages, plan, shard=shard))
-        known.insert(0, tuple(prepared))
-        del known[_VARIANTS:]
-        if len(self._programs) > _REMEMBERED:
-            self._programs.popitem(last=False)
-        return known[0]
+    def _prepare(self, images: Sequence[ImageBatch], form: Form | None = None) -> tuple[Prepared, ...]:
+        check = None if self._checked is None else self._check
+        return self._programs.prepare(self._network, images, self._settings, form, check)
 
     def _check(self, channels: int, device: torch.device) -> None:
         """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
@@ -286,15 +166,15 @@ class Accelerated(Delegate):
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""
-        images = [self._images(x) for x in batches]
-        (first,) = self._program(images[:1])
+        images = [ImageBatch.of(self._network, x) for x in batches]
+        (first,) = self._prepare(images[:1])
         if any(isinstance(step, VectorOp) and step.share is not None for step in first.staged.steps):
             if self.split is not None:
                 raise GigamorphError(
                     "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
                     'in training mode; give images of one size, or accelerate(..., batch_norm="frozen")'
                 )
-            forwards = self._ready(images, self._program(images))
+            forwards = self._begin(images, self._prepare(images))
             run(forwards)
             outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
         else:
@@ -315,60 +195,20 @@ class Accelerated(Delegate):
             given: the further maps that it takes.
             vectors: the further tensors without image axes.
         """
-        images = [self._images(x, (*given, *vectors))]
-        (forward,) = self._ready(images, self._program(images, form), given, vectors)
+        images = [ImageBatch.of(self._network, x, (*given, *vectors))]
+        (forward,) = self._begin(images, self._prepare(images, form), given, vectors)
         return forward
 
-    def _images(self, x: Tensor | PixelBatch, further: Sequence[Any] = ()) -> _Images:
-        if isinstance(x, Tensor):
-            if x.dim() != 4 or not x.is_floating_point():
-                raise GigamorphError(
-                    f"the image batch must be a float tensor (N, C, H, W), not {x.dtype} of shape {tuple(x.shape)}"
-                )
-            pixels, image, dtype, device = ImageTensor(x), x, x.dtype, self._device()
-        else:
-            parameter = next(self.parameters(), torch.empty(0))
-            pixels, image, dtype, device = x, None, parameter.dtype, parameter.device
-        image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
-        wanting = (*further, *self.parameters())
-        training = torch.is_grad_enabled() and (image_grad or any(getattr(t, "requires_grad", False) for t in wanting))
-        return _Images(pixels, image, dtype, device, training, image_grad)
-
-    def _ready(
+    def _begin(
         self,
-        images: Sequence[_Images],
+        images: Sequence[ImageBatch],
         prepared: Sequence[Prepared],
         given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
     ) -> list[Forward]:
         """A forward for each image batch, on the parameters and buffers as they are now."""
-        for others in chain.from_iterable(self._programs.values()):
-            for other in others:
-                if all(other is not one for one in prepared):
-                    other.let_go()  # the plan has room for those of one program
-        first = prepared[0]
-        if images[0].training:
-            groups = dict.fromkeys(op.group for op in first.staged.program.ops if op.group is not None)
-            check_same_steps(groups, first.order, images[0].device)
-        forwards = []
-        for one, ready in zip(images, prepared, strict=True):
-            program, image, pixels = ready.staged.program, one.image, one.pixels
-            inputs = dict(zip(program.inputs, given, strict=True))
-            tensors = {v: t for v, t in inputs.items() if isinstance(t, Tensor)}
-            tensors.update(zip(program.vectors, vectors, strict=True))
-            kept = {**self._bind_state(program), **tensors}
-            state = {v: _for_backward(t) for v, t in kept.items()}
-            regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
-            written = {v for v, _ in program.updates}
-            targets = {v: kept[v] for v in written if v in kept}
-            # What is written to at the end of the call may be read in its backward.
-            state.update((v, state[v].clone()) for v in written & ready.kept_for_backward if v in state)
-            if program.image in written and image is not None:
-                targets[program.image], image = image, image.clone()
-                pixels = ImageTensor(image)
-            forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, self.on_tile, regions, targets))
-            forwards[-1].keep_to_plan(self._page_pool)
-        return forwards
+        self._programs.keep_captures_of(prepared)
+        return begin(self._network, images, prepared, self._page_pool, self.on_tile, given, vectors)
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.
@@ -403,9 +243,10 @@ class Accelerated(Delegate):
         self.need_all_rows("evidence")
         with torch.inference_mode(False), torch.no_grad():
             with torch.enable_grad():  # recorded without gradients, what is written in place would have none
-                images = [replace(self._images(as_batch(x)), training=False, image_grad=False)]
-                prepared = self._program(images)
-            (forward,) = self._ready(images, prepared)
+                batch = ImageBatch.of(self._network, as_batch(x))
+                images = [replace(batch, training=False, image_grad=False)]
+                prepared = self._prepare(images)
+            (forward,) = self._begin(images, prepared)
             return find_evidence(forward, score)
 
     def need_all_rows(self, name: str) -> None:
@@ -413,26 +254,9 @@ class Accelerated(Delegate):
         if self.split is not None:
             raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again, without split")
 
-    def _bind_state(self, program: Program) -> dict[int, Tensor]:
-        """The parameters, buffers and constants of the program as they are now."""
-        state = dict(self._network.named_buffers(remove_duplicate=False))
-        state.update(self._network.named_parameters(remove_duplicate=False))
-        env = {}
-        for number, value in enumerate(program.values):
-            if value.name is not None:
-                env[number] = state[value.name]
-            elif value.constant is not None:
-                env[number] = value.constant if value.find is None else value.find()
-        return env
-
 
 class AcceleratedContainer(Container, Accelerated):
     """An accelerated `nn.Sequential` or other container: it has a length and items, too."""
-
-
-def _for_backward(tensor: Tensor) -> Tensor:
-    """The tensor; one that was made in inference mode cannot be kept for a backward, but its copy can."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _column(outputs: Tensor, output: int) -> Tensor:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .accelerate import Accelerated, Form
+from .accelerate import Accelerated
 from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
+from .execution.programs import Form
 from .execution.run import run
 from .images.batches import as_batch
 from .images.pixels import PixelBatch, PixelSource

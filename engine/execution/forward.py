@@ -19,7 +19,6 @@ from torch import Tensor
 from ..capture.program import call
 from ..capture.trace import Op, bind, refs
 from ..capture.trees import realize
-from ..images.pixels import PixelBatch, StoredBatch
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning import constants
@@ -29,25 +28,9 @@ from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent, cast_dtype
 from ..tiling.stored_maps import Gradients
+from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
 from .stage_function import StageFunction
-
-
-class ImageTensor:
-    """An image batch that is a tensor."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-        self.shape = tensor.shape
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        return self.tensor[:, :, top:bottom, left:right]
-
-
-def as_uploaded(pixels: Pixels, device: torch.device) -> Pixels:
-    """The image batch in the form in which its tiles go to a device: to a GPU as the files store them."""
-    stored = StoredBatch.of(pixels) if isinstance(pixels, PixelBatch) and device.type == "cuda" else None
-    return stored or pixels
 
 
 class Forward:
@@ -95,7 +78,7 @@ class Forward:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
 
         Args:
-            spare: pages of maps that are gone, for those of this step.
+            page_pool: pages of maps that are gone, for those of this step.
         """
         plan, values = self.prepared.plan, self.prepared.staged.program.values
         if self.device.type == "cpu":

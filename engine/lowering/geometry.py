@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 
@@ -238,6 +239,12 @@ class AxisSchedule:
     frontier: Mapping[int, Sequence[int]]
     kept: Mapping[int, Sequence[int]]
     start: Mapping[int, int] = field(default_factory=dict)
+
+    @cached_property
+    def halos(self) -> frozenset[int]:
+        """The values of which a step hands anything to the next."""
+        spans = ((value, self.halo_in(value, step)) for value in self.frontier for step in range(1, self.steps))
+        return frozenset(value for value, (lo, hi) in spans if lo < hi)
 
     def known(self, value: int, step: int) -> int:
         """The end of the indices of `value` that are known when `step` begins."""

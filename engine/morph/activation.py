@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from .example import Example
+from .report import Report
 from .step import EditAt
 from .surgery import follow, morphed, placed, site
-from .verify import Report
 
 # Continuous and elementwise; a random or discontinuous one (RReLU, Threshold, Hardshrink) has no useful slope in `a`.
 ACTIVATIONS = {

@@ -21,9 +21,9 @@ from .deepen import dirac, layer
 from .example import Example
 from .factors import factorise, factorise_stable, fewest_middle
 from .kernel_size import numeric_padding, pad_kernel, set_padding
+from .report import Report
 from .step import EditAt
 from .surgery import CONVS, follow, morphed, placed, plain, replace, site, spatial
-from .verify import Report
 
 METHODS = ("orthogonal", "stable")
 BETWEEN = ("pact", "pair")

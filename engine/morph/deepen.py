@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .activation import PAct, activation, paired
 from .example import Example
+from .report import Report
 from .step import EditAt
 from .surgery import BATCH_NORMS, Site, conv_class, follow, module_at, morphed, placed, site, spatial
-from .verify import Report
 
 HOW = ("residual", "pair", "identity")
 

@@ -22,10 +22,11 @@ from .front_layers import downsampler
 from .head import HeadStep, SplitClassStep
 from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply
+from .report import Difference, Report
 from .running import failures, output_tensors
 from .step import Step
 from .store import SafetensorsFile, atomic, read_state, read_torch, write_state
-from .verify import FLOAT64_LIMIT, NOISE_RATIO, Difference, Report, compare
+from .verify import FLOAT64_LIMIT, NOISE_RATIO, compare
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 ENDING = ".recipe.json"

@@ -15,11 +15,11 @@ from .child_check import run_child
 from .copies import ParameterMap, make_plan
 from .copying import duplicate
 from .parent_run import Axis
+from .report import Certificate
 from .spaces import Spaces, find_spaces, resize_attributes, skeleton
 from .tensors import Shapes, fill, named_tensors, resized
 from .ties import Folds, Units
 from .tracer import Fault, Mismatch
-from .verify import Certificate
 
 
 def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:

@@ -25,11 +25,12 @@ from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
 from .copying import cast, duplicate
 from .front_layers import Filters, add_zero_columns, downsampler, folded, prime_factors, residual, stages
+from .report import Report
 from .running import eval_mode, failures, output_tensors
 from .stem import Stem, View, find_stem, view
 from .step import Step
 from .stock import as_given, stock
-from .verify import Report, verified_report
+from .verify import verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
 DOWNSAMPLERS = ("area", "bilinear", "antialias")

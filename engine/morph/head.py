@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .copying import cast, duplicate
 from .example import Example, as_inputs
+from .report import Report
 from .running import failures, output_tensors
 from .step import EditAt
 from .surgery import CONVS, morphed, plain
-from .verify import Report
 
 SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
 KINDS = ("independent", "softmax")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
+from .report import Report
 from .running import eval_mode, failures
 from .step import EditAll
 from .surgery import CONVS, morphed, plain, replace
-from .verify import Report
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..errors import MorphError
 from .example import Example
+from .report import Report
 from .step import EditAll
 from .surgery import CONVS, TRANSPOSED, morphed, plain, replace, spatial
-from .verify import Report
 
 Taps = list[tuple[int, int]]  # per image axis: zeros before and after the old taps
 

@@ -21,12 +21,13 @@ from .attributes import head_changes
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
 from .fold import fold
+from .report import Certificate, Report
 from .spaces import GROUPS, Spaces, find_spaces
 from .step import Step
 from .stock import as_given, stock
 from .ties import Folds, Units, find_ties, kept_width
 from .tracer import Mismatch
-from .verify import Certificate, Report, verified_report
+from .verify import verified_report
 from .widen import replace_contents
 
 

@@ -27,10 +27,11 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import MorphError
 from .copies import ParameterMap
 from .copying import duplicate
+from .report import Report
 from .splits import kraft_lengths
 from .step import Step
 from .stock import stock
-from .verify import Report, require_equal
+from .verify import require_equal
 from .widen import WidenStep
 
 RATES = (SGD, Adam, AdamW)  # whose rates per tensor are known under which training commutes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import MorphError
 from .lookup import FREE
-from .verify import Certificate
+from .report import Certificate
 
 SPLITS = ("sterbenz", "kraft")
 BLOCK = 1 << 16  # weights that are worked on at a time

@@ -20,12 +20,14 @@ from ..tiling.memory import freed_pages_kept
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs
 from .labels import varies
+from .network_runs import distance, has_fast_path
+from .report import Report
 from .running import failures, output_tensors
 from .spaces import labelled_run
 from .step import Edit
 from .stock import as_given, stock
 from .tensors import named_tensors
-from .verify import Report, distance, has_fast_path, verified_report
+from .verify import verified_report
 
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
 

@@ -23,6 +23,7 @@ from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
+from .report import Certificate, Report
 from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
 from .standard import standard_name
@@ -30,7 +31,7 @@ from .step import Step
 from .stock import as_given, stock
 from .tensors import fill, named_tensors
 from .tracer import Mismatch
-from .verify import Certificate, Report, verified_report
+from .verify import verified_report
 
 Counts = Mapping[int | str, int | Sequence[int]]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import buffer_bytes
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling.scan import Autocast, cast_dtype
-from ..tiling.stage import TiledStage
+from ..tiling.stage import Schedules, TiledStage
 from . import constants
 from .plan import Plan
 from .simulate import halo_shape, tile_peak, tile_weights
@@ -61,13 +61,24 @@ class TilePeak:
         return TilePeak(tile, blocks, grown, int(share * self.held), self.fixed)
 
 
-Peaks = dict[Any, list[TilePeak]]  # by stage, the exact ones
+@dataclass(frozen=True)
+class Known:
+    """What was found for other choices of stored maps of a program: they have most of their stages in common.
+
+    Attributes:
+        peaks: by stage, the exact ones.
+        schedules: see `TiledStage`.
+    """
+
+    peaks: dict[Any, list[TilePeak]] = field(default_factory=dict)
+    schedules: Schedules = field(default_factory=dict)
 
 
 class Estimate:
     """The parts of a plan that do not depend on the tile, and plans for tiles.
 
     Args:
+        known: what was found for other choices of this program.
         records: bytes that recording and planning themselves have taken.
     """
 
@@ -76,11 +87,11 @@ class Estimate:
         staged: StagedProgram,
         training: bool,
         image_grad: bool,
-        peaks: Peaks | None = None,
+        known: Known | None = None,
         records: int = 0,
     ):
         self.staged, self.training, self.records = staged, training, records
-        self.peaks = {} if peaks is None else peaks
+        self.known = known or Known()
         values, image = staged.program.values, staged.program.image
         self.image = values[image]
         self.wanted = staged.wanted(image_grad)
@@ -129,7 +140,7 @@ class Estimate:
         """
         graphs = self.staged.stages
         sides = stage_sides(self.staged, tile)
-        stages = [TiledStage(stage, side) for stage, side in zip(graphs, sides, strict=True)]
+        stages = [TiledStage(stage, side, self.known.schedules) for stage, side in zip(graphs, sides, strict=True)]
         kept, strip = 0, 0
         for tiled in stages:
             entering, heaviest = halo_bytes(tiled.stage, tiled)
@@ -194,7 +205,7 @@ class Estimate:
         """`tile_peak`, once for stages of several choices that do the same."""
         stage = tiled.stage
         made = (v for local in stage.locals for v in (*local.op.outputs, *local.reads))
-        known = self.peaks.setdefault((*stage.sources, -1, *stage.results, -1, *made), [])
+        known = self.known.peaks.setdefault((*stage.sources, -1, *stage.results, -1, *made), [])
         found = next((one for one in known if one.tile == tiled.tile), None)
         if found is None and known and not exact:
             return min(known, key=lambda one: abs(one.blocks - blocks)).scaled(tiled.tile, blocks)

@@ -20,7 +20,7 @@ from ..lowering.stages import StagedProgram, sort
 from ..tiling.memory import available_bytes, format_bytes
 from ..tiling.spatial import SpatialShard, split_network
 from . import constants
-from .estimate import Estimate, Peaks, rounded
+from .estimate import Estimate, Known, rounded
 from .plan import Choice, Plan
 from .strategy import Strategy, every_strategy, stored_peak, strategies, value_bytes
 
@@ -83,7 +83,7 @@ class _Options:
         self.request, self.device, self.shard, self.agree = request, device, shard, agree
         self.tried: list[Choice] = []
         self.options: list[tuple[StagedProgram, int]] = []  # with the bytes that it keeps elsewhere
-        self._peaks: Peaks = {}
+        self._known = Known()
         self._ready: set[int] = set()
 
     def add(self, strategy: Strategy) -> bool:
@@ -104,7 +104,7 @@ class _Options:
         """The plan of a choice; None if nothing fits."""
         staged, away = self.options[number]
         _prepare_once(staged, self._ready, self.request)
-        plan = fitting(staged, self.request, self._peaks, coarse, self._records())
+        plan = fitting(staged, self.request, self._known, coarse, self._records())
         if self.shard is not None and self.agree and not self.shard.all_agree(plan is not None, self.device):
             plan = None
         return plan and replace(plan, choice=number, maps=staged.place, away_bytes=away)
@@ -128,7 +128,7 @@ class _Options:
         programs = [self.options[number][0] for number in frugal[: constants.SMALL_TILES]]
         for staged in programs:
             _prepare_once(staged, self._ready, self.request)
-        return _too_little(programs, self.request, self._peaks, self._records())
+        return _too_little(programs, self.request, self._known, self._records())
 
 
 def arrange(
@@ -322,13 +322,13 @@ def _choose_together(
     return None
 
 
-def _too_little(staged_programs: Sequence[StagedProgram], request: Request, peaks: Peaks, records: int) -> BudgetError:
+def _too_little(staged_programs: Sequence[StagedProgram], request: Request, known: Known, records: int) -> BudgetError:
     """The refusal of a budget, with the least that one of these choices of stored maps needs."""
     image, tile = staged_programs[0].program.image, request.tile
     device, (height, width) = staged_programs[0].program.values[image].device, staged_programs[0].maps.size(image)
     place, least = request.halo_places(device)[-1], None
     for staged in staged_programs:
-        estimate = Estimate(staged, request.training, request.image_grad, peaks, records)
+        estimate = Estimate(staged, request.training, request.image_grad, known, records)
         sides = _sides(staged, tile)
         found = min((estimate.plan(side, place, None, count_tile=False) for side in sides), key=lambda p: p.peak_bytes)
         if least is None or found.peak_bytes < least.peak_bytes:
@@ -348,20 +348,20 @@ def _too_little(staged_programs: Sequence[StagedProgram], request: Request, peak
 def fitting(
     staged: StagedProgram,
     request: Request,
-    peaks: Peaks | None = None,
+    known: Known | None = None,
     coarse: bool | None = None,
     records: int = 0,
 ) -> Plan | None:
     """The plan of a choice of stored maps; None if no tile fits.
 
     Args:
-        peaks: what was found for other choices of this program.
+        known: what was found for other choices of this program.
         coarse: where there are several stages, try only the largest tiles (or only the others), for small ones cost
             more time than another choice of stored maps.
         records: bytes that recording and planning leave in the process.
     """
     device = staged.program.values[staged.program.image].device
-    estimate = Estimate(staged, request.training, request.image_grad, peaks, records)
+    estimate = Estimate(staged, request.training, request.image_grad, known, records)
     limit = request.limit(device)
     sides = _sides(staged, request.tile)
     if len(staged.stages) > 1 and len(sides) > constants.COARSE and coarse is not None:

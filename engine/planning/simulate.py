@@ -1,8 +1,11 @@
-"""Memory of a computation, found by running it on fake tensors: shapes and lifetimes are real, the data is not.
+"""Memory of a computation, found by running it on tensors without values: shapes and lifetimes are real.
 
-Autograd saves, frees and accumulates fake tensors as it does real ones, so the largest number of bytes alive at any
+Autograd saves, frees and accumulates such tensors as it does others, so the largest number of bytes alive at any
 time is counted, not estimated: saved activations, gradients in flight, copies. Not counted: a library's own scratch
 memory and the allocator's loss.
+
+A tile of the CPU is run on meta tensors. Fake tensors know their device, which autocast, kernels and some rules ask
+for, and take twenty times as long; they are for what meta tensors cannot do, and for a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..capture.holders import walk
 from ..capture.program import Value
@@ -88,8 +91,14 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     Args:
         wanted: the sources and vectors that want a gradient.
     """
-    with _on_what_is_here(stage.program.values):
-        return _tile_peak(stage, tiled, training, wanted)
+    values = stage.program.values
+    autocast = Autocast.current(values[stage.image].device)
+    casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
+    if values[stage.image].device.type == "cpu" and not (casts or stage.packings):
+        with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta():
+            return _tile_peak(stage, tiled, training, wanted, autocast)
+    with _on(None, values), FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
+        return _tile_peak(stage, tiled, training, wanted, autocast)
 
 
 def is_here(device: torch.device) -> bool:
@@ -98,62 +107,75 @@ def is_here(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _on_what_is_here(values: Sequence[Value]) -> Iterator[None]:
-    """Values of a GPU that is not here are counted as the CPU's, where they have as many bytes."""
-    devices = [value.device for value in values]
+def _on(device: torch.device | None, values: Sequence[Value]) -> Iterator[None]:
+    """Values on another device for a while; None: those of a GPU that is not here are the CPU's, of as many bytes."""
+    before = [value.device for value in values]
     for value in values:
-        value.device = value.device if is_here(value.device) else torch.device("cpu")
+        value.device = device or (value.device if is_here(value.device) else torch.device("cpu"))
     try:
         yield
     finally:
-        for value, device in zip(values, devices, strict=True):
-            value.device = device
+        for value, own in zip(values, before, strict=True):
+            value.device = own
 
 
-def _tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
+class _OnMeta(TorchDispatchMode):
+    """Every op on meta tensors: others that it takes (weights that rules hold) and makes are turned into such."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(not tensor.is_meta for tensor in given):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        elif not given and any(argument.name == "device" for argument in func._schema.arguments):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _tile_peak(
+    stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int], autocast: Autocast
+) -> tuple[int, int]:
     values = stage.program.values
     image = values[stage.image]
     i, j = heaviest_tile(tiled)
-    autocast = Autocast.current(image.device)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
-        sources = {v: _fake_source(stage, v) for v in stage.sources}
-        scan = Scan(tiled, sources, image.device, image.dtype, autocast)
+    sources = {v: _fake_source(stage, v) for v in stage.sources}
+    scan = Scan(tiled, sources, image.device, image.dtype, autocast)
 
-        def vector(value: int) -> Tensor:
-            info = values[value]
-            return torch.empty(info.shape, dtype=cast_dtype(stage, value, info.dtype, autocast), device=info.device)
+    def vector(value: int) -> Tensor:
+        info = values[value]
+        return torch.empty(info.shape, dtype=cast_dtype(stage, value, info.dtype, autocast), device=info.device)
 
-        vectors = scan.prepare([vector(v) for v in stage.vectors])
-        entering = _entering(stage, tiled, i, j, scan.memory_format)
-        if not training:
-            tile = Tile(tiled, i, j, scan.read, vectors, entering)
-            with _Meter() as meter, torch.no_grad():
-                meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
-                run_tile(scan, tile, lambda *_: None)
-            return meter.peak, 0
-        leaves = [v for v in vectors if v in wanted]
-        for value in leaves:
-            vectors[value].requires_grad_()
-        inputs = {v for v in stage.sources if v in wanted}
-        needs = tiled.needs_grad({*leaves, *inputs})
-        accumulators = [new_accumulator(r, stage) for r in stage.reductions]
-        for one in accumulators:
-            if one.reduction.kind == "moments":
-                one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
-        kept = Kept(HaloStore("device"), 0, vectors, leaves, inputs, needs, accumulators)
-        grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in stage.results]
-        consumers = consumers_of(scan, kept, grads)
-        below = _entering(stage, tiled, i + 1, j, scan.memory_format).above
-        right = _entering(stage, tiled, i, j + 1, scan.memory_format).left
-        stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
-        sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
-        with _Meter() as meter:
-            meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, stored)
-            meter.ignore(_stored_tensors(sources))
-            recorded = Recorded(scan, kept, (i, j), entering, scan.read, consumers, stored=stored)
-            held = meter.alive
-            recorded.differentiate(consumers, kept, Returned(entering, Halos(below, right)))
-        return meter.peak, held
+    vectors = scan.prepare([vector(v) for v in stage.vectors])
+    entering = _entering(stage, tiled, i, j, scan.memory_format)
+    if not training:
+        tile = Tile(tiled, i, j, scan.read, vectors, entering)
+        with _Meter() as meter, torch.no_grad():
+            meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
+            run_tile(scan, tile, lambda *_: None)
+        return meter.peak, 0
+    leaves = [v for v in vectors if v in wanted]
+    for value in leaves:
+        vectors[value].requires_grad_()
+    inputs = {v for v in stage.sources if v in wanted}
+    needs = tiled.needs_grad({*leaves, *inputs})
+    accumulators = [new_accumulator(r, stage) for r in stage.reductions]
+    for one in accumulators:
+        if one.reduction.kind == "moments":
+            one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
+    kept = Kept(HaloStore("device"), 0, vectors, leaves, inputs, needs, accumulators)
+    grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in stage.results]
+    consumers = consumers_of(scan, kept, grads)
+    below = _entering(stage, tiled, i + 1, j, scan.memory_format).above
+    right = _entering(stage, tiled, i, j + 1, scan.memory_format).left
+    stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
+    sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
+    with _Meter() as meter:
+        meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, stored)
+        meter.ignore(_stored_tensors(sources))
+        recorded = Recorded(scan, kept, (i, j), entering, scan.read, consumers, stored=stored)
+        held = meter.alive
+        recorded.differentiate(consumers, kept, Returned(entering, Halos(below, right)))
+    return meter.peak, held
 
 
 def tile_weights(tiled: TiledStage) -> np.ndarray:

@@ -159,7 +159,8 @@ class Scan:
     @cached_property
     def memory_format(self) -> torch.memory_format:
         """oneDNN has no float64 kernels and the fallback is at home in NCHW; everything else is faster in NHWC."""
-        nhwc = self.device.type != "cpu" or self.dtype != torch.float64 or kernels.enabled(self.device)
+        here = self.device.type in ("cpu", "meta")  # the plan runs a tile of the CPU on meta tensors
+        nhwc = not here or self.dtype != torch.float64 or kernels.enabled(self.device)
         return torch.channels_last if nhwc else torch.contiguous_format
 
     @cached_property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Hashable
 
 from ..lowering.geometry import AxisSchedule, same, schedule_axis
 from ..lowering.ops import Local
 from ..lowering.rewrites import in_place_runs, unvalued_runs
 from ..lowering.stages import Stage, readers_of
 from .halos import Rect, area, shift
+
+Schedules = dict[Hashable, AxisSchedule]
 
 
 class TiledStage:
@@ -17,16 +19,19 @@ class TiledStage:
     Args:
         graph: the sorted program.
         tile: height and width of a tile in pixels of the largest source (the image, if that is one); any positive size.
+        schedules: those of other stages of the network, by all that they depend on, to which this one's are added.
     """
 
-    def __init__(self, stage: Stage, tile: tuple[int, int]):
+    def __init__(self, stage: Stage, tile: tuple[int, int], schedules: Schedules | None = None):
         self.stage = stage
         self.tile = tile
+        self._schedules = {} if schedules is None else schedules
         self.rows = self._schedule(0, tile[0])
         self.cols = self._schedule(1, tile[1])
         self.tiles = self.rows.steps * self.cols.steps
         self.random = any(local.random for local in stage.locals)
-        self.with_halo = [v for v in self.rows.frontier if v not in stage.sources and self._has_halo(v)]
+        halos = self.rows.halos | self.cols.halos
+        self.with_halo = [v for v in self.rows.frontier if v not in stage.sources and v in halos]
         self.in_place = in_place_runs(stage, set(self.with_halo))
         self.unvalued = unvalued_runs(stage, set(self.with_halo))
         # Of a shard's sources no tile reads the rows that it does not need.
@@ -41,21 +46,16 @@ class TiledStage:
 
     def _schedule(self, axis: int, tile: int) -> AxisSchedule:
         stage = self.stage
-        reads = [(local.op.outputs, [(v, a[axis]) for v, a in local.reads.items()]) for local in stage.locals]
+        reads = tuple((local.op.outputs, tuple((v, a[axis]) for v, a in local.reads.items())) for local in stage.locals)
         sources = {value: stage.maps.size(value)[axis] for value in stage.sources}
         resident = stage.maps.resident
         if axis == 0 and stage.offsets is not None:
             consumers = [*(r.value for r in stage.reductions), *stage.stored]
             return schedule_axis(tile, stage.extent[axis], sources, reads, stage.offsets, consumers, resident)
-        return schedule_axis(tile, stage.extent[axis], sources, reads, resident=resident)
-
-    def _has_halo(self, value: int) -> bool:
-        for axis in (self.rows, self.cols):
-            for step in range(1, axis.steps):
-                lo, hi = axis.halo_in(value, step)
-                if lo < hi:
-                    return True
-        return False
+        key = (tile, stage.extent[axis], tuple(sources.items()), reads)
+        if key not in self._schedules:
+            self._schedules[key] = schedule_axis(tile, stage.extent[axis], sources, reads, resident=resident)
+        return self._schedules[key]
 
     def _is_apportioned(self, source: int) -> bool:
         """Whether each tile reads its own block of a source and nothing else of it."""

@@ -206,11 +206,11 @@ def test_masks_as_pixel_sources():
 def test_criteria_that_change_are_noticed_and_others_are_recorded_once():
     net, x, y = accelerate(UNet().double().eval(), tile=16), image(), labels()
     wanted = F.cross_entropy(net(x), y, ignore_index=255)
-    kept = len(net._programs)
+    kept = len(net._programs.kept)
     for factor in (1.0, 1.0, 3.0):
         got = dense_loss(net, x, y, lambda z, t: F.cross_entropy(z, t, ignore_index=255) * factor)  # noqa: B023
         torch.testing.assert_close(got, wanted * factor)
-    assert len(net._programs) == kept + 2
+    assert len(net._programs.kept) == kept + 2
 
 
 def test_a_part_of_the_steps_recomputed(monkeypatch):

@@ -1,7 +1,8 @@
 """The exactness matrix: every kind of layer, at sizes of every kind, in batches of 1, 2 and 4, in many tiles.
 
-Each kind meets every size in every tile, and every batch with each of both; kind by kind the batches move on by one.
-Inference, which is the same forward without a graph, is compared in one tile of each size, kind by kind the next.
+Each kind meets every size, every tile and every batch: half of the pairs of size and tile, the next kind the other
+half, and kind by kind the batches move on by one. Inference, which is the same forward without a graph, is compared in
+one tile of each size.
 """
 
 from __future__ import annotations
@@ -216,8 +217,9 @@ def image(size: tuple[int, int], batch: int) -> Tensor:
 def test_each_size_in_each_tile(name):
     turn = list(KINDS).index(name)
     for (i, size), (j, tile) in itertools.product(enumerate(SIZES.values()), enumerate(TILES)):
-        inference = (turn + i + j) % len(TILES) == 0
-        assert_exact(network(name), image(size, BATCHES[(turn + i + j) % 3]), tile=tile, inference=inference)
+        if (turn + i + j) % 2 == 0:
+            inference = (turn + i + j) % len(TILES) == 0
+            assert_exact(network(name), image(size, BATCHES[(turn + i + j) % 3]), tile=tile, inference=inference)
 
 
 @pytest.mark.parametrize("name", KINDS)

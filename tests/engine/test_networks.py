@@ -40,12 +40,12 @@ def network(name: str, seed: int = 0, **more: Any) -> nn.Module:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     ("size", "tile"),
-    [((97, 65), (24, 40)), pytest.param((41, 67), 17, marks=pytest.mark.slow), ((64, 64), 512)],
-    ids=["97x65 in 24x40", "41x67 in 17", "64x64 in one"],
+    [((97, 65), (24, 40)), ((64, 64), 512)],
+    ids=["97x65 in 24x40", "64x64 in one"],
 )
 def test_exact(name, size, tile):
     image = torch.randn(1, 3, *size, dtype=torch.float64)
-    assert_exact(network(name).double(), image, tile=tile, inference=tile != 17)  # two of three show it
+    assert_exact(network(name).double(), image, tile=tile)
 
 
 def test_batch_on_disk():
@@ -93,13 +93,11 @@ def distance(truth: Step, got: Step) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("name", "run", "seeds"),
     [
-        ("resnet18", pure(torch.float32), 7),
+        ("resnet18", pure(torch.float32), 5),
         ("resnet18", pure(torch.bfloat16), 3),
         ("resnet18", autocast, 3),
         ("convnext_atto", pure(torch.float32), 3),
-        pytest.param("convnext_atto", autocast, 3, marks=pytest.mark.slow),
         pytest.param("resnet50", pure(torch.float32), 3, marks=pytest.mark.slow),
-        pytest.param("resnet50", autocast, 3, marks=pytest.mark.slow),
         pytest.param("densenet121", pure(torch.float32), 3, marks=pytest.mark.slow),
     ],
     ids=[
@@ -107,9 +105,7 @@ def distance(truth: Step, got: Step) -> tuple[float, float]:
         "resnet18 bfloat16",
         "resnet18 autocast",
         "convnext_atto float32",
-        "convnext_atto autocast",
         "resnet50 float32",
-        "resnet50 autocast",
         "densenet121 float32",
     ],
 )

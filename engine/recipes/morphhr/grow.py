@@ -12,7 +12,7 @@ from ...morph.activation import PAct, insert_activation
 from ...morph.deepen import insert_identity
 from ...morph.files import Grown, add_morph
 from ...morph.front import FrontStep, front
-from ...morph.verify import Report
+from ...morph.report import Report
 from ...morph.widen import widen
 from ...train.run import seed_of
 from ...train.stages import Stage

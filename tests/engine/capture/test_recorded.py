@@ -414,7 +414,7 @@ def test_nothing_is_recorded_again_without_a_change():
     for _ in range(3):
         net(x).sum().backward()
         net.norm.momentum = 0.1  # another object of the same value
-    assert [len(known) for known in net._programs.values()] == [1]
+    assert [len(known) for known in net._programs.kept.values()] == [1]
 
 
 # -- results --------------------------------------------------------------------------------------------------------

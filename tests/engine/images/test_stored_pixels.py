@@ -12,7 +12,7 @@ from exactness import step
 from torch import Tensor, nn
 
 from gigamorph import accelerate, open_pixels
-from gigamorph.engine.execution import forward
+from gigamorph.engine.execution import forward, image_batch
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.pixels import ImageSource, Normalize, PixelBatch, StoredBatch
 from gigamorph.engine.tiling.scan import Scan
@@ -82,9 +82,9 @@ def test_what_cannot_be_developed() -> None:
 
 def test_only_a_gpu_gets_stored_values() -> None:
     batch = PixelBatch([open_pixels(numbers(np.uint16))])
-    assert isinstance(forward.as_uploaded(batch, torch.device("cuda")), StoredBatch)
-    assert forward.as_uploaded(batch, torch.device("cpu")) is batch
-    assert forward.as_uploaded(other := torch.zeros(1, 1, 4, 4), torch.device("cuda")) is other  # pyright: ignore
+    assert isinstance(image_batch.as_uploaded(batch, torch.device("cuda")), StoredBatch)
+    assert image_batch.as_uploaded(batch, torch.device("cpu")) is batch
+    assert image_batch.as_uploaded(other := torch.zeros(1, 1, 4, 4), torch.device("cuda")) is other  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", ["uint16", "table", "three channels of one"])

@@ -128,7 +128,7 @@ def image(height: int, width: int) -> Tensor:
 
 
 def ops_of(net: nn.Module) -> list[str]:
-    (((prepared,),),) = net._programs.values()
+    (((prepared,),),) = net._programs.kept.values()
     (stage,) = prepared.staged.stages  # pyright: ignore
     return [local.op.name for local in stage.locals]
 

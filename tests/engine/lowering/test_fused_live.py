@@ -101,7 +101,7 @@ def image(*shape: int) -> Tensor:
 
 
 def stages(net: nn.Module) -> list[Stage]:
-    (((prepared,),),) = net._programs.values()
+    (((prepared,),),) = net._programs.kept.values()
     return prepared.staged.stages  # pyright: ignore
 
 

@@ -67,7 +67,7 @@ def stems(draw: Any) -> dict[str, Any]:
 
 
 class TestExact:
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(stems(), st.integers(2, 6), st.sampled_from(["fold", "stages"]), st.integers(13, 18), st.integers(13, 18))
     def test_any_stem(self, options: dict[str, Any], r: int, mode: str, height: int, width: int) -> None:
         parent = net(**options)
@@ -145,10 +145,8 @@ class TestExact:
     @pytest.mark.parametrize(
         ("name", "other"),
         [
-            ("resnet18", "stages"),
             ("convnext_atto", "residual"),
-            ("efficientnet_b0", "stages"),
-            ("repvgg_a0", "residual"),
+            ("repvgg_a0", "stages"),
             ("tf_efficientnet_b0", "stages"),
         ],
     )

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import resnet18
+from gigamorph.engine.morph.report import Certificate
 from gigamorph.engine.morph.splits import certify
 from gigamorph.engine.morph.step import Step, to_json
-from gigamorph.engine.morph.verify import Certificate, compare, require_equal, verified_report
+from gigamorph.engine.morph.verify import compare, require_equal, verified_report
 
 X = torch.zeros(1, 3, 32, 32)
 

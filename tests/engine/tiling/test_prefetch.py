@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from gigamorph.engine.execution.forward import ImageTensor
+from gigamorph.engine.execution.image_batch import ImageTensor
 from gigamorph.engine.tiling import prefetch
 from gigamorph.engine.tiling.prefetch import Prefetch
 from gigamorph.engine.tiling.scan import Scan, StoredMap

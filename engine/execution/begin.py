@@ -1,0 +1,78 @@
+"""Forwards on the parameters and buffers as they are now, nothing of them computed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.trace import Program
+from ..parallel.processes import check_same_steps
+from ..tiling.page_pool import PagePool
+from ..tiling.scan import Pixels, TileEvent
+from .forward import Forward
+from .image_batch import ImageBatch, ImageTensor
+from .prepared import Prepared
+
+
+def begin(
+    network: nn.Module,
+    images: Sequence[ImageBatch],
+    prepared: Sequence[Prepared],
+    page_pool: PagePool,
+    on_tile: Callable[[TileEvent], None] | None,
+    given: Sequence[Tensor | Pixels] = (),
+    vectors: Sequence[Tensor] = (),
+) -> list[Forward]:
+    """A forward for each image batch.
+
+    Args:
+        network: whose parameters and buffers they read.
+        prepared: its program for each batch.
+        page_pool: pages of maps that are gone.
+        on_tile: called after each tile.
+        given: the further maps that the call takes.
+        vectors: the further tensors without image axes.
+    """
+    first = prepared[0]
+    if images[0].training:
+        groups = dict.fromkeys(op.group for op in first.staged.program.ops if op.group is not None)
+        check_same_steps(groups, first.order, images[0].device)
+    forwards = []
+    for one, ready in zip(images, prepared, strict=True):
+        program, image, pixels = ready.staged.program, one.image, one.pixels
+        inputs = dict(zip(program.inputs, given, strict=True))
+        tensors = {v: t for v, t in inputs.items() if isinstance(t, Tensor)}
+        tensors.update(zip(program.vectors, vectors, strict=True))
+        kept = {**_bind_state(network, program), **tensors}
+        state = {v: _for_backward(t) for v, t in kept.items()}
+        regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
+        written = {v for v, _ in program.updates}
+        targets = {v: kept[v] for v in written if v in kept}
+        # What is written to at the end of the call may be read in its backward.
+        state.update((v, state[v].clone()) for v in written & ready.kept_for_backward if v in state)
+        if program.image in written and image is not None:
+            targets[program.image], image = image, image.clone()
+            pixels = ImageTensor(image)
+        forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, on_tile, regions, targets))
+        forwards[-1].keep_to_plan(page_pool)
+    return forwards
+
+
+def _bind_state(network: nn.Module, program: Program) -> dict[int, Tensor]:
+    """The parameters, buffers and constants of the program as they are now."""
+    state = dict(network.named_buffers(remove_duplicate=False))
+    state.update(network.named_parameters(remove_duplicate=False))
+    env = {}
+    for number, value in enumerate(program.values):
+        if value.name is not None:
+            env[number] = state[value.name]
+        elif value.constant is not None:
+            env[number] = value.constant if value.find is None else value.find()
+    return env
+
+
+def _for_backward(tensor: Tensor) -> Tensor:
+    """The tensor; one that was made in inference mode cannot be kept for a backward, but its copy can."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

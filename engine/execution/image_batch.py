@@ -1,0 +1,80 @@
+"""An image batch as a forward gets it: a tensor or pixels read by region, and how it will be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GigamorphError
+from ..images.pixels import PixelBatch, StoredBatch
+from ..tiling.scan import Pixels
+
+
+class ImageTensor:
+    """An image batch that is a tensor."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.shape = tensor.shape
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        return self.tensor[:, :, top:bottom, left:right]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """An image batch: its pixels, the tensor if it is one, and how it will be computed.
+
+    Attributes:
+        pixels: (N, C, H, W), read by region.
+        image: the same as a tensor, if it is one.
+        dtype: what pixels are converted to.
+        device: where they are computed.
+        training: whether there will be a backward.
+        image_grad: whether the image wants a gradient of its own.
+    """
+
+    pixels: Pixels
+    image: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    training: bool
+    image_grad: bool
+
+    @classmethod
+    def of(cls, network: nn.Module, x: Tensor | PixelBatch, further: Iterable[Any] = ()) -> ImageBatch:
+        """The batch `x` for a network, in the gradient mode that is on.
+
+        Args:
+            further: what else the network's call gets; a gradient may be wanted for it.
+
+        Raises:
+            GigamorphError: for a tensor that is no batch of images.
+        """
+        parameter = next(network.parameters(), torch.empty(0))
+        if isinstance(x, Tensor):
+            if x.dim() != 4 or not x.is_floating_point():
+                raise GigamorphError(
+                    f"the image batch must be a float tensor (N, C, H, W), not {x.dtype} of shape {tuple(x.shape)}"
+                )
+            pixels, image, dtype = ImageTensor(x), x, x.dtype
+        else:
+            pixels, image, dtype = x, None, parameter.dtype
+        image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
+        wanting = (*further, *network.parameters())
+        training = torch.is_grad_enabled() and (image_grad or any(getattr(t, "requires_grad", False) for t in wanting))
+        return cls(pixels, image, dtype, parameter.device, training, image_grad)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pixels.shape)
+
+
+def as_uploaded(pixels: Pixels, device: torch.device) -> Pixels:
+    """The image batch in the form in which its tiles go to a device: to a GPU as the files store them."""
+    stored = StoredBatch.of(pixels) if isinstance(pixels, PixelBatch) and device.type == "cuda" else None
+    return stored or pixels

@@ -1,0 +1,182 @@
+"""The programs of a network: recorded, planned and kept by all that they depend on."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from ... import kernels
+from ..capture.program import wants
+from ..capture.trace import Program, Spec, capture, refuse_backward_hooks
+from ..cuda_graphs import buffers
+from ..errors import GigamorphError
+from ..parallel.processes import check_same, world
+from ..planning.plan import Plan
+from ..planning.search import Request, arrange, arrange_together
+from ..tiling.scan import Autocast
+from ..tiling.spatial import SpatialShard, spatial_group
+from ..tiling.stage import TiledStage
+from .image_batch import ImageBatch
+from .prepared import Prepared, ProgramKey
+
+_REMEMBERED = 16  # image sizes whose program and plan are kept
+_VARIANTS = 4  # programs of one size, of different states of the network
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is computed with a network instead of its call alone.
+
+    Attributes:
+        key: tells it from others.
+        call: gets the image and further maps.
+        inputs: shapes and dtypes of those maps, whose image axes are the last two, and whether they want a gradient.
+        vectors: the same of tensors without image axes, which it gets after the maps.
+    """
+
+    key: Hashable
+    call: Callable[..., Any]
+    inputs: tuple[Spec, ...] = ()
+    vectors: tuple[Spec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan has to keep to, and the processes that share an image; see `accelerate`."""
+
+    memory_budget: int | None
+    tile: tuple[int, int] | None
+    halos: str
+    fallback: str | None
+    split: Any
+
+    def plan_for(self, network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+        """The plan of an image batch (N, C, H, W), in the gradient mode that is on."""
+        program = capture(network, shape, dtype, device)
+        return arrange(program, self.request(torch.is_grad_enabled()), shard=self.shard(program))[1]
+
+    def request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:
+        given = self.memory_budget, self.tile, training, self.halos
+        return Request(*given, image_grad, count_tile, self.fallback)
+
+    def shard(self, program: Program) -> SpatialShard | None:
+        """The processes that share an image; to a SyncBatchNorm among them they are one."""
+        if self.split is None:
+            return None
+        shard = spatial_group(self.split)
+        for op in program.ops:
+            if op.group is not None and dist.get_world_size(op.group) != shard.count:
+                raise GigamorphError(
+                    f"module '{op.module}' shares its statistics with other processes than those that share an image; "
+                    "give its process_group and split the same processes"
+                )
+            op.group = None
+        return shard
+
+
+class Programs:
+    """The programs of one network, the latest that were used.
+
+    Attributes:
+        kept: by what they were made for; of each several, for states of the network that the key does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[ProgramKey, list[tuple[Prepared, ...]]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Prepared]:
+        return (one for known in self.kept.values() for together in known for one in together)
+
+    def prepare(
+        self,
+        network: nn.Module,
+        images: Sequence[ImageBatch],
+        settings: Settings,
+        form: Form | None = None,
+        check: Callable[[int, torch.device], None] | None = None,
+    ) -> tuple[Prepared, ...]:
+        """The network made ready for image batches: one alone, or several that go through it side by side.
+
+        Args:
+            form: what is computed instead of the network's call.
+            check: called with the image's channels and the device before the network is recorded.
+        """
+        form = form or Form((), network)
+        key = _key(images, settings, form)
+        known = self.kept.setdefault(key, [])
+        self.kept.move_to_end(key)
+        for place, ready in enumerate(known):
+            if ready[0].staged.program.guard.holds():
+                known.insert(0, known.pop(place))
+                return ready
+        if key.training:
+            refuse_backward_hooks(network)
+        if check is not None:
+            check(images[0].shape[1], key.device)
+        programs = [
+            capture(network, one.shape, key.dtype, key.device, form.call, form.inputs, form.vectors, wants(one.image))
+            for one in images
+        ]
+        for ready in known:  # what a call changes may differ (a counter), and all else be the same
+            if all(one.staged.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
+                return ready
+        known.insert(0, _planned(programs, key, settings))
+        del known[_VARIANTS:]
+        if len(self.kept) > _REMEMBERED:
+            self.kept.popitem(last=False)
+        return known[0]
+
+    def keep_captures_of(self, prepared: Sequence[Prepared]) -> None:
+        """Forget what has been captured of all others: the plan has room for the tiles of one program."""
+        for other in self:
+            if all(other is not one for one in prepared):
+                other.let_go()
+
+
+def _key(images: Sequence[ImageBatch], settings: Settings, form: Form) -> ProgramKey:
+    first = images[0]
+    if settings.split is not None:
+        what = repr((first.shape, first.dtype, first.training, first.image_grad, settings.memory_budget))
+        check_same(
+            spatial_group(settings.split).group,
+            what,
+            first.device,
+            "processes that share an image have images of different shapes, other settings or other modes; give "
+            "all of them the same",
+        )
+    return ProgramKey(
+        shapes=tuple(one.shape for one in images),
+        dtype=first.dtype,
+        device=first.device,
+        training=first.training,
+        image_grads=tuple(one.image_grad for one in images),
+        wanting=tuple(wants(one.image) for one in images),
+        modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        autocast=Autocast.current(first.device),
+        settings=(settings.tile, settings.memory_budget, settings.halos),
+        triton=kernels.enabled(first.device),
+        world=world(),
+        form=(form.key, form.inputs, form.vectors),
+    )
+
+
+def _planned(programs: Sequence[Program], key: ProgramKey, settings: Settings) -> tuple[Prepared, ...]:
+    """Recorded programs with the tiling of each stage."""
+    counted = settings.memory_budget is not None or buffers.executor(key.device) is not None
+    shard = None if len(programs) > 1 else settings.shard(programs[0])
+    if len(programs) > 1:
+        arranged = arrange_together(programs, settings.request(key.training, count_tile=counted), key.image_grads)
+    else:
+        request = settings.request(key.training, key.image_grads[0], counted)
+        arranged = [arrange(programs[0], request, shard=shard, agree=True)]
+    prepared = []
+    for staged, plan in arranged:
+        stages = tuple(TiledStage(stage, tile) for stage, tile in zip(staged.stages, plan.sides, strict=True))
+        prepared.append(Prepared(staged, stages, plan, shard=shard))
+    return tuple(prepared)

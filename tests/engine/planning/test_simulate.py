@@ -1,0 +1,79 @@
+"""A tile's bytes, counted on meta tensors as on fake ones; schedules made once for all choices of stored maps."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gigamorph import plan
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.errors import BudgetError
+from gigamorph.engine.lowering.rewrites import prepare
+from gigamorph.engine.lowering.stages import lower
+from gigamorph.engine.models import create_model
+from gigamorph.engine.planning import simulate
+from gigamorph.engine.tiling import stage as tiling
+from gigamorph.engine.tiling.scan import Autocast
+from gigamorph.engine.tiling.stage import TiledStage
+
+
+class Held(nn.Module):
+    """A network that blurs by weights of its forward's own, and casts in a part of it."""
+
+    def __init__(self, casts: bool) -> None:
+        super().__init__()
+        self.conv, self.casts = nn.Conv2d(3, 4, 3, padding=1), casts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.conv2d(self.conv(x), torch.ones(4, 1, 3, 3) / 9, groups=4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.casts):
+            return nn.functional.conv2d(x, self.conv.weight[:, :1].repeat(1, 4, 1, 1)).mean((2, 3))
+
+
+NETWORKS = {
+    "lesionnet": lambda: create_model("lesionnet", in_channels=3).train(),
+    "resnet18": lambda: create_model("resnet18", in_channels=3).eval(),
+    "mobilenet, live": lambda: create_model("timm:mobilenetv3_small_050", in_channels=3, num_classes=2).train(),
+    "convnext": lambda: create_model("timm:convnext_atto", in_channels=3, num_classes=2).eval(),
+    "weights of its own": lambda: Held(casts=False),
+    "casts": lambda: Held(casts=True),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool) -> None:
+    staged = lower(capture(NETWORKS[name](), (1, 3, 160, 160), torch.float32, "cpu"))
+    prepare(staged, training)
+    wanted = staged.trainable() if training else set()
+    for stage in staged.stages[:: max(1, len(staged.stages) // 3)]:
+        tiled, values = TiledStage(stage, (48, 64)), stage.program.values
+        with ExitStack() as stack:
+            stack.enter_context(simulate._on(None, values))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            fake = simulate._tile_peak(stage, tiled, training, wanted, Autocast.current(torch.device("cpu")))
+        counted = simulate.tile_peak(stage, tiled, training, wanted)
+        assert counted == pytest.approx(fake, rel=0.01)
+        assert counted[0] > 0 and {value.device.type for value in values} == {"cpu"}
+
+
+def test_a_schedule_is_made_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices of stored maps have most of their stages in common; each is tried in every tile."""
+    made, wanted = [], []
+    schedule_axis = tiling.schedule_axis
+
+    def counted(tile: int, size: int, sources: dict[int, int], reads: object, **more: object) -> object:
+        made.append((tile, size, tuple(sources), reads))
+        return schedule_axis(tile, size, sources, reads, **more)  # pyright: ignore
+
+    monkeypatch.setattr(tiling, "schedule_axis", counted)
+    original = TiledStage._schedule
+    monkeypatch.setattr(TiledStage, "_schedule", lambda *given: (wanted.append(1), original(*given))[1])
+    net = create_model("resnet18", in_channels=1).train()
+    with pytest.raises(BudgetError):
+        plan(net, (1024, 1024), "110MiB")
+    assert len(made) == len(set(made)) < len(wanted) / 5
