@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ..capture.program import call
 from ..capture.trace import Op, bind, refs
 from ..capture.trees import realize
+from ..lowering.folding import Fold, fold_together
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning import constants
@@ -148,8 +150,7 @@ class Forward:
             observers={v: [self.observers[v]] for v in observed},
             deferred=deferred,
         )
-        for step in stage.prelude:
-            run_vector_op(prepared.staged, step, self.env, self.device)
+        self._prelude(stage)
         reached = frozenset[int]().union(*stage.reach.values())
         vectors = [
             (self.env[v] if v in reached else self.env[v].detach()).to(
@@ -158,6 +159,14 @@ class Forward:
             for v in stage.vectors
         ]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
+
+    def _prelude(self, stage: Stage) -> None:
+        """Compute what the stage's rewrites make of its vectors; where launches cost, all folded norms at once."""
+        folds = [op for op in stage.prelude if isinstance(op.run, Fold)] if kernels.enabled(self.device) else []
+        self.env.update(fold_together(folds, self.env))
+        for op in stage.prelude:
+            if not any(op is fold for fold in folds):
+                run_vector_op(self.prepared.staged, op, self.env, self.device)
 
     def _retained(self, index: int) -> int:
         """How many tiles of a stage keep their graph: as planned; on a GPU that has no budget, what still fits."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ..errors import GigamorphError
+from ..lowering.folding import Folded
 from ..lowering.stages import Stage
 from ..module import turns
 from ..module.once import once
@@ -117,24 +118,27 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
     """
     name = stage.program.values[value].name
     what = f"parameter '{name}'" if name else "a tensor that weights are made of"
-    nodes, seen = [vector.grad_fn], set[Any]()
+    edges, seen = [(vector.grad_fn, vector.output_nr)], set[Any]()
     if _is_watched(vector):
         raise _unreached(f"{what} has a hook")
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+    while edges:
+        edge = edges.pop()
+        node, output = edge
+        if node is None or edge in seen:
             continue
-        seen.add(node)
+        seen.add(edge)
         leaf = getattr(node, "variable", None)
         if leaf is not None and _is_watched(leaf):
             raise _unreached(f"{what} has a hook")
         if isinstance(node, BackwardCFunction):
-            if not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
+            if type(node)._forward_cls is Folded:  # pyright: ignore[reportAttributeAccessIssue]
+                edges += Folded.inputs_of(node, output)
+            elif not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
                 raise _unreached(f"{what} is made by {type(node)._forward_cls.__name__}")  # pyright: ignore
             continue  # a stage sees to its own inputs
         if _is_used_up(node):
             raise _unreached(f"{what} was made before an earlier backward")
-        nodes += [following for following, _ in node.next_functions]
+        edges += node.next_functions
 
 
 def _is_watched(leaf: Tensor) -> bool:
