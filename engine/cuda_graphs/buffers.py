@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..tiling.halos import memory_order
+from ..tiling.halos import copy_all, memory_order
 
 Name = tuple[Any, ...]  # what a graph buffers holds
 
@@ -69,19 +69,6 @@ def _graphs(device: torch.device) -> CudaGraphs:
 def executor(device: torch.device) -> Executor | None:
     """What captures on a device; None where nothing is gained by it. Tests put another in its place."""
     return _graphs(device) if device.type == "cuda" else None
-
-
-def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy (target, source) pairs; those that lie alike in memory go in few launches."""
-    groups: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in pairs:
-        alike = target.stride() == source.stride()
-        targets, sources = groups.setdefault((alike, target.dtype, source.dtype), ([], []))
-        targets.append(target)
-        sources.append(source)
-    with torch.no_grad():
-        for targets, sources in groups.values():
-            torch._foreach_copy_(targets, sources)
 
 
 CHUNK_BYTES = 32 * 2**20

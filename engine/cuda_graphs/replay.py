@@ -28,13 +28,13 @@ from ...kernels.choice import current_mode, reason
 from ...kernels.precision import tf32_settings
 from ..tiling.forward import Gathered
 from ..tiling.grid import new_accumulator
-from ..tiling.halos import HaloStore, Rect, area, cut
+from ..tiling.halos import HaloStore, Rect, area, copy_all, cut
 from ..tiling.record import Kept, Read, Recorded, WindowGrads, run_tile
 from ..tiling.reduce import Consumer, Consumers
 from ..tiling.scan import Scan
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
-from .buffers import Arena, Executor, GraphBuffers, Name, copy_all
+from .buffers import Arena, Executor, GraphBuffers, Name
 from .signature import Outline, Signature, axis_signature, translates
 
 log = logging.getLogger("gigamorph")
@@ -294,8 +294,8 @@ class ReplayedBackward:
 
     def __init__(self, replays: Replays, bench: Bench, kept: Kept, consumers: Consumers, stored: Mapping[int, Tensor]):
         self.replays, self.bench, self.kept, self.consumers, self.stored = replays, bench, kept, consumers, stored
-        for total in bench.sums.values():
-            total.zero_()
+        if bench.sums:
+            torch._foreach_zero_(list(bench.sums.values()))
         kept.sums = bench.sums
         step: dict[Name, Tensor] = {("vector", v): vector.detach() for v, vector in kept.vectors.items()}
         self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # of consumers: what is None from step to step

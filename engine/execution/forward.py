@@ -28,7 +28,7 @@ from ..tiling.forward import ForwardPass
 from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
-from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent, cast_dtype
+from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
@@ -152,12 +152,7 @@ class Forward:
         )
         self._prelude(stage)
         reached = frozenset[int]().union(*stage.reach.values())
-        vectors = [
-            (self.env[v] if v in reached else self.env[v].detach()).to(
-                cast_dtype(stage, v, self.env[v].dtype, scan.autocast)
-            )
-            for v in stage.vectors
-        ]
+        vectors = [self.env[v] if v in reached else self.env[v].detach() for v in stage.vectors]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
 
     def _prelude(self, stage: Stage) -> None:

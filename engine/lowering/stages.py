@@ -47,6 +47,9 @@ class Packing:
     make: Callable[[Tensor], Tensor]
 
 
+_CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"})
+
+
 @dataclass
 class Stage:
     """One stage: local ops from its sources to reductions and stored maps, all in program order.
@@ -90,6 +93,12 @@ class Stage:
     def results(self) -> list[int]:
         """The values that the stage gives: those of its reductions, then the stored maps."""
         return [v for r in self.reductions for v in r.outputs] + self.stored
+
+    @cached_property
+    def cast_by_autocast(self) -> frozenset[int]:
+        """The vectors that autocast would cast wherever they are read."""
+        kept = {v for local in self.locals if local.op.name not in _CAST_BY_AUTOCAST for v in local.op.inputs}
+        return frozenset(self.vectors) - kept
 
     @cached_property
     def reach(self) -> dict[int, frozenset[int]]:

@@ -20,7 +20,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,19 @@ def empty(pattern: Tensor, shape: Sequence[int], order: list[int] | None = None)
     """An uninitialised tensor of another shape with the dtype, device and (or that given) memory order of `pattern`."""
     order = memory_order(pattern) if order is None else order
     return unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
+
+
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy (target, source) pairs; those that lie alike in memory go in few launches."""
+    groups: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        alike = target.stride() == source.stride()
+        targets, sources = groups.setdefault((alike, target.dtype, source.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    with torch.no_grad():
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
 
 
 def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:
