@@ -20,6 +20,8 @@ from ... import kernels
 from ..capture.program import call
 from ..capture.trace import Op, bind, refs
 from ..capture.trees import realize
+from ..cuda_graphs.replay import Replays
+from ..cuda_graphs.whole import WholePasses
 from ..lowering.folding import Fold, fold_together
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
@@ -32,7 +34,7 @@ from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMa
 from ..tiling.stored_maps import Gradients
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
-from .stage_function import StageFunction
+from .stage_function import StageFunction, Way
 
 
 class Forward:
@@ -110,13 +112,19 @@ class Forward:
     def stage(self, number: int, deferred: bool = False) -> None:
         """Run the stage at a place among the steps; see `Scan.deferred`."""
         scan, tensors, vectors = self.scan(number, deferred)
-        replay, shard = self.prepared.replay(number, self.device), self.prepared.shard
+        how = Way(*self._captured(number), self.prepared.shard)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
-            results = StageFunction.apply(scan, replay, shard, places, *tensors.values(), *vectors)
+            results = StageFunction.apply(scan, how, places, *tensors.values(), *vectors)
         else:
-            results = ForwardPass(scan, vectors, replay=replay).run()
+            captured = None if how.whole is None else how.whole.forward(scan, vectors)
+            results = ForwardPass(scan, vectors, replay=how.replay).run() if captured is None else captured[0]
         self.env.update(zip(scan.tiled.stage.results, results, strict=True))  # pyright: ignore[reportArgumentType]
+
+    def _captured(self, number: int) -> tuple[WholePasses | None, Replays | None]:
+        """What has been captured of a stage: whole passes, or tiles that are alike."""
+        whole = self.prepared.whole_passes(number, self.device)
+        return whole, self.prepared.replay(number, self.device) if whole is None else None
 
     def scan(self, number: int, deferred: bool = False) -> tuple[Scan, dict[int, Tensor], list[Tensor]]:
         """The scan of a stage, its sources that are tensors, and its vectors."""

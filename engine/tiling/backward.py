@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..lowering.geometry import AxisSchedule
 from .forward import ForwardReplays, passed_on
-from .halos import copy_all, cut
+from .halos import copies, cut
 from .record import Kept, Read, Recorded, WindowGrads, consumers_of, has_grad
 from .reduce import Consumers
 from .scan import Reader, Scan
@@ -122,7 +122,7 @@ class BackwardPass:
         self._zero_the_rest(source_grads)
         if not kept.recorded:
             kept.vectors = {}
-        return kept.sums if replay is None else _copied(kept.sums)
+        return kept.sums if replay is None else copies(kept.sums)
 
     def _tile(
         self,
@@ -186,10 +186,3 @@ class BackwardPass:
                 dim = tiled.axes(value)[along]
                 grad.narrow(dim, lo - start, end - lo).add_(handed_back[value].narrow(dim, 0, end - lo))
         return grads
-
-
-def _copied(sums: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Copies, in few launches."""
-    copies = {value: torch.empty_like(total) for value, total in sums.items()}
-    copy_all(zip(copies.values(), sums.values(), strict=True))
-    return copies

@@ -20,7 +20,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,13 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for targets, sources in groups.values():
             torch._foreach_copy_(targets, sources)
+
+
+def copies(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Copies of tensors by number, in few launches."""
+    made = {value: torch.empty_like(tensor) for value, tensor in tensors.items()}
+    copy_all(zip(made.values(), tensors.values(), strict=True))
+    return made
 
 
 def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:

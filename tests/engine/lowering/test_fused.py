@@ -170,6 +170,23 @@ def test_inference(fused_with_stock_ops: None, tile: int) -> None:
         torch.testing.assert_close(accelerate(model, tile=tile)(x), model(x), rtol=1e-12, atol=1e-13)
 
 
+def test_inference_of_a_pair_that_adds_its_own_input(fused_with_stock_ops: None) -> None:
+    """The first convolution reads a window of it, the sum its pixels."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return (self.b(self.a(x).relu()) + x).mean((2, 3))
+
+    model, x = Sum().double(), image(40, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(model, tile=24)(x), model(x), rtol=1e-12, atol=1e-13)
+
+
 def assert_like_stock(model: nn.Module, x: Tensor, tile: int) -> None:
     """Outputs and parameter gradients; the image wants none."""
     expected, got = step(model, x, image_gradient=False), step(accelerate(model, tile=tile), x, image_gradient=False)
