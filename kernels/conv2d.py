@@ -333,6 +333,7 @@ def conv2d_backward(
     scale: Tensor | None = None,
     dw: Tensor | None = None,
     dshift: Tensor | None = None,
+    addend: Tensor | None = None,
     input_act: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of the residual, those that are wanted; dw and dshift are added to, where they are given.
@@ -341,6 +342,7 @@ def conv2d_backward(
         gate: what shows the slope of `act`: the output, or what it was applied to. None: dy has that slope already.
         dw: of `weight * scale`.
         dshift: only beside dw.
+        addend: what the gradient of x is added to.
         input_act: activation whose slope, shown by x, the gradient of x takes.
     """
     if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
@@ -350,7 +352,7 @@ def conv2d_backward(
     dx = None
     if wants_x:
         mask = None if input_act == "none" else x
-        dx = conv2d_dgrad(dy, weight, scale, gate, act, None, mask, input_act, x.shape[2:], geometry)
+        dx = conv2d_dgrad(dy, weight, scale, gate, act, addend, mask, input_act, x.shape[2:], geometry)
     if dw is not None:
         conv2d_wgrad_(dw, dshift, x, dy, gate, act, geometry)
     return dx, dy if wants_residual else None

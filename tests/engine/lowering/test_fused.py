@@ -272,7 +272,7 @@ class TestFusing:
         assert names == ["fused_conv2d", "layer_norm", *block, "layer_norm", "fused_conv2d", *block, *block]
 
     def test_who_masks(self) -> None:
-        """Readers apply the slope where all of them are convolutions or pools; a summand's gradient is not masked."""
+        """Readers apply the slope where all of them are convolutions or pools, or the first gathers their gradients."""
         model = nn.Sequential(build().stem, Block(8, 8, 8, 1), Block(8, 8, 8, 1), Block(8, 8, 16, 2)).double().eval()
         x = image(64, 64)
         masked: list[bool] = []
@@ -287,8 +287,8 @@ class TestFusing:
             accelerate(model, tile=64)(x.requires_grad_())
         finally:
             FusedConv.forward = staticmethod(plain)
-        # stem; block 1: a, b, c (a summand of block 2); block 2: a, b, c; block 3: a, b, skip, c (the output)
-        assert masked == [True, True, True, False, True, True, True, True, True, False, False]
+        # stem; block 1: a, b, c (a summand of block 2, gathered); block 2: a, b, c; block 3: a, b, skip, c (the output)
+        assert masked == [True, True, True, True, True, True, True, True, True, False, False]
 
     def test_a_window_in_its_margin_is_no_copy(self) -> None:
         """Where a convolution leaves room, the window of the next lies in the same memory."""
