@@ -315,6 +315,7 @@ def launch(
         1 + sum(t is not None for t in (residual, z, mask)),
         r * s,
         not {act, mask_act} <= CHEAP,
+        pixels // run,
     )
     options = {
         "ACT": act,
