@@ -16,10 +16,9 @@ from ..images.pixels import as_stored
 from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
 from ..train.classify import Images
-from ..train.explanation import Explanation, caption, explain_class, log_odds_of
+from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.progress import Meter
-from .maps import explain_gradient
 from .marks import Mark, find_marks
 from .seg import write_segmentation
 

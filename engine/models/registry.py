@@ -20,6 +20,7 @@ from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
 from .resnet import resnet18, resnet34, resnet50
+from .results import Columns
 from .spec import Spec
 from .weights import first_line, load_exactly, read_state
 
@@ -59,6 +60,13 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
 
 
 def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None = None) -> nn.Module:
+    model = _made(spec, num_classes, in_channels, folder)
+    if spec.results:
+        model.register_forward_hook(Columns(spec.results))
+    return model
+
+
+def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     if spec.kind == "timm":
         return _timm(spec, num_classes, in_channels)
     if spec.kind:

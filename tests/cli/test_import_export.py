@@ -96,8 +96,11 @@ def test_an_ensemble_with_mirror_images_is_the_mean_of_probabilities(tmp_path, p
     with torch.no_grad():
         each = [net(x).softmax(1)[0, 1] for net in networks for x in (image, image.flip(3))]
     assert float(row["p_1"]) == pytest.approx(float(sum(each) / 4), abs=1e-5)
-    assert run("explain", tmp_path / "both", path, "--out", tmp_path / "maps") == 2
-    assert "an ensemble has no one map to explain; name one of its folders" in capsys.readouterr().err
+    for method in ("activation", "gradient"):
+        assert run("explain", tmp_path / "both", path, "--method", method, "--out", tmp_path / method) == 0
+        assert (tmp_path / method / f"{path.stem}.png").exists()
+    assert run("predict", tmp_path / "both", path, "--heatmaps", "--out", tmp_path / "maps") == 0
+    assert [one.name for one in (tmp_path / "maps" / "heatmaps").iterdir()] == [f"{path.stem}.png"]
 
 
 def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path, phantoms, capsys):
