@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..capture.trace import Op, Program, place
 from ..errors import UnsupportedError
+from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
 from .ops.flat import unflatten
 from .ops.norms import norm_of_vector
@@ -83,13 +84,14 @@ def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> 
     """
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
-    tokens, sorting = Tokens(maps), _Sorting(maps, fallback == "whole", rising)
+    tokens, moves, sorting = Tokens(maps), Moves(maps), _Sorting(maps, fallback == "whole", rising)
     for op in live_ops(program):
         for part in tokens.apart(op) if apart else [op]:
-            sorting.add(part)
+            for one in moves.merged(part):
+                sorting.add(one)
             tokens.check(part)
     for value in dict.fromkeys(program.results()):
-        for part in tokens.together(value):
+        for part in (*tokens.together(value), *moves.recorded(value)):
             sorting.add(part)
     return maps, _live_nodes(maps, unflatten(maps, sorting.nodes))
 
