@@ -4,11 +4,11 @@
     python benchmarks/attention.py --only "ViT-S/16" --size 256x192 --tile 128
     python benchmarks/attention.py --json benchmarks/results/attention_cpu.json --markdown
 
-A row is one network at one size: an inference and a training step of stock, and of tiles, in a process of their own; each
-the second of its kind. Memory is what is resident at most above what was there before: with the parameters' gradients,
-without the parameters. What they gave is
-compared in the parent: relative errors of outputs, of the image's gradient, and the worst parameter's. It goes on where
-its file ends. Each network has a second size that is odd, or the next one that the network itself can take.
+A row is one network at one size: an inference and a training step of stock, and of tiles, in processes of their own,
+each the second of its kind. Memory is what is resident at most above what was there before: with the parameters'
+gradients, without the parameters. What they gave is compared in the parent: relative errors of outputs, of the image's
+gradient, and the worst parameter's. It goes on where its file ends. Each network has a second size that is odd, or the
+next one that the network itself can take.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ NETWORKS: dict[str, tuple[Callable[[Size], nn.Module], Callable[[Size], Size]]] 
 class Server:
     """What a child process does: one network at one size, in one way."""
 
-    def steps(self, network: str, size: Size, way: str, tile: int, folder: str) -> dict[str, Any]:
+    def steps(self, network: str, size: list[int], way: str, tile: int, folder: str) -> dict[str, Any]:
         """Memory and CPU seconds of an inference and a training step; what they gave is written to a file."""
         torch.set_num_threads(1)
         make_torchvision_importable()
         torch.manual_seed(0)
-        model = randomize(NETWORKS[network][0](tuple(size))).double().eval()
+        model = randomize(NETWORKS[network][0]((size[0], size[1]))).double().eval()
         image = torch.randn(1, 3, *size, dtype=torch.float64)
         net = model if way == "stock" else accelerate(model, tile=tile)
         found: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def row(network: str, size: Size, tile: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for way in WAYS:
             with Process("attention", 3600, lean=True, folder=Path(__file__).parent) as process:
-                asked = {"network": network, "size": list(size), "way": way, "tile": tile, "folder": folder}
+                asked = {"network": network, "size": size, "way": way, "tile": tile, "folder": folder}
                 answer = process.ask("steps", **asked)
             if answer.pop("status") != OK:
                 return what | {"status": f"{way}: {answer['reason']}"}
