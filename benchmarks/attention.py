@@ -43,7 +43,7 @@ WAYS = ("stock", "tiles")
 def _swin(size: Size) -> nn.Module:
     import torchvision
 
-    return torchvision.models.swin_t(weights=None, stochastic_depth_prob=0.0)
+    return torchvision.models.swin_t(weights=None)
 
 
 def _timm(name: str, **options: Any) -> Callable[[Size], nn.Module]:

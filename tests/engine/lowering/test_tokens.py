@@ -160,6 +160,11 @@ def test_only_keys_and_values_are_ever_whole():
     assert sum(isinstance(node, Local) for node in nodes) > 20
 
 
+def test_a_tile_is_chosen():
+    """Heads (N, heads, h, w, d) are stored maps of five dimensions."""
+    assert_exact(network(), image(1), memory_budget="64MiB", inference=False)
+
+
 def test_forward_features_of_a_vision_transformer():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
