@@ -53,7 +53,8 @@ def explain(
     picture, and its colours are on one scale for all images, so that a negative is grey.
 
     IMAGES are image files, folders, or a csv with a column image_path. Maps are computed by tiles and equal those of
-    the whole image. marks.csv has the peaks of class activation maps, for gigamorph eval --marks.
+    the whole image. marks.csv has the peaks of class activation maps, for gigamorph eval --marks. exams.csv combines
+    the views of an exam as predict does, and has the place that adds most to it.
 
     A DICOM SEG needs highdicom, and carries what identifies the patient, as it must to be shown with its image.
 

@@ -15,10 +15,11 @@ from ..files import write_atomically
 from ..images.pixels import as_stored
 from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
-from ..train.classify import Images
+from ..train.classify import Images, prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.progress import Meter
+from .exams import View, exams_of, write_exams
 from .marks import Mark, find_marks
 from .seg import write_segmentation
 
@@ -44,7 +45,7 @@ def explain(
     For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it with the class and
     its probability; ``NAME.map.tif``, its values in float32; ``NAME.seg.dcm``, a fractional, or
     ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has the peaks of class activation maps, for `gigamorph eval
-    --marks`.
+    --marks`; exams.csv what the views of an exam say together (`combined`), where there are several of one.
 
     Args:
         classes: names of the outputs.
@@ -64,13 +65,15 @@ def explain(
     net.eval()
     rows: list[tuple[str, str, Mark]] = []
     skipped: list[str] = []
+    views: list[View] = []
     names: set[str] = set()
     done = 0
     meter.start("explain", len(images))
     for index in range(len(images)):
         path = images.records[index].path
         try:
-            source = images[index]["image"]
+            item = images[index]
+            source = item["image"]
             meter.image(source.shape[-2] * source.shape[-1])
             found, logits, which = METHODS[method](net, source, output)
             log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs_of(net))[0])
@@ -86,11 +89,15 @@ def explain(
             meter.note(f"skipped: {error}")
         else:
             done += 1
-            if method == "activation":
-                rows += [(str(path), classes[which], mark) for mark in find_marks(found)]
+            marks = find_marks(found) if method == "activation" else []
+            rows += [(str(path), classes[which], mark) for mark in marks]
+            record, told = images.records[index], prediction(item, logits, outputs_of(net))
+            views.append(View(told, record.patient_id if record.patient_known else "", which, next(iter(marks), None)))
         meter.image_done()
     if method == "activation":
         write_atomically(out / "marks.csv", lambda p: _write_marks(p, rows), "table")
+    if exams_of(views):
+        write_atomically(out / "exams.csv", lambda p: write_exams(p, views, classes, output), "table")
     return done, skipped
 
 
