@@ -244,13 +244,13 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
     steps: list[Op | VectorOp | Stage] = []
-    late = _for_state_alone(maps, nodes)
+    late, moment = _for_state_alone(maps, nodes), _moments(maps, nodes, level)
     for now in range(last + 1):
         for node in nodes:
             if (
                 not isinstance(node, (Local, Reduction))
                 and id(node) not in late
-                and level.get(next(iter(makes(node)), -1), 0) == now
+                and moment.get(id(node), level.get(next(iter(makes(node)), -1), 0)) == now
             ):
                 steps.append(node.op if isinstance(node, Whole) else node)
         here = [r for r in reductions if level[r.value] == now]
@@ -266,6 +266,38 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
             "the model's output does not depend on the image; call the model itself, without accelerate"
         )
     return staged
+
+
+# What arranges parameters, as a table of positions is made a bias for each pair, many times as large.
+_ARRANGES = frozenset(
+    "__getitem__ index_select gather narrow view reshape flatten unflatten permute transpose contiguous expand "
+    "unsqueeze squeeze".split()
+)
+
+
+def _moments(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, int]) -> dict[int, int]:
+    """The level of the first reader of what is made of parameters alone and depends on nothing else, by node identity.
+
+    Made at the beginning, the biases of all blocks would be there at once.
+    """
+    program = maps.program
+    fixed, movable = set(program.state()) - {after for _, after in program.updates}, []
+    for node in nodes:
+        plain = isinstance(node, Op) and node.name in _ARRANGES and not node.mutated
+        plain = plain or (isinstance(node, VectorOp) and node.share is None and bool(node.inputs))
+        if plain and isinstance(node, (Op, VectorOp)) and fixed.issuperset(node.inputs):
+            fixed.update(node.outputs)
+            movable.append(id(node))
+    first: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for node in reversed(nodes):
+        made = makes(node)
+        now = level.get(next(iter(made), -1), 0)
+        if id(node) in movable:
+            now = found[id(node)] = min((first[v] for v in made if v in first), default=now)
+        for value in node.inputs if isinstance(node, (Op, VectorOp)) else reads(node, maps):
+            first[value] = min(first.get(value, now), now)
+    return found
 
 
 def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:

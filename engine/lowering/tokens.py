@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture.trace import Op, Ref, bind
+from .ops.attention import of_another_query
 from .ops.base import Maps, arguments
 from .ops.names import ELEMENTWISE
 from .ops.reshape import place_of
@@ -181,6 +182,9 @@ class Tokens:
         if query not in self.joined or self.joined[query].axis != len(self.maps.shape(query)) - 2 or given["is_causal"]:
             return None
         joined = [one for v in dict.fromkeys((key, value)) if v in self.joined for one in self.together(v)]
+        if query in (key, value):  # one tensor is both
+            op, number = of_another_query(op, self.maps)
+            self.joined[number], query = self.joined[query], number
         cut: dict[int, int] = {}
         mask = given["attn_mask"]
         if mask is not None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.ops.base import Local, Whole
 from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.lowering.stages import Stage, lower
 
 H, W, WIDTH, HEADS = 12, 20, 8, 2
 POSITIONS = (H // 2) * (W // 2)
@@ -141,12 +142,14 @@ class Across(nn.Module):
                 x = F.layer_norm(x, x.shape[1:])
             case "fold":
                 x = x.reshape(-1, WIDTH).cumsum(0).reshape(x.shape)
+            case "one":
+                x = x + F.scaled_dot_product_attention(x, x, x)
             case "causal":
                 x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
         return self.head(x[:, 0] + x[:, 1:].mean(1))
 
 
-@pytest.mark.parametrize("way", ["softmax", "flip", "linear", "norm", "fold", "causal"])
+@pytest.mark.parametrize("way", ["softmax", "flip", "linear", "norm", "fold", "one", "causal"])
 def test_what_goes_across_both_is_put_together(way):
     torch.manual_seed(0)
     assert_exact(Across(way).double(), image(), tile=(6, 8))
@@ -158,6 +161,37 @@ def test_only_keys_and_values_are_ever_whole():
     vectors = [node.op for node in nodes if isinstance(node, Whole)]
     assert len([op for op in vectors if op.name == "cat"]) == 4  # K and V of two blocks
     assert sum(isinstance(node, Local) for node in nodes) > 20
+
+
+class Table(nn.Module):
+    """Biases for each pair out of a table, as Swin and CoAtNet have them, in several blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, WIDTH, 2, 2), nn.Linear(WIDTH, 3)
+        self.tables = nn.ParameterList(nn.Parameter(torch.randn(POSITIONS, HEADS)) for _ in range(blocks))
+        i = torch.arange(POSITIONS)
+        self.register_buffer("index", (i[:, None] - i).abs())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).flatten(2).transpose(1, 2)
+        for table in self.tables:
+            heads = x.reshape(len(x), POSITIONS, HEADS, -1).transpose(1, 2)
+            bias = table[self.index.view(-1)].view(POSITIONS, POSITIONS, -1).permute(2, 0, 1).contiguous()
+            y = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias.unsqueeze(0))
+            x = x + y.transpose(1, 2).reshape(x.shape)
+        return self.head(x.mean(1))
+
+
+def test_biases_are_made_when_they_are_read():
+    """Not those of all blocks at the beginning."""
+    torch.manual_seed(0)
+    net = Table(3).double()
+    assert_exact(net, image(), tile=(6, 8))
+    staged = lower(capture(net, (1, 2, H, W), torch.float64, torch.device("cpu")))
+    stages = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage)]
+    made = [n for n, step in enumerate(staged.steps) if getattr(step, "name", "") == "unsqueeze"]
+    assert len(made) == 3 and stages[0] < made[0] < stages[1] < made[1] < stages[2] < made[2] < stages[3]
 
 
 def test_a_tile_is_chosen():
