@@ -5,15 +5,16 @@
     python benchmarks/attention.py --json benchmarks/results/attention_cpu.json --markdown
 
 A row is one network at one size: an inference and a training step of stock, and of tiles, in processes of their own,
-each the second of its kind. Memory is what is resident at most above what was there before: with the parameters'
-gradients, without the parameters. What they gave is compared in the parent: relative errors of outputs, of the image's
-gradient, and the worst parameter's. It goes on where its file ends. Each network has a second size that is odd, or the
-next one that the network itself can take.
+each the first of its kind, with its recording. Memory is what is resident at most above what was there when the network
+was: with the parameters' gradients, without the parameters. What they gave is compared in the parent: relative errors
+of outputs, of the image's gradient, and the worst parameter's. It goes on where its file ends. Each network has a
+second size that is odd, or the next one that the network itself can take.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from gigamorph.engine.bench.machine import provenance  # noqa: E402
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 from gigamorph.engine.models.compat import make_torchvision_importable  # noqa: E402
-from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes  # noqa: E402
+from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, return_free_pages, used_bytes  # noqa: E402
 
 Size = tuple[int, int]
 WAYS = ("stock", "tiles")
@@ -79,23 +80,23 @@ class Server:
         image = torch.randn(1, 3, *size, dtype=torch.float64)
         net = model if way == "stock" else accelerate(model, tile=tile)
         found: dict[str, Any] = {}
+        there = used_bytes()
         with torch.no_grad():
-            net(image)  # recorded and planned once
-            output, found["inference"] = measured(lambda: net(image))
-        step(net, image)
-        result, found["training"] = measured(lambda: step(net, image))
+            output, found["inference"] = measured(lambda: net(image), there)
+        result, found["training"] = measured(lambda: step(net, image), there)
         torch.save({"inference": output, "result": result}, Path(folder) / way)
         return found
 
 
-def measured(work: Any) -> tuple[Any, dict[str, float]]:
-    """What a call gives, the bytes that it takes at most above what was there, and its seconds."""
-    before = used_bytes()
+def measured(work: Any, there: int) -> tuple[Any, dict[str, float]]:
+    """What a call gives, the bytes that it takes at most above what was there before all, and its seconds."""
+    gc.collect()
+    return_free_pages()
     reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     found = work()
     return found, {
-        "bytes": peak_bytes() - before,
+        "bytes": peak_bytes() - there,
         "seconds": round(time.perf_counter() - wall, 3),
         "cpu_seconds": round(time.process_time() - cpu, 3),
     }
