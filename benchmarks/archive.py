@@ -34,8 +34,7 @@ from gigamorph import accelerate
 from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import ArrayPixels, ImageSource
-from gigamorph.engine.predict import parts
-from gigamorph.engine.predict import run as runner
+from gigamorph.engine.predict import parts, runner
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict

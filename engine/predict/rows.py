@@ -50,12 +50,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """An image to predict."""
+    """An image that is to be done."""
 
     key: str
     row: Row
-    heatmap: str = ""
-    """Name of its heat map without the suffix."""
+    name: str = ""
+    """Of the files that are written of it, without the suffix."""
 
 
 def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Path | None = None) -> Iterator[Row]:
