@@ -1,7 +1,8 @@
 """Images read and decoded ahead in processes of their own, in order, so that a GPU waits for no decoder.
 
 What comes over is the image as its file stores it, once; images too large for that come as their source and are read by
-region where they are computed. Files of other places than this machine (`Row.url`) are fetched here, too.
+region where they are computed. Files of other places than this machine (`Row.url`) are read by region, too, or fetched
+where that cannot be.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
 from ..images.pixels import ImageSource
 from ..images.rawfile import one_line
+from ..images.remote import RemoteFile
 from .rows import Work, fetch
 
 LARGEST = 2**28
@@ -202,8 +204,11 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
     record, staged = one.row.record, None
     try:
         if one.row.url:
-            staged = Path(tempfile.mkdtemp(dir=staging))
-            record = replace(record, path=fetch(one.row.url, staged))
+            remote: Any = RemoteFile.by_region(one.row.url)
+            if remote is None:
+                staged = Path(tempfile.mkdtemp(dir=staging))
+                remote = fetch(one.row.url, staged)
+            record = replace(record, path=remote)
         item = open_image(record, one)
         source = stored_source(item["image"])
         decoded = _decode(source, one.row.name) if source is not None and (whole or staged is not None) else 0
