@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,14 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, 
             raise click.BadParameter(f"{value!r}; write PATTERN=RATE, as in classifier=1e-3", ctx, param)
         found.append((name, rate))
     return tuple(found)
+
+
+def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", value.strip())
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
+    if not seconds:
+        raise click.BadParameter(f"{value!r} is no time; write 90s, 30min or 2h", ctx, param)
+    return seconds
 
 
 @click.command()
@@ -82,6 +91,20 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     help="Train on this many GPUs, or processes on the CPU: an image on each at a time, gradients averaged.",
 )
 @click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
+@click.option(
+    "--devices-per-image",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Share each image between N of the devices, and average the gradients over those that have different images.",
+)
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    default="2h",
+    show_default=True,
+    callback=_parse_time,
+    help="How long processes wait for each other, as 90s, 30min or 2h; then the error names the one that is missing.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped; --epochs extends it.")
 @click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
 @click.option("--config", type=click.Path(), help="Of the recipe, TOML; by default as published.")
@@ -115,6 +138,8 @@ def train(
     device: str,
     devices: int | None,
     split_image: bool,
+    devices_per_image: int | None,
+    timeout: float,
     resume: bool,
     recipe: str | None,
     config: str | None,
@@ -132,7 +157,8 @@ def train(
     W) to logits (N, classes).
 
     With --recipe the model, its images and the stages of its training stand in --config; of the other options only
-    --memory-budget, --precision, --seed, --device, --devices, --split-image and --resume are taken.
+    --memory-budget, --precision, --seed, --device, --devices, --split-image,
+    --devices-per-image, --timeout and --resume are taken.
 
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
@@ -141,7 +167,8 @@ def train(
         raise click.UsageError("--config is a recipe's; name the recipe with --recipe")
     if recipe is not None:
         _refuse_others(ctx)
-    count = _count_processes(devices, split_image)
+    count = _count_processes(devices, split_image, devices_per_image)
+    split: bool | int = devices_per_image or split_image
     if recipe is not None:
         from ..engine.recipes import get_recipe
         from ..engine.recipes.config import load_config
@@ -150,7 +177,7 @@ def train(
         kind = get_recipe(recipe).config
         settings = kind() if config is None else load_config(config, kind)
         run = Run(Path(out), seed, device, memory_budget, resume, precision)
-        _start(_train_recipe, count, device, recipe, settings, data, run, split_image)
+        _start(_train_recipe, count, device, timeout, recipe, settings, data, run, split)
         return
     from ..engine.images.pixels import Normalize
     from ..engine.models.folder import is_folder
@@ -194,9 +221,9 @@ def train(
         patience=patience,
         seed=seed,
         device=device,
-        split_image=split_image,
+        split_image=split,
     )
-    _start(_train, count, device, images, chosen, out, resume)
+    _start(_train, count, device, timeout, images, chosen, out, resume)
 
 
 def _from_folder(
@@ -239,7 +266,7 @@ def _epochs_of(checkpoint: Path, otherwise: int) -> int:
     return load_checkpoint(checkpoint)["gigamorph"].get("options", {}).get("epochs", otherwise)
 
 
-def _count_processes(devices: int | None, split_image: bool) -> int:
+def _count_processes(devices: int | None, split_image: bool, per_image: int | None) -> int:
     from ..engine.parallel import launch
 
     there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
@@ -247,18 +274,22 @@ def _count_processes(devices: int | None, split_image: bool) -> int:
         raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
     if split_image and there == 1 and not launch.launched():
         raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
+    if split_image and per_image is not None:
+        raise click.UsageError("--split-image shares an image between all devices, --devices-per-image between some")
+    if per_image is not None and there % per_image:
+        raise click.UsageError(f"--devices-per-image {per_image}: {there} devices are no multiple of it")
     return there
 
 
-def _start(function: Callable[..., None], count: int, device: str, *args: Any) -> None:
+def _start(function: Callable[..., None], count: int, device: str, timeout: float, *args: Any) -> None:
     """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones."""
     from ..engine.parallel import launch
 
     if launch.launched():
-        with launch.process_group(device):
+        with launch.process_group(device, timeout=timeout):
             function(*args)
     elif count > 1:
-        launch.launch(function, count, device, *args)
+        launch.launch(function, count, device, *args, timeout=timeout)
     else:
         function(*args)
 
@@ -269,6 +300,7 @@ def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
     from ..engine.train.fit import fit
     from .progress import ProgressView
 
+    resume = resume or _goes_on(Path(out))
     group = ProcessGroup.here(chosen.split_image)
     if not group.leads:
         fit(images, chosen, out, resume=resume)
@@ -287,6 +319,13 @@ def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
         if part in metrics:
             click.echo(f"{part}: {_scores(metrics[part])}")
     click.echo(f"best epoch {metrics['best_epoch']}; {out}/best.ckpt, model_card.md, metrics.json, log.csv, curves.png")
+
+
+def _goes_on(out: Path) -> bool:
+    """Whether a launcher has started this run anew, which then goes on by itself."""
+    from ..engine.parallel import launch
+
+    return launch.restarted() and any(out.rglob("last.ckpt"))
 
 
 def _scores(found: dict[str, float | int | None]) -> str:
@@ -308,6 +347,8 @@ _OF_RECIPES = {
     "device",
     "devices",
     "split_image",
+    "devices_per_image",
+    "timeout",
     "resume",
 }
 
@@ -322,14 +363,14 @@ def _refuse_others(ctx: click.Context) -> None:
         raise click.UsageError(f"{', '.join(others)} cannot go with --recipe; it stands in the recipe's --config")
 
 
-def _train_recipe(name: str, config: Any, data: str, run: Run, split_image: bool) -> None:
+def _train_recipe(name: str, config: Any, data: str, run: Run, split: bool | int) -> None:
     """Run a recipe in this process, alone or as one of several, of which the first reports."""
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.recipes import get_recipe
     from .progress import ProgressView
     from .table import show_rows
 
-    run = replace(run, group=ProcessGroup.here(split_image))
+    run = replace(run, group=ProcessGroup.here(split), resume=run.resume or _goes_on(run.out))
     if not run.group.leads:
         get_recipe(name).train(Path(data), config, run)
         return

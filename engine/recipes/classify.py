@@ -170,7 +170,7 @@ class ImageTask(Task):
         balanced: bool = False,
         batch: int = 1,
         record: Mapping[str, Any] | None = None,
-        split: bool = False,
+        split: Any = False,
         stop_by_loss: bool = False,
     ) -> None:
         self.module, self.train, self.val, self.target = module, train, val, target

@@ -55,8 +55,8 @@ class TrainOptions:
     """Patterns of modules or parameters that do not learn; their BatchNorm keeps its statistics."""
     rates: tuple[tuple[str, float], ...] = ()
     """Patterns with a learning rate of their own."""
-    split_image: bool = False
-    """Whether processes share each image, a band of rows each, instead of having one each."""
+    split_image: bool | int = False
+    """Whether all processes share each image, a band of rows each, instead of having one each; or how many do."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _card(
     )
 
 
-def build_network(record: dict[str, Any], weights: str | Path | None = None, split: bool = False) -> Accelerated:
+def build_network(record: dict[str, Any], weights: str | Path | None = None, split: Any = False) -> Accelerated:
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
     options = record["options"]
     if "grown" in record:

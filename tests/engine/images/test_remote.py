@@ -46,7 +46,7 @@ def test_every_format_is_read_as_from_the_disk(kind, small, tmp_path, monkeypatc
 def test_only_what_is_read_is_fetched(tmp_path, monkeypatch):
     """A frame of many, a band of rows, a tile."""
     monkeypatch.setattr(remote, "SMALL", 0)
-    monkeypatch.setattr(remote, "BLOCK", 2**14)
+    monkeypatch.setattr(remote, "BLOCK", 2**12)
     frames = np.random.default_rng(0).integers(0, 4096, (30, 100, 90)).astype(np.uint16)
     image_files.write_dicom(tmp_path / "frames.dcm", frames)
     image_files.write_dicom(tmp_path / "packed.dcm", frames, image_files.JPEG + "80")
