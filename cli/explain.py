@@ -41,6 +41,8 @@ from . import options, runner
 @runner.shard
 @runner.devices
 @runner.workers
+@runner.engine
+@runner.address
 @runner.as_json
 @options.memory_budget
 @options.device
@@ -58,6 +60,8 @@ def explain(
     shard: tuple[int, int],
     devices: int,
     workers: int | None,
+    engine: Any,
+    address: str | None,
     as_json: bool,
     memory_budget: int | None,
     device: str,
@@ -81,6 +85,7 @@ def explain(
     from ..engine.recipes.networks import open_predictor
     from ..engine.train.checkpoint import load_checkpoint
 
+    runner.check_engine(engine, address)
     if not Path(checkpoint).is_dir():
         load_checkpoint(checkpoint)
     chosen = Options(
@@ -96,6 +101,8 @@ def explain(
         devices=devices,
         device=device,
         workers=workers,
+        engine=engine,
+        address=address,
     )
     opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
     with runner.watching(as_json, device) as watch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -45,6 +45,8 @@ _SPLITS = {
 @runner.shard
 @runner.devices
 @runner.workers
+@runner.engine
+@runner.address
 @click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
 @runner.as_json
 @options.memory_budget
@@ -62,6 +64,8 @@ def predict(
     shard: tuple[int, int],
     devices: int,
     workers: int | None,
+    engine: Any,
+    address: str | None,
     identifiers: bool,
     as_json: bool,
     memory_budget: int | None,
@@ -98,6 +102,7 @@ def predict(
     from ..engine.train.checkpoint import load_checkpoint
 
     opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
+    runner.check_engine(engine, address)
     if not Path(checkpoint).is_dir():
         load_checkpoint(checkpoint)
     digest = digest_of(checkpoint)
@@ -117,6 +122,8 @@ def predict(
         devices=devices,
         device=device,
         workers=workers,
+        engine=engine,
+        address=address,
     )
     with runner.watching(as_json, device, _grey) as watch:
         found = run(opener, images, out, chosen, watch)

@@ -63,6 +63,24 @@ as_json: Any = click.option(
 )
 
 
+engine: Any = click.option(
+    "--engine",
+    type=click.Choice(["embedded", "ray"]),
+    default="embedded",
+    show_default=True,
+    help="Work on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
+)
+address: Any = click.option(
+    "--address", help="Of the Ray cluster, as auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
+)
+
+
+def check_engine(engine: str, address: str | None) -> None:
+    """Refuse what another engine is asked for."""
+    if address is not None and engine != "ray":
+        raise click.UsageError("--address is a Ray cluster's; add --engine ray")
+
+
 def warn(text: str) -> None:
     click.echo(f"warning: {text}", err=True)
 

@@ -111,7 +111,7 @@ class _Explain(Job):
         return super().differs(name, before or "the default")
 
     def open(self, options: RunOptions) -> None:
-        self._classifier = self._opener(device=options.device if options.devices == 1 else "cpu")
+        self._classifier = self._opener(device=options.device if options.here else "cpu")
         self.classes = self._classifier.classes
         label = self._options.label
         if label is not None and label not in self.classes:

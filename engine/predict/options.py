@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..train.progress import Meter
 
@@ -25,6 +26,8 @@ class RunOptions:
         devices: processes that compute; 1 computes in this process.
         device: "cpu", or "cuda" for a GPU each.
         workers: processes that read ahead, for each device; None takes some.
+        engine: "embedded" computes on this machine, "ray" with `devices` actors of a Ray cluster.
+        address: of that; None takes RAY_ADDRESS, or starts one on this machine.
     """
 
     model: str
@@ -36,6 +39,13 @@ class RunOptions:
     devices: int = 1
     device: str = "cpu"
     workers: int | None = None
+    engine: Literal["embedded", "ray"] = "embedded"
+    address: str | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether this process computes."""
+        return self.engine == "embedded" and self.devices == 1
 
     @property
     def shard_name(self) -> str:

@@ -88,7 +88,7 @@ class _Predict(Job):
 
     def open(self, options: RunOptions) -> None:
         # Where other processes compute, this one only needs to know the classes, and how images are opened.
-        self._classifier = self._opener(device=options.device if options.devices == 1 else "cpu")
+        self._classifier = self._opener(device=options.device if options.here else "cpu")
         self.classes = self._classifier.classes
 
     def look(self, index: Index, watch: Watch) -> None:

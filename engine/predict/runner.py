@@ -20,6 +20,7 @@ from ..errors import DataError, GigamorphError
 from ..images.parallel import available_cpus
 from ..parallel.launch import need_gpus
 from .ahead import Opened
+from .by_ray import compute_by_ray
 from .devices import Outcome, Reading, compute_here, compute_in_processes
 from .folder import RunFolder
 from .index import Index
@@ -54,7 +55,7 @@ def run(
     watch = watch or Watch()
     folder = RunFolder(Path(out), job, options)
     folder.refuse(ours=False)
-    if options.device == "cuda":
+    if options.device == "cuda" and options.engine == "embedded":
         need_gpus(options.devices)
     job.open(options)
     with Index(lambda row: job.key(row, options.model)) as index:
@@ -114,7 +115,7 @@ class _Runner:
         staging = Path(tempfile.gettempdir()) / f"gigamorph-{name}"
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir(mode=0o700)
-        workers = default_workers(options.devices) if options.workers is None else options.workers
+        workers = default_workers(options) if options.workers is None else options.workers
         reading = Reading(workers, staging, forgiving=options.max_failures is not None)
         results = Parts(folder.parts / folder.shard, self._job.schema)
         failures = Parts(folder.quarantine / folder.shard, FAILURES)
@@ -139,6 +140,10 @@ class _Runner:
 
     def _outcomes(self, reading: Reading, work: Iterator[Work]) -> Generator[Outcome, None, None]:
         options, meter = self._options, self._watch.meter
+        if options.engine == "ray":
+            return compute_by_ray(
+                self._job.start(), reading, work, options.devices, options.device, options.address, self._folder.path
+            )
         if options.devices > 1:
             return compute_in_processes(self._job.start(), reading, work, options.devices, options.device)
         unit = self._job.unit()
@@ -178,7 +183,7 @@ class _Runner:
         summary, meter = self._summary, self._watch.meter
         pending, self._pending = self._pending, []
         for outcome in pending:
-            if self._options.devices > 1 and outcome.result is not None:
+            if not self._options.here and outcome.result is not None:
                 meter.image(outcome.result["pixels"])
             summary.computed += outcome.result is not None
             summary.done += outcome.result is not None
@@ -221,6 +226,8 @@ class _Runner:
         self._summary.scores = self._job.tables(index, results, out)
 
 
-def default_workers(devices: int) -> int:
-    """Processes that read ahead for each of so many devices of this machine."""
-    return max(1, min(8, available_cpus() // devices - 1))
+def default_workers(options: RunOptions) -> int:
+    """Processes that read ahead for each device: of this machine as many as it has room for."""
+    if options.engine == "ray":
+        return 2 if options.device == "cuda" else 0  # an actor on the CPU has one core, which is to compute
+    return max(1, min(8, available_cpus() // options.devices - 1))

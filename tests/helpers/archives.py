@@ -57,3 +57,16 @@ def tiny(*, device: str) -> Classifier:
     layers = nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     net = accelerate(nn.Sequential(*layers, nn.Linear(4, 2)), tile=16)
     return Classifier(net, CLASSES, functools.partial(ImageDataset, channels=1, flip=False))
+
+
+def slow(*, device: str, seconds: float) -> Classifier:
+    """The same, in a time that lets others be killed meanwhile."""
+    found = tiny(device=device)
+    real = found.net.forward
+
+    def forward(*args, **kwargs):
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+
+    found.net.forward = forward
+    return found
