@@ -256,6 +256,8 @@ def convert(
     from ..engine.images.parallel import available_cpus
     from ..engine.predict.options import RunOptions
 
+    if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
+        raise click.UsageError("--resume, --retry-failed, --max-failures and --shard are of images; add --images")
     table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     records, errors = _with_masks(table.records, source, skip_missing), []
     if file_format:

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import GigamorphError
 from ..files import write_atomically
 from .job import Job
-from .lock import held, hold
+from .lock import cannot_write, held, hold
 from .options import RunOptions
 
 
@@ -160,4 +160,4 @@ def _write_once(path: Path, data: bytes, mode: int = 0o666) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        raise GigamorphError(f"{path}: cannot be written: {os.strerror(error.errno or 0)}; free some space") from error
+        raise cannot_write(path, error, "name another --out") from error

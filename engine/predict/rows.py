@@ -124,6 +124,9 @@ def _listed(url: str) -> Iterator[str]:
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables are read from this machine only; fetch it")
     own, mark, rest = url.partition("::")
+    if Path(own.partition("?")[0]).suffix.lower() in SUFFIXES - {".zarr", ""}:
+        yield url  # whether it is there is seen when it is read, as of a table's images
+        return
     try:
         system, path = fsspec.url_to_fs(url)
         if own.rstrip("/").lower().endswith(".zarr") or not system.isdir(path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -70,3 +72,15 @@ def slow(*, device: str, seconds: float) -> Classifier:
 
     found.net.forward = forward
     return found
+
+
+class _Deadly(Sum):
+    def forward(self, source):
+        if source.name.endswith("0003.npy"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(source)
+
+
+def deadly(*, device: str) -> Classifier:
+    """Ends the process that computes an image."""
+    return Classifier(_Deadly(), CLASSES, functools.partial(ImageDataset, channels=1, flip=False))

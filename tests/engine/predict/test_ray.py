@@ -104,6 +104,9 @@ def test_an_actor_and_a_node_are_killed_and_the_rows_are_those_of_the_embedded_r
     keys = [row["key"] for rows in read_parts(tmp_path / "out" / "parts") for row in rows]
     assert len(set(keys)) == len(keys) == COUNT - 1
     assert not list((tmp_path / "out").glob(".work-*"))
+    # An image that kills whoever computes it ends the run, with what else is done, and in one line.
+    with pytest.raises(GigamorphError, match=r"^Ray: .*; what has come back is kept, --resume goes on$"):
+        predict(archives.deadly, [table], tmp_path / "deadly", options)
     # What is written is not done again: nothing is left for a cluster.
     again = predict(opener, [table], tmp_path / "out", replace(options, resume=True, address="127.0.0.1:9"))
     assert (again.computed, again.done) == (0, COUNT - 1)

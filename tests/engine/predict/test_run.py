@@ -365,6 +365,18 @@ def test_a_store_that_cannot_be_reached_and_a_file_that_is_not_there(table, serv
         predict(archives.stub, [f"{server}/none.npy"], tmp_path / "strict", HERE)
 
 
+def test_an_image_that_is_named_by_its_url_is_one_among_others(table, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    found = predict(archives.stub, [f"{server}/0001.npy", "http://127.0.0.1:9/a.dcm"], tmp_path / "out", FORGIVING)
+    assert (found.done, found.failed) == (1, 1)
+    assert "a.dcm: cannot be fetched (ClientConnectorError" in (tmp_path / "out" / "quarantine.csv").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_no_full_disk(table):
+    with pytest.raises(GigamorphError, match="/proc/none: cannot be written: No such file or directory; name another"):
+        predict(archives.stub, [table], "/proc/none", HERE)
+
+
 # ---- shards
 
 
