@@ -135,7 +135,7 @@ def test_the_command_starts_a_cluster_of_its_own(tmp_path, monkeypatch, capsys):
     run("train", table, "--out", tmp_path / "run", "--model", "lesionnet", "--epochs", "1")
     command = ["predict", tmp_path / "run" / "best.ckpt", table, "--out"]
     run(*command, tmp_path / "here")
-    end = json.loads(run(*command, tmp_path / "ray", "--engine", "ray", "--json")[-1])
+    end = json.loads(run(*command, tmp_path / "ray", "--engine", "ray", "--workers", "1", "--json")[-1])
     torch.set_num_threads(threads)
     assert end["event"] == "end" and end["complete"] and end["done"] == 12
     for name in ("predictions.csv", "exams.csv"):
