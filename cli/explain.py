@@ -73,7 +73,8 @@ def explain(
 
     IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path. Maps are computed by tiles and
     equal those of the whole image. What is done stays done and may be shared out, as in gigamorph predict. marks.csv
-    has the peaks of class activation maps, for gigamorph eval --marks.
+    has the peaks of class activation maps, for gigamorph eval --marks. exams.csv combines the views of an exam as
+    predict does, and has the place that adds most to it.
 
     A DICOM SEG needs highdicom, and carries what identifies the patient, as it must to be shown with its image.
 

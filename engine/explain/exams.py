@@ -8,7 +8,7 @@ and mean p, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)).
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,6 @@ class View:
     patient: str
     which: int
     mark: Mark | None
-
-
-def exams_of(views: Sequence[View]) -> list[list[View]]:
-    """The views of each exam that has several, in the order of their first images."""
-    found: dict[tuple[str, ...], list[View]] = {}
-    for view in views:
-        own = view.prediction
-        found.setdefault((own.patient, own.exam) if own.patient else ("", "", own.image), []).append(view)
-    return [group for group in found.values() if len(group) > 1]
 
 
 def combined(views: Sequence[View], classes: Sequence[str], which: int | None) -> list[object]:
@@ -95,10 +86,10 @@ def _log_slope(log_odds: float) -> float:
     return float(log_expit(log_odds) + log_expit(-log_odds))
 
 
-def write_exams(path: Path, views: Sequence[View], classes: Sequence[str], which: int | None) -> None:
-    """``exams.csv``: a row for each exam of several views."""
+def write_exams(path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None) -> None:
+    """``exams.csv``: a row for each exam, of several views."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
-        for number, group in enumerate(exams_of(views), 1):
+        for number, group in enumerate(exams, 1):
             writer.writerow([number, *(escape(cell) for cell in combined(group, classes, which))])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,15 @@ from ..predict.ahead import Opened
 from ..predict.index import Index
 from ..predict.job import Job, Result, Start, Unit
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, naming, open_one
-from ..predict.rows import Work
+from ..predict.predictor import Classifier, Opener, naming, open_one, renamed
+from ..predict.rows import Row, Work
 from ..predict.runner import run
-from ..train.explanation import Explanation, caption, explain_class, log_odds_of
+from ..predict.tables import prediction_of
+from ..train.classify import prediction
+from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
-from .maps import explain_gradient
-from .marks import find_marks
+from .exams import View, write_exams
+from .marks import Mark, find_marks
 from .seg import write_segmentation
 
 Method = Literal["activation", "gradient"]
@@ -44,11 +48,16 @@ EXPLAINED = pa.schema(
         ("pixels", pa.int64()),
         ("name", pa.string()),
         ("class", pa.string()),
-        ("log_odds", pa.float64()),
+        ("log_odds", pa.list_(pa.float64())),
+        ("exclusive", pa.bool_()),
+        ("header_patient", pa.string()),
+        ("laterality", pa.string()),
+        ("view", pa.string()),
         ("marks", pa.list_(_MARK)),
     ]
 )
-"""Of the parts. `name` is that of the image's files without suffix; marks are of class activation maps only."""
+"""Of the parts. `name` is that of the image's files without suffix; marks are of class activation maps only, highest
+first; log-odds and what tells the breast are as in `gigamorph.engine.predict.predictor.RESULTS`."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ def explain(
     For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it with the class and
     its probability; ``NAME.map.tif``, its values in float32; ``NAME.seg.dcm``, a fractional, or
     ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has the peaks of class activation maps, for `gigamorph eval
-    --marks`. What is done stays done, whatever ends the run, see `gigamorph.engine.predict.runner.run`.
+    --marks`; exams.csv what the views of an exam say together (`combined`), where there are several of one. What is
+    done stays done, whatever ends the run, see `gigamorph.engine.predict.runner.run`.
 
     Args:
         opener: opens the network; to be pickled where there are several devices.
@@ -118,31 +128,52 @@ class _Explain(Job):
             raise DataError(f"{options.checkpoint}: has no class {label!r}; there are {', '.join(self.classes)}")
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
-        self._out = out
+        self._out, self._secret = out, secret()
 
     def unit(self) -> Unit:
-        return Explaining(self._classifier, self._options, self._out)
+        return Explaining(self._classifier, self._options, self._out, self._secret)
 
     def start(self) -> Start:
-        return functools.partial(_start, self._opener, self._options, self._out)
+        return functools.partial(_start, self._opener, self._options, self._out, self._secret)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+        assert self.classes is not None
+        classes, label = self.classes, self._options.label
+
+        def marks() -> Iterator[list[str]]:
+            for row, result in index.joined(results):
+                view = _view(row, result, index, classes)
+                own = view.prediction
+                index.keep([(None, (own.patient, own.exam) if own.patient else None, view)])
+                for mark in result["marks"]:
+                    yield [
+                        row.name,
+                        result["class"],
+                        f"{mark['row']:.2f}",
+                        f"{mark['column']:.2f}",
+                        repr(mark["score"]),
+                    ]
+
         if self._options.method == "activation":
-            rows = (
-                [row.name, result["class"], f"{mark['row']:.2f}", f"{mark['column']:.2f}", repr(mark["score"])]
-                for row, result in index.joined(results)
-                for mark in result["marks"]
-            )
-            write_atomically(out / "marks.csv", lambda path: _write_marks(path, rows), "table")
+            write_atomically(out / "marks.csv", lambda path: _write_marks(path, marks()), "table")
+        else:
+            collections.deque(marks(), maxlen=0)
+        exams = (views for views in index.groups("exam") if len(views) > 1)
+        first = next(exams, None)
+        if first is not None:
+            which = None if label is None else classes.index(label)
+            every = itertools.chain([first], exams)
+            write_atomically(out / "exams.csv", lambda path: write_exams(path, every, classes, which), "table")
         return {}
 
 
 class Explaining:
     """The unit (`job.Unit`) that explains."""
 
-    def __init__(self, classifier: Classifier, options: Options, out: Path) -> None:
+    def __init__(self, classifier: Classifier, options: Options, out: Path, secret: bytes) -> None:
         classifier.net.eval()
         self.net, self._classifier, self._options, self._out = classifier.net, classifier, options, out
+        self._secret = secret
 
     def open(self, record: Record, work: Work) -> dict[str, Any]:
         return open_one(self._classifier, record, work)
@@ -162,6 +193,8 @@ class Explaining:
                 )
             _write(found, work.row.record.path, self._out, work.name, one, classes[which], log_odds)
         marks = find_marks(found) if options.method == "activation" else []
+        told = prediction(opened.item, logits, outputs_of(self.net))
+        headed = told.patient != work.row.record.patient_id
         return {
             "key": work.key,
             "model": options.model,
@@ -169,13 +202,24 @@ class Explaining:
             "pixels": source.shape[-2] * source.shape[-1],
             "name": work.name,
             "class": classes[which],
-            "log_odds": log_odds,
+            "log_odds": list(told.log_odds),
+            "exclusive": told.exclusive,
+            "header_patient": renamed(told.patient, self._secret) if headed else None,
+            "laterality": told.laterality,
+            "view": told.view,
             "marks": [mark._asdict() for mark in marks],
         }
 
 
-def _start(opener: Opener, options: Options, out: Path, *, device: str) -> Explaining:
-    return Explaining(opener(device=device), options, out)
+def _start(opener: Opener, options: Options, out: Path, secret: bytes, *, device: str) -> Explaining:
+    return Explaining(opener(device=device), options, out, secret)
+
+
+def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> View:
+    marks = [Mark(**mark) for mark in result["marks"]]
+    patient = row.record.patient_id if row.record.patient_known else ""
+    told = prediction_of(row, result, index, None, identifiers=False)
+    return View(told, patient, list(classes).index(result["class"]), next(iter(marks), None))
 
 
 def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, log_odds: float) -> None:
