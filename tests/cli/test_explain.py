@@ -60,7 +60,7 @@ def test_all_formats_are_the_same_map_on_the_pixels_of_the_file(table, checkpoin
     out = tmp_path / "out"
     assert run("explain", checkpoint, *images, "--out", out, "--method", "gradient", *formats) == 0
     assert "4 images explained, 0 skipped" in capsys.readouterr().out
-    assert len(files(out)) == 16  # of gradients no marks
+    assert len(files(out)) == 17 and (out / "exams.csv").exists()  # of gradients no marks
     sides = set()
     for path in images:
         values = tifffile.imread(out / f"{path.stem}.map.tif")
@@ -79,7 +79,7 @@ def test_all_formats_are_the_same_map_on_the_pixels_of_the_file(table, checkpoin
 def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
     assert run("predict", checkpoint, table, "--out", tmp_path / "p") == 0
     assert run("explain", checkpoint, table, "--out", tmp_path / "e") == 0
-    assert sorted(path.suffix for path in files(tmp_path / "e")) == [".csv", *[".png"] * 12]
+    assert sorted(path.suffix for path in files(tmp_path / "e")) == [".csv", ".csv", *[".png"] * 12]
     with (tmp_path / "e" / "marks.csv").open() as file:
         marks = list(csv.DictReader(file))
     assert marks and {mark["class"] for mark in marks} == {"1"}
