@@ -143,8 +143,8 @@ def train(
         _refuse_others(ctx)
     count = _count_processes(devices, split_image)
     if recipe is not None:
+        from ..engine.config import load_config
         from ..engine.recipes import get_recipe
-        from ..engine.recipes.config import load_config
         from ..engine.train.run import Run
 
         kind = get_recipe(recipe).config

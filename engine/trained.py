@@ -16,7 +16,8 @@ from .images.pixels import PixelSource
 from .models.outputs import outputs_of
 from .recipes.networks import open_classifier
 from .tiling.memory import parse_bytes
-from .train.classify import Images, prediction
+from .train.classify import prediction
+from .train.data import Images
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..files import write_atomically
 from ..images.pixels import as_stored
 from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
-from ..train.classify import Images
+from ..train.data import Images
 from ..train.explanation import Explanation, caption, explain_class, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
 from ..train.progress import Meter

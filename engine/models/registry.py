@@ -186,10 +186,11 @@ def _working_directory_on_path() -> Iterator[None]:
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load parameters from a safetensors file or a torch file (``weights_only``: no code is run).
 
-    A gigamorph or Lightning checkpoint serves as well. Tensors of the last layer whose shape differs are skipped with
-    a warning that names them (another number of classes); any other difference is an error. A folder of `gigamorph
-    import` serves too: a last layer that it does not have (features) is new, and one with a single sigmoid becomes that
-    of two classes with the same probabilities.
+    A gigamorph or Lightning checkpoint serves as well. Of a first convolution for colour the channels are summed where
+    the network takes one, so that it sees in a grey image what it saw in three equal channels. Tensors of the last
+    layer whose shape differs are skipped with a warning that names them (another number of classes); any other
+    difference is an error. A folder of `gigamorph import` serves too: a last layer that it does not have (features) is
+    new, and one with a single sigmoid becomes that of two classes with the same probabilities.
 
     Returns:
         The names of the skipped tensors.
@@ -200,7 +201,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     path = Path(path)
     own = model.state_dict()
     head = _head_prefix(own)
-    state = _start(path, own, head) if is_folder(path) else _read(path)
+    state = _grey(_start(path, own, head) if is_folder(path) else _read(path), own, path)
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
     ]
@@ -220,6 +221,21 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     if skipped:
         log.warning("%s: classifier of another shape skipped: %s", path, ", ".join(skipped))
     return skipped
+
+
+def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights for colour summed where the network takes one channel: it sees the same in grey images."""
+    found = dict(state)
+    for key, value in state.items():
+        if (
+            key in own
+            and value.ndim == 4
+            and value.shape[1] == 3
+            and own[key].shape == (len(value), 1, *value.shape[2:])
+        ):
+            found[key] = value.sum(1, keepdim=True)
+            log.warning("%s: %s is for colour; its channels are summed for grey images", path, key)
+    return found
 
 
 def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
 from ..images.pixels import ImageSource
 from ..images.rawfile import one_line
-from ..train.classify import Images
+from ..train.data import Images
 from .rows import Work, fetch
 
 LARGEST = 2**28

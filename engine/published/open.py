@@ -19,7 +19,7 @@ from ..models import create_model
 from ..models.classifier import record
 from ..models.folder import Description, Preprocessing, read_description
 from ..models.outputs import Outputs, set_outputs
-from ..train.classify import Images
+from ..train.data import Images
 from .images import PreparedSource, PublishedImages
 
 Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images]]

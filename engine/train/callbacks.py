@@ -85,9 +85,10 @@ class Epochs(Callback):
         if group.at_once > 1:  # each process has statistics of its own images; the first one's are kept
             for buffer in module.net.buffers():
                 dist.broadcast(buffer, 0)
-        score = self._score(trainer, module)
-        if state.end_epoch(stage, self._row(trainer, module, score, pixels), score):
-            self._save(trainer, module, "best.ckpt")
+        with module.averaged():
+            score = self._score(trainer, module)
+            if state.end_epoch(stage, self._row(trainer, module, score, pixels), score):
+                self._save(trainer, module, "best.ckpt")
         self._save(trainer, module, "last.ckpt")
         if group.leads:
             write_log(module.run.out / "log.csv", state.rows)

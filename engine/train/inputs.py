@@ -16,7 +16,7 @@ from ..datasets.tables import Record, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
-from .fit import Data
+from .data import Data
 
 
 def training_data(

@@ -86,7 +86,7 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
                 task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
             state.next_stage()
             goes_on = False
-    if state.best_epoch != state.epoch:
+    if state.best_epoch != state.epoch or stages[-1].average is not None:
         _take(task, load_checkpoint(best), str(best))
     task.module.eval()
     return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...config import from_plain
 from ...datasets.tables import SPLITS, Record
 from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
@@ -19,10 +20,10 @@ from ...files import write_atomically
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
+from ...train.target import Target, batch_weights
 from ...train.task import Task
 from ..card import recipe_card
-from ..classify import ImageTask, Target, auc_of, batch_weights, classifier_record, read_target
-from ..config import from_plain
+from ..classify import ImageTask, auc_of, classifier_record, read_target
 from ..recipe import begin, finish
 from ..tta import FLIPS, PLAIN, averaged
 from .config import CLASSES, Config, Model

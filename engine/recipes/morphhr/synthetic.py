@@ -25,7 +25,8 @@ from ...models.lesionnet import LesionNet
 from ...train.loop import run_stages
 from ...train.run import Run
 from ...train.stages import Stage
-from ..classify import ImageTask, Target
+from ...train.target import Target
+from ..classify import ImageTask
 from ..recipe import Claim
 from .config import Config
 from .images import parent_images

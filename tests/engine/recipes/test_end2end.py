@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from gigamorph.cli.main import main
 from gigamorph.engine.accelerate import accelerate
+from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.models import create_model
+from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.classify import ImageTask
-from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.end2end.config import CLASSES, Block, Config, Model, Sampling
 from gigamorph.engine.recipes.end2end.images import Window, lesions, resized, whole_images
 from gigamorph.engine.recipes.end2end.network import PatchNet, WholeNet, convert, features, top_blocks

@@ -20,7 +20,7 @@ from gigamorph.engine.morph.activation import PAct
 from gigamorph.engine.morph.files import Grown, open_network
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.stem import activation_bytes
-from gigamorph.engine.recipes.classify import ImageTask, Target, batch_weights
+from gigamorph.engine.recipes.classify import ImageTask
 from gigamorph.engine.recipes.morphhr.config import Config
 from gigamorph.engine.recipes.morphhr.grow import grow
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
@@ -28,6 +28,7 @@ from gigamorph.engine.recipes.morphhr.train import train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.target import Target, batch_weights
 
 SMALL = Config(
     model="lesionnet",

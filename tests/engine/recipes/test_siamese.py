@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gigamorph import accelerate
+from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.phantom import PhantomImage, write_phantoms
 from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.recipes.config import default_text, parse_config
+from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.siamese import SiameseConfig, train
 from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.mixture import Mixture, fit_mixture, soft_labels
