@@ -19,6 +19,7 @@ from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
+from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
 from .spec import Spec
 from .weights import first_line, load_exactly, read_state
@@ -190,7 +191,8 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     the network takes one, so that it sees in a grey image what it saw in three equal channels. Tensors of the last
     layer whose shape differs are skipped with a warning that names them (another number of classes); any other
     difference is an error. A folder of `gigamorph import` serves too: a last layer that it does not have (features) is
-    new, and one with a single sigmoid becomes that of two classes with the same probabilities.
+    new, and one with a single sigmoid becomes that of two classes with the same probabilities. ``timm:NAME`` are timm's
+    pretrained weights of this name.
 
     Returns:
         The names of the skipped tensors.
@@ -198,10 +200,13 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     Raises:
         DataError: if the file cannot be read, or does not fit the network.
     """
-    path = Path(path)
     own = model.state_dict()
     head = _head_prefix(own)
-    state = _grey(_start(path, own, head) if is_folder(path) else _read(path), own, path)
+    if str(path).startswith(TIMM):
+        found = pretrained_state(str(path))
+    else:
+        found = _start(Path(path), own, head) if is_folder(path) else _read(Path(path))
+    state = _grey(found, own, path)
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
     ]
@@ -223,7 +228,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     return skipped
 
 
-def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """Weights for colour summed where the network takes one channel: it sees the same in grey images."""
     found = dict(state)
     for key, value in state.items():

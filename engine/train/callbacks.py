@@ -92,6 +92,7 @@ class Epochs(Callback):
         self._save(trainer, module, "last.ckpt")
         if group.leads:
             write_log(module.run.out / "log.csv", state.rows)
+            _log(trainer, state.rows[-1])
             task.end_epoch(module.run.out, state.rows)
         told = {} if score is None else score.shown or {"score": score.value}
         values = {"loss": state.rows[-1]["train_loss"], **told}
@@ -147,6 +148,14 @@ def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerows(rows)
 
     write_atomically(path, table, "log")
+
+
+def _log(trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
+    """Hand an epoch's row to Lightning's loggers, if there are any."""
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=row["epoch"])
+        logger.save()
 
 
 def _stage_of(module: pl.LightningModule) -> StageModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .metrics import Prediction, as_cases, scores
 from .network import build_network
 from .options import TrainOptions
 from .progress import Report
+from .proposal import proposal
 from .record import make_record, require_same
 from .run import Run
 
@@ -41,8 +43,30 @@ class Fitted:
     net: Accelerated
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on at a run.
+
+    Attributes:
+        say: called with a few lines before the run: what it will take.
+        begun: called when all has been checked, before the first step.
+        loggers, callbacks: by name, of Lightning; see `loggers`.
+    """
+
+    say: Callable[[str], object] | None = None
+    begun: Callable[[], object] = lambda: None
+    loggers: tuple[str, ...] = ()
+    callbacks: tuple[str, ...] = ()
+
+
 def fit(
-    data: Data, options: TrainOptions, out: str | Path, *, resume: bool = False, report: Report | None = None
+    data: Data,
+    options: TrainOptions,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    report: Report | None = None,
+    watch: Watch | None = None,
 ) -> Fitted:
     """Train, and write into ``out``: ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json``,
     ``model_card.md``.
@@ -77,8 +101,24 @@ def fit(
         log.warning("patience has no effect: there are no validation images, and all epochs are trained")
     shape = (1, *data.train[0]["image"].shape)
     check_classifier(net._network, options.model, shape, data.target.columns, options.device)
+    watch = watch or Watch()
+    if watch.say is not None:
+        for line in proposal(net, data, options):
+            watch.say(line)
     task = _task(net, data, options, record)
-    run = Run(out, options.seed, options.device, options.memory_budget, resume, options.precision, report, group=group)
+    run = Run(
+        out,
+        options.seed,
+        options.device,
+        options.memory_budget,
+        resume,
+        options.precision,
+        report,
+        log=watch.loggers,
+        callbacks=watch.callbacks,
+        begun=watch.begun,
+        group=group,
+    )
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
     metrics, predictions = _measure(task, data, record, trained, time.monotonic() - started)
     if group.leads:
