@@ -74,10 +74,12 @@ def explain(
             source = images[index]["image"]
             meter.image(source.shape[-2] * source.shape[-1])
             found, logits, which = METHODS[method](net, source, output)
-            log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs_of(net))[0])
+            outputs = outputs_of(net)
+            log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
+            told = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
             stem = unique_name(path.stem, names)
             for one in formats:
-                _write(found, path, out, stem, one, classes[which], log_odds)
+                _write(found, path, out, stem, one, classes[which], told)
         except BudgetError as error:  # the larger images of a set may not fit
             raise BudgetError(f"{path}: {error}") from error
         except DataError as error:
@@ -105,10 +107,10 @@ def unique_name(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, log_odds: float) -> None:
+def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, told: str) -> None:
     if one == "png":
         name = overlay_name(stem, as_stored(found.source).shape)
-        write_overlay(found, out / name, stored=True, caption=caption(label, log_odds))
+        write_overlay(found, out / name, stored=True, caption=told)
     elif one == "tif":
         dtype = np.dtype(np.float32)
         path = out / f"{stem}.map.tif"

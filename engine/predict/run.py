@@ -25,6 +25,7 @@ from ..errors import DataError, GigamorphError
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically
 from ..images.parallel import available_cpus
+from ..models.outputs import outputs_of
 from ..parallel.launch import need_gpus
 from ..train.progress import Meter
 from .ahead import Opened
@@ -306,8 +307,15 @@ class _Run:
         if only_if_complete and not self._summary.complete:
             return
         results = (row for rows in read_parts(out / "parts") for row in rows)
+        outputs = outputs_of(self._classifier.net)
         self._summary.scores = write_tables(
-            index, results, out, self._classes, options.calibration, identifiers=options.identifiers
+            index,
+            results,
+            out,
+            self._classes,
+            options.calibration,
+            identifiers=options.identifiers,
+            numbers=outputs is not None and outputs.numbers,
         )
         model: dict[str, str] = {"checkpoint": options.checkpoint, "sha256": options.model}
         if options.calibration is not None:

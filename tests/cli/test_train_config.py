@@ -200,6 +200,15 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     assert metrics["kind"] == "labels" and metrics["outputs"] == ["mass", "calc"]
     assert run("train", tmp_path / "t.csv", *FAST, "--task", "labels", "--label", "age", "--out", tmp_path / "x") == 2
     assert "label_age of PHANTOM" in capsys.readouterr().err
+    given = [*FAST, "--task", "numbers", "--label", "age"]
+    assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "n") == 0
+    assert "test: MAE per image" in capsys.readouterr().out
+    image = table[0]["image_path"]
+    predicted = ["predict", tmp_path / "n" / "best.ckpt", image, "--heatmaps", "--out", tmp_path / "q"]
+    assert run(*predicted) == 0
+    (found,) = rows(tmp_path / "q" / "predictions.csv")
+    assert 20 < float(found["value_age"]) < 80 and "p_age" not in found
+    assert len(list((tmp_path / "q" / "heatmaps").iterdir())) == 1
 
 
 def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
