@@ -109,6 +109,7 @@ class Ensemble:
 
     def __init__(self, members: Sequence[tuple[Published, Preprocessing, Outputs]], description: Description) -> None:
         self.members, self.flips = list(members), description.flips
+        self._numbers = description.outputs.numbers
         set_outputs(self, replace(description.outputs, averaged=True))
         self._on_tile: Any = None
 
@@ -135,7 +136,8 @@ class Ensemble:
             for net, wanted, outputs in self.members
             for flip in self.flips
         ]
-        return mean_log_odds(torch.stack(found))
+        stacked = torch.stack(found)
+        return stacked.mean(0) if self._numbers else mean_log_odds(stacked)
 
     def evidence_map(self, image: Any, score: Any) -> Any:
         """Refused: the members' maps have places of their own."""

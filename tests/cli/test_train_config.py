@@ -10,6 +10,7 @@ import rich_click as click
 import torch
 import yaml
 
+from gigamorph import load
 from gigamorph.cli.main import main
 from gigamorph.cli.train import train as command
 from gigamorph.engine.datasets.phantom import write_phantoms
@@ -209,6 +210,10 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     (found,) = rows(tmp_path / "q" / "predictions.csv")
     assert 20 < float(found["value_age"]) < 80 and "p_age" not in found
     assert len(list((tmp_path / "q" / "heatmaps").iterdir())) == 1
+    trained = load(tmp_path / "n" / "best.ckpt")
+    assert float(trained.predict(image)[0, 0]) == pytest.approx(float(found["value_age"]), rel=1e-6)
+    card = (tmp_path / "n" / "model_card.md").read_text()
+    assert "- test, image level, age: MAE " in card and "AUC" not in card
 
 
 def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):

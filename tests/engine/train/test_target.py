@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gigamorph.engine.config import parse_config, to_toml
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.outputs import Outputs
+from gigamorph.engine.published.open import Ensemble
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.network import restore_network
@@ -78,6 +80,17 @@ def test_numbers_are_in_units_of_their_spread():
         target.measured_on(records[:1])
     with pytest.raises(DataError, match="numbers have none"):
         target.rarity(records)
+
+
+def test_numbers_are_no_probabilities_where_networks_are_averaged():
+    outputs = Target(("age",), "numbers", (50.0,), (10.0,)).outputs
+    preprocessing = SimpleNamespace(channels=1)
+    members = [(lambda image, value=value: torch.tensor([[value]]), preprocessing, outputs) for value in (-1.0, 1.0)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gigamorph.engine.published.open.PreparedSource", lambda source, wanted: source)
+        described = SimpleNamespace(flips=((False, False),), outputs=outputs)
+        found = Ensemble(members, described)("image")
+    assert found.tolist() == [[50.0]]
 
 
 def test_balanced_drawing_makes_classes_equally_frequent():
