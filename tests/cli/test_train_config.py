@@ -230,3 +230,31 @@ def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
 
 def test_every_key_is_said_what_it_is():
     assert TrainConfig().options().optimizer.name == "adamw"
+
+
+def test_fine_tuning_from_files_and_from_timms_weights(phantoms, tmp_path, monkeypatch, capsys):
+    import timm
+
+    from gigamorph.engine.train.config import make_config
+
+    said = []
+    file = make_config({"init": "weights.pt", "model": "lesionnet"}, "options", said.append)
+    assert (file.model, file.weights, file.init) == ("lesionnet", "weights.pt", None)
+    config = make_config({"init": "timm:resnet18.a1_in1k"}, "options", said.append)
+    assert config.model == config.weights == "timm:resnet18.a1_in1k" and config.data.channels == 1
+    assert config.data.mean == pytest.approx((0.449,), abs=1e-3) and config.data.std == pytest.approx(
+        (0.226,), abs=1e-3
+    )
+    assert run("train", phantoms, "--init", "timm:nothing_at_all", "--out", tmp_path / "no") == 2
+    assert "timm has no pretrained weights of it" in capsys.readouterr().err
+    # What timm would fetch, made here: the trained network begins as it, its colours summed.
+    fetched = timm.create_model("resnet18", num_classes=1000)
+    make = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **more: fetched if pretrained else make(name, **more)
+    )
+    given = ["--init", "timm:resnet18.a1_in1k", "--epochs", 1, "--batch-norm", "frozen", "--lr", "1e-12"]
+    assert run("train", phantoms, *given, "--out", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"]
+    summed = fetched.conv1.weight.sum(1, keepdim=True)
+    assert torch.allclose(state["net.conv1.weight"], summed, atol=1e-6) and state["net.fc.weight"].shape == (2, 512)
