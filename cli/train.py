@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +10,11 @@ import rich_click as click
 from click.core import ParameterSource
 
 from . import options
+from .starting import Teller, count_processes, start
+from .train_recipe import begin_recipe, refuse_others
 
 if TYPE_CHECKING:
     from ..engine.train.config import TrainConfig
-    from ..engine.train.run import Run
 
 SAVED = "config.toml"
 
@@ -29,10 +28,6 @@ _KEYS = {
     "class_weights": "loss",
 }
 _APART = ("data", "out", "recipe", "config", "settings", "print_config", "resume", "quiet", "verbose")
-_OF_RECIPES = {
-    *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
-    *("resume", "quiet", "verbose"),
-}
 
 
 def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -174,10 +169,10 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
-    tell = _Teller(given["quiet"], given["verbose"])
+    tell = Teller(given["quiet"], given["verbose"])
     if given["recipe"] is not None:
-        _refuse_others(ctx)
-        _begin_recipe(*_required(data, given["out"]), given, tell)
+        refuse_others(ctx)
+        begin_recipe(*_required(data, given["out"]), given, tell)
         return
     config = _configured(ctx, given, tell)
     if given["print_config"]:
@@ -187,9 +182,9 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
         return
     table, out = _required(data, given["out"])
     device = options.usable_device(config.device)
-    count = _count_processes(config.devices, config.split_image)
+    count = count_processes(config.devices, config.split_image)
     if config.data.folds is None:
-        _start(_train, count, device, table, config, out, given["resume"], tell)
+        start(_train, count, device, table, config, out, given["resume"], tell)
     else:
         _train_folds(table, config, out, given["resume"], tell, count, device)
 
@@ -203,33 +198,7 @@ def _required(data: str | None, out: str | None) -> tuple[str, Path]:
     return data, Path(out)
 
 
-class _Teller:
-    """What is printed of a run: all, or warnings alone."""
-
-    def __init__(self, quiet: bool, verbose: bool) -> None:
-        if quiet and verbose:
-            raise click.UsageError("--quiet and --verbose exclude each other")
-        self.quiet = quiet
-        if verbose:
-            import logging
-
-            from rich.logging import RichHandler
-
-            log = logging.getLogger("gigamorph")
-            log.setLevel(logging.DEBUG)
-            log.handlers = [RichHandler(show_path=False)]
-
-    def say(self, text: str) -> None:
-        """Print a line that people may want."""
-        if not self.quiet:
-            click.echo(text)
-
-    def warn(self, text: str) -> None:
-        """Print a line that people must see."""
-        click.echo(f"warning: {text}", err=True)
-
-
-def _configured(ctx: click.Context, given: dict[str, Any], tell: _Teller) -> TrainConfig:
+def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> TrainConfig:
     """The file's values, the options' over them, and those of -o over both; of a run that goes on its own file's."""
     from ..engine.config import parse_value, put, read_values
     from ..engine.train.config import make_config
@@ -256,32 +225,8 @@ def _plain(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _count_processes(devices: int | None, split_image: bool) -> int:
-    from ..engine.parallel import launch
-
-    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
-    if devices not in (None, there):
-        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
-    if split_image and there == 1 and not launch.launched():
-        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
-    return there
-
-
-def _start(function: Callable[..., None], count: int, device: str, *args: Any) -> None:
-    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones."""
-    from ..engine.parallel import launch
-
-    if launch.launched():
-        with launch.process_group(device):
-            function(*args)
-    elif count > 1:
-        launch.launch(function, count, device, *args)
-    else:
-        function(*args)
-
-
 def _train(
-    table: str, config: TrainConfig, out: Path, resume: bool, tell: _Teller, fold: tuple[int, int] | None = None
+    table: str, config: TrainConfig, out: Path, resume: bool, tell: Teller, fold: tuple[int, int] | None = None
 ) -> None:
     """Train in this process, alone or as one of several, of which the first reports."""
     from ..engine.config import to_toml
@@ -330,7 +275,7 @@ def _train(
 
 
 def _train_folds(
-    table: str, config: TrainConfig, out: Path, resume: bool, tell: _Teller, count: int, device: str
+    table: str, config: TrainConfig, out: Path, resume: bool, tell: Teller, count: int, device: str
 ) -> None:
     """A run for each fold, one after the other, and what they are together."""
     from ..engine.errors import GigamorphError
@@ -344,7 +289,7 @@ def _train_folds(
         if begun and not resume:
             raise GigamorphError(f"{folder}: already holds a run; continue with --resume or name another folder")
         tell.say(f"fold {number} of {folds}")
-        _start(_train, count, device, table, config, folder, begun, tell, (number, folds))
+        start(_train, count, device, table, config, folder, begun, tell, (number, folds))
     for line in summarise(out, folds):
         tell.say(line)
 
@@ -361,50 +306,3 @@ def scores_line(found: dict[str, float | int | None]) -> str:
             told = "undefined" if value is None else f"{value:.4f}"
             parts.append(f"{shown} per {level} {told} ({found[plural]} {plural})")
     return ", ".join(parts)
-
-
-def _refuse_others(ctx: click.Context) -> None:
-    """What a recipe's configuration says cannot be said by an option as well."""
-    given = [
-        p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) is not ParameterSource.DEFAULT
-    ]
-    others = [p.opts[0] for p in given if p.name not in _OF_RECIPES]
-    if others:
-        raise click.UsageError(f"{', '.join(others)} cannot go with --recipe; it stands in the recipe's --config")
-
-
-def _begin_recipe(data: str, out: Path, given: dict[str, Any], tell: _Teller) -> None:
-    from ..engine.config import load_config
-    from ..engine.recipes import get_recipe
-    from ..engine.train.run import Run
-
-    count = _count_processes(given["devices"], given["split_image"])
-    kind = get_recipe(given["recipe"]).config
-    settings = kind() if given["config"] is None else load_config(given["config"], kind)
-    run = Run(out, given["seed"], given["device"], given["memory_budget"], given["resume"], given["precision"])
-    args = given["recipe"], settings, data, run, given["split_image"], tell
-    _start(_train_recipe, count, given["device"], *args)
-
-
-def _train_recipe(name: str, config: Any, data: str, run: Run, split_image: bool, tell: _Teller) -> None:
-    """Run a recipe in this process, alone or as one of several, of which the first reports."""
-    from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.recipes import get_recipe
-    from .progress import ProgressView
-    from .table import show_rows
-
-    run = replace(run, group=ProcessGroup.here(split_image))
-    if not run.group.leads:
-        get_recipe(name).train(Path(data), config, run)
-        return
-    try:
-        with ProgressView(device=run.device, quiet=tell.quiet) as view:
-            metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
-    except KeyboardInterrupt:
-        click.echo(f"stopped; the same command with --resume goes on from what is in {run.out}", err=True)
-        raise
-    if tell.quiet:
-        return
-    plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
-    show_rows([{"measure": key, "value": value} for key, value in plain.items()])
-    click.echo(f"{run.out}/metrics.json has all of it")

@@ -79,11 +79,7 @@ def training_data(
         preprocessing["white"] = white
     if skip_bad:
         read = _without_bad(images(read, channels, preprocessing), warn)
-    if fold is None:
-        records = assign_splits(read, seed=seed)
-    else:
-        records = draw_folds(read, fold[1], seed)[fold[0] - 1]
-        check_leaks(records)
+    records = _split(read, fold, seed)
     if normalize == "auto":
         learnt = images([record for record in records if record.split == "train"], channels, preprocessing)
         preprocessing["normalize"] = normalize_of(learnt).to_dict()
@@ -99,15 +95,28 @@ def training_data(
         )
         for name in ("train", "val", "test")
     )
-    if target.kind in ("classes", "ordinal"):
-        for text in _unlearnable(target.names, train.records, Path(table)):
-            warn(text)
-    unknown = sum(not record.patient_known for record in records)
-    if unknown:
-        warn(f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits")
-    for text in grey_warnings(train):
+    for text in _told(records, train, target, Path(table)):
         warn(text)
     return Data(train, val, test, target.names, channels, preprocessing, target.measured_on(train.records))
+
+
+def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> list[Record]:
+    if fold is None:
+        return assign_splits(records, seed=seed)
+    drawn = draw_folds(records, fold[1], seed)[fold[0] - 1]
+    check_leaks(drawn)
+    return drawn
+
+
+def _told(records: Sequence[Record], train: ImageDataset, target: Target, table: Path) -> list[str]:
+    """What people should know of a table before they train on it; `DataError` if all images have one label."""
+    found = _unlearnable(target.names, train.records, table) if target.kind in ("classes", "ordinal") else []
+    unknown = sum(not record.patient_known for record in records)
+    if unknown:
+        found.append(
+            f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits"
+        )
+    return found + grey_warnings(train)
 
 
 def _read(
