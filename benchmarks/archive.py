@@ -2,10 +2,11 @@
 
     python benchmarks/archive.py kills --count 200
     python benchmarks/archive.py rows --count 1000 --count 1000000
-    python benchmarks/archive.py idle --image downloads/exam.dcm
+    python benchmarks/archive.py idle --count 30
 
 `kills` runs a small real network by tiles. In `rows` there are neither images nor a network: what is left is the work
-of the runner, each row in a process of its own. In `idle` the network sleeps for as long as an image takes to decode.
+of the runner, each row in a process of its own. In `idle` the network sleeps for as long as an image takes to
+decode (--image, by default a phantom of 1536 x 1152 in JPEG lossless).
 Each writes benchmarks/results/archive_NAME.json.
 """
 
@@ -26,16 +27,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import torch
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGLosslessSV1
 from torch import nn
 
 from gigamorph import accelerate
 from gigamorph.engine.datasets.dataset import ImageDataset
+from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import ArrayPixels, ImageSource
-from gigamorph.engine.predict import parts
-from gigamorph.engine.predict import run as runner
+from gigamorph.engine.predict import parts, runner
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
@@ -171,6 +176,18 @@ def rows(counts: list[int], workers: int) -> dict[str, Any]:
     return {"rows": found}
 
 
+def compressed_phantom(path: Path, height: int, width: int) -> Path:
+    """A phantom mammogram as archives store them: DICOM with JPEG lossless."""
+    write_phantoms(path.parent / "phantoms", patients=1, height=height, width=width, seed=1, workers=1)
+    ds = dcmread(sorted((path.parent / "phantoms" / "images").iterdir())[0])
+    pixels = ds.pixel_array
+    ds.PixelData = encapsulate([imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=ds.BitsStored)])
+    ds["PixelData"].VR = "OB"
+    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.save_as(path)
+    return path
+
+
 def idle(image: Path, images: int, folder: Path) -> dict[str, Any]:
     """A device that computes for as long as an image takes to decode: without and with processes that read ahead."""
     took = []
@@ -180,13 +197,13 @@ def idle(image: Path, images: int, folder: Path) -> dict[str, Any]:
         took.append(time.monotonic() - began)
     seconds = sorted(took)[2]
     for number in range(images):
-        os.link(image, folder / f"{number:03d}{image.suffix}")
+        os.link(image, folder / f"copy{number:03d}{image.suffix}")
     found = []
     for factor in (1.0, 2.0):
         for workers in (0, 1, 2):
             out = folder / f"{factor}-{workers}"
             opener = sleeper(factor * seconds, functools.partial(ImageDataset, channels=1))
-            names = sorted(folder.glob(f"*{image.suffix}"))
+            names = sorted(folder.glob(f"copy*{image.suffix}"))
             done = predict(opener, names, out, Options("m", workers=workers))
             # What is neither sleep nor bookkeeping is waiting for pixels, wherever that is.
             share = 1 - images * factor * seconds / done.seconds
@@ -213,7 +230,8 @@ def main() -> None:
         elif given.what == "rows":
             found = rows(given.count or [1000, 1_000_000], given.workers)
         else:
-            found = idle(given.image, (given.count or [30])[0], Path(name))
+            image = given.image or compressed_phantom(Path(name) / "image.dcm", 1536, 1152)
+            found = idle(image, (given.count or [30])[0], Path(name))
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     # Of the machine: timings were taken beside other work where it is above the number of its CPUs.
     machine |= {"load_before": load, "load_after": os.getloadavg(), "seconds": round(time.monotonic() - began, 1)}

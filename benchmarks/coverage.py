@@ -1,4 +1,4 @@
-"""Which real networks the engine computes exactly: the 178 networks of the census, frozen and with live norms.
+"""Which real networks the engine computes exactly: the networks of the census, frozen and with live norms.
 
 Each network runs at a small, odd size in tiles, with random weights and statistics, and is compared with stock PyTorch:
 outputs, the gradient of every parameter and of the image, and every buffer after the step. Two modes: "eval" (batch 1),
@@ -35,61 +35,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
+from coverage_list import CLASSES  # noqa: E402
 from coverage_markdown import PAGE, page  # noqa: E402
 
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 
-TIMM = """
-    resnet18 resnet50 resnext50_32x4d resnetblur18 resnetaa50 resnet50d resnetv2_50 resnet51q regnetx_002
-    densenet121 densenetblur121d vgg11_bn vgg11 convnext_atto convnext_atto_ols convnext_atto_rms convnext_tiny_hnf
-    efficientnet_lite0 efficientnet_es fbnetc_100 mobilenetv1_100 mobilenetv2_100 mobilenet_edgetpu_v2_s
-    mobilenetv4_conv_small mobilenetv4_conv_aa_medium mobilenetv4_conv_blur_medium mnasnet_100 spnasnet_100 dla34
-    dla60x dla60_res2net hrnet_w18_small hrnet_w18_ssld hrnet_w30 res2net50_26w_4s res2net50d nf_resnet26 repvgg_a0
-    mobileone_s0 gernet_s inception_v3 inception_v4 inception_resnet_v2 inception_next_atto xception41 xception41p
-    legacy_xception dpn48b dpn68b darknet53 darknetaa53 cspresnet50 cspdarknet53 cs3darknet_focus_s cs3darknet_s
-    selecsls42b vovnet39a nasnetalarge pnasnet5large starnet_s1 fasternet_t0 hgnetv2_b0 convmixer_768_32
-    mambaout_femto convformer_s18 halonet26t
-""".split()
-TORCHVISION = """
-    googlenet shufflenet_v2_x0_5 squeezenet1_1 mnasnet0_5 alexnet convnext_tiny resnet18 densenet121 inception_v3
-""".split()
-CLASS_A = [
-    *TIMM,
-    *(f"tv:{name}" for name in TORCHVISION),
-    "tvs:fcn_resnet50",
-    "own:unet_t",
-    "own:unet_i",
-    "own:fpn",
-]
-CLASS_B = """
-    resnet50_gn seresnet50 ecaresnet26t resnetrs50 resnetv2_50x1_bit resnetv2_50d_gn resnetv2_50d_evos resnetv2_50d_frn
-    gcresnet33ts regnety_002 regnetz_005 regnetv_040 regnetz_b16 rdnet_tiny convnextv2_atto efficientnet_b0
-    efficientnet_b0_gn efficientnet_b0_g16_evos efficientnet_blur_b0 efficientnet_cc_b0_4e efficientnet_x_b3
-    tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnetv2_s gc_efficientnetv2_rw_t mixnet_s tf_mixnet_s fbnetv3_b
-    mobilenetv3_small_100 mobilenetv3_large_100 tf_mobilenetv3_small_100 lcnet_050 lcnetv2_small tinynet_e
-    semnasnet_100 hardcorenas_a rexnet_100 rexnetr_100 ghostnet_100 ghostnetv2_100 ghostnetv3_100 repghostnet_050
-    resnest14d resnest50d_4s2x40d nf_seresnet26 nf_ecaresnet26 nfnet_f0 dm_nfnet_f0 eca_nfnet_l0 nfnet_l0 nf_regnet_b0
-    skresnet18 repvgg_d2se legacy_seresnet18 legacy_senet154 cs3sedarknet_l cspnext_tiny tresnet_m ese_vovnet19b_dw
-    ese_vovnet39b eca_vovnet39b hgnet_tiny repvit_m0_9 fastvit_t8 poolformer_s12 poolformerv2_s12 focalnet_tiny_srf
-    efficientvit_b0 efficientvit_l1 mobilevitv2_050 swiftformer_xs lambda_resnet26t tv:mobilenet_v3_small
-    tv:efficientnet_v2_s tv:regnet_y_400mf tvs:deeplabv3_mobilenet_v3_large tvs:lraspp_mobilenet_v3_large own:unet_in
-    edgenext_xx_small edgenext_small_rw skresnext50_32x4d
-""".split()
-CLASS_C = """
-    mobilenetv4_hybrid_medium fastvit_sa12 caformer_s18 mobilevit_xxs nextvit_small shvit_s1 iformer_t lowformer_b0
-    cpubone_nano mobilenetv5_300m bat_resnext26ts csatv2
-""".split()
-FIXED = """
-    efficientformerv2_s0 botnet26t_256 sebotnet33ts_256 visformer_tiny swin_tiny_patch4_window7_224
-    vit_tiny_patch16_224
-""".split()  # these take one image size alone
-CLASSES = {
-    **dict.fromkeys(CLASS_A, "a"),
-    **dict.fromkeys(CLASS_B, "b"),
-    **dict.fromkeys(CLASS_C, "c"),
-    **dict.fromkeys(FIXED, "fixed"),
-}
 MODES = ("eval", "live")
 # A BatchNorm after a global pooling has one value per image: of two it makes plus and minus one, whatever they are.
 BATCH = {"eval": 1, "live": 4}
@@ -106,13 +57,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "coverage_census.json"
 
 def build(name: str) -> Any:
     """The network of a census name, with random weights."""
+    import coverage_nets
+
     from gigamorph.engine.models.compat import make_torchvision_importable
 
     make_torchvision_importable()
     source, _, rest = name.rpartition(":")
     if source == "own":
-        import coverage_nets
-
         return coverage_nets.NETWORKS[rest]()
     if source == "tv":
         import torchvision
@@ -123,9 +74,16 @@ def build(name: str) -> Any:
         import torchvision
 
         return torchvision.models.get_model(rest, weights=None, weights_backbone=None)
+    if source == "tvd":
+        from torchvision.models.detection import backbone_utils
+
+        makes = backbone_utils.mobilenet_backbone if "mobilenet" in rest else backbone_utils.resnet_fpn_backbone
+        fpn = {"fpn": True} if "mobilenet" in rest else {}
+        return makes(backbone_name=rest, weights=None, trainable_layers=5, **fpn)
     import timm
 
-    return timm.create_model(rest, pretrained=False)
+    made = timm.create_model(rest, pretrained=False)
+    return coverage_nets.Part(made, source) if source else made
 
 
 def check(name: str, mode: str) -> dict[str, Any]:

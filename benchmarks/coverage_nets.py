@@ -1,4 +1,4 @@
-"""The census's own segmentation networks, small: U-Nets with transposed and interpolated upsampling, and an FPN."""
+"""The census's own networks: small U-Nets with transposed and interpolated upsampling, an FPN; parts of timm's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,18 @@ def double_conv(inside: int, outside: int, norm: Callable[[int], nn.Module]) -> 
     for channels in (inside, outside):
         layers += [nn.Conv2d(channels, outside, 3, padding=1, bias=False), norm(outside), nn.ReLU(True)]
     return nn.Sequential(*layers)
+
+
+class Part(nn.Module):
+    """A model of timm whose features are what is wanted, or what they are pooled to."""
+
+    def __init__(self, model: nn.Module, what: str):
+        super().__init__()
+        self.model, self.what = model, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model.forward_features(x)  # pyright: ignore[reportCallIssue]
+        return x if self.what == "features" else self.model.forward_head(x, pre_logits=True)  # pyright: ignore[reportCallIssue]
 
 
 class UNet(nn.Module):

@@ -1,11 +1,12 @@
-"""What the host launches in a step on a GPU, inside of captured tiles and outside of them; counted without a GPU.
+"""What the host launches in a step on a GPU, inside of captured work and outside of it; counted without a GPU.
 
-    python benchmarks/host_work.py [--network resnet50] [--json FILE]
+    python benchmarks/host_work.py [--network resnet50] [--autocast] [--json FILE]
 
 Which ops a step dispatches depends on how many tiles there are, not on how large they are: so an image of 256 x 256 in
-tiles of 128 stands for 4096 x 4096 in tiles of 2048, and the step runs on the CPU. Every op that is no view counts as a
-launch; of our own ops each as one. A copy of several tensors is one launch per tensor, or per 300 tensors where all
-lie dense in memory (what PyTorch's foreach kernels ask for). Capturing is stood in for by remembering the function.
+tiles of 128 stands for 4096 x 4096 in tiles of 2048, and one of 208 x 160 in one tile for a mammogram of 3328 x 2560.
+The step runs on the CPU. Every op that is no view counts as a launch; of our own ops each as one. A copy of several
+tensors is one launch per tensor, or per 300 tensors where all lie dense in memory (what PyTorch's foreach kernels ask
+for). Capturing is stood in for by remembering the function.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class Launches(TorchDispatchMode):
 
 
 def _launches(func: Any, args: Any) -> int:
-    if func is not torch.ops.aten._foreach_copy_.default:
+    if not func._schema.name.startswith("aten::_foreach_"):
         return 1
-    targets, sources = args[:2]
-    return -(-len(targets) // FOREACH) if all(map(_dense, (*targets, *sources))) else len(targets)
+    tensors = [tensor for given in args if isinstance(given, (list, tuple)) for tensor in given]
+    count = len(args[0])
+    return -(-count // FOREACH) if all(map(_dense, tensors)) else count
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -63,6 +65,9 @@ class Remembered:
     def __init__(self, launches: Launches):
         self.launches = launches
 
+    def apart(self) -> Remembered:
+        return self
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         def again() -> None:
             self.launches.found[False]["replay"] += 1
@@ -75,14 +80,14 @@ class Remembered:
         return again
 
 
-def count(network: str, side: int, tile: int | None, replayed: bool) -> list[dict[str, Any]]:
+def count(network: str, size: tuple[int, int], tile: int, replayed: bool, autocast: bool) -> list[dict[str, Any]]:
     """Launches of each of the first steps."""
     make_torchvision_importable()
     import torchvision
 
     torch.manual_seed(0)
     net = accelerate(getattr(torchvision.models, network)(num_classes=2), tile=tile, batch_norm="frozen")
-    image = torch.randn(1, 3, side, side)
+    image = torch.randn(1, 3, *size)
     launches = Launches()
     rows = []
     executor = mock.patch.object(buffers, "executor", lambda device: Remembered(launches) if replayed else None)
@@ -91,8 +96,10 @@ def count(network: str, side: int, tile: int | None, replayed: bool) -> list[dic
         for number in range(STEPS):
             net.zero_grad()
             launches.found = (Counter(), Counter())
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), launches:
+                loss = net(image).sum()
             with launches:
-                net(image).sum().backward()
+                loss.backward()
             outside, inside = launches.found
             copies = sum(n for name, n in outside.items() if "copy" in name)
             rows.append(
@@ -103,23 +110,23 @@ def count(network: str, side: int, tile: int | None, replayed: bool) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--network", default="resnet50")
+    parser.add_argument("--autocast", action="store_true", help="in bfloat16")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found = {}
-    for name, side, tile in (("four tiles", 256, 128), ("one tile", 256, 256), ("16 tiles", 512, 128)):
+    for name, size, tile in (("4096 x 4096, four tiles", (256, 256), 128), ("3328 x 2560, one tile", (208, 160), 208)):
         for replayed in (False, True):
             key = f"{name}, {'replayed' if replayed else 'op by op'}"
-            found[key] = count(given.network, side, tile, replayed)
+            found[key] = count(given.network, size, tile, replayed, given.autocast)
             last = found[key][-1]
             told = {k: v for k, v in last.items() if k in ("inside", "outside", "outside_copies")}
-            print(f"{key:24}", *(f"{k} {v:6}" for k, v in told.items()))
+            print(f"{key:34}", *(f"{k} {v:6}" for k, v in told.items()))
             print("   ", last["outside_most"])
     if given.json:
-        given.json.write_text(
-            json.dumps({**provenance(), "network": given.network, "launches": found}, indent=1) + "\n"
-        )
+        report = {**provenance(), "network": given.network, "autocast": given.autocast, "launches": found}
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""The claims of all recipes on their synthetic tasks, each in a process of its own.
+"""The claims of all recipes on their synthetic tasks over ten seeds, each seed in a process of its own.
 
-python benchmarks/recipes.py [--only morphhr] [--seeds 0,1,2]   # measures, then writes JSON and table
-python benchmarks/recipes.py --write                            # the table from the JSON, measuring nothing
+python benchmarks/recipes.py [--only morphhr]    # the seeds that are missing, cheapest recipe first
+python benchmarks/recipes.py --write             # the page from the JSON, measuring nothing
+
+Three of the seeds were looked at while the tasks were made; the other seven are run after task and rule were committed.
+It goes on after a kill, and measures committed states only; every seed's rows name their commit. Seeds are measured
+again when the recipe's `synthetic.py` has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -18,30 +23,72 @@ from pathlib import Path
 from typing import Any
 
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.recipes import RECIPES
+from gigamorph.engine.recipes import RECIPES, get_recipe
+from gigamorph.engine.recipes.claims import HELD_OUT, SEEN, judge
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "recipes" / "README.md"
-TIMEOUT = 3600  # seconds for one recipe
+SIZES = "Memory and hours at the published sizes, predicted: [sizes.md](sizes.md)."
+WEIGHTS = """## Weights
+
+Every configuration names its file of weights and says where it is from. It is looked for as it is named, and among what
+torch.hub has fetched; the first digits of its SHA-256 are checked where its publisher gives them. A recipe that is
+meant to start from trained weights does not begin without them unless `weights = "random"` is written down; log and
+model card say then that nothing was trained before. Files of torchvision, timm, VISSL (SimCLR), SwAV and DINO are read
+as they are. With a published file, inputs of another scale than its own are refused. Keras' h5 files are not read."""
+ORDER = ("cae", "end2end", "dvme", "morphhr", "siamese")
+TIMEOUT = 3600  # seconds for one seed
 
 
-def measure(name: str, seeds: str) -> dict[str, Any]:
-    """Run a recipe's command; what its ``claim.json`` holds, with wall time, CPU time and the command's exit code."""
+def task_of(name: str) -> str:
+    """What tells a recipe's synthetic task, with its settings and rule, from an earlier one."""
+    return hashlib.sha256((ROOT / "engine" / "recipes" / name / "synthetic.py").read_bytes()).hexdigest()[:12]
+
+
+def changed() -> str:
+    """What of the checkout is not committed, results and their page apart; empty if all is."""
+    own = [f":!{path.relative_to(ROOT)}" for path in (JSON, PAGE)]
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *own]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def measure(name: str, seed: int) -> dict[str, Any]:
+    """The rows of one seed by the recipe's own command, with wall time, CPU time and where they come from."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        command = [sys.executable, "-m", "gigamorph.cli.main", "recipe", name, "--synthetic", "--seeds", seeds]
+        command = [sys.executable, "-m", "gigamorph.cli.main", "recipe", name, "--synthetic", "--seeds", str(seed)]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         done = subprocess.run([*command, "--out", str(out)], timeout=TIMEOUT, check=False)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        claim = json.loads((out / "claim.json").read_text()) if (out / "claim.json").exists() else {}
-    measured = {"seconds": time.monotonic() - began, "cpu_seconds": cpu, "exit": done.returncode}
-    return {**claim, **measured, "threads": os.environ.get("OMP_NUM_THREADS", ""), "provenance": provenance()}
+        if done.returncode > 1 or not (out / "claim.json").exists():  # 1: one seed shows nothing
+            raise SystemExit(f"{name}, seed {seed}: ended with {done.returncode}")
+        rows = json.loads((out / "claim.json").read_text())["rows"]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    measured = {"seconds": time.monotonic() - began, "cpu_seconds": cpu, "threads": threads}
+    # The JSON and its page, which a run changes itself, are no change of what is measured.
+    return {"rows": rows, **measured, "provenance": {**provenance(), "uncommitted_changes": bool(changed())}}
+
+
+def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What was measured so far, with the rule applied to it."""
+    synthetic = get_recipe(name).synthetic
+    seeds = {str(seed): found["seeds"][str(seed)] for seed in (*SEEN, *HELD_OUT) if str(seed) in found["seeds"]}
+    rows = [row for own in seeds.values() for row in own["rows"]]
+    holds, lines = judge(synthetic.rule, rows)
+    return {
+        "claim": synthetic.claim,
+        "rule": str(synthetic.rule),
+        "task": found["task"],
+        "holds": holds,
+        "judged": lines,
+        "seeds": seeds,
+    }
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    """The table of recipes as Markdown."""
+    """The claims as Markdown."""
     lines = [
         "# Recipes",
         "",
@@ -49,23 +96,60 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         "NAME` prints a configuration with the source of every value, `gigamorph train TABLE --recipe NAME --config",
         "FILE --out RUN` trains, and `gigamorph recipe NAME --synthetic` shows the method's claim on a synthetic task.",
         "",
-        "Generated by `python benchmarks/recipes.py --write` from `benchmarks/results/recipes.json`; measured on CPUs.",
+        "Generated by `python benchmarks/recipes.py`, which measures the seeds that are missing, one by one, into",
+        f"`benchmarks/results/recipes.json`; on CPUs. Seeds {', '.join(map(str, SEEN))} were looked at while the tasks",
+        "were made. Those marked * were not: task and rule were committed before they were run.",
         "",
-        "| recipe | method | claim on the synthetic task | holds | wall time | CPU time |",
+        "| recipe | method | claim on the synthetic task | verdict | seeds | CPU time of a seed |",
         "|---|---|---|---|---:|---:|",
     ]
     for name, text in RECIPES.items():
         own = found.get(name)
-        if own is None or "claim" not in own:
+        if own is None:
             lines.append(f"| {_link(name)} | {text} | not measured | | | |")
             continue
-        cells = (_link(name), text, own["claim"], "yes" if own["holds"] else "**no**")
-        lines.append(f"| {' | '.join(cells)} | {own['seconds']:.0f} s | {own['cpu_seconds']:.0f} s |")
+        seconds = [seed["cpu_seconds"] for seed in own["seeds"].values()]
+        cells = (_link(name), text, own["claim"], _verdict(own))
+        lines.append(f"| {' | '.join(cells)} | {len(seconds)} | {sum(seconds) / len(seconds):.0f} s |")
+    lines += ["", *SIZES.splitlines(), "", *WEIGHTS.splitlines()]
     for name in RECIPES:
         own = found.get(name)
-        if own is not None and own.get("rows"):
-            lines += ["", f"## {name}", "", own["rule"], "", *_rows(own["rows"])]
+        if own is not None:
+            lines += ["", f"## {name}", "", own["rule"], "", f"**{_verdict(own).capitalize()}.**{_missing(own)}", ""]
+            lines += [*_rows([_told(line) for line in own["judged"]]), "", *_rows(_marked(own))]
+            commits = dict.fromkeys(seed["provenance"]["commit"][:12] for seed in own["seeds"].values())
+            lines += ["", f"Measured at {', '.join(commits)}."]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(own: dict[str, Any]) -> str:
+    return "holds" if own["holds"] else "does not hold"
+
+
+def _missing(own: dict[str, Any]) -> str:
+    absent = [str(seed) for seed in (*SEEN, *HELD_OUT) if str(seed) not in own["seeds"]]
+    return f" Seeds {', '.join(absent)} were not run." if absent else ""
+
+
+def _told(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the rule as it is printed."""
+    low, high = line.get("low"), line.get("high")
+    wins = line.get("wins")
+    return {
+        "part of the rule": line["what"],
+        "mean": f"{line['mean']:.4f}",
+        "95 % interval": "" if low is None else f"{low:.4f} to {high:.4f}",
+        "wins": "" if wins is None else f"{wins} of {line['seeds']}",
+        "holds": "beside" if line["holds"] is None else line["holds"],
+    }
+
+
+def _marked(own: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {**row, "seed": f"{row['seed']}{' *' * (row['seed'] in HELD_OUT)}"}
+        for seed in own["seeds"].values()
+        for row in seed["rows"]
+    ]
 
 
 def _link(name: str) -> str:
@@ -80,20 +164,27 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return "yes" if value else "**no**"
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(RECIPES), action="append")
-    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     found = json.loads(JSON.read_text()) if JSON.exists() else {}
-    for name in () if given.write else given.only or RECIPES:
-        found[name] = measure(name, given.seeds)
-        JSON.write_text(json.dumps(found, indent=1) + "\n")
+    if not given.write and changed():
+        raise SystemExit(f"figures are of a committed state only; commit these first:\n{changed()}")
+    for name in () if given.write else given.only or ORDER:
+        if found.get(name, {}).get("task") != task_of(name):
+            found[name] = {"task": task_of(name), "seeds": {}}
+        for seed in (*SEEN, *HELD_OUT):
+            if str(seed) not in found[name]["seeds"]:
+                found[name]["seeds"][str(seed)] = measure(name, seed)
+                found[name] = judged(name, found[name])
+                JSON.write_text(json.dumps(found, indent=1) + "\n")
+                PAGE.write_text(page(found))
     PAGE.write_text(page(found))
 
 

@@ -91,11 +91,11 @@ class Launch:
 
 def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, int]:
     """Multiply-adds of a convolution in descriptor form, wanted and made; zeros of any other kernel."""
-    if kernel not in ("_conv2d_descriptor_kernel", "_wgrad_descriptor_kernel"):
+    if kernel not in ("conv2d_descriptor_kernel", "wgrad_descriptor_kernel"):
         return 0, 0
     product, steps = given["P"], given["STEPS"]
     taps, depth = product.R * product.S, steps.CIN
-    if kernel == "_conv2d_descriptor_kernel":
+    if kernel == "conv2d_descriptor_kernel":
         n, lines, run, filters = given["y_desc"].shape
         done = grid[0] * product.BM * product.BN * taps * -(-depth // product.BK) * product.BK
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from . import options
+from . import options, runner
 from .data_phantom import phantom
 from .data_preview import preview
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..engine.datasets.tables import Record, Table
+    from ..engine.predict.options import RunOptions
 
 _SHOWN = 20  # problems that are printed
 
@@ -220,6 +221,10 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
 @options.voi
 @options.for_processing
 @options.white
+@runner.resume
+@runner.max_failures
+@runner.retry_failed
+@runner.shard
 @options.workers
 def convert(
     source: str,
@@ -231,6 +236,10 @@ def convert(
     voi: str,
     for_processing: bool,
     white: Any,
+    resume: bool,
+    max_failures: float | None,
+    retry_failed: bool,
+    shard: tuple[int, int],
     workers: int | None,
 ) -> None:
     """Turn a public data set, as it was downloaded, into a table for training; its images too if asked for.
@@ -238,31 +247,32 @@ def convert(
     SOURCE is the folder of the data set, or a table or folder of your own. Written are table.csv, unlabelled.csv with
     the images whose label is not known, and table.json, which says what label and split mean.
 
+    With --images each image is kept as soon as it is written: --resume goes on, and --shard shares the work out, as in
+    gigamorph predict. Images that cannot be read are left out; quarantine.csv says why.
+
     Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
     """
-    from ..engine.datasets.convert import convert_images
     from ..engine.datasets.tables import DATA_SETS, write_table
-    from ..engine.errors import DataError
-    from .count import Count
+    from ..engine.images.parallel import available_cpus
+    from ..engine.predict.options import RunOptions
 
+    if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
+        raise click.UsageError("--resume, --retry-failed, --max-failures and --shard are of images; add --images")
     table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     records, errors = _with_masks(table.records, source, skip_missing), []
     if file_format:
-        with Count("images", len(records)) as count:
-            records, errors = convert_images(
-                records,
-                out,
-                file_format=file_format,  # pyright: ignore[reportArgumentType]
-                voi=voi,
-                for_processing=for_processing,
-                white=white,
-                workers=workers,
-                on_done=count.add,
-            )
-        for error in errors:
-            click.echo(f"left out: {error}", err=True)
-        if not records:
-            raise DataError(f"{source}: none of its {len(errors)} images can be read")
+        chosen = RunOptions(
+            "",
+            resume=resume,
+            retry_failed=retry_failed,
+            max_failures=1.0 if max_failures is None else max_failures,
+            shard=shard,
+            workers=workers or available_cpus(),
+        )
+        converted = _convert_images(records, out, file_format, voi, for_processing, white, chosen, source)
+        if converted is None:
+            return
+        records, errors = converted
     labelled = [record for record in records if record.label >= 0]
     unlabelled = [record for record in records if record.label < 0]
     if labelled:
@@ -288,6 +298,42 @@ def convert(
     click.echo(f"{len(records)} images of {len({record.patient_id for record in records})} patients ({told}); {out}")
     if errors:
         raise SystemExit(1)
+
+
+def _convert_images(
+    records: list[Record],
+    out: str,
+    file_format: Any,
+    voi: str,
+    for_processing: bool,
+    white: Any,
+    chosen: RunOptions,
+    source: str,
+) -> tuple[list[Record], list[str]] | None:
+    """The records of what is written, and why others are not; None while other shards have some left."""
+    from ..engine.errors import DataError
+    from ..engine.predict.convert import convert_images
+
+    with runner.watching(False, "cpu") as watch:
+        records, errors, found = convert_images(
+            records,
+            out,
+            file_format=file_format,
+            voi=voi,
+            for_processing=for_processing,
+            white=white,
+            options=chosen,
+            watch=watch,
+        )
+    for error in errors:
+        click.echo(f"left out: {error}", err=True)
+    if not found.complete:
+        told = f"shard {chosen.shard[0]}/{chosen.shard[1]}: {found.done} images written, {found.failed} left out"
+        click.echo(f"{told}; table.csv is written when the other shards are done")
+        return None
+    if not records:
+        raise DataError(f"{source}: none of its {len(errors)} images can be read")
+    return records, errors
 
 
 data.add_command(preview)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from . import options
+from . import options, runner
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record
+    from ..engine.predict.options import Summary
     from ..engine.predict.predictor import Classifier
-    from ..engine.train.progress import Progress
+    from ..engine.predict.run import Options
 
 _MANY = 100
 """Images whose rate is told."""
@@ -26,27 +25,6 @@ _SPLITS = {
     "train": "train (learnt from these, so this measures nothing)",
     "": "split not known (may hold images of the training)",
 }
-
-
-def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
-    if value is None:
-        return 1, 1
-    parts = value.split("/")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
-        raise click.BadParameter(f"{value!r} is no shard; write 1/4, 2/4, 3/4 or 4/4", ctx, param)
-    return int(parts[0]), int(parts[1])
-
-
-def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise click.BadParameter(f"{value!r} is no share; write 2% or 0.02", ctx, param)
-    return share
 
 
 @click.command()
@@ -60,31 +38,17 @@ def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) 
     type=click.Path(dir_okay=False),
     help="calibration.json that gigamorph eval wrote of this checkpoint: calibrated probabilities, and who is called.",
 )
-@click.option("--resume", is_flag=True, help="Go on in a folder that holds predictions of this checkpoint.")
+@runner.resume
 @click.option("--skip-bad", is_flag=True, help="Put damaged or missing images in quarantine.csv and go on.")
-@click.option(
-    "--max-failures",
-    metavar="SHARE",
-    callback=_parse_share,
-    help="The same, but stop when more than this share of the images has failed, as in 2%.",
-)
-@click.option("--retry-failed", is_flag=True, help="Try images in quarantine again; with --resume.")
-@click.option(
-    "--shard",
-    metavar="I/N",
-    callback=_parse_shard,
-    help="Predict the I-th of N parts with about as many pixels each; all into one folder, on machines of any number.",
-)
-@click.option(
-    "--devices",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="GPUs, or processes on the CPU, to predict with.",
-)
-@click.option("--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead.")
+@runner.max_failures
+@runner.retry_failed
+@runner.shard
+@runner.devices
+@runner.workers
+@runner.engine
+@runner.address
 @click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
-@click.option("--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON.")
+@runner.as_json
 @options.memory_budget
 @options.device
 def predict(
@@ -100,6 +64,8 @@ def predict(
     shard: tuple[int, int],
     devices: int,
     workers: int | None,
+    engine: Any,
+    address: str | None,
     identifiers: bool,
     as_json: bool,
     memory_budget: int | None,
@@ -130,14 +96,13 @@ def predict(
     """
     from ..engine.evaluate.recalibration import read_calibration
     from ..engine.models.folder import digest_of
-    from ..engine.predict.run import Options, Watch
+    from ..engine.predict.run import Options
     from ..engine.predict.run import predict as run
     from ..engine.recipes.networks import open_predictor
     from ..engine.train.checkpoint import load_checkpoint
-    from ..engine.train.progress import Meter
-    from .progress import ProgressView
 
     opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
+    runner.check_engine(engine, address)
     if not Path(checkpoint).is_dir():
         load_checkpoint(checkpoint)
     digest = digest_of(checkpoint)
@@ -157,30 +122,29 @@ def predict(
         devices=devices,
         device=device,
         workers=workers,
+        engine=engine,
+        address=address,
     )
-    if as_json:
-        lines = _Lines()
-        watch = Watch(Meter(lines), lines.warn, lines.failed, _grey(lines.warn))
-        lines.end(run(opener, images, out, chosen, watch))
-        return
-
-    def warn(text: str) -> None:
-        click.echo(f"warning: {text}", err=True)
-
-    with ProgressView(device=device) as view:
-        meter = Meter(view)
-        watch = Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), _grey(warn))
+    with runner.watching(as_json, device, _grey) as watch:
         found = run(opener, images, out, chosen, watch)
+    if as_json:
+        runner.tell_end(found)
+    else:
+        _tell(chosen, Path(out), found)
+
+
+def _tell(options: Options, out: Path, found: Summary) -> None:
+    """For people."""
     if not found.complete:
-        of = f"shard {shard[0]}/{shard[1]}: " if shard[1] > 1 else ""
+        of = f"shard {options.shard[0]}/{options.shard[1]}: " if options.shard[1] > 1 else ""
         click.echo(
-            f"{of}{found.done} images predicted, {found.failed} skipped; {Path(out) / 'parts'}; predictions.csv is "
+            f"{of}{found.done} images predicted, {found.failed} skipped; {out / 'parts'}; predictions.csv is "
             "written when the other shards are done"
         )
         return
-    click.echo(f"{found.done} images predicted, {found.failed} skipped; {Path(out) / 'predictions.csv'}, breasts.csv")
+    click.echo(f"{found.done} images predicted, {found.failed} skipped; {out / 'predictions.csv'}, breasts.csv")
     if found.failed:
-        click.echo(f"{Path(out) / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
+        click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
     if found.computed >= _MANY:
         rate = found.computed / max(found.seconds, 1e-9)
         click.echo(f"{rate:.3g} images/s; the device waited for images {found.idle:.1%} of the time")
@@ -192,67 +156,12 @@ def predict(
             click.echo(f"{note}: {area}, per breast {breast} ({labelled['breasts']} breasts)")
 
 
-def _grey(warn: Callable[[str], object]) -> Callable[[Classifier, Sequence[Record]], None]:
-    """A look at the grey scale of a few images."""
+def _grey(warn: Callable[[str], object], classifier: Classifier, records: Sequence[Record]) -> None:
+    """Look at the grey scale of a few images."""
+    from ..engine.datasets.dataset import ImageDataset
+    from ..engine.datasets.grey import grey_warnings
 
-    def look(classifier: Classifier, records: Sequence[Record]) -> None:
-        from ..engine.datasets.dataset import ImageDataset
-        from ..engine.datasets.grey import grey_warnings
-
-        data = classifier.open_images(records)
-        if isinstance(data, ImageDataset):
-            for text in grey_warnings(data):
-                warn(text)
-
-    return look
-
-
-class _Lines:
-    """What a run tells, as lines of JSON: `progress` at most every second, `failed`, `warning`, and `end`."""
-
-    def __init__(self) -> None:
-        self._began, self._told, self._first = time.monotonic(), 0.0, -1
-        self._failed = 0
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if self._first < 0:
-            self._began, self._first = now, progress.image
-        if now - self._told < 1 and progress.image < progress.images:
-            return
-        self._told = now
-        rate = (progress.image - self._first) / max(now - self._began, 1e-9)
-        self._say(
-            "progress",
-            done=progress.image,
-            images=progress.images,
-            failed=self._failed,
-            images_per_second=round(rate, 4),
-            megapixels_per_second=round(progress.pixels / 1e6 / max(now - self._began, 1e-9), 4),
-            seconds_left=round((progress.images - progress.image) / rate, 1) if rate else None,
-        )
-
-    def failed(self, image: str, reason: str) -> None:
-        self._failed += 1
-        self._say("failed", image=image, reason=reason)
-
-    def warn(self, text: str) -> None:
-        self._say("warning", text=text)
-
-    def end(self, found: Any) -> None:
-        self._say(
-            "end",
-            images=found.images,
-            done=found.done,
-            failed=found.failed,
-            computed=found.computed,
-            complete=found.complete,
-            seconds=round(found.seconds, 3),
-            images_per_second=round(found.computed / max(found.seconds, 1e-9), 4),
-            idle=round(found.idle, 4),
-            scores=found.scores,
-        )
-
-    @staticmethod
-    def _say(event: str, **values: object) -> None:
-        click.echo(json.dumps({"event": event, **values}))
+    data = classifier.open_images(records)
+    if isinstance(data, ImageDataset):
+        for text in grey_warnings(data):
+            warn(text)

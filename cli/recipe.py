@@ -63,6 +63,8 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
         claim = show_claim(chosen, Run(folder, device=device, report=view, say=view.say), seeds)
     click.echo()
     show_rows(claim.rows)
+    click.echo()
+    show_rows(claim.judged)
     click.echo(_verdict(claim, folder))
     return int(not claim.holds)
 

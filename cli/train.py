@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from . import options
-from .starting import Teller, count_processes, start
+from .starting import Teller, count_processes, goes_on, start
 from .train_recipe import begin_recipe, refuse_others
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 
 def _parse_scale(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     return value if value == "auto" else options._parse_numbers(ctx, param, value)
+
+
+def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", value.strip())
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
+    if not seconds:
+        raise click.BadParameter(f"{value!r} is no time; write 90s, 30min or 2h", ctx, param)
+    return seconds
 
 
 @click.command()
@@ -134,6 +143,20 @@ def _parse_scale(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 )
 @click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
 @click.option(
+    "--devices-per-image",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Share each image between N of the devices, and average the gradients over those that have different images.",
+)
+@click.option(
+    "--timeout",
+    metavar="TIME",
+    default="2h",
+    show_default=True,
+    callback=_parse_time,
+    help="How long processes wait for each other, as 90s, 30min or 2h; then the error names the one that is missing.",
+)
+@click.option(
     "--log",
     multiple=True,
     metavar="NAME",
@@ -164,7 +187,8 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     W) to logits (N, classes).
 
     With --recipe the model, its images and the stages of its training stand in --config; of the other options only
-    --memory-budget, --precision, --seed, --device, --devices, --split-image and --resume are taken.
+    --memory-budget, --precision, --seed, --device, --devices, --split-image, --devices-per-image, --timeout and
+    --resume are taken.
 
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
@@ -182,9 +206,9 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
         return
     table, out = _required(data, given["out"])
     device = options.usable_device(config.device)
-    count = count_processes(config.devices, config.split_image)
+    count = count_processes(config.devices, config.split_image, config.devices_per_image)
     if config.data.folds is None:
-        start(_train, count, device, table, config, out, given["resume"], tell)
+        start(_train, count, device, config.timeout, table, config, out, given["resume"], tell)
     else:
         _train_folds(table, config, out, given["resume"], tell, count, device)
 
@@ -237,7 +261,8 @@ def _train(
     from ..engine.train.inputs import training_data
     from .progress import ProgressView
 
-    group = ProcessGroup.here(config.split_image)
+    resume = resume or goes_on(out)
+    group = ProcessGroup.here(config.split)
     chosen = replace(config.options(), device=options.usable_device(config.device))
     warn = tell.warn if group.leads else lambda text: None
     images = training_data(table, **config.data_arguments(), fold=fold, warn=warn)
@@ -289,7 +314,7 @@ def _train_folds(
         if begun and not resume:
             raise GigamorphError(f"{folder}: already holds a run; continue with --resume or name another folder")
         tell.say(f"fold {number} of {folds}")
-        start(_train, count, device, table, config, folder, begun, tell, (number, folds))
+        start(_train, count, device, config.timeout, table, config, folder, begun, tell, (number, folds))
     for line in summarise(out, folds):
         tell.say(line)
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from click.core import ParameterSource
 
-from .starting import Teller, count_processes, start
+from .starting import Teller, count_processes, goes_on, start
 
 if TYPE_CHECKING:
     from ..engine.train.run import Run
 
 _OF_RECIPES = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
-    *("resume", "quiet", "verbose"),
+    *("devices_per_image", "timeout", "resume", "quiet", "verbose"),
 }
 
 
@@ -36,22 +36,22 @@ def begin_recipe(data: str, out: Path, given: dict[str, Any], tell: Teller) -> N
     from ..engine.recipes import get_recipe
     from ..engine.train.run import Run
 
-    count = count_processes(given["devices"], given["split_image"])
+    count = count_processes(given["devices"], given["split_image"], given["devices_per_image"])
     kind = get_recipe(given["recipe"]).config
     settings = kind() if given["config"] is None else load_config(given["config"], kind)
     run = Run(out, given["seed"], given["device"], given["memory_budget"], given["resume"], given["precision"])
-    args = given["recipe"], settings, data, run, given["split_image"], tell
-    start(_train_recipe, count, given["device"], *args)
+    args = given["recipe"], settings, data, run, given["devices_per_image"] or given["split_image"], tell
+    start(_train_recipe, count, given["device"], given["timeout"], *args)
 
 
-def _train_recipe(name: str, config: Any, data: str, run: Run, split_image: bool, tell: Teller) -> None:
+def _train_recipe(name: str, config: Any, data: str, run: Run, split: bool | int, tell: Teller) -> None:
     """Run a recipe in this process, alone or as one of several, of which the first reports."""
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.recipes import get_recipe
     from .progress import ProgressView
     from .table import show_rows
 
-    run = replace(run, group=ProcessGroup.here(split_image))
+    run = replace(run, group=ProcessGroup.here(split), resume=run.resume or goes_on(run.out))
     if not run.group.leads:
         get_recipe(name).train(Path(data), config, run)
         return

@@ -24,7 +24,7 @@ from .choice import run_fastest
 from .dtypes import sum_dtype
 from .pointwise import act_grad
 from .stream import Stream, channel, load, step_pixels, store, whole
-from .tuning import MOST_BLOCK_CHANNELS
+from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, nhwc
 
 

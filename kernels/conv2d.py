@@ -20,8 +20,9 @@ from . import conv2d_dgrad as dense_dgrad
 from . import conv2d_forward as dense_forward
 from . import conv2d_wgrad as dense_wgrad
 from . import depthwise
-from .activations import ACTIVATIONS, MASKS, activate_reference, slope_reference
+from .activations import ACTIVATIONS, MASKS, slope_reference
 from .choice import run_fastest
+from .conv2d_stock import backward_stock, forward_stock, scaled, split_padding
 from .dtypes import sum_dtype
 from .moments import moments_of_each
 from .pointwise import act_grad
@@ -78,10 +79,6 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 def _four(padding: int | Sequence[int]) -> list[int]:
     pad = _pair(padding)
     return [pad[0], pad[0], pad[1], pad[1]] if len(pad) == 2 else pad
-
-
-def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
-    return weight if scale is None else (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
 
 
 # -- forward ------------------------------------------------------------------------------------------------------
@@ -176,42 +173,6 @@ def _(x, weight, shift, geometry, margin):
     return whole, mean, m2
 
 
-def _split_padding(geometry: ConvGeometry) -> tuple[list[int], list[int]]:
-    """Padding as (even part that stock convolutions add themselves, uneven part for F.pad in its order)."""
-    top, bottom, left, right = geometry.padding
-    rows, cols = min(top, bottom), min(left, right)
-    return [rows, cols], [left - cols, right - cols, top - rows, bottom - rows]
-
-
-def forward_stock(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    geometry: ConvGeometry,
-    act: str,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor]:
-    """The same with PyTorch's own ops, in place where that is possible."""
-    even, uneven = _split_padding(geometry)
-    if any(uneven):
-        x = F.pad(x, uneven)
-    bias = shift.to(x.dtype) if scale is None and shift is not None else None
-    z = F.conv2d(x, weight, bias, geometry.stride, even, geometry.dilation, geometry.groups)  # pyright: ignore
-    if scale is not None:
-        z.mul_(scale.reshape(-1, 1, 1))
-        if shift is not None:
-            z.add_(shift.reshape(-1, 1, 1))
-    if residual is not None:
-        z.add_(residual)
-    z = nhwc(z)
-    if keep_z:
-        return activate_reference(z, act), z
-    y = {"relu": F.relu_, "none": lambda t: t}.get(act, lambda t: activate_reference(t, act))(z)
-    return y, x.new_empty(0)
-
-
 # -- data gradient ------------------------------------------------------------------------------------------------
 
 
@@ -238,15 +199,15 @@ def conv2d_dgrad(
         dx = empty_map(dy.shape[0], channels, size[0], size[1], dy)
         rest = {"gate": gate, "gate_act": gate_act, "addend": addend, "mask": mask, "mask_act": mask_act}
         run = depthwise.dgrad if given.is_depthwise(weight) else dense_dgrad.dgrad
-        run(dy, _scaled(weight, scale), dx, given, **rest)
+        run(dy, scaled(weight, scale), dx, given, **rest)
         return dx
 
     def stock() -> Tensor:
         dz = dy if gate is None else act_grad(dy, gate, gate_act)
-        _, uneven = _split_padding(given)
+        _, uneven = split_padding(given)
         height, width = size[0] + uneven[2] + uneven[3], size[1] + uneven[0] + uneven[1]
         x = empty_map(dy.shape[0], channels, height, width, dy)  # only its shape is read
-        dx = _backward_stock(dz, x, _scaled(weight, scale), given, [True, False, False])[0]
+        dx = backward_stock(dz, x, scaled(weight, scale), given, [True, False, False])[0]
         dx = nhwc(dx[:, :, uneven[2] : uneven[2] + size[0], uneven[0] : uneven[0] + size[1]])
         if addend is not None:
             dx = dx + addend
@@ -254,13 +215,6 @@ def conv2d_dgrad(
 
     settings = (*weight.shape, *given.form, gate_act, mask_act, addend is None)
     return run_fastest("conv2d_dgrad", dy, settings, ours, stock)
-
-
-def _backward_stock(dz: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: list[bool]) -> Any:
-    """PyTorch's gradients of a convolution of x, which has the uneven part of the padding already."""
-    even, _ = _split_padding(geometry)
-    place = list(geometry.stride), even, list(geometry.dilation), False, [0, 0], geometry.groups
-    return torch.ops.aten.convolution_backward(dz, x, weight, None, *place, wanted)
 
 
 @conv2d_dgrad.register_fake
@@ -296,10 +250,10 @@ def conv2d_wgrad_(
 
     def stock(dw: Tensor = dw, dshift: Tensor | None = dshift) -> None:
         dz = dy if gate is None else act_grad(dy, gate, gate_act)
-        _, uneven = _split_padding(given)
+        _, uneven = split_padding(given)
         padded = F.pad(x, uneven) if any(uneven) else x
         w = torch.empty_like(dw, dtype=x.dtype)  # only its shape is read
-        dw.add_(_backward_stock(dz, padded, w, given, [False, True, False])[1])
+        dw.add_(backward_stock(dz, padded, w, given, [False, True, False])[1])
         if dshift is not None:
             dshift.add_(dz.sum((0, 2, 3), dtype=dshift.dtype))
 
@@ -333,6 +287,7 @@ def conv2d_backward(
     scale: Tensor | None = None,
     dw: Tensor | None = None,
     dshift: Tensor | None = None,
+    addend: Tensor | None = None,
     input_act: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of the residual, those that are wanted; dw and dshift are added to, where they are given.
@@ -341,6 +296,7 @@ def conv2d_backward(
         gate: what shows the slope of `act`: the output, or what it was applied to. None: dy has that slope already.
         dw: of `weight * scale`.
         dshift: only beside dw.
+        addend: what the gradient of x is added to.
         input_act: activation whose slope, shown by x, the gradient of x takes.
     """
     if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
@@ -350,7 +306,7 @@ def conv2d_backward(
     dx = None
     if wants_x:
         mask = None if input_act == "none" else x
-        dx = conv2d_dgrad(dy, weight, scale, gate, act, None, mask, input_act, x.shape[2:], geometry)
+        dx = conv2d_dgrad(dy, weight, scale, gate, act, addend, mask, input_act, x.shape[2:], geometry)
     if dw is not None:
         conv2d_wgrad_(dw, dshift, x, dy, gate, act, geometry)
     return dx, dy if wants_residual else None

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate, activate_reference
-from .conv2d_forward import Product, Steps, gemm
+from .conv2d_kernels import Product, Steps, gemm
 from .tuning import conv_conv1x1_config, most_mid_channels
 from .windows import ConvGeometry, can_describe, can_describe_product, column_phases, describe, empty_map
 

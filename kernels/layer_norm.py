@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .choice import run_fastest
 from .dtypes import sum_dtype
 from .stream import Stream, channel, load, step_pixels, store, whole
-from .tuning import MOST_NORM_CHANNELS
+from .tiles import MOST_NORM_CHANNELS
 from .windows import empty_map, nhwc
 
 

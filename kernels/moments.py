@@ -22,7 +22,7 @@ from torch import Tensor
 from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
 from .stream import Stream, channel, load, step_pixels, store, whole
-from .tuning import MOST_BLOCK_CHANNELS, merge_blocks
+from .tiles import MOST_BLOCK_CHANNELS, merge_blocks
 from .windows import empty_map, nhwc
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS, slope, slope_reference
 from .choice import run_fastest
 from .stream import Stream, load, step_pixels, store, whole
-from .tuning import MOST_BLOCK_CHANNELS
+from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, is_dense, nhwc
 
 

@@ -28,7 +28,7 @@ from .activations import MASKS, slope, slope_reference
 from .choice import run_fastest
 from .dtypes import accumulator
 from .stream import as_map, place, vector, whole
-from .tuning import pool_tile
+from .tiles import pool_tile
 from .windows import ConvGeometry, empty_map, nhwc
 
 NO_TAP = tl.constexpr(255)

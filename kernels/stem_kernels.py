@@ -15,7 +15,7 @@ from .dtypes import accumulator
 from .precision import dot_precision
 from .stem_reference import Stem
 from .stream import as_map
-from .tuning import StemTile, stem_lines, stem_share, stem_tile
+from .tiles import StemTile, stem_lines, stem_share, stem_tile
 
 
 class Pixels(NamedTuple):

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import accumulator, sum_dtype
-from .tuning import stream_config
+from .tiles import stream_config
 
 
 class Map(NamedTuple):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..tiling.halos import memory_order
+from ...kernels.choice import reason
+from ..tiling.halos import copy_all, memory_order
+
+log = logging.getLogger("gigamorph")
 
 Name = tuple[Any, ...]  # what a graph buffers holds
 
@@ -21,6 +25,10 @@ class Executor(Protocol):
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """What does again all that `run` does on the device. `run` is called for that, but need have no effect."""
+        ...
+
+    def apart(self) -> Executor:
+        """One whose captured work may leave things in memory for one another: nothing else uses that memory."""
         ...
 
 
@@ -35,6 +43,11 @@ class CudaGraphs:
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self.pool: Any = None
         self.stream: torch.cuda.Stream | None = None
+
+    def apart(self) -> CudaGraphs:
+        other = CudaGraphs(self.device)
+        other.stream = self.stream = self.stream or torch.cuda.Stream(self.device)
+        return other
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self.device):
@@ -71,17 +84,20 @@ def executor(device: torch.device) -> Executor | None:
     return _graphs(device) if device.type == "cuda" else None
 
 
-def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy (target, source) pairs; those that lie alike in memory go in few launches."""
-    groups: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in pairs:
-        alike = target.stride() == source.stride()
-        targets, sources = groups.setdefault((alike, target.dtype, source.dtype), ([], []))
-        targets.append(target)
-        sources.append(source)
-    with torch.no_grad():
-        for targets, sources in groups.values():
-            torch._foreach_copy_(targets, sources)
+def captured(executor: Executor, run: Callable[[], None]) -> Callable[[], None] | None:
+    """The work as a graph; None where it cannot be captured, which is told once per cause."""
+    try:
+        return executor.capture(run)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        warn_once(reason(error))
+        return None
+
+
+@functools.cache
+def warn_once(cause: str) -> None:
+    log.warning("a tile cannot be captured as a CUDA graph and runs op by op: %s", cause)
 
 
 CHUNK_BYTES = 32 * 2**20

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,6 @@ from ..errors import DataError
 from ..images.affine import Affine
 from ..images.levels import White
 from ..images.open import open_pixels
-from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
 from .dataset import open_record
@@ -27,75 +25,77 @@ _SUFFIX = {"tiff": ".tif", "png": ".png"}
 
 
 @dataclass(frozen=True)
-class _Task:
-    record: Record
-    source: str
-    target: Path
-    mask_folder: Path
-    file_format: Format
-    voi: str
-    for_processing: bool
-    white: White | None
-
-    def __str__(self) -> str:
-        return str(self.record.path)
-
-
-def convert_images(
-    records: Sequence[Record],
-    folder: str | Path,
-    *,
-    file_format: Format = "tiff",
-    voi: str = "auto",
-    for_processing: bool = False,
-    white: White | None = None,
-    workers: int | None = None,
-    on_done: Callable[[], object] | None = None,
-) -> tuple[list[Record], list[DataError]]:
-    """Write every image to `folder`/images, and the masks of its findings to `folder`/masks.
+class Conversion:
+    """How images are written to a folder: its ``images``, and ``masks`` of findings.
 
     A pixel becomes its grey value, from 0 black to 65535 white, at native resolution and in the orientation of
     `open_pixels`; TIFF files are tiled and compressed without loss, and written tile by tile.
-
-    Files keep their names; those of several folders that share one are called after patient, side and view.
-
-    Returns the records of what was written, with their findings in the new coordinates, `extra["source"]`, the path of
-    the file below the folder that holds all of them, and `extra["steps"]`, what was done; and an error for each image
-    that could not be read, or whose mask could not, which stops nothing.
     """
-    folder = Path(folder)
-    try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        if any(finding.mask for record in records for finding in record.findings):
-            (folder / "masks").mkdir(exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    names = _names(records)
-    paths = [Path(os.path.abspath(record.path)) for record in records]
-    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
-    tasks = [
-        _Task(
-            record,
-            path.relative_to(root).as_posix(),
-            folder / "images" / (name + _SUFFIX[file_format]),
-            folder / "masks",
-            file_format,
-            voi,
-            for_processing,
-            white,
+
+    folder: Path
+    file_format: Format = "tiff"
+    voi: str = "auto"
+    for_processing: bool = False
+    white: White | None = None
+
+    def open(self, record: Record) -> ImageSource:
+        """The image as it is to be written."""
+        return open_record(record, voi=self.voi, channels=1, for_processing=self.for_processing, white=self.white)
+
+    def target(self, name: str) -> Path:
+        """The file of an image of this name."""
+        return self.folder / "images" / (name + _SUFFIX[self.file_format])
+
+    def mask(self, name: str, number: int) -> Path:
+        """The file of a finding's mask."""
+        return self.folder / "masks" / f"{name}_{number}.tif"
+
+    def write(self, record: Record, name: str) -> ImageSource:
+        """Write an image and its masks; returns it as it was opened.
+
+        Raises:
+            DataError: if it or a mask cannot be read, or a file not be written.
+        """
+        source = self.open(record)
+        target = self.target(name)
+        _write(source, target, self.file_format, 65535)
+        flips = source.to_original.xx < 0, source.to_original.yy < 0
+        for number, finding in enumerate(record.findings):
+            if finding.mask is not None:
+                _write_mask(finding.mask, self.mask(name, number), source, flips)
+        return source
+
+    def converted(self, record: Record, name: str, steps: Sequence[str], to_original: Affine, source: str) -> Record:
+        """The record of what was written, with its findings in the new coordinates.
+
+        Args:
+            steps, to_original: of the image that `write` has returned.
+            source: what `extra` says of where it comes from.
+        """
+        back = to_original.inverse()
+        findings = tuple(
+            _moved(finding, back, None if finding.mask is None else self.mask(name, number))
+            for number, finding in enumerate(record.findings)
         )
-        for record, path, name in zip(records, paths, names, strict=True)
-    ]
-    done: list[Record | DataError] = [DataError("")] * len(tasks)
-    for number, result in run_parallel(_convert, tasks, workers=workers):
-        done[number] = result
-        if on_done is not None:
-            on_done()
-    return [r for r in done if isinstance(r, Record)], [e for e in done if isinstance(e, DataError)]
+        # What is written is on the scale of 16 bits and not to be mirrored again.
+        side = "left" if record.laterality or record.chest_wall else None
+        extra = {**record.extra, "source": source, "steps": "; ".join(steps)}
+        return replace(
+            record,
+            path=self.target(name),
+            findings=findings,
+            extra=extra,
+            frame=None,
+            white=None,
+            chest_wall=side,
+        )
 
 
-def _names(records: Sequence[Record]) -> list[str]:
-    """A name for each image: that of its file, unless several files share it (TCIA calls every first one 1-1.dcm)."""
+def names_of(records: Sequence[Record]) -> list[str]:
+    """A name for each image: that of its file, unless several files share it (TCIA calls every first one 1-1.dcm).
+
+    Then it is called after patient, side and view, which others may be as well.
+    """
     stems = Counter(record.path.stem.lower() for record in records)
     names = []
     for record in records:
@@ -105,47 +105,7 @@ def _names(records: Sequence[Record]) -> list[str]:
             if record.laterality or record.view:
                 name = re.sub(r"[^\w.-]+", "_", "_".join(part for part in parts if part)).strip("._") or name
         names.append(name)
-    return _unique(names)
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Names, with -2, -3, ... where they come again."""
-    taken: set[str] = set()
-    found = []
-    for name in names:
-        own, number = name, 1
-        while own.lower() in taken:
-            number += 1
-            own = f"{name}-{number}"
-        taken.add(own.lower())
-        found.append(own)
-    return found
-
-
-def _convert(task: _Task) -> Record:
-    source = open_record(task.record, voi=task.voi, channels=1, for_processing=task.for_processing, white=task.white)
-    _write(source, task.target, task.file_format, 65535)
-    back = source.to_original.inverse()
-    findings = []
-    for number, finding in enumerate(task.record.findings):
-        mask = None
-        if finding.mask is not None:
-            flips = source.to_original.xx < 0, source.to_original.yy < 0
-            mask = task.mask_folder / f"{task.target.stem}_{number}.tif"
-            _write_mask(finding.mask, mask, source, flips)
-        findings.append(_moved(finding, back, mask))
-    extra = {**task.record.extra, "source": task.source, "steps": "; ".join(source.steps)}
-    # What is written is on the scale of 16 bits and not to be mirrored again.
-    side = "left" if task.record.laterality or task.record.chest_wall else None
-    return replace(
-        task.record,
-        path=task.target,
-        findings=tuple(findings),
-        extra=extra,
-        frame=None,
-        white=None,
-        chest_wall=side,
-    )
+    return names
 
 
 def _write(source: ImageSource, target: Path, file_format: Format, white: int) -> None:

@@ -55,7 +55,10 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
     staged = forward.prepared.staged
     pooling = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and step.reductions]
     if not pooling:
-        raise GigamorphError("the network pools nothing over the image, so there is no evidence to show")
+        raise GigamorphError(
+            "the network pools nothing over the image, so there is no evidence to show; gradients show every network: "
+            "gigamorph explain --method gradient"
+        )
     run([forward], 0, pooling[-1])
     scan, _, vectors = forward.scan(pooling[-1])
     replay = forward.prepared.replay(pooling[-1], scan.device)

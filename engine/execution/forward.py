@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ..capture.program import call
 from ..capture.trace import Op, bind, refs
 from ..capture.trees import realize
+from ..cuda_graphs.replay import Replays
+from ..cuda_graphs.whole import WholePasses
+from ..lowering.folding import Fold, fold_together
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning import constants
@@ -26,11 +30,11 @@ from ..tiling.forward import ForwardPass
 from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
-from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent, cast_dtype
+from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
-from .stage_function import StageFunction
+from .stage_function import StageFunction, Way
 
 
 class Forward:
@@ -108,13 +112,19 @@ class Forward:
     def stage(self, number: int, deferred: bool = False) -> None:
         """Run the stage at a place among the steps; see `Scan.deferred`."""
         scan, tensors, vectors = self.scan(number, deferred)
-        replay, shard = self.prepared.replay(number, self.device), self.prepared.shard
+        how = Way(*self._captured(number), self.prepared.shard)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
-            results = StageFunction.apply(scan, replay, shard, places, *tensors.values(), *vectors)
+            results = StageFunction.apply(scan, how, places, *tensors.values(), *vectors)
         else:
-            results = ForwardPass(scan, vectors, replay=replay).run()
+            captured = None if how.whole is None else how.whole.forward(scan, vectors)
+            results = ForwardPass(scan, vectors, replay=how.replay).run() if captured is None else captured[0]
         self.env.update(zip(scan.tiled.stage.results, results, strict=True))  # pyright: ignore[reportArgumentType]
+
+    def _captured(self, number: int) -> tuple[WholePasses | None, Replays | None]:
+        """What has been captured of a stage: whole passes, or tiles that are alike."""
+        whole = self.prepared.whole_passes(number, self.device)
+        return whole, self.prepared.replay(number, self.device) if whole is None else None
 
     def scan(self, number: int, deferred: bool = False) -> tuple[Scan, dict[int, Tensor], list[Tensor]]:
         """The scan of a stage, its sources that are tensors, and its vectors."""
@@ -148,16 +158,18 @@ class Forward:
             observers={v: [self.observers[v]] for v in observed},
             deferred=deferred,
         )
-        for step in stage.prelude:
-            run_vector_op(prepared.staged, step, self.env, self.device)
+        self._prelude(stage)
         reached = frozenset[int]().union(*stage.reach.values())
-        vectors = [
-            (self.env[v] if v in reached else self.env[v].detach()).to(
-                cast_dtype(stage, v, self.env[v].dtype, scan.autocast)
-            )
-            for v in stage.vectors
-        ]
+        vectors = [self.env[v] if v in reached else self.env[v].detach() for v in stage.vectors]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
+
+    def _prelude(self, stage: Stage) -> None:
+        """Compute what the stage's rewrites make of its vectors; where launches cost, all folded norms at once."""
+        folds = [op for op in stage.prelude if isinstance(op.run, Fold)] if kernels.enabled(self.device) else []
+        self.env.update(fold_together(folds, self.env))
+        for op in stage.prelude:
+            if not any(op is fold for fold in folds):
+                run_vector_op(self.prepared.staged, op, self.env, self.device)
 
     def _retained(self, index: int) -> int:
         """How many tiles of a stage keep their graph: as planned; on a GPU that has no budget, what still fits."""

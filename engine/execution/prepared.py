@@ -11,9 +11,11 @@ import torch
 from ..capture.trace import Op
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
+from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning.plan import Plan
+from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard
 from ..tiling.stage import TiledStage
@@ -73,14 +75,15 @@ class ProgramKey:
 class Prepared:
     """A network made ready for one image size: its steps, the tiling of each stage, and the plan.
 
-    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`. `shard` is this process's
-    part of the image, if that is split.
+    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`, and `whole` whole passes.
+    `shard` is this process's part of the image, if that is split.
     """
 
     staged: StagedProgram
     stages: tuple[TiledStage, ...]
     plan: Plan
     replays: dict[int, Replays] = field(default_factory=dict)
+    whole: dict[int, WholePasses] = field(default_factory=dict)
     arena: buffers.Arena = field(default_factory=buffers.Arena)
     shard: SpatialShard | None = None
 
@@ -119,7 +122,25 @@ class Prepared:
     def let_go(self) -> None:
         """Forget what has been captured."""
         self.replays.clear()
+        self.whole.clear()
         self.arena.chunks.clear()
+
+    def whole_passes(self, number: int, device: torch.device) -> WholePasses | None:
+        """The captured passes of the stage at a place among the steps, where its tiles are few and memory is ample."""
+        index = self.stage_number[number]
+        executor = buffers.executor(device) if self._may_be_whole else None
+        if executor is None or (index in self.whole and self.whole[index].failed):
+            return None
+        if index not in self.whole:
+            if self.plan.peak_bytes > MEMORY_SHARE * available_bytes(device):
+                return None
+            self.whole[index] = WholePasses(self.stages[index], executor)
+        return self.whole[index]
+
+    @cached_property
+    def _may_be_whole(self) -> bool:
+        alone = len(self.stages) == 1 and self.shard is None and self.plan.budget is None
+        return alone and self.staged.place == "device" and can_be_captured(self.stages[0])
 
     def replay(self, number: int, device: torch.device) -> Replays | None:
         """The replays of the stage at a place among the steps, if the plan has room for them."""

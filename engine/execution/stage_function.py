@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from ..cuda_graphs.whole import WholePasses
 from ..errors import GigamorphError
+from ..lowering.folding import Folded
 from ..lowering.stages import Stage
 from ..module import turns
 from ..module.once import once
@@ -19,6 +21,14 @@ from ..tiling.spatial import SpatialShard
 from ..tiling.stored_maps import add_reader
 
 
+class Way(NamedTuple):
+    """How a stage is computed: by captured passes, by captured tiles, with other processes."""
+
+    whole: WholePasses | None = None
+    replay: Replay | None = None
+    shard: SpatialShard | None = None
+
+
 class StageFunction(torch.autograd.Function):
     """A stage: (sources, vectors) -> (values of the reductions, stored maps)."""
 
@@ -26,21 +36,26 @@ class StageFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         scan: Scan,
-        replay: Replay | None,
-        shard: SpatialShard | None,
+        how: Way,
         sources: dict[int, int],
         *tensors: Tensor,
     ):
         """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
-        ctx.replay, ctx.shard, ctx.sources, ctx.turn = replay, shard, sources, turns.current()
-        wants = ctx.needs_input_grad[4:]
+        ctx.how, ctx.sources, ctx.turn = how, sources, turns.current()
+        wants = ctx.needs_input_grad[3:]
         wanted = [v for v, place in sources.items() if wants[place]]
         for v in wanted:
             add_reader(tensors[sources[v]], 1)
         ctx.set_materialize_grads(False)
         count, tiled = len(sources), scan.tiled
-        work = ForwardPass(scan, tensors[count:], wants[count:], wanted, replay)
-        results, kept = work.run(), work.kept
+        vectors, wanting = tensors[count:], wants[count:]
+        captured = None if how.whole is None or wanted else how.whole.forward(scan, vectors, wanting)
+        if captured is None:
+            ctx.replayed, work = None, ForwardPass(scan, vectors, wanting, wanted, how.replay)
+            results, kept = work.run(), work.kept
+        else:
+            results, ctx.replayed = captured
+            kept = ctx.replayed.kept
         asked = {*wanted, *(v for v, want in zip(tiled.stage.vectors, wants[count:], strict=True) if want)}
         reach = tiled.stage.reach
         ctx.mark_non_differentiable(
@@ -60,7 +75,7 @@ class StageFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None):
         saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         tensors, reread = saved[: ctx.count], saved[ctx.count :]
-        wants = ctx.needs_input_grad[4:]
+        wants = ctx.needs_input_grad[3:]
         count, last = len(ctx.sources), not keeps_graph()
         scan: Scan = ctx.scan.with_maps({v: tensors[place] for v, place in ctx.sources.items()})
         stage = scan.tiled.stage
@@ -71,23 +86,27 @@ class StageFunction(torch.autograd.Function):
         )
         readers = [tensors[place] for place in ctx.sources.values() if wants[place]]
         wanted = {v: tensors[place] for v, place in ctx.sources.items() if wants[place] and v in reached}
-        work = BackwardPass(scan, ctx.kept, tensors[count:], stored, ctx.replay)
-        try:
-            source_grads, made = work.source_grads(wanted)
-            sums = work.run(grads, source_grads, last)
-        except BaseException:
-            scan.maps.gradients.clear()  # they are incomplete, and may live on in the error's traceback
-            raise
+        sums = None if ctx.replayed is None else ctx.replayed.backward(scan, grads, last)
+        source_grads, made, touched = dict[int, Tensor](), set[int](), set[int]()
+        if sums is None:
+            work = BackwardPass(scan, ctx.kept, tensors[count:], stored, ctx.how.replay)
+            touched = work.touched
+            try:
+                source_grads, made = work.source_grads(wanted)
+                sums = work.run(grads, source_grads, last)
+            except BaseException:
+                scan.maps.gradients.clear()  # they are incomplete, and may live on in the error's traceback
+                raise
         for tensor in readers if last else ():
             add_reader(tensor, -1)
         vectors = dict(zip(stage.vectors, tensors[count:], strict=True))
         asked = dict(zip(stage.vectors, wants[count:], strict=True))
-        if ctx.shard is not None:
-            _sum_over_shards(ctx.shard, stage, {v: t for v, t in vectors.items() if asked[v]}, sums, source_grads)
+        if ctx.how.shard is not None:
+            _sum_over_shards(ctx.how.shard, stage, {v: t for v, t in vectors.items() if asked[v]}, sums, source_grads)
         # Where no tile's graph has led to an input, none leads there: an op takes it and has no gradient for it.
         # But nothing is run for a map without elements, whose gradients are zeros.
         empty = any(0 in stage.maps.shape(v) for local in stage.locals for v in local.op.outputs)
-        untouched = set[int]() if empty or ctx.shard is not None else made - work.touched - scan.maps.readers.keys()
+        untouched = set[int]() if empty or ctx.how.shard is not None else made - touched - scan.maps.readers.keys()
         results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
         for value, vector in vectors.items():
             wanted_here = asked[value] and value in reached
@@ -97,7 +116,7 @@ class StageFunction(torch.autograd.Function):
             if total is None and asked[value]:
                 _refuse_visits(stage, value, vector)
             results.append(total if total is None else _with_strides_of(vector, total))
-        return None, None, None, None, *results
+        return None, None, None, *results
 
 
 def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
@@ -117,24 +136,27 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
     """
     name = stage.program.values[value].name
     what = f"parameter '{name}'" if name else "a tensor that weights are made of"
-    nodes, seen = [vector.grad_fn], set[Any]()
+    edges, seen = [(vector.grad_fn, vector.output_nr)], set[Any]()
     if _is_watched(vector):
         raise _unreached(f"{what} has a hook")
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+    while edges:
+        edge = edges.pop()
+        node, output = edge
+        if node is None or edge in seen:
             continue
-        seen.add(node)
+        seen.add(edge)
         leaf = getattr(node, "variable", None)
         if leaf is not None and _is_watched(leaf):
             raise _unreached(f"{what} has a hook")
         if isinstance(node, BackwardCFunction):
-            if not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
+            if type(node)._forward_cls is Folded:  # pyright: ignore[reportAttributeAccessIssue]
+                edges += Folded.inputs_of(node, output)
+            elif not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
                 raise _unreached(f"{what} is made by {type(node)._forward_cls.__name__}")  # pyright: ignore
             continue  # a stage sees to its own inputs
         if _is_used_up(node):
             raise _unreached(f"{what} was made before an earlier backward")
-        nodes += [following for following, _ in node.next_functions]
+        edges += node.next_functions
 
 
 def _is_watched(leaf: Tensor) -> bool:

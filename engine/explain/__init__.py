@@ -2,6 +2,6 @@
 
 from .maps import Explanation, activation_map, gradient_map
 from .marks import Mark, find_marks
-from .write import explain
+from .write import Options, explain
 
-__all__ = ["Explanation", "Mark", "activation_map", "explain", "find_marks", "gradient_map"]
+__all__ = ["Explanation", "Mark", "Options", "activation_map", "explain", "find_marks", "gradient_map"]

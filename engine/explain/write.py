@@ -1,25 +1,37 @@
-"""Explanations of many images, as files beside a table of marks."""
+"""Explanations of many images, as files beside a table of marks; on the runner of `gigamorph.engine.predict`."""
 
 from __future__ import annotations
 
+import collections
 import csv
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
-from ..accelerate import Accelerated
-from ..errors import BudgetError, DataError, GigamorphError
+from ..datasets.tables import Record
+from ..errors import DataError
 from ..files import write_atomically
 from ..images.pixels import as_stored
 from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
-from ..train.data import Images
-from ..train.explanation import Explanation, caption, explain_class, log_odds_of
+from ..predict.ahead import Opened
+from ..predict.index import Index
+from ..predict.job import Job, Result, Start, Unit
+from ..predict.options import RunOptions, Scores, Summary, Watch
+from ..predict.predictor import Classifier, Opener, naming, open_one, renamed
+from ..predict.rows import Row, Work
+from ..predict.runner import run
+from ..predict.tables import prediction_of
+from ..train.classify import prediction
+from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
-from ..train.progress import Meter
-from .maps import explain_gradient
+from .exams import View, write_exams
 from .marks import Mark, find_marks
 from .seg import write_segmentation
 
@@ -27,84 +39,192 @@ Method = Literal["activation", "gradient"]
 Format = Literal["png", "tif", "seg", "binary-seg"]
 METHODS = {"activation": explain_class, "gradient": explain_gradient}
 
+_MARK = pa.struct([(name, pa.float64()) for name in ("row", "column", "score")])
+EXPLAINED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("model", pa.string()),
+        ("image_path", pa.string()),
+        ("pixels", pa.int64()),
+        ("name", pa.string()),
+        ("class", pa.string()),
+        ("log_odds", pa.list_(pa.float64())),
+        ("exclusive", pa.bool_()),
+        ("header_patient", pa.string()),
+        ("laterality", pa.string()),
+        ("view", pa.string()),
+        ("marks", pa.list_(_MARK)),
+    ]
+)
+"""Of the parts. `name` is that of the image's files without suffix; marks are of class activation maps only, highest
+first; log-odds and what tells the breast are as in `gigamorph.engine.predict.predictor.RESULTS`."""
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """How a run of explanations goes; see also `RunOptions`.
+
+    Attributes:
+        method: of `METHODS`.
+        label: the class whose map it is; None takes the second of two, else the most probable one.
+        formats: of png, tif, seg and binary-seg.
+    """
+
+    method: Method = "activation"
+    label: str | None = None
+    formats: tuple[Format, ...] = ("png",)
+
 
 def explain(
-    net: Accelerated,
-    images: Images,
+    opener: Opener,
+    sources: Sequence[str | Path | Record],
     out: str | Path,
-    classes: Sequence[str],
-    *,
-    method: Method = "activation",
-    output: int | None = None,
-    formats: Sequence[Format] = ("png",),
-    skip_bad: bool = False,
-    meter: Meter | None = None,
-) -> tuple[int, list[str]]:
+    options: Options,
+    watch: Watch | None = None,
+) -> Summary:
     """Write the maps of images into ``out``, on the pixels of their files as stored, and ``marks.csv``.
 
     For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it with the class and
     its probability; ``NAME.map.tif``, its values in float32; ``NAME.seg.dcm``, a fractional, or
     ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has the peaks of class activation maps, for `gigamorph eval
-    --marks`.
+    --marks`; exams.csv what the views of an exam say together (`combined`), where there are several of one. What is
+    done stays done, whatever ends the run, see `gigamorph.engine.predict.runner.run`.
 
     Args:
-        classes: names of the outputs.
-        output: whose map; None takes the second of two classes, else the most probable one.
-        formats: of png, tif, seg and binary-seg.
-        skip_bad: note an image that cannot be read or written so and go on; otherwise it ends the run.
-
-    Returns:
-        How many images were explained, and for each skipped one the message.
+        opener: opens the network; to be pickled where there are several devices.
+        sources: tables, folders, images, or records.
 
     Raises:
-        GigamorphError: if ``out`` already holds marks, or cannot be written. DataError: a damaged image, named.
+        DataError: a damaged image, or one that cannot be written so, named; a class that is none.
+        GigamorphError: if ``out`` holds something else, or cannot be written.
     """
-    out, meter = Path(out), meter or Meter(None)
-    if (out / "marks.csv").exists():
-        raise GigamorphError(f"{out}: already holds explanations; name another --out")
-    net.eval()
-    rows: list[tuple[str, str, Mark]] = []
-    skipped: list[str] = []
-    names: set[str] = set()
-    done = 0
-    meter.start("explain", len(images))
-    for index in range(len(images)):
-        path = images.records[index].path
-        try:
-            source = images[index]["image"]
-            meter.image(source.shape[-2] * source.shape[-1])
-            found, logits, which = METHODS[method](net, source, output)
-            outputs = outputs_of(net)
-            log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
-            told = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
-            stem = unique_name(path.stem, names)
-            for one in formats:
-                _write(found, path, out, stem, one, classes[which], told)
-        except BudgetError as error:  # the larger images of a set may not fit
-            raise BudgetError(f"{path}: {error}") from error
-        except DataError as error:
-            if not skip_bad:
-                raise
-            skipped.append(str(error))
-            meter.note(f"skipped: {error}")
+    return run(_Explain(opener, options), sources, out, options, watch)
+
+
+class _Explain(Job):
+    kind, made, schema, named = "explain", "explanations", EXPLAINED, "name"
+
+    _classifier: Classifier
+    _out: Path
+
+    def __init__(self, opener: Opener, options: Options) -> None:
+        self._opener, self._options = opener, options
+        self.product = "marks.csv" if options.method == "activation" else ""
+
+    def described(self) -> dict[str, Any]:
+        options = self._options
+        return {"method": options.method, "class": options.label or "", "format": sorted(options.formats)}
+
+    def differs(self, name: str, before: Any) -> str:
+        if name == "format":
+            before = " --format ".join(before)
+        return super().differs(name, before or "the default")
+
+    def open(self, options: RunOptions) -> None:
+        self._classifier = self._opener(device=options.device if options.here else "cpu")
+        self.classes = self._classifier.classes
+        label = self._options.label
+        if label is not None and label not in self.classes:
+            raise DataError(f"{options.checkpoint}: has no class {label!r}; there are {', '.join(self.classes)}")
+
+    def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
+        self._out, self._secret = out, secret()
+
+    def unit(self) -> Unit:
+        return Explaining(self._classifier, self._options, self._out, self._secret)
+
+    def start(self) -> Start:
+        return functools.partial(_start, self._opener, self._options, self._out, self._secret)
+
+    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+        assert self.classes is not None
+        classes, label = self.classes, self._options.label
+
+        def marks() -> Iterator[list[str]]:
+            for row, result in index.joined(results):
+                view = _view(row, result, index, classes)
+                own = view.prediction
+                index.keep([(None, (own.patient, own.exam) if own.patient else None, view)])
+                for mark in result["marks"]:
+                    yield [
+                        row.name,
+                        result["class"],
+                        f"{mark['row']:.2f}",
+                        f"{mark['column']:.2f}",
+                        repr(mark["score"]),
+                    ]
+
+        if self._options.method == "activation":
+            write_atomically(out / "marks.csv", lambda path: _write_marks(path, marks()), "table")
         else:
-            done += 1
-            if method == "activation":
-                rows += [(str(path), classes[which], mark) for mark in find_marks(found)]
-        meter.image_done()
-    if method == "activation":
-        write_atomically(out / "marks.csv", lambda p: _write_marks(p, rows), "table")
-    return done, skipped
+            collections.deque(marks(), maxlen=0)
+        outputs = outputs_of(self._classifier.net)
+        if outputs is not None and outputs.numbers:  # which are not combined as probabilities are
+            return {}
+        exams = (views for views in index.groups("exam") if len(views) > 1)
+        first = next(exams, None)
+        if first is not None:
+            which = None if label is None else classes.index(label)
+            every = itertools.chain([first], exams)
+            write_atomically(out / "exams.csv", lambda path: write_exams(path, every, classes, which), "table")
+        return {}
 
 
-def unique_name(stem: str, taken: set[str]) -> str:
-    """``stem``, or ``stem-2`` and so on: files of several folders may share a name."""
-    name, number = stem, 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}"
-    taken.add(name)
-    return name
+class Explaining:
+    """The unit (`job.Unit`) that explains."""
+
+    def __init__(self, classifier: Classifier, options: Options, out: Path, secret: bytes) -> None:
+        classifier.net.eval()
+        self.net, self._classifier, self._options, self._out = classifier.net, classifier, options, out
+        self._secret = secret
+
+    def open(self, record: Record, work: Work) -> dict[str, Any]:
+        return open_one(self._classifier, record, work)
+
+    def __call__(self, opened: Opened) -> Result:
+        assert opened.item is not None
+        work, options, classes = opened.work, self._options, self._classifier.classes
+        source, image = opened.item["image"], work.row.name
+        output = None if options.label is None else classes.index(options.label)
+        with naming(image):
+            found, logits, which = METHODS[options.method](self.net, source, output)
+        outputs = outputs_of(self.net)
+        log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
+        said = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
+        for one in options.formats:
+            if work.row.url and one in ("seg", "binary-seg"):
+                raise DataError(
+                    f"{image}: a DICOM SEG is written of files of this machine; fetch it, or write png or tif"
+                )
+            _write(found, work.row.record.path, self._out, work.name, one, classes[which], said)
+        marks = find_marks(found) if options.method == "activation" else []
+        told = prediction(opened.item, logits, outputs)
+        headed = told.patient != work.row.record.patient_id
+        return {
+            "key": work.key,
+            "model": options.model,
+            "image_path": image,
+            "pixels": source.shape[-2] * source.shape[-1],
+            "name": work.name,
+            "class": classes[which],
+            "log_odds": list(told.log_odds),
+            "exclusive": told.exclusive,
+            "header_patient": renamed(told.patient, self._secret) if headed else None,
+            "laterality": told.laterality,
+            "view": told.view,
+            "marks": [mark._asdict() for mark in marks],
+        }
+
+
+def _start(opener: Opener, options: Options, out: Path, secret: bytes, *, device: str) -> Explaining:
+    return Explaining(opener(device=device), options, out, secret)
+
+
+def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> View:
+    marks = [Mark(**mark) for mark in result["marks"]]
+    patient = row.record.patient_id if row.record.patient_known else ""
+    told = prediction_of(row, result, index, None, identifiers=False)
+    return View(told, patient, list(classes).index(result["class"]), next(iter(marks), None))
 
 
 def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, told: str) -> None:
@@ -121,9 +241,8 @@ def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, l
         write_segmentation(found, image, out / f"{stem}.binary.seg.dcm", label=label, kind="binary")
 
 
-def _write_marks(path: Path, rows: Sequence[tuple[str, str, Mark]]) -> None:
+def _write_marks(path: Path, rows: Iterator[list[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_path", "class", "row", "column", "score"])
-        for image, label, mark in rows:
-            writer.writerow([image, label, f"{mark.row:.2f}", f"{mark.column:.2f}", repr(mark.score)])
+        writer.writerows(rows)

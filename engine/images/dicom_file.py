@@ -68,7 +68,7 @@ class DicomFile(io.BufferedReader):
         if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
             raise DataError(f"{path}: is no regular file; name an image")
         try:
-            self._bytes = io.FileIO(path)
+            self._bytes: Any = path.open("rb", buffering=0)
             super().__init__(self._bytes)
             self.size = self.seek(0, 2)
         except OSError as error:
@@ -244,7 +244,8 @@ class StoredFrames:
     def _by_pydicom(self, index: int) -> np.ndarray:
         codecs.check_size(self.frame.nbytes, self.path.stat().st_size, str(self.path))
         try:
-            ds = dcmread(self.path)
+            with self.path.open("rb") as file:
+                ds = dcmread(file)
             # All bits as they are: pydicom would interpret signs and unused bits, and the table does that here.
             ds.BitsStored, ds.HighBit, ds.PixelRepresentation = ds.BitsAllocated, ds.BitsAllocated - 1, 0
             return pixel_array(ds, index=index, raw=True)

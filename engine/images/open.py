@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from torch import Tensor
@@ -12,11 +12,12 @@ from torch import Tensor
 from ..errors import DataError
 from .levels import White
 from .pixels import ArrayPixels, ImageSource, Normalize, channels_first
+from .remote import RemoteFile, is_url
 from .stored import StoredPixels
 
 
 def open_pixels(
-    image: str | Path | np.ndarray | Tensor,
+    image: str | Path | RemoteFile | np.ndarray | Tensor,
     *,
     normalize: Normalize | None = None,
     voi: str = "auto",
@@ -34,7 +35,8 @@ def open_pixels(
     are decoded once, in their own dtype, at the first read. Integers are divided by their largest value (BitsStored for
     DICOM and TIFF), floats kept.
 
-    image: path, or array/tensor/memmap laid out (H, W), (C, H, W) or (H, W, C) with C 1 or 3; (C, H, W) where both fit.
+    image: path, URL that fsspec reaches (https://, s3://, memory://; only what is read is fetched), or
+        array/tensor/memmap laid out (H, W), (C, H, W) or (H, W, C) with C 1 or 3; (C, H, W) where both fit.
     normalize: what comes after grey values on [0, 1]; default nothing.
     voi: DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none" (full range), "minmax"
         (from the image's darkest to its brightest pixel), "window:I" or "lut:I", I a number from 0 or the file's name.
@@ -51,8 +53,15 @@ def open_pixels(
 
     Raises `DataError` naming the file: missing, damaged, truncated, of an unknown format, or not what was asked for.
     """
-    if isinstance(image, str | Path):
-        stored = _open_file(Path(image), voi=voi, frame=frame, for_processing=for_processing)
+    if isinstance(image, str) and is_url(image):
+        found = RemoteFile.by_region(image)
+        if found is None:
+            raise DataError(f"{image}: no part of it can be read alone where it lies; fetch it")
+        image = found
+    if isinstance(image, str | Path | RemoteFile):
+        # As much of a path as is asked of one.
+        path = cast(Path, image) if isinstance(image, RemoteFile) else Path(image)
+        stored = _open_file(path, voi=voi, frame=frame, for_processing=for_processing)
     else:
         stored = _open_array(image)
     return ImageSource(stored, normalize=normalize, flip=flip, channels=channels, white=white, laterality=laterality)

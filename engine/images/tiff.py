@@ -34,7 +34,8 @@ class TiffPixels:
         self.path = path
         self.frame = frame
         try:
-            with tifffile.TiffFile(path) as tif:
+            # The files of a set are found beside it only on this machine.
+            with tifffile.TiffFile(path if isinstance(path, Path) else path.open("rb")) as tif:
                 self._choose(tif, frame)
                 self._describe()
         except DataError:
@@ -67,7 +68,8 @@ class TiffPixels:
             offsets, counts = own.dataoffsets, own.databytecounts
             page = own if isinstance(own, tifffile.TiffPage) else page
             # A plane of OME-TIFF may lie in another file.
-            self._bytes = FileBytes(Path(own.parent.filehandle.path))
+            local = isinstance(self.path, Path)
+            self._bytes = FileBytes(Path(own.parent.filehandle.path) if local else self.path)
         self._page, self._offsets, self._counts = page, self._places(offsets), self._places(counts)
         self._contiguous = series.dataoffset is not None or (page.is_contiguous and page.is_memmappable)
         if series.dataoffset is not None:

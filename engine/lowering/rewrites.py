@@ -1,12 +1,6 @@
 """Which implementation runs an op: rewrites of a graph that leave its function as it is and make it faster or smaller.
 
-`fold_batch_norm`: a frozen BatchNorm after a convolution is a factor and an offset per output channel,
-
-    bn(conv(x, w, b)) = conv(x, w*s, (b - mean)*s + beta),   s = gamma / sqrt(var + eps)
-
-so the stage runs one convolution with the folded weights, which are computed once per step by ordinary autograd; the
-gradients of w, gamma and beta come out of the gradients of the folded weights. Neither the convolution's raw output
-nor a normalised copy of it exists any more.
+`fold_batch_norm` (folding.py): a frozen BatchNorm becomes part of the convolution before it.
 
 `fuse` (fused/, where kernels run) and `fuse_on_cpu` (onednn.py): convolutions take the sums and activations after them.
 
@@ -15,18 +9,16 @@ nor a normalised copy of it exists any more.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ... import kernels
-from ..capture.trace import Op, Ref, Value
+from ..capture.trace import Op, Ref
+from .folding import fold_batch_norm
 from .onednn import fuse_on_cpu
-from .ops import Block, Env, Local, VectorOp
-from .ops.base import Run, arguments
-from .stages import Stage, StagedProgram, private_maps, readers_of, vector_inputs
+from .ops import Block, Env
+from .ops.base import Run
+from .stages import Stage, StagedProgram, private_maps, readers_of
 
 _MAKES_A_NEW_TENSOR = frozenset(
     {"conv2d", "packed_conv2d", "batch_norm", "add", "linear", "live_batch_norm", "scale_shift"}
@@ -52,70 +44,6 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
             fuse(stage, training, image_grad)
         elif stage.program.values[stage.image].device.type == "cpu" and not training:
             fuse_on_cpu(stage)
-
-
-def fold_batch_norm(stage: Stage) -> None:
-    """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
-    readers, private = readers_of(stage), private_maps(stage)
-    makers = {local.op.outputs[0]: local for local in stage.locals if local.op.name == "conv2d"}
-    dropped: set[int] = set()
-    for norm in list(stage.locals):
-        if norm.op.name != "batch_norm":
-            continue
-        given = arguments(norm.op, "input running_mean running_var weight bias training momentum eps", eps=1e-5)
-        raw = given["input"].value
-        conv = makers.get(raw)
-        if conv is None or raw not in private or len(readers[raw]) != 1:
-            continue
-        dropped.add(id(norm))
-        _fold(stage, conv, norm, given)
-    stage.locals = [local for local in stage.locals if id(local) not in dropped]
-    stage.vectors = vector_inputs(stage)
-
-
-def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
-    values = stage.program.values
-    own = arguments(conv.op, "input weight bias stride padding dilation groups")
-    weight, bias = own["weight"].value, None if own["bias"] is None else own["bias"].value
-    mean, var = given["running_mean"].value, given["running_var"].value
-    gamma = None if given["weight"] is None else given["weight"].value
-    beta = None if given["bias"] is None else given["bias"].value
-    folded_weight, folded_bias = len(values), len(values) + 1
-    values.append(values[weight])
-    values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))
-    eps = given["eps"]
-
-    def fold(env: Env) -> tuple[Tensor, Tensor]:
-        w = env[weight]
-        wide = torch.promote_types(w.dtype, torch.float32)
-        scale = torch.rsqrt(env[var].to(wide) + eps)
-        if gamma is not None:
-            scale = scale * env[gamma].to(wide)
-        offset = -env[mean].to(wide)
-        if bias is not None:
-            offset = offset + env[bias].to(wide)
-        offset = offset * scale
-        if beta is not None:
-            offset = offset + env[beta].to(wide)
-        return (w.to(wide) * scale.reshape(-1, 1, 1, 1)).to(w.dtype), offset.to(w.dtype)
-
-    inputs = tuple(v for v in (weight, bias, mean, var, gamma, beta) if v is not None)
-    stage.prelude.append(VectorOp(fold, inputs, (folded_weight, folded_bias)))
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    kwargs = {
-        **{n: own[n] for n in names if own[n] is not None},
-        "weight": Ref(folded_weight),
-        "bias": Ref(folded_bias),
-    }
-    op = replace(
-        conv.op,
-        args=(),
-        kwargs=kwargs,
-        inputs=(own["input"].value, folded_weight, folded_bias),
-        outputs=norm.op.outputs,
-    )
-    again = stage.apply_rule(op)
-    conv.op, conv.run, conv.unvalued, conv.axes, conv.reads = op, again.run, again.unvalued, again.axes, again.reads
 
 
 def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:

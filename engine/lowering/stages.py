@@ -18,18 +18,12 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from ..capture.trace import Op, Program, place, refs
+from ..capture.trace import Op, Program, refs
 from ..errors import UnsupportedError
-from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
-from .ops.flat import unflatten
-from .ops.norms import norm_of_vector
-from .ops.rising import rise
-
-# Calls that read a map only for its dtype and device.
-_LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
+from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
+from .sorting import apply_rule, makes, reads, sort
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,9 @@ class Packing:
     weight: int
     packed: int
     make: Callable[[Tensor], Tensor]
+
+
+_CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"})
 
 
 @dataclass
@@ -90,6 +87,12 @@ class Stage:
     def results(self) -> list[int]:
         """The values that the stage gives: those of its reductions, then the stored maps."""
         return [v for r in self.reductions for v in r.outputs] + self.stored
+
+    @cached_property
+    def cast_by_autocast(self) -> frozenset[int]:
+        """The vectors that autocast would cast wherever they are read."""
+        kept = {v for local in self.locals if local.op.name not in _CAST_BY_AUTOCAST for v in local.op.inputs}
+        return frozenset(self.vectors) - kept
 
     @cached_property
     def reach(self) -> dict[int, frozenset[int]]:
@@ -168,17 +171,6 @@ class StagedProgram:
         return self.trainable() | ({self.program.image} if image_grad else set())
 
 
-def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
-    """What the rule of an op says; its refusal becomes an error that names the module."""
-    rule = find_rule(op.name)
-    if rule is None:
-        raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
-    try:
-        return rule(op, maps)
-    except Refusal as reason:
-        raise _refuse(op, str(reason)) from None
-
-
 def readers_of(stage: Stage) -> dict[int, list[Local]]:
     """The local ops that read each map."""
     readers: dict[int, list[Local]] = {}
@@ -204,176 +196,6 @@ def vector_inputs(stage: Stage) -> list[int]:
     return list(found)
 
 
-def live_ops(program: Program) -> list[Op]:
-    """Ops that the output or a change of state depends on; unused branches (auxiliary heads) are dropped."""
-    wanted = set(program.results())
-    live: list[Op] = []
-    for op in reversed(program.ops):
-        if wanted & set(op.outputs):
-            wanted.update(op.inputs)
-            live.append(op)
-    return live[::-1]
-
-
-def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:
-    """A small that is drawn once per step, with the dtype and device of another value."""
-    value = program.values[like]
-    return VectorOp(lambda _env: (make(value.dtype, value.device),), (), (output,))
-
-
-def _refuse(op: Op, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"{place(op.module, op.line)}: {reason}")
-
-
-def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
-    """The nodes that the recorded ops become, in program order; ops on vectors stay as they are.
-
-    Args:
-        fallback: "whole" gives ordinary PyTorch whole maps for ops that have no exact rule.
-
-    Raises:
-        UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
-    """
-    try:
-        return _sort(program, fallback, rising=True)
-    except UnsupportedError as refusal:
-        try:
-            return _sort(program, fallback, rising=False)
-        except UnsupportedError:
-            raise refusal from None
-
-
-def _sort(program: Program, fallback: str | None, rising: bool) -> tuple[Maps, list[Node | Op]]:
-    """`sort`; `rising` makes maps block by block of vectors that are spread over the image."""
-    maps = Maps(program, {program.image: (2, 3)})
-    maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
-    nodes: list[Node | Op] = []
-    taken = _TakenWhole(maps, fallback == "whole")
-    derived = set(maps.axes)  # what depends on the image
-    for op in live_ops(program):
-        ours = not derived.isdisjoint(op.inputs)
-        derived.update(op.outputs if ours else ())
-        risen = None
-        if op.name in _LIKE_MAP or not maps.inputs(op):
-            risen = (rising and rise(op, maps)) or norm_of_vector(op, maps) if ours else None
-            if risen is None:
-                nodes.append(op)
-                taken.follow(op)
-                continue
-        try:
-            made = risen or apply_rule(op, maps)
-            if op.autocast is not None:
-                kind = program.values[program.image].device.type
-                made = [in_region(node, op, kind) for node in (made if isinstance(made, list) else [made])]
-        except UnsupportedError as refusal:
-            if fallback != "whole":
-                raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
-            made = Whole(op)
-        for node in made if isinstance(made, list) else [made]:
-            if isinstance(node, Local):
-                if node.once is not None:
-                    drawn = node.once(program.values[op.inputs[0]].dtype, torch.device("meta"))
-                    node.drawn = maps.new_value(drawn.shape, like=op.inputs[0])
-                    nodes.append(_draw(program, node.once, op.inputs[0], node.drawn))
-                maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
-                for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
-                    if h == w and value not in maps.flat:
-                        maps.flat[value] = maps.flat[next(iter(node.reads))]
-            elif isinstance(node, VectorOp):
-                taken.check(op, node)
-            elif isinstance(node, Whole):
-                taken.begin(node.op)
-            nodes.append(node)
-    return maps, _live_nodes(maps, unflatten(maps, nodes))
-
-
-def in_region(node: Node, op: Op, kind: str) -> Node:
-    """A node of an op that ran in an autocast region of its own: it computes in that region.
-
-    Args:
-        kind: of the device.
-    """
-    assert op.autocast is not None
-    enabled, dtype = op.autocast
-    if not isinstance(node, Local):
-        return node  # their dtypes are those of the recording
-    run = node.run
-
-    def in_its_own(env: Env, block: Block) -> tuple[Tensor, ...]:
-        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return run(env, block)
-
-    # Under a name of its own no rewrite takes it for the op outside of the region.
-    return replace(node, op=replace(node.op, name=f"{node.op.name} in autocast"), run=in_its_own, unvalued=None)
-
-
-def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
-    """Nodes that the output or a change of state depends on; rules may have gone round some ops."""
-    wanted = set(maps.program.results())
-    live: list[Node | Op] = []
-    for node in reversed(nodes):
-        op = node.op if isinstance(node, (Local, Whole)) else node
-        if wanted & set(_makes(node)):
-            wanted.update([op.value] if isinstance(op, Reduction) else op.inputs)
-            wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
-            live.append(node)
-    return live[::-1]
-
-
-class _TakenWhole:
-    """Vectors that come from whole maps; what is as large as those is a map again, where the user allows it."""
-
-    def __init__(self, maps: Maps, allowed: bool):
-        self.maps, self.allowed = maps, allowed
-        self.origin: dict[int, Op] = {}  # value -> the op that took a map whole
-        self.sizes: set[tuple[int, int]] = set()
-
-    def begin(self, op: Op) -> None:
-        self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
-        self.origin.update(dict.fromkeys(op.outputs, op))
-        self._return(op)
-
-    def follow(self, op: Op) -> None:
-        """An op on vectors."""
-        found = next((self.origin[v] for v in op.inputs if v in self.origin), None)
-        if found is not None:
-            self.origin.update(dict.fromkeys(op.outputs, found))
-            self._return(op)
-
-    def _return(self, op: Op) -> None:
-        for value in op.outputs if self.allowed else ():
-            shape = tuple(self.maps.shape(value))
-            if len(shape) == 4 and shape[2:] in self.sizes:
-                self.maps.axes[value] = (2, 3)
-            elif len(shape) == 4 and shape[1:3] in self.sizes:
-                self.maps.axes[value] = (1, 2)
-
-    def check(self, op: Op, node: VectorOp) -> None:
-        """Refuse a whole map in the middle, unless it is allowed."""
-        first = next((self.origin[v] for v in node.inputs if v in self.origin), None)
-        if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
-            raise _refuse(
-                first,
-                f"'{first.name}' needs the whole map, and {op} goes on with one value for each position of it; "
-                'accelerate(..., fallback="whole") allows that where the memory does',
-            )
-
-
-def _reads(node: Node | Op, maps: Maps) -> list[int]:
-    """The values that a node waits for."""
-    if isinstance(node, Reduction):
-        return [node.value]
-    if isinstance(node, Local):
-        return [*node.op.inputs, *([] if node.drawn is None else [node.drawn])]
-    if isinstance(node, Whole):
-        return list(node.op.inputs)
-    return [v for v in node.inputs if v not in maps]
-
-
-def _makes(node: Node | Op) -> Sequence[int]:
-    return node.op.outputs if isinstance(node, (Local, Whole)) else node.outputs
-
-
 def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> dict[int, int]:
     """The level of every value that is not a parameter or constant (those have level 0).
 
@@ -384,10 +206,9 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
     for node in nodes:
         whole = isinstance(node, (Reduction, Whole))
         waits = [
-            level.get(v, 0) + (v in cuts if isinstance(node, Local) else whole and v in maps)
-            for v in _reads(node, maps)
+            level.get(v, 0) + (v in cuts if isinstance(node, Local) else whole and v in maps) for v in reads(node, maps)
         ]
-        level.update(dict.fromkeys(_makes(node), max(waits, default=0)))
+        level.update(dict.fromkeys(makes(node), max(waits, default=0)))
     return level
 
 
@@ -423,13 +244,13 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
     steps: list[Op | VectorOp | Stage] = []
-    late = _for_state_alone(maps, nodes)
+    late, moment = _for_state_alone(maps, nodes), _moments(maps, nodes, level)
     for now in range(last + 1):
         for node in nodes:
             if (
                 not isinstance(node, (Local, Reduction))
                 and id(node) not in late
-                and level.get(next(iter(_makes(node)), -1), 0) == now
+                and moment.get(id(node), level.get(next(iter(makes(node)), -1), 0)) == now
             ):
                 steps.append(node.op if isinstance(node, Whole) else node)
         here = [r for r in reductions if level[r.value] == now]
@@ -447,6 +268,38 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     return staged
 
 
+# What arranges parameters, as a table of positions is made a bias for each pair, many times as large.
+_ARRANGES = frozenset(
+    "__getitem__ index_select gather narrow view reshape flatten unflatten permute transpose contiguous expand "
+    "unsqueeze squeeze".split()
+)
+
+
+def _moments(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, int]) -> dict[int, int]:
+    """The level of the first reader of what is made of parameters alone and depends on nothing else, by node identity.
+
+    Made at the beginning, the biases of all blocks would be there at once.
+    """
+    program = maps.program
+    fixed, movable = set(program.state()) - {after for _, after in program.updates}, []
+    for node in nodes:
+        plain = isinstance(node, Op) and node.name in _ARRANGES and not node.mutated
+        plain = plain or (isinstance(node, VectorOp) and node.share is None and bool(node.inputs))
+        if plain and isinstance(node, (Op, VectorOp)) and fixed.issuperset(node.inputs):
+            fixed.update(node.outputs)
+            movable.append(id(node))
+    first: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for node in reversed(nodes):
+        made = makes(node)
+        now = level.get(next(iter(made), -1), 0)
+        if id(node) in movable:
+            now = found[id(node)] = min((first[v] for v in made if v in first), default=now)
+        for value in node.inputs if isinstance(node, (Op, VectorOp)) else reads(node, maps):
+            first[value] = min(first.get(value, now), now)
+    return found
+
+
 def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     """The computations on vectors, by identity, that only what a call leaves in buffers and attributes depends on.
 
@@ -456,10 +309,10 @@ def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     late: set[int] = set()
     for node in reversed(nodes):
         alone = isinstance(node, (Op, VectorOp)) and not any(v in maps for v in (*node.inputs, *node.outputs))
-        if alone and not wanted & set(_makes(node)):
+        if alone and not wanted & set(makes(node)):
             late.add(id(node))
         else:
-            wanted.update(_reads(node, maps), node.op.inputs if isinstance(node, Local) else ())
+            wanted.update(reads(node, maps), node.op.inputs if isinstance(node, Local) else ())
     return late
 
 

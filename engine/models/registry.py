@@ -21,6 +21,7 @@ from .lesionnet import LesionNet
 from .outputs import set_outputs
 from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
+from .results import Columns
 from .spec import Spec
 from .weights import first_line, load_exactly, read_state
 
@@ -60,6 +61,13 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
 
 
 def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None = None) -> nn.Module:
+    model = _made(spec, num_classes, in_channels, folder)
+    if spec.results:
+        model.register_forward_hook(Columns(spec.results))
+    return model
+
+
+def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     if spec.kind == "timm":
         return _timm(spec, num_classes, in_channels)
     if spec.kind:

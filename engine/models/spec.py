@@ -15,26 +15,35 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 @dataclass(frozen=True)
 class Spec:
-    """``timm:NAME?in_chans=1&global_pool=max``, ``module:factory?width=32`` or a name of our own.
+    """``timm:NAME?in_chans=1&global_pool=max``, ``module:factory?width=32#cancer,density`` or a name of our own.
 
     Attributes:
         kind: "timm", a module, or "" for a name of our own.
         name: of the network or factory.
         arguments: by keyword: numbers, true, false, none, tuples and text.
+        results: which tensors of what its forward gives are taken, side by side (`Columns`); () for the one it gives.
     """
 
     kind: str
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    results: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Spec:
         """The spec of a text.
 
         Raises:
-            GigamorphError: an argument without a name or value, or given twice.
+            GigamorphError: an argument without a name or value, or given twice; a result without a name.
         """
-        path, _, query = text.partition("?")
+        rest, mark, named = text.partition("#")
+        results = tuple(unquote(one) for one in named.split(",")) if mark else ()
+        if "" in results or len(set(results)) < len(results):
+            raise GigamorphError(
+                f"model {text!r}: after # come the names of what is taken of its outputs, once each, as in "
+                "module:factory#cancer,density"
+            )
+        path, _, query = rest.partition("?")
         kind, colon, name = path.partition(":")
         arguments: dict[str, Any] = {}
         for part in query.split("&") if query else ():
@@ -45,11 +54,12 @@ class Spec:
                     "them, as in timm:resnet18?in_chans=1&global_pool=max"
                 )
             arguments[key] = _value(unquote(value))
-        return cls(kind, name, arguments) if colon else cls("", path, arguments)
+        return cls(kind, name, arguments, results) if colon else cls("", path, arguments, results)
 
     def __str__(self) -> str:
         path = f"{self.kind}:{self.name}" if self.kind else self.name
-        return path + ("?" + "&".join(f"{k}={_text(v)}" for k, v in self.arguments.items()) if self.arguments else "")
+        query = "?" + "&".join(f"{k}={_text(v)}" for k, v in self.arguments.items()) if self.arguments else ""
+        return path + query + ("#" + ",".join(quote(one, safe=".") for one in self.results) if self.results else "")
 
 
 def _value(text: str) -> Any:

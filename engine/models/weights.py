@@ -70,7 +70,7 @@ def read_state(path: str | Path) -> State:
             return State(path, load_file(path))
         except Exception as error:  # the library's own error class, and those of the system
             raise DataError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-    loaded = _load_inert(path)
+    loaded = load_inert(path)
     place, rest = "", {}
     if isinstance(loaded, dict) and not is_state(loaded):
         for key in _PLACES:
@@ -95,7 +95,10 @@ def is_state(found: Any) -> bool:
     )
 
 
-def _load_inert(path: Path) -> Any:
+def load_inert(path: Path) -> Any:
+    """What torch.save wrote; objects of classes besides torch's are inert stand-ins, and no code of theirs is run."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such weights file")
     stand_ins: list[Callable | tuple[Callable, str]] = []
     try:
         with path.open("rb") as file:

@@ -19,9 +19,10 @@ from torch import distributed as dist
 from torch import multiprocessing as torch_processes
 
 from ..errors import GigamorphError
+from .roll import is_lost, meet
 
-_PATIENCE = timedelta(days=7)
-"""How long a process waits for another, which may have a far larger image; those whose peer has died are ended."""
+PATIENCE = 7200.0
+"""Seconds that a process waits for another, which may have far larger images."""
 _GRACE = 5.0
 """Seconds that processes have to end by themselves when one has failed, and again before they are killed."""
 
@@ -31,26 +32,64 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+def restarted() -> bool:
+    """Whether a launcher (torchrun, Slurm) has started the group of this process anew, after a failure."""
+    return _again or os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 @contextlib.contextmanager
-def process_group(device: str, meeting: str = "env://") -> Iterator[None]:
+def process_group(device: str, meeting: str = "env://", timeout: float = PATIENCE) -> Iterator[None]:
     """The process group of launched processes: gloo for the CPU, NCCL for GPUs, of which each process gets one.
 
     Args:
         device: "cpu" or "cuda".
         meeting: an init_method of `torch.distributed`.
+        timeout: seconds that a process waits for the others, at the start and at each exchange.
 
     Raises:
-        GigamorphError: if this machine has fewer GPUs than processes.
+        GigamorphError: naming the processes that did not come, ended, or did not answer in time; or if this machine has
+            fewer GPUs than processes.
     """
+    global _timeout, _again
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
         own = int(os.environ.get("LOCAL_RANK", rank))
         need_gpus(own + 1)
         torch.cuda.set_device(own)
+    _timeout = timedelta(seconds=timeout)
+    roll = meet(meeting, rank, size, _timeout)
+    _again = roll.again
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=_PATIENCE)
-    yield
+    store = dist.PrefixStore("group", roll.store)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
+        yield
+    except BaseException as error:
+        roll.end(error)
+        if is_lost(error):
+            raise GigamorphError(roll.blame(error)) from error
+        raise
+    finally:
+        _neighbours.clear()
     dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+
+
+_timeout = timedelta(seconds=PATIENCE)
+_again = False
+_neighbours: dict[int, dist.ProcessGroup] = {}
+
+
+def neighbours(number: int) -> dist.ProcessGroup:
+    """The group of this process and its neighbours by rank, so many; a collective at the first call."""
+    if number not in _neighbours:
+        mine = None
+        for first in range(0, dist.get_world_size(), number):
+            ranks = list(range(first, first + number))
+            group: Any = dist.new_group(ranks, timeout=_timeout)
+            mine = group if dist.get_rank() in ranks else mine
+        assert mine is not None
+        _neighbours[number] = mine
+    return _neighbours[number]
 
 
 def need_gpus(number: int) -> None:
@@ -59,7 +98,7 @@ def need_gpus(number: int) -> None:
         raise GigamorphError(f"{number} GPUs were asked for and {torch.cuda.device_count()} are here; take fewer")
 
 
-def launch(function: Callable[..., Any], number: int, device: str, *args: Any) -> None:
+def launch(function: Callable[..., Any], number: int, device: str, *args: Any, timeout: float = PATIENCE) -> None:
     """Call `function(*args)` in `number` processes of this machine, which form a process group.
 
     When one fails, all end. A first Ctrl-C is passed on to each, and they end as they see fit; a second one ends them.
@@ -67,6 +106,7 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any) -
     Args:
         function: of a module, for it is looked up by name in each process.
         args: what can be pickled.
+        timeout: as in `process_group`.
 
     Raises:
         GigamorphError: the first that a process raised; or, with its traceback, another error.
@@ -79,7 +119,7 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any) -
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the processes: DDP advises on what is as it must be
     logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it tells of each process that it ends
     with tempfile.TemporaryDirectory() as folder:
-        given = (number, device, f"file://{folder}/meeting", threads, errors, function, args)
+        given = (number, device, f"file://{folder}/meeting", timeout, threads, errors, function, args)
         # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -115,6 +155,7 @@ def _child(
     number: int,
     device: str,
     meeting: str,
+    timeout: float,
     threads: int,
     errors: Any,
     function: Callable[..., Any],
@@ -125,7 +166,7 @@ def _child(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
     torch.set_num_threads(threads)
     try:
-        with process_group(device, meeting):
+        with process_group(device, meeting, timeout):
             function(*args)
     except KeyboardInterrupt:
         _end(130)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch import distributed as dist
 
+from ..errors import GigamorphError
+from .launch import neighbours
 from .processes import world
 
 T = TypeVar("T")
@@ -20,18 +22,37 @@ _NOTHING: Any = object()
 class ProcessGroup:
     """This process among those that train together.
 
-    Either each has an image of its own at a time and the gradients are averaged, or all of them share one (`split`).
-    The first process reports and writes. Each method that is called a collective must be called by all processes.
+    Each has an image of its own at a time and the gradients are averaged, or all of them share one, or some share each:
+    neighbours by rank, whose gradients are those of their image. The first process reports and writes. Each method that
+    is called a collective must be called by all processes.
+
+    Attributes:
+        split: as `accelerate` takes it: whether all processes share an image, or the group of those that share this
+            one's.
+        together: how many do, where they are not all.
     """
 
     rank: int = 0
     size: int = 1
-    split: bool = False
+    split: Any = False
+    together: int = 1
 
     @classmethod
-    def here(cls, split: bool) -> ProcessGroup:
-        """This process in the group of `torch.distributed`; alone without one."""
-        return cls(dist.get_rank() if world() > 1 else 0, world(), split)
+    def here(cls, split: bool | int) -> ProcessGroup:
+        """This process in the group of `torch.distributed`; alone without one.
+
+        Args:
+            split: whether all processes share an image, or how many share each.
+
+        Raises:
+            GigamorphError: if the processes cannot be dealt to images.
+        """
+        rank, size = dist.get_rank() if world() > 1 else 0, world()
+        if isinstance(split, bool) or split in (1, size):
+            return cls(rank, size, split if isinstance(split, bool) else split > 1)
+        if split < 1 or size % split:
+            raise GigamorphError(f"{size} processes cannot share images {split} at a time; take a multiple of {split}")
+        return cls(rank, size, neighbours(split), split)
 
     @property
     def leads(self) -> bool:
@@ -40,12 +61,12 @@ class ProcessGroup:
     @property
     def at_once(self) -> int:
         """Images that are computed at a time."""
-        return 1 if self.split else self.size
+        return 1 if self.split is True else self.size // self.together
 
     @property
     def turn(self) -> int:
         """Which of the images that are computed at a time is this process's."""
-        return 0 if self.split else self.rank
+        return 0 if self.split is True else self.rank // self.together
 
     def share(self, order: Sequence[int]) -> list[int]:
         """This process's images of an order: one in `at_once`.
@@ -76,11 +97,11 @@ class ProcessGroup:
         """What the processes have found of their images (without repeated ones), in order; a collective."""
         if self.at_once == 1:
             return list(mine)
-        rounds = zip_longest(*self.all(list(mine)), fillvalue=_NOTHING)
+        rounds = zip_longest(*self.all(list(mine))[:: self.together], fillvalue=_NOTHING)
         return [found for one in rounds for found in one if found is not _NOTHING]
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes that have images of their own; a collective."""
+        """The mean over the images that are computed at a time; a collective."""
         if self.at_once == 1:
             return tensor
         total = tensor.clone()

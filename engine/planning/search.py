@@ -16,7 +16,8 @@ from ..capture.trace import Op, Program, refs
 from ..errors import BudgetError, UnsupportedError
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import prepare
-from ..lowering.stages import StagedProgram, sort
+from ..lowering.sorting import sort
+from ..lowering.stages import StagedProgram
 from ..tiling.memory import available_bytes, format_bytes
 from ..tiling.spatial import SpatialShard, split_network
 from . import constants

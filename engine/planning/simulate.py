@@ -209,7 +209,8 @@ def _fake_source(stage: Stage, value: int) -> Pixels:
         return _FakePixels(info.shape, info.dtype, info.device)
     tensor = torch.empty(info.shape, dtype=info.dtype, device=info.device)
     axes = stage.maps.axes[value]
-    return StoredMap(tensor.contiguous(memory_format=torch.channels_last) if axes == (2, 3) else tensor, axes)
+    nhwc = tensor.ndim == 4 and axes == (2, 3)  # heads (N, heads, h, w, d) have the axes there too
+    return StoredMap(tensor.contiguous(memory_format=torch.channels_last) if nhwc else tensor, axes)
 
 
 def _stored_tensors(sources: Mapping[int, Pixels]) -> list[Tensor]:

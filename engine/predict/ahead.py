@@ -1,7 +1,8 @@
 """Images read and decoded ahead in processes of their own, in order, so that a GPU waits for no decoder.
 
 What comes over is the image as its file stores it, once; images too large for that come as their source and are read by
-region where they are computed. Files of other places than this machine (`Row.url`) are fetched here, too.
+region where they are computed. Files of other places than this machine (`Row.url`) are read by region, too, or fetched
+where that cannot be.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
 from ..images.pixels import ImageSource
 from ..images.rawfile import one_line
-from ..train.data import Images
+from ..images.remote import RemoteFile
 from .rows import Work, fetch
 
 LARGEST = 2**28
@@ -39,7 +40,8 @@ LARGEST = 2**28
 # Images that are read quickly go to a process several at a time: as many as take so many seconds, at most so many.
 _BRIEF, _MOST = 0.02, 32
 
-Open = Callable[[Sequence[Record]], Images]
+Open = Callable[[Record, Work], dict[str, Any]]
+"""As `job.Unit.open`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Opened:
 
     work: Work
     item: dict[str, Any] | None = None
-    """As of `gigamorph.engine.datasets.dataset.ImageDataset`."""
+    """As of `job.Unit.open`."""
     error: GigamorphError | None = None
     staged: Path | None = None
     """Folder of a fetched copy that the item still reads from."""
@@ -69,7 +71,7 @@ class Ahead:
     """A context manager; called with work, gives it opened, in order.
 
     Args:
-        open_images: records -> their images.
+        open_image: work's record -> its item.
         workers: processes; 0 opens each image when it is asked for, in this process, and decodes it when it is read.
         depth: images that are asked for before they are needed.
         staging: folder for files that are fetched.
@@ -78,8 +80,8 @@ class Ahead:
         waited: seconds that the caller was kept waiting.
     """
 
-    def __init__(self, open_images: Open, workers: int, depth: int, staging: Path) -> None:
-        self._open, self._depth, self._staging = open_images, depth, staging
+    def __init__(self, open_image: Open, workers: int, depth: int, staging: Path) -> None:
+        self._open, self._depth, self._staging = open_image, depth, staging
         self._workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
         self._pool: ProcessPoolExecutor | None = None
         self._together = 1
@@ -165,9 +167,9 @@ class Ahead:
 _given: tuple[Open, Path] | None = None  # of a worker
 
 
-def _start_worker(open_images: Open, staging: Path, parent: int) -> None:
+def _start_worker(open_image: Open, staging: Path, parent: int) -> None:
     global _given
-    _given = open_images, staging
+    _given = open_image, staging
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the one that computes ends the rest
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -187,24 +189,27 @@ def end_with(parent: int) -> None:
 
 def _in_worker(some: list[Work]) -> list[Opened]:
     assert _given is not None
-    open_images, staging = _given
+    open_image, staging = _given
     found, room = [], LARGEST
     for one in some:
         began = time.monotonic()
-        opened = _opened(open_images, one, staging, whole=room > 0)
+        opened = _opened(open_image, one, staging, whole=room > 0)
         found.append(replace(opened, seconds=time.monotonic() - began))
         room -= opened.bytes
     return found
 
 
-def _opened(open_images: Open, one: Work, staging: Path, *, whole: bool) -> Opened:
+def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opened:
     """An image, fetched and, if `whole`, decoded."""
     record, staged = one.row.record, None
     try:
         if one.row.url:
-            staged = Path(tempfile.mkdtemp(dir=staging))
-            record = replace(record, path=fetch(one.row.url, staged))
-        item = {**open_images([record])[0], "record": one.row.record}
+            remote: Any = RemoteFile.by_region(one.row.url)
+            if remote is None:
+                staged = Path(tempfile.mkdtemp(dir=staging))
+                remote = fetch(one.row.url, staged)
+            record = replace(record, path=remote)
+        item = open_image(record, one)
         source = stored_source(item["image"])
         decoded = _decode(source, one.row.name) if source is not None and (whole or staged is not None) else 0
     except Exception as error:

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BudgetError, DataError, GigamorphError
 from .ahead import Ahead, Opened, end_with
-from .predictor import Classifier, Opener, Wanted, predict_image
+from .job import Result, Start, Unit
 from .rows import Work
 
 _GRACE = 5.0
@@ -28,10 +28,10 @@ _GRACE = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: a result, a row of `RESULTS`, or an error."""
+    """What became of an image: a result or an error."""
 
     work: Work
-    result: dict[str, Any] | None = None
+    result: Result | None = None
     error: GigamorphError | None = None
     waited: float = 0.0
     """Seconds that the device had nothing to compute before it got this image."""
@@ -58,22 +58,20 @@ class Reading:
 
 
 def compute_here(
-    classifier: Classifier,
-    wanted: Wanted,
+    unit: Unit,
     reading: Reading,
     work: Iterator[Work],
     before: Callable[[Opened], object] = lambda opened: None,
     more: Callable[[], bool] = lambda: True,
 ) -> Generator[Outcome, None, None]:
-    """Predict in this process, in order.
+    """Work in this process, in order.
 
     Args:
         before: called with each image that is about to be computed.
         more: as in `Ahead`.
     """
-    classifier.net.eval()
     waited = 0.0
-    with Ahead(classifier.open_images, reading.workers, reading.depth, reading.staging) as ahead:
+    with Ahead(unit.open, reading.workers, reading.depth, reading.staging) as ahead:
         for opened in ahead(work, more):
             if opened.fault and not reading.forgiving:
                 raise RuntimeError(f"{opened.work.row.name}: reading it failed:\n{opened.fault}")
@@ -81,7 +79,7 @@ def compute_here(
             if error is None:
                 before(opened)
                 try:
-                    result = predict_image(classifier, wanted, opened)
+                    result = unit(opened)
                 except (DataError, BudgetError) as own:
                     error = own
                 finally:
@@ -91,9 +89,9 @@ def compute_here(
 
 
 def compute_in_processes(
-    opener: Opener, wanted: Wanted, reading: Reading, work: Iterator[Work], devices: int, device: str
+    start: Start, reading: Reading, work: Iterator[Work], devices: int, device: str
 ) -> Generator[Outcome, None, None]:
-    """Predict in a process for each device, in the order in which images are done.
+    """Work in a process for each device, in the order in which images are done.
 
     Args:
         device: "cpu", or "cuda" for a GPU each.
@@ -104,7 +102,7 @@ def compute_in_processes(
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, threads // devices)
-    processes = _started(opener, wanted, reading, devices, device, threads)
+    processes = _started(start, reading, devices, device, threads)
     given: dict[Connection, dict[str, Work]] = {pipe: {} for pipe in processes}
 
     def give(pipe: Connection) -> None:
@@ -146,9 +144,7 @@ def compute_in_processes(
             pipe.close()
 
 
-def _started(
-    opener: Opener, wanted: Wanted, reading: Reading, devices: int, device: str, threads: int
-) -> dict[Connection, Any]:
+def _started(start: Start, reading: Reading, devices: int, device: str, threads: int) -> dict[Connection, Any]:
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
     # A terminal sends Ctrl-C to all: processes inherit that they pass over it, and this one ends them.
@@ -157,7 +153,7 @@ def _started(
     try:
         for number in range(devices):
             here, there = context.Pipe()
-            own = there, opener, wanted, reading, number, device, threads, os.getpid()
+            own = there, start, reading, number, device, threads, os.getpid()
             process = context.Process(target=_device, args=own, name=f"device {number}")
             process.start()
             there.close()
@@ -178,8 +174,7 @@ def _death(process: Any) -> GigamorphError:
 
 def _device(
     pipe: Connection,
-    opener: Opener,
-    wanted: Wanted,
+    start: Start,
     reading: Reading,
     number: int,
     device: str,
@@ -193,7 +188,7 @@ def _device(
         if device == "cuda":
             torch.cuda.set_device(number)
         given = iter(pipe.recv, None)
-        for outcome in compute_here(opener(device=device), wanted, reading, given, more=pipe.poll):
+        for outcome in compute_here(start(device=device), reading, given, more=pipe.poll):
             failed = outcome.error is not None
             value = outcome.error if failed else outcome.result
             pipe.send(("error" if failed else "result", outcome.work.key, value, outcome.waited))

@@ -43,11 +43,11 @@ class Index:
     """The rows of a run; a context manager, which raises `GigamorphError` where the database cannot be written.
 
     Args:
-        model: SHA-256 of the checkpoint.
+        key: the identity of a row's result.
     """
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, key: Callable[[Row], str]) -> None:
+        self._key = key
         # A private file in TMPDIR, of which SQLite holds a part in memory.
         self._base = sqlite3.connect("", isolation_level=None)
         for setting in ("journal_mode=memory", "synchronous=off", f"cache_size=-{_CACHE_KIB}", "temp_store=file"):
@@ -68,7 +68,7 @@ class Index:
     def fill(
         self,
         sources: Sequence[str | Path | Record],
-        classes: Sequence[str],
+        classes: Sequence[str] | None,
         *,
         check_files: bool,
         skip: Path | None = None,
@@ -147,13 +147,13 @@ class Index:
             self._base.executemany("insert into shares values (?, ?)", shares())
         self._base.execute("update images set shard = shares.shard from shares where shares.number = images.number")
 
-    def add_done(self, results: Iterable[dict[str, Any]]) -> None:
-        """Images that have a result, and the names of their heat maps."""
+    def add_done(self, results: Iterable[tuple[str, str | None]]) -> None:
+        """The keys of images that have a result, and the names of their files."""
         with self._together():
-            for result in results:
-                self._base.execute("insert or ignore into done values (?)", (result["key"],))
-                if result["heatmap"]:
-                    self._base.execute("insert or ignore into names values (?)", (result["heatmap"],))
+            for key, name in results:
+                self._base.execute("insert or ignore into done values (?)", (key,))
+                if name:
+                    self._base.execute("insert or ignore into names values (?)", (name,))
 
     def add_failed(self, failures: Iterable[dict[str, Any]]) -> None:
         """Images that failed; the last reason stands."""
@@ -161,19 +161,19 @@ class Index:
         with self._together():
             self._base.executemany("insert or replace into failed values (?, ?, ?)", told)
 
-    def name_heatmaps(self) -> None:
-        """Names for the heat maps of images without a result: that of the file, with -2, -3, ... where it is taken."""
+    def name_files(self, wanted: Callable[[Row], str]) -> None:
+        """Names for what is written of images without a result: those wanted, with -2, -3, ... where they are taken."""
         found = self._base.execute(
             "select number, row from images join rows using (number) "
             "where images.key not in (select key from done) order by number"
         )
         with self._together():
-            self._name(found)
+            self._name(found, wanted)
         self._base.execute("update images set name = named.name from named where named.number = images.number")
 
-    def _name(self, found: Iterable[tuple[int, bytes]]) -> None:
+    def _name(self, found: Iterable[tuple[int, bytes]], wanted: Callable[[Row], str]) -> None:
         for number, blob in found:
-            stem, own, count = pickle.loads(blob).record.path.stem, "", 0
+            stem, own, count = wanted(pickle.loads(blob)), "", 0
             while not own:
                 count += 1
                 name = stem if count == 1 else f"{stem}-{count}"
@@ -258,7 +258,7 @@ class Index:
         return self._one("select number from numbers where name = ?", name)[0]
 
     def _add(self, rows: Iterable[Row]) -> None:
-        told = ((row.key(self._model), pickle.dumps(row, 5), row.pixels) for row in rows)
+        told = ((self._key(row), pickle.dumps(row, 5), row.pixels) for row in rows)
         self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
 
     def _check_files(self) -> None:

@@ -32,7 +32,7 @@ def hold(path: Path, told: Path, *, wait: bool = False) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise GigamorphError(f"{told}: cannot be written: {os.strerror(error.errno or 0)}; free some space") from error
+        raise cannot_write(told, error, "name another --out") from error
     try:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -66,6 +66,13 @@ def held(path: Path) -> str | None:
     finally:
         os.close(handle)
     return None
+
+
+def cannot_write(path: Path, error: OSError, advice: str) -> GigamorphError:
+    """What to say of a file or folder, and what to do: free space on a full disk, else as advised."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return GigamorphError(f"{path}: cannot be written: {reason}; {'free some space' if full else advice}")
 
 
 def _holder(path: Path) -> str:

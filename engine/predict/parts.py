@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from ..errors import GigamorphError
 from ..files import write_atomically
+from .lock import cannot_write
 
 ROWS = 10_000
 """Rows of a part."""
@@ -205,5 +206,5 @@ def _telling(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise GigamorphError(f"{folder}: cannot be written: {reason}; free some space, --resume goes on") from error
+        known = cannot_write(folder, error, "look at the disk")
+        raise GigamorphError(f"{known}, --resume goes on") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,14 +13,16 @@ import pyarrow as pa
 import torch
 
 from ..accelerate import Accelerated
+from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate.recalibration import Calibration
 from ..images.pixels import as_stored
 from ..models.outputs import outputs_of
-from ..train.classify import prediction
+from ..train.classify import Images, prediction
 from ..train.explanation import caption, explain_class
 from ..train.heatmap import overlay_name, write_overlay
-from .ahead import Open, Opened
+from .ahead import Opened
+from .rows import Work
 
 RESULTS = pa.schema(
     [
@@ -40,7 +44,8 @@ RESULTS = pa.schema(
 )
 """Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient
 stands for a patient whom only a DICOM header names."""
-FAILURES = pa.schema([(name, pa.string()) for name in ("key", "model", "image_path", "reason")])
+OpenImages = Callable[[Sequence[Record]], Images]
+"""Records -> their images."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,13 @@ class Classifier:
     Attributes:
         net: pixel source -> (1, classes).
         classes: names of the outputs.
-        open_images: records -> their images.
+        open_images: of records.
         trained_on: how many images the training had; their table tells which split an image was in.
     """
 
     net: Accelerated
     classes: list[str]
-    open_images: Open
+    open_images: OpenImages
     trained_on: int = 0
 
 
@@ -83,6 +88,30 @@ class Wanted:
     secret: bytes | None = None
 
 
+def open_one(classifier: Classifier, record: Record, work: Work) -> dict[str, Any]:
+    """The item of a record, which keeps what the table says of it."""
+    return {**classifier.open_images([record])[0], "record": work.row.record}
+
+
+class Predicting:
+    """The unit (`job.Unit`) that predicts."""
+
+    def __init__(self, classifier: Classifier, wanted: Wanted) -> None:
+        classifier.net.eval()
+        self.net, self._classifier, self._wanted = classifier.net, classifier, wanted
+
+    def open(self, record: Record, work: Work) -> dict[str, Any]:
+        return open_one(self._classifier, record, work)
+
+    def __call__(self, opened: Opened) -> dict[str, Any]:
+        return predict_image(self._classifier, self._wanted, opened)
+
+
+def start_predicting(opener: Opener, wanted: Wanted, *, device: str) -> Predicting:
+    """As `job.Start`."""
+    return Predicting(opener(device=device), wanted)
+
+
 def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dict[str, Any]:
     """The result of an image, a row of `RESULTS`; its heat map is drawn.
 
@@ -92,19 +121,12 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
     item, work = opened.item, opened.work
     assert item is not None
     net, source = classifier.net, item["image"]
-    try:
+    with naming(work.row.name):
         if wanted.heatmaps:
             explained, logits, which = explain_class(net, source)
         else:
             with torch.no_grad():
                 explained, logits, which = None, net(source)[0], 0
-    except BudgetError as error:  # the larger images of a set may not fit
-        raise BudgetError(f"{work.row.name}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise BudgetError(
-            f"{work.row.name}: the device ran out of memory ({str(error).splitlines()[0]}); give a --memory-budget"
-        ) from error
     found = prediction(item, logits, outputs_of(net))
     record = work.row.record
     result = {
@@ -131,11 +153,25 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
             z = wanted.calibration(found.log_odds[1])
             log_odds = (-z, z)[which]
             explained = replace(explained, values=explained.values * wanted.calibration.slope, log_odds=z)
-        name = overlay_name(work.heatmap, as_stored(source).shape)
+        name = overlay_name(work.name, as_stored(source).shape)
         text = caption(classifier.classes[which], log_odds, found.numbers)
         write_overlay(explained, wanted.out / "heatmaps" / name, stored=True, caption=text)
-        result["heatmap"] = work.heatmap
+        result["heatmap"] = work.name
     return result
+
+
+@contextlib.contextmanager
+def naming(image: str) -> Iterator[None]:
+    """That nothing of an image fits is an error that names it: the larger images of a set may not fit."""
+    try:
+        yield
+    except BudgetError as error:
+        raise BudgetError(f"{image}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise BudgetError(
+            f"{image}: the device ran out of memory ({str(error).splitlines()[0]}); give a --memory-budget"
+        ) from error
 
 
 def renamed(patient: str, secret: bytes | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +12,7 @@ from ..datasets.tables import Record
 from ..datasets.tables.generic import SUFFIXES, iter_image_files
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
-from ..images.rawfile import one_line
-
-_TRIES = 3
+from ..images.remote import is_url, said, tried
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """An image to predict."""
+    """An image that is to be done."""
 
     key: str
     row: Row
-    heatmap: str = ""
-    """Name of its heat map without the suffix."""
+    name: str = ""
+    """Of the files that are written of it, without the suffix."""
 
 
 def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Path | None = None) -> Iterator[Row]:
@@ -96,11 +93,6 @@ def is_table(source: str | Path) -> bool:
     return str(source).lower().endswith(TABLES)
 
 
-def is_url(text: str) -> bool:
-    """Whether fsspec is to find it, as in https://host/a.dcm and zip://a.dcm::b.zip."""
-    return "://" in text
-
-
 def fetch(url: str, folder: Path) -> Path:
     """Copy a file, or a zarr folder, that fsspec reaches into a folder; its path there.
 
@@ -111,18 +103,13 @@ def fetch(url: str, folder: Path) -> Path:
 
     name = url.partition("::")[0].rstrip("/").rpartition("/")[2].partition("?")[0]
     target = folder / (name if name.strip(".") else "image")
-    for left in reversed(range(_TRIES)):
-        try:
-            system, path = fsspec.url_to_fs(url)
-            system.get(path, str(target), recursive=system.isdir(path))
-            return target
-        except (FileNotFoundError, PermissionError, ImportError, ValueError, NotADirectoryError) as error:
-            raise DataError(f"{url}: cannot be fetched ({_said(error)})") from error
-        except Exception as error:  # each file system has its own
-            if not left:
-                raise DataError(f"{url}: cannot be fetched ({_said(error)})") from error
-            time.sleep(0.2 * 4 ** (_TRIES - 1 - left))
-    raise AssertionError
+
+    def get() -> Path:
+        system, path = fsspec.url_to_fs(url)
+        system.get(path, str(target), recursive=system.isdir(path))
+        return target
+
+    return tried(url, get)
 
 
 def _of_url(record: Record, url: str) -> Row:
@@ -137,6 +124,9 @@ def _listed(url: str) -> Iterator[str]:
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables are read from this machine only; fetch it")
     own, mark, rest = url.partition("::")
+    if Path(own.partition("?")[0]).suffix.lower() in SUFFIXES - {".zarr", ""}:
+        yield url  # whether it is there is seen when it is read, as of a table's images
+        return
     try:
         system, path = fsspec.url_to_fs(url)
         if own.rstrip("/").lower().endswith(".zarr") or not system.isdir(path):
@@ -144,7 +134,7 @@ def _listed(url: str) -> Iterator[str]:
             return
         names = sorted(system.find(path))
     except Exception as error:  # each file system has its own
-        raise DataError(f"{url}: cannot be listed ({_said(error)})") from error
+        raise DataError(f"{url}: cannot be listed ({said(error)})") from error
     protocol = own.partition("://")[0]
     found = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     if not found:
@@ -156,7 +146,3 @@ def _listed(url: str) -> Iterator[str]:
 def _printed(name: str) -> str:
     """A name as it can be written in UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

@@ -49,7 +49,7 @@ def write_tables(
     def predictions() -> Iterator[Prediction]:
         joined = index.joined(results)
         while some := list(itertools.islice(joined, _TOGETHER)):
-            found = [_prediction(row, result, index, calibration, identifiers) for row, result in some]
+            found = [prediction_of(row, result, index, calibration, identifiers) for row, result in some]
             if numbers:
                 found = [replace(one, numbers=True) for one in found]
             index.keep((_breast(one), _exam(one), one) for one in found)
@@ -94,10 +94,16 @@ def write_failures(index: Index, out: Path) -> None:
         write_atomically(path, lambda part: _write(part, ["image_path", "reason"], index.failures()), "table")
 
 
-def _prediction(
+def prediction_of(
     row: Row, result: dict[str, Any], index: Index, calibration: Calibration | None, identifiers: bool
 ) -> Prediction:
-    """What a row of the table says of an image, and the result of the image."""
+    """What a row of the table says of an image, and the result of the image.
+
+    Args:
+        result: has log_odds, exclusive, header_patient, laterality and view, see `RESULTS`.
+        index: numbers the patients that only headers name.
+        identifiers: see `write_tables`.
+    """
     own = row.record
     patient = own.patient_id
     if Path(patient).name == own.path.name and result["header_patient"]:

@@ -59,12 +59,17 @@ class PreparedSource:
             found.append(f"{wanted.per_image} of the image itself")
         return (*found, *(wanted.normalize.steps if wanted.per_image != "standard" else ()))
 
+    @property
+    def normalize(self) -> Normalize:
+        """Of this image; by its own statistics where the network wants that."""
+        if self._normalize is None:
+            self._normalize = self._own()
+        return self._normalize
+
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
         grey = self._grey(top, bottom, left, right)
-        if self._normalize is None:
-            self._normalize = self._own()
-        for channel, (mean, std) in enumerate(zip(*self._normalize.per_channel(self.shape[0]), strict=True)):
+        for channel, (mean, std) in enumerate(zip(*self.normalize.per_channel(self.shape[0]), strict=True)):
             grey[channel].sub_(mean).div_(std)
         return grey
 

@@ -8,58 +8,25 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import GigamorphError
-from ..files import write_atomically
 from ..models import create_model
-from ..models.folder import WEIGHTS, Description, Preprocessing, read_description, write_description
-from ..models.outputs import Activation, Head, Outputs
+from ..models.folder import Description, Preprocessing, read_description, write_description
 from ..models.spec import Spec
-from ..models.weights import State, load_exactly, read_state, renamed, sha256, subtree
+from ..models.weights import State, read_state, sha256, subtree
 from ..train.checkpoint import versions
 from . import pickled
 from .layouts import parts_of
 from .layouts.layout import trained
-from .reference import compute, fixed_image, verified
+from .one import SIZE, Say, Wishes, import_state
+from .reference import fixed_image
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
-
-SIZE = (320, 256)
-Say = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user says of a network; None and empty leave it to the weights.
-
-    Attributes:
-        weights: a file, a Hugging Face folder, or "cache".
-        prefix: of the sub-tree of the checkpoint that is the network.
-        layout: one of `LAYOUTS`.
-        activation, classes: of a single head.
-        heads: of several: pairs (name, text) as ("density", "softmax:A,B,C,D").
-        preprocessing: fields of `Preprocessing` that go before what the source says.
-        licence: of the weights.
-        size: (height, width) of the image that it is checked by.
-        trust: whether a pickled module may run its code, in a process of its own.
-    """
-
-    weights: str | None = None
-    prefix: str = ""
-    layout: str | None = None
-    activation: Activation | None = None
-    classes: tuple[str, ...] = ()
-    heads: tuple[tuple[str, str], ...] = ()
-    preprocessing: Mapping[str, Any] | None = None
-    licence: str = ""
-    size: tuple[int, int] | None = None
-    trust: bool = False
 
 
 def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = print) -> list[Path]:
@@ -83,7 +50,7 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
             chosen = replace(wishes, classes=wishes.classes or hub.classes, licence=wishes.licence or hub.licence)
             with new_folder(out) as folder:
                 state = _read(hub.weights, chosen)
-                _import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say, hub.outputs)
+                import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say, hub.outputs)
             return [Path(out)]
         return _import_layout(weights_in(path), out, wishes, say)
     spec = Spec.parse(source)
@@ -103,7 +70,7 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
             if spec.kind == "timm":
                 wanted, licence, fixed = timm_preprocessing(spec, channels)
             chosen = replace(wishes, licence=wishes.licence or licence, size=wishes.size or fixed)
-            _import_state(spec, _read(weights, wishes), wanted, (), folder, chosen, say)
+            import_state(spec, _read(weights, wishes), wanted, (), folder, chosen, say)
     return [Path(out)]
 
 
@@ -172,7 +139,7 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
             tensors = subtree(state.tensors, part.prefix, path) if part.prefix else state.tensors
             tensors = {key: t for key, t in tensors.items() if not key.startswith(part.ignored or ("\0",))}
             own = State(path, tensors, state.place)
-            one = _import_state(
+            one = import_state(
                 Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen, say, part.outputs
             )
             made.append(replace(one, source={**one.source, "layout": name, "prefix": part.prefix}))
@@ -180,147 +147,6 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
         if len(parts) > 1:
             _write_ensemble(folder, [part.name for part in parts], made)
     return [Path(out) / part.name if len(parts) > 1 else Path(out) for part in parts]
-
-
-def _import_state(
-    spec: Spec,
-    state: State,
-    preprocessing: Preprocessing,
-    key_map: tuple[tuple[str, str], ...],
-    folder: Path,
-    wishes: Wishes,
-    say: Say,
-    known: Outputs | None = None,
-) -> Description:
-    """Build, load, check and write one network.
-
-    Args:
-        known: its outputs, where the source says what they are.
-    """
-    tensors = renamed(state.tensors, key_map)
-    channels = preprocessing.channels
-    network, prefix = _built(spec, tensors, channels, known)
-    if prefix:
-        say(f"{state.path.name}: all names begin with {prefix}, which the network's do not")
-        tensors, key_map = subtree(tensors, prefix, state.path), ((prefix, ""), *key_map)
-    converted = _load(network, spec, tensors, channels, state.path, say)
-    wanted = replace(preprocessing, **(wishes.preprocessing or {}))
-    image = fixed_image(wanted, wishes.size or SIZE)
-    reference = compute(network, image, str(spec))
-    outputs = _outputs(wishes, known, reference.logits32.shape[1])
-    checked = verified(network, reference, str(spec))
-    _write_weights(network, folder)
-    reference.write(folder)
-    source = {
-        "file": state.path.name,
-        "sha256": sha256(state.path),
-        "place": state.place,
-        "prefix": wishes.prefix,
-        "weights_sha256": sha256(folder / WEIGHTS),
-    }
-    source |= {"converted": converted} if converted else {}
-    description = Description(
-        model=str(_alone(spec, channels)),
-        outputs=outputs,
-        preprocessing=wanted,
-        source=source,
-        key_map=key_map,
-        licence=wishes.licence,
-        reference=checked,
-        versions=versions(),
-    )
-    write_description(folder, description)
-    create_model(str(folder))  # what cannot be opened again is not written
-    return description
-
-
-def _alone(spec: Spec, channels: int) -> Spec:
-    """The spec that builds the network for as many outputs as it is asked for, and its own number of channels."""
-    arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
-    if spec.kind == "timm":
-        arguments.setdefault("in_chans", channels)
-    return Spec(spec.kind, spec.name, arguments)
-
-
-def _built(spec: Spec, tensors: Mapping[str, Tensor], channels: int, known: Outputs | None) -> tuple[nn.Module, str]:
-    """The network, with as many outputs as the weights have; and a prefix that all weights' names have before its."""
-    columns = None if known is None else known.columns if known.predicts else 0
-    if columns is None:
-        trial = create_model(str(spec), 2, channels)
-        own = trial.state_dict()
-        prefix = _common_prefix(own, tensors)
-        head = next((n for n in reversed(own) if n.endswith("weight") and own[n].ndim >= 2), "")
-        found = tensors.get(prefix + head)
-        columns = 2 if found is None else len(found)
-    else:
-        prefix = ""
-    return create_model(str(spec), columns, channels), prefix
-
-
-def _common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """What stands before all names of a file, where the names after it are the network's; "" otherwise."""
-    first = next(iter(tensors), "")
-    parts = first.split(".")
-    for count in range(1, len(parts)):
-        prefix = ".".join(parts[:count]) + "."
-        if first.removeprefix(prefix) in own and all(name.startswith(prefix) for name in tensors):
-            return prefix
-    return ""
-
-
-def _load(
-    network: nn.Module, spec: Spec, tensors: Mapping[str, Tensor], channels: int, path: Path, say: Say
-) -> list[str]:
-    """Load the weights; for timm's models as timm does, which sums the colours of a first convolution for grey images.
-
-    Returns:
-        Names of the tensors that were converted.
-    """
-    own = network.state_dict()
-    convertible = [
-        name
-        for name, value in tensors.items()
-        if name in own
-        and value.ndim == own[name].ndim == 4
-        and value.shape[1] == 3
-        and own[name].shape == (len(value), channels, *value.shape[2:])
-        and channels != 3
-    ]
-    if spec.kind != "timm" or len(convertible) != 1:
-        load_exactly(network, tensors, path)
-        return []
-    from timm.models import adapt_input_conv
-
-    (name,) = convertible
-    changed = {**tensors, name: adapt_input_conv(channels, tensors[name])}
-    load_exactly(network, changed, path)
-    say(f"{name}: was made for 3 channels; summed over them, as timm does, for {channels}")
-    return [name]
-
-
-def _outputs(wishes: Wishes, known: Outputs | None, columns: int) -> Outputs:
-    """What the user, the layout or the number of columns says of the outputs.
-
-    Raises:
-        GigamorphError: names that do not fit the columns.
-    """
-    if wishes.heads:
-        heads = tuple(_head(name, text) for name, text in wishes.heads)
-        outputs = Outputs(heads)
-    elif wishes.activation is None and not wishes.classes and known is not None:
-        outputs = known
-    else:
-        activation: Activation = wishes.activation or ("softmax" if columns > 1 else "sigmoid")
-        outputs = Outputs.of(activation, columns, wishes.classes)
-    if outputs.columns != columns:
-        raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
-    return outputs
-
-
-def _head(name: str, text: str) -> Head:
-    activation, _, names = text.partition(":")
-    classes = tuple(one.strip() for one in names.split(",")) if names else (name,)
-    return Head(classes, activation, len(classes), name)  # type: ignore[arg-type]
 
 
 def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> int:
@@ -341,7 +167,7 @@ def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say
     image = fixed_image(wanted, wishes.size or SIZE)
     found = pickled.extract(weights, image)
     say(f"{weights.name}: a pickled {found.kind}, opened in a process of its own")
-    description = _import_state(spec, found.state, wanted, (), folder, wishes, say)
+    description = import_state(spec, found.state, wanted, (), folder, wishes, say)
     network = create_model(str(folder)).eval()
     with torch.no_grad():
         given = network(image)
@@ -353,13 +179,6 @@ def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say
 def _read(path: Path, wishes: Wishes) -> State:
     state = read_state(path)
     return replace(state, tensors=subtree(state.tensors, wishes.prefix, path)) if wishes.prefix else state
-
-
-def _write_weights(network: nn.Module, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
-    write_atomically(folder / WEIGHTS, lambda path: save_file(state, path), "weights")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,24 +68,33 @@ def compute(network: nn.Module, image: Tensor, name: str) -> Reference:
     return Reference(image, ordinary(network.float().eval(), image, name), ordinary(double, image.double(), name))
 
 
-def ordinary(network: nn.Module, image: Tensor, name: str) -> Tensor:
-    """One forward of ordinary PyTorch: (1, outputs)."""
-    size = " x ".join(map(str, image.shape[1:]))
+def forward(network: nn.Module, image: Tensor, name: str) -> Any:
+    """One forward of ordinary PyTorch, whatever it gives.
+
+    Raises:
+        GigamorphError: the network does not take the image.
+    """
     try:
         with torch.no_grad():
-            found = network(image)
+            return network(image)
+    except GigamorphError:
+        raise
     except Exception as error:  # the network's own: whatever it raises is the answer
+        size = " x ".join(map(str, image.shape[1:]))
         raise GigamorphError(
             f"model {name!r} cannot take an image of {size} (channels, height, width): {first_line(error)}; give "
             "another --size, --channels or arguments of its constructor"
         ) from error
+
+
+def ordinary(network: nn.Module, image: Tensor, name: str) -> Tensor:
+    """The same of a network that gives a row of numbers: (1, outputs)."""
+    found = forward(network, image, name)
     if not isinstance(found, Tensor) or found.ndim != 2:
         what = " x ".join(map(str, found.shape)) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise GigamorphError(
-            f"model {name!r} gives {what} for an image; what is imported gives a tensor (images, outputs): name a "
-            "factory (module:function) that returns a network with such a forward"
-        )
+        raise GigamorphError(f"model {name!r} gives {what} for an image, not a tensor (images, outputs)")
     if not bool(found.isfinite().all()):
+        size = " x ".join(map(str, image.shape[1:]))
         raise GigamorphError(f"model {name!r} gives logits that are not finite for a fixed image of {size}")
     return found
 

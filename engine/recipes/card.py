@@ -12,6 +12,7 @@ from ..evaluate import Cases
 from ..tiling.memory import format_bytes, peak_bytes
 from ..train.card import Card, write_card
 from ..train.run import Run
+from .weights import PUBLISHED, RANDOM
 
 
 def recipe_card(
@@ -59,10 +60,14 @@ def recipe_card(
 
 
 def _told(key: str, value: Any) -> Any:
-    """A setting as it is told: of a file only that it was given, of stages one after the other."""
+    """A setting as it is told: of a file that it was given, or its published name; of stages one after the other."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_told(name, own)}" for name, own in value.items())
     if isinstance(value, list | tuple):
         return "; ".join(str(_told(key, own)) for own in value) or "none"
+    if key == "weights":
+        name = Path(value).name
+        published = f"{name} ({PUBLISHED[name].source})" if name in PUBLISHED else "given"
+        return "random, nothing was trained before" if value == RANDOM else published
     is_file = isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
-    return "given" if is_file or (key in ("weights", "unlabelled") and value is not None) else value
+    return "given" if is_file or (key == "unlabelled" and value is not None) else value

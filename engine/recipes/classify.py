@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..config import to_plain
-from ..datasets.splits import assign_splits
 from ..datasets.tables import SPLITS, Record, read_table
+from ..datasets.tables.chestxray14 import FINDINGS
 from ..errors import DataError
 from ..evaluate.cases import Cases
 from ..evaluate.roc import labelwise_auc
 from ..train.classify import logits_of_items
 from ..train.data import Images, tell_epoch
+from ..train.run import Run
 from ..train.target import Target
-from ..train.task import Task
+from ..train.task import Score, Task
+from .splits import Splitting, split_records
 from .tta import PLAIN, predict
 
 
@@ -29,13 +31,23 @@ def auc_of(cases: Cases) -> tuple[float | None, dict[str, float | None]]:
     return mean, dict(zip(cases.outputs, each, strict=True))
 
 
+def cross_entropy(cases: Cases) -> float:
+    """The mean over images: minus the logarithm of the probability of what is known to be true."""
+    known = ~np.isnan(cases.truth)
+    signed = np.where(cases.truth == 1, cases.scores, -cases.scores)
+    if cases.kind == "classes":  # of each image its class counts alone
+        known &= cases.truth == 1
+    return float(np.logaddexp(0, -signed[known]).mean())
+
+
 def read_target(
-    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], seed: int
+    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: Splitting, run: Run
 ) -> tuple[dict[str, list[Record]], Target]:
     """Records by split, and the target, of a table.
 
     Args:
-        labels: names of label columns (``label_NAME``), for ``kind="labels"``; all of them where none is named.
+        labels: names of label columns (``label_NAME``), for ``kind="labels"``; all of them where none is named, of
+            ChestX-ray14 its 14 findings.
 
     Raises:
         DataError: if the table is wrong, a patient is in two splits, a label does not exist, or training or validation
@@ -49,8 +61,10 @@ def read_target(
         absent = [name for name in labels if name not in there]
         if absent or not there:
             raise DataError(f"{table}: has no column label_{(absent or ['NAME'])[0]}; there are {', '.join(there)}")
-        target = Target(tuple(labels) or tuple(there), "labels")
-    records = assign_splits(read.records, seed=seed)
+        # The data set's table has one column more, which says whether there is any finding.
+        every = FINDINGS if set(FINDINGS) <= set(there) else tuple(there)
+        target = Target(tuple(labels) or every, "labels")
+    records = split_records(read.records, config, run)
     parts = {name: [r for r in records if r.split == name] for name in SPLITS}
     require_both(parts, target)
     return parts, target
@@ -87,6 +101,7 @@ class ImageTask(Task):
         batch: images that are predicted at a time.
         record: what checkpoints say of the network.
         split: whether the processes of a group share each image.
+        stop_by_loss: patience goes by the mean cross-entropy of the validation images, not by the score.
     """
 
     def __init__(
@@ -100,10 +115,11 @@ class ImageTask(Task):
         balanced: bool = False,
         batch: int = 1,
         record: Mapping[str, Any] | None = None,
-        split: bool = False,
+        split: Any = False,
+        stop_by_loss: bool = False,
     ) -> None:
         self.module, self.train, self.val, self.target = module, train, val, target
-        self.balanced, self.batch, self.record = balanced, batch, record or {}
+        self.balanced, self.batch, self.record, self.stop_by_loss = balanced, batch, record or {}, stop_by_loss
         self.net = accelerate(module, memory_budget=memory_budget, split=split)
         self.net.on_tile = lambda event: self.meter.on_tile(event)
 
@@ -117,8 +133,12 @@ class ImageTask(Task):
         truth = self.target.truth([item["record"] for item in batch])
         return self.target.loss(logits, truth, balanced=self.balanced)
 
-    def score(self) -> float | None:
-        return auc_of(self.predict(self.val))[0]
+    def score(self) -> Score | float | None:
+        cases = self.predict(self.val)
+        area = auc_of(cases)[0]
+        if area is None or not self.stop_by_loss:
+            return area
+        return Score(area, stop=-cross_entropy(cases))
 
     def predict(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Cases:
         """What the network says of images, averaged over mirrored ones; it must be in evaluation mode.

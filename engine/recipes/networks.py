@@ -9,7 +9,8 @@ from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..errors import DataError
 from ..predict.predictor import Classifier
-from ..published.open import Published, open_published
+from ..published.ensemble import Published
+from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
 from ..train.inputs import images

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..files import write_atomically
 from ..train.checkpoint import versions
 from ..train.data import Images
 from ..train.run import Run
+from .claims import Synthetic, judge
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Claim:
     rule: str
     """When the claim holds, said of `rows`."""
     rows: list[dict[str, Any]]
-    """What was measured: plain numbers and texts, a row per seed where it is statistical."""
+    """What was measured: plain numbers and texts, one row or more of each seed."""
+    judged: list[dict[str, Any]]
+    """The parts of the rule, each with its mean and interval over the seeds; see `judge`."""
     holds: bool
     """The rule, applied to the rows."""
     seconds: float
@@ -46,8 +50,7 @@ class Recipe:
     """A frozen dataclass whose defaults are the published hyper-parameters; `configs/NAME.toml` tells their sources."""
     train: Callable[[Path, Any, Run], dict[str, Any]]
     """(table, config, run) -> metrics, plain values; writes into run.out."""
-    synthetic: Callable[[Run, Sequence[int]], Claim]
-    """(run, seeds) -> what the synthetic task shows."""
+    synthetic: Synthetic
     restore: Callable[[dict[str, Any]], tuple[nn.Module, Callable[[Sequence[Record]], Images]]] | None = None
     """(record of a checkpoint) -> its classifier of whole images, without weights, and what opens images for it."""
 
@@ -108,7 +111,13 @@ def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
     path = run.out / "claim.json"
     if path.exists():
         raise GigamorphError(f"{path}: is there already; name another folder")
-    claim = recipe.synthetic(run, seeds)
+    began, task = time.monotonic(), recipe.synthetic
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        run.say(f"seed {seed}")
+        rows += task.rows(replace(run.part(f"seed_{seed}"), seed=seed))
+    holds, judged = judge(task.rule, rows)
+    claim = Claim(task.claim, str(task.rule), rows, judged, holds, time.monotonic() - began)
     text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions()}, indent=1) + "\n"
     write_atomically(path, lambda p: p.write_text(text), "claim")
     return claim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,13 @@ from ..train.task import Task
 
 Measure = Callable[[Tensor, Tensor], float | None]
 """(labels (n,), logits (n, classes)) -> larger is better; None where it is not defined."""
+
+
+class Inputs(Protocol):
+    """A tensor (n, ...), or what is read from files when a slice or a list of places is asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, chosen: Any, /) -> Tensor: ...
 
 
 class TensorTask(Task):
@@ -28,9 +36,9 @@ class TensorTask(Task):
     def __init__(
         self,
         module: nn.Module,
-        inputs: Tensor,
+        inputs: Inputs,
         labels: Tensor,
-        val: tuple[Tensor, Tensor] | None = None,
+        val: tuple[Inputs, Tensor] | None = None,
         measure: Measure | None = None,
         vary: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -51,10 +59,11 @@ class TensorTask(Task):
 
 
 @torch.no_grad()
-def logits_of(module: nn.Module, inputs: Tensor, batch: int = 256) -> Tensor:
+def logits_of(module: nn.Module, inputs: Inputs, batch: int = 256) -> Tensor:
     """float32 outputs on the CPU, in batches; the module is to be in evaluation mode."""
     device = next(module.parameters()).device
-    return torch.cat([module(part.to(device)).float().cpu() for part in inputs.split(batch)])
+    parts = (inputs[first : first + batch] for first in range(0, len(inputs), batch))
+    return torch.cat([module(part.to(device)).float().cpu() for part in parts])
 
 
 def accuracy(labels: Tensor, logits: Tensor) -> float:

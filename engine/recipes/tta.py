@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..datasets.augment import Augment
 from ..datasets.views import MirroredSource
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
@@ -17,6 +18,12 @@ from ..train.data import Images
 PLAIN = ((False, False),)
 FLIPS = ((False, False), (True, False), (False, True), (True, True))
 """(left-right, up-down): the image, its two mirror images, and both at once."""
+_DRAWN = {"": PLAIN, "left-right": FLIPS[:2], "up-down": FLIPS[::2], "both": FLIPS}
+
+
+def mirrorings(augment: str) -> tuple[tuple[bool, bool], ...]:
+    """Those of `FLIPS` that an augmentation draws in training: no others are fit to be averaged over."""
+    return _DRAWN[Augment.parse(augment).flip]
 
 
 def predict(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..lowering.geometry import AxisSchedule
 from .forward import ForwardReplays, passed_on
-from .halos import cut
+from .halos import copies, cut
 from .record import Kept, Read, Recorded, WindowGrads, consumers_of, has_grad
 from .reduce import Consumers
 from .scan import Reader, Scan
@@ -122,7 +122,7 @@ class BackwardPass:
         self._zero_the_rest(source_grads)
         if not kept.recorded:
             kept.vectors = {}
-        return kept.sums if replay is None else {v: total.clone() for v, total in kept.sums.items()}
+        return kept.sums if replay is None else copies(kept.sums)
 
     def _tile(
         self,

@@ -20,7 +20,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,34 @@ def empty(pattern: Tensor, shape: Sequence[int], order: list[int] | None = None)
     return unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
 
 
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy (target, source) pairs; those that lie alike in memory go in few launches."""
+    groups: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        alike = target.stride() == source.stride()
+        targets, sources = groups.setdefault((alike, target.dtype, source.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    with torch.no_grad():
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
+
+
+def copies(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Copies of tensors by number, in few launches."""
+    made = {value: torch.empty_like(tensor) for value, tensor in tensors.items()}
+    copy_all(zip(made.values(), tensors.values(), strict=True))
+    return made
+
+
 def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> Tensor:
-    """A map of zeros with `part` at `rect`."""
-    whole = empty_like_layout(part, axes, height, width).zero_()
+    """A map with `part` at `rect` and zeros around it."""
+    whole = empty_like_layout(part, axes, height, width)
     cut(whole, axes, rect).copy_(part)
+    top, bottom, left, right = rect
+    for around in ((0, top, 0, width), (bottom, height, 0, width), (top, bottom, 0, left), (top, bottom, right, width)):
+        if area(around):
+            cut(whole, axes, around).zero_()
     return whole
 
 
@@ -195,19 +219,22 @@ class Crop(torch.autograd.Function):
 
 
 class HandOn(torch.autograd.Function):
-    """The block unchanged; in the backward, `add` puts the gradients that later tiles have handed back on top."""
+    """The block unchanged; in the backward, `add` puts the gradients that later tiles have handed back on top.
+
+    `alone`: the one op that reads the block gives its gradient to nobody else.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None]):
-        ctx.add = add
+    def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None], alone: bool = False):
+        ctx.add, ctx.alone = add, alone
         return block.narrow(0, 0, block.shape[0])  # not view_as: that forgets the memory order of a batch of one
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         # A copy: autograd may have given the same tensor to another branch.
-        grad = grads[0].clone()
+        grad = grads[0] if ctx.alone else grads[0].clone()
         ctx.add(grad)
-        return None, grad, None
+        return None, grad, None, None
 
 
 @contextlib.contextmanager

@@ -75,7 +75,10 @@ def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = N
     for local in tiled.stage.locals:
         outputs = local.op.outputs
         if tiled.computes(outputs[0], tile.i, tile.j) and (only is None or any(v in only for v in outputs)):
-            for value, block in zip(outputs, tile.run(local), strict=True):
+            blocks = tile.run(local)
+            if local.gathers is not None and reads_left[local.gathers.value] > 1:
+                tile.blocks[local.gathers.value] = blocks[-1]
+            for value, block in zip(outputs, blocks, strict=local.gathers is None):
                 replaced = publish(tile, value, block)
                 if reads_left.get(value):
                     tile.blocks[value] = block if replaced is None else replaced
@@ -174,7 +177,9 @@ class Recorded:
         result = None
         if value in tile.tiled.with_halo and tile.hands_on(value):
             if value in through:
-                block = result = HandOn.apply(tile.anchor, block, partial(tile.add_handed_back, value))  # pyright: ignore
+                add = partial(tile.add_handed_back, value, block.detach())
+                alone = value in tile.tiled.gathered
+                block = result = HandOn.apply(tile.anchor, block, add, alone)  # pyright: ignore
             else:
                 self._add(block, partial(_handed_back_alone, tile, value, block.detach()))
         taken = consumers.get(value, ())
@@ -259,7 +264,7 @@ class Recorded:
 def _handed_back_alone(tile: Tile, value: int, block: Tensor, _consumers: Consumers) -> Tensor:
     """The gradient of a block that nothing in its own tile reads."""
     grad = torch.zeros_like(block)
-    tile.add_handed_back(value, grad)
+    tile.add_handed_back(value, block, grad)
     return grad
 
 

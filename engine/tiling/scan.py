@@ -27,14 +27,12 @@ from ... import kernels
 from ..images.pixels import StoredBatch
 from ..lowering.stages import Stage
 from ..module import turns
-from .halos import Rect, area, cut
+from .halos import Rect, area, copy_all, cut
 from .memory_limit import MemoryLimit
 from .page_pool import PagePool
 from .prefetch import Prefetch
 from .stage import TiledStage
 from .stored_maps import Gradients, let_files_go
-
-_CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"})
 
 Observer = Callable[[Tensor, Rect], None]  # given every block of a map, and its place
 
@@ -94,8 +92,7 @@ def cast_dtype(stage: Stage, value: int, dtype: torch.dtype, autocast: Autocast)
     """The dtype a vector is given to the stage in: weights that autocast would cast in every tile are cast once."""
     if not autocast.enabled or dtype != torch.float32:
         return dtype
-    users = {local.op.name for local in stage.locals if value in local.op.inputs}
-    return autocast.dtype if users <= _CAST_BY_AUTOCAST else dtype
+    return autocast.dtype if value in stage.cast_by_autocast else dtype
 
 
 @dataclass(frozen=True)
@@ -245,14 +242,25 @@ class Scan:
             yield Reader(lambda s, rect: fetched(s, rect) if s in away else self.read(s, rect), fetched.advance)
 
     def prepare(self, vectors: Sequence[Tensor], leaves: Iterable[int] = ()) -> dict[int, Tensor]:
-        """Detached vectors, convolution weights in the memory order of maps and packed; `leaves` want a gradient."""
-        prepared, packings = {}, self.tiled.stage.packings
+        """Detached vectors, cast as autocast would, convolution weights in the memory order of maps and packed.
+
+        Gradients of what is cast are summed in the vector's own dtype. `leaves` want a gradient.
+        """
+        prepared, stage, casts = {}, self.tiled.stage, list[tuple[Tensor, Tensor]]()
+        packings = stage.packings
         packed = {packing.weight for packing in packings}
-        for value, vector in zip(self.tiled.stage.vectors, vectors, strict=True):
+        for value, vector in zip(stage.vectors, vectors, strict=True):
             vector = vector.detach()
-            if vector.dim() == 4 and vector.device.type == self.device.type and value not in packed:
+            maps = vector.dim() == 4 and vector.device.type == self.device.type and value not in packed
+            dtype = cast_dtype(stage, value, vector.dtype, self.autocast)
+            if dtype != vector.dtype:
+                form = self.memory_format if maps else torch.preserve_format
+                casts.append((torch.empty_like(vector, dtype=dtype, memory_format=form), vector))
+                vector = casts[-1][0]
+            elif maps:
                 vector = vector.contiguous(memory_format=self.memory_format)
             prepared[value] = vector
+        copy_all(casts)
         prepared.update((packing.packed, packing.make(prepared[packing.weight])) for packing in packings)
         for value in leaves:
             prepared[value].requires_grad_()

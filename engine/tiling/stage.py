@@ -42,6 +42,7 @@ class TiledStage:
         self.moments = {r.value for r in stage.reductions if r.kind == "moments"}
         self.reread = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
         self.readers = readers_of(stage)
+        self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
 
     def _schedule(self, axis: int, tile: int) -> AxisSchedule:

@@ -195,13 +195,16 @@ class Tile:
         """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the halo)."""
         return self.tiled.hands_on(value, self.i, self.j)
 
-    def add_handed_back(self, value: int, grad: Tensor) -> None:
+    def add_handed_back(self, value: int, block: Tensor, grad: Tensor) -> None:
         """Add to a block's gradient what later tiles have handed back for it."""
         assert self.returned is not None
         axes, handed_back = self.tiled.axes(value), self.returned.handed_back
+        gather = self.tiled.gathered.get(value)
+        slope = None if gather is None else gather.slope
         for side, own, halo in self.hands_on(value):
             place = handed_back.place(side, value, halo)
-            cut(grad, axes, own).add_(cut(getattr(handed_back, side)[value], axes, place))
+            part = cut(getattr(handed_back, side)[value], axes, place)
+            cut(grad, axes, own).add_(part if slope is None else part * slope(cut(block, axes, own)))
 
     def reach(self, consumers: Container[int]) -> tuple[set[int], set[int]]:
         """Values whose block in this tile is needed for gradients, and those they reach through an op of this tile."""
@@ -220,6 +223,8 @@ class Tile:
             graded = handed_on.union(v for v in outputs if v in through)
             # Random numbers are drawn whoever reads them, or those after them would be others.
             reached.update(v for v in outputs if v in graded or v in read or local.random)
+            if local.gathers is not None and local.gathers.value in through:
+                reached.update(outputs)
             if any(v in reached for v in outputs):
                 flows = any(values[v].takes_grad for v in graded)
                 for value in local.reads:

@@ -87,7 +87,9 @@ class Epochs(Callback):
                 dist.broadcast(buffer, 0)
         with module.averaged():
             score = self._score(trainer, module)
-            if state.end_epoch(stage, self._row(trainer, module, score, pixels), score):
+            row = self._row(trainer, module, score, pixels)
+            kept = Score(-row["train_loss"]) if score is None and task.best_by_loss else score
+            if state.end_epoch(stage, row, kept):
                 self._save(trainer, module, "best.ckpt")
         self._save(trainer, module, "last.ckpt")
         if group.leads:

@@ -58,6 +58,10 @@ class TrainConfig(TrainOptions):
     memory_budget: int | str | None = None  # type: ignore[assignment]  # as in 8GiB, for people
     device: str = "auto"
     devices: int | None = None
+    devices_per_image: int | None = None
+    """As many of the devices share each image, in the place of all (``split_image``)."""
+    timeout: float = 7200.0
+    """Seconds that processes wait for each other."""
     log: tuple[str, ...] = ()
     """Further logs: csv, tensorboard, wandb, mlflow, or module:name of a logger of Lightning."""
     callbacks: tuple[str, ...] = ()
@@ -73,6 +77,11 @@ class TrainConfig(TrainOptions):
             if getattr(self, name) < 1:
                 raise GigamorphError(f"{name} is {getattr(self, name)}; it is 1 or more")
 
+    @property
+    def split(self) -> bool | int:
+        """What `TrainOptions.split_image` is."""
+        return self.devices_per_image or self.split_image
+
     def options(self) -> TrainOptions:
         """What `fit` takes.
 
@@ -82,6 +91,7 @@ class TrainConfig(TrainOptions):
         values = {own.name: getattr(self, own.name) for own in fields(TrainOptions)}
         if isinstance(self.memory_budget, str):
             values["memory_budget"] = parse_bytes(self.memory_budget)
+        values["split_image"] = self.split
         return TrainOptions(**values)
 
     def data_arguments(self) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -9,7 +12,8 @@ from math import ceil
 import numpy as np
 import torch
 from scipy.special import expit
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..accelerate import Accelerated
 from ..errors import GigamorphError
@@ -42,7 +46,7 @@ class Explanation:
     @property
     def in_source(self) -> Affine:
         """From cells to the pixels of the image that the network saw."""
-        height, width = self.values.shape
+        height, width = self.values.shape[-2:]
         return self.cells or Affine.scale(self.source.shape[2] / width, self.source.shape[1] / height)
 
     @property
@@ -112,7 +116,23 @@ def usual(values: Tensor, border: tuple[int, int] = (0, 0)) -> Tensor:
     return middle + rows + columns
 
 
-def explain_class(net: Accelerated, source: PixelSource, which: int | None = None) -> tuple[Explanation, Tensor, int]:
+Explained = tuple[Explanation, Tensor, int]
+"""A map, the logits (classes,), and the class that it is of."""
+
+
+class SelfExplaining(ABC):
+    """A network of several: what they say of an image is one map."""
+
+    @abstractmethod
+    def explain_class(self, source: PixelSource, which: int | None) -> Explained:
+        """As the function of this name."""
+
+    @abstractmethod
+    def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
+        """As the function of this name."""
+
+
+def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None = None) -> Explained:
     """The class activation map of the log-odds of a class against all others, computed by tiles.
 
     For the last map before the global pooling, the sum over channels of d log-odds / d channel x channel (Zhou et al.,
@@ -129,6 +149,8 @@ def explain_class(net: Accelerated, source: PixelSource, which: int | None = Non
     Raises:
         GigamorphError: as `Accelerated.evidence`.
     """
+    if isinstance(net, SelfExplaining):
+        return net.explain_class(source, which)
     heads = outputs_of(net)
     found = net.evidence_map(source, lambda outputs: log_odds_of(outputs, class_of(outputs, which, heads), heads))
     number = class_of(found.outputs, which, heads)
@@ -146,6 +168,48 @@ def explain_class(net: Accelerated, source: PixelSource, which: int | None = Non
     height, width = found.values.shape[1:]
     border = min(next(near), height // 4), min(next(near), width // 4)
     return Explanation(source, found.values[0], cells, log_odds, found.adds_up, border), found.outputs[0], number
+
+
+def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None) -> Explained:
+    """Saliency of every pixel: the largest absolute `gradient` of the log-odds of a class over the channels.
+
+    Args and returns as `explain_class`.
+    """
+    if isinstance(net, SelfExplaining):
+        return net.explain_gradient(source, which)
+    found, logits, number = gradient(net, source, which)
+    return Explanation(source, found.abs().amax(0)), logits, number
+
+
+def gradient(net: Accelerated, source: PixelSource, which: int | None) -> tuple[Tensor, Tensor, int]:
+    """The gradient (C, H, W) of the log-odds of a class, by an image's pixels as the network sees them.
+
+    Returns:
+        The gradient, the logits (classes,), and the class; None takes it as `explain_class` does.
+    """
+    net.eval()
+    _, height, width = source.shape
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    image = source.read(0, height, 0, width)[None].to(dtype).requires_grad_()
+    with _frozen(net), torch.enable_grad():
+        found = next(t for t in tree_leaves(net(image)) if isinstance(t, Tensor)).reshape(1, -1)
+        heads = outputs_of(net)
+        number = class_of(found, which, heads)
+        (by_pixel,) = torch.autograd.grad(log_odds_of(found, number, heads)[0], image)
+    return by_pixel[0], found[0].detach(), number
+
+
+@contextlib.contextmanager
+def _frozen(net: nn.Module) -> Iterator[None]:
+    """No gradients of parameters, which would cost time and memory."""
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def caption(label: str, log_odds: float, number: bool = False) -> str:

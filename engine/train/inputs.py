@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,35 +192,3 @@ def images(
         augment=augment,
         seed=seed,
     )
-
-
-def prediction_records(paths: Sequence[str | Path], classes: Sequence[str], *, check_files: bool) -> list[Record]:
-    """The records of image files, folders of images, or one csv (labels are kept where it has them).
-
-    Raises:
-        DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
-    """
-    records: list[Record] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            records += read_table(path, labels=False, check_files=check_files).records
-        elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
-            records += _csv(path, classes, check_files)
-        elif check_files and not path.is_file():
-            raise DataError(f"{path}: no such file")
-        else:
-            records.append(Record(path, -1, str(path)))
-    if not records:
-        raise DataError("no images to predict")
-    return records
-
-
-def _csv(path: Path, classes: Sequence[str], check_files: bool) -> list[Record]:
-    try:
-        return read_table(path, classes=classes, check_files=check_files).records
-    except DataError as error:
-        # A table without labels is as good to predict from; one that is wrong otherwise fails here again.
-        try:
-            return [replace(r, label=-1) for r in read_table(path, labels=False, check_files=check_files).records]
-        except DataError:
-            raise error from None

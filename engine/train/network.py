@@ -25,7 +25,7 @@ def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
     return target.outputs or Outputs.of("softmax", len(target.names), target.names)
 
 
-def build_network(record: dict[str, Any], weights: str | Path | None = None, split: bool = False) -> Accelerated:
+def build_network(record: dict[str, Any], weights: str | Path | None = None, split: Any = False) -> Accelerated:
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
     options, target = record["options"], target_of(record)
     if "grown" in record:

@@ -26,11 +26,13 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         GigamorphError: the optimizer is unknown, or does not take these options.
     """
     rates = _rates(module, stage)
+    names = [name for name, _ in module.named_parameters()]
+    undecayed = {name for pattern in stage.undecayed for name in matching(names, pattern, stage)}
     groups = []
     for rate in dict.fromkeys([stage.lr, *rates.values()]):
-        learning = [p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate]
+        learning = {n: p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate}
         for decay in (True, False):
-            some = [p for p in learning if (p.ndim > 1) == decay]
+            some = [p for n, p in learning.items() if (p.ndim > 1 and n not in undecayed) == decay]
             weight_decay = stage.weight_decay if decay else 0.0
             groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]

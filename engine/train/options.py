@@ -95,8 +95,8 @@ class TrainOptions:
     device: str = "cpu"
     freeze: tuple[str, ...] = ()
     """Patterns of modules or parameters that do not learn; their BatchNorm keeps its statistics."""
-    split_image: bool = False
-    """Whether processes share each image, a band of rows each, instead of having one each."""
+    split_image: bool | int = False
+    """Whether all processes share each image, a band of rows each, instead of having one each; or how many do."""
     average: float | None = None
     """Decay of an exponential moving average of the weights (EMA), which then is scored and kept as the best."""
     sampling: Literal["all", "balanced"] = "all"

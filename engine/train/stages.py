@@ -31,6 +31,8 @@ class Stage:
     """Patterns of parameters with a learning rate of their own in the place of ``lr``; the last that fits counts."""
     weight_decay: float = 0.0
     """On weights, not on biases and norms. With "adam" and "sgd" it is a gradient, with "adamw" a decay of its own."""
+    undecayed: tuple[str, ...] = ()
+    """Patterns of parameters that learn without decay."""
     optimizer: str = "adam"
     """A class of `torch.optim`, in letters of any case, or ``timm:NAME``."""
     momentum: float = 0.9

@@ -49,7 +49,7 @@ class State:
     def end_epoch(self, stage: Stage, row: dict[str, Any], score: Score | None) -> bool:
         """Count an epoch; returns whether it is the best so far. Without a score the latest is the best known."""
         self.rows.append(row)
-        value = -row["train_loss"] if score is None else score.value
+        value = -row["train_loss"] if score is None else score.value if score.stop is None else score.stop
         self.stale = 0 if value > self.stage_best else self.stale + 1
         self.stage_best = max(self.stage_best, value)
         if stage.plateau is not None and self.stale and self.stale % stage.plateau == 0:

@@ -27,6 +27,8 @@ class Score:
     """Of ``log.csv``, in place of its column score."""
     shown: Mapping[str, float] = field(default_factory=dict)
     """What the line of an epoch tells, in place of the value."""
+    stop: float | None = None
+    """What patience and plateau go by, larger is better; the value where it is None."""
 
 
 class Task:
@@ -43,6 +45,8 @@ class Task:
     record: Mapping[str, Any] = MappingProxyType({})
     meter = Meter(None)
     group = ProcessGroup()
+    best_by_loss = False
+    """Whether, where there is no score, the epoch of the smallest training loss is kept, not the last."""
 
     def examples(self, epoch: int) -> Sequence[Any]:
         """The examples of an epoch, counted on through the stages; taken in an order that is drawn anew each time.

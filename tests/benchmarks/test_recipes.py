@@ -14,12 +14,66 @@ import recipes
 
 def test_table_tells_what_was_measured_and_what_was_not():
     first, *others = RECIPES
-    rows = [{"seed": 0, "auc": 0.98765, "sure": True}, {"seed": 1, "auc": None, "sure": False}]
-    claim = {"claim": "It learns.", "rule": "auc > 0.5", "rows": rows, "holds": False}
-    text = recipes.page({first: {**claim, "seconds": 61.2, "cpu_seconds": 44.0, "exit": 1}})
-    assert f"| [{first}]({first}.md) | {RECIPES[first]} | It learns. | **no** | 61 s | 44 s |" in text
-    assert "| 0 | 0.9877 | yes |" in text and "| 1 |  | no |" in text
+    seeds = {
+        str(seed): {
+            "rows": [{"seed": seed, "auc": 0.98765}],
+            "cpu_seconds": 44.0,
+            "provenance": {"commit": "0123456789abcdef"},
+        }
+        for seed in (0, 20)
+    }
+    lines = [
+        {"what": "auc - other", "mean": 0.1, "low": 0.05, "high": 0.15, "wins": 2, "seeds": 2, "holds": True},
+        {
+            "what": "auc at least 1",
+            "mean": 0.98765,
+            "low": None,
+            "high": None,
+            "wins": None,
+            "seeds": 2,
+            "holds": False,
+        },
+        {"what": "auc - third", "mean": 0.1, "low": -1.0, "high": 1.0, "wins": 1, "seeds": 2, "holds": None},
+    ]
+    found = {"claim": "It learns.", "rule": "auc > 0.5", "holds": False, "judged": lines, "seeds": seeds}
+    text = recipes.page({first: found})
+    assert f"| [{first}]({first}.md) | {RECIPES[first]} | It learns. | does not hold | 2 | 44 s |" in text
+    assert "**Does not hold.** Seeds 1, 2, 21, 22, 23, 24, 25, 26 were not run." in text
+    assert "| auc - other | 0.1000 | 0.0500 to 0.1500 | 2 of 2 | yes |" in text
+    assert "| auc at least 1 | 0.9877 |  |  | **no** |" in text and "| 1 of 2 | beside |" in text
+    assert "| 0 | 0.9877 |" in text and "| 20 * | 0.9877 |" in text and "Measured at 0123456789ab." in text
     assert text.count("not measured") == len(others)
+
+
+def test_seeds_are_run_once_of_committed_states_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(recipes, "JSON", tmp_path / "recipes.json")
+    monkeypatch.setattr(recipes, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "--only", "morphhr"])
+    monkeypatch.setattr(recipes, "changed", lambda: " M engine/x.py")
+    with pytest.raises(SystemExit, match="committed state only"):
+        recipes.main()
+    monkeypatch.setattr(recipes, "changed", lambda: "")
+    ran = []
+
+    def measure(name, seed):
+        ran.append(seed)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        row = {"seed": seed, "parent": 0.4 + 0.01 * seed, "direct": 0.6, "new_front": 0.5, "morph": 0.9 + 1e-4 * seed}
+        return {"rows": [row], "seconds": 1.0, "cpu_seconds": 1.0, "provenance": {"commit": "c" * 40}}
+
+    monkeypatch.setattr(recipes, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.main()
+    recipes.main()
+    assert ran == [0, 1, 2, 20, 20, *range(21, 27)]
+    found = json.loads((tmp_path / "recipes.json").read_text())["morphhr"]
+    assert len(found["seeds"]) == 10 and found["holds"] is True and "20 *" in (tmp_path / "page.md").read_text()
+    recipes.main()
+    assert len(ran) == 11
+    monkeypatch.setattr(recipes, "task_of", lambda name: "another")
+    recipes.main()
+    assert len(ran) == 21
 
 
 def test_committed_page_is_up_to_date():

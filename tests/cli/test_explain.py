@@ -23,6 +23,11 @@ def run(*args):
     return exit_.value.code
 
 
+def files(folder):
+    """What people look at."""
+    return [path for path in folder.iterdir() if path.is_file() and path.name != "run.json"]
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return write_phantoms(tmp_path_factory.mktemp("p"), patients=6, height=160, width=128, seed=1)
@@ -55,7 +60,7 @@ def test_all_formats_are_the_same_map_on_the_pixels_of_the_file(table, checkpoin
     out = tmp_path / "out"
     assert run("explain", checkpoint, *images, "--out", out, "--method", "gradient", *formats) == 0
     assert "4 images explained, 0 skipped" in capsys.readouterr().out
-    assert len(list(out.iterdir())) == 16  # of gradients no marks
+    assert len(files(out)) == 16  # of gradients no marks
     sides = set()
     for path in images:
         values = tifffile.imread(out / f"{path.stem}.map.tif")
@@ -74,7 +79,7 @@ def test_all_formats_are_the_same_map_on_the_pixels_of_the_file(table, checkpoin
 def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
     assert run("predict", checkpoint, table, "--out", tmp_path / "p") == 0
     assert run("explain", checkpoint, table, "--out", tmp_path / "e") == 0
-    assert sorted(path.suffix for path in (tmp_path / "e").iterdir()) == [".csv", *[".png"] * 12]
+    assert sorted(path.suffix for path in files(tmp_path / "e")) == [".csv", *[".png"] * 12]
     with (tmp_path / "e" / "marks.csv").open() as file:
         marks = list(csv.DictReader(file))
     assert marks and {mark["class"] for mark in marks} == {"1"}
@@ -122,3 +127,35 @@ def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
     assert "1 images explained, 1 skipped" in capsys.readouterr().out
     assert run("explain", checkpoint, path, "--out", tmp_path / "skip") == 2
     assert "already holds explanations" in capsys.readouterr().err
+
+
+def test_explanations_go_on_where_they_were_and_are_shared_out(table, checkpoint, tmp_path, capsys):
+    """As predictions do: a damaged image, another run, a second shard, both rows of an image that stands twice."""
+    images = sorted((table.parent / "images").iterdir())[:4]
+    bad = tmp_path / "bad.dcm"
+    bad.write_bytes(images[0].read_bytes()[:3000])
+    listed = tmp_path / "t.csv"
+    listed.write_text("image_path\n" + "".join(f"{path}\n" for path in [*images[:3], bad, images[0]]))
+    command = ["explain", checkpoint, "--workers", "0", "--out"]
+    assert run(*command, tmp_path / "whole", *images[:3], images[0]) == 0
+    out = tmp_path / "out"
+    assert run(*command, out, listed) == 2
+    assert "bad.dcm" in capsys.readouterr().err
+    assert not (out / "bad.png").exists() and len(list(out.glob("*.png"))) == 3
+    drawn = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert run(*command, out, listed, "--skip-bad") == 2
+    assert "already holds explanations; go on with --resume" in capsys.readouterr().err
+    assert run(*command, out, listed, "--skip-bad", "--resume", "--method", "gradient") == 2
+    assert "was begun with --method activation; go on with that" in capsys.readouterr().err
+    assert run("predict", checkpoint, listed, "--resume", "--out", out) == 2
+    assert "is of gigamorph explain" in capsys.readouterr().err
+    assert run(*command, out, listed, "--skip-bad", "--resume") == 0
+    assert "3 images explained, 1 skipped" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.png")} == drawn
+    assert (out / "marks.csv").read_bytes() == (tmp_path / "whole" / "marks.csv").read_bytes()
+    assert "bad.dcm" in (out / "quarantine.csv").read_text()
+    for number in (1, 2):
+        assert run(*command, tmp_path / "shards", *images[:3], images[0], "--shard", f"{number}/2", "--json") == 0
+    end = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert end["event"] == "end" and end["complete"]
+    assert (tmp_path / "shards" / "marks.csv").read_bytes() == (out / "marks.csv").read_bytes()

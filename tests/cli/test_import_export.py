@@ -96,8 +96,11 @@ def test_an_ensemble_with_mirror_images_is_the_mean_of_probabilities(tmp_path, p
     with torch.no_grad():
         each = [net(x).softmax(1)[0, 1] for net in networks for x in (image, image.flip(3))]
     assert float(row["p_1"]) == pytest.approx(float(sum(each) / 4), abs=1e-5)
-    assert run("explain", tmp_path / "both", path, "--out", tmp_path / "maps") == 2
-    assert "an ensemble has no one map to explain; name one of its folders" in capsys.readouterr().err
+    for method in ("activation", "gradient"):
+        assert run("explain", tmp_path / "both", path, "--method", method, "--out", tmp_path / method) == 0
+        assert (tmp_path / method / f"{path.stem}.png").exists()
+    assert run("predict", tmp_path / "both", path, "--heatmaps", "--out", tmp_path / "maps") == 0
+    assert [one.name for one in (tmp_path / "maps" / "heatmaps").iterdir()] == [f"{path.stem}.png"]
 
 
 def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path, phantoms, capsys):
@@ -197,3 +200,31 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     assert run("export", tmp_path / "net", "--to", "huggingface", "--size", "64x64", "--out", tmp_path / "hub") == 2
     assert run("import", tmp_path / "net", tmp_path / "w.pt", "--out", tmp_path / "both") == 2
     assert "w.pt: is no folder of gigamorph import" in capsys.readouterr().err
+
+
+def test_the_views_of_an_exam_are_explained_together(tmp_path, phantoms, capsys):
+    """The exam's log-odds are those that predict combines; the place adds what its view's slope makes of its mark."""
+    make(tmp_path / "net", 2)
+    table = list(csv.DictReader(phantoms.open()))
+    patient = table[0]["patient_id"]
+    path = phantoms.parent / "exam.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0].keys())
+        writer.writeheader()
+        writer.writerows(row for row in table if row["patient_id"] == patient)
+    assert run("predict", tmp_path / "net", path, "--out", tmp_path / "out") == 0
+    assert run("explain", tmp_path / "net", path, "--out", tmp_path / "maps") == 0
+    (exam,), (wanted,) = rows(tmp_path / "maps" / "exams.csv"), rows(tmp_path / "out" / "exams.csv")
+    name = exam["class"]
+    assert exam["patient_id"] == patient and f"log_odds_{name}" in wanted
+    assert float(exam["log_odds"]) == pytest.approx(float(wanted[f"log_odds_{name}"]), abs=1e-9)
+    images = {row["image_path"]: row for row in rows(tmp_path / "out" / "predictions.csv")}
+    views = [row for row in images.values() if row["laterality"] == exam["laterality"]]
+    assert len(views) == int(exam["views"]) == 2 and exam["image_path"] in {row["image_path"] for row in views}
+    p = np.array([float(row[f"p_{name}"]) for row in views])
+    own = float(images[exam["image_path"]][f"p_{name}"])
+    marks = [row for row in rows(tmp_path / "maps" / "marks.csv") if row["image_path"].endswith(exam["image_path"])]
+    slope = own * (1 - own) / (len(p) * p.mean() * (1 - p.mean()))
+    assert float(exam["adds"]) == pytest.approx(float(marks[0]["score"]) * slope, rel=1e-4)
+    assert (exam["row"], exam["column"]) == (marks[0]["row"], marks[0]["column"])
+    capsys.readouterr()

@@ -10,7 +10,8 @@ import pytest
 from gigamorph.cli.main import main
 from gigamorph.engine import recipes
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.recipes.recipe import Claim, Recipe
+from gigamorph.engine.recipes.claims import Effect, Rule, Synthetic
+from gigamorph.engine.recipes.recipe import Recipe
 
 
 def run(*args):
@@ -26,7 +27,7 @@ class Config:
 
 @pytest.fixture
 def toy(monkeypatch):
-    """A recipe that notes what it was called with, and whose claim holds with seed 0 only."""
+    """A recipe that notes what it was called with, and whose claim holds with the first seeds only."""
     calls = []
 
     def train(table, config, run):
@@ -35,10 +36,10 @@ def toy(monkeypatch):
             raise GigamorphError("no luck")
         return {"auc": 0.75, "labelwise": {"a": 1.0}}
 
-    def synthetic(run, seeds):
-        rows = [{"seed": seed, "auc": 0.9 - seed, "kind": "x"} for seed in seeds]
-        return Claim("it learns", "auc > 0.5 in every row", rows, all(row["auc"] > 0.5 for row in rows), 1.0)
+    def rows(run):
+        return [{"seed": run.seed, "auc": 0.9 - run.seed / 10, "other": 0.5, "kind": "x"}]
 
+    synthetic = Synthetic("it learns", Rule((Effect("auc", "other"),), (("auc", 0.6),)), rows)
     module = ModuleType("toy")
     module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", "Nothing.", Config, train, synthetic)
     monkeypatch.setitem(sys.modules, "gigamorph.engine.recipes.toy", module)
@@ -57,12 +58,12 @@ def test_list_configuration_and_unknown_name(toy, capsys):
 
 
 def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
-    assert run("recipe", "toy", "--synthetic", "--seeds", "0", "--out", tmp_path / "a") == 0
+    assert run("recipe", "toy", "--synthetic", "--seeds", "0, 1,2", "--out", tmp_path / "a") == 0
     shown = capsys.readouterr().out
-    assert "result  holds" in shown and "0.9" in shown
+    assert "result  holds" in shown and "0.9" in shown and "auc - other" in shown
     stored = json.loads((tmp_path / "a" / "claim.json").read_text())
-    assert stored["rows"] == [{"seed": 0, "auc": 0.9, "kind": "x"}] and stored["holds"] is True
-    assert run("recipe", "toy", "--synthetic", "--seeds", "0, 1", "--out", tmp_path / "b") == 1
+    assert stored["rows"][0] == {"seed": 0, "auc": 0.9, "other": 0.5, "kind": "x"} and stored["holds"] is True
+    assert run("recipe", "toy", "--synthetic", "--seeds", "0,5,9", "--out", tmp_path / "b") == 1
     assert "does not hold" in capsys.readouterr().out
     assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "b") == 2
     assert "is there already" in capsys.readouterr().err

@@ -317,6 +317,16 @@ def test_computed_weights():
 # -- autocast -----------------------------------------------------------------------------------------------------
 
 
+def test_gradients_under_autocast_are_not_rounded():
+    """Weights are cast once for all tiles, and their gradients summed in float32: that is what the parameters get."""
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), tile=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = net(torch.randn(1, 1, 40, 40))
+    output.float().sum().backward()
+    grad = net[0].weight.grad
+    assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_autocast():
     model = vector().float()
     fast = accelerate(copy.deepcopy(model), tile=16)

@@ -77,3 +77,26 @@ def test_other_sizes_in_between() -> None:
     for x, output in zip(images, first, strict=True):
         for _ in range(2):
             torch.testing.assert_close(one_step(net, x, False)[0], output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tile", [384, 768])
+def test_whole_passes_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch, tile: int, autocast: bool) -> None:
+    """Four tiles, and one: captured with their halos and retained graphs; also while another forward waits."""
+    torch.manual_seed(0)
+    model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().eval()
+    x = torch.rand(1, 1, 768, 768, device="cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net = accelerate(copy.deepcopy(model), tile=tile)
+    found = [one_step(net, x, autocast) for _ in range(2)]
+    (prepared,) = net._programs
+    (passes,) = prepared.whole.values()
+    assert not passes.failed
+    waiting = net(x * 2)
+    found += [one_step(net, x, autocast) for _ in range(2)]
+    waiting.sum().backward()
+    found += [one_step(net, x, autocast) for _ in range(2)]
+    monkeypatch.setattr(buffers, "executor", lambda device: None)
+    plain = one_step(accelerate(copy.deepcopy(model), tile=tile), x, autocast)
+    for one in found:
+        assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))

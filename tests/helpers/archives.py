@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -57,3 +59,28 @@ def tiny(*, device: str) -> Classifier:
     layers = nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     net = accelerate(nn.Sequential(*layers, nn.Linear(4, 2)), tile=16)
     return Classifier(net, CLASSES, functools.partial(ImageDataset, channels=1, flip=False))
+
+
+def slow(*, device: str, seconds: float) -> Classifier:
+    """The same, in a time that lets others be killed meanwhile."""
+    found = tiny(device=device)
+    real = found.net.forward
+
+    def forward(*args, **kwargs):
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+
+    found.net.forward = forward
+    return found
+
+
+class _Deadly(Sum):
+    def forward(self, source):
+        if source.name.endswith("0003.npy"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(source)
+
+
+def deadly(*, device: str) -> Classifier:
+    """Ends the process that computes an image."""
+    return Classifier(_Deadly(), CLASSES, functools.partial(ImageDataset, channels=1, flip=False))

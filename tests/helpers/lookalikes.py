@@ -28,8 +28,8 @@ SECRETS = {
 }
 
 
-def dicom(path: Path, shape: tuple[int, int] = SHAPE, **elements: object) -> Path:
-    """A small uncompressed mammogram whose pixels are drawn from its path."""
+def dicom(path: Path, shape: tuple[int, int] = SHAPE, *, pixels: np.ndarray | None = None, **elements: object) -> Path:
+    """A small uncompressed mammogram (12 bit) with pixels (uint16) of that shape, by default drawn from its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
@@ -41,8 +41,8 @@ def dicom(path: Path, shape: tuple[int, int] = SHAPE, **elements: object) -> Pat
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
     for name, value in elements.items():
         setattr(ds, name, value)
-    seed = list(str(path).encode())
-    pixels = np.random.default_rng(seed).integers(0, 4096, shape, dtype=np.uint16)
+    if pixels is None:
+        pixels = np.random.default_rng(list(str(path).encode())).integers(0, 4096, shape, dtype=np.uint16)
     ds.add_new("PixelData", "OW", pixels.tobytes())
     ds.save_as(path, enforce_file_format=True)
     return path
@@ -74,7 +74,9 @@ def sheet(path: Path, title: str, header: str, rows: Sequence[Sequence[object]])
     return path
 
 
-_MASS = "patient_id,breast_density,left or right breast,image view,abnormality id,abnormality type,mass shape,mass margins,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path"  # noqa: E501
+CBIS_MASS = _MASS = (
+    "patient_id,breast_density,left or right breast,image view,abnormality id,abnormality type,mass shape,mass margins,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path"  # noqa: E501
+)
 _CALC = "patient_id,breast density,left or right breast,image view,abnormality id,abnormality type,calc type,calc distribution,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path"  # noqa: E501
 _OLD = "patient_id,breast_density,side,view,abn_num,mass_shape,mass_margins,assessment,pathology,subtlety,od_img_path,od_crop_path,mask_path"  # noqa: E501
 

@@ -19,7 +19,7 @@ from gigamorph.kernels.batch_norm import (
     normalize_act_reference,
 )
 from gigamorph.kernels.moments import moments, moments_backward, moments_reference
-from gigamorph.kernels.tuning import StreamConfig
+from gigamorph.kernels.tiles import StreamConfig
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTS = ["none", "relu", "relu6", "silu", "gelu", "hardswish"]

@@ -308,7 +308,7 @@ def test_planted_errors_are_caught(case, error):
 
 def test_planted_lost_split_is_caught(monkeypatch):
     problem = Problem(CASES["3x3"], torch.bfloat16)
-    add = wgrad._add_splits_kernel
+    add = wgrad.add_splits_kernel
 
     class Losing:
         def __getitem__(self, grid):
@@ -317,7 +317,7 @@ def test_planted_lost_split_is_caught(monkeypatch):
             )
 
     problem.check(*problem.run(3))
-    monkeypatch.setattr(wgrad, "_add_splits_kernel", Losing())
+    monkeypatch.setattr(wgrad, "add_splits_kernel", Losing())
     with pytest.raises(AssertionError):
         problem.check(*problem.run(3))
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 from torch import Tensor
 
-from gigamorph.kernels import depthwise, tuning
+from gigamorph.kernels import depthwise, tiles
 from gigamorph.kernels.conv2d import conv2d
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
 from gigamorph.kernels.depthwise import depthwise_backward_reference
-from gigamorph.kernels.tuning import depthwise_tile, depthwise_wgrad_tile
+from gigamorph.kernels.tiles import depthwise_tile, depthwise_wgrad_tile
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -387,7 +387,7 @@ def test_offsets_beyond_32_bits(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_of_a_gpu(monkeypatch, dtype, channels, pixels):
     """A thread has 16 bytes of channels, fewer where the sums of the weight gradient would not fit in registers."""
-    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tiles, "interpreting", lambda: False)
     tile = depthwise_tile(dtype, channels, 100, pixels)
     assert tile.pixels * tile.channels * dtype.itemsize == 16 * 32 * tile.num_warps
     assert tile.num_warps <= 4 and tile.rows == 4 and tile.channels * dtype.itemsize <= 128

@@ -15,7 +15,7 @@ from gigamorph.kernels.layer_norm import (
     layer_norm_backward,
     layer_norm_reference,
 )
-from gigamorph.kernels.tuning import MOST_NORM_CHANNELS, StreamConfig, stream_config
+from gigamorph.kernels.tiles import MOST_NORM_CHANNELS, StreamConfig, stream_config
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-6

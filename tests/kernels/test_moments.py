@@ -17,7 +17,8 @@ from gigamorph.kernels.moments import (
     moments_of_each,
     moments_reference,
 )
-from gigamorph.kernels.tuning import Config, StreamConfig, forced
+from gigamorph.kernels.tiles import StreamConfig
+from gigamorph.kernels.tuning import Config, forced
 from gigamorph.kernels.windows import ConvGeometry
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

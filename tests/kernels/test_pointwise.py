@@ -10,7 +10,7 @@ from torch import Tensor
 from gigamorph.kernels import stream
 from gigamorph.kernels.activations import ACTIVATIONS, slope_reference
 from gigamorph.kernels.pointwise import act_grad, act_grad_reference, launch_act_grad
-from gigamorph.kernels.tuning import StreamConfig
+from gigamorph.kernels.tiles import StreamConfig
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(2, 16, 5, 7), (1, 3, 6, 4), (2, 1, 9, 5), (1, 24, 1, 11)]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 
-from gigamorph.kernels import stem_kernels, stem_reference, tuning
+from gigamorph.kernels import stem_kernels, stem_reference, tiles
 from gigamorph.kernels.stem import stem, stem_gradients
 from gigamorph.kernels.stem_kernels import stem_backward, stem_forward
 from gigamorph.kernels.stem_reference import Stem
-from gigamorph.kernels.tuning import StemTile
+from gigamorph.kernels.tiles import StemTile
 from gigamorph.kernels.windows import ConvGeometry
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -132,7 +132,7 @@ def test_several_strips_and_splits(monkeypatch):
     monkeypatch.setattr(stem_kernels, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
     form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     check(problem(form, torch.float64, size=(9, 36)), form)
-    monkeypatch.setattr(tuning, "interpreting", lambda: False)  # strips of one row, a split per tile
+    monkeypatch.setattr(tiles, "interpreting", lambda: False)  # strips of one row, a split per tile
     check(problem(form, torch.float64, size=(9, 36)), form)
 
 

@@ -31,7 +31,6 @@ def read(files: Files) -> list[Record]:
         parts = image.name.split("_") if image else []
         patient = parts[1] if len(parts) > 2 else number
         grade = values.birads(row["Bi-Rads"])
-        suspicious = values.suspicious(grade)
         records.append(
             Record(
                 path=image or files.folder / "AllDICOMs" / f"{number}.dcm",
@@ -42,11 +41,19 @@ def read(files: Files) -> list[Record]:
                 exam_id=f"{patient}_{row.get('Acquisition date', '')}",
                 density=values.density(row.get("ACR", "")),
                 birads=grade,
-                labels={} if suspicious is None else {"suspicious": suspicious},
+                labels=_labels(grade),
                 findings=_outlines(outlines[number]) if number in outlines else (),
             )
         )
     return records
+
+
+def _labels(grade: str | None) -> dict[str, float]:
+    suspicious = values.suspicious(grade)
+    if suspicious is None:
+        return {}
+    labels = {"suspicious": suspicious}
+    return labels if grade == "3" else {**labels, "suspicious_without_3": suspicious}
 
 
 def _outlines(path: Path) -> tuple[Finding, ...]:
@@ -72,7 +79,11 @@ DATA_SET = DataSet(
     name="inbreast",
     title="INbreast",
     tables=("INbreast.csv", "INbreast.xls", "INbreast.xlsx"),
-    rules={"suspicious": "1 for BI-RADS 4 to 6, 0 for BI-RADS 1 to 3 (there is no pathology)"},
+    rules={
+        "suspicious": "1 for BI-RADS 4 to 6, 0 for BI-RADS 1 to 3 (there is no pathology)",
+        "suspicious_without_3": "1 for BI-RADS 4 to 6, 0 for BI-RADS 1 and 2; of BI-RADS 3 it is not known, so that "
+        "such images are left out (Shen et al., 2019)",
+    },
     split="none",
     read=read,
 )

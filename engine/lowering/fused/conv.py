@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from ....kernels.activations import MASKS
 from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.dtypes import sum_dtype
+from ....kernels.pointwise import act_grad
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, put_in_place
 from ..ops import Block, Env, Local
@@ -42,10 +43,12 @@ class ConvSpec(ConvChain):
     Attributes:
         masked: whether all readers of the output apply the activation's slope to its gradient.
         input_act: the activation whose slope is applied to the gradient of x, because x is masked.
+        gathers: whether that is done to the sum of all gradients of x: see `Gather`.
     """
 
     masked: bool = False
     input_act: str = "none"
+    gathers: bool = False
 
     def geometry(self, padding: Sequence[int]) -> ConvGeometry:
         """Where the filter lies, with the padding of a block."""
@@ -72,7 +75,7 @@ class FusedConv(torch.autograd.Function):
         if not valued:
             size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
             ctx.save_for_backward(x, weight, None)
-            return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
+            return FusedConv._with_input(ctx, x.new_empty(()).expand(x.shape[0], weight.shape[0], *size), x)
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
         z = None
         if block.shares is not None and not spec.channels_last:  # nothing is fused after a map that is reduced
@@ -83,15 +86,31 @@ class FusedConv(torch.autograd.Function):
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         if needs:
             ctx.save_for_backward(x, weight, None if spec.act == "none" or spec.masked else (z if keep_z else y))
-        return y
+        return FusedConv._with_input(ctx, y, x)
+
+    @staticmethod
+    def _with_input(ctx: Any, y: Tensor, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """y; and x for those who read it after this op, where their gradients are gathered here."""
+        if not ctx.spec.gathers:
+            return y
+        ctx.set_materialize_grads(False)
+        again = x.narrow(0, 0, x.shape[0])
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(again)
+        return y, again
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
-        (dy,) = grads
+    def backward(ctx: Any, *grads: Tensor | None):
+        dy, others = grads[0], grads[1] if ctx.spec.gathers else None
         x, weight, gate = ctx.saved_tensors
         spec = ctx.spec
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        if dy is None:
+            assert others is not None
+            # Not the same tensor, which another branch may have.
+            dx = others.clone() if spec.input_act == "none" else act_grad(others, x, spec.input_act)
+            return dx, None, None, None, None, None, None
         dw, dbias = weight_sums(ctx, spec, weight, wants_weight, wants_bias)
         dx, dresidual = conv2d_backward(
             dy,
@@ -104,6 +123,7 @@ class FusedConv(torch.autograd.Function):
             wants_residual=wants_residual,
             dw=dw,
             dshift=dbias,
+            addend=others,
             input_act=spec.input_act,
         )
         return dx, None, None, dresidual, None, None, None
@@ -169,6 +189,8 @@ def _replace(stage: Stage, spec: ConvSpec) -> None:
         if spec.channels_last:
             x, residual = (None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual))
             weight = weight[:, :, None, None]
+        if spec.gathers:
+            return FusedConv.apply(x, weight, bias, residual, spec, block, valued)  # pyright: ignore
         y = FusedConv.apply(x, weight, bias, residual, spec, block, valued)
         return (y.permute(0, 2, 3, 1) if spec.channels_last else y,)  # pyright: ignore
 

@@ -3,22 +3,30 @@
 The slope of ReLU is 0 or 1 and is read off the output y. Where every op that reads y can multiply its gradient of y by
 it as it writes that gradient, the sum that comes back needs nothing more ("masked"): the kernels that made y then load
 one map instead of two. This holds across tiles too, since gradients of halos come from the same readers.
+
+At the end of a residual block not every reader can: the next sum hands its own gradient on. There a convolution of one
+pixel that reads y first gathers: it gives y again to the other readers, so that their gradients come to it, and the
+kernel of its data gradient adds them and applies the slope. Nothing else is done with maps of that size.
 """
 
 from __future__ import annotations
 
-from ....kernels.activations import MASKS
+from functools import partial
+
+from ....kernels.activations import MASKS, slope_reference
 from ..ops import Local
+from ..ops.base import Gather
 from ..stages import Stage, private_maps, readers_of
-from .conv import ConvSpec
+from .conv import ConvSpec, is_pixelwise
 from .pool import PoolSpec
 
 
 def pass_masks(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
     """Let the readers of a fused convolution's output apply its slope wherever all of them can."""
     readers, private = readers_of(stage), private_maps(stage)
+    gathered = {v for v, spec in convs.items() if v in private and _gather(stage, spec, readers.get(v, []), convs)}
     for output, spec in convs.items():
-        if spec.act not in MASKS or output not in private:
+        if spec.act not in MASKS or output not in private or output in gathered:
             continue
         maskers = [_masker(local, output, convs, pools) for local in readers.get(output, [])]
         able = [masker for masker in maskers if masker is not None]
@@ -36,3 +44,19 @@ def _masker(
     if conv is not None:
         return conv if conv.x == value and conv.residual != value else None
     return pools.get(local.op.outputs[0])
+
+
+def _gather(stage: Stage, maker: ConvSpec, readers: list[Local], convs: dict[int, ConvSpec]) -> bool:
+    """Let the first reader of a map take the gradients of all, if there are several and it can."""
+    if len(readers) < 2:
+        return False
+    first, value = readers[0], maker.y
+    spec = convs.get(first.op.outputs[0])
+    if spec is None or spec.channels_last or not is_pixelwise(stage, spec, value):
+        return False
+    slope = None
+    if maker.act in MASKS:
+        maker.masked, spec.input_act = True, maker.act
+        slope = partial(slope_reference, act=maker.act)
+    spec.gathers, first.gathers = True, Gather(value, slope)
+    return True

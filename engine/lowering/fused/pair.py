@@ -46,6 +46,7 @@ def _fits(stage: Stage, first: ConvSpec, second: ConvSpec) -> bool:
         and first.dilation == (1, 1)
         and first.groups == second.groups == 1
         and first.residual is None
+        and second.residual != first.x  # the joint op reads its window, where the sum reads its pixels
         and None not in (first.bias, second.bias)
     )
 

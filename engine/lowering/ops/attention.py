@@ -11,6 +11,7 @@ them, which is a local op. The gradient of a vector is a sum over the tiles, tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -44,10 +45,34 @@ def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
         return _of_windows(op, maps, (query, key, value), given["attn_mask"], behind, rank)
     if behind != (-2, -2) or given["is_causal"]:
         raise Refusal(f"'{op.name}' attends over positions of the image in an order of its own")
+    before: list[Node] = []
+    if query in (key, value):  # one tensor is both: its queries stay a map, its keys do not
+        made_of = query
+        op, query = of_another_query(op, maps)
+        before = [_same(op, maps, made_of, query)]
     own, nodes = take_whole(op, maps, [v for v in (key, value) if v in maps])
     own, made = _with_mask(own, maps, rank - 2, rank)
     local = Local(own, {v: maps.pointwise(v) for v in maps.inputs(own)}, ((rank - 2, rank - 2),), replay(own))
-    return [*nodes, *made, _random(local, given["dropout_p"])]
+    return [*before, *nodes, *made, _random(local, given["dropout_p"])]
+
+
+def _same(op: Op, maps: Maps, value: int, number: int) -> Local:
+    """A map under another number."""
+    maps.axes[number] = maps.axes[value]
+    if value in maps.flat:
+        maps.flat[number] = maps.flat[value]
+    own = Op(torch.Tensor.detach, "alias", (), {}, (value,), (number,), (), op.module, line=op.line)
+    return Local(own, {value: maps.pointwise(value)}, (maps.axes[value],), lambda env, _block: (env[value],))
+
+
+def of_another_query(op: Op, maps: Maps) -> tuple[Op, int]:
+    """The call with its query under a number of its own, and that number."""
+    by_name = "query" in op.kwargs
+    query = op.kwargs["query"].value if by_name else op.args[0].value
+    number = maps.new_value(like=query)
+    args = op.args if by_name else (Ref(number), *op.args[1:])
+    kwargs = {**op.kwargs, "query": Ref(number)} if by_name else op.kwargs
+    return replace(op, args=args, kwargs=kwargs, inputs=(number, *op.inputs)), number
 
 
 def _of_windows(

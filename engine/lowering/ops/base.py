@@ -70,6 +70,7 @@ class Local:
     `leaves_room` says that the output lies in a buffer with the margin that `Block` asks for. `once` makes a vector
     that is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
     `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
+    With `gathers`, `run` gives the map of that once more after its outputs: what later ops of a tile read hangs on it.
     """
 
     op: Op
@@ -82,6 +83,18 @@ class Local:
     once: Callable[[torch.dtype, torch.device], Tensor] | None = None
     drawn: int | None = None
     unvalued: Run | None = None
+    gathers: Gather | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A map of which one op, the first that reads it, takes the gradients of all, and applies a slope to their sum.
+
+    `slope` gives it for a part of the map; None where there is none to apply.
+    """
+
+    value: int
+    slope: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(slots=True)

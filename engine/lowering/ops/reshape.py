@@ -19,7 +19,7 @@ from ..geometry import Access, Gather, Window, same
 from .base import Block, Env, Flat, Local, Maps, Refusal, VectorOp, Whole, rule
 
 
-def _place(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
+def place_of(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
     """Where `took` dimensions from `axis` on of shape `before` stand in shape `after`, there of these sizes."""
     ahead, behind = math.prod(before[:axis]), math.prod(before[axis + took :])
     for position in range(len(after) - len(sizes) + 1):
@@ -86,17 +86,17 @@ def _along(before: Sequence[int], after: Sequence[int], axis: int) -> list[_Way]
     """Where an image axis may have gone: it is as it was, or cut into blocks, or joined with the dimension after it."""
     size = before[axis]
     found: list[_Way] = []
-    position = _place(before, after, axis, 1, [size])
+    position = place_of(before, after, axis, 1, [size])
     if position is not None:
         found.append((position, same(size), 1))
     for blocks in after:
         if 0 < blocks < size and size % blocks == 0:
-            position = _place(before, after, axis, 1, [blocks, size // blocks])
+            position = place_of(before, after, axis, 1, [blocks, size // blocks])
             if position is not None:
                 found.append((position, Window(size, blocks, size // blocks, size // blocks), size // blocks))
     if axis + 1 < len(before):
         factor = before[axis + 1]
-        position = _place(before, after, axis, 2, [size * factor])
+        position = place_of(before, after, axis, 2, [size * factor])
         if position is not None:
             access = Gather(size, size * factor, tuple(o // factor for o in range(size * factor)))
             found.append((position, access, factor))

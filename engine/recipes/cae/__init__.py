@@ -2,7 +2,7 @@
 
 from ..recipe import Recipe
 from .config import CaeConfig
-from .synthetic import synthetic
+from .synthetic import SYNTHETIC
 from .train import train
 
 RECIPE = Recipe(
@@ -14,7 +14,7 @@ RECIPE = Recipe(
     "vector machine classifies their codes.",
     config=CaeConfig,
     train=train,
-    synthetic=synthetic,
+    synthetic=SYNTHETIC,
 )
 
-__all__ = ["RECIPE", "CaeConfig", "synthetic", "train"]
+__all__ = ["RECIPE", "CaeConfig", "train"]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import GigamorphError
+from ...train.stages import Stage
+from ..splits import SplitOf
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -15,7 +17,7 @@ class CaeConfig:
     """A backbone, auto-encoders on its maps, and a support vector machine on their features."""
 
     model: str = "gigamorph.engine.recipes.cae.alexnet:AlexNet"
-    weights: str | None = None
+    weights: str = "alexnet-owt-7be5be79.pth"
     layer: str = "features"
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -23,6 +25,8 @@ class CaeConfig:
     resize: tuple[int, ...] = (227, 227)
     crop: int = 0
     voi: str = "auto"
+    split: SplitOf = "table"
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
 
     unlabelled: str | None = None
     code_channels: tuple[int, ...] = (4096,)
@@ -46,6 +50,11 @@ class CaeConfig:
     svm: tuple[Literal["linear", "rbf"], ...] = ("linear", "rbf")
     c: tuple[float, ...] = (1.0,)
     folds: int = 5
+
+    finetune: tuple[Stage, ...] = ()
+    """Of the backbone with a new classifier, the supervised network to compare with; none is trained without stages."""
+    augment: str = ""
+    """Of that network's training images."""
 
     def __post_init__(self) -> None:
         if not self.code_channels or min(self.code_channels) < 1:

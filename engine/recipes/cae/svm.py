@@ -60,13 +60,19 @@ def measure_svm(model: Any, features: NDArray[Any], labels: ArrayLike) -> dict[s
     truth = np.asarray(labels)
     predicted = model.predict(features)
     count = int(max(truth.max(), model.classes_.max())) + 1
-    scores = svm_scores(model, features, count)
     best = getattr(model, "best_estimator_", model)
+    return {
+        **measure_scores(truth, predicted, svm_scores(model, features, count)),
+        "c": float(best.named_steps["svc"].C),
+    }
+
+
+def measure_scores(truth: ArrayLike, predicted: ArrayLike, scores: NDArray[Any]) -> dict[str, Any]:
+    """accuracy, macro_f1 and auc of class numbers (n,), and of scores (n, classes)."""
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, average="macro")),
-        "auc": macro_auc(truth, scores),
-        "c": float(best.named_steps["svc"].C),
+        "auc": macro_auc(np.asarray(truth), scores),
     }
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
-from ...datasets.splits import assign_splits
 from ...datasets.tables import SPLITS, Record, read_table
 from ...errors import DataError
-from ...evaluate import Cases
+from ...evaluate import Cases, odds
 from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.pixels import Normalize
@@ -29,18 +29,27 @@ from ...train.target import Target
 from ...train.task import Task
 from ..card import recipe_card
 from ..features import Features, UpTo, frozen_features
+from ..finetuning import Finetuning
 from ..recipe import begin, finish
 from ..sized import Size
+from ..splits import split_records
+from ..tensors import accuracy
+from ..weights import find_weights, load_pretrained
 from .autoencoder import Stack
 from .config import CaeConfig
-from .svm import fit_svm, measure_svm, svm_scores
+from .svm import fit_svm, measure_scores, measure_svm, svm_scores
 
 Maps = Sequence[NDArray[Any]] | NDArray[Any]
 _BATCH = 64  # maps that are encoded at a time
 
 
 class Reconstruction(Task):
-    """A stack learns to reconstruct maps: all of it, or one layer of it on what those below hand to it."""
+    """A stack learns to reconstruct maps: all of it, or one layer of it on what those below hand to it.
+
+    The epoch of the smallest training error is kept.
+    """
+
+    best_by_loss = True
 
     def __init__(self, stack: Stack, maps: Maps, device: str = "cpu", layer: int | None = None) -> None:
         self.module, self.maps, self.device, self.layer = stack, maps, device, layer
@@ -112,19 +121,21 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         DataError: a patient in two splits, training images of one class only, or images that cannot be read.
     """
     read = read_table(table)
-    records = assign_splits(read.records, seed=run.seed)
+    records = split_records(read.records, config, run, validation=False)
     parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
     if len({records[i].label for i in parts["train"]}) < 2:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
     pool = _pool(config, records)
+    weights = find_weights(config.weights, config.mean, config.std, run)
     begin(run, "cae", config, [*records, *pool])
-    torch.manual_seed(seed_of(run.seed, 0))  # without a file of weights they are drawn
-    network = create_model(config.model, max(2, len(read.classes)), config.channels, config.weights)
-    backbone = UpTo(network, config.layer)
+    backbone = UpTo(_network(config, len(read.classes), weights, run), config.layer)
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)
     features = {"raw": vectors(maps, config.pyramid), "cae": vectors(maps, config.pyramid, stack)}
     measured, told = _classify(features, records, parts, read.classes, config)
+    if config.finetune:
+        network = _network(config, len(read.classes), weights, run)
+        measured["finetuned"] = _finetuned(network, records, parts, config, run)
     images = {name: len(own) for name, own in parts.items()}
     metrics: dict[str, Any] = {"classes": read.classes, "images": images, **measured}
     exported = {
@@ -146,6 +157,36 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         predictions={f"{part}, {kernel} SVM": cases for (part, kernel), cases in told.items()},
     )
     return finish(run, metrics)
+
+
+def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) -> nn.Module:
+    torch.manual_seed(seed_of(run.seed, 0))  # without a file of weights they are drawn
+    network = create_model(config.model, max(2, classes), config.channels)
+    if weights is not None:
+        load_pretrained(network, weights)
+    return network
+
+
+def _finetuned(
+    network: nn.Module, records: Sequence[Record], parts: dict[str, list[int]], config: CaeConfig, run: Run
+) -> dict[str, Any]:
+    """The measures of val and test of the backbone itself, all of which has learnt from the labels."""
+    images = {
+        part: _images([records[i] for i in own], config, Augment.parse(config.augment) if part == "train" else None)
+        for part, own in parts.items()
+    }
+    batch = max(stage.batch_size for stage in config.finetune)
+    size = Size(config.resize, config.crop)
+    task = Finetuning(network, images["train"], images["val"], size, accuracy, run, batch, {})
+    run_stages(task, config.finetune, run.part("finetuned"))
+    found = {}
+    for part, own in parts.items():
+        if own and part != "train":
+            logits = task.predict(images[part])
+            truth = np.array([records[i].label for i in own])
+            scores = odds.of_logits(logits.double().numpy())
+            found[part] = measure_scores(truth, logits.argmax(1).numpy(), scores)
+    return found
 
 
 def _classify(
@@ -200,16 +241,23 @@ def _pool(config: CaeConfig, records: Sequence[Record]) -> list[Record]:
 
 
 def _maps(backbone: UpTo, records: Sequence[Record], config: CaeConfig, run: Run) -> Features:
-    images = ImageDataset(
-        records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels
-    )
     return frozen_features(
         backbone,
-        images,
+        _images(records, config),
         run.out / "maps",
         size=Size(config.resize, config.crop),
         batch_size=config.batch_size,
         memory_budget=run.memory_budget,
         device=run.device,
         report=run.report,
+    )
+
+
+def _images(records: Sequence[Record], config: CaeConfig, augment: Augment | None = None) -> ImageDataset:
+    return ImageDataset(
+        records,
+        normalize=Normalize(config.mean, config.std),
+        voi=config.voi,
+        channels=config.channels,
+        augment=augment,
     )

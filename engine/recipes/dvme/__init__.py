@@ -2,7 +2,7 @@
 
 from ..recipe import Recipe
 from .config import DvmeConfig, ExtractorConfig
-from .synthetic import synthetic
+from .synthetic import SYNTHETIC
 from .train import restore, train
 
 RECIPE = Recipe(
@@ -14,8 +14,8 @@ RECIPE = Recipe(
     "many images, and fused by self-attention.",
     config=DvmeConfig,
     train=train,
-    synthetic=synthetic,
+    synthetic=SYNTHETIC,
     restore=restore,
 )
 
-__all__ = ["RECIPE", "DvmeConfig", "ExtractorConfig", "synthetic", "train"]
+__all__ = ["RECIPE", "DvmeConfig", "ExtractorConfig", "train"]

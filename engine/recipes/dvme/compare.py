@@ -36,12 +36,14 @@ def compare_heads(
     score = measure(config.metric, classes)
     rows, heads = [], {}
     labels, names = parts["train"][1], list(parts["train"][0])
+    fused = [extractor.name for extractor in config.extractors if extractor.fused]
     for size in config.subsets:
         for fold in range(config.folds):
             chosen = draw_subset(labels.tolist(), classes, size, fold, run.seed)
             for protocol in [p for p in config.protocols if not p.startswith("finetune")]:
-                for group in [[name] for name in names] if protocol == "linear" else [names]:
-                    what = group[0] if protocol == "linear" else "all"
+                alone = protocol in ("linear", "single")
+                for group in [[name] for name in names] if alone else [fused]:
+                    what = group[0] if alone else "all"
                     own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
                     train, val, test = ([parts[part][0][n] for n in group] for part in ("train", "val", "test"))
                     head = fit_head(

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import GigamorphError
+from ..splits import SplitOf
 
-Protocol = Literal["linear", "dvme", "no_attention", "finetune", "finetune_dvme"]
+Protocol = Literal["linear", "dvme", "no_attention", "concat", "single", "finetune", "finetune_dvme"]
+"""On embeddings: a linear layer on each, the head on all of them, the same without attention, a linear layer on all
+side by side, the head without attention on each alone; and on images, all layers: of each, and of all with the head."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -17,15 +20,20 @@ class ExtractorConfig:
 
     name: str
     model: str
-    weights: str | None = None
+    weights: str = "random"
+    """A file, or "random"."""
     blocks: int = 0
     """0: the network without its classifier; n: the class tokens of the last n blocks of a vision transformer."""
+    fused: bool = True
+    """Whether it is one of those that are fused; one that is not is compared alone."""
 
 
 PUBLISHED = (
-    ExtractorConfig("simclr", "timm:resnet50"),
-    ExtractorConfig("swav", "timm:resnet50"),
-    ExtractorConfig("dino", "timm:vit_small_patch8_224.dino", blocks=4),
+    ExtractorConfig("simclr", "timm:resnet50", "model_final_checkpoint_phase999.torch"),
+    ExtractorConfig("swav", "timm:resnet50", "swav_800ep_pretrain.pth.tar"),
+    ExtractorConfig("dino", "timm:vit_small_patch8_224.dino", "dino_deitsmall8_pretrain.pth", blocks=4),
+    ExtractorConfig("supervised", "timm:resnet50", "resnet50-0676ba61.pth", fused=False),
+    ExtractorConfig("random", "timm:resnet50", fused=False),
 )
 
 
@@ -40,6 +48,8 @@ class DvmeConfig:
     resize: tuple[int, ...] = (256,)
     crop: int = 224
     voi: str = "auto"
+    split: SplitOf = "table"
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
 
     protocols: tuple[Protocol, ...] = ("linear", "dvme", "no_attention")
     subsets: tuple[int, ...] = (50, 500, 0)
@@ -68,5 +78,7 @@ class DvmeConfig:
             raise GigamorphError("extractors must be named, each by a name of its own")
         if any(not name.replace("_", "").isalnum() for name in names):
             raise GigamorphError("names of extractors are folders: letters, digits and underscores")
+        if not any(extractor.fused for extractor in self.extractors):
+            raise GigamorphError("no extractor has fused = true; there must be one at least")
         if not self.subsets or min(self.subsets) < 0 or self.folds < 1:
             raise GigamorphError("subsets must be numbers of images, 0 for all, and folds 1 or more")

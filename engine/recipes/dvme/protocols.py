@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...accelerate import accelerate
 from ...datasets.dataset import ImageDataset
 from ...evaluate import odds
 from ...evaluate.measures import quadratic_kappa
@@ -16,8 +15,8 @@ from ...evaluate.roc import macro_auc
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
-from ...train.task import Task
-from ..sized import Size, read_sized
+from ..finetuning import Finetuning
+from ..sized import Size
 from ..tensors import Measure, TensorTask
 from .config import DvmeConfig
 from .extractors import Fused
@@ -25,14 +24,14 @@ from .head import DVMEHead
 
 
 class Linear(nn.Module):
-    """A linear layer on the first of the embeddings: linear evaluation."""
+    """A linear layer on embeddings side by side: linear evaluation, of one or of all."""
 
     def __init__(self, dims: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(dims[0], classes)
+        self.fc = nn.Linear(sum(dims), classes)
 
     def forward(self, embeddings: Sequence[Tensor]) -> Tensor:
-        return self.fc(embeddings[0])
+        return self.fc(torch.cat(list(embeddings), 1))
 
 
 class OnEmbeddings(nn.Module):
@@ -48,9 +47,9 @@ class OnEmbeddings(nn.Module):
 
 def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConfig) -> nn.Module:
     """The head of a protocol on embeddings of these sizes."""
-    if protocol in ("linear", "finetune"):
+    if protocol in ("linear", "concat", "finetune"):
         return Linear(dims, classes)
-    tokens = "none" if protocol == "no_attention" else config.tokens
+    tokens = "none" if protocol in ("no_attention", "single") else config.tokens
     return DVMEHead(
         dims, classes, p=config.p, hidden=config.hidden, dropout=config.dropout, tokens=tokens, heads=config.heads
     )
@@ -101,58 +100,6 @@ def _stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
         patience=config.patience,
         batch_size=config.transformer_batch if transformer else config.batch_size,
     )
-
-
-class Finetuning(Task):
-    """All layers learn, on images.
-
-    Args:
-        module: (N, C, H, W) -> (N, classes).
-        images: a subset's training images; told which epoch it is.
-        val: validation images, which choose the best epoch.
-        record: what checkpoints say of the network.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        images: ImageDataset,
-        val: ImageDataset,
-        size: Size,
-        score: Measure,
-        run: Run,
-        batch: int,
-        record: Mapping[str, Any],
-    ) -> None:
-        self.module, self.images, self.val, self.size, self.measure = module, images, val, size, score
-        self.record = record
-        self.batch, self.device = batch, run.device
-        self.net = accelerate(module, run.memory_budget, fallback="whole")
-        self.net.on_tile = lambda event: self.meter.on_tile(event)
-
-    def examples(self, epoch: int) -> ImageDataset:
-        self.images.set_epoch(epoch)
-        return self.images
-
-    def loss(self, batch: Sequence[dict]) -> Tensor:
-        labels = torch.tensor([item["label"] for item in batch], device=self.device)
-        return nn.functional.cross_entropy(self._logits([item["image"] for item in batch]).float(), labels)
-
-    def score(self) -> float | None:
-        return self.measure(torch.tensor([record.label for record in self.val.records]), self.predict(self.val))
-
-    @torch.no_grad()
-    def predict(self, images: ImageDataset) -> Tensor:
-        """Logits (n, classes) on the CPU; the module is to be in evaluation mode."""
-        places = range(0, len(images), self.batch)
-        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in places]
-        return torch.cat([self._logits(batch).float().cpu() for batch in batches])
-
-    def _logits(self, sources: Sequence) -> Tensor:
-        self.meter.image(sum(source.shape[1] * source.shape[2] for source in sources))
-        if self.size.native:
-            return self.net(sources)
-        return self.net(torch.stack([read_sized(source, self.size) for source in sources]).to(self.device))
 
 
 def fit_networks(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...config import from_plain
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
-from ...datasets.splits import assign_splits
 from ...datasets.tables import SPLITS, Record, read_table
 from ...evaluate import odds
 from ...evaluate.read import write_cases
@@ -26,7 +25,9 @@ from ..classify import classifier_record
 from ..features import frozen_features
 from ..recipe import begin, finish
 from ..sized import Size, SizedImages
+from ..splits import split_records
 from ..tensors import logits_of
+from ..weights import find_weights
 from .compare import check_parts, compare_heads, folder, summarise
 from .config import DvmeConfig
 from .extractors import Fused, make_extractor
@@ -47,11 +48,14 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
             that do not fit, or images that cannot be read.
     """
     read = read_table(table)
-    records = assign_splits(read.records, seed=run.seed)
+    records = split_records(read.records, config, run)
     parts = {name: [r for r in records if r.split == name] for name in SPLITS}
     labels = {name: [r.label for r in own] for name, own in parts.items()}
     classes = len(read.classes)
     check_parts(labels, classes)
+    for own in config.extractors:
+        run.say(f"extractor {own.name}")
+        find_weights(own.weights, config.mean, config.std, run)
     begin(run, "dvme", config, records)
     embeddings = _embeddings(config, parts, run)
     known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}
@@ -66,12 +70,13 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     }
     if heads:
         largest = next(size for size in sorted(config.subsets, key=lambda size: -(size or len(parts["train"]))))
-        test = [embedding.to(run.device) for embedding in embeddings["test"].values()]
+        fused = [extractor.name for extractor in config.extractors if extractor.fused]
+        test = [embeddings["test"][name].to(run.device) for name in fused]
         metrics["attention"] = {
-            "extractors": list(embeddings["test"]),
+            "extractors": fused,
             "rows_attend_to_columns": heads[largest, 0].head.attention_map(test).tolist(),  # pyright: ignore
         }
-        logits = logits_of(heads[largest, 0], torch.cat(list(embeddings["test"].values()), 1))
+        logits = logits_of(heads[largest, 0], torch.cat([embeddings["test"][name] for name in fused], 1))
         log_odds = odds.of_logits(logits.double().cpu().numpy())
         cases = Target(tuple(read.classes)).cases(parts["test"], log_odds)
         own = run.part(folder("dvme", "all", largest, 0))
@@ -133,6 +138,7 @@ def _finetune(
     test = _images(parts["test"], config)
     truth = torch.tensor([record.label for record in parts["test"]])
     names = [extractor.name for extractor in config.extractors]
+    fused = [extractor.name for extractor in config.extractors if extractor.fused]
     for size in config.subsets:
         for fold in range(config.folds):
             chosen = draw_subset([r.label for r in parts["train"]], classes, size, fold, run.seed)
@@ -140,7 +146,7 @@ def _finetune(
                 [parts["train"][i] for i in chosen], config, Augment.parse(config.augment), run.seed + fold
             )
             for protocol in [p for p in config.protocols if p.startswith("finetune")]:
-                for group in [[name] for name in names] if protocol == "finetune" else [names]:
+                for group in [[name] for name in names] if protocol == "finetune" else [fused]:
                     what = group[0] if protocol == "finetune" else "all"
                     networks: list[nn.Module] = [_extractor(config, names.index(name), run) for name in group]
                     own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
@@ -168,7 +174,8 @@ def _finetune(
 def _extractor(config: DvmeConfig, number: int, run: Run) -> nn.Module:
     own = config.extractors[number]
     torch.manual_seed(seed_of(run.seed, 0, number))  # without a file of weights they are drawn
-    return make_extractor(own.model, config.channels, own.weights, own.blocks)
+    weights = find_weights(own.weights, config.mean, config.std)
+    return make_extractor(own.model, config.channels, weights, own.blocks)
 
 
 def _images(

@@ -2,7 +2,7 @@
 
 from ..recipe import Recipe
 from .config import Config
-from .synthetic import synthetic
+from .synthetic import SYNTHETIC
 from .train import restore, train
 
 RECIPE = Recipe(
@@ -12,6 +12,6 @@ RECIPE = Recipe(
     summary="A network learns patches of lesions, becomes a whole-image network, and goes on with image labels only.",
     config=Config,
     train=train,
-    synthetic=synthetic,
+    synthetic=SYNTHETIC,
     restore=restore,
 )

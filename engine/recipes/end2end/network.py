@@ -18,6 +18,7 @@ from ...errors import GigamorphError
 from ...models import create_model
 from ...models.resnet import ResNet
 from ..features import UpTo, evaluating
+from ..weights import load_pretrained
 from .config import CLASSES, Block, Model
 
 
@@ -37,15 +38,19 @@ class Maps(nn.Module):
 
 def features(spec: str, channels: int, weights: str | Path | None = None, layer: str | None = None) -> nn.Module:
     """The backbone ``spec`` up to its last maps, or up to a module's: (N, channels, H, W) -> (N, C, h, w)."""
-    net = create_model(spec, 2, channels, weights)
+    net = create_model(spec, 2, channels)
     if layer is not None:
-        return UpTo(net, layer)
-    if isinstance(net, ResNet):
+        maps, named = UpTo(net, layer), net
+    elif isinstance(net, ResNet):
         parts = [(name, part) for name, part in net.named_children() if name not in ("avgpool", "fc")]
-        return nn.Sequential(OrderedDict(parts))
-    if hasattr(net, "forward_features"):
-        return Maps(net)
-    raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; name the module as layer")
+        named = maps = nn.Sequential(OrderedDict(parts))
+    elif hasattr(net, "forward_features"):
+        maps, named = Maps(net), net
+    else:
+        raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; name the module as layer")
+    if weights is not None:
+        load_pretrained(named, weights)
+    return maps
 
 
 def width_of(maps: nn.Module, channels: int) -> int:
@@ -120,10 +125,26 @@ def top_blocks(inputs: int, blocks: Sequence[Block]) -> tuple[nn.Sequential, int
     return layers, inputs
 
 
+class Connected(nn.Module):
+    """Maps of one size, flattened, through fully connected layers: (N, inputs) -> (N, widths[-1])."""
+
+    def __init__(self, inputs: int, widths: Sequence[int], shortcut: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, width in zip((inputs, *widths), widths, strict=False):
+            layers += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.0)]
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = nn.Linear(inputs, 2) if shortcut else None
+        """To the two outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class WholeNet(nn.Module):
     """(N, channels, H, W) -> (N, 2): features of the patch network, its class maps or not, blocks, and a classifier."""
 
-    def __init__(self, maps: nn.Module, heatmap: nn.Module | None, top: nn.Sequential, width: int) -> None:
+    def __init__(self, maps: nn.Module, heatmap: nn.Module | None, top: nn.Sequential | Connected, width: int) -> None:
         super().__init__()
         self.features, self.heatmap, self.top = maps, heatmap, top
         self.head = nn.Sequential(nn.Dropout(0.0), nn.Linear(width, 2))
@@ -132,11 +153,19 @@ class WholeNet(nn.Module):
         x = self.features(x)
         if self.heatmap is not None:
             x = self.heatmap(x)
-        return self.head(self.top(x).mean((2, 3)))
+        if not isinstance(self.top, Connected):
+            return self.head(self.top(x).mean((2, 3)))
+        x = x.flatten(1)
+        logits = self.head(self.top(x))
+        return logits if self.top.shortcut is None else logits + self.top.shortcut(x)
 
 
-def convert(patch: PatchNet, model: Model) -> WholeNet:
+def convert(patch: PatchNet, model: Model, size: tuple[int, ...] = (), channels: int = 3) -> WholeNet:
     """A whole-image network from a trained patch network, which is left as it is.
+
+    Args:
+        size: height and width of the images, which fully connected layers need to know.
+        channels: of the images.
 
     With ``heatmap`` the patch network's classifier looks at every place of the maps, as a 1x1 convolution with its
     weights, and only its classes (ReLU, max-pooled) are handed on.
@@ -154,5 +183,10 @@ def convert(patch: PatchNet, model: Model) -> WholeNet:
             OrderedDict(mean=nn.AvgPool2d(mean, 1), classes=conv, relu=nn.ReLU(), pool=nn.MaxPool2d(largest))
         )
         width = classifier.out_features
-    top, width = top_blocks(width, model.blocks)
-    return WholeNet(maps, heatmap, top, width).to(classifier.weight)
+    if not model.fc:
+        top, width = top_blocks(width, model.blocks)
+        return WholeNet(maps, heatmap, top, width).to(classifier.weight)
+    parts = nn.Sequential(maps, nn.Identity() if heatmap is None else heatmap)
+    with evaluating(parts), torch.no_grad():
+        inputs = parts(torch.zeros(1, channels, *size).to(classifier.weight))[0].numel()
+    return WholeNet(maps, heatmap, Connected(inputs, model.fc, model.shortcut), model.fc[-1]).to(classifier.weight)

@@ -8,8 +8,6 @@ classes does not show it, though the features before it do.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,14 @@ from ...datasets.tables import Finding, Record, write_table
 from ...models.lesionnet import LesionNet
 from ...train.run import Run
 from ...train.stages import Stage
-from ..recipe import Claim
+from ..claims import Effect, Rule, Synthetic
 from .config import Block, Config, Model, Sampling
 from .train import train
 
 HEIGHT, WIDTH = 128, 96
 IMAGES = {"train": 120, "val": 48, "test": 160}
 _FULL = 65535
+_MASS, _SPICULES = 0.2, (0.1, 0.2)  # of the full grey range; those of rays are drawn: some are too faint to see
 _NET = f"{__name__}:SmallNet"
 _BLOCKS = (Block("residual", 16, 1, 2), Block("residual", 16, 1, 2))
 
@@ -39,8 +38,8 @@ CONFIG = Config(
     std=(0.1,),
     sampling=Sampling(side=32, per_lesion=4, background=3),
     models=(
-        Model("features", _NET, blocks=_BLOCKS),
-        Model("heatmap", _NET, blocks=_BLOCKS, heatmap=True, heatmap_pool=(3, 2)),
+        Model("features", _NET, "random", blocks=_BLOCKS),
+        Model("heatmap", _NET, "random", blocks=_BLOCKS, heatmap=True, heatmap_pool=(3, 2)),
     ),
     augment="",
     flips=False,
@@ -75,17 +74,17 @@ def phantom(seed: tuple[int, ...], *, mass: bool, spicules: bool) -> tuple[np.nd
     box = None
     if mass:
         row, column = places[0]
-        image += 0.2 * np.clip(1.5 * (1 - np.hypot(y - row, x - column) / radius), 0, 1)
+        image += _MASS * np.clip(1.5 * (1 - np.hypot(y - row, x - column) / radius), 0, 1)
         reach = math.ceil(radius)
         box = int(row - reach), int(row + reach + 1), int(column - reach), int(column + reach + 1)
     if spicules:
         row, column = places[0] if mass else places[1]
-        first = rng.uniform(0, math.pi)
+        first, bright = rng.uniform(0, math.pi), rng.uniform(*_SPICULES)
         for ray in range(6):
             angle = first + ray * math.pi / 3
             along = (y - row) * math.sin(angle) + (x - column) * math.cos(angle)
             across = np.abs((y - row) * math.cos(angle) - (x - column) * math.sin(angle))
-            image += 0.2 * np.clip(1.2 - across, 0, 1) * ((along > 3) & (along < 14))
+            image += bright * np.clip(1.2 - across, 0, 1) * ((along > 3) & (along < 14))
     return np.rint(np.clip(image, 0, 1) * _FULL).astype(np.uint16), box
 
 
@@ -106,43 +105,33 @@ def write_images(folder: Path, seed: int) -> Path:
     return write_table(folder / "table.csv", records, ["0", "1"])
 
 
-def synthetic(run: Run, seeds: Sequence[int]) -> Claim:
-    """Train the patch network and both whole-image networks with each seed."""
-    began = time.monotonic()
-    rows = []
-    for seed in seeds:
-        run.say(f"seed {seed}")
-        own = Run(run.out / f"seed{seed}", seed, run.device, report=run.report, say=run.say)
-        metrics = train(write_images(own.out / "data", seed), CONFIG, own.part("run"))
-        rows.append(_row(seed, metrics))
-    stages = [(row["auc_after_top"], row["auc_after_all"]) for row in rows]
-    holds = (
-        all(after >= before - 0.02 for before, after in stages)
-        and all(row["auc_features"] > 0.85 for row in rows)
-        and float(np.mean([row["auc_features"] - row["auc_heatmap"] for row in rows])) > 0
-        and sum(row["auc_features"] > row["auc_heatmap"] for row in rows) > len(rows) / 2
-    )
-    return Claim(
-        "From the patch network on, image labels suffice: training all layers with them keeps the whole-image AUC. "
-        "Without the heat map of patch classes the network does better.",
-        "For every seed the AUC on validation images after the stage of all layers is not below that before it by more "
-        "than 0.02, and that on test images is above 0.85; it is above the heat map's on average and with most seeds.",
-        rows,
-        holds,
-        time.monotonic() - began,
-    )
-
-
-def _row(seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
+def rows(run: Run) -> list[dict[str, Any]]:
+    """One row of a seed."""
+    metrics = train(write_images(run.out / "data", run.seed), CONFIG, run.part("run"))
     found = metrics["features"]
     scores = list(zip(found["stages"], found["val_auc"], strict=True))
     top, both = ([score for stage, score in scores if stage == name] for name in ("top", "all"))
-    return {
-        "seed": seed,
-        "patch_accuracy": metrics["patch_accuracy_features"],
-        "auc_after_top": max(top),
-        "auc_after_all": max(both),
-        "auc_features": found["auc"],
-        "auc_heatmap": metrics["heatmap"]["auc"],
-        "auc_mean_of_both": metrics["auc"],
-    }
+    return [
+        {
+            "seed": run.seed,
+            "patch_accuracy": metrics["patch_accuracy_features"],
+            "val_after_top": max(top),
+            "val_after_all": max(both),
+            "features": found["auc"],
+            "heatmap": metrics["heatmap"]["auc"],
+            "ensemble": metrics["auc"],
+        }
+    ]
+
+
+SYNTHETIC = Synthetic(
+    "From the patch network on, image labels suffice for a whole-image classifier, and without the heat map of patch "
+    "classes it is better. (AUC on 160 test images. What training all layers adds, and the mean of both networks, are "
+    "measured beside.)",
+    Rule(
+        effects=(Effect("features", "heatmap"),),
+        floors=(("features", 0.75),),
+        beside=(Effect("val_after_all", "val_after_top"), Effect("ensemble", "features")),
+    ),
+    rows,
+)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...config import from_plain
@@ -17,15 +19,21 @@ from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
+from ...images.parallel import available_cpus
+from ...morph.files import Grown, save_network
+from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target, batch_weights
-from ...train.task import Task
+from ...train.task import Score, Task
 from ..card import recipe_card
 from ..classify import ImageTask, auc_of, classifier_record, read_target
+from ..morphhr.config import Config as MorphConfig
+from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish
-from ..tta import FLIPS, PLAIN, averaged
+from ..tta import PLAIN, averaged, mirrorings
+from ..weights import find_weights
 from .config import CLASSES, Config, Model
 from .images import Patches, resized, sample_all, sized_images, whole_images
 from .network import PatchNet, WholeNet, convert, features, width_of
@@ -34,32 +42,40 @@ Parts = dict[str, list[Record]]
 
 
 class PatchTask(Task):
-    """The patch classifier: cross-entropy in which all classes of a batch count the same; the score is the accuracy."""
+    """The patch classifier: cross-entropy in which all classes of a batch count the same.
+
+    The score is the accuracy on validation patches; patience goes by their plain cross-entropy.
+    """
 
     def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
         self.module, self.train, self.val, self.batch = module, train, val, batch
+        self.readers = ThreadPoolExecutor(available_cpus(), "gigamorph-patches")
 
-    def examples(self, epoch: int) -> Any:
+    def examples(self, epoch: int) -> Sequence[int]:
         self.train.epoch = epoch
-        return self.train
+        return range(len(self.train))
 
-    def loss(self, batch: Sequence[Any]) -> Tensor:
-        self.meter.image(sum(pixels.shape[-2] * pixels.shape[-1] for pixels, _ in batch))
-        logits, labels = self._logits(batch)
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        logits, labels = self._logits(self.train, batch)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
-    def score(self) -> float | None:
-        right = 0
+    def score(self) -> Score | None:
+        if not len(self.val):
+            return None
+        right, loss = 0, 0.0
         for first in range(0, len(self.val), self.batch):
-            batch = [self.val[i] for i in range(first, min(first + self.batch, len(self.val)))]
-            logits, labels = self._logits(batch)
+            batch = range(first, min(first + self.batch, len(self.val)))
+            logits, labels = self._logits(self.val, batch)
             right += int((logits.argmax(1) == labels).sum())
-        return right / len(self.val) if len(self.val) else None
+            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        return Score(right / len(self.val), stop=-loss / len(self.val))
 
-    def _logits(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _logits(self, patches: Patches, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
-        labels = torch.tensor([label for _, label in batch], device=device)
-        return self.module(torch.stack([pixels for pixels, _ in batch]).to(device)), labels
+        batch = list(self.readers.map(patches.__getitem__, numbers))
+        x = torch.stack([pixels for pixels, _ in batch])
+        self.meter.image(len(x) * x.shape[-2] * x.shape[-1])
+        return self.module(x.to(device)), torch.tensor([label for _, label in batch], device=device)
 
 
 def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
@@ -78,9 +94,11 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         DataError: what is wrong with the table or an image, or that no training image has a lesion.
         GigamorphError: a loss that is not finite, or a folder that holds another run.
     """
-    parts, target = read_target(table, "classes", (), run.seed)
+    parts, target = read_target(table, "classes", (), config, run)
     if len(target.names) != 2:
         raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
+    for model in config.models if config.start is None else ():
+        find_weights(model.weights, config.mean, config.std)  # refused before any work
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
@@ -89,33 +107,58 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     if config.start is not None:
         return finish(run, _transfer(images, target, config, run))
     metrics: dict[str, Any] = {}
-    patch_nets: dict[tuple[str | None, ...], PatchNet] = {}
+    patch_nets: dict[Any, PatchNet] = {}
     for model in config.models:
-        key = model.backbone, model.weights, model.layer
-        if key not in patch_nets:
-            patch_nets[key], accuracy = _patch_network(parts, images, model, config, run)
+        if _learnt(model) not in patch_nets:
+            patch_nets[_learnt(model)], accuracy = _patch_network(parts, images, model, config, run)
             metrics[f"patch_accuracy_{model.name}"] = accuracy
     members = []
     for number, model in enumerate(config.models):
         run.say(f"{model.name}: training the whole-image network with image labels")
         torch.manual_seed(run.seed + number)
-        net = convert(patch_nets[model.backbone, model.weights, model.layer], model)
+        net = convert(patch_nets[_learnt(model)], model, config.resize, config.channels)
         own = run.part(model.name)
         task = _task(net, images, target, config, run, config.whole, model)
         trained = run_stages(task, config.whole, own)
         write_atomically(own.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
         metrics[model.name], cases = _results(task, images, config, own, trained)
         members.append(cases)
+        if model.front:
+            metrics[f"{model.name}-front"] = _with_front(net, parts, model, config, target, run)
     metrics["auc"] = auc_of(averaged(members))[0] if len(members[0]) else None
     if len(members) > 1 and len(members[0]):
         write_cases(run.out / "ensemble.csv", averaged(members))
     return finish(run, metrics)
 
 
+def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
+    """The trained network with a front for larger images, exactly at first, trained on with them."""
+    larger = replace(config, resize=tuple(model.front * side for side in config.resize))
+    everyone = [record for split in SPLITS for record in parts[split]]
+    sized = iter(resized(everyone, larger, run.out / f"images_{model.front}"))
+    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
+    child, _ = _front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
+    own = run.part(f"{model.name}-front")
+    task = _task(child.network, images, target, larger, run, config.native, model, morphs=child.recipe.to_json())
+    trained = run_stages(task, without_decay(config.native, child.network), own)
+    save_network(own.out / "model.safetensors", child)
+    return _results(task, images, larger, own, trained)[0]
+
+
+def _front(parent: Grown, model: Model, config: Config, seed: int) -> tuple[Grown, Any]:
+    return grow(parent, MorphConfig(channels=config.channels, factor=model.front), seed)
+
+
+def _learnt(model: Model) -> Any:
+    """What tells a patch network from another: models that share it learn their patches once."""
+    return model.backbone, model.weights, model.layer
+
+
 def _patch_network(
     parts: Parts, images: Parts, model: Model, config: Config, run: Run
 ) -> tuple[PatchNet, float | None]:
-    sets = {}
+    sets, stages = {}, model.patch or config.patch
     for number, split in enumerate(("train", "val")):
         places = sample_all(parts[split], images[split], config, run.seed + number)
         counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
@@ -125,15 +168,23 @@ def _patch_network(
             raise DataError("no training image has a lesion with a pathology; patches need the column findings")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
-    maps = features(model.backbone, config.channels, model.weights, model.layer)
+    weights = find_weights(model.weights, config.mean, config.std, run)
+    maps = features(model.backbone, config.channels, weights, model.layer)
     net = PatchNet(maps, width_of(maps, config.channels))
-    task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in config.patch))
-    trained = run_stages(task, config.patch, run.part(f"{model.name}-patches"))
+    task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in stages))
+    trained = run_stages(task, stages, run.part(f"{model.name}-patches"))
     return net, trained.best_score
 
 
 def _task(
-    net: WholeNet, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage], model: Model
+    net: nn.Module,
+    images: Parts,
+    target: Target,
+    config: Config,
+    run: Run,
+    stages: Sequence[Stage],
+    model: Model,
+    **more: Any,
 ) -> ImageTask:
     return ImageTask(
         net,
@@ -143,16 +194,20 @@ def _task(
         memory_budget=run.memory_budget,
         balanced=True,
         batch=max(stage.batch_size for stage in stages),
-        record=classifier_record("end2end", config, target, model=model.name),
+        record=classifier_record("end2end", config, target, model=model.name, **more),
         split=run.group.split,
+        stop_by_loss=True,
     )
 
 
-def restore(record: dict[str, Any]) -> tuple[WholeNet, Any]:
+def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
     """The whole-image network of a checkpoint's record, and what opens images for it."""
     config = from_plain(record["config"], Config, "checkpoint")
     model = next(model for model in config.models if model.name == record["model"])
-    return _untrained(model, config), lambda records: sized_images(records, config)
+    network: nn.Module = _untrained(model, config)
+    if "morphs" in record:
+        network = apply(Recipe.from_json(record["morphs"]), network)
+    return network, lambda records: sized_images(records, config)
 
 
 def _results(
@@ -168,7 +223,7 @@ def _results(
         cases = task.predict(test, PLAIN)
         found["auc_single"] = auc_of(cases)[0]
         if config.flips:
-            cases = task.predict(test, FLIPS)
+            cases = task.predict(test, mirrorings(config.augment))
         found["auc"], predictions["test"] = auc_of(cases)[0], cases
         if found["auc"] is None:
             run.say("split test has images of one class only, so its area under the ROC curve is not defined")
@@ -231,7 +286,7 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
 
 def _untrained(model: Model, config: Config) -> WholeNet:
     maps = features(model.backbone, config.channels, layer=model.layer)
-    return convert(PatchNet(maps, width_of(maps, config.channels)), model)
+    return convert(PatchNet(maps, width_of(maps, config.channels)), model, config.resize, config.channels)
 
 
 def _load(path: Path, model: Model, config: Config) -> WholeNet:

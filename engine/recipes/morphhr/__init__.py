@@ -2,7 +2,7 @@
 
 from ..recipe import Recipe
 from .config import Config
-from .synthetic import synthetic
+from .synthetic import SYNTHETIC
 from .train import restore, train
 
 RECIPE = Recipe(
@@ -13,6 +13,6 @@ RECIPE = Recipe(
     "function, and is trained on at high resolution.",
     config=Config,
     train=train,
-    synthetic=synthetic,
+    synthetic=SYNTHETIC,
     restore=restore,
 )

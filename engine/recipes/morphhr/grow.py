@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -12,6 +15,7 @@ from ...morph.front import FrontStep, front
 from ...morph.report import Report
 from ...morph.widen import widen
 from ...train.run import seed_of
+from ...train.stages import Stage
 from .config import Config
 
 
@@ -87,3 +91,9 @@ def _centre(child: nn.Module, step: FrontStep) -> None:
     with torch.no_grad():
         new = first.weight[step.channels :]
         new -= new.mean((2, 3), keepdim=True)
+
+
+def without_decay(stages: Sequence[Stage], network: nn.Module) -> list[Stage]:
+    """Stages that do not decay the slopes of P-activations: zero is one of their functions, not a smaller weight."""
+    slopes = [f"{name}.a" for name, module in network.named_modules() if isinstance(module, PAct)]
+    return [replace(stage, undecayed=(*stage.undecayed, *slopes)) for stage in stages]

@@ -8,7 +8,6 @@ morphed child as soon as its front shows it the specks; a child with a new front
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from ...train.loop import run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target
+from ..claims import Effect, Rule, Synthetic
 from ..classify import ImageTask
-from ..recipe import Claim
 from .config import Config
 from .images import parent_images
 from .train import train
@@ -35,7 +34,8 @@ from .train import train
 HEIGHT, WIDTH, FACTOR = 128, 96, 4
 IMAGES = {"source": 600, "train": 800, "val": 60, "test": 160}
 _ROW = 8  # specks
-_COARSE, _FINE = 0.4, 0.3  # of the full grey range
+_COARSE, _FINE = 0.4, 0.4  # of the full grey range
+_BLANK = 0.3  # share of the images of the task that show no row, so that no network can be perfect
 _FULL = 65535
 
 CONFIG = Config(
@@ -45,14 +45,15 @@ CONFIG = Config(
     std=(0.1,),
     factor=FACTOR,
     filters=16,
-    arms=("finetune", "scratch", "morph"),
+    arms=("finetune", "direct", "scratch", "morph"),
     augment="",
     flips=False,
     low=(Stage("finetune", 1, 3e-4, optimizer="adamw", batch_size=8),),
     high=(
-        Stage("front", 3, 1e-2, trainable=("stem",), optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
+        Stage("front", 4, 1e-2, trainable=("stem",), optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
         Stage("all", 1, 1e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
     ),
+    direct=(Stage("all", 5, 3e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),),
 )
 _PARENT = (Stage("source", 4, 3e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),)
 
@@ -74,7 +75,8 @@ def phantom(seed: tuple[int, ...], *, upright: bool, fine: bool) -> np.ndarray:
         y, x = int(rng.integers(HEIGHT // r - rows + 1)) * r, int(rng.integers(WIDTH // r - columns + 1)) * r
         if (image[y : y + rows * r, x : x + columns * r] > 0.1).all():
             break
-    for i in range(_ROW):
+    blank = fine and rng.random() < _BLANK
+    for i in range(0 if blank else _ROW):
         cell = np.full((r, r), _COARSE)
         if fine:
             cell = np.full((r, r), -_FINE / (r * r - 1))
@@ -84,49 +86,25 @@ def phantom(seed: tuple[int, ...], *, upright: bool, fine: bool) -> np.ndarray:
     return np.rint(np.clip(image, 0, 1) * _FULL).astype(np.uint16)
 
 
-def synthetic(run: Run, seeds: Sequence[int]) -> Claim:
-    """Train parent, child with a new front, and morphed child, with each seed."""
-    began = time.monotonic()
-    rows = []
-    for seed in seeds:
-        run.say(f"seed {seed}")
-        rows.append(_one(Run(run.out / f"seed{seed}", seed, run.device, report=run.report, say=run.say)))
-    speeds = [(_count(row["epochs_morph"]), _count(row["epochs_new_front"])) for row in rows]
-    holds = (
-        all(row["parent_low"] <= 0.5 <= row["parent_high"] for row in rows)
-        and all(row["auc_morph"] >= row["auc_new_front"] for row in rows)
-        and all(ours <= other for ours, other in speeds)
-        and sum(ours for ours, _ in speeds) < sum(other for _, other in speeds)
-    )
-    return Claim(
-        "A label that only full resolution shows is learnt by the morphed child, faster and better than with a new "
-        "front, while the parent stays at chance.",
-        "For every seed: 0.5 lies in the parent's 95 % interval (DeLong), the morphed child's AUC on test images is "
-        "not below that with a new front, and it takes no more epochs to 0.8 on validation images; on average it takes "
-        "fewer.",
-        rows,
-        holds,
-        time.monotonic() - began,
-    )
-
-
-def _one(run: Run) -> dict[str, Any]:
+def rows(run: Run) -> list[dict[str, Any]]:
+    """One row of a seed."""
     table = write_images(run.out / "data", run.seed)
-    weights = _first_training(run)
-    config = replace(CONFIG, weights=str(weights))
+    config = replace(CONFIG, weights=str(_first_training(run)))
     metrics = train(table, config, run.part("run"))
     parent = metrics["finetune"]
-    return {
-        "seed": run.seed,
-        "auc_parent": parent["auc"],
-        "parent_low": parent["interval"][0],
-        "parent_high": parent["interval"][1],
-        "auc_new_front": metrics["scratch"]["auc"],
-        "auc_morph": metrics["morph"]["auc"],
-        "epochs_new_front": _epochs_to(0.8, metrics["scratch"]["val_auc"]),
-        "epochs_morph": _epochs_to(0.8, metrics["morph"]["val_auc"]),
-        "difference": metrics["difference"],
-    }
+    return [
+        {
+            "seed": run.seed,
+            "parent": parent["auc"],
+            "direct": metrics["direct"]["auc"],
+            "new_front": metrics["scratch"]["auc"],
+            "morph": metrics["morph"]["auc"],
+            "epochs_direct": _epochs_to(0.8, metrics["direct"]["val_auc"]),
+            "epochs_new_front": _epochs_to(0.8, metrics["scratch"]["val_auc"]),
+            "epochs_morph": _epochs_to(0.8, metrics["morph"]["val_auc"]),
+            "difference": metrics["difference"],
+        }
+    ]
 
 
 def write_images(folder: Path, seed: int) -> Path:
@@ -168,6 +146,15 @@ def _epochs_to(wanted: float, scores: Sequence[float]) -> int | None:
     return next((number for number, score in enumerate(scores, 1) if score >= wanted), None)
 
 
-def _count(epochs: int | None) -> float:
-    """Epochs, where never is one more than there were."""
-    return sum(stage.epochs for stage in CONFIG.high) + 1 if epochs is None else epochs
+SYNTHETIC = Synthetic(
+    "A label that only full resolution shows is learnt by the morphed child better than with a new front, while the "
+    "parent stays at chance. (AUC on 160 test images. The parent itself, trained on at full resolution, is measured "
+    "beside.)",
+    Rule(
+        effects=(Effect("morph", "new_front"),),
+        floors=(("morph", 0.75),),
+        chance=("parent",),
+        beside=(Effect("morph", "direct"),),
+    ),
+    rows,
+)

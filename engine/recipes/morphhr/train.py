@@ -14,7 +14,8 @@ import torch
 from ...accelerate import accelerate
 from ...config import from_plain
 from ...datasets.tables import Record
-from ...errors import MorphError
+from ...datasets.tables.chestxray14 import FINDINGS
+from ...errors import GigamorphError, MorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
@@ -28,11 +29,13 @@ from ...train.target import Target
 from ..card import recipe_card
 from ..classify import ImageTask, auc_of, classifier_record, read_target
 from ..recipe import begin, finish
-from ..tta import FLIPS, PLAIN
+from ..tta import PLAIN, mirrorings
+from ..weights import find_weights, load_pretrained
 from .config import Config
-from .grow import grow
+from .grow import grow, without_decay
 from .images import child_images, parent_images
 
+_TOLD = {"direct": "the parent", "scratch": "the child with a new front", "morph": "the morphed child"}
 _TOLERANCE = 1e-3  # between logits, float32, relative to the largest: sums over r² pixels in another order
 
 
@@ -44,7 +47,7 @@ class _Data:
     run: Run
 
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ImageTask:
-        """`images`: `parent_images` or `child_images`."""
+        """`images`: `parent_images` or `child_images`, which a network without morphs may be given too."""
         return ImageTask(
             net.network,
             images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
@@ -53,16 +56,18 @@ class _Data:
             memory_budget=self.run.memory_budget,
             balanced=self.config.balanced,
             batch=max(stage.batch_size for stage in stages),
-            record=classifier_record("morphhr", self.config, self.target, morphs=net.recipe.to_json()),
+            record=classifier_record(
+                "morphhr", self.config, self.target, morphs=net.recipe.to_json(), full=images is child_images
+            ),
             split=self.run.group.split,
         )
 
 
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
-    """The parent or child of a checkpoint's record, and what opens images for it."""
+    """The network of a checkpoint's record, and what opens images for it."""
     config, recipe = from_plain(record["config"], Config, "checkpoint"), Recipe.from_json(record["morphs"])
     network = create_model(config.model, len(record["classes"]), config.channels)
-    images = child_images if recipe.morphs else parent_images
+    images = child_images if record["full"] else parent_images
     return apply(recipe, network), lambda records: images(records, config)
 
 
@@ -81,34 +86,41 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         MorphError: the network has no front that could be exact.
         GigamorphError: a loss that is not finite, or a folder that holds another run.
     """
-    parts, target = read_target(table, config.task, config.labels, run.seed)
+    parts, target = read_target(table, config.task, config.labels, config, run)
+    if set(target.names) & set(FINDINGS) and any(up_down for _, up_down in mirrorings(config.augment)):
+        raise GigamorphError(
+            "the labels are those of chest radiographs, none of which is upside down; say flip=left-right in augment"
+        )
+    weights = find_weights(config.weights, config.mean, config.std, run)
     begin(run, "morphhr", config, [record for part in parts.values() for record in part])
     data = _Data(parts, target, config, run)
     torch.manual_seed(run.seed)
-    parent = Grown(
-        create_model(config.model, len(target.names), config.channels, config.weights), channels=config.channels
-    )
+    parent = Grown(create_model(config.model, len(target.names), config.channels), channels=config.channels)
+    if weights is not None:
+        load_pretrained(parent.network, weights)
     run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
     task = data.task(parent, parent_images, config.low)
     trained = run_stages(task, config.low, run.part("parent"))
     metrics: dict[str, Any] = {}
     if "finetune" in config.arms:
         metrics["finetune"] = _results(data, task, parent_images, trained, "parent")
-    for arm in ("scratch", "morph"):
+    for arm in ("direct", "scratch", "morph"):
         if arm not in config.arms:
             continue
         torch.manual_seed(run.seed)
-        child, reports = grow(copy.deepcopy(parent), config, run.seed, renew=arm == "scratch")
+        child, stages = copy.deepcopy(parent), (arm == "direct" and config.direct) or config.high
+        if arm != "direct":
+            child, reports = grow(child, config, run.seed, renew=arm == "scratch")
         if arm == "morph":
             for line in reports[-1].changes if not config.widen else reports[0].changes:
                 run.say(line)
             metrics["difference"] = _compare(data, parent, child)
-        run.say(f"training the {'morphed child' if arm == 'morph' else 'child with a new front'} at full resolution")
-        task = data.task(child, child_images, config.high)
-        trained = run_stages(task, config.high, run.part(arm))
+        run.say(f"training {_TOLD[arm]} at full resolution")
+        task = data.task(child, child_images, stages)
+        trained = run_stages(task, without_decay(stages, child.network), run.part(arm))
         save_network(run.out / arm / "model.safetensors", child)
         metrics[arm] = _results(data, task, child_images, trained, arm)
-    last = next(arm for arm in ("morph", "scratch", "finetune") if arm in config.arms)
+    last = next(arm for arm in ("morph", "scratch", "direct", "finetune") if arm in config.arms)
     return finish(run, {"auc": metrics[last]["auc"], **metrics})
 
 
@@ -137,7 +149,7 @@ def _results(data: _Data, task: ImageTask, images: Any, trained: Trained, folder
     found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
     predictions = {}
     if data.parts["test"]:
-        flips = FLIPS if data.config.flips else PLAIN
+        flips = mirrorings(data.config.augment) if data.config.flips else PLAIN
         cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
         write_cases(data.run.out / folder / "test.csv", cases)
         found |= _scores(cases)

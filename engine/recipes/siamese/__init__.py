@@ -2,7 +2,7 @@
 
 from ..recipe import Recipe
 from .config import SiameseConfig
-from .synthetic import synthetic
+from .synthetic import SYNTHETIC
 from .train import train
 
 RECIPE = Recipe(
@@ -14,7 +14,7 @@ RECIPE = Recipe(
     "pairs differ, and that teaches the networks. They find lesions and start patch classifiers.",
     config=SiameseConfig,
     train=train,
-    synthetic=synthetic,
+    synthetic=SYNTHETIC,
 )
 
-__all__ = ["RECIPE", "SiameseConfig", "synthetic", "train"]
+__all__ = ["RECIPE", "SiameseConfig", "train"]

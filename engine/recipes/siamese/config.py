@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import GigamorphError
+from ..splits import SplitOf
 
 Start = Literal["siamese", "scratch", "weights", "simclr", "byol"]
 
@@ -15,12 +16,14 @@ class SiameseConfig:
     """Pairs, networks, soft labels, and what is measured downstream."""
 
     model: str = "resnet18"
-    weights: str | None = None
+    weights: str = "random"
     layer: str = "layer4"
     channels: int = 1
     mean: tuple[float, ...] = (0.3,)
     std: tuple[float, ...] = (0.2,)
     voi: str = "auto"
+    split: SplitOf = "table"
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
 
     mirror: Literal["auto", "table"] = "auto"
     skip_unpaired: bool = False
@@ -51,7 +54,7 @@ class SiameseConfig:
     momentum: float = 0.996
     hidden: int = 4096
     crop: float = 0.2
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    labelled: tuple[float, ...] = (0.01, 0.1, 1.0)
     probe_epochs: int = 30
     maps: bool = True
 
@@ -60,11 +63,11 @@ class SiameseConfig:
             raise GigamorphError("patch and stride must be at least 1, tissue a share from 0 to 1")
         if not 0 < self.least_share <= self.most_share < 1:
             raise GigamorphError("least_share and most_share must be shares between 0 and 1, the least first")
-        if not self.fractions or not all(0 < f <= 1 for f in self.fractions):
-            raise GigamorphError("fractions must be shares of the labelled patches, above 0 and not above 1")
+        if not self.labelled or not all(0 < f <= 1 for f in self.labelled):
+            raise GigamorphError("labelled must be shares of the labelled patches, above 0 and not above 1")
         if len(set(self.starts)) < len(self.starts):
             raise GigamorphError("starts must name each start once")
-        if "weights" in self.starts and self.weights is None:
-            raise GigamorphError('starts names "weights", but none are given; set weights to a file, or to "timm"')
+        if "weights" in self.starts and self.weights == "random":
+            raise GigamorphError('starts names "weights", but they are random; set weights to a file, or to "timm"')
         if not (self.temperature > 0 and 0 <= self.momentum < 1 and 0 < self.crop <= 1 and self.hidden >= 1):
             raise GigamorphError("wanted: temperature > 0, 0 <= momentum < 1, 0 < crop <= 1 and hidden >= 1")

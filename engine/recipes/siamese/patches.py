@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...errors import DataError
 from ...files import write_atomically
@@ -21,6 +23,7 @@ from .config import SiameseConfig
 from .pairs import Pair, open_side
 from .register import breast_mask, downsampled, registered
 
+_FULL = 65535
 _SMALL = 16  # a cell's tissue is judged on blocks of this many parts of its side
 
 
@@ -68,16 +71,22 @@ class PatchFile:
 
     pair: Pair
     path: Path
-    """float32 (n, 2, C, h, w), as ``.npy``."""
+    """uint16 (n, 2, h, w), grey values from 0 to 65535, as ``.npy``."""
     cells: NDArray[np.int64]
     """(n, 2): top and left."""
     boxes: NDArray[np.float64]
     """(2, n, 4): where they are in the files of left and right; left, top, right, bottom."""
+    config: SiameseConfig
 
-    @property
-    def patches(self) -> NDArray[np.float32]:
+    def open(self) -> NDArray[np.uint16]:
         """A memory map, of which only what is taken is read."""
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    def normalised(self, pixels: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """Pixels (..., h, w) as networks take them: float32 (..., C, h, w)."""
+        mean, std = (np.array(own, np.float32)[:, None, None] for own in (self.config.mean, self.config.std))
+        found = (pixels[..., None, :, :] * np.float32(1 / _FULL) - mean) / std
+        return np.broadcast_to(found, (*pixels.shape[:-2], self.config.channels, *pixels.shape[-2:])).copy()
 
 
 def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
@@ -87,7 +96,7 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
         DataError: an image that cannot be read, or in which there is no breast.
     """
     names = ("mean", "std", "voi", "mirror", "registration", "patch", "stride", "tissue", "channels")
-    key = json.dumps([getattr(config, name) for name in names])
+    key = json.dumps(["uint16", *(getattr(config, name) for name in names)])
     digests = [f"{image_digest(record.path)} {record.frame}" for record in (pair.left, pair.right)]
     path = folder / f"{hashlib.sha256(' '.join([key, *digests]).encode()).hexdigest()}.npy"
     places = path.with_suffix(".npz")
@@ -95,15 +104,17 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
         left, right = sources_of(pair, config)
         cells = cells_of(left, right, config)
         side = config.patch
-        found = np.empty((len(cells), 2, config.channels, side, side), np.float32)
+        found = np.empty((len(cells), 2, side, side), np.uint16)
         for index, (top, x) in enumerate(cells.tolist()):
             for number, source in enumerate((left, right)):
-                found[index, number] = source.read(top, top + side, x, x + side).numpy()
+                # All channels of an image are its grey values.
+                grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
+                found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
         boxes = np.array([_original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
         _save(path, lambda file: np.save(file, found))
         _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
     with np.load(places, allow_pickle=False) as stored:
-        return PatchFile(pair, path, stored["cells"], stored["boxes"])
+        return PatchFile(pair, path, stored["cells"], stored["boxes"], config)
 
 
 def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -121,7 +132,7 @@ def _original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) ->
 
 
 class PatchPairs(Sequence[NDArray[Any]]):
-    """All patches of pairs in their order, (2, C, h, w) each; a patch is read when it is asked for."""
+    """All patches of pairs in their order, float32 (2, C, h, w) each; a patch is read when it is asked for."""
 
     def __init__(self, files: Sequence[PatchFile]) -> None:
         self.files = [file for file in files if len(file.cells)]
@@ -136,8 +147,8 @@ class PatchPairs(Sequence[NDArray[Any]]):
     def __getitem__(self, index: Any) -> Any:
         number, place = self.where(index)
         if self._open is None or self._open[0] != number:
-            self._open = number, self.files[number].patches
-        return np.array(self._open[1][place])
+            self._open = number, self.files[number].open()
+        return self.files[number].normalised(self._open[1][place])
 
     def where(self, index: int) -> tuple[int, int]:
         """Which file a patch is in, and its place there."""
@@ -148,3 +159,28 @@ class PatchPairs(Sequence[NDArray[Any]]):
     def patients(self) -> list[str]:
         """Of every patch."""
         return [file.pair.left.patient_id for file in self.files for _ in file.cells]
+
+
+class SinglePatches:
+    """Patches of both breasts, one by one, read when they are asked for: by a slice or a list, float32 (n, C, h, w)."""
+
+    def __init__(self, files: Sequence[PatchFile], places: Sequence[tuple[int, int, int]] | None = None) -> None:
+        self.files = files
+        self.places = (
+            [(f, side, cell) for f, file in enumerate(files) for side in range(2) for cell in range(len(file.cells))]
+            if places is None
+            else list(places)
+        )
+        """Of each: its file, 0 for left and 1 for right, and its cell."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, chosen: slice | Sequence[int]) -> Tensor:
+        places = self.places[chosen] if isinstance(chosen, slice) else [self.places[i] for i in chosen]
+        found = [self.files[f].normalised(self.files[f].open()[cell, side]) for f, side, cell in places]
+        return torch.from_numpy(np.stack(found))
+
+    def take(self, chosen: Sequence[int]) -> SinglePatches:
+        """Some of them, which are not read yet."""
+        return SinglePatches(self.files, [self.places[i] for i in chosen])

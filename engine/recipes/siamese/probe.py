@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
 from ..features import evaluating
-from ..tensors import TensorTask, logits_of
+from ..tensors import Inputs, TensorTask, logits_of
 from .augment import mirrored
 from .config import SiameseConfig
 from .network import Embedding
@@ -40,15 +41,17 @@ class Classifier(nn.Module):
 
 
 class _Features(nn.Module):
-    def __init__(self, embedding: Embedding) -> None:
+    """Features of patches that are mirrored along some axes."""
+
+    def __init__(self, embedding: Embedding, axes: Sequence[int] = ()) -> None:
         super().__init__()
-        self.embedding = embedding
+        self.embedding, self.axes = embedding, list(axes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.embedding.features(x)
+        return self.embedding.features(x.flip(self.axes))
 
 
-def probed(embedding: Embedding, x: Tensor, y: Tensor, test: Tensor) -> NDArray[np.float64]:
+def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[np.float64]:
     """Log-odds (n,) of test patches, by logistic regression on the frozen encoder's features of labelled ones.
 
     It learns from the four mirrorings of each labelled patch, as fine-tuning does; a test patch is seen as it is.
@@ -58,16 +61,15 @@ def probed(embedding: Embedding, x: Tensor, y: Tensor, test: Tensor) -> NDArray[
     """
     if len(y.unique()) < 2:
         raise DataError("the labelled patches have one class only; a probe needs patches with and without a finding")
-    network = _Features(embedding)
-    with evaluating(network):
-        features = torch.cat([logits_of(network, x.flip(axes)) for axes in _MIRRORINGS]).numpy()
-        others = logits_of(network, test).numpy()
+    with evaluating(embedding):
+        features = torch.cat([logits_of(_Features(embedding, axes), x) for axes in _MIRRORINGS]).numpy()
+        others = logits_of(_Features(embedding), test).numpy()
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000))
     return model.fit(features, y.repeat(len(_MIRRORINGS)).numpy()).decision_function(others)
 
 
 def fine_tuned(
-    embedding: Embedding, x: Tensor, y: Tensor, test: Tensor, config: SiameseConfig, run: Run
+    embedding: Embedding, x: Inputs, y: Tensor, test: Inputs, config: SiameseConfig, run: Run
 ) -> NDArray[np.float64]:
     """Log-odds (n,) of test patches, by a copy of the encoder, all of which has learnt from the labelled ones."""
     torch.manual_seed(seed_of(run.seed, 7))

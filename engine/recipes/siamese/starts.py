@@ -15,6 +15,7 @@ from ...models import create_model
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
+from ..weights import find_weights, load_pretrained
 from .byol import BYOLTask
 from .config import SiameseConfig
 from .network import Embedding
@@ -30,7 +31,10 @@ def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool 
     if weights and config.weights == "timm":
         network = _of_timm(config)
     else:
-        network = create_model(config.model, 2, config.channels, config.weights if weights else None)
+        network = create_model(config.model, 2, config.channels)
+        path = find_weights(config.weights, config.mean, config.std) if weights else None
+        if path is not None:
+            load_pretrained(network, path)
     return Embedding(network, config.layer, config.dim, config.channels, config.patch).to(run.device)
 
 

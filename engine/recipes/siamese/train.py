@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...accelerate import accelerate
-from ...datasets.splits import assign_splits
 from ...datasets.tables import SPLITS, Finding, Record, read_table
 from ...dense import write_map
 from ...evaluate.roc import auc
@@ -23,10 +22,12 @@ from ...train.stages import Stage
 from ..card import recipe_card
 from ..features import evaluating
 from ..recipe import begin, finish
+from ..splits import split_records
+from ..weights import find_weights
 from .config import SiameseConfig
 from .network import AsymmetryMap, Embedding
 from .pairs import Pair, StackedSource, find_pairs
-from .patches import PatchFile, PatchPairs, sources_of, write_patches
+from .patches import PatchFile, PatchPairs, SinglePatches, sources_of, write_patches
 from .probe import fine_tuned, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
@@ -44,10 +45,12 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
     """
     read = read_table(table, labels=False)
-    records = assign_splits(read.records, seed=run.seed)
+    records = split_records(read.records, config, run, validation=False)
     pairs = {name: [] for name in SPLITS}
     for pair in find_pairs(records, skip_unpaired=config.skip_unpaired):
         pairs[str(pair.left.split)].append(pair)
+    if config.weights != "timm":
+        find_weights(config.weights, config.mean, config.std, run)
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
     patches = PatchPairs(files["train"])
@@ -130,13 +133,13 @@ def _downstream(
         return "the table has no findings in patches of both the train and the test split"
     starts = make_starts(network, patches, config, run)
     rows = []
-    for fraction in config.fractions:
+    for fraction in config.labelled:
         chosen = _fraction(y, fraction, run.seed)
         for name, start in starts.items():
             own = run.part(f"probe/{name}_{fraction}")
             scores = {
-                "probe": probed(start, x[chosen], y[chosen], test),
-                "fine_tuned": fine_tuned(start, x[chosen], y[chosen], test, config, own),
+                "probe": probed(start, x.take(chosen.tolist()), y[chosen], test),
+                "fine_tuned": fine_tuned(start, x.take(chosen.tolist()), y[chosen], test, config, own),
             }
             found = {key: auc(test_y.numpy(), value) for key, value in scores.items()}
             rows.append({"fraction": fraction, "patches": len(chosen), "start": name, **found})
@@ -153,16 +156,12 @@ def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-def _labelled(files: Sequence[PatchFile]) -> tuple[Tensor, Tensor]:
+def _labelled(files: Sequence[PatchFile]) -> tuple[SinglePatches, Tensor]:
     """Single patches of both breasts, and whether the middle of a finding's box is in them."""
-    patches, labels = [], []
-    for file in files:
-        for number, record in enumerate((file.pair.left, file.pair.right)):
-            patches.append(file.patches[:, number])
-            labels += [_has_finding(box, record) for box in file.boxes[number]]
-    if not patches:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64)
-    return torch.from_numpy(np.concatenate(patches)), torch.tensor(labels, dtype=torch.int64)
+    patches = SinglePatches(files)
+    sides = [(file.pair.left, file.pair.right) for file in files]
+    labels = [_has_finding(files[f].boxes[side][cell], sides[f][side]) for f, side, cell in patches.places]
+    return patches, torch.tensor(labels, dtype=torch.int64)
 
 
 def _has_finding(box: np.ndarray, record: Record) -> int:

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captures import Watch, poison, storage
 from exactness import LIMIT, assert_exact, errors, named, randomize, step, step_errors
 from hypothesis import HealthCheck, assume, given, settings
 from random_net import Program, examples, programs
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate, dense_loss, kernels, plan
-from gigamorph.engine.cuda_graphs import buffers, replay, signature
+from gigamorph.engine.cuda_graphs import buffers, recording, replay, signature, whole
 from gigamorph.engine.execution import forward
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
@@ -36,34 +36,6 @@ if not torch.cuda.is_available():
     interpreter.install()
 
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-# A graph repeats work on the device: not what the host makes, nor what depends on what it reads.
-FROM_HOST = {"aten._local_scalar_dense", "aten.lift_fresh", "aten.nonzero", "aten.item", "aten.masked_select"}
-
-
-def storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class Watch(TorchDispatchMode):
-    """Fails on ops that a CUDA graph could not repeat with new inputs."""
-
-    def __init__(self, allowed: set[int]):
-        super().__init__()
-        self.allowed = allowed
-        self.made: list[Tensor] = []  # held, so that no storage's address is given away twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).rsplit(".", 1)[0]
-        assert name not in FROM_HOST, f"{name} cannot be captured"
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor) and tensor.dim():  # numbers are wrapped in tensors without dimensions
-                assert storage(tensor) in self.allowed, f"{name} reads a tensor that is not static: {tensor.shape}"
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.made.append(tensor)
-                self.allowed.add(storage(tensor))
-        return result
 
 
 class Remembered:
@@ -72,7 +44,7 @@ class Remembered:
     def __init__(self) -> None:
         self.on = True
         self.captured = self.replayed = 0
-        self.benches: list[replay.Bench] = []
+        self.benches: list[recording.Bench] = []
 
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -95,22 +67,13 @@ class Remembered:
         return again
 
 
-def poison(tensor: Tensor) -> None:
-    if tensor.dtype.is_floating_point:
-        tensor.fill_(torch.nan)
-    elif tensor.dtype == torch.bool:
-        tensor.logical_not_()
-    else:
-        tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-
 @pytest.fixture
 def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
-    """Tiles are replayed on the CPU while `on`."""
+    """Tiles that are alike are replayed on the CPU while `on`, however few there are."""
     executor = Remembered()
     plain_load = buffers.GraphBuffers.load
 
-    class Bench(replay.Bench):
+    class Bench(recording.Bench):
         def __init__(self, *args: Any):
             super().__init__(*args)
             executor.benches.append(self)
@@ -121,6 +84,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
         plain_load(self, tensors)
 
     monkeypatch.setattr(replay, "Bench", Bench)
+    monkeypatch.setattr(whole, "MOST_TILES", 0)
     monkeypatch.setattr(buffers.GraphBuffers, "load", load)
     monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))
@@ -307,7 +271,7 @@ def test_recordings_are_few(remembered: Remembered, monkeypatch: pytest.MonkeyPa
     x = image(101, 86)
     first = step(net, x)
     (bench,) = remembered.benches
-    monkeypatch.setattr(replay, "MOST_RECORDINGS", len(bench.recordings))
+    monkeypatch.setattr(recording, "MOST_RECORDINGS", len(bench.recordings))
     oldest, *others = list(bench.recordings)
     i, j = oldest[1]
     bench.recording(i, j, ("another output", (i, j)), lambda recording: None)
@@ -428,7 +392,7 @@ def test_a_stale_input_is_seen(remembered: Remembered, monkeypatch: pytest.Monke
 
 def test_a_tensor_of_the_step_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the work reads a vector where this step has it."""
-    monkeypatch.setattr(replay.Bench, "vectors", lambda bench: {v: t.clone() for v, t in kept.items()})
+    monkeypatch.setattr(recording.Bench, "vectors", lambda bench: {v: t.clone() for v, t in kept.items()})
     kept: dict[int, Tensor] = {}
     begin = replay.Replays.forward
 
@@ -451,7 +415,7 @@ def test_a_capture_that_fails_leaves_the_tile_op_by_op(
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(remembered, "capture", capture)
-    replay._warn_once.cache_clear()
+    buffers.warn_once.cache_clear()
     model, x = build().double(), image(60, 60).double()
     wanted = step(copy.deepcopy(model), x)
     net = accelerate(model, tile=8)

@@ -1,5 +1,6 @@
 """What the network sees, as files, as figures and as a picture."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import imagecodecs
@@ -8,14 +9,15 @@ import numpy as np
 import pydicom
 import pytest
 
-from gigamorph.engine.datasets.convert import convert_images
 from gigamorph.engine.datasets.dataset import open_record
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.preview import preview, thumbnail, write_preview
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
-from gigamorph.engine.errors import DataError
+from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.predict.convert import convert_images
+from gigamorph.engine.predict.options import RunOptions
 
 
 def whole(path: Path, **options: object) -> np.ndarray:
@@ -32,15 +34,9 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 
 @pytest.mark.parametrize("file_format", ["tiff", "png"])
 def test_images_boxes_and_masks_move_together(phantoms: list[Record], tmp_path: Path, file_format: str) -> None:
-    done = []
-    records, errors = convert_images(
-        phantoms,
-        tmp_path,
-        file_format=file_format,
-        on_done=lambda: done.append(1),  # pyright: ignore[reportArgumentType]
-    )
+    records, errors, found = convert_images(phantoms, tmp_path, file_format=file_format)  # pyright: ignore[reportArgumentType]
     assert errors == []
-    assert len(done) == len(records) == 16
+    assert found.done == len(records) == 16 and found.complete
     affected = 0
     for before, after in zip(phantoms, records, strict=True):
         assert (after.label, after.patient_id, after.split) == (before.label, before.patient_id, before.split)
@@ -63,7 +59,7 @@ def test_images_boxes_and_masks_move_together(phantoms: list[Record], tmp_path: 
 def test_outlines_move_and_names_stay_apart(tmp_path: Path) -> None:
     paths = [lookalikes.dicom(tmp_path / folder / "1-1.dcm", PatientOrientation=["P", "L"]) for folder in "ab"]
     finding = Finding(outline=((1.0, 2.0), (3.0, 4.0), (5.0, 2.5)), box=(1, 6, 2, 5))
-    records, _ = convert_images([Record(path, 0, "p", findings=(finding,)) for path in paths], tmp_path / "out")
+    records, _, _ = convert_images([Record(path, 0, "p", findings=(finding,)) for path in paths], tmp_path / "out")
     assert [record.path.name for record in records] == ["1-1.tif", "1-1-2.tif"]
     assert [record.extra["source"] for record in records] == ["a/1-1.dcm", "b/1-1.dcm"]
     assert records[0].findings[0].outline == ((1.0, 38.0), (3.0, 36.0), (5.0, 37.5))
@@ -77,11 +73,12 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
     mask.write_bytes(imagecodecs.png_encode(np.zeros((3, 3), np.uint8)))
     masks = mask, tmp_path / "absent.png"
     bad = [Record(cut, 0, "p"), *(Record(phantoms[1].path, 0, "p", findings=(Finding(mask=m),)) for m in masks)]
-    records, errors = convert_images([bad[0], phantoms[0], *bad[1:]], tmp_path / "out", workers=1)
+    options = RunOptions("", max_failures=1.0, workers=0)
+    records, errors, _ = convert_images([bad[0], phantoms[0], *bad[1:]], tmp_path / "out", options=options)
     assert [record.path.stem for record in records] == [phantoms[0].path.stem]
-    assert "cut.dcm: is truncated" in str(errors[0])
-    assert "mask.png: is 3 x 3, its image 600 x 530" in str(errors[1])
-    assert "absent.png: cannot be read (No such file or directory)" in str(errors[2])
+    assert "cut.dcm: is truncated" in errors[0]
+    assert "mask.png: is 3 x 3, its image 600 x 530" in errors[1]
+    assert "absent.png: cannot be read (No such file or directory)" in errors[2]
 
 
 def test_files_of_one_name_are_called_after_patient_side_and_view(tmp_path: Path) -> None:
@@ -90,7 +87,7 @@ def test_files_of_one_name_are_called_after_patient_side_and_view(tmp_path: Path
     paths = [lookalikes.dicom(tmp_path / "in" / f"{n}" / "1-1.dcm") for n in range(4)]
     records = [Record(path, 0, *names[:1], None, *names[1:]) for path, names in zip(paths, views, strict=True)]
     records.append(Record(lookalikes.dicom(tmp_path / "in" / "4" / "own.dcm"), 0, "p", None, "L", "CC"))
-    found, _ = convert_images(records, tmp_path / "out")
+    found, _, _ = convert_images(records, tmp_path / "out")
     assert [record.path.stem for record in found] == [
         "P_00001_L_CC",
         "P_00001_L_MLO",
@@ -103,7 +100,7 @@ def test_files_of_one_name_are_called_after_patient_side_and_view(tmp_path: Path
 
 def test_what_is_converted_is_not_mirrored_again(phantoms: list[Record], tmp_path: Path) -> None:
     """A table of PNG files says the side of the breast, and images that are mirrored already lie differently."""
-    records, _ = convert_images(phantoms[:8], tmp_path)
+    records, _, _ = convert_images(phantoms[:8], tmp_path)
     table = read_table(write_table(tmp_path / "t.csv", records, ["0", "1"])).records
     for before, after in zip(phantoms, table, strict=False):
         assert (after.chest_wall, after.white) == ("left", None)
@@ -117,8 +114,38 @@ def test_what_is_converted_is_not_mirrored_again(phantoms: list[Record], tmp_pat
     np.testing.assert_array_equal(plain, stored[:, ::-1])
     assert not list((tmp_path / "out").rglob("*.part"))
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(GigamorphError, match="cannot be written"):
         convert_images(phantoms[:1], tmp_path / "file")
+
+
+def test_a_conversion_goes_on_where_it_was_and_is_shared_out(phantoms: list[Record], tmp_path: Path) -> None:
+    """As a prediction does; records are the same as those of one run, masks and boxes too."""
+    few = phantoms[:5]
+    cut = tmp_path / "cut.dcm"
+    cut.write_bytes(few[0].path.read_bytes()[:9000])
+    given = [*few[:2], Record(cut, 0, "p"), *few[2:], few[0]]
+    whole, _, _ = convert_images(given, tmp_path / "whole")
+    here = RunOptions("", workers=0)
+    with pytest.raises(DataError, match=r"cut\.dcm: is truncated"):
+        convert_images(given, tmp_path / "out", options=here)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "images").iterdir()}
+    assert len(written) == 2
+    with pytest.raises(GigamorphError, match="was begun with --images tiff; go on with that"):
+        convert_images(given, tmp_path / "out", file_format="png", options=replace(here, resume=True))
+    forgiving = replace(here, max_failures=0.5, resume=True)
+    records, errors, found = convert_images(given, tmp_path / "out", options=forgiving)
+    assert found.computed == 3 and len(errors) == 1 and "cut.dcm" in errors[0]
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+    def below(found: list[Record]) -> list[Record]:
+        return [replace(record, path=Path(record.path.name), findings=()) for record in found]
+
+    assert below(records) == below(whole) and len(records) == 6 and records[0] == records[-1]
+    assert [[f.box for f in r.findings] for r in records] == [[f.box for f in r.findings] for r in whole]
+    shared = [
+        convert_images(given, tmp_path / "shards", options=replace(forgiving, shard=(number, 2))) for number in (1, 2)
+    ]
+    assert [found.complete for _, _, found in shared] == [False, True] and below(shared[1][0]) == below(whole)
 
 
 @pytest.mark.parametrize("file_format", ["tiff", "png"])
@@ -127,7 +154,7 @@ def test_no_identifier_gets_into_what_is_written(tmp_path: Path, file_format: st
     convert_images([Record(path, 0, "p")], tmp_path / "out", file_format=file_format)  # pyright: ignore[reportArgumentType]
     write_preview(open_pixels(path), tmp_path / "out" / "preview.png")
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert len(files) == 2
+    assert len([file for file in files if file.suffix in (".tif", ".png")]) == 2
     for file in files:
         content = file.read_bytes()
         assert [value for value in lookalikes.SECRETS.values() if value.encode() in content] == []

@@ -91,6 +91,23 @@ def test_cbis_ddsm(tmp_path: Path, nbia: bool, old: bool) -> None:
     assert read_data_set("cbis-ddsm", tmp_path).records[0].findings[0].mask is None
 
 
+@pytest.mark.parametrize(
+    ("grade", "labels"),
+    [
+        ("1", {"suspicious": 0, "suspicious_without_3": 0}),
+        ("3", {"suspicious": 0}),
+        ("4b", {"suspicious": 1, "suspicious_without_3": 1}),
+        ("0", {}),
+    ],
+)
+def test_birads_3_of_inbreast_may_be_left_out(tmp_path: Path, grade: str, labels: dict[str, float]) -> None:
+    header = "Patient ID;Patient age;Laterality;View;Acquisition date;File Name;ACR;Bi-Rads\r\n"
+    (tmp_path / "INbreast.csv").write_text(header + f"removed;removed;Right;CC;201001;22678622;4;{grade}\r\n")
+    table = read_data_set("inbreast", tmp_path, label="suspicious_without_3", check_files=False)
+    assert table.records[0].labels == labels
+    assert table.records[0].label == labels.get("suspicious_without_3", -1)  # -1 goes to unlabelled.csv
+
+
 @pytest.mark.parametrize("excel", [False, True])
 def test_inbreast(tmp_path: Path, excel: bool) -> None:
     if excel:
@@ -111,6 +128,8 @@ def test_inbreast(tmp_path: Path, excel: bool) -> None:
     assert (second.view, second.density, second.birads, second.label) == ("MLO", None, "1", 0)
     third = records["20586908_6c613a14b80a8591_MG_L_CC_ANON"]
     assert (third.density, third.birads, third.label, third.findings) == ("B", "6", 1, ())
+    labels = {first.birads: first.labels["suspicious_without_3"], second.birads: second.labels["suspicious_without_3"]}
+    assert labels == {"4A": 1, "1": 0}
     (tmp_path / "AllXML" / "22678622.xml").write_text("<plist>")
     with pytest.raises(DataError, match=r"22678622\.xml: is no list of outlines"):
         read_data_set("inbreast", tmp_path)

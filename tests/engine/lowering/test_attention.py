@@ -62,6 +62,18 @@ def test_keys_that_are_parameters():
     assert_exact(network(Fixed()), image(1), tile=(6, 7))
 
 
+class Plain(nn.Module):
+    """One tensor is queries, keys and values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, key=y, value=y).transpose(1, 2).reshape(x.shape)
+
+
+def test_one_tensor_as_queries_keys_and_values():
+    assert_exact(network(Plain()), image(), tile=(6, 7))
+
+
 class Causal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.flatten(2).transpose(1, 2)

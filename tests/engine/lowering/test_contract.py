@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.ops import Whole
 from gigamorph.engine.lowering.ops.contract import _labels
-from gigamorph.engine.lowering.stages import sort
+from gigamorph.engine.lowering.sorting import sort
 
 
 class Contraction(nn.Module):

@@ -170,6 +170,23 @@ def test_inference(fused_with_stock_ops: None, tile: int) -> None:
         torch.testing.assert_close(accelerate(model, tile=tile)(x), model(x), rtol=1e-12, atol=1e-13)
 
 
+def test_inference_of_a_pair_that_adds_its_own_input(fused_with_stock_ops: None) -> None:
+    """The first convolution reads a window of it, the sum its pixels."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return (self.b(self.a(x).relu()) + x).mean((2, 3))
+
+    model, x = Sum().double(), image(40, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(model, tile=24)(x), model(x), rtol=1e-12, atol=1e-13)
+
+
 def assert_like_stock(model: nn.Module, x: Tensor, tile: int) -> None:
     """Outputs and parameter gradients; the image wants none."""
     expected, got = step(model, x, image_gradient=False), step(accelerate(model, tile=tile), x, image_gradient=False)
@@ -255,7 +272,7 @@ class TestFusing:
         assert names == ["fused_conv2d", "layer_norm", *block, "layer_norm", "fused_conv2d", *block, *block]
 
     def test_who_masks(self) -> None:
-        """Readers apply the slope where all of them are convolutions or pools; a summand's gradient is not masked."""
+        """Readers apply the slope where all of them are convolutions or pools, or the first gathers their gradients."""
         model = nn.Sequential(build().stem, Block(8, 8, 8, 1), Block(8, 8, 8, 1), Block(8, 8, 16, 2)).double().eval()
         x = image(64, 64)
         masked: list[bool] = []
@@ -270,8 +287,8 @@ class TestFusing:
             accelerate(model, tile=64)(x.requires_grad_())
         finally:
             FusedConv.forward = staticmethod(plain)
-        # stem; block 1: a, b, c (a summand of block 2); block 2: a, b, c; block 3: a, b, skip, c (the output)
-        assert masked == [True, True, True, False, True, True, True, True, True, False, False]
+        # stem; block 1: a, b, c (a summand of block 2, gathered); block 2: a, b, c; block 3: a, b, skip, c (the output)
+        assert masked == [True, True, True, True, True, True, True, True, True, False, False]
 
     def test_a_window_in_its_margin_is_no_copy(self) -> None:
         """Where a convolution leaves room, the window of the next lies in the same memory."""

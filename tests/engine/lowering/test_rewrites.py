@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine.capture.trace import capture
-from gigamorph.engine.lowering.rewrites import fold_batch_norm, in_place_runs
+from gigamorph.engine.lowering.folding import fold_batch_norm
+from gigamorph.engine.lowering.rewrites import in_place_runs
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.tiling.stage import TiledStage
 

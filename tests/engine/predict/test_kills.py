@@ -14,7 +14,7 @@ import pytest
 
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.predict import parts as parts_module
-from gigamorph.engine.predict import run as run_module
+from gigamorph.engine.predict import runner as run_module
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.run import Options, predict
 

@@ -179,6 +179,16 @@ def test_a_folder_that_is_not_this_runs_is_refused(table, tmp_path):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_came_to_nothing_is_in_nobodys_way(table, tmp_path):
+    with pytest.raises(DataError, match="damaged"):
+        (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY damaged")
+        predict(archives.stub, [tmp_path / "bad.npy"], tmp_path / "out", HERE)
+    warned = []
+    options = replace(HERE, model="another", identifiers=True)
+    assert predict(archives.stub, [table], tmp_path / "out", options, Watch(warn=warned.append)).done == 12
+    assert not warned and json.loads((tmp_path / "out" / "run.json").read_text())["model"] == "another"
+
+
 # ---- failures
 
 
@@ -355,11 +365,23 @@ def test_a_store_that_cannot_be_reached_and_a_file_that_is_not_there(table, serv
         predict(archives.stub, [f"{server}/none.npy"], tmp_path / "strict", HERE)
 
 
+def test_an_image_that_is_named_by_its_url_is_one_among_others(table, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    found = predict(archives.stub, [f"{server}/0001.npy", "http://127.0.0.1:9/a.dcm"], tmp_path / "out", FORGIVING)
+    assert (found.done, found.failed) == (1, 1)
+    assert "a.dcm: cannot be fetched (ClientConnectorError" in (tmp_path / "out" / "quarantine.csv").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_no_full_disk(table):
+    with pytest.raises(GigamorphError, match="/proc/none: cannot be written: No such file or directory; name another"):
+        predict(archives.stub, [table], "/proc/none", HERE)
+
+
 # ---- shards
 
 
 def index_of(sizes, shards):
-    with Index("m") as index:
+    with Index(lambda row: row.key("m")) as index:
         records = [
             Record(Path(f"{n}.npy"), -1, f"{n}", extra={"rows": str(size), "columns": "10"})
             for n, size in enumerate(sizes)
@@ -424,7 +446,9 @@ def test_a_device_that_is_slower_than_the_decoder_hardly_waits(table, tmp_path):
 
 
 def test_a_crowd_of_quick_images_goes_to_a_worker_together(table, tmp_path):
-    images = functools.partial(ImageDataset, channels=1)
+    def images(record, work):
+        return {**ImageDataset([record], channels=1)[0], "record": work.row.record}
+
     work = [Work(str(n), Row(Record(table.parent / f"{n % 12:04d}.npy", -1, "p"))) for n in range(200)]
     with Ahead(images, 1, 3, tmp_path) as ahead:
         found = list(ahead(work))
@@ -454,11 +478,11 @@ def test_patients_whom_only_headers_name_are_numbered_alike_after_a_resume(tmp_p
 
 
 def test_names_of_heat_maps_are_unique(tmp_path):
-    with Index("m") as index:
+    with Index(lambda row: row.key("m")) as index:
         paths = ["a/x.npy", "b/x.npy", "c/x-2.npy", "d/X.npy"]
         index.fill([Record(Path(path), -1, path) for path in paths], ["0"], check_files=False)
-        index.name_heatmaps()
-        assert [one.heatmap for one in index.work(1, failed=False)] == ["x", "x-2", "x-2-2", "X-3"]
+        index.name_files(lambda row: row.record.path.stem)
+        assert [one.name for one in index.work(1, failed=False)] == ["x", "x-2", "x-2-2", "X-3"]
 
 
 def test_a_file_whose_name_is_not_in_utf_8(tmp_path):

@@ -32,6 +32,21 @@ class Net(nn.Module):
 class Pair(Net):
     def forward(self, x):
         return super().forward(x), x
+
+class Maps(Net):
+    def forward(self, x):
+        return self.conv(x), x.mean()
+
+class Heads(Net):
+    # num_classes is of the head that is not the last one
+    def __init__(self, num_classes=2, in_channels=1):
+        super().__init__(num_classes, in_channels)
+        self.cancer = nn.Linear(4, 1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).relu()
+        z = y.mean((2, 3))
+        return {"heads": (self.fc(z), self.cancer(z)[:, 0]), "map": y, "loss": None}
 """
 SIZE = (72, 68)
 
@@ -108,6 +123,45 @@ def test_several_heads(here):
         imported(here, "other", heads=(("density", "softmax:A,B"),))
 
 
+@pytest.fixture
+def two_heads(here):
+    torch.manual_seed(0)
+    made = create_model("published_nets:Heads", 4).eval()
+    torch.save(made.state_dict(), here / "w.pt")
+    return made
+
+
+def test_tensors_in_containers_are_heads_side_by_side(here, two_heads):
+    """A dictionary with a tuple, a map and None; num_classes of another head than the last."""
+    said = []
+    folder = imported(here, source="published_nets:Heads", quiet=said)
+    description = read_description(folder)
+    assert said == ["Heads: takes heads.0, heads.1 of its outputs, not map (1 x 4 x 35 x 33)"]
+    assert description.model == "published_nets:Heads?num_classes=4#heads.0,heads.1"
+    names = ["heads.0_0", "heads.0_1", "heads.0_2", "heads.0_3", "heads.1"]
+    assert description.outputs.names == names
+    assert [head.activation for head in description.outputs.heads] == ["softmax", "sigmoid"]
+    again = create_model(str(folder)).eval()
+    image = torch.randn(2, 1, 60, 50)
+    with torch.no_grad():
+        four, one = two_heads(image)["heads"]
+        wanted = torch.cat([four, one[:, None]], 1)
+        assert torch.equal(again(image), wanted)
+        torch.testing.assert_close(accelerate(again, tile=32)(image), wanted)
+    assert list(again.state_dict()) == list(two_heads.state_dict())
+
+
+def test_one_of_several_outputs_is_named(here, two_heads):
+    """After #, or by the heads' names; the spec builds it wherever a network is named, without a folder too."""
+    density = read_description(imported(here, source="published_nets:Heads#heads.0", classes=tuple("ABCD")))
+    assert density.model == "published_nets:Heads#heads.0" and density.outputs.names == list("ABCD")
+    first = imported(here, "other", source="published_nets:Heads", heads=(("heads.1", "sigmoid"),))
+    assert create_model(str(first)).eval()(torch.zeros(3, 1, 40, 40)).shape == (3, 1)
+    assert create_model("published_nets:Heads#heads.0", 5)(torch.zeros(3, 1, 40, 40)).shape == (3, 5)
+    with pytest.raises(GigamorphError, match=r"2 outputs \(heads.0, heads.1\) of 5 numbers, --classes names 2"):
+        imported(here, "third", source="published_nets:Heads", classes=("density", "cancer"))
+
+
 def test_a_network_whose_logits_by_tiles_are_others_is_refused(here, monkeypatch):
     torch.save(network().state_dict(), here / "w.pt")
 
@@ -130,7 +184,9 @@ def test_bad_input_is_one_line_and_writes_nothing(here):
         "none.pt: no such weights file": {"weights": str(here / "none.pt")},
         "cannot take an image of 1 x 2 x 2": {"size": (2, 2)},
         "name its weights, --weights FILE": {"weights": None},
-        "gives a tuple for an image": {"source": "published_nets:Pair"},
+        "gives no row of numbers for an image, but 0 (1 x 4 x 35 x 33), 1 ()": {"source": "published_nets:Maps"},
+        "gives no row of numbers '1' for an image": {"source": "published_nets:Pair#1"},
+        "after # come the names": {"source": "published_nets:Pair#"},
         "'published_nets:Gone' cannot be imported": {"source": "published_nets:Gone"},
         "2 names (a, b) do not fit 3 outputs": {"classes": ("a", "b")},
     }

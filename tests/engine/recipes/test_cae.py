@@ -24,6 +24,7 @@ from gigamorph.engine.recipes.features import UpTo
 from gigamorph.engine.train.run import Run
 
 SMALL = CaeConfig(
+    weights="random",
     model="resnet18",
     layer="layer1",
     channels=1,
@@ -232,7 +233,7 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     records = [Record(path, index, f"P{index}", "train") for index, path in enumerate(mammograms)]
     records += [Record(real_data / "nih_chest_xray.png", 1, "P2", "test")]
     table = write_table(tmp_path / "real.csv", records, ["0", "1"])
-    config = replace(CaeConfig(), code_channels=(16,), epochs=2, batch_size=2)
+    config = replace(CaeConfig(), weights="random", code_channels=(16,), epochs=2, batch_size=2)
     metrics = train(table, config, Run(tmp_path / "run", seed=0, memory_budget=2**30))
     assert metrics["images"] == {"train": 2, "val": 0, "test": 1}
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3

@@ -39,3 +39,12 @@ def test_settings_and_figures(tmp_path):
     assert "name first, epochs 3, lr 0.001" in text and "name second, epochs 5, lr 1e-05" in text
     assert "- memory budget of a step: 1.00 GiB" in text and "| test | image | malignant | 30 | 15 |" in text
     assert "ecret" not in text
+
+
+def test_weights_are_told_by_their_published_names():
+    """Of others only that they were given; where they are random, that."""
+    from gigamorph.engine.recipes.card import _told
+
+    assert _told("weights", "/secret/resnet50-0676ba61.pth").startswith("resnet50-0676ba61.pth (https://")
+    assert _told("weights", "random") == "random, nothing was trained before"
+    assert _told("models", ({"name": "a", "weights": "w.pt"},)) == "name a, weights given"

@@ -1,4 +1,4 @@
-"""DVME: the published head, weights of published files, balanced subsets; the recipe on files, killed and resumed."""
+"""DVME: the published head, balanced subsets; the recipe on files, killed and resumed."""
 
 import json
 import sys
@@ -19,10 +19,11 @@ from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.dvme import DvmeConfig, ExtractorConfig, train
 from gigamorph.engine.recipes.dvme.compare import folder
-from gigamorph.engine.recipes.dvme.extractors import Extractor, load_backbone, make_extractor
+from gigamorph.engine.recipes.dvme.extractors import Extractor, make_extractor
 from gigamorph.engine.recipes.dvme.head import DVMEHead, SelfAttention
-from gigamorph.engine.recipes.dvme.protocols import Finetuning, Linear, measure
+from gigamorph.engine.recipes.dvme.protocols import Linear, measure
 from gigamorph.engine.recipes.dvme.subsets import draw_subset
+from gigamorph.engine.recipes.finetuning import Finetuning
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tensors import TensorTask
 from gigamorph.engine.train.loop import run_stages
@@ -148,46 +149,6 @@ def test_class_tokens_of_the_last_blocks():
         block.register_forward_hook(lambda m, i, out: tokens.append(vit.norm(out)[:, 0]))
     found = Extractor(vit, 2)(torch.randn(2, 3, 32, 32))
     torch.testing.assert_close(found, torch.cat(tokens[1:], 1))
-
-
-@pytest.mark.parametrize("form", ["plain", "vissl", "swav", "dino"])
-def test_published_files_of_weights(tmp_path, form):
-    torch.manual_seed(0)
-    state = make_extractor("resnet18", 3).network.state_dict()
-    below = {f"backbone.{name}": value for name, value in state.items()} | {"head.mlp.0.weight": torch.ones(2)}
-    head = {"projection_head.0.weight": torch.randn(3, 3), "prototypes.weight": torch.randn(2, 2)}
-    stored = {
-        "plain": state,
-        "vissl": {
-            "classy_state_dict": {
-                "base_model": {"model": {"trunk": {f"_feature_blocks.{k}": v for k, v in state.items()}, "heads": head}}
-            }
-        },
-        "swav": {f"module.{k}": v for k, v in (state | head).items()},
-        "dino": {"student": {}, "teacher": below},
-    }
-    torch.save(stored[form], tmp_path / "w.pth")
-    network = make_extractor("resnet18", 3).network
-    left_out = load_backbone(network, tmp_path / "w.pth")
-    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-    assert len(left_out) == {"plain": 0, "vissl": 0, "swav": 2, "dino": 1}[form]
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    network = make_extractor("resnet18", 3).network
-    state = network.state_dict()
-    for change, message in (
-        ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, r"conv1.weight is \(64, 1, 7, 7\), the network has \(64, 3"),
-        ({"extra.weight": torch.zeros(1)}, "extra.weight is not in the network"),
-    ):
-        torch.save({**state, **change}, tmp_path / "w.pth")
-        with pytest.raises(DataError, match=message):
-            load_backbone(network, tmp_path / "w.pth")
-    torch.save({"a": 1}, tmp_path / "w.pth")
-    with pytest.raises(DataError, match="holds no state_dict"):
-        load_backbone(network, tmp_path / "w.pth")
-    with pytest.raises(DataError, match="no such weights file"):
-        load_backbone(network, tmp_path / "none.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------- subsets
@@ -352,5 +313,5 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     assert list((tmp_path / "bad" / "embeddings").rglob("*.npy"))
     refused("another lr", error=GigamorphError, resume=True)
     missing = replace(SMALL, extractors=(ExtractorConfig("a", "resnet18", "none.pth"),))
-    with pytest.raises(DataError, match="no such weights file"):
+    with pytest.raises(GigamorphError, match=r"weights 'none.pth': no such file; name another"):
         train(table, missing, Run(tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""end2end: the sampler's rules, published shapes and stage tables, conversion, the runs, kills, bad tables."""
+"""end2end: the runs, kills, transfer, bad tables, real images."""
 
 import json
 from dataclasses import replace
@@ -7,260 +7,21 @@ import imagecodecs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gigamorph.cli.main import main
 from gigamorph.engine.accelerate import accelerate
-from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.evaluate.cases import Cases
-from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.models import create_model
-from gigamorph.engine.recipes import default_text
+from gigamorph.engine.morph.files import Grown
 from gigamorph.engine.recipes.classify import ImageTask
-from gigamorph.engine.recipes.end2end.config import CLASSES, Block, Config, Model, Sampling
-from gigamorph.engine.recipes.end2end.images import Window, lesions, resized, whole_images
-from gigamorph.engine.recipes.end2end.network import PatchNet, WholeNet, convert, features, top_blocks
-from gigamorph.engine.recipes.end2end.sampler import Lesion, Patch, breast_box, sample
-from gigamorph.engine.recipes.end2end.train import PatchTask, _patients, train
+from gigamorph.engine.recipes.end2end.config import Block, Config, Model, Sampling
+from gigamorph.engine.recipes.end2end.images import resized, whole_images
+from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features
+from gigamorph.engine.recipes.end2end.train import PatchTask, _front, _patients, train
 from gigamorph.engine.recipes.networks import open_classifier
-from gigamorph.engine.recipes.tta import FLIPS, averaged, predict
 from gigamorph.engine.train.run import Run
-from gigamorph.engine.train.stages import Stage, trainable_names
-
-# ---------------------------------------------------------------------------------------------------------- the sampler
-
-
-def share(mask, patch, side):
-    inside = np.zeros((mask.shape[0] + 2 * side, mask.shape[1] + 2 * side), bool)
-    inside[side:-side, side:-side] = mask
-    y, x = patch.top + side, patch.left + side
-    common = inside[y : y + side, x : x + side].sum()
-    return max(common / mask.sum(), common / side**2)
-
-
-@given(st.integers(0, 10**6), st.sampled_from([7, 16, 25]), st.integers(0, 3))
-@settings(max_examples=40)
-def test_patches_meet_the_rules(seed, side, count):
-    """Lesions at the border, tiny ones and overlapping ones too; background is checked against every lesion."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        y, x, h, w = rng.integers(0, 60), rng.integers(0, 50), rng.integers(1, 25), rng.integers(1, 25)
-        mask = np.zeros((64, 56), bool)
-        mask[y : y + h, x : x + w] = True
-        found.append(Lesion(mask, int(rng.integers(1, 5))))
-    wanted = Sampling(side=side, per_lesion=3, background=4)
-    box = (0, 64, 0, 56)
-    patches = sample(box, found, wanted, np.random.default_rng(seed))
-    assert patches == sample(box, found, wanted, np.random.default_rng(seed))
-    own, background = [p for p in patches if p.label], [p for p in patches if not p.label]
-    assert [p.label for p in own] == [lesion.label for lesion in found for _ in range(3)]
-    for i, patch in enumerate(own):
-        assert share(found[i // 3].mask, patch, side) > patch.cutoff and 0 <= patch.cutoff <= 0.9
-    assert len(background) <= 4 and (count or len(background) == 4)
-    for patch in background:
-        assert all(share(lesion.mask, patch, side) <= 0.35 for lesion in found)
-
-
-def test_s1_is_the_centroid_and_s10_lowers_its_cutoff_only_where_it_must():
-    mask = np.zeros((100, 100), bool)
-    mask[40:61, 20:31] = True
-    one = sample((0, 100, 0, 100), [Lesion(mask, 3)], Sampling(20, 1, 0), np.random.default_rng(0))
-    assert one == [Patch(40, 15, 3, 0.0)]
-    ten = sample((0, 100, 0, 100), [Lesion(mask, 3)], Sampling(40, 10, 10), np.random.default_rng(0))
-    assert [p.label for p in ten] == [3] * 10 + [0] * 10 and all(p.cutoff == 0.9 for p in ten[:10])
-    # A ring: no square of 20 pixels around a point of its box holds nine tenths of anything.
-    ring = np.zeros((200, 200), bool)
-    ring[20:180, 20:180] = True
-    ring[22:178, 22:178] = False
-    found = sample((0, 200, 0, 200), [Lesion(ring, 1)], Sampling(20, 2, 0), np.random.default_rng(0))
-    assert all(share(ring, p, 20) > p.cutoff for p in found) and all(p.cutoff < 0.9 for p in found)
-    with pytest.raises(DataError, match=r"mask of a lesion \(mass_ben\) is empty"):
-        sample((0, 9, 0, 9), [Lesion(np.zeros((9, 9), bool), 4)], Sampling(4), np.random.default_rng(0))
-
-
-def test_breast_is_the_largest_bright_part():
-    image = np.zeros((50, 60), np.float32)
-    image[5:40, 10:30] = 0.5
-    image[2:4, 50:58] = 1.0  # a label
-    assert breast_box(image) == (5, 40, 10, 30)
-    assert breast_box(np.zeros((4, 5), np.float32)) == (0, 4, 0, 5)
-
-
-def test_lesions_come_from_masks_and_boxes(tmp_path):
-    np.save(tmp_path / "image.npy", np.ones((20, 30), np.uint16))
-    mask = np.zeros((20, 30), np.uint8)
-    mask[4:8, 6:10] = 255
-    np.save(tmp_path / "mask.npy", mask)
-    findings = (
-        Finding("calcification", mask=tmp_path / "mask.npy", pathology="malignant"),
-        Finding("mass", box=(2, 6, 10, 20), pathology="benign_without_callback"),
-        Finding("mass", box=(0, 1, 0, 1)),
-    )
-    found = lesions(Record(tmp_path / "image.npy", 1, "p", findings=findings), (10, 15))
-    assert [CLASSES[lesion.label] for lesion in found] == ["calc_mal", "mass_ben"]
-    assert np.argwhere(found[0].mask).tolist() == [[2, 3], [2, 4], [3, 3], [3, 4]]
-    assert found[1].mask.sum() == 2 * 5
-    with pytest.raises(DataError, match="neither mask nor box"):
-        lesions(Record(tmp_path / "image.npy", 1, "p", findings=(Finding("mass", pathology="benign"),)), (10, 15))
-
-
-def test_windows_are_black_beyond_the_image():
-    image = torch.rand(1, 12, 10)
-    padded = F.pad(image, (8, 8, 8, 8))
-    source = open_pixels(image)
-    for top, left in ((-3, -2), (2, 3), (8, 6), (-8, 20)):
-        got = Window(source, top, left, 6).read(0, 6, 0, 6)
-        want = padded[:, top + 8 : top + 14, left + 8 : left + 14] if left < 12 else torch.zeros(1, 6, 6)
-        assert torch.equal(got, want)
-        assert torch.equal(Window(source, top, left, 6).read(1, 4, 2, 6), want[:, 1:4, 2:6])
-
-
-# ----------------------------------------------------------------------------------------------------------- structure
-
-
-def shapes(net, x):
-    """Sizes of the maps on the way, on the meta device."""
-    found = {}
-    for name, module in net.named_modules():
-        module.register_forward_hook(lambda m, i, o, name=name: found.__setitem__(name, tuple(o.shape[1:])))
-    net(x)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("blocks", "after", "count"),
-    [
-        ((Block("residual", 512, 1, 4),) * 2, [(2048, 18, 14), (2048, 9, 7)], None),
-        ((Block("residual", 512, 2, 2),) * 2, [(1024, 18, 14), (1024, 9, 7)], None),
-        (
-            (Block("vgg", 512, 1), Block("vgg", 512, 1)),
-            [(512, 18, 14), (512, 9, 7)],
-            9 * 2048 * 512 + 9 * 512 * 512 + 2 * 512 + 4 * 512,
-        ),
-    ],
-)
-def test_published_sizes_of_the_whole_image_network(blocks, after, count):
-    with torch.device("meta"):
-        patch = PatchNet(features("resnet50", 3), 2048)
-        net = convert(patch, Model(blocks=blocks)).eval()
-        found = shapes(net, torch.empty(1, 3, 1152, 896))
-    assert found["features"] == (2048, 36, 28) and found[""] == (2,)
-    each = [size[1:] for name, size in found.items() if name.startswith("top.") and name.count(".") == 1]
-    assert list(dict.fromkeys(each)) in ([(18, 14), (9, 7)], [(36, 28), (18, 14), (9, 7)])
-    assert found["top"] == after[-1]
-    assert sum(p.numel() for p in net.features.parameters()) == 23_508_032  # ResNet-50 without its classifier
-    if count is not None:
-        assert sum(p.numel() for p in net.top.parameters()) == count
-
-
-def test_published_sizes_of_the_heat_map_variant():
-    with torch.device("meta"):
-        patch = PatchNet(features("resnet50", 3), 2048)
-        net = convert(patch, Model(heatmap=True)).eval()
-        found = shapes(net, torch.empty(1, 3, 1152, 896))
-    assert found["heatmap.mean"] == (2048, 30, 22) and found["heatmap.classes"] == (5, 30, 22)
-    assert found["heatmap.pool"] == (5, 6, 4)
-
-
-def test_bottleneck_parameters():
-    """[512-512-2048] on 2048 maps: three convolutions and a projection with biases, four norms."""
-    top, width = top_blocks(2048, [Block("residual", 512, 1, 4)])
-    convs = 2048 * 512 + 512 + 9 * 512 * 512 + 512 + 512 * 2048 + 2048 + 2048 * 2048 + 2048
-    assert width == 2048 and sum(p.numel() for p in top.parameters()) == convs + 2 * (512 + 512 + 2048 + 2048)
-
-
-def test_heat_map_is_the_patch_classifier_at_every_place():
-    torch.manual_seed(0)
-    patch = PatchNet(features("resnet18", 1), 512).double().eval()
-    net = convert(patch, Model(blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 2))).eval()
-    x = torch.randn(1, 1, 160, 128, dtype=torch.float64)
-    maps = patch.features(x)
-    want = F.linear(F.avg_pool2d(maps, 2, 1).movedim(1, -1), patch.head[-1].weight, patch.head[-1].bias).movedim(-1, 1)
-    got = net.heatmap.classes(net.heatmap.mean(net.features(x)))
-    assert (got - want).abs().max() < 1e-12
-    # A patch of one window of the maps is classified alike.
-    assert (patch.head(F.avg_pool2d(maps, 2, 1)[:, :, 0, 0]) - got[:, :, 0, 0]).abs().max() < 1e-12
-    net.features[0].weight.data.zero_()
-    assert patch.features[0].weight.abs().sum() > 0  # the patch network keeps its own
-
-
-def test_stage_tables_by_name():
-    """The 46 top layers of Keras' ResNet-50 are block 4f, stage 5 and the head."""
-    config = Config()
-    with torch.device("meta"):
-        patch = PatchNet(features("resnet50", 3), 2048)
-        whole = convert(patch, config.models[0])
-    head, top, both = (set(trainable_names(patch, stage)) for stage in config.patch)
-    assert head == {"head.1.weight", "head.1.bias"}
-    blocks = {".".join(name.split(".")[1:3]) for name in top - head}
-    assert blocks == {"layer3.5", "layer4.0", "layer4.1", "layer4.2"}
-    convs = [
-        m
-        for n, m in patch.named_modules()
-        if isinstance(m, torch.nn.Conv2d) and n.startswith(("features.layer3.5", "features.layer4"))
-    ]
-    assert len(convs) == 3 + 3 * 3 + 1  # 3 of 4f; 5a to 5c, and 5a's projection
-    assert both == {name for name, _ in patch.named_parameters()}
-    first, second = (set(trainable_names(whole, stage)) for stage in config.whole)
-    assert first == {name for name in second if name.startswith(("top.", "head."))} and first < second
-    assert [(s.lr, s.epochs) for s in config.patch] == [(1e-3, 3), (1e-4, 10), (1e-5, 37)]
-    assert [(s.lr, s.epochs, s.weight_decay) for s in config.whole] == [(1e-4, 30, 1e-3), (1e-5, 20, 1e-2)]
-
-
-def test_published_configuration():
-    assert parse_config(default_text("end2end"), Config, "end2end.toml") == Config()
-
-
-def test_networks_of_timm():
-    pytest.importorskip("timm")
-    maps = features("timm:vgg16", 3).eval()
-    with torch.no_grad():
-        assert maps(torch.zeros(1, 3, 64, 96)).shape == (1, 512, 2, 3)
-    assert sum(p.numel() for p in maps.parameters()) == 14_714_688  # VGG-16 without its classifier
-    with pytest.raises(GigamorphError, match="does not say which maps"):
-        features("lesionnet", 1)
-
-
-# ------------------------------------------------------------------------------------------------------------ averages
-
-
-def test_mirrored_predictions_do_not_depend_on_mirroring():
-    torch.manual_seed(0)
-    net = create_model("resnet18", 2, 1).eval()
-    image = torch.rand(1, 48, 64)
-
-    class One:
-        def __init__(self, x):
-            self.x = x
-
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, i):
-            return {"image": open_pixels(self.x)}
-
-    call = lambda sources: net(torch.stack([s.read(0, 48, 0, 64) for s in sources]))  # noqa: E731
-    found = [predict(call, One(x), [0], FLIPS) for x in (image, image.flip(2), image.flip(1), image.flip(1, 2))]
-    assert max(np.abs(f - found[0]).max() for f in found) < 1e-5
-    with torch.no_grad():
-        views = torch.stack([image, image.flip(2), image.flip(1), image.flip(1, 2)])
-        p = net(views).double().softmax(1).mean(0).numpy()
-    assert found[0][0] == pytest.approx(np.log(p / (1 - p)), abs=1e-5)
-
-
-def test_ensemble_is_the_mean_probability():
-    odds = np.random.default_rng(0).normal(size=(3, 5, 1))
-    members = [Cases(("yes",), np.ones((5, 1)), o, ("a",) * 5, ("",) * 5, ("",) * 5, ("",) * 5) for o in odds]
-    p = (1 / (1 + np.exp(-odds))).mean(0)
-    assert averaged(members).scores == pytest.approx(np.log(p / (1 - p)), abs=1e-12)
-
-
-# ------------------------------------------------------------------------------------------------------------- the runs
+from gigamorph.engine.train.stages import Stage
 
 NET = "gigamorph.engine.recipes.end2end.synthetic:SmallNet"
 SMALL = Config(
@@ -271,8 +32,8 @@ SMALL = Config(
     augment="flip",
     sampling=Sampling(16, 2, 2),
     models=(
-        Model("a", NET, blocks=(Block("residual", 4, 1, 2),)),
-        Model("b", NET, blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
+        Model("a", NET, "random", blocks=(Block("residual", 4, 1, 2),)),
+        Model("b", NET, "random", blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
     ),
     patch=(Stage("head", 1, 1e-3, trainable=("head",), batch_size=8), Stage("all", 1, 1e-3, batch_size=8)),
     whole=(
@@ -375,6 +136,25 @@ def test_any_backbone_at_native_resolution_within_a_budget(table, tmp_path):
             train(table, replace(SMALL, models=(replace(own, layer=layer),)), Run(tmp_path / layer))
 
 
+def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
+    """Without a step of training it is the network that it began as, on images twice as large; then it is trained."""
+    model = replace(SMALL.models[0], front=2)
+    native = (Stage("native", 1, 1e-3, batch_size=2, batch_norm="eval"),)
+    config = replace(SMALL, models=(model,), native=native, flips=False)
+    metrics = train(table, config, Run(tmp_path, seed=2))
+    assert 0 <= metrics["a-front"]["auc"] <= 1 and metrics["auc"] == metrics["a"]["auc"]
+    assert np.load(tmp_path / "images_2" / "000000.npy").shape == (96, 80)
+    net, _, images = open_classifier(tmp_path / "a-front" / "best.ckpt", memory_budget=None, device="cpu")
+    [item] = images([Record(table.parent / "3.npy", -1, "p")])
+    assert item["image"].shape == (1, 96, 80) and net.eval()(item["image"]).shape == (1, 2)
+    parent = convert(PatchNet(features(NET, 1), 32), model).double().eval()
+    child, _ = _front(Grown(parent), model, config, 0)
+    x = torch.randn(1, 1, 96, 80, dtype=torch.float64)
+    assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-12
+    with pytest.raises(GigamorphError, match="front is 2 or more, with blocks on images of one size"):
+        replace(config, resize=())
+
+
 def test_transfer_and_its_learning_curve(whole, tmp_path):
     other = write(tmp_path / "other", [1, 0] * 4, findings=False)
     config = replace(SMALL, start=str(whole[0]), patients=(2, 4))
@@ -442,13 +222,3 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     config = replace(SMALL, resize=(288, 224), models=SMALL.models[:1], flips=False, sampling=Sampling(64, 1, 1))
     metrics = train(table, config, Run(tmp_path / "out", memory_budget=300 * 2**20))
     assert metrics["a"]["auc"] is None and len(metrics["a"]["val_auc"]) == 2
-
-
-def test_whole_networks_run_in_tiles():
-    """The converted network through `accelerate`, in a budget, is the network itself."""
-    torch.manual_seed(0)
-    for model in SMALL.models:
-        net = convert(PatchNet(features(NET, 1), 32), model).double().eval()
-        assert isinstance(net, WholeNet)
-        x = torch.randn(1, 1, 160, 128, dtype=torch.float64)
-        assert (accelerate(net, tile=(64, 64))(x) - net(x)).abs().max() < 1e-12

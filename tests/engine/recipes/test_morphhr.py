@@ -1,6 +1,5 @@
 """MorphHR: the front's equality and memory, the ablation, the 14-label task, kills, bad tables, real images."""
 
-import csv
 import json
 from dataclasses import replace
 
@@ -20,25 +19,28 @@ from gigamorph.engine.morph.activation import PAct
 from gigamorph.engine.morph.files import Grown, open_network
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.stem import activation_bytes
-from gigamorph.engine.recipes.classify import ImageTask
+from gigamorph.engine.recipes.classify import ImageTask, read_target
 from gigamorph.engine.recipes.morphhr.config import Config
-from gigamorph.engine.recipes.morphhr.grow import grow
+from gigamorph.engine.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
 from gigamorph.engine.recipes.morphhr.train import train
 from gigamorph.engine.recipes.networks import open_classifier
+from gigamorph.engine.recipes.tta import FLIPS, PLAIN, mirrorings
+from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.run import Run
-from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.stages import Stage, freeze
 from gigamorph.engine.train.target import Target, batch_weights
 
 SMALL = Config(
     model="lesionnet",
+    weights="random",
     channels=1,
     mean=(0.5,),
     std=(0.2,),
     factor=2,
     filters=4,
     augment="flip",
-    arms=("finetune", "scratch", "morph"),
+    arms=("finetune", "direct", "scratch", "morph"),
     low=(Stage("low", 1, 1e-3, batch_size=4),),
     high=(Stage("high", 2, 1e-3, batch_size=2, accumulate=2),),
 )
@@ -142,19 +144,33 @@ def test_losses_and_weights():
     assert several.loss(logits, truth).item() == pytest.approx(want.item(), abs=1e-6)
 
 
-def test_fourteen_labels_of_chestxray14(tmp_path):
-    table = write(tmp_path / "data", [0] * 16, columns=FINDINGS)
-    config = replace(SMALL, task="labels", arms=("morph",), flips=False)
-    metrics = train(table, config, Run(tmp_path / "out"))
-    each = metrics["morph"]["labelwise"]
-    assert tuple(each) == FINDINGS and len(each) == 14
-    assert metrics["auc"] == pytest.approx(np.mean(list(each.values())))
-    header = next(csv.reader((tmp_path / "out" / "morph" / "test.csv").open()))
-    card = (tmp_path / "out" / "morph" / "model_card.md").read_text()
-    assert "# Model card: morphhr" in card and "| test | image | mean |" in card and str(tmp_path) not in card
-    assert {f"label_{name}" for name in FINDINGS} <= set(header)
-    with pytest.raises(DataError, match="has no column label_Fracture; there are Atelectasis"):
-        train(table, replace(config, labels=("Fracture",)), Run(tmp_path / "other"))
+def test_labels_of_chestxray14(tmp_path):
+    """Its 14 findings; the fifteenth column, whether there is any, only if it is named; no upside-down chests."""
+    table = write(tmp_path / "data", [0] * 16, columns=("finding", *FINDINGS))
+    config = replace(SMALL, task="labels", augment="flip=left-right")
+    run = Run(tmp_path / "out")
+    assert read_target(table, "labels", (), config, run)[1].names == FINDINGS
+    assert read_target(table, "labels", ("finding", "Mass"), config, run)[1].names == ("finding", "Mass")
+    with pytest.raises(DataError, match="has no column label_Fracture; there are finding, Atelectasis"):
+        train(table, replace(config, labels=("Fracture",)), run)
+    with pytest.raises(GigamorphError, match="none of which is upside down; say flip=left-right"):
+        train(table, replace(config, augment="flip"), run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_mirrorings_of_the_augmentation_are_averaged_over():
+    assert mirrorings("flip=left-right,rotate=5") == ((False, False), (True, False))
+    assert mirrorings("") == PLAIN and mirrorings("rotate=5,flip") == FLIPS
+
+
+def test_slopes_of_p_activations_do_not_decay():
+    child, _ = grow(Grown(LesionNet(2, 1).eval()), Config(channels=1, factor=4, filters=8), seed=0)
+    slopes = [m.a for m in child.network.modules() if isinstance(m, PAct)]
+    [stage] = without_decay([Stage("s", 1, 1e-3, weight_decay=0.1)], child.network)
+    freeze(child.network, stage)
+    decayed, _ = make_optimizer(child.network, stage).param_groups
+    assert slopes and decayed["weight_decay"] == 0.1
+    assert not any(slope is parameter for slope in slopes for parameter in decayed["params"])
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
@@ -163,7 +179,7 @@ def test_fourteen_labels_of_chestxray14(tmp_path):
 def test_ablation_of_one_command(whole):
     out, metrics = whole
     assert metrics["auc"] == metrics["morph"]["auc"] and 0 <= metrics["auc"] <= 1
-    for arm in ("finetune", "scratch", "morph"):
+    for arm in ("finetune", "direct", "scratch", "morph"):
         assert 0 <= metrics[arm]["auc"] <= 1 and "interval" in metrics[arm]
     assert metrics["difference"] < 1e-5
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
@@ -171,7 +187,7 @@ def test_ablation_of_one_command(whole):
     assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("arm", ["parent", "morph"])
+@pytest.mark.parametrize("arm", ["parent", "direct", "morph"])
 def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
     net, classes, images = open_classifier(whole[0] / arm / "best.ckpt", memory_budget=None, device="cpu")
     [first, *_] = images(read_table(table).records)

@@ -2,11 +2,11 @@ import pydicom
 import pytest
 from pydicom.uid import DigitalMammographyXRayImageStorageForProcessing
 
-from gigamorph.engine.datasets.convert import convert_images
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.pixels import Normalize
-from gigamorph.engine.train.inputs import images, prediction_records, training_data
+from gigamorph.engine.predict.convert import convert_images
+from gigamorph.engine.train.inputs import images, training_data
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +43,7 @@ def test_images_that_are_not_for_display_must_be_asked_for(table, tmp_path):
         training_data(copy).train[0]["image"].read(0, 9, 0, 9)
     data = training_data(copy, for_processing=True)
     assert images(data.train.records, 1, data.preprocessing)[0]["image"].read(0, 9, 0, 9).shape == (1, 9, 9)
-    converted, errors = convert_images(data.train.records, tmp_path / "a")
+    converted, errors, _ = convert_images(data.train.records, tmp_path / "a")
     assert not converted and len(errors) == len(data.train)
-    converted, errors = convert_images(data.train.records, tmp_path / "b", for_processing=True)
+    converted, errors, _ = convert_images(data.train.records, tmp_path / "b", for_processing=True)
     assert len(converted) == len(data.train) and not errors
-
-
-def test_records_to_predict_come_from_tables_folders_and_files(table, tmp_path):
-    files = sorted((table.parent / "images").iterdir())
-    assert [r.label for r in prediction_records([table], ["0", "1"], check_files=True)] == [0, 0, 1, 1] * 2
-    assert [r.path for r in prediction_records([table.parent / "images"], ["0", "1"], check_files=True)] == files
-    assert [r.path for r in prediction_records(files[:2], ["0", "1"], check_files=True)] == files[:2]
-    bare = table.parent / "bare.csv"
-    bare.write_text(f"image_path\nimages/{files[0].name}\n")
-    assert [r.label for r in prediction_records([bare], ["0", "1"], check_files=True)] == [-1]
-
-
-def test_a_wrong_table_is_reported_as_such(table, tmp_path):
-    (tmp_path / "t.csv").write_text("path,label\na,0\n")
-    with pytest.raises(DataError, match=r"t\.csv.*image_path"):
-        prediction_records([tmp_path / "t.csv"], ["0", "1"], check_files=True)
-    with pytest.raises(DataError, match=r"none\.dcm: no such file"):
-        prediction_records([tmp_path / "none.dcm"], ["0", "1"], check_files=True)
-    assert len(prediction_records([tmp_path / "none.dcm"], ["0", "1"], check_files=False)) == 1

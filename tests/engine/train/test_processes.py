@@ -24,6 +24,7 @@ from gigamorph.engine.train.task import Task
 LR = Optimizer(lr=3e-3)
 SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, optimizer=LR, seed=5, split_image=True)
 OWN = replace(SPLIT, model="training:normed", accumulate=8, split_image=False)
+PAIRS = replace(OWN, split_image=2)
 
 
 class Numbers(Task):
@@ -66,6 +67,7 @@ def four(tmp_path_factory) -> tuple[list[Any], Path]:
         (run, folder / "own", OWN, False, 4),
         (run, folder / "own", OWN, True),
         (run, folder / "odd", replace(OWN, accumulate=6)),
+        (run, folder / "pairs", PAIRS),
     ]
     return in_processes(4, tmp_path_factory.mktemp("meeting"), tasks), folder
 
@@ -100,6 +102,12 @@ def test_an_image_for_each_of_four_processes_interrupted_and_resumed(four, tmp_p
     ends, folder = four
     assert ends[2] == ["KeyboardInterrupt()"] * 4
     assert_like_one_process(OWN, ends[3], folder / "own", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_images_that_pairs_of_four_processes_share(four, tmp_path):
+    ends, folder = four
+    assert_like_one_process(PAIRS, ends[5], folder / "pairs", tmp_path / "alone")
 
 
 @pytest.mark.slow

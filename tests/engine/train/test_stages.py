@@ -21,6 +21,7 @@ from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze, train_mode, trainable_names
+from gigamorph.engine.train.task import Score
 
 STAGES = (
     Stage("head", 2, 1e-2, trainable=("head",), batch_norm="trainable", batch_size=2, accumulate=2),
@@ -202,6 +203,10 @@ def test_decay_is_on_weights_only_and_dropout_is_set():
     assert [p.ndim for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.5
     assert all(p.ndim == 1 for p in others["params"]) and others["weight_decay"] == 0
     assert net.head[0].p == 0.7
+    decayed, others = make_optimizer(net, replace(stage, undecayed=("head",))).param_groups
+    assert [p.ndim for p in decayed["params"]] == [4] and len(others["params"]) == 7
+    with pytest.raises(GigamorphError, match="'tail' names no parameter"):
+        make_optimizer(net, replace(stage, undecayed=("tail",)))
 
 
 # --------------------------------------------------------------------------------------------------------- scripted
@@ -221,6 +226,32 @@ def test_patience_plateau_and_best(tmp_path):
     assert [row["stage"] for row in trained.rows] == ["a"] * 7 + ["b"]  # five epochs without more than 0.5
     assert [row["lr"] for row in trained.rows] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 1])
     assert (trained.best_epoch, trained.best_score) == (8, 0.9)
+
+
+def test_patience_by_something_else_than_the_score(tmp_path):
+    """The score chooses the epoch, what it is stopped by ends the stage."""
+    scores = [Score(value, stop=stop) for value, stop in [(0.1, 3), (0.2, 4), (0.5, 3), (0.3, 2), (0.9, 9)]]
+    stage = Stage("a", 5, 1e-9, patience=2, batch_size=8, optimizer="sgd")
+    trained = run_stages(Scripted(scores=scores), [stage], Run(tmp_path))
+    assert len(trained.rows) == 4 and (trained.best_epoch, trained.best_score) == (3, 0.5)
+
+
+class Losses(Squares):
+    """No scores, and losses as written down."""
+
+    def loss(self, batch):
+        return super().loss(batch) * 0 + self.scores[len(self.began) - 1]
+
+    def score(self):
+        return None
+
+
+@pytest.mark.parametrize("by_loss", [False, True])
+def test_best_training_loss_is_kept_where_it_is_asked_for(tmp_path, by_loss):
+    task = Losses(scores=[3.0, 1.0, 2.0])
+    task.best_by_loss = by_loss
+    trained = run_stages(task, [Stage("a", 3, 1e-3, batch_size=8)], Run(tmp_path))
+    assert (trained.best_epoch, trained.best_score) == ((2, -1.0) if by_loss else (3, None))
 
 
 def test_clipping_bounds_the_step(tmp_path):

@@ -1,0 +1,160 @@
+"""What the commands that run over archives have in common: their options, and what they tell as they go."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from .progress import ProgressView
+
+if TYPE_CHECKING:
+    from ..engine.predict.options import Summary, Watch
+    from ..engine.train.progress import Progress
+
+
+def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
+    if value is None:
+        return 1, 1
+    parts = value.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
+        raise click.BadParameter(f"{value!r} is no shard; write 1/4, 2/4, 3/4 or 4/4", ctx, param)
+    return int(parts[0]), int(parts[1])
+
+
+def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise click.BadParameter(f"{value!r} is no share; write 2% or 0.02", ctx, param)
+    return share
+
+
+resume: Any = click.option("--resume", is_flag=True, help="Go on in a folder that a run of the same has begun.")
+max_failures: Any = click.option(
+    "--max-failures",
+    metavar="SHARE",
+    callback=_parse_share,
+    help="Put damaged or missing images in quarantine.csv, but stop when more than this share has failed, as in 2%.",
+)
+retry_failed: Any = click.option("--retry-failed", is_flag=True, help="Try images in quarantine again; with --resume.")
+shard: Any = click.option(
+    "--shard",
+    metavar="I/N",
+    callback=_parse_shard,
+    help="Do the I-th of N parts with about as many pixels each; all into one folder, on machines of any number.",
+)
+devices: Any = click.option(
+    "--devices", type=click.IntRange(1), default=1, show_default=True, help="GPUs, or processes on the CPU, to work on."
+)
+workers: Any = click.option(
+    "--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead."
+)
+as_json: Any = click.option(
+    "--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."
+)
+
+
+engine: Any = click.option(
+    "--engine",
+    type=click.Choice(["embedded", "ray"]),
+    default="embedded",
+    show_default=True,
+    help="Work on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
+)
+address: Any = click.option(
+    "--address", help="Of the Ray cluster, as auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
+)
+
+
+def check_engine(engine: str, address: str | None) -> None:
+    """Refuse what another engine is asked for."""
+    if address is not None and engine != "ray":
+        raise click.UsageError("--address is a Ray cluster's; add --engine ray")
+
+
+def warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)
+
+
+@contextmanager
+def watching(as_json: bool, device: str, look: Callable[..., object] | None = None) -> Iterator[Watch]:
+    """Who draws a run, or tells it as lines of JSON.
+
+    Args:
+        look: warn -> what a `Watch` calls with some images; takes the function that warns first.
+    """
+    from ..engine.predict.options import Watch
+    from ..engine.train.progress import Meter
+
+    def looked(told: Callable[[str], object]) -> Callable[..., object]:
+        return lambda *args: None if look is None else look(told, *args)
+
+    if as_json:
+        lines = _Lines()
+        yield Watch(Meter(lines), lines.warn, lines.failed, looked(lines.warn))
+        return
+    with ProgressView(device=device) as view:
+        meter = Meter(view)
+        yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
+
+
+def tell_end(found: Summary) -> None:
+    """The last line of JSON."""
+    _say(
+        "end",
+        images=found.images,
+        done=found.done,
+        failed=found.failed,
+        computed=found.computed,
+        complete=found.complete,
+        seconds=round(found.seconds, 3),
+        images_per_second=round(found.computed / max(found.seconds, 1e-9), 4),
+        idle=round(found.idle, 4),
+        scores=found.scores,
+    )
+
+
+class _Lines:
+    """What a run tells, as lines of JSON: `progress` at most every second, `failed`, and `warning`."""
+
+    def __init__(self) -> None:
+        self._began, self._told, self._first = time.monotonic(), 0.0, -1
+        self._failed = 0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._first < 0:
+            self._began, self._first = now, progress.image
+        if now - self._told < 1 and progress.image < progress.images:
+            return
+        self._told = now
+        rate = (progress.image - self._first) / max(now - self._began, 1e-9)
+        _say(
+            "progress",
+            done=progress.image,
+            images=progress.images,
+            failed=self._failed,
+            images_per_second=round(rate, 4),
+            megapixels_per_second=round(progress.pixels / 1e6 / max(now - self._began, 1e-9), 4),
+            seconds_left=round((progress.images - progress.image) / rate, 1) if rate else None,
+        )
+
+    def failed(self, image: str, reason: str) -> None:
+        self._failed += 1
+        _say("failed", image=image, reason=reason)
+
+    def warn(self, text: str) -> None:
+        _say("warning", text=text)
+
+
+def _say(event: str, **values: object) -> None:
+    click.echo(json.dumps({"event": event, **values}))

@@ -1,0 +1,189 @@
+"""Whole passes captured: of a step of few tiles nothing is left to the host but two replays.
+
+Recordings of tiles that are alike (`replay.py`) serve any number of tiles, but the halos between them are copied in and
+out by the host, and a tile whose graph is retained runs op by op. Where the tiles are few, both passes are captured as
+they stand, with all tiles and all copies between them:
+
+    copy in    the image and the vectors; in pass 2 the gradients of the reductions
+    replay     `ForwardPass.run`; in pass 2 `BackwardPass.run`
+    copy out   values of the reductions; in pass 2 the sums of the vectors' gradients
+
+The first step runs op by op, which measures and compiles kernels and warms libraries up; the second is captured. What
+pass 1 keeps for pass 2, halos and graphs of retained tiles, stays in memory that nothing else uses. So while a forward
+waits for its backward, pass 1 is not replayed: another forward runs op by op meanwhile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..tiling.backward import BackwardPass
+from ..tiling.forward import ForwardPass
+from ..tiling.halos import copies
+from ..tiling.record import Kept
+from ..tiling.scan import Scan, StoredMap
+from ..tiling.stage import TiledStage
+from .buffers import Executor, GraphBuffers, captured
+from .recording import settings
+from .signature import axis_signature, translates
+
+MOST_TILES = 16  # of an image: some 700 launches are captured for each
+MEMORY_SHARE = 0.5  # of what is free, that a step may take whose memory is not given back between steps
+
+Form = tuple[bool, ...]  # which gradients of a stage's results there are
+
+
+def can_be_captured(tiled: TiledStage) -> bool:
+    """Whether both passes of a stage are the same work on the device in each step, and leave nothing but reductions."""
+    stage = tiled.stage
+    plain = stage.sources == [stage.image] and not stage.stored and stage.offsets is None
+    sums = all(reduction.kind != "moments" for reduction in stage.reductions)
+    if not (plain and sums and tiled.tiles <= MOST_TILES and translates(tiled)):
+        return False
+    axes = ((0, tiled.rows), (1, tiled.cols))
+    return all(axis_signature(tiled, axis, n) is not None for axis, schedule in axes for n in range(schedule.steps))
+
+
+class WholePasses:
+    """Both passes of a stage, captured under the settings of the latest step.
+
+    Attributes:
+        failed: they could not be: tiles go another way from now on.
+    """
+
+    def __init__(self, tiled: TiledStage, executor: Executor):
+        self.tiled, self.executor = tiled, executor
+        self.failed = False
+        self._key: Hashable = None
+        self._captured: _Captured | None = None
+
+    def forward(
+        self, scan: Scan, vectors: Sequence[Tensor], wants: Sequence[bool] = ()
+    ) -> tuple[tuple[Tensor, ...], Replayed] | None:
+        """Pass 1: values of the reductions, and what pass 2 goes by; None where it has to go another way.
+
+        Args:
+            wants: which vectors will want a gradient.
+        """
+        if self._captured is not None and self._captured.failed:
+            self.failed, self._captured = True, None
+        if self.failed or scan.observers or any(t.device.type != scan.device.type for t in vectors):
+            return None
+        key = settings(scan), tuple(wants)
+        if key != self._key:
+            self._key, self._captured = key, None
+            return None
+        if self._captured is None:
+            self._captured = _Captured(self.tiled, self.executor.apart(), wants)
+        return self._captured.replay(scan, vectors)
+
+
+class Replayed:
+    """A pass 1 that was replayed. It holds none of its results, which may hold it by their graph.
+
+    Attributes:
+        kept: what pass 2 needs.
+        over: there will be no backward any more.
+    """
+
+    def __init__(self, captured: _Captured, kept: Kept | None):
+        self.kept, self.over = kept, False
+        self._captured: _Captured | None = captured
+
+    def backward(self, scan: Scan, grads: Sequence[Tensor | None], last: bool) -> dict[int, Tensor] | None:
+        """Gradients of the vectors by value number; None where pass 2 has to go another way: with `kept`.
+
+        It overwrites what pass 1 has left for it, so it is replayed once.
+
+        Args:
+            grads: of the results, None for zero.
+            last: there is no further backward of this pass.
+        """
+        captured, self._captured = self._captured, None
+        try:
+            return None if captured is None else captured.replay_backward(scan, grads)
+        finally:
+            self.over = last
+
+
+class _Captured:
+    """Both passes under one set of settings."""
+
+    def __init__(self, tiled: TiledStage, executor: Executor, wants: Sequence[bool]):
+        self.tiled, self.executor, self.wants = tiled, executor, wants
+        self.failed = False
+        self.buffers = GraphBuffers()
+        self.scan: Scan | None = None
+        self.first: Callable[[], None] | None = None
+        self.results: tuple[Tensor, ...] = ()
+        self.kept: Kept | None = None
+        self.second: dict[Form, Callable[[], None]] = {}
+        self.sums: dict[Form, dict[int, Tensor]] = {}
+        self.latest: weakref.ref[Replayed] | None = None
+
+    def replay(self, scan: Scan, vectors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Replayed] | None:
+        """Pass 1, if no earlier one waits for its backward."""
+        latest = None if self.latest is None else self.latest()
+        if latest is not None and not latest.over:
+            return None
+        self._load(scan, vectors)
+        if self.first is None:
+            self.first = self._capture(self._run_forward)
+        if self.first is None:
+            return None
+        self.first()
+        for n, (i, j) in enumerate(scan.tiles):
+            scan.after_tile("forward", i, j, n + 1, ())
+        replayed = Replayed(self, self.kept)
+        self.latest = weakref.ref(replayed) if self.kept is not None else None
+        return tuple(t.clone() for t in self.results), replayed
+
+    def replay_backward(self, scan: Scan, grads: Sequence[Tensor | None]) -> dict[int, Tensor] | None:
+        form = tuple(grad is not None for grad in grads)
+        self.buffers.load({("grad", n): grad for n, grad in enumerate(grads) if grad is not None})
+        if form not in self.second:
+            work = self._capture(partial(self._run_backward, form))
+            if work is None:
+                return None
+            self.second[form] = work
+        self.second[form]()
+        for n, (i, j) in enumerate(reversed(scan.tiles)):
+            scan.after_tile("backward", i, j, n + 1, ())
+        return copies(self.sums[form])
+
+    def _capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        try:
+            work = captured(self.executor, run)
+        except torch.OutOfMemoryError:
+            work = None
+        self.failed = self.failed or work is None
+        return work
+
+    def _load(self, scan: Scan, vectors: Sequence[Tensor]) -> None:
+        stage = self.tiled.stage
+        height, width = stage.maps.size(stage.image)
+        prepared = scan.prepare(vectors)
+        tensors = {("vector", v): prepared[v] for v in stage.vectors}
+        self.buffers.load({**tensors, ("image",): scan.read(stage.image, (0, height, 0, width))})
+        if self.scan is None:
+            image = StoredMap(self.buffers.inputs["image",], stage.maps.axes[stage.image])
+            given = scan.device, scan.dtype, scan.autocast
+            self.scan = Scan(self.tiled, {stage.image: image}, *given, retained=scan.retained)
+
+    def _vectors(self) -> list[Tensor]:
+        return [self.buffers.inputs["vector", v] for v in self.tiled.stage.vectors]
+
+    def _run_forward(self) -> None:
+        assert self.scan is not None
+        work = ForwardPass(self.scan, self._vectors(), self.wants)
+        self.results, self.kept = work.run(), work.kept
+
+    def _run_backward(self, form: Form) -> None:
+        assert self.scan is not None and self.kept is not None
+        grads = [self.buffers.inputs["grad", n] if there else None for n, there in enumerate(form)]
+        self.sums[form] = BackwardPass(self.scan, self.kept, self._vectors(), {}).run(grads, {}, last=True)

@@ -1,0 +1,95 @@
+"""The views of an exam as one: its log-odds as `gigamorph predict` combines them, and the place that adds most to them.
+
+An exam is as suspicious as its worse breast, a breast as the mean probability of its views. A place that adds a to the
+log-odds z_i of a view adds a dz / dz_i to those z of the breast, and so of the exam: of n views with probabilities p_i
+and mean p, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit, log_expit
+
+from ..datasets.tables.cells import escape
+from ..train.metrics import Prediction, per_breast, per_exam
+from .marks import Mark
+
+HEADER = "exam patient_id exam_id class probability log_odds laterality views image_path row column adds".split()
+
+
+@dataclass(frozen=True)
+class View:
+    """What was found in an image.
+
+    Attributes:
+        prediction: of the image.
+        patient: as the table says it; "" where only a DICOM header names the patient.
+        which: the class that was explained.
+        mark: the highest peak of its map, if there is one.
+    """
+
+    prediction: Prediction
+    patient: str
+    which: int
+    mark: Mark | None
+
+
+def combined(views: Sequence[View], classes: Sequence[str], which: int | None) -> list[object]:
+    """What `HEADER` names of one exam, without its number.
+
+    Args:
+        which: the class; None takes the second of two, else the most probable one.
+    """
+    predictions = [view.prediction for view in views]
+    (exam,) = per_exam(predictions)
+    number = which
+    if number is None:
+        two = exam.exclusive and len(classes) == 2
+        number = 1 if two else int(np.argmax(exam.log_odds))
+    worse = max(per_breast(predictions), key=lambda breast: breast.log_odds[number])
+    own = [
+        view
+        for view in views
+        if (
+            view.prediction.laterality == worse.laterality if worse.laterality else view.prediction.image == worse.image
+        )
+    ]
+    z = exam.log_odds[number]
+    slopes = [_log_slope(view.prediction.log_odds[number]) - _log_slope(worse.log_odds[number]) for view in own]
+    adds = [
+        (view.mark.score * np.exp(slope) / len(own), view)
+        for view, slope in zip(own, slopes, strict=True)
+        if view.mark is not None and view.which == number
+    ]
+    row: list[object] = [
+        views[0].patient,
+        exam.exam,
+        classes[number],
+        f"{expit(z):.6g}",
+        repr(z),
+        worse.laterality,
+        len(own),
+    ]
+    if not adds:
+        return [*row, "", "", "", ""]
+    most, view = max(adds, key=lambda one: one[0])
+    assert view.mark is not None
+    return [*row, view.prediction.image, f"{view.mark.row:.2f}", f"{view.mark.column:.2f}", repr(float(most))]
+
+
+def _log_slope(log_odds: float) -> float:
+    return float(log_expit(log_odds) + log_expit(-log_odds))
+
+
+def write_exams(path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None) -> None:
+    """``exams.csv``: a row for each exam, of several views."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        for number, group in enumerate(exams, 1):
+            writer.writerow([number, *(escape(cell) for cell in combined(group, classes, which))])

@@ -1,0 +1,253 @@
+"""Frozen BatchNorm folded into the convolution before it: a factor and an offset per output channel,
+
+    bn(conv(x, w, b)) = conv(x, w*s, (b - mean)*s + beta),   s = gamma / sqrt(var + eps)
+
+so the stage runs one convolution with the folded weights, which are computed once per step; the gradients of w, gamma
+and beta come out of the gradients of the folded weights. Neither the convolution's raw output nor a normalised copy of
+it exists any more.
+
+A `Fold` does this for one convolution, in ordinary autograd. On a GPU, where each of its dozen small ops costs a
+launch, `fold_together` does it for all of a stage's: what is per channel lies side by side in one vector, and filters
+of one shape are rows of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..capture.trace import Ref, Value
+from .ops import Env, Local, VectorOp
+from .ops.base import arguments
+from .stages import Stage, private_maps, readers_of, vector_inputs
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The numbers of a convolution's and a norm's vectors; called, the folded weight and bias."""
+
+    weight: int
+    bias: int | None
+    mean: int
+    var: int
+    gamma: int | None
+    beta: int | None
+    eps: float
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        every = (self.weight, self.bias, self.mean, self.var, self.gamma, self.beta)
+        return tuple(v for v in every if v is not None)
+
+    def __call__(self, env: Env) -> tuple[Tensor, Tensor]:
+        w = env[self.weight]
+        wide = torch.promote_types(w.dtype, torch.float32)
+        scale = torch.rsqrt(env[self.var].to(wide) + self.eps)
+        if self.gamma is not None:
+            scale = scale * env[self.gamma].to(wide)
+        offset = -env[self.mean].to(wide)
+        if self.bias is not None:
+            offset = offset + env[self.bias].to(wide)
+        offset = offset * scale
+        if self.beta is not None:
+            offset = offset + env[self.beta].to(wide)
+        return (w.to(wide) * scale.reshape(-1, 1, 1, 1)).to(w.dtype), offset.to(w.dtype)
+
+
+def fold_batch_norm(stage: Stage) -> None:
+    """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
+    readers, private = readers_of(stage), private_maps(stage)
+    makers = {local.op.outputs[0]: local for local in stage.locals if local.op.name == "conv2d"}
+    dropped: set[int] = set()
+    for norm in list(stage.locals):
+        if norm.op.name != "batch_norm":
+            continue
+        given = arguments(norm.op, "input running_mean running_var weight bias training momentum eps", eps=1e-5)
+        raw = given["input"].value
+        conv = makers.get(raw)
+        if conv is None or raw not in private or len(readers[raw]) != 1:
+            continue
+        dropped.add(id(norm))
+        _fold(stage, conv, norm, given)
+    stage.locals = [local for local in stage.locals if id(local) not in dropped]
+    stage.vectors = vector_inputs(stage)
+
+
+def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
+    values = stage.program.values
+    own = arguments(conv.op, "input weight bias stride padding dilation groups")
+
+    def number(ref: Any) -> int | None:
+        return None if ref is None else ref.value
+
+    weight, mean, var = own["weight"].value, given["running_mean"].value, given["running_var"].value
+    norms = number(given["weight"]), number(given["bias"]), given["eps"]
+    fold = Fold(weight, number(own["bias"]), mean, var, *norms)
+    folded_weight, folded_bias = len(values), len(values) + 1
+    values.append(values[weight])
+    values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))
+    stage.prelude.append(VectorOp(fold, fold.inputs, (folded_weight, folded_bias)))
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    kwargs = {
+        **{n: own[n] for n in names if own[n] is not None},
+        "weight": Ref(folded_weight),
+        "bias": Ref(folded_bias),
+    }
+    op = replace(
+        conv.op,
+        args=(),
+        kwargs=kwargs,
+        inputs=(own["input"].value, folded_weight, folded_bias),
+        outputs=norm.op.outputs,
+    )
+    again = stage.apply_rule(op)
+    conv.op, conv.run, conv.unvalued, conv.axes, conv.reads = op, again.run, again.unvalued, again.axes, again.reads
+
+
+# -- all of a stage at once ---------------------------------------------------------------------------------------
+
+
+def fold_together(folds: Sequence[VectorOp], env: Env) -> dict[int, Tensor]:
+    """What these ops, each a `Fold`, give: by value number."""
+
+    def form(op: VectorOp) -> tuple[Any, ...]:
+        run: Any = op.run
+        vectors = (run.bias, run.mean, run.var, run.gamma, run.beta)
+        kinds = (None if v is None else str(env[v].dtype) for v in vectors)
+        weight = env[run.weight]
+        return str(weight.dtype), run.eps, *(kind or "" for kind in kinds), str(weight.device), tuple(weight.shape[1:])
+
+    found: dict[int, Tensor] = {}
+    for _, group in groupby(sorted(folds, key=form), key=lambda op: form(op)[:-1]):
+        ops = list(group)
+        runs: list[Any] = [op.run for op in ops]
+        columns = [[getattr(run, name) for run in runs] for name in Parts._fields]
+        parts = Parts(*(tuple(env[v] for v in column) if None not in column else () for column in columns))
+        flat = [t for column in parts for t in column]
+        made = Folded.apply(len(ops), [bool(column) for column in parts], runs[0].eps, *flat)
+        for op, weight, bias in zip(ops, made[: len(ops)], made[len(ops) :], strict=True):  # pyright: ignore
+            found.update(zip(op.outputs, (weight, bias), strict=True))
+    return found
+
+
+class Parts(NamedTuple):
+    """Tensors by what they are, one of each convolution; none at all where a part is not there."""
+
+    weight: tuple[Tensor, ...]
+    mean: tuple[Tensor, ...]
+    var: tuple[Tensor, ...]
+    bias: tuple[Tensor, ...]
+    gamma: tuple[Tensor, ...]
+    beta: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], count: int, there: Sequence[bool]) -> Parts:
+        left = list(tensors)
+        return cls(*(tuple(left.pop(0) for _ in range(count)) if part else () for part in there))
+
+
+class Folded(torch.autograd.Function):
+    """(weights and vectors of several convolutions and norms) -> (folded weights, folded biases).
+
+    Convolutions whose filters have one shape are neighbours. None of a convolution's inputs has a gradient where none
+    of its outputs has one, as if each had a function of its own (`inputs_of`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, there: list[bool], eps: float, *tensors: Tensor):
+        parts = Parts.of(tensors, count, there)
+        _, scale, distance = _factors(parts, eps)
+        offset = distance * scale
+        if parts.beta:
+            offset += _flat(parts.beta, scale.dtype)
+        sizes = [len(w) for w in parts.weight]
+        weights: list[Tensor] = []
+        for members, place in _alike(parts.weight):
+            own = parts.weight[members]
+            rows = torch.cat(own).to(scale.dtype).mul_(scale[place].reshape(-1, 1, 1, 1)).to(own[0].dtype)
+            rows = rows.contiguous(memory_format=torch.channels_last)  # as maps lie
+            weights += rows.split(sizes[members])
+        biases = offset.to(parts.weight[0].dtype).split(sizes)
+        wants = Parts.of(ctx.needs_input_grad[3:], count, there)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.form = count, there, eps
+        still = [n for n in range(count) if not any(column[n] for column in wants if column)]
+        ctx.mark_non_differentiable(*(made[n] for n in still for made in (weights, biases)))
+        return *weights, *biases
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None):
+        count, there, eps = ctx.form
+        parts, wants = (Parts.of(t, count, there) for t in (ctx.saved_tensors, ctx.needs_input_grad[3:]))
+        reached = [any(grad is not None for grad in grads[n::count]) for n in range(count)]
+        rstd, scale, distance = _factors(parts, eps)
+        found: dict[str, Sequence[Tensor]] = {"weight": []}
+        slope = torch.zeros_like(scale)  # the gradient of `scale`
+        for members, place in _alike(parts.weight):
+            own = parts.weight[members]
+            given = [torch.zeros_like(w) if g is None else g for w, g in zip(own, grads[members], strict=True)]
+            rows = torch.cat(given).to(scale.dtype)
+            if any((*wants.gamma, *wants.var)):
+                slope[place] = (rows * torch.cat(own)).sum((1, 2, 3))
+            rows.mul_(scale[place].reshape(-1, 1, 1, 1))
+            found["weight"] = [*found["weight"], *_like(own, rows)]
+        given = [torch.zeros_like(m) if g is None else g for m, g in zip(parts.mean, grads[count:], strict=True)]
+        dbias = _flat(given, scale.dtype)
+        slope.addcmul_(dbias, distance)
+        found["beta"], found["bias"] = _like(parts.beta, dbias), _like(parts.bias, dbias * scale)
+        found["gamma"] = _like(parts.gamma, slope * rstd)
+        if any((*wants.mean, *wants.var)):
+            gamma = _flat(parts.gamma, scale.dtype) if parts.gamma else 1.0
+            found["mean"] = _like(parts.mean, -dbias * scale)
+            found["var"] = _like(parts.var, slope * gamma * rstd**3 * -0.5)
+        results: list[Tensor | None] = []
+        for name, column in zip(Parts._fields, wants, strict=True):
+            results += [found[name][n] if want and reached[n] else None for n, want in enumerate(column)]
+        return None, None, None, *results
+
+    @staticmethod
+    def inputs_of(node: Any, output: int) -> list[Any]:
+        """The edges of this function's node that the gradient of an output goes on along."""
+        count, there, _ = node.form
+        return [node.next_functions[part * count + output % count] for part in range(sum(there))]
+
+
+def _factors(parts: Parts, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """By channel of all: 1 / sqrt(var + eps), that times gamma, and what the norm's scale moves the mean by."""
+    wide = torch.promote_types(parts.weight[0].dtype, torch.float32)
+    rstd = torch.rsqrt(_flat(parts.var, wide) + eps)
+    scale = rstd * _flat(parts.gamma, wide) if parts.gamma else rstd
+    distance = -_flat(parts.mean, wide)
+    return rstd, scale, distance + _flat(parts.bias, wide) if parts.bias else distance
+
+
+def _flat(vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(list(vectors)).to(dtype)
+
+
+def _alike(weights: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
+    """Runs of weights whose filters have one shape: their places, and those of their filters among all."""
+    first = channel = 0
+    for _, group in groupby(weights, key=lambda w: w.shape[1:]):
+        sizes = [len(w) for w in group]
+        yield slice(first, first + len(sizes)), slice(channel, channel + sum(sizes))
+        first, channel = first + len(sizes), channel + sum(sizes)
+
+
+def _like(targets: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """The parts of `rows` that belong to tensors, each in memory of its own that lies like its tensor."""
+    if not targets:
+        return []
+    made = [torch.empty_like(t) for t in targets]
+    dense = targets[0].is_contiguous()
+    rows = rows.contiguous(memory_format=torch.contiguous_format if dense else torch.channels_last)
+    torch._foreach_copy_(made, list(rows.split([len(t) for t in targets])))
+    return made

@@ -1,0 +1,233 @@
+"""From recorded calls to nodes: what the rule of each op says, in program order; or a refusal that names the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..capture.trace import Op, Program, place
+from ..errors import UnsupportedError
+from .moves import Moves
+from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
+from .ops.flat import unflatten
+from .ops.norms import norm_of_vector
+from .ops.rising import rise
+from .tokens import NotApart, Tokens
+
+# Calls that read a map only for its dtype and device.
+_LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"})
+
+
+def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
+    """What the rule of an op says; its refusal becomes an error that names the module."""
+    rule = find_rule(op.name)
+    if rule is None:
+        raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
+    try:
+        return rule(op, maps)
+    except Refusal as reason:
+        raise _refuse(op, str(reason)) from None
+
+
+def live_ops(program: Program) -> list[Op]:
+    """Ops that the output or a change of state depends on; unused branches (auxiliary heads) are dropped."""
+    wanted = set(program.results())
+    live: list[Op] = []
+    for op in reversed(program.ops):
+        if wanted & set(op.outputs):
+            wanted.update(op.inputs)
+            live.append(op)
+    return live[::-1]
+
+
+def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:
+    """A small that is drawn once per step, with the dtype and device of another value."""
+    value = program.values[like]
+    return VectorOp(lambda _env: (make(value.dtype, value.device),), (), (output,))
+
+
+def _refuse(op: Op, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{place(op.module, op.line)}: {reason}")
+
+
+def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
+    """The nodes that the recorded ops become, in program order; ops on vectors stay as they are.
+
+    Args:
+        fallback: "whole" gives ordinary PyTorch whole maps for ops that have no exact rule.
+
+    Raises:
+        UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
+    """
+    refusal: UnsupportedError | None = None
+    for apart in (True, False):
+        for rising in (True, False):
+            try:
+                return _sort(program, fallback, rising, apart)
+            except NotApart:
+                break
+            except UnsupportedError as error:
+                refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> tuple[Maps, list[Node | Op]]:
+    """`sort`.
+
+    Args:
+        rising: whether vectors that are spread over the image become maps, made block by block.
+        apart: whether tokens that are joined to positions are computed apart.
+    """
+    maps = Maps(program, {program.image: (2, 3)})
+    maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
+    tokens, moves, sorting = Tokens(maps), Moves(maps), _Sorting(maps, fallback == "whole", rising)
+    for op in live_ops(program):
+        for part in tokens.apart(op) if apart else [op]:
+            for one in moves.merged(part):
+                sorting.add(one)
+            tokens.check(part)
+    for value in dict.fromkeys(program.results()):
+        for part in (*tokens.together(value), *moves.recorded(value)):
+            sorting.add(part)
+    return maps, _live_nodes(maps, unflatten(maps, sorting.nodes))
+
+
+class _Sorting:
+    """The nodes of the ops so far."""
+
+    def __init__(self, maps: Maps, whole: bool, rising: bool) -> None:
+        self.maps, self.whole, self.rising = maps, whole, rising
+        self.nodes: list[Node | Op] = []
+        self.taken = _TakenWhole(maps, whole)
+        self.derived = set(maps.axes)  # what depends on the image
+
+    def add(self, op: Op) -> None:
+        """The nodes of one op more."""
+        maps, ours = self.maps, not self.derived.isdisjoint(op.inputs)
+        self.derived.update(op.outputs if ours else ())
+        risen = None
+        if op.name in _LIKE_MAP or not maps.inputs(op):
+            risen = (self.rising and rise(op, maps)) or norm_of_vector(op, maps) if ours else None
+            if risen is None:
+                self.nodes.append(op)
+                self.taken.follow(op)
+                return
+        try:
+            made = risen or apply_rule(op, maps)
+            if op.autocast is not None:
+                kind = maps.program.values[maps.program.image].device.type
+                made = [in_region(node, op, kind) for node in (made if isinstance(made, list) else [made])]
+        except UnsupportedError as refusal:
+            if not self.whole:
+                raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
+            made = Whole(op)
+        for node in made if isinstance(made, list) else [made]:
+            self._keep(op, node)
+
+    def _keep(self, op: Op, node: Node) -> None:
+        maps = self.maps
+        if isinstance(node, Local):
+            if node.once is not None:
+                drawn = node.once(maps.program.values[op.inputs[0]].dtype, torch.device("meta"))
+                node.drawn = maps.new_value(drawn.shape, like=op.inputs[0])
+                self.nodes.append(_draw(maps.program, node.once, op.inputs[0], node.drawn))
+            maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
+            for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
+                if h == w and value not in maps.flat:
+                    maps.flat[value] = maps.flat[next(iter(node.reads))]
+        elif isinstance(node, VectorOp):
+            self.taken.check(op, node)
+        elif isinstance(node, Whole):
+            self.taken.begin(node.op)
+        self.nodes.append(node)
+
+
+def in_region(node: Node, op: Op, kind: str) -> Node:
+    """A node of an op that ran in an autocast region of its own: it computes in that region.
+
+    Args:
+        kind: of the device.
+    """
+    assert op.autocast is not None
+    enabled, dtype = op.autocast
+    if not isinstance(node, Local):
+        return node  # their dtypes are those of the recording
+    run = node.run
+
+    def in_its_own(env: Env, block: Block) -> tuple[Tensor, ...]:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return run(env, block)
+
+    # Under a name of its own no rewrite takes it for the op outside of the region.
+    return replace(node, op=replace(node.op, name=f"{node.op.name} in autocast"), run=in_its_own, unvalued=None)
+
+
+def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
+    """Nodes that the output or a change of state depends on; rules may have gone round some ops."""
+    wanted = set(maps.program.results())
+    live: list[Node | Op] = []
+    for node in reversed(nodes):
+        op = node.op if isinstance(node, (Local, Whole)) else node
+        if wanted & set(makes(node)):
+            wanted.update([op.value] if isinstance(op, Reduction) else op.inputs)
+            wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
+            live.append(node)
+    return live[::-1]
+
+
+class _TakenWhole:
+    """Vectors that come from whole maps; what is as large as those is a map again, where the user allows it."""
+
+    def __init__(self, maps: Maps, allowed: bool):
+        self.maps, self.allowed = maps, allowed
+        self.origin: dict[int, Op] = {}  # value -> the op that took a map whole
+        self.sizes: set[tuple[int, int]] = set()
+
+    def begin(self, op: Op) -> None:
+        self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
+        self.origin.update(dict.fromkeys(op.outputs, op))
+        self._return(op)
+
+    def follow(self, op: Op) -> None:
+        """An op on vectors."""
+        found = next((self.origin[v] for v in op.inputs if v in self.origin), None)
+        if found is not None:
+            self.origin.update(dict.fromkeys(op.outputs, found))
+            self._return(op)
+
+    def _return(self, op: Op) -> None:
+        for value in op.outputs if self.allowed else ():
+            shape = tuple(self.maps.shape(value))
+            if len(shape) == 4 and shape[2:] in self.sizes:
+                self.maps.axes[value] = (2, 3)
+            elif len(shape) == 4 and shape[1:3] in self.sizes:
+                self.maps.axes[value] = (1, 2)
+
+    def check(self, op: Op, node: VectorOp) -> None:
+        """Refuse a whole map in the middle, unless it is allowed."""
+        first = next((self.origin[v] for v in node.inputs if v in self.origin), None)
+        if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
+            raise _refuse(
+                first,
+                f"'{first.name}' needs the whole map, and {op} goes on with one value for each position of it; "
+                'accelerate(..., fallback="whole") allows that where the memory does',
+            )
+
+
+def reads(node: Node | Op, maps: Maps) -> list[int]:
+    """The values that a node waits for."""
+    if isinstance(node, Reduction):
+        return [node.value]
+    if isinstance(node, Local):
+        return [*node.op.inputs, *([] if node.drawn is None else [node.drawn])]
+    if isinstance(node, Whole):
+        return list(node.op.inputs)
+    return [v for v in node.inputs if v not in maps]
+
+
+def makes(node: Node | Op) -> Sequence[int]:
+    return node.op.outputs if isinstance(node, (Local, Whole)) else node.outputs

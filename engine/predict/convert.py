@@ -1,0 +1,161 @@
+"""Images of a data set as plain files, on the runner: what is written stays, whatever ends the run."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..datasets.convert import Conversion, Format, names_of
+from ..datasets.tables import Record
+from ..errors import DataError
+from ..images.affine import Affine
+from ..images.levels import White
+from ..images.parallel import available_cpus
+from .ahead import Opened
+from .index import Index
+from .job import Job, Result, Start, Unit
+from .options import RunOptions, Scores, Summary, Watch
+from .rows import Row, Work
+from .runner import run
+
+CONVERTED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("model", pa.string()),
+        ("image_path", pa.string()),
+        ("pixels", pa.int64()),
+        ("name", pa.string()),
+        ("steps", pa.list_(pa.string())),
+        ("to_original", pa.list_(pa.float64())),
+    ]
+)
+"""Of the parts: the name of an image's file without suffix, what was done, and the way back to the file's pixels."""
+
+
+def convert_images(
+    records: Sequence[Record],
+    folder: str | Path,
+    *,
+    file_format: Format = "tiff",
+    voi: str = "auto",
+    for_processing: bool = False,
+    white: White | None = None,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> tuple[list[Record], list[str], Summary]:
+    """Write every image to `folder`/images, and the masks of its findings to `folder`/masks, see `Conversion`.
+
+    Files keep their names; those of several folders that share one are called after patient, side and view. An image
+    that stands twice with the same masks is written once.
+
+    Args:
+        options: by default a process per CPU, and images that cannot be read, or whose mask cannot, stop nothing.
+
+    Returns:
+        The records of what is written, with their findings in the new coordinates, `extra["source"]`, the path of the
+        file below the folder that holds all of them, and `extra["steps"]`, what was done; the reasons why others are
+        not; and how the run ended. Records and reasons are those of all shards, as far as they are known.
+
+    Raises:
+        GigamorphError: if `folder` holds something else or cannot be written, or too many images failed.
+    """
+    folder = Path(folder)
+    job = _Convert(records, Conversion(folder, file_format, voi, for_processing, white))
+    options = options or RunOptions("", max_failures=1.0, workers=available_cpus())
+    summary = run(job, records, folder, options, watch)
+    return job.records, job.reasons, summary
+
+
+class _Convert(Job):
+    kind, made, schema, named = "data convert", "converted images", CONVERTED, "name"
+
+    def __init__(self, records: Sequence[Record], conversion: Conversion) -> None:
+        self._conversion = conversion
+        self._wanted = {Row(record).key(""): name for record, name in zip(records, names_of(records), strict=True)}
+        self._masks = any(finding.mask for record in records for finding in record.findings)
+        paths = [os.path.abspath(record.path) for record in records]
+        self._root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+        self.records: list[Record] = []
+        self.reasons: list[str] = []
+
+    def described(self) -> dict[str, Any]:
+        own = self._conversion
+        white = "" if own.white is None else str(own.white)
+        return {"images": own.file_format, "voi": own.voi, "for_processing": own.for_processing, "white": white}
+
+    def key(self, row: Row, model: str) -> str:
+        masks = [str(finding.mask) for finding in row.record.findings if finding.mask is not None]
+        return row.key("\0".join(["convert", *masks]))
+
+    def name(self, row: Row) -> str:
+        return self._wanted.get(row.key(""), row.record.path.stem)
+
+    def pixels(self, row: Row) -> int:
+        _, height, width = self._conversion.open(row.record).shape
+        return height * width
+
+    def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
+        try:
+            (out / "images").mkdir(parents=True, exist_ok=True)
+            if self._masks:
+                (out / "masks").mkdir(exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+    def unit(self) -> Unit:
+        return Converting(self._conversion)
+
+    def start(self) -> Start:
+        return functools.partial(_start, self._conversion)
+
+    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+        own = self._conversion
+        self.records = [
+            own.converted(
+                row.record,
+                result["name"],
+                result["steps"],
+                Affine(*result["to_original"]),
+                Path(os.path.relpath(os.path.abspath(row.record.path), self._root)).as_posix(),
+            )
+            for row, result in index.joined(results)
+        ]
+        self.reasons = [reason for _, reason in index.failures()]
+        return {}
+
+
+class Converting:
+    """The unit (`job.Unit`) that converts: all of it in the process that opens the image."""
+
+    net = None
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._conversion = conversion
+
+    def open(self, record: Record, work: Work) -> dict[str, Any]:
+        source = self._conversion.write(record, work.name)
+        _, height, width = source.shape
+        result = {
+            "key": work.key,
+            "model": "",
+            "image_path": work.row.name,
+            "pixels": height * width,
+            "name": work.name,
+            "steps": list(source.steps),
+            "to_original": [float(value) for value in astuple(source.to_original)],
+        }
+        return {"image": None, "record": record, "result": result}
+
+    def __call__(self, opened: Opened) -> Result:
+        assert opened.item is not None
+        return opened.item["result"]
+
+
+def _start(conversion: Conversion, *, device: str) -> Converting:
+    return Converting(conversion)

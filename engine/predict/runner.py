@@ -1,0 +1,233 @@
+"""The runner over archives: what is left to do is done, each result kept as soon as it is known, tables at the end.
+
+It knows nothing of networks; what is made of each image is a `Job`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from ..datasets.tables import Record
+from ..errors import DataError, GigamorphError
+from ..images.parallel import available_cpus
+from ..parallel.launch import need_gpus
+from .ahead import Opened
+from .by_ray import compute_by_ray
+from .devices import Outcome, Reading, compute_here, compute_in_processes
+from .folder import RunFolder
+from .index import Index
+from .job import FAILURES, Job
+from .options import RunOptions, Summary, Watch
+from .parts import Parts, read_parts
+from .rows import Row, Work
+from .tables import write_failures
+
+_FEW_TRIED = 100
+"""Images of which so many have to be tried before their failures are judged as a share."""
+_PROMPT = 200_000
+"""Rows of which the tables are also written when a run ends early."""
+
+
+def run(
+    job: Job, sources: Sequence[str | Path | Record], out: str | Path, options: RunOptions, watch: Watch | None = None
+) -> Summary:
+    """Do a job for images, into the folder ``out``.
+
+    Results are durable as soon as they count as done, so that whatever ends the run leaves them, and a run with
+    ``resume`` computes the rest. Tables are written when all is done, and when a run that is not large ends early.
+
+    Args:
+        sources: tables, folders, images, or records.
+
+    Raises:
+        DataError: a damaged image, named; a table that is wrong.
+        GigamorphError: if ``out`` holds other results or is held by another process, cannot be written, or too many
+            images failed.
+    """
+    watch = watch or Watch()
+    folder = RunFolder(Path(out), job, options)
+    folder.refuse(ours=False)
+    if options.device == "cuda" and options.engine == "embedded":
+        need_gpus(options.devices)
+    job.open(options)
+    with Index(lambda row: job.key(row, options.model)) as index:
+        index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path)
+        job.look(index, watch)
+        with folder.held():
+            return _Runner(job, folder, options, watch, index)()
+
+
+class _Runner:
+    """A shard of a run, whose folder this process holds."""
+
+    def __init__(self, job: Job, folder: RunFolder, options: RunOptions, watch: Watch, index: Index) -> None:
+        self._job, self._folder, self._options, self._watch, self._index = job, folder, options, watch, index
+        self._summary = Summary(devices=options.devices)
+        self._pending: list[Outcome] = []
+
+    def __call__(self) -> Summary:
+        options, index, folder = self._options, self._index, self._folder
+        folder.join(index.rows, index.sha256, self._watch.warn)
+        self._job.begin(folder.path, folder.secret)
+        self._know()
+        strange = index.strangers()
+        if strange:
+            self._watch.warn(f"{folder.path}: {strange} results are of images that the table does not name (any more)")
+        if options.shard[1] > 1:
+            index.measure(lambda rows: map(self._pixels, rows))
+            index.share_out(options.shard[1])
+        if self._job.named:
+            index.name_files(self._job.name)
+        shard = options.shard[0]
+        images, done, failed = index.counts(shard)
+        self._summary.images, self._summary.done = images, done
+        self._summary.failed = 0 if options.retry_failed else failed
+        try:
+            self._work()
+        except BaseException:
+            # The first error is the one to show: on a full disk this may fail as well.
+            with contextlib.suppress(GigamorphError, OSError, sqlite3.Error):
+                if index.rows <= _PROMPT and options.shard[1] == 1:
+                    self._tables()
+            raise
+        self._finish()
+        return self._summary
+
+    def _know(self) -> None:
+        """What is done and what failed, by all shards."""
+        named = self._job.named
+        for rows in read_parts(self._folder.parts, ["key", named] if named else ["key"]):
+            self._index.add_done((row["key"], row.get(named)) for row in rows)
+        self._index.add_failed(row for rows in read_parts(self._folder.quarantine) for row in rows)
+
+    def _work(self) -> None:
+        options, meter, folder = self._options, self._watch.meter, self._folder
+        found = self._index.work(options.shard[0], failed=options.retry_failed)
+        name = hashlib.sha256(f"{os.path.abspath(folder.path)}\0{folder.shard}".encode()).hexdigest()[:16]
+        staging = Path(tempfile.gettempdir()) / f"gigamorph-{name}"
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        staging.mkdir(mode=0o700)
+        workers = default_workers(options) if options.workers is None else options.workers
+        reading = Reading(workers, staging, forgiving=options.max_failures is not None)
+        results = Parts(folder.parts / folder.shard, self._job.schema)
+        failures = Parts(folder.quarantine / folder.shard, FAILURES)
+        done = self._summary.done + self._summary.failed
+        meter.start(self._job.kind, self._summary.images, done=done)
+        began = time.monotonic()
+        try:
+            with contextlib.closing(self._outcomes(reading, found)) as outcomes:
+                for outcome in outcomes:
+                    self._summary.waited += outcome.waited
+                    self._take(outcome, results, failures)
+            self._synced(results, failures)
+        finally:
+            self._summary.seconds = time.monotonic() - began
+            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(GigamorphError):  # what was synced is kept; a further error hides the first
+                results.close()
+            with contextlib.suppress(GigamorphError):
+                failures.close()
+        for parts in (results, failures):
+            parts.pack()
+
+    def _outcomes(self, reading: Reading, work: Iterator[Work]) -> Generator[Outcome, None, None]:
+        options, meter = self._options, self._watch.meter
+        if options.engine == "ray":
+            return compute_by_ray(
+                self._job.start(), reading, work, options.devices, options.device, options.address, self._folder.path
+            )
+        if options.devices > 1:
+            return compute_in_processes(self._job.start(), reading, work, options.devices, options.device)
+        unit = self._job.unit()
+        if unit.net is not None:
+            unit.net.on_tile = meter.on_tile
+
+        def before(opened: Opened) -> None:
+            assert opened.item is not None
+            image = opened.item["image"]
+            if image is not None:
+                meter.image(image.shape[-2] * image.shape[-1])
+
+        return compute_here(unit, reading, work, before)
+
+    def _take(self, outcome: Outcome, results: Parts, failures: Parts) -> None:
+        if outcome.error is not None:
+            if self._options.max_failures is None:
+                self._synced(results, failures)
+                raise outcome.error
+            reason = " ".join(str(outcome.error).split())
+            work = outcome.work
+            failures.append(
+                {"key": work.key, "model": self._options.model, "image_path": work.row.name, "reason": reason}
+            )
+            self._watch.failed(work.row.name, reason)
+        else:
+            assert outcome.result is not None
+            results.append(outcome.result)
+        self._pending.append(outcome)
+        if outcome.error is not None or results.sync(now=False):
+            self._synced(results, failures)
+
+    def _synced(self, results: Parts, failures: Parts) -> None:
+        """Count what has become durable."""
+        results.sync()
+        failures.sync()
+        summary, meter = self._summary, self._watch.meter
+        pending, self._pending = self._pending, []
+        for outcome in pending:
+            if not self._options.here and outcome.result is not None:
+                meter.image(outcome.result["pixels"])
+            summary.computed += outcome.result is not None
+            summary.done += outcome.result is not None
+            summary.failed += outcome.error is not None
+            meter.image_done()
+        share = self._options.max_failures
+        last = next((outcome.error for outcome in reversed(pending) if outcome.error), None)
+        if share is not None and last is not None:
+            tried = max(summary.done + summary.failed, min(summary.images, _FEW_TRIED))
+            if summary.failed > share * tried:
+                raise GigamorphError(
+                    f"{summary.failed} of {summary.done + summary.failed} images failed, more than --max-failures "
+                    f"{share:.2%} allows; see {self._folder.path / 'quarantine.csv'}; the last: {last}"
+                )
+
+    def _pixels(self, row: Row) -> int:
+        """Of an image whose size the table does not say; 0 where it cannot be told."""
+        try:
+            return self._job.pixels(row)
+        except DataError:
+            return 0
+
+    def _finish(self) -> None:
+        """Write the tables if no shard has anything left to do."""
+        index, summary = self._index, self._summary
+        with self._folder.finishing():
+            self._tables(only_if_complete=True)
+        images, done, failed = index.counts(self._options.shard[0])
+        summary.images, summary.done, summary.failed = images, done, failed
+
+    def _tables(self, *, only_if_complete: bool = False) -> None:
+        index, out = self._index, self._folder.path
+        self._know()
+        write_failures(index, out)
+        images, done, failed = index.counts()
+        self._summary.complete = done + failed == images
+        if only_if_complete and not self._summary.complete:
+            return
+        results = (row for rows in read_parts(self._folder.parts) for row in rows)
+        self._summary.scores = self._job.tables(index, results, out)
+
+
+def default_workers(options: RunOptions) -> int:
+    """Processes that read ahead for each device: of this machine as many as it has room for."""
+    if options.engine == "ray":
+        return 2 if options.device == "cuda" else 0  # an actor on the CPU has one core, which is to compute
+    return max(1, min(8, available_cpus() // options.devices - 1))

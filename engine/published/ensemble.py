@@ -1,0 +1,186 @@
+"""Networks of folders as they predict and explain: one, and several with mirrored images as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..accelerate import Accelerated
+from ..datasets.views import MirroredSource
+from ..errors import DataError, GigamorphError
+from ..images.affine import Affine, Map
+from ..images.pixels import PixelSource, to_original
+from ..models.classifier import record
+from ..models.folder import Description, Preprocessing
+from ..models.outputs import Outputs, outputs_of, set_outputs
+from ..train.explanation import Explained, Explanation, SelfExplaining, class_of, explain_class, gradient
+from .images import PreparedSource
+
+
+class Published:
+    """An accelerated network; an image that the network itself refuses is an error of one line that names it."""
+
+    def __init__(self, net: Accelerated, name: str) -> None:
+        self.__dict__.update(net=net, network_name=name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "net":  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.net, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.net, name, value)
+
+    def __call__(self, image: Any) -> Any:
+        return self._told(image, lambda: self.net(image))
+
+    def evidence_map(self, image: Any, score: Any) -> Any:
+        """As `Accelerated.evidence_map`."""
+        return self._told(image, lambda: self.net.evidence_map(image, score))
+
+    def _told(self, image: Any, compute: Callable[[], Any]) -> Any:
+        try:
+            return compute()
+        except GigamorphError:
+            raise
+        except Exception:  # the network's own: whatever it raises is the answer
+            one = image[0] if isinstance(image, list) else image
+            shape = tuple(one.shape)[-3:]
+            name = getattr(one, "name", "image")
+            try:
+                with torch.no_grad():
+                    record(self.net._network, self.network_name, (1, *shape), "cpu")
+            except GigamorphError as error:
+                raise DataError(f"{name}: {error}") from error
+            raise  # no fault of the image
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network of an ensemble: what it takes, and what it gives."""
+
+    net: Published
+    preprocessing: Preprocessing
+    outputs: Outputs
+
+
+class Ensemble(SelfExplaining):
+    """Several networks, and mirror images, as one network: log-odds of the mean of their probabilities.
+
+    A call takes an image of grey values (or a list of one) and gives log-odds (1, names).
+    """
+
+    def __init__(self, members: Sequence[Member], description: Description) -> None:
+        self.members, self.flips = list(members), description.flips
+        self._numbers = description.outputs.numbers
+        set_outputs(self, replace(description.outputs, averaged=True))
+        self._on_tile: Any = None
+
+    @property
+    def on_tile(self) -> Any:
+        """Called at each tile of each member."""
+        return self._on_tile
+
+    @on_tile.setter
+    def on_tile(self, call: Any) -> None:
+        self._on_tile = call
+        for member in self.members:
+            member.net.on_tile = call
+
+    def eval(self) -> Ensemble:
+        for member in self.members:
+            member.net.eval()
+        return self
+
+    def __call__(self, image: Any) -> Tensor:
+        source = image[0] if isinstance(image, list) else image
+        return self._mean(torch.stack([self._log_odds(member, seen) for member, seen in self._views(source)]))
+
+    def _mean(self, each: Tensor) -> Tensor:
+        """Of numbers their mean, of others the log-odds of the mean of their probabilities."""
+        return each.mean(0) if self._numbers else mean_log_odds(each)
+
+    def explain_class(self, source: PixelSource, which: int | None) -> Explained:
+        """The sum of the members' maps, each times the slope of the mean's log-odds by its own; see `_merged`."""
+        return self._explained(source, which, lambda net, seen, number: explain_class(net, seen, number)[0])
+
+    def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
+        """The gradient of the mean's log-odds by the image's grey values, of which members have their own sizes."""
+
+        def by_grey(net: Any, seen: PreparedSource, number: int) -> Explanation:
+            found = gradient(net, seen, number)[0].cpu()
+            _, std = seen.normalize.per_channel(seen.shape[0])
+            scaled = found / torch.tensor(std, dtype=found.dtype)[:, None, None]
+            return Explanation(seen, scaled, Affine())
+
+        found, log_odds, number = self._explained(source, which, by_grey)
+        return replace(found, values=found.values.abs().amax(0), log_odds=None), log_odds, number
+
+    def _explained(self, source: PixelSource, which: int | None, explain: Callable[..., Explanation]) -> Explained:
+        views = list(self._views(source))
+        with torch.no_grad():
+            each = torch.stack([self._log_odds(member, seen) for member, seen in views]).cpu()
+        mean = self._mean(each)
+        number = class_of(mean, which, outputs_of(self))
+        log_slopes = _log_slope(each[:, 0, number]) - _log_slope(mean[0, number])
+        slopes = (torch.zeros_like(log_slopes) if self._numbers else log_slopes).exp() / len(views)
+        maps = [explain(member.net, seen, number) for member, seen in views]
+        # The first len(self.members) are of images that are not mirrored.
+        log_odds = float(mean[0, number])
+        return _merged(maps, slopes.tolist(), len(self.members), log_odds), mean[0], number
+
+    def _views(self, source: PixelSource) -> Iterator[tuple[Member, PreparedSource]]:
+        """Each member with each image that it sees; images as they are come first."""
+        for left_right, up_down in sorted(self.flips):
+            mirrored = MirroredSource(source, left_right=left_right, up_down=up_down)
+            for member in self.members:
+                yield member, PreparedSource(mirrored if left_right or up_down else source, member.preprocessing)
+
+    @staticmethod
+    def _log_odds(member: Member, seen: PreparedSource) -> Tensor:
+        return member.outputs.log_odds(member.net(seen).double())
+
+
+def mean_log_odds(log_odds: Tensor) -> Tensor:
+    """Log-odds (...) of the mean of the probabilities along the first axis, without rounding them to 0 or 1."""
+    return torch.logsumexp(F.logsigmoid(log_odds), 0) - torch.logsumexp(F.logsigmoid(-log_odds), 0)
+
+
+def _log_slope(log_odds: Tensor) -> Tensor:
+    """log p (1 - p): how fast a probability rises with its log-odds."""
+    return F.logsigmoid(log_odds) + F.logsigmoid(-log_odds)
+
+
+def _merged(maps: Sequence[Explanation], slopes: Sequence[float], plain: int, log_odds: float) -> Explanation:
+    """The weighted sum of maps (..., h, w), on the finest cells of one whose image is not mirrored.
+
+    With z = log-odds of the mean of n probabilities p_i of log-odds z_i, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)): so
+    much of what a place adds to z_i it adds to z. Cells of other sizes are carried over bilinearly; what adds up over
+    them is spread over as many as they cover.
+    """
+
+    def in_file(one: Explanation) -> Map:
+        return to_original(one.source) @ one.in_source
+
+    def area(one: Explanation) -> float:
+        left, top, right, bottom = in_file(one).boxes([0, 0, *one.values.shape[:-3:-1]]).tolist()
+        return (right - left) * (bottom - top) / (one.values.shape[-1] * one.values.shape[-2])
+
+    base = min(maps[:plain], key=area)
+    height, width = base.values.shape[-2:]
+    to_base, adds_up = in_file(base).inverse(), all(one.adds_up for one in maps)
+    total = torch.zeros(base.values.shape, dtype=torch.float64)
+    for one, slope in zip(maps, slopes, strict=True):
+        place = to_base @ in_file(one)
+        _, rows, columns = one.source.shape
+        reach = tuple(one.in_source.inverse().boxes([0, 0, columns, rows]).tolist())
+        layers = one.values.detach().double().cpu().reshape(-1, *one.values.shape[-2:])
+        moved = [torch.from_numpy(place.resample(layer, 0, height, 0, width, reach)) for layer in layers]
+        share = area(base) / area(one) if adds_up else 1.0
+        total += slope * share * torch.stack(moved).double().reshape(total.shape)
+    return replace(base, values=total.float(), log_odds=log_odds, adds_up=adds_up)

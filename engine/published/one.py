@@ -1,0 +1,269 @@
+"""One network and its weights become a folder, once its logits by tiles are those of ordinary PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import GigamorphError
+from ..files import write_atomically
+from ..models import create_model
+from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
+from ..models.outputs import Activation, Head, Outputs
+from ..models.results import Columns, is_row, tensors_in, told
+from ..models.spec import Spec
+from ..models.weights import State, load_exactly, renamed, sha256, subtree
+from ..train.checkpoint import versions
+from .reference import compute, fixed_image, forward, verified
+
+SIZE = (320, 256)
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says of a network; None and empty leave it to the weights.
+
+    Attributes:
+        weights: a file, a Hugging Face folder, or "cache".
+        prefix: of the sub-tree of the checkpoint that is the network.
+        layout: one of `LAYOUTS`.
+        activation, classes: of a single head.
+        heads: of several: pairs (name, text) as ("density", "softmax:A,B,C,D").
+        preprocessing: fields of `Preprocessing` that go before what the source says.
+        licence: of the weights.
+        size: (height, width) of the image that it is checked by.
+        trust: whether a pickled module may run its code, in a process of its own.
+    """
+
+    weights: str | None = None
+    prefix: str = ""
+    layout: str | None = None
+    activation: Activation | None = None
+    classes: tuple[str, ...] = ()
+    heads: tuple[tuple[str, str], ...] = ()
+    preprocessing: Mapping[str, Any] | None = None
+    licence: str = ""
+    size: tuple[int, int] | None = None
+    trust: bool = False
+
+
+def import_state(
+    spec: Spec,
+    state: State,
+    preprocessing: Preprocessing,
+    key_map: tuple[tuple[str, str], ...],
+    folder: Path,
+    wishes: Wishes,
+    say: Say,
+    known: Outputs | None = None,
+) -> Description:
+    """Build, load, check and write one network.
+
+    Args:
+        known: its outputs, where the source says what they are.
+    """
+    tensors = renamed(state.tensors, key_map)
+    channels = preprocessing.channels
+    network, prefix, asked = _built(replace(spec, results=()), tensors, channels, known)
+    if prefix:
+        say(f"{state.path.name}: all names begin with {prefix}, which the network's do not")
+        tensors, key_map = subtree(tensors, prefix, state.path), ((prefix, ""), *key_map)
+    converted = _load(network, spec, tensors, channels, state.path, say)
+    wanted = replace(preprocessing, **(wishes.preprocessing or {}))
+    image = fixed_image(wanted, wishes.size or SIZE)
+    taken = _taken(network, spec, image, wishes, say)
+    if taken:
+        spec = replace(spec, results=tuple(taken))
+        network.register_forward_hook(Columns(spec.results))
+    reference = compute(network, image, str(spec))
+    outputs = _outputs(wishes, known, reference.logits32.shape[1], taken)
+    checked = verified(network, reference, str(spec))
+    _write_weights(network, folder)
+    reference.write(folder)
+    source = {
+        "file": state.path.name,
+        "sha256": sha256(state.path),
+        "place": state.place,
+        "prefix": wishes.prefix,
+        "weights_sha256": sha256(folder / WEIGHTS),
+    }
+    source |= {"converted": converted} if converted else {}
+    description = Description(
+        model=str(_alone(spec, channels, asked, outputs)),
+        outputs=outputs,
+        preprocessing=wanted,
+        source=source,
+        key_map=key_map,
+        licence=wishes.licence,
+        reference=checked,
+        versions=versions(),
+    )
+    write_description(folder, description)
+    create_model(str(folder))  # what cannot be opened again is not written
+    return description
+
+
+def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: Say) -> dict[str, int]:
+    """Which tensors of a network's result become its outputs, with their columns; none if it gives one row itself.
+
+    They are those that the spec names after #, else those that heads are named after, else all rows of numbers.
+
+    Raises:
+        GigamorphError: it gives no such tensor.
+    """
+    result = forward(network.float().eval(), image, str(spec))
+    if isinstance(result, Tensor) and result.ndim == 2 and not spec.results:
+        return {}
+    found = tensors_in(result)
+    rows = {name: value for name, value in found.items() if is_row(value) and len(value) == 1}
+    heads = [name for name, _ in wishes.heads]
+    names = list(spec.results) or (heads if heads and set(heads) <= set(rows) else list(rows))
+    unknown = [name for name in names if name not in rows]
+    if unknown or not names:
+        what = f"no row of numbers {unknown[0]!r}" if unknown else "no row of numbers"
+        raise GigamorphError(
+            f"model {str(spec)!r} gives {what} for an image, but {told(found)}; name those that are, as in "
+            "module:factory#logits, or a factory whose network gives (images, outputs)"
+        )
+    rest = {name: value for name, value in found.items() if name not in names}
+    say(f"{spec.name}: takes {', '.join(names)}" + (f" of its outputs, not {told(rest)}" if rest else ""))
+    return {name: rows[name].numel() for name in names}
+
+
+def _alone(spec: Spec, channels: int, asked: int, outputs: Outputs) -> Spec:
+    """The spec that builds the network for as many outputs as it is asked for, and its own number of channels.
+
+    Args:
+        asked: num_classes that it was built with; it is kept where the outputs are of another number.
+    """
+    arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
+    if spec.kind == "timm":
+        arguments.setdefault("in_chans", channels)
+    alone = replace(spec, arguments=arguments)
+    if not outputs.predicts or outputs.columns == asked or not spec.results:
+        return alone
+    kept = replace(spec, arguments={**arguments, "num_classes": asked})
+    try:
+        create_model(str(kept), asked, channels)
+    except GigamorphError:  # it takes no num_classes
+        return alone
+    return kept
+
+
+def _built(
+    spec: Spec, tensors: Mapping[str, Tensor], channels: int, known: Outputs | None
+) -> tuple[nn.Module, str, int]:
+    """The network as the weights have it; a prefix that all their names have before its; num_classes it is built with.
+
+    Which num_classes it was: where the first sides of tensors follow it, and the file's are others.
+    """
+    prefix, columns = "", None if known is None else known.columns if known.predicts else 0
+    if columns is None:
+        own = create_model(str(spec), 2, channels).state_dict()
+        prefix = _common_prefix(own, tensors)
+        theirs = {name: tensors[prefix + name].shape for name in own if prefix + name in tensors}
+        follow = [
+            shape[0]
+            for name, shape in theirs.items()
+            if shape and own[name].shape and own[name].shape[0] == 2 != shape[0] and shape[1:] == own[name].shape[1:]
+        ]
+        columns = int(spec.arguments.get("num_classes", follow[-1] if follow else 2))
+    return create_model(str(spec), columns, channels), prefix, columns
+
+
+def _common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What stands before all names of a file, where the names after it are the network's; "" otherwise."""
+    first = next(iter(tensors), "")
+    parts = first.split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        if first.removeprefix(prefix) in own and all(name.startswith(prefix) for name in tensors):
+            return prefix
+    return ""
+
+
+def _load(
+    network: nn.Module, spec: Spec, tensors: Mapping[str, Tensor], channels: int, path: Path, say: Say
+) -> list[str]:
+    """Load the weights; for timm's models as timm does, which sums the colours of a first convolution for grey images.
+
+    Returns:
+        Names of the tensors that were converted.
+    """
+    own = network.state_dict()
+    convertible = [
+        name
+        for name, value in tensors.items()
+        if name in own
+        and value.ndim == own[name].ndim == 4
+        and value.shape[1] == 3
+        and own[name].shape == (len(value), channels, *value.shape[2:])
+        and channels != 3
+    ]
+    if spec.kind != "timm" or len(convertible) != 1:
+        load_exactly(network, tensors, path)
+        return []
+    from timm.models import adapt_input_conv
+
+    (name,) = convertible
+    changed = {**tensors, name: adapt_input_conv(channels, tensors[name])}
+    load_exactly(network, changed, path)
+    say(f"{name}: was made for 3 channels; summed over them, as timm does, for {channels}")
+    return [name]
+
+
+def _outputs(wishes: Wishes, known: Outputs | None, columns: int, taken: Mapping[str, int]) -> Outputs:
+    """What the user, the layout or the number of columns says of the outputs.
+
+    Args:
+        taken: columns of each tensor that is taken, if there are several; each is a head by default.
+
+    Raises:
+        GigamorphError: names that do not fit the columns.
+    """
+    if wishes.heads:
+        heads = tuple(_head(name, text) for name, text in wishes.heads)
+        outputs = Outputs(heads)
+    elif wishes.activation is None and not wishes.classes and known is not None:
+        outputs = known
+    elif len(taken) > 1:
+        names = wishes.classes or tuple(taken)
+        if len(names) != len(taken) or (wishes.classes and columns > len(taken)):
+            raise GigamorphError(
+                f"the network has {len(taken)} outputs ({', '.join(taken)}) of {columns} numbers, --classes names "
+                f"{len(names)}; name them one by one, as in --head {next(iter(taken))}=softmax:A,B"
+            )
+        heads = zip(names, taken.values(), strict=True)
+        outputs = Outputs(tuple(_default_head(name, count, wishes.activation) for name, count in heads))
+    else:
+        outputs = Outputs.of(wishes.activation or _usual(columns), columns, wishes.classes)
+    if outputs.columns != columns:
+        raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
+    return outputs
+
+
+def _usual(columns: int) -> Activation:
+    return "softmax" if columns > 1 else "sigmoid"
+
+
+def _default_head(name: str, columns: int, activation: Activation | None) -> Head:
+    classes = tuple(str(i) for i in range(columns)) if columns > 1 else (name,)
+    return Head(classes, activation or _usual(columns), columns, name)
+
+
+def _head(name: str, text: str) -> Head:
+    activation, _, names = text.partition(":")
+    classes = tuple(one.strip() for one in names.split(",")) if names else (name,)
+    return Head(classes, activation, len(classes), name)  # type: ignore[arg-type]
+
+
+def _write_weights(network: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda path: save_file(state, path), "weights")

@@ -1,0 +1,132 @@
+"""What a synthetic task shows of a paper's claim: a rule that is written down before the seeds are run, and judged.
+
+A seed draws data and networks anew, so it is the unit of which there are several: rows of one seed are averaged first.
+An effect is the difference of two columns; its interval is Student's t over the seeds. A claim holds if every
+effect's interval lies above zero, nearly every seed shows it, what is praised is good by itself (a floor), and nothing
+is so good that there would be no room for a difference (the ceiling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ..train.run import Run
+
+Row = dict[str, Any]
+SEEN = (0, 1, 2)
+"""Seeds that were looked at while tasks and settings were chosen."""
+HELD_OUT = (20, 21, 22, 23, 24, 25, 26)
+"""Seeds that were not: they were run after task and rule were committed."""
+CEILING = 0.98
+WINS = 0.8
+FEWEST = 3  # seeds, below which nothing is said to hold
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One column above another, in the rows of some values."""
+
+    ours: str
+    control: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        among = ", ".join(f"{key} {value}" for key, value in self.where.items())
+        return f"{self.ours} - {self.control}" + (f" ({among})" if among else "")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a claim holds.
+
+    Attributes:
+        effects: all of which the claim says.
+        floors: (column, least mean over the seeds).
+        chance: columns whose interval over the seeds holds 0.5.
+        beside: effects that are measured and reported, of which the claim says nothing.
+        ceiling: what the mean of every column of an effect is below.
+    """
+
+    effects: tuple[Effect, ...]
+    floors: tuple[tuple[str, float], ...]
+    chance: tuple[str, ...] = ()
+    beside: tuple[Effect, ...] = ()
+    ceiling: float = CEILING
+
+    def __str__(self) -> str:
+        parts = [f"the mean of {column} is at least {least:g}" for column, least in self.floors]
+        parts += [f"0.5 lies in the interval of {column}" for column in self.chance]
+        told = "; ".join(effect.name for effect in self.effects)
+        return (
+            f"Over the seeds, with 95 % intervals (Student's t): {'; '.join(parts)}; no mean of a compared column is "
+            f"{self.ceiling:g} or more; and each of these differences has an interval above 0 and is above 0 with "
+            f"{WINS:.0%} of the seeds: {told}."
+        )
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A synthetic task: what is claimed, how it is judged, and what makes the rows of a seed."""
+
+    claim: str
+    """The paper's sentence, in our words."""
+    rule: Rule
+    rows: Callable[[Run], list[Row]]
+    """(run) -> rows of plain numbers and texts, for `run.seed`; writes into `run.out`."""
+
+
+def over_seeds(rows: Sequence[Row], column: str, where: Mapping[str, Any] | None = None) -> dict[int, float]:
+    """The mean of a column in each seed's rows, of those with the values of `where`."""
+    chosen = [row for row in rows if all(row.get(key) == value for key, value in (where or {}).items())]
+    seeds = dict.fromkeys(row["seed"] for row in chosen)
+    return {seed: float(np.mean([row[column] for row in chosen if row["seed"] == seed])) for seed in seeds}
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Of the mean of independent values (Student's t); None of fewer than two."""
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    reach = error * float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    return mean - reach, mean + reach
+
+
+def judge(rule: Rule, rows: Sequence[Row]) -> tuple[bool, list[Row]]:
+    """Whether the rule holds of rows, and a line for each of its parts: what, mean, low, high, wins, seeds, holds.
+
+    A line of what stands beside the claim holds None.
+    """
+    lines: list[Row] = []
+    for column, least in rule.floors:
+        values = list(over_seeds(rows, column).values())
+        lines.append(_line(f"{column} at least {least:g}", values, float(np.mean(values)) >= least))
+    for column in rule.chance:
+        values = list(over_seeds(rows, column).values())
+        line = _line(f"{column} at chance", values, False)
+        lines.append({**line, "holds": line["low"] is not None and line["low"] <= 0.5 <= line["high"]})
+    for effect in (*rule.effects, *rule.beside):
+        ours, control = (over_seeds(rows, column, effect.where) for column in (effect.ours, effect.control))
+        values = [ours[seed] - control[seed] for seed in ours]
+        wins = sum(value > 0 for value in values)
+        line = _line(effect.name, values, None, wins)
+        if effect in rule.effects:
+            line["holds"] = line["low"] is not None and line["low"] > 0 and wins >= WINS * len(values)
+        lines.append(line)
+    compared = [(name, e.where) for e in rule.effects for name in (e.ours, e.control)]
+    best = max(float(np.mean(list(over_seeds(rows, name, where).values()))) for name, where in compared)
+    lines.append({"what": f"best mean below {rule.ceiling:g}", "mean": best, "holds": best < rule.ceiling})
+    enough = len({row["seed"] for row in rows}) >= FEWEST
+    return enough and all(line["holds"] is not False for line in lines), lines
+
+
+def _line(what: str, values: Sequence[float], holds: bool | None, wins: int | None = None) -> Row:
+    low, high = interval(values) or (None, None)
+    line = {"what": what, "mean": float(np.mean(values)), "low": low, "high": high, "wins": wins, "seeds": len(values)}
+    return {**line, "holds": holds}

@@ -1,0 +1,70 @@
+"""Networks that are fine-tuned as a whole, on images of one size or of any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate
+from ..datasets.dataset import ImageDataset
+from ..train.run import Run
+from ..train.task import Task
+from .sized import Size, read_sized
+from .tensors import Measure
+
+
+class Finetuning(Task):
+    """All layers learn, on images brought to one size or at their native resolution.
+
+    Args:
+        module: (N, C, H, W) -> (N, classes).
+        images: a subset's training images; told which epoch it is.
+        val: validation images, which choose the best epoch; where there are none, the training loss does.
+        record: what checkpoints say of the network.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        images: ImageDataset,
+        val: ImageDataset,
+        size: Size,
+        score: Measure,
+        run: Run,
+        batch: int,
+        record: Mapping[str, Any],
+    ) -> None:
+        self.module, self.images, self.val, self.size, self.measure = module, images, val, size, score
+        self.record, self.best_by_loss = record, not len(val)
+        self.batch, self.device = batch, run.device
+        self.net = accelerate(module, run.memory_budget, fallback="whole")
+        self.net.on_tile = lambda event: self.meter.on_tile(event)
+
+    def examples(self, epoch: int) -> ImageDataset:
+        self.images.set_epoch(epoch)
+        return self.images
+
+    def loss(self, batch: Sequence[dict]) -> Tensor:
+        labels = torch.tensor([item["label"] for item in batch], device=self.device)
+        return nn.functional.cross_entropy(self._logits([item["image"] for item in batch]).float(), labels)
+
+    def score(self) -> float | None:
+        if not len(self.val):
+            return None
+        return self.measure(torch.tensor([record.label for record in self.val.records]), self.predict(self.val))
+
+    @torch.no_grad()
+    def predict(self, images: ImageDataset) -> Tensor:
+        """Logits (n, classes) on the CPU; the module is to be in evaluation mode."""
+        places = range(0, len(images), self.batch)
+        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in places]
+        return torch.cat([self._logits(batch).float().cpu() for batch in batches])
+
+    def _logits(self, sources: Sequence) -> Tensor:
+        self.meter.image(sum(source.shape[1] * source.shape[2] for source in sources))
+        if self.size.native:
+            return self.net(sources)
+        return self.net(torch.stack([read_sized(source, self.size) for source in sources]).to(self.device))

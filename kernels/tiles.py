@@ -1,0 +1,163 @@
+"""The tiles of kernels without matrix products by descriptors: depthwise, streams through a map, pooling, the stem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor
+
+from .tuning import capability, interpreting, power_of_two, register_limit
+
+# -- depthwise convolution ----------------------------------------------------------------------------------------
+
+# Rows of output that a program makes at once: with more, registers leave too few programs on a multiprocessor.
+DEPTHWISE_ROWS = 4
+# Filter rows that a program holds at most, and taps that one of the weight gradient holds: Triton's compile time grows
+# faster than their number.
+FILTER_ROWS, TAPS = 7, 28
+# Sums that a thread of the weight gradient keeps in registers.
+SUMS = 56
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """What a program works on at a time: rows, pixels of a row, channels; and with how many warps."""
+
+    rows: int
+    pixels: int
+    channels: int
+    num_warps: int = 4
+
+
+def _depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, vector: int) -> DepthwiseTile:
+    """The tile of a map of `rows` rows of `pixels` pixels, `vector` channels in a thread."""
+    rows = power_of_two(rows, 1, DEPTHWISE_ROWS)
+    if interpreting():  # few large programs: a call costs more than its elements
+        return DepthwiseTile(rows, power_of_two(pixels, 1, 256), power_of_two(channels, 1, 128))
+    # A line of 128 bytes, or half of one where that leaves fewer lanes idle.
+    line = 128 // dtype.itemsize
+    whole, half = (triton.cdiv(channels, n) * n for n in (line, line // 2))
+    block = power_of_two(channels, vector, line if whole <= half else line // 2)
+    run = power_of_two(pixels, max(1, 32 * vector // block), 128 * vector // block)
+    return DepthwiseTile(rows, run, block, run * block // (32 * vector))
+
+
+def depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int) -> DepthwiseTile:
+    """The tile of the forward and the data gradient; `pixels` of one phase."""
+    return _depthwise_tile(dtype, channels, rows, pixels, 16 // dtype.itemsize)
+
+
+def depthwise_wgrad_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, taps: int) -> DepthwiseTile:
+    """The tile of the weight gradient: as many channels in a thread as its sums leave room for."""
+    vector = 16 // dtype.itemsize
+    while vector > 1 and vector * taps > SUMS:
+        vector //= 2
+    return _depthwise_tile(dtype, channels, rows, pixels, vector)
+
+
+def depthwise_wgrad_splits(programs: int, tiles: int) -> int:
+    """Splits of the pixels: programs enough for several on each multiprocessor of the largest chip."""
+    return min(triton.cdiv(2 if interpreting() else 1024, programs), tiles)
+
+
+def equal_part(size: int, most: int) -> int:
+    """The length of equal parts, as few as possible, none longer than `most`."""
+    return triton.cdiv(size, triton.cdiv(size, most))
+
+
+# -- kernels that stream through a map ----------------------------------------------------------------------------
+
+MOST_BLOCK_CHANNELS = 128  # 256 bytes of 16-bit channels lie side by side: whole cache lines
+MOST_NORM_CHANNELS = 8192  # one program of a layer norm holds them all in registers
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How programs share the pixels of a map: each takes `steps` tiles of block_m pixels x block_c channels."""
+
+    block_m: int
+    block_c: int
+    steps: int
+    num_warps: int
+
+    @property
+    def share(self) -> int:
+        """Pixels of a program."""
+        return self.block_m * self.steps
+
+    def programs(self, pixels: int) -> int:
+        return -(-pixels // self.share)
+
+
+def stream_config(pixels: int, channels: int, most_channels: int) -> StreamConfig:
+    """The tile of a kernel that streams through a map.
+
+    Sixteen elements per thread: two of them held for sums leave room for as many blocks as hide the memory's latency.
+    About two thousand programs; at most 1024 tiles each, so that a sum has few terms before it is added to others.
+    """
+    block_c = power_of_two(channels, 4, most_channels)
+    num_warps = min(16, max(4, block_c // 512))
+    block_m = max(1, num_warps * 512 // block_c)
+    programs = 2048
+    if interpreting():  # few large programs: a call costs more than its elements
+        block_m, programs = max(1, 16384 // block_c), 2
+    tiles = -(-pixels // block_m) * -(-channels // block_c)
+    return StreamConfig(block_m, block_c, min(1024, -(-tiles // programs)), num_warps)
+
+
+def merge_blocks(parts: int, channels: int) -> tuple[int, int]:
+    """Parts and channels that a program merges at a time; narrow: more programs for little work."""
+    return power_of_two(parts, 1, 128), power_of_two(channels, 4, 16384 if interpreting() else 16)
+
+
+def pool_tile(rows: int, cols: int, channels: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows, columns and channels of a tile: two vectors of 16 bytes for each of 128 threads; four rows if they fit."""
+    room = 1 << 16 if interpreting() else 128 * 2 * 16 // itemsize
+    block_c = power_of_two(min(channels, 128), 1, room)
+    pixels = room // block_c
+    block_h = power_of_two(rows, 1, min(pixels, max(4, pixels // power_of_two(cols, 1, pixels))))
+    return block_h, power_of_two(cols, 1, pixels // block_h), block_c
+
+
+# -- stem ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StemTile:
+    """Pixels of y, filters and taps of a tile; how it is compiled."""
+
+    pixels: int
+    filters: int
+    taps: int
+    options: Mapping[str, int | None] = field(default_factory=dict)
+
+
+def stem_tile(weight: Tensor, width: int) -> StemTile:
+    """A tile as large as maxima, places and sums fit in registers without spilling."""
+    filters, depth = weight.shape[0], weight[0].numel()
+    if interpreting():  # few large programs: a call costs more than its elements
+        return StemTile(power_of_two(width, 16, 128), power_of_two(filters, 16, 128), power_of_two(depth, 16, 64))
+    side = 64 if weight.dtype.itemsize <= 2 else 32
+    # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
+    # (triton-lang/triton#9433). Told no limit, the assembler spills a few registers to fit two programs per processor.
+    warps = 8 if capability(weight.device) else 4  # 256 threads: AMD's warps have 64
+    options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, 255)}
+    return StemTile(side, power_of_two(filters, 16, side), power_of_two(depth, 16, 32), options)
+
+
+def stem_lines(rows: int, tiles: int) -> int:
+    """Rows of y that a program makes: long strips share more conv lines, short ones give every processor work.
+
+    Args:
+        rows: of y.
+        tiles: of all rows together.
+    """
+    return min(rows, 64) if interpreting() else max(1, min(8, tiles // 2048))
+
+
+def stem_share(tiles: int) -> int:
+    """Tiles that one program of the backward sums: some 20 MB of partial sums at most."""
+    return triton.cdiv(tiles, 4 if interpreting() else 1024)

@@ -1,0 +1,137 @@
+"""The first convolution of a pixel that reads a map takes the gradients of all its readers, in one kernel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exactness import assert_exact, errors, randomize, step
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph import accelerate, kernels
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.rewrites import prepare
+from gigamorph.engine.lowering.stages import Stage, lower
+from gigamorph.kernels import choice, conv2d
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_gpu() -> Iterator[None]:
+    """The fused graph of a GPU, each op of it computed by PyTorch."""
+    with pytest.MonkeyPatch.context() as patch, choice.override("stock"):
+        patch.setattr(kernels, "enabled", lambda device: True)
+        yield
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inside: int, width: int, outside: int, stride: int, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(inside, width, 1), nn.BatchNorm2d(width), act())
+        self.b = nn.Sequential(nn.Conv2d(width, width, 3, stride, 1), nn.BatchNorm2d(width), act())
+        self.c = nn.Sequential(nn.Conv2d(width, outside, 1), nn.BatchNorm2d(outside))
+        self.down = nn.Conv2d(inside, outside, 1, stride) if stride > 1 or inside != outside else nn.Identity()
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.c(self.b(self.a(x))) + self.down(x))
+
+
+class Net(nn.Module):
+    """Bottlenecks, of which one before the last is an output besides."""
+
+    def __init__(self, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.first = nn.Sequential(Bottleneck(4, 2, 8, 1, act), Bottleneck(8, 2, 8, 1, act))
+        self.second = nn.Sequential(Bottleneck(8, 3, 8, 2, act), Bottleneck(8, 3, 8, 1, act))
+        self.side, self.last = nn.Conv2d(8, 3, 3), Bottleneck(8, 2, 8, 1, act)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.second(self.first(self.stem(x)))
+        return self.last(x).mean((2, 3)), self.side(x).mean((2, 3))
+
+
+def build(act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(Net(act)).double().eval()
+
+
+def image(height: int, width: int) -> Tensor:
+    return torch.randn(1, 1, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def stage_of(model: nn.Module) -> Stage:
+    staged = lower(capture(model, (1, 1, 96, 96), torch.float64, "cpu"))
+    prepare(staged, training=True)
+    (stage,) = staged.stages
+    return stage
+
+
+def test_ends_of_blocks_are_gathered() -> None:
+    """Of the five blocks' outputs four are read by several; without a slope of their own sums are gathered too."""
+    for act, sloped in ((nn.ReLU, True), (nn.SiLU, False)):
+        gathers = [local.gathers for local in stage_of(build(act)).locals if local.gathers is not None]
+        assert len(gathers) == 4
+        assert all((gather.slope is not None) == sloped for gather in gathers)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU])
+@pytest.mark.parametrize("tile", [16, 24, 200])
+def test_networks_are_exact(act: type[nn.Module], tile: int) -> None:
+    assert_exact(build(act), image(101, 86), tile=tile)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    height=st.integers(20, 90),
+    width=st.integers(20, 90),
+    tile=st.tuples(st.integers(5, 60), st.integers(5, 60)),
+    asked=st.sampled_from([(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)]),
+    frozen=st.sampled_from(["", "first", "second.1.a", "last"]),
+)
+def test_of_any_size_and_loss(
+    height: int, width: int, tile: tuple[int, int], asked: tuple[float, float], frozen: str
+) -> None:
+    """Losses that reach the convolution that gathers or only others; parts that are not trained."""
+    model = build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+    grads = []
+    for net in (model, accelerate(copy.deepcopy(model), tile=tile)):
+        outputs = net(image(height, width))
+        sum(weight * output.square().sum() for weight, output in zip(asked, outputs, strict=True) if weight).backward()  # pyright: ignore
+        grads.append({name: p.grad for name, p in net.named_parameters()})
+    assert [g is None for g in grads[0].values()] == [g is None for g in grads[1].values()]
+    assert max(errors(*grads).values()) <= 1e-11
+
+
+def test_slopes_take_no_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the map that is given away as well."""
+    passes: list[tuple[int, ...]] = []
+    act_grad = conv2d.act_grad
+    monkeypatch.setattr(conv2d, "act_grad", lambda dy, *rest: passes.append(tuple(dy.shape)) or act_grad(dy, *rest))
+    step(accelerate(build(), tile=96), image(96, 96), image_gradient=False)
+    assert passes == [(1, 8, 12, 12)]
+
+
+def test_a_map_that_goes_on_in_another_way_is_left() -> None:
+    """Its first reader has a window, or there is one reader, or the map is an output."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            x = F.relu(self.a(x))
+            y = F.relu(self.b(x) + self.c(x))
+            return y.mean((2, 3)), self.c(y).mean((2, 3))
+
+    model = Left().double()
+    assert not any(local.gathers for local in stage_of(model).locals)
+    assert_exact(model, image(40, 33), tile=16)

@@ -1,0 +1,82 @@
+"""Reshapes and permutations in a row, of which those in between have no image axes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from exactness import assert_exact
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.moves import _refined
+from gigamorph.engine.lowering.ops.base import Whole
+from gigamorph.engine.lowering.sorting import sort
+
+CHANNELS = 6
+
+
+class Unfolded(nn.Module):
+    """MobileViT's: pixels at the same place of 2 x 3 patches attend to each other; `between` looks in on the way."""
+
+    def __init__(self, between: bool = False) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.qkv = nn.Conv2d(2, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 3 * CHANNELS)
+        self.last, self.head = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, c, h, w = x.shape
+        rows, cols = h // 2, w // 3
+        x = x.reshape(n * c * rows, 2, cols, 3).transpose(1, 2)
+        if self.between:
+            x = x + x.cumsum(0)
+        x = x.reshape(n, c, rows * cols, 6).transpose(1, 3).reshape(n * 6, rows * cols, c)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(q, k, v)
+        x = x.contiguous().view(n, 6, rows * cols, -1).transpose(1, 3).reshape(n * c * rows, cols, 2, 3)
+        x = x.transpose(1, 2).reshape(n, c, h, w)
+        return self.head(self.last(x).mean((2, 3)))
+
+
+def network(between: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return Unfolded(between).double()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("tile", [(6, 9), (4, 6), 100])
+def test_patches_that_are_unfolded_and_folded(n, tile):
+    assert_exact(network(), torch.randn(n, 2, 12, 18, dtype=torch.float64), tile=tile)
+
+
+def test_only_keys_and_values_are_whole():
+    _, nodes = sort(capture(network(), (2, 2, 12, 18), torch.float64, torch.device("cpu")))
+    taken = [node.op.name for node in nodes if isinstance(node, Whole)]
+    assert sorted(taken) == ["contiguous", "contiguous", "flatten", "flatten"]  # K and V, flat
+
+
+def test_what_looks_in_between_gets_the_calls_as_they_were_recorded():
+    assert_exact(network(between=True), torch.randn(2, 2, 12, 18, dtype=torch.float64), tile=(6, 9), fallback="whole")
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.data())
+def test_factors_of_two_shapes(factors, data):
+    """Both are products of neighbouring factors."""
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(factors) - 1)))) & set(range(1, len(factors))))
+    shape = [math.prod(factors[a:b]) for a, b in zip([0, *cuts], [*cuts, len(factors)], strict=True)]
+    found = _refined(factors, shape)
+    assert found is not None
+    parts, groups = found
+    flat = [one for own in parts for one in own]
+    assert [math.prod(own) for own in parts] == factors
+    assert [math.prod(flat[n] for n in own) for own in groups] == shape
+
+
+def test_shapes_without_common_factors():
+    assert _refined([4, 6], [3, 8]) is None

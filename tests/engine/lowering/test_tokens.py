@@ -1,0 +1,209 @@
+"""Tokens joined to the positions of an image: class tokens, registers, what goes on apart and what is put together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exactness import assert_exact
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.ops.base import Local, Whole
+from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.lowering.stages import Stage, lower
+
+H, W, WIDTH, HEADS = 12, 20, 8, 2
+POSITIONS = (H // 2) * (W // 2)
+
+
+class Block(nn.Module):
+    """Attention of all tokens, then a perceptron; `form` is how attention is written."""
+
+    def __init__(self, tokens: int, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.bias = nn.Parameter(torch.randn(HEADS, tokens, tokens)) if form == "biased" else None
+        self.gamma = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, count, _ = x.shape
+        qkv = self.qkv(self.first(x)).reshape(n, count, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.form == "matmul":
+            y = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        y = self.out(y.transpose(1, 2).reshape(n, count, -1))
+        x = x + y * self.gamma
+        return x + self.perceptron(self.second(x))
+
+
+class ViT(nn.Module):
+    """Patches, tokens in front of them, an embedding of both, blocks; `pool` is what becomes of the tokens."""
+
+    def __init__(self, form: str = "sdpa", tokens: int = 1, pool: str = "token", depth: int = 2) -> None:
+        super().__init__()
+        self.pool, self.count = pool, tokens
+        self.patches = nn.Conv2d(2, WIDTH, 2, 2)
+        self.tokens = nn.ParameterList(nn.Parameter(torch.randn(1, 1, WIDTH)) for _ in range(tokens))
+        self.embedding = nn.Parameter(torch.randn(1, tokens + POSITIONS, WIDTH))
+        self.blocks = nn.Sequential(*(Block(tokens + POSITIONS, form) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in self.tokens), x], dim=1)
+        x = self.norm(self.blocks(x + self.embedding))
+        if self.pool == "all":
+            return x
+        if self.pool == "map":
+            return x[:, self.count :].transpose(1, 2).reshape(len(x), WIDTH, H // 2, W // 2)
+        return self.head(self.pooled(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        match self.pool:
+            case "token":
+                return x[:, 0]
+            case "mean":
+                return x[:, self.count :].mean(1)
+            case "both":
+                return x[:, : self.count].mean(1) + x[:, self.count :].amax(1)
+            case "everything":
+                return x.mean(1)
+            case "third":
+                return x[:, self.count + 1 :: 3].mean(1) + x[:, -1]
+        raise AssertionError(self.pool)
+
+
+def network(*args, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return ViT(*args, **options).double()
+
+
+def image(n: int = 2) -> Tensor:
+    return torch.randn(n, 2, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("form", ["sdpa", "matmul", "biased"])
+def test_a_class_token_with_an_embedding_of_all(form):
+    assert_exact(network(form), image(), tile=(6, 8))
+
+
+@pytest.mark.parametrize("pool", ["mean", "both", "everything", "third", "all", "map"])
+def test_what_becomes_of_the_tokens(pool):
+    assert_exact(network(tokens=3, pool=pool, depth=1), image(), tile=(6, 8))
+
+
+class Rotated(nn.Module):
+    """Positions alone are changed between two attentions and joined again (rotary embeddings; CaiT's class blocks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(2, WIDTH, 2, 2), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.first, self.scale = Block(1, "sdpa"), nn.Parameter(torch.randn(1, POSITIONS, WIDTH))
+        self.query, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.first(torch.cat((self.token.expand(len(x), -1, -1), x), dim=1))
+        x = torch.cat([x[:, :1], x[:, 1:] * self.scale], dim=1)
+        token = F.scaled_dot_product_attention(self.query(x[:, 0:1]), x, x)
+        x = torch.cat([token, x[:, 1:]], dim=1)
+        return self.head(x[:, 0] + self.first(x)[:, 1:].mean(1))
+
+
+def test_parts_are_changed_alone_and_joined_again():
+    torch.manual_seed(0)
+    assert_exact(Rotated().double(), image(), tile=(6, 8))
+
+
+class Across(nn.Module):
+    """What goes across tokens and positions together."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.patches, self.head = way, nn.Conv2d(2, WIDTH, 2, 2), nn.Linear(WIDTH, 3)
+        self.token, self.mix = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Linear(POSITIONS + 1, POSITIONS + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.patches(x).flatten(2).transpose(1, 2)], 1)
+        match self.way:
+            case "softmax":
+                x = x * x.softmax(dim=1)
+            case "flip":
+                x = x + x.flip(1)
+            case "linear":
+                x = self.mix(x.transpose(1, 2)).transpose(1, 2)
+            case "norm":
+                x = F.layer_norm(x, x.shape[1:])
+            case "fold":
+                x = x.reshape(-1, WIDTH).cumsum(0).reshape(x.shape)
+            case "one":
+                x = x + F.scaled_dot_product_attention(x, x, x)
+            case "causal":
+                x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.head(x[:, 0] + x[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("way", ["softmax", "flip", "linear", "norm", "fold", "one", "causal"])
+def test_what_goes_across_both_is_put_together(way):
+    torch.manual_seed(0)
+    assert_exact(Across(way).double(), image(), tile=(6, 8))
+
+
+def test_only_keys_and_values_are_ever_whole():
+    """A perceptron's hidden layer, queries and scores are maps; of each attention K and V are taken whole."""
+    _, nodes = sort(capture(network(), (1, 2, H, W), torch.float64, torch.device("cpu")))
+    vectors = [node.op for node in nodes if isinstance(node, Whole)]
+    assert len([op for op in vectors if op.name == "cat"]) == 4  # K and V of two blocks
+    assert sum(isinstance(node, Local) for node in nodes) > 20
+
+
+class Table(nn.Module):
+    """Biases for each pair out of a table, as Swin and CoAtNet have them, in several blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, WIDTH, 2, 2), nn.Linear(WIDTH, 3)
+        self.tables = nn.ParameterList(nn.Parameter(torch.randn(POSITIONS, HEADS)) for _ in range(blocks))
+        i = torch.arange(POSITIONS)
+        self.register_buffer("index", (i[:, None] - i).abs())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).flatten(2).transpose(1, 2)
+        for table in self.tables:
+            heads = x.reshape(len(x), POSITIONS, HEADS, -1).transpose(1, 2)
+            bias = table[self.index.view(-1)].view(POSITIONS, POSITIONS, -1).permute(2, 0, 1).contiguous()
+            y = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias.unsqueeze(0))
+            x = x + y.transpose(1, 2).reshape(x.shape)
+        return self.head(x.mean(1))
+
+
+def test_biases_are_made_when_they_are_read():
+    """Not those of all blocks at the beginning."""
+    torch.manual_seed(0)
+    net = Table(3).double()
+    assert_exact(net, image(), tile=(6, 8))
+    staged = lower(capture(net, (1, 2, H, W), torch.float64, torch.device("cpu")))
+    stages = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage)]
+    made = [n for n, step in enumerate(staged.steps) if getattr(step, "name", "") == "unsqueeze"]
+    assert len(made) == 3 and stages[0] < made[0] < stages[1] < made[1] < stages[2] < made[2] < stages[3]
+
+
+def test_a_tile_is_chosen():
+    """Heads (N, heads, h, w, d) are stored maps of five dimensions."""
+    assert_exact(network(), image(1), memory_budget="64MiB", inference=False)
+
+
+def test_forward_features_of_a_vision_transformer():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=(48, 64), depth=2, embed_dim=24, num_heads=2, num_classes=3, reg_tokens=2
+    ).double()
+    nn.init.normal_(vit.cls_token)
+    assert_exact(vit, torch.randn(2, 3, 48, 64, dtype=torch.float64), tile=32)

@@ -1,0 +1,116 @@
+"""No process waits for another for ever, and the error names the one to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.parallel import launch
+
+SECONDS = 3.0
+
+
+def together(folder: Path, work: list[Callable[[], object]], size: int | None = None) -> list[str]:
+    """What each of some forked processes of a group ends with, and whether it was in time."""
+    size = size or len(work)
+    children = []
+    for rank, own in enumerate(work):
+        child = os.fork()
+        if not child:
+            text = ""
+            try:
+                torch.set_num_threads(1)
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+                with launch.process_group("cpu", f"file://{folder}/store", timeout=SECONDS):
+                    own()
+            except GigamorphError as error:
+                text = str(error)
+            except BaseException as error:
+                text = repr(error)
+            finally:
+                (folder / f"{rank}.json").write_text(json.dumps(text))
+                os._exit(0)
+        children.append(child)
+    deadline = time.monotonic() + 60
+    while len(children) > work.count(hang) and time.monotonic() < deadline:
+        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+        time.sleep(0.02)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    found = [folder / f"{rank}.json" for rank in range(len(work))]
+    return [json.loads(path.read_text()) if path.exists() else "no end" for path in found]
+
+
+def meet() -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+def meet_twice() -> None:
+    meet()
+    meet()
+
+
+def hang() -> None:
+    meet()
+    time.sleep(90)
+
+
+def die() -> None:
+    meet()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    meet()
+    raise DataError("b.dcm: is truncated; fetch the file again")
+
+
+def test_all_is_well(tmp_path):
+    assert together(tmp_path, [meet_twice, meet_twice]) == ["", ""]
+
+
+def test_a_process_that_hangs_is_named_by_all_that_wait_for_it(tmp_path):
+    found = together(tmp_path, [meet_twice, meet_twice, hang])
+    for text in found[:2]:
+        assert text.startswith("process 2 of 3 (") and "gave no answer within 3 s" in text and "--timeout" in text
+    assert found[2] == "no end"
+
+
+def test_a_process_that_dies_is_named_at_once(tmp_path):
+    began = time.monotonic()
+    found = together(tmp_path, [meet_twice, die])
+    assert found[0].startswith("process 1 of 2 (") and "has ended; --resume goes on" in found[0]
+    assert time.monotonic() - began < 20
+
+
+def test_a_process_that_fails_tells_the_others_why(tmp_path):
+    found = together(tmp_path, [fail, meet_twice])
+    assert "b.dcm: is truncated" in found[0]
+    assert found[1].startswith("process 0 of 2 (") and found[1].endswith(f"failed: {found[0]}")
+
+
+def test_a_process_that_does_not_come_is_named(tmp_path):
+    [text] = together(tmp_path, [meet], size=3)
+    assert text.startswith("process 1, 2 of 3 did not come within 3 s")
+
+
+def test_no_process_to_meet(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "9")
+    with (
+        pytest.raises(GigamorphError, match="process 1 of 2 cannot reach the one that keeps the roll"),
+        launch.process_group("cpu", timeout=1),
+    ):
+        raise AssertionError("not reached")
