@@ -1,4 +1,5 @@
-# `make demo` runs the main job; `make test` passes the tests. Both set up everything they need.
+# `make demo` runs the main job; `make test` passes the tests; `make docs` builds the site into build/site. All set up
+# everything they need.
 # Without an NVIDIA GPU the CPU build of torch is taken (constraints-cpu.txt), from its vendor's index where that can be
 # reached: on the public index the same version is the CUDA build, of several gigabytes. With a GPU, the CUDA build.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ CONSTRAINTS := $(if $(filter-out 0,$(GPU)),,-c constraints-cpu.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types gate check clean
+.PHONY: demo test lint types docs gate check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -37,6 +38,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gate: $(VENV)/installed
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_gate.py --faults

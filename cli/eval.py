@@ -13,6 +13,7 @@ import rich_click as click
 
 if TYPE_CHECKING:
     from ..engine.evaluate import Cases
+    from ..engine.evaluate.evaluate import Settings
 
 
 def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
@@ -114,6 +115,8 @@ def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tu
 )
 @click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--overwrite", is_flag=True, help="Replace the evaluation that --out holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print metrics.json in the place of the lines.")
 def eval(
     predictions: str,
     out: str,
@@ -134,6 +137,8 @@ def eval(
     rates: tuple[float, ...],
     resamples: int,
     seed: int,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
 
@@ -144,27 +149,19 @@ def eval(
 
     Example: gigamorph eval predictions/predictions.csv --table table.csv --split test --by density --out evaluation
     """
-    from ..engine.errors import GigamorphError
-    from ..engine.evaluate import read_cases, read_marks
-    from ..engine.evaluate.evaluate import Settings, evaluate
-    from ..engine.evaluate.recalibration import write_calibration
-    from ..engine.evaluate.report import headline, write_report
-
-    if (Path(out) / "metrics.json").exists():
-        raise GigamorphError(f"{out}: already holds metrics; name another --out")
     if marks is not None and table is None:
         raise click.UsageError("--marks needs the findings of --table")
+    if modality is not None and reader is None:
+        raise click.UsageError("--modality needs the readers: --reader COLUMN")
+    from ..engine.evaluate import read_cases
+    from ..engine.evaluate.evaluate import Settings
+
+    _make_room(Path(out), overwrite)
 
     def read(path: str) -> Cases:
         return read_cases(path, table=table, label=label, score=score, split=split)
 
-    if modality is not None and reader is None:
-        raise click.UsageError("--modality needs the readers: --reader COLUMN")
     images = read(predictions)
-    if reader is not None:
-        notes = {"split": split, **_source(Path(predictions), table=table)}
-        _compare_readers(out, images, notes, reader=reader, modality=modality, covariance=covariance)
-        return
     settings = Settings(
         levels=tuple(levels) or None,
         rates=rates,
@@ -175,30 +172,82 @@ def eval(
         iou=iou,
         **threshold,
     )
-    marked, without = (None, 0) if marks is None or table is None else read_marks(marks, table, images)
-    found = evaluate(images, settings, other=None if other is None else read(other), marked=marked)
+    if reader is not None:
+        notes = {"split": split, **_source(Path(predictions), table=table)}
+        lines = _compare_readers(out, images, notes, reader=reader, modality=modality, covariance=covariance)
+    elif images.kind == "numbers":
+        if other is not None or marks is not None or threshold or by:
+            raise click.UsageError("--compare, --marks, --threshold and --by are of classes and labels, not of numbers")
+        lines = _measure_numbers(out, images, settings, {"split": split, **_source(Path(predictions), table=table)})
+    else:
+        notes = {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
+        compared = None if other is None else read(other)
+        lines = _measure(out, images, settings, notes, compared, None if marks is None else (marks, str(table)))
+        note = _checkpoint(Path(predictions))
+        if split != "train" and "calibrated_on" not in note:
+            _keep_calibration(out, images, note.get("sha256"))
+    if as_json:
+        click.echo((Path(out) / "metrics.json").read_text(), nl=False)
+        return
+    for line in lines:
+        click.echo(line)
+
+
+_WRITTEN = ("metrics.json", "report.html", "calibration.json")
+
+
+def _make_room(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds metrics, or remove what an evaluation before has written there."""
+    from ..engine.errors import GigamorphError
+
+    if not (out / "metrics.json").exists():
+        return
+    if not overwrite:
+        raise GigamorphError(f"{out}: already holds metrics; name another --out, or give --overwrite")
+    for path in (*(out / name for name in _WRITTEN), *out.glob("*.png")):
+        path.unlink(missing_ok=True)
+
+
+def _measure(
+    out: str, images: Cases, settings: Settings, notes: dict[str, Any], other: Cases | None, marks: Any
+) -> list[str]:
+    """Write the measures of classes or labels; lines for people."""
+    from ..engine.evaluate import read_marks
+    from ..engine.evaluate.evaluate import evaluate
+    from ..engine.evaluate.report import headline, write_report
+
+    marked, without = (None, 0) if marks is None else read_marks(marks[0], marks[1], images)
+    found = evaluate(images, settings, other=other, marked=marked)
     if marked is not None:
         found["froc"]["findings_without_place"] = without
-    found |= {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
+    found |= notes
     page = write_report(out, images, found)
-    note = _checkpoint(Path(predictions))
-    if split != "train" and "calibrated_on" not in note:
-        write_calibration(out, images, found, note.get("sha256"))
-    for line in headline(found):
-        click.echo(line)
-    click.echo(f"{page}, metrics.json and plots")
+    return [*headline(found), f"{page}, metrics.json and plots"]
 
 
-def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> None:
-    """Write and tell a readers' study (MRMC); `how` is what `study_of` takes."""
+def _keep_calibration(out: str, images: Cases, model: str | None) -> None:
+    from ..engine.evaluate.recalibration import write_calibration
+
+    write_calibration(out, images, json.loads((Path(out) / "metrics.json").read_text()), model)
+
+
+def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[str, Any]) -> list[str]:
+    """Write the measures of numbers; lines for people."""
+    from ..engine.evaluate.numbers import evaluate_numbers, numbers_headline, write_numbers_report
+
+    found = evaluate_numbers(images, settings) | notes
+    page = write_numbers_report(out, images, found)
+    return [*numbers_headline(found), f"{page}, metrics.json and plots"]
+
+
+def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:
+    """Write a readers' study (MRMC), `how` being what `study_of` takes; lines for people."""
     from ..engine.evaluate.readers import study_of
     from ..engine.evaluate.readers_report import reader_headline, write_reader_report
 
     study = study_of(images, **how)
     page = write_reader_report(out, study, notes)
-    for line in reader_headline(study):
-        click.echo(line)
-    click.echo(f"{page} and metrics.json")
+    return [*reader_headline(study), f"{page} and metrics.json"]
 
 
 def _checkpoint(predictions: Path) -> dict[str, str]:

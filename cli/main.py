@@ -24,6 +24,7 @@ _COMMANDS = {
     "predict": "Predictions, and heat maps at native resolution, for images of any size.",
     "recipe": "Published methods as recipes: their configurations, and their claims on synthetic tasks.",
     "train": "Train a classifier at native resolution inside a memory budget.",
+    "view": "Exams with their predictions and evidence in a browser, down to native pixels.",
 }
 
 

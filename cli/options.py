@@ -32,11 +32,18 @@ def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    return usable_device(value)
+
+
+def usable_device(value: str) -> str:
+    """auto, cpu or cuda as cpu or cuda; a click error where there is no GPU."""
     import torch
 
     usable = torch.cuda.is_available()
+    if value not in ("auto", "cpu", "cuda"):
+        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda", param_hint="--device")
     if value == "cuda" and not usable:
-        raise click.BadParameter("torch can use no GPU here; gigamorph doctor says why", ctx, param)
+        raise click.BadParameter("torch can use no GPU here; gigamorph doctor says why", param_hint="--device")
     return ("cuda" if usable else "cpu") if value == "auto" else value
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..engine.bench.roofline import Work
     from ..engine.planning.plan import Plan
+    from .table import BudgetRow
 
 
 def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, int | None]:
@@ -60,6 +63,7 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     metavar="auto|cpu|cuda[:MEMORY]",
     help="Where the step would run; the GPU need not be here, as in cuda:24GiB.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print the plan and the budgets as JSON; sizes in bytes.")
 def plan(
     model: str,
     size: tuple[int, int],
@@ -72,6 +76,7 @@ def plan(
     inference: bool,
     kernels: bool,
     device: tuple[str, int | None],
+    as_json: bool,
 ) -> None:
     """Say which tile a network and an image size need, the predicted peak memory, and what stock PyTorch would need.
 
@@ -84,6 +89,8 @@ def plan(
 
     Example: gigamorph plan --model timm:efficientnet_b2 --size 4096x3328 --views 4 --device cuda
     """
+    if as_json and kernels:
+        raise click.UsageError("--kernels lists what runs, and has no JSON; omit one of both")
     import torch
 
     from ..engine.accelerate import freeze_batch_norm
@@ -91,7 +98,7 @@ def plan(
     from ..engine.morph.origin import create_grown
     from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
-    from .table import show_plan
+    from .table import show_budgets, show_plan
 
     kind, memory = device
     channels = options.channels_of(model, channels)
@@ -106,8 +113,13 @@ def plan(
         with torch.set_grad_enabled(not inference):
             record(net, model, shape, "cpu")  # what the network itself refuses, in one line
         made = make_plan(net, shape, memory_budget, device=kind, training=not inference)
-        show_plan(made, model)
-        _compare(net, made, model, precision, kind)
+        if not as_json:
+            show_plan(made, model)
+        rows, rates = _compare(net, made, model, precision, kind)
+    if as_json:
+        click.echo(json.dumps({"model": model, **_plain(made), "budgets": [_row(row) for row in rows], "rates": rates}))
+        return
+    show_budgets(rows, f"rates: {rates}")
     if kernels:
         _measure_kernels(net, made, torch.device(kind), autocast)
 
@@ -130,15 +142,26 @@ def _autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
             torch.set_autocast_dtype(each, former)
 
 
-def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) -> None:
-    """What five budgets would cost: shares of stock's memory, or GPUs that are not here."""
+def _plain(made: Plan) -> dict[str, Any]:
+    """A plan's numbers by name, with those that follow from them."""
+    kept = {own.name: getattr(made, own.name) for own in fields(made) if own.name not in ("choices", "choice")}
+    return {**kept, "peak_bytes": made.peak_bytes, "work": made.work, "fits": made.fits}
+
+
+def _row(row: BudgetRow) -> dict[str, Any]:
+    of = None if row.plan is None else {"tile": row.plan.tile, "peak_bytes": row.plan.peak_bytes, "work": row.plan.work}
+    return {"name": row.name, "budget": row.budget, "plan": of, "seconds_at_best": row.seconds}
+
+
+def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) -> tuple[list[BudgetRow], str]:
+    """What five budgets would cost: shares of stock's memory, or GPUs that are not here; and by whose rates."""
     import torch
 
     from ..engine.bench.results import Task
     from ..engine.bench.roofline import count, measure_ceilings
     from ..engine.planning import constants
     from ..engine.planning.preview import plan_each
-    from .table import BudgetRow, show_budgets
+    from .table import BudgetRow
 
     sixteen = "fp32" if precision == "fp32" else "bf16"
     work = count(net, Task(model, made.image, made.training, precision=sixteen))
@@ -159,7 +182,7 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
         BudgetRow(name, budget, each, each and _seconds(work, each, rates, sixteen))
         for (name, budget, rates), each in zip(rows, plans, strict=True)
     ]
-    show_budgets(found, f"rates: {source}")
+    return found, source
 
 
 def _ceilings(gb_per_s: float, fp32: float, sixteen: float) -> dict[str, float]:

@@ -152,7 +152,8 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
         labelled = found.scores.get(split, {})
         if labelled.get("auc_image") is not None:
             area = f"AUC per image {labelled['auc_image']:.4f} ({labelled['images']} images)"
-            click.echo(f"{note}: {area}, per breast {labelled['auc_breast']:.4f} ({labelled['breasts']} breasts)")
+            breast = "undefined" if labelled["auc_breast"] is None else f"{labelled['auc_breast']:.4f}"
+            click.echo(f"{note}: {area}, per breast {breast} ({labelled['breasts']} breasts)")
 
 
 def _grey(warn: Callable[[str], object], classifier: Classifier, records: Sequence[Record]) -> None:

@@ -20,11 +20,13 @@ class ProgressView:
     """A context manager to be given to the engine as its report.
 
     On a terminal: one bar per stage with megapixels per second, memory in use and time left. Elsewhere: a line every
-    ``interval`` seconds and one for each note.
+    ``interval`` seconds and one for each note. Nothing if it is to be quiet.
     """
 
-    def __init__(self, console: Console | None = None, device: str = "cpu", interval: float = 10.0) -> None:
-        self._console = console or Console()
+    def __init__(
+        self, console: Console | None = None, device: str = "cpu", interval: float = 10.0, quiet: bool = False
+    ) -> None:
+        self._console = console or Console(quiet=quiet)
         self._device, self._interval = device, interval
         self._key: tuple[str, int] | None = None
         self._began, self._shown = time.monotonic(), 0.0

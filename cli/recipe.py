@@ -43,8 +43,7 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
 
     Example: gigamorph recipe morphhr --synthetic
     """
-    from ..engine.recipes import RECIPES, get_recipe
-    from ..engine.recipes.config import default_text
+    from ..engine.recipes import RECIPES, default_text, get_recipe
     from .table import show_rows
 
     if name == "list":

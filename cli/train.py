@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +11,28 @@ import rich_click as click
 from click.core import ParameterSource
 
 from . import options
+from .starting import Teller, count_processes, goes_on, start
+from .train_recipe import begin_recipe, refuse_others
 
 if TYPE_CHECKING:
-    from ..engine.datasets.augment import Augment
-    from ..engine.train.fit import Data, TrainOptions
-    from ..engine.train.run import Run
+    from ..engine.train.config import TrainConfig
+
+SAVED = "config.toml"
+
+# Where in a configuration the options of the command line stand, if not by their own name at its top.
+_KEYS = {
+    **dict.fromkeys(
+        ("task", "labels", "channels", "mean", "std", "voi", "for_processing", "white", "augment", "downsample"), "data"
+    ),
+    **dict.fromkeys(("skip_bad", "folds"), "data"),
+    **dict.fromkeys(("lr", "rates", "weight_decay"), "optimizer"),
+    "class_weights": "loss",
+}
+_APART = ("data", "out", "recipe", "config", "settings", "print_config", "resume", "quiet", "verbose")
 
 
-def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    found = []
+def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    found = {}
     for value in values:
         name, _, number = value.rpartition("=")
         try:
@@ -30,8 +41,12 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, 
             rate = 0.0
         if not name or not 0 < rate < float("inf"):
             raise click.BadParameter(f"{value!r}; write PATTERN=RATE, as in classifier=1e-3", ctx, param)
-        found.append((name, rate))
-    return tuple(found)
+        found[name] = rate
+    return found
+
+
+def _parse_scale(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    return value if value == "auto" else options._parse_numbers(ctx, param, value)
 
 
 def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float:
@@ -43,14 +58,24 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 
 
 @click.command()
-@click.argument("data", type=click.Path(exists=True))
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
+@click.argument("data", type=click.Path(exists=True), required=False)
+@click.option("--out", type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
+@click.option("--config", type=click.Path(), help="Options from a TOML or YAML file; of --recipe, the recipe's own.")
+@click.option(
+    "-o",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one key of the configuration, as optimizer.name=sgd or loss.focal=2. Repeatable; over file and options.",
+)
+@click.option("--print-config", is_flag=True, help="Print all of the configuration, with defaults, and do nothing.")
 @options.model
 @click.option("--weights", type=click.Path(), help="Start from these weights: a safetensors or torch file.")
 @click.option(
     "--init",
-    metavar="FOLDER",
-    help="Fine-tune a network of gigamorph import: model, weights and, unless given, channels, --mean, --std, --voi.",
+    metavar="WHERE",
+    help="Fine-tune: a weights file; a network of gigamorph import, with its model and, unless given, channels, "
+    "--mean, --std, --voi; or timm:NAME, whose pretrained weights timm fetches.",
 )
 @click.option(
     "--freeze",
@@ -58,17 +83,43 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     metavar="PATTERN",
     help="Parts that do not learn, as layer1 or blocks.[0-2]; BatchNorm in them keeps its statistics. Repeatable.",
 )
+@click.option(
+    "--task",
+    type=click.Choice(["classes", "labels", "ordinal", "numbers"]),
+    default="classes",
+    show_default=True,
+    help="One of several classes; any of the columns label_NAME; classes in their order; numbers in label_NAME.",
+)
+@click.option("--label", "labels", multiple=True, metavar="NAME", help="Of --task labels, numbers: columns to learn.")
 @options.memory_budget
 @options.batch_norm
 @options.channels
-@options.mean
-@options.std
+@click.option(
+    "--mean",
+    default="0",
+    show_default=True,
+    callback=_parse_scale,
+    help="Grey value taken as zero, 0 black to 1 white; one number, or one per channel; auto for mean and std takes "
+    "both of a sample of the training images.",
+)
+@click.option(
+    "--std", default="1", show_default=True, callback=_parse_scale, help="Spread that is scaled to one; see --mean."
+)
 @options.voi
 @options.for_processing
 @options.white
 @options.augment
+@click.option(
+    "--downsample",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Average so many pixels in both directions: a baseline of lower resolution.",
+)
+@click.option("--skip-bad", is_flag=True, help="Read all images first, and leave out those that cannot be read.")
+@click.option("--folds", type=click.IntRange(2), metavar="N", help="Cross-validation by patient: N runs, in fold1 ...")
 @click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of AdamW.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Learning rate.")
 @click.option(
     "--lr-of",
     "rates",
@@ -105,49 +156,28 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     callback=_parse_time,
     help="How long processes wait for each other, as 90s, 30min or 2h; then the error names the one that is missing.",
 )
+@click.option(
+    "--log",
+    multiple=True,
+    metavar="NAME",
+    help="Besides log.csv: csv, tensorboard, wandb, mlflow, or module:name of a Lightning logger. Repeatable.",
+)
+@click.option(
+    "--callback", "callbacks", multiple=True, metavar="MODULE:NAME", help="A callback of Lightning. Repeatable."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped; --epochs extends it.")
 @click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
-@click.option("--config", type=click.Path(), help="Of the recipe, TOML; by default as published.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")
+@click.option("--verbose", is_flag=True, help="Print what is done as well: models, plans, kernels.")
 @click.pass_context
-def train(
-    ctx: click.Context,
-    data: str,
-    out: str,
-    model: str,
-    weights: str | None,
-    init: str | None,
-    freeze: tuple[str, ...],
-    memory_budget: int | None,
-    batch_norm: str | None,
-    channels: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    voi: str,
-    for_processing: bool,
-    white: Any,
-    augment: Augment | None,
-    epochs: int,
-    lr: float,
-    rates: tuple[tuple[str, float], ...],
-    weight_decay: float,
-    accumulate: int,
-    precision: Any,
-    class_weights: bool,
-    patience: int | None,
-    seed: int,
-    device: str,
-    devices: int | None,
-    split_image: bool,
-    devices_per_image: int | None,
-    timeout: float,
-    resume: bool,
-    recipe: str | None,
-    config: str | None,
-) -> None:
+def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     """Train a classifier on images of any size, with the gradients that the whole image gives.
 
     DATA is a csv with the columns image_path, label, patient_id and, as you like, split (train, val, test),
     laterality and view; or a folder with a sub-folder per class. Without a split, patients are drawn into one.
+
+    All options can stand in a file: --print-config shows it, --config takes it, and --out keeps it as config.toml, with
+    which --resume goes on. Files say more than options do: optimizers and schedules by name, losses, stages, averages.
 
     Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU. With
     more --epochs it also goes on with a run that was complete.
@@ -157,229 +187,147 @@ def train(
     W) to logits (N, classes).
 
     With --recipe the model, its images and the stages of its training stand in --config; of the other options only
-    --memory-budget, --precision, --seed, --device, --devices, --split-image,
-    --devices-per-image, --timeout and --resume are taken.
+    --memory-budget, --precision, --seed, --device, --devices, --split-image, --devices-per-image, --timeout and
+    --resume are taken.
 
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
-    if config is not None and recipe is None:
-        raise click.UsageError("--config is a recipe's; name the recipe with --recipe")
-    if recipe is not None:
-        _refuse_others(ctx)
-    count = _count_processes(devices, split_image, devices_per_image)
-    split: bool | int = devices_per_image or split_image
-    if recipe is not None:
-        from ..engine.recipes import get_recipe
-        from ..engine.recipes.config import load_config
-        from ..engine.train.run import Run
-
-        kind = get_recipe(recipe).config
-        settings = kind() if config is None else load_config(config, kind)
-        run = Run(Path(out), seed, device, memory_budget, resume, precision)
-        _start(_train_recipe, count, device, timeout, recipe, settings, data, run, split)
+    tell = Teller(given["quiet"], given["verbose"])
+    if given["recipe"] is not None:
+        refuse_others(ctx)
+        begin_recipe(*_required(data, given["out"]), given, tell)
         return
-    from ..engine.images.pixels import Normalize
-    from ..engine.models.folder import is_folder
-    from ..engine.train.fit import TrainOptions
-    from ..engine.train.inputs import training_data
+    config = _configured(ctx, given, tell)
+    if given["print_config"]:
+        from ..engine.config import to_toml
 
-    if init is None and is_folder(model):
-        init = model
-    elif init is not None and ctx.get_parameter_source("model") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--init says the model; omit --model")
-    if init is not None:
-        if weights is not None:
-            raise click.UsageError(f"--weights {weights}: {init} has its own weights; omit them")
-        model, weights, channels, mean, std, voi = _from_folder(ctx, init, channels, mean, std, voi)
-    images = training_data(
-        data,
-        channels=channels,
-        normalize=Normalize(mean, std),
-        voi=voi,
-        for_processing=for_processing,
-        white=white,
-        augment=augment,
-        seed=seed,
-        warn=lambda text: click.echo(f"warning: {text}", err=True),
-    )
-    if resume and ctx.get_parameter_source("epochs") is ParameterSource.DEFAULT:
-        epochs = _epochs_of(Path(out) / "last.ckpt", epochs)
-    chosen = TrainOptions(
-        model=model,
-        weights=weights,
-        memory_budget=memory_budget,
-        batch_norm=batch_norm,
-        epochs=epochs,
-        lr=lr,
-        freeze=freeze,
-        rates=rates,
-        weight_decay=weight_decay,
-        accumulate=accumulate,
-        precision=precision,
-        class_weights=class_weights,
-        patience=patience,
-        seed=seed,
-        device=device,
-        split_image=split,
-    )
-    _start(_train, count, device, timeout, images, chosen, out, resume)
-
-
-def _from_folder(
-    ctx: click.Context, folder: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...], voi: str
-) -> tuple[str, str, int, tuple[float, ...], tuple[float, ...], str]:
-    """Model, weights, channels, mean, std and grey scale of a folder, where the options do not say otherwise."""
-    from ..engine.errors import GigamorphError
-    from ..engine.models.folder import read_description
-
-    found = read_description(folder)
-    if found.members:
-        raise GigamorphError(f"{folder}: is an ensemble; fine-tune one of its members, as {folder}/{found.members[0]}")
-    own = found.preprocessing
-
-    def said(name: str) -> bool:
-        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-
-    if not own.streams and not (said("mean") and said("std")):
-        size = f"{own.size[0]} x {own.size[1]} pixels" if own.size else ""
-        by = f"{own.per_image} of each image" if own.per_image else ""
-        click.echo(
-            f"warning: {folder} was made for images brought to {' and '.join(filter(None, (size, by)))}; here it "
-            "learns on every pixel, normalised by --mean and --std",
-            err=True,
-        )
-    return (
-        found.model,
-        folder,
-        channels if said("channels") else own.channels,
-        mean if said("mean") else own.mean,
-        std if said("std") else own.std,
-        voi if said("voi") else own.voi,
-    )
-
-
-def _epochs_of(checkpoint: Path, otherwise: int) -> int:
-    """As many epochs as a run was begun with."""
-    from ..engine.train.checkpoint import load_checkpoint
-
-    return load_checkpoint(checkpoint)["gigamorph"].get("options", {}).get("epochs", otherwise)
-
-
-def _count_processes(devices: int | None, split_image: bool, per_image: int | None) -> int:
-    from ..engine.parallel import launch
-
-    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
-    if devices not in (None, there):
-        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
-    if split_image and there == 1 and not launch.launched():
-        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
-    if split_image and per_image is not None:
-        raise click.UsageError("--split-image shares an image between all devices, --devices-per-image between some")
-    if per_image is not None and there % per_image:
-        raise click.UsageError(f"--devices-per-image {per_image}: {there} devices are no multiple of it")
-    return there
-
-
-def _start(function: Callable[..., None], count: int, device: str, timeout: float, *args: Any) -> None:
-    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones."""
-    from ..engine.parallel import launch
-
-    if launch.launched():
-        with launch.process_group(device, timeout=timeout):
-            function(*args)
-    elif count > 1:
-        launch.launch(function, count, device, *args, timeout=timeout)
+        click.echo(to_toml(config), nl=False)
+        return
+    table, out = _required(data, given["out"])
+    device = options.usable_device(config.device)
+    count = count_processes(config.devices, config.split_image, config.devices_per_image)
+    if config.data.folds is None:
+        start(_train, count, device, config.timeout, table, config, out, given["resume"], tell)
     else:
-        function(*args)
+        _train_folds(table, config, out, given["resume"], tell, count, device)
 
 
-def _train(images: Data, chosen: TrainOptions, out: str, resume: bool) -> None:
+def _required(data: str | None, out: str | None) -> tuple[str, Path]:
+    """What only --print-config can do without."""
+    if data is None:
+        raise click.UsageError("Missing argument 'DATA'.")
+    if out is None:
+        raise click.UsageError("Missing option '--out'.")
+    return data, Path(out)
+
+
+def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> TrainConfig:
+    """The file's values, the options' over them, and those of -o over both; of a run that goes on its own file's."""
+    from ..engine.config import parse_value, put, read_values
+    from ..engine.train.config import make_config
+
+    values: dict[str, Any] = {}
+    source = given["config"]
+    if source is None and given["resume"] and given["out"] and (Path(given["out"]) / SAVED).is_file():
+        source = str(Path(given["out"]) / SAVED)
+    if source is not None:
+        values = read_values(source)
+    for name, value in given.items():
+        if name not in _APART and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            table = _KEYS.get(name)
+            put(values, f"{table}.{name}" if table else name, _plain(name, value))
+    for setting in given["settings"]:
+        put(values, *parse_value(setting))
+    return make_config(values, source or "options", tell.warn)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option's value as a file has it."""
+    if name in ("augment", "white") and value is not None:
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _train(
+    table: str, config: TrainConfig, out: Path, resume: bool, tell: Teller, fold: tuple[int, int] | None = None
+) -> None:
     """Train in this process, alone or as one of several, of which the first reports."""
+    from ..engine.config import to_toml
+    from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.train.fit import fit
+    from ..engine.train.fit import Watch, fit
+    from ..engine.train.folds import write_validation
+    from ..engine.train.inputs import training_data
     from .progress import ProgressView
 
-    resume = resume or _goes_on(Path(out))
-    group = ProcessGroup.here(chosen.split_image)
+    resume = resume or goes_on(out)
+    group = ProcessGroup.here(config.split)
+    chosen = replace(config.options(), device=options.usable_device(config.device))
+    warn = tell.warn if group.leads else lambda text: None
+    images = training_data(table, **config.data_arguments(), fold=fold, warn=warn)
+    watch = Watch(loggers=config.log, callbacks=config.callbacks)
     if not group.leads:
-        fit(images, chosen, out, resume=resume)
+        fit(images, chosen, out, resume=resume, watch=watch)
         return
     counts = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
     several = "" if group.size == 1 else f" in {group.size} processes"
-    click.echo(f"{counts} images; classes {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
+    kind = "classes" if config.data.task in ("classes", "ordinal") else config.data.task
+    tell.say(f"{counts} images; {kind} {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
+    if config.data.mean == "auto":
+        scale = images.preprocessing["normalize"]
+        tell.say(f"mean {scale['mean']} and std {scale['std']} of the training images")
+
+    def begun() -> None:
+        text = to_toml(config)
+        write_atomically(out / SAVED, lambda path: path.write_text(text, encoding="utf-8"), "configuration")
+
     try:
-        with ProgressView(device=chosen.device) as view:
-            metrics = fit(images, chosen, out, resume=resume, report=view).metrics
+        with ProgressView(device=chosen.device, quiet=tell.quiet) as view:
+            watch = replace(watch, say=tell.say, begun=begun)
+            found = fit(images, chosen, out, resume=resume, report=view, watch=watch)
     except KeyboardInterrupt:
-        if (Path(out) / "last.ckpt").exists():
-            click.echo(f"stopped; the same command with --resume goes on from {Path(out) / 'last.ckpt'}", err=True)
+        if (out / "last.ckpt").exists():
+            click.echo(f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}", err=True)
         raise
+    if fold is not None:
+        write_validation(out, found.predictions["val"], images)
     for part in ("val", "test"):
-        if part in metrics:
-            click.echo(f"{part}: {_scores(metrics[part])}")
-    click.echo(f"best epoch {metrics['best_epoch']}; {out}/best.ckpt, model_card.md, metrics.json, log.csv, curves.png")
+        if part in found.metrics:
+            tell.say(f"{part}: {scores_line(found.metrics[part])}")
+    written = "best.ckpt, model_card.md, metrics.json, log.csv, curves.png, config.toml"
+    tell.say(f"best epoch {found.metrics['best_epoch']}; {out}/{written}")
 
 
-def _goes_on(out: Path) -> bool:
-    """Whether a launcher has started this run anew, which then goes on by itself."""
-    from ..engine.parallel import launch
+def _train_folds(
+    table: str, config: TrainConfig, out: Path, resume: bool, tell: Teller, count: int, device: str
+) -> None:
+    """A run for each fold, one after the other, and what they are together."""
+    from ..engine.errors import GigamorphError
+    from ..engine.train.folds import summarise
 
-    return launch.restarted() and any(out.rglob("last.ckpt"))
-
-
-def _scores(found: dict[str, float | int | None]) -> str:
-    return ", ".join(
-        f"AUC per {name} {'undefined' if found['auc_' + name] is None else format(found['auc_' + name], '.4f')} "
-        f"({found[plural]} {plural})"
-        for name, plural in (("image", "images"), ("breast", "breasts"))
-    )
-
-
-_OF_RECIPES = {
-    "data",
-    "out",
-    "recipe",
-    "config",
-    "memory_budget",
-    "precision",
-    "seed",
-    "device",
-    "devices",
-    "split_image",
-    "devices_per_image",
-    "timeout",
-    "resume",
-}
+    folds = config.data.folds
+    assert folds is not None
+    for number in range(1, folds + 1):
+        folder = out / f"fold{number}"
+        begun = (folder / "last.ckpt").exists()
+        if begun and not resume:
+            raise GigamorphError(f"{folder}: already holds a run; continue with --resume or name another folder")
+        tell.say(f"fold {number} of {folds}")
+        start(_train, count, device, config.timeout, table, config, folder, begun, tell, (number, folds))
+    for line in summarise(out, folds):
+        tell.say(line)
 
 
-def _refuse_others(ctx: click.Context) -> None:
-    """What a recipe's configuration says cannot be said by an option as well."""
-    given = [
-        p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) is not ParameterSource.DEFAULT
-    ]
-    others = [p.opts[0] for p in given if p.name not in _OF_RECIPES]
-    if others:
-        raise click.UsageError(f"{', '.join(others)} cannot go with --recipe; it stands in the recipe's --config")
+def scores_line(found: dict[str, float | int | None]) -> str:
+    """The measures of a split, per image and per breast, for people."""
+    from ..engine.train.metrics import SHOWN
 
-
-def _train_recipe(name: str, config: Any, data: str, run: Run, split: bool | int) -> None:
-    """Run a recipe in this process, alone or as one of several, of which the first reports."""
-    from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.recipes import get_recipe
-    from .progress import ProgressView
-    from .table import show_rows
-
-    run = replace(run, group=ProcessGroup.here(split), resume=run.resume or _goes_on(run.out))
-    if not run.group.leads:
-        get_recipe(name).train(Path(data), config, run)
-        return
-    try:
-        with ProgressView(device=run.device) as view:
-            metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
-    except KeyboardInterrupt:
-        click.echo(f"stopped; the same command with --resume goes on from what is in {run.out}", err=True)
-        raise
-    plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
-    show_rows([{"measure": key, "value": value} for key, value in plain.items()])
-    click.echo(f"{run.out}/metrics.json has all of it")
+    parts = []
+    for level, plural in (("image", "images"), ("breast", "breasts")):
+        for name in (own for own in found if own.endswith(f"_{level}")):
+            value = found[name]
+            shown = SHOWN[name.replace(level, "image")]
+            told = "undefined" if value is None else f"{value:.4f}"
+            parts.append(f"{shown} per {level} {told} ({found[plural]} {plural})")
+    return ", ".join(parts)

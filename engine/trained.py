@@ -16,7 +16,8 @@ from .images.pixels import PixelSource
 from .models.outputs import outputs_of
 from .recipes.networks import open_classifier
 from .tiling.memory import parse_bytes
-from .train.classify import Images, prediction
+from .train.classify import prediction
+from .train.data import Images
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Trained:
     def predict(self, images: str | Path | Sequence[str | Path]) -> Tensor:
         """Probabilities, (N, classes) float64 on the CPU: those that `gigamorph predict` writes, without calibration.
 
+        Of a network of numbers it is these.
+
         Args:
             images: image files, computed one by one.
 
@@ -55,7 +58,7 @@ class Trained:
             for row, path in zip(found, paths, strict=True):
                 item = self._item(path)
                 one = prediction(item, self.net(item["image"])[0], outputs_of(self.net))
-                row.copy_(torch.tensor(one.probabilities))
+                row.copy_(torch.tensor(one.log_odds if one.numbers else one.probabilities))
         return found
 
     def _item(self, path: str | Path) -> dict[str, Any]:

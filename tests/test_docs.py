@@ -32,6 +32,7 @@ NOT_RUN = {
     r"^gigamorph bench ": "measures for minutes; tests/cli/test_bench.py has small ones",
     r"^gigamorph recipe \w+ --synthetic": "some minutes; tests/engine/recipes has small ones",
     r"downloads/|vindr/": "needs a data set that others give; tests/engine/datasets reads copies of its tables",
+    r"^gigamorph view (?!.*--static)": "serves until Ctrl-C; tests/cli/test_view.py asks it",
     r"^gigamorph train table\.csv": "trains for twenty epochs; the README's own training runs",
 }
 GPU = "needs a GPU"

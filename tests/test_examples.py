@@ -1,60 +1,59 @@
-"""The job files of examples/, run as the schedulers would run them: a process for each shard."""
+"""Each of examples/ runs, and shows what it says."""
 
-from __future__ import annotations
-
+import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-import yaml
 
-from gigamorph.cli.main import main
-from gigamorph.engine.datasets.phantom import write_phantoms
-
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+FOLDER = Path(__file__).parents[1] / "examples"
 
 
-def run(*args: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in args])
-    assert ended.value.code == 0
+def example(name):
+    """The main function of an example; importable by processes that it starts."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    return importlib.import_module(name).main
+
+
+def test_every_example_is_run_here_and_told_of():
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    text = Path(__file__).read_text()
+    assert all(f'example("{name}")' in text for name in names)
+    assert all(f"`{name}.py`" in (FOLDER / "README.md").read_text() for name in names)
+
+
+def test_a_dicom_folder_from_index_to_report(tmp_path, capsys):
+    example("dicom_folder")(tmp_path)
+    assert (tmp_path / "evaluation" / "report.html").exists()
+    assert (tmp_path / "predictions" / "view" / "index.html").exists()
+    assert "2 exams" in capsys.readouterr().out
+
+
+def test_plain_loop_and_lightning_learn_from_the_same_first_loss(tmp_path):
+    losses = example("plain_loop")(tmp_path / "plain")
+    assert np.mean(losses[8:]) < np.mean(losses[:8])
+    assert len(example("lightning_module")(tmp_path / "lightning")) == 4
+
+
+def test_growing_midway_goes_on_from_the_same_loss(tmp_path):
+    before, after = example("grow_midway")(tmp_path)
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_a_slide_trains_and_writes_its_map(tmp_path):
+    losses = example("whole_slide")(tmp_path)
+    assert losses[-1] < 0.8 * losses[0]
+    assert np.load(tmp_path / "logits.npy", mmap_mode="r").shape == (1, 1, 900, 700)
+
+
+def test_own_layers_are_exact(tmp_path):
+    assert example("own_layer")(tmp_path) < 1e-10
 
 
 @pytest.mark.slow
-def test_an_array_of_slurm_and_an_indexed_job_of_kubernetes_are_one_run(tmp_path, monkeypatch):
-    """The first of two shards as a task of the array, the second as a pod, at the same time, into one folder."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    table = write_phantoms(tmp_path / "p", patients=6, height=128, width=96, seed=1)
-    run("train", table, "--out", tmp_path / "run", "--model", "lesionnet", "--epochs", "1")
-    checkpoint, out = tmp_path / "run" / "best.ckpt", tmp_path / "predictions"
-    command = tmp_path / "bin" / "gigamorph"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/bash\nexec {sys.executable} -m gigamorph.cli.main "$@"\n')
-    command.chmod(0o755)
-    env = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
-    task = ["bash", EXAMPLES / "slurm_array.sh", checkpoint, table, out, "2"]
-    [pod] = yaml.safe_load((EXAMPLES / "kubernetes_predict.yaml").read_text())["spec"]["template"]["spec"]["containers"]
-    assert {one["name"] for one in pod["env"]} == {"CHECKPOINT", "TABLE", "OUT", "SHARDS"}
-    given = {"CHECKPOINT": str(checkpoint), "TABLE": str(table), "OUT": str(out), "SHARDS": "2"}
-    started = [
-        subprocess.Popen([str(part) for part in task], env={**env, "SLURM_ARRAY_TASK_ID": "1"}, stdout=subprocess.PIPE),
-        subprocess.Popen(
-            [*pod["command"], *pod["args"]], env={**env, **given, "JOB_COMPLETION_INDEX": "1"}, stdout=subprocess.PIPE
-        ),
-    ]
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
-    run("predict", checkpoint, table, "--out", tmp_path / "whole")
-    for name in ("predictions.csv", "breasts.csv"):
-        lines = [(folder / name).read_text().splitlines() for folder in (out, tmp_path / "whole")]
-        assert [line.split(",")[0] for line in lines[0]] == [line.split(",")[0] for line in lines[1]]
-        odds = [[float(line.rsplit(",", 1)[1]) for line in some[1:]] for some in lines]
-        assert odds[0] == pytest.approx(odds[1], rel=1e-4, abs=1e-5)  # the threads are not as many
-
-
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.name)
-def test_every_script_is_one_that_bash_understands(script):
-    found = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+def test_two_devices_give_the_gradient_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]))
+    assert example("two_devices")(tmp_path) < 1e-10

@@ -23,7 +23,11 @@ def test_every_package_is_named():
         for top in FOLDERS
         for file in (ROOT / top).rglob("__init__.py")
     }
-    data = {"gigamorph.engine.recipes.configs", "gigamorph.engine.report.templates"}  # else setuptools warns
+    data = {
+        "gigamorph.engine.recipes.configs",
+        "gigamorph.engine.report.templates",
+        "gigamorph.engine.view.page",
+    }  # else setuptools warns
     assert set(settings["packages"]) == {"gigamorph", *here, *data}
 
 

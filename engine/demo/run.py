@@ -12,11 +12,13 @@ from typing import Any
 from ..datasets.phantom import write_phantoms
 from ..errors import GigamorphError
 from ..images.pixels import Normalize
+from ..train.data import Images
 from ..train.explanation import explain_class
-from ..train.fit import Fitted, Images, TrainOptions, fit
+from ..train.fit import Fitted, fit
 from ..train.heatmap import write_overlay
 from ..train.inputs import training_data
 from ..train.metrics import Prediction, auc_of
+from ..train.options import Optimizer, TrainOptions
 from ..train.progress import Report
 from .step import StepCost, measure_step
 
@@ -85,7 +87,13 @@ def run_demo(
     tiled = measure_step(image, _MODEL, budget=BUDGET, device=device)
 
     options = TrainOptions(
-        model=_MODEL, memory_budget=BUDGET, epochs=4, lr=5e-3, accumulate=4, seed=seed, device=device
+        model=_MODEL,
+        memory_budget=BUDGET,
+        epochs=4,
+        optimizer=Optimizer(lr=5e-3),
+        accumulate=4,
+        seed=seed,
+        device=device,
     )
     say(f"training at 1/{FACTOR} of the resolution")
     small = TrainOptions(**{**vars(options), "epochs": 3 * options.epochs})

@@ -13,6 +13,7 @@ from . import odds
 from .checks import NotANumber
 
 Array = NDArray[np.float64]
+Kind = Literal["binary", "classes", "labels", "numbers"]
 Level = Literal["image", "breast", "exam"]
 LEVELS = {
     "image": "each image by itself",
@@ -27,9 +28,10 @@ class Cases:
 
     Attributes:
         outputs: names of what is scored: the positive class of two; each of several classes; each of several labels.
-        truth: (rows, outputs) 1, 0, or NaN where it is not known. Of several classes one is 1.
+        truth: (rows, outputs) 1, 0, or NaN where it is not known. Of several classes one is 1. Of numbers these.
         scores: (rows, outputs), larger for 1: log-odds where `probable`, else any numbers, which only rank.
-        kind: "binary"; "classes", of which a row has one; "labels", any of which a row may have.
+        kind: "binary"; "classes", of which a row has one; "labels", any of which a row may have; "numbers", of which
+            truth and scores are two.
         names: of the rows. patients, exams, sides: "" where not known.
         columns: further values of each row, by which it can be put into subgroups.
     """
@@ -41,7 +43,7 @@ class Cases:
     patients: tuple[str, ...]
     exams: tuple[str, ...]
     sides: tuple[str, ...]
-    kind: Literal["binary", "classes", "labels"] = "binary"
+    kind: Kind = "binary"
     level: Level = "image"
     probable: bool = True
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -57,9 +59,11 @@ class Cases:
             values = self.columns[name] if name in self.columns else getattr(self, name)
             if len(values) != len(self.names):
                 raise DataError(f"{name}: {len(values)} values do not fit {len(self.names)} rows")
-        wrong = np.flatnonzero(~((self.truth == 0) | (self.truth == 1) | np.isnan(self.truth)).all(1))
+        fits = np.isfinite(self.truth) if self.kind == "numbers" else (self.truth == 0) | (self.truth == 1)
+        wrong = np.flatnonzero(~(fits | np.isnan(self.truth)).all(1))
         if len(wrong):
-            raise DataError(f"{self.names[wrong[0]]}: its truth is neither 1 nor 0, nor NaN for not known")
+            wanted = "no finite number" if self.kind == "numbers" else "neither 1 nor 0"
+            raise DataError(f"{self.names[wrong[0]]}: its truth is {wanted}, nor NaN for not known")
         # Of probabilities 0 and 1 the log-odds are infinite.
         fine = ~np.isnan(self.scores) if self.probable else np.isfinite(self.scores)
         bad = np.flatnonzero(~fine.all(1))
@@ -164,6 +168,10 @@ class Cases:
         )
 
     def _truth_of(self, members: _Groups) -> Array:
+        if self.kind == "numbers":
+            known = members.reduce(np.add, (~np.isnan(self.truth)).astype(np.float64))
+            sums = members.reduce(np.add, np.nan_to_num(self.truth))
+            return np.divide(sums, known, out=np.full_like(sums, np.nan), where=known > 0)
         if self.kind != "classes":
             return members.reduce(np.fmax, self.truth)  # NaN only where none is known
         labels = members.reduce(np.maximum, self.labels)
@@ -175,6 +183,8 @@ class Cases:
         return odds.means(self.scores[members.order], members.starts)
 
     def _highest_of(self, members: _Groups) -> Array:
+        if self.kind == "numbers":
+            return self._mean_of(members)
         if self.kind != "classes" or not self.probable:
             return members.reduce(np.maximum, self.scores)
         # One breast's probabilities as a whole, so that they still add up to 1: that of the highest expected class.

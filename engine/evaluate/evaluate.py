@@ -63,6 +63,8 @@ def evaluate(
         DataError: if nothing can be measured at any level, for all rows are of one class or none has a label; unknown
             columns.
     """
+    if images.kind == "numbers":
+        raise DataError("these are numbers, no classes or labels; numbers.evaluate_numbers measures them")
     settings = settings or Settings()
     found: dict[str, Any] = {
         "kind": images.kind,

@@ -70,6 +70,24 @@ class Confusion:
         return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
+def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
+    """The area under the ROC curve, and DeLong's interval of it.
+
+    Args:
+        fewer: rows of the class that has fewer.
+    """
+    error = roc.delong_error(scored.truth, scored.ranks)
+    area = roc.auc(scored.truth, scored.ranks)
+    found: Measure = {"delong": _listed(roc.interval_of(area, error)), "delong_standard_error": error}
+    if error is None:
+        found["delong_why"] = (
+            "DeLong's variance needs two of each class"
+            if fewer < 2
+            else "DeLong's variance is 0: the ranking is perfect"
+        )
+    return area, found
+
+
 def measure_output(
     cases: Cases, column: int, resamples: Resamples, at: Sequence[float], threshold: float | None = None
 ) -> dict[str, Any]:
@@ -96,18 +114,9 @@ def measure_output(
     def measure(name: str, value: float | None = None, **more: Any) -> Measure:
         return {"value": ones[name] if value is None else value, **more, **around[name].listed()}
 
-    area = roc.auc(scored.truth, scored.ranks)
-    error = roc.delong_error(scored.truth, scored.ranks)
     found["prevalence"] = positives / len(rows)
-    found["auc"] = measure("auc", area) | {
-        "delong": _listed(roc.interval_of(area, error)),
-        "delong_standard_error": error,
-    }
-    if error is None:
-        few = min(positives, negatives) < 2
-        found["auc"]["delong_why"] = (
-            "DeLong's variance needs two of each class" if few else "DeLong's variance is 0: the ranking is perfect"
-        )
+    area, delong = _area(scored, min(positives, negatives))
+    found["auc"] = measure("auc", area) | delong
     precision = float(average_precision_score(scored.truth, scored.ranks))
     found["average_precision"] = measure("average_precision", precision)
     found["partial_auc"] = [

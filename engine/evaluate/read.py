@@ -23,7 +23,7 @@ from .cases import Cases, Level
 from .froc import Marked
 
 Array = NDArray[np.float64]
-ODDS, PROBABILITY, SCORE, LABEL = "log_odds_", "p_", "score_", "label_"
+ODDS, PROBABILITY, SCORE, VALUE, LABEL = "log_odds_", "p_", "score_", "value_", "label_"
 _KEYS = ("patient_id", "exam_id", "laterality")
 _NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "exam"}
 """The column that names the rows, by which it is known what they are."""
@@ -41,7 +41,7 @@ def read_cases(
 
     The scores are the columns log_odds_NAME, else p_NAME (of few digits in older files: ties), else score_NAME, which
     only rank. The truth is the column label (number or name of the class), or label_NAME for each NAME: several labels
-    at once.
+    at once. Columns value_NAME are predicted numbers, whose truth is label_NAME.
 
     Args:
         table: csv of the images, joined by image_path: labels where the predictions have none, and columns by which
@@ -62,11 +62,14 @@ def read_cases(
     if not rows.rows:
         raise DataError(f"{path}: holds no rows of split {split}" if split else f"{path}: holds no predictions")
     names, scores, probable = _scores(rows, score, label)
-    kind, outputs, truth, scores = _truth(rows, label, names, scores)
+    if score is None and any(name.startswith(VALUE) for name in rows.header):
+        kind, outputs, truth = "numbers", tuple(names), _measured(rows, label, names)
+    else:
+        kind, outputs, truth, scores = _truth(rows, label, names, scores)
     keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in _KEYS}
     levels: list[Level] = [level for level, column in _NAMES.items() if column in rows.header]
     level = levels[0] if levels else "image"
-    used = {*_NAMES.values(), *_KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE)))}
+    used = {*_NAMES.values(), *_KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE, VALUE)))}
     return Cases(
         outputs=outputs,
         truth=truth,
@@ -94,16 +97,18 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
     outputs, truth, scores = list(cases.outputs), cases.truth, cases.scores
     if cases.kind == "binary" and cases.probable:
         outputs, scores = [f"not_{outputs[0]}", outputs[0]], np.concatenate([-scores, scores], 1)
-    label_columns = [LABEL + name for name in outputs] if cases.kind == "labels" else ["label"]
+    several = cases.kind in ("labels", "numbers")
+    label_columns = [LABEL + name for name in outputs] if several else ["label"]
     further = [name for name in cases.columns if name not in (*_KEYS, *label_columns)]
-    score_columns = [(ODDS if cases.probable else SCORE) + name for name in outputs]
+    prefix = VALUE if cases.kind == "numbers" else ODDS if cases.probable else SCORE
+    score_columns = [prefix + name for name in outputs]
 
     def rows(file: Any) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([_NAMES[cases.level], *_KEYS, *label_columns, *score_columns, *further])
-        labels = truth if cases.kind == "labels" else cases.labels[:, None]
+        labels = truth if several else cases.labels[:, None]
         for i, name in enumerate(cases.names):
-            known = ["" if np.isnan(v) or v < 0 else int(v) for v in labels[i]]
+            known = ["" if np.isnan(v) or (v < 0 and not several) else _digits(v) for v in labels[i]]
             keys = (cases.patients[i], cases.exams[i], cases.sides[i])
             values = [repr(float(value)) for value in scores[i]]
             writer.writerow([name, *keys, *known, *values, *(cases.columns[column][i] for column in further)])
@@ -114,6 +119,10 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
 
     write_atomically(path, write, "table")
     return path
+
+
+def _digits(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[list[Marked], int]:
@@ -255,7 +264,7 @@ def _scores(rows: Rows, score: str | None, label: str | None) -> tuple[list[str]
         values = _table(rows, [score])
         probable = bool(((values >= 0) & (values <= 1)).all())
         return [(label or "label").removeprefix(LABEL)], odds.of_probabilities(values) if probable else values, probable
-    for prefix in (ODDS, PROBABILITY, SCORE):
+    for prefix in (VALUE, ODDS, PROBABILITY, SCORE):
         columns = [name for name in rows.header if name.startswith(prefix)]
         if columns:
             values = _table(rows, columns)
@@ -263,7 +272,7 @@ def _scores(rows: Rows, score: str | None, label: str | None) -> tuple[list[str]
                 if not ((values >= 0) & (values <= 1)).all():
                     raise DataError(f"{rows.path}: columns p_... hold numbers below 0 or above 1: no probabilities")
                 values = odds.of_probabilities(values)
-            return [name.removeprefix(prefix) for name in columns], values, prefix != SCORE
+            return [name.removeprefix(prefix) for name in columns], values, prefix not in (SCORE, VALUE)
     there = ", ".join(rows.header)
     raise DataError(f"{rows.path}: has no column log_odds_NAME, p_NAME or score_NAME, but {there}; name one: --score")
 
@@ -288,6 +297,22 @@ def _truth(rows: Rows, label: str | None, names: list[str], scores: Array) -> tu
     if len(names) == 2:
         return "binary", (names[1],), truth[:, 1:], scores[:, 1:]
     return "classes", tuple(names), truth, scores
+
+
+def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
+    """The true numbers (rows, outputs), NaN where the cell is empty."""
+    columns = [LABEL + name for name in names]
+    if label is not None:
+        if len(names) > 1:
+            raise DataError(f"{rows.path}: predicts {len(names)} numbers; --label names the truth of one")
+        columns = [label]
+    rows.require(*columns)
+    found = np.full((len(rows.rows), len(columns)), np.nan)
+    for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
+        for j, column in enumerate(columns):
+            if row[column]:
+                found[i, j] = _number(row, column, rows, place)
+    return found
 
 
 def _numbers(rows: Rows, columns: Sequence[str]) -> Array:

@@ -158,6 +158,9 @@ class _Explain(Job):
             write_atomically(out / "marks.csv", lambda path: _write_marks(path, marks()), "table")
         else:
             collections.deque(marks(), maxlen=0)
+        outputs = outputs_of(self._classifier.net)
+        if outputs is not None and outputs.numbers:  # which are not combined as probabilities are
+            return {}
         exams = (views for views in index.groups("exam") if len(views) > 1)
         first = next(exams, None)
         if first is not None:
@@ -185,15 +188,17 @@ class Explaining:
         output = None if options.label is None else classes.index(options.label)
         with naming(image):
             found, logits, which = METHODS[options.method](self.net, source, output)
-        log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs_of(self.net))[0])
+        outputs = outputs_of(self.net)
+        log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
+        said = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
         for one in options.formats:
             if work.row.url and one in ("seg", "binary-seg"):
                 raise DataError(
                     f"{image}: a DICOM SEG is written of files of this machine; fetch it, or write png or tif"
                 )
-            _write(found, work.row.record.path, self._out, work.name, one, classes[which], log_odds)
+            _write(found, work.row.record.path, self._out, work.name, one, classes[which], said)
         marks = find_marks(found) if options.method == "activation" else []
-        told = prediction(opened.item, logits, outputs_of(self.net))
+        told = prediction(opened.item, logits, outputs)
         headed = told.patient != work.row.record.patient_id
         return {
             "key": work.key,
@@ -222,10 +227,10 @@ def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> Vie
     return View(told, patient, list(classes).index(result["class"]), next(iter(marks), None))
 
 
-def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, log_odds: float) -> None:
+def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, told: str) -> None:
     if one == "png":
         name = overlay_name(stem, as_stored(found.source).shape)
-        write_overlay(found, out / name, stored=True, caption=caption(label, log_odds))
+        write_overlay(found, out / name, stored=True, caption=told)
     elif one == "tif":
         dtype = np.dtype(np.float32)
         path = out / f"{stem}.map.tif"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import GigamorphError
 
-Activation = Literal["softmax", "sigmoid", "probability", "features"]
+Activation = Literal["softmax", "sigmoid", "probability", "ordinal", "number", "features"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
@@ -22,21 +22,27 @@ class Head:
     Attributes:
         classes: "softmax": names of classes that exclude each other, one a column. "sigmoid" and "probability": names
             of labels, any of which may hold, one a column; or of two classes for a single column, which is the
-            second's. "features": none; what is given is no prediction.
+            second's. "ordinal": names of classes in their order, one more than columns, of which column k is the
+            logit of being above class k for what is not below it. "number": names of numbers, one a column.
+            "features": none; what is given is no prediction.
         activation: what makes probabilities of the columns; "probability": they are.
         columns: how many there are.
         name: tells the heads of one network apart.
+        center, spread: of each number, which is center + spread * column.
     """
 
     classes: tuple[str, ...]
     activation: Activation
     columns: int
     name: str = ""
+    center: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise GigamorphError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
-        fits = len(self.classes) == self.columns or (self.binary and len(self.classes) == 2)
+        fits = len(self.classes) == self.columns + (self.activation == "ordinal")
+        fits = fits or (self.binary and len(self.classes) == 2)
         if self.activation != "features" and not fits:
             raise GigamorphError(
                 f"head {self.name!r}: {len(self.classes)} names ({', '.join(self.classes)}) do not fit {self.columns} "
@@ -51,10 +57,17 @@ class Head:
         return self.columns == 1 and self.activation in ("sigmoid", "probability")
 
     def log_odds(self, values: Tensor) -> Tensor:
-        """(N, columns) -> (N, classes): of each class against all others, of each label against its absence."""
+        """(N, columns) -> (N, classes): of each class against all others, of each label against its absence.
+
+        Of numbers it is these.
+        """
         if self.activation == "softmax":
             others = [torch.cat([values[:, :c], values[:, c + 1 :]], 1) for c in range(self.columns)]
             return torch.stack([values[:, c] - torch.logsumexp(others[c], 1) for c in range(self.columns)], 1)
+        if self.activation == "ordinal":
+            return _of_steps(values)
+        if self.activation == "number":
+            return values * values.new_tensor(self.spread) + values.new_tensor(self.center)
         found = torch.logit(values) if self.activation == "probability" else values
         return torch.cat([-found, found], 1) if self.binary and len(self.classes) == 2 else found
 
@@ -96,7 +109,13 @@ class Outputs:
     def exclusive(self) -> bool:
         """Whether an image has exactly one of the names."""
         head = self.heads[0]
-        return len(self.heads) == 1 and (head.activation == "softmax" or (head.binary and len(head.classes) == 2))
+        own = head.activation in ("softmax", "ordinal") or (head.binary and len(head.classes) == 2)
+        return len(self.heads) == 1 and own
+
+    @property
+    def numbers(self) -> bool:
+        """Whether what is predicted are numbers, no probabilities."""
+        return any(head.activation == "number" for head in self.heads)
 
     @property
     def predicts(self) -> bool:
@@ -113,14 +132,41 @@ class Outputs:
     def to_json(self) -> list[dict[str, Any]]:
         """Plain containers; `from_json` reads them back."""
         return [
-            {"name": h.name, "activation": h.activation, "outputs": h.columns, "classes": list(h.classes)}
+            {
+                "name": h.name,
+                "activation": h.activation,
+                "outputs": h.columns,
+                "classes": list(h.classes),
+                **({"center": list(h.center), "spread": list(h.spread)} if h.activation == "number" else {}),
+            }
             for h in self.heads
         ]
 
     @classmethod
     def from_json(cls, heads: list[Mapping[str, Any]]) -> Outputs:
         """The inverse of `to_json`."""
-        return cls(tuple(Head(tuple(h["classes"]), h["activation"], h["outputs"], h["name"]) for h in heads))
+        return cls(
+            tuple(
+                Head(
+                    tuple(h["classes"]),
+                    h["activation"],
+                    h["outputs"],
+                    h["name"],
+                    tuple(h.get("center", ())),
+                    tuple(h.get("spread", ())),
+                )
+                for h in heads
+            )
+        )
+
+
+def _of_steps(steps: Tensor) -> Tensor:
+    """Log-odds (N, K) of ordered classes from logits (N, K - 1) of going on above each class but the last."""
+    on, end = torch.nn.functional.logsigmoid(steps), torch.nn.functional.logsigmoid(-steps)
+    reached = torch.cat([torch.zeros_like(on[:, :1]), on.cumsum(1)], 1)  # log of the probability of class k or above
+    own = torch.cat([reached[:, :-1] + end, reached[:, -1:]], 1)
+    others = [torch.logsumexp(torch.cat([own[:, :k], own[:, k + 1 :]], 1), 1) for k in range(own.shape[1])]
+    return own - torch.stack(others, 1)
 
 
 _ATTRIBUTE = "gigamorph_outputs"

@@ -19,6 +19,7 @@ from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
+from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
 from .results import Columns
 from .spec import Spec
@@ -194,10 +195,12 @@ def _working_directory_on_path() -> Iterator[None]:
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load parameters from a safetensors file or a torch file (``weights_only``: no code is run).
 
-    A gigamorph or Lightning checkpoint serves as well. Tensors of the last layer whose shape differs are skipped with
-    a warning that names them (another number of classes); any other difference is an error. A folder of `gigamorph
-    import` serves too: a last layer that it does not have (features) is new, and one with a single sigmoid becomes that
-    of two classes with the same probabilities.
+    A gigamorph or Lightning checkpoint serves as well. Of a first convolution for colour the channels are summed where
+    the network takes one, so that it sees in a grey image what it saw in three equal channels. Tensors of the last
+    layer whose shape differs are skipped with a warning that names them (another number of classes); any other
+    difference is an error. A folder of `gigamorph import` serves too: a last layer that it does not have (features) is
+    new, and one with a single sigmoid becomes that of two classes with the same probabilities. ``timm:NAME`` are timm's
+    pretrained weights of this name.
 
     Returns:
         The names of the skipped tensors.
@@ -205,10 +208,13 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     Raises:
         DataError: if the file cannot be read, or does not fit the network.
     """
-    path = Path(path)
     own = model.state_dict()
     head = _head_prefix(own)
-    state = _start(path, own, head) if is_folder(path) else _read(path)
+    if str(path).startswith(TIMM):
+        found = pretrained_state(str(path))
+    else:
+        found = _start(Path(path), own, head) if is_folder(path) else _read(Path(path))
+    state = _grey(found, own, path)
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
     ]
@@ -228,6 +234,21 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     if skipped:
         log.warning("%s: classifier of another shape skipped: %s", path, ", ".join(skipped))
     return skipped
+
+
+def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Weights for colour summed where the network takes one channel: it sees the same in grey images."""
+    found = dict(state)
+    for key, value in state.items():
+        if (
+            key in own
+            and value.ndim == 4
+            and value.shape[1] == 3
+            and own[key].shape == (len(value), 1, *value.shape[2:])
+        ):
+            found[key] = value.sum(1, keepdim=True)
+            log.warning("%s: %s is for colour; its channels are summed for grey images", path, key)
+    return found
 
 
 def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@
 
                             + what libraries take besides
 
-The tile's share is counted on fake tensors (`simulate.py`), the rest is arithmetic on the schedules; only the last
+The tile's share is counted on tensors without values (`simulate.py`), the rest is arithmetic on the schedules; only the last
 term is fitted to measurements (benchmarks/memory.py).
 """
 
@@ -39,7 +39,7 @@ def _nbytes(shape: Any, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class TilePeak:
-    """What a run of a tile on fake tensors has counted.
+    """What a run of a tile on tensors without values has counted.
 
     Attributes:
         tile: its side.
@@ -136,7 +136,7 @@ class Estimate:
         Args:
             limit: tiles are replayed where that keeps the peak below it.
             room: the peak up to which graphs of tiles are retained; None for the budget.
-            exact: run a tile of this side on fake tensors; else go by one of another side, where there was one.
+            exact: run a tile of this side on tensors without values; else go by one of another side, where there was one.
         """
         graphs = self.staged.stages
         sides = stage_sides(self.staged, tile)

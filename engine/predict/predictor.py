@@ -154,7 +154,7 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
             log_odds = (-z, z)[which]
             explained = replace(explained, values=explained.values * wanted.calibration.slope, log_odds=z)
         name = overlay_name(work.name, as_stored(source).shape)
-        text = caption(classifier.classes[which], log_odds)
+        text = caption(classifier.classes[which], log_odds, found.numbers)
         write_overlay(explained, wanted.out / "heatmaps" / name, stored=True, caption=text)
         result["heatmap"] = work.name
     return result

@@ -13,6 +13,7 @@ from typing import Any
 from ..datasets.tables import Record
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically
+from ..models.outputs import outputs_of
 from .index import Index
 from .job import Job, Result, Start, Unit
 from .options import RunOptions, Scores, Summary, Watch
@@ -109,9 +110,15 @@ class _Predict(Job):
         return functools.partial(start_predicting, self._opener, self._wanted)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
-        options = self._options
+        options, outputs = self._options, outputs_of(self._classifier.net)
         scores = write_tables(
-            index, results, out, self._classifier.classes, options.calibration, identifiers=options.identifiers
+            index,
+            results,
+            out,
+            self._classifier.classes,
+            options.calibration,
+            identifiers=options.identifiers,
+            numbers=outputs is not None and outputs.numbers,
         )
         model: dict[str, str] = {"checkpoint": options.checkpoint, "sha256": options.model}
         if options.calibration is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets.tables.cells import escape
-from ..evaluate.read import ODDS, PROBABILITY
+from ..evaluate.read import ODDS, PROBABILITY, VALUE
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically
 from ..train.metrics import Prediction, per_breast, per_exam, scores
@@ -32,12 +32,14 @@ def write_tables(
     calibration: Calibration | None,
     *,
     identifiers: bool,
+    numbers: bool = False,
 ) -> dict[str, dict[str, float | int | None]]:
     """Write the tables of all rows that have a result, and of the failures.
 
     Args:
         index: also holds what does not fit into memory.
         identifiers: header_patient is a name; otherwise it is numbered.
+        numbers: what is predicted are numbers, in columns value_NAME, no probabilities.
 
     Returns:
         The measures (`scores`) of the labelled images of each split; nothing if they are more than `MEASURED`.
@@ -48,16 +50,19 @@ def write_tables(
         joined = index.joined(results)
         while some := list(itertools.islice(joined, _TOGETHER)):
             found = [prediction_of(row, result, index, calibration, identifiers) for row, result in some]
+            if numbers:
+                found = [replace(one, numbers=True) for one in found]
             index.keep((_breast(one), _exam(one), one) for one in found)
             if len(labelled) <= MEASURED:
                 labelled.extend(one for one in found if one.label is not None)
             yield from found
 
     called = [] if calibration is None else ["called"]
+    header = _header(classes, numbers)
     write_atomically(
         out / "predictions.csv",
         lambda path: _write(
-            path, [*_header(classes), *called], ([*_row(one), *_called(one, calibration)] for one in predictions())
+            path, [*header, *called], ([*_row(one), *_called(one, calibration)] for one in predictions())
         ),
         "table",
     )
@@ -71,7 +76,7 @@ def write_tables(
                 batch = []
         yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
 
-    header = _header(classes)[1:]
+    header = header[1:]
     for name, head, rows in (
         ("breasts.csv", ["breast", *header], together("breast", per_breast)),
         ("exams.csv", ["exam", *header], together("exam", per_exam)),
@@ -135,16 +140,20 @@ def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
     return [] if calibration is None else [int(found.log_odds[1] >= calibration(calibration.threshold))]
 
 
-def _header(classes: Sequence[str]) -> list[str]:
+def _header(classes: Sequence[str], numbers: bool) -> list[str]:
     keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "label"]
+    if numbers:
+        return [*keys, *(VALUE + name for name in classes)]
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
 def _row(found: Prediction) -> list[object]:
     label = "" if found.label is None else found.label
+    keys = (found.image, found.patient, found.exam, found.laterality, found.view, found.split)
+    if found.numbers:
+        return [*keys, label, *(repr(value) for value in found.log_odds)]
     # Probabilities are for reading; log-odds, with all digits, keep the order of images that the network is sure of.
     values = (*(f"{value:.6g}" for value in found.probabilities), *(repr(value) for value in found.log_odds))
-    keys = (found.image, found.patient, found.exam, found.laterality, found.view, found.split)
     return [*keys, label, *values]
 
 

@@ -77,6 +77,7 @@ class Ensemble(SelfExplaining):
 
     def __init__(self, members: Sequence[Member], description: Description) -> None:
         self.members, self.flips = list(members), description.flips
+        self._numbers = description.outputs.numbers
         set_outputs(self, replace(description.outputs, averaged=True))
         self._on_tile: Any = None
 
@@ -98,7 +99,11 @@ class Ensemble(SelfExplaining):
 
     def __call__(self, image: Any) -> Tensor:
         source = image[0] if isinstance(image, list) else image
-        return mean_log_odds(torch.stack([self._log_odds(member, seen) for member, seen in self._views(source)]))
+        return self._mean(torch.stack([self._log_odds(member, seen) for member, seen in self._views(source)]))
+
+    def _mean(self, each: Tensor) -> Tensor:
+        """Of numbers their mean, of others the log-odds of the mean of their probabilities."""
+        return each.mean(0) if self._numbers else mean_log_odds(each)
 
     def explain_class(self, source: PixelSource, which: int | None) -> Explained:
         """The sum of the members' maps, each times the slope of the mean's log-odds by its own; see `_merged`."""
@@ -120,9 +125,10 @@ class Ensemble(SelfExplaining):
         views = list(self._views(source))
         with torch.no_grad():
             each = torch.stack([self._log_odds(member, seen) for member, seen in views]).cpu()
-        mean = mean_log_odds(each)
+        mean = self._mean(each)
         number = class_of(mean, which, outputs_of(self))
-        slopes = (_log_slope(each[:, 0, number]) - _log_slope(mean[0, number])).exp() / len(views)
+        log_slopes = _log_slope(each[:, 0, number]) - _log_slope(mean[0, number])
+        slopes = (torch.zeros_like(log_slopes) if self._numbers else log_slopes).exp() / len(views)
         maps = [explain(member.net, seen, number) for member, seen in views]
         # The first len(self.members) are of images that are not mirrored.
         log_odds = float(mean[0, number])

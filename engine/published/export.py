@@ -15,11 +15,10 @@ from ..errors import GigamorphError
 from ..models import create_model
 from ..models.compat import make_torchvision_importable
 from ..models.folder import Description, Preprocessing, is_folder, read_description
-from ..models.outputs import Outputs
 from ..models.spec import Spec
 from ..models.weights import first_line, sha256
 from ..train.checkpoint import load_checkpoint, versions
-from ..train.fit import restore_network
+from ..train.network import outputs_of_record, restore_network
 from .importing import new_folder
 from .reference import LIMIT32, difference, fixed_image, ordinary
 
@@ -64,7 +63,7 @@ def open_source(path: str | Path) -> Source:
     normalize = given["normalize"]
     description = Description(
         model=record["options"]["model"],
-        outputs=Outputs.of("softmax", len(record["classes"]), tuple(record["classes"])),
+        outputs=outputs_of_record(record),
         preprocessing=Preprocessing(
             record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
         ),

@@ -10,7 +10,7 @@ from ..datasets.tables import Record
 from ..errors import GigamorphError
 from ..models import create_model
 from ..models.folder import Description, read_description
-from ..train.classify import Images
+from ..train.data import Images
 from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
 

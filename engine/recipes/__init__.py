@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import GigamorphError
@@ -28,3 +29,8 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise GigamorphError(f"recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
     return importlib.import_module(f".{name}", __name__).RECIPE
+
+
+def default_text(name: str) -> str:
+    """The TOML file of a recipe: every published hyper-parameter with its source."""
+    return (Path(__file__).parent / "configs" / f"{name}.toml").read_text(encoding="utf-8")

@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..accelerate import accelerate
+from ..config import to_plain
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.chestxray14 import FINDINGS
 from ..errors import DataError
-from ..evaluate.cases import Array, Cases
+from ..evaluate.cases import Cases
 from ..evaluate.roc import labelwise_auc
-from ..train.classify import Images, logits_of_items, tell_epoch
+from ..train.classify import logits_of_items
+from ..train.data import Images, tell_epoch
 from ..train.run import Run
+from ..train.target import Target
 from ..train.task import Score, Task
-from .config import to_plain
 from .splits import Splitting, split_records
 from .tta import PLAIN, predict
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a network says of an image: one of several classes, or any of several labels, a logit for each."""
-
-    names: tuple[str, ...]
-    kind: Literal["classes", "labels"] = "classes"
-
-    def truth(self, records: Iterable[Record]) -> Array:
-        """(images, outputs): 1, 0, or NaN where it is not known."""
-        if self.kind == "labels":
-            return np.array([[r.labels.get(name, np.nan) for name in self.names] for r in records])
-        numbers = [r.label for r in records]
-        rows = np.array([np.eye(len(self.names))[n] if n >= 0 else np.full(len(self.names), np.nan) for n in numbers])
-        return rows.reshape(len(numbers), len(self.names))
-
-    def loss(self, logits: Tensor, truth: Array, *, balanced: bool = False) -> Tensor:
-        """Mean cross-entropy of the images, or mean binary cross-entropy of the labels that are known.
-
-        Args:
-            logits: (images, outputs).
-            truth: as from `truth`.
-            balanced: weigh images so that all classes of the batch count the same; of classes only.
-        """
-        known = torch.from_numpy(~np.isnan(truth)).to(logits.device)
-        wanted = torch.from_numpy(np.nan_to_num(truth)).to(logits)
-        if self.kind == "labels":
-            losses = F.binary_cross_entropy_with_logits(logits.float(), wanted.float(), reduction="none")
-            return (losses * known).sum() / known.sum().clamp(min=1)
-        losses = F.cross_entropy(logits.float(), wanted.argmax(1), reduction="none")
-        return (losses * batch_weights(wanted.argmax(1))).mean() if balanced else losses.mean()
-
-    def cases(self, records: Sequence[Record], log_odds: Array) -> Cases:
-        """Predictions with what is known of the images, for `gigamorph.engine.evaluate`; of two classes the second."""
-        truth, names, kind = self.truth(records), self.names, self.kind
-        if kind == "classes" and len(names) == 2:
-            truth, log_odds, names = truth[:, 1:], log_odds[:, 1:], names[1:]
-        return Cases(
-            outputs=names,
-            truth=truth,
-            scores=log_odds,
-            names=tuple(str(r.path) for r in records),
-            patients=tuple(r.patient_id for r in records),
-            exams=tuple(r.exam_id or "" for r in records),
-            sides=tuple(r.laterality or "" for r in records),
-            kind="binary" if kind == "classes" and len(names) == 1 else kind,
-        )
-
-
-def batch_weights(labels: Tensor) -> Tensor:
-    """Weights (n,) with mean 1 that give every class of a batch (labels, int64) the same sum (Shen et al., 2019)."""
-    _, place, counts = labels.unique(return_inverse=True, return_counts=True)
-    return len(labels) / (len(counts) * counts[place]).float()
 
 
 def auc_of(cases: Cases) -> tuple[float | None, dict[str, float | None]]:

@@ -12,9 +12,9 @@ from ..predict.predictor import Classifier
 from ..published.ensemble import Published
 from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
-from ..train.classify import Images
-from ..train.fit import restore_network
+from ..train.data import Images
 from ..train.inputs import images
+from ..train.network import restore_network
 from ..train.splits import with_splits
 from . import get_recipe
 

@@ -16,7 +16,7 @@ from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..train.checkpoint import versions
-from ..train.classify import Images
+from ..train.data import Images
 from ..train.run import Run
 from .claims import Synthetic, judge
 

@@ -13,7 +13,7 @@ from ..datasets.augment import Augment
 from ..datasets.views import MirroredSource
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
-from ..train.classify import Images
+from ..train.data import Images
 
 PLAIN = ((False, False),)
 FLIPS = ((False, False), (True, False), (False, True), (True, True))

@@ -85,14 +85,16 @@ class Epochs(Callback):
         if group.at_once > 1:  # each process has statistics of its own images; the first one's are kept
             for buffer in module.net.buffers():
                 dist.broadcast(buffer, 0)
-        score = self._score(trainer, module)
-        row = self._row(trainer, module, score, pixels)
-        kept = Score(-row["train_loss"]) if score is None and task.best_by_loss else score
-        if state.end_epoch(stage, row, kept):
-            self._save(trainer, module, "best.ckpt")
+        with module.averaged():
+            score = self._score(trainer, module)
+            row = self._row(trainer, module, score, pixels)
+            kept = Score(-row["train_loss"]) if score is None and task.best_by_loss else score
+            if state.end_epoch(stage, row, kept):
+                self._save(trainer, module, "best.ckpt")
         self._save(trainer, module, "last.ckpt")
         if group.leads:
             write_log(module.run.out / "log.csv", state.rows)
+            _log(trainer, state.rows[-1])
             task.end_epoch(module.run.out, state.rows)
         told = {} if score is None else score.shown or {"score": score.value}
         values = {"loss": state.rows[-1]["train_loss"], **told}
@@ -148,6 +150,14 @@ def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerows(rows)
 
     write_atomically(path, table, "log")
+
+
+def _log(trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
+    """Hand an epoch's row to Lightning's loggers, if there are any."""
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=row["epoch"])
+        logger.save()
 
 
 def _stage_of(module: pl.LightningModule) -> StageModule:

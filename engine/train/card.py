@@ -15,6 +15,7 @@ from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import LEVELS, Cases
 from ..evaluate.evaluate import Settings, evaluate
+from ..evaluate.numbers import evaluate_numbers, numbers_headline
 from ..evaluate.report import format_value, no_interval
 from ..files import write_atomically
 from .checkpoint import versions
@@ -59,7 +60,10 @@ def write_card(path: str | Path, card: Card) -> Path:
 
 
 def _lines(card: Card) -> list[str]:
-    found = {name: _evaluated(cases, card.resamples) for name, cases in card.predictions.items()}
+    measured = [*card.measured] or _numbers(card)
+    found = {
+        name: _evaluated(cases, card.resamples) for name, cases in card.predictions.items() if cases.kind != "numbers"
+    }
     return [
         f"# Model card: {card.title}",
         "",
@@ -67,7 +71,7 @@ def _lines(card: Card) -> list[str]:
         *_section("Model", _facts(card.model)),
         *_section("Training", _facts(card.training)),
         *_section("Data", _data(card)),
-        *_section("Results", [*card.measured] or _results(found, card.resamples)),
+        *_section("Results", measured or _results(found, card.resamples)),
         *_section("Intended use and limits", _limits(card, found)),
         *_section("Versions", _facts(versions())),
     ]
@@ -110,6 +114,16 @@ def _data(card: Card) -> list[str]:
 def _is(record: Record, number: int, name: str) -> bool:
     """Whether an image is of a class, or has a label."""
     return record.label == number or (record.label < 0 and record.labels.get(name) == 1)
+
+
+def _numbers(card: Card) -> list[str]:
+    """The results of predicted numbers, a line each."""
+    lines = []
+    for split, cases in card.predictions.items():
+        if cases.kind == "numbers":
+            found = evaluate_numbers(cases, Settings(resamples=card.resamples))
+            lines += [f"- {split}, {line}" for line in numbers_headline(found)]
+    return lines
 
 
 def _evaluated(cases: Cases, resamples: int) -> dict[str, Any] | str:

@@ -1,16 +1,15 @@
-"""Images of any size, each of one class: the task of `gigamorph train`."""
+"""Images of any size and what is to be said of each: the task of `gigamorph train`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..accelerate import Accelerated
 from ..datasets.tables import Record
@@ -18,28 +17,24 @@ from ..errors import BudgetError
 from ..evaluate import odds
 from ..models.outputs import Outputs
 from .curves import write_curves
-from .metrics import Prediction, scores
+from .data import Images, tell_epoch
+from .metrics import COUNTS, SHOWN, SMALLER, Prediction, scores
+from .options import Loss
+from .target import Target
 from .task import Score, Task
 
 
-class Images(Protocol):
-    """What `gigamorph.engine.datasets.dataset.ImageDataset` offers: records, and items that open their file."""
-
-    records: list[Record]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
 class Classification(Task):
-    """Cross-entropy over a network that takes pixel sources; the score is the AUC per image.
+    """A target learnt by a network that takes pixel sources; the score is the AUC per image, or what a target has.
 
     Args:
-        net: an accelerated network, (N, C, H, W) or pixel sources -> (N, classes).
+        net: an accelerated network, (N, C, H, W) or pixel sources -> (N, columns of the target).
         train: images of the epochs; told which one it is where they have a ``set_epoch``.
-        val: images that choose the best epoch; where one class alone has no AUC, by the loss.
+        val: images that choose the best epoch; where the score is not defined (of one class alone), by the loss.
         record: what checkpoints say of the network.
-        class_weights: (classes,) or None; weights of the loss.
+        settings: of the loss.
+        weights: of the classes in the loss, see `Target.weights`.
+        drawn: (train,) probabilities by which an epoch's images are drawn; None takes each once.
     """
 
     def __init__(
@@ -48,37 +43,56 @@ class Classification(Task):
         train: Images,
         val: Images,
         record: Mapping[str, Any],
-        class_weights: Sequence[float] | None,
+        target: Target,
+        settings: Loss,
+        *,
+        weights: Sequence[float] | None = None,
+        drawn: np.ndarray | None = None,
     ) -> None:
-        self.module, self.images, self.val, self.record, self.weights = net, train, val, record, class_weights
+        self.module, self.images, self.val, self.record = net, train, val, record
+        self.target, self.settings, self.weights, self.drawn = target, settings, weights, drawn
         net.on_tile = lambda event: self.meter.on_tile(event)
 
     def examples(self, epoch: int) -> Any:
         tell_epoch(self.images, epoch)
         return self.images
 
+    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        return super().order(count, generator) if self.drawn is None else generator.choice(count, count, p=self.drawn)
+
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
         self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))
         logits = logits_of_items(self.module, batch)
-        labels = torch.tensor([item["label"] for item in batch], device=logits.device)
-        return weighted_loss(logits, labels, self.weights)
+        truth = self.target.truth([item["record"] for item in batch])
+        return self.target.losses(logits, truth, self.settings, self.weights).mean()
 
     def score(self) -> Score | None:
         if not len(self.val):
             return None
         predictions = self.predict(self.val, "validate")
         found = scores(predictions)
-        weights = self.weights or [1.0] * len(predictions[0].log_odds)
-        # -log p of the label's probability p, whose log-odds are z: log(1 + exp(-z)). In float32, as in training, so
-        # that sums that processes round otherwise are equal.
-        losses = [weights[p.label or 0] * np.logaddexp(0.0, -p.log_odds[p.label or 0]) for p in predictions]
-        loss = float(np.mean(np.array(losses, np.float32), dtype=np.float64))
-        value = -loss if found["auc_image"] is None else float(found["auc_image"])
-        areas = {f"val_{name}": found[name] for name in ("auc_image", "auc_breast")}
-        columns = {name: math.nan if area is None else float(area) for name, area in areas.items()}
+        # In float32, as in training, so that sums that processes round otherwise are equal.
+        losses = np.array([self._loss_of(p) for p in predictions], np.float32)
+        loss = float(np.mean(losses, dtype=np.float64))
+        measures = {name: value for name, value in found.items() if name not in COUNTS}
+        main = next(iter(measures), None)
+        value = None if main is None else measures[main]
+        score = -loss if value is None else float(value) * (-1 if main in SMALLER else 1)
+        columns = {f"val_{name}": math.nan if one is None else float(one) for name, one in measures.items()}
         # Few images make many equal scores: the loss decides between them.
-        shown = {"val loss": loss, "val AUC": columns["val_auc_image"]}
-        return Score(value, -loss, {"val_loss": loss, "val_score": value, **columns}, shown)
+        shown = {"val loss": loss, f"val {SHOWN[main or 'auc_image']}": columns.get(f"val_{main}", math.nan)}
+        return Score(score, -loss, {"val_loss": loss, "val_score": score, **columns}, shown)
+
+    def _loss_of(self, found: Prediction) -> float:
+        """-log p of the truth's probability p, whose log-odds are z: log(1 + exp(-z)); of numbers the squared error in
+        units of their spread."""
+        if self.target.kind in ("classes", "ordinal"):
+            label = found.label or 0
+            return (self.weights or [1.0] * len(found.log_odds))[label] * np.logaddexp(0.0, -found.log_odds[label])
+        truth, values = np.array(found.truth), np.array(found.log_odds)
+        if self.target.kind == "numbers":
+            return float(np.nanmean(((values - truth) / np.array(self.target.spread)) ** 2))
+        return float(np.nanmean(np.logaddexp(0.0, np.where(truth > 0.5, -values, values)) + 0 * truth))
 
     def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         write_curves(folder, rows)
@@ -92,16 +106,9 @@ class Classification(Task):
             for index in range(self.group.turn, len(images), self.group.at_once):
                 item = images[index]
                 self.meter.image(item["image"].shape[-2] * item["image"].shape[-1])
-                found.append(prediction(item, logits_of_items(self.module, [item])[0]))
+                found.append(prediction(item, logits_of_items(self.module, [item])[0], self.target.outputs))
                 self.meter.image_done()
         return self.group.in_order(found)
-
-
-def tell_epoch(images: Any, epoch: int) -> None:
-    """Images that vary from epoch to epoch are told which one it is."""
-    tell = getattr(images, "set_epoch", None)
-    if tell is not None:
-        tell(epoch)
 
 
 def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]]) -> Tensor:
@@ -117,16 +124,10 @@ def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]]) -> Tensor:
         raise BudgetError(f"{items[0]['record'].path}: {error}") from error
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """Mean of the cross-entropy, float32, of logits (N, classes), weighted by class.
-
-    ``F.cross_entropy(weight=…)`` divides by the sum of the weights, which cancels them at batch size 1; here the
-    divisor is the number of images.
-    """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    if weights is not None:
-        losses = losses * torch.tensor(weights, dtype=torch.float32, device=losses.device)[labels]
-    return losses.mean()
+def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
+    """What the table says of these labels or numbers, NaN where it says nothing; None if it says nothing of any."""
+    found = tuple(record.labels.get(name, math.nan) for name in names)
+    return None if all(math.isnan(value) for value in found) else found
 
 
 def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = None) -> Prediction:
@@ -149,6 +150,8 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
         image=str(record.path),
         log_odds=tuple(log_odds.tolist()),
         exclusive=outputs is None or outputs.exclusive,
+        numbers=outputs is not None and outputs.numbers,
+        truth=None if outputs is None or outputs.exclusive else truth_of(record, outputs.names),
         label=None if record.label < 0 else record.label,
         patient=patient,
         laterality=record.laterality or getattr(header, "laterality", None) or "",
@@ -156,10 +159,3 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
         exam=record.exam_id or "",
         split=record.split or "",
     )
-
-
-def balanced_weights(labels: Sequence[int], classes: int) -> list[float]:
-    """Weights of the classes, inverse to their frequency, with mean 1 over the images given."""
-    counts = np.bincount(np.asarray(labels), minlength=classes)
-    present = int((counts > 0).sum())
-    return [float(len(labels) / (present * n)) if n else 0.0 for n in counts]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from ..report.figure import open_axes, panel, save_figure
-from .metrics import Prediction
+from .metrics import SHOWN, Prediction
 
 
 def write_curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -28,10 +28,13 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if name in rows[0]:
             loss.plot(epochs, [row[name] for row in rows], marker=".", label=label)
     loss.set(xlabel="epoch", ylabel="loss")
-    for name, label in (("val_auc_image", "per image"), ("val_auc_breast", "per breast")):
+    measure = "mae" if "val_mae_image" in rows[0] else "auc"
+    for level in ("image", "breast"):
+        name = f"val_{measure}_{level}"
         if name in rows[0]:
-            score.plot(epochs, [row[name] for row in rows], marker=".", label=label)
-    score.set(xlabel="epoch", ylabel="validation AUC", ylim=(0, 1.02))
+            score.plot(epochs, [row[name] for row in rows], marker=".", label=f"per {level}")
+    score.set(xlabel="epoch", ylabel=f"validation {SHOWN[f'{measure}_image']}")
+    score.set_ylim(0, 1.02 if measure == "auc" else None)
     for axes in (loss, score):
         if axes.lines:  # above the axes, where no curve comes
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)

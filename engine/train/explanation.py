@@ -160,7 +160,9 @@ def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which:
         yy=found.rows.stride,
         y0=found.rows.first + (1 - found.rows.stride) / 2,
     )
-    log_odds = float(log_odds_of(found.outputs.double(), number, heads)[0])
+    log_odds = None
+    if heads is None or not heads.numbers:
+        log_odds = float(log_odds_of(found.outputs.double(), number, heads)[0])
     # Half of what a cell sees, around its middle, is what counts most; of a small map a quarter at most is border.
     near = (ceil(axis.extent / 4 / axis.stride) for axis in (found.rows, found.columns))
     height, width = found.values.shape[1:]
@@ -210,8 +212,10 @@ def _frozen(net: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def caption(label: str, log_odds: float) -> str:
-    """What a picture of an explanation says of the image."""
+def caption(label: str, log_odds: float, number: bool = False) -> str:
+    """What a picture of an explanation says of the image; of a number the number itself stands for the log-odds."""
+    if number:
+        return f"{label}: {log_odds:.4g}"
     return f"{label}: probability {expit(log_odds):.3f}, log-odds {log_odds:+.2f}"
 
 

@@ -5,78 +5,33 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ..accelerate import Accelerated, accelerate
-from ..errors import DataError, GigamorphError
-from ..models import create_model, load_weights
+from ..accelerate import Accelerated
+from ..errors import DataError
 from ..models.classifier import check_classifier
 from ..morph.origin import Origin
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from .card import Card, write_card
-from .checkpoint import load_checkpoint, versions, write_atomically
-from .classify import Classification, Images, balanced_weights
-from .loop import run_stages
+from .checkpoint import load_checkpoint, write_atomically
+from .classify import Classification
+from .data import Data
+from .loop import Trained, run_stages
 from .metrics import Prediction, as_cases, scores
+from .network import build_network
+from .options import TrainOptions
 from .progress import Report
+from .proposal import proposal
+from .record import make_record, require_same
 from .run import Run
-from .splits import hash_of
-from .stages import Stage
 
 log = logging.getLogger("gigamorph")
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything that decides the result of a run besides the data; stored in the checkpoint."""
-
-    model: str = "resnet18"
-    weights: str | None = None
-    memory_budget: int | None = None
-    """Bytes; None lets the engine take what is free."""
-    batch_norm: str | None = None
-    epochs: int = 20
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    accumulate: int = 8
-    """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    class_weights: bool = False
-    patience: int | None = None
-    """Epochs without a better validation score after which the run ends."""
-    seed: int = 0
-    device: str = "cpu"
-    freeze: tuple[str, ...] = ()
-    """Patterns of modules or parameters that do not learn; their BatchNorm keeps its statistics."""
-    rates: tuple[tuple[str, float], ...] = ()
-    """Patterns with a learning rate of their own."""
-    split_image: bool | int = False
-    """Whether all processes share each image, a band of rows each, instead of having one each; or how many do."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images of a run, split by patient.
-
-    ``classes`` names the labels in order; ``preprocessing`` is all that turns a file into what the network sees, and
-    how training images are varied. `fit` tells training images that have a ``set_epoch`` which epoch it is.
-    """
-
-    train: Images
-    val: Images
-    test: Images
-    classes: tuple[str, ...]
-    channels: int
-    preprocessing: dict[str, Any]
-
-    @property
-    def parts(self) -> dict[str, Images]:
-        return {"train": self.train, "val": self.val, "test": self.test}
 
 
 @dataclass(frozen=True)
@@ -88,8 +43,30 @@ class Fitted:
     net: Accelerated
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on at a run.
+
+    Attributes:
+        say: called with a few lines before the run: what it will take.
+        begun: called when all has been checked, before the first step.
+        loggers, callbacks: by name, of Lightning; see `loggers`.
+    """
+
+    say: Callable[[str], object] | None = None
+    begun: Callable[[], object] = lambda: None
+    loggers: tuple[str, ...] = ()
+    callbacks: tuple[str, ...] = ()
+
+
 def fit(
-    data: Data, options: TrainOptions, out: str | Path, *, resume: bool = False, report: Report | None = None
+    data: Data,
+    options: TrainOptions,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    report: Report | None = None,
+    watch: Watch | None = None,
 ) -> Fitted:
     """Train, and write into ``out``: ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json``,
     ``model_card.md``.
@@ -114,34 +91,75 @@ def fit(
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
     out = Path(out)
-    _check(data)
+    data.require_fit()
     group = ProcessGroup.here(options.split_image)
-    record = _record(data, options, group)
-    if resume:
-        last = out / "last.ckpt"
-        stored = load_checkpoint(last)["gigamorph"]
-        if "options" not in stored:
-            raise DataError(f"{last}: is a recipe's; resume it with --recipe, or name another folder")
-        _check_same(stored, record, last)
-        record |= {"grown": stored["grown"]} if "grown" in stored else {}
-        # The code may be newer than the run: what began the run stays on record beside what continues it.
-        record["versions_at_start"] = stored.get("versions_at_start", stored["versions"])
-    elif options.weights:
-        origin = Origin.of_file(options.model, options.weights, data.channels)
-        record |= {"grown": origin.record()} if origin else {}
+    record = _begun(make_record(data, options, group), data, options, out / "last.ckpt" if resume else None)
     started = time.monotonic()
     torch.manual_seed(options.seed)
     net = build_network(record, None if resume else options.weights, group.split)
     if options.patience is not None and not len(data.val):
         log.warning("patience has no effect: there are no validation images, and all epochs are trained")
     shape = (1, *data.train[0]["image"].shape)
-    check_classifier(net._network, options.model, shape, len(data.classes), options.device)
-    labels = [image.label for image in data.train.records]
-    weights = balanced_weights(labels, len(data.classes)) if options.class_weights else None
-    task = Classification(net, data.train, data.val, record, weights)
-    run = Run(out, options.seed, options.device, options.memory_budget, resume, options.precision, report, group=group)
-    trained = run_stages(task, [_stage(options, validated=bool(len(data.val)))], run)
+    check_classifier(net._network, options.model, shape, data.target.columns, options.device)
+    watch = watch or Watch()
+    if watch.say is not None:
+        for line in proposal(net, data, options):
+            watch.say(line)
+    task = _task(net, data, options, record)
+    run = Run(
+        out,
+        options.seed,
+        options.device,
+        options.memory_budget,
+        resume,
+        options.precision,
+        report,
+        log=watch.loggers,
+        callbacks=watch.callbacks,
+        begun=watch.begun,
+        group=group,
+    )
+    trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
+    metrics, predictions = _measure(task, data, record, trained, time.monotonic() - started)
+    if group.leads:
+        text = json.dumps(metrics, indent=1) + "\n"
+        write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+        write_card(out / "model_card.md", _card(data, options, net, metrics, predictions))
+    return Fitted(metrics, predictions, net)
 
+
+def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path | None) -> dict[str, Any]:
+    """The record of a run with what it knows of its beginning: of the run that ``last`` is of, or of given weights."""
+    if last is not None:
+        stored = load_checkpoint(last)["gigamorph"]
+        if "options" not in stored:
+            raise DataError(f"{last}: is a recipe's; resume it with --recipe, or name another folder")
+        require_same(stored, record, last)
+        grown = {"grown": stored["grown"]} if "grown" in stored else {}
+        # The code may be newer than the run: what began the run stays on record beside what continues it.
+        return {**record, **grown, "versions_at_start": stored.get("versions_at_start", stored["versions"])}
+    origin = Origin.of_file(options.model, options.weights, data.channels) if options.weights else None
+    return record | ({"grown": origin.record()} if origin else {})
+
+
+def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str, Any]) -> Classification:
+    target, records = data.target, data.train.records
+    return Classification(
+        net,
+        data.train,
+        data.val,
+        record,
+        target,
+        options.loss,
+        weights=target.weights(records) if options.loss.class_weights else None,
+        drawn=target.rarity(records) if options.sampling == "balanced" else None,
+    )
+
+
+def _measure(
+    task: Classification, data: Data, record: dict[str, Any], trained: Trained, seconds: float
+) -> tuple[dict[str, Any], dict[str, list[Prediction]]]:
+    """The scores of the best epoch, with what repeats the run, and the predictions that they are of."""
     metrics: dict[str, Any] = {"best_epoch": trained.best_epoch}
     predictions = {}
     for name, stage in (("val", "validate"), ("test", "test")):
@@ -149,35 +167,34 @@ def fit(
             predictions[name] = task.predict(data.parts[name], stage)
             metrics[name] = scores(predictions[name])
     metrics |= {
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(seconds, 2),
         "peak_bytes": max(row["peak_bytes"] for row in trained.rows),
         "split_sha256": record["split"]["sha256"],
         "preprocessing": data.preprocessing,
-        "seed": options.seed,
+        "seed": record["options"]["seed"],
         "versions": record["versions"],
     }
-    text = json.dumps(metrics, indent=1) + "\n"
-    if group.leads:
-        write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
-        write_card(out / "model_card.md", _card(data, options, net, metrics, predictions))
-    return Fitted(metrics, predictions, net)
+    return metrics, predictions
 
 
-def _stage(options: TrainOptions, validated: bool) -> Stage:
-    return Stage(
-        "train",
-        options.epochs,
-        options.lr,
-        weight_decay=options.weight_decay,
-        optimizer="adamw",
-        accumulate=options.accumulate,
-        schedule="cosine",
-        patience=options.patience if validated else None,
-        clip=1.0,
-        frozen=options.freeze,
-        rates=options.rates,
-        batch_norm="trainable" if options.freeze else "train",
-    )
+_LEARNT = {
+    "classes": "one of the classes",
+    "ordinal": "classes in their order",
+    "labels": "any of the labels",
+    "numbers": "numbers",
+}
+_KEPT = ("epochs", "accumulate", "precision", "patience", "average", "sampling", "freeze", "seed", "device")
+
+
+def _told(options: TrainOptions) -> dict[str, Any]:
+    """Of a card: the settings by name; those of optimizer, schedule and loss together."""
+    parts = {}
+    for name in ("optimizer", "schedule", "loss"):
+        values = {key: value for key, value in asdict(getattr(options, name)).items() if value not in (None, {})}
+        parts[name] = ", ".join(f"{key} {value}" for key, value in values.items())
+    stages = ", ".join(f"{stage.epochs} epochs {stage.name}".strip() for stage in options.stages)
+    kept = {name: getattr(options, name) for name in _KEPT}
+    return {name: value for name, value in {**kept, **parts, "stages": stages}.items() if value not in (None, (), "")}
 
 
 def _card(
@@ -187,19 +204,6 @@ def _card(
     metrics: dict[str, Any],
     predictions: dict[str, list[Prediction]],
 ) -> Card:
-    kept = (
-        "epochs",
-        "lr",
-        "rates",
-        "freeze",
-        "weight_decay",
-        "accumulate",
-        "precision",
-        "class_weights",
-        "patience",
-        "seed",
-        "device",
-    )
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
     return Card(
         title=f"{options.model} for {' and '.join(data.classes)}",
@@ -212,9 +216,10 @@ def _card(
             "preprocessing": ", ".join(f"{name} {value}" for name, value in data.preprocessing.items()),
         },
         training={
-            "recipe": "cross-entropy, AdamW, cosine with warm-up (gigamorph train)",
+            "recipe": "gigamorph train",
+            "learnt": _LEARNT[data.target.kind],
             "begun from": "weights that were given" if options.weights else "random weights",
-            **{name.replace("_", " "): getattr(options, name) for name in kept if getattr(options, name) != ()},
+            **_told(options),
             "best epoch": metrics["best_epoch"],
             "memory budget of a step": budget,
             "largest memory of the process": format_bytes(metrics["peak_bytes"]),
@@ -225,87 +230,3 @@ def _card(
         classes=data.classes,
         predictions={name: as_cases(found, data.classes) for name, found in predictions.items()},
     )
-
-
-def build_network(record: dict[str, Any], weights: str | Path | None = None, split: Any = False) -> Accelerated:
-    """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
-    options = record["options"]
-    if "grown" in record:
-        model = Origin.from_record(record["grown"]).build(options["model"], len(record["classes"]))
-        if weights is not None:
-            load_weights(model, weights)
-    else:
-        model = create_model(options["model"], len(record["classes"]), record["channels"], weights)
-    model = model.to(options["device"])
-    return accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
-
-
-def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, device: str) -> Accelerated:
-    """The trained network of a checkpoint (`load_checkpoint`), in another budget and on another device."""
-    record = checkpoint["gigamorph"]
-    here = {**record["options"], "memory_budget": memory_budget, "device": device}
-    net = build_network({**record, "options": here})
-    try:
-        net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
-    except RuntimeError as error:
-        raise DataError(
-            f"the checkpoint's weights are not those of {here['model']!r} as it is built today: "
-            f"{str(error).strip().splitlines()[-1].strip()}"
-        ) from error
-    return net
-
-
-def _check(data: Data) -> None:
-    if not len(data.train):
-        raise DataError("no training images: give rows of split 'train', or leave the column out to have it made")
-    where: dict[str, str] = {}
-    for name, images in data.parts.items():
-        for record in images.records:
-            if record.label < 0:
-                raise DataError(f"{record.path}: has no label; training needs one for each image")
-            if where.setdefault(record.patient_id, name) != name:
-                raise DataError(
-                    f"patient {record.patient_id} is in both {where[record.patient_id]} and {name}; split by patient"
-                )
-
-
-def _record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[str, Any]:
-    parts = {name: images.records for name, images in data.parts.items()}
-    return {
-        "format": 1,
-        "options": asdict(options),
-        "images_at_once": group.at_once,
-        "classes": list(data.classes),
-        "channels": data.channels,
-        "preprocessing": data.preprocessing,
-        # A checkpoint is passed on: it tells whether a split is the same, not who is in it.
-        "split": {
-            "sha256": hash_of(parts),
-            **{name: len(records) for name, records in parts.items()},
-        },
-        "versions": versions(),
-    }
-
-
-def _check_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> None:
-    if stored["split"]["sha256"] != record["split"]["sha256"]:
-        raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
-    if stored.get("images_at_once", 1) != record["images_at_once"]:
-        raise GigamorphError(
-            f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "
-            f"not {record['images_at_once']}; resume with as many devices"
-        )
-    for name, value in stored["options"].items():
-        # Where and in how much memory a step is computed does not change what it computes.
-        if name in ("memory_budget", "device", "weights", "split_image"):
-            continue
-        now = record["options"].get(name)
-        if name == "epochs" and now > value:
-            continue
-        if now != value:
-            raise GigamorphError(
-                f"{path}: was begun with {name}={value!r}, not {now!r}; resume with the same"
-                + (" or more" if name == "epochs" else "")
-            )
-    if stored["preprocessing"] != record["preprocessing"]:
-        raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")

@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..datasets.augment import Augment
 from ..datasets.dataset import ImageDataset
 from ..datasets.grey import grey_warnings
-from ..datasets.splits import assign_splits
+from ..datasets.splits import assign_splits, check_leaks
 from ..datasets.tables import Record, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
-from .fit import Data
+from .data import Data
+from .folds import draw_folds
+from .survey import normalize_of, unreadable
+from .target import Kind, Target
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What of a table is learnt.
+
+    Attributes:
+        kind: as in `Target`.
+        names: of "labels" and "numbers" the columns label_NAME; all of them where none is named.
+        classes: of "classes" and "ordinal" their names in order; as in `read_table` where none is named.
+    """
+
+    kind: Kind = "classes"
+    names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 def training_data(
     table: str | Path,
     *,
+    labels: Labels | None = None,
     channels: int = 1,
-    normalize: Normalize | None = None,
+    normalize: Normalize | Literal["auto"] | None = None,
     voi: str = "auto",
     downsample: int = 1,
     for_processing: bool = False,
     white: White | None = None,
     augment: Augment | None = None,
+    skip_bad: bool = False,
+    fold: tuple[int, int] | None = None,
     seed: int = 0,
     warn: Callable[[str], object] = warnings.warn,
 ) -> Data:
@@ -36,13 +58,17 @@ def training_data(
     Only the training images are varied as ``augment`` says, anew in each epoch. ``warn`` is called with what a look at
     a few training images tells: a grey scale or a normalisation that cannot be theirs.
 
+    Args:
+        normalize: "auto" takes mean and standard deviation of a sample of the training images, see `survey`.
+        skip_bad: read all images first, and leave out those that cannot be.
+        fold: (k, n): the k-th of n runs of a cross-validation, from 1; see `folds.draw_folds`.
+
     Raises:
         DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
     """
-    read = read_table(table)
-    records = assign_splits(read.records, seed=seed)
-    preprocessing = {
-        "normalize": (normalize or Normalize()).to_dict(),
+    read, target = _read(table, labels or Labels(), not skip_bad, warn)
+    preprocessing: dict[str, Any] = {
+        "normalize": (normalize if isinstance(normalize, Normalize) else Normalize()).to_dict(),
         "voi": voi,
         "flip": "auto",
         "downsample": downsample,
@@ -51,6 +77,12 @@ def training_data(
         preprocessing["for_processing"] = True
     if white is not None:
         preprocessing["white"] = white
+    if skip_bad:
+        read = _without_bad(images(read, channels, preprocessing), warn)
+    records = _split(read, fold, seed)
+    if normalize == "auto":
+        learnt = images([record for record in records if record.split == "train"], channels, preprocessing)
+        preprocessing["normalize"] = normalize_of(learnt).to_dict()
     if augment is not None:
         preprocessing["augment"] = str(augment)
     train, val, test = (
@@ -63,14 +95,57 @@ def training_data(
         )
         for name in ("train", "val", "test")
     )
-    for text in _unlearnable(read.classes, [record for record in records if record.split == "train"], Path(table)):
+    for text in _told(records, train, target, Path(table)):
         warn(text)
+    return Data(train, val, test, target.names, channels, preprocessing, target.measured_on(train.records))
+
+
+def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> list[Record]:
+    if fold is None:
+        return assign_splits(records, seed=seed)
+    drawn = draw_folds(records, fold[1], seed)[fold[0] - 1]
+    check_leaks(drawn)
+    return drawn
+
+
+def _told(records: Sequence[Record], train: ImageDataset, target: Target, table: Path) -> list[str]:
+    """What people should know of a table before they train on it; `DataError` if all images have one label."""
+    found = _unlearnable(target.names, train.records, table) if target.kind in ("classes", "ordinal") else []
     unknown = sum(not record.patient_known for record in records)
     if unknown:
-        warn(f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits")
-    for text in grey_warnings(train):
-        warn(text)
-    return Data(train, val, test, classes=tuple(read.classes), channels=channels, preprocessing=preprocessing)
+        found.append(
+            f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits"
+        )
+    return found + grey_warnings(train)
+
+
+def _read(
+    table: str | Path, labels: Labels, check_files: bool, warn: Callable[[str], object]
+) -> tuple[list[Record], Target]:
+    """The records that say something of the target, and the target.
+
+    Raises:
+        DataError: what is wrong with the table.
+    """
+    if labels.kind in ("classes", "ordinal"):
+        read = read_table(table, classes=labels.classes or None, check_files=check_files)
+        return read.records, Target(tuple(read.classes), labels.kind)
+    read = read_table(table, labels=False, check_files=check_files)
+    there = list(dict.fromkeys(name for record in read.records for name in record.labels))
+    absent = [name for name in labels.names if name not in there]
+    if absent or not there:
+        known = f"there are {', '.join(there)}" if there else "it has no columns label_NAME"
+        raise DataError(f"{table}: has no column label_{(absent or ['NAME'])[0]}; {known}")
+    target = Target(labels.names or tuple(there), labels.kind)
+    records = [record for record in read.records if target.knows(record)]
+    if len(records) < len(read.records):
+        warn(f"{len(read.records) - len(records)} of {len(read.records)} images have no label, and are left out")
+    if labels.kind == "labels":
+        for record in records:
+            for name in target.names:
+                if record.labels.get(name, 0) not in (0, 1):
+                    raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty")
+    return records, target
 
 
 def _unlearnable(classes: Sequence[str], records: Sequence[Record], table: Path) -> list[str]:
@@ -85,6 +160,15 @@ def _unlearnable(classes: Sequence[str], records: Sequence[Record], table: Path)
         return []
     told = ", ".join(f"label_{name}" for name in names)
     return [f"columns {told} are not learnt, label is (data convert --label makes another one it)"] if told else []
+
+
+def _without_bad(images: ImageDataset, warn: Callable[[str], object]) -> list[Record]:
+    bad = unreadable(images)
+    for text in bad.values():
+        warn(f"left out: {text}")
+    if len(bad) == len(images):
+        raise DataError(f"none of the {len(images)} images can be read")
+    return [record for number, record in enumerate(images.records) if number not in bad]
 
 
 def images(

@@ -19,9 +19,12 @@ from ..models.compat import make_torchvision_importable
 from .callbacks import Epochs
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .interrupt import Interrupt
+from .loggers import make_callbacks, make_loggers
 from .module import StageModule
+from .optimizers import find_optimizer
 from .progress import Meter
 from .run import Run
+from .schedules import factor_of
 from .stages import Stage, freeze, restored, trainable_names
 from .state import State
 from .task import Task
@@ -29,6 +32,7 @@ from .task import Task
 make_torchvision_importable()
 
 import lightning.pytorch as pl  # noqa: E402
+from lightning.pytorch.loggers import Logger  # noqa: E402
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -67,6 +71,8 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     for stage in stages:
         trainable_names(task.module, stage)
         _require_deal(stage, group.at_once)
+        find_optimizer(stage.optimizer)
+        factor_of(stage, 1)
     record = {**task.record, "settings": _settings(stages, run, group.at_once)}
     task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
     task.module.to(run.device)
@@ -77,23 +83,40 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
         raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
     group.wait()  # all have seen the folder as it was
     interrupt = Interrupt()
+    watchers = _Watchers(make_loggers(run.log, run.out) if group.leads else [], make_callbacks(run.callbacks))
+    run.begun()
     with interrupt.awaited():
         while state.stage < len(stages):
             stage = stages[state.stage]
             if not state.is_over(stage):
-                _fit(task, stage, state, run, record, goes_on, interrupt)
+                _fit(task, stage, state, run, record, goes_on, interrupt, watchers)
             elif goes_on:
                 task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
             state.next_stage()
             goes_on = False
-    if state.best_epoch != state.epoch:
+    if state.best_epoch != state.epoch or stages[-1].average is not None:
         _take(task, load_checkpoint(best), str(best))
     task.module.eval()
     return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])
 
 
+@dataclass(frozen=True)
+class _Watchers:
+    """Who looks on besides ourselves, through all stages."""
+
+    loggers: list[Logger]
+    callbacks: list[pl.Callback]
+
+
 def _fit(
-    task: Task, stage: Stage, state: State, run: Run, record: dict[str, Any], goes_on: bool, interrupt: Interrupt
+    task: Task,
+    stage: Stage,
+    state: State,
+    run: Run,
+    record: dict[str, Any],
+    goes_on: bool,
+    interrupt: Interrupt,
+    watchers: _Watchers,
 ) -> None:
     """One stage in Lightning's loop, which takes up what it needs from ``last.ckpt`` if the stage `goes_on`."""
     on_gpu = run.device.startswith("cuda")
@@ -109,10 +132,10 @@ def _fit(
             max_epochs=stage.epochs,
             accumulate_grad_batches=stage.accumulate // task.group.at_once,
             precision=PRECISIONS[run.precision],  # type: ignore[arg-type]
-            callbacks=[Epochs(interrupt)],
+            callbacks=[Epochs(interrupt), *watchers.callbacks],
             plugins=[AtomicCheckpointIO(task.group.leads)],
             default_root_dir=run.out,
-            logger=False,
+            logger=watchers.loggers or False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,

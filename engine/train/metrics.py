@@ -10,6 +10,7 @@ import numpy as np
 from ..evaluate import Cases, macro_auc
 from ..evaluate import odds as of
 from ..evaluate.cases import Level
+from ..evaluate.roc import labelwise_auc
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Prediction:
     ``log_odds`` are those of each class against all others, float64: large logits keep their order, which probabilities
     near 1 do not. ``patient``, ``exam`` and ``laterality`` name the breast; ``laterality`` is "" where it is not known,
     and then an image stands for itself. ``split`` is what the image was in the training; "" where that is not known.
-    ``exclusive`` says that an image is of exactly one of the classes; otherwise each is a label of its own.
+    ``exclusive`` says that an image is of exactly one of the classes; otherwise each is a label of its own, or, with
+    ``numbers``, a number, which then stands in ``log_odds``. ``truth`` is what is known of these, NaN where it is not.
     """
 
     image: str
@@ -31,6 +33,13 @@ class Prediction:
     exam: str = ""
     split: str = ""
     exclusive: bool = True
+    numbers: bool = False
+    truth: tuple[float, ...] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known of the truth."""
+        return self.label is not None if self.exclusive else self.truth is not None
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -43,6 +52,10 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
     exclusive = all(p.exclusive for p in predictions)
     labels = np.array([-1 if p.label is None or not exclusive else p.label for p in predictions])
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(classes))[labels])
+    for row, p in enumerate(predictions):
+        if not exclusive and p.truth is not None:
+            truth[row] = p.truth
+    numbers = any(p.numbers for p in predictions)
     scores = np.array([p.log_odds for p in predictions], np.float64)
     binary = exclusive and len(classes) == 2
     return Cases(
@@ -53,7 +66,8 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
         patients=tuple(p.patient for p in predictions),
         exams=tuple(p.exam for p in predictions),
         sides=tuple(p.laterality for p in predictions),
-        kind="binary" if binary else "classes" if exclusive else "labels",
+        kind="binary" if binary else "classes" if exclusive else "numbers" if numbers else "labels",
+        probable=not numbers,
         columns={"view": tuple(p.view for p in predictions), "split": tuple(p.split for p in predictions)},
     )
 
@@ -80,7 +94,8 @@ def _grouped(predictions: Sequence[Prediction], level: Level) -> list[Prediction
     classes = [str(number) for number in range(len(predictions[0].log_odds))]
     breasts = as_cases(predictions, classes).at(level)
     scores = breasts.scores if breasts.kind != "binary" else np.concatenate([-breasts.scores, breasts.scores], 1)
-    labels = [-1] * len(breasts) if breasts.kind == "labels" else breasts.labels
+    exclusive = breasts.kind in ("binary", "classes")
+    labels = breasts.labels if exclusive else [-1] * len(breasts)
     return [
         Prediction(
             image=breasts.names[i],
@@ -91,21 +106,33 @@ def _grouped(predictions: Sequence[Prediction], level: Level) -> list[Prediction
             view=breasts.columns["view"][i],
             exam=breasts.exams[i],
             split=breasts.columns["split"][i],
-            exclusive=breasts.kind != "labels",
+            exclusive=exclusive,
+            numbers=breasts.kind == "numbers",
+            truth=None if exclusive or np.isnan(breasts.truth[i]).all() else tuple(breasts.truth[i].tolist()),
         )
         for i, label in enumerate(labels)
     ]
 
 
+COUNTS = ("images", "breasts")
+SMALLER = ("mae_image", "mae_breast")
+"""Measures of `scores` that are better when they are smaller."""
+SHOWN = {"auc_image": "AUC", "mae_image": "MAE"}
+
+
 def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
-    """AUC per image and per breast with the counts, over the predictions that have a label."""
-    labelled = [p for p in predictions if p.label is not None and p.exclusive]
-    breasts = per_breast(labelled)
+    """Measures per image and per breast with the counts, over the predictions whose truth is known.
+
+    AUC (of several classes or labels the mean); of numbers the mean absolute error (mae). None where not defined.
+    """
+    known = [p for p in predictions if p.known]
+    breasts = per_breast(known)
+    name, measure = ("mae", mae_of) if any(p.numbers for p in known) else ("auc", auc_of)
     return {
-        "images": len(labelled),
-        "auc_image": auc_of(labelled),
+        "images": len(known),
+        f"{name}_image": measure(known),
         "breasts": len(breasts),
-        "auc_breast": auc_of(breasts),
+        f"{name}_breast": measure(breasts),
     }
 
 
@@ -113,5 +140,15 @@ def auc_of(predictions: Sequence[Prediction]) -> float | None:
     """AUC of predictions, by their labels; None where it is not defined."""
     if not predictions:
         return None
-    labels = [p.label for p in predictions if p.label is not None]
-    return macro_auc(labels, np.array([p.log_odds for p in predictions], np.float64))
+    values = np.array([p.log_odds for p in predictions], np.float64)
+    if not predictions[0].exclusive:
+        return labelwise_auc([p.truth or [np.nan] * values.shape[1] for p in predictions], values)[0]
+    return macro_auc([p.label for p in predictions if p.label is not None], values)
+
+
+def mae_of(predictions: Sequence[Prediction]) -> float | None:
+    """Mean absolute error of numbers, the mean of those of each; None without any."""
+    if not predictions:
+        return None
+    truth = np.array([p.truth for p in predictions], np.float64)
+    return float(np.nanmean(np.nanmean(np.abs(truth - [p.log_odds for p in predictions]), 0)))

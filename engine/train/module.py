@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
+from .averaging import Average
+from .optimizers import make_optimizer
 from .run import Run, seed_of
-from .stages import Stage, cosine_with_warmup, make_optimizer, train_mode
+from .schedules import factor_of
+from .stages import Stage, train_mode
 from .state import State
 from .task import Task
 
@@ -51,7 +54,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[Any]]:
         examples, state, size = self._examples(), self._state, self._stage.batch_size
-        order = np.random.default_rng([self._seed, state.epoch]).permutation(len(examples)).tolist()
+        order = self._task.order(len(examples), np.random.default_rng([self._seed, state.epoch])).tolist()
         batches = range(state.batch, self.total)
         done = min(state.batch * size, len(order))
         self._task.meter.start(self._stage.name, len(order), state.within, self._stage.epochs, done, training=True)
@@ -84,6 +87,10 @@ class StageModule(pl.LightningModule):
         # Not one of this module's children, among whose parameters those of the network would be twice.
         self.__dict__["_loss"] = _averaged(task) if task.group.at_once > 1 else task.loss
         self._gradients: dict[str, Tensor] = {}
+        self._average: dict[str, Any] | None = None
+        self.average: Average | None = None
+        self._steps = -(-self.batches.total // stage.accumulate)
+        self._factor = factor_of(stage, self._steps)
 
     def train_dataloader(self) -> Batches:
         return self.batches
@@ -104,6 +111,12 @@ class StageModule(pl.LightningModule):
             if name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter.device)
         self._gradients = {}
+        if self.stage.average is not None:
+            self.average, self._average = Average(self.net, self.stage.average, self._average), None
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has the weights that are scored and kept: the averaged ones, if they are averaged."""
+        return contextlib.nullcontext() if self.average is None else self.average.swapped()
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         group, size = self.task.group, self.stage.accumulate
@@ -127,13 +140,14 @@ class StageModule(pl.LightningModule):
         return contextlib.nullcontext() if self.task.group.at_once == 1 or last else self._loss.no_sync()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        share = 1.0
-        if self.stage.schedule == "cosine":
-            per_epoch = -(-self.batches.total // self.stage.accumulate)
-            number = self.state.within * per_epoch + self._step
-            share = cosine_with_warmup(self.stage.epochs * per_epoch)(number)
+        share = self._factor(self.state.within * self._steps + self._step)
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * self.state.decay * share
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update()
 
     def configure_gradient_clipping(
         self,
@@ -168,10 +182,12 @@ class StageModule(pl.LightningModule):
                 for name, p in self.net.named_parameters()
                 if p.grad is not None and self.state.batch % self.stage.accumulate
             },
+            **({} if self.average is None else {"average": self.average.stored()}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._gradients = checkpoint["gigamorph"]["gradients"]
+        self._average = checkpoint["gigamorph"].get("average")
 
 
 def remedy(run: Run) -> str:

@@ -32,6 +32,12 @@ class Run:
     """Called while it works, for a progress bar."""
     say: Callable[[str], None] = _silent
     """Called with a line for people."""
+    log: tuple[str, ...] = ()
+    """Loggers beside ``log.csv``, see `loggers.make_loggers`."""
+    callbacks: tuple[str, ...] = ()
+    """Callbacks of Lightning, see `loggers.make_callbacks`."""
+    begun: Callable[[], object] = lambda: None
+    """Called when all has been checked, before the first step."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that run it together: each does all of it but the training, which they share."""
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ..errors import GigamorphError
@@ -35,14 +33,24 @@ class Stage:
     """On weights, not on biases and norms. With "adam" and "sgd" it is a gradient, with "adamw" a decay of its own."""
     undecayed: tuple[str, ...] = ()
     """Patterns of parameters that learn without decay."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: str = "adam"
+    """A class of `torch.optim`, in letters of any case, or ``timm:NAME``."""
     momentum: float = 0.9
     """Of "sgd", Nesterov's where it is not zero."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, as betas."""
+    layer_decay: float = 1.0
+    """The last part of the network (a block of layers, `parts`) learns at ``lr``, each one before it at so much of the
+    rate of the one after."""
     batch_size: int = 1
     accumulate: int = 1
     """Batches per optimizer step, whose losses are averaged."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """"cosine" rises over the first tenth of the stage and then falls to zero."""
+    schedule: str = "constant"
+    """"constant"; "cosine" and "linear", which fall to zero; or another, see `schedules.factor_of`."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule."""
+    warmup: float | None = None
+    """Share of the stage's steps over which the rate rises; None: a tenth, of "constant" none."""
     plateau: int | None = None
     """The rate is divided by ten after this many epochs without a better score."""
     patience: int | None = None
@@ -53,6 +61,8 @@ class Stage:
     """"eval": all use and keep their stored statistics; "trainable": only those whose weights are frozen do."""
     clip: float | None = None
     """Largest norm of the gradients of a step."""
+    average: float | None = None
+    """Decay of an exponential moving average of the weights, which then is what is scored and kept as the best."""
 
 
 def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
@@ -62,14 +72,19 @@ def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
         GigamorphError: if a pattern names no parameter, or none is left.
     """
     names = [name for name, _ in module.named_parameters()]
-    found = {name for pattern in stage.trainable for name in _matching(names, pattern, stage)}
-    found -= {name for pattern in stage.frozen for name in _matching(names, pattern, stage)}
+    found = {name for pattern in stage.trainable for name in matching(names, pattern, stage)}
+    found -= {name for pattern in stage.frozen for name in matching(names, pattern, stage)}
     if not found:
         raise GigamorphError(f"stage '{stage.name}': all parameters are frozen; nothing would be trained")
     return [name for name in names if name in found]
 
 
-def _matching(names: list[str], pattern: str, stage: Stage) -> list[str]:
+def matching(names: list[str], pattern: str, stage: Stage) -> list[str]:
+    """The parameters, of those named, that a pattern of a stage means.
+
+    Raises:
+        GigamorphError: if it means none.
+    """
     hits = [name for name in names if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
     if not hits:
         there = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
@@ -118,43 +133,3 @@ def train_mode(module: nn.Module, stage: Stage) -> None:
             own = [p.requires_grad for p in layer.parameters(recurse=False)]
             if stage.batch_norm == "eval" or (stage.batch_norm == "trainable" and own and not any(own)):
                 layer.eval()
-
-
-def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay.
-
-    Groups of another learning rate come after the others; ``base`` is theirs before any schedule.
-    """
-    rates = _rates(module, stage)
-    names = [name for name, _ in module.named_parameters()]
-    undecayed = {name for pattern in stage.undecayed for name in _matching(names, pattern, stage)}
-    groups = []
-    for rate in dict.fromkeys([stage.lr, *rates.values()]):
-        learning = {n: p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate}
-        for decay in (True, False):
-            some = [p for n, p in learning.items() if (p.ndim > 1 and n not in undecayed) == decay]
-            weight_decay = stage.weight_decay if decay else 0.0
-            groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
-    groups = [group for group in groups if group["params"]]
-    if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.momentum > 0)
-    return (torch.optim.Adam if stage.optimizer == "adam" else torch.optim.AdamW)(groups, lr=stage.lr)
-
-
-def _rates(module: nn.Module, stage: Stage) -> dict[str, float]:
-    """The learning rates of parameters that have one of their own, by name."""
-    names = [name for name, _ in module.named_parameters()]
-    return {name: rate for pattern, rate in stage.rates for name in _matching(names, pattern, stage)}
-
-
-def cosine_with_warmup(steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each step: linear over the first tenth, then a cosine down to zero."""
-    warmup = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-    return factor

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from ..parallel.process_group import ProcessGroup
@@ -53,6 +54,10 @@ class Task:
         All epochs of a stage have equally many.
         """
         raise NotImplementedError
+
+    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """The numbers of an epoch's examples, (count,), in the order in which they are taken."""
+        return generator.permutation(count)
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         """The mean loss of a batch, a scalar."""

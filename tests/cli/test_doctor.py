@@ -1,4 +1,7 @@
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +99,19 @@ def test_this_machine_can_be_probed():
 
     machine = probe()
     assert machine.cores >= 1 and machine.memory > 0 and "torch" in machine.versions
+
+
+def test_doctor_for_machines_and_for_bug_reports(capsys):
+    codes = []
+    for options in (["--json"], ["--report"], ["--json", "--report"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["doctor", *options])
+        codes.append(caught.value.code)
+        told = capsys.readouterr()
+        if options == ["--json"]:
+            found = json.loads(told.out)
+            assert found["machine"]["versions"]["torch"] in found["facts"]["torch"] and "problems" in found
+        elif options == ["--report"]:
+            assert "### Machine" in told.out and "packages: gigamorph" in told.out
+            assert str(Path.home()) not in told.out and os.getcwd() not in told.out
+    assert codes[0] == codes[1] in (0, 1) and codes[2] == 2

@@ -189,3 +189,39 @@ def test_a_readers_study(tmp_path, capsys):
     assert "3 readers, 60 cases, 30 positive" in page and "readings.csv" in page
     assert run("eval", table, "--out", tmp_path / "two", "--score", "grade", "--modality", "modality") == 2
     assert "--modality needs the readers" in capsys.readouterr().err
+
+
+def test_overwriting_and_json(files, tmp_path, capsys):
+    given = ["eval", files["a"], "--split", "all", "--resamples", "20", "--level", "image", "--out", tmp_path / "o"]
+    (tmp_path / "o").mkdir()
+    assert run(*given) == 0
+    (tmp_path / "o" / "own.txt").write_text("kept")
+    assert run(*given) == 2
+    assert "or give --overwrite" in capsys.readouterr().err
+    assert run(*given, "--overwrite", "--json") == 0
+    told = capsys.readouterr().out
+    assert told == (tmp_path / "o" / "metrics.json").read_text() and json.loads(told)["levels"].keys() == {"image"}
+    assert (tmp_path / "o" / "own.txt").exists()
+
+
+def test_numbers(tmp_path, capsys):
+    random = np.random.default_rng(3)
+    truth = random.normal(50, 10, 60)
+    found = truth + random.normal(1, 4, 60)
+    path = tmp_path / "p.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "patient_id", "laterality", "label_age", "value_age"])
+        for i, (one, other) in enumerate(zip(truth, found, strict=True)):
+            writer.writerow([f"{i}.png", f"P{i // 2}", "LR"[i % 2], repr(float(one)), repr(float(other))])
+    assert run("eval", path, "--resamples", "200", "--out", tmp_path / "o") == 0
+    assert capsys.readouterr().out.startswith("image level, age: MAE ")
+    measured = json.loads((tmp_path / "o" / "metrics.json").read_text())["levels"]["image"]["outputs"]["age"]
+    assert measured["mae"]["value"] == pytest.approx(np.abs(found - truth).mean())
+    assert measured["pearson"]["value"] == pytest.approx(np.corrcoef(found, truth)[0, 1])
+    assert measured["rmse"]["value"] ** 2 == pytest.approx(((found - truth) ** 2).mean())
+    low, high = measured["mae"]["bootstrap"]
+    assert low < measured["mae"]["value"] < high
+    assert "Lin" in (tmp_path / "o" / "report.html").read_text()
+    assert run("eval", path, "--threshold", "0.5", "--out", tmp_path / "t") == 2
+    assert "not of numbers" in " ".join(capsys.readouterr().err.replace("│", " ").split())

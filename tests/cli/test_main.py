@@ -77,3 +77,16 @@ def test_idle_threads_sleep_unless_the_user_wants_them_to_spin(given, found, mon
         monkeypatch.delenv("OMP_WAIT_POLICY")
     assert run("--version") == 0
     assert os.environ["OMP_WAIT_POLICY"] == found
+
+
+def test_a_shell_completes_commands_and_their_options(monkeypatch, capsys):
+    def completed(words):
+        monkeypatch.setenv("_GIGAMORPH_COMPLETE", "bash_complete")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        with pytest.raises(SystemExit):
+            main([])
+        return {line.partition(",")[2] for line in capsys.readouterr().out.split()}
+
+    assert {"plan", "predict"} <= completed("gigamorph p")
+    assert completed("gigamorph train --sk") == {"--skip-bad"}

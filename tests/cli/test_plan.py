@@ -1,3 +1,4 @@
+import json
 import re
 from io import StringIO
 
@@ -18,7 +19,7 @@ def table():
 def rates(request, monkeypatch, named_rates):
     """The table of budgets is made for the tests that look at it."""
     if "table" not in request.fixturenames:
-        monkeypatch.setattr("gigamorph.cli.plan._compare", lambda *args: None)
+        monkeypatch.setattr("gigamorph.cli.plan._compare", lambda *args: ([], "none"))
 
 
 def run(*args):
@@ -172,3 +173,14 @@ def test_choices_are_listed_with_their_times():
     lines = out.getvalue().splitlines()
     assert "0.50" in lines[2] and lines[2].rstrip().endswith("triton")
     assert "1.250" in lines[3] and lines[3].rstrip().endswith("stock")
+
+
+def test_a_plan_as_json(table, capsys):
+    given = ["--model", "lesionnet", "--size", "512x512", "--memory-budget", "1GiB", "--device", "cuda"]
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", *given, "--json"])
+    assert caught.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["image"] == [1, 1, 512, 512] and found["budget"] == 2**30 and found["fits"] is True
+    assert 0 < found["peak_bytes"] <= found["budget"] and len(found["budgets"]) > 3
+    assert all(row["plan"] is None or row["plan"]["peak_bytes"] <= row["budget"] for row in found["budgets"])

@@ -10,7 +10,6 @@ import pytest
 from gigamorph.cli.main import main
 from gigamorph.engine import recipes
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.recipes import config
 from gigamorph.engine.recipes.claims import Effect, Rule, Synthetic
 from gigamorph.engine.recipes.recipe import Recipe
 
@@ -45,7 +44,7 @@ def toy(monkeypatch):
     module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", "Nothing.", Config, train, synthetic)
     monkeypatch.setitem(sys.modules, "gigamorph.engine.recipes.toy", module)
     monkeypatch.setitem(recipes.RECIPES, "toy", "A recipe for tests.")
-    monkeypatch.setattr(config, "default_text", lambda name: "rate = 0.5  # Table 1\n")
+    monkeypatch.setattr(recipes, "default_text", lambda name: "rate = 0.5  # Table 1\n")
     return calls
 
 

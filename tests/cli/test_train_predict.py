@@ -49,7 +49,7 @@ def trained(phantoms, tmp_path_factory):
 
 
 def test_train_leaves_checkpoints_log_curves_and_metrics(trained):
-    written = {"last.ckpt", "best.ckpt", "log.csv", "curves.png", "metrics.json", "model_card.md"}
+    written = {"last.ckpt", "best.ckpt", "log.csv", "curves.png", "metrics.json", "model_card.md", "config.toml"}
     assert {p.name for p in trained.iterdir()} == written
 
 

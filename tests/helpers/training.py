@@ -15,13 +15,16 @@ from gigamorph.engine.datasets.augment import Augment
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.parallel.process_group import ProcessGroup
-from gigamorph.engine.recipes.classify import ImageTask, Target
-from gigamorph.engine.train.fit import Data, TrainOptions, fit
+from gigamorph.engine.recipes.classify import ImageTask
+from gigamorph.engine.train.data import Data
+from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.inputs import training_data
 from gigamorph.engine.train.loop import run_stages
+from gigamorph.engine.train.options import TrainOptions
 from gigamorph.engine.train.progress import Progress, Report
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.target import Target
 
 
 @dataclass(frozen=True)

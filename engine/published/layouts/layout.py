@@ -8,6 +8,7 @@ from ...errors import GigamorphError
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
 from ...models.weights import State
+from ...train.network import outputs_of_record
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ def trained(state: State) -> Part | None:
     other = [n for n in ("for_processing", "white") if given.get(n)] + ["downsample"] * (given["downsample"] != 1)
     if other:
         raise GigamorphError(f"{state.path}: was trained with {', '.join(other)}, which a folder cannot say")
-    classes, normalize = tuple(record["classes"]), given["normalize"]
+    normalize = given["normalize"]
     return Part(
         name="trained",
         model=record["options"]["model"],
-        outputs=Outputs.of("softmax", len(classes), classes),
+        outputs=outputs_of_record(record),
         preprocessing=Preprocessing(
             record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
         ),

@@ -25,9 +25,9 @@ from ...models import create_model
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
+from ...train.target import Target
 from ...train.task import Task
 from ..card import recipe_card
-from ..classify import Target
 from ..features import Features, UpTo, frozen_features
 from ..finetuning import Finetuning
 from ..recipe import begin, finish

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...config import from_plain
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
@@ -18,9 +19,9 @@ from ...evaluate import odds
 from ...evaluate.read import write_cases
 from ...images.pixels import Normalize
 from ...train.run import Run, seed_of
+from ...train.target import Target
 from ..card import recipe_card
-from ..classify import Target, classifier_record
-from ..config import from_plain
+from ..classify import classifier_record
 from ..features import frozen_features
 from ..recipe import begin, finish
 from ..sized import Size, SizedImages

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...config import from_plain
 from ...datasets.tables import SPLITS, Record
 from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
@@ -24,10 +25,10 @@ from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
+from ...train.target import Target, batch_weights
 from ...train.task import Score, Task
 from ..card import recipe_card
-from ..classify import ImageTask, Target, auc_of, batch_weights, classifier_record, read_target
-from ..config import from_plain
+from ..classify import ImageTask, auc_of, classifier_record, read_target
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish

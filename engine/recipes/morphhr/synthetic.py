@@ -24,8 +24,9 @@ from ...models.lesionnet import LesionNet
 from ...train.loop import run_stages
 from ...train.run import Run
 from ...train.stages import Stage
+from ...train.target import Target
 from ..claims import Effect, Rule, Synthetic
-from ..classify import ImageTask, Target
+from ..classify import ImageTask
 from .config import Config
 from .images import parent_images
 from .train import train

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...accelerate import accelerate
+from ...config import from_plain
 from ...datasets.tables import Record
 from ...datasets.tables.chestxray14 import FINDINGS
 from ...errors import GigamorphError, MorphError
@@ -24,9 +25,9 @@ from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
+from ...train.target import Target
 from ..card import recipe_card
-from ..classify import ImageTask, Target, auc_of, classifier_record, read_target
-from ..config import from_plain
+from ..classify import ImageTask, auc_of, classifier_record, read_target
 from ..recipe import begin, finish
 from ..tta import PLAIN, mirrorings
 from ..weights import find_weights, load_pretrained

@@ -167,3 +167,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"evil\.pt"):
         create_model("lesionnet", weights=tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_for_colour_see_the_same_in_grey_images(tmp_path, caplog):
+    colour, grey = create_model("resnet18", 2, 3).eval(), torch.rand(1, 1, 40, 40)
+    torch.save(colour.state_dict(), tmp_path / "colour.pt")
+    one = create_model("resnet18", 2, 1, tmp_path / "colour.pt").eval()
+    assert "its channels are summed for grey images" in caplog.text
+    with torch.no_grad():
+        assert torch.allclose(one(grey), colour(grey.expand(1, 3, 40, 40)), atol=1e-5)

@@ -9,16 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.models import create_model
+from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.cae import CaeConfig, train
 from gigamorph.engine.recipes.cae.autoencoder import MODES, ConvAutoEncoder, Stack
 from gigamorph.engine.recipes.cae.svm import fit_svm, measure_svm
 from gigamorph.engine.recipes.cae.train import Reconstruction
-from gigamorph.engine.recipes.config import default_text, parse_config
 from gigamorph.engine.recipes.features import UpTo
 from gigamorph.engine.train.run import Run
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.recipes.card import recipe_card
-from gigamorph.engine.recipes.classify import Target
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.target import Target
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Literal
 
 import pytest
 
+from gigamorph.engine.config import load_config, parse_config
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.recipes import RECIPES, get_recipe
-from gigamorph.engine.recipes.config import default_text, load_config, parse_config
+from gigamorph.engine.recipes import RECIPES, default_text, get_recipe
 from gigamorph.engine.recipes.recipe import begin
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage

@@ -10,12 +10,13 @@ import torch
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from torch import nn
 
+from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.models.compat import make_torchvision_importable
-from gigamorph.engine.recipes.config import default_text, parse_config
+from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.dvme import DvmeConfig, ExtractorConfig, train
 from gigamorph.engine.recipes.dvme.compare import folder
 from gigamorph.engine.recipes.dvme.extractors import Extractor, make_extractor

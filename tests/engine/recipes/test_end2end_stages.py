@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.evaluate import odds
-from gigamorph.engine.recipes.classify import Target, cross_entropy
-from gigamorph.engine.recipes.config import default_text, parse_config
+from gigamorph.engine.recipes import default_text
+from gigamorph.engine.recipes.classify import cross_entropy
 from gigamorph.engine.recipes.end2end.config import Config, Model
 from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features
 from gigamorph.engine.recipes.end2end.train import PatchTask, _learnt
-from gigamorph.engine.train.stages import freeze, make_optimizer, trainable_names
+from gigamorph.engine.train.optimizers import make_optimizer
+from gigamorph.engine.train.stages import freeze, trainable_names
+from gigamorph.engine.train.target import Target
 
 
 def test_stage_tables_by_name():

@@ -19,15 +19,17 @@ from gigamorph.engine.morph.activation import PAct
 from gigamorph.engine.morph.files import Grown, open_network
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.stem import activation_bytes
-from gigamorph.engine.recipes.classify import ImageTask, Target, batch_weights, read_target
+from gigamorph.engine.recipes.classify import ImageTask, read_target
 from gigamorph.engine.recipes.morphhr.config import Config
 from gigamorph.engine.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
 from gigamorph.engine.recipes.morphhr.train import train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tta import FLIPS, PLAIN, mirrorings
+from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.run import Run
-from gigamorph.engine.train.stages import Stage, freeze, make_optimizer
+from gigamorph.engine.train.stages import Stage, freeze
+from gigamorph.engine.train.target import Target, batch_weights
 
 SMALL = Config(
     model="lesionnet",

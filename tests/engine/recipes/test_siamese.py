@@ -10,11 +10,12 @@ import tifffile
 import torch
 from torch import nn
 
+from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.recipes.config import default_text, parse_config
+from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.siamese import SiameseConfig, train
 from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.network import Embedding

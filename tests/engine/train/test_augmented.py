@@ -20,8 +20,9 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.images.pixels import steps_of
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import TrainOptions, fit
+from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.inputs import images, training_data
+from gigamorph.engine.train.options import TrainOptions
 from gigamorph.engine.train.progress import Progress
 
 AUGMENT = Augment.parse("flip,rotate=10,elastic=3,gamma=0.2,noise=0.02")

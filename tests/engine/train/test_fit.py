@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training import Images, images, make_data
@@ -15,7 +16,10 @@ from training import Images, images, make_data
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import TrainOptions, fit, restore_network
+from gigamorph.engine.train.fit import fit
+from gigamorph.engine.train.network import restore_network
+from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
+from gigamorph.engine.train.target import Target
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def data():
     return make_data()
 
 
-OPTIONS = TrainOptions(model="nets:small", epochs=3, accumulate=3, lr=3e-3, seed=5)
+OPTIONS = TrainOptions(model="nets:small", epochs=3, accumulate=3, optimizer=Optimizer(lr=3e-3), seed=5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +122,7 @@ def test_checkpoint_holds_what_repeats_the_run(data, tmp_path):
 
 
 def test_best_checkpoint_is_of_the_best_validation_score_then_loss(data, tmp_path):
-    fit(data, replace(OPTIONS, epochs=6, lr=1e-2), tmp_path / "run")
+    fit(data, replace(OPTIONS, epochs=6, optimizer=Optimizer(lr=1e-2)), tmp_path / "run")
     rows = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
     score, loss = rows[0].index("val_score"), rows[0].index("val_loss")
     keys = [(float(row[score]), -float(row[loss])) for row in rows[1:]]
@@ -127,13 +131,13 @@ def test_best_checkpoint_is_of_the_best_validation_score_then_loss(data, tmp_pat
 
 
 def test_learns_and_scores_per_image_and_breast(data, tmp_path):
-    metrics = fit(data, replace(OPTIONS, epochs=15, lr=2e-2), tmp_path / "run").metrics
+    metrics = fit(data, replace(OPTIONS, epochs=15, optimizer=Optimizer(lr=2e-2)), tmp_path / "run").metrics
     assert metrics["test"]["auc_image"] == 1.0 and metrics["test"]["breasts"] == 4
 
 
 def test_early_stop_ends_the_run_for_good(data, tmp_path):
     # A learning rate of nothing never improves: the first epoch is the best, two more pass.
-    options = replace(OPTIONS, epochs=9, lr=0.0, patience=2)
+    options = replace(OPTIONS, epochs=9, optimizer=Optimizer(lr=0.0), patience=2)
     notes = []
     first = fit(data, options, tmp_path / "run", report=lambda p: notes.append(p.note)).metrics
     assert "train: stopped early after epoch 3 of 9: no better score in 2 epochs" in notes
@@ -235,13 +239,12 @@ def test_full_disk_keeps_the_former_checkpoint(data, whole, tmp_path, monkeypatc
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_class_weights_act_at_batch_size_one(data, tmp_path):
-    from gigamorph.engine.train.classify import balanced_weights, weighted_loss
-
-    weights = balanced_weights([0, 0, 0, 1], 2)
+def test_class_weights_act_at_batch_size_one():
+    target, one = Target(("a", "b")), np.array([[0.0, 1.0]])
+    weights = target.weights([Record(Path("i"), label, "p") for label in (0, 0, 0, 1)])
     assert weights == pytest.approx([4 / 6, 2.0])
-    logits, one = torch.tensor([[0.3, -0.2]]), torch.tensor([1])
-    plain, weighted = weighted_loss(logits, one), weighted_loss(logits, one, weights)
+    logits = torch.tensor([[0.3, -0.2]])
+    plain, weighted = (target.losses(logits, one, Loss(), w).mean() for w in (None, weights))
     assert weighted.item() == pytest.approx(2 * plain.item())
 
 

@@ -16,7 +16,9 @@ from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.origin import Origin, create_grown
 from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import TrainOptions, fit, restore_network
+from gigamorph.engine.train.fit import fit
+from gigamorph.engine.train.network import restore_network
+from gigamorph.engine.train.options import Optimizer, TrainOptions
 
 OPTIONS = TrainOptions(model="grown_nets:small", epochs=1, accumulate=3, seed=5)
 X = torch.zeros(1, 1, 64, 64)
@@ -64,7 +66,7 @@ def test_a_grown_network_is_trained_on_restored_resumed_and_grown_on(name, tmp_p
 def test_weights_that_are_trained_are_those_of_the_file():
     grown = wide()
     save_network("wide.safetensors", grown)
-    fitted = fit(make_data(), replace(OPTIONS, weights="wide.safetensors", lr=1e-12), "run")
+    fitted = fit(make_data(), replace(OPTIONS, weights="wide.safetensors", optimizer=Optimizer(lr=1e-12)), "run")
     for name, value in grown.network.state_dict().items():
         assert torch.allclose(fitted.net.state_dict()[name], value, atol=1e-6), name
 

@@ -14,14 +14,15 @@ from training import run
 
 from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import TrainOptions
 from gigamorph.engine.train.module import Batches
+from gigamorph.engine.train.options import Optimizer, TrainOptions
 from gigamorph.engine.train.progress import Meter
 from gigamorph.engine.train.stages import Stage
 from gigamorph.engine.train.state import State
 from gigamorph.engine.train.task import Task
 
-SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, lr=3e-3, seed=5, split_image=True)
+LR = Optimizer(lr=3e-3)
+SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, optimizer=LR, seed=5, split_image=True)
 OWN = replace(SPLIT, model="training:normed", accumulate=8, split_image=False)
 PAIRS = replace(OWN, split_image=2)
 

@@ -1,0 +1,71 @@
+"""Where a training runs and what it prints: in this process, or in several; all, or warnings alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+
+class Teller:
+    """What is printed of a run: all, or warnings alone."""
+
+    def __init__(self, quiet: bool, verbose: bool) -> None:
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other")
+        self.quiet = quiet
+        if verbose:
+            from rich.logging import RichHandler
+
+            log = logging.getLogger("gigamorph")
+            log.setLevel(logging.DEBUG)
+            log.handlers = [RichHandler(show_path=False)]
+
+    def say(self, text: str) -> None:
+        """Print a line that people may want."""
+        if not self.quiet:
+            click.echo(text)
+
+    def warn(self, text: str) -> None:
+        """Print a line that people must see."""
+        click.echo(f"warning: {text}", err=True)
+
+
+def count_processes(devices: int | None, split_image: bool | int, per_image: int | None) -> int:
+    """How many processes train together; a click error where that contradicts a launcher."""
+    from ..engine.parallel import launch
+
+    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
+    if devices not in (None, there):
+        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
+    if split_image and there == 1 and not launch.launched():
+        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
+    if split_image and per_image is not None:
+        raise click.UsageError("--split-image shares an image between all devices, --devices-per-image between some")
+    if per_image is not None and there % per_image:
+        raise click.UsageError(f"--devices-per-image {per_image}: {there} devices are no multiple of it")
+    return there
+
+
+def start(function: Callable[..., None], count: int, device: str, timeout: float, *args: Any) -> None:
+    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones."""
+    from ..engine.parallel import launch
+
+    if launch.launched():
+        with launch.process_group(device, timeout=timeout):
+            function(*args)
+    elif count > 1:
+        launch.launch(function, count, device, *args, timeout=timeout)
+    else:
+        function(*args)
+
+
+def goes_on(out: Path) -> bool:
+    """Whether a launcher has started this run anew, which then goes on by itself."""
+    from ..engine.parallel import launch
+
+    return launch.restarted() and any(out.rglob("last.ckpt"))

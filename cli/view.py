@@ -1,0 +1,77 @@
+"""``gigamorph view``: exams with their predictions in a browser, down to native pixels."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import rich_click as click
+
+from . import options
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=True))
+@click.option(
+    "--table", type=click.Path(exists=True, dir_okay=False), help="The csv that was predicted from: findings."
+)
+@click.option("--out", type=click.Path(file_okay=False), help="Folder of the page; by default SOURCE/view.")
+@click.option("--static", is_flag=True, help="Write all tiles, so that the page works from its files, and end.")
+@click.option(
+    "--evidence",
+    metavar="CHECKPOINT",
+    type=click.Path(exists=True),
+    help="The network that predicted: what its predictions rest on is computed and laid over the images.",
+)
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Show the images of one split.")
+@click.option("--most", type=click.IntRange(1), metavar="N", help="Show the N exams that are furthest off.")
+@click.option("--identifiers", is_flag=True, help="Name patients and files; exams are numbered otherwise.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of the server; by default one that is free.")
+@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+@options.memory_budget
+@options.device
+def view(
+    source: str,
+    table: str | None,
+    out: str | None,
+    static: bool,
+    evidence: str | None,
+    split: str | None,
+    most: int | None,
+    identifiers: bool,
+    port: int,
+    browser: bool,
+    memory_budget: int | None,
+    device: str,
+) -> None:
+    """Show exams side by side as radiologists hang them, those that are furthest off first.
+
+    SOURCE is a folder of gigamorph predict, or its predictions.csv, or the folder of a cross-validation. Images are
+    shown down to their own pixels, with probability, label and split, boxes of findings and evidence; the page says
+    its keys. Tiles are made as they are looked at, by a server that is reached from this machine only; Ctrl-C ends it.
+
+    Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
+    """
+    from ..engine.view.evidence import Evidence
+    from ..engine.view.exams import read_exams
+    from ..engine.view.server import make_server
+    from ..engine.view.site import Site
+
+    exams = read_exams(source, table=table, split=split)[:most]
+    maps = None if evidence is None else Evidence(evidence, memory_budget=memory_budget, device=device)
+    site = Site(exams, maps, identifiers=identifiers)
+    folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
+    page = site.write_page(folder)
+    told = f"{len(exams)} exams, {len(site.views)} images"
+    if static:
+        with click.progressbar(length=len(site.views), label="images", hidden=not browser) as bar:
+            site.write_all(folder, lambda number: bar.update(1))
+        click.echo(f"{told}; {page}")
+        return
+    server = make_server(site, folder, port)
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    click.echo(f"{told}; {address} (Ctrl-C ends it)")
+    if browser:
+        click.launch(address)
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

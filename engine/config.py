@@ -1,0 +1,202 @@
+"""Configurations: TOML or YAML files, single values as ``key=value``, and the frozen dataclasses that they fill."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+import yaml
+
+from .errors import GigamorphError
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, cls: type[T]) -> T:
+    """A configuration from a file, see `read_values`; what the file omits is as the class says.
+
+    Raises:
+        GigamorphError: the file is missing or cannot be parsed, a key is unknown, or a value is of another type; in one
+            line that names file and key.
+    """
+    return _build(cls, read_values(path), str(path), "")
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What stands in a file: YAML if its name ends in ``.yaml`` or ``.yml``, else TOML.
+
+    Raises:
+        GigamorphError: it is missing or cannot be parsed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GigamorphError(f"{path}: cannot be read ({error}); name a TOML or YAML file") from error
+    return _parsed_yaml(text, str(path)) if path.suffix in (".yaml", ".yml") else _parsed(text, str(path))
+
+
+def parse_config(text: str, cls: type[T], source: str) -> T:
+    """As `load_config`, from text in TOML; `source` is what messages call it."""
+    return _build(cls, _parsed(text, source), source, "")
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise GigamorphError(f"{source}: is no TOML: {error}") from error
+
+
+def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise GigamorphError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise GigamorphError(f"{source}: holds no table of keys and values")
+    return _as_toml(found)
+
+
+def _as_toml(values: dict[Any, Any]) -> dict[str, Any]:
+    """YAML's null is TOML's omitted key; 1e-3, which YAML takes for a text, is a number."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found[str(key)] = _as_toml(value)
+        elif value is not None:
+            found[str(key)] = _number_or_text(value) if isinstance(value, str) else value
+    return found
+
+
+def _number_or_text(text: str) -> float | str:
+    return float(text) if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", text) else text
+
+
+def parse_value(text: str) -> tuple[str, Any]:
+    """``optimizer.lr=1e-3`` as ("optimizer.lr", 0.001): the value as TOML has it, else a text.
+
+    Raises:
+        GigamorphError: there is no equals sign.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise GigamorphError(f"{text!r} is no setting; write KEY=VALUE, as in optimizer.lr=1e-3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by its dotted key.
+
+    Raises:
+        GigamorphError: a part of the key is a value already, and no table.
+    """
+    *tables, last = key.split(".")
+    for i, table in enumerate(tables):
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise GigamorphError(f"key '{key}': '{'.'.join(tables[: i + 1])}' is a value, no table")
+    values[last] = value
+
+
+def to_plain(config: Any, omit: Sequence[str] = ()) -> dict[str, Any]:
+    """A configuration as plain containers, numbers and texts, which `from_plain` takes, without some of its keys."""
+    return _plain(asdict(config), omit)
+
+
+def _plain(value: Any, omit: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(own, omit) for key, own in value.items() if own is not None and key not in omit}
+    return [_plain(own, omit) for own in value] if isinstance(value, list | tuple) else value
+
+
+def to_toml(config: Any) -> str:
+    """All of a configuration in TOML, which `load_config` takes; what is not set stands there as a comment."""
+    return _toml(asdict(config), "").lstrip("\n")
+
+
+def _toml(values: Mapping[str, Any], name: str) -> str:
+    tables = {key: value for key, value in values.items() if isinstance(value, dict) and value}
+    plain = {key: _plain(value, ()) for key, value in values.items() if key not in tables}
+    text = f"\n[{name}]\n" if name else ""
+    for key, value in plain.items():
+        text += f"# {key} =\n" if value is None else tomli_w.dumps({key: value}) if value != {} else f"{key} = {{}}\n"
+    return text + "".join(_toml(value, f"{name}.{key}" if name else key) for key, value in tables.items())
+
+
+def from_plain(values: dict[str, Any], cls: type[T], source: str) -> T:
+    """The inverse of `to_plain`; `source` is what messages call it."""
+    return _build(cls, values, source, "")
+
+
+def _build(cls: Any, values: dict[str, Any], source: str, place: str) -> Any:
+    types = get_type_hints(cls)
+    known = [own.name for own in fields(cls) if own.init]
+    for key in values:
+        if key not in known:
+            raise GigamorphError(f"{source}: key '{place}{key}' is unknown; there are {', '.join(known)}")
+    for own in fields(cls):
+        if own.name not in values and own.default is MISSING and own.default_factory is MISSING:
+            raise GigamorphError(f"{source}: key '{place}{own.name}' is missing")
+    made = {key: _value(types[key], value, source, place + key) for key, value in values.items()}
+    try:
+        return cls(**made)
+    except GigamorphError as error:
+        raise GigamorphError(f"{source}: {error}") from error
+
+
+def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
+    origin = get_origin(wanted)
+    if origin is Literal:
+        choices = get_args(wanted)
+        if value not in choices or isinstance(value, bool) not in {isinstance(c, bool) for c in choices}:
+            raise GigamorphError(f"{source}: key '{key}' is {value!r}; take one of {', '.join(map(str, choices))}")
+        return value
+    if origin in (Union, UnionType):
+        # TOML has no null: a key that may be None is omitted for it.
+        return _any_of([t for t in get_args(wanted) if t is not NoneType], value, source, key)
+    if origin is tuple and isinstance(value, list):
+        inner = get_args(wanted)
+        if inner[-1] is Ellipsis:
+            return tuple(_value(inner[0], item, source, f"{key}[{i}]") for i, item in enumerate(value))
+        if len(inner) == len(value):
+            return tuple(_value(t, v, source, f"{key}[{i}]") for i, (t, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        inner = get_args(wanted)[1]
+        return {str(k): v if inner is Any else _value(inner, v, source, f"{key}.{k}") for k, v in value.items()}
+    if is_dataclass(wanted) and isinstance(value, dict):
+        return _build(wanted, value, source, f"{key}.")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted in (bool, int, float, str) and type(value) is wanted:
+        return value
+    raise GigamorphError(f"{source}: key '{key}' is {value!r}, not {_name(wanted)}")
+
+
+def _any_of(wanted: Sequence[Any], value: Any, source: str, key: str) -> Any:
+    for each in wanted[:-1]:
+        with contextlib.suppress(GigamorphError):
+            return _value(each, value, source, key)
+    return _value(wanted[-1], value, source, key)
+
+
+def _name(wanted: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if get_origin(wanted) is tuple:
+        inner = get_args(wanted)
+        if inner[-1] is Ellipsis:
+            return f"a list, each of it {_name(inner[0])}"
+        return f"a list of {len(inner)}: {', '.join(_name(t) for t in inner)}"
+    return names.get(wanted, "a table")

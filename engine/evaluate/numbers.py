@@ -1,0 +1,171 @@
+"""How well numbers are predicted: errors, agreement and correlation, with intervals over patients, and their report."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from ..errors import DataError
+from ..files import write_atomically
+from ..report.figure import open_axes, png
+from ..report.page import Table, write_page
+from .bootstrap import Resamples
+from .cases import Cases
+from .evaluate import Settings, at_levels
+from .report import SOURCES, format_value
+
+Array = NDArray[np.float64]
+NAMES = {
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "bias": "bias (predicted - true)",
+    "low": "limit of agreement, low",
+    "high": "limit of agreement, high",
+    "r2": "R2",
+    "pearson": "Pearson's r",
+    "concordance": "Lin's concordance",
+}
+
+
+def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Array]:
+    """Measures (b,) of numbers (n,) with weights (b, n); NaN where not defined.
+
+    mae, rmse; bias, with the limits of agreement bias -+ 1.96 standard deviations (Bland and Altman, 1986); R2 = 1 -
+    the errors' mean square over the truth's variance; Pearson's r; concordance (Lin, 1989).
+    """
+    total = weights.sum(1)
+
+    def mean(values: Array) -> Array:
+        return weights @ values / total
+
+    error = predicted - truth
+    bias, square = mean(error), mean(error**2)
+    spread = np.sqrt(np.maximum(square - bias**2, 0))
+    first, second = mean(truth), mean(predicted)
+    own, other = mean(truth**2) - first**2, mean(predicted**2) - second**2
+    together = mean(truth * predicted) - first * second
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "mae": mean(np.abs(error)),
+            "rmse": np.sqrt(square),
+            "bias": bias,
+            "low": bias - 1.96 * spread,
+            "high": bias + 1.96 * spread,
+            "r2": np.where(own > 0, 1 - square / own, np.nan),
+            "pearson": np.where((own > 0) & (other > 0), together / np.sqrt(own * other), np.nan),
+            "concordance": np.where(own + other > 0, 2 * together / (own + other + (first - second) ** 2), np.nan),
+        }
+
+
+def evaluate_numbers(images: Cases, settings: Settings | None = None) -> dict[str, Any]:
+    """Measure predicted numbers at each level; plain values, which go into JSON as they are.
+
+    Of breasts and exams the means of truth and prediction count.
+
+    Raises:
+        DataError: if no row has a truth.
+    """
+    settings = settings or Settings()
+    found: dict[str, Any] = {
+        "kind": "numbers",
+        "outputs": list(images.outputs),
+        "resamples": settings.resamples,
+        "seed": settings.seed,
+        "levels": {},
+    }
+    for level, cases in at_levels(images, settings.levels).items():
+        labelled = cases.labelled()
+        if not len(labelled):
+            raise DataError("no row has a true number; give the table with --table")
+        resamples = Resamples(labelled.clusters, settings.resamples, settings.seed)
+        outputs = {name: _measure(labelled, column, resamples) for column, name in enumerate(images.outputs)}
+        found["levels"][level] = {"rows": len(labelled), **labelled.counted_patients(), "outputs": outputs}
+    found["versions"] = {name: version(name) for name in ("gigamorph", "numpy", "scipy")}
+    return found
+
+
+def _measure(cases: Cases, column: int, resamples: Resamples) -> dict[str, Any]:
+    rows = np.flatnonzero(~np.isnan(cases.truth[:, column]))
+    truth, predicted = cases.truth[rows, column], cases.scores[rows, column]
+    if not len(rows):
+        return {"rows": 0, "undefined": "no row has a true number"}
+    ones = statistics(truth, predicted, np.ones((1, len(rows))))
+    around = resamples.spreads(lambda weights: statistics(truth, predicted, weights), rows)
+    measures = {
+        name: {"value": None if np.isnan(value[0]) else float(value[0]), **around[name].listed()}
+        for name, value in ones.items()
+    }
+    varied = len(set(truth.tolist())) > 1 and len(set(predicted.tolist())) > 1
+    return {
+        "rows": len(rows),
+        **measures,
+        "spearman": float(np.corrcoef(rankdata(truth), rankdata(predicted))[0, 1]) if varied else None,
+    }
+
+
+def numbers_headline(found: dict[str, Any]) -> list[str]:
+    """A line for each level and number."""
+    lines = []
+    for level, one in found["levels"].items():
+        for name, output in one["outputs"].items():
+            if "undefined" in output:
+                lines.append(f"{level} level, {name}: {output['undefined']}")
+                continue
+            told = f"MAE {format_value(output['mae'])}, r {format_value(output['pearson'])}"
+            lines.append(f"{level} level, {name}: {told}, {output['rows']} {level}s")
+    return lines
+
+
+def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
+    """Write ``metrics.json``, the plots as PNG and ``report.html`` into `out`; returns the page's path.
+
+    Raises:
+        GigamorphError: if a file cannot be written.
+    """
+    out = Path(out)
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    pictures, levels = {}, []
+    for level, cases in at_levels(images, list(found["levels"])).items():
+        outputs = found["levels"][level]["outputs"]
+        shown = [name for name in outputs if "undefined" not in outputs[name]]
+        for name in shown:
+            picture = f"{level}_{''.join(c if c.isalnum() else '_' for c in name)}"
+            pictures[picture] = png(_figure(cases.labelled(), images.outputs.index(name), name, outputs[name]))
+        rows = [[name, outputs[name]["rows"], *(format_value(outputs[name][key]) for key in NAMES)] for name in shown]
+        levels.append((level, Table(["number", "rows", *NAMES.values()], rows)))
+    return write_page(
+        out / "report.html",
+        "numbers.html",
+        pictures,
+        title=found.get("predictions") or "predictions",
+        facts_of=[(name, found[key]) for key, name in SOURCES.items() if found.get(key)],
+        levels=levels,
+        resamples=found["resamples"],
+    )
+
+
+def _figure(cases: Cases, column: int, name: str, measured: dict[str, Any]) -> Figure:
+    """Predicted against true numbers, and their difference against their mean."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    open_axes(left, right)
+    truth, predicted = cases.truth[:, column], cases.scores[:, column]
+    ends = [np.nanmin([truth, predicted]), np.nanmax([truth, predicted])]
+    left.plot(ends, ends, color="0.75", linewidth=1)
+    left.plot(truth, predicted, ".", alpha=0.6)
+    left.set(xlabel=f"{name}, true", ylabel=f"{name}, predicted")
+    left.set_title("predicted and true", loc="left", fontsize=10)
+    right.plot((truth + predicted) / 2, predicted - truth, ".", alpha=0.6)
+    for key, style in (("bias", "-"), ("low", "--"), ("high", "--")):
+        right.axhline(measured[key]["value"], color="0.5", linewidth=1, linestyle=style)
+    right.set(xlabel=f"{name}, mean of both", ylabel="predicted - true")
+    right.set_title("difference, with limits of agreement", loc="left", fontsize=10)
+    return figure

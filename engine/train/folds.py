@@ -1,0 +1,93 @@
+"""Cross-validation by patient: several runs on the same table, each with another part of the patients to validate."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+from ..datasets.tables import Record
+from ..errors import DataError
+from ..evaluate.read import write_cases
+from ..files import write_atomically
+from .data import Data
+from .metrics import Prediction, as_cases
+
+
+def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Record]]:
+    """The records of each of ``count`` runs, with their splits.
+
+    Patients are drawn into folds by the seed, whatever the order of the records, and of several classes so that each
+    fold has about the same share of each. Run k validates on fold k and trains on the others. Rows that the table gives
+    to the test stay there in all runs; its other splits are drawn anew.
+
+    Raises:
+        DataError: there are fewer patients than folds.
+    """
+    order = sorted(range(len(records)), key=lambda i: (str(records[i].path), records[i].frame or 0))
+    drawn = [i for i in order if records[i].split != "test"]
+    patients = [records[i].patient_id for i in drawn]
+    there = len(set(patients))
+    if count < 2 or there < count:
+        raise DataError(f"{count} folds of {there} patients cannot be made; take from 2 to {there}")
+    labels = [records[i].label for i in drawn]
+    kind = StratifiedGroupKFold if len(set(labels)) > 1 else GroupKFold
+    fold_of: dict[int, int] = {}
+    for number, (_, held) in enumerate(
+        kind(count, shuffle=True, random_state=seed).split(np.zeros(len(drawn)), labels, patients)
+    ):
+        fold_of.update((drawn[i], number) for i in held)
+    return [
+        [
+            record if i not in fold_of else replace(record, split="val" if fold_of[i] == number else "train")
+            for i, record in enumerate(records)
+        ]
+        for number in range(count)
+    ]
+
+
+def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -> None:
+    """``val.csv``: what a run says of the images that it did not learn from; patients as the table names them."""
+    known = zip(predictions, data.val.records, strict=True)
+    named = [found if record.patient_known else replace(found, patient="") for found, record in known]
+    write_cases(out / "val.csv", as_cases(named, data.classes))
+
+
+def summarise(out: Path, count: int) -> Iterator[str]:
+    """Write ``folds.json`` and ``out_of_fold.csv`` of the runs in ``out``; gives lines for people.
+
+    Each image of ``out_of_fold.csv`` was predicted by the run that did not learn from its patient.
+    """
+    metrics = [json.loads((out / f"fold{number + 1}" / "metrics.json").read_text()) for number in range(count)]
+    found: dict[str, dict[str, float | int]] = {}
+    for part in ("val", "test"):
+        for name in [key for key in metrics[0].get(part, ()) if not key.startswith(("images", "breasts"))]:
+            values = [one[part][name] for one in metrics if one.get(part, {}).get(name) is not None]
+            if values:
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+                found[f"{part}_{name}"] = {"mean": float(np.mean(values)), "std": spread, "folds": len(values)}
+    rows = [row for number in range(count) for row in _rows(out / f"fold{number + 1}" / "val.csv", number + 1)]
+
+    def table(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    text = json.dumps({"folds": count, **found}, indent=1) + "\n"
+    write_atomically(out / "folds.json", lambda path: path.write_text(text), "metrics")
+    write_atomically(out / "out_of_fold.csv", table, "table")
+    for name, one in found.items():
+        yield f"{name}: {one['mean']:.4f} +- {one['std']:.4f} over {one['folds']} folds"
+    yield f"{out}/folds.json, out_of_fold.csv ({len(rows)} images); networks in {out}/fold1/best.ckpt ..."
+
+
+def _rows(path: Path, fold: int) -> Iterator[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield {**row, "fold": str(fold)}

@@ -1,0 +1,56 @@
+"""The network that a checkpoint's record describes, made anew or with its trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..accelerate import Accelerated, accelerate
+from ..errors import DataError
+from ..models import create_model, load_weights
+from ..models.outputs import Outputs, set_outputs
+from ..morph.origin import Origin
+from .target import Target
+
+
+def target_of(record: Mapping[str, Any]) -> Target:
+    """What a checkpoint's network was trained to say."""
+    return Target.from_plain(record["target"]) if "target" in record else Target(tuple(record["classes"]))
+
+
+def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
+    """What the outputs of a checkpoint's network are."""
+    target = target_of(record)
+    return target.outputs or Outputs.of("softmax", len(target.names), target.names)
+
+
+def build_network(record: dict[str, Any], weights: str | Path | None = None, split: Any = False) -> Accelerated:
+    """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
+    options, target = record["options"], target_of(record)
+    if "grown" in record:
+        model = Origin.from_record(record["grown"]).build(options["model"], target.columns)
+        if weights is not None:
+            load_weights(model, weights)
+    else:
+        model = create_model(options["model"], target.columns, record["channels"], weights)
+    model = model.to(options["device"])
+    net = accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
+    if target.outputs is not None:
+        set_outputs(net, target.outputs)
+    return net
+
+
+def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, device: str) -> Accelerated:
+    """The trained network of a checkpoint (`load_checkpoint`), in another budget and on another device."""
+    record = checkpoint["gigamorph"]
+    here = {**record["options"], "memory_budget": memory_budget, "device": device}
+    net = build_network({**record, "options": here})
+    try:
+        net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
+    except RuntimeError as error:
+        raise DataError(
+            f"the checkpoint's weights are not those of {here['model']!r} as it is built today: "
+            f"{str(error).strip().splitlines()[-1].strip()}"
+        ) from error
+    return net

@@ -1,0 +1,104 @@
+"""Optimizers by name: those of `torch.optim` and of timm, with a rate and a decay for each kind of parameter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import GigamorphError
+from ..models.compat import make_torchvision_importable
+from .stages import Stage, matching
+
+# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients alone.
+_UNFIT = {"lbfgs", "sparseadam"}
+
+
+def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay.
+
+    Groups of another learning rate come after the others; ``base`` is theirs before any schedule.
+
+    Raises:
+        GigamorphError: the optimizer is unknown, or does not take these options.
+    """
+    rates = _rates(module, stage)
+    names = [name for name, _ in module.named_parameters()]
+    undecayed = {name for pattern in stage.undecayed for name in matching(names, pattern, stage)}
+    groups = []
+    for rate in dict.fromkeys([stage.lr, *rates.values()]):
+        learning = {n: p for n, p in module.named_parameters() if p.requires_grad and rates.get(n, stage.lr) == rate}
+        for decay in (True, False):
+            some = [p for n, p in learning.items() if (p.ndim > 1 and n not in undecayed) == decay]
+            weight_decay = stage.weight_decay if decay else 0.0
+            groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
+    groups = [group for group in groups if group["params"]]
+    make = find_optimizer(stage.optimizer)
+    # Files have lists where PyTorch has pairs, as betas.
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.optimizer_options.items()}
+    if stage.optimizer.lower() == "sgd":
+        options = {"momentum": stage.momentum, "nesterov": stage.momentum > 0, **options}
+    taken = inspect.signature(make).parameters
+    if stage.weight_decay and "weight_decay" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise GigamorphError(f"optimizer {stage.optimizer!r} has no weight decay; set weight_decay to 0")
+    try:
+        return make(groups, lr=stage.lr, **options)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise GigamorphError(
+            f"optimizer {stage.optimizer!r} cannot be made{' with ' * bool(told)}{told}: {error}"
+        ) from error
+
+
+def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class of an optimizer: of `torch.optim` in letters of any case, or ``timm:NAME``.
+
+    Raises:
+        GigamorphError: there is none of this name.
+    """
+    if name.startswith("timm:"):
+        make_torchvision_importable()
+        try:
+            from timm.optim import get_optimizer_class, list_optimizers
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
+            raise GigamorphError(f"optimizer {name!r} needs timm, which cannot be imported: {error}") from error
+        if name.removeprefix("timm:") not in list_optimizers():
+            names = ", ".join(map(str, list_optimizers()))
+            raise GigamorphError(f"optimizer {name!r} is unknown; timm has {names}")
+        return get_optimizer_class(name.removeprefix("timm:"), bind_defaults=True)
+    there = {key.lower(): value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
+    if name.lower() not in there:
+        names = ", ".join(sorted(there))
+        raise GigamorphError(f"optimizer {name!r} is unknown; take one of {names}, or timm:NAME")
+    return there[name.lower()]
+
+
+def _is_optimizer(found: Any) -> bool:
+    base = torch.optim.Optimizer
+    usable = isinstance(found, type) and issubclass(found, base) and found is not base
+    return usable and found.__name__.lower() not in _UNFIT
+
+
+def _rates(module: nn.Module, stage: Stage) -> dict[str, float]:
+    """The learning rates of parameters that have one of their own, by name."""
+    names = [name for name, _ in module.named_parameters()]
+    rates = {}
+    if stage.layer_decay != 1:
+        order = parts(names)
+        rates = {name: stage.lr * stage.layer_decay ** (len(order) - 1 - order.index(part_of(name))) for name in names}
+    return rates | {name: rate for pattern, rate in stage.rates for name in matching(names, pattern, stage)}
+
+
+def parts(names: Sequence[str]) -> list[str]:
+    """The parts of a network that parameters of these names are of, from its input to its output."""
+    return list(dict.fromkeys(part_of(name) for name in names))
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter is of: ``layer1.0`` of ``layer1.0.conv1.weight``, ``fc`` of ``fc.bias``."""
+    pieces = name.split(".")[:-1] or [name]
+    until = next((i + 1 for i, piece in enumerate(pieces) if piece.isdigit()), 1)
+    return ".".join(pieces[:until])

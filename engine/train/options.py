@@ -1,0 +1,149 @@
+"""What decides the result of a run besides the data: `TrainOptions` and its parts, which configurations fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ..errors import GigamorphError
+from .stages import Stage
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How weights are changed."""
+
+    name: str = "adamw"
+    """A class of `torch.optim`, in letters of any case, or ``timm:NAME``."""
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    """On weights, not on biases and norms."""
+    momentum: float = 0.9
+    """Of "sgd"."""
+    clip: float | None = 1.0
+    """Largest norm of the gradients of a step; 0 for any."""
+    layer_decay: float = 1.0
+    """Each part of the network learns at so much of the rate of the part after it."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Rates of their own, by patterns of modules or parameters; the last that fits counts."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, as betas."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate goes; see `schedules.factor_of`."""
+
+    name: str = "cosine"
+    warmup: float = 0.1
+    """Share of the steps over which the rate rises."""
+    plateau: int | None = None
+    """The rate is divided by ten after this many epochs without a better validation score."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised.
+
+    Raises:
+        GigamorphError: for values that no loss has.
+    """
+
+    class_weights: bool = False
+    """Weigh classes by the inverse of their frequency; of labels the positives."""
+    label_smoothing: float = 0.0
+    """Share of the truth that is spread over the classes (Szegedy et al., 2016)."""
+    focal: float = 0.0
+    """The exponent gamma of the focal loss (Lin et al., 2017); 0 for cross-entropy."""
+    regression: Literal["squared", "absolute", "huber"] = "squared"
+    """Of numbers, in units of their standard deviation."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise GigamorphError(f"loss.label_smoothing is {self.label_smoothing}; it is at least 0 and below 1")
+        if self.focal < 0:
+            raise GigamorphError(f"loss.focal is {self.focal}; the exponent is 0 or more")
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """A stage of the training; what is not set is as the whole run has it."""
+
+    epochs: int
+    name: str = ""
+    lr: float | None = None
+    freeze: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides the result of a run besides the data; stored in the checkpoint."""
+
+    model: str = "resnet18"
+    weights: str | None = None
+    memory_budget: int | None = None
+    """Bytes; None lets the engine take what is free."""
+    batch_norm: str | None = None
+    epochs: int = 20
+    accumulate: int = 8
+    """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    patience: int | None = None
+    """Epochs without a better validation score after which the run ends."""
+    seed: int = 0
+    device: str = "cpu"
+    freeze: tuple[str, ...] = ()
+    """Patterns of modules or parameters that do not learn; their BatchNorm keeps its statistics."""
+    split_image: bool | int = False
+    """Whether all processes share each image, a band of rows each, instead of having one each; or how many do."""
+    average: float | None = None
+    """Decay of an exponential moving average of the weights (EMA), which then is scored and kept as the best."""
+    sampling: Literal["all", "balanced"] = "all"
+    """"all": an epoch has each image once; "balanced": as many, drawn so that all classes are equally frequent."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    loss: Loss = field(default_factory=Loss)
+    stages: tuple[StageOptions, ...] = ()
+    """One after the other, in the place of a single one of ``epochs``."""
+
+    def made_stages(self, validated: bool) -> list[Stage]:
+        """The stages as the training loop takes them.
+
+        Args:
+            validated: whether there are validation images, without which nothing can be waited for.
+        """
+        own = self.optimizer
+        whole = Stage(
+            "train",
+            self.epochs,
+            own.lr,
+            weight_decay=own.weight_decay,
+            optimizer=own.name,
+            optimizer_options=own.options,
+            momentum=own.momentum,
+            layer_decay=own.layer_decay,
+            accumulate=self.accumulate,
+            schedule=self.schedule.name,
+            schedule_options=self.schedule.options,
+            warmup=self.schedule.warmup,
+            plateau=self.schedule.plateau if validated else None,
+            patience=self.patience if validated else None,
+            clip=own.clip or None,
+            average=self.average,
+            frozen=self.freeze,
+            rates=tuple(own.rates.items()),
+            batch_norm="trainable" if self.freeze else "train",
+        )
+        return [self._stage(whole, number, part) for number, part in enumerate(self.stages)] or [whole]
+
+    def _stage(self, whole: Stage, number: int, part: StageOptions) -> Stage:
+        frozen = self.freeze if part.freeze is None else part.freeze
+        return replace(
+            whole,
+            name=part.name or f"stage{number + 1}",
+            epochs=part.epochs,
+            lr=whole.lr if part.lr is None else part.lr,
+            frozen=frozen,
+            batch_norm="trainable" if frozen else "train",
+        )

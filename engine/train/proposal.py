@@ -1,0 +1,49 @@
+"""What a run will take, told before it: the largest image's plan, and how many optimizer steps there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..accelerate import Accelerated
+from ..errors import BudgetError
+from ..tiling.memory import format_bytes
+from .data import Data
+from .options import TrainOptions
+
+_LOOKED_AT = 16
+
+
+def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[str]:
+    """Lines for people: tile, predicted peak and budget of a step on the largest image; steps of an epoch.
+
+    Of the training images at most 16 are opened, spread over the table; larger ones may be among the others.
+
+    Raises:
+        BudgetError: if no tile of that image fits the budget; it names the image.
+    """
+    count = len(data.train)
+    chosen = sorted({round(number) for number in np.linspace(0, count - 1, _LOOKED_AT)})
+    shapes = {number: tuple(data.train[number]["image"].shape) for number in chosen}
+    largest = max(shapes, key=lambda number: shapes[number][-2] * shapes[number][-1])
+    _, height, width = shapes[largest]
+    net.train()
+    try:
+        with torch.enable_grad():
+            plan = net.plan_for((1, *shapes[largest]))
+    except BudgetError as error:
+        raise BudgetError(f"{data.train.records[largest].path}: {error}") from error
+    budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
+    rows, columns = plan.tiles
+    tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
+    yield (
+        f"largest of {len(shapes)} images looked at: {height} x {width}, {tiles}, "
+        f"predicted peak {format_bytes(plan.peak_bytes)} of {budget}"
+    )
+    steps, epochs = -(-count // options.accumulate), sum(s.epochs for s in options.stages) or options.epochs
+    yield (
+        f"{min(options.accumulate, count)} images per optimizer step (accumulate), {steps} steps per epoch, "
+        f"{steps * epochs} in {epochs} epochs"
+    )

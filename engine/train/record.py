@@ -1,0 +1,74 @@
+"""What a checkpoint says of its run, and whether a run that goes on is the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, GigamorphError
+from ..parallel.process_group import ProcessGroup
+from .checkpoint import versions
+from .data import Data
+from .options import TrainOptions
+from .splits import hash_of
+
+# Where and in how much memory a step is computed does not change what it computes.
+_FREE = ("memory_budget", "device", "weights", "split_image")
+
+
+def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[str, Any]:
+    """What a checkpoint says besides weights, state and what Lightning needs."""
+    parts = {name: images.records for name, images in data.parts.items()}
+    return {
+        "format": 1,
+        "options": asdict(options),
+        "images_at_once": group.at_once,
+        "classes": list(data.classes),
+        "target": data.target.to_plain(),
+        "channels": data.channels,
+        "preprocessing": data.preprocessing,
+        # A checkpoint is passed on: it tells whether a split is the same, not who is in it.
+        "split": {
+            "sha256": hash_of(parts),
+            **{name: len(records) for name, records in parts.items()},
+        },
+        "versions": versions(),
+    }
+
+
+def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with a run as another one.
+
+    Raises:
+        DataError: it has another split. GigamorphError: other options.
+    """
+    if stored["split"]["sha256"] != record["split"]["sha256"]:
+        raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
+    if stored.get("images_at_once", 1) != record["images_at_once"]:
+        raise GigamorphError(
+            f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "
+            f"not {record['images_at_once']}; resume with as many devices"
+        )
+    given = dict(_flat(record["options"], ""))
+    for name, value in _flat(stored["options"], ""):
+        now = given.get(name)
+        if name in _FREE or (name == "epochs" and now > value):
+            continue
+        if now != value:
+            raise GigamorphError(
+                f"{path}: was begun with {name}={value!r}, not {now!r}; resume with the same"
+                + (" or more" if name == "epochs" else "")
+            )
+    if stored["preprocessing"] != record["preprocessing"]:
+        raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")
+
+
+def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    """Values by their dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value and key not in ("options", "rates"):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, value

@@ -1,0 +1,152 @@
+"""The learning rate over the steps of a stage: a function of the step's number alone, so that a resumed run has it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import GigamorphError
+from ..models.compat import make_torchvision_importable
+from .stages import Stage
+
+Factor = Callable[[int], float]
+
+# PyTorch's documentation steps these after each batch, all others after each epoch.
+_PER_STEP = {"onecyclelr", "cycliclr"}
+# They need functions or other schedules, or a score (which `Stage.plateau` looks at).
+_UNFIT = {"lrscheduler", "lambdalr", "multiplicativelr", "sequentiallr", "chainedscheduler", "reducelronplateau"}
+
+
+def factor_of(stage: Stage, steps_of_epoch: int) -> Factor:
+    """The factor of the learning rate at each optimizer step of a stage, counted from 0.
+
+    "constant"; "cosine" and "linear", which fall to zero over the steps after the warm-up; a class of
+    `torch.optim.lr_scheduler`, stepped after each epoch (OneCycleLR and CyclicLR after each step); or ``timm:NAME``.
+    Counts that PyTorch's classes need (T_max, total_steps, total_iters) are those of the stage where they are not
+    given. The warm-up is linear; it precedes our own, and is a factor of the others.
+
+    Raises:
+        GigamorphError: the schedule is unknown, or does not take these options.
+    """
+    steps = max(stage.epochs * steps_of_epoch, 1)
+    share = (0.0 if stage.schedule == "constant" else 0.1) if stage.warmup is None else stage.warmup
+    if not 0 <= share < 1:
+        raise GigamorphError(f"warmup {share} is no share of the steps; it is at least 0 and below 1")
+    own = {"constant": _constant, "cosine": _cosine, "linear": _linear}.get(stage.schedule)
+    # The published recipes' warm-up has one step at least.
+    warmup = max(1, int(steps * share)) if share else 0
+    if own is not None:
+        if stage.schedule_options:
+            raise GigamorphError(
+                f"schedule {stage.schedule!r} takes no options, not {', '.join(stage.schedule_options)}"
+            )
+        rest = max(1, steps - warmup)
+        return lambda step: (step + 1) / warmup if step < warmup else own(min((step - warmup) / rest, 1.0))
+    named = _of_timm if stage.schedule.startswith("timm:") else _of_torch
+    after = named(stage, steps_of_epoch)
+    return lambda step: after(step) * min((step + 1) / warmup if warmup else 1.0, 1.0)
+
+
+def _constant(done: float) -> float:
+    return 1.0
+
+
+def _cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _linear(done: float) -> float:
+    return 1 - done
+
+
+def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
+    there = {
+        key.lower(): value
+        for key, value in vars(torch.optim.lr_scheduler).items()
+        if inspect.isclass(value)
+        and issubclass(value, torch.optim.lr_scheduler.LRScheduler)
+        and key.lower() not in _UNFIT
+        and not key.startswith("_")
+    }
+    name = stage.schedule.lower()
+    if name not in there:
+        raise GigamorphError(
+            f"schedule {stage.schedule!r} is unknown; take one of constant, cosine, linear, "
+            f"{', '.join(sorted({value.__name__ for value in there.values()}))}, or timm:NAME"
+        )
+    every = 1 if name in _PER_STEP else max(steps_of_epoch, 1)
+    taken = inspect.signature(there[name]).parameters
+    count = stage.epochs * max(steps_of_epoch, 1) // every
+    counted = {key: count for key in ("T_max", "total_steps", "total_iters") if key in taken}
+    relative = {"max_lr": 1.0} if name == "onecyclelr" else {}
+    still = {"cycle_momentum": False} if "cycle_momentum" in taken else {}
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        return there[name](optimizer, **{**counted, **relative, **still, **stage.schedule_options})
+
+    replayed = _Replayed(_tried(stage, make))
+    return lambda step: replayed(step // every)
+
+
+def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
+    make_torchvision_importable()
+    try:
+        from timm.scheduler import create_scheduler_v2
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
+        raise GigamorphError(f"schedule {stage.schedule!r} needs timm, which cannot be imported: {error}") from error
+    counts = {"num_epochs": stage.epochs, "step_on_epochs": False, "updates_per_epoch": max(steps_of_epoch, 1)}
+    name = stage.schedule.removeprefix("timm:")
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        made = create_scheduler_v2(optimizer, name, **{**counts, **stage.schedule_options})[0]
+        if made is None or name == "plateau":
+            raise ValueError("timm has cosine, tanh, step, multistep, poly")
+        return made
+
+    optimizer, scheduler = _tried(stage, make)()
+
+    def factor(step: int) -> float:
+        scheduler.step_update(step)
+        return float(optimizer.param_groups[0]["lr"])
+
+    return factor
+
+
+def _tried(
+    stage: Stage, make: Callable[[torch.optim.Optimizer], Any]
+) -> Callable[[], tuple[torch.optim.Optimizer, Any]]:
+    """Makes a schedule of an optimizer whose rate is 1: what becomes of the rate is the factor."""
+
+    def begin() -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        return optimizer, make(optimizer)
+
+    try:
+        begin()
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        told = ", ".join(f"{key}={value!r}" for key, value in stage.schedule_options.items()) or "no options"
+        raise GigamorphError(f"schedule {stage.schedule!r} cannot be made with {told}: {error}") from error
+    return begin
+
+
+class _Replayed:
+    """The factor of a schedule that goes on step by step; asked for an earlier one it begins anew."""
+
+    def __init__(self, begin: Callable[[], tuple[torch.optim.Optimizer, Any]]) -> None:
+        self._begin = begin
+        self._at = 0
+        self._optimizer, self._scheduler = begin()
+
+    def __call__(self, number: int) -> float:
+        if number < self._at:
+            self._at = 0
+            self._optimizer, self._scheduler = self._begin()
+        while self._at < number:
+            self._optimizer.step()
+            self._scheduler.step()
+            self._at += 1
+        return float(self._optimizer.param_groups[0]["lr"])

@@ -1,0 +1,221 @@
+"""What is learnt of images: one of several classes, of classes in an order, any of several labels, or numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..datasets.tables import Record
+from ..errors import DataError
+from ..evaluate import odds
+from ..evaluate.cases import Array, Cases
+from ..models.outputs import Head, Outputs
+from .options import Loss
+
+Kind = Literal["classes", "labels", "ordinal", "numbers"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a network says of an image.
+
+    Attributes:
+        names: of the classes, labels (columns ``label_NAME``) or numbers (likewise).
+        kind: "classes": one of them, a logit for each. "ordinal": likewise, in their order; output k is the logit of
+            being above class k for images that are not below it (continuation ratios; as in Shi, Cao and Raschka,
+            2021), one output fewer than classes. "labels": any of them, a logit for each. "numbers": an output for
+            each, in units of ``spread`` around ``center``.
+        center, spread: mean and standard deviation of each number over the training images.
+    """
+
+    names: tuple[str, ...]
+    kind: Kind = "classes"
+    center: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """Outputs of the network."""
+        return len(self.names) - (self.kind == "ordinal")
+
+    @property
+    def outputs(self) -> Outputs | None:
+        """What the network's outputs are; None for logits of a softmax."""
+        if self.kind == "classes":
+            return None
+        if self.kind == "labels":
+            return Outputs((Head(self.names, "sigmoid", self.columns),))
+        if self.kind == "ordinal":
+            return Outputs((Head(self.names, "ordinal", self.columns),))
+        return Outputs((Head(self.names, "number", self.columns, center=self.center, spread=self.spread),))
+
+    def to_plain(self) -> dict[str, Any]:
+        """For a checkpoint; `from_plain` reads it back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Target:
+        """The inverse of `to_plain`."""
+        return cls(tuple(values["names"]), values["kind"], tuple(values["center"]), tuple(values["spread"]))
+
+    def measured_on(self, records: Sequence[Record]) -> Target:
+        """Of numbers: with mean and standard deviation over these images; otherwise as it is.
+
+        Raises:
+            DataError: a number that is the same for all of them.
+        """
+        if self.kind != "numbers":
+            return self
+        values = self.truth(records)
+        center, spread = np.nanmean(values, 0), np.nanstd(values, 0)
+        for name, width in zip(self.names, spread, strict=True):
+            if not width > 0:
+                raise DataError(f"label_{name} is the same for all {len(records)} training images; nothing is to learn")
+        return replace(self, center=tuple(center.tolist()), spread=tuple(spread.tolist()))
+
+    def truth(self, records: Iterable[Record]) -> Array:
+        """(images, names): 1, 0, or NaN where it is not known; of numbers these."""
+        if self.kind in ("labels", "numbers"):
+            rows = [[r.labels.get(name, np.nan) for name in self.names] for r in records]
+            return np.array(rows, np.float64).reshape(len(rows), len(self.names))
+        numbers = [r.label for r in records]
+        rows = np.array([np.eye(len(self.names))[n] if n >= 0 else np.full(len(self.names), np.nan) for n in numbers])
+        return rows.reshape(len(numbers), len(self.names))
+
+    def knows(self, record: Record) -> bool:
+        """Whether there is anything to learn from an image."""
+        return not np.isnan(self.truth([record])).all()
+
+    def weights(self, records: Sequence[Record]) -> tuple[float, ...]:
+        """By which classes count so that all count the same, with mean 1 over the images; of labels their positives."""
+        truth = self.truth(records)
+        known, positive = (~np.isnan(truth)).sum(0), np.nansum(truth, 0)
+        if self.kind == "labels":
+            return tuple(float((n - p) / p) if 0 < p < n else 1.0 for n, p in zip(known, positive, strict=True))
+        present = int((positive > 0).sum())
+        return tuple(float(len(records) / (present * n)) if n else 0.0 for n in positive)
+
+    def rarity(self, records: Sequence[Record]) -> Array:
+        """(images,) probabilities by which drawing makes all classes (of labels: positives of each) equally frequent.
+
+        Raises:
+            DataError: of numbers, which have no classes.
+        """
+        if self.kind == "numbers":
+            raise DataError("sampling 'balanced' is of classes and labels; numbers have none")
+        truth = np.nan_to_num(self.truth(records))
+        if self.kind == "labels":  # images without any positive are a class of their own
+            truth = np.concatenate([truth, truth.sum(1, keepdims=True) == 0], 1)
+        share = truth / np.maximum(truth.sum(0), 1)
+        drawn = share.max(1)
+        return drawn / drawn.sum()
+
+    def losses(self, logits: Tensor, truth: Array, settings: Loss, weights: Sequence[float] | None = None) -> Tensor:
+        """The loss (images,) of each image, float32.
+
+        Cross-entropy, of labels and steps of an order the binary one, smoothed, weighted and focal as the settings say;
+        means over the labels that are known of an image. Of numbers in units of their spread.
+
+        Args:
+            logits: (images, columns).
+            truth: as from `truth`.
+            weights: as from `weights`.
+        """
+        logits = logits.float()
+        known = torch.from_numpy(~np.isnan(truth)).to(logits.device)
+        wanted = torch.from_numpy(np.nan_to_num(truth)).to(logits)
+        if self.kind == "classes":
+            return _classes_loss(logits, wanted, settings, weights)
+        if self.kind == "numbers":
+            return _mean_of_known(self._number_losses(logits, wanted, settings), known)
+        if self.kind == "ordinal":
+            at = torch.cumsum(wanted.flip(1), 1).flip(1)  # 1 up to the image's class, 0 above
+            # Step k is asked of images that are in class k or above it.
+            steps = _binary_losses(logits, at[:, 1:], settings, None) * at[:, :-1]
+            losses = steps.sum(1) * known.all(1)
+            return losses if weights is None else losses * (wanted @ logits.new_tensor(weights))
+        return _mean_of_known(_binary_losses(logits, wanted, settings, weights), known)
+
+    def _number_losses(self, values: Tensor, wanted: Tensor, settings: Loss) -> Tensor:
+        center, spread = values.new_tensor(self.center), values.new_tensor(self.spread)
+        wanted = (wanted - center) / spread
+        if settings.regression == "squared":
+            return (values - wanted) ** 2
+        if settings.regression == "absolute":
+            return (values - wanted).abs()
+        return F.huber_loss(values, wanted, reduction="none")
+
+    def loss(self, logits: Tensor, truth: Array, *, balanced: bool = False) -> Tensor:
+        """The mean of `losses` as recipes take it; of labels the mean over all that are known.
+
+        Args:
+            balanced: weigh images so that all classes of the batch count the same; of classes only.
+        """
+        if self.kind == "labels":
+            known = torch.from_numpy(~np.isnan(truth)).to(logits.device)
+            wanted = torch.from_numpy(np.nan_to_num(truth)).to(logits).float()
+            losses = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none")
+            return (losses * known).sum() / known.sum().clamp(min=1)
+        losses = self.losses(logits, truth, Loss())
+        labels = torch.from_numpy(np.nan_to_num(truth)).argmax(1)
+        return (losses * batch_weights(labels).to(losses)).mean() if balanced else losses.mean()
+
+    def log_odds(self, logits: Tensor) -> Array:
+        """(images, columns) of the network -> (images, names), float64: log-odds of each; of numbers these."""
+        values = logits.detach().double().cpu()
+        return odds.of_logits(values.numpy()) if self.outputs is None else self.outputs.log_odds(values).numpy()
+
+    def cases(self, records: Sequence[Record], scores: Array) -> Cases:
+        """Predictions with what is known of the images, for `gigamorph.engine.evaluate`; of two classes the second."""
+        truth, names = self.truth(records), self.names
+        classes = self.kind in ("classes", "ordinal")
+        if classes and len(names) == 2:
+            truth, scores, names = truth[:, 1:], scores[:, 1:], names[1:]
+        binary = classes and len(names) == 1
+        return Cases(
+            outputs=names,
+            truth=truth,
+            scores=scores,
+            names=tuple(str(r.path) for r in records),
+            patients=tuple(r.patient_id for r in records),
+            exams=tuple(r.exam_id or "" for r in records),
+            sides=tuple(r.laterality or "" for r in records),
+            kind="binary" if binary else "classes" if classes else "numbers" if self.kind == "numbers" else "labels",
+            probable=self.kind != "numbers",
+        )
+
+
+def batch_weights(labels: Tensor) -> Tensor:
+    """Weights (n,) with mean 1 that give every class of a batch (labels, int64) the same sum (Shen et al., 2019)."""
+    _, place, counts = labels.unique(return_inverse=True, return_counts=True)
+    return len(labels) / (len(counts) * counts[place]).float()
+
+
+def _classes_loss(logits: Tensor, wanted: Tensor, settings: Loss, weights: Sequence[float] | None) -> Tensor:
+    """``F.cross_entropy(weight=…)`` divides by the sum of the weights, which cancels them at batch size 1."""
+    labels = wanted.argmax(1)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=settings.label_smoothing)
+    if settings.focal:
+        own = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
+        losses = losses * (1 - own.exp()).clamp(min=0) ** settings.focal
+    return losses if weights is None else losses * logits.new_tensor(weights)[labels]
+
+
+def _binary_losses(logits: Tensor, wanted: Tensor, settings: Loss, weights: Sequence[float] | None) -> Tensor:
+    smoothed = wanted * (1 - settings.label_smoothing) + settings.label_smoothing / 2
+    positive = None if weights is None else logits.new_tensor(weights)
+    losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none", pos_weight=positive)
+    if settings.focal:
+        right = torch.sigmoid(torch.where(wanted > 0.5, logits, -logits))
+        losses = losses * (1 - right) ** settings.focal
+    return losses
+
+
+def _mean_of_known(losses: Tensor, known: Tensor) -> Tensor:
+    return (losses * known).sum(1) / known.sum(1).clamp(min=1)

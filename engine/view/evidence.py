@@ -1,0 +1,54 @@
+"""What a prediction rests on, as a small picture over the image that is shown."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
+
+from ..images.pixels import PixelSource
+from ..recipes.networks import open_classifier
+from ..train.explanation import Explanation, explain_class
+from .exams import View, stored_place
+
+SIDE = 256
+
+
+class Evidence:
+    """Maps of a trained network, computed when they are asked for; one at a time.
+
+    Args:
+        checkpoint: of gigamorph train, or a folder of gigamorph import.
+    """
+
+    def __init__(self, checkpoint: str | Path, *, memory_budget: int | None, device: str) -> None:
+        self._net, _, self._open = open_classifier(checkpoint, memory_budget=memory_budget, device=device)
+        self._net.eval()
+        self._lock = threading.Lock()
+
+    def of(self, view: View, shown: PixelSource) -> NDArray[np.uint8]:
+        """(height, width), at most 256 on a side: 255 where all of the probability rests, see `Explanation.relative`.
+
+        Raises:
+            DataError: if the image cannot be read. GigamorphError: the network has no map to explain.
+        """
+        with self._lock:
+            found, _, _ = explain_class(self._net, self._open([view.record])[0]["image"])
+        return on_shown(found, shown)
+
+
+def on_shown(found: Explanation, shown: PixelSource) -> NDArray[np.uint8]:
+    """An explanation in the geometry of the image that is shown: bilinear, 0 outside of its cells."""
+    _, height, width = shown.shape
+    scale = max(height, width) / SIDE
+    rows, columns = max(1, round(height / scale)), max(1, round(width / scale))
+    y, x = np.mgrid[:rows, :columns].astype(np.float64)
+    middles = np.stack([(x.ravel() + 0.5) * width / columns, (y.ravel() + 0.5) * height / rows], 1)
+    cells = found.place.inverse().points(stored_place(shown).points(middles)) - 0.5
+    values = found.relative().values.numpy()
+    inside = (cells > -1).all(1) & (cells < np.array(values.shape[::-1])).all(1)
+    taken = map_coordinates(values, cells[:, ::-1].T, order=1, mode="nearest")
+    return np.rint((taken * inside).clip(0, 1) * 255).astype(np.uint8).reshape(rows, columns)

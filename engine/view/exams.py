@@ -1,0 +1,206 @@
+"""What a viewer shows: the exams of a table of predictions, their images as they are hung, the worst errors first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..datasets.dataset import open_record
+from ..datasets.tables import Record, read_table
+from ..datasets.tables.cells import Rows, read_rows
+from ..datasets.views import MirroredSource
+from ..errors import DataError
+from ..evaluate.read import LABEL, PROBABILITY, VALUE
+from ..images.affine import Map
+from ..images.pixels import PixelSource, as_stored, to_original
+
+_SIDES = {"R": 0, "L": 1}
+_VIEWS = {"CC": 0, "MLO": 1}
+_TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
+
+
+@dataclass(frozen=True)
+class View:
+    """One image of an exam.
+
+    Attributes:
+        predicted: probabilities of classes or labels, or numbers, by name.
+        truth: by name, what is known of them; of several classes 1 of the true one and 0 of the others.
+    """
+
+    record: Record
+    predicted: Mapping[str, float]
+    truth: Mapping[str, float] = field(default_factory=dict)
+    numbers: bool = False
+
+    @property
+    def error(self) -> float | None:
+        """The largest difference of what was predicted and what is true; None where nothing is known."""
+        differences = [abs(self.predicted[name] - value) for name, value in self.truth.items()]
+        return max(differences) if differences else None
+
+    def open(self) -> PixelSource:
+        """The image as it is hung: the chest wall of a left breast at the left, of a right one at the right.
+
+        Raises:
+            DataError: if it cannot be opened.
+        """
+        source = open_record(self.record)
+        return MirroredSource(source, left_right=True, up_down=False) if self.record.laterality == "R" else source
+
+    def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:
+        """The findings' boxes (left, top, right, bottom, what it is) in pixels of `open`'s image."""
+        place = stored_place(source).inverse()
+        found = []
+        for finding in self.record.findings:
+            box = finding.box
+            if box is None and finding.outline:
+                rows, columns = zip(*finding.outline, strict=True)
+                box = min(rows), max(rows), min(columns), max(columns)
+            if box is not None:
+                top, bottom, left, right = box
+                corners = place.points(np.array([[left, top], [right, bottom]], np.float64))
+                (x0, y0), (x1, y1) = corners.min(0).tolist(), corners.max(0).tolist()
+                found.append((x0, y0, x1, y1, " ".join(filter(None, (finding.kind, finding.pathology)))))
+        return found
+
+
+def stored_place(source: PixelSource) -> Map:
+    """From coordinates of an image to those of the file as stored."""
+    return to_original(as_stored(source)).inverse() @ to_original(source)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The images of an exam, in rows of views and columns of sides."""
+
+    views: tuple[View, ...]
+    name: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Of the image that is furthest off."""
+        known = [view.error for view in self.views if view.error is not None]
+        return max(known) if known else None
+
+
+def read_exams(source: str | Path, *, table: str | Path | None = None, split: str | None = None) -> list[Exam]:
+    """The exams of a predictions.csv, or of a folder that holds one; those that are furthest off first.
+
+    Args:
+        source: of gigamorph predict, or the folder of a cross-validation (out_of_fold.csv).
+        table: csv that was predicted from: findings, and labels that the predictions lack.
+        split: keep only the images of this split.
+
+    Raises:
+        DataError: if there are no predictions, or a table is wrong.
+    """
+    path = _table_in(Path(source))
+    rows = read_rows(path)
+    rows.require("image_path")
+    known = {} if table is None else {record.path.absolute(): record for record in _records(Path(table))}
+    exams: dict[tuple[str, ...], list[View]] = {}
+    for place, row in zip(rows.places, rows.rows, strict=True):
+        if split is not None and row.get("split") != split:
+            continue
+        view = _view(rows, place, row, known)
+        own = view.record
+        # Images of patients who are not known stand for themselves.
+        key = (own.patient_id, own.exam_id or "") if own.patient_known else ("", row["image_path"])
+        exams.setdefault(key, []).append(view)
+    if not exams:
+        raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
+    found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
+    return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
+
+
+def _table_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _TABLES:
+        if (path / name).is_file():
+            return path / name
+    hint = (
+        f"; make them: gigamorph predict {path / 'best.ckpt'} TABLE --out FOLDER"
+        if (path / "best.ckpt").exists()
+        else ""
+    )
+    raise DataError(f"{path}: holds no predictions.csv{hint}")
+
+
+def _records(table: Path) -> Sequence[Record]:
+    return read_table(table, labels=False, check_files=False).records
+
+
+def _place(view: View) -> tuple[int, str, int]:
+    own = view.record
+    return _VIEWS.get(own.view or "", 2), own.view or "", _SIDES.get(own.laterality or "", 2)
+
+
+def _view(rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, Record]) -> View:
+    path = Path(row["image_path"])
+    if not path.is_absolute() and not path.exists():
+        path = rows.path.parent / path
+    own = known.get(path.absolute())
+    patient = row.get("patient_id", "")
+    record = Record(
+        path,
+        -1,
+        patient or str(path),
+        split=row.get("split") or None,
+        laterality=row.get("laterality") or (own.laterality if own else None),
+        view=row.get("view") or (own.view if own else None),
+        exam_id=row.get("exam_id") or None,
+        findings=own.findings if own else (),
+        frame=own.frame if own else None,
+        white=own.white if own else None,
+        chest_wall=own.chest_wall if own else None,
+        labels=own.labels if own else {},
+        patient_known=bool(patient) and Path(patient).name != path.name,
+    )
+    numbers = any(name.startswith(VALUE) for name in rows.header)
+    prefix = VALUE if numbers else PROBABILITY
+    columns = [name for name in rows.header if name.startswith(prefix)]
+    if not columns:
+        return _scored(rows, place, row, record)
+    predicted = {name.removeprefix(prefix): _number(rows, place, row, name) for name in columns}
+    return View(record, predicted, _truth(row, record, list(predicted)), numbers)
+
+
+def _scored(rows: Rows, place: str, row: Mapping[str, str], record: Record) -> View:
+    """Of tables that hold log-odds alone, as of a cross-validation."""
+    columns = [name for name in rows.header if name.startswith("log_odds_")]
+    if not columns:
+        raise DataError(f"{rows.path}: has no column p_NAME, value_NAME or log_odds_NAME")
+    predicted = {
+        name.removeprefix("log_odds_"): 0.5 * (1 + math.tanh(_number(rows, place, row, name) / 2)) for name in columns
+    }
+    return View(record, predicted, _truth(row, record, list(predicted)))
+
+
+def _truth(row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict[str, float]:
+    """What the predictions' own columns, or else the table, say."""
+    found = {}
+    for name in names:
+        cell = row.get(LABEL + name, "")
+        if cell:
+            found[name] = float(cell)
+        elif name in record.labels:
+            found[name] = record.labels[name]
+    label = row.get("label", "")
+    if found or not label:
+        return found
+    numbers = {str(number): name for number, name in enumerate(names)}
+    true = label if label in names else numbers.get(label)
+    return {} if true is None else {name: float(name == true) for name in names}
+
+
+def _number(rows: Rows, place: str, row: Mapping[str, str], column: str) -> float:
+    try:
+        return float(row[column])
+    except ValueError as error:
+        raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is no number") from error

@@ -1,0 +1,214 @@
+"use strict";
+// The page works from files, where a script can read neither other files nor the pixels of pictures: tiles are shown as
+// pictures, and maps come as scripts that hand over a data URL.
+const byId = (id) => document.getElementById(id);
+const state = { at: 0, order: [], shown: [], maps: new Map() };
+
+function largest(exam) {
+  return Math.max(...exam.views.map((view) => main(view)[1]));
+}
+
+// The prediction that is told: of two classes the second, else the highest.
+function main(view) {
+  const all = Object.entries(view.predicted);
+  if (all.length === 2 && !view.numbers && Math.abs(all[0][1] + all[1][1] - 1) < 1e-3) return all[1];
+  return all.reduce((best, one) => (one[1] > best[1] ? one : best), all[0]);
+}
+
+function sorted(how) {
+  const numbers = DATA.exams.map((_, i) => i);
+  const key = { error: (i) => DATA.exams[i].error ?? -1, score: (i) => largest(DATA.exams[i]) }[how];
+  return key ? numbers.sort((a, b) => key(b) - key(a) || a - b) : numbers;
+}
+
+function told(view) {
+  const lines = [`<div class="mark">${escaped([view.side, view.view].filter(Boolean).join(" ") || "image")}</div>`];
+  const names = Object.keys(view.predicted);
+  const shown = view.numbers || names.length > 2 || main(view)[0] !== names[1] ? names : [names[1]];
+  for (const name of shown) {
+    const value = view.predicted[name], truth = view.truth[name];
+    const wrong = truth !== undefined && !view.numbers && Math.abs(value - truth) > 0.5;
+    const number = view.numbers ? value.toPrecision(4) : value.toFixed(3);
+    const known = truth === undefined ? "" : `, label ${truth}`;
+    lines.push(`<div class="${wrong ? "wrong" : ""}">${escaped(name)}: ${number}${known}</div>`);
+  }
+  if (view.split) lines.push(`<div>${escaped(view.split)}</div>`);
+  if (view.name) lines.push(`<div>${escaped(view.name)}</div>`);
+  return lines.join("");
+}
+
+function escaped(text) {
+  const node = document.createElement("span");
+  node.textContent = text;
+  return node.innerHTML;
+}
+
+function show() {
+  for (const one of state.shown) one.viewer.destroy();
+  const exam = DATA.exams[state.order[state.at]];
+  byId("position").textContent = `${state.at + 1} / ${DATA.exams.length}`;
+  byId("name").textContent = exam.name + (exam.error === null ? "" : `, error ${exam.error.toFixed(3)}`);
+  const root = byId("views");
+  root.innerHTML = "";
+  // Right breasts at the left, left ones at the right, a row for each view, as radiologists hang them.
+  const sides = new Set(exam.views.map((view) => view.side));
+  const hung = sides.has("R") && sides.has("L");
+  const columns = hung ? 2 : Math.ceil(Math.sqrt(exam.views.length));
+  root.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
+  const rows = hung ? [...new Set(exam.views.map((view) => view.view))] : [];
+  // All cells first: a viewer opens at the size that its cell has then.
+  const cells = exam.views.map((view) => {
+    const cell = document.createElement("div");
+    cell.className = "view";
+    cell.innerHTML = `<div class="image"></div><div class="told${hung && view.side === "L" ? " right" : ""}">${told(view)}</div>`;
+    if (hung) {
+      cell.style.gridColumn = view.side === "L" ? 2 : 1;
+      cell.style.gridRow = rows.indexOf(view.view) + 1;
+    }
+    root.append(cell);
+    return cell;
+  });
+  state.shown = exam.views.map((view, i) => ({ view, viewer: opened(cells[i].querySelector(".image"), view) }));
+  apply();
+}
+
+function opened(element, view) {
+  const viewer = OpenSeadragon({
+    element,
+    drawer: "canvas",
+    showNavigationControl: false,
+    maxZoomPixelRatio: 8,
+    animationTime: 0.3,
+    imageSmoothingEnabled: false,
+    gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
+    tileSources: {
+      height: view.height,
+      width: view.width,
+      tileSize: DATA.tile,
+      maxLevel: view.levels,
+      minLevel: 0,
+      getTileUrl: (level, x, y) => `tiles/${view.number}/${view.levels - level}/${x}_${y}.png`,
+    },
+  });
+  viewer.addHandler("open", () => {
+    hang(viewer, view);
+    for (const [left, top, right, bottom, what] of view.boxes) {
+      const box = document.createElement("div");
+      box.className = "box";
+      const name = document.createElement("span");
+      name.textContent = what;
+      box.append(name);
+      const w = view.width;
+      viewer.addOverlay({ element: box, location: new OpenSeadragon.Rect(left / w, top / w, (right - left) / w, (bottom - top) / w) });
+    }
+    if (DATA.evidence) ask(view.number);
+    apply();
+  });
+  return viewer;
+}
+
+// The whole image; the chest walls meet in the middle.
+function hang(viewer, view) {
+  viewer.viewport.goHome(true);
+  const bounds = viewer.viewport.getBounds(), size = viewer.world.getItemAt(0).getBounds();
+  if (!view.side || bounds.width <= size.width) return;
+  const x = view.side === "R" ? size.width - bounds.width : 0;
+  viewer.viewport.fitBounds(new OpenSeadragon.Rect(x, bounds.y, bounds.width, bounds.height), true);
+}
+
+function ask(number) {
+  if (state.maps.has(number)) return placed(number);
+  const script = document.createElement("script");
+  script.src = `evidence/${number}.js`;
+  document.head.append(script);
+}
+
+// Called by the scripts in evidence/.
+function gotEvidence(number, url) {
+  const image = new Image();
+  image.onload = () => {
+    const canvas = document.createElement("canvas");
+    canvas.width = image.width;
+    canvas.height = image.height;
+    const context = canvas.getContext("2d");
+    context.drawImage(image, 0, 0);
+    const pixels = context.getImageData(0, 0, image.width, image.height).data;
+    const values = new Uint8Array(image.width * image.height);
+    for (let i = 0; i < values.length; i++) values[i] = pixels[4 * i];
+    state.maps.set(number, { values, width: image.width, height: image.height });
+    placed(number);
+  };
+  image.src = url;
+}
+
+function placed(number) {
+  const one = state.shown.find((shown) => shown.view.number === number);
+  if (!one || one.canvas) return;
+  const map = state.maps.get(number);
+  one.canvas = document.createElement("canvas");
+  one.canvas.className = "map";
+  one.canvas.width = map.width;
+  one.canvas.height = map.height;
+  one.viewer.addOverlay({ element: one.canvas, location: new OpenSeadragon.Rect(0, 0, 1, one.view.height / one.view.width) });
+  apply();
+}
+
+// Black body colours: red for little, yellow for much.
+function painted(one) {
+  const map = state.maps.get(one.view.number), from = 2.55 * byId("threshold").value;
+  const context = one.canvas.getContext("2d"), image = context.createImageData(map.width, map.height);
+  for (let i = 0; i < map.values.length; i++) {
+    const value = map.values[i];
+    image.data[4 * i] = 255;
+    image.data[4 * i + 1] = Math.min(255, 2 * Math.max(0, value - 64));
+    image.data[4 * i + 2] = 0;
+    image.data[4 * i + 3] = value > 0 && value >= from ? Math.min(255, 64 + value) : 0;
+  }
+  context.putImageData(image, 0, 0);
+}
+
+function apply() {
+  byId("from").textContent = `${byId("threshold").value} %`;
+  for (const one of state.shown) {
+    for (const box of one.viewer.element.querySelectorAll(".box")) box.classList.toggle("hidden", !byId("boxes").checked);
+    if (!one.canvas) continue;
+    painted(one);
+    one.canvas.style.opacity = byId("opacity").value / 100;
+    one.canvas.classList.toggle("hidden", !byId("evidence").checked);
+  }
+}
+
+function go(step) {
+  const at = Math.min(Math.max(state.at + step, 0), DATA.exams.length - 1);
+  if (at === state.at) return;
+  state.at = at;
+  show();
+}
+
+byId("previous").onclick = () => go(-1);
+byId("next").onclick = () => go(1);
+byId("order").onchange = (event) => {
+  state.order = sorted(event.target.value);
+  state.at = 0;
+  event.target.blur();
+  show();
+};
+for (const id of ["evidence", "boxes"]) byId(id).onchange = apply;
+for (const id of ["opacity", "threshold"]) byId(id).oninput = apply;
+for (const node of document.querySelectorAll(".evidence")) node.classList.toggle("hidden", !DATA.evidence);
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const steps = { ArrowRight: 1, n: 1, ArrowLeft: -1, p: -1 };
+  if (event.target.type === "range" && event.key.startsWith("Arrow")) return;
+  if (event.key in steps) go(steps[event.key]);
+  else if (event.key === "e" || event.key === "b") {
+    const box = byId(event.key === "e" ? "evidence" : "boxes");
+    box.checked = !box.checked;
+    apply();
+  } else if (event.key === "0") for (const one of state.shown) hang(one.viewer, one.view);
+  else return;
+  event.preventDefault();
+  event.stopPropagation();
+}, true);
+state.order = sorted("error");
+show();

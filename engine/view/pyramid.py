@@ -1,0 +1,100 @@
+"""An image at every scale, in tiles: what a viewer asks for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from ..images.pixels import PixelSource
+
+TILE = 512
+_DIRECT = 2
+"""Up to this factor tiles are read from the image itself; coarser ones come from an overview that is made once."""
+_OVERVIEW = 4
+_ROWS = 256
+
+
+class Pyramid:
+    """Tiles of an image averaged over 1, 2, 4, ... pixels in both directions; one thread at a time.
+
+    Args:
+        source: grey values from 0 to 1, of one or three channels.
+    """
+
+    def __init__(self, source: PixelSource) -> None:
+        self._source, self._lock = source, threading.Lock()
+        self._overview: NDArray[np.uint8] | None = None
+        _, self.height, self.width = source.shape
+
+    @property
+    def levels(self) -> int:
+        """How often the image is halved until it fits a tile."""
+        return max(0, math.ceil(math.log2(max(self.height, self.width) / TILE)))
+
+    def tiles(self, level: int) -> tuple[int, int]:
+        """(columns, rows) of tiles at a level, 0 being the image itself."""
+        side = TILE << level
+        return -(-self.width // side), -(-self.height // side)
+
+    def tile(self, level: int, column: int, row: int) -> bytes:
+        """A tile as PNG, 8 bits a channel.
+
+        Raises:
+            IndexError: there is none. DataError: the image cannot be read.
+        """
+        columns, rows = self.tiles(level)
+        if not (0 <= level <= self.levels and 0 <= column < columns and 0 <= row < rows):
+            raise IndexError(f"level {level} has no tile {column}, {row}")
+        factor = 1 << level
+        top, left = row * TILE * factor, column * TILE * factor
+        bottom, right = min(top + TILE * factor, self.height), min(left + TILE * factor, self.width)
+        with self._lock:
+            if factor <= _DIRECT:
+                pixels = _averaged(self._source.read(top, bottom, left, right).numpy(), factor)
+                values = _bytes(pixels)
+            else:
+                part = self._coarse()[
+                    :, top // _OVERVIEW : -(-bottom // _OVERVIEW), left // _OVERVIEW : -(-right // _OVERVIEW)
+                ]
+                values = np.rint(_averaged(part.astype(np.float32), factor // _OVERVIEW)).astype(np.uint8)
+        return png(values)
+
+    def _coarse(self) -> NDArray[np.uint8]:
+        """(channels, height / 4, width / 4): read once, in strips."""
+        if self._overview is None:
+            found = [
+                _bytes(
+                    _averaged(self._source.read(top, min(top + _ROWS, self.height), 0, self.width).numpy(), _OVERVIEW)
+                )
+                for top in range(0, self.height, _ROWS)
+            ]
+            self._overview = np.concatenate(found, 1)
+        return self._overview
+
+
+def png(values: NDArray[np.uint8]) -> bytes:
+    """(channels, height, width), of one or three channels, as PNG."""
+    image: Any = values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(image), level=4))
+
+
+def _bytes(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _averaged(pixels: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Means of squares of pixels (channels, height, width); those at the borders may be cut."""
+    if factor == 1:
+        return pixels
+    for axis in (1, 2):
+        starts = np.arange(0, pixels.shape[axis], factor)
+        sizes = np.diff(np.append(starts, pixels.shape[axis])).astype(np.float32)
+        shape = [1, 1, 1]
+        shape[axis] = len(starts)
+        pixels = np.add.reduceat(pixels, starts, axis) / sizes.reshape(shape)
+    return pixels

@@ -1,0 +1,44 @@
+"""Your own DICOM folder, from its index to a report and a viewer, by the commands of `gigamorph`.
+
+Here the folder is made of phantoms; put your own in its place. Of labels a csv with file names is enough.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+from gigamorph.cli.main import cli
+from gigamorph.engine.datasets.phantom import write_phantoms
+
+
+def gigamorph(*words: object) -> None:
+    """The command of that name, in this process."""
+    print("$ gigamorph", *words)
+    cli.main([str(word) for word in words], prog_name="gigamorph", standalone_mode=False)
+
+
+def main(folder: Path) -> None:
+    table = write_phantoms(folder / "dicom", patients=8, height=256, width=192, seed=1)
+    with table.open(newline="") as file:
+        labels = {Path(row["image_path"]).name: row["label"] for row in csv.DictReader(file)}
+
+    # What the headers say: patient, exam, side, view. Patients are numbered, not named.
+    gigamorph("data", "index", folder / "dicom" / "images", "--out", folder / "index.csv")
+    with (folder / "index.csv").open(newline="") as file:
+        rows = [{**row, "label": labels[Path(row["image_path"]).name]} for row in csv.DictReader(file)]
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+    run, predictions = folder / "run", folder / "predictions"
+    settings = ["--model", "lesionnet", "--memory-budget", "64MiB", "--mean", "auto", "--std", "auto", "--epochs", 2]
+    gigamorph("train", folder / "table.csv", *settings, "--out", run)
+    gigamorph("predict", run / "best.ckpt", folder / "table.csv", "--out", predictions)
+    measured = ["--split", "all", "--resamples", 100, "--out", folder / "evaluation"]
+    gigamorph("eval", predictions / "predictions.csv", "--table", folder / "table.csv", *measured)
+    gigamorph("view", predictions, "--evidence", run / "best.ckpt", "--most", 2, "--static", "--no-browser")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,260 @@
+"""`gigamorph train` by configurations, folds, logs and looks at the images: what a file says and what is refused."""
+
+import csv
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import rich_click as click
+import torch
+import yaml
+
+from gigamorph import load
+from gigamorph.cli.main import main
+from gigamorph.cli.train import train as command
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.train.checkpoint import load_checkpoint
+from gigamorph.engine.train.config import TrainConfig
+from gigamorph.engine.train.inputs import training_data
+
+FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+
+
+def run(*args):
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=6, height=160, width=128, seed=1)
+
+
+def options_of(folder):
+    return load_checkpoint(folder / "best.ckpt")["gigamorph"]["options"]
+
+
+def test_the_command_line_and_the_file_have_the_same_defaults(phantoms, capsys):
+    assert run("train", "--print-config") == 0
+    plain = capsys.readouterr().out
+    told = tomllib.loads(plain)
+    assert told["optimizer"]["lr"] == 1e-3 and "# patience =" in plain and told["data"]["mean"] == 0.0
+    every = [p for p in command.params if p.name in told and isinstance(p, click.Option) and not p.multiple]
+    valued = [p for p in every if p.default is not None and not p.is_flag and p.name != "device"]
+    given = [part for p in valued for part in (p.opts[0], str(p.default))]
+    assert len(given) >= 10
+    assert run("train", phantoms, "--print-config", *given) == 0
+    assert tomllib.loads(capsys.readouterr().out) == told
+    more = ["--mean", "0", "--std", "1", "--voi", "auto", "--lr", "1e-3", "--weight-decay", "1e-4", "--task", "classes"]
+    assert run("train", phantoms, "--print-config", *more) == 0
+    again = tomllib.loads(capsys.readouterr().out)
+    assert {**again["data"], "mean": 0.0, "std": 1.0} == told["data"] and again["optimizer"] == told["optimizer"]
+
+
+def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": "lesionnet",
+                "epochs": 7,
+                "memory_budget": "64MiB",
+                "average": 0.9,
+                "optimizer": {"name": "NAdam", "lr": 0.1, "rates": {"fc": 0.02}, "options": {"betas": [0.8, 0.99]}},
+                "schedule": {"name": "StepLR", "options": {"step_size": 1}},
+                "loss": {"label_smoothing": 0.1},
+                "data": {"mean": 0.3, "std": 0.1, "augment": "flip"},
+            }
+        )
+    )
+    given = ["--config", tmp_path / "c.yaml", "--epochs", "1", "--lr", "5e-3", "-o", "optimizer.lr=1e-4"]
+    assert run("train", phantoms, *given, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "largest of " in said and "160 x 128" in said and "of 64.0 MiB" in said
+    assert "4 images per optimizer step (accumulate), 1 steps per epoch, 1 in 1 epochs" in said
+    options = options_of(tmp_path / "run")
+    assert options["optimizer"]["lr"] == 1e-4 and options["epochs"] == 1 and options["memory_budget"] == 64 * 2**20
+    assert options["optimizer"]["options"] == {"betas": [0.8, 0.99]} and options["average"] == 0.9
+    rates = {
+        group["base"]
+        for group in load_checkpoint(tmp_path / "run" / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    }
+    assert rates == {1e-4, 0.02}
+    saved = tmp_path / "run" / "config.toml"
+    assert tomllib.loads(saved.read_text())["device"] == "auto"  # a file is taken elsewhere
+    assert run("train", phantoms, "--config", saved, "--out", tmp_path / "again") == 0
+    assert options_of(tmp_path / "again") == options
+    weights = [load_checkpoint(tmp_path / name / "best.ckpt")["state_dict"] for name in ("run", "again")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    # A run that goes on needs no more than its folder.
+    assert run("train", phantoms, "--resume", "--epochs", "2", "--out", tmp_path / "run") == 0
+    assert len(rows(tmp_path / "run" / "log.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "optimizer.lrr=1"], "key 'optimizer.lrr' is unknown; there are name, lr"),
+        (["-o", "optimizer.lr=fast"], "key 'optimizer.lr' is 'fast', not a number"),
+        (["-o", "optimizer.lr"], "is no setting; write KEY=VALUE"),
+        (["-o", "model.depth=2", "--model", "x"], "'model' is a value, no table"),
+        (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
+        (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
+        (["-o", "loss.focal=-1"], "loss.focal is -1"),
+        (["-o", "epochs=0"], "epochs is 0; it is 1 or more"),
+        (["--mean", "auto", "--std", "1"], "make both auto"),
+        (["--config", "absent.toml"], "absent.toml: cannot be read"),
+        (["--quiet", "--verbose"], "exclude each other"),
+        (["--log", "paper"], "log 'paper' is unknown; take csv"),
+        (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be made: ModuleNotFoundError"),
+        (["--folds", "50"], "50 folds of 4 patients cannot be made; take from 2 to 4"),
+        (["--task", "labels", "--label", "mass"], "has no column label_mass; there are cluster"),
+    ],
+)
+def test_what_cannot_be_is_one_line(phantoms, tmp_path, capsys, options, message):
+    assert run("train", phantoms, *FAST, *options, "--out", tmp_path / "run") == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in told and "Traceback" not in told
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_mean_and_std_of_the_training_images(phantoms, tmp_path, capsys):
+    data = training_data(phantoms, normalize="auto")
+    normalize = data.preprocessing["normalize"]
+    plain = training_data(phantoms)
+    pixels = [plain.train[i]["image"].read(0, 160, 0, 128).double() for i in range(len(plain.train))]
+    mean = np.mean([float(p.mean()) for p in pixels])
+    std = np.sqrt(np.mean([float((p**2).mean()) for p in pixels]) - mean**2)
+    assert normalize["mean"] == pytest.approx([mean], abs=1e-5) and normalize["std"] == pytest.approx([std], abs=1e-5)
+    assert run("train", phantoms, *FAST, "--mean", "auto", "--std", "auto", "--quiet", "--out", tmp_path / "run") == 0
+    assert capsys.readouterr().out == ""
+    stored = load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]["preprocessing"]
+    assert stored["normalize"] == normalize
+
+
+def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, capsys):
+    for name in ("images", phantoms.name):
+        (tmp_path / name).symlink_to(phantoms.parent / name)
+    table = tmp_path / "bad.csv"
+    lines = phantoms.read_text().splitlines()
+    (tmp_path / "cut.dcm").write_bytes((phantoms.parent / "images" / "PHANTOM0000_R_CC.dcm").read_bytes()[:3000])
+    lines[1] = lines[1].replace("images/PHANTOM0000_R_CC.dcm", "cut.dcm")
+    lines[2] = lines[2].replace("images/PHANTOM0000_R_MLO.dcm", "absent.dcm")
+    table.write_text("\n".join(lines) + "\n")
+    assert run("train", table, *FAST, "--out", tmp_path / "none") == 2
+    capsys.readouterr()
+    assert run("train", table, *FAST, "--skip-bad", "--out", tmp_path / "run") == 0
+    told = capsys.readouterr()
+    assert told.err.count("warning: left out: ") == 2 and "cut.dcm" in told.err and "absent.dcm" in told.err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_epoch"] == 1
+
+
+def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
+    table = phantoms.parent / "unsplit.csv"
+    with table.open("w") as file:
+        file.write("\n".join(",".join(line.split(",")[:3]) for line in phantoms.read_text().splitlines()) + "\n")
+    given = [*FAST, "--folds", "2", "--log", "csv", "--out", tmp_path / "cv"]
+    assert run("train", table, *given) == 0
+    said = capsys.readouterr().out
+    assert "fold 2 of 2" in said and "val_auc_image: " in said
+    found = rows(tmp_path / "cv" / "out_of_fold.csv")
+    assert len(found) == 12 and len({row["image_path"] for row in found}) == 12
+    folds = {row["patient_id"]: row["fold"] for row in found}
+    assert all(folds[row["patient_id"]] == row["fold"] for row in found) and len(folds) == 6
+    assert json.loads((tmp_path / "cv" / "folds.json").read_text())["folds"] == 2
+    logged = rows(tmp_path / "cv" / "fold1" / "csv" / "metrics.csv")
+    assert float(logged[0]["val_loss"]) == pytest.approx(
+        float(rows(tmp_path / "cv" / "fold1" / "log.csv")[0]["val_loss"])
+    )
+    assert run("train", table, *given) == 2 and "already holds a run" in capsys.readouterr().err
+    assert run("train", table, *given, "--resume") == 0
+    evaluated = ["eval", tmp_path / "cv" / "out_of_fold.csv", "--split", "all", "--resamples", "20"]
+    assert run(*evaluated, "--out", tmp_path / "measured") == 0
+
+
+def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path, capsys):
+    with phantoms.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for number, row in enumerate(table):
+        row |= {"label_mass": str(number // 2 % 2), "label_calc": row["label"], "label_age": str(40 + number)}
+        row["image_path"] = str(phantoms.parent / row["image_path"])
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    given = [*FAST, "--task", "labels", "--label", "mass", "--label", "calc"]
+    assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "run") == 0
+    assert "labels mass, calc" in capsys.readouterr().out
+    assert run("predict", tmp_path / "run" / "best.ckpt", tmp_path / "t.csv", "--out", tmp_path / "p") == 0
+    found = rows(tmp_path / "p" / "predictions.csv")
+    assert {"p_mass", "p_calc", "log_odds_mass"} <= found[0].keys() and len(found) == 12
+    measured = ["eval", tmp_path / "p" / "predictions.csv", "--table", tmp_path / "t.csv", "--split", "all"]
+    assert run(*measured, "--resamples", "20", "--out", tmp_path / "e") == 0
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert metrics["kind"] == "labels" and metrics["outputs"] == ["mass", "calc"]
+    assert run("train", tmp_path / "t.csv", *FAST, "--task", "labels", "--label", "age", "--out", tmp_path / "x") == 2
+    assert "label_age of PHANTOM" in capsys.readouterr().err
+    given = [*FAST, "--task", "numbers", "--label", "age"]
+    assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "n") == 0
+    assert "test: MAE per image" in capsys.readouterr().out
+    image = table[0]["image_path"]
+    predicted = ["predict", tmp_path / "n" / "best.ckpt", image, "--heatmaps", "--out", tmp_path / "q"]
+    assert run(*predicted) == 0
+    (found,) = rows(tmp_path / "q" / "predictions.csv")
+    assert 20 < float(found["value_age"]) < 80 and "p_age" not in found
+    assert len(list((tmp_path / "q" / "heatmaps").iterdir())) == 1
+    trained = load(tmp_path / "n" / "best.ckpt")
+    assert float(trained.predict(image)[0, 0]) == pytest.approx(float(found["value_age"]), rel=1e-6)
+    card = (tmp_path / "n" / "model_card.md").read_text()
+    assert "- test, image level, age: MAE " in card and "AUC" not in card
+
+
+def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "looking.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Look(Callback):\n"
+        "    def on_train_end(self, trainer, module):\n"
+        "        open('seen', 'w').write(str(trainer.global_step))\n"
+    )
+    assert run("train", phantoms, *FAST, "--callback", "looking:Look", "--out", "run") == 0
+    assert (tmp_path / "seen").read_text() == "1"
+
+
+def test_every_key_is_said_what_it_is():
+    assert TrainConfig().options().optimizer.name == "adamw"
+
+
+def test_fine_tuning_from_files_and_from_timms_weights(phantoms, tmp_path, monkeypatch, capsys):
+    import timm
+
+    from gigamorph.engine.train.config import make_config
+
+    said = []
+    file = make_config({"init": "weights.pt", "model": "lesionnet"}, "options", said.append)
+    assert (file.model, file.weights, file.init) == ("lesionnet", "weights.pt", None)
+    config = make_config({"init": "timm:resnet18.a1_in1k"}, "options", said.append)
+    assert config.model == config.weights == "timm:resnet18.a1_in1k" and config.data.channels == 1
+    assert config.data.mean == pytest.approx((0.449,), abs=1e-3) and config.data.std == pytest.approx(
+        (0.226,), abs=1e-3
+    )
+    assert run("train", phantoms, "--init", "timm:nothing_at_all", "--out", tmp_path / "no") == 2
+    assert "timm has no pretrained weights of it" in capsys.readouterr().err
+    # What timm would fetch, made here: the trained network begins as it, its colours summed.
+    fetched = timm.create_model("resnet18", num_classes=1000)
+    make = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **more: fetched if pretrained else make(name, **more)
+    )
+    given = ["--init", "timm:resnet18.a1_in1k", "--epochs", 1, "--batch-norm", "frozen", "--lr", "1e-12"]
+    assert run("train", phantoms, *given, "--out", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"]
+    summed = fetched.conv1.weight.sum(1, keepdim=True)
+    assert torch.allclose(state["net.conv1.weight"], summed, atol=1e-6) and state["net.fc.weight"].shape == (2, 512)

@@ -1,0 +1,152 @@
+"""`gigamorph view`: pages that are looked at in headless Chromium, from files and from the server."""
+
+import csv
+import json
+import os
+import threading
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import browser
+import pytest
+
+from gigamorph.cli.main import main
+from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.view.exams import read_exams
+from gigamorph.engine.view.server import make_server
+from gigamorph.engine.view.site import Site
+
+FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+chromium = pytest.mark.skipif(not browser.there(), reason="no chromium and chromedriver")
+
+
+def run(*args):
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory):
+    """The folder of a table with findings, a trained network and its predictions."""
+    folder = tmp_path_factory.mktemp("view")
+    table = write_phantoms(folder / "phantoms", patients=6, height=1040, width=720, seed=1)
+    with table.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    for row in found:
+        # Two phantoms are the exam of one patient, the first two of a right and a left breast.
+        row["patient_id"] = row["exam_id"] = f"P{int(row['patient_id'].removeprefix('PHANTOM')) // 2}"
+        del row["split"]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    assert run("train", table, *FAST, "--quiet", "--out", folder / "run") == 0
+    assert run("predict", folder / "run" / "best.ckpt", table, "--out", folder / "predictions") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def static(predicted):
+    given = ["--table", predicted / "phantoms" / "phantoms.csv", "--evidence", predicted / "run" / "best.ckpt"]
+    assert run("view", predicted / "predictions", *given, "--static", "--no-browser", "--out", predicted / "page") == 0
+    return predicted / "page"
+
+
+def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
+    text = (static / "data.js").read_text()
+    assert "PHANTOM" not in text and '"P0' not in text and "Exam 1" in text
+    data = json.loads(text.removeprefix("const DATA = ").rstrip(";\n"))
+    errors = [exam["error"] for exam in data["exams"]]
+    assert errors == sorted(errors, reverse=True) and len(errors) == 3
+    assert all([v["view"] for v in exam["views"]] == ["CC", "CC", "MLO", "MLO"] for exam in data["exams"])
+    with_findings = [view for exam in data["exams"] for view in exam["views"] if view["boxes"]]
+    assert with_findings and all(view["truth"]["1"] == 1 for view in with_findings)
+    out = predicted / "named"
+    assert run("view", predicted / "predictions", "--identifiers", "--most", "1", "--static", "--out", out) == 0
+    assert "PHANTOM" in (out / "data.js").read_text()
+    assert (out / "openseadragon.LICENSE.txt").read_text().startswith("Copyright")
+    (predicted / "other").mkdir()
+    (predicted / "other" / "mine.txt").write_text("")
+    assert run("view", predicted / "predictions", "--static", "--out", predicted / "other") == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert run("view", predicted / "run", "--static", "--out", predicted / "none") == 2
+    assert "make them: gigamorph predict" in capsys.readouterr().err
+
+
+PAINTED = "return state.shown.length > 0 && state.shown.every(s => s.viewer.world.getItemCount() && s.canvas)"
+VISIBLE = """const c = state.shown[0].canvas, p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+let n = 0; for (let i = 3; i < p.length; i += 4) n += p[i] > 0; return n"""
+LOADED = "return state.shown.every(s => s.viewer.world.getItemAt(0)?.getFullyLoaded())"
+
+
+@chromium
+def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
+    with browser.browser() as page:
+        page.open(f"file://{static}/index.html")
+        page.wait(PAINTED)
+        page.wait(LOADED)
+        assert page.run("return document.getElementById('position').textContent") == "1 / 3"
+        if folder := os.environ.get("GIGAMORPH_SCREENSHOTS"):
+            page.screenshot(Path(folder) / "view.png")
+        # Every image is seen whole, with its chest wall in the middle of the page.
+        assert page.run(
+            "return state.shown.every(({viewer, view}) => { const b = viewer.viewport.getBounds(), h = view.height / "
+            "view.width; return b.y <= 1e-6 && b.y + b.height >= h - 1e-6 && "
+            "Math.abs(view.side === 'R' ? b.x + b.width - 1 : b.x) < 1e-6; })"
+        )
+        before = page.run(VISIBLE)
+        page.run("threshold.value = 90; threshold.dispatchEvent(new Event('input'))")
+        assert page.run(VISIBLE) < before
+        page.run("opacity.value = 20; opacity.dispatchEvent(new Event('input'))")
+        assert page.run("return state.shown[0].canvas.style.opacity") == "0.2"
+        page.press("e")
+        assert page.run("return getComputedStyle(state.shown[0].canvas).display") == "none"
+        page.press("e")
+        page.press("ArrowRight")
+        page.wait(PAINTED)
+        assert page.run("return document.getElementById('position').textContent") == "2 / 3"
+        page.press("ArrowLeft")
+        page.press("ArrowLeft")
+        assert page.run("return document.getElementById('position').textContent") == "1 / 3"
+        # To the image's own pixels, a findings' box where it is in the file.
+        page.run("order.value = 'score'; order.dispatchEvent(new Event('change'))")
+        page.wait(PAINTED)
+        page.run("const v = state.shown[0].viewer.viewport; v.zoomTo(v.imageToViewportZoom(1), null, true)")
+        page.wait(LOADED)
+        page.wait(
+            "const s = state.shown[0]; return s.viewer.world.getItemAt(0).getTilesToDraw()"
+            ".some(t => t.level === s.view.levels)"
+        )
+        boxes = page.run("return document.querySelectorAll('.box').length")
+        assert boxes == sum(len(s["boxes"]) for s in page.run("return state.shown.map(s => s.view)"))
+        assert page.errors() == []
+
+
+@chromium
+def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
+    exams = read_exams(predicted / "predictions", table=predicted / "phantoms" / "phantoms.csv", split="test")
+    site = Site(exams, None, identifiers=False)
+    site.write_page(predicted / "served")
+    server = make_server(site, predicted / "served", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        assert not (predicted / "served" / "tiles").exists()
+        with urlopen(f"{address}/tiles/0/0/0_0.png") as answer:
+            assert answer.read().startswith(b"\x89PNG")
+        for place in ("/tiles/0/0/9_0.png", "/tiles/99/0/0_0.png", "/../run/best.ckpt", "/evidence/0.js"):
+            with pytest.raises(HTTPError, match="404"):
+                urlopen(address + place)
+        with pytest.raises(HTTPError, match="403"):  # a page elsewhere whose name leads here
+            urlopen(Request(address, headers={"Host": "elsewhere.example:80"}))
+        with browser.browser() as page:
+            page.open(address)
+            page.wait(LOADED.replace("return ", "return state.shown.length > 0 && "))
+            assert page.run("return getComputedStyle(document.querySelector('.evidence')).display") == "none"
+            assert page.errors() == []
+    finally:
+        server.shutdown()
+        server.server_close()

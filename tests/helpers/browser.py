@@ -1,0 +1,98 @@
+"""Headless Chromium, driven by the WebDriver protocol; None where there is none."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1200,900 --allow-file-access-from-files=false"
+).split()
+
+
+def there() -> bool:
+    return all(shutil.which(name) for name in ("chromium", "chromedriver"))
+
+
+class Browser:
+    """One window."""
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        options = {"binary": shutil.which("chromium"), "args": _FLAGS}
+        wanted = {
+            "capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
+        }
+        self._session = f"{base}/session/{self._ask('POST', f'{base}/session', wanted)['sessionId']}"
+
+    @staticmethod
+    def _ask(method: str, url: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        with urlopen(Request(url, data, {"Content-Type": "application/json"}, method=method), timeout=60) as answer:
+            return json.loads(answer.read())["value"]
+
+    def open(self, url: str) -> None:
+        self._ask("POST", f"{self._session}/url", {"url": url})
+
+    def run(self, script: str) -> Any:
+        """What a script returns."""
+        return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": []})
+
+    def wait(self, script: str, seconds: float = 30) -> Any:
+        """Until a script returns something true."""
+        until = time.monotonic() + seconds
+        while not (found := self.run(script)):
+            assert time.monotonic() < until, f"never true: {script}; {self.errors()}"
+            time.sleep(0.1)
+        return found
+
+    def press(self, key: str) -> None:
+        """A key of the keyboard; WebDriver's codes for those that are no letters."""
+        codes = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012"}
+        actions = [{"type": kind, "value": codes.get(key, key)} for kind in ("keyDown", "keyUp")]
+        self._ask("POST", f"{self._session}/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
+
+    def errors(self) -> list[str]:
+        """What the page complained of since it was asked last."""
+        found = self._ask("POST", f"{self._session}/se/log", {"type": "browser"})
+        return [entry["message"] for entry in found if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self._ask("GET", f"{self._session}/screenshot")))
+
+    def close(self) -> None:
+        self._ask("DELETE", self._session)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    """A window that is closed at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(URLError):
+                urlopen(f"http://127.0.0.1:{port}/status", timeout=5)
+                break
+            time.sleep(0.1)
+        window = Browser(f"http://127.0.0.1:{port}")
+        try:
+            yield window
+        finally:
+            window.close()
+    finally:
+        driver.terminate()
+        driver.wait(20)
