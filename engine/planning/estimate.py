@@ -7,8 +7,8 @@
 
                             + what libraries take besides
 
-The tile's share is counted on tensors without values (`simulate.py`), the rest is arithmetic on the schedules; only the last
-term is fitted to measurements (benchmarks/memory.py).
+The tile's share is counted on tensors without values (`simulate.py`), the rest is arithmetic on the schedules; only the
+last term is fitted to measurements (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Estimate:
         Args:
             limit: tiles are replayed where that keeps the peak below it.
             room: the peak up to which graphs of tiles are retained; None for the budget.
-            exact: run a tile of this side on tensors without values; else go by one of another side, where there was one.
+            exact: run a tile of this side without values; else go by one of another side, where there was one.
         """
         graphs = self.staged.stages
         sides = stage_sides(self.staged, tile)

@@ -53,7 +53,8 @@ class TiledStage:
         if axis == 0 and stage.offsets is not None:
             consumers = [*(r.value for r in stage.reductions), *stage.stored]
             return schedule_axis(tile, stage.extent[axis], sources, reads, stage.offsets, consumers, resident)
-        key = (tile, stage.extent[axis], tuple(sources.items()), reads)
+        # Rows and columns are told apart by their schedules, also those of a square.
+        key = (axis, tile, stage.extent[axis], tuple(sources.items()), reads)
         if key not in self._schedules:
             self._schedules[key] = schedule_axis(tile, stage.extent[axis], sources, reads, resident=resident)
         return self._schedules[key]

@@ -126,5 +126,5 @@ def test_the_docs_say_what_was_measured(recorded: dict[str, Any]) -> None:
     assert len(recorded["seeds"]) == 3 and recorded["settings"]["epochs"] == list(morph_training.EPOCHS)
     text = (ROOT / "docs" / "morph.md").read_text()
     assert report.table(recorded) in text
-    assert (RESULTS / "morph_training.png").exists() and "benchmarks/results/morph_training.png" in text
+    assert (RESULTS / "morph_training.png").exists() and "(morph_training.png)" in text
     assert recorded["summary"]["largest_jump"] < 1e-5 and "morph_table.md" in text

@@ -67,7 +67,7 @@ class PatchTask(Task):
             batch = range(first, min(first + self.batch, len(self.val)))
             logits, labels = self._logits(self.val, batch)
             right += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            loss += F.cross_entropy(logits.detach().float(), labels, reduction="sum").item()
         return Score(right / len(self.val), stop=-loss / len(self.val))
 
     def _logits(self, patches: Patches, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def test_killed_while_a_file_is_written(whole, tmp_path, monkeypatch, nth):
 
 def test_killed_by_a_signal_that_cannot_be_caught(whole, tmp_path):
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_stages as t\n"
+        "import os, signal, sys; sys.path[:0] = [sys.argv[1], sys.argv[3]]; import test_stages as t\n"
         f"t.torch.set_num_threads({torch.get_num_threads()})\n"  # the order of sums follows it
         "class Killed(t.Squares):\n"
         "    def loss(self, batch):\n"
@@ -95,7 +95,9 @@ def test_killed_by_a_signal_that_cannot_be_caught(whole, tmp_path):
         "        return super().loss(batch)\n"
         "t.run_stages(Killed(), t.STAGES, t.Run(t.Path(sys.argv[2]), seed=4))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=False)
+    helpers = Path(__file__).parents[2] / "helpers"
+    given = [str(Path(__file__).parent), str(tmp_path), str(helpers)]
+    done = subprocess.run([sys.executable, "-c", code, *given], check=False)
     assert done.returncode == -signal.SIGKILL
     run_stages(Squares(), STAGES, Run(tmp_path, seed=4, resume=True))
     assert_same(whole[0], tmp_path)

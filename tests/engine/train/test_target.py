@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from gigamorph.engine.config import parse_config, to_toml
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.outputs import Outputs
-from gigamorph.engine.published.open import Ensemble
+from gigamorph.engine.published.ensemble import Ensemble, Member
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.network import restore_network
@@ -85,10 +86,14 @@ def test_numbers_are_in_units_of_their_spread():
 def test_numbers_are_no_probabilities_where_networks_are_averaged():
     outputs = Target(("age",), "numbers", (50.0,), (10.0,)).outputs
     preprocessing = SimpleNamespace(channels=1)
-    members = [(lambda image, value=value: torch.tensor([[value]]), preprocessing, outputs) for value in (-1.0, 1.0)]
+    members: Any = [
+        Member(lambda image, value=value: torch.tensor([[value]]), preprocessing, outputs)  # pyright: ignore
+        for value in (-1.0, 1.0)
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gigamorph.engine.published.open.PreparedSource", lambda source, wanted: source)
+        patch.setattr("gigamorph.engine.published.ensemble.PreparedSource", lambda source, wanted: source)
         described = SimpleNamespace(flips=((False, False),), outputs=outputs)
+        patch.setattr("gigamorph.engine.published.ensemble.MirroredSource", lambda source, **mirrored: source)
         found = Ensemble(members, described)("image")
     assert found.tolist() == [[50.0]]
 
