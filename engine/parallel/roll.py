@@ -44,6 +44,8 @@ class Roll:
         """This process has failed."""
         text = "" if is_lost(error) else " ".join(f"{error}".split()) or type(error).__name__
         with contextlib.suppress(RuntimeError):  # the store is gone, with the process that held it
+            if _is_late(error):
+                self.store.set("late", "")
             self.store.set(f"end/{self._rank}", text)
 
     def blame(self, error: BaseException) -> str:
@@ -62,25 +64,22 @@ class Roll:
                 time.sleep(0.05)
             silent = [rank for rank in others if rank not in ends]
             told = {rank: self.store.get(f"here/{rank}").decode() for rank in others}
+            # Who waits too long cuts its connections, and that is all that the next one sees.
+            late = _is_late(error) or self.store.check(["late"])
         except RuntimeError:
-            return f"process 0 of {self._size}, which keeps the roll, is gone{self._advice(error)}"
+            return f"process 0 of {self._size}, which keeps the roll, is gone{_advice(_is_late(error))}"
         failed = [
             f"process {rank} of {self._size} ({told[rank]}) failed: {text}" for rank, text in ends.items() if text
         ]
         if failed:
             return "; ".join(failed)
         if not silent:
-            return f"the {self._size} processes have lost each other ({_brief(error)}){self._advice(error)}"
+            return f"the {self._size} processes have lost each other ({_brief(error)}){_advice(late)}"
         names = ", ".join(f"process {rank} of {self._size} ({told[rank]})" for rank in silent)
-        late = re.search(r"timed? ?out", str(error), re.I)
         what = (
             f"gave no answer within {_span(self._timeout)}: it hangs or has far larger images" if late else "has ended"
         )
-        return f"{names} {what}{self._advice(error)}"
-
-    def _advice(self, error: BaseException) -> str:
-        longer = "; a longer --timeout waits longer" if re.search(r"timed? ?out", str(error), re.I) else ""
-        return f"{longer}; --resume goes on from the last checkpoint"
+        return f"{names} {what}{_advice(late)}"
 
 
 def meet(meeting: str, rank: int, size: int, timeout: timedelta) -> Roll:
@@ -145,6 +144,16 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
     )
+
+
+def _is_late(error: BaseException) -> bool:
+    """Whether another process did not answer in time."""
+    return is_lost(error) and re.search(r"timed? ?out", str(error), re.I) is not None
+
+
+def _advice(late: bool) -> str:
+    longer = "; a longer --timeout waits longer" if late else ""
+    return f"{longer}; --resume goes on from the last checkpoint"
 
 
 def _brief(error: BaseException) -> str:

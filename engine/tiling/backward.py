@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..lowering.geometry import AxisSchedule
 from .forward import ForwardReplays, passed_on
 from .halos import copies, cut
 from .record import Kept, Read, Recorded, WindowGrads, consumers_of, has_grad
@@ -106,11 +105,11 @@ class BackwardPass:
         with scan.watched(), scan.reader(again) as reader:
             for i in reversed(range(tiled.rows.steps)):
                 above = {v: kept.store.get(h) for v, h in kept.above[i].items()}
-                grads_above = self._returned(tiled.rows, i, above, grads_below)
+                grads_above = self._returned(0, i, above, grads_below)
                 grads_right: dict[int, Tensor] = {}
                 for j in reversed(range(tiled.cols.steps)):
                     left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
-                    grads_left = self._returned(tiled.cols, j, left, grads_right)
+                    grads_left = self._returned(1, j, left, grads_right)
                     returned = Returned(Halos(grads_above, grads_left), Halos(grads_below, grads_right))
                     windows = self._tile(i, j, Halos(above, left), returned, consumers, reader, replay)
                     self._add_to_sources(source_grads, windows)
@@ -174,11 +173,14 @@ class BackwardPass:
                     cut(source_grads[source], tiled.axes(source), rect).zero_()
 
     def _returned(
-        self, axis: AxisSchedule, step: int, halos: dict[int, Tensor], handed_back: dict[int, Tensor]
+        self, along: int, step: int, halos: dict[int, Tensor], handed_back: dict[int, Tensor]
     ) -> dict[int, Tensor]:
-        """Zeros for the gradients of halos that enter a step, plus what comes back for those it only passed on."""
+        """Zeros for the gradients of halos that enter a step of rows (0) or columns (1).
+
+        To them is added what comes back for those that it only passed on.
+        """
         tiled = self.scan.tiled
-        along = 0 if axis is tiled.rows else 1
+        axis = (tiled.rows, tiled.cols)[along]
         grads = {v: torch.zeros_like(t) for v, t in halos.items() if v in self.kept.needs}
         for value, grad in grads.items():
             lo, end, start, _ = passed_on(axis, value, step)

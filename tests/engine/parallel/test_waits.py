@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import distributed as dist
 
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.parallel import launch
+from gigamorph.engine.parallel.roll import Roll
 
 SECONDS = 3.0
 
@@ -84,6 +86,17 @@ def test_a_process_that_hangs_is_named_by_all_that_wait_for_it(tmp_path):
     for text in found[:2]:
         assert text.startswith("process 2 of 3 (") and "gave no answer within 3 s" in text and "--timeout" in text
     assert found[2] == "no end"
+
+
+def test_who_was_cut_off_by_one_that_waited_too_long_names_the_same_process():
+    store, errors = dist.HashStore(), ("Timed out waiting 3000ms for recv", "Connection closed by peer")
+    waiting = [Roll(store, rank, 3, timedelta(seconds=SECONDS), again=False) for rank in range(2)]
+    for rank in range(3):
+        store.set(f"here/{rank}", f"host, pid {rank}")
+    for roll, text in zip(waiting, errors, strict=True):
+        roll.end(RuntimeError(text))
+    for roll, text in zip(waiting, errors, strict=True):
+        assert roll.blame(RuntimeError(text)).startswith("process 2 of 3 (host, pid 2) gave no answer within 3 s")
 
 
 def test_a_process_that_dies_is_named_at_once(tmp_path):
