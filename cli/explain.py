@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from . import options, runner
+from . import runner
 
 
 @click.command()
@@ -34,37 +33,9 @@ from . import options, runner
     show_default=True,
     help="png: drawn over the image; tif: values in float32; seg: DICOM SEG, fractional or of the region. Repeatable.",
 )
-@runner.resume
-@click.option("--skip-bad", is_flag=True, help="Put images that cannot be read or written so in quarantine.csv.")
-@runner.max_failures
-@runner.retry_failed
-@runner.shard
-@runner.devices
-@runner.workers
-@runner.engine
-@runner.address
-@runner.as_json
-@options.memory_budget
-@options.device
+@runner.over_images
 def explain(
-    checkpoint: str,
-    images: tuple[str, ...],
-    out: str,
-    method: Any,
-    name: str | None,
-    formats: tuple[Any, ...],
-    resume: bool,
-    skip_bad: bool,
-    max_failures: float | None,
-    retry_failed: bool,
-    shard: tuple[int, int],
-    devices: int,
-    workers: int | None,
-    engine: Any,
-    address: str | None,
-    as_json: bool,
-    memory_budget: int | None,
-    device: str,
+    images: tuple[str, ...], out: str, method: Any, name: str | None, formats: tuple[Any, ...], run: runner.Run
 ) -> None:
     """Show where a prediction comes from, on every pixel of the file as stored.
 
@@ -81,34 +52,12 @@ def explain(
     Example: gigamorph explain run/best.ckpt exam1.dcm --format png --format seg --out explained
     """
     from ..engine.explain import Options
-    from ..engine.explain import explain as run
-    from ..engine.models.folder import digest_of
-    from ..engine.recipes.networks import open_predictor
-    from ..engine.train.checkpoint import load_checkpoint
+    from ..engine.explain import explain as explained
 
-    runner.check_engine(engine, address)
-    if not Path(checkpoint).is_dir():
-        load_checkpoint(checkpoint)
-    chosen = Options(
-        model=digest_of(checkpoint),
-        checkpoint=Path(checkpoint).name,
-        method=method,
-        label=name,
-        formats=tuple(dict.fromkeys(formats)),
-        resume=resume,
-        retry_failed=retry_failed,
-        max_failures=1.0 if skip_bad and max_failures is None else max_failures,
-        shard=shard,
-        devices=devices,
-        device=device,
-        workers=workers,
-        engine=engine,
-        address=address,
-    )
-    opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
-    with runner.watching(as_json, device) as watch:
-        found = run(opener, images, out, chosen, watch)
-    if as_json:
+    chosen = Options(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
+    with runner.watching(run.as_json, chosen.device) as watch:
+        found = explained(run.opener, images, out, chosen, watch)
+    if run.as_json:
         runner.tell_end(found)
         return
     marks = ", marks.csv" if method == "activation" and found.complete else ""

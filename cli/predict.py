@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from . import options, runner
+from . import runner
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record
@@ -38,38 +37,15 @@ _SPLITS = {
     type=click.Path(dir_okay=False),
     help="calibration.json that gigamorph eval wrote of this checkpoint: calibrated probabilities, and who is called.",
 )
-@runner.resume
-@click.option("--skip-bad", is_flag=True, help="Put damaged or missing images in quarantine.csv and go on.")
-@runner.max_failures
-@runner.retry_failed
-@runner.shard
-@runner.devices
-@runner.workers
-@runner.engine
-@runner.address
 @click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
-@runner.as_json
-@options.memory_budget
-@options.device
+@runner.over_images
 def predict(
-    checkpoint: str,
     images: tuple[str, ...],
     out: str,
     heatmaps: bool,
     calibrated_by: str | None,
-    resume: bool,
-    skip_bad: bool,
-    max_failures: float | None,
-    retry_failed: bool,
-    shard: tuple[int, int],
-    devices: int,
-    workers: int | None,
-    engine: Any,
-    address: str | None,
     identifiers: bool,
-    as_json: bool,
-    memory_budget: int | None,
-    device: str,
+    run: runner.Run,
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
 
@@ -95,39 +71,16 @@ def predict(
     Example: gigamorph predict run/best.ckpt archive.parquet --max-failures 1% --devices 4 --out predictions --resume
     """
     from ..engine.evaluate.recalibration import read_calibration
-    from ..engine.models.folder import digest_of
     from ..engine.predict.run import Options
-    from ..engine.predict.run import predict as run
-    from ..engine.recipes.networks import open_predictor
-    from ..engine.train.checkpoint import load_checkpoint
+    from ..engine.predict.run import predict as predicted
 
-    opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
-    runner.check_engine(engine, address)
-    if not Path(checkpoint).is_dir():
-        load_checkpoint(checkpoint)
-    digest = digest_of(checkpoint)
     calibration = None
     if calibrated_by is not None:
-        calibration = read_calibration(calibrated_by, opener(device="cpu").classes, digest)
-    chosen = Options(
-        model=digest,
-        checkpoint=Path(checkpoint).name,
-        heatmaps=heatmaps,
-        identifiers=identifiers,
-        calibration=calibration,
-        resume=resume,
-        retry_failed=retry_failed,
-        max_failures=1.0 if skip_bad and max_failures is None else max_failures,
-        shard=shard,
-        devices=devices,
-        device=device,
-        workers=workers,
-        engine=engine,
-        address=address,
-    )
-    with runner.watching(as_json, device, _grey) as watch:
-        found = run(opener, images, out, chosen, watch)
-    if as_json:
+        calibration = read_calibration(calibrated_by, run.opener(device="cpu").classes, run.options["model"])
+    chosen = Options(heatmaps=heatmaps, identifiers=identifiers, calibration=calibration, **run.options)
+    with runner.watching(run.as_json, chosen.device, _grey) as watch:
+        found = predicted(run.opener, images, out, chosen, watch)
+    if run.as_json:
         runner.tell_end(found)
     else:
         _tell(chosen, Path(out), found)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from . import options
 from .progress import ProgressView
 
 if TYPE_CHECKING:
     from ..engine.predict.options import Summary, Watch
+    from ..engine.predict.predictor import Opener
     from ..engine.train.progress import Progress
 
 
@@ -52,33 +57,88 @@ shard: Any = click.option(
     callback=_parse_shard,
     help="Do the I-th of N parts with about as many pixels each; all into one folder, on machines of any number.",
 )
-devices: Any = click.option(
-    "--devices", type=click.IntRange(1), default=1, show_default=True, help="GPUs, or processes on the CPU, to work on."
-)
-workers: Any = click.option(
-    "--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead."
-)
-as_json: Any = click.option(
-    "--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."
+_OF_A_MODEL = (
+    resume,
+    click.option("--skip-bad", is_flag=True, help="Put images that are damaged or missing in quarantine.csv."),
+    max_failures,
+    retry_failed,
+    shard,
+    click.option(
+        "--devices",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="GPUs, or processes on the CPU, to work on.",
+    ),
+    click.option("--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead."),
+    click.option(
+        "--engine",
+        type=click.Choice(["embedded", "ray"]),
+        default="embedded",
+        show_default=True,
+        help="Work on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
+    ),
+    click.option(
+        "--address", help="Of the Ray cluster, as auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."),
+    options.memory_budget,
+    options.device,
 )
 
 
-engine: Any = click.option(
-    "--engine",
-    type=click.Choice(["embedded", "ray"]),
-    default="embedded",
-    show_default=True,
-    help="Work on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
-)
-address: Any = click.option(
-    "--address", help="Of the Ray cluster, as auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
-)
+@dataclass(frozen=True)
+class Run:
+    """A run over images with a model, as the command line asks for it.
+
+    Attributes:
+        opener: opens the model.
+        options: of the run, by the names of `gigamorph.engine.predict.options.RunOptions`.
+        as_json: tell it as lines of JSON.
+    """
+
+    opener: Opener
+    options: dict[str, Any]
+    as_json: bool
 
 
-def check_engine(engine: str, address: str | None) -> None:
-    """Refuse what another engine is asked for."""
-    if address is not None and engine != "ray":
-        raise click.UsageError("--address is a Ray cluster's; add --engine ray")
+def over_images(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a run over images with its argument ``checkpoint``; it takes them as `run`."""
+
+    @functools.wraps(command)
+    def gathered(
+        checkpoint: str,
+        skip_bad: bool,
+        max_failures: float | None,
+        engine: str,
+        address: str | None,
+        as_json: bool,
+        memory_budget: int | None,
+        **given: Any,
+    ) -> None:
+        from ..engine.models.folder import digest_of
+        from ..engine.recipes.networks import open_predictor
+        from ..engine.train.checkpoint import load_checkpoint
+
+        if address is not None and engine != "ray":
+            raise click.UsageError("--address is a Ray cluster's; add --engine ray")
+        if not Path(checkpoint).is_dir():
+            load_checkpoint(checkpoint)  # before a folder is made or images are looked for
+        names = ("resume", "retry_failed", "shard", "devices", "device", "workers")
+        chosen = {
+            "model": digest_of(checkpoint),
+            "checkpoint": Path(checkpoint).name,
+            "max_failures": 1.0 if skip_bad and max_failures is None else max_failures,
+            "engine": engine,
+            "address": address,
+            **{name: given.pop(name) for name in names},
+        }
+        opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
+        command(run=Run(opener, chosen, as_json), **given)
+
+    for option in reversed(_OF_A_MODEL):
+        gathered = option(gathered)
+    return gathered
 
 
 def warn(text: str) -> None:

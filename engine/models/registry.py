@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
+from .own_code import imported, working_directory_on_path
 from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
 from .results import Columns
@@ -121,8 +119,12 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
 def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     make_torchvision_importable()
     text = str(spec)
-    with _working_directory_on_path():
-        factory = _imported(text, spec.kind, spec.name)
+    with working_directory_on_path():  # what it imports as it is called lies there too
+        factory = imported(f"model {text!r}", spec.kind, spec.name)
+        if not callable(factory):
+            raise GigamorphError(
+                f"model {text!r} is a {type(factory).__name__}, not a function or class that makes a network"
+            )
         try:
             taken = inspect.signature(factory).parameters
         except (TypeError, ValueError):
@@ -158,38 +160,6 @@ _CONTRACT = (
     "it is called with num_classes and, where its signature names it, in_channels, and nothing else but what follows "
     "after a question mark, as in module:factory?width=32"
 )
-
-
-def _imported(spec: str, module_name: str, name: str) -> Callable[..., Any]:
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
-            raise GigamorphError(f"model {spec!r} cannot be imported: {first_line(error)}") from error
-        raise GigamorphError(
-            f"model {spec!r} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "
-            "path; run this in the folder that holds it, or put that folder into PYTHONPATH"
-        ) from error
-    except Exception as error:
-        # The module is the user's: whatever it raises is the answer to "why can it not be imported".
-        raise GigamorphError(f"model {spec!r} cannot be imported: {first_line(error)}") from error
-    if not callable(found):
-        raise GigamorphError(
-            f"model {spec!r} is a {type(found).__name__}, not a function or class that makes a network"
-        )
-    return found
-
-
-@contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    """A console script does not have the working directory on its path; a user's own module lies there."""
-    added = str(Path.cwd())
-    sys.path.insert(0, added)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(added)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
+from ..models.own_code import imported, working_directory_on_path
+from ..models.weights import first_line
 
 make_torchvision_importable()
 
@@ -60,14 +59,14 @@ def make_callbacks(names: Sequence[str]) -> list[Callback]:
 
 def _own(name: str, kind: type, what: str, *arguments: Any) -> Any:
     module, _, attribute = name.partition(":")
-    try:
-        with _working_directory_on_path():
-            found = getattr(importlib.import_module(module), attribute)
-            if isinstance(found, kind):
-                return found
+    with working_directory_on_path():
+        found = imported(f"{what} {name!r}", module, attribute)
+        if isinstance(found, kind):
+            return found
+        try:
             made = _called(found, arguments)
-    except Exception as error:  # the module is the user's
-        raise GigamorphError(f"{what} {name!r} cannot be made: {type(error).__name__}: {error}") from error
+        except Exception as error:  # the code is the user's
+            raise GigamorphError(f"{what} {name!r} cannot be made: {first_line(error)}") from error
     if not isinstance(made, kind):
         raise GigamorphError(f"{what} {name!r} gives a {type(made).__name__}, not a {kind.__name__} of Lightning")
     return made
@@ -77,15 +76,3 @@ def _called(found: Any, arguments: Sequence[Any]) -> Any:
     """One's own class or function takes the arguments if it takes any."""
     wanted = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty]
     return found(*arguments[: len(wanted)])
-
-
-@contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    """A console script does not have the working directory on its path; a user's own module lies there."""
-    added = str(Path.cwd())
-    sys.path.insert(0, added)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(added)

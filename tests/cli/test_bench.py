@@ -1,19 +1,16 @@
+import functools
 import json
 
+import commands
 import pytest
 import torch
 from bench_results import everything
 
-from gigamorph.cli.main import main
 from gigamorph.engine.bench import child, limit, step
 from gigamorph.engine.bench.read import read
 from gigamorph.engine.bench.results import OK, LimitRow, StepRow, Try
 
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main(["bench", *args])
-    return exit_.value.code
+run = functools.partial(commands.run, "bench")
 
 
 @pytest.fixture(autouse=True)

@@ -1,32 +1,24 @@
 import csv
+import functools
 import json
 import shutil
-from pathlib import Path
 
+import commands
 import imagecodecs
 import lookalikes
 import numpy as np
 import pytest
+from commands import rows
 from rich.console import Console
 
 from gigamorph.cli.count import Count
 from gigamorph.cli.data import data
-from gigamorph.cli.main import main
 from gigamorph.cli.picture import show_picture
 from gigamorph.engine.datasets.augment import Augment, augmented
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.images.open import open_pixels
 
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main(["data", *map(str, args)])
-    return exit_.value.code
-
-
-def rows(path):
-    with Path(path).open(newline="") as file:
-        return list(csv.DictReader(file))
+run = functools.partial(commands.run, "data")
 
 
 @pytest.mark.parametrize("command", sorted(data.commands))

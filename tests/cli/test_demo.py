@@ -1,14 +1,7 @@
 import re
 
 import pytest
-
-from gigamorph.cli.main import main
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
+from commands import run
 
 
 @pytest.mark.slow

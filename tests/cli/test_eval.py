@@ -6,15 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from commands import run
 from sklearn.metrics import average_precision_score, roc_auc_score
-
-from gigamorph.cli.main import main
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
 
 
 @pytest.fixture

@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from commands import run
 
 from gigamorph import accelerate
-from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.models import create_model
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
 
 
 def files(folder):

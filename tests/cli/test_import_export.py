@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from commands import rows, run
 from PIL import Image
 from torch import nn
 
 from gigamorph import create_model
-from gigamorph.cli.main import main
 from gigamorph.engine.bench.results import Task
 from gigamorph.engine.bench.work import build
 from gigamorph.engine.datasets.phantom import write_phantoms
@@ -23,18 +23,6 @@ from gigamorph.engine.published.importing import Wishes, import_ensemble, import
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
 GREY = {"mean": (0.3,), "std": (0.1,)}
-
-
-def run(*args):
-    """Exit code of the command line."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def make(folder, outputs, seed=0, **wishes):

@@ -4,14 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from commands import run
 
 from gigamorph.cli.main import _COMMANDS, cli, main
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    return exit_.value.code
 
 
 @pytest.mark.parametrize("command", sorted(_COMMANDS))

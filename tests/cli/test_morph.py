@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 import shlex
@@ -5,24 +6,16 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from rich.console import Console
 
-from gigamorph.cli.main import main
 from gigamorph.cli.morph import morph
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.store import read_state, write_state
 
-
-def call(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, args)])
-    return exit_.value.code
-
-
-def run(*args):
-    return call("morph", *args)
+run = functools.partial(commands.run, "morph")
 
 
 def tiny(num_classes, in_channels):
@@ -282,7 +275,7 @@ def test_every_line_of_the_documentation_runs(folder, named_rates, capsys):
         for line in block.strip().splitlines():
             program, group, *arguments = shlex.split(line)
             capsys.readouterr()
-            assert program == "gigamorph" and call(group, *arguments) == 0, line
+            assert program == "gigamorph" and commands.run(group, *arguments) == 0, line
             out = capsys.readouterr().out
             if group != "morph":
                 continue
@@ -317,5 +310,5 @@ def test_half_precision_files_stay_that(folder, capsys):
 def test_a_grown_network_is_planned_by_its_file(folder, named_rates, capsys):
     assert grow("widen", "a", "b", "--factor", 2) == 0
     capsys.readouterr()
-    assert call("plan", "--model", f"{NET[1]}+b.safetensors", "--size", "256x256", "--channels", 1) == 0
+    assert commands.run("plan", "--model", f"{NET[1]}+b.safetensors", "--size", "256x256", "--channels", 1) == 0
     assert "256" in capsys.readouterr().out

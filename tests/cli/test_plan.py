@@ -1,11 +1,15 @@
+import functools
 import json
 import re
 from io import StringIO
 
+import commands
 import pytest
 from rich.console import Console
 
 from gigamorph.cli.main import main
+
+run = functools.partial(commands.run, "plan")
 
 RESNET = ["--model", "resnet18", "--size", "2048x1536"]
 
@@ -20,12 +24,6 @@ def rates(request, monkeypatch, named_rates):
     """The table of budgets is made for the tests that look at it."""
     if "table" not in request.fixturenames:
         monkeypatch.setattr("gigamorph.cli.plan._compare", lambda *args: ([], "none"))
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main(["plan", *args])
-    return exit_.value.code
 
 
 def test_plan_prints_tile_and_memory_of_the_step_that_training_takes(capsys):

@@ -5,15 +5,9 @@ from pathlib import Path
 import lookalikes
 import pydicom
 import pytest
+from commands import run
 
-from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
+from commands import run
 
-from gigamorph.cli.main import main
 from gigamorph.engine import recipes
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.recipes.claims import Effect, Rule, Synthetic
 from gigamorph.engine.recipes.recipe import Recipe
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(arg) for arg in args])
-    return exit_.value.code
 
 
 @dataclass(frozen=True)

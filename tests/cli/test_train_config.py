@@ -9,9 +9,9 @@ import pytest
 import rich_click as click
 import torch
 import yaml
+from commands import rows, run
 
 from gigamorph import load
-from gigamorph.cli.main import main
 from gigamorph.cli.train import train as command
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.train.checkpoint import load_checkpoint
@@ -19,18 +19,6 @@ from gigamorph.engine.train.config import TrainConfig
 from gigamorph.engine.train.inputs import training_data
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
-
-
-def run(*args):
-    """Exit code of the command line."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +101,7 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
         (["--quiet", "--verbose"], "exclude each other"),
         (["--log", "paper"], "log 'paper' is unknown; take csv"),
-        (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be made: ModuleNotFoundError"),
+        (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: there is no module 'nowhere'"),
         (["--folds", "50"], "50 folds of 4 patients cannot be made; take from 2 to 4"),
         (["--task", "labels", "--label", "mass"], "has no column label_mass; there are cluster"),
     ],

@@ -13,20 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from exactness import errors
 
-from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 
 FAST = ["--model", "training:live", "--epochs", "3", "--accumulate", "4"]
 SPLIT = ["--devices", "2", "--split-image"]
-
-
-def run(*args) -> int:
-    """Exit code of the command line."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code  # pyright: ignore[reportReturnType]
 
 
 @pytest.fixture(scope="module")

@@ -15,25 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import rows, run
 
 from gigamorph import GigamorphError, load
-from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.predict.parts import read_parts
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
-
-
-def run(*args):
-    """Exit code of the command line."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

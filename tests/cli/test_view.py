@@ -10,8 +10,8 @@ from urllib.request import Request, urlopen
 
 import browser
 import pytest
+from commands import run
 
-from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.view.exams import read_exams
 from gigamorph.engine.view.server import make_server
@@ -19,13 +19,6 @@ from gigamorph.engine.view.site import Site
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 chromium = pytest.mark.skipif(not browser.there(), reason="no chromium and chromedriver")
-
-
-def run(*args):
-    """Exit code of the command line."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The runner of predictions: what is done once, by whom, and what bad input does to it."""
 
-import csv
 import functools
 import http.server
 import json
@@ -21,6 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import rows
 from torch import nn
 
 from gigamorph import accelerate
@@ -37,11 +37,6 @@ from gigamorph.engine.predict.run import Options, Summary, Watch, predict
 
 HERE = Options("m", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def keys(out):

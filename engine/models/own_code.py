@@ -1,0 +1,48 @@
+"""Functions and classes of the user's own, in a module of the working directory or an installed one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import GigamorphError
+from .weights import first_line
+
+
+@contextlib.contextmanager
+def working_directory_on_path() -> Iterator[None]:
+    """A console script does not have the working directory on its path; a user's own module lies there."""
+    added = str(Path.cwd())
+    sys.path.insert(0, added)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(added)
+
+
+def imported(what: str, module_name: str, name: str) -> Any:
+    """``name`` of a module, within `working_directory_on_path`.
+
+    Args:
+        what: for messages, as in "model 'nets:tiny'".
+
+    Raises:
+        GigamorphError: if there is no such module, it raises, or has no such name.
+    """
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
+            raise GigamorphError(f"{what} cannot be imported: {first_line(error)}") from error
+        raise GigamorphError(
+            f"{what} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "
+            "path; run this in the folder that holds it, or put that folder into PYTHONPATH"
+        ) from error
+    except Exception as error:
+        # The module is the user's: whatever it raises is the answer to "why can it not be imported".
+        raise GigamorphError(f"{what} cannot be imported: {first_line(error)}") from error
