@@ -1,12 +1,17 @@
-"""Shared by the tests of readers and tables."""
+"""Fixtures that tests of several rooms use."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import image_files
 import numpy as np
 import pytest
+
+from gigamorph import kernels
+from gigamorph.kernels import choice
 
 
 @pytest.fixture
@@ -17,3 +22,11 @@ def write_dicom(tmp_path: Path) -> Callable[..., Path]:
         return image_files.write_dicom(tmp_path / name, pixels, *args, **elements)
 
     return write
+
+
+@pytest.fixture
+def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fused graph of a GPU, each op of it computed by PyTorch: fast, and what runs where cuDNN is the faster."""
+    monkeypatch.setattr(kernels, "enabled", lambda device: True)
+    with choice.override("stock"):
+        yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from gigamorph import accelerate, dense_loss, kernels, plan
+from gigamorph import accelerate, dense_loss, plan
 from gigamorph.engine.cuda_graphs import buffers, recording, replay, signature, whole
 from gigamorph.engine.execution import forward
 from gigamorph.engine.planning.plan import Plan
@@ -89,14 +89,6 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))
     return executor
-
-
-@pytest.fixture
-def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fused graph of a GPU, each op of it computed by PyTorch."""
-    monkeypatch.setattr(kernels, "enabled", lambda device: True)
-    with choice.override("stock"):
-        yield
 
 
 def new_weights(model: nn.Module, seed: int) -> None:

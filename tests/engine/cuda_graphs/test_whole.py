@@ -11,7 +11,7 @@ import copy
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,12 +21,11 @@ from exactness import LIMIT, errors, named, randomize, step, step_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph import PixelSource, accelerate, dense_loss, kernels
+from gigamorph import PixelSource, accelerate, dense_loss
 from gigamorph.engine.cuda_graphs import buffers
 from gigamorph.engine.execution import forward
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
-from gigamorph.kernels import choice
 
 
 class Memory:
@@ -96,14 +95,6 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     return executor
 
 
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fused graph of a GPU, each op of it computed by PyTorch."""
-    monkeypatch.setattr(kernels, "enabled", lambda device: True)
-    with choice.override("stock"):
-        yield
-
-
 class Net(nn.Module):
     """Stem with pooling, a residual block, two kinds of pooling over the image."""
 
@@ -135,7 +126,7 @@ def retain(monkeypatch: pytest.MonkeyPatch, tiles: int) -> None:
 
 @pytest.mark.parametrize(("tile", "retained"), [(120, 1), (120, 0), (48, 9), (48, 4), (48, 0)])
 def test_steps_are_equal(
-    remembered: Remembered, fused: None, monkeypatch: pytest.MonkeyPatch, tile: int, retained: int
+    remembered: Remembered, fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch, tile: int, retained: int
 ) -> None:
     """Bit for bit: outputs, gradients, with other images and weights each time, then inference."""
     retain(monkeypatch, retained)
@@ -157,7 +148,7 @@ def test_steps_are_equal(
     assert remembered.replayed == 3 * 2 + 1
 
 
-def test_of_autocast_and_float32(remembered: Remembered, fused: None) -> None:
+def test_of_autocast_and_float32(remembered: Remembered, fused_with_stock_ops: None) -> None:
     nets, x = [accelerate(build().float(), tile=48) for _ in range(2)], image(101, 86).float()
     for number in range(3):
         found = []

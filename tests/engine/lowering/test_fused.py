@@ -26,14 +26,6 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fused graph, each op of it computed by PyTorch: fast, and what runs where cuDNN is the faster."""
-    monkeypatch.setattr(kernels, "enabled", lambda device: True)
-    with choice.override("stock"):
-        yield
-
-
-@pytest.fixture
 def triton_kernels() -> Iterator[None]:
     with choice.override("triton"):
         yield

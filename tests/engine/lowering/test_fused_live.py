@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +23,6 @@ if not torch.cuda.is_available():
     interpreter.install()
 
 PLAN = sys.modules["gigamorph.engine.planning.search"]  # the package's attribute of that name is the function
-
-
-@pytest.fixture
-def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fused graph, each op of it computed by PyTorch."""
-    monkeypatch.setattr(kernels, "enabled", lambda device: True)
-    with choice.override("stock"):
-        yield
 
 
 class Block(nn.Module):
