@@ -106,7 +106,9 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
         if labelled.get("auc_image") is not None:
             area = f"AUC per image {labelled['auc_image']:.4f} ({labelled['images']} images)"
             breast = "undefined" if labelled["auc_breast"] is None else f"{labelled['auc_breast']:.4f}"
-            click.echo(f"{note}: {area}, per breast {breast} ({labelled['breasts']} breasts)")
+            exam = labelled.get("auc_exam")
+            together = "" if exam is None else f", per exam {exam:.4f} ({labelled['exams']} exams)"
+            click.echo(f"{note}: {area}, per breast {breast} ({labelled['breasts']} breasts){together}")
 
 
 def _grey(warn: Callable[[str], object], classifier: Classifier, records: Sequence[Record]) -> None:

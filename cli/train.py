@@ -24,7 +24,7 @@ _KEYS = {
     **dict.fromkeys(
         ("task", "labels", "channels", "mean", "std", "voi", "for_processing", "white", "augment", "downsample"), "data"
     ),
-    **dict.fromkeys(("skip_bad", "folds"), "data"),
+    **dict.fromkeys(("skip_bad", "folds", "views"), "data"),
     **dict.fromkeys(("lr", "rates", "weight_decay"), "optimizer"),
     "class_weights": "loss",
 }
@@ -91,6 +91,11 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     help="One of several classes; any of the columns label_NAME; classes in their order; numbers in label_NAME.",
 )
 @click.option("--label", "labels", multiple=True, metavar="NAME", help="Of --task labels, numbers: columns to learn.")
+@click.option(
+    "--views",
+    type=click.Choice(["mean", "max", "attention"]),
+    help="Take all images of an exam (patient_id, exam_id) as one sample, its views combined so; default: each image.",
+)
 @options.memory_budget
 @options.batch_norm
 @options.channels
@@ -273,7 +278,8 @@ def _train(
     counts = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
     several = "" if group.size == 1 else f" in {group.size} processes"
     kind = "classes" if config.data.task in ("classes", "ordinal") else config.data.task
-    tell.say(f"{counts} images; {kind} {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
+    samples = "images" if config.data.views is None else f"exams ({config.data.views} of their views)"
+    tell.say(f"{counts} {samples}; {kind} {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
     if config.data.mean == "auto":
         scale = images.preprocessing["normalize"]
         tell.say(f"mean {scale['mean']} and std {scale['std']} of the training images")
@@ -324,7 +330,7 @@ def scores_line(found: dict[str, float | int | None]) -> str:
     from ..engine.train.metrics import SHOWN
 
     parts = []
-    for level, plural in (("image", "images"), ("breast", "breasts")):
+    for level, plural in (("image", "images"), ("breast", "breasts"), ("exam", "exams")):
         for name in (own for own in found if own.endswith(f"_{level}")):
             value = found[name]
             shown = SHOWN[name.replace(level, "image")]

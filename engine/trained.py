@@ -61,6 +61,23 @@ class Trained:
                 row.copy_(torch.tensor(one.log_odds if one.numbers else one.probabilities))
         return found
 
+    def predict_exam(self, views: Sequence[str | Path]) -> Tensor:
+        """Probabilities (classes,) of an exam of several views, by a network that was trained on such (``--views``).
+
+        Args:
+            views: image files.
+
+        Raises:
+            GigamorphError: if it was trained on single images. DataError, BudgetError: as `predict`.
+        """
+        outputs = outputs_of(self.net)
+        if outputs is None or outputs.views is None:
+            raise GigamorphError("this network was trained on single images; take predict, and combine them yourself")
+        with torch.no_grad():
+            rows = torch.cat([self.net(self._item(path)["image"]) for path in views]).double().cpu()
+        log_odds = outputs.log_odds(outputs.together(rows))[0]
+        return log_odds if outputs.numbers else torch.sigmoid(log_odds)
+
     def _item(self, path: str | Path) -> dict[str, Any]:
         if not isinstance(path, (str, Path)):
             raise GigamorphError(

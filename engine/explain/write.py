@@ -159,7 +159,8 @@ class _Explain(Job):
         else:
             collections.deque(marks(), maxlen=0)
         outputs = outputs_of(self._classifier.net)
-        if outputs is not None and outputs.numbers:  # which are not combined as probabilities are
+        # Numbers are not combined as probabilities are; a network that combines views itself does it otherwise.
+        if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
         exams = (views for views in index.groups("exam") if len(views) > 1)
         first = next(exams, None)

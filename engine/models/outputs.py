@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GigamorphError
+from .views import Views, pool
 
 Activation = Literal["softmax", "sigmoid", "probability", "ordinal", "number", "features"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -74,14 +75,17 @@ class Head:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The heads of a network, whose columns stand side by side in its output (N, columns).
+    """The heads of a network, whose columns stand side by side in its output (N, width).
 
     Attributes:
         averaged: what is given are log-odds (N, names) already, as of an ensemble.
+        views: how several views of an exam are one; "attention" is by one column more, the last. None for networks
+            of single images.
     """
 
     heads: tuple[Head, ...]
     averaged: bool = False
+    views: Views | None = None
 
     @classmethod
     def of(cls, activation: Activation, columns: int, classes: tuple[str, ...] = ()) -> Outputs:
@@ -94,6 +98,11 @@ class Outputs:
     @property
     def columns(self) -> int:
         return sum(head.columns for head in self.heads)
+
+    @property
+    def width(self) -> int:
+        """Columns of the network's output."""
+        return self.columns + (self.views == "attention")
 
     @property
     def names(self) -> list[str]:
@@ -123,11 +132,16 @@ class Outputs:
         return all(head.activation != "features" for head in self.heads)
 
     def log_odds(self, values: Tensor) -> Tensor:
-        """(N, columns) of the network -> (N, names), differentiable."""
+        """(N, columns) or (N, width) of the network -> (N, names), differentiable."""
         if self.averaged:
             return values
-        parts = torch.split(values, [head.columns for head in self.heads], 1)
+        parts = torch.split(values[:, : self.columns], [head.columns for head in self.heads], 1)
         return torch.cat([head.log_odds(part) for head, part in zip(self.heads, parts, strict=True)], 1)
+
+    def together(self, rows: Tensor) -> Tensor:
+        """What the network gives of an exam's views (views, width) as that of the exam, (1, columns); see `views`."""
+        assert self.views is not None
+        return pool(rows, self.views, exclusive=self.heads[0].activation == "softmax")
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain containers; `from_json` reads them back."""

@@ -38,12 +38,13 @@ RESULTS = pa.schema(
         ("label", pa.int64()),
         ("log_odds", pa.list_(pa.float64())),
         ("exclusive", pa.bool_()),
+        ("row", pa.list_(pa.float64())),
         ("pixels", pa.int64()),
         ("heatmap", pa.string()),
     ]
 )
 """Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient
-stands for a patient whom only a DICOM header names."""
+stands for a patient whom only a DICOM header names; row is what the network gave, where it combines views by that."""
 OpenImages = Callable[[Sequence[Record]], Images]
 """Records -> their images."""
 
@@ -127,7 +128,8 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         else:
             with torch.no_grad():
                 explained, logits, which = None, net(source)[0], 0
-    found = prediction(item, logits, outputs_of(net))
+    outputs = outputs_of(net)
+    found = prediction(item, logits, outputs)
     record = work.row.record
     result = {
         "key": work.key,
@@ -142,6 +144,7 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         "label": found.label,
         "log_odds": list(found.log_odds),
         "exclusive": found.exclusive,
+        "row": logits.tolist() if outputs is not None and outputs.views is not None else None,
         "pixels": source.shape[-2] * source.shape[-1],
         "heatmap": None,
     }

@@ -118,7 +118,7 @@ class _Predict(Job):
             self._classifier.classes,
             options.calibration,
             identifiers=options.identifiers,
-            numbers=outputs is not None and outputs.numbers,
+            outputs=outputs,
         )
         model: dict[str, str] = {"checkpoint": options.checkpoint, "sha256": options.model}
         if options.calibration is not None:

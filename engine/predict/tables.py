@@ -15,9 +15,11 @@ from ..datasets.tables.cells import escape
 from ..evaluate.read import ODDS, PROBABILITY, VALUE
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically
+from ..models.outputs import Outputs
 from ..train.metrics import Prediction, per_breast, per_exam, scores
 from .index import Index, Level
 from .rows import Row
+from .views import combined
 
 MEASURED = 200_000
 """Labelled images that are measured here; more are measured of the table, by `gigamorph eval`."""
@@ -32,19 +34,22 @@ def write_tables(
     calibration: Calibration | None,
     *,
     identifiers: bool,
-    numbers: bool = False,
+    outputs: Outputs | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Write the tables of all rows that have a result, and of the failures.
 
     Args:
         index: also holds what does not fit into memory.
         identifiers: header_patient is a name; otherwise it is numbered.
-        numbers: what is predicted are numbers, in columns value_NAME, no probabilities.
+        outputs: what the network gives, see `outputs_of`. Numbers are in columns value_NAME, no probabilities; of
+            networks that were trained on several views as one, breasts and exams are combined as they do it.
 
     Returns:
         The measures (`scores`) of the labelled images of each split; nothing if they are more than `MEASURED`.
     """
     labelled: list[Prediction] = []
+    numbers = outputs is not None and outputs.numbers
+    exams: list[Prediction] = []
 
     def predictions() -> Iterator[Prediction]:
         joined = index.joined(results)
@@ -70,6 +75,12 @@ def write_tables(
     def together(level: Level, merged: Callable[[Sequence[Prediction]], list[Prediction]]) -> Iterator[list[object]]:
         batch: list[Prediction] = []
         for group in index.groups(level):
+            if outputs is not None and outputs.views is not None:
+                one = combined(outputs, calibration, level, group)
+                if level == "exam" and one.label is not None and len(exams) <= MEASURED:
+                    exams.append(one)
+                yield [one.image, *_row(one)[1:]]
+                continue
             batch += group
             if len(batch) >= _TOGETHER:
                 yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
@@ -84,7 +95,12 @@ def write_tables(
         write_atomically(out / name, functools.partial(_write, header=head, rows=rows), "table")
     if len(labelled) > MEASURED:
         return {}
-    return {split: scores([one for one in labelled if one.split == split]) for split in ("test", "val", "train", "")}
+
+    def measured(split: str) -> dict[str, float | int | None]:
+        own = [one for one in exams if one.split == split]
+        return scores([one for one in labelled if one.split == split]) | (scores(own) if own else {})
+
+    return {split: measured(split) for split in ("test", "val", "train", "")}
 
 
 def write_failures(index: Index, out: Path) -> None:
@@ -119,6 +135,7 @@ def prediction_of(
         exam=own.exam_id or "",
         split=own.split or "",
         exclusive=result["exclusive"],
+        row=tuple(result.get("row") or ()),
     )
     if calibration is None:
         return found

@@ -15,6 +15,7 @@ from ..accelerate import Accelerated
 from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate import odds
+from ..images.pixels import PixelSource
 from ..models.outputs import Outputs
 from .curves import write_curves
 from .data import Images, tell_epoch
@@ -27,8 +28,10 @@ from .task import Score, Task
 class Classification(Task):
     """A target learnt by a network that takes pixel sources; the score is the AUC per image, or what a target has.
 
+    Of several views of an exam that are one sample it is that per exam.
+
     Args:
-        net: an accelerated network, (N, C, H, W) or pixel sources -> (N, columns of the target).
+        net: an accelerated network, (N, C, H, W) or pixel sources -> (N, width of the target).
         train: images of the epochs; told which one it is where they have a ``set_epoch``.
         val: images that choose the best epoch; where the score is not defined (of one class alone), by the loss.
         record: what checkpoints say of the network.
@@ -61,8 +64,8 @@ class Classification(Task):
         return super().order(count, generator) if self.drawn is None else generator.choice(count, count, p=self.drawn)
 
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
-        self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))
-        logits = logits_of_items(self.module, batch)
+        self.meter.image(sum(map(pixels_of, batch)))
+        logits = logits_of_items(self.module, batch, self.target.outputs)
         truth = self.target.truth([item["record"] for item in batch])
         return self.target.losses(logits, truth, self.settings, self.weights).mean()
 
@@ -105,23 +108,39 @@ class Classification(Task):
         with torch.no_grad():
             for index in range(self.group.turn, len(images), self.group.at_once):
                 item = images[index]
-                self.meter.image(item["image"].shape[-2] * item["image"].shape[-1])
-                found.append(prediction(item, logits_of_items(self.module, [item])[0], self.target.outputs))
+                self.meter.image(pixels_of(item))
+                logits = logits_of_items(self.module, [item], self.target.outputs)
+                found.append(prediction(item, logits[0], self.target.outputs))
                 self.meter.image_done()
         return self.group.in_order(found)
 
 
-def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]]) -> Tensor:
-    """(images, outputs) of a data set's items.
+def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Outputs | None = None) -> Tensor:
+    """(items, outputs) of a data set's items: of images, or of exams, whose views go through the network one by one.
+
+    Args:
+        outputs: how views are combined; None where items are images.
 
     Raises:
         BudgetError: naming the first image's file.
     """
-    sources = [item["image"] for item in items]
+    sources = [source for item in items for source in _sources(item)]
     try:
-        return net(sources[0] if len(sources) == 1 else sources)
+        rows = net(sources[0] if len(sources) == 1 else sources)
     except BudgetError as error:  # the larger images of a set may not fit
         raise BudgetError(f"{items[0]['record'].path}: {error}") from error
+    if outputs is None or outputs.views is None:
+        return rows
+    return torch.cat([outputs.together(part) for part in rows.split([len(_sources(item)) for item in items])])
+
+
+def pixels_of(item: Mapping[str, Any]) -> int:
+    """How many pixels an item has, of all its views."""
+    return sum(source.shape[-2] * source.shape[-1] for source in _sources(item))
+
+
+def _sources(item: Mapping[str, Any]) -> Sequence[PixelSource]:
+    return item.get("views") or [item["image"]]
 
 
 def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
@@ -131,7 +150,7 @@ def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
 
 
 def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = None) -> Prediction:
-    """One image's prediction from its logits (classes,).
+    """The prediction of one image, or of an exam of several views, from its logits (classes,).
 
     Patient, laterality and view come from the table, else from the DICOM header.
 
@@ -139,7 +158,8 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
         outputs: what the logits are, where they are not those of one softmax, see `outputs_of`.
     """
     record: Record = item["record"]
-    header = getattr(getattr(item["image"], "stored", None), "info", None)
+    together = "views" in item
+    header = None if together else getattr(getattr(item["image"], "stored", None), "info", None)
     # Tables without patients stand each image for itself.
     patient = record.patient_id
     if Path(patient).name == record.path.name:
@@ -147,7 +167,7 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
     values = logits.detach().double().cpu()
     log_odds = odds.of_logits(values.numpy()) if outputs is None else outputs.log_odds(values[None])[0].numpy()
     return Prediction(
-        image=str(record.path),
+        image="_".join(filter(None, (record.patient_id, record.exam_id))) if together else str(record.path),
         log_odds=tuple(log_odds.tolist()),
         exclusive=outputs is None or outputs.exclusive,
         numbers=outputs is not None and outputs.numbers,
@@ -158,4 +178,5 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
         view=record.view or getattr(header, "view", None) or "",
         exam=record.exam_id or "",
         split=record.split or "",
+        level="exam" if together else "image",
     )

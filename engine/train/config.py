@@ -15,6 +15,7 @@ from ..images.pixels import Normalize
 from ..models.folder import is_folder, read_description
 from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
+from ..models.views import Views
 from ..tiling.memory import parse_bytes
 from .inputs import Labels
 from .options import TrainOptions
@@ -44,6 +45,9 @@ class DataOptions:
     downsample: int = 1
     """Average so many pixels in both directions: what a baseline of lower resolution sees."""
     skip_bad: bool = False
+    views: Views | None = None
+    """Take the views of an exam (patient_id, exam_id) as one sample: by the mean of their logits, the highest, or
+    attention over the views."""
     folds: int | None = None
     """Cross-validation by patient: as many runs."""
 
@@ -103,7 +107,7 @@ class TrainConfig(TrainOptions):
         own = self.data
         normalize: Any = "auto" if own.mean == "auto" else Normalize(_numbers(own.mean), _numbers(own.std))
         return {
-            "labels": Labels(own.task, own.labels, own.classes),
+            "labels": Labels(own.task, own.labels, own.classes, own.views),
             "channels": own.channels,
             "normalize": normalize,
             "voi": own.voi,

@@ -53,13 +53,19 @@ class Data:
         if not len(self.train):
             raise DataError("no training images: give rows of split 'train', or leave the column out to have it made")
         where: dict[str, str] = {}
+        what = "image" if self.target.views is None else "exam"
         for name, images in self.parts.items():
-            for record in images.records:
+            for record in samples_of(images):
                 if not self.target.knows(record):
-                    raise DataError(f"{record.path}: has no label; training needs one for each image")
+                    raise DataError(f"{record.path}: has no label; training needs one for each {what}")
                 first = where.setdefault(record.patient_id, name)
                 if first != name:
                     raise DataError(f"patient {record.patient_id} is in both {first} and {name}; split by patient")
+
+
+def samples_of(images: Images) -> list[Record]:
+    """A record for each item: of the image, or of the exam that its views are of."""
+    return getattr(images, "samples", images.records)
 
 
 def tell_epoch(images: Any, epoch: int) -> None:

@@ -21,7 +21,7 @@ from ..tiling.memory import format_bytes
 from .card import Card, write_card
 from .checkpoint import load_checkpoint, write_atomically
 from .classify import Classification
-from .data import Data
+from .data import Data, samples_of
 from .loop import Trained, run_stages
 from .metrics import Prediction, as_cases, scores
 from .network import build_network
@@ -100,7 +100,7 @@ def fit(
     if options.patience is not None and not len(data.val):
         log.warning("patience has no effect: there are no validation images, and all epochs are trained")
     shape = (1, *data.train[0]["image"].shape)
-    check_classifier(net._network, options.model, shape, data.target.columns, options.device)
+    check_classifier(net._network, options.model, shape, data.target.width, options.device)
     watch = watch or Watch()
     if watch.say is not None:
         for line in proposal(net, data, options):
@@ -143,7 +143,7 @@ def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path
 
 
 def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str, Any]) -> Classification:
-    target, records = data.target, data.train.records
+    target, records = data.target, samples_of(data.train)
     return Classification(
         net,
         data.train,

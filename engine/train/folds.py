@@ -15,8 +15,8 @@ from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate.read import write_cases
 from ..files import write_atomically
-from .data import Data
-from .metrics import Prediction, as_cases
+from .data import Data, samples_of
+from .metrics import COUNTS, Prediction, as_cases
 
 
 def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Record]]:
@@ -53,7 +53,7 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
 
 def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -> None:
     """``val.csv``: what a run says of the images that it did not learn from; patients as the table names them."""
-    known = zip(predictions, data.val.records, strict=True)
+    known = zip(predictions, samples_of(data.val), strict=True)
     named = [found if record.patient_known else replace(found, patient="") for found, record in known]
     write_cases(out / "val.csv", as_cases(named, data.classes))
 
@@ -66,7 +66,7 @@ def summarise(out: Path, count: int) -> Iterator[str]:
     metrics = [json.loads((out / f"fold{number + 1}" / "metrics.json").read_text()) for number in range(count)]
     found: dict[str, dict[str, float | int]] = {}
     for part in ("val", "test"):
-        for name in [key for key in metrics[0].get(part, ()) if not key.startswith(("images", "breasts"))]:
+        for name in [key for key in metrics[0].get(part, ()) if key not in COUNTS]:
             values = [one[part][name] for one in metrics if one.get(part, {}).get(name) is not None]
             if values:
                 spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from ..datasets.augment import Augment
 from ..datasets.dataset import ImageDataset
+from ..datasets.exams import ExamDataset, exam_of
 from ..datasets.grey import grey_warnings
 from ..datasets.splits import assign_splits, check_leaks
 from ..datasets.tables import Record, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
-from .data import Data
+from ..models.views import Views
+from .data import Data, samples_of
 from .folds import draw_folds
 from .survey import normalize_of, unreadable
 from .target import Kind, Target
@@ -30,11 +32,13 @@ class Labels:
         kind: as in `Target`.
         names: of "labels" and "numbers" the columns label_NAME; all of them where none is named.
         classes: of "classes" and "ordinal" their names in order; as in `read_table` where none is named.
+        views: how the views of an exam (patient, exam_id) are one sample, as in `Target`; None takes single images.
     """
 
     kind: Kind = "classes"
     names: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    views: Views | None = None
 
 
 def training_data(
@@ -85,7 +89,7 @@ def training_data(
         preprocessing["normalize"] = normalize_of(learnt).to_dict()
     if augment is not None:
         preprocessing["augment"] = str(augment)
-    train, val, test = (
+    parts = [
         images(
             [record for record in records if record.split == name],
             channels,
@@ -94,10 +98,15 @@ def training_data(
             seed=seed,
         )
         for name in ("train", "val", "test")
-    )
-    for text in _told(records, train, target, Path(table)):
+    ]
+    train, val, test = (_samples(part, target) for part in parts)
+    for text in [*_unlearnable(target, samples_of(train), Path(table)), *_strange(records, parts[0])]:
         warn(text)
-    return Data(train, val, test, target.names, channels, preprocessing, target.measured_on(train.records))
+    return Data(train, val, test, target.names, channels, preprocessing, target.measured_on(samples_of(train)))
+
+
+def _samples(part: ImageDataset, target: Target) -> ImageDataset | ExamDataset:
+    return part if target.views is None else ExamDataset(part, numbers=target.kind == "numbers")
 
 
 def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> list[Record]:
@@ -108,15 +117,13 @@ def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> li
     return drawn
 
 
-def _told(records: Sequence[Record], train: ImageDataset, target: Target, table: Path) -> list[str]:
-    """What people should know of a table before they train on it; `DataError` if all images have one label."""
-    found = _unlearnable(target.names, train.records, table) if target.kind in ("classes", "ordinal") else []
+def _strange(records: Sequence[Record], train: ImageDataset) -> list[str]:
+    """What people should know of a table's images before they train on it."""
     unknown = sum(not record.patient_known for record in records)
-    if unknown:
-        found.append(
-            f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits"
-        )
-    return found + grey_warnings(train)
+    if not unknown:
+        return grey_warnings(train)
+    text = f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits"
+    return [text, *grey_warnings(train)]
 
 
 def _read(
@@ -129,15 +136,18 @@ def _read(
     """
     if labels.kind in ("classes", "ordinal"):
         read = read_table(table, classes=labels.classes or None, check_files=check_files)
-        return read.records, Target(tuple(read.classes), labels.kind)
+        return read.records, Target(tuple(read.classes), labels.kind, views=labels.views)
     read = read_table(table, labels=False, check_files=check_files)
     there = list(dict.fromkeys(name for record in read.records for name in record.labels))
     absent = [name for name in labels.names if name not in there]
     if absent or not there:
         known = f"there are {', '.join(there)}" if there else "it has no columns label_NAME"
         raise DataError(f"{table}: has no column label_{(absent or ['NAME'])[0]}; {known}")
-    target = Target(labels.names or tuple(there), labels.kind)
+    target = Target(labels.names or tuple(there), labels.kind, views=labels.views)
     records = [record for record in read.records if target.knows(record)]
+    if labels.views is not None:  # a view without labels is of an exam with some
+        known = set(map(exam_of, records))
+        records = [record for record in read.records if exam_of(record) in known]
     if len(records) < len(read.records):
         warn(f"{len(read.records) - len(records)} of {len(read.records)} images have no label, and are left out")
     if labels.kind == "labels":
@@ -148,12 +158,16 @@ def _read(
     return records, target
 
 
-def _unlearnable(classes: Sequence[str], records: Sequence[Record], table: Path) -> list[str]:
-    """`DataError` if all training images have one label; what else is to be told of label columns."""
+def _unlearnable(target: Target, records: Sequence[Record], table: Path) -> list[str]:
+    """`DataError` if all training images, or exams, have one label; what else is to be told of label columns."""
+    if target.kind not in ("classes", "ordinal"):
+        return []
     found = {record.label for record in records}
     if len(found) == 1:
-        name = classes[found.pop()]
-        raise DataError(f"{table}: all {len(records)} training images have label {name}; training needs another class")
+        name, samples = target.names[found.pop()], "images" if target.views is None else "exams"
+        raise DataError(
+            f"{table}: all {len(records)} training {samples} have label {name}; training needs another class"
+        )
     names = sorted({name for record in records for name in record.labels})
     # A label that was made from a column is that column.
     if any(all(r.labels.get(name) == r.label for r in records) for name in names):

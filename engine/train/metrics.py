@@ -15,7 +15,7 @@ from ..evaluate.roc import labelwise_auc
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one image.
+    """What the network says of one image, or of an exam of several views that are one sample.
 
     ``log_odds`` are those of each class against all others, float64: large logits keep their order, which probabilities
     near 1 do not. ``patient``, ``exam`` and ``laterality`` name the breast; ``laterality`` is "" where it is not known,
@@ -35,6 +35,9 @@ class Prediction:
     exclusive: bool = True
     numbers: bool = False
     truth: tuple[float, ...] | None = None
+    level: Level = "image"
+    row: tuple[float, ...] = ()
+    """What the network gave, where views are combined by that."""
 
     @property
     def known(self) -> bool:
@@ -67,6 +70,7 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
         exams=tuple(p.exam for p in predictions),
         sides=tuple(p.laterality for p in predictions),
         kind="binary" if binary else "classes" if exclusive else "numbers" if numbers else "labels",
+        level=predictions[0].level if predictions else "image",
         probable=not numbers,
         columns={"view": tuple(p.view for p in predictions), "split": tuple(p.split for p in predictions)},
     )
@@ -114,20 +118,22 @@ def _grouped(predictions: Sequence[Prediction], level: Level) -> list[Prediction
     ]
 
 
-COUNTS = ("images", "breasts")
-SMALLER = ("mae_image", "mae_breast")
+COUNTS = ("images", "breasts", "exams")
+SMALLER = ("mae_image", "mae_breast", "mae_exam")
 """Measures of `scores` that are better when they are smaller."""
-SHOWN = {"auc_image": "AUC", "mae_image": "MAE"}
+SHOWN = {"auc_image": "AUC", "mae_image": "MAE", "auc_exam": "AUC", "mae_exam": "MAE"}
 
 
 def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
-    """Measures per image and per breast with the counts, over the predictions whose truth is known.
+    """Measures per image and per breast with the counts, over the predictions whose truth is known; of exams per exam.
 
     AUC (of several classes or labels the mean); of numbers the mean absolute error (mae). None where not defined.
     """
     known = [p for p in predictions if p.known]
-    breasts = per_breast(known)
     name, measure = ("mae", mae_of) if any(p.numbers for p in known) else ("auc", auc_of)
+    if predictions and predictions[0].level == "exam":
+        return {"exams": len(known), f"{name}_exam": measure(known)}
+    breasts = per_breast(known)
     return {
         "images": len(known),
         f"{name}_image": measure(known),

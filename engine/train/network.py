@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accelerate import Accelerated, accelerate
-from ..errors import DataError
+from ..errors import DataError, GigamorphError
 from ..models import create_model, load_weights
 from ..models.outputs import Outputs, set_outputs
 from ..morph.origin import Origin
@@ -20,8 +20,17 @@ def target_of(record: Mapping[str, Any]) -> Target:
 
 
 def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
-    """What the outputs of a checkpoint's network are."""
+    """What the outputs of a checkpoint's network are, for a folder that describes it.
+
+    Raises:
+        GigamorphError: it combines views, which a folder cannot say.
+    """
     target = target_of(record)
+    if target.views is not None:
+        raise GigamorphError(
+            f"the network was trained on exams of several views (views {target.views!r}), which other programs would "
+            "take for single images; predict with its checkpoint"
+        )
     return target.outputs or Outputs.of("softmax", len(target.names), target.names)
 
 
@@ -29,11 +38,11 @@ def build_network(record: dict[str, Any], weights: str | Path | None = None, spl
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
     options, target = record["options"], target_of(record)
     if "grown" in record:
-        model = Origin.from_record(record["grown"]).build(options["model"], target.columns)
+        model = Origin.from_record(record["grown"]).build(options["model"], target.width)
         if weights is not None:
             load_weights(model, weights)
     else:
-        model = create_model(options["model"], target.columns, record["channels"], weights)
+        model = create_model(options["model"], target.width, record["channels"], weights)
     model = model.to(options["device"])
     net = accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
     if target.outputs is not None:

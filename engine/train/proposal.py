@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,24 +28,29 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
     """
     count = len(data.train)
     chosen = sorted({round(number) for number in np.linspace(0, count - 1, _LOOKED_AT)})
-    shapes = {number: tuple(data.train[number]["image"].shape) for number in chosen}
-    largest = max(shapes, key=lambda number: shapes[number][-2] * shapes[number][-1])
-    _, height, width = shapes[largest]
+    looked = [_look(data.train[number]) for number in chosen]
+    shape, path, _ = max(looked, key=lambda one: one[0][-2] * one[0][-1])
+    samples = "images" if data.target.views is None else "exams"
     net.train()
     try:
         with torch.enable_grad():
-            plan = net.plan_for((1, *shapes[largest]))
+            plan = net.plan_for((1, *shape))
     except BudgetError as error:
-        raise BudgetError(f"{data.train.records[largest].path}: {error}") from error
+        raise BudgetError(f"{path}: {error}") from error
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
     yield (
-        f"largest of {len(shapes)} images looked at: {height} x {width}, {tiles}, "
+        f"largest of {sum(count for _, _, count in looked)} images looked at: {shape[-2]} x {shape[-1]}, {tiles}, "
         f"predicted peak {format_bytes(plan.peak_bytes)} of {budget}"
     )
     steps, epochs = -(-count // options.accumulate), sum(s.epochs for s in options.stages) or options.epochs
     yield (
-        f"{min(options.accumulate, count)} images per optimizer step (accumulate), {steps} steps per epoch, "
+        f"{min(options.accumulate, count)} {samples} per optimizer step (accumulate), {steps} steps per epoch, "
         f"{steps * epochs} in {epochs} epochs"
     )
+
+
+def _look(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Path, int]:
+    """Shape of an image, or of the largest view of an exam; its file; how many views there are."""
+    return tuple(item["image"].shape), item["record"].path, len(item.get("views", (1,)))

@@ -15,10 +15,17 @@ from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
-from ..models.outputs import Head, Outputs
+from ..models.outputs import Activation, Head, Outputs
+from ..models.views import Views
 from .options import Loss
 
 Kind = Literal["classes", "labels", "ordinal", "numbers"]
+_ACTIVATIONS: dict[Kind, Activation] = {
+    "classes": "softmax",
+    "labels": "sigmoid",
+    "ordinal": "ordinal",
+    "numbers": "number",
+}
 
 
 @dataclass(frozen=True)
@@ -32,28 +39,33 @@ class Target:
             2021), one output fewer than classes. "labels": any of them, a logit for each. "numbers": an output for
             each, in units of ``spread`` around ``center``.
         center, spread: mean and standard deviation of each number over the training images.
+        views: how several views of an exam are one sample, see `gigamorph.engine.models.views`; None for single images.
     """
 
     names: tuple[str, ...]
     kind: Kind = "classes"
     center: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
+    views: Views | None = None
 
     @property
     def columns(self) -> int:
-        """Outputs of the network."""
+        """Logits or numbers of a sample."""
         return len(self.names) - (self.kind == "ordinal")
 
     @property
+    def width(self) -> int:
+        """Outputs of the network, of which one may be the attention that a view gets."""
+        return self.columns if self.outputs is None else self.outputs.width
+
+    @property
     def outputs(self) -> Outputs | None:
-        """What the network's outputs are; None for logits of a softmax."""
-        if self.kind == "classes":
+        """What the network's outputs are; None for logits of a softmax of single images."""
+        if self.kind == "classes" and self.views is None:
             return None
-        if self.kind == "labels":
-            return Outputs((Head(self.names, "sigmoid", self.columns),))
-        if self.kind == "ordinal":
-            return Outputs((Head(self.names, "ordinal", self.columns),))
-        return Outputs((Head(self.names, "number", self.columns, center=self.center, spread=self.spread),))
+        activation = _ACTIVATIONS[self.kind]
+        head = Head(self.names, activation, self.columns, center=self.center, spread=self.spread)
+        return Outputs((head,), views=self.views)
 
     def to_plain(self) -> dict[str, Any]:
         """For a checkpoint; `from_plain` reads it back."""
@@ -62,7 +74,8 @@ class Target:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Target:
         """The inverse of `to_plain`."""
-        return cls(tuple(values["names"]), values["kind"], tuple(values["center"]), tuple(values["spread"]))
+        center, spread = tuple(values["center"]), tuple(values["spread"])
+        return cls(tuple(values["names"]), values["kind"], center, spread, values.get("views"))
 
     def measured_on(self, records: Sequence[Record]) -> Target:
         """Of numbers: with mean and standard deviation over these images; otherwise as it is.
