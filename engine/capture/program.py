@@ -121,6 +121,9 @@ class Program:
         return [v for v, value in enumerate(self.values) if value.name is not None or value.constant is not None]
 
 
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+
+
 def refs(tree: Any) -> list[int]:
     """Numbers of all values in a tree of arguments, in order."""
     return [leaf.value for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
@@ -128,6 +131,15 @@ def refs(tree: Any) -> list[int]:
 
 def bind(tree: Any, env: Any) -> Any:
     """The tree with every `Ref` replaced by `env[number]`."""
+    kind = type(tree)
+    if kind is Ref:
+        return env[tree.value]
+    if kind in _PLAIN:
+        return tree
+    if kind is tuple:  # an op's arguments, of every tile: a tenth of the time of `tree_map`
+        return tuple([bind(part, env) for part in tree])
+    if kind is dict:
+        return {key: bind(part, env) for key, part in tree.items()}
     return tree_map(lambda leaf: env[leaf.value] if isinstance(leaf, Ref) else leaf, tree)
 
 

@@ -87,8 +87,9 @@ class Forward:
         plan, values = self.prepared.plan, self.prepared.staged.program.values
         if self.device.type == "cpu":
             held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
-            # The plan of a single stage without a budget has room for what the heap keeps.
-            strict = plan.budget is not None or len(self.prepared.stages) > 1
+            # The plan of a single stage without a budget has room for what the heap keeps. Of a tile that was asked for
+            # without a budget nothing is predicted that could be kept to.
+            strict = plan.budget is not None or (len(self.prepared.stages) > 1 and plan.tile_bytes > 0)
             # What is predicted is kept to; where every graph is kept, the heap may have the rest of the budget. The
             # records are there already.
             every = sum(plan.retained_tiles) == sum(tiled.tiles for tiled in self.prepared.stages)

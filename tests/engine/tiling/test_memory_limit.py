@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+from gigamorph import accelerate
 from gigamorph.engine.tiling import memory_limit as module
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
 from gigamorph.engine.tiling.page_pool import PagePool, Pages
@@ -96,3 +99,12 @@ def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "return_free_pages", lambda: None)
     limit.watch()
     assert len(second.recorded) == 3
+
+
+def test_a_tile_that_was_asked_for_without_a_budget_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is predicted that could be kept to; giving the heap back after each op takes most of a step's time."""
+    given_back = []
+    monkeypatch.setattr(module, "return_free_pages", lambda: given_back.append(1))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).train()
+    accelerate(net, tile=16)(torch.randn(1, 1, 50, 50)).sum().backward()
+    assert given_back == []
