@@ -180,7 +180,11 @@ def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tup
         raise
     except Exception as error:
         text = f"{first_line(error)} (after {found.where_now})"
-        raise MorphError(f"the network cannot be run on this example: {text}") from error
+        shapes = ", ".join(" x ".join(map(str, x.shape)) for x in given.tensors)
+        raise MorphError(
+            f"the network cannot be run on an example of {shapes}: {text}; give one that it takes "
+            "(gigamorph morph --size HxW)"
+        ) from error
     return found, result, inputs, followed
 
 

@@ -310,6 +310,16 @@ def test_what_cannot_be_followed_is_refused(middle: Callable[[nn.Module, Tensor]
         spaces_of(middle)
 
 
+def test_a_network_of_one_size_says_which_example_it_got() -> None:
+    class Fixed(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2] == 96, f"height {x.shape[2]} is not 96"
+            return super().forward(x)
+
+    with pytest.raises(MorphError, match=r"example of 1 x 1 x 64 x 64: height 64 is not 96 .*--size HxW"):
+        find_spaces(Fixed(1, 4, 3), torch.zeros(1, 1, 64, 64))
+
+
 def test_scripted_and_lazy_modules_are_refused() -> None:
     with pytest.raises(MorphError, match="TorchScript"):
         spaces_of(lambda n, x: n.s(x), s=torch.jit.script(nn.ReLU()))
