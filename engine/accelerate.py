@@ -22,8 +22,8 @@ from .execution.image_batch import ImageBatch
 from .execution.prepared import Prepared
 from .execution.programs import Form, Programs, Settings
 from .execution.run import run
-from .images.batches import as_batch, as_batches
-from .images.pixels import PixelBatch, PixelSource
+from .images.batches import PixelBatch, as_batch, as_batches
+from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
 from .module.delegation import Container, Delegate, is_container

@@ -23,8 +23,8 @@ from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
 from .execution.programs import Form
 from .execution.run import run
-from .images.batches import as_batch
-from .images.pixels import PixelBatch, PixelSource
+from .images.batches import PixelBatch, as_batch
+from .images.pixels import PixelSource
 from .module.entrance import entrance
 from .tiling.map_files import sink
 

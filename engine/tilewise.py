@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import has_torch_function_unary
 
 from .errors import GigamorphError
-from .images.batches import as_batch
-from .images.pixels import PixelBatch, PixelSource
+from .images.batches import PixelBatch, as_batch
+from .images.pixels import PixelSource
 from .lowering.ops.tiles import Background, Tiles, embed, embed_tiles, named_state, probe, refuse_live_statistics
 
 

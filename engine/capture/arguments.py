@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import GigamorphError
-from ..images.batches import as_batch
-from ..images.pixels import PixelBatch, PixelSource
+from ..images.batches import PixelBatch, as_batch
+from ..images.pixels import PixelSource
 from .program import spec
 
 Given = tuple[tuple[int, ...], torch.dtype, bool | str]

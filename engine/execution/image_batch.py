@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GigamorphError
-from ..images.pixels import PixelBatch, StoredBatch
+from ..images.batches import PixelBatch, StoredBatch
 from ..tiling.scan import Pixels
 
 

@@ -1,4 +1,7 @@
-"""What users give a network, tensors and pixel sources alone or in lists, as batches of images of one size."""
+"""Batches of images of one size: sources that are read together, and what users give a network as such batches.
+
+Users give tensors and pixel sources, alone or in lists.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,69 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .pixels import PixelBatch, PixelSource
+from .pixels import ImageSource, PixelSource
+from .stored import integer_dtype
+
+
+class PixelBatch:
+    """N pixel sources of equal shape, read together."""
+
+    def __init__(self, sources: Sequence[PixelSource]) -> None:
+        if not sources:
+            raise DataError("a batch needs at least one image")
+        first = sources[0]
+        for source in sources:
+            if tuple(source.shape) != tuple(first.shape):
+                raise DataError(
+                    f"{source.name}: shape {tuple(source.shape)} differs from {tuple(first.shape)} of {first.name} "
+                    "in the same batch; use batch size 1 or images of one size"
+                )
+        self.sources = list(sources)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(images, channels, height, width)."""
+        return (len(self.sources), *self.sources[0].shape)
+
+    @property
+    def names(self) -> list[str]:
+        """What messages call the images."""
+        return [source.name for source in self.sources]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __repr__(self) -> str:
+        return f"PixelBatch(shape={self.shape})"
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
+        return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
+
+
+class StoredBatch:
+    """A batch whose tiles are read as their files store them and become what a network sees on the device.
+
+    So half as many bytes are uploaded of 16-bit images, a quarter of 8-bit ones, and the host converts nothing.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, int, int, int]) -> None:
+        self.sources, self.shape = sources, shape
+
+    @classmethod
+    def of(cls, batch: PixelBatch) -> StoredBatch | None:
+        """The same batch, if its sources are stored alike and can be developed."""
+        sources = [s for s in batch.sources if isinstance(s, ImageSource) and s.can_develop]
+        alike = len({(s.stored.shape[0], integer_dtype(s.stored.dtype)) for s in sources}) == 1
+        return cls(sources, batch.shape) if alike and len(sources) == len(batch) else None
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """uint8 or uint16 (images, stored channels, bottom - top, right - left)."""
+        return torch.stack([source.read_stored(top, bottom, left, right) for source in self.sources])
+
+    def develop(self, stored: Tensor) -> Tensor:
+        """float32 (images, channels, bottom - top, right - left), as `PixelBatch.read` gives it."""
+        return torch.stack([source.develop(own) for source, own in zip(self.sources, stored, strict=True)])
 
 
 def as_batches(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSource]) -> list[Tensor | PixelBatch]:

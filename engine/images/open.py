@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
+from .arrays import ArrayPixels, channels_first
 from .levels import White
-from .pixels import ArrayPixels, ImageSource, Normalize, channels_first
+from .pixels import ImageSource, Normalize
 from .remote import RemoteFile, is_url
 from .stored import StoredPixels
 

@@ -10,7 +10,6 @@ of the file, so one `Normalize` serves 8-, 12- and 16-bit files of the same data
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..errors import DataError
 from .affine import Affine, Map
 from .levels import White, brighter_half, find_white, highest, sample_rows
-from .stored import StoredPixels
+from .stored import StoredPixels, integer_dtype
 
 
 @runtime_checkable
@@ -203,12 +202,12 @@ class ImageSource:
         """Whether `read_stored` and `develop` give what `read` gives: stored values are integers of 8 or 16 bits."""
         own, wanted = self.stored.shape[0], self.shape[0]
         # Whether a colour image is grey can only be told by looking at it.
-        return _integer(self.stored.dtype) is not None and (own == wanted or own == 1)
+        return integer_dtype(self.stored.dtype) is not None and (own == wanted or own == 1)
 
     def read_stored(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """The stored values of a region, as they are mirrored: uint8 or uint16, to be developed elsewhere."""
         values = self._read(top, bottom, left, right)
-        dtype = _integer(self.stored.dtype)
+        dtype = integer_dtype(self.stored.dtype)
         if isinstance(values, np.ndarray):
             values = torch.from_numpy(np.array(values, dtype=dtype, order="C"))  # no negative strides
         return values
@@ -287,100 +286,11 @@ class ImageSource:
         return grey.contiguous()
 
 
-class ArrayPixels:
-    """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
-
-    table = None
-    self_describing = False
-    to_original = Affine()
-
-    def __init__(self, values: np.ndarray | Tensor, name: str) -> None:
-        self.values, self.dtype = values, values.dtype
-        self.steps = (f"array in memory, {str(values.dtype).removeprefix('torch.')}",)
-        self.name = name
-        self.full = full_range(values.dtype)
-        self.shape = (int(values.shape[0]), int(values.shape[1]), int(values.shape[2]))
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
-        return self.values[:, top:bottom, left:right]
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
-
-
-class PixelBatch:
-    """N pixel sources of equal shape, read together."""
-
-    def __init__(self, sources: Sequence[PixelSource]) -> None:
-        if not sources:
-            raise DataError("a batch needs at least one image")
-        first = sources[0]
-        for source in sources:
-            if tuple(source.shape) != tuple(first.shape):
-                raise DataError(
-                    f"{source.name}: shape {tuple(source.shape)} differs from {tuple(first.shape)} of {first.name} "
-                    "in the same batch; use batch size 1 or images of one size"
-                )
-        self.sources = list(sources)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(images, channels, height, width)."""
-        return (len(self.sources), *self.sources[0].shape)
-
-    @property
-    def names(self) -> list[str]:
-        """What messages call the images."""
-        return [source.name for source in self.sources]
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __repr__(self) -> str:
-        return f"PixelBatch(shape={self.shape})"
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
-        return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
-
-
-class StoredBatch:
-    """A batch whose tiles are read as their files store them and become what a network sees on the device.
-
-    So half as many bytes are uploaded of 16-bit images, a quarter of 8-bit ones, and the host converts nothing.
-    """
-
-    def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, int, int, int]) -> None:
-        self.sources, self.shape = sources, shape
-
-    @classmethod
-    def of(cls, batch: PixelBatch) -> StoredBatch | None:
-        """The same batch, if its sources are stored alike and can be developed."""
-        sources = [s for s in batch.sources if isinstance(s, ImageSource) and s.can_develop]
-        alike = len({(s.stored.shape[0], _integer(s.stored.dtype)) for s in sources}) == 1
-        return cls(sources, batch.shape) if alike and len(sources) == len(batch) else None
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """uint8 or uint16 (images, stored channels, bottom - top, right - left)."""
-        return torch.stack([source.read_stored(top, bottom, left, right) for source in self.sources])
-
-    def develop(self, stored: Tensor) -> Tensor:
-        """float32 (images, channels, bottom - top, right - left), as `PixelBatch.read` gives it."""
-        return torch.stack([source.develop(own) for source, own in zip(self.sources, stored, strict=True)])
-
-
 def _flipped(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Mirrored; PyTorch mirrors no uint16, but the same bits as int16."""
     if values.dtype == torch.uint16:
         return values.view(torch.int16).flip(axes).view(torch.uint16)
     return values.flip(axes)
-
-
-def _integer(dtype: np.dtype | torch.dtype) -> np.dtype | None:
-    """uint8 or uint16 in the byte order of this machine, if that is what is stored."""
-    name = str(dtype).removeprefix("torch.")
-    name = name if isinstance(dtype, torch.dtype) else np.dtype(dtype).newbyteorder("=").name
-    return np.dtype(name) if name in ("uint8", "uint16") else None
 
 
 def to_original(source: PixelSource) -> Map:
@@ -396,25 +306,6 @@ def as_stored(source: PixelSource) -> PixelSource:
 def steps_of(source: PixelSource) -> tuple[str, ...]:
     """What was applied to a source's pixels, in order; nothing for sources that do not say."""
     return getattr(source, "steps", ())
-
-
-def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """The permutation that brings an array of this shape to (channels, height, width); `DataError` if none does."""
-    if len(shape) == 2 and all(shape):
-        return (0, 1)
-    if len(shape) == 3 and all(shape):
-        if shape[0] in (1, 3):
-            return (0, 1, 2)
-        if shape[2] in (1, 3):
-            return (2, 0, 1)
-    raise DataError(f"{name}: shape {shape} is not (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")
-
-
-def full_range(dtype: np.dtype | torch.dtype) -> float:
-    """The value that means white: 1 for floats and booleans, the largest value of integers."""
-    if isinstance(dtype, torch.dtype):
-        return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
-    return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0
 
 
 def check_region(shape: tuple[int, int, int], top: int, bottom: int, left: int, right: int, name: str) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import DataError
 from .affine import Affine
-from .pixels import channels_first, full_range
+from .arrays import channels_first
+from .stored import full_range
 
 _LONGEST = 160
 

@@ -1,4 +1,4 @@
-"""What a reader of a file format offers: the values that the file stores, and what they mean."""
+"""What a reader of a file format offers: the values that the file stores, and what their dtype means."""
 
 from __future__ import annotations
 
@@ -61,3 +61,17 @@ class StoredPixels(Protocol):
     def flips(self) -> tuple[bool, bool]:
         """(left-right, up-down): the mirroring that brings the image to its canonical orientation, if the file says."""
         ...
+
+
+def integer_dtype(dtype: np.dtype | torch.dtype) -> np.dtype | None:
+    """uint8 or uint16 in the byte order of this machine, if that is what is stored."""
+    name = str(dtype).removeprefix("torch.")
+    name = name if isinstance(dtype, torch.dtype) else np.dtype(dtype).newbyteorder("=").name
+    return np.dtype(name) if name in ("uint8", "uint16") else None
+
+
+def full_range(dtype: np.dtype | torch.dtype) -> float:
+    """The value that means white: 1 for floats and booleans, the largest value of integers."""
+    if isinstance(dtype, torch.dtype):
+        return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
+    return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0

@@ -12,8 +12,9 @@ import numpy as np
 from ..errors import DataError
 from . import codecs
 from .affine import Affine
-from .pixels import channels_first, full_range
+from .arrays import channels_first
 from .rawfile import one_line
+from .stored import full_range
 from .tiles import TileGrid
 
 # What a folder holds that is a zarr array or group, of version 3 and 2.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ..images.pixels import StoredBatch
+from ..images.batches import StoredBatch
 from ..lowering.stages import Stage
 from ..module import turns
 from .halos import Rect, area, copy_all, cut

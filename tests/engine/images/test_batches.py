@@ -1,4 +1,4 @@
-"""Lists of tensors and sources as one batch: an exam of several views."""
+"""Sources as one batch; lists of tensors and sources as one: an exam of several views."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from exactness import LIMIT
 from torch import Tensor, nn
 
 from gigamorph import DataError, accelerate, open_pixels
-from gigamorph.engine.images.batches import as_batch, as_batches
+from gigamorph.engine.images.batches import PixelBatch, as_batch, as_batches
 
 
 def network() -> nn.Module:
@@ -64,6 +64,27 @@ def test_sources_and_tensors_of_one_size_in_one_list():
         expected = torch.cat([net(source), net(tensor)])
         for views in ([source, tensor], [source, tensor[0]]):
             torch.testing.assert_close(net(views), expected, rtol=0, atol=0)
+
+
+def test_batch_of_sources():
+    grey = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
+    sources = [open_pixels(grey), open_pixels(grey, flip=True)]
+    batch = as_batch(sources)
+    assert isinstance(batch, PixelBatch)
+    assert batch.shape == (2, 1, 151, 117)
+    region = batch.read(3, 20, 5, 30)
+    assert torch.equal(region, torch.stack([source.read(3, 20, 5, 30) for source in sources]))
+    assert as_batch(batch) is batch
+    single = as_batch(sources[0])
+    assert isinstance(single, PixelBatch)
+    assert single.shape == (1, 1, 151, 117)
+    tensor = torch.zeros(2, 3, 4, 5)
+    assert as_batch(tensor) is tensor
+    with pytest.raises(DataError, match=r"images of one batch differ in size .*\(1, 151, 117\), \(3, 101, 77\)"):
+        as_batch([sources[0], open_pixels(np.zeros((101, 77, 3), np.uint8))])
+    for wrong in ([], grey, "x.png", None):
+        with pytest.raises(DataError):
+            as_batch(wrong)  # pyright: ignore[reportArgumentType]
 
 
 BAD = {

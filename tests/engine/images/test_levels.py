@@ -14,9 +14,10 @@ from gigamorph.engine.datasets.grey import grey_warnings
 from gigamorph.engine.datasets.preview import preview
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.images.batches import PixelBatch, StoredBatch
 from gigamorph.engine.images.levels import parse_white
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.images.pixels import Normalize, PixelBatch, StoredBatch
+from gigamorph.engine.images.pixels import Normalize
 
 
 def whole(source) -> np.ndarray:

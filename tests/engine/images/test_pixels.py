@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.batches import as_batch
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.images.pixels import Normalize, PixelBatch, PixelSource
+from gigamorph.engine.images.pixels import Normalize, PixelSource
 from gigamorph.engine.images.tiles import CACHE
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
@@ -321,26 +320,6 @@ def test_shapes_that_are_no_image(shape: tuple[int, ...]) -> None:
     for image in (np.zeros(shape), torch.zeros(shape)):
         with pytest.raises(DataError, match=r"is not \(H, W\)"):
             open_pixels(image)
-
-
-def test_batch() -> None:
-    sources = [open_pixels(GREY), open_pixels(GREY, flip=True)]
-    batch = as_batch(sources)
-    assert isinstance(batch, PixelBatch)
-    assert batch.shape == (2, 1, 151, 117)
-    region = batch.read(3, 20, 5, 30)
-    assert torch.equal(region, torch.stack([source.read(3, 20, 5, 30) for source in sources]))
-    assert as_batch(batch) is batch
-    single = as_batch(sources[0])
-    assert isinstance(single, PixelBatch)
-    assert single.shape == (1, 1, 151, 117)
-    tensor = torch.zeros(2, 3, 4, 5)
-    assert as_batch(tensor) is tensor
-    with pytest.raises(DataError, match=r"images of one batch differ in size .*\(1, 151, 117\), \(3, 101, 77\)"):
-        as_batch([sources[0], open_pixels(COLOUR)])
-    for wrong in ([], GREY, "x.png", None):
-        with pytest.raises(DataError):
-            as_batch(wrong)  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gigamorph import accelerate, open_pixels
 from gigamorph.engine.execution import forward, image_batch
 from gigamorph.engine.images.affine import Affine
-from gigamorph.engine.images.pixels import ImageSource, Normalize, PixelBatch, StoredBatch
+from gigamorph.engine.images.batches import PixelBatch, StoredBatch
+from gigamorph.engine.images.pixels import ImageSource, Normalize
 from gigamorph.engine.tiling.scan import Scan
 
 
