@@ -6,6 +6,7 @@ A write makes a new map of the old one; who reads the old one goes on reading it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,87 +119,141 @@ def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | l
     items = spelt_out(key, len(shape))
     if any(item is None for item in items):
         raise Refusal("an assignment with None between its brackets; leave it out")
-    came = origins(maps, items)
-    if target in maps:
-        axes = maps.axes[target]
-    else:  # a tensor of the map's size that is filled by and by
-        assert value is not None
-        shift = len(came) - len(maps.shape(value))
-        found = [came[axis + shift] if axis + shift >= 0 else None for axis in maps.axes[value]]
-        if found[0] is None or found[1] is None or found[0] == found[1]:
-            raise Refusal("an assignment writes a map into a tensor that has no such image axes; permute it before")
-        axes = (found[0], found[1])
-    flat = axes[0] == axes[1]
-    regions = [_Region(items[axis], shape[axis]) for axis in axes]
-    whole = all(r.count == r.size and not r.gone for r in regions)
-    if flat and not whole:
-        raise Refusal("an assignment picks positions of a flattened map")
-    behind = [came.index(axis) - len(came) if axis in came else None for axis in axes]
-
+    place = _Place.of(maps, target, value, items)
     nodes: list[Node] = []
     reads: dict[int, tuple[Access, Access]] = {}
     background = None if target in maps else _constant(maps, target)
-    if target in maps:
+    if background is None:
+        target, nodes = _as_map(op, maps, target, place)
         reads[target] = maps.pointwise(target)
-    elif background is None:
-        size = shape[axes[0]], shape[axes[1]]
-        own, nodes = promoted(_renamed_call(op, (target,)), maps, axes, len(shape), size=size)
-        target = own.inputs[0]
-        if not nodes:
-            raise Refusal("an assignment writes a map into a tensor of another size")
-        reads[target] = maps.pointwise(target)
-    if value is not None and value in maps:
-        if flat:
-            reads[value] = maps.pointwise(value)
-        else:
-            reads[value] = _under(regions[0]), _under(regions[1])
-        lies = [axis - len(maps.shape(value)) for axis in maps.axes[value]]
-        same = maps.flat[value] == maps.flat[target] if flat and value in maps.flat else not flat
-        if not same or lies != behind or (not flat and maps.size(value) != tuple(r.count for r in regions)):
-            raise Refusal("an assignment writes a map whose image axes or size differ from those of the place")
-    elif value is not None and any(_depends(maps.shape(value), axis) for axis in behind):
-        if not whole:
-            raise Refusal("an assignment writes a tensor with a value for each position into a region; pad it before")
-        places = behind[0] or 0, behind[1] or 0
-        own, made = promoted(
-            _renamed_call(op, (value, target)),
-            maps,
-            (places[0] + len(came), places[1] + len(came)),
-            len(came),
-            among=(value,),
-        )
-        nodes = [*nodes, *made]
-        value = own.inputs[0]
-        reads[value] = maps.pointwise(value)
-    elif not whole:
+    if value is not None:
+        value, made, read = _read_written(op, maps, target, value, place)
+        nodes += made
+        reads |= read
+    if value not in reads and not place.whole:
         # What is written depends on where the block lies, which a window would not tell.
         rows, cols = maps.size(target)
         reads[target] = Gather(rows, rows, tuple(range(rows))), Gather(cols, cols, tuple(range(cols)))
+    items, made = numbered(maps, items, next(iter(reads)))
+    nodes += made
     dtype = maps.program.values[op.outputs[0]].dtype
-    number: Any = None if value is not None else written
+    number: Any = written
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         if background is None:
             x = env[target].clone()
         else:
-            size = list(shape)
-            size[axes[0]], size[axes[1]] = (span[1] - span[0] for span in (block.rows, block.cols))
             assert value is not None
-            x = env[value].new_full(size, background, dtype=dtype)
-        place = list(items)
-        for axis, region, span in zip(axes, regions, (block.rows, block.cols), strict=True):
-            here = slice(None) if flat else region.inside(span)
-            if here is None:
-                return (x,)
-            place[axis] = here
-        x[bind(tuple(place), env)] = number if value is None else env[value]
+            x = env[value].new_full(place.size_in(block), background, dtype=dtype)
+        index = place.index(items, block)
+        if index is not None:
+            x[bind(index, env)] = number if value is None else env[value]
         return (x,)
 
-    over = next(iter(reads))
-    items, made = numbered(maps, items, over)
-    nodes += made
     inputs = [*reads, *([] if value is None else [value]), *refs(items)]
-    return [*nodes, Local(_renamed_call(op, tuple(dict.fromkeys(inputs))), reads, (axes,), run)]
+    return [*nodes, Local(_renamed_call(op, tuple(dict.fromkeys(inputs))), reads, (place.axes,), run)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an assignment writes.
+
+    Attributes:
+        shape: of the target.
+        axes: its image axes.
+        regions: what is written of each of them.
+        rank: dimensions of what the brackets pick.
+        behind: where the image axes are in that, counted from after; None where an index has taken one away.
+    """
+
+    shape: Sequence[int]
+    axes: tuple[int, int]
+    regions: tuple[_Region, _Region]
+    rank: int
+    behind: tuple[int | None, int | None]
+
+    @classmethod
+    def of(cls, maps: Maps, target: int, value: int | None, items: Sequence[Any]) -> _Place:
+        """The place that `items` name of a target, which may be a tensor of the map's size that is filled by and by."""
+        shape, came = maps.shape(target), origins(maps, items)
+        if target in maps:
+            axes = maps.axes[target]
+        else:
+            assert value is not None
+            shift = len(came) - len(maps.shape(value))
+            found = [came[axis + shift] if axis + shift >= 0 else None for axis in maps.axes[value]]
+            if found[0] is None or found[1] is None or found[0] == found[1]:
+                raise Refusal("an assignment writes a map into a tensor that has no such image axes; permute it before")
+            axes = (found[0], found[1])
+        rows, cols = (_Region(items[axis], shape[axis]) for axis in axes)
+        top, left = (came.index(axis) - len(came) if axis in came else None for axis in axes)
+        place = cls(shape, axes, (rows, cols), len(came), (top, left))
+        if place.flat and not place.whole:
+            raise Refusal("an assignment picks positions of a flattened map")
+        return place
+
+    @property
+    def flat(self) -> bool:
+        """Whether the target is a map whose positions lie in one dimension."""
+        return self.axes[0] == self.axes[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the image is written."""
+        return all(region.count == region.size and not region.gone for region in self.regions)
+
+    def size_in(self, block: Block) -> list[int]:
+        """The shape of a block of the target."""
+        size = list(self.shape)
+        size[self.axes[0]], size[self.axes[1]] = (span[1] - span[0] for span in (block.rows, block.cols))
+        return size
+
+    def index(self, items: Sequence[Any], block: Block) -> tuple[Any, ...] | None:
+        """What is written of a block, as an index of it; None for nothing."""
+        result = list(items)
+        for axis, region, span in zip(self.axes, self.regions, (block.rows, block.cols), strict=True):
+            here = slice(None) if self.flat else region.inside(span)
+            if here is None:
+                return None
+            result[axis] = here
+        return tuple(result)
+
+
+def _as_map(op: Op, maps: Maps, target: int, place: _Place) -> tuple[int, list[Node]]:
+    """The target of an assignment as a map, and what makes it one."""
+    if target in maps:
+        return target, []
+    size = place.shape[place.axes[0]], place.shape[place.axes[1]]
+    own, nodes = promoted(_renamed_call(op, (target,)), maps, place.axes, len(place.shape), size=size)
+    if not nodes:
+        raise Refusal("an assignment writes a map into a tensor of another size")
+    return own.inputs[0], nodes
+
+
+def _read_written(
+    op: Op, maps: Maps, target: int, value: int, place: _Place
+) -> tuple[int, list[Node], dict[int, tuple[Access, Access]]]:
+    """The tensor that is written, what makes a map of it, and how that is read; one with the same value at every
+    position of the image is read whole.
+    """
+    if value in maps:
+        rows, cols = place.regions
+        access = maps.pointwise(value) if place.flat else (_under(rows), _under(cols))
+        lies = tuple(axis - len(maps.shape(value)) for axis in maps.axes[value])
+        if place.flat:
+            same = value in maps.flat and maps.flat[value] == maps.flat[target]
+        else:
+            same = maps.size(value) == (rows.count, cols.count)
+        if not same or lies != place.behind:
+            raise Refusal("an assignment writes a map whose image axes or size differ from those of the place")
+        return value, [], {value: access}
+    if not any(_depends(maps.shape(value), axis) for axis in place.behind):
+        return value, [], {}
+    if not place.whole:
+        raise Refusal("an assignment writes a tensor with a value for each position into a region; pad it before")
+    axes = (place.behind[0] or 0) + place.rank, (place.behind[1] or 0) + place.rank
+    own, nodes = promoted(_renamed_call(op, (value, target)), maps, axes, place.rank, among=(value,))
+    return own.inputs[0], nodes, {own.inputs[0]: maps.pointwise(own.inputs[0])}
 
 
 def _under(region: _Region) -> Window:
