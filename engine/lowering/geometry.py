@@ -317,36 +317,61 @@ def schedule_axis(
         resident: sources that no op has to wait for, whatever part of them it reads. What reads nothing else goes at
             the pace of the tiles.
     """
-    steps = max(1, -(-size // tile))
-    ends = [min(size, (i + 1) * tile) for i in range(steps)]
-    frontier: dict[int, list[int]] = {}
-    for value, own in sources.items():
-        first, whole = (offsets or {}).get(value, (0, own))
-        frontier[value] = [min(max(-(-end * whole // size) - first, 0), own) for end in ends]
-    sizes = dict(sources)
-    consumers: dict[int, list[tuple[int, Access]]] = {value: [] for value in sources}
-    for outputs, inputs in reads:
-        for out in outputs:
-            sizes[out] = inputs[0][1].size_out
-            waits = [(v, access) for v, access in inputs if v not in resident]
-            frontier[out] = (
-                [min(access.ready(frontier[v][i]) for v, access in waits) for i in range(steps)]
-                if waits
-                else [-(-end * sizes[out] // size) for end in ends]
-            )
-            consumers[out] = []
-        for value, access in inputs:
-            consumers[value].append((outputs[0], access))
+    ends = [min(size, (i + 1) * tile) for i in range(max(1, -(-size // tile)))]
+    sizes = dict(sources) | {out: inputs[0][1].size_out for outputs, inputs in reads for out in outputs}
+    frontier = _frontiers(ends, size, sizes, sources, reads, offsets or {}, resident)
     start = dict.fromkeys(frontier, 0)
     if targets is not None:
         need = needed({value: (0, sizes[value]) for value in targets}, reads)
         start = {value: need.get(value, (0, 0))[0] for value in frontier}
         sizes = {value: need.get(value, (0, 0))[1] for value in frontier}
         frontier = {v: [min(max(end, start[v]), sizes[v]) for end in known] for v, known in frontier.items()}
-        before = [list(start.values()), *zip(*frontier.values(), strict=True)]
-        busy = [step for step in range(steps) if list(before[step]) != list(before[step + 1])] or [0]
-        frontier = {v: known[busy[0] : busy[-1] + 1] for v, known in frontier.items()}
-        steps = busy[-1] + 1 - busy[0]
+        busy = _busy(start, frontier)
+        frontier = {v: known[busy] for v, known in frontier.items()}
+        ends = ends[busy]
+    return AxisSchedule(len(ends), frontier, _kept(len(ends), sizes, reads, frontier, start), start)
+
+
+def _frontiers(
+    ends: Sequence[int],
+    size: int,
+    sizes: Mapping[int, int],
+    sources: Mapping[int, int],
+    reads: Reads,
+    offsets: Mapping[int, tuple[int, int]],
+    resident: Container[int],
+) -> dict[int, list[int]]:
+    """How much of every value is known after each step, which ends at `ends` of the axis that is cut."""
+    frontier: dict[int, list[int]] = {}
+    for value, own in sources.items():
+        first, whole = offsets.get(value, (0, own))
+        frontier[value] = [min(max(-(-end * whole // size) - first, 0), own) for end in ends]
+    for outputs, inputs in reads:
+        waits = [(v, access) for v, access in inputs if v not in resident]
+        for out in outputs:
+            frontier[out] = (
+                [min(access.ready(frontier[v][i]) for v, access in waits) for i in range(len(ends))]
+                if waits
+                else [-(-end * sizes[out] // size) for end in ends]
+            )
+    return frontier
+
+
+def _busy(start: Mapping[int, int], frontier: Mapping[int, Sequence[int]]) -> slice:
+    """The steps from the first to the last in which anything becomes known; at least one."""
+    before = [tuple(start.values()), *zip(*frontier.values(), strict=True)]
+    busy = [step for step in range(len(before) - 1) if before[step] != before[step + 1]] or [0]
+    return slice(busy[0], busy[-1] + 1)
+
+
+def _kept(
+    steps: int, sizes: Mapping[int, int], reads: Reads, frontier: Mapping[int, Sequence[int]], start: Mapping[int, int]
+) -> dict[int, list[int]]:
+    """The first index of every value that is still needed when each step begins; its size if none is."""
+    consumers: dict[int, list[tuple[int, Access]]] = {value: [] for value in frontier}
+    for outputs, inputs in reads:
+        for value, access in inputs:
+            consumers[value].append((outputs[0], access))
     kept: dict[int, list[int]] = {}
     for value, users in consumers.items():
         kept[value] = []
@@ -357,4 +382,4 @@ def schedule_axis(
                 if done < sizes[user]:
                     need_from = min(need_from, access.span(done, done + 1)[0])
             kept[value].append(need_from)
-    return AxisSchedule(steps, frontier, kept, start)
+    return kept
