@@ -7,7 +7,9 @@ wide as the map: a band is held until the last block has come that reaches into 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -142,40 +144,85 @@ def _zarr(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
 
 @contextlib.contextmanager
 def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iterator[Put]:
-    """A tiled (Big)TIFF, zstd without loss. Its writer asks for tiles, so it runs in a thread of its own."""
-    import tifffile
-
-    height, width = shape[axes[0]], shape[axes[1]]
     others = [n for d, n in enumerate(shape) if d not in axes]
     channels = others[-1] if others and (len(shape) > 3 or axes[0] == 0) else 1
     if int(np.prod(others)) != channels:
         raise GigamorphError(f"{path}: a TIFF takes the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
-    size = (height, width) if channels == 1 else (height, width, channels)
-    kind = np.dtype("uint8") if dtype.kind == "b" else dtype
-    bands: Queue[np.ndarray | None] = Queue(1)
-    failed: list[BaseException] = []
+    file = _TiffFile(path, (shape[axes[0]], shape[axes[1]], channels), dtype)
 
-    def full() -> Iterator[np.ndarray]:
-        while (band := bands.get()) is not None:
+    def flush(_top: int, band: np.ndarray) -> None:
+        rows = np.moveaxis(band, axes, (0, 1))
+        file.put(rows.reshape(*rows.shape[:2], channels))
+
+    whole = False
+    try:
+        yield _Shard(shape, axes, dtype, TILE, flush)
+        whole = True
+    finally:
+        file.close()
+        if not whole:
+            path.unlink(missing_ok=True)
+    file.check()
+
+
+class _TiffFile:
+    """A tiled (Big)TIFF, zstd without loss, of bands of TILE rows that come one after the other.
+
+    Its writer asks for tiles, so it runs in a thread of its own.
+
+    Args:
+        size: (height, width, channels).
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int, int], dtype: np.dtype):
+        import tifffile
+
+        self._path, self._size = path, size
+        self._dtype = np.dtype("uint8") if dtype.kind == "b" else dtype
+        big = math.prod(size) * self._dtype.itemsize > 2**31
+        self._open = partial(tifffile.TiffWriter, path, bigtiff=big)
+        self._queue: Queue[np.ndarray | None] = Queue(1)
+        self._bands = self._arriving()
+        self._failed: list[BaseException] = []
+        self._thread = Thread(target=self._write)
+        self._thread.start()
+
+    def put(self, band: np.ndarray) -> None:
+        """Write the next band, (rows, width, channels)."""
+        self.check()
+        self._queue.put(band)
+
+    def close(self) -> None:
+        """Wait until what has come is written."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raise what has failed in the thread that writes."""
+        if self._failed:
+            raise GigamorphError(f"{self._path}: cannot be written ({self._failed[0]})")
+
+    def _arriving(self) -> Iterator[np.ndarray]:
+        while (band := self._queue.get()) is not None:
             yield band
 
-    come = full()
-
-    def tiles() -> Iterator[np.ndarray]:
-        for band in come:
+    def _tiles(self) -> Iterator[np.ndarray]:
+        _, width, channels = self._size
+        for band in self._bands:
             for left in range(0, width, TILE):
                 part = band[:, left : left + TILE]
-                tile = np.zeros((TILE, TILE, channels), kind)
+                tile = np.zeros((TILE, TILE, channels), self._dtype)
                 tile[: part.shape[0], : part.shape[1]] = part
                 yield tile
 
-    def write() -> None:
+    def _write(self) -> None:
+        height, width, channels = self._size
         try:
-            with tifffile.TiffWriter(path, bigtiff=height * width * channels * kind.itemsize > 2**31) as file:
+            with self._open() as file:
                 file.write(
-                    tiles(),
-                    shape=size,
-                    dtype=kind,
+                    self._tiles(),
+                    shape=(height, width) if channels == 1 else self._size,
+                    dtype=self._dtype,
                     tile=(TILE, TILE),
                     photometric="minisblack",
                     planarconfig=None if channels == 1 else "contig",
@@ -184,26 +231,6 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
                     metadata=None,
                 )
         except BaseException as error:  # told to the thread that computes
-            failed.append(error)
-            for _ in come:
+            self._failed.append(error)
+            for _ in self._bands:
                 pass
-
-    def flush(_top: int, band: np.ndarray) -> None:
-        if failed:
-            raise GigamorphError(f"{path}: cannot be written ({failed[0]})")
-        rows = np.moveaxis(band, axes, (0, 1))
-        bands.put(rows.reshape(*rows.shape[:2], channels))
-
-    writer = Thread(target=write)
-    writer.start()
-    whole = False
-    try:
-        yield _Shard(shape, axes, dtype, TILE, flush)
-        whole = True
-    finally:
-        bands.put(None)
-        writer.join()
-        if not whole:
-            path.unlink(missing_ok=True)
-    if failed:
-        raise GigamorphError(f"{path}: cannot be written ({failed[0]})")
