@@ -157,64 +157,110 @@ def walk(network: nn.Module, extra: Sequence[Any] = ()) -> Found:
     Args:
         extra: further functions or objects that the recorded call consists of.
     """
-    found = Found()
-    queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
-
-    def later(thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
-        if id(thing) not in found.ids:
-            queue.append((thing, name, parent))
-
-    def contents(holder: Holder, skip: frozenset[str] = frozenset()) -> None:
-        found.holders.append(holder)
-        for key, value in holder.read().items():
-            if key not in skip:
-                later(value, f"{holder.name}.{key}" if isinstance(key, str) else f"{holder.name}[...]", (holder, key))
-
+    way = _Walk()
     names = {id(module): name for name, module in network.named_modules()}
     for module in network.modules():
-        later(module, names[id(module)])
+        way.later(module, names[id(module)])
     for thing in extra:
-        later(thing, getattr(thing, "__name__", type(thing).__name__))
-    while queue and len(found.holders) < _FEW:
-        thing, name, parent = queue.popleft()
-        if id(thing) in found.ids or isinstance(thing, _LEAVES):
-            continue
-        found.ids[id(thing)] = thing
+        way.later(thing, getattr(thing, "__name__", type(thing).__name__))
+    while way.queue and len(way.found.holders) < _FEW:
+        way.visit(*way.queue.popleft())
+    return way.found
+
+
+class _Walk:
+    """What has been found, and what is to be looked at next: a thing, what messages call it, and where it was found."""
+
+    def __init__(self) -> None:
+        self.found = Found()
+        self.queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
+
+    def later(self, thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
+        if id(thing) not in self.found.ids:
+            self.queue.append((thing, name, parent))
+
+    def visit(self, thing: Any, name: str, parent: tuple[Holder, Any] | None) -> None:
+        """Note what a thing holds, and put off what that leads to."""
+        if id(thing) in self.found.ids or isinstance(thing, _LEAVES):
+            return
+        self.found.ids[id(thing)] = thing
         if isinstance(thing, nn.Module):
-            _module(found, thing, name, contents)
-            for base in type(thing).__mro__:
-                if base not in found.classes and base is not object:
-                    found.classes[base] = None
-                    for key, value in vars(base).items() if not of_library(base) else ():
-                        later(_function(value), f"{base.__name__}.{key}")
+            self._module(thing, name)
         elif isinstance(thing, types.FunctionType):
-            _of_function(found, thing, name, contents, later)
+            self._function(thing, name)
         elif isinstance(thing, types.MethodType):
-            later(thing.__func__, name)
-            later(thing.__self__, name)
+            self.later(thing.__func__, name)
+            self.later(thing.__self__, name)
         elif isinstance(thing, partial):
             for part in (thing.func, *thing.args, *thing.keywords.values()):
-                later(part, name)
+                self.later(part, name)
         elif isinstance(thing, dict):
-            contents(_mapping(thing, name, parent))
+            self._contents(_mapping(thing, name, parent))
             if type(thing) is not dict and getattr(thing, "__dict__", None) and not of_library(thing):
-                contents(_attributes(thing, name, parent))
+                self._contents(_attributes(thing, name, parent))
         elif isinstance(thing, (list, deque)):
-            contents(_sequence(thing, name, parent))
+            self._contents(_sequence(thing, name, parent))
         elif isinstance(thing, set):
-            contents(_set(thing, name, parent))
+            self._contents(_set(thing, name, parent))
         elif isinstance(thing, (tuple, frozenset)):
             for item in thing:
-                later(item, name, None)
+                self.later(item, name, None)
         elif hasattr(thing, "__wrapped__") and not isinstance(thing, type):
-            later(thing.__wrapped__, name)
+            self.later(thing.__wrapped__, name)
         elif not isinstance(thing, type) and hasattr(thing, "__dict__") and not of_library(thing):
-            contents(_attributes(thing, name, parent))
-            for key, value in vars(type(thing)).items():
-                later(_function(value), f"{type(thing).__name__}.{key}")
+            self._contents(_attributes(thing, name, parent))
+            self._methods(type(thing))
         elif isinstance(thing, types.SimpleNamespace):
-            contents(_attributes(thing, name, parent))
-    return found
+            self._contents(_attributes(thing, name, parent))
+
+    def _contents(self, holder: Holder, skip: frozenset[str] = frozenset()) -> None:
+        self.found.holders.append(holder)
+        for key, value in holder.read().items():
+            if key not in skip:
+                name = f"{holder.name}.{key}" if isinstance(key, str) else f"{holder.name}[...]"
+                self.later(value, name, (holder, key))
+
+    def _methods(self, kind: type) -> None:
+        for key, value in vars(kind).items():
+            self.later(_inner_function(value), f"{kind.__name__}.{key}")
+
+    def _module(self, module: nn.Module, name: str) -> None:
+        found = self.found
+        found.modules[name] = module
+        where = f"'{name}'" if name else "the model"
+        holder = _attributes(module, where, None)
+        self._contents(holder, _BOOKKEEPING | {"_parameters", "_buffers", "_modules"})
+        for kind in ("_parameters", "_buffers", "_modules"):
+            own = vars(module).get(kind)
+            if own is not None:
+                found.ids[id(own)] = own
+                found.holders.append(_mapping(own, where, (holder, kind), kind))
+        for base in type(module).__mro__:
+            if base not in found.classes and base is not object:
+                found.classes[base] = None
+                if not of_library(base):
+                    self._methods(base)
+
+    def _function(self, function: types.FunctionType, name: str) -> None:
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            self.later(wrapped, name)
+        if of_library(function) and wrapped is None:
+            return
+        self.found.functions[function] = name
+        for cell in function.__closure__ or ():
+            if id(cell) not in self.found.ids:
+                self.found.ids[id(cell)] = cell
+                self._contents(_cell(cell, f"a variable that '{function.__qualname__}' encloses"))
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.later(default, name)
+        space = function.__globals__
+        if of_library(function):
+            return
+        names = [key for key in dict.fromkeys(mentioned(function.__code__)) if key in space]
+        names = [key for key in names if not isinstance(space[key], (types.ModuleType, type))]
+        if names:
+            self._contents(_globals(names, space, f"the globals of {space.get('__name__', 'a file')}"))
 
 
 _LEAVES = (
@@ -239,46 +285,10 @@ _LEAVES = (
 )
 
 
-def _function(value: Any) -> Any:
+def _inner_function(value: Any) -> Any:
     """The function inside what a class has under a name."""
     if isinstance(value, (classmethod, staticmethod)):
         return value.__func__
     if isinstance(value, property):
         return value.fget
     return getattr(value, "__wrapped__", value) if not isinstance(value, types.FunctionType) else value
-
-
-def _module(found: Found, module: nn.Module, name: str, contents: Callable[..., None]) -> None:
-    found.modules[name] = module
-    where = f"'{name}'" if name else "the model"
-    holder = _attributes(module, where, None)
-    contents(holder, _BOOKKEEPING | {"_parameters", "_buffers", "_modules"})
-    for kind in ("_parameters", "_buffers", "_modules"):
-        own = vars(module).get(kind)
-        if own is not None:
-            found.ids[id(own)] = own
-            found.holders.append(_mapping(own, where, (holder, kind), kind))
-
-
-def _of_function(
-    found: Found, function: types.FunctionType, name: str, contents: Callable[..., None], later: Callable[..., None]
-) -> None:
-    wrapped = getattr(function, "__wrapped__", None)
-    if wrapped is not None:
-        later(wrapped, name)
-    if of_library(function) and wrapped is None:
-        return
-    found.functions[function] = name
-    for cell in function.__closure__ or ():
-        if id(cell) not in found.ids:
-            found.ids[id(cell)] = cell
-            contents(_cell(cell, f"a variable that '{function.__qualname__}' encloses"))
-    for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        later(default, name)
-    space = function.__globals__
-    if of_library(function):
-        return
-    names = [key for key in dict.fromkeys(mentioned(function.__code__)) if key in space]
-    names = [key for key in names if not isinstance(space[key], (types.ModuleType, type))]
-    if names:
-        contents(_globals(names, space, f"the globals of {space.get('__name__', 'a file')}"))
