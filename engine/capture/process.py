@@ -79,6 +79,16 @@ class _Type(type, metaclass=_Meta):
     """Stands for `type` in the globals of a network's own code: a tensor without values is a `Tensor` to it."""
 
 
+class _Here:
+    """Whether the calling thread is the one that records, and still does."""
+
+    def __init__(self) -> None:
+        self.thread, self.active = threading.get_ident(), True
+
+    def __call__(self) -> bool:
+        return threading.get_ident() == self.thread and self.active
+
+
 @contextmanager
 def recording(unseen: Unseen, spaces: Iterable[dict[str, Any]] = ()) -> Iterator[None]:
     """One recording at a time in the process; calls that a function mode does not see are handed to `unseen`.
@@ -86,15 +96,28 @@ def recording(unseen: Unseen, spaces: Iterable[dict[str, Any]] = ()) -> Iterator
     Args:
         spaces: globals of the network's own code that ask for `type(x)`: of a tensor without values it is `Tensor`.
     """
-    mine = threading.get_ident()
+    here = _Here()
+    with LOCK:
+        changes = Replacements()
+        try:
+            _replace_calls(changes, unseen, here)
+            for space in spaces:
+                changes.add(space, "type", _Type)
+            yield
+        finally:
+            here.active = False
+            changes.undo()
+
+
+def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
+    """Hand the calls that a function mode does not see to `unseen`, in the thread that records."""
 
     def replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
         def around(original: Callable[..., Any]) -> Callable[..., Any]:
             own = make(original)
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                here = own if threading.get_ident() == mine and active[0] else original
-                return here(*args, **kwargs)
+                return (own if here() else original)(*args, **kwargs)
 
             return call
 
@@ -111,36 +134,22 @@ def recording(unseen: Unseen, spaces: Iterable[dict[str, Any]] = ()) -> Iterator
         plain = original.__func__
 
         def call(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == mine and active[0]:
-                return unseen.custom_function(plain, cls, args, kwargs)
-            return plain(cls, *args, **kwargs)
+            return unseen.custom_function(plain, cls, args, kwargs) if here() else plain(cls, *args, **kwargs)
 
         return classmethod(call)
 
-    active = [True]
-    with LOCK:
-        changes = Replacements()
-        try:
-            changes.put(torch.autograd.Function, "apply", function_apply)
-            changes.put(
-                torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array))
-            )
-            changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
-            norm = nn.modules.batchnorm._BatchNorm
-            changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))
-            changes.put(
-                torch.utils.checkpoint,
-                "_checkpoint_without_reentrant_generator",
-                replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs)),
-            )
-            for owner, name in _SEEDING:
-                changes.put(owner, name, replaced(seeding))
-            for space in spaces:
-                changes.add(space, "type", _Type)
-            yield
-        finally:
-            active[0] = False
-            changes.undo()
+    changes.put(torch.autograd.Function, "apply", function_apply)
+    changes.put(torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array)))
+    changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
+    norm = nn.modules.batchnorm._BatchNorm
+    changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))
+    changes.put(
+        torch.utils.checkpoint,
+        "_checkpoint_without_reentrant_generator",
+        replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs)),
+    )
+    for owner, name in _SEEDING:
+        changes.put(owner, name, replaced(seeding))
 
 
 # `fork_rng` puts a state back by these, too.
