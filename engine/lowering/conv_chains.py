@@ -46,6 +46,24 @@ class ConvChain:
     y: int = -1
     members: list[Local] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, conv: Local) -> ConvChain:
+        """A convolution alone."""
+        own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
+        height, width = conv.reads[own["input"].value]
+        assert isinstance(height, Window) and isinstance(width, Window)
+        return cls(
+            own["input"].value,
+            own["weight"].value,
+            None if own["bias"] is None else own["bias"].value,
+            None,
+            (height.stride, width.stride),
+            (height.dilation, width.dilation),
+            own["groups"],
+            channels_last=conv.op.name == "linear",
+            members=[conv],
+        )
+
     def reads(self, stage: Stage) -> dict[int, tuple[Access, Access]]:
         """The accesses of one op that computes the chain."""
         found = dict(self.members[0].reads)
@@ -74,56 +92,42 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
     values = stage.program.values
     found_chains: list[ConvChain] = []
     taken: set[int] = set()  # outputs of ops that are part of a fused one, or read by its sum
+
+    def follower(chain: list[Local]) -> Local | None:
+        """What alone reads the chain's output; dropout that drops nothing is passed over."""
+        while True:
+            found = readers.get(chain[-1].op.outputs[0], [])
+            if len(found) != 1 or chain[-1].op.outputs[0] not in private or found[0].op.outputs[0] in taken:
+                return None
+            if found[0].op.name != "dropout" or found[0].random:
+                return found[0]
+            chain.append(found[0])
+
     # The deepest convolution of a sum takes it: what it waits for is there by then.
     convs = [local for local in stage.locals if local.op.name == "conv2d" or _is_pixel_linear(stage, local)]
     for conv in sorted(convs, key=lambda c: -depths[c.op.outputs[0]]):
-        own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
-        output = conv.op.outputs[0]
-        if values[output].dtype not in dtypes:
+        if values[conv.op.outputs[0]].dtype not in dtypes:
             continue
-        height, width = conv.reads[own["input"].value]
-        assert isinstance(height, Window) and isinstance(width, Window)
-        spec = ConvChain(
-            own["input"].value,
-            own["weight"].value,
-            None if own["bias"] is None else own["bias"].value,
-            None,
-            (height.stride, width.stride),
-            (height.dilation, width.dilation),
-            own["groups"],
-            channels_last=conv.op.name == "linear",
-        )
-        chain = [conv]
-
-        def follower(chain: list[Local] = chain) -> Local | None:
-            """What alone reads the chain's output; dropout that drops nothing is passed over."""
-            while True:
-                found = readers.get(chain[-1].op.outputs[0], [])
-                if len(found) != 1 or chain[-1].op.outputs[0] not in private or found[0].op.outputs[0] in taken:
-                    return None
-                if found[0].op.name != "dropout" or found[0].random:
-                    return found[0]
-                chain.append(found[0])
-
-        if (next_op := follower()) is not None:
+        spec = ConvChain.of(conv)
+        chain = spec.members
+        if (next_op := follower(chain)) is not None:
             scale = _channel_scale(stage, next_op, chain[-1].op.outputs[0], spec.channels_last)
             if scale is not None:
                 _fold_scale(stage, spec, scale)
                 chain.append(next_op)
-                next_op = follower()
+                next_op = follower(chain)
         if next_op is not None:
             spec.residual = other_summand(stage, next_op, chain[-1].op.outputs[0])
             if spec.residual == spec.x and conv.reads[spec.x] != stage.maps.pointwise(spec.x):
                 spec.residual = None  # an op has one window of each map that it reads
             if spec.residual is not None:
                 chain.append(next_op)
-                next_op = follower()
+                next_op = follower(chain)
         if next_op is not None and (act := activation_of(next_op.op)) is not None and act in acts:
             spec.act = act
             chain.append(next_op)
         taken.update(local.op.outputs[0] for local in chain)
         spec.y = chain[-1].op.outputs[0]
-        spec.members = chain
         found_chains.append(spec)
     return found_chains
 
