@@ -1,4 +1,5 @@
-"""Rules of ops along one dimension: per pixel along channels; along an image axis a window, or the whole map.
+"""Rules of ops along one dimension: per pixel along channels; along an image axis a window, reductions (softmax), or
+the whole map.
 
 `diff` along rows reads each row and the next ones. A mirror image reads the last row first, so that no tile can give
 it before the whole map is there; it is taken whole, which a network may do with its output.
@@ -7,6 +8,7 @@ it before the whole map is there; it is taken whole, which a network may do with
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ from ...capture.trace import Op
 from ..geometry import Window
 from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dimensions, replay, rule
 from .circular import circular_pad
-from .pointwise import aligned_axes
+from .pointwise import aligned_axes, only_maps
 from .promote import promoted
+from .softmax import normalize_over_image, softmax_over_image
 
 
 def _per_pixel(op: Op, maps: Maps, value: int) -> Local:
@@ -31,6 +34,33 @@ def ordered(op: Op, maps: Maps) -> Local | Whole:
     if dim % len(maps.shape(value)) in maps.axes[value]:
         raise Refusal(f"'{op.name}' goes along an image axis; pool over it before")
     return _per_pixel(op, maps, value)
+
+
+@rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "logcumsumexp")
+def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
+    """Ops along given dimensions that keep the rank: per pixel iff no image axis is among them."""
+    value = op.inputs[0]
+    given: dict[str, Any] = {}
+    if op.name == "flip":
+        dims = op.kwargs.get("dims", op.args[1:])
+        dims = dims[0] if len(dims) == 1 else dims
+    elif op.name == "normalize":
+        given = arguments(op, "input p dim eps", p=2.0, dim=1, eps=1e-12)
+        dims = given["dim"]
+    else:
+        given = arguments(op, "input dim", dim=-1 if op.name == "glu" else None)
+        dims = given["dim"]
+    if dims is None:
+        raise Refusal(f"'{op.name}' without a dimension")
+    only_maps(op, maps, value)
+    dims, axes = dimensions(dims, len(maps.shape(value))), set(maps.axes[value])
+    if not set(dims) & axes:
+        return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    if op.name == "normalize" and given["p"] == 2 and given.get("out") is None:
+        return normalize_over_image(op, maps, value, dims, given["eps"])
+    if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
+        return softmax_over_image(op, maps, value, dims[0], op.name == "log_softmax")
+    return [Whole(op)]
 
 
 @rule("diff")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...capture.trace import Op
 from .base import Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, dimensions, replay, rule
 from .grids import Grid, is_read, strip_grid
-from .pointwise import elementwise, only_maps
+from .pointwise import elementwise
 from .promote import over_resident, resident
 
 
@@ -155,7 +155,7 @@ def reduction(op: Op, maps: Maps) -> Local | list[Node]:
     form = _FORMS.get(op.name)
     if form is None or dtype.is_complex or any(is_read(maps, v) for v in op.outputs[1:] if op.name in ("max", "min")):
         return [Whole(op)]
-    return form(_Call(op, maps, value, dims, given)) or [Whole(op)]
+    return form(ReductionCall(op, maps, value, dims, given)) or [Whole(op)]
 
 
 def _arguments(op: Op) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _arguments(op: Op) -> dict[str, Any]:
     return given
 
 
-class _Call:
+class ReductionCall:
     """A reduction over the image (and maybe further dimensions) that is being taken apart."""
 
     def __init__(self, op: Op, maps: Maps, value: int, dims: tuple[int, ...], given: dict[str, Any]):
@@ -236,7 +236,7 @@ class _Call:
         return [local, self.reduce(made, kind, total, nan_counts=nan_counts), last]
 
 
-def _sum(call: _Call) -> list[Node]:
+def _sum(call: ReductionCall) -> list[Node]:
     """Sums and means, in `dtype` if one is asked for; of truth values and integers in float64."""
     asked, dtype = call.given.get("dtype"), call.maps.program.values[call.value].dtype
     own = asked or dtype
@@ -249,7 +249,7 @@ def _sum(call: _Call) -> list[Node]:
     return [local, call.reduce(made, "sum", call.output, count)]
 
 
-def _finds_maxima(call: _Call) -> bool:
+def _finds_maxima(call: ReductionCall) -> bool:
     """Whether maxima are taken tile by tile: the first of equal elements is known where the image axes are the last."""
     maps, axes = call.maps, tuple(axis - len(call.shape) for axis in call.maps.axes[call.value])
     if call.first and call.grid is None and (axes not in ((-2, -1), (-1, -1)) or maps.merged(call.value)):
@@ -259,13 +259,13 @@ def _finds_maxima(call: _Call) -> bool:
     return maps.program.values[call.value].dtype.is_floating_point
 
 
-def _max(call: _Call) -> list[Node] | None:
+def _max(call: ReductionCall) -> list[Node] | None:
     if not _finds_maxima(call):
         return None
     return [call.reduce(call.value, "max", call.output, nan_counts=call.op.name == "max")]
 
 
-def _min(call: _Call) -> list[Node] | None:
+def _min(call: ReductionCall) -> list[Node] | None:
     if not _finds_maxima(call):
         return None
     return call.of("negative", torch.neg, "max", torch.neg, nan_counts=call.op.name == "min")
@@ -297,7 +297,7 @@ def squared(x: Tensor) -> Tensor:
     return x * x
 
 
-def _norm(call: _Call) -> list[Node] | None:
+def _norm(call: ReductionCall) -> list[Node] | None:
     p = call.given["p"]
     if call.op.func is torch.linalg.norm and p is not None and call.given["dim"] is not None:
         return None  # a matrix norm
@@ -312,7 +312,7 @@ def _norm(call: _Call) -> list[Node] | None:
     return None
 
 
-def _spread(call: _Call) -> list[Node]:
+def _spread(call: ReductionCall) -> list[Node]:
     """Variance and standard deviation, also together with the mean, out of moments."""
     correction = call.given.get("correction")
     if correction is None:
@@ -343,7 +343,7 @@ def finite(top: Tensor) -> Tensor:
     return torch.where(top.isinf(), 0, top).detach()
 
 
-def shifted_exp(call: _Call, shift: Callable[[Tensor], Tensor]) -> tuple[list[Node], int, int, int]:
+def shifted_exp(call: ReductionCall, shift: Callable[[Tensor], Tensor]) -> tuple[list[Node], int, int, int]:
     """exp(x - shift(max)), the maximum, and the sum of the exponentials; both keep their dimensions."""
     own = wide(call.maps.program.values[call.value].dtype)
     kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
@@ -358,7 +358,7 @@ def shifted_exp(call: _Call, shift: Callable[[Tensor], Tensor]) -> tuple[list[No
     return [first, *found, local, call.reduce(made, "sum", total, keepdim=True)], made, top, total
 
 
-def _logsumexp(call: _Call) -> list[Node]:
+def _logsumexp(call: ReductionCall) -> list[Node]:
     nodes, _, top, total = shifted_exp(call, finite)
     squeezed, dtype = () if call.keepdim else call.dims, call.dtype
 
@@ -368,65 +368,7 @@ def _logsumexp(call: _Call) -> list[Node]:
     return [*nodes, vector((top, total), call.output, finish)]
 
 
-def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
-    """Softmax along an image axis, or along the one in which a flattened map's positions lie."""
-    call = _Call(op, maps, value, (dim,), {"keepdim": True})
-    nodes, made, top, total = shifted_exp(call, torch.Tensor.detach)
-    dtype = call.dtype
-    found, sums = call.kept(total)
-    if logarithm:
-        more, most = call.kept(top)
-
-        def finish(x: Tensor, most: Tensor, sums: Tensor) -> Tensor:
-            return (x.to(sums.dtype) - most.detach() - sums.log()).to(dtype)
-
-        last, _ = mapped(op, maps, "log_softmax", (value,), finish, dtype, (most, sums), call.output)
-        return [*nodes, *found, *more, last]
-    last, _ = mapped(op, maps, "softmax", (made,), lambda e, sums: (e / sums).to(dtype), dtype, (sums,), call.output)
-    return [*nodes, *found, last]
-
-
-def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], eps: float) -> list[Node]:
-    """x / max(|x|, eps) with the Euclidean norm over the image, or over one of its axes."""
-    call = _Call(op, maps, value, dims, {"keepdim": True})
-    own, dtype = wide(maps.program.values[value].dtype), call.dtype
-    local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
-    kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
-    total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
-    scale = vector((total,), length, lambda t: root(t).clamp_min(eps))
-    found, there = call.kept(length)
-    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (there,), call.output)
-    return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]
-
-
-@rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "logcumsumexp")
-def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
-    """Ops along given dimensions that keep the rank: per pixel iff no image axis is among them."""
-    value = op.inputs[0]
-    given: dict[str, Any] = {}
-    if op.name == "flip":
-        dims = op.kwargs.get("dims", op.args[1:])
-        dims = dims[0] if len(dims) == 1 else dims
-    elif op.name == "normalize":
-        given = arguments(op, "input p dim eps", p=2.0, dim=1, eps=1e-12)
-        dims = given["dim"]
-    else:
-        given = arguments(op, "input dim", dim=-1 if op.name == "glu" else None)
-        dims = given["dim"]
-    if dims is None:
-        raise Refusal(f"'{op.name}' without a dimension")
-    only_maps(op, maps, value)
-    dims, axes = dimensions(dims, len(maps.shape(value))), set(maps.axes[value])
-    if not set(dims) & axes:
-        return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-    if op.name == "normalize" and given["p"] == 2 and given.get("out") is None:
-        return normalize_over_image(op, maps, value, dims, given["eps"])
-    if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
-        return softmax_over_image(op, maps, value, dims[0], op.name == "log_softmax")
-    return [Whole(op)]
-
-
-_FORMS: dict[str, Callable[[_Call], list[Node] | None]] = {
+_FORMS: dict[str, Callable[[ReductionCall], list[Node] | None]] = {
     "sum": _sum,
     "mean": _sum,
     "amax": _max,
