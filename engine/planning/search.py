@@ -19,7 +19,8 @@ from ..lowering.rewrites import prepare
 from ..lowering.sorting import sort
 from ..lowering.stages import StagedProgram
 from ..tiling.memory import available_bytes, format_bytes
-from ..tiling.spatial import SpatialShard, split_network
+from ..tiling.spatial import SpatialShard
+from ..tiling.spatial_program import split_network
 from . import constants
 from .estimate import Estimate, Known, rounded
 from .plan import Choice, Plan
