@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
-import gpu_ops  # noqa: E402
+import gpu_layers  # noqa: E402
 import gpu_summary  # noqa: E402
 import gpu_tests  # noqa: E402
 import gpu_worker  # noqa: E402
@@ -184,9 +184,9 @@ def test_layers_are_those_of_the_networks():
                     lambda m, args, _: seen.add((*m.weight.shape[:3], m.stride[0], args[0].shape[-1]))
                 )
         network(torch.empty(1, 1, 2048, 2048))
-    listed = {(layer.cout, layer.cin, layer.kernel, layer.stride, layer.side) for layer in gpu_ops.resnet50()}
+    listed = {(layer.cout, layer.cin, layer.kernel, layer.stride, layer.side) for layer in gpu_layers.resnet50()}
     assert listed == seen
-    layer = gpu_ops.Layer(64, 128, 3, 2, 512)
+    layer = gpu_layers.Layer(64, 128, 3, 2, 512)
     assert layer.flops == 2 * 256**2 * 128 * 64 * 9 and layer.bytes == 2 * (512**2 * 64 + 256**2 * 128)
 
 
