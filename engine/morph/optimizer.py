@@ -1,4 +1,4 @@
-"""Optimizer state and averaged weights of a network that has grown, by the adjoint rule.
+"""Optimizer state of a network that has grown, by the adjoint rule.
 
 If every consumer splits a space's copies with the same shares s (sum 1), the gradients of the child are those of the
 parent, g' = diag(s_o) g[ro][:, ri]: rows scaled by their shares, columns copied unscaled. A momentum is a sum of
@@ -16,13 +16,12 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from ..errors import MorphError
 from .copies import ParameterMap
@@ -31,7 +30,6 @@ from .report import Report
 from .splits import kraft_lengths
 from .step import Step
 from .stock import stock
-from .verify import require_equal
 from .widen import WidenStep
 
 RATES = (SGD, Adam, AdamW)  # whose rates per tensor are known under which training commutes
@@ -51,7 +49,6 @@ MOMENTS = {
 STEPS = {"RMSprop": {"momentum_buffer": 0}, "RMSpropTF": {"momentum_buffer": 0}, "Adadelta": {"acc_delta": 0}}
 
 Rates = Literal["plain", "commute"]
-Averaged = TypeVar("Averaged", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -95,21 +92,10 @@ def grow_optimizer(
         raise MorphError(f"optimizer {type(optimizer).__name__}: lr='commute' knows {known}; take lr='plain'")
     powers = _powers(optimizer)
     parent, child = stock(parent), stock(child)
-    names = {id(p): name for name, p in parent.named_parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) not in names:
-                raise MorphError(
-                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not the parent's; "
-                    "give the parent itself, not a copy, and widen it without `inplace`"
-                )
-    step = report.step
+    names = _names(optimizer, parent)
     targets = dict(child.named_parameters())
-    if isinstance(step, WidenStep):
-        maps, heirs, split = _maps(parent, step), {name: name for name in names.values()}, step.split
-    else:
-        maps, heirs, split = {}, _heirs(parent, targets), ""
-    _require_rates(lr, step, maps)
+    growth = _Growth.of(report.step, parent, targets)
+    _require_rates(lr, report.step, growth.maps)
 
     groups: list[dict[str, Any]] = []
     origin: list[dict[str, Any]] = []  # the parent's group of each
@@ -118,76 +104,18 @@ def grow_optimizer(
         made: dict[_Factors, list[str]] = {}
         for p in group["params"]:
             name = names[id(p)]
-            if name not in heirs:
+            if name not in growth.heirs:
                 continue
-            target = targets.get(heirs[name])
-            shape = maps[name].shape(p.shape) if name in maps else tuple(p.shape)
-            if target is None or tuple(target.shape) != shape:
-                raise MorphError(f"'{name}' of the child has not the shape {shape} of this report; give its own child")
-            factors = _factors(type(optimizer), group, maps.get(name), name) if lr == "commute" else _Factors()
-            made.setdefault(factors, []).append(heirs[name])
+            target, change = growth.target(name, p), growth.maps.get(name)
+            factors = _factors(type(optimizer), group, change, name) if lr == "commute" else _Factors()
+            made.setdefault(factors, []).append(growth.heirs[name])
             if p in optimizer.state:
-                state[target] = _grown_state(optimizer.state[p], powers, target, maps.get(name), split)
+                state[target] = _grown_state(optimizer.state[p], powers, target, change, growth.split)
         for factors, members in (made or {_Factors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
-    _add_new(parent, targets, set(heirs.values()), groups, origin)
+    _add_new(parent, targets, set(growth.heirs.values()), groups, origin)
     return _construct(optimizer, groups, targets, state)
-
-
-def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Report) -> Averaged:
-    """An average of the parent's weights, widened by the same linear map as the weights themselves.
-
-    The shares are drawn by seed and name, so that an average of widened weights is the widened average. New channels
-    have no history and get the child's weights.
-
-    Args:
-        average: a network of the parent's architecture (an EMA or momentum copy) or an `AveragedModel` of one; it is
-            not changed.
-        parent: the network before the widening.
-        child: the network after it.
-        report: of that widening.
-
-    Raises:
-        MorphError: another morph than widening, an average of another architecture, or a failed check.
-    """
-    parent, child = stock(parent), stock(child)
-    average = stock(average)  # pyright: ignore[reportAssignmentType]  of the same class, or what was accelerated
-    step = report.step
-    if not isinstance(step, WidenStep):
-        raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
-    if isinstance(average, AveragedModel):
-        module = average.module
-        average.module = nn.Module()  # do not copy the weights only to replace them
-        try:
-            wrapper = copy.deepcopy(average)
-        finally:
-            average.module = module
-        wrapper.module = grow_ema(module, parent, child, report)
-        return wrapper
-    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (parent, average)]
-    if shapes[0] != shapes[1]:
-        raise MorphError("the average has other parameters than the parent; give an average of that very network")
-    # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there; then come the weights.
-    grown = step.repeat(duplicate(average).float().cpu())
-    maps, targets, sources = _maps(parent, step), child.state_dict(), average.state_dict()
-    for name, tensor in [*grown.named_parameters(), *grown.named_buffers()]:
-        if name not in sources:
-            continue
-        value, made = sources[name], maps.get(name)
-        if made is None:
-            value = value.detach().clone()
-        else:
-            value, _ = step.grow_tensor(name, value, made)
-            if made.free is not None and made.axis is not None and bool(made.free.any()):
-                at = made.free.nonzero().reshape(-1).to(value.device)
-                value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
-        tensor.data = value
-    device = next((p.device for p in average.parameters()), torch.device("cpu"))
-    given = step.inputs()
-    example = replace(given, tensors=tuple(x.to(device) for x in given.tensors))
-    require_equal(average, grown, example)
-    return grown.train(average.training)
 
 
 def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
@@ -241,9 +169,55 @@ def _powers(optimizer: Optimizer) -> dict[str, int]:
     return known
 
 
-def _maps(parent: nn.Module, step: WidenStep) -> dict[str, ParameterMap]:
-    """The maps depend on the architecture alone; the recorded inputs are float32 on the CPU."""
-    return step.tensor_maps(duplicate(parent).float().cpu())
+def _names(optimizer: Optimizer, parent: nn.Module) -> dict[int, str]:
+    """The name of each of the parent's parameters, by id.
+
+    Raises:
+        MorphError: the optimizer holds another one.
+    """
+    names = {id(p): name for name, p in parent.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in names:
+                raise MorphError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not the parent's; "
+                    "give the parent itself, not a copy, and widen it without `inplace`"
+                )
+    return names
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """What a morph makes of the parent's parameters.
+
+    Attributes:
+        targets: the child's parameters by name.
+        maps: of each that is widened, by name.
+        heirs: the child's name of each that is still there.
+        split: of outgoing weights; empty for other morphs than widening.
+    """
+
+    targets: Mapping[str, Tensor]
+    maps: Mapping[str, ParameterMap]
+    heirs: Mapping[str, str]
+    split: str
+
+    @classmethod
+    def of(cls, step: Step, parent: nn.Module, targets: Mapping[str, Tensor]) -> _Growth:
+        if isinstance(step, WidenStep):
+            same_names = {name: name for name, _ in parent.named_parameters()}
+            # The maps depend on the architecture alone; the recorded inputs are float32 on the CPU.
+            maps = step.tensor_maps(duplicate(parent).float().cpu())
+            return cls(targets, maps, same_names, step.split)
+        return cls(targets, {}, _heirs(parent, targets), "")
+
+    def target(self, name: str, p: Tensor) -> Tensor:
+        """The child's parameter that one of the parent's has become."""
+        target = self.targets.get(self.heirs[name])
+        shape = self.maps[name].shape(p.shape) if name in self.maps else tuple(p.shape)
+        if target is None or tuple(target.shape) != shape:
+            raise MorphError(f"'{name}' of the child has not the shape {shape} of this report; give its own child")
+        return target
 
 
 def _require_rates(lr: Rates, step: Step, maps: Mapping[str, ParameterMap]) -> None:
@@ -390,4 +364,4 @@ def _construct(
     return result
 
 
-__all__ = ["gradient_shares", "grow_ema", "grow_optimizer"]
+__all__ = ["gradient_shares", "grow_optimizer"]

@@ -1,0 +1,76 @@
+"""Averaged weights of a network that has grown: they are widened as the weights are, by the same linear map."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..errors import MorphError
+from .copying import duplicate
+from .report import Report
+from .stock import stock
+from .verify import require_equal
+from .widen import WidenStep
+
+Averaged = TypeVar("Averaged", bound=nn.Module)
+
+
+def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Report) -> Averaged:
+    """An average of the parent's weights, widened by the same linear map as the weights themselves.
+
+    The shares are drawn by seed and name, so that an average of widened weights is the widened average. New channels
+    have no history and get the child's weights.
+
+    Args:
+        average: a network of the parent's architecture (an EMA or momentum copy) or an `AveragedModel` of one; it is
+            not changed.
+        parent: the network before the widening.
+        child: the network after it.
+        report: of that widening.
+
+    Raises:
+        MorphError: another morph than widening, an average of another architecture, or a failed check.
+    """
+    parent, child = stock(parent), stock(child)
+    average = stock(average)  # pyright: ignore[reportAssignmentType]  of the same class, or what was accelerated
+    step = report.step
+    if not isinstance(step, WidenStep):
+        raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
+    if isinstance(average, AveragedModel):
+        module = average.module
+        average.module = nn.Module()  # do not copy the weights only to replace them
+        try:
+            wrapper = copy.deepcopy(average)
+        finally:
+            average.module = module
+        wrapper.module = grow_ema(module, parent, child, report)
+        return wrapper
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (parent, average)]
+    if shapes[0] != shapes[1]:
+        raise MorphError("the average has other parameters than the parent; give an average of that very network")
+    # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there; then come the weights.
+    grown = step.repeat(duplicate(average).float().cpu())
+    maps = step.tensor_maps(duplicate(parent).float().cpu())
+    targets, sources = child.state_dict(), average.state_dict()
+    for name, tensor in [*grown.named_parameters(), *grown.named_buffers()]:
+        if name not in sources:
+            continue
+        value, made = sources[name], maps.get(name)
+        if made is None:
+            value = value.detach().clone()
+        else:
+            value, _ = step.grow_tensor(name, value, made)
+            if made.free is not None and made.axis is not None and bool(made.free.any()):
+                at = made.free.nonzero().reshape(-1).to(value.device)
+                value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
+        tensor.data = value
+    device = next((p.device for p in average.parameters()), torch.device("cpu"))
+    given = step.inputs()
+    example = replace(given, tensors=tuple(x.to(device) for x in given.tensors))
+    require_equal(average, grown, example)
+    return grown.train(average.training)
