@@ -53,6 +53,12 @@ def no_atoms(shape: Sequence[int]) -> Tensor:
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
 
 
+def known_atoms(label: Label) -> Tensor:
+    """The atoms, which all labels of the parent have."""
+    assert label.atoms is not None
+    return label.atoms
+
+
 def compact(atoms: Tensor) -> Tensor:
     """Without the repeats of expanded axes: those get size 1."""
     for axis in range(atoms.ndim):

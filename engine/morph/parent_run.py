@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import families
-from .atoms import FIXED, Atoms
+from .atoms import Atoms
 from .borders import Borders
-from .labels import Label, compact, essential, no_atoms, row_vids, varies
+from .broadcasting import meet
+from .labels import Label, compact, essential, known_atoms, no_atoms, row_vids, varies
 from .log import (
     AlongChannelsRecord,
     ArgumentsRecord,
@@ -149,7 +149,7 @@ class ParentRun(Tracer):
         if small:
             first, inner = self._joined([labels[i] for i in small])
             labels = [*(label for i, label in enumerate(labels) if i not in small), first]
-        atoms = self._meet(labels, shape)
+        atoms = meet(labels, shape, self.atoms, self.borders, self.where_now)
         vids = self.number(atoms)
         columns = [label.vids.expand(shape) for label in labels]
         join = Join(self.table, columns)
@@ -158,36 +158,8 @@ class ParentRun(Tracer):
             vids = vids.reshape(-1)[join.find(columns)].reshape(shape)
         return Label(vids, atoms), ElementwiseRecord(join, base, small, inner)
 
-    def _meet(self, labels: list[Label], shape: Shape) -> Tensor:
-        """Unite the atoms of broadcast operands; the atoms of the result."""
-        operands = [_Operand.of(label, len(shape)) for label in labels]
-        # After a concatenation along the tokens only their meeting shows that all tokens have the same channels.
-        operands.sort(key=lambda operand: len(operand.varies) > 1)
-        main = set().union(*(operand.varies for operand in operands))
-        for operand in operands:
-            if operand.one_channel() and operand.stretched(shape) & main:
-                self.freeze(operand.atoms, "its one channel is broadcast")
-        joined: Tensor | None = None
-        for operand in operands:
-            if operand.stretched(shape) & main:
-                if operand.varies:
-                    for other in operands:
-                        self.freeze(other.atoms, "channels of two axes are multiplied")
-                    return no_atoms(shape)
-            elif joined is None:
-                joined = operand.atoms if main or bool((operand.atoms != FIXED).any()) else None
-            elif main or bool((operand.atoms != FIXED).any()):
-                joined = self._unite_operands(joined, operand.atoms)
-        return (no_atoms(()) if joined is None else joined).expand(shape)
-
-    def _unite_operands(self, one: Tensor, other: Tensor) -> Tensor:
-        a, b = torch.broadcast_tensors(one, other)
-        self.atoms.unite(a.numpy(), b.numpy(), f"it meets a tensor of fixed size ({self.where_now})")
-        self.borders.meet(a.numpy(), b.numpy())
-        return torch.where(a == FIXED, b, a)
-
     def along_channels(self, label: Label, axes: list[int]) -> bool:
-        found = varies(_atoms(label), axes)
+        found = varies(known_atoms(label), axes)
         self._record(AlongChannelsRecord(found))
         return found
 
@@ -195,11 +167,11 @@ class ParentRun(Tracer):
         self._record(ArgumentsRecord(values))
 
     def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
-        atoms = _atoms(label).movedim(axis, 0)
+        atoms = known_atoms(label).movedim(axis, 0)
         self.sized[len(self.log), what] = atoms[(slice(None), *[0] * (atoms.ndim - 1))].numpy()
 
     def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
-        atoms = _atoms(label)
+        atoms = known_atoms(label)
         if varies(atoms, axes):
             self.freeze(atoms, "it is reduced over its channels")
             atoms = no_atoms(atoms.shape)
@@ -222,7 +194,7 @@ class ParentRun(Tracer):
 
     def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
         slabs = label.slabs(axes)
-        self._unite_slabs(Label(_atoms(label), None).slabs(axes), extreme)
+        self._unite_slabs(Label(known_atoms(label), None).slabs(axes), extreme)
         shape = tuple(1 if a in axes else s for a, s in enumerate(label.vids.shape))
         atoms = no_atoms(shape)
         base = first_vid(self.number(atoms))
@@ -258,7 +230,7 @@ class ParentRun(Tracer):
 
     def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
         for label in labels:
-            self.freeze(_atoms(label), why)
+            self.freeze(known_atoms(label), why)
             if label.parameter is not None:
                 self._fix(label.parameter, f"{why} ({self.where_now})")
         results = [Label(self.number(no_atoms(shape)), no_atoms(shape)) for shape in outputs]
@@ -272,11 +244,11 @@ class ParentRun(Tracer):
         if name in self.parameters:
             self._fix(name, f"{self.where_now} uses '{name}', which others read as a whole")
         self.linear_names.add(name)
-        if varies(_atoms(label), others) or name in self.fixed:
+        if varies(known_atoms(label), others) or name in self.fixed:
             why = self.fixed.get(name, "a linear op runs across its channels")
             self._fix(name, f"{why} ({self.where_now})")
             return self.barrier([label], [call.shape], why)[0]
-        arriving = _atoms(label)
+        arriving = known_atoms(label)
         for a in others:
             arriving = arriving.narrow(a, 0, 1)
         arriving = np.ascontiguousarray(arriving.reshape(-1).numpy())
@@ -336,12 +308,12 @@ class ParentRun(Tracer):
 
     def pick(self, name: str, label: Label, results: list[Label]) -> None:
         if name in families.CHUNKS:
-            self._pick_chunks(_atoms(label), [_atoms(result) for result in results])
+            self._pick_chunks(known_atoms(label), [known_atoms(result) for result in results])
             return
-        atoms = essential(_atoms(label))
+        atoms = essential(known_atoms(label))
         before = np.unique(atoms.numpy())
         for result in results:
-            now = essential(_atoms(result))
+            now = essential(known_atoms(result))
             if not np.array_equal(np.unique(now.numpy()), before) or (now.numel() != atoms.numel() and len(before) > 1):
                 self.freeze(atoms, "it is cut or repeated at fixed indices")
                 return
@@ -358,40 +330,9 @@ class ParentRun(Tracer):
                 self.atoms.unite(first.numpy(), part.numpy(), f"a chunk ({self.where_now})")
 
 
-@dataclass(frozen=True)
-class _Operand:
-    """One of several tensors that meet: atoms, size, and the axes along which its channels lie."""
-
-    atoms: Tensor
-    size: Shape
-    varies: set[int]
-
-    @classmethod
-    def of(cls, label: Label, ndim: int) -> _Operand:
-        """With `ndim` axes, as broadcasting aligns them."""
-        atoms = compact(_atoms(label))
-        atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
-        size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
-        return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])})
-
-    def stretched(self, shape: Shape) -> set[int]:
-        """Axes along which it is repeated to get that shape."""
-        return {a for a, s in enumerate(shape) if self.size[a] == 1 and s > 1}
-
-    def one_channel(self) -> bool:
-        """Whether all of it is one channel that may grow."""
-        return not self.varies and self.atoms.numel() > 0 and int(self.atoms.reshape(-1)[0]) != FIXED
-
-
 def first_vid(vids: Tensor) -> int:
     """The first of fresh value numbers; 0 if there are none."""
     return int(vids.reshape(-1)[0]) if vids.numel() else 0
-
-
-def _atoms(label: Label) -> Tensor:
-    """The atoms, which all labels of the parent have."""
-    assert label.atoms is not None
-    return label.atoms
 
 
 def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:

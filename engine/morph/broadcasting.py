@@ -1,0 +1,72 @@
+"""Tensors that are broadcast together: whose channels are united there, and which can no longer grow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .atoms import FIXED, Atoms
+from .borders import Borders
+from .labels import Label, compact, known_atoms, no_atoms, varies
+from .primitives import Shape
+
+
+def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, where: str) -> Tensor:
+    """Unite the atoms of broadcast operands; the atoms of the result.
+
+    Args:
+        labels: of the operands.
+        shape: of the result.
+        where: what messages call the op.
+    """
+    operands = [_Operand.of(label, len(shape)) for label in labels]
+    # After a concatenation along the tokens only their meeting shows that all tokens have the same channels.
+    operands.sort(key=lambda operand: len(operand.varies) > 1)
+    main = set().union(*(operand.varies for operand in operands))
+    for operand in operands:
+        if operand.one_channel() and operand.stretched(shape) & main:
+            atoms.freeze(operand.atoms, f"its one channel is broadcast ({where})")
+    joined: Tensor | None = None
+    for operand in operands:
+        if operand.stretched(shape) & main:
+            if operand.varies:
+                for other in operands:
+                    atoms.freeze(other.atoms, f"channels of two axes are multiplied ({where})")
+                return no_atoms(shape)
+        elif joined is None:
+            joined = operand.atoms if main or bool((operand.atoms != FIXED).any()) else None
+        elif main or bool((operand.atoms != FIXED).any()):
+            a, b = torch.broadcast_tensors(joined, operand.atoms)
+            atoms.unite(a.numpy(), b.numpy(), f"it meets a tensor of fixed size ({where})")
+            borders.meet(a.numpy(), b.numpy())
+            joined = torch.where(a == FIXED, b, a)
+    return (no_atoms(()) if joined is None else joined).expand(shape)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One of several tensors that meet: atoms (without the repeats of expanded axes), size, and the axes along which
+    its channels lie.
+    """
+
+    atoms: Tensor
+    size: Shape
+    varies: set[int]
+
+    @classmethod
+    def of(cls, label: Label, ndim: int) -> _Operand:
+        """With `ndim` axes, as broadcasting aligns them."""
+        atoms = compact(known_atoms(label))
+        atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
+        size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
+        return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])})
+
+    def stretched(self, shape: Shape) -> set[int]:
+        """Axes along which it is repeated to get that shape."""
+        return {a for a, s in enumerate(shape) if self.size[a] == 1 and s > 1}
+
+    def one_channel(self) -> bool:
+        """Whether all of it is one channel that may grow."""
+        return not self.varies and self.atoms.numel() > 0 and int(self.atoms.reshape(-1)[0]) != FIXED
