@@ -90,9 +90,8 @@ def widen(
     inputs = as_inputs(example)
     given, model = model, stock(model, inplace)
     spaces = find_spaces(model, inputs, groups=groups)
-    if factor is not None and not spaces.growable():
-        reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
-        raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
+    if factor is not None:
+        _require_growable(spaces)
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
     step = WidenStep(inputs.shapes, chosen, new, split, noise, seed, groups, inputs.kinds, inputs.form)
     child, maps = step.check(spaces)
@@ -106,20 +105,47 @@ def widen(
     return_free_pages()
     with large_blocks_on_own_pages():
         certificate = step.fill(child, model, maps)
-    parent, checked = model, child
-    if noise:  # its sums are rounded when they are stored: the function is compared where that hides nothing
-        parent = cast(duplicate(model), torch.float64)
-        checked, _ = step.grow(find_spaces(parent, inputs, groups=groups))
     changes += head_changes(model, child)
     if name := standard_name(child):
         changes.append(f"this is what {name} builds: load the weights there, without a recipe")
     if unread:
         changes.append(f"not reached by this example, and as wide as they were: {unread}")
-    proof = None if noise else certificate
+    report = _verified(step, model, child, inputs, changes, certificate, train, unread)
+    return (replace_contents(model, child) if inplace else as_given(child, given)), report
+
+
+def _require_growable(spaces: Spaces) -> None:
+    """Refuse a factor where no space can grow."""
+    if not spaces.growable():
+        reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
+        raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
+
+
+def _verified(
+    step: WidenStep,
+    model: nn.Module,
+    child: nn.Module,
+    inputs: Inputs,
+    changes: list[str],
+    certificate: Certificate,
+    train: bool,
+    unread: str,
+) -> Report:
+    """The report that the child computes what the network does.
+
+    With noise its sums are rounded when they are stored: the function is compared in float64, where that hides nothing.
+
+    Args:
+        unread: the modules that the example does not reach, for the message of a failed check.
+    """
+    proof: Certificate | None = certificate
+    if step.noise:
+        model, proof = cast(duplicate(model), torch.float64), None
+        child, _ = step.grow(find_spaces(model, inputs, groups=step.groups))
     try:
         with large_blocks_on_own_pages():
-            report = verified_report(
-                step, parent, checked, example, changes=changes, certificate=proof, seed=seed, compare_train=train
+            return verified_report(
+                step, model, child, inputs, changes=changes, certificate=proof, seed=step.seed, compare_train=train
             )
     except MorphError as error:
         if not unread:
@@ -128,7 +154,6 @@ def widen(
             f"{error}; this example does not reach {unread}, which would keep their width; train=False compares eval "
             "mode alone"
         ) from error
-    return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 
 @dataclass(frozen=True)
