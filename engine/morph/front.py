@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,33 +93,38 @@ def front(
     given, model = model, stock(model, inplace)
     height, width = size or (r * example.shape[2], r * example.shape[3])
     stem = find_stem(model, example)
-    asked = (example.shape[1], r, mode, downsample, filters, act, seed)
-    step = plan_front(model, stem, *asked)
     large = example.repeat_interleave(r, 2).repeat_interleave(r, 3)
-    if not _gives_the_same_shapes(model, step, large):
-        # It goes by the image's own size (a segmentation network that upsamples to it): let it see the shrunk one.
-        if mode == "fold":
-            raise MorphError(
-                "front: the network's results have other shapes on the large image, as if it asked for the image's "
-                "size (upsampling to it?); mode='stages', 'residual' or 'keep' puts the front before all of it"
-            )
-        step = plan_front(model, replace(stem, others=("the image's size",)), *asked)
+    step = _fitting_step(model, stem, large, example.shape[1], r, mode, downsample, filters, act, seed)
     if inplace and not (step.at and step.at[0]):
         raise MorphError("this front stands before the whole network, which cannot become it; use inplace=False")
     child = step.repeat(duplicate(model))
     before = view(model, (1, example.shape[1], height // r, width // r), example)
     after = view(child, (1, example.shape[1], height, width), example)
-    checked = model, child
-    if mode in ("fold", "stages") and r & (r - 1):  # weights over r² are rounded: compare with float64 weights
-        exact = cast(duplicate(model), torch.float64)
-        checked = exact, step.repeat(duplicate(exact))
     changes = [f"found: {stem}", *step.describe(child), f"before: {before}", f"after: {after}"]
     changes.append(f"the child's image sides must be multiples of {r}")
-    parent = nn.Sequential(downsampler(downsample, r), checked[0])
-    report = verified_report(step, parent, checked[1], large, changes=changes, seed=seed)
+    report = _verified(step, model, child, large, changes)
     if inplace:
         child = step.repeat(model)
     return as_given(child, given), FrontReport(**vars(report), stem=stem, before=before, after=after)
+
+
+def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> FrontStep:
+    """The front before the stem, or before the whole network where that goes by the image's own size.
+
+    A segmentation network that upsamples its result to the size of the image has to see the shrunk one.
+
+    Args:
+        asked: further arguments of `plan_front`.
+    """
+    step = plan_front(model, stem, *asked)
+    if _gives_the_same_shapes(model, step, large):
+        return step
+    if step.mode == "fold":
+        raise MorphError(
+            "front: the network's results have other shapes on the large image, as if it asked for the image's "
+            "size (upsampling to it?); mode='stages', 'residual' or 'keep' puts the front before all of it"
+        )
+    return plan_front(model, replace(stem, others=("the image's size",)), *asked)
 
 
 def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> bool:
@@ -130,6 +136,15 @@ def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> 
         with eval_mode(network), torch.no_grad(), failures("the network cannot be run on an image of that size"):
             shapes.append([tuple(t.shape) for t in output_tensors(network(image.to(dtype, copy=True)))])
     return shapes[0] == shapes[1]
+
+
+def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor, changes: list[str]) -> Report:
+    """The report that the child computes on large images what the network does on the shrunk ones."""
+    if step.mode in ("fold", "stages") and step.r & (step.r - 1):
+        model = cast(duplicate(model), torch.float64)  # weights over r² are rounded: compare with float64 weights
+        child = step.repeat(duplicate(model))
+    parent = nn.Sequential(downsampler(step.downsample, step.r), model)
+    return verified_report(step, parent, child, large, changes=changes, seed=step.seed)
 
 
 @dataclass(frozen=True)
