@@ -55,11 +55,7 @@ def launch(
     """
     filters, depth, r, s = dw.shape
     groups, pixels = geometry.groups, dy.shape[0] * dy.shape[2] * dy.shape[3]
-    held = sum_dtype(x.dtype)
-    if dw.dtype != held or (dshift is not None and dshift.dtype != held):
-        raise ValueError(f"conv2d_wgrad: gradients of {x.dtype} maps are summed in {held}; give buffers of that dtype")
-    if not dw.permute(0, 2, 3, 1).is_contiguous() or (dshift is not None and not dshift.is_contiguous()):
-        raise ValueError("conv2d_wgrad: the buffers are not dense; give dw in channels-last memory")
+    _check_buffers(dw, dshift, x)
     if not dy.numel() or not (x.numel() or dshift is not None):
         return
     # A program of the descriptor form holds the accumulators of all taps of a row.
@@ -77,11 +73,10 @@ def launch(
         described,
         "none" if gate is None else gate_act,
     )
-    by_descriptors = config.form == "descriptor"
-    if not by_descriptors and pixels + config.block_k >= 2**31:
+    if config.form != "descriptor" and pixels + config.block_k >= 2**31:
         raise ValueError(f"conv2d_wgrad: {pixels} pixels are too many for the pointer form; use smaller tiles")
     cut = _Cut.of(dw, dshift, x, dy, gate, geometry, config, splits)
-    part = None if cut.splits == 1 else torch.empty(cut.splits, cut.length, dtype=held, device=dw.device)
+    part = None if cut.splits == 1 else torch.empty(cut.splits, cut.length, dtype=dw.dtype, device=dw.device)
     shifts = dshift if part is None or dshift is None else part[:, dw.numel() :]
     options = {
         "GATE": "none" if gate is None else gate_act,
@@ -92,13 +87,27 @@ def launch(
         # Left alone, ptxas spills a few addresses of wide elements so that one more program fits.
         **register_limit(x.device, 255 if x.element_size() > 2 else None),
     }
-    run = _by_descriptors if by_descriptors else _by_pointers
-    run(dw if part is None else part, shifts, x, dy, gate, geometry, config, cut, depth, options)
+    run = _by_descriptors if config.form == "descriptor" else _by_pointers
+    run(_Work(dw if part is None else part, shifts, x, dy, gate, geometry, config, cut, depth, options))
     if part is not None:
-        block, rows = splits_blocks(cut.splits)
-        add_splits_kernel[(triton.cdiv(cut.length, block),)](
-            part, dw, dshift, dw.numel(), cut.length, cut.splits, BLOCK=block, ROWS=rows
-        )
+        _add_splits(part, dw, dshift)
+
+
+def _check_buffers(dw: Tensor, dshift: Tensor | None, x: Tensor) -> None:
+    held = sum_dtype(x.dtype)
+    if dw.dtype != held or (dshift is not None and dshift.dtype != held):
+        raise ValueError(f"conv2d_wgrad: gradients of {x.dtype} maps are summed in {held}; give buffers of that dtype")
+    if not dw.permute(0, 2, 3, 1).is_contiguous() or (dshift is not None and not dshift.is_contiguous()):
+        raise ValueError("conv2d_wgrad: the buffers are not dense; give dw in channels-last memory")
+
+
+def _add_splits(part: Tensor, dw: Tensor, dshift: Tensor | None) -> None:
+    """Add the gradients of all splits [splits, elements] to the buffers, in their order."""
+    splits, length = part.shape
+    block, rows = splits_blocks(splits)
+    add_splits_kernel[(triton.cdiv(length, block),)](
+        part, dw, dshift, dw.numel(), length, splits, BLOCK=block, ROWS=rows
+    )
 
 
 class _Cut(NamedTuple):
@@ -148,19 +157,26 @@ class _Cut(NamedTuple):
         return cls(length, tiles, segments, total, splits, triton.cdiv(total, splits))
 
 
-def _by_descriptors(
-    dw: Tensor,
-    dshift: Tensor | None,
-    x: Tensor,
-    dy: Tensor,
-    gate: Tensor | None,
-    geometry: ConvGeometry,
-    config: Config,
-    cut: _Cut,
-    depth: int,
-    options: dict[str, Any],
-) -> None:
-    """`dw` and `dshift` are the buffers, or the parts of all splits."""
+class _Work(NamedTuple):
+    """A weight gradient as both forms of the kernel take it; `launch` says what its parts are.
+
+    `dw` and `dshift` are the buffers, or the parts of all splits; `depth` is the input channels of a group.
+    """
+
+    dw: Tensor
+    dshift: Tensor | None
+    x: Tensor
+    dy: Tensor
+    gate: Tensor | None
+    geometry: ConvGeometry
+    config: Config
+    cut: _Cut
+    depth: int
+    options: dict[str, Any]
+
+
+def _by_descriptors(work: _Work) -> None:
+    dw, dshift, x, dy, gate, geometry, config, cut, depth, options = work
     box_x, box_dy = [1, 1, config.block_k, config.block_n], [1, 1, config.block_k, config.block_m]
     even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
     wgrad_descriptor_kernel[(cut.tiles * cut.splits,)](
@@ -185,19 +201,8 @@ def _by_descriptors(
     )
 
 
-def _by_pointers(
-    dw: Tensor,
-    dshift: Tensor | None,
-    x: Tensor,
-    dy: Tensor,
-    gate: Tensor | None,
-    geometry: ConvGeometry,
-    config: Config,
-    cut: _Cut,
-    depth: int,
-    options: dict[str, Any],
-) -> None:
-    """As `_by_descriptors`."""
+def _by_pointers(work: _Work) -> None:
+    dw, dshift, x, dy, gate, geometry, _, cut, depth, options = work
     wgrad_pointer_kernel[(cut.tiles * cut.splits,)](
         *map(as_map, (x, dy, gate)),
         dw,
