@@ -76,13 +76,14 @@ class FileMask:
         self.path = masks_of(record)[0]
         self.shape = self._files[0].shape[1:]
 
-    def require_size(self, record: Record) -> None:
+    def require_size(self, image: PixelSource) -> None:
         """Refuse a mask of another size than the image as stored.
 
         Raises:
             DataError: naming both.
         """
-        image = open_record(record, flip=False, for_processing=True)
+        while not isinstance(image, ImageSource):
+            image = _below(image)
         if image.stored.shape[1:] != self.shape:
             _, height, width = image.stored.shape
             raise DataError(f"{self.path}: is {_sides(self._files[0])}, its image {height} x {width}; correct the mask")
@@ -139,7 +140,7 @@ def survey(record: Record) -> np.ndarray:
         DataError: what is wrong with it: see `FileMask`.
     """
     mask = FileMask(record)
-    mask.require_size(record)
+    mask.require_size(open_record(record, flip=False, for_processing=True))
     return mask.counts()
 
 
@@ -255,9 +256,7 @@ def mask_as_seen(mask: Mask, image: PixelSource) -> Mask:
     """
     if isinstance(image, ImageSource):
         return PickedMask(mask, *_mirrored(image))
-    if not isinstance(image, MirroredSource | SampledSource | DownsampledSource | IntensitySource | NormalizedSource):
-        raise DataError(f"{image.name}: a mask cannot follow its image through {type(image).__name__}")
-    mask = mask_as_seen(mask, image.source)
+    mask = mask_as_seen(mask, _below(image))
     if isinstance(image, MirroredSource):
         rows, columns = (np.arange(side) for side in mask.shape)
         return PickedMask(mask, rows[:: -1 if image.up_down else 1], columns[:: -1 if image.left_right else 1])
@@ -287,12 +286,19 @@ def mask_as_stored(mask: Mask, image: PixelSource) -> Mask:
     while not isinstance(image, ImageSource):
         if isinstance(image, DownsampledSource):
             factor *= image.factor
-        image = image.source  # type: ignore[attr-defined]  # all sources that stand on others have one
+        image = _below(image)
     seen = tuple(side // factor for side in image.shape[1:])
     # Rows that did not fill a whole block were not seen; they are like the last one that was.
     rows, columns = (np.minimum(np.arange(side) // factor, side // factor - 1) for side in image.shape[1:])
     whole = PickedMask(mask_on_grid(mask, (seen[0], seen[1])), rows, columns)
     return PickedMask(whole, *_mirrored(image))
+
+
+def _below(image: PixelSource) -> PixelSource:
+    """What an image that was mirrored, averaged or varied is made of."""
+    if isinstance(image, MirroredSource | SampledSource | DownsampledSource | IntensitySource | NormalizedSource):
+        return image.source
+    raise DataError(f"{image.name}: a mask cannot follow its image through {type(image).__name__}")
 
 
 def _mirrored(image: ImageSource) -> tuple[np.ndarray, np.ndarray]:

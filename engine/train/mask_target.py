@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..datasets.masks import IGNORED, Classes, FileMask, Mask, classes_of, mask_as_seen, masks_of, survey
@@ -57,14 +57,14 @@ class MaskTarget(Target):
     def knows(self, record: Record) -> bool:
         return bool(masks_of(record))
 
-    def stored(self, record: Record) -> FileMask:
+    def stored(self, record: Record, image: PixelSource) -> FileMask:
         """An image's mask, as stored.
 
         Raises:
             DataError: what is wrong with it.
         """
         mask = FileMask(record, self.classes)
-        mask.require_size(record)
+        mask.require_size(image)
         return mask
 
     def seen(self, record: Record, image: PixelSource) -> Mask:
@@ -73,7 +73,7 @@ class MaskTarget(Target):
         Raises:
             DataError: what is wrong with it.
         """
-        return mask_as_seen(self.stored(record), image)
+        return mask_as_seen(self.stored(record, image), image)
 
     def weights(self, records: Sequence[Record]) -> tuple[float, ...]:
         """By which classes count so that all count the same, with mean 1 over the pixels that are judged."""
@@ -92,7 +92,7 @@ class MaskTarget(Target):
     def _pixels(self, records: Sequence[Record]) -> Array:
         """(images, classes) of each."""
         with ThreadPoolExecutor(available_cpus()) as pool:
-            counts = pool.map(lambda record: self.stored(record).counts(), records)
+            counts = pool.map(lambda record: FileMask(record, self.classes).counts(), records)
             return np.array([one[: len(self.names)] for one in counts])
 
 
@@ -184,6 +184,19 @@ class MaskLoss:
         own = -F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="none")
         each = F.cross_entropy(logits, mask, weight, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
         return (each * (1 - own.exp()).clamp(min=_ONE) ** self.settings.focal).sum()
+
+
+class WithLoss(nn.Module):
+    """A network with the loss of its map, for the plan of a step: its likeliest classes stand for the mask."""
+
+    def __init__(self, net: nn.Module, classes: int, settings: Loss) -> None:
+        super().__init__()
+        self.net = net
+        self._loss = MaskLoss(classes, settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        return self._loss(logits, logits.detach().argmax(1))[0]
 
 
 def dice(counts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Masks learnt by tiles: the loss against stock PyTorch's over the whole map, the score, what a run leaves."""
 
 import json
+from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -13,7 +14,7 @@ from training import press_at
 
 from gigamorph import accelerate
 from gigamorph.engine.datasets.augment import Augment
-from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.errors import BudgetError, DataError, GigamorphError
 from gigamorph.engine.models.segmenter import check_segmenter
 from gigamorph.engine.models.unet import UNet
 from gigamorph.engine.train.checkpoint import load_checkpoint
@@ -23,6 +24,7 @@ from gigamorph.engine.train.mask_target import MaskLoss, MaskTarget, dice
 from gigamorph.engine.train.masks import Segmentation, mask_scores
 from gigamorph.engine.train.network import restore_network, target_of
 from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
+from gigamorph.engine.train.proposal import proposal
 
 MASKS = Labels("masks")
 
@@ -124,7 +126,7 @@ def test_a_run_learns_and_its_checkpoint_knows_the_task(table, tmp_path):
     options = TrainOptions(model="unet?width=4&depth=1", epochs=5, accumulate=1, optimizer=Optimizer(lr=3e-2), seed=1)
     labels = Labels("masks", classes=("tissue", "grey", "bright"))
     found = fit(training_data(table, labels=labels), options, tmp_path / "run")
-    assert found.metrics["test"]["dice"] > 0.7 and len(found.overlaps["test"]) == 1
+    assert found.metrics["test"]["dice_bright"] > 0.6 and len(found.overlaps["test"]) == 1
     stored = load_checkpoint(tmp_path / "run" / "best.ckpt")
     assert target_of(stored["gigamorph"]) == MaskTarget(("tissue", "grey", "bright"))
     restored = restore_network(stored, memory_budget=None, device="cpu")
@@ -177,7 +179,7 @@ def test_masks_of_0_and_255_are_told_to_be_binary(tmp_path):
     assert any("255 is taken as class 1" in line for line in told)
     item = data.train[0]
     seen = data.target.seen(item["record"], item["image"])
-    assert (seen.read(0, seen.shape[0], 0, seen.shape[1]) == (squares(0)[1] > 0)).all()
+    assert (seen.read(0, seen.shape[0], 0, seen.shape[1]) == (squares(0, (0, 255))[1] > 0)).all()
 
 
 def test_bad_tables_are_refused_and_bad_masks_left_out_with_skip_bad(table, tmp_path):
@@ -205,3 +207,15 @@ def test_networks_without_a_map_are_refused(table, tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16), (33, 18)])
 def test_the_unet_gives_a_map_of_any_image(size):
     assert UNet(4, 3, 2, 3)(torch.zeros(2, 3, *size)).shape == (2, 4, *size) if size != (1, 1) else True
+
+
+def test_the_proposal_plans_a_step_in_which_the_map_is_not_whole():
+    """8 channels of 2048 x 2048 are 128 MiB in float32."""
+    target = MaskTarget(tuple("abcdefgh"))
+    images = [{"image": SimpleNamespace(shape=(1, 2048, 2048)), "record": SimpleNamespace(path="i.png")}]
+    options = TrainOptions(model="unet", memory_budget=100 * 2**20, batch_norm="frozen")
+    net = accelerate(UNet(8, 1, 2, 1), options.memory_budget, batch_norm="frozen")
+    told = list(proposal(net, SimpleNamespace(train=images, target=target), options))
+    assert "2048 x 2048" in told[0] and "tiles of" in told[0]
+    with pytest.raises(BudgetError):
+        net.train().plan_for((1, 1, 2048, 2048))
