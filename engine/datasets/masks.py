@@ -133,15 +133,22 @@ def strips(height: int) -> list[tuple[int, int]]:
     return [(top, min(top + _STRIP, height)) for top in range(0, height, _STRIP)]
 
 
-def survey(record: Record) -> np.ndarray:
+def survey(record: Record, names: Sequence[str] = ()) -> np.ndarray:
     """Pixels of each value of an image's mask, (256,) int64.
 
+    Args:
+        names: of the classes; none takes any value for one.
+
     Raises:
-        DataError: what is wrong with it: see `FileMask`.
+        DataError: what is wrong with it: see `FileMask`; a value that names no class.
     """
     mask = FileMask(record)
     mask.require_size(open_record(record, flip=False, for_processing=True))
-    return mask.counts()
+    found = mask.counts()
+    wrong = [int(value) for value in np.flatnonzero(found) if names and len(names) <= value != IGNORED]
+    if wrong:
+        raise DataError(_no_class(mask.path, wrong[0], Classes(tuple(names))))
+    return found
 
 
 def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
@@ -152,7 +159,7 @@ def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
         names: of the classes; none takes background and as many numbers as the masks have.
 
     Raises:
-        DataError: a value that names no class, a mask of which nothing is judged, or one class alone.
+        DataError: too many or too few names, a mask of which nothing is judged, or one class alone.
     """
     if names and not 2 <= len(names) <= IGNORED:
         raise DataError(f"{len(names)} classes; name from 2 to {IGNORED} of them, the first for the background (0)")
@@ -167,9 +174,6 @@ def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
         names = ["background", *(str(number) for number in range(1, int(judged[-1]) + 1))]
     classes = Classes(tuple(names))
     for path, found in counts.items():
-        wrong = [int(value) for value in np.flatnonzero(found) if len(names) <= value != IGNORED]
-        if wrong:
-            raise DataError(_no_class(path, wrong[0], classes))
         if not found[:IGNORED].any():
             raise DataError(f"{path}: its mask is 255 everywhere, which is not judged; leave the image out")
     return classes

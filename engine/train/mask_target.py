@@ -114,7 +114,7 @@ def read_masks(
     counts: dict[Path, np.ndarray] = {}
     kept = []
     with ThreadPoolExecutor(available_cpus()) as pool:
-        for record, found in zip(records, pool.map(_surveyed, records), strict=True):
+        for record, found in zip(records, pool.map(lambda one: _surveyed(one, names), records), strict=True):
             if isinstance(found, DataError):
                 if check_files:
                     raise found
@@ -131,9 +131,9 @@ def read_masks(
     return kept, MaskTarget(classes.names, binary=classes.binary)
 
 
-def _surveyed(record: Record) -> np.ndarray | DataError:
+def _surveyed(record: Record, names: Sequence[str]) -> np.ndarray | DataError:
     try:
-        return survey(record)
+        return survey(record, names)
     except DataError as error:
         return error
 

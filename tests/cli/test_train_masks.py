@@ -10,7 +10,7 @@ import torch
 from commands import rows, run
 from masks import squares, write_table
 
-from gigamorph.engine.predict import masks as predicting
+from gigamorph import GigamorphError, load
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.network import restore_network
 
@@ -129,4 +129,6 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
         classes = ["-o", 'data.classes=["no","grey","bright"]']
         assert said in refused("train", other, *FAST, *classes)
         assert said in refused("predict", best, other, "--device", "cpu")
-    assert predicting.gives_masks(best)
+    with pytest.raises(GigamorphError, match="is a network of masks"):
+        load(best)
+    assert "it is not exported" in refused("export", best, "--to", "onnx")

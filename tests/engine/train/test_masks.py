@@ -14,6 +14,7 @@ from training import press_at
 
 from gigamorph import accelerate
 from gigamorph.engine.datasets.augment import Augment
+from gigamorph.engine.datasets.masks import FileMask
 from gigamorph.engine.errors import BudgetError, DataError, GigamorphError
 from gigamorph.engine.models.segmenter import check_segmenter
 from gigamorph.engine.models.unet import UNet
@@ -100,12 +101,19 @@ def test_an_image_of_which_nothing_is_judged_teaches_nothing():
         assert loss == 0 and not gradient.any()
 
 
-def test_dice_is_that_of_whole_masks(table):
+def test_dice_is_that_of_whole_masks_which_are_read_by_region(table, monkeypatch):
     torch.manual_seed(2)
+    largest, read = [0], FileMask.read
+
+    def watched(self, top, bottom, left, right):
+        largest[0] = max(largest[0], (bottom - top) * (right - left))
+        return read(self, top, bottom, left, right)
+
     data = training_data(table, labels=MASKS)
     model = UNet(3, 1, 3, 2)
     task = Segmentation(accelerate(model, tile=16), data.train, data.train, {}, data.target, Loss())
     task.module.eval()
+    monkeypatch.setattr(FileMask, "read", watched)
     found = mask_scores(task.measure(data.train, "test"), data.target)
     predicted, true = [], []
     for item in (data.train[i] for i in range(len(data.train))):
@@ -118,7 +126,7 @@ def test_dice_is_that_of_whole_masks(table):
         expected = 2 * ((a == number) & (b == number)).sum() / ((a == number).sum() + (b == number).sum())
         assert found[f"dice_{number}"] == pytest.approx(expected, abs=1e-12)
     assert found["dice"] == pytest.approx((found["dice_1"] + found["dice_2"]) / 2)
-    assert found["images"] == len(data.train)
+    assert found["images"] == len(data.train) and 0 < largest[0] <= 16 * 16
     assert np.isnan(dice(np.zeros((3, 2)))).all()
 
 
@@ -194,6 +202,12 @@ def test_bad_tables_are_refused_and_bad_masks_left_out_with_skip_bad(table, tmp_
     told = []
     data = training_data(own, labels=MASKS, skip_bad=True, warn=told.append)
     assert sum(map(len, data.parts.values())) == 3 and any("left out:" in line for line in told)
+    (tmp_path / "masks" / "1.png").write_bytes(imagecodecs.png_encode(squares(1, (0, 1, 7))[1]))
+    named = Labels("masks", classes=("a", "b", "c"))
+    with pytest.raises(DataError, match=r"1\.png: holds 7"):
+        training_data(own, labels=named)
+    data = training_data(own, labels=named, skip_bad=True, warn=told.append)
+    assert sum(map(len, data.parts.values())) == 2 and any("1.png: holds 7" in line for line in told)
 
 
 def test_networks_without_a_map_are_refused(table, tmp_path):
