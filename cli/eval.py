@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 if TYPE_CHECKING:
+    from ..engine.datasets.tables.cells import Rows
     from ..engine.evaluate import Cases
     from ..engine.evaluate.evaluate import Settings
 
@@ -147,6 +148,8 @@ def eval(
     report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph predict
     --calibration.
 
+    Of masks, as gigamorph predict writes their table: the mean Dice of the images, with intervals over patients.
+
     Example: gigamorph eval predictions/predictions.csv --table table.csv --split test --by density --out evaluation
     """
     if marks is not None and table is None:
@@ -154,6 +157,7 @@ def eval(
     if modality is not None and reader is None:
         raise click.UsageError("--modality needs the readers: --reader COLUMN")
     from ..engine.evaluate import read_cases
+    from ..engine.evaluate.dice import read_dice
     from ..engine.evaluate.evaluate import Settings
 
     _make_room(Path(out), overwrite)
@@ -161,6 +165,14 @@ def eval(
     def read(path: str) -> Cases:
         return read_cases(path, table=table, label=label, score=score, split=split)
 
+    masks = read_dice(predictions, split)
+    if masks is not None:
+        given = (table, label, score, other, marks, reader, *levels, *by, *threshold)
+        if any(one is not None for one in given):
+            raise click.UsageError("of predicted masks only --split, --resamples and --seed can be said")
+        lines = _measure_dice(out, masks, {"split": split, **_source(Path(predictions))}, resamples, seed)
+        _tell(out, lines, as_json)
+        return
     images = read(predictions)
     settings = Settings(
         levels=tuple(levels) or None,
@@ -186,6 +198,10 @@ def eval(
         note = _checkpoint(Path(predictions))
         if split != "train" and "calibrated_on" not in note:
             _keep_calibration(out, images, note.get("sha256"))
+    _tell(out, lines, as_json)
+
+
+def _tell(out: str, lines: list[str], as_json: bool) -> None:
     if as_json:
         click.echo((Path(out) / "metrics.json").read_text(), nl=False)
         return
@@ -238,6 +254,14 @@ def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[st
     found = evaluate_numbers(images, settings) | notes
     page = write_numbers_report(out, images, found)
     return [*numbers_headline(found), f"{page}, metrics.json and plots"]
+
+
+def _measure_dice(out: str, rows: Rows, notes: dict[str, Any], resamples: int, seed: int) -> list[str]:
+    """Write the Dice of masks; lines for people."""
+    from ..engine.evaluate.dice import dice_headline, evaluate_dice, write_dice
+
+    found = evaluate_dice(rows, resamples=resamples, seed=seed) | notes
+    return [*dice_headline(found), str(write_dice(out, found))]
 
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:

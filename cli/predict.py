@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from . import runner
+from .predict_masks import predict_masks
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record
@@ -68,12 +69,21 @@ def predict(
     With --calibration, probabilities and log-odds are calibrated as gigamorph eval measured it on other images (of the
     split val, say), and the column called is 1 where the threshold of its middle specificity is reached.
 
+    Of a checkpoint of --task masks, OUT/masks has a file for each image, of the image's size, with the number of the
+    likeliest class in each pixel; predictions.csv has the share of each class, and Dice where the table names masks.
+
     Example: gigamorph predict run/best.ckpt archive.parquet --max-failures 1% --devices 4 --out predictions --resume
     """
     from ..engine.evaluate.recalibration import read_calibration
+    from ..engine.predict.masks import gives_masks
     from ..engine.predict.run import Options
     from ..engine.predict.run import predict as predicted
 
+    if gives_masks(run.checkpoint):
+        if heatmaps or calibrated_by is not None:
+            raise click.UsageError("--heatmaps and --calibration are of classes of images; this checkpoint is of masks")
+        predict_masks(images, Path(out), identifiers, run)
+        return
     calibration = None
     if calibrated_by is not None:
         calibration = read_calibration(calibrated_by, run.opener(device="cpu").classes, run.options["model"])

@@ -95,11 +95,15 @@ class Run:
         opener: opens the model.
         options: of the run, by the names of `gigamorph.engine.predict.options.RunOptions`.
         as_json: tell it as lines of JSON.
+        checkpoint: of the model, or its folder.
+        memory_budget: bytes.
     """
 
     opener: Opener
     options: dict[str, Any]
     as_json: bool
+    checkpoint: str
+    memory_budget: int | None
 
 
 def over_images(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,7 +138,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             **{name: given.pop(name) for name in names},
         }
         opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
-        command(run=Run(opener, chosen, as_json), **given)
+        command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
 
     for option in reversed(_OF_A_MODEL):
         gathered = option(gathered)

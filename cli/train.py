@@ -85,10 +85,11 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 )
 @click.option(
     "--task",
-    type=click.Choice(["classes", "labels", "ordinal", "numbers"]),
+    type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
     default="classes",
     show_default=True,
-    help="One of several classes; any of the columns label_NAME; classes in their order; numbers in label_NAME.",
+    help="One of several classes; any of the columns label_NAME; classes in their order; numbers in label_NAME; "
+    "a class for each pixel, in the files of mask_path.",
 )
 @click.option("--label", "labels", multiple=True, metavar="NAME", help="Of --task labels, numbers: columns to learn.")
 @click.option(
@@ -264,6 +265,7 @@ def _train(
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data
+    from ..engine.train.masks import write_overlaps
     from .progress import ProgressView
 
     resume = resume or goes_on(out)
@@ -296,7 +298,9 @@ def _train(
         if (out / "last.ckpt").exists():
             click.echo(f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}", err=True)
         raise
-    if fold is not None:
+    if fold is not None and found.overlaps:
+        write_overlaps(out / "val.csv", found.overlaps["val"], images.classes)
+    elif fold is not None:
         write_validation(out, found.predictions["val"], images)
     for part in ("val", "test"):
         if part in found.metrics:
@@ -326,9 +330,12 @@ def _train_folds(
 
 
 def scores_line(found: dict[str, float | int | None]) -> str:
-    """The measures of a split, per image and per breast, for people."""
+    """The measures of a split, per image and per breast, or of its masks, for people."""
     from ..engine.train.metrics import SHOWN
 
+    if "dice" in found:
+        told = (f"{k.removeprefix('dice_')} {'undefined' if v is None else f'{v:.4f}'}" for k, v in found.items())
+        return f"Dice of {', '.join(list(told)[2:])} ({found['images']} images)"
     parts = []
     for level, plural in (("image", "images"), ("breast", "breasts"), ("exam", "exams")):
         for name in (own for own in found if own.endswith(f"_{level}")):

@@ -80,6 +80,19 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
 
 
 @entrance
+def map_shape(net: Accelerated, x: Images) -> tuple[int, ...]:
+    """The shape of the one map that a network gives of images; nothing is computed.
+
+    Args:
+        net: the network; its output is a single tensor.
+        x: an image batch as for the network, all of one size.
+    """
+    batch = as_batch(x)
+    dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
+    return _outputs(net, tuple(batch.shape), dtype, net._device()).shape
+
+
+@entrance
 def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
     """Compute a map that a network returns, equal to its ordinary output, and write it block by block.
 

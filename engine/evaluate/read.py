@@ -202,6 +202,15 @@ def _read(path: Path) -> Rows:
     return read_rows(path)
 
 
+def read_rows_of(path: Path, split: str | None, *, only_with: str) -> Rows | None:
+    """The rows of a split, as in `read_cases`; None of a csv without a column whose name begins with ``only_with``."""
+    rows = _read(path)
+    if not any(name.startswith(only_with) for name in rows.header):
+        return None
+    _choose_split(rows, split)
+    return rows
+
+
 def _place(name: str, folder: Path) -> str:
     return os.path.abspath(folder / name)
 

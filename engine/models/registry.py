@@ -21,6 +21,7 @@ from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
 from .results import Columns
 from .spec import Spec
+from .unet import UNet
 from .weights import first_line, load_exactly, read_state
 
 log = logging.getLogger("gigamorph")
@@ -30,6 +31,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "unet": UNet,
 }
 
 

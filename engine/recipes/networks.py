@@ -14,7 +14,7 @@ from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
 from ..train.inputs import images
-from ..train.network import restore_network
+from ..train.network import restore_network, target_of
 from ..train.splits import with_splits
 from . import get_recipe
 
@@ -42,6 +42,8 @@ def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) 
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" in record:
+        if target_of(record).kind == "masks":
+            raise DataError(f"{path}: is a network of masks, which tells no classes of images; see gigamorph predict")
         return Classifier(
             Published(restore_network(stored, memory_budget=memory_budget, device=device), str(path)),  # type: ignore[arg-type]
             record["classes"],

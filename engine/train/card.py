@@ -36,6 +36,7 @@ class Card:
         predictions: of the splits that were predicted ("val", "test"), images with their scores.
         resamples: of the intervals' bootstrap.
         measured: lines of the results, of a network that predicts no images.
+        labelled: classes are labels of images.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Card:
     predictions: Mapping[str, Cases] = field(default_factory=dict)
     resamples: int = 2000
     measured: Sequence[str] = ()
+    labelled: bool = True
 
 
 def write_card(path: str | Path, card: Card) -> Path:
@@ -92,10 +94,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]
 
 def _data(card: Card) -> list[str]:
     rows = []
+    labels = card.classes if card.labelled else ()
     for split, records in card.records.items():
-        counts = [sum(_is(record, number, name) for record in records) for number, name in enumerate(card.classes)]
+        counts = [sum(_is(record, number, name) for record in records) for number, name in enumerate(labels)]
         rows.append([split, len(records), len({record.patient_id for record in records}), *counts])
-    lines = _table(["split", "images", "patients", *(f"label {name}" for name in card.classes)], rows)
+    lines = _table(["split", "images", "patients", *(f"label {name}" for name in labels)], rows)
     everything = [record for records in card.records.values() for record in records]
     known = []
     for column in _COUNTED:

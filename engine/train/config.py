@@ -27,13 +27,14 @@ Numbers = float | tuple[float, ...]
 class DataOptions:
     """How a table becomes images, and what of it is learnt."""
 
-    task: Literal["classes", "labels", "ordinal", "numbers"] = "classes"
+    task: Literal["classes", "labels", "ordinal", "numbers", "masks"] = "classes"
     """One of several classes; any of several labels (columns label_NAME); classes in their order; numbers (columns
-    label_NAME)."""
+    label_NAME); a class for each pixel (files of column mask_path)."""
     labels: tuple[str, ...] = ()
     """Of "labels" and "numbers": the columns' names without label_; all where none is named."""
     classes: tuple[str, ...] = ()
-    """Names of the classes in their order; by default as the table has them, sorted."""
+    """Names of the classes in their order; by default as the table has them, sorted. Of "masks" the names of 0 (the
+    background), 1, ...; by default as many as the masks have."""
     channels: Literal[1, 3] = 1
     mean: Numbers | Literal["auto"] = 0.0
     """"auto" for mean and std takes both of a sample of the training images."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -28,17 +29,28 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if name in rows[0]:
             loss.plot(epochs, [row[name] for row in rows], marker=".", label=label)
     loss.set(xlabel="epoch", ylabel="loss")
+    if "val_dice" in rows[0]:
+        _dice(score, rows)
     measure = "mae" if "val_mae_image" in rows[0] else "auc"
     for level in ("image", "breast"):
         name = f"val_{measure}_{level}"
         if name in rows[0]:
             score.plot(epochs, [row[name] for row in rows], marker=".", label=f"per {level}")
-    score.set(xlabel="epoch", ylabel=f"validation {SHOWN[f'{measure}_image']}")
+    shown = "Dice" if "val_dice" in rows[0] else SHOWN[f"{measure}_image"]
+    score.set(xlabel="epoch", ylabel=f"validation {shown}")
     score.set_ylim(0, 1.02 if measure == "auc" else None)
     for axes in (loss, score):
         if axes.lines:  # above the axes, where no curve comes
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
+
+
+def _dice(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Of each class of masks; the mean where there are several."""
+    names = [name for name in rows[0] if name.startswith("val_dice_")]
+    for name in names if len(names) == 1 else [*names, "val_dice"]:
+        label = name.removeprefix("val_dice_") if name != "val_dice" else "mean"
+        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], marker=".", label=label)
 
 
 def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:

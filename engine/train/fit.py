@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from ..accelerate import Accelerated
 from ..errors import DataError
 from ..models.classifier import check_classifier
+from ..models.segmenter import check_segmenter
 from ..morph.origin import Origin
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
@@ -23,6 +24,8 @@ from .checkpoint import load_checkpoint, write_atomically
 from .classify import Classification
 from .data import Data, samples_of
 from .loop import Trained, run_stages
+from .mask_target import MaskTarget
+from .masks import Overlap, Segmentation, mask_scores, scored_lines
 from .metrics import Prediction, as_cases, scores
 from .network import build_network
 from .options import TrainOptions
@@ -36,11 +39,15 @@ log = logging.getLogger("gigamorph")
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of a run: what ``metrics.json`` holds, its predictions ("val", "test"), the best network."""
+    """The end of a run: what ``metrics.json`` holds, its predictions ("val", "test"), the best network.
+
+    Of a run on masks ``overlaps`` are in the place of the predictions.
+    """
 
     metrics: dict[str, Any]
     predictions: dict[str, list[Prediction]]
     net: Accelerated
+    overlaps: dict[str, list[Overlap]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ def fit(
     if options.patience is not None and not len(data.val):
         log.warning("patience has no effect: there are no validation images, and all epochs are trained")
     shape = (1, *data.train[0]["image"].shape)
-    check_classifier(net._network, options.model, shape, data.target.width, options.device)
+    check = check_segmenter if isinstance(data.target, MaskTarget) else check_classifier
+    check(net._network, options.model, shape, data.target.width, options.device)
     watch = watch or Watch()
     if watch.say is not None:
         for line in proposal(net, data, options):
@@ -120,12 +128,12 @@ def fit(
         group=group,
     )
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
-    metrics, predictions = _measure(task, data, record, trained, time.monotonic() - started)
+    metrics, found = _measure(task, data, record, trained, time.monotonic() - started)
     if group.leads:
         text = json.dumps(metrics, indent=1) + "\n"
         write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
-        write_card(out / "model_card.md", _card(data, options, net, metrics, predictions))
-    return Fitted(metrics, predictions, net)
+        write_card(out / "model_card.md", _card(data, options, net, metrics, found))
+    return Fitted(metrics, {}, net, found) if isinstance(task, Segmentation) else Fitted(metrics, found, net)
 
 
 def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path | None) -> dict[str, Any]:
@@ -142,9 +150,10 @@ def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path
     return record | ({"grown": origin.record()} if origin else {})
 
 
-def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str, Any]) -> Classification:
+def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str, Any]) -> Classification | Segmentation:
     target, records = data.target, samples_of(data.train)
-    return Classification(
+    made: Any = Segmentation if isinstance(target, MaskTarget) else Classification
+    return made(
         net,
         data.train,
         data.val,
@@ -157,15 +166,20 @@ def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str,
 
 
 def _measure(
-    task: Classification, data: Data, record: dict[str, Any], trained: Trained, seconds: float
-) -> tuple[dict[str, Any], dict[str, list[Prediction]]]:
-    """The scores of the best epoch, with what repeats the run, and the predictions that they are of."""
+    task: Classification | Segmentation, data: Data, record: dict[str, Any], trained: Trained, seconds: float
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The scores of the best epoch, with what repeats the run, and the predictions or overlaps that they are of."""
     metrics: dict[str, Any] = {"best_epoch": trained.best_epoch}
-    predictions = {}
+    found: dict[str, list[Any]] = {}
     for name, stage in (("val", "validate"), ("test", "test")):
-        if len(data.parts[name]):
-            predictions[name] = task.predict(data.parts[name], stage)
-            metrics[name] = scores(predictions[name])
+        if not len(data.parts[name]):
+            continue
+        if isinstance(task, Segmentation):
+            found[name] = task.measure(data.parts[name], stage)
+            metrics[name] = mask_scores(found[name], task.target)
+        else:
+            found[name] = task.predict(data.parts[name], stage)
+            metrics[name] = scores(found[name])
     metrics |= {
         "seconds": round(seconds, 2),
         "peak_bytes": max(row["peak_bytes"] for row in trained.rows),
@@ -174,7 +188,7 @@ def _measure(
         "seed": record["options"]["seed"],
         "versions": record["versions"],
     }
-    return metrics, predictions
+    return metrics, found
 
 
 _LEARNT = {
@@ -182,6 +196,7 @@ _LEARNT = {
     "ordinal": "classes in their order",
     "labels": "any of the labels",
     "numbers": "numbers",
+    "masks": "a class for each pixel",
 }
 _KEPT = ("epochs", "accumulate", "precision", "patience", "average", "sampling", "freeze", "seed", "device")
 
@@ -202,8 +217,9 @@ def _card(
     options: TrainOptions,
     net: Accelerated,
     metrics: dict[str, Any],
-    predictions: dict[str, list[Prediction]],
+    found: dict[str, list[Any]],
 ) -> Card:
+    masks = isinstance(data.target, MaskTarget)
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
     return Card(
         title=f"{options.model} for {' and '.join(data.classes)}",
@@ -211,7 +227,7 @@ def _card(
             "architecture": options.model,
             "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
             "input": f"images of any size, every pixel, channels: {data.channels}",
-            "output": f"log-odds of {', '.join(data.classes)}",
+            "output": f"{'a map with ' if masks else ''}log-odds of {', '.join(data.classes)}",
             "batch norm": options.batch_norm or "statistics of the whole image while training",
             "preprocessing": ", ".join(f"{name} {value}" for name, value in data.preprocessing.items()),
         },
@@ -228,5 +244,7 @@ def _card(
         },
         records={name: images.records for name, images in data.parts.items()},
         classes=data.classes,
-        predictions={name: as_cases(found, data.classes) for name, found in predictions.items()},
+        predictions={} if masks else {name: as_cases(one, data.classes) for name, one in found.items()},
+        measured=scored_lines(metrics) if masks else (),
+        labelled=not masks,
     )

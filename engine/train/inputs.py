@@ -20,6 +20,7 @@ from ..images.pixels import Normalize
 from ..models.views import Views
 from .data import Data, samples_of
 from .folds import draw_folds
+from .mask_target import read_masks
 from .survey import normalize_of, unreadable
 from .target import Kind, Target
 
@@ -31,7 +32,8 @@ class Labels:
     Attributes:
         kind: as in `Target`.
         names: of "labels" and "numbers" the columns label_NAME; all of them where none is named.
-        classes: of "classes" and "ordinal" their names in order; as in `read_table` where none is named.
+        classes: of "classes" and "ordinal" their names in order; as in `read_table` where none is named. Of "masks"
+            the names of 0, 1, ...
         views: how the views of an exam (patient, exam_id) are one sample, as in `Target`; None takes single images.
     """
 
@@ -134,6 +136,10 @@ def _read(
     Raises:
         DataError: what is wrong with the table.
     """
+    if labels.kind == "masks":
+        if labels.views is not None:
+            raise DataError("--views makes one sample of several images; masks are of single images")
+        return read_masks(table, labels.classes, check_files=check_files, warn=warn)
     if labels.kind in ("classes", "ordinal"):
         read = read_table(table, classes=labels.classes or None, check_files=check_files)
         return read.records, Target(tuple(read.classes), labels.kind, views=labels.views)

@@ -11,11 +11,14 @@ from ..errors import DataError, GigamorphError
 from ..models import create_model, load_weights
 from ..models.outputs import Outputs, set_outputs
 from ..morph.origin import Origin
+from .mask_target import MaskTarget
 from .target import Target
 
 
 def target_of(record: Mapping[str, Any]) -> Target:
     """What a checkpoint's network was trained to say."""
+    if "target" in record and record["target"]["kind"] == "masks":
+        return MaskTarget.from_plain(record["target"])
     return Target.from_plain(record["target"]) if "target" in record else Target(tuple(record["classes"]))
 
 
@@ -23,7 +26,7 @@ def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
     """What the outputs of a checkpoint's network are, for a folder that describes it.
 
     Raises:
-        GigamorphError: it combines views, which a folder cannot say.
+        GigamorphError: it combines views, which a folder cannot say, or gives maps.
     """
     target = target_of(record)
     if target.views is not None:
@@ -31,6 +34,8 @@ def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
             f"the network was trained on exams of several views (views {target.views!r}), which other programs would "
             "take for single images; predict with its checkpoint"
         )
+    if target.kind == "masks":
+        raise GigamorphError("a network of --task masks gives maps and no classes of images; it is not exported")
     return target.outputs or Outputs.of("softmax", len(target.names), target.names)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..accelerate import Accelerated
+from ..accelerate import Accelerated, accelerate
 from ..errors import BudgetError
 from ..tiling.memory import format_bytes
 from .data import Data
+from .mask_target import MaskTarget, WithLoss
 from .options import TrainOptions
 
 _LOOKED_AT = 16
@@ -31,10 +32,14 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
     looked = [_look(data.train[number]) for number in chosen]
     shape, path, _ = max(looked, key=lambda one: one[0][-2] * one[0][-1])
     samples = "images" if data.target.views is None else "exams"
-    net.train()
+    planned = net
+    if isinstance(data.target, MaskTarget):  # the map is never whole in a step, as it would be in a call
+        with_loss = WithLoss(net._network, len(data.target.names), options.loss)
+        planned = accelerate(with_loss, options.memory_budget, batch_norm=options.batch_norm)
+    planned.train()
     try:
         with torch.enable_grad():
-            plan = net.plan_for((1, *shape))
+            plan = planned.plan_for((1, *shape))
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}") from error
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)

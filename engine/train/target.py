@@ -19,7 +19,7 @@ from ..models.outputs import Activation, Head, Outputs
 from ..models.views import Views
 from .options import Loss
 
-Kind = Literal["classes", "labels", "ordinal", "numbers"]
+Kind = Literal["classes", "labels", "ordinal", "numbers", "masks"]
 _ACTIVATIONS: dict[Kind, Activation] = {
     "classes": "softmax",
     "labels": "sigmoid",

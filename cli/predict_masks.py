@@ -1,0 +1,31 @@
+"""``gigamorph predict`` of a checkpoint of masks."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import rich_click as click
+
+from . import runner
+from .train import scores_line
+
+
+def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, run: runner.Run) -> None:
+    """Write the masks of images, and their table."""
+    from ..engine.predict.masks import MaskOptions, open_segmenter
+    from ..engine.predict.masks import predict_masks as predicted
+
+    opener = functools.partial(open_segmenter, run.checkpoint, memory_budget=run.memory_budget)
+    options = MaskOptions(identifiers=identifiers, **run.options)
+    with runner.watching(run.as_json, options.device) as watch:
+        found = predicted(opener, images, out, options, watch)
+    if run.as_json:
+        runner.tell_end(found)
+        return
+    table = f"; {out / 'masks'}, predictions.csv" if found.complete else f"; {out / 'parts'}"
+    click.echo(f"{found.done} images predicted, {found.failed} skipped{table}")
+    if found.failed:
+        click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
+    for split, measured in sorted(found.scores.items()):
+        click.echo(f"{split or 'split not known'}: {scores_line(measured)}")

@@ -1,0 +1,316 @@
+"""Masks of images: a class for each pixel, read by region, and brought to where the image's pixels have gone.
+
+A mask is an image of one channel in the stored size of its image: 0 is the background, k the class number k, 255 is not
+judged. Where all masks of a table hold 0 and 255 alone, as many programs write them, 255 is the class 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from ..images.affine import Map
+from ..images.open import open_pixels
+from ..images.pixels import ImageSource, PixelSource
+from ..images.stored import StoredPixels
+from .dataset import open_record
+from .intensity import IntensitySource
+from .sampling import SampledSource
+from .tables import Record
+from .views import DownsampledSource, MirroredSource, NormalizedSource
+
+IGNORED = 255
+"""What is not judged: neither learnt from nor scored."""
+_STRIP = 512
+
+
+class Mask(Protocol):
+    """Classes of pixels: `dense_loss` takes it as labels once it has its batch axis, see `Batched`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        ...
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """uint8 (bottom - top, right - left)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the values of masks mean.
+
+    Attributes:
+        names: of the classes 0, 1, ...; the first is the background.
+        binary: 255 is the class 1, not what is not judged.
+    """
+
+    names: tuple[str, ...]
+    binary: bool = False
+
+
+class FileMask:
+    """A mask as its files store it; of several files (a mask for each finding) the largest value counts.
+
+    Raises:
+        DataError: a file that is missing, of another size than the image, or of several channels.
+    """
+
+    def __init__(self, record: Record, classes: Classes | None = None) -> None:
+        self._classes = classes
+        self._files = [_stored(path) for path in masks_of(record)]
+        if not self._files:
+            raise DataError(f"{record.path}: has no mask; name one in the column mask_path, or leave the image out")
+        for path, file in zip(masks_of(record), self._files, strict=True):
+            if file.shape[0] != 1:
+                raise DataError(f"{path}: has {file.shape[0]} channels; a mask has one, the number of a class")
+            if file.shape != self._files[0].shape:
+                raise DataError(f"{path}: is {_sides(file)}, another mask of the image {_sides(self._files[0])}")
+        self.path = masks_of(record)[0]
+        self.shape = self._files[0].shape[1:]
+
+    def require_size(self, image: PixelSource) -> None:
+        """Refuse a mask of another size than the image as stored.
+
+        Raises:
+            DataError: naming both.
+        """
+        while not isinstance(image, ImageSource):
+            image = _below(image)
+        if image.stored.shape[1:] != self.shape:
+            _, height, width = image.stored.shape
+            raise DataError(f"{self.path}: is {_sides(self._files[0])}, its image {height} x {width}; correct the mask")
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """As of `Mask`.
+
+        Raises:
+            DataError: a value that is no class.
+        """
+        found = self._values(top, bottom, left, right)
+        if self._classes is None:
+            return found
+        if self._classes.binary:
+            found = np.where(found == IGNORED, np.uint8(1), found)
+        wrong = found[(found >= len(self._classes.names)) & (found != IGNORED)]
+        if wrong.size:
+            raise DataError(_no_class(self.path, int(wrong[0]), self._classes))
+        return found
+
+    def _values(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        parts = [np.asarray(file.read(top, bottom, left, right))[0] for file in self._files]
+        for part in parts:
+            if part.dtype == np.uint8:
+                continue
+            odd = part[~((part >= 0) & (part <= 255) & (part == np.floor(part)))]
+            if odd.size:
+                raise DataError(f"{self.path}: holds {odd[0]}, which names no class; classes are 0, 1, ... 254")
+        whole = [part.astype(np.uint8) for part in parts]
+        return whole[0] if len(whole) == 1 else np.maximum.reduce(whole)
+
+    def counts(self) -> np.ndarray:
+        """Pixels of each value, (256,) int64."""
+        found = np.zeros(256, np.int64)
+        for top, bottom in strips(self.shape[0]):
+            found += np.bincount(self.read(top, bottom, 0, self.shape[1]).ravel(), minlength=256)
+        return found
+
+
+def masks_of(record: Record) -> list[Path]:
+    """The files of an image's masks: of the column mask_path, or of its findings."""
+    return [finding.mask for finding in record.findings if finding.mask is not None]
+
+
+def strips(height: int) -> list[tuple[int, int]]:
+    """Rows (top, bottom) of what is read at a time of a mask that is not held."""
+    return [(top, min(top + _STRIP, height)) for top in range(0, height, _STRIP)]
+
+
+def survey(record: Record, names: Sequence[str] = ()) -> np.ndarray:
+    """Pixels of each value of an image's mask, (256,) int64.
+
+    Args:
+        names: of the classes; none takes any value for one.
+
+    Raises:
+        DataError: what is wrong with it: see `FileMask`; a value that names no class.
+    """
+    mask = FileMask(record)
+    mask.require_size(open_record(record, flip=False, for_processing=True))
+    found = mask.counts()
+    wrong = [int(value) for value in np.flatnonzero(found) if names and len(names) <= value != IGNORED]
+    if wrong:
+        raise DataError(_no_class(mask.path, wrong[0], Classes(tuple(names))))
+    return found
+
+
+def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
+    """What the values of masks mean, by the pixels that there are of each.
+
+    Args:
+        counts: of each image's mask, see `survey`.
+        names: of the classes; none takes background and as many numbers as the masks have.
+
+    Raises:
+        DataError: too many or too few names, a mask of which nothing is judged, or one class alone.
+    """
+    if names and not 2 <= len(names) <= IGNORED:
+        raise DataError(f"{len(names)} classes; name from 2 to {IGNORED} of them, the first for the background (0)")
+    there = np.flatnonzero(np.sum(list(counts.values()), 0))
+    if set(there.tolist()) == {0, IGNORED} and len(names) in (0, 2):
+        return Classes(tuple(names) or ("background", "1"), binary=True)
+    judged = there[there != IGNORED]
+    if not names:
+        if len(judged) < 2:
+            only = f"value {judged[0]}" if len(judged) else "255, which is not judged,"
+            raise DataError(f"all masks hold {only} alone; training needs another class")
+        names = ["background", *(str(number) for number in range(1, int(judged[-1]) + 1))]
+    classes = Classes(tuple(names))
+    for path, found in counts.items():
+        if not found[:IGNORED].any():
+            raise DataError(f"{path}: its mask is 255 everywhere, which is not judged; leave the image out")
+    return classes
+
+
+def _no_class(path: Path, value: int, classes: Classes) -> str:
+    told = ", ".join(f"{number} {name}" for number, name in enumerate(classes.names))
+    return f"{path}: holds {value}, which names no class; there are {told}, and 255 for what is not judged"
+
+
+def _stored(path: Path) -> StoredPixels:
+    try:
+        return open_pixels(path, voi="none", flip=False, for_processing=True).stored
+    except DataError as error:
+        if not path.exists():
+            raise DataError(f"{path}: no such mask") from error
+        raise
+
+
+def _sides(stored: StoredPixels) -> str:
+    return f"{stored.shape[1]} x {stored.shape[2]}"
+
+
+class PickedMask:
+    """A mask whose rows and columns are some of another's: mirrored, of lower resolution, or of another grid.
+
+    rows, columns: numbers of the other's, for each row and column.
+    """
+
+    def __init__(self, mask: Mask, rows: np.ndarray, columns: np.ndarray) -> None:
+        self._mask, self._rows, self._columns = mask, rows, columns
+        self.shape = (len(rows), len(columns))
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        rows, columns = self._rows[top:bottom], self._columns[left:right]
+        if not rows.size or not columns.size:
+            return np.empty((len(rows), len(columns)), np.uint8)
+        first, start = int(rows.min()), int(columns.min())
+        values = self._mask.read(first, int(rows.max()) + 1, start, int(columns.max()) + 1)
+        return values[np.ix_(rows - first, columns - start)]
+
+
+class SampledMask:
+    """A mask seen through a map of its coordinates: the class where the map leads, 255 beyond the other's border.
+
+    back: from this mask's coordinates to those of the other.
+    """
+
+    def __init__(self, mask: Mask, back: Map) -> None:
+        self._mask, self._back, self.shape = mask, back, mask.shape
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        rows, columns = (axis.astype(np.float64) + 0.5 for axis in np.ogrid[top:bottom, left:right])
+        x, y = np.broadcast_arrays(*self._back.at(columns, rows))
+        i, j = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)
+        inside = (i >= 0) & (i < self.shape[0]) & (j >= 0) & (j < self.shape[1])
+        found = np.full(inside.shape, IGNORED, np.uint8)
+        if inside.any():
+            i, j = i[inside], j[inside]
+            first, start = int(i.min()), int(j.min())
+            values = self._mask.read(first, int(i.max()) + 1, start, int(j.max()) + 1)
+            found[inside] = values[i - first, j - start]
+        return found
+
+
+class Batched:
+    """A mask as labels of a batch of one image: (1, rows, columns), int64."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask, self.shape = mask, (1, *mask.shape)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
+        """int64 (1, bottom - top, right - left)."""
+        return torch.from_numpy(self._mask.read(top, bottom, left, right).astype(np.int64))[None]
+
+
+def mask_as_seen(mask: Mask, image: PixelSource) -> Mask:
+    """A mask in its image's stored size, brought to where the pixels of the image are: mirrored, averaged, varied.
+
+    A pixel that is the mean of several is of the class in their middle; one that was moved, of the class where it was.
+
+    Raises:
+        DataError: the image went through a step that no mask can follow.
+    """
+    if isinstance(image, ImageSource):
+        return PickedMask(mask, *_mirrored(image))
+    mask = mask_as_seen(mask, _below(image))
+    if isinstance(image, MirroredSource):
+        rows, columns = (np.arange(side) for side in mask.shape)
+        return PickedMask(mask, rows[:: -1 if image.up_down else 1], columns[:: -1 if image.left_right else 1])
+    if isinstance(image, SampledSource):
+        return SampledMask(mask, image.back)
+    if isinstance(image, DownsampledSource):
+        rows, columns = (np.arange(side) * image.factor + image.factor // 2 for side in image.shape[1:])
+        return PickedMask(mask, rows, columns)
+    return mask
+
+
+def mask_on_grid(mask: Mask, shape: tuple[int, int]) -> Mask:
+    """A mask on another grid over the same image: the class in the middle of each cell.
+
+    As ``torch.nn.functional.interpolate(mask, shape, mode="nearest-exact")``.
+    """
+    return mask if mask.shape == shape else PickedMask(mask, *_cells(mask.shape, shape))
+
+
+def mask_as_stored(mask: Mask, image: PixelSource) -> Mask:
+    """A mask on a grid over what a network saw of an image, in the size of its file: the way back of `mask_as_seen`.
+
+    Args:
+        image: not varied.
+    """
+    factor = 1
+    while not isinstance(image, ImageSource):
+        if isinstance(image, DownsampledSource):
+            factor *= image.factor
+        image = _below(image)
+    seen = tuple(side // factor for side in image.shape[1:])
+    # Rows that did not fill a whole block were not seen; they are like the last one that was.
+    rows, columns = (np.minimum(np.arange(side) // factor, side // factor - 1) for side in image.shape[1:])
+    whole = PickedMask(mask_on_grid(mask, (seen[0], seen[1])), rows, columns)
+    return PickedMask(whole, *_mirrored(image))
+
+
+def _below(image: PixelSource) -> PixelSource:
+    """What an image that was mirrored, averaged or varied is made of."""
+    if isinstance(image, MirroredSource | SampledSource | DownsampledSource | IntensitySource | NormalizedSource):
+        return image.source
+    raise DataError(f"{image.name}: a mask cannot follow its image through {type(image).__name__}")
+
+
+def _mirrored(image: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+    way = image.to_original
+    rows, columns = (np.arange(side) for side in image.shape[1:])
+    return rows[:: -1 if way.yy < 0 else 1], columns[:: -1 if way.xx < 0 else 1]
+
+
+def _cells(have: tuple[int, int], want: tuple[int, int]) -> list[np.ndarray]:
+    """Along both axes, which of `have` cells lies in the middle of each of `want`; in whole numbers, exactly."""
+    return [(2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(have, want, strict=True)]
