@@ -30,6 +30,7 @@ from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
 from .planning.plan import Plan
 from .tiling.memory import parse_bytes
+from .tiling.memory_limit import MemoryLimit
 from .tiling.page_pool import PagePool
 from .tiling.scan import Pixels, TileEvent
 from .verify import CannotVerify
@@ -178,7 +179,12 @@ class Accelerated(Delegate):
             run(forwards)
             outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
         else:
-            outputs = [self._one_size(x) for x in batches]
+            outputs, together = [], None
+            for x in batches:
+                forward = self._open(x, together=together)
+                run([forward])
+                outputs.append(forward.finish())
+                together = forward.memory_limit
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _open(
@@ -187,6 +193,7 @@ class Accelerated(Delegate):
         form: Form | None = None,
         given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
+        together: MemoryLimit | None = None,
     ) -> Forward:
         """The forward of an image batch, nothing of it computed yet.
 
@@ -194,9 +201,10 @@ class Accelerated(Delegate):
             form: what is computed instead of the network's call.
             given: the further maps that it takes.
             vectors: the further tensors without image axes.
+            together: see `Forward.keep_to_plan`.
         """
         images = [ImageBatch.of(self._network, x, (*given, *vectors))]
-        (forward,) = self._begin(images, self._prepare(images, form), given, vectors)
+        (forward,) = self._begin(images, self._prepare(images, form), given, vectors, together)
         return forward
 
     def _begin(
@@ -205,10 +213,11 @@ class Accelerated(Delegate):
         prepared: Sequence[Prepared],
         given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
+        together: MemoryLimit | None = None,
     ) -> list[Forward]:
         """A forward for each image batch, on the parameters and buffers as they are now."""
         self._programs.keep_captures_of(prepared)
-        return begin(self._network, images, prepared, self._page_pool, self.on_tile, given, vectors)
+        return begin(self._network, images, prepared, self._page_pool, self.on_tile, given, vectors, together)
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..capture.trace import Program
 from ..parallel.processes import check_same_steps
+from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Pixels, TileEvent
 from .forward import Forward
@@ -24,6 +25,7 @@ def begin(
     on_tile: Callable[[TileEvent], None] | None,
     given: Sequence[Tensor | Pixels] = (),
     vectors: Sequence[Tensor] = (),
+    together: MemoryLimit | None = None,
 ) -> list[Forward]:
     """A forward for each image batch.
 
@@ -34,6 +36,7 @@ def begin(
         on_tile: called after each tile.
         given: the further maps that the call takes.
         vectors: the further tensors without image axes.
+        together: see `Forward.keep_to_plan`.
     """
     first = prepared[0]
     if images[0].training:
@@ -56,7 +59,8 @@ def begin(
             targets[program.image], image = image, image.clone()
             pixels = ImageTensor(image)
         forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, on_tile, regions, targets))
-        forwards[-1].keep_to_plan(page_pool)
+        forwards[-1].keep_to_plan(page_pool, together)
+        together = forwards[-1].memory_limit
     return forwards
 
 

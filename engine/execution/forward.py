@@ -78,11 +78,12 @@ class Forward:
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
 
-    def keep_to_plan(self, page_pool: PagePool) -> None:
+    def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
 
         Args:
             page_pool: pages of maps that are gone, for those of this step.
+            together: the limit of forwards before this one, whose backward comes with its own; they share the budget.
         """
         plan, values = self.prepared.plan, self.prepared.staged.program.values
         if self.device.type == "cpu":
@@ -93,8 +94,13 @@ class Forward:
             # What is predicted is kept to; where every graph is kept, the heap may have the rest of the budget. The
             # records are there already.
             every = sum(plan.retained_tiles) == sum(tiled.tiles for tiled in self.prepared.stages)
-            limit = ((every and plan.budget) or plan.peak_bytes) - plan.record_bytes
-            self.memory_limit = MemoryLimit(limit, held, plan.tile_bytes, page_pool, strict)
+            shared = every or together is not None
+            limit = ((shared and plan.budget) or plan.peak_bytes) - plan.record_bytes
+            if together is None:
+                self.memory_limit = MemoryLimit(limit, held, plan.tile_bytes, page_pool, strict)
+            else:
+                together.share(limit, plan.tile_bytes, strict)
+                self.memory_limit = together
 
     def step(self, number: int, again: bool = False) -> None:
         """Run one step; `again` says that this is not the first time."""

@@ -17,6 +17,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.recorded = {(0, n): object() for n in range(3)}
+        self.vectors = {0: object()}
 
 
 class Machine:
@@ -108,3 +109,22 @@ def test_a_tile_that_was_asked_for_without_a_budget_leaves_the_heap(monkeypatch:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).train()
     accelerate(net, tile=16)(torch.randn(1, 1, 50, 50)).sum().backward()
     assert given_back == []
+
+
+def test_forwards_whose_backward_comes_together_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, graphs = Machine(monkeypatch), [Graphs(), Graphs()]
+    limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
+    limit.may_drop(graphs[0])
+    machine.used = 1190  # of the first forward
+    limit.share(600, work=50, strict=True)
+    limit.may_drop(graphs[1])
+    assert limit.bytes == 1300 and limit.work == 100
+    machine.used = 1305
+    limit.watch()  # graphs of the first, which are needed last, go first
+    assert [len(one.recorded) for one in graphs] == [0, 0] and limit.dropped == 6
+    assert [len(one.vectors) for one in graphs] == [0, 1]  # the second's pass has not ended
+    limits = []
+    monkeypatch.setattr(MemoryLimit, "share", lambda self, *given: limits.append(self))
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1)), memory_budget="64MiB")
+    net([torch.randn(1, 50, 50), torch.randn(1, 60, 40), torch.randn(1, 40, 40)]).sum().backward()
+    assert len(limits) == 2 and limits[0] is limits[1]
