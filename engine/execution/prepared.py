@@ -171,7 +171,9 @@ def _last_uses(staged: StagedProgram) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     for number, step in enumerate(staged.steps):
         last.update(dict.fromkeys(reads(step), number))
+        last.update((v, number) for op in (step.prelude if isinstance(step, Stage) else ()) for v in op.outputs)
     kept = {*staged.program.results(), *staged.program.state()}
+    kept -= {v for stage in staged.stages for op in stage.prelude for v in op.outputs}  # named as what is folded
     uses: dict[int, list[int]] = {}
     for value, number in last.items():
         if value not in kept:

@@ -18,7 +18,9 @@ from ..cuda_graphs import buffers
 from ..errors import GigamorphError
 from ..parallel.processes import check_same, world
 from ..planning.plan import Plan
-from ..planning.search import Request, arrange, arrange_together
+from ..planning.request import Request
+from ..planning.search import arrange
+from ..planning.together import arrange_together
 from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard, spatial_group
 from ..tiling.stage import TiledStage

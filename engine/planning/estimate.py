@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,11 @@ from ..lowering.stages import Stage, StagedProgram
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import Schedules, TiledStage
 from . import constants
+from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
 from .plan import Plan
+from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
-from .strategy import stage_cost, stored_peak, value_bytes
+from .strategy import made_whole, stage_cost, stored_peak, value_bytes
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:
@@ -74,6 +75,27 @@ class Known:
     schedules: Schedules = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What of a plan the schedules alone tell.
+
+    Attributes:
+        sides: of each stage's tiles.
+        tiles: (rows, columns) of the first stage's.
+        alone: whether one tile is all there is.
+        halo_bytes: of all halos of all stages.
+        strip_bytes: of the halos that enter the heaviest strip.
+        away_bytes: a tile's part of the maps that its stage reads and writes elsewhere, at most.
+    """
+
+    sides: tuple[tuple[int, int], ...]
+    tiles: tuple[int, int]
+    alone: bool
+    halo_bytes: int
+    strip_bytes: int
+    away_bytes: int
+
+
 class Estimate:
     """The parts of a plan that do not depend on the tile, and plans for tiles.
 
@@ -92,9 +114,19 @@ class Estimate:
     ):
         self.staged, self.training, self.records = staged, training, records
         self.known = known or Known()
-        values, image = staged.program.values, staged.program.image
-        self.image = values[image]
+        self.image = staged.program.values[staged.program.image]
         self.wanted = staged.wanted(image_grad)
+        self.stored_bytes = stored_peak(staged, training, self.wanted)
+        self._count_vectors()
+        if image_grad:
+            self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
+        self._cuts: dict[tuple[int, int], _Cut] = {}
+        self._latest: tuple[tuple[int, int] | None, list[TiledStage]] = (None, [])
+
+    def _count_vectors(self) -> None:
+        """Parameters; made vectors (folded weights); copies of a stage's kernels in the maps' memory order and packed;
+        sums of gradients. What `stored_peak` has counted is not counted again."""
+        staged, values = self.staged, self.staged.program.values
         autocast = Autocast.current(self.image.device)
         vectors: dict[int, int] = {}
         copies = self.stage_bytes = 0
@@ -107,19 +139,24 @@ class Estimate:
             )
             packed = sum(own[packing.weight] for packing in stage.packings)
             copies, self.stage_bytes = max(copies, sum(kernels) + packed), max(self.stage_bytes, sum(own.values()))
+        counted = made_whole(staged) if self.stored_bytes else frozenset[int]()
         named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
-        made = sum(_nbytes(values[v].shape, values[v].dtype) for v in vectors if values[v].name is None)
-        # parameters; made vectors (folded weights); copies of a stage's kernels in the maps' memory order and packed;
-        # sums of gradients
+        made = sum(value_bytes(values[v]) for v in vectors if values[v].name is None and v not in counted)
         self.gradient_bytes = sum(vectors.values())
         self.parameter_bytes = sum(named.values()) + made + copies
-        if training:
+        if self.training:
             summed = {values[v].name for v in vectors}  # sums of these become their gradients
-            others = {v.name: _nbytes(v.shape, v.dtype) for n, v in enumerate(values) if n in self.wanted and v.name}
-            self.parameter_bytes += self.gradient_bytes + sum(n for name, n in others.items() if name not in summed)
-        self.stored_bytes = stored_peak(staged, training, self.wanted)
-        if image_grad:
-            self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
+            others = {v.name: value_bytes(v) for n, v in enumerate(values) if n in self.wanted and v.name}
+            self.parameter_bytes += sum(n for v, n in vectors.items() if v not in counted)
+            self.parameter_bytes += sum(n for name, n in others.items() if name not in summed)
+
+    def floor(self, count_tile: bool = True) -> int:
+        """What a plan of any tile takes at least; see `plan`."""
+        libraries = 0
+        if self.on_cpu and count_tile:
+            locals = [local for stage in self.staged.stages for local in stage.locals]
+            libraries = least_cpu_libraries(locals, self.staged.program.values, self.stage_bytes, self.training)
+        return self.parameter_bytes + self.stored_bytes + self.records + libraries
 
     def plan(
         self,
@@ -138,49 +175,66 @@ class Estimate:
             room: the peak up to which graphs of tiles are retained; None for the budget.
             exact: run a tile of this side without values; else go by one of another side, where there was one.
         """
-        graphs = self.staged.stages
-        sides = stage_sides(self.staged, tile)
-        stages = [TiledStage(stage, side, self.known.schedules) for stage, side in zip(graphs, sides, strict=True)]
-        kept, strip = 0, 0
-        for tiled in stages:
-            entering, heaviest = halo_bytes(tiled.stage, tiled)
-            kept, strip = kept + entering, max(strip, heaviest if tiled.rows.steps > 1 else 0)
-        peaks: list[TilePeak] = []
-        if count_tile:
-            weights = [tile_weights(tiled) for tiled in stages]
-            heaviest = sorted(range(len(stages)), key=lambda n: weights[n].max())[-constants.COUNTED :]
-            peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
-        counted = max(peaks, key=lambda one: one.peak, default=TilePeak(tile, 1, 0, 0, 0))
+        cut = self._cut(tile)
         # In pass 2 two strips' gradients are in work, and one strip's halos where they are not on the device.
-        strips = strip * ((2 if halos == "device" else 3) if self.training else 2)
-        if self.staged.place != "device":
-            strips += constants.AWAY_TILES * max(_away_bytes(self.staged, tiled) for tiled in stages)
-        activations = max(0, counted.peak - counted.fixed)
-        library = self._library(stages, counted.peak)
+        strips = cut.strip_bytes * ((2 if halos == "device" else 3) if self.training else 2)
         # The graph of an only tile is what pass 2 would make again at once.
-        alone = self.training and budget is None and [tiled.tiles for tiled in stages] == [1]
+        alone = self.training and budget is None and cut.alone
         plan = Plan(
             image=tuple(self.image.shape),  # pyright: ignore[reportArgumentType]
             tile=tile,
-            tiles=(stages[0].rows.steps, stages[0].cols.steps),
+            tiles=cut.tiles,
             training=self.training,
             halos=halos,
             retained=int(alone),
             retained_tiles=(1,) if alone else (),
             parameter_bytes=self.parameter_bytes,
-            halo_bytes=kept if self.training else 0,
-            strip_bytes=strips,
-            tile_bytes=counted.peak,
+            halo_bytes=cut.halo_bytes if self.training else 0,
+            strip_bytes=strips + constants.AWAY_TILES * cut.away_bytes,
+            tile_bytes=0,
             retained_bytes=0,
             stored_bytes=self.stored_bytes,
-            library_bytes=library + int(constants.HEAP_SHARE * activations) * self.on_cpu,
-            sides=tuple(sides),
+            library_bytes=0,
+            sides=cut.sides,
             record_bytes=self.records,
             budget=budget,
         )
-        room = budget if room is None else room
         if not count_tile:
             return plan
+        return self._with_tile(plan, limit, budget if room is None else room, exact)
+
+    def _tiled(self, tile: tuple[int, int]) -> list[TiledStage]:
+        """The stages cut into tiles, for a tile of the image; the latest ones are kept."""
+        if self._latest[0] != tile:
+            sides = stage_sides(self.staged, tile)
+            graphs = zip(self.staged.stages, sides, strict=True)
+            self._latest = tile, [TiledStage(stage, side, self.known.schedules) for stage, side in graphs]
+        return self._latest[1]
+
+    def _cut(self, tile: tuple[int, int]) -> _Cut:
+        if tile not in self._cuts:
+            stages = self._tiled(tile)
+            kept, strip, away = 0, 0, 0
+            for tiled in stages:
+                entering, heaviest = halo_bytes(tiled.stage, tiled)
+                kept, strip = kept + entering, max(strip, heaviest if tiled.rows.steps > 1 else 0)
+                away = max(away, _away_bytes(self.staged, tiled) if self.staged.place != "device" else 0)
+            sides = tuple(tiled.tile for tiled in stages)
+            tiles = stages[0].rows.steps, stages[0].cols.steps
+            alone = [tiled.tiles for tiled in stages] == [1]
+            self._cuts[tile] = _Cut(sides, tiles, alone, kept, strip, away)
+        return self._cuts[tile]
+
+    def _with_tile(self, plan: Plan, limit: int, room: int | None, exact: bool) -> Plan:
+        """A plan with the bytes of its heaviest tile, of libraries, and of graphs of tiles that are kept."""
+        stages = self._tiled(plan.tile)
+        weights = [tile_weights(tiled) for tiled in stages]
+        heaviest = sorted(range(len(stages)), key=lambda n: weights[n].max())[-constants.COUNTED :]
+        peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
+        counted = max(peaks, key=lambda one: one.peak, default=TilePeak(plan.tile, 1, 0, 0, 0))
+        activations = max(0, counted.peak - counted.fixed)
+        library = self._library(stages, counted.peak) + int(constants.HEAP_SHARE * activations) * self.on_cpu
+        plan = replace(plan, tile_bytes=counted.peak, library_bytes=library)
         if self.staged.place == "device" and buffers.executor(self.image.device):
             retained = self._retain(plan, stages, weights, counted, room, exact)
             if stages[0].tiles <= retained.retained:
@@ -268,21 +322,9 @@ class Estimate:
         """Bytes of compiled kernels and copies of weights; on a GPU of scratch."""
         if not tile_bytes:
             return 0
-        if not self.on_cpu:
-            return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, self.training) for tiled in stages)
-        compiled = 0
-        for tiled in stages:
-            convs = [local.op for local in tiled.stage.locals if local.op.name in ("conv2d", "packed_conv2d")]
-            outputs = [op.outputs[0] for op in convs]
-            shapes = 1
-            for axis in (tiled.rows, tiled.cols):
-                blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))
-                shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
-            compiled += len(outputs) * shapes * (3 if self.training else 1)
-        kernels = min(constants.MOST_KERNELS, compiled) * constants.KERNEL_BYTES
-        weights = self.stage_bytes * (constants.WEIGHT_COPIES if self.training else 1)
-        copies = min(weights, constants.MOST_WEIGHT_COPIES)  # in the layout of the kernels, and made for the gradients
-        return kernels + copies + (max(map(_grouped_scratch, stages)) if self.training else 0)
+        if self.on_cpu:
+            return cpu_libraries(stages, self.stage_bytes, self.training)
+        return gpu_libraries(stages, self.training)
 
     def _loosen(self, plan: Plan, activations: int) -> Plan:
         """Let the heap take what it takes without a budget; under one, what makes it fast, if that is left."""
@@ -305,75 +347,6 @@ def _away_bytes(staged: StagedProgram, tiled: TiledStage) -> int:
     stage, stage_maps, values = tiled.stage, staged.stage_maps(), staged.program.values
     total = sum(_nbytes(values[v].shape, values[v].dtype) for v in (*stage.sources, *stage.stored) if v in stage_maps)
     return total // tiled.tiles
-
-
-def _grouped_scratch(tiled: TiledStage) -> int:
-    """Bytes that oneDNN takes for a grouped convolution's weight gradient: that of each group, in full blocks."""
-    values, most, block = tiled.stage.program.values, 0, constants.CHANNEL_BLOCK
-    for local in tiled.stage.locals:
-        kernels = [values[v] for v in local.op.inputs if v in tiled.stage.vectors and len(values[v].shape) == 4]
-        if "conv" in local.op.name and kernels:
-            out_channels, per_group, *sides = kernels[0].shape
-            groups = max(values[v].shape[1] for v in local.reads) // max(1, per_group)
-            if groups > 1:
-                padded = (-(-channels // block) * block for channels in (per_group, out_channels // groups))
-                most = max(most, groups * math.prod(padded) * math.prod(sides) * kernels[0].dtype.itemsize)
-    return most
-
-
-def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
-    """Bytes that a convolution of a tile may take besides its tensors on a GPU.
-
-    A library's workspace is as large as the maps in another memory order; a choice between kernels (`choice.py`) makes
-    the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
-    """
-    stage = tiled.stage
-
-    def block(value: int) -> int:
-        spans = [map(partial(axis.block, value), range(axis.steps)) for axis in (tiled.rows, tiled.cols)]
-        rows, cols = (max(hi - lo for lo, hi in axis) for axis in spans)
-        return _nbytes(halo_shape(stage, value, rows, cols), stage.program.values[value].dtype)
-
-    most = 0
-    for local in stage.locals:
-        if "conv" in local.op.name or local.op.name == "fused_stem":
-            maps = sum(map(block, local.reads)) + 2 * sum(map(block, local.op.outputs))
-            weights = (v for v in local.op.inputs if v in stage.vectors and len(stage.program.values[v].shape) == 4)
-            sums = sum(4 * math.prod(stage.program.values[v].shape) for v in weights)
-            most = max(most, maps + constants.WGRAD_SPLITS * sums * training)
-    return most
-
-
-def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int, int]]:
-    """The tile of each stage, in pixels of its largest source, for a tile of the image.
-
-    Deeper stages get tiles whose widest block holds about as many values as that of the first stage; strips of whole
-    rows stay strips.
-    """
-    strips = tile[1] == staged.maps.size(staged.program.image)[1]
-
-    def density(stage: Stage) -> float:
-        height, width = stage.extent
-        values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]
-        return max(math.prod(stage.maps.shape(v)) for v in values) / (height * width)
-
-    first, *others = staged.stages
-    sides = [tile]
-    for stage in others:
-        if stage.image in stage.sources:
-            sides.append(tile)
-            continue
-        height, width = stage.extent
-        factor = math.sqrt(density(first) / density(stage))
-        across = width if strips else max(1, min(width, rounded(tile[1] * factor)))
-        down = tile[0] * tile[1] * factor**2 / across if strips else tile[0] * factor
-        sides.append((max(1, min(height, rounded(down))), across))
-    return sides
-
-
-def rounded(side: float) -> int:
-    """A side that strides divide, where it is large enough."""
-    return int(side) // 32 * 32 or int(side) // 8 * 8 or int(side)
 
 
 def halo_bytes(stage: Stage, tiled: TiledStage) -> tuple[int, int]:

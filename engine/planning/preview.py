@@ -13,7 +13,8 @@ from ..errors import GigamorphError
 from ..module.arguments import HALO_PLACES, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from .plan import Plan
-from .search import Request, arrange, arrange_each
+from .request import Request
+from .search import arrange, arrange_each
 from .simulate import is_here, stock_peak
 
 ENDLESS = 1 << 60

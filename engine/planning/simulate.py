@@ -192,7 +192,7 @@ def tile_weights(tiled: TiledStage) -> np.ndarray:
         np.array([[hi - lo for lo, hi in (axis.block(value, step) for value in values)] for step in range(axis.steps)])
         for axis in (tiled.rows, tiled.cols)
     ]
-    down, across = (each.reshape(-1, len(values)).astype(float) for each in lengths)
+    down, across = (each.reshape(len(each), len(values)).astype(float) for each in lengths)
     return (down * np.array(pixel)) @ across.T
 
 

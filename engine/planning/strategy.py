@@ -212,8 +212,32 @@ def program_cost(staged: StagedProgram, training: bool) -> float:
 
 
 def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
-    """The maps that a step takes whole, and the vectors of one that is no stage."""
-    return step.sources if isinstance(step, Stage) else step.inputs
+    """What a step takes whole: maps and vectors."""
+    if isinstance(step, Stage):
+        return [*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)]
+    return step.inputs
+
+
+# What looks at a tensor's memory in another way; and what does so or copies all of it: autograd keeps nothing of what
+# these take but the places that they are told.
+_LOOKS = frozenset("view unflatten permute transpose unsqueeze squeeze expand".split())
+_COPIES = _LOOKS - {"expand"} | {"__getitem__", "index_select", "gather", "reshape", "flatten", "contiguous"}
+
+
+def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]:
+    """What of a step's reads is there until its backward."""
+    if isinstance(step, VectorOp):
+        return
+    # A part of a tensor that is told by numbers keeps all of it.
+    copies = isinstance(step, Op) and step.name in _COPIES and not step.mutated
+    copies = copies and (step.name != "__getitem__" or len(step.inputs) > 1)
+    yield from (v for v in _reads(step) if not copies or not values[v].takes_grad)
+
+
+def made_whole(staged: StagedProgram) -> frozenset[int]:
+    """Vectors that recorded calls make between the stages; `stored_peak` counts them among the maps."""
+    steps = (step for step in staged.steps if isinstance(step, Op))
+    return frozenset(v for step in steps for v in step.outputs)
 
 
 def moved_bytes(staged: StagedProgram, training: bool) -> int:
@@ -242,8 +266,12 @@ class _Lifetimes:
         self.last: dict[int, int] = dict.fromkeys(staged.program.results(), self.end)
         self.readers: dict[int, list[int]] = {}
         self.unvalued: set[int] = set()
+        state = set(staged.program.state())
         for number, step in enumerate(steps):
             outputs = step.stored if isinstance(step, Stage) else step.outputs
+            if isinstance(step, Op) and step.name in _LOOKS and state.issuperset(step.inputs):
+                state.update(outputs)  # the memory of a parameter or buffer
+                outputs = ()
             if isinstance(step, Stage):
                 self.unvalued |= unvalued_runs(step, set()).keys()
             if isinstance(step, VectorOp):
@@ -263,7 +291,7 @@ class _Lifetimes:
         self.maker = within  # the segment that makes a map, and below the one that alone knows it
         self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
         # A shard's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
-        self.held = {v for step in steps if not isinstance(step, VectorOp) for v in _reads(step)}
+        self.held = {v for step in steps for v in _kept(step, values)}
         self.held.update(staged.program.results())
 
     def forward(self, now: int, training: bool) -> int:
@@ -320,7 +348,7 @@ class _Lifetimes:
 
 
 def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -> int:
-    """The most bytes of stored maps, of what ops make of them whole, and of their gradients, at any time of a step.
+    """The most bytes of stored maps, of what calls make between stages, and of their gradients, at any time of a step.
 
     A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
     backward of the first stage that reads it. Its gradient comes into being in the backward of its last reader, and
@@ -334,8 +362,9 @@ def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -
     if not any(stage.stored for stage in staged.stages):
         return 0
     steps, lives = staged.steps, _Lifetimes(staged, wanted)
-    fetched = {number for number in lives.made.values() if isinstance(steps[number], VectorOp)}
-    times = [n for n, step in enumerate(steps) if isinstance(step, Stage) or n in fetched] + [len(steps)]
+    fetched = set(lives.made.values()) if any(stage.offsets for stage in staged.stages) else set[int]()
+    fetches = [n for n in fetched if isinstance(steps[n], VectorOp)]
+    times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
     peak = max(lives.forward(now, training) for now in times)
     if training:
         peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, staged.segments))

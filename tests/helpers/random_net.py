@@ -61,7 +61,7 @@ class Program:
     sizes: list[tuple[int, ...]]
 
     def __repr__(self) -> str:
-        lines = [f"image m0 {self.shape}, tile {self.tile}, carries {self.carries}"]
+        lines = [f"image m0 {self.shape}, tile {self.tile}, halos {self.halos}"]
         number = 1
         for i, step in enumerate(self.steps):
             outputs = kind_of(step.kind).outputs

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gigamorph import BudgetError, UnsupportedError, accelerate
 from gigamorph.engine.planning.strategy import strategies
 
-PLAN = sys.modules["gigamorph.engine.planning.search"]
+PLAN = sys.modules["gigamorph.engine.planning.together"]
 Shape = tuple[int, int, int, int]
 SIZES: list[Shape] = [(1, 2, 61, 43), (2, 2, 20, 37), (1, 2, 9, 30)]
 

@@ -175,7 +175,7 @@ def test_a_refused_budget_is_told_what_is_enough() -> None:
     layers = [(nn.Conv2d(1 if n == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for n in range(4)]
     net = nn.Sequential(*(m for layer in layers for m in layer), nn.AdaptiveAvgPool2d(1)).train()
     with pytest.raises(BudgetError) as refused:
-        plan(net, (512, 512), "1MiB")
+        plan(net, (512, 512), "4MiB")
     least = re.search(r"needs at least ([0-9.]+ [KM]iB)", str(refused.value))
     assert least is not None
     enough = int(1.01 * parse_bytes(least[1].replace(" ", "")))  # the text has three digits
@@ -214,6 +214,12 @@ def test_a_hopeless_budget_is_refused_before_choices_are_thought_about(monkeypat
         plan(net, (512, 512), "60MiB")
     with pytest.raises(BudgetError, match=r"the parameters alone need 42.* MiB"):
         plan(net.eval(), (512, 512), "40MiB", training=False)
+
+
+def test_a_stage_that_only_reduces_the_image_has_a_plan() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1)).train()
+    made = plan(net, (1, 300, 200), "100MiB")
+    assert len(made.sides) == 2 and made.tile_bytes > 300 * 200 * 4 / (made.tiles[0] * made.tiles[1])
 
 
 def test_the_heaviest_tile_is_the_last_one() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gigamorph import GigamorphError, accelerate, plan
 from gigamorph.engine.models.resnet import resnet18
-from gigamorph.engine.planning.strategy import Strategy
+from gigamorph.engine.planning.strategy import Strategy, every_strategy
 from gigamorph.engine.tiling import stored_maps as maps_module
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 from gigamorph.engine.tiling.scan import Scan
@@ -55,7 +55,7 @@ def on_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     taken: list[str] = []
 
     def choose(*args: Any) -> list[Strategy]:
-        every = list(PLAN.every_strategy(*args))
+        every = list(every_strategy(*args))
         away = [
             s for s in every if s.staged.place == "disk" and bool(s.staged.segments) == (request.param == "segments")
         ]

@@ -1,0 +1,74 @@
+"""The least that any plan of a program holds, known before its choices are thought about: hopeless budgets end here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ... import kernels
+from ..capture.trace import Op
+from ..errors import BudgetError
+from ..lowering.ops import Local, Maps, Node
+from ..tiling.memory import format_bytes
+from . import constants
+from .libraries import convolutions, least_cpu_libraries
+from .request import Request
+from .strategy import value_bytes
+
+
+def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, shared: bool) -> None:
+    """Refuse at once a budget that no choice of stored maps and no tile can keep to.
+
+    Args:
+        shared: other processes compute parts of the image: they decide together on all that depends on the parts.
+
+    Raises:
+        BudgetError: naming what is needed.
+    """
+    if request.budget is None:
+        return
+    own = _parameters(maps, request.training)
+    limit = format_bytes(request.budget)
+    if request.budget < own:
+        what = "parameters and their gradients alone need" if request.training else "the parameters alone need"
+        raise BudgetError(f"no tile fits: {what} {format_bytes(own)}, the budget is {limit}; give a larger budget")
+    least = least_bytes(maps, nodes, request)
+    if request.budget < least and not shared:
+        height, width = maps.size(maps.program.image)
+        raise BudgetError(
+            f"no tile fits: an image of {height} x {width} needs at least {format_bytes(least)} without any tile "
+            f"(parameters, copies of them, compiled kernels, whole results), the budget is {limit}; "
+            "give a larger budget"
+        )
+
+
+def least_bytes(maps: Maps, nodes: Sequence[Node | Op], request: Request) -> int:
+    """Bytes that every plan holds, whatever it stores and however small its tiles are.
+
+    Parameters with their gradients; maps that the network returns; on the CPU the copy of the largest kernel, one
+    compiled kernel of each convolution, and the records of the network.
+    """
+    program = maps.program
+    values, total = program.values, _parameters(maps, request.training)
+    results = {v for v in program.results() if v in maps and v != program.image and v not in program.inputs}
+    made = {v for node in nodes if isinstance(node, Local) for v in node.op.outputs}
+    total += sum(value_bytes(values[v]) for v in results & made)
+    device = values[program.image].device
+    casts = torch.is_autocast_enabled("cpu") or any(op.autocast is not None for op in program.ops)
+    if device.type != "cpu" or casts or kernels.enabled(device):
+        return total
+    total += len(values) * (constants.VALUE_BYTES + constants.CHOICE_BYTES)
+    weights = [values[v] for local in convolutions(nodes) for v in local.op.inputs if v not in maps]
+    weights = [value for value in weights if len(value.shape) == 4]
+    total += max((value_bytes(value) for value in weights if max(value.shape[2:]) > 1), default=0)
+    if request.count_tile or request.tile is None:
+        heaviest = max(map(value_bytes, weights), default=0)
+        total += least_cpu_libraries(nodes, values, heaviest, request.training)
+    return total
+
+
+def _parameters(maps: Maps, training: bool) -> int:
+    """Bytes of parameters and buffers, and of gradients."""
+    named = {v.name: v for v in maps.program.values if v.name is not None}
+    return sum(value_bytes(value) * (1 + (training and value.trainable)) for value in named.values())

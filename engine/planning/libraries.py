@@ -1,0 +1,122 @@
+"""What libraries take besides tensors: compiled kernels, copies of weights, workspaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from ..capture.trace import Value
+from ..lowering.ops import Local
+from ..tiling.stage import TiledStage
+from . import constants
+from .simulate import halo_shape
+
+
+def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool) -> int:
+    """oneDNN's compiled kernels, copies of weights in its memory order, and its scratch.
+
+    Args:
+        stage_bytes: of the vectors of the stage that has most.
+    """
+    compiled = 3 * _tuples_of_shapes(stages) if training else len(_kernels_of_inference(stages))
+    scratch = max(map(_grouped_scratch, stages)) if training else 0
+    return _kernel_bytes(compiled) + _weight_copies(stage_bytes, training) + scratch
+
+
+def least_cpu_libraries(nodes: Iterable[Any], values: Sequence[Value], stage_bytes: int, training: bool) -> int:
+    """What `cpu_libraries` is at least, whatever the tiles are."""
+    weights = [_weight_shape(local, values) for local in convolutions(nodes)]
+    return _kernel_bytes(3 * len(weights) if training else len(set(weights))) + _weight_copies(stage_bytes, training)
+
+
+def _tuples_of_shapes(stages: Sequence[TiledStage]) -> int:
+    """Convolutions, each as often as tiles of its stage differ: what the constants of training were fitted with."""
+    count = 0
+    for tiled in stages:
+        outputs = [local.op.outputs[0] for local in convolutions(tiled.stage.locals)]
+        shapes = 1
+        for axis in (tiled.rows, tiled.cols):
+            blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))
+            shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
+        count += len(outputs) * shapes
+    return count
+
+
+def _kernels_of_inference(stages: Sequence[TiledStage]) -> set[Any]:
+    """The convolutions that differ: those of equal shapes share a kernel, in all stages."""
+    found: set[Any] = set()
+    for tiled in stages:
+        maps, values = tiled.stage.maps, tiled.stage.program.values
+        for local in convolutions(tiled.stage.locals):
+            source, output = next(iter(local.reads)), local.op.outputs[0]
+            steps = [-(-a // max(1, b)) for a, b in zip(maps.size(source), maps.size(output), strict=True)]
+            form = _weight_shape(local, values), maps.shape(source)[1], len(local.op.inputs), *steps
+            rows, cols = (
+                {hi - lo for lo, hi in (axis.block(output, step) for step in range(axis.steps))}
+                for axis in (tiled.rows, tiled.cols)
+            )
+            found.update((form, height, width) for height in rows for width in cols)
+    return found
+
+
+def convolutions(nodes: Iterable[Any]) -> list[Local]:
+    """Those of which oneDNN compiles at least one kernel."""
+    return [node for node in nodes if isinstance(node, Local) and node.op.name in ("conv2d", "packed_conv2d")]
+
+
+def gpu_libraries(stages: Sequence[TiledStage], training: bool) -> int:
+    """Workspaces, and what trials of kernels take."""
+    return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, training) for tiled in stages)
+
+
+def _weight_shape(local: Local, values: Sequence[Value]) -> tuple[int, ...]:
+    return next(tuple(values[v].shape) for v in local.op.inputs if v not in local.reads)
+
+
+def _kernel_bytes(compiled: int) -> int:
+    return min(constants.MOST_KERNELS, compiled) * constants.KERNEL_BYTES
+
+
+def _weight_copies(stage_bytes: int, training: bool) -> int:
+    """Weights in the order of the kernels, and made for the gradients."""
+    return min(stage_bytes * (constants.WEIGHT_COPIES if training else 1), constants.MOST_WEIGHT_COPIES)
+
+
+def _grouped_scratch(tiled: TiledStage) -> int:
+    """Bytes that oneDNN takes for a grouped convolution's weight gradient: that of each group, in full blocks."""
+    values, most, block = tiled.stage.program.values, 0, constants.CHANNEL_BLOCK
+    for local in tiled.stage.locals:
+        kernels = [values[v] for v in local.op.inputs if v in tiled.stage.vectors and len(values[v].shape) == 4]
+        if "conv" in local.op.name and kernels:
+            out_channels, per_group, *sides = kernels[0].shape
+            groups = max(values[v].shape[1] for v in local.reads) // max(1, per_group)
+            if groups > 1:
+                padded = (-(-channels // block) * block for channels in (per_group, out_channels // groups))
+                most = max(most, groups * math.prod(padded) * math.prod(sides) * kernels[0].dtype.itemsize)
+    return most
+
+
+def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
+    """Bytes that a convolution of a tile may take besides its tensors on a GPU.
+
+    A library's workspace is as large as the maps in another memory order; a choice between kernels (`choice.py`) makes
+    the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
+    """
+    stage = tiled.stage
+
+    def block(value: int) -> int:
+        spans = [map(partial(axis.block, value), range(axis.steps)) for axis in (tiled.rows, tiled.cols)]
+        rows, cols = (max(hi - lo for lo, hi in axis) for axis in spans)
+        info = stage.program.values[value]
+        return math.prod(halo_shape(stage, value, rows, cols)) * info.dtype.itemsize
+
+    most = 0
+    for local in stage.locals:
+        if "conv" in local.op.name or local.op.name == "fused_stem":
+            maps = sum(map(block, local.reads)) + 2 * sum(map(block, local.op.outputs))
+            weights = (v for v in local.op.inputs if v in stage.vectors and len(stage.program.values[v].shape) == 4)
+            sums = sum(4 * math.prod(stage.program.values[v].shape) for v in weights)
+            most = max(most, maps + constants.WGRAD_SPLITS * sums * training)
+    return most

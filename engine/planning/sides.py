@@ -1,0 +1,70 @@
+"""Which tiles are worth trying, and the tiles of deeper stages for one of the image."""
+
+from __future__ import annotations
+
+import math
+
+from ..lowering.stages import Stage, StagedProgram
+from . import constants
+
+
+def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """Tiles worth trying, largest first.
+
+    Stages of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
+    where these are not too low: a strip lies in one piece in a stored map.
+    """
+    if tile is not None:
+        return [tile]
+    height, width = staged.maps.size(staged.program.image)
+    kind = staged.program.values[staged.program.image].device.type
+    preferred = constants.PREFERRED.get(kind, 1024)
+    stripes = len(staged.stages) > 1 and kind == "cpu"
+    if stripes:
+        preferred = constants.PREFERRED_STRIP
+    longest = max(height, width)
+    sides = [side for side in constants.SIDES if side <= preferred and side < longest]
+    if longest <= preferred:
+        sides.insert(0, longest)
+    tiles = [(min(side, height), min(side, width)) for side in sides]
+    if stripes:
+        tiles = [_strip(h * w, height, width) or (h, w) for h, w in tiles]
+    return list(dict.fromkeys(tiles)) or [(height, width)]
+
+
+def _strip(pixels: int, height: int, width: int) -> tuple[int, int] | None:
+    """About so many pixels as a strip of whole rows, if it is not too low."""
+    rows = pixels // width
+    return (min(rounded(rows), height), width) if rows >= constants.LEAST_ROWS else None
+
+
+def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int, int]]:
+    """The tile of each stage, in pixels of its largest source, for a tile of the image.
+
+    Deeper stages get tiles whose widest block holds about as many values as that of the first stage; strips of whole
+    rows stay strips.
+    """
+    strips = tile[1] == staged.maps.size(staged.program.image)[1]
+
+    def density(stage: Stage) -> float:
+        height, width = stage.extent
+        values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]
+        return max(math.prod(stage.maps.shape(v)) for v in values) / (height * width)
+
+    first, *others = staged.stages
+    sides = [tile]
+    for stage in others:
+        if stage.image in stage.sources:
+            sides.append(tile)
+            continue
+        height, width = stage.extent
+        factor = math.sqrt(density(first) / density(stage))
+        across = width if strips else max(1, min(width, rounded(tile[1] * factor)))
+        down = tile[0] * tile[1] * factor**2 / across if strips else tile[0] * factor
+        sides.append((max(1, min(height, rounded(down))), across))
+    return sides
+
+
+def rounded(side: float) -> int:
+    """A side that strides divide, where it is large enough."""
+    return int(side) // 32 * 32 or int(side) // 8 * 8 or int(side)
