@@ -229,8 +229,12 @@ def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]
     if isinstance(step, VectorOp):
         return
     # A part of a tensor that is told by numbers keeps all of it.
-    copies = isinstance(step, Op) and step.name in _COPIES and not step.mutated
-    copies = copies and (step.name != "__getitem__" or len(step.inputs) > 1)
+    copies = (
+        isinstance(step, Op)
+        and step.name in _COPIES
+        and not step.mutated
+        and (step.name != "__getitem__" or len(step.inputs) > 1)
+    )
     yield from (v for v in _reads(step) if not copies or not values[v].takes_grad)
 
 
