@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 CLASSES = {
     "a": "nothing but the last pooling looks at the whole image",
     "b": "statistics of the whole image inside: squeeze-and-excite, group norm, response norm, linear attention",
-    "c": "attention over all positions somewhere",
+    "c": "attention over all positions, in windows, or another mixing of positions somewhere",
     "fixed": "takes images of one size alone",
 }
 MODES = {"eval": "frozen", "live": "live"}  # what the page calls them
@@ -103,7 +103,7 @@ that it is right; the remark says so.
 *float32* is the error of the outputs in float32, measured against float64, as a multiple of stock PyTorch's own.
 Below 1 the tiles are nearer to the truth than stock is. {_gradients(result["networks"])}
 
-*time* is a training step's CPU time in float64, as a multiple of stock PyTorch's: the best of three in turns, after
+*time* is a training step's CPU time in float64, as a multiple of stock PyTorch's: the best of some in turns, after
 the recording. {_slowest(result["networks"])} Images are small here and tiles smaller, so that seams are many and the
 halos as large as the tiles; what a step takes at real sizes is in `docs/benchmarks.md`.
 """
