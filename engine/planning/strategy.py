@@ -371,5 +371,7 @@ def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -
     times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
     peak = max(lives.forward(now, training) for now in times)
     if training:
-        peak = max(peak, *(lives.backward(now) for now in times[:-1]), *map(lives.again, staged.segments))
+        # A call between stages keeps what it reads, and makes a gradient as large.
+        backwards = sorted({*times[:-1], *(n for n, step in enumerate(steps) if isinstance(step, Op))})
+        peak = max(peak, *map(lives.backward, backwards), *map(lives.again, staged.segments))
     return peak
