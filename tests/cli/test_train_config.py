@@ -246,3 +246,22 @@ def test_fine_tuning_from_files_and_from_timms_weights(phantoms, tmp_path, monke
     state = load_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"]
     summed = fetched.conv1.weight.sum(1, keepdim=True)
     assert torch.allclose(state["net.conv1.weight"], summed, atol=1e-6) and state["net.fc.weight"].shape == (2, 512)
+
+
+def test_classes_in_their_order_go_through_all_commands(phantoms, tmp_path, capsys):
+    """Densities a < b < c: probabilities that add up to 1, in every table."""
+    found, table = rows(phantoms), phantoms.with_name("density.csv")
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows({**row, "label": "abc"[number % 3]} for number, row in enumerate(found))
+    run_of, out = tmp_path / "run", tmp_path / "out"
+    assert run("train", table, "--task", "ordinal", "--out", run_of, *FAST) == 0
+    assert "classes in their order" in (run_of / "model_card.md").read_text()
+    assert run("predict", run_of / "best.ckpt", table, "--out", out) == 0
+    for name in ("predictions.csv", "breasts.csv", "exams.csv"):
+        for row in rows(out / name):
+            assert abs(sum(float(row[f"p_{one}"]) for one in "abc") - 1) < 1e-5, name
+    assert run("eval", out / "predictions.csv", "--split", "all", "--out", tmp_path / "eval") == 0
+    assert run("explain", run_of / "best.ckpt", table.parent / found[0]["image_path"], "--out", tmp_path / "maps") == 0
+    assert list((tmp_path / "maps").glob("*.png"))
