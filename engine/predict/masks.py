@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import os
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from ..accelerate import Accelerated, accelerate
 from ..datasets.masks import IGNORED, Mask, mask_as_stored, masks_of, strips
 from ..datasets.tables import SPLITS, Record
-from ..datasets.tables.cells import escape
 from ..dense import write_map
 from ..errors import DataError
 from ..files import write_atomically
@@ -38,6 +36,7 @@ from .options import RunOptions, Scores, Summary, Watch
 from .predictor import naming, renamed
 from .rows import Row, Work
 from .runner import run
+from .tables import write_rows
 
 MASKS = pa.schema(
     [
@@ -305,7 +304,7 @@ class _Masks(Job):
 
         keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "mask"]
         header = [*keys, *(f"share_{name}" for name in names), *(f"dice_{name}" for name in names[1:])]
-        write_atomically(out / "predictions.csv", lambda path: _write(path, header, rows()), "table")
+        write_atomically(out / "predictions.csv", lambda path: write_rows(path, header, rows()), "table")
         note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model}
         write_atomically(out / "predictions.json", lambda p: p.write_text(json.dumps(note) + "\n"), "note")
         return {split: dice_scores(total, int(number[0]), names) for split, (total, number) in counts.items()}
@@ -328,12 +327,3 @@ def _measures(result: Result, counts: np.ndarray | None, classes: int) -> list[s
     values = [] if counts is None else dice(counts)[1:].tolist()
     told = ["" if np.isnan(value) else repr(value) for value in values] or [""] * (classes - 1)
     return [*(repr(share) for share in (area / area.sum()).tolist()), *told]
-
-
-def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([escape(cell) for cell in row] for row in rows)
-        file.flush()
-        os.fsync(file.fileno())

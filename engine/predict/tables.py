@@ -66,7 +66,7 @@ def write_tables(
     header = _header(classes, numbers)
     write_atomically(
         out / "predictions.csv",
-        lambda path: _write(
+        lambda path: write_rows(
             path, [*header, *called], ([*_row(one), *_called(one, calibration)] for one in predictions())
         ),
         "table",
@@ -92,7 +92,7 @@ def write_tables(
         ("breasts.csv", ["breast", *header], together("breast", per_breast)),
         ("exams.csv", ["exam", *header], together("exam", per_exam)),
     ):
-        write_atomically(out / name, functools.partial(_write, header=head, rows=rows), "table")
+        write_atomically(out / name, functools.partial(write_rows, header=head, rows=rows), "table")
     if len(labelled) > MEASURED:
         return {}
 
@@ -107,7 +107,7 @@ def write_failures(index: Index, out: Path) -> None:
     """quarantine.csv, if there is anything to tell."""
     path = out / "quarantine.csv"
     if index.counts()[2] or path.exists():
-        write_atomically(path, lambda part: _write(part, ["image_path", "reason"], index.failures()), "table")
+        write_atomically(path, lambda part: write_rows(part, ["image_path", "reason"], index.failures()), "table")
 
 
 def prediction_of(
@@ -174,7 +174,8 @@ def _row(found: Prediction) -> list[object]:
     return [*keys, label, *values]
 
 
-def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a csv file that is durable when this returns; texts that a spreadsheet would compute are escaped."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

@@ -16,10 +16,9 @@ _WORTH_SHARE = 0.1  # of a piece of work, what the heap should have gained befor
 
 
 class Kept(Protocol):
-    """What has graphs of tiles, by their place, in the order in which they were made, on prepared vectors."""
+    """What has graphs of tiles, by their place, in the order in which they were made."""
 
     recorded: dict[Any, Any]
-    vectors: dict[int, Any]
 
 
 class MemoryLimit:
@@ -53,7 +52,6 @@ class MemoryLimit:
         self._alone = False
         self._worth = 0  # bytes of this process from which on the heap may have something to give back
         self._kept: list[weakref.ref[Kept]] = []  # weak: their graphs have hooks that lead here
-        self._complete = 0  # how many of them are of passes that have ended
 
     def share(self, limit: int, work: int, strict: bool) -> None:
         """Hold a further forward to the same memory, whose backward comes together with those before it.
@@ -62,7 +60,7 @@ class MemoryLimit:
             limit, work, strict: as of its own limit; the larger ones count.
         """
         self.bytes, self.work = max(self.bytes, self._base + limit), max(self.work, work)
-        self.strict, self._complete = self.strict or strict, len(self._kept)
+        self.strict = self.strict or strict
 
     def keep(self) -> None:
         """Give back what nothing uses if the process holds more than it should before the next piece of work."""
@@ -93,12 +91,9 @@ class MemoryLimit:
 
     def _drop(self) -> bool:
         """Let a kept graph go; whether there was one."""
-        for number, ref in enumerate(self._kept):
-            kept = ref()
-            if kept is not None and kept.recorded:
+        for kept in filter(None, (ref() for ref in self._kept)):
+            if kept.recorded:
                 del kept.recorded[next(iter(kept.recorded))]
-                if not kept.recorded and number < self._complete:
-                    kept.vectors = {}  # pass 2 prepares them again
                 self.dropped += 1
                 return True
         return False
@@ -110,7 +105,6 @@ class MemoryLimit:
     def must_keep(self, kept: Kept) -> None:
         """They may not any more."""
         self._kept = [ref for ref in self._kept if ref() is not kept]
-        self._complete = len(self._kept)  # a backward has begun: pass 1 of all has ended
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
