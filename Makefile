@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/gigamorph demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,12 +1,13 @@
 """The runner of `gigamorph predict` over archives: kills, memory and throughput, how long a device waits for images.
 
     python benchmarks/archive.py kills --count 200
+    python benchmarks/archive.py kills-train --count 60
     python benchmarks/archive.py rows --count 1000 --count 1000000
     python benchmarks/archive.py idle --count 30
 
-`kills` runs a small real network by tiles. In `rows` there are neither images nor a network: what is left is the work
-of the runner, each row in a process of its own. In `idle` the network sleeps for as long as an image takes to
-decode (--image, by default a phantom of 1536 x 1152 in JPEG lossless).
+`kills` runs a small real network by tiles, `kills-train` is `gigamorph train` on phantoms. In `rows` there are neither
+images nor a network: what is left is the work of the runner, each row in a process of its own. In `idle` the network
+sleeps for as long as an image takes to decode (--image, by default a phantom of 1536 x 1152 in JPEG lossless).
 Each writes benchmarks/results/archive_NAME.json.
 """
 
@@ -36,6 +37,7 @@ from pydicom.uid import JPEGLosslessSV1
 from torch import nn
 
 from gigamorph import accelerate
+from gigamorph.cli.main import cli
 from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.arrays import ArrayPixels
@@ -45,6 +47,7 @@ from gigamorph.engine.predict import parts, runner
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.train.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = ["0", "1"]
@@ -138,6 +141,86 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def train_in_child(words: list[str]) -> int:
+    """The process id of `gigamorph train`, in a fork of this process."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        cli.main(["train", *words], prog_name="gigamorph", standalone_mode=False)
+        code = 0
+    except BaseException as error:
+        print(f"gigamorph train: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def kills_train(count: int, folder: Path) -> dict[str, Any]:
+    """Trainings killed at random moments until there were so many kills, each gone on with.
+
+    Weights at the end, and the optimizer's state where a checkpoint has it, are compared bit for bit.
+    """
+    table = write_phantoms(folder / "phantoms", patients=6, height=128, width=96, seed=1, workers=1)
+    settings = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "4", "--quiet", "--device", "cpu"]
+    words = [str(table), *settings, "--out"]
+    began = time.monotonic()
+    _, status = os.waitpid(train_in_child([*words, str(folder / "whole")]), 0)
+    if status:
+        raise SystemExit("the training has failed")
+    took = time.monotonic() - began
+    names = ("last.ckpt", "best.ckpt")
+    whole = [load_checkpoint(folder / "whole" / name) for name in names]
+    drawn = random.Random(0)
+    found: dict[str, Any] = {
+        "kills": 0,
+        "runs": 0,
+        "different": 0,
+        "kills_per_run": [],
+        "whole_seconds": round(took, 2),
+    }
+    while found["kills"] < count:
+        out, own = folder / f"run{found['runs']}", 0
+        while True:
+            begun = (out / "last.ckpt").exists()  # a kill before the first one leaves nothing to go on from
+            child = train_in_child([*words, str(out), *(["--resume"] if begun else [])])
+            if found["kills"] + own < count:
+                time.sleep(drawn.uniform(0, 0.8 * took))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            own += os.WIFSIGNALED(status)
+            if os.WIFEXITED(status):
+                if os.WEXITSTATUS(status):
+                    raise SystemExit("a training has failed")
+                break
+        ended = [load_checkpoint(out / name) for name in names]
+        found["different"] += any(
+            not same(mine.get(part), theirs[part])
+            for mine, theirs in zip(ended, whole, strict=True)
+            for part in ("state_dict", "optimizer_states")
+            if part in theirs
+        )
+        found["kills"] += own
+        found["runs"] += 1
+        found["kills_per_run"].append(own)
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same, tensors bit for bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 def one_count(count: int, workers: int) -> dict[str, Any]:
     """The runner over a table of so many rows; to be the only work of its process."""
     with tempfile.TemporaryDirectory() as name:
@@ -216,7 +299,7 @@ def idle(image: Path, images: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kills", "rows", "idle", "one"])
+    parser.add_argument("what", choices=["kills", "kills-train", "rows", "idle", "one"])
     parser.add_argument("--count", type=int, action="append")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--image", type=Path)
@@ -228,6 +311,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if given.what == "kills":
             found = kills((given.count or [200])[0], Path(name))
+        elif given.what == "kills-train":
+            found = kills_train((given.count or [60])[0], Path(name))
         elif given.what == "rows":
             found = rows(given.count or [1000, 1_000_000], given.workers)
         else:
@@ -236,7 +321,7 @@ def main() -> None:
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     # Of the machine: timings were taken beside other work where it is above the number of its CPUs.
     machine |= {"load_before": load, "load_after": os.getloadavg(), "seconds": round(time.monotonic() - began, 1)}
-    path = RESULTS / f"archive_{given.what}.json"
+    path = RESULTS / f"archive_{given.what.replace('-', '_')}.json"
     path.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
     print(path)
 

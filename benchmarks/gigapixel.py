@@ -1,9 +1,13 @@
-"""One exact training step on a gigapixel image that lies on disk, on the CPU.
+"""Exact training steps and predictions on a gigapixel image that lies on disk, on the CPU.
 
     python benchmarks/gigapixel.py --json benchmarks/results/gigapixel_cpu.json
 
-Writes a 16-bit image of --side x --side pixels to a temporary .npy file, trains one step of a ResNet on it through a
-pixel source, and stores time, peak resident memory and what the plan had predicted.
+Writes a 16-bit image of --side x --side pixels to a .npy file. For each --tile, a process of its own trains one step of
+a ResNet on it through a pixel source, and stores time, peak resident memory and what the plan had predicted; with
+--inference one more predicts. Stock PyTorch cannot run at such a size, so a step's logits and gradients are compared
+with those of the first tile: another order of sums, other seams and other halos must come to the same.
+
+What is in the JSON file already is not run again; --folder keeps the image and the gradients for that.
 """
 
 from __future__ import annotations
@@ -11,12 +15,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gigamorph import accelerate, open_pixels, plan
+from gigamorph.engine.bench import read
+from gigamorph.engine.bench.check import compare
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.meter import measure
 from gigamorph.engine.bench.results import Results, StepRow, Task
@@ -26,9 +35,12 @@ from gigamorph.engine.tiling.scan import TileEvent
 
 
 def write_image(path: Path, side: int, strip: int = 512) -> None:
-    """Smooth texture plus noise, 12 bits in 16, written strip by strip."""
+    """Smooth texture plus noise, 12 bits in 16, written strip by strip; a file of this side is left as it is."""
+    if path.exists():
+        return
     random = np.random.default_rng(0)
-    image = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(side, side))
+    partial = path.with_suffix(".partial")
+    image = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=(side, side))
     columns = np.sin(np.arange(side) / 900.0)
     for top in range(0, side, strip):
         rows = np.cos(np.arange(top, min(top + strip, side)) / 700.0)
@@ -36,16 +48,23 @@ def write_image(path: Path, side: int, strip: int = 512) -> None:
         image[top : top + strip] = (smooth + random.integers(0, 256, smooth.shape)).astype(np.uint16)
     image.flush()
     del image
+    partial.rename(path)
 
 
-def train_step(options: argparse.Namespace, path: Path) -> StepRow:
-    """One step on the image in a file, with its progress printed; `process_bytes` is the peak of resident memory."""
+def one_step(options: argparse.Namespace, image: Path, tile: int, training: bool, kept: Path) -> StepRow:
+    """One step or prediction, with its progress printed; `process_bytes` is the peak of resident memory.
+
+    Logits and gradients go to the file `kept`.
+    """
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     network = resnet18(num_classes=2, in_channels=1, width=options.width).eval()
-    planned = plan(network, (1, options.side, options.side), options.memory_budget, tile=options.tile)
+    shape = (1, options.side, options.side)
+    planned = plan(network, shape, options.memory_budget, tile=tile, training=training)
     print(planned, flush=True)
-    net = accelerate(network, memory_budget=options.memory_budget, tile=options.tile)
-    source, forward = open_pixels(path), 0.0
+    net = accelerate(network, memory_budget=options.memory_budget, tile=tile)
+    source, forward = open_pixels(image), 0.0
+    logits = torch.empty(0)
     started = time.perf_counter()
 
     def progress(event: TileEvent) -> None:
@@ -55,51 +74,94 @@ def train_step(options: argparse.Namespace, path: Path) -> StepRow:
             print(f"{done}  {seconds:7.0f} s  {memory} resident", flush=True)
 
     def step() -> None:
-        nonlocal forward
-        logits = net(source)
+        nonlocal forward, logits
+        with torch.set_grad_enabled(training):
+            logits = net(source)
         forward = time.perf_counter() - started
-        torch.nn.functional.cross_entropy(logits, torch.tensor([1])).backward()
+        if training:
+            torch.nn.functional.cross_entropy(logits, torch.tensor([1])).backward()
 
     net.on_tile = progress
     cost = measure(step)
-    model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    torch.save({"outputs": {"logits": logits.detach()}, "gradients": gradients, "buffers": {}}, kept)
     return StepRow(
-        Task(model, (1, 1, options.side, options.side)),
+        task_of(options, training),
         "gigamorph",
         seconds=cost.seconds,
+        cpu_seconds=cost.cpu_seconds,
         process_bytes=cost.peak_bytes,
         predicted_bytes=planned.peak_bytes,
         settings={
             "image": "on disk, read by tile",
             "memory_budget": parse_bytes(options.memory_budget),
             "tile": list(planned.tile),
+            "threads": options.threads,
             "carries": planned.halos,
             "carry_bytes": planned.halo_bytes,
             "stock_bytes": planned.stock_bytes,
             "forward_seconds": forward,
+            "logits": logits.flatten().tolist(),
         },
     )
+
+
+def task_of(options: argparse.Namespace, training: bool) -> Task:
+    model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
+    return Task(model, (1, 1, options.side, options.side), training)
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Every row that is not there yet, each in a process of its own, stored as soon as it is there."""
+    image = folder / f"image_{options.side}.npy"
+    write_image(image, options.side)
+    results = Results("benchmarks/gigapixel.py", provenance())
+    if options.json and options.json.exists():
+        results = read.read(options.json)
+    first = options.tile[0]
+    cells = [(True, tile) for tile in options.tile] + [(False, first)] * options.inference
+    for training, tile in cells:
+        task = task_of(options, training)
+        kept = folder / f"{task.mode}_{options.side}_{tile}.pt"
+        if any(row.task == task and row.settings["tile"] == [tile, tile] for row in results.steps):
+            continue
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            row = alone.submit(one_step, options, image, tile, training, kept).result()
+        reference = folder / f"training_{options.side}_{first}.pt"
+        if kept != reference and reference.exists():  # not where a run without --folder goes on
+            expected = loaded(reference)
+            row.check = compare(loaded(kept), expected if training else {**expected, "gradients": {}}, f"tile {first}")
+        results.steps.append(row)
+        if options.json:
+            results.write(options.json)
+        print(
+            f"{row.task}: {row.task.megapixels:.0f} Mpx in {row.seconds[0]:.0f} s ({row.mpx_per_s:.2f} Mpx/s), "
+            f"peak resident memory {format_bytes(row.process_bytes or 0)}; {row.check or 'compared with none'}",
+            flush=True,
+        )
+
+
+def loaded(path: Path) -> dict[str, dict[str, Tensor]]:
+    return torch.load(path, weights_only=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=32768)
-    parser.add_argument("--tile", type=int, default=1024)
+    parser.add_argument("--tile", type=int, nargs="+", default=[1024], help="the first is the one to compare with")
+    parser.add_argument("--inference", action="store_true", help="predict too, with the first tile")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage of the ResNet-18")
     parser.add_argument("--memory-budget", default="2.5GiB")
-    parser.add_argument("--folder", type=Path, default=None, help="where the image is written (2 GB)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, help="where image (2 GB) and gradients are kept; default: nowhere")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "image.npy"
-        write_image(path, options.side)
-        row = train_step(options, path)
-    if options.json:
-        Results("benchmarks/gigapixel.py", provenance(), steps=[row]).write(options.json)
-    print(
-        f"{row.task.megapixels:.0f} Mpx in {row.seconds[0]:.0f} s ({row.mpx_per_s:.2f} Mpx/s), "
-        f"peak resident memory {format_bytes(row.process_bytes or 0)}"
-    )
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        run(options, options.folder)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run(options, Path(folder))
 
 
 if __name__ == "__main__":

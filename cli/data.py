@@ -40,7 +40,7 @@ _skip: Any = click.option(
 
 
 def _parse_fractions(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float, float]:
-    numbers = options._parse_numbers(ctx, param, value)
+    numbers = options.parse_numbers(ctx, param, value)
     if len(numbers) != 3:
         raise click.BadParameter(f"{value!r}; write three shares: train,val,test", ctx, param)
     return numbers[0], numbers[1], numbers[2]
@@ -252,7 +252,6 @@ def convert(
 
     Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
     """
-    from ..engine.datasets.tables import DATA_SETS, write_table
     from ..engine.images.parallel import available_cpus
     from ..engine.predict.options import RunOptions
 
@@ -273,31 +272,38 @@ def convert(
         if converted is None:
             return
         records, errors = converted
+    grey = f"voi={voi}, 0 black to 65535 white" if file_format else None
+    _write_tables(Path(out), records, table, {"source": source, "grey": grey, "left_out": len(errors)})
+    if errors:
+        raise SystemExit(1)
+
+
+def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[str, Any]) -> None:
+    """table.csv, unlabelled.csv and table.json; what is in them is told."""
+    from ..engine.datasets.tables import DATA_SETS, write_table
+
     labelled = [record for record in records if record.label >= 0]
     unlabelled = [record for record in records if record.label < 0]
     if labelled:
-        write_table(Path(out) / "table.csv", labelled, table.classes)
+        write_table(out / "table.csv", labelled, table.classes)
     if unlabelled:
-        write_table(Path(out) / "unlabelled.csv", unlabelled, table.classes)
+        write_table(out / "unlabelled.csv", unlabelled, table.classes)
     counts = _counts(labelled, table.classes) | ({"without label": len(unlabelled)} if unlabelled else {})
     meaning = {
         "data_set": table.name,
-        "source": source,
+        "source": notes["source"],
         "label": table.label_rule,
         "split": DATA_SETS[table.name].split if table.name else "as in the table",
         "classes": table.classes,
         "images": counts,
-        "grey": f"voi={voi}, 0 black to 65535 white" if file_format else None,
-        "left_out": len(errors),
+        **notes,
     }
-    (Path(out) / "table.json").write_text(json.dumps(meaning, indent=2) + "\n", encoding="utf-8")
+    (out / "table.json").write_text(json.dumps(meaning, indent=2) + "\n", encoding="utf-8")
     if table.label_rule:
         click.echo(f"label {table.label_rule}")
         click.echo(f"split: {meaning['split']}")
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     click.echo(f"{len(records)} images of {len({record.patient_id for record in records})} patients ({told}); {out}")
-    if errors:
-        raise SystemExit(1)
 
 
 def _convert_images(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+
+from . import options
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables.cells import Rows
@@ -18,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no list of rates; write 0.8,0.9", ctx, param) from error
+    rates = options.parse_numbers(ctx, param, value, "rates", "0.8,0.9")
     if not all(0 < rate < 1 for rate in rates):
         raise click.BadParameter(f"{value!r}: rates are between 0 and 1", ctx, param)
     return rates
@@ -37,13 +37,6 @@ def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | No
         return {name or "threshold": float(number)}
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is no threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
-
-
-def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no list of numbers; write 0.125,1,2", ctx, param) from error
 
 
 @click.command()
@@ -84,7 +77,7 @@ def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tu
     "--false-marks",
     default="0.125,0.25,0.5,1,2,4,8",
     show_default=True,
-    callback=_parse_numbers,
+    callback=functools.partial(options.parse_numbers, example="0.125,1,2"),
     help="Of --marks: false marks per image at which the lesions found are told.",
 )
 @click.option(
@@ -148,7 +141,8 @@ def eval(
     report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph predict
     --calibration.
 
-    Of masks, as gigamorph predict writes their table: the mean Dice of the images, with intervals over patients.
+    Of masks, as gigamorph predict writes their table: the mean Dice of the images, with intervals over patients; with
+    --table the images that are furthest off are drawn.
 
     Example: gigamorph eval predictions/predictions.csv --table table.csv --split test --by density --out evaluation
     """
@@ -167,10 +161,10 @@ def eval(
 
     masks = read_dice(predictions, split)
     if masks is not None:
-        given = (table, label, score, other, marks, reader, *levels, *by, *threshold)
-        if any(one is not None for one in given):
-            raise click.UsageError("of predicted masks only --split, --resamples and --seed can be said")
-        lines = _measure_dice(out, masks, {"split": split, **_source(Path(predictions))}, resamples, seed)
+        if any(one is not None for one in (label, score, other, marks, reader, *levels, *by, *threshold)):
+            raise click.UsageError("of predicted masks only --table, --split, --resamples and --seed can be said")
+        notes = {"split": split, **_source(Path(predictions), table=table)}
+        lines = _measure_dice(out, masks, notes, table, resamples, seed)
         _tell(out, lines, as_json)
         return
     images = read(predictions)
@@ -195,9 +189,8 @@ def eval(
         notes = {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
         compared = None if other is None else read(other)
         lines = _measure(out, images, settings, notes, compared, None if marks is None else (marks, str(table)))
-        note = _checkpoint(Path(predictions))
-        if split != "train" and "calibrated_on" not in note:
-            _keep_calibration(out, images, note.get("sha256"))
+        if split != "train":
+            _keep_calibration(out, images, Path(predictions))
     _tell(out, lines, as_json)
 
 
@@ -241,10 +234,13 @@ def _measure(
     return [*headline(found), f"{page}, metrics.json and plots"]
 
 
-def _keep_calibration(out: str, images: Cases, model: str | None) -> None:
+def _keep_calibration(out: str, images: Cases, predictions: Path) -> None:
+    """Unless the predictions are calibrated."""
     from ..engine.evaluate.recalibration import write_calibration
 
-    write_calibration(out, images, json.loads((Path(out) / "metrics.json").read_text()), model)
+    note = _checkpoint(predictions)
+    if "calibrated_on" not in note:
+        write_calibration(out, images, json.loads((Path(out) / "metrics.json").read_text()), note.get("sha256"))
 
 
 def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[str, Any]) -> list[str]:
@@ -256,12 +252,16 @@ def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[st
     return [*numbers_headline(found), f"{page}, metrics.json and plots"]
 
 
-def _measure_dice(out: str, rows: Rows, notes: dict[str, Any], resamples: int, seed: int) -> list[str]:
+def _measure_dice(
+    out: str, rows: Rows, notes: dict[str, Any], table: str | None, resamples: int, seed: int
+) -> list[str]:
     """Write the Dice of masks; lines for people."""
-    from ..engine.evaluate.dice import dice_headline, evaluate_dice, write_dice
+    from ..engine.evaluate.dice import dice_headline, evaluate_dice
+    from ..engine.evaluate.dice_report import write_dice_report
 
     found = evaluate_dice(rows, resamples=resamples, seed=seed) | notes
-    return [*dice_headline(found), str(write_dice(out, found))]
+    page = write_dice_report(out, rows, found, table)
+    return [*dice_headline(found), f"{page}, metrics.json and plots"]
 
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:

@@ -47,13 +47,16 @@ def explain(
     has the peaks of class activation maps, for gigamorph eval --marks. exams.csv combines the views of an exam as
     predict does, and has the place that adds most to it.
 
-    A DICOM SEG needs highdicom, and carries what identifies the patient, as it must to be shown with its image.
+    A DICOM SEG needs highdicom, and carries what identifies the patient, as it must to be shown with its image. With
+    --store the SEGs go to a DICOMweb store at the end.
 
     Example: gigamorph explain run/best.ckpt exam1.dcm --format png --format seg --out explained
     """
     from ..engine.explain import Options
     from ..engine.explain import explain as explained
 
+    if run.options["store"] and not {"seg", "binary-seg"} & set(formats):
+        raise click.UsageError("--store takes DICOM SEGs; add --format seg or --format binary-seg")
     chosen = Options(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
     with runner.watching(run.as_json, chosen.device) as watch:
         found = explained(run.opener, images, out, chosen, watch)
@@ -62,5 +65,6 @@ def explain(
         return
     marks = ", marks.csv" if method == "activation" and found.complete else ""
     click.echo(f"{found.done} images explained, {found.failed} skipped; {Path(out)}{marks}")
+    runner.tell_stored(found, chosen.store)
     if found.failed:
         click.echo(f"{Path(out) / 'quarantine.csv'} says why; --resume --retry-failed tries them again")

@@ -21,7 +21,7 @@ def _parse_resize(ctx: click.Context, param: click.Parameter, value: str | None)
 
 
 def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    return None if value is None else options._parse_numbers(ctx, param, value)
+    return None if value is None else options.parse_numbers(ctx, param, value)
 
 
 def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

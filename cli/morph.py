@@ -211,14 +211,14 @@ def front(factor: int, mode: str, downsample: str, filters: int, act: str | None
         "--mean",
         default="0.485,0.456,0.406",
         show_default=True,
-        callback=options._parse_numbers,
+        callback=options.parse_numbers,
         help="Of the RGB images, for --to grey.",
     ),
     click.option(
         "--std",
         default="0.229,0.224,0.225",
         show_default=True,
-        callback=options._parse_numbers,
+        callback=options.parse_numbers,
         help="Of the RGB images, for --to grey.",
     ),
 )

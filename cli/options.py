@@ -47,11 +47,17 @@ def usable_device(value: str) -> str:
     return ("cuda" if usable else "cpu") if value == "auto" else value
 
 
-def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+def parse_numbers(
+    ctx: click.Context,
+    param: click.Parameter,
+    value: str,
+    what: str = "numbers",
+    example: str = "0.5 or 0.1,0.2,0.3",
+) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in value.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no list of numbers; write 0.5 or 0.1,0.2,0.3", ctx, param) from error
+        raise click.BadParameter(f"{value!r} is no list of {what}; write {example}", ctx, param) from error
 
 
 def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None) -> Augment | None:
@@ -125,11 +131,11 @@ mean: Any = click.option(
     "--mean",
     default="0",
     show_default=True,
-    callback=_parse_numbers,
+    callback=parse_numbers,
     help="Grey value taken as zero, 0 black to 1 white; one number, or one per channel.",
 )
 std: Any = click.option(
-    "--std", default="1", show_default=True, callback=_parse_numbers, help="Spread that is scaled to one."
+    "--std", default="1", show_default=True, callback=parse_numbers, help="Spread that is scaled to one."
 )
 voi: Any = click.option(
     "--voi",

@@ -56,7 +56,12 @@ def predict(
     morphhr and end2end, and the fine-tuned networks of dvme.
 
     IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path; they may lie where fsspec
-    reaches them, as in https://host/a.dcm or zip://a.dcm::exams.zip. Memory does not grow with their number.
+    reaches them, as in https://host/a.dcm or zip://a.dcm::exams.zip, or in a DICOMweb store, as
+    dicomweb+https://host/dicom-web/studies/UID or ...dicom-web/studies?StudyDate=20260101-. Memory does not grow with
+    their number.
+
+    With --store a structured report (TID 1500) of each study goes to a DICOMweb store at the end, or, of masks, a DICOM
+    SEG of each image.
 
     Each result is kept in OUT/parts as soon as it is known, whatever ends the command: --resume computes the rest.
     predictions.csv, breasts.csv (the mean of the views of each breast) and exams.csv (the highest of the breasts of
@@ -106,6 +111,7 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
         )
         return
     click.echo(f"{found.done} images predicted, {found.failed} skipped; {out / 'predictions.csv'}, breasts.csv")
+    runner.tell_stored(found, options.store)
     if found.failed:
         click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
     if found.computed >= _MANY:

@@ -25,6 +25,7 @@ def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, run: ru
         return
     table = f"; {out / 'masks'}, predictions.csv" if found.complete else f"; {out / 'parts'}"
     click.echo(f"{found.done} images predicted, {found.failed} skipped{table}")
+    runner.tell_stored(found, options.store)
     if found.failed:
         click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
     for split, measured in sorted(found.scores.items()):

@@ -81,6 +81,12 @@ _OF_A_MODEL = (
     click.option(
         "--address", help="Of the Ray cluster, as auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
     ),
+    click.option(
+        "--store",
+        default="",
+        metavar="URL",
+        help="DICOMweb store to which results go at the end, as dicomweb+https://host/dicom-web; each once.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."),
     options.memory_budget,
     options.device,
@@ -128,7 +134,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--address is a Ray cluster's; add --engine ray")
         if not Path(checkpoint).is_dir():
             load_checkpoint(checkpoint)  # before a folder is made or images are looked for
-        names = ("resume", "retry_failed", "shard", "devices", "device", "workers")
+        names = ("resume", "retry_failed", "shard", "devices", "device", "workers", "store")
         chosen = {
             "model": digest_of(checkpoint),
             "checkpoint": Path(checkpoint).name,
@@ -183,8 +189,15 @@ def tell_end(found: Summary) -> None:
         seconds=round(found.seconds, 3),
         images_per_second=round(found.computed / max(found.seconds, 1e-9), 4),
         idle=round(found.idle, 4),
+        stored=found.stored,
         scores=found.scores,
     )
+
+
+def tell_stored(found: Summary, store: str) -> None:
+    """What went to a DICOMweb store, if anything should."""
+    if store and found.complete:
+        click.echo(f"{found.stored} instances stored in {store}")
 
 
 class _Lines:

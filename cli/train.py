@@ -46,7 +46,7 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 
 
 def _parse_scale(ctx: click.Context, param: click.Parameter, value: str) -> Any:
-    return value if value == "auto" else options._parse_numbers(ctx, param, value)
+    return value if value == "auto" else options.parse_numbers(ctx, param, value)
 
 
 def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float:

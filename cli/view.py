@@ -13,7 +13,7 @@ from . import options
 @click.command()
 @click.argument("source", type=click.Path(exists=True))
 @click.option(
-    "--table", type=click.Path(exists=True, dir_okay=False), help="The csv that was predicted from: findings."
+    "--table", type=click.Path(exists=True, dir_okay=False), help="The csv that was predicted from: findings, masks."
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder of the page; by default SOURCE/view.")
 @click.option("--static", is_flag=True, help="Write all tiles, so that the page works from its files, and end.")
@@ -48,7 +48,9 @@ def view(
 
     SOURCE is a folder of gigamorph predict, or its predictions.csv, or the folder of a cross-validation. Images are
     shown down to their own pixels, with probability, label and split, boxes of findings and evidence; the page says
-    its keys. Tiles are made as they are looked at, by a server that is reached from this machine only; Ctrl-C ends it.
+    its keys. Of masks (gigamorph train --task masks) the prediction lies over the image, with the outlines of the masks
+    of --table. Tiles are made as they are looked at, by a server that is reached from this machine only; Ctrl-C ends
+    it.
 
     Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
     """

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from .capture.arguments import Arguments
+from .capture.arguments import Arguments, takes_a_list, write_back
+from .capture.program import takes_single_images
 from .errors import GigamorphError
 from .execution.begin import begin
 from .execution.evidence import Evidence, Score, find_evidence
@@ -22,12 +23,13 @@ from .execution.image_batch import ImageBatch
 from .execution.prepared import Prepared
 from .execution.programs import Form, Programs, Settings
 from .execution.run import run
-from .images.batches import PixelBatch, as_batch, as_batches
+from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
 from .module.delegation import Container, Delegate, is_container
 from .module.entrance import entrance
+from .module.once import refuse_checkpoint
 from .planning.plan import Plan
 from .tiling.memory import parse_bytes
 from .tiling.memory_limit import MemoryLimit
@@ -71,8 +73,7 @@ class Accelerated(Delegate):
         self._page_pool = PagePool()
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.seal()
-        if batch_norm == "frozen":
-            freeze_batch_norm(model)
+        self._keep_frozen()
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
@@ -80,8 +81,7 @@ class Accelerated(Delegate):
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)
-        if self.batch_norm == "frozen":
-            freeze_batch_norm(self._network)
+        self._keep_frozen()
         return self
 
     def eval(self) -> Accelerated:
@@ -98,6 +98,7 @@ class Accelerated(Delegate):
             dtype: of the image; None takes that of the parameters.
             device: where it would run; None takes that of the parameters, or the CPU for those on the meta device.
         """
+        self._keep_frozen()
         device = torch.device(self._device() if device is None else device)
         device = torch.device("cpu") if device.type == "meta" else device
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
@@ -117,7 +118,12 @@ class Accelerated(Delegate):
             for m in self._network.modules()
         )
 
+    def _keep_frozen(self) -> None:
+        if self.batch_norm == "frozen":  # the network itself may have been put in training mode, or got new layers
+            freeze_batch_norm(self._network)
+
     def _prepare(self, images: Sequence[ImageBatch], form: Form | None = None) -> tuple[Prepared, ...]:
+        self._keep_frozen()
         check = None if self._checked is None else self._check
         return self._programs.prepare(self._network, images, self._settings, form, check)
 
@@ -139,20 +145,43 @@ class Accelerated(Delegate):
                 (images, masks) are read tile by tile as well, all other tensors (metadata) whole. Python values are
                 part of the recording.
                 A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), in the place of an only argument is a
-                batch. Images of unequal sizes are taken one after the other and their outputs concatenated; with
-                BatchNorm in training mode side by side, for its statistics are those of all pixels of all images, and
-                its running statistics are updated once.
+                batch, unless the network's forward is annotated to take a list or tuple. Images of unequal sizes are
+                taken one after the other and their outputs concatenated; with BatchNorm in training mode side by side,
+                for its statistics are those of all pixels of all images, and its running statistics are updated once.
+                Dicts and lists that the forward changes are changed.
             kwargs: likewise, by name.
 
         Returns:
             What the network returns for the whole images.
         """
-        if len(args) == 1 and not kwargs and not isinstance(args[0], dict):
+        only = len(args) == 1 and not kwargs
+        listed = only and isinstance(args[0], list | tuple)
+        if only and is_batch(args[0]) and not (listed and takes_a_list(self._network)):
             batches = as_batches(args[0])
+            if listed:
+                self._refuse_views(batches[0])
             return self._one_size(batches[0]) if len(batches) == 1 else self._several_sizes(batches)
         given = Arguments.of(self._network, args, kwargs)
         form = Form(given.key, given.call, given.inputs, given.vectors)
-        return self._one_size(given.image, form, given.maps, given.others)
+        result, changes = self._one_size(given.image, form, given.maps, given.others)
+        write_back(args, kwargs, changes)
+        return result
+
+    def _refuse_views(self, batch: Tensor | PixelBatch) -> None:
+        """Refuse a list of images where the network's forward seems to take a list itself."""
+        remedy = (
+            "annotate its argument (`def forward(self, views: list[Tensor])`) if it takes a list; else give a tensor"
+        )
+        try:
+            (prepared,) = self._prepare([ImageBatch.of(self._network, batch)])
+        except Exception as error:
+            error.add_note(f"A list of images is one batch to an accelerated network; {remedy}.")
+            raise
+        if takes_single_images(prepared.staged.program):
+            raise GigamorphError(
+                "a list of images is one batch to an accelerated network, whose forward takes single images out of it; "
+                + remedy
+            )
 
     def _one_size(
         self,
@@ -216,6 +245,8 @@ class Accelerated(Delegate):
         together: MemoryLimit | None = None,
     ) -> list[Forward]:
         """A forward for each image batch, on the parameters and buffers as they are now."""
+        if prepared[0].staged.program.updates or prepared[0].staged.program.effects:
+            refuse_checkpoint()
         self._programs.keep_captures_of(prepared)
         return begin(self._network, images, prepared, self._page_pool, self.on_tile, given, vectors, together)
 
@@ -300,8 +331,9 @@ def accelerate(
         model: any network whose layers are local (convolutions, pooling, pointwise, frozen norms) up to a reduction
             over the image (global pooling), after which anything may follow.
         memory_budget: bytes for one step (``"4GiB"``), parameters and gradients included. It is used to the full:
-            tiles whose graph still fits are not recomputed in the backward. None takes the least that the preferred
-            tile needs on the CPU, and on a GPU what is free; it refuses only what exceeds that.
+            tiles whose graph still fits are not recomputed in the backward. None takes what is free on a GPU; on the
+            CPU what the preferred tile needs, with graphs of tiles in up to a fifth of what is free (none where a tile
+            is given). It refuses only what exceeds the free memory.
         tile: side, or (height, width), of a tile in image pixels; None lets the plan choose.
         batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
         halos: where the halos between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or

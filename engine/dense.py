@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .accelerate import Accelerated
 from .capture.trace import Program, Ref, capture
@@ -31,10 +32,11 @@ from .tiling.map_files import sink
 _REMEMBERED = 16
 _OUTPUTS: WeakKeyDictionary[nn.Module, OrderedDict[Any, Any]] = WeakKeyDictionary()
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
+Criterion = Callable[[Any, Any], Any]
 
 
 @entrance
-def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[Any, Any], Any]) -> Any:
+def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -> Any:
     """A loss of a network's maps: equal, with all gradients, to `criterion(net(x), labels)`.
 
     Neither the maps nor (unless they are tensors) the labels are ever whole. To use it under DDP, call it in the
@@ -66,13 +68,8 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Callable[[An
     dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
     shapes = _outputs(net, tuple(batch.shape), dtype, device)
 
-    def on_labels(result: Any, further: Sequence[Tensor]) -> Any:
-        return criterion(result, tree_unflatten(list(further), structure))
-
-    def with_loss(image: Tensor, *further: Tensor) -> Any:
-        return on_labels(net._network(image), further)
-
-    key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, on_labels))
+    key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, criterion, structure))
+    with_loss = partial(_with_loss, net._network, criterion, structure)
     values = [each.values if isinstance(each.values, Tensor) else each for each in given]
     forward = net._open(batch, Form(key, with_loss, specs), values)
     run([forward])
@@ -199,35 +196,44 @@ class _Shape:
     dtype: torch.dtype
 
 
+# Partials of functions and not closures, so that a recording finds what the criterion depends on.
+def _with_loss(network: nn.Module, criterion: Criterion, structure: TreeSpec, image: Tensor, *labels: Tensor) -> Any:
+    return criterion(network(image), tree_unflatten(list(labels), structure))
+
+
+def _loss_alone(criterion: Criterion, structure: TreeSpec, leaves: list[Any], form: TreeSpec, *tensors: Tensor) -> Any:
+    """The criterion on the network's outputs, which come before the labels; `leaves` tells where they are."""
+    left = iter(tensors)
+    result = [next(left) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
+    return criterion(tree_unflatten(result, form), tree_unflatten(list(left), structure))
+
+
 def _fingerprint(
     outputs: Any,
     labels: Sequence[tuple[tuple[int, ...], torch.dtype]],
     device: torch.device,
-    call: Callable[[Any, Sequence[Tensor]], Any],
+    criterion: Criterion,
+    structure: TreeSpec,
 ) -> str:
     """What a criterion does now: all it calls, with all Python values.
 
     A function that is made anew for each step, or that looks at values which change, is thus recorded again if and
-    only if it does something else. Tensors that it holds are told by their identity: the program keeps them alive.
+    only if it does something else. Tensors that it holds are told by their identity: the program keeps them alive; so
+    is a criterion that changes something.
     """
-    leaves, structure = tree_flatten(outputs)
+    leaves, form = tree_flatten(outputs)
     first, *others = [leaf for leaf in leaves if isinstance(leaf, _Shape)]
-    count = len(others)
-
-    def on_outputs(*tensors: Tensor) -> Any:
-        left = list(tensors[: 1 + count])
-        result = [left.pop(0) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
-        return call(tree_unflatten(result, structure), tensors[1 + count :])
-
     inputs = [(each.shape, each.dtype) for each in others] + list(labels)
+    call = partial(_loss_alone, criterion, structure, leaves, form)
     try:
-        program = capture(nn.Module(), first.shape, first.dtype, device, on_outputs, inputs)
+        program = capture(nn.Module(), first.shape, first.dtype, device, call, inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise GigamorphError(
             f"the criterion does not take an output of shape {first.shape} and labels of "
             f"{', '.join(str(shape) for shape, _ in labels)}: {str(error).splitlines()[0]}"
         ) from error
-    return repr([_described(program), program.output])
+    changes = bool(program.effects or program.updates)
+    return repr([_described(program), program.output, id(criterion) if changes else None])
 
 
 def _described(program: Program) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A trained classifier in Python: `load` opens what `gigamorph train` and `gigamorph import` have left."""
+"""A trained network in Python: `load` opens what `gigamorph train` and `gigamorph import` have left."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .datasets.tables import Record
 from .errors import GigamorphError
 from .images.pixels import PixelSource
 from .models.outputs import outputs_of
+from .predict.masks import gives_masks, mask_of, open_segmenter
 from .recipes.networks import open_classifier
 from .tiling.memory import parse_bytes
 from .train.classify import prediction
@@ -21,13 +22,8 @@ from .train.data import Images
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained network, its classes, and its images.
-
-    Attributes:
-        net: the accelerated network, in evaluation mode: pixel sources or (N, C, H, W) -> (N, outputs).
-        classes: names of the outputs.
-    """
+class _Network:
+    """A network, its classes, and its images."""
 
     net: Any
     classes: tuple[str, ...]
@@ -41,6 +37,23 @@ class Trained:
         """
         return self._item(path)["image"]
 
+    def _item(self, path: str | Path) -> dict[str, Any]:
+        if not isinstance(path, (str, Path)):
+            raise GigamorphError(
+                f"an image is the path of its file, not {type(path).__name__}; net takes pixel sources"
+            )
+        return self._open([Record(Path(path), -1, Path(path).name, patient_known=False)])[0]
+
+
+@dataclass(frozen=True)
+class Trained(_Network):
+    """A trained classifier, its classes, and its images.
+
+    Attributes:
+        net: the accelerated network, in evaluation mode: pixel sources or (N, C, H, W) -> (N, outputs).
+        classes: names of the outputs.
+    """
+
     def predict(self, images: str | Path | Sequence[str | Path]) -> Tensor:
         """Probabilities, (N, classes) float64 on the CPU: those that `gigamorph predict` writes, without calibration.
 
@@ -52,7 +65,7 @@ class Trained:
         Raises:
             DataError: if a file cannot be read. BudgetError: if no tile of it fits.
         """
-        paths = [images] if isinstance(images, (str, Path)) else list(images)
+        paths = _listed(images)
         found = torch.empty(len(paths), len(self.classes), dtype=torch.float64)
         with torch.no_grad():
             for row, path in zip(found, paths, strict=True):
@@ -78,17 +91,34 @@ class Trained:
         log_odds = outputs.log_odds(outputs.together(rows))[0]
         return log_odds if outputs.numbers else torch.sigmoid(log_odds)
 
-    def _item(self, path: str | Path) -> dict[str, Any]:
-        if not isinstance(path, (str, Path)):
-            raise GigamorphError(
-                f"an image is the path of its file, not {type(path).__name__}; net takes pixel sources"
-            )
-        return self._open([Record(Path(path), -1, Path(path).name, patient_known=False)])[0]
+
+@dataclass(frozen=True)
+class TrainedMasks(_Network):
+    """A trained network of masks (``gigamorph train --task masks``), its classes, and its images.
+
+    Attributes:
+        net: the accelerated network, in evaluation mode: pixel sources or (N, C, H, W) -> (N, H', W') uint8, the number
+            of the likeliest class of each place of its map.
+        classes: their names, the background's first.
+    """
+
+    def predict(self, images: str | Path | Sequence[str | Path]) -> list[Tensor]:
+        """The mask of each image, uint8 (rows, columns) on the CPU, in the size and orientation of its file.
+
+        The number of a class in each pixel, as `gigamorph predict` writes it.
+
+        Args:
+            images: image files, computed one by one.
+
+        Raises:
+            DataError: if a file cannot be read. BudgetError: if no tile of it fits.
+        """
+        return [torch.from_numpy(mask_of(self.net, self.open(path))) for path in _listed(images)]
 
 
 def load(
     path: str | Path, *, memory_budget: int | str | None = None, device: torch.device | str | None = None
-) -> Trained:
+) -> Trained | TrainedMasks:
     """Open a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`, to predict with it.
 
     Args:
@@ -97,10 +127,18 @@ def load(
         device: where it is computed; None takes the GPU, or the CPU if there is none.
 
     Raises:
-        DataError: if it is no checkpoint, or what was trained classifies no whole images.
+        DataError: if it is no checkpoint, or what was trained classifies no whole images and gives no masks.
     """
     chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if gives_masks(path):
+        segmenter = open_segmenter(path, memory_budget=budget, device=chosen)
+        segmenter.net.eval()
+        return TrainedMasks(segmenter.net, segmenter.target.names, segmenter.open_images)
     net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen)
     net.eval()
     return Trained(net, tuple(classes), opened)
+
+
+def _listed(images: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [images] if isinstance(images, (str, Path)) else list(images)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .engine.planning.preview import plan
     from .engine.tilewise import tilewise
     from .engine.tiling.scan import TileEvent
-    from .engine.trained import Trained, load
+    from .engine.trained import Trained, TrainedMasks, load
 
 __version__ = "0.2.0"
 
@@ -69,7 +69,7 @@ _HOMES = {
     "planning.preview": "plan",
     "tilewise": "tilewise",
     "tiling.scan": "TileEvent",
-    "trained": "Trained load",
+    "trained": "Trained TrainedMasks load",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -106,6 +106,7 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "Accelerated",
     "Plan",
     "Trained",
+    "TrainedMasks",
     "Normalize",
     "PixelSource",
     "TileEvent",

@@ -31,6 +31,7 @@ NOT_RUN = {
     r"^python (benchmarks/|-m pytest benchmarks)": "benchmarks are run by hand: minutes to hours",
     r"^gigamorph bench ": "measures for minutes; tests/cli/test_bench.py has small ones",
     r"^gigamorph recipe \w+ --synthetic": "some minutes; tests/engine/recipes has small ones",
+    r"dicomweb\+https://pacs/": "needs a hospital's store; tests/cli/test_dicomweb.py asks one of its own",
     r"downloads/|vindr/": "needs a data set that others give; tests/engine/datasets reads copies of its tables",
     r"^gigamorph view (?!.*--static)": "serves until Ctrl-C; tests/cli/test_view.py asks it",
     r"^gigamorph train table\.csv": "trains for twenty epochs; the README's own training runs",

@@ -1,12 +1,16 @@
 """Each of examples/ runs, and shows what it says."""
 
+import asyncio
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+import gigamorph
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -51,6 +55,29 @@ def test_a_slide_trains_and_writes_its_map(tmp_path):
 
 def test_own_layers_are_exact(tmp_path):
     assert example("own_layer")(tmp_path) < 1e-10
+
+
+def test_ray_serve_answers_what_load_predicts(tmp_path):
+    pytest.importorskip("ray.serve", reason="needs ray[serve]")
+    found = example("ray_serve")(tmp_path)
+    trained = gigamorph.load(tmp_path / "run" / "best.ckpt", memory_budget="1GiB")
+    expected = trained.predict(sorted((tmp_path / "dicom" / "images").iterdir())[:2]).tolist()
+    assert [list(one) for one in found] == [["0", "1"]] * 2
+    assert [list(one.values()) for one in found] == expected
+    request = importlib.import_module("starlette.requests").Request
+    served = sys.modules["ray_serve"].Mammograms.func_or_class(str(tmp_path / "run" / "best.ckpt"))
+
+    def answer(body):
+        async def receive():
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        found = asyncio.run(served(request({"type": "http", "method": "POST", "headers": []}, receive)))
+        return found.status_code, json.loads(found.body)
+
+    image = sorted((tmp_path / "dicom" / "images").iterdir())[0]
+    assert answer(image.read_bytes()) == (200, dict(zip(["0", "1"], expected[0], strict=True)))
+    status, told = answer(image.read_bytes()[:5000])
+    assert status == 422 and "is truncated" in told["error"] and len(told["error"].splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -174,8 +174,8 @@ def _exactness(runs: Sequence[Results]) -> list[Section]:
             "BatchNorm": row.task.batch_norm,
             "peer": plots.label(row.peer),
             "tile": _tile(row.settings),
-            "outputs": f"{row.check.outputs:.0e}",
-            "gradients": _number(row.check.gradients, ".0e"),
+            "outputs": _difference(row.check.outputs),
+            "gradients": _difference(row.check.gradients),
             "run": str(number),
             "status": row.reason or row.status,
         }
@@ -202,9 +202,9 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> list[str]:
             ours, other, speed, memory = max(pairs, key=lambda pair: pair[0].task.megapixels)
             by_cpu = ""
             if other.median_cpu_seconds and ours.median_cpu_seconds:
-                by_cpu = f" ({other.median_cpu_seconds / ours.median_cpu_seconds:.2g} by CPU time)"
+                by_cpu = f" ({other.median_cpu_seconds / ours.median_cpu_seconds:.3g} by CPU time)"
             lines.append(
-                f"At {_size(ours.task)} gigamorph is {speed:.2g} times as fast as {plots.label(peer)}{by_cpu} "
+                f"At {_size(ours.task)} gigamorph is {speed:.3g} times as fast as {plots.label(peer)}{by_cpu} "
                 f"and takes {memory:.2g} times its memory."
             )
     short = [row.task for row in rows if row.peer == EQUAL_MEMORY and row.status == OUT_OF_MEMORY]
@@ -217,13 +217,17 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> list[str]:
     return lines
 
 
+def _difference(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}" if error else "0"
+
+
 def _step_cells(number: int, row: StepRow, reference: bool) -> Cells:
     n = row.task.image[0]
     ratio = row.predicted_bytes / row.peak_bytes if row.predicted_bytes and row.peak_bytes else None
     against = ""
     if row.check is not None:
         error = row.check.outputs if row.check.gradients is None else row.check.gradients
-        against = f"{plots.label(row.check.against)} by {error:.0e}"
+        against = f"{plots.label(row.check.against)} by {_difference(error)}"
     remarks = [_tile(row.settings), row.reason or ""]
     if row.check is not None and row.check.missing:
         remarks.append(f"{row.check.missing} parameters are not trained")

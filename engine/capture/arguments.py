@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import GigamorphError
 from ..images.batches import PixelBatch, as_batch
@@ -40,7 +44,8 @@ class Arguments:
 
     Attributes:
         key: tells calls apart that do different things with their tensors.
-        call: the network's call, given the image, the maps and the other tensors.
+        call: the network's call, given the image, the maps and the other tensors: its result, and what is to be written
+            back. The Python values are among its arguments, so that a recording knows what it depends on.
         image: the first image.
         maps: tensors whose last two axes are the image's.
         others: all other tensors.
@@ -71,7 +76,8 @@ class Arguments:
         first = next((n for n, leaf in enumerate(leaves) if _is_image(leaf)), None)
         if first is None:
             raise GigamorphError(
-                "there is no image among the arguments; give a float tensor (N, C, H, W) or a pixel source"
+                "there is no image among the arguments; give a float tensor (N, C, H, W) or a pixel source, also in "
+                f"dicts, lists and tuples ({_told(leaves)})"
             )
         image = as_batch(leaves[first])
         size = tuple(image.shape[-2:])
@@ -80,7 +86,7 @@ class Arguments:
         others: list[Tensor] = []
         for n, leaf in enumerate(leaves):
             if n == first:
-                kinds.append("image")
+                kinds.append(("image", 0))
             elif isinstance(leaf, Tensor):
                 is_map = leaf.dim() >= 3 and tuple(leaf.shape[-2:]) == size
                 kinds.append(("map", len(maps)) if is_map else ("other", len(others)))
@@ -89,20 +95,78 @@ class Arguments:
                 raise GigamorphError("one argument can be a pixel source, the first image; give the others as tensors")
             else:
                 kinds.append(_Value(leaf))
-        count = len(maps)
-
-        def call(image: Tensor, *further: Tensor) -> Any:
-            def tensor(kind: Any) -> Any:
-                if kind == "image":
-                    return image
-                if isinstance(kind, _Value):
-                    return kind.value
-                return further[kind[1] + (0 if kind[0] == "map" else count)]
-
-            own, named = tree_unflatten([tensor(kind) for kind in kinds], structure)
-            return network(*own, **named)
-
+        values = tuple(kind.value if isinstance(kind, _Value) else None for kind in kinds)
+        places = tuple(None if isinstance(kind, _Value) else kind for kind in kinds)
+        call = partial(_call, network, structure, values, places, len(maps))
         return cls((str(structure), *kinds), call, image, maps, others)
+
+
+def _call(
+    network: Callable[..., Any], structure: TreeSpec, values: tuple[Any, ...], places: Any, maps: int, *tensors: Tensor
+) -> tuple[Any, list[Change]]:
+    """The network's call, and what it changes in the dicts and lists that it is given.
+
+    Args:
+        values: the Python values among the leaves of its arguments.
+        places: says which of the image, the maps and the other tensors takes the place of which.
+    """
+    first = {"image": 0, "map": 1, "other": 1 + maps}
+    leaves = [v if p is None else tensors[first[p[0]] + p[1]] for v, p in zip(values, places, strict=True)]
+    args, kwargs = tree_unflatten(leaves, structure)
+    before = [(path, box, copy.copy(box)) for path, box in _boxes((args, kwargs), ())]
+    result = network(*args, **kwargs)
+    return result, [change for path, box, was in before for change in _change(path, box, was)]
+
+
+# Where in the arguments a dict or list is; the entries that it gets (of a list all), and the keys that go.
+Change = tuple[tuple[Any, ...], Any, list[Any]]
+
+
+def _boxes(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The dicts and lists in a tree of arguments, each with its place."""
+    if isinstance(tree, (dict, list)):
+        yield path, tree
+    if isinstance(tree, (dict, list, tuple)):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _boxes(part, (*path, key))
+
+
+def _change(path: tuple[Any, ...], box: Any, was: Any) -> Iterator[Change]:
+    if isinstance(box, dict):
+        new = {key: value for key, value in box.items() if key not in was or was[key] is not value}
+        gone = [key for key in was if key not in box]
+        if new or gone:
+            yield path, new, gone
+    elif len(box) != len(was) or any(a is not b for a, b in zip(box, was, strict=True)):
+        yield path, list(box), []
+
+
+def write_back(args: Sequence[Any], kwargs: Mapping[str, Any], changes: Sequence[Change]) -> None:
+    """Do to the caller's dicts and lists what a recorded call has done to its own."""
+    for path, new, gone in changes:
+        box: Any = (args, kwargs)
+        for key in path:
+            box = box[key]
+        if isinstance(box, dict):
+            for key in gone:
+                del box[key]
+            box.update(new)
+        else:
+            box[:] = new
+
+
+def takes_a_list(network: Any) -> bool:
+    """Whether a network's forward is annotated to take a list or tuple first, which is then no batch of images."""
+    first = next(iter(inspect.signature(network.forward).parameters.values()), None)
+    kind = None if first is None else first.annotation
+    told = getattr(kind, "__name__", "") if isinstance(kind, type) and not get_args(kind) else str(kind)
+    return re.match(r"(typing\.|collections\.abc\.)?(list|tuple|sequence|iterable)\b", told, re.IGNORECASE) is not None
+
+
+def _told(leaves: Sequence[Any]) -> str:
+    """What was given instead of an image."""
+    told = [f"{str(v.dtype)[6:]} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
+    return f"given: {', '.join(told[:4]) or 'nothing'}{' ...' if len(told) > 4 else ''}"
 
 
 def _is_image(leaf: Any) -> bool:

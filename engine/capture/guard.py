@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.precision import tf32_settings
-from .holders import Found, Holder
+from .holders import Holder
 from .state import Effect, Snapshot
+from .walk import Found
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.Size, torch.dtype, torch.device)
 
@@ -119,11 +120,14 @@ class Guard:
         snapshot: the contents of the network's holders before the recording.
         effects: what each call changes.
         reads: what was taken from tensors as Python values.
+        constants: tensors that are neither parameters nor buffers; of all of these the form counts, not the values.
     """
 
-    def __init__(self, snapshot: Snapshot, effects: Iterable[Effect], reads: Iterable[Read]):
+    def __init__(
+        self, snapshot: Snapshot, effects: Iterable[Effect], reads: Iterable[Read], constants: Iterable[Tensor] = ()
+    ):
         found = snapshot.found
-        self.found, self.reads = found, tuple(reads)
+        self.found, self.reads, self.constants = found, tuple(reads), tuple(constants)
         loose = replaced(effects)
         below = inside_of(found, loose)
         quick: list[tuple[Holder, dict[Any, Any]]] = []
@@ -163,8 +167,8 @@ class Guard:
         self.ids = list(map(id, self.alive))
 
     def _about(self) -> list[Any]:
-        """Of each parameter and buffer, with the place of the first that is the same tensor: ties may be cut."""
-        values = [value for space in self.named for value in space.values()]
+        """Of each parameter, buffer and constant, with the place of the first that is the same: ties may be cut."""
+        values = [*(value for space in self.named for value in space.values()), *self.constants]
         first: dict[int, int] = {}
         return [(_about(value), first.setdefault(id(value), place)) for place, value in enumerate(values)]
 

@@ -90,19 +90,26 @@ class _Here:
 
 
 @contextmanager
-def recording(unseen: Unseen, spaces: Iterable[dict[str, Any]] = ()) -> Iterator[None]:
+def recording(unseen: Unseen, asking: Iterable[tuple[dict[str, Any], str]] = ()) -> Iterator[None]:
     """One recording at a time in the process; calls that a function mode does not see are handed to `unseen`.
 
     Args:
-        spaces: globals of the network's own code that ask for `type(x)`: of a tensor without values it is `Tensor`.
+        asking: globals of the network's own code that call `type(x)`, which of a tensor without values is `Tensor`, or
+            `next(x)`, which would be called once and for all.
     """
     here = _Here()
+
+    def following(*args: Any) -> Any:
+        if here():
+            unseen.following(args[0])
+        return next(*args)
+
     with LOCK:
         changes = Replacements()
         try:
             _replace_calls(changes, unseen, here)
-            for space in spaces:
-                changes.add(space, "type", _Type)
+            for space, name in asking:
+                changes.add(space, name, _Type if name == "type" else following)
             yield
         finally:
             here.active = False
@@ -139,6 +146,8 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
         return classmethod(call)
 
     changes.put(torch.autograd.Function, "apply", function_apply)
+    # A tensor without values has a `tolist` of its own, which takes it apart and asks for each value.
+    changes.put(FakeTensor, "tolist", replaced(lambda _original: torch.Tensor.tolist))
     changes.put(torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array)))
     changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
     norm = nn.modules.batchnorm._BatchNorm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any
@@ -212,6 +212,27 @@ def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) 
         return True
 
     return env[wanted] if find(wanted) else None
+
+
+def takes_single_images(program: Program) -> bool:
+    """Whether a forward iterates over the batch, unpacks it or takes an image by its number, as over a list."""
+    readers = [op for op in program.ops if op.args and refs(op.args[:1]) == [program.image]]
+    by_number = [op.args[1] for op in readers if op.name == "__getitem__"]
+    first = [index[0] if isinstance(index, tuple) and index else index for index in by_number]
+    return any(op.name == "unbind" for op in readers) or any(type(index) is int for index in first)
+
+
+def given(program: Program, wanted: Iterable[int]) -> bool:
+    """Whether any of these values depends on what a call is given: the image, further maps, vectors."""
+    makers = {v: op for op in program.ops for v in op.outputs}
+    left, seen = list(wanted), set[int]()
+    while left:
+        number = left.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        left += makers[number].inputs if number in makers else ()
+    return not seen.isdisjoint((program.image, *program.inputs, *program.vectors))
 
 
 RANDOM = frozenset(

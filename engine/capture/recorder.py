@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -18,7 +19,7 @@ from .aliases import Step
 from .averages import averaging
 from .corrected import CORRECTED
 from .lines import line_of
-from .program import Op, bind, known_values, name_of, refs
+from .program import Op, bind, given, known_values, name_of, refs
 from .state import Snapshot
 from .values import Values
 
@@ -166,12 +167,18 @@ class Recorder(TorchFunctionMode):
         with unset_fake_temporarily():
             value = take(lambda number: reals[number])
         if value is NotImplemented:
+            if not given(program, refs(call)):
+                raise UnsupportedError(
+                    f"{self.values.where()} takes a Python value of a random number ('{name}'), so it is another "
+                    "program at each call; draw it outside of the forward, and give it as an argument"
+                )
             raise UnsupportedError(
-                f"{self.values.where()} takes a Python value or a shape from the image ('{name}'); such data-dependent "
-                "control flow cannot be recorded"
+                f"{self.values.where()} takes a Python value or a shape from the image or another tensor ('{name}'); "
+                "such data-dependent control flow cannot be recorded"
             )
-        program.reads.append((take, value))
-        return value
+        own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
+        program.reads.append((take, own()))
+        return own()
 
     def _assigned(self, func: Any, args: Any) -> None:
         """`tensor.data = value` and other assignments to a tensor's properties."""

@@ -8,7 +8,7 @@ that the call has computed.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .holders import Found, Holder
+from .holders import Holder
 from .trees import realize, taken_apart
+from .walk import Found
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
 
@@ -57,9 +58,12 @@ class Effect:
         elif isinstance(thing, dict):
             for key in self.gone:
                 thing.pop(key, None)
-            thing.update(contents)
+            kind: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
+            for key, value in contents.items():
+                kind.__setitem__(thing, key, value)  # a Counter's own `update` would add
         else:
-            self.holder.write(contents)
+            now = {**self.holder.read(), **contents}
+            self.holder.write({key: value for key, value in now.items() if key not in self.gone})
 
 
 def owner_now(holder: Holder) -> Any:

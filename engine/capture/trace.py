@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import (
 from ..errors import UnsupportedError
 from . import process
 from .guard import Guard, Read, inside_of, replaced
-from .holders import Holder, mentioned, walk
+from .holders import Holder
 from .leaks import let_go
 from .program import Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
@@ -40,6 +40,7 @@ from .state import Snapshot, owner_now
 from .trees import taken_apart
 from .unseen import Unseen
 from .values import Values
+from .walk import mentioned, walk
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
 
@@ -69,24 +70,6 @@ def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def refuse_custom_functions(refusal: Callable[[str], Exception]) -> Iterator[None]:
-    """Custom autograd.Functions do not pass through a function mode: calling one raises `refusal(its name)`."""
-
-    def apply(cls: type, *_args: Any, **_kwargs: Any) -> Any:
-        raise refusal(cls.__name__)
-
-    original = torch.autograd.Function.__dict__.get("apply")
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        if original is None:
-            del torch.autograd.Function.apply
-        else:
-            torch.autograd.Function.apply = original
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:
@@ -138,7 +121,8 @@ def capture(
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(f"module '{name}' is TorchScript; give the plain eager module")
+            where = f"module '{name}'" if name else "the model"
+            raise UnsupportedError(f"{where} is TorchScript; give the plain eager module")
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
             raise UnsupportedError(f"module '{name}' is lazy; run the model once before")
     with process.LOCK:
@@ -161,7 +145,8 @@ class _Recording:
     def __init__(self, model: nn.Module, device: torch.device, call: Callable[..., Any] | None):
         self.model, self.call = model, call
         self.snapshot = Snapshot(walk(model, () if call is None else (call,)))
-        self.random = random_state()
+        self.generators = self.snapshot.found.generators
+        self.random = random_state(self.generators)
         fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.fake, self.values = fake, Values(model, fake, device)
         self.recorder = Recorder(self.values, self.snapshot)
@@ -186,13 +171,13 @@ class _Recording:
                 program.vectors = tuple(values.numbers[id(t)] for t in rest)
                 self._forward(image, [*maps, *rest])
                 del image, maps, rest
-            if not same_state(self.random, random_state()):
+            if not same_state(self.random, random_state(self.generators)):
                 raise _DrewError(
                     "the model's forward draws Python or numpy random numbers or seeds torch's, so it is another "
-                    "program at each call; draw them with torch, and seed outside of the forward"
+                    "program at each call; draw them outside of the forward and give them as arguments, and seed there"
                 )
         except BaseException as error:
-            put_back(self.random)
+            put_back(self.random, self.generators)
             traceback.clear_frames(error.__traceback__)  # their variables would keep tensors without values
             values.forget()
             let_go(weak, refuse=False)
@@ -205,19 +190,22 @@ class _Recording:
     def _forward(self, image: Tensor, further: Sequence[Tensor]) -> None:
         """Run the forward; note what it returns and changes; put back what it has changed."""
         recorder, program = self.recorder, self.values.program
-        around = process.recording(Unseen(recorder), self._asking())
+        around = process.recording(Unseen(recorder), list(self._asking()))
         plain = torch.compiler.set_stance("force_eager")  # what is compiled is recorded as what it was compiled from
         log = logging.getLogger("torch._subclasses.fake_tensor")
         told, log.disabled = log.disabled, True  # it prints whole tracebacks of errors that are the network's own
+        saved = contextlib.nullcontext()
+        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # pyright: ignore[reportAttributeAccessIssue]
+            saved = torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)  # a user's hooks would keep them
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
-            with around, module_paths(self.model, self.values.path), plain, recorder:
+            with around, module_paths(self.model, self.values.path), plain, saved, recorder:
                 result = (self.model if self.call is None else self.call)(image, *further)
             self._finish(program, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedError(
-                f"{recorder.last} takes a Python value or a shape from the image ({error.func}); "
+                f"{recorder.last} takes a Python value or a shape from the image or another tensor ({error.func}); "
                 "such data-dependent control flow cannot be recorded"
             ) from error
         except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
@@ -233,11 +221,11 @@ class _Recording:
             log.disabled = told
             self.snapshot.restore()
 
-    def _asking(self) -> list[dict[str, Any]]:
-        """The globals of the network's own code that ask for the type of something."""
-        own = [function for function in self.snapshot.found.functions if "type" in mentioned(function.__code__)]
-        spaces = {id(function.__globals__): function.__globals__ for function in own}
-        return [space for space in spaces.values() if "type" not in space]
+    def _asking(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The globals of the network's own code in which `type` or `next` is Python's own, and is called."""
+        for function in self.snapshot.found.functions:
+            space, names = function.__globals__, set(mentioned(function.__code__))
+            yield from ((space, name) for name in ("type", "next") if name in names and name not in space)
 
     def _finish(self, program: Program, result: Any) -> None:
         values, snapshot = self.values, self.snapshot
@@ -267,7 +255,12 @@ class _Recording:
                 value.find = functools.partial(_content, *places[id(value.constant)])
         state = _State(self.model, program)
         reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
-        return Guard(snapshot, program.effects, reads)
+        constants = [v.constant for v in program.values if v.constant is not None and v.find is None]
+        return Guard(snapshot, program.effects, reads, constants)
+
+
+def _nothing(_saved: Any) -> Any:
+    """In the place of what is saved for a backward: of a recording there is none."""
 
 
 class _State:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
-from .holders import of_library
+from .walk import of_library
 
 
 class Made:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.affine import Map
-from ..images.pixels import PixelSource, check_region, steps_of, to_original
+from ..images.derived import DerivedSource
+from ..images.pixels import PixelSource, check_region
 from .counter_random import normal
 
 _ROWS = 64  # so that what a step leaves is still in the cache for the next one
@@ -56,22 +56,12 @@ class Intensity:
         return tuple(step for step, is_done in told.items() if is_done)
 
 
-class IntensitySource:
+class IntensitySource(DerivedSource):
     """An image of grey values, 0 black and 1 white, with its intensities changed."""
 
     def __init__(self, source: PixelSource, intensity: Intensity) -> None:
-        self.source, self.intensity = source, intensity
-        self.shape, self.name = source.shape, source.name
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        return to_original(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        return (*steps_of(self.source), *self.intensity.steps)
+        super().__init__(source)
+        self.intensity, self.added = intensity, intensity.steps
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)

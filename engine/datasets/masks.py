@@ -133,6 +133,27 @@ def strips(height: int) -> list[tuple[int, int]]:
     return [(top, min(top + _STRIP, height)) for top in range(0, height, _STRIP)]
 
 
+def highest(mask: Mask, factor: int) -> np.ndarray:
+    """(rows, columns) uint8, the highest class of each block of factor x factor pixels, so that what is small stays.
+
+    What is not judged counts as background; blocks at the lower and right border may be cut.
+    """
+    step = max(1, _STRIP // factor) * factor
+    height, width = mask.shape
+    return np.concatenate(
+        [highest_of(mask.read(top, min(top + step, height), 0, width), factor) for top in range(0, height, step)]
+    )
+
+
+def highest_of(values: np.ndarray, factor: int) -> np.ndarray:
+    """`highest` of values that are there, (rows, columns)."""
+    values = np.where(values == IGNORED, np.uint8(0), values)
+    if factor > 1:
+        for axis in (0, 1):
+            values = np.maximum.reduceat(values, np.arange(0, values.shape[axis], factor), axis)
+    return values
+
+
 def survey(record: Record, names: Sequence[str] = ()) -> np.ndarray:
     """Pixels of each value of an image's mask, (256,) int64.
 

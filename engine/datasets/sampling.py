@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..images.affine import Map
+from ..images.derived import DerivedSource
 from ..images.parallel import available_cpus
-from ..images.pixels import PixelSource, check_region, steps_of, to_original
+from ..images.pixels import PixelSource, check_region
 
 # Sides of what is read of the source at a time, so that what it decodes is decoded once, and of what is sampled at a
 # time, by one thread and within its cache.
@@ -27,26 +28,18 @@ _Region = tuple[int, int, int, int]  # top, bottom, left, right; ends excluded
 _Cells = list[tuple[np.ndarray, np.ndarray]]
 
 
-class SampledSource:
+class SampledSource(DerivedSource):
     """An image of the same size as its source.
 
     back: from this image's coordinates to those of the source.
     what: the step, to be shown and recorded.
     """
 
+    back: Map
+
     def __init__(self, source: PixelSource, back: Map, what: str) -> None:
-        self.source, self.back, self.what = source, back, what
-        self.shape, self.name = source.shape, source.name
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        return to_original(self.source) @ self.back
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        return (*steps_of(self.source), self.what)
+        super().__init__(source)
+        self.back, self.added = back, (what,)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)

@@ -6,37 +6,23 @@ from torch import Tensor, cat
 from torch.nn.functional import avg_pool2d
 
 from ..errors import DataError
-from ..images.affine import Affine, Map
-from ..images.pixels import Normalize, PixelSource, as_stored, check_region, steps_of, to_original
+from ..images.affine import Affine
+from ..images.derived import DerivedSource
+from ..images.pixels import Normalize, PixelSource, check_region
 
 # Input values that one step of averaging reads at most: 16 MiB of float32.
 _STEP = 2**22
 
 
-class MirroredSource:
+class MirroredSource(DerivedSource):
     """An image mirrored left-right, up-down or both: the mirrored region is read and turned."""
 
     def __init__(self, source: PixelSource, *, left_right: bool, up_down: bool) -> None:
-        self.source, self.left_right, self.up_down = source, left_right, up_down
-        self.shape, self.name = source.shape, source.name
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        _, height, width = self.shape
-        mirror = Affine.mirror(height, width, left_right=self.left_right, up_down=self.up_down)
-        return to_original(self.source) @ mirror
-
-    @property
-    def as_stored(self) -> PixelSource:
-        """The same image in the geometry of its file."""
-        return as_stored(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        sides = [side for side, is_so in (("left-right", self.left_right), ("up-down", self.up_down)) if is_so]
-        return (*steps_of(self.source), f"mirrored {' and '.join(sides)}") if sides else steps_of(self.source)
+        super().__init__(source)
+        self.left_right, self.up_down = left_right, up_down
+        self.back = Affine.mirror(*self.shape[1:], left_right=left_right, up_down=up_down)
+        sides = [side for side, is_so in (("left-right", left_right), ("up-down", up_down)) if is_so]
+        self.added = (f"mirrored {' and '.join(sides)}",) if sides else ()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
@@ -47,33 +33,19 @@ class MirroredSource:
         return self.source.read(*rows, *columns).flip(axes)
 
 
-class DownsampledSource:
+class DownsampledSource(DerivedSource):
     """An image at 1/factor of its resolution: every pixel is the mean of factor x factor pixels.
 
     Rows and columns at the lower and right border that do not fill a whole block are left out.
     """
 
     def __init__(self, source: PixelSource, factor: int) -> None:
-        channels, height, width = source.shape
+        _, height, width = source.shape
         if factor < 1 or height < factor or width < factor:
             raise DataError(f"{source.name}: {height} x {width} pixels cannot be averaged over {factor} x {factor}")
-        self.source, self.factor = source, factor
-        self.shape, self.name = (channels, height // factor, width // factor), source.name
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        return to_original(self.source) @ Affine.scale(self.factor)
-
-    @property
-    def as_stored(self) -> PixelSource:
-        """The same image in the geometry of its file."""
-        return as_stored(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        return (*steps_of(self.source), f"averaged over {self.factor} x {self.factor} pixels")
+        super().__init__(source, height // factor, width // factor)
+        self.factor, self.back = factor, Affine.scale(factor)
+        self.added = (f"averaged over {factor} x {factor} pixels",)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
@@ -88,23 +60,13 @@ class DownsampledSource:
         return cat(strips, 1)
 
 
-class NormalizedSource:
+class NormalizedSource(DerivedSource):
     """An image of grey values with its normalisation on top, where other steps stand between the two."""
 
     def __init__(self, source: PixelSource, normalize: Normalize) -> None:
-        self.source, self.normalize = source, normalize
-        self.shape, self.name = source.shape, source.name
+        super().__init__(source)
+        self.normalize, self.added = normalize, normalize.steps
         self._mean, self._std = normalize.per_channel(source.shape[0])
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        return to_original(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        return (*steps_of(self.source), *self.normalize.steps)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         values = self.source.read(top, bottom, left, right)

@@ -1,4 +1,4 @@
-"""How well masks are predicted: the mean Dice of the images, with intervals over patients."""
+"""How well masks are predicted: the mean Dice of images and of patients, with intervals over patients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets.masks import Classes
 from ..datasets.tables.cells import Rows, is_number
 from ..errors import DataError
-from ..files import write_atomically
 from .bootstrap import Array, Resamples
 from .read import read_rows_of
 from .report import format_value, no_interval
 
 DICE = "dice_"
 """Before a class's name, of the columns of `gigamorph predict`."""
+SHARE = "share_"
+"""Likewise, the part of the image's pixels that the class takes; of the background too."""
 
 
 def read_dice(path: str | Path, split: str | None) -> Rows | None:
@@ -35,10 +37,25 @@ def read_dice(path: str | Path, split: str | None) -> Rows | None:
     return rows
 
 
-def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """The mean Dice of each class over the images where it is defined, and the mean of the classes; plain values.
+def classes_of_masks(rows: Rows) -> Classes | None:
+    """What the values of the masks mean that a table is of, by its columns and the note beside it; None of others."""
+    names = [name.removeprefix(SHARE) for name in rows.header if name.startswith(SHARE)]
+    others = [name.removeprefix(DICE) for name in rows.header if name.startswith(DICE)]
+    if not others:
+        return None
+    return Classes(tuple(names) or ("background", *others), binary=_noted(rows.path))
 
-    It is not defined, and the cell empty, where neither mask nor prediction has the class, or there was no mask.
+
+def _noted(predictions: Path) -> bool:
+    """Whether `gigamorph predict` notes that 255 is the class 1."""
+    try:
+        return bool(json.loads(predictions.with_suffix(".json").read_text())["masks"]["binary"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def dice_of(rows: Rows) -> tuple[list[str], Array]:
+    """The classes, and the Dice of each in each image (images, classes), NaN where it is not defined.
 
     Raises:
         DataError: a cell that is no Dice, or no image with one.
@@ -47,35 +64,67 @@ def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[s
     values = np.array([[_number(rows, n, DICE + name) for name in names] for n in range(len(rows.rows))])
     if np.isnan(values).all():
         raise DataError(f"{rows.path}: no image has a Dice; predict from a table with the column mask_path")
+    return names, values
+
+
+def patients_of(rows: Rows) -> list[str]:
+    """Who each row is of; rows of nobody stand for themselves."""
     patients = [row.get("patient_id", "") for row in rows.rows]
-    clusters = [f"patient {one}" if one else f"row {number}" for number, one in enumerate(patients)]
+    return [f"patient {one}" if one else f"row {number}" for number, one in enumerate(patients)]
 
-    def means(weights: Array) -> dict[str, Array]:
-        there = ~np.isnan(values)
-        counts = weights @ there
-        with np.errstate(invalid="ignore", divide="ignore"):
-            each = np.where(counts > 0, (weights @ np.where(there, values, 0)) / counts, np.nan)
-            defined = ~np.isnan(each)
-            mean = np.where(defined.any(1), np.nansum(each, 1) / defined.sum(1), np.nan)
-        return {**{DICE + name: each[:, column] for column, name in enumerate(names)}, "dice": mean}
 
-    found, around = means(np.ones((1, len(values)))), Resamples(clusters, resamples, seed).spreads(means)
-    measures = {
-        name: {"value": None if np.isnan(one[0]) else float(one[0]), **around[name].listed()}
-        for name, one in found.items()
-    }
-    counts = (~np.isnan(values)).sum(0).tolist()
+def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """The mean Dice of each class over the images where it is defined, and the mean of the classes; plain values.
+
+    It is not defined, and the cell empty, where neither mask nor prediction has the class, or there was no mask. Under
+    "per_patient" each patient counts the same: the mean over patients of the means of their images. Under "quartiles"
+    the 25, 50 and 75 percentiles of the images.
+
+    Raises:
+        DataError: a cell that is no Dice, or no image with one.
+    """
+    names, values = dice_of(rows)
+    clusters = patients_of(rows)
+    there = ~np.isnan(values)
+    _, own = np.unique(clusters, return_inverse=True)
+    of_patient = np.zeros((own.max() + 1, len(names)))
+    np.add.at(of_patient, own, there)
+
+    def measured(shares: Array) -> dict[str, Any]:
+        """Of images that count by shares (images, classes)."""
+
+        def means(weights: Array) -> dict[str, Array]:
+            counts = weights @ shares
+            with np.errstate(invalid="ignore", divide="ignore"):
+                each = np.where(counts > 0, (weights @ np.where(there, values * shares, 0)) / counts, np.nan)
+                defined = ~np.isnan(each)
+                mean = np.where(defined.any(1), np.nansum(each, 1) / defined.sum(1), np.nan)
+            return {**{DICE + name: each[:, column] for column, name in enumerate(names)}, "dice": mean}
+
+        found, around = means(np.ones((1, len(values)))), Resamples(clusters, resamples, seed).spreads(means)
+        return {
+            name: {"value": None if np.isnan(one[0]) else float(one[0]), **around[name].listed()}
+            for name, one in found.items()
+        }
+
+    patients = [row.get("patient_id", "") for row in rows.rows]
     return {
         "kind": "masks",
         "outputs": names,
-        "images": {name: int(count) for name, count in zip(names, counts, strict=True)},
+        "images": {name: int(count) for name, count in zip(names, there.sum(0), strict=True)},
         "patients": len(set(patients) - {""}),
         "rows_without_patient": patients.count(""),
-        **measures,
+        **measured(there.astype(np.float64)),
+        "per_patient": measured(there / np.maximum(of_patient[own], 1)),
+        "quartiles": {name: _quartiles(values[there[:, n], n]) for n, name in enumerate(names)},
         "resamples": resamples,
         "seed": seed,
         "versions": {name: version(name) for name in ("gigamorph", "numpy")},
     }
+
+
+def _quartiles(values: Array) -> list[float] | None:
+    return np.quantile(values, [0.25, 0.5, 0.75]).tolist() if len(values) else None
 
 
 def dice_headline(found: dict[str, Any]) -> list[str]:
@@ -89,17 +138,6 @@ def dice_headline(found: dict[str, Any]) -> list[str]:
         f"{name}: Dice {format_value(one)}{images}" + (f"; {no_interval(one)}" if no_interval(one) else "")
         for name, one, images in told
     ]
-
-
-def write_dice(out: str | Path, found: dict[str, Any]) -> Path:
-    """Write ``metrics.json`` into `out`; returns its path.
-
-    Raises:
-        GigamorphError: if it cannot be written.
-    """
-    path, text = Path(out) / "metrics.json", json.dumps(found, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text), "metrics")
-    return path
 
 
 def _number(rows: Rows, number: int, column: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,7 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
         for name in shown:
             picture = f"{level}_{''.join(c if c.isalnum() else '_' for c in name)}"
             pictures[picture] = png(_figure(cases.labelled(), images.outputs.index(name), name, outputs[name]))
-        rows = [[name, outputs[name]["rows"], *(format_value(outputs[name][key]) for key in NAMES)] for name in shown]
-        levels.append((level, Table(["number", "rows", *NAMES.values()], rows)))
+        levels.append((level, _measures({name: outputs[name] for name in shown})))
     return write_page(
         out / "report.html",
         "numbers.html",
@@ -150,6 +150,15 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
         levels=levels,
         resamples=found["resamples"],
     )
+
+
+def _measures(outputs: dict[str, dict[str, Any]]) -> Table:
+    """A row for each measure, a column for each number: there are fewer of these."""
+    rows: list[Sequence[object]] = [["rows", *(one["rows"] for one in outputs.values())]]
+    rows += [[told, *(format_value(one[key]) for one in outputs.values())] for key, told in NAMES.items()]
+    ranks = (one["spearman"] for one in outputs.values())
+    rows.append(["Spearman's rho", *("not defined" if one is None else f"{one:.3f}" for one in ranks)])
+    return Table(["", *outputs], rows)
 
 
 def _figure(cases: Cases, column: int, name: str, measured: dict[str, Any]) -> Figure:

@@ -41,7 +41,7 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
         title=source.get("predictions") or "readings",
         facts_of=[(name, source[key]) for key, name in SOURCES.items() if source.get(key)],
         counts=f"{len(readers)} readers, {study.cases} cases, {study.positives} positive",
-        covariance=study.covariance,
+        covariance={"delong": "DeLong's", "jackknife": "the jackknife's"}[study.covariance],
         analyses=[(words, _table(analysis)) for words, analysis in _analyses(study)],
         areas=Table(["reader", *study.areas], rows),
         components=Table(["", "value"], [[name, f"{value:.8f}"] for name, value in asdict(study.components).items()]),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..datasets.tables.values import number
 from ..errors import DataError
 from . import roc
 from .bootstrap import Resamples
@@ -21,7 +22,7 @@ _FEW = 12  # numbers with more distinct values than this are put into bands
 
 def bands(values: Sequence[str], name: str) -> list[str]:
     """The subgroup of each value: itself; for a column of many numbers its decade (ages) or quarter; "" if empty."""
-    numbers = [_number(value) for value in values]
+    numbers = [number(value) for value in values]
     given = [n for n, value in zip(numbers, values, strict=True) if value]
     if any(n is None for n in given) or len(set(given)) <= _FEW:
         return list(values)
@@ -54,7 +55,7 @@ def subgroups(
     known = ~np.isnan(cases.truth[:, column])
     return [
         {"value": value or "not known", **_part(cases.where(known & (names == value)), column, threshold, count, seed)}
-        for value in sorted(set(names[known]), key=lambda text: (text == "", _number(text.split("-")[0]) or 0, text))
+        for value in sorted(set(names[known]), key=lambda text: (text == "", number(text.split("-")[0]) or 0, text))
     ]
 
 
@@ -79,10 +80,3 @@ def _part(part: Cases, column: int, threshold: float | None, count: int, seed: i
         found["sensitivity"] = float(called[truth > 0].mean()) if positives else None
         found["specificity"] = float((~called[truth == 0]).mean()) if positives < len(part) else None
     return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -13,16 +13,21 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydicom import dcmread
+from pydicom.dataset import Dataset
 
 from ..datasets.tables import Record
 from ..errors import DataError
 from ..files import write_atomically
+from ..images.dicomweb import is_dicomweb
 from ..images.pixels import as_stored
+from ..images.rawfile import one_line
 from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
 from ..predict.ahead import Opened
+from ..predict.delivery import Document
 from ..predict.index import Index
-from ..predict.job import Job, Result, Start, Unit
+from ..predict.job import Job, Result, Start, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
 from ..predict.predictor import Classifier, Opener, naming, open_one, renamed
 from ..predict.rows import Row, Work
@@ -33,26 +38,23 @@ from ..train.explanation import Explanation, caption, explain_class, explain_gra
 from ..train.heatmap import overlay_name, write_overlay
 from .exams import View, write_exams
 from .marks import Mark, find_marks
-from .seg import write_segmentation
+from .seg import Kind, write_segmentation
 
 Method = Literal["activation", "gradient"]
 Format = Literal["png", "tif", "seg", "binary-seg"]
+SEGMENTATIONS = {"seg": ".seg.dcm", "binary-seg": ".binary.seg.dcm"}
+"""What names of files of these formats end with."""
 METHODS = {"activation": explain_class, "gradient": explain_gradient}
 
 _MARK = pa.struct([(name, pa.float64()) for name in ("row", "column", "score")])
 EXPLAINED = pa.schema(
     [
-        ("key", pa.string()),
-        ("model", pa.string()),
-        ("image_path", pa.string()),
+        *texts("key", "model", "image_path"),
         ("pixels", pa.int64()),
-        ("name", pa.string()),
-        ("class", pa.string()),
+        *texts("name", "class"),
         ("log_odds", pa.list_(pa.float64())),
         ("exclusive", pa.bool_()),
-        ("header_patient", pa.string()),
-        ("laterality", pa.string()),
-        ("view", pa.string()),
+        *texts("header_patient", "laterality", "view"),
         ("marks", pa.list_(_MARK)),
     ]
 )
@@ -136,6 +138,14 @@ class _Explain(Job):
     def start(self) -> Start:
         return functools.partial(_start, self._opener, self._options, self._out, self._secret)
 
+    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+        """The DICOM SEGs that were written."""
+        for row, result in index.joined(results):
+            for one in self._options.formats:
+                if one in SEGMENTATIONS:
+                    path = out / f"{result['name']}{SEGMENTATIONS[one]}"
+                    yield Document(f"{result['key']}\0{path.name}", row.name, lambda uid, path=path: _read(path))
+
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         assert self.classes is not None
         classes, label = self.classes, self._options.label
@@ -193,11 +203,12 @@ class Explaining:
         log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
         said = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
         for one in options.formats:
-            if work.row.url and one in ("seg", "binary-seg"):
+            if work.row.url and not is_dicomweb(work.row.url) and one in SEGMENTATIONS:
                 raise DataError(
-                    f"{image}: a DICOM SEG is written of files of this machine; fetch it, or write png or tif"
+                    f"{image}: a DICOM SEG is written of files of this machine and of DICOMweb stores; fetch it, or "
+                    "write png or tif"
                 )
-            _write(found, work.row.record.path, self._out, work.name, one, classes[which], said)
+            _write(found, work.row.place, self._out, work.name, one, classes[which], said)
         marks = find_marks(found) if options.method == "activation" else []
         told = prediction(opened.item, logits, outputs)
         headed = told.patient != work.row.record.patient_id
@@ -228,7 +239,7 @@ def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> Vie
     return View(told, patient, list(classes).index(result["class"]), next(iter(marks), None))
 
 
-def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, label: str, told: str) -> None:
+def _write(found: Explanation, image: str, out: Path, stem: str, one: Format, label: str, told: str) -> None:
     if one == "png":
         name = overlay_name(stem, as_stored(found.source).shape)
         write_overlay(found, out / name, stored=True, caption=told)
@@ -236,10 +247,16 @@ def _write(found: Explanation, image: Path, out: Path, stem: str, one: Format, l
         dtype = np.dtype(np.float32)
         path = out / f"{stem}.map.tif"
         write_atomically(path, lambda p: write_tiff(p, found.size, dtype, found.read), "map")
-    elif one == "seg":
-        write_segmentation(found, image, out / f"{stem}.seg.dcm", label=label, kind="fractional")
     else:
-        write_segmentation(found, image, out / f"{stem}.binary.seg.dcm", label=label, kind="binary")
+        kind: Kind = "fractional" if one == "seg" else "binary"
+        write_segmentation(found, image, out / f"{stem}{SEGMENTATIONS[one]}", label=label, kind=kind)
+
+
+def _read(path: Path) -> Dataset:
+    try:
+        return dcmread(path)
+    except Exception as error:  # pydicom has many
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); explain its image again") from error
 
 
 def _write_marks(path: Path, rows: Iterator[list[str]]) -> None:

@@ -77,6 +77,11 @@ class StoredBatch:
         return torch.stack([source.develop(own) for source, own in zip(self.sources, stored, strict=True)])
 
 
+def is_batch(x: Any) -> bool:
+    """Whether an only argument is meant as an image batch: a dict or named tuple is the network's own."""
+    return not isinstance(x, dict) and not (isinstance(x, tuple) and type(x) is not tuple)
+
+
 def as_batches(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSource]) -> list[Tensor | PixelBatch]:
     """What a network takes as batches whose images are of one size each; one batch, unless a list has several sizes.
 
@@ -125,7 +130,7 @@ def _one_batch(item: Any, where: str) -> Tensor | PixelBatch:
     if not isinstance(item, Tensor):
         raise DataError(
             f"expected a tensor, a pixel source or a list of them, got {type(item).__name__}{where}; "
-            "use open_pixels first"
+            "files are opened with open_pixels, and what an object holds is given as arguments or in a dict"
         )
     if where and item.dim() not in (3, 4):
         raise DataError(f"the image{where} is a tensor of shape {tuple(item.shape)}, not (C, H, W) or (N, C, H, W)")

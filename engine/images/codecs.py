@@ -172,6 +172,12 @@ def _frame_header(data: bytes) -> int | None:
     return None
 
 
+def jpeg_process(data: bytes) -> int | None:
+    """The SOF marker's second byte, which names the process (C0 baseline, C3 lossless, F7 JPEG-LS); None without."""
+    place = _frame_header(data)
+    return None if place is None else data[place + 1]
+
+
 def jpeg_bits(data: bytes) -> int:
     """Bits of a sample, in the frame header that `jpeg_size` has found."""
     place = _frame_header(data)

@@ -7,6 +7,7 @@ dtype, because their formats have no random access. Slides, whose frames are the
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..errors import DataError
 from . import grayscale
 from .affine import Affine
 from .dicom_file import DicomFile, StoredFrames, locate_frames, quietly, read_header
+from .dicomweb import Instance
+from .dicomweb_frames import locate_in_store
 from .header import MG_FOR_PRESENTATION, DicomInfo, describe, read_info
 from .rawfile import RawPixels, brief, one_line
 from .slide import SlidePixels
@@ -30,25 +33,33 @@ def open_dicom(
 ) -> DicomPixels | SlidePixels:
     """A frame of a DICOM file, or the slide whose tiles its frames are; arguments as in `pixels.open_pixels`."""
     grayscale.check_voi(voi)
+    if isinstance(path, Instance) and path.frames > 1:
+        ds, frames = locate_in_store(path)
+        with quietly():
+            return _opened(ds, path, lambda: frames, voi, frame, for_processing)
     with DicomFile(path) as file, quietly():
         ds, stream = read_header(file, path)
-        info = describe(ds, path)
-        try:
-            if info.for_processing and not for_processing:
-                raise DataError(
-                    f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or ask "
-                    "for it with for_processing=True (--for-processing)"
-                )
-            if info.matrix is not None:
-                return SlidePixels(ds, info, locate_frames(ds, file, stream, path), voi=voi, plane=frame)
-            _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
-            return DicomPixels(ds, info, locate_frames(ds, file, stream, path), voi=voi, frame=frame or 0)
-        except DataError:
-            raise
-        except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
+        return _opened(ds, path, lambda: locate_frames(ds, file, stream, path), voi, frame, for_processing)
+
+
+def _opened(
+    ds: Dataset, path: Path, locate: Callable[[], StoredFrames], voi: str, frame: int | None, for_processing: bool
+) -> DicomPixels | SlidePixels:
+    info = describe(ds, path)
+    try:
+        if info.for_processing and not for_processing:
             raise DataError(
-                f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again"
-            ) from error
+                f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or ask "
+                "for it with for_processing=True (--for-processing)"
+            )
+        if info.matrix is not None:
+            return SlidePixels(ds, info, locate(), voi=voi, plane=frame)
+        _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
+        return DicomPixels(ds, info, locate(), voi=voi, frame=frame or 0)
+    except DataError:
+        raise
+    except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
+        raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
 
 
 def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None:

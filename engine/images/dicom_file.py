@@ -173,18 +173,17 @@ class StoredFrames:
         return self.dtype.newbyteorder(">" if self.syntax == ExplicitVRBigEndian else "<")
 
     @property
+    def compressed(self) -> bool:
+        return UID(self.syntax).is_encapsulated
+
+    @property
     def by_region(self) -> bool:
         """Whether a part of a frame can be read without the rest."""
         return self.offset is not None and self.deflated is None and not self.swapped and not self.planar
 
     def decode(self, index: int) -> np.ndarray:
         """A frame as unsigned bit patterns: `frame.shape`, each of BitsStored bits, writable."""
-        if self.offset is not None:
-            pixels = self._uncompressed(index)
-        elif codecs.is_known(self.syntax):
-            pixels = codecs.decode(self._data(index), self.syntax, self.frame, str(self.path))
-        else:
-            pixels = self._by_pydicom(index)
+        pixels = self._pixels(index)
         if pixels.shape != self.frame.shape:
             raise DataError(
                 f"{self.path}: decodes to {pixels.shape}, the header says {self.frame.shape}; it is damaged"
@@ -196,7 +195,7 @@ class StoredFrames:
         pixels = pixels.astype(self.dtype, copy=False)
         # Uncompressed pixels and RLE keep what else stands in a word; in other code streams it would be pixel values.
         used = int(pixels.max()).bit_length() - self.shift
-        if used > self.bits and not self.signed and self.offset is None and self.syntax != codecs.RLE:
+        if used > self.bits and not self.signed and self.compressed and self.syntax != codecs.RLE:
             raise DataError(f"{self.path}: pixels have {used} bits, BitsStored says {self.bits}; correct the header")
         return self.patterns(pixels if pixels.flags.writeable else pixels.copy())
 
@@ -207,6 +206,13 @@ class StoredFrames:
         if self.bits < 8 * values.dtype.itemsize:
             np.bitwise_and(values, values.dtype.type(2**self.bits - 1), out=values)
         return values
+
+    def _pixels(self, index: int) -> np.ndarray:
+        if self.offset is not None:
+            return self._uncompressed(index)
+        if codecs.is_known(self.syntax):
+            return codecs.decode(self._data(index), self.syntax, self.frame, str(self.path))
+        return self._by_pydicom(index)
 
     def _data(self, index: int) -> bytes:
         """The code stream of a frame: the values of its items, put together."""
@@ -223,7 +229,7 @@ class StoredFrames:
 
     def _uncompressed(self, index: int) -> np.ndarray:
         assert self.offset is not None
-        frame, size = self.frame, self.frame.nbytes
+        size = self.frame.nbytes
         start = self.offset + index * size
         odd = start % 2 if self.swapped else 0  # from a whole word to a whole word
         start, count = start - odd, size + odd + (size + odd) % 2 if self.swapped else size
@@ -236,7 +242,11 @@ class StoredFrames:
             raise DataError(f"{self.path}: is truncated in its pixel data; fetch the file again")
         if self.swapped:
             data = np.frombuffer(data, "<u2").byteswap().tobytes()[odd:]
-        pixels = np.frombuffer(data, self.stored_dtype, size // self.dtype.itemsize)
+        return self._shaped(np.frombuffer(data, self.stored_dtype, size // self.dtype.itemsize))
+
+    def _shaped(self, pixels: np.ndarray) -> np.ndarray:
+        """Uncompressed pixels of a frame, as `frame.shape`."""
+        frame = self.frame
         if self.planar:
             return pixels.reshape(frame.samples, frame.rows, frame.columns).transpose(1, 2, 0)
         return pixels.reshape(frame.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .arrays import ArrayPixels, channels_first
+from .dicomweb import Instance, remote_file
 from .levels import White
 from .pixels import ImageSource, Normalize
 from .remote import RemoteFile, is_url
@@ -55,7 +56,7 @@ def open_pixels(
     Raises `DataError` naming the file: missing, damaged, truncated, of an unknown format, or not what was asked for.
     """
     if isinstance(image, str) and is_url(image):
-        found = RemoteFile.by_region(image)
+        found = remote_file(image)
         if found is None:
             raise DataError(f"{image}: no part of it can be read alone where it lies; fetch it")
         image = found
@@ -70,6 +71,10 @@ def open_pixels(
 
 def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool) -> StoredPixels:
     # Lazily, because the libraries of these modules take time to load.
+    if isinstance(path, Instance):
+        from .dicom import open_dicom
+
+        return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
     if path.is_dir():
         from .zarrs import MARKS, ZarrPixels
 

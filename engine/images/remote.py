@@ -109,6 +109,10 @@ class RemoteFile:
     def __truediv__(self, name: str) -> RemoteFile:
         return RemoteFile(f"{self.url.rstrip('/')}/{name}")
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.url.split("/"))
+
     def is_dir(self) -> bool:
         if not self.url.rstrip("/").lower().endswith(".zarr"):  # to look for folders would be a request for each image
             return False

@@ -37,7 +37,7 @@ class SlidePixels:
         samples, photometric = frames.frame.samples, info.photometric
         grey = photometric in ("MONOCHROME1", "MONOCHROME2") and samples == 1
         # Codecs give RGB; what is not compressed must be it already.
-        colour = samples == 3 and (photometric == "RGB" or (photometric in _RGB and frames.ranges is not None))
+        colour = samples == 3 and (photometric == "RGB" or (photometric in _RGB and frames.compressed))
         if not (grey or colour):
             raise DataError(f"{self.path}: {photometric} with {samples} samples is not supported; convert it to RGB")
         self.shape = (samples, *info.matrix)

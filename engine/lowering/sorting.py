@@ -25,7 +25,9 @@ def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
     """What the rule of an op says; its refusal becomes an error that names the module."""
     rule = find_rule(op.name)
     if rule is None:
-        raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
+        exported = op.name.startswith("aten.")
+        remedy = "give the network that was exported, not the graph" if exported else "replace it or report it"
+        raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; {remedy}")
     try:
         return rule(op, maps)
     except Refusal as reason:

@@ -172,7 +172,7 @@ def is_container(network: nn.Module) -> bool:
     """Whether a network has a length and items, as `nn.Sequential` has."""
     try:
         len(network)  # pyright: ignore[reportArgumentType]
-    except TypeError:  # also of one that only passes the question on
+    except (TypeError, NotImplementedError):  # also of one that only passes the question on, as TorchScript does
         return False
     return hasattr(type(network), "__getitem__")
 

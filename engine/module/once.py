@@ -41,6 +41,19 @@ def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
         raise UnsupportedError(f"forward-mode differentiation (dual tensors) does not go through tiles; {_REMEDY}")
 
 
+def refuse_checkpoint() -> None:
+    """Refuse a forward that changes state within `torch.utils.checkpoint` of the kind that stops early the second time.
+
+    Stock PyTorch changes running statistics again then; by tiles they are written at the end, which is not reached.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    if hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook."):
+        raise UnsupportedError(
+            "torch.utils.checkpoint around an accelerated network that changes its state (running statistics), which "
+            "stock PyTorch changes again in the backward; leave checkpointing out, the memory budget does its work"
+        )
+
+
 class _Ends(torch.autograd.Function):
     """Gradients as they are; to differentiate them once more, by whatever they came from, is refused."""
 

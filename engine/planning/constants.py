@@ -38,6 +38,8 @@ COUNTED = 2
 ARENA_SHARE = 2
 # Share of the free memory that is taken where no budget is given.
 FREE_SHARE = 0.8
+# And of that share, on the CPU, what graphs of tiles may fill.
+FREE_ROOM_SHARE = 0.25
 # Arithmetic that could be done while a byte is moved; pointwise ops cost what they move.
 FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
 # Where maps may be kept besides on the device, and the arithmetic that could be done while a byte goes there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +44,14 @@ class Request:
     def room(self, device: torch.device) -> int | None:
         """Bytes that graphs of tiles may fill: the budget, or without one what is free on a GPU that nothing shares.
 
-        Not where a tile is given: small tiles are faster replayed than retained.
+        Of the CPU's memory, which others use too, that is a part; processes that train together share it. Not where a
+        tile is given: on a GPU small tiles are faster replayed than retained, and elsewhere it asks for little memory.
         """
-        return self.limit(device) if self.budget is None and self.tile is None and device.type != "cpu" else self.budget
+        if self.budget is not None or self.tile is not None:
+            return self.budget
+        if device.type != "cpu":
+            return self.limit(device)
+        return int(constants.FREE_ROOM_SHARE * self.limit(device)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def halo_places(self, device: torch.device) -> list[str]:
         """Where the halos may be kept, the fastest first."""

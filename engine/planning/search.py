@@ -119,7 +119,7 @@ def arrange(
     """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
 
     A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without one, what is free
-    is the limit; it is used to the full on a GPU, and on the CPU for an image of one tile only.
+    is the limit; graphs fill all of it on a GPU, and a part of it on the CPU (`Request.room`).
 
     Args:
         shard: this process's part of the image, if that is split: the plan is that of this process.

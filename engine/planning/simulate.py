@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..capture.holders import walk
 from ..capture.program import Value
 from ..capture.state import Snapshot
+from ..capture.walk import walk
 from ..lowering.stages import Stage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore

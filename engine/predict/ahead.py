@@ -30,9 +30,10 @@ from torch import Tensor
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
+from ..images.derived import stored_source
+from ..images.dicomweb import remote_file
 from ..images.pixels import ImageSource
 from ..images.rawfile import one_line
-from ..images.remote import RemoteFile
 from .rows import Work, fetch
 
 LARGEST = 2**28
@@ -204,7 +205,7 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
     record, staged = one.row.record, None
     try:
         if one.row.url:
-            remote: Any = RemoteFile.by_region(one.row.url)
+            remote: Any = remote_file(one.row.url)
             if remote is None:
                 staged = Path(tempfile.mkdtemp(dir=staging))
                 remote = fetch(one.row.url, staged)
@@ -224,13 +225,6 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
     if decoded:
         opened.close()
     return opened
-
-
-def stored_source(source: Any) -> ImageSource | None:
-    """The image as its file stores it that lies below all views of it; None if there is none."""
-    while source is not None and not isinstance(source, ImageSource):
-        source = getattr(source, "source", None)
-    return source
 
 
 def _decode(source: ImageSource, name: str) -> int:

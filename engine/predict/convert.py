@@ -19,18 +19,16 @@ from ..images.levels import White
 from ..images.parallel import available_cpus
 from .ahead import Opened
 from .index import Index
-from .job import Job, Result, Start, Unit
+from .job import Job, Result, Start, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
 from .rows import Row, Work
 from .runner import run
 
 CONVERTED = pa.schema(
     [
-        ("key", pa.string()),
-        ("model", pa.string()),
-        ("image_path", pa.string()),
+        *texts("key", "model", "image_path"),
         ("pixels", pa.int64()),
-        ("name", pa.string()),
+        *texts("name"),
         ("steps", pa.list_(pa.string())),
         ("to_original", pa.list_(pa.float64())),
     ]
@@ -94,7 +92,7 @@ class _Convert(Job):
         return row.key("\0".join(["convert", *masks]))
 
     def name(self, row: Row) -> str:
-        return self._wanted.get(row.key(""), row.record.path.stem)
+        return self._wanted.get(row.key(""), row.stem)
 
     def pixels(self, row: Row) -> int:
         _, height, width = self._conversion.open(row.record).shape

@@ -32,6 +32,7 @@ create table numbers (number integer primary key, name text unique);
 create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
+create table stored (key text primary key) without rowid;
 create table names (name text primary key collate nocase) without rowid;
 """
 Level = Literal["breast", "exam"]
@@ -155,6 +156,15 @@ class Index:
                 if name:
                     self._base.execute("insert or ignore into names values (?)", (name,))
 
+    def add_stored(self, keys: Iterable[str]) -> None:
+        """The keys of documents that a store has."""
+        with self._together():
+            self._base.executemany("insert or ignore into stored values (?)", ((key,) for key in keys))
+
+    def is_stored(self, key: str) -> bool:
+        """Whether a document is among these."""
+        return self._one("select count(*) from stored where key = ?", key)[0] > 0
+
     def add_failed(self, failures: Iterable[dict[str, Any]]) -> None:
         """Images that failed; the last reason stands."""
         told = ((failure["key"], failure["image_path"], failure["reason"]) for failure in failures)
@@ -237,6 +247,10 @@ class Index:
         told = ((name(breast), name(exam), pickle.dumps(item, 5)) for breast, exam, item in items)
         with self._together():
             self._base.executemany("insert into items (breast, exam, item) values (?, ?, ?)", told)
+
+    def forget(self) -> None:
+        """Drop the items that were kept."""
+        self._base.execute("delete from items")
 
     def groups(self, level: Level) -> Iterator[list[Any]]:
         """The items that were kept, those of a breast or exam together, in the order of their first."""

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
 from ..datasets.tables import Record
+from ..files import write_atomically
 from .ahead import Opened
+from .delivery import Document
 from .index import Index
 from .options import RunOptions, Scores, Watch
 from .rows import Row, Work
 
 Result = dict[str, Any]
 
-FAILURES = pa.schema([(name, pa.string()) for name in ("key", "model", "image_path", "reason")])
+
+def texts(*names: str) -> list[tuple[str, pa.DataType]]:
+    """Columns of a schema."""
+    return [(name, pa.string()) for name in names]
+
+
+FAILURES = pa.schema(texts("key", "model", "image_path", "reason"))
 """Of the quarantine."""
 
 
@@ -91,7 +100,7 @@ class Job:
 
     def name(self, row: Row) -> str:
         """Of an image's files; further images of the same name get -2, -3, ..."""
-        return row.record.path.stem
+        return row.stem
 
     def look(self, index: Index, watch: Watch) -> None:
         """Look at the images before any work."""
@@ -123,3 +132,38 @@ class Job:
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         """Write the tables of all that has a result; returns measures."""
         raise NotImplementedError
+
+    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+        """What goes to a DICOMweb store when all is done and the tables are written."""
+        raise NotImplementedError
+
+
+class PredictJob(Job):
+    """What runs of `gigamorph predict` share, whatever their network says of an image.
+
+    Args:
+        opener: opens the network, which has `open_images` and `trained_on` as
+            `gigamorph.engine.predict.predictor.Classifier`.
+    """
+
+    kind, made, product = "predict", "predictions", "predictions.csv"
+
+    _network: Any
+
+    def __init__(self, opener: Callable[..., Any], options: RunOptions) -> None:
+        self._opener, self._options = opener, options
+
+    def open(self, options: RunOptions) -> None:
+        # Where other processes compute, this one only needs to know the classes, and how images are opened.
+        self._network = self._opener(device=options.device if options.here else "cpu")
+
+    def look(self, index: Index, watch: Watch) -> None:
+        network = self._network
+        if index.rows == network.trained_on:
+            index.resolve(lambda records: network.open_images(records).records)
+        watch.looked(network, [row.record for row in index.sample(4) if not row.url])
+
+    def write_note(self, out: Path, **more: Any) -> None:
+        """Beside the table: which network its predictions are of."""
+        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model, **more}
+        write_atomically(out / "predictions.json", lambda path: path.write_text(json.dumps(note) + "\n"), "note")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
 from torch import Tensor, nn
 
 from ..accelerate import Accelerated, accelerate
 from ..datasets.masks import IGNORED, Mask, mask_as_stored, masks_of, strips
 from ..datasets.tables import SPLITS, Record
-from ..dense import write_map
+from ..dense import map_shape, write_map
 from ..errors import DataError
-from ..files import write_atomically
+from ..images.derived import header_of
+from ..images.dicom_results import made_of, own_code, segment, segmentation, source_header
+from ..images.open import open_pixels
+from ..images.pixels import PixelSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
 from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
@@ -29,26 +33,21 @@ from ..train.inputs import images
 from ..train.mask_target import MaskTarget, dice, dice_scores
 from ..train.network import restore_network, target_of
 from ..train.splits import with_splits
-from .ahead import Opened, stored_source
+from .ahead import Opened
+from .delivery import Document
 from .index import Index
-from .job import Job, Result, Start, Unit
+from .job import PredictJob, Result, Start, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
-from .predictor import naming, renamed
+from .predictor import Wanted, naming, renamed
 from .rows import Row, Work
 from .runner import run
-from .tables import write_rows
+from .tables import patient_of, write_csv
 
 MASKS = pa.schema(
     [
-        ("key", pa.string()),
-        ("model", pa.string()),
-        ("image_path", pa.string()),
-        ("header_patient", pa.string()),
-        ("laterality", pa.string()),
-        ("view", pa.string()),
+        *texts("key", "model", "image_path", "header_patient", "laterality", "view"),
         ("pixels", pa.int64()),
-        ("name", pa.string()),
-        ("mask", pa.string()),
+        *texts("name", "mask"),
         ("area", pa.list_(pa.int64())),
         ("counts", pa.list_(pa.int64())),
     ]
@@ -122,21 +121,6 @@ def open_segmenter(path: str | Path, *, memory_budget: int | None, device: str) 
     )
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is wanted of each image; goes to the processes that compute.
-
-    Attributes:
-        model: SHA-256 of the checkpoint.
-        out: folder of the run.
-        secret: by which patients of DICOM headers are renamed; None names them.
-    """
-
-    model: str
-    out: Path
-    secret: bytes | None = None
-
-
 class Drawing:
     """The unit (`job.Unit`) that predicts masks."""
 
@@ -168,7 +152,7 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
     try:
         with naming(work.row.name):
             write_map(segmenter.net, source, raw)
-        mask = mask_as_stored(_Mapped(raw), source)
+        mask = mask_as_stored(Held(np.load(raw, mmap_mode="r")), source)
         target = wanted.out / "masks" / overlay_name(work.name, (1, *mask.shape))
         with whole_or_absent(target) as part:
             if target.suffix == ".png":
@@ -180,8 +164,7 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
         raise DataError(f"{wanted.out / 'masks'}: cannot be written ({error.strerror or error})") from error
     finally:
         raw.unlink(missing_ok=True)
-    stored = stored_source(source)
-    header = None if stored is None else getattr(stored.stored, "info", None)
+    header = header_of(source)
     patient = getattr(header, "patient_id", None) if Path(record.patient_id).name == record.path.name else None
     return {
         "key": work.key,
@@ -198,15 +181,30 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
     }
 
 
-class _Mapped:
-    """Classes (1, rows, columns) in a .npy file, read by region."""
+class Held:
+    """Classes (1, rows, columns) in memory or mapped to it, read by region."""
 
-    def __init__(self, path: Path) -> None:
-        self._values = np.load(path, mmap_mode="r")[0]
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values[0]
         self.shape: tuple[int, int] = self._values.shape
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         return np.asarray(self._values[top:bottom, left:right])
+
+
+def mask_of(net: Accelerated, source: PixelSource) -> np.ndarray:
+    """The mask of an image in the size and orientation of its file, uint8 (rows, columns); a byte a cell is held.
+
+    Args:
+        net: of a `Segmenter`.
+
+    Raises:
+        DataError: if the image cannot be read. BudgetError: if no tile of it fits.
+    """
+    values = np.empty(map_shape(net, source), np.uint8)
+    write_map(net, source, values)
+    mask = mask_as_stored(Held(values), source)
+    return mask.read(0, mask.shape[0], 0, mask.shape[1])
 
 
 def _counted(found: Mask, own: Mask | None, classes: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -255,42 +253,31 @@ def predict_masks(
     return run(_Masks(opener, options), sources, out, options, watch)
 
 
-class _Masks(Job):
-    kind, made, product, schema, named = "predict", "predictions", "predictions.csv", MASKS, "name"
+class _Masks(PredictJob):
+    schema, named = MASKS, "name"
 
-    _segmenter: Segmenter
+    _options: MaskOptions
+    _network: Segmenter
     _wanted: Wanted
-
-    def __init__(self, opener: MaskOpener, options: MaskOptions) -> None:
-        self._opener, self._options = opener, options
 
     def described(self) -> dict[str, Any]:
         return {"identifiers": self._options.identifiers}
-
-    def open(self, options: RunOptions) -> None:
-        self._segmenter = self._opener(device=options.device if options.here else "cpu")
-
-    def look(self, index: Index, watch: Watch) -> None:
-        segmenter = self._segmenter
-        if index.rows == segmenter.trained_on:
-            index.resolve(lambda records: segmenter.open_images(records).records)
-        watch.looked(segmenter, [row.record for row in index.sample(4) if not row.url])
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         try:
             (out / "masks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
-        self._wanted = Wanted(self._options.model, out, None if self._options.identifiers else secret())
+        self._wanted = Wanted(self._options.model, out, secret=None if self._options.identifiers else secret())
 
     def unit(self) -> Unit:
-        return Drawing(self._segmenter, self._wanted)
+        return Drawing(self._network, self._wanted)
 
     def start(self) -> Start:
         return functools.partial(_start, self._opener, self._wanted)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
-        names = self._segmenter.target.names
+        names = self._network.target.names
         counts: dict[str, list[np.ndarray]] = {}
 
         def rows() -> Iterator[list[object]]:
@@ -304,18 +291,45 @@ class _Masks(Job):
 
         keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "mask"]
         header = [*keys, *(f"share_{name}" for name in names), *(f"dice_{name}" for name in names[1:])]
-        write_atomically(out / "predictions.csv", lambda path: write_rows(path, header, rows()), "table")
-        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model}
-        write_atomically(out / "predictions.json", lambda p: p.write_text(json.dumps(note) + "\n"), "note")
+        write_csv(out / "predictions.csv", header, rows())
+        self.write_note(out, masks={"classes": list(names), "binary": self._network.target.binary})
         return {split: dice_scores(total, int(number[0]), names) for split, (total, number) in counts.items()}
 
+    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+        """A DICOM SEG for each image."""
+        for row, result in index.joined(results):
+            make = functools.partial(mask_segmentation, row, out / "masks" / result["mask"], self._network.target.names)
+            yield Document(f"{result['key']}\0segmentation", row.name, make)
+
     def _who(self, row: Row, result: Result, index: Index) -> list[str]:
-        own, patient = row.record, row.record.patient_id
-        if result["header_patient"]:
-            patient = result["header_patient"]
-            patient = patient if self._options.identifiers else f"P{index.number_of(patient):05d}"
+        own, patient = row.record, patient_of(row, result, index, self._options.identifiers)
         side, view = own.laterality or result["laterality"], own.view or result["view"]
         return [row.name, patient, own.exam_id or "", side, view, own.split or "", f"masks/{result['mask']}"]
+
+
+def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> Dataset:
+    """A predicted mask as DICOM SEG, a segment for each class but the background.
+
+    Args:
+        names: of the classes; segments have codes of their own, with these as meanings.
+        uid: of the instance.
+
+    Raises:
+        DataError: if the image is no DICOM image of one frame, or its header lacks what a SEG must repeat.
+    """
+    header = source_header(row.place, "so that its mask cannot be stored")
+    pixels = open_pixels(mask).stored
+    _, height, width = pixels.shape
+    if int(header.get("NumberOfFrames") or 1) != 1 or (header.Rows, header.Columns) != (height, width):
+        raise DataError(f"{row.name}: has {header.get('NumberOfFrames', 1)} frames; masks are stored of images of one")
+    with made_of(row.name, "a DICOM SEG"):
+        segments = [
+            segment(number, name, codes.SCT.SpatialAndRelationalConcept, own_code(name))
+            for number, name in enumerate(names)
+            if number
+        ]
+    values = np.asarray(pixels.read(0, height, 0, width))[0]
+    return segmentation(row.name, header, values, segments, content="Classes of pixels", uid=uid)
 
 
 def _start(opener: MaskOpener, wanted: Wanted, *, device: str) -> Drawing:

@@ -28,6 +28,7 @@ class RunOptions:
         workers: processes that read ahead, for each device; None takes some.
         engine: "embedded" computes on this machine, "ray" with `devices` actors of a Ray cluster.
         address: of that; None takes RAY_ADDRESS, or starts one on this machine.
+        store: DICOMweb store to which results go when all is done, as a URL; empty if they go nowhere.
     """
 
     model: str
@@ -41,6 +42,7 @@ class RunOptions:
     workers: int | None = None
     engine: Literal["embedded", "ray"] = "embedded"
     address: str | None = None
+    store: str = ""
 
     @property
     def here(self) -> bool:
@@ -63,6 +65,7 @@ class Summary:
         complete: all images of all shards have a result or have failed, and the tables are written.
         computed, seconds, waited: of this run; how long the devices had nothing to compute, summed over them.
         scores: measures of each split's labelled images.
+        stored: instances that this run has stored in a DICOMweb store.
     """
 
     images: int = 0
@@ -74,6 +77,7 @@ class Summary:
     waited: float = 0.0
     devices: int = 1
     scores: Scores = field(default_factory=dict)
+    stored: int = 0
 
     @property
     def idle(self) -> float:

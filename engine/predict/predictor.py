@@ -18,29 +18,23 @@ from ..errors import BudgetError
 from ..evaluate.recalibration import Calibration
 from ..images.pixels import as_stored
 from ..models.outputs import outputs_of
-from ..train.classify import Images, prediction
+from ..train.classify import prediction
+from ..train.data import Images
 from ..train.explanation import caption, explain_class
 from ..train.heatmap import overlay_name, write_overlay
 from .ahead import Opened
+from .job import texts
 from .rows import Work
 
 RESULTS = pa.schema(
     [
-        ("key", pa.string()),
-        ("model", pa.string()),
-        ("image_path", pa.string()),
-        ("patient_id", pa.string()),
-        ("header_patient", pa.string()),
-        ("exam_id", pa.string()),
-        ("laterality", pa.string()),
-        ("view", pa.string()),
-        ("split", pa.string()),
+        *texts("key", "model", "image_path", "patient_id", "header_patient", "exam_id", "laterality", "view", "split"),
         ("label", pa.int64()),
         ("log_odds", pa.list_(pa.float64())),
         ("exclusive", pa.bool_()),
         ("row", pa.list_(pa.float64())),
         ("pixels", pa.int64()),
-        ("heatmap", pa.string()),
+        *texts("heatmap"),
     ]
 )
 """Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient

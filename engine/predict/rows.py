@@ -12,6 +12,7 @@ from ..datasets.tables import Record
 from ..datasets.tables.generic import SUFFIXES, iter_image_files
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
+from ..images.dicomweb import Instance, is_dicomweb, place_of, search
 from ..images.remote import is_url, said, tried
 
 
@@ -39,6 +40,16 @@ class Row:
         return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     @property
+    def place(self) -> str:
+        """Its URL, or the path of its file."""
+        return self.url or str(self.record.path)
+
+    @property
+    def stem(self) -> str:
+        """What files that are written of it are called, without a suffix."""
+        return self.record.path.name if is_dicomweb(self.url) else self.record.path.stem  # UIDs have dots
+
+    @property
     def pixels(self) -> int:
         """Rows times columns as the table says (`gigamorph data index` writes them); 0 where it does not."""
         sides = [self.record.extra.get(name, "") for name in ("rows", "columns")]
@@ -56,7 +67,7 @@ class Work:
 
 
 def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Path | None = None) -> Iterator[Row]:
-    """The rows of a table, the images of a folder (also of an fsspec file system), or one image.
+    """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
 
     Args:
         classes: as in `stream_table`.
@@ -67,6 +78,8 @@ def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Pa
     """
     if isinstance(source, Record):
         yield Row(source)
+    elif is_dicomweb(str(source)):
+        yield from _in_store(str(source))
     elif is_url(str(source)):
         yield from (_of_url(Record(Path(), -1, url, patient_known=False), url) for url in _listed(str(source)))
     elif is_table(source):
@@ -110,6 +123,19 @@ def fetch(url: str, folder: Path) -> Path:
         return target
 
     return tried(url, get)
+
+
+def _in_store(url: str) -> Iterator[Row]:
+    place = place_of(url)
+    if place.instance:  # whether it is there is seen when it is read, as of a table's images
+        yield _of_url(Record(Path(), -1, Instance(url).url, patient_known=False), url)
+        return
+    for own, found in search(url):
+        extra: dict[str, str] = {}
+        if found.get("Rows") and found.get("Columns"):  # of slides and stacks, as many pixels as their frames have
+            extra = {"rows": str(found.Rows * int(found.get("NumberOfFrames") or 1)), "columns": str(found.Columns)}
+        study = place_of(own).study
+        yield _of_url(Record(Path(), -1, own, exam_id=study, extra=extra, patient_known=False), own)
 
 
 def _of_url(record: Record, url: str) -> Row:

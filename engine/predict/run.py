@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..datasets.tables import Record
 from ..evaluate.recalibration import Calibration
-from ..files import write_atomically
 from ..models.outputs import outputs_of
+from .delivery import Document
+from .dicom_report import Said, report, study_of
 from .index import Index
-from .job import Job, Result, Start, Unit
+from .job import PredictJob, Result, Start, Unit
 from .options import RunOptions, Scores, Summary, Watch
 from .predictor import RESULTS, Classifier, Opener, Predicting, Wanted, start_predicting
+from .rows import Row
 from .runner import run
-from .tables import write_tables
+from .tables import prediction_of, write_tables
 
 __all__ = ["Options", "Summary", "Watch", "predict"]
 
@@ -63,14 +64,15 @@ def predict(
     return run(_Predict(opener, options), sources, out, options, watch)
 
 
-class _Predict(Job):
-    kind, made, product, schema = "predict", "predictions", "predictions.csv", RESULTS
+class _Predict(PredictJob):
+    schema = RESULTS
 
-    _classifier: Classifier
+    _options: Options
+    _network: Classifier
     _wanted: Wanted
 
     def __init__(self, opener: Opener, options: Options) -> None:
-        self._opener, self._options = opener, options
+        super().__init__(opener, options)
         self.named = "heatmap" if options.heatmaps else ""
 
     def described(self) -> dict[str, Any]:
@@ -88,15 +90,8 @@ class _Predict(Job):
         return super().differs(name, before)
 
     def open(self, options: RunOptions) -> None:
-        # Where other processes compute, this one only needs to know the classes, and how images are opened.
-        self._classifier = self._opener(device=options.device if options.here else "cpu")
-        self.classes = self._classifier.classes
-
-    def look(self, index: Index, watch: Watch) -> None:
-        classifier = self._classifier
-        if index.rows == classifier.trained_on:
-            index.resolve(lambda records: classifier.open_images(records).records)
-        watch.looked(classifier, [row.record for row in index.sample(4) if not row.url])
+        super().open(options)
+        self.classes = self._network.classes
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         options = self._options
@@ -104,25 +99,44 @@ class _Predict(Job):
         self._wanted = Wanted(options.model, out, options.heatmaps, options.calibration, by)
 
     def unit(self) -> Unit:
-        return Predicting(self._classifier, self._wanted)
+        return Predicting(self._network, self._wanted)
 
     def start(self) -> Start:
         return functools.partial(start_predicting, self._opener, self._wanted)
 
+    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+        """A structured report for each study."""
+        options, classes, outputs = self._options, self._network.classes, outputs_of(self._network.net)
+        numbers = outputs is not None and outputs.numbers
+
+        def said(row: Row, result: Result) -> Said:
+            found = prediction_of(row, result, index, options.calibration, identifiers=True)
+            values = found.log_odds if numbers else found.probabilities
+            return Said(result["key"], row, dict(zip(classes, map(float, values), strict=True)), numbers)
+
+        index.forget()
+        for row, result in index.joined(results):
+            index.keep([(None, (study_of(row),), said(row, result))])
+        for group in index.groups("exam"):
+            images = list({one.key: one for one in group}.values())  # one that stands in several rows once
+            told = repr([(one.key, one.values) for one in images])
+            make = functools.partial(report, images, checkpoint=options.checkpoint, model=options.model)
+            yield Document(told, images[0].row.name, make)
+
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
-        options, outputs = self._options, outputs_of(self._classifier.net)
+        options, outputs = self._options, outputs_of(self._network.net)
         scores = write_tables(
             index,
             results,
             out,
-            self._classifier.classes,
+            self._network.classes,
             options.calibration,
             identifiers=options.identifiers,
             outputs=outputs,
         )
-        model: dict[str, str] = {"checkpoint": options.checkpoint, "sha256": options.model}
+        told: dict[str, str] = {}
         if options.calibration is not None:
             split = options.calibration.split or "not known"
-            model["calibrated_on"] = f"{options.calibration.images} images, split {split}"
-        write_atomically(out / "predictions.json", lambda p: p.write_text(json.dumps(model) + "\n"), "note")
+            told["calibrated_on"] = f"{options.calibration.images} images, split {split}"
+        self.write_note(out, **told)
         return scores

@@ -17,14 +17,16 @@ from pathlib import Path
 
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
+from ..images.dicomweb import service_of
 from ..images.parallel import available_cpus
 from ..parallel.launch import need_gpus
 from .ahead import Opened
 from .by_ray import compute_by_ray
+from .delivery import deliver
 from .devices import Outcome, Reading, compute_here, compute_in_processes
 from .folder import RunFolder
 from .index import Index
-from .job import FAILURES, Job
+from .job import FAILURES, Job, Result
 from .options import RunOptions, Summary, Watch
 from .parts import Parts, read_parts
 from .rows import Row, Work
@@ -57,6 +59,8 @@ def run(
     folder.refuse(ours=False)
     if options.device == "cuda" and options.engine == "embedded":
         need_gpus(options.devices)
+    if options.store:
+        service_of(options.store)  # before any work
     job.open(options)
     with Index(lambda row: job.key(row, options.model)) as index:
         index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path)
@@ -209,10 +213,17 @@ class _Runner:
     def _finish(self) -> None:
         """Write the tables if no shard has anything left to do."""
         index, summary = self._index, self._summary
+        options = self._options
         with self._folder.finishing():
             self._tables(only_if_complete=True)
-        images, done, failed = index.counts(self._options.shard[0])
+            if options.store and summary.complete:
+                documents = self._job.documents(index, self._results(), self._folder.path)
+                summary.stored = deliver(documents, index, options.store, self._folder.path / "stored")
+        images, done, failed = index.counts(options.shard[0])
         summary.images, summary.done, summary.failed = images, done, failed
+
+    def _results(self) -> Iterator[Result]:
+        return (row for rows in read_parts(self._folder.parts) for row in rows)
 
     def _tables(self, *, only_if_complete: bool = False) -> None:
         index, out = self._index, self._folder.path
@@ -222,8 +233,7 @@ class _Runner:
         self._summary.complete = done + failed == images
         if only_if_complete and not self._summary.complete:
             return
-        results = (row for rows in read_parts(self._folder.parts) for row in rows)
-        self._summary.scores = self._job.tables(index, results, out)
+        self._summary.scores = self._job.tables(index, self._results(), out)
 
 
 def default_workers(options: RunOptions) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,51 +47,18 @@ def write_tables(
         The measures (`scores`) of the labelled images of each split; nothing if they are more than `MEASURED`.
     """
     labelled: list[Prediction] = []
-    numbers = outputs is not None and outputs.numbers
     exams: list[Prediction] = []
-
-    def predictions() -> Iterator[Prediction]:
-        joined = index.joined(results)
-        while some := list(itertools.islice(joined, _TOGETHER)):
-            found = [prediction_of(row, result, index, calibration, identifiers) for row, result in some]
-            if numbers:
-                found = [replace(one, numbers=True) for one in found]
-            index.keep((_breast(one), _exam(one), one) for one in found)
-            if len(labelled) <= MEASURED:
-                labelled.extend(one for one in found if one.label is not None)
-            yield from found
-
+    header = _header(classes, outputs is not None and outputs.numbers)
     called = [] if calibration is None else ["called"]
-    header = _header(classes, numbers)
-    write_atomically(
-        out / "predictions.csv",
-        lambda path: write_rows(
-            path, [*header, *called], ([*_row(one), *_called(one, calibration)] for one in predictions())
-        ),
-        "table",
-    )
-
-    def together(level: Level, merged: Callable[[Sequence[Prediction]], list[Prediction]]) -> Iterator[list[object]]:
-        batch: list[Prediction] = []
-        for group in index.groups(level):
-            if outputs is not None and outputs.views is not None:
-                one = combined(outputs, calibration, level, group)
-                if level == "exam" and one.label is not None and len(exams) <= MEASURED:
-                    exams.append(one)
-                yield [one.image, *_row(one)[1:]]
-                continue
-            batch += group
-            if len(batch) >= _TOGETHER:
-                yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
-                batch = []
-        yield from ([one.image, *_row(one)[1:]] for one in merged(batch))
-
-    header = header[1:]
-    for name, head, rows in (
-        ("breasts.csv", ["breast", *header], together("breast", per_breast)),
-        ("exams.csv", ["exam", *header], together("exam", per_exam)),
-    ):
-        write_atomically(out / name, functools.partial(write_rows, header=head, rows=rows), "table")
+    images = _noted(_images(index, results, calibration, identifiers, outputs), labelled)
+    rows = ([*_row(one), *_called(one, calibration)] for one in images)
+    write_csv(out / "predictions.csv", [*header, *called], rows)
+    levels: tuple[Level, ...] = ("breast", "exam")
+    for level in levels:
+        found = _together(index, level, outputs, calibration)
+        if level == "exam" and outputs is not None and outputs.views is not None:
+            found = _noted(found, exams)
+        write_csv(out / f"{level}s.csv", [level, *header[1:]], map(_row, found))
     if len(labelled) > MEASURED:
         return {}
 
@@ -103,11 +69,54 @@ def write_tables(
     return {split: measured(split) for split in ("test", "val", "train", "")}
 
 
+def _images(
+    index: Index,
+    results: Iterable[dict[str, Any]],
+    calibration: Calibration | None,
+    identifiers: bool,
+    outputs: Outputs | None,
+) -> Iterator[Prediction]:
+    """Each image, kept for `_together`."""
+    numbers = outputs is not None and outputs.numbers
+    joined = index.joined(results)
+    while some := list(itertools.islice(joined, _TOGETHER)):
+        found = [prediction_of(row, result, index, calibration, identifiers) for row, result in some]
+        if numbers:
+            found = [replace(one, numbers=True) for one in found]
+        index.keep((_breast(one), _exam(one), one) for one in found)
+        yield from found
+
+
+def _together(
+    index: Index, level: Level, outputs: Outputs | None, calibration: Calibration | None
+) -> Iterator[Prediction]:
+    """The images of each breast or exam as one."""
+    if outputs is not None and outputs.views is not None:
+        yield from (combined(outputs, calibration, level, group) for group in index.groups(level))
+        return
+    merged = per_breast if level == "breast" else per_exam
+    batch: list[Prediction] = []
+    for group in index.groups(level):
+        batch += group
+        if len(batch) >= _TOGETHER:
+            yield from merged(batch)
+            batch = []
+    yield from merged(batch)
+
+
+def _noted(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:
+    """The same; those with a label are noted, but for those beyond what is measured."""
+    for one in found:
+        if one.label is not None and len(labelled) <= MEASURED:
+            labelled.append(one)
+        yield one
+
+
 def write_failures(index: Index, out: Path) -> None:
     """quarantine.csv, if there is anything to tell."""
     path = out / "quarantine.csv"
     if index.counts()[2] or path.exists():
-        write_atomically(path, lambda part: write_rows(part, ["image_path", "reason"], index.failures()), "table")
+        write_csv(path, ["image_path", "reason"], index.failures())
 
 
 def prediction_of(
@@ -121,15 +130,11 @@ def prediction_of(
         identifiers: see `write_tables`.
     """
     own = row.record
-    patient = own.patient_id
-    if Path(patient).name == own.path.name and result["header_patient"]:
-        patient = result["header_patient"]
-        patient = patient if identifiers else f"P{index.number_of(patient):05d}"
     found = Prediction(
         image=row.name,
         log_odds=tuple(result["log_odds"]),
         label=None if own.label < 0 else own.label,
-        patient=patient,
+        patient=patient_of(row, result, index, identifiers),
         laterality=own.laterality or result["laterality"],
         view=own.view or result["view"],
         exam=own.exam_id or "",
@@ -141,6 +146,15 @@ def prediction_of(
         return found
     log_odds = calibration(found.log_odds[1])
     return replace(found, log_odds=(-log_odds, log_odds))
+
+
+def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
+    """As the table says; where it does not, as the header does (`header_patient`), see `prediction_of`."""
+    patient = row.record.patient_id
+    if Path(patient).name != row.record.path.name or not result["header_patient"]:
+        return patient
+    patient = result["header_patient"]
+    return patient if identifiers else f"P{index.number_of(patient):05d}"
 
 
 def _breast(found: Prediction) -> tuple[str, ...] | None:
@@ -174,11 +188,15 @@ def _row(found: Prediction) -> list[object]:
     return [*keys, label, *values]
 
 
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a csv file that is durable when this returns; texts that a spreadsheet would compute are escaped."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([escape(cell) for cell in row] for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A csv file, whole and durable when this returns; texts that a spreadsheet would compute are escaped."""
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows([escape(cell) for cell in row] for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(path, write, "table")

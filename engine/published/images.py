@@ -12,52 +12,30 @@ from torch.nn import functional as F
 
 from ..datasets.dataset import ImageDataset
 from ..datasets.tables import Record
-from ..images.affine import Affine, Map
-from ..images.pixels import Normalize, PixelSource, as_stored, check_region, steps_of, to_original
+from ..images.affine import Affine
+from ..images.derived import DerivedSource
+from ..images.pixels import Normalize, PixelSource, check_region
 from ..models.folder import Preprocessing
 
 _ROWS = 256  # of an image that are read at a time for its statistics
 _LEAST = 1e-5  # of an image's spread, so that an even one is no division by zero
 
 
-class PreparedSource:
+class PreparedSource(DerivedSource):
     """An image of grey values on top of which a network's preprocessing stands.
 
     One that is brought to another size is held whole, in that size; of others what is asked for is read.
     """
 
     def __init__(self, source: PixelSource, preprocessing: Preprocessing) -> None:
-        self.source, self.preprocessing = source, preprocessing
-        self.name = source.name
-        channels, height, width = source.shape
-        self._canvas = _canvas(height, width, preprocessing)
-        self.shape = (channels, *(preprocessing.size or (height, width)))
+        super().__init__(source, *(preprocessing.size or ()))
+        self.preprocessing, self.added = preprocessing, _steps(preprocessing)
+        self._canvas = _canvas(*source.shape[1:], preprocessing)
+        if preprocessing.size is not None:
+            top, left, _, _, y, x = self._canvas
+            self.back = Affine(xx=x, x0=-left * x, yy=y, y0=-top * y)
         self._whole: Tensor | None = None
         self._normalize: Normalize | None = None
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        if self.preprocessing.size is None:
-            return to_original(self.source)
-        top, left, _, _, y, x = self._canvas
-        return to_original(self.source) @ Affine(xx=x, x0=-left * x, yy=y, y0=-top * y)
-
-    @property
-    def as_stored(self) -> PixelSource:
-        """The same image in the geometry of its file."""
-        return as_stored(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        wanted = self.preprocessing
-        found = list(steps_of(self.source))
-        if wanted.size is not None:
-            found.append(f"brought to {wanted.size[0]} x {wanted.size[1]} ({wanted.fit})")
-        if wanted.per_image is not None:
-            found.append(f"{wanted.per_image} of the image itself")
-        return (*found, *(wanted.normalize.steps if wanted.per_image != "standard" else ()))
 
     @property
     def normalize(self) -> Normalize:
@@ -106,6 +84,16 @@ class PreparedSource:
             return Normalize((mean,), (max(np.sqrt(max(squares / count - mean**2, 0.0)), _LEAST),))
         spread = max(high - low, _LEAST)
         return Normalize(tuple(low + m * spread for m in wanted.mean), tuple(s * spread for s in wanted.std))
+
+
+def _steps(wanted: Preprocessing) -> tuple[str, ...]:
+    """What is applied, in order."""
+    found = []
+    if wanted.size is not None:
+        found.append(f"brought to {wanted.size[0]} x {wanted.size[1]} ({wanted.fit})")
+    if wanted.per_image is not None:
+        found.append(f"{wanted.per_image} of the image itself")
+    return (*found, *(wanted.normalize.steps if wanted.per_image != "standard" else ()))
 
 
 def _canvas(height: int, width: int, wanted: Preprocessing) -> tuple[int, int, int, int, float, float]:

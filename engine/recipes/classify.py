@@ -17,10 +17,11 @@ from ..errors import DataError
 from ..evaluate.cases import Cases
 from ..evaluate.roc import labelwise_auc
 from ..train.classify import logits_of_items
-from ..train.data import Images, tell_epoch
+from ..train.data import Images
+from ..train.image_task import ImageTask
 from ..train.run import Run
 from ..train.target import Target
-from ..train.task import Score, Task
+from ..train.task import Score
 from .splits import Splitting, split_records
 from .tta import PLAIN, predict
 
@@ -90,16 +91,14 @@ def classifier_record(recipe: str, config: Any, target: Target, **more: Any) -> 
     return {"recipe": recipe, "classes": list(target.names), "config": plain, **more}
 
 
-class ImageTask(Task):
-    """A network trained on whole images of any size, inside a memory budget.
+class ClassifierTask(ImageTask):
+    """A classifier trained on whole images of any size, inside a memory budget.
 
     Args:
         module: (N, C, H, W) -> (N, outputs).
-        train: images of the epochs; told which one it is where they have a ``set_epoch``.
-        val: images that choose the best epoch, by the mean area under the ROC curves.
+        train, val, record: see `ImageTask`; the best epoch is that of the largest mean area under the ROC curves.
         balanced: see `Target.loss`.
         batch: images that are predicted at a time.
-        record: what checkpoints say of the network.
         split: whether the processes of a group share each image.
         stop_by_loss: patience goes by the mean cross-entropy of the validation images, not by the score.
     """
@@ -118,14 +117,9 @@ class ImageTask(Task):
         split: Any = False,
         stop_by_loss: bool = False,
     ) -> None:
-        self.module, self.train, self.val, self.target = module, train, val, target
-        self.balanced, self.batch, self.record, self.stop_by_loss = balanced, batch, record or {}, stop_by_loss
-        self.net = accelerate(module, memory_budget=memory_budget, split=split)
-        self.net.on_tile = lambda event: self.meter.on_tile(event)
-
-    def examples(self, epoch: int) -> Any:
-        tell_epoch(self.train, epoch)
-        return self.train
+        net = accelerate(module, memory_budget=memory_budget, split=split)
+        super().__init__(module, net, train, val, record or {})
+        self.target, self.balanced, self.batch, self.stop_by_loss = target, balanced, batch, stop_by_loss
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))

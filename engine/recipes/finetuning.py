@@ -10,21 +10,24 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..datasets.dataset import ImageDataset
+from ..train.image_task import ImageTask
 from ..train.run import Run
-from ..train.task import Task
 from .sized import Size, read_sized
 from .tensors import Measure
 
 
-class Finetuning(Task):
+class Finetuning(ImageTask):
     """All layers learn, on images brought to one size or at their native resolution.
 
     Args:
         module: (N, C, H, W) -> (N, classes).
-        images: a subset's training images; told which epoch it is.
+        images: a subset's training images.
         val: validation images, which choose the best epoch; where there are none, the training loss does.
-        record: what checkpoints say of the network.
+        record: see `ImageTask`.
     """
+
+    images: ImageDataset
+    val: ImageDataset
 
     def __init__(
         self,
@@ -37,15 +40,9 @@ class Finetuning(Task):
         batch: int,
         record: Mapping[str, Any],
     ) -> None:
-        self.module, self.images, self.val, self.size, self.measure = module, images, val, size, score
-        self.record, self.best_by_loss = record, not len(val)
+        super().__init__(module, accelerate(module, run.memory_budget, fallback="whole"), images, val, record)
+        self.size, self.measure, self.best_by_loss = size, score, not len(val)
         self.batch, self.device = batch, run.device
-        self.net = accelerate(module, run.memory_budget, fallback="whole")
-        self.net.on_tile = lambda event: self.meter.on_tile(event)
-
-    def examples(self, epoch: int) -> ImageDataset:
-        self.images.set_epoch(epoch)
-        return self.images
 
     def loss(self, batch: Sequence[dict]) -> Tensor:
         labels = torch.tensor([item["label"] for item in batch], device=self.device)

@@ -43,7 +43,10 @@ def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) 
     record = stored["gigamorph"]
     if "options" in record:
         if target_of(record).kind == "masks":
-            raise DataError(f"{path}: is a network of masks, which tells no classes of images; see gigamorph predict")
+            raise DataError(
+                f"{path}: is a network of masks, which tells no classes of images; gigamorph predict writes its masks, "
+                "gigamorph view shows them"
+            )
         return Classifier(
             Published(restore_network(stored, memory_budget=memory_budget, device=device), str(path)),  # type: ignore[arg-type]
             record["classes"],

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from ..datasets.dataset import ImageDataset
 from ..datasets.views import DownsampledSource
 from ..errors import GigamorphError
-from ..images.affine import Affine, Map
-from ..images.pixels import PixelSource, as_stored, check_region, steps_of, to_original
+from ..images.affine import Affine
+from ..images.derived import DerivedSource
+from ..images.pixels import PixelSource, check_region
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,13 @@ class Size:
         return not self.resize and not self.crop
 
 
-class SizedSource:
+class SizedSource(DerivedSource):
     """An image at a recipe's size, which is small: it is read as a whole and held."""
 
     def __init__(self, source: PixelSource, size: Size) -> None:
-        self.source, self.size, self.name = source, size, source.name
-        self._image, self._place = _sized(source, size)
-        self.shape = (self._image.shape[0], self._image.shape[1], self._image.shape[2])
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        return to_original(self.source) @ self._place
-
-    @property
-    def as_stored(self) -> PixelSource:
-        """The same image in the geometry of its file."""
-        return as_stored(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        return (*steps_of(self.source), f"resized and cropped to {self.shape[1]} x {self.shape[2]} pixels")
+        self._image, self.back = _sized(source, size)
+        super().__init__(source, *self._image.shape[1:])
+        self.added = (f"resized and cropped to {self.shape[1]} x {self.shape[2]} pixels",)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)

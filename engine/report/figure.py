@@ -10,6 +10,19 @@ from matplotlib.figure import Figure
 
 from ..files import write_atomically
 
+CLASS_COLOURS = ("#ee7733", "#33bbee", "#ee3377", "#009988", "#ddcc33", "#aa77dd")
+"""Of the classes of masks but the background, over grey images; told apart with every colour vision (Tol, vibrant)."""
+
+
+def class_colour(number: int) -> str:
+    """Of the class 1, 2, ...; after the last colour comes the first again."""
+    return CLASS_COLOURS[(number - 1) % len(CLASS_COLOURS)]
+
+
+def outline_colour(number: int) -> str:
+    """The same, halfway to white, so that an outline stands out from an area of its class."""
+    return "#" + bytes((one + 255) // 2 for one in bytes.fromhex(class_colour(number)[1:])).hex()
+
 
 def panel(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
     """A figure of one pair of axes; inches."""

@@ -13,12 +13,47 @@ from .page_pool import PagePool
 _NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
 _OP_SHARE = 0.25  # of a piece of work, what one op may add
 _WORTH_SHARE = 0.1  # of a piece of work, what the heap should have gained before it gives back once more
+_FIRST, _EVERY = 3, 32  # steps before which the heap gives back, to see what else there is
+_GROWN_SHARE = 0.02  # of a limit, what may come into being between two steps before that is looked at again
 
 
 class Kept(Protocol):
     """What has graphs of tiles, by their place, in the order in which they were made."""
 
     recorded: dict[Any, Any]
+
+
+class Besides:
+    """What a process holds besides its steps.
+
+    To see it, the heap has to give back what a step has left, whose pages the next one then has to get again: for small
+    networks a third of their time. So that is done before the first steps, where gradients and what an optimizer keeps
+    come into being, and after that now and then, or where more has come since the last step.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = self.held = self.after = self.steps = 0
+
+    def before(self, limit: int, held: int, spare: int) -> int:
+        """These bytes, at the beginning of a step.
+
+        Args:
+            limit: of the step.
+            held: what it holds already.
+            spare: bytes of pages of maps that are gone.
+        """
+        if held != self.held:
+            self.held, self.steps = held, 0
+        grown = used_bytes() - self.after > _GROWN_SHARE * limit
+        if grown or self.steps < _FIRST or self.steps % _EVERY == 0:
+            return_free_pages()
+            self.bytes = used_bytes() - spare - held
+        self.steps += 1
+        self.bytes = min(self.bytes, used_bytes() - spare - held)  # less, if something else has gone
+        return self.bytes
+
+
+_besides = Besides()
 
 
 class MemoryLimit:
@@ -43,10 +78,9 @@ class MemoryLimit:
     """
 
     def __init__(self, limit: int, held: int, work: int, page_pool: PagePool, strict: bool):
-        if strict:
-            return_free_pages()
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
-        self._base = used_bytes() - page_pool.bytes - held
+        spare = page_pool.bytes
+        self._base = _besides.before(limit, held, spare) if strict else used_bytes() - spare - held
         self.bytes = self._base + limit
         self.dropped = 0
         self._alone = False
@@ -115,4 +149,4 @@ class MemoryLimit:
             if self._alone:
                 self._alone = False
                 new_blocks_on_own_pages(False)
-            self._worth = 0
+            self._worth, _besides.after = 0, used_bytes()

@@ -8,9 +8,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .halos import HaloStore, HandOn, Rect, cut
 from .reduce import Accumulator, Consumer, Consumers
+from .saved import SavedTensors
 from .scan import Scan
 from .tile import Autograd, Halos, Returned, Tile
 
@@ -149,7 +151,7 @@ class Recorded:
         alone: bool = False,
     ):
         self.scan, self.keep, self.stored, self.alone = scan, keep, stored or {}, alone
-        self.roots: list[Tensor] = []
+        self.roots: list[GradientEdge] = []  # not the tensors, whose values nobody may need any more
         self.grads: list[Callable[[Consumers], Tensor | None]] = []
 
         def pixels(source: int, rect: Rect) -> Tensor:
@@ -157,14 +159,15 @@ class Recorded:
             return window.detach().requires_grad_() if source in kept.sources else window
 
         anchor = torch.zeros((), device=scan.device, requires_grad=True)
-        autograd = Autograd(kept.needs, anchor, kept.sum_of)
+        autograd = Autograd(kept.needs, anchor, kept.sum_of, SavedTensors())
         self.tile = Tile(scan.tiled, *place, pixels, kept.vectors, halos, autograd, second_pass=keep is None)
         wanted = consumers if keep is not None else {v for v, taken in consumers.items() if any(map(has_grad, taken))}
         reached, through = self.tile.reach(wanted)
         publish = partial(self._publish, consumers, through)
-        with torch.enable_grad():
+        with torch.enable_grad(), autograd.saved.record():
             run_tile(scan, self.tile, publish, None if keep is not None else reached)
         self.tile.blocks.clear()
+        self.keep = None  # it leads to what the pass gives, which would hold itself through autograd's nodes
 
     def _publish(self, consumers: Consumers, through: set[int], tile: Tile, value: int, block: Tensor) -> Tensor | None:
         """Note what of a block is to be differentiated; a block that is handed on takes back a gradient for that."""
@@ -176,16 +179,18 @@ class Recorded:
             block.register_hook(_Watch(self.scan.watch))  # just before its op is differentiated
         result = None
         if value in tile.tiled.with_halo and tile.hands_on(value):
+            gather = tile.tiled.gathered.get(value)
+            sloped = None if gather is None or gather.slope is None else block.detach()
             if value in through:
-                add = partial(tile.add_handed_back, value, block.detach())
-                alone = value in tile.tiled.gathered
-                block = result = HandOn.apply(tile.anchor, block, add, alone)  # pyright: ignore
+                add = partial(tile.add_handed_back, value, sloped)
+                block = result = HandOn.apply(tile.anchor, block, add, gather is not None)  # pyright: ignore
             else:
-                self._add(block, partial(_handed_back_alone, tile, value, block.detach()))
+                self._add(block, partial(_handed_back_alone, tile, value, block.detach(), sloped))
         taken = consumers.get(value, ())
         whole = [number for number, consumer in enumerate(taken) if consumer.of_block]
         if whole:
-            self._add(block, partial(self._block_grad, value, whole, block.detach()))
+            moments = any(taken[number].accumulator is not None for number in whole)
+            self._add(block, partial(self._block_grad, value, whole, block.detach() if moments else None))
         for number, consumer in enumerate(taken):
             if not consumer.of_block:
                 assert consumer.accumulator is not None
@@ -194,7 +199,7 @@ class Recorded:
         return result
 
     def _add(self, root: Tensor, grad: Callable[[Consumers], Tensor | None]) -> None:
-        self.roots.append(root)
+        self.roots.append(get_gradient_edge(root))
         self.grads.append(grad)
 
     def _rect(self, value: int) -> Rect | None:
@@ -213,8 +218,8 @@ class Recorded:
             grad = grad * consumer.shares[self.tile.i, self.tile.j]
         return grad.to(root.dtype).expand_as(root)
 
-    def _block_grad(self, value: int, numbers: list[int], block: Tensor, consumers: Consumers) -> Tensor | None:
-        """The gradient of a block of which moments are taken, or that is stored, or both."""
+    def _block_grad(self, value: int, numbers: list[int], block: Tensor | None, consumers: Consumers) -> Tensor | None:
+        """The gradient of a block of which moments are taken (they ask for the block), or that is stored, or both."""
         total: Tensor | None = None
         taken = [consumers[value][number] for number in numbers]
         for consumer in sorted(taken, key=lambda consumer: consumer.accumulator is not None):  # the map itself first
@@ -225,8 +230,9 @@ class Recorded:
                 assert grad is not None
                 total = self._own(value, grad)
             else:
-                valued = self.keep is not None or value not in self.tile.tiled.unvalued
+                valued = not self.tile.second_pass or value not in self.tile.tiled.unvalued
                 x = block if valued else self._own(value, self.stored[value])
+                assert x is not None
                 total = consumer.accumulator.pull(x, consumer.grads, total, self._rect(value))
         return total
 
@@ -261,10 +267,10 @@ class Recorded:
         return [(place, grad) for (place, _), grad in zip(windows, result, strict=False) if grad is not None]
 
 
-def _handed_back_alone(tile: Tile, value: int, block: Tensor, _consumers: Consumers) -> Tensor:
+def _handed_back_alone(tile: Tile, value: int, block: Tensor, sloped: Tensor | None, _consumers: Consumers) -> Tensor:
     """The gradient of a block that nothing in its own tile reads."""
     grad = torch.zeros_like(block)
-    tile.add_handed_back(value, block, grad)
+    tile.add_handed_back(value, sloped, grad)
     return grad
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..lowering.geometry import Window
 from ..lowering.ops import Block, Local, SumOf
 from .halos import Compose, Crop, Layout, Rect, area, cut, shift, split
+from .saved import SavedTensors
 from .stage import TiledStage
 
 
@@ -52,11 +53,13 @@ class Autograd:
         needs: the maps that a gradient flows through.
         anchor: a scalar that requires a gradient and keeps the nodes of the halos in autograd's graph.
         sum_of: see `Block`.
+        saved: what autograd saves meanwhile.
     """
 
     needs: set[int]
     anchor: Tensor
     sum_of: SumOf
+    saved: SavedTensors
 
 
 class Tile:
@@ -94,6 +97,7 @@ class Tile:
         self.needs = set[int]() if autograd is None else autograd.needs
         self.anchor = None if autograd is None else autograd.anchor
         self.sum_of = None if autograd is None else autograd.sum_of
+        self.saved = None if autograd is None else autograd.saved
         self.second_pass = second_pass
         self.blocks: dict[int, Tensor] = {}
         self.source_windows: dict[tuple[int, Rect], Tensor] = {}
@@ -143,9 +147,13 @@ class Tile:
         layout = Layout(
             axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own, bool(own) and in_margin
         )
-        if value in self.needs:
-            return Compose.apply(self.anchor, tensor, layout, sinks), missing  # pyright: ignore
-        return layout.compose(tensor), missing
+        if value not in self.needs:
+            return layout.compose(tensor), missing
+        window: Tensor = Compose.apply(self.anchor, tensor, layout, sinks)  # pyright: ignore
+        if self.saved is not None and tensor is not None and not layout.in_margin:
+            place = shift(inside, rect[0] - padding[0], rect[2] - padding[2])
+            self.saved.lies_in(tensor, axes, shift(inside, block[0], block[2]), window, place)
+        return window, missing
 
     def _add_to_halo(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
         assert self.returned is not None
@@ -195,8 +203,8 @@ class Tile:
         """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the halo)."""
         return self.tiled.hands_on(value, self.i, self.j)
 
-    def add_handed_back(self, value: int, block: Tensor, grad: Tensor) -> None:
-        """Add to a block's gradient what later tiles have handed back for it."""
+    def add_handed_back(self, value: int, block: Tensor | None, grad: Tensor) -> None:
+        """Add to a block's gradient what later tiles have handed back for it; the block where that wants a slope."""
         assert self.returned is not None
         axes, handed_back = self.tiled.axes(value), self.returned.handed_back
         gather = self.tiled.gathered.get(value)
@@ -204,7 +212,9 @@ class Tile:
         for side, own, halo in self.hands_on(value):
             place = handed_back.place(side, value, halo)
             part = cut(getattr(handed_back, side)[value], axes, place)
-            cut(grad, axes, own).add_(part if slope is None else part * slope(cut(block, axes, own)))
+            if slope is not None and block is not None:
+                part = part * slope(cut(block, axes, own))
+            cut(grad, axes, own).add_(part)
 
     def reach(self, consumers: Container[int]) -> tuple[set[int], set[int]]:
         """Values whose block in this tile is needed for gradients, and those they reach through an op of this tile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,10 @@ from ..errors import GigamorphError
 from ..evaluate.checks import NotANumber
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
+from ..models.weights import first_line
 from ..tiling.memory import peak_bytes, reset_peak
 from .interrupt import Interrupt, InterruptedTraining
+from .loggers import log_row
 from .module import StageModule, remedy
 from .run import seed_of
 from .stages import train_mode
@@ -28,6 +31,8 @@ make_torchvision_importable()
 
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+log = logging.getLogger("gigamorph")
 
 SAVE_EVERY = 600.0
 """Seconds between checkpoints inside an epoch."""
@@ -153,11 +158,12 @@ def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _log(trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
-    """Hand an epoch's row to Lightning's loggers, if there are any."""
-    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    """Hand an epoch's row to Lightning's loggers, if there are any; what they cannot take ends no run."""
     for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=row["epoch"])
-        logger.save()
+        try:
+            log_row(logger, row)
+        except Exception as error:  # the library's own: a server that has gone
+            log.warning("epoch %s is not in %s: %s", row["epoch"], type(logger).__name__, first_line(error))
 
 
 def _stage_of(module: pl.LightningModule) -> StageModule:

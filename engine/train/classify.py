@@ -11,57 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..accelerate import Accelerated
 from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate import odds
+from ..images.derived import header_of
 from ..images.pixels import PixelSource
 from ..models.outputs import Outputs
-from .curves import write_curves
-from .data import Images, tell_epoch
-from .metrics import COUNTS, SHOWN, SMALLER, Prediction, scores
-from .options import Loss
-from .target import Target
-from .task import Score, Task
+from .image_task import TargetTask
+from .metrics import Prediction, scores
 
 
-class Classification(Task):
-    """A target learnt by a network that takes pixel sources; the score is the AUC per image, or what a target has.
+class Classification(TargetTask[Prediction]):
+    """A target learnt by a network (N, C, H, W) or pixel sources -> (N, width of the target).
 
-    Of several views of an exam that are one sample it is that per exam.
-
-    Args:
-        net: an accelerated network, (N, C, H, W) or pixel sources -> (N, width of the target).
-        train: images of the epochs; told which one it is where they have a ``set_epoch``.
-        val: images that choose the best epoch; where the score is not defined (of one class alone), by the loss.
-        record: what checkpoints say of the network.
-        settings: of the loss.
-        weights: of the classes in the loss, see `Target.weights`.
-        drawn: (train,) probabilities by which an epoch's images are drawn; None takes each once.
+    The score is the AUC per image, or what a target has; of several views of an exam that are one sample per exam.
     """
-
-    def __init__(
-        self,
-        net: Accelerated,
-        train: Images,
-        val: Images,
-        record: Mapping[str, Any],
-        target: Target,
-        settings: Loss,
-        *,
-        weights: Sequence[float] | None = None,
-        drawn: np.ndarray | None = None,
-    ) -> None:
-        self.module, self.images, self.val, self.record = net, train, val, record
-        self.target, self.settings, self.weights, self.drawn = target, settings, weights, drawn
-        net.on_tile = lambda event: self.meter.on_tile(event)
-
-    def examples(self, epoch: int) -> Any:
-        tell_epoch(self.images, epoch)
-        return self.images
-
-    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        return super().order(count, generator) if self.drawn is None else generator.choice(count, count, p=self.drawn)
 
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
         self.meter.image(sum(map(pixels_of, batch)))
@@ -69,24 +33,15 @@ class Classification(Task):
         truth = self.target.truth([item["record"] for item in batch])
         return self.target.losses(logits, truth, self.settings, self.weights).mean()
 
-    def score(self) -> Score | None:
-        if not len(self.val):
-            return None
-        predictions = self.predict(self.val, "validate")
-        found = scores(predictions)
-        # In float32, as in training, so that sums that processes round otherwise are equal.
-        losses = np.array([self._loss_of(p) for p in predictions], np.float32)
-        loss = float(np.mean(losses, dtype=np.float64))
-        measures = {name: value for name, value in found.items() if name not in COUNTS}
-        main = next(iter(measures), None)
-        value = None if main is None else measures[main]
-        score = -loss if value is None else float(value) * (-1 if main in SMALLER else 1)
-        columns = {f"val_{name}": math.nan if one is None else float(one) for name, one in measures.items()}
-        # Few images make many equal scores: the loss decides between them.
-        shown = {"val loss": loss, f"val {SHOWN[main or 'auc_image']}": columns.get(f"val_{main}", math.nan)}
-        return Score(score, -loss, {"val_loss": loss, "val_score": score, **columns}, shown)
+    def find(self, item: dict[str, Any]) -> Prediction:
+        self.meter.image(pixels_of(item))
+        logits = logits_of_items(self.module, [item], self.target.outputs)
+        return prediction(item, logits[0], self.target.outputs)
 
-    def _loss_of(self, found: Prediction) -> float:
+    def measures(self, found: Sequence[Prediction]) -> dict[str, float | int | None]:
+        return scores(found)
+
+    def loss_of(self, found: Prediction) -> float:
         """-log p of the truth's probability p, whose log-odds are z: log(1 + exp(-z)); of numbers the squared error in
         units of their spread."""
         if self.target.kind in ("classes", "ordinal"):
@@ -96,23 +51,6 @@ class Classification(Task):
         if self.target.kind == "numbers":
             return float(np.nanmean(((values - truth) / np.array(self.target.spread)) ** 2))
         return float(np.nanmean(np.logaddexp(0.0, np.where(truth > 0.5, -values, values)) + 0 * truth))
-
-    def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_curves(folder, rows)
-
-    def predict(self, images: Images, stage: str) -> list[Prediction]:
-        """Predictions of the images, in order; a collective of the process group."""
-        self.module.eval()
-        self.meter.start(stage, len(images))
-        found = []
-        with torch.no_grad():
-            for index in range(self.group.turn, len(images), self.group.at_once):
-                item = images[index]
-                self.meter.image(pixels_of(item))
-                logits = logits_of_items(self.module, [item], self.target.outputs)
-                found.append(prediction(item, logits[0], self.target.outputs))
-                self.meter.image_done()
-        return self.group.in_order(found)
 
 
 def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Outputs | None = None) -> Tensor:
@@ -159,7 +97,7 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
     """
     record: Record = item["record"]
     together = "views" in item
-    header = None if together else getattr(getattr(item["image"], "stored", None), "info", None)
+    header = None if together else header_of(item["image"])
     # Tables without patients stand each image for itself.
     patient = record.patient_id
     if Path(patient).name == record.path.name:

@@ -25,8 +25,8 @@ from .classify import Classification
 from .data import Data, samples_of
 from .loop import Trained, run_stages
 from .mask_target import MaskTarget
-from .masks import Overlap, Segmentation, mask_scores, scored_lines
-from .metrics import Prediction, as_cases, scores
+from .masks import Overlap, Segmentation, scored_lines
+from .metrics import Prediction, as_cases
 from .network import build_network
 from .options import TrainOptions
 from .progress import Report
@@ -102,31 +102,16 @@ def fit(
     group = ProcessGroup.here(options.split_image)
     record = _begun(make_record(data, options, group), data, options, out / "last.ckpt" if resume else None)
     started = time.monotonic()
-    torch.manual_seed(options.seed)
-    net = build_network(record, None if resume else options.weights, group.split)
+    net = _network(record, data, options, None if resume else options.weights, group)
     if options.patience is not None and not len(data.val):
         log.warning("patience has no effect: there are no validation images, and all epochs are trained")
-    shape = (1, *data.train[0]["image"].shape)
-    check = check_segmenter if isinstance(data.target, MaskTarget) else check_classifier
-    check(net._network, options.model, shape, data.target.width, options.device)
     watch = watch or Watch()
     if watch.say is not None:
         for line in proposal(net, data, options):
             watch.say(line)
     task = _task(net, data, options, record)
-    run = Run(
-        out,
-        options.seed,
-        options.device,
-        options.memory_budget,
-        resume,
-        options.precision,
-        report,
-        log=watch.loggers,
-        callbacks=watch.callbacks,
-        begun=watch.begun,
-        group=group,
-    )
+    own = (out, options.seed, options.device, options.memory_budget, resume, options.precision, report)
+    run = Run(*own, log=watch.loggers, callbacks=watch.callbacks, begun=watch.begun, group=group)
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
     metrics, found = _measure(task, data, record, trained, time.monotonic() - started)
     if group.leads:
@@ -134,6 +119,18 @@ def fit(
         write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
         write_card(out / "model_card.md", _card(data, options, net, metrics, found))
     return Fitted(metrics, {}, net, found) if isinstance(task, Segmentation) else Fitted(metrics, found, net)
+
+
+def _network(
+    record: dict[str, Any], data: Data, options: TrainOptions, weights: str | Path | None, group: ProcessGroup
+) -> Accelerated:
+    """The network as it begins, after a look whether it takes the images."""
+    torch.manual_seed(options.seed)
+    net = build_network(record, weights, group.split)
+    shape = (1, *data.train[0]["image"].shape)
+    check = check_segmenter if isinstance(data.target, MaskTarget) else check_classifier
+    check(net._network, options.model, shape, data.target.width, options.device)
+    return net
 
 
 def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path | None) -> dict[str, Any]:
@@ -174,12 +171,8 @@ def _measure(
     for name, stage in (("val", "validate"), ("test", "test")):
         if not len(data.parts[name]):
             continue
-        if isinstance(task, Segmentation):
-            found[name] = task.measure(data.parts[name], stage)
-            metrics[name] = mask_scores(found[name], task.target)
-        else:
-            found[name] = task.predict(data.parts[name], stage)
-            metrics[name] = scores(found[name])
+        found[name] = task.predict(data.parts[name], stage)
+        metrics[name] = task.measures(found[name])
     metrics |= {
         "seconds": round(seconds, 2),
         "peak_bytes": max(row["peak_bytes"] for row in trained.rows),

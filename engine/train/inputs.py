@@ -78,11 +78,9 @@ def training_data(
         "voi": voi,
         "flip": "auto",
         "downsample": downsample,
+        **({"for_processing": True} if for_processing else {}),
+        **({} if white is None else {"white": white}),
     }
-    if for_processing:
-        preprocessing["for_processing"] = True
-    if white is not None:
-        preprocessing["white"] = white
     if skip_bad:
         read = _without_bad(images(read, channels, preprocessing), warn)
     records = _split(read, fold, seed)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,33 @@ from lightning.pytorch import loggers as of_lightning  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
+log = logging.getLogger("gigamorph")
+
+
+def _wandb(out: Path) -> Logger:
+    project = os.environ.get("WANDB_PROJECT", "gigamorph")
+    return of_lightning.WandbLogger(save_dir=out, name=out.name, project=project)
+
+
+def _mlflow(out: Path) -> Logger:
+    """Of the server in MLFLOW_TRACKING_URI, else in a database of the run's folder: MLflow ended its plain files."""
+    server, own = os.environ.get("MLFLOW_TRACKING_URI"), out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    return of_lightning.MLFlowLogger(
+        experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", "gigamorph"),
+        run_name=out.name,
+        tracking_uri=server or f"sqlite:///{own}/mlflow.db",
+        artifact_location=None if server else (own / "mlartifacts").as_uri(),
+    )
+
+
 _MADE: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda out: of_lightning.CSVLogger(out, name="csv", version=""),
-    "tensorboard": lambda out: of_lightning.TensorBoardLogger(out, name="tensorboard", version=""),
-    "wandb": lambda out: of_lightning.WandbLogger(save_dir=out, name=out.name),
-    "mlflow": lambda out: of_lightning.MLFlowLogger(run_name=out.name, tracking_uri=f"file:{out.absolute()}/mlruns"),
+    "tensorboard": lambda out: of_lightning.TensorBoardLogger(
+        out, name="tensorboard", version="", default_hp_metric=False
+    ),
+    "wandb": _wandb,
+    "mlflow": _mlflow,
 }
 
 
@@ -45,7 +70,44 @@ def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
             found.append(_MADE[name](out))
         except (ImportError, ModuleNotFoundError) as error:
             raise GigamorphError(f"log {name!r} needs a library that is not installed: pip install {name}") from error
+        except Exception as error:  # the library's own: a server that does not answer
+            raise GigamorphError(f"log {name!r} cannot be begun: {first_line(error)}") from error
     return found
+
+
+@contextlib.contextmanager
+def logged(loggers: Sequence[Logger], settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Begin and end loggers around a run: they get its settings, and the epochs that it had before it was resumed.
+
+    TensorBoard's folder has those epochs still; the others begin anew.
+
+    Raises:
+        GigamorphError: one that cannot begin: no account, no server.
+    """
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(dict(settings))
+            for row in () if isinstance(logger, of_lightning.TensorBoardLogger) else rows:
+                log_row(logger, row)
+        except Exception as error:  # the library's own
+            name = type(logger).__name__
+            raise GigamorphError(f"{name} cannot log this run: {first_line(error)}") from error
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            if isinstance(logger, of_lightning.WandbLogger):  # else the next run of this process, a fold, joins it
+                try:
+                    logger.experiment.finish()
+                except Exception as error:  # the library's own; what was trained is there
+                    log.warning("wandb: %s", first_line(error))
+
+
+def log_row(logger: Logger, row: Mapping[str, Any]) -> None:
+    """The numbers of an epoch's row in ``log.csv``."""
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    logger.log_metrics(numbers, step=row["epoch"])
+    logger.save()
 
 
 def make_callbacks(names: Sequence[str]) -> list[Callback]:

@@ -19,7 +19,7 @@ from ..models.compat import make_torchvision_importable
 from .callbacks import Epochs
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .interrupt import Interrupt
-from .loggers import make_callbacks, make_loggers
+from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
 from .optimizers import find_optimizer
 from .progress import Meter
@@ -84,16 +84,19 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     group.wait()  # all have seen the folder as it was
     interrupt = Interrupt()
     watchers = _Watchers(make_loggers(run.log, run.out) if group.leads else [], make_callbacks(run.callbacks))
-    run.begun()
-    with interrupt.awaited():
-        while state.stage < len(stages):
-            stage = stages[state.stage]
-            if not state.is_over(stage):
-                _fit(task, stage, state, run, record, goes_on, interrupt, watchers)
-            elif goes_on:
-                task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
-            state.next_stage()
-            goes_on = False
+    left = state.stage < len(stages) - 1 or not state.is_over(stages[-1])
+    loggers = watchers.loggers if left else ()
+    with logged(loggers, record.get("options", record["settings"]), state.rows):
+        run.begun()
+        with interrupt.awaited():
+            while state.stage < len(stages):
+                stage = stages[state.stage]
+                if not state.is_over(stage):
+                    _fit(task, stage, state, run, record, goes_on, interrupt, watchers)
+                elif goes_on:
+                    task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
+                state.next_stage()
+                goes_on = False
     if state.best_epoch != state.epoch or stages[-1].average is not None:
         _take(task, load_checkpoint(best), str(best))
     task.module.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..accelerate import Accelerated
 from ..datasets.masks import Batched, mask_on_grid
 from ..datasets.tables import Record
 from ..datasets.tables.cells import escape
 from ..dense import dense_loss, map_shape
 from ..errors import BudgetError
 from ..files import write_atomically
-from .curves import write_curves
-from .data import Images, tell_epoch
+from .image_task import TargetTask
 from .mask_target import MaskLoss, MaskTarget, dice, dice_scores
-from .options import Loss
-from .task import Score, Task
 
 
 @dataclass(frozen=True)
@@ -40,52 +35,19 @@ class Overlap:
     counts: np.ndarray
 
 
-class Segmentation(Task):
-    """A class for each pixel, learnt by a network that gives a map; the score is the mean Dice of the classes.
+class Segmentation(TargetTask[Overlap]):
+    """A class for each pixel, learnt by a network, pixel sources -> (N, classes, H', W'); the score is the mean Dice.
 
     Where the map is coarser than the image, the mask is brought to its grid: a cell has the class in its middle.
-
-    Args:
-        net: an accelerated network, pixel sources -> (N, classes, H', W').
-        train: images of the epochs; told which one it is where they have a ``set_epoch``.
-        val: images that choose the best epoch.
-        record: what checkpoints say of the network.
-        settings: of the loss.
-        weights: of the classes in the loss, see `MaskTarget.weights`.
-        drawn: (train,) probabilities by which an epoch's images are drawn; None takes each once.
     """
 
-    def __init__(
-        self,
-        net: Accelerated,
-        train: Images,
-        val: Images,
-        record: Mapping[str, Any],
-        target: MaskTarget,
-        settings: Loss,
-        *,
-        weights: Sequence[float] | None = None,
-        drawn: np.ndarray | None = None,
-    ) -> None:
-        self.module, self.images, self.val, self.record = net, train, val, record
-        self.target, self.drawn = target, drawn
-        self._criterion = MaskLoss(len(target.names), settings, None if weights is None else tuple(weights))
-        self._counting = MaskLoss(len(target.names), settings, self._criterion.weights, counted=True)
-        self._net = net
-        net.on_tile = lambda event: self.meter.on_tile(event)
-
-    def examples(self, epoch: int) -> Any:
-        tell_epoch(self.images, epoch)
-        return self.images
-
-    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        return super().order(count, generator) if self.drawn is None else generator.choice(count, count, p=self.drawn)
+    target: MaskTarget
 
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
-        return torch.stack([self._computed(item, self._criterion)[0] for item in batch]).mean()
+        return torch.stack([self._computed(item)[0] for item in batch]).mean()
 
-    def _computed(self, item: dict[str, Any], criterion: MaskLoss) -> tuple[Tensor, ...]:
-        """What the criterion says of an image.
+    def _computed(self, item: dict[str, Any], counted: bool = False) -> tuple[Tensor, ...]:
+        """What `MaskLoss` says of an image.
 
         Raises:
             BudgetError: naming its file.
@@ -93,49 +55,22 @@ class Segmentation(Task):
         image = item["image"]
         self.meter.image(image.shape[-2] * image.shape[-1])
         mask = self.target.seen(item["record"], image)
+        criterion = MaskLoss(len(self.target.names), self.settings, self.weights, counted)
         try:
-            rows, columns = map_shape(self._net, image)[-2:]
-            return dense_loss(self._net, image, Batched(mask_on_grid(mask, (rows, columns))), criterion)
+            rows, columns = map_shape(self.net, image)[-2:]
+            return dense_loss(self.net, image, Batched(mask_on_grid(mask, (rows, columns))), criterion)
         except BudgetError as error:  # the larger images of a set may not fit
             raise BudgetError(f"{item['record'].path}: {error}") from error
 
-    def score(self) -> Score | None:
-        if not len(self.val):
-            return None
-        found = self.measure(self.val, "validate")
-        loss = float(np.mean(np.array([one.loss for one in found], np.float32), dtype=np.float64))
-        measures = mask_scores(found, self.target)
-        mean = measures["dice"]
-        score = -loss if mean is None else mean
-        columns = {f"val_{name}": math.nan if one is None else float(one) for name, one in measures.items()}
-        del columns["val_images"]
-        return Score(
-            score,
-            -loss,
-            {"val_loss": loss, "val_score": score, **columns},
-            {"val loss": loss, "val Dice": columns["val_dice"]},
-        )
+    def find(self, item: dict[str, Any]) -> Overlap:
+        loss, counts = self._computed(item, counted=True)
+        return Overlap(item["record"], float(loss), counts.cpu().numpy())
 
-    def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_curves(folder, rows)
+    def loss_of(self, found: Overlap) -> float:
+        return found.loss
 
-    def measure(self, images: Images, stage: str) -> list[Overlap]:
-        """Of the images, in order; a collective of the process group."""
-        self.module.eval()
-        self.meter.start(stage, len(images))
-        found = []
-        with torch.no_grad():
-            for index in range(self.group.turn, len(images), self.group.at_once):
-                item = images[index]
-                loss, counts = self._computed(item, self._counting)
-                found.append(Overlap(item["record"], float(loss), counts.cpu().numpy()))
-                self.meter.image_done()
-        return self.group.in_order(found)
-
-
-def mask_scores(found: Sequence[Overlap], target: MaskTarget) -> dict[str, float | int | None]:
-    """The `dice_scores` of some images."""
-    return dice_scores(np.sum([one.counts for one in found], 0), len(found), target.names)
+    def measures(self, found: Sequence[Overlap]) -> dict[str, float | int | None]:
+        return dice_scores(np.sum([one.counts for one in found], 0), len(found), self.target.names)
 
 
 def write_overlaps(path: Path, found: Sequence[Overlap], names: Sequence[str]) -> None:

@@ -121,7 +121,7 @@ def _grouped(predictions: Sequence[Prediction], level: Level) -> list[Prediction
 COUNTS = ("images", "breasts", "exams")
 SMALLER = ("mae_image", "mae_breast", "mae_exam")
 """Measures of `scores` that are better when they are smaller."""
-SHOWN = {"auc_image": "AUC", "mae_image": "MAE", "auc_exam": "AUC", "mae_exam": "MAE"}
+SHOWN = {"auc_image": "AUC", "mae_image": "MAE", "auc_exam": "AUC", "mae_exam": "MAE", "dice": "Dice"}
 
 
 def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:

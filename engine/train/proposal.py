@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,23 @@ import torch
 
 from ..accelerate import Accelerated, accelerate
 from ..errors import BudgetError
-from ..tiling.memory import format_bytes
+from ..planning import constants
+from ..planning.plan import Plan
+from ..tiling.memory import available_bytes, format_bytes
 from .data import Data
 from .mask_target import MaskTarget, WithLoss
 from .options import TrainOptions
 
 _LOOKED_AT = 16
+_PATIENCE = 1.0
+"""Seconds that a plan may have taken for another one, of a larger budget, to be made as well."""
+_TOLD_FROM = 1.1
+"""By how much a step has to become faster for a larger budget to be told."""
 
 
 def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[str]:
-    """Lines for people: tile, predicted peak and budget of a step on the largest image; steps of an epoch.
+    """Lines for people: tile, predicted peak and budget of a step on the largest image; steps of an epoch; a budget by
+    which a step would be faster, if there is one and planning is quick.
 
     Of the training images at most 16 are opened, spread over the table; larger ones may be among the others.
 
@@ -37,11 +47,13 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
         with_loss = WithLoss(net._network, len(data.target.names), options.loss)
         planned = accelerate(with_loss, options.memory_budget, batch_norm=options.batch_norm)
     planned.train()
+    started = time.monotonic()
     try:
         with torch.enable_grad():
             plan = planned.plan_for((1, *shape))
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}") from error
+    quick = time.monotonic() - started < _PATIENCE
     budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
@@ -54,6 +66,28 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
         f"{min(options.accumulate, count)} {samples} per optimizer step (accumulate), {steps} steps per epoch, "
         f"{steps * epochs} in {epochs} epochs"
     )
+    if quick and not options.split_image:
+        yield from larger_budget(planned, (1, *shape), plan)
+
+
+def larger_budget(planned: Accelerated, shape: tuple[int, ...], plan: Plan) -> Iterator[str]:
+    """A line on a budget of at most four times the bytes, or of what is free, by which a step computes less twice."""
+    device, budget = planned._device(), planned.memory_budget
+    free = int(constants.FREE_SHARE * available_bytes(device))
+    most = free if budget is None else min(4 * budget, free)
+    # Without a budget a GPU fills what is free already.
+    if plan.work < _TOLD_FROM or most <= (budget or 0) or (budget is None and device.type != "cpu"):
+        return
+    dtype = next((p.dtype for p in planned.parameters() if p.is_floating_point()), torch.float32)
+    with torch.enable_grad():
+        other = replace(planned._settings, memory_budget=most).plan_for(planned._network, shape, dtype, device)
+    faster = plan.work / other.work
+    if faster >= _TOLD_FROM:
+        enough = min(most, math.ceil(1.1 * other.peak_bytes / 2**20) * 2**20)
+        yield (
+            f"--memory-budget {enough // 2**20}MiB would make a step about {faster:.1f} x faster, by its arithmetic "
+            "and moved bytes; gigamorph plan compares budgets"
+        )
 
 
 def _look(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Path, int]:

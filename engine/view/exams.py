@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..datasets.dataset import open_record
-from ..datasets.tables import Record, read_table
+from ..datasets.masks import Classes, FileMask, Mask, mask_as_seen, masks_of
+from ..datasets.tables import Finding, Record, read_table
 from ..datasets.tables.cells import Rows, read_rows
 from ..datasets.views import MirroredSource
 from ..errors import DataError
+from ..evaluate.dice import DICE, SHARE, classes_of_masks
 from ..evaluate.read import LABEL, PROBABILITY, VALUE
 from ..images.affine import Map
 from ..images.pixels import PixelSource, as_stored, to_original
@@ -24,22 +26,45 @@ _TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
 
 
 @dataclass(frozen=True)
+class PredictedMask:
+    """What is known of an image whose mask was predicted.
+
+    Attributes:
+        classes: what the values of the masks mean.
+        dice: of each class but the background, where it is defined.
+        files: of the "predicted" mask and of the "reference", as far as there are any.
+    """
+
+    classes: Classes
+    dice: Mapping[str, float]
+    files: Mapping[str, Sequence[Path]]
+
+
+@dataclass(frozen=True)
 class View:
     """One image of an exam.
 
     Attributes:
-        predicted: probabilities of classes or labels, or numbers, by name.
+        predicted: probabilities of classes or labels, or numbers, by name; of masks the share of the image that each
+            class but the background takes.
         truth: by name, what is known of them; of several classes 1 of the true one and 0 of the others.
+        masks: of an image whose mask was predicted.
     """
 
     record: Record
     predicted: Mapping[str, float]
     truth: Mapping[str, float] = field(default_factory=dict)
     numbers: bool = False
+    masks: PredictedMask | None = None
 
     @property
     def error(self) -> float | None:
-        """The largest difference of what was predicted and what is true; None where nothing is known."""
+        """The largest difference of what was predicted and what is true; None where nothing is known.
+
+        Of masks 1 less the mean Dice of the classes.
+        """
+        if self.masks is not None:
+            return 1 - float(np.mean(list(self.masks.dice.values()))) if self.masks.dice else None
         differences = [abs(self.predicted[name] - value) for name, value in self.truth.items()]
         return max(differences) if differences else None
 
@@ -51,6 +76,21 @@ class View:
         """
         source = open_record(self.record)
         return MirroredSource(source, left_right=True, up_down=False) if self.record.laterality == "R" else source
+
+    def mask(self, which: str, source: PixelSource) -> Mask:
+        """A mask where the pixels of `open`'s image are.
+
+        Args:
+            which: "predicted" or "reference"; one of the keys of ``masks.files``.
+
+        Raises:
+            DataError: if it cannot be read, or is not of the image's size.
+        """
+        assert self.masks is not None
+        files = tuple(Finding("", mask=path) for path in self.masks.files[which])
+        mask = FileMask(replace(self.record, findings=files), self.masks.classes)
+        mask.require_size(source)
+        return mask_as_seen(mask, source)
 
     def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:
         """The findings' boxes (left, top, right, bottom, what it is) in pixels of `open`'s image."""
@@ -103,11 +143,12 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     rows = read_rows(path)
     rows.require("image_path")
     known = {} if table is None else {record.path.absolute(): record for record in _records(Path(table))}
+    classes = classes_of_masks(rows)
     exams: dict[tuple[str, ...], list[View]] = {}
     for place, row in zip(rows.places, rows.rows, strict=True):
         if split is not None and row.get("split") != split:
             continue
-        view = _view(rows, place, row, known)
+        view = _view(rows, place, row, known, classes)
         own = view.record
         # Images of patients who are not known stand for themselves.
         key = (own.patient_id, own.exam_id or "") if own.patient_known else ("", row["image_path"])
@@ -141,7 +182,9 @@ def _place(view: View) -> tuple[int, str, int]:
     return _VIEWS.get(own.view or "", 2), own.view or "", _SIDES.get(own.laterality or "", 2)
 
 
-def _view(rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, Record]) -> View:
+def _view(
+    rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, Record], classes: Classes | None
+) -> View:
     path = Path(row["image_path"])
     if not path.is_absolute() and not path.exists():
         path = rows.path.parent / path
@@ -162,6 +205,8 @@ def _view(rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, R
         labels=own.labels if own else {},
         patient_known=bool(patient) and Path(patient).name != path.name,
     )
+    if classes is not None:
+        return _masked(rows, place, row, record, classes, () if own is None else masks_of(own))
     numbers = any(name.startswith(VALUE) for name in rows.header)
     prefix = VALUE if numbers else PROBABILITY
     columns = [name for name in rows.header if name.startswith(prefix)]
@@ -169,6 +214,21 @@ def _view(rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, R
         return _scored(rows, place, row, record)
     predicted = {name.removeprefix(prefix): _number(rows, place, row, name) for name in columns}
     return View(record, predicted, _truth(row, record, list(predicted)), numbers)
+
+
+def _masked(
+    rows: Rows, place: str, row: Mapping[str, str], record: Record, classes: Classes, reference: Sequence[Path]
+) -> View:
+    """Of tables of masks."""
+    shares = {name: _number(rows, place, row, SHARE + name) for name in classes.names[1:] if SHARE + name in row}
+    dice = {name: _number(rows, place, row, DICE + name) for name in classes.names[1:] if row.get(DICE + name)}
+    predicted = [rows.path.parent / row["mask"]] if row.get("mask") else []
+    for path in (*predicted, *reference):
+        if not path.is_file():
+            raise DataError(f"{path}: no such mask")
+    files = {"predicted": predicted, "reference": reference}
+    known = PredictedMask(classes, dice, {which: paths for which, paths in files.items() if paths})
+    return View(record, shares, masks=known)
 
 
 def _scored(rows: Rows, place: str, row: Mapping[str, str], record: Record) -> View:

@@ -13,23 +13,17 @@ from numpy.typing import NDArray
 from ..images.pixels import PixelSource
 
 TILE = 512
-_DIRECT = 2
+DIRECT = 2
 """Up to this factor tiles are read from the image itself; coarser ones come from an overview that is made once."""
-_OVERVIEW = 4
+OVERVIEW = 4
 _ROWS = 256
 
 
-class Pyramid:
-    """Tiles of an image averaged over 1, 2, 4, ... pixels in both directions; one thread at a time.
+class Grid:
+    """Where the tiles of an image lie at every scale: 1, 2, 4, ... pixels to one in both directions."""
 
-    Args:
-        source: grey values from 0 to 1, of one or three channels.
-    """
-
-    def __init__(self, source: PixelSource) -> None:
-        self._source, self._lock = source, threading.Lock()
-        self._overview: NDArray[np.uint8] | None = None
-        _, self.height, self.width = source.shape
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
 
     @property
     def levels(self) -> int:
@@ -41,27 +35,48 @@ class Pyramid:
         side = TILE << level
         return -(-self.width // side), -(-self.height // side)
 
+    def box(self, level: int, column: int, row: int) -> tuple[int, int, int, int]:
+        """(top, bottom, left, right) of a tile in pixels of the image.
+
+        Raises:
+            IndexError: there is none.
+        """
+        columns, rows = self.tiles(level)
+        if not (0 <= level <= self.levels and 0 <= column < columns and 0 <= row < rows):
+            raise IndexError(f"level {level} has no tile {column}, {row}")
+        side = TILE << level
+        return row * side, min((row + 1) * side, self.height), column * side, min((column + 1) * side, self.width)
+
+
+class Pyramid(Grid):
+    """Tiles of an image averaged over 1, 2, 4, ... pixels in both directions; one thread at a time.
+
+    Args:
+        source: grey values from 0 to 1, of one or three channels.
+    """
+
+    def __init__(self, source: PixelSource) -> None:
+        super().__init__(*source.shape[1:])
+        self._source, self._lock = source, threading.Lock()
+        self._overview: NDArray[np.uint8] | None = None
+
     def tile(self, level: int, column: int, row: int) -> bytes:
         """A tile as PNG, 8 bits a channel.
 
         Raises:
             IndexError: there is none. DataError: the image cannot be read.
         """
-        columns, rows = self.tiles(level)
-        if not (0 <= level <= self.levels and 0 <= column < columns and 0 <= row < rows):
-            raise IndexError(f"level {level} has no tile {column}, {row}")
+        top, bottom, left, right = self.box(level, column, row)
         factor = 1 << level
-        top, left = row * TILE * factor, column * TILE * factor
-        bottom, right = min(top + TILE * factor, self.height), min(left + TILE * factor, self.width)
         with self._lock:
-            if factor <= _DIRECT:
+            if factor <= DIRECT:
                 pixels = _averaged(self._source.read(top, bottom, left, right).numpy(), factor)
                 values = _bytes(pixels)
             else:
                 part = self._coarse()[
-                    :, top // _OVERVIEW : -(-bottom // _OVERVIEW), left // _OVERVIEW : -(-right // _OVERVIEW)
+                    :, top // OVERVIEW : -(-bottom // OVERVIEW), left // OVERVIEW : -(-right // OVERVIEW)
                 ]
-                values = np.rint(_averaged(part.astype(np.float32), factor // _OVERVIEW)).astype(np.uint8)
+                values = np.rint(_averaged(part.astype(np.float32), factor // OVERVIEW)).astype(np.uint8)
         return png(values)
 
     def _coarse(self) -> NDArray[np.uint8]:
@@ -69,7 +84,7 @@ class Pyramid:
         if self._overview is None:
             found = [
                 _bytes(
-                    _averaged(self._source.read(top, min(top + _ROWS, self.height), 0, self.width).numpy(), _OVERVIEW)
+                    _averaged(self._source.read(top, min(top + _ROWS, self.height), 0, self.width).numpy(), OVERVIEW)
                 )
                 for top in range(0, self.height, _ROWS)
             ]
@@ -78,7 +93,7 @@ class Pyramid:
 
 
 def png(values: NDArray[np.uint8]) -> bytes:
-    """(channels, height, width), of one or three channels, as PNG."""
+    """(channels, height, width), of one, three or, with opacity, four channels, as PNG."""
     image: Any = values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
     return bytes(imagecodecs.png_encode(np.ascontiguousarray(image), level=4))
 

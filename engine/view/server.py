@@ -17,7 +17,7 @@ _TYPES = {
     ".css": "text/css",
     ".png": "image/png",
 }
-_TILE = re.compile(r"/tiles/(\d+)/(\d+)/(\d+)_(\d+)\.png")
+_TILE = re.compile(r"/(?:tiles/(\d+)|masks/(\d+)/(predicted|reference))/(\d+)/(\d+)_(\d+)\.png")
 _EVIDENCE = re.compile(r"/evidence/(\d+)\.js")
 
 
@@ -62,10 +62,9 @@ def make_server(site: Site, folder: Path, port: int) -> ThreadingHTTPServer:
 def _made(site: Site, place: str) -> bytes:
     """A tile or a map, by its name."""
     if found := _TILE.fullmatch(place):
-        number, level, column, row = map(int, found.groups())
-        if number >= len(site.views):
-            raise IndexError(place)
-        return site.pyramid(number).tile(level, column, row)
+        image, masked, which = found.groups()[:3]
+        level, column, row = map(int, found.groups()[3:])
+        return site.tiles_of(int(image or masked), which or "").tile(level, column, row)
     if found := _EVIDENCE.fullmatch(place):
         return site.evidence(int(found[1])).encode()
     raise IndexError(place)

@@ -13,13 +13,15 @@ from typing import Any
 
 from ..errors import GigamorphError
 from ..files import write_atomically
+from ..report.figure import class_colour
 from .evidence import Evidence
 from .exams import Exam, View
+from .masks import MaskTiles
 from .pyramid import TILE, Pyramid, png
 
 PAGE = Path(__file__).parent / "page"
-_KEPT = 12
-"""Images whose overview stays in memory."""
+_KEPT = 36
+"""Images and masks whose overview stays in memory."""
 
 
 class Site:
@@ -33,7 +35,7 @@ class Site:
     def __init__(self, exams: Sequence[Exam], evidence: Evidence | None, *, identifiers: bool) -> None:
         self.exams, self._evidence, self._identifiers = list(exams), evidence, identifiers
         self.views: list[View] = [view for exam in self.exams for view in exam.views]
-        self._kept: OrderedDict[int, Pyramid] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, str], Pyramid | MaskTiles] = OrderedDict()
         self._lock = threading.Lock()
 
     def write_page(self, out: Path) -> Path:
@@ -45,7 +47,7 @@ class Site:
         there = [path.name for path in out.iterdir()] if out.is_dir() else []
         if there and "data.js" not in there:
             raise GigamorphError(f"{out}: holds other files; name another --out")
-        for name in ("tiles", "evidence"):
+        for name in ("tiles", "masks", "evidence"):
             shutil.rmtree(out / name, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         for path in PAGE.iterdir():
@@ -56,29 +58,34 @@ class Site:
 
     def write_all(self, out: Path, done: Callable[[int], object]) -> None:
         """Write all tiles and maps, so that the page works from its files; ``done`` is told after each image."""
-        for number in range(len(self.views)):
-            pyramid = self.pyramid(number)
-            for level in range(pyramid.levels + 1):
-                columns, rows = pyramid.tiles(level)
-                folder = out / "tiles" / str(number) / str(level)
-                folder.mkdir(parents=True, exist_ok=True)
-                for row in range(rows):
-                    for column in range(columns):
-                        (folder / f"{column}_{row}.png").write_bytes(pyramid.tile(level, column, row))
+        for number, view in enumerate(self.views):
+            _write_tiles(out / "tiles" / str(number), self.tiles_of(number))
+            for which in view.masks.files if view.masks is not None else ():
+                _write_tiles(out / "masks" / str(number) / which, self.tiles_of(number, which))
             if self._evidence is not None:
                 (out / "evidence").mkdir(exist_ok=True)
                 (out / "evidence" / f"{number}.js").write_text(self.evidence(number))
             done(number)
 
-    def pyramid(self, number: int) -> Pyramid:
-        """Of an image; the last ones that were asked for are kept."""
+    def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
+        """Of an image, or of its "predicted" mask or its "reference"; the last ones that were asked for are kept.
+
+        Raises:
+            IndexError: there is none.
+        """
+        view = self.views[number]
+        if which and (view.masks is None or which not in view.masks.files):
+            raise IndexError(f"image {number} has no mask {which}")
         with self._lock:
-            if number not in self._kept:
-                self._kept[number] = Pyramid(self.views[number].open())
+            if (number, which) not in self._kept:
+                source = view.open()
+                outlined = which == "reference"
+                found = MaskTiles(view.mask(which, source), outlined=outlined) if which else Pyramid(source)
+                self._kept[number, which] = found
                 while len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
-            self._kept.move_to_end(number)
-            return self._kept[number]
+            self._kept.move_to_end((number, which))
+            return self._kept[number, which]
 
     def evidence(self, number: int) -> str:
         """A script that hands the page an image's map: from files no other way is open."""
@@ -98,7 +105,13 @@ class Site:
             }
             for number, exam in enumerate(self.exams)
         ]
-        return {"exams": exams, "tile": TILE, "evidence": self._evidence is not None}
+        return {"exams": exams, "tile": TILE, "evidence": self._evidence is not None, "classes": self._classes()}
+
+    def _classes(self) -> dict[str, str]:
+        """Colours of the classes of masks by their names; none where no masks are shown."""
+        masks = next((view.masks for view in self.views if view.masks is not None), None)
+        names = () if masks is None else masks.classes.names[1:]
+        return {name: class_colour(number) for number, name in enumerate(names, 1)}
 
     def _shown(self, view: View, number: int) -> dict[str, Any]:
         source, own = view.open(), view.record
@@ -117,4 +130,15 @@ class Site:
             "width": pyramid.width,
             "levels": pyramid.levels,
             "boxes": view.boxes(source),
+            "dice": {} if view.masks is None else dict(view.masks.dice),
+            "masks": [] if view.masks is None else list(view.masks.files),
         }
+
+
+def _write_tiles(folder: Path, tiles: Pyramid | MaskTiles) -> None:
+    for level in range(tiles.levels + 1):
+        columns, rows = tiles.tiles(level)
+        (folder / str(level)).mkdir(parents=True, exist_ok=True)
+        for row in range(rows):
+            for column in range(columns):
+                (folder / str(level) / f"{column}_{row}.png").write_bytes(tiles.tile(level, column, row))

@@ -215,6 +215,7 @@ def test_numbers(tmp_path, capsys):
     assert measured["rmse"]["value"] ** 2 == pytest.approx(((found - truth) ** 2).mean())
     low, high = measured["mae"]["bootstrap"]
     assert low < measured["mae"]["value"] < high
-    assert "Lin" in (tmp_path / "o" / "report.html").read_text()
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "Lin" in page and "Spearman" in page
     assert run("eval", path, "--threshold", "0.5", "--out", tmp_path / "t") == 2
     assert "not of numbers" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -213,6 +213,42 @@ def test_criteria_that_change_are_noticed_and_others_are_recorded_once():
     assert len(net._programs.kept) == kept + 2
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_criterion_that_changes_its_own_state_does_so_once_per_step(anew):
+    """Counters, attributes and buffers, whether it is one object or made for each step."""
+
+    class Ramped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps, self.kept = 0, []
+            self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            self.steps += 1
+            loss = F.cross_entropy(logits, labels)
+            self.mean, self.latest = 0.9 * self.mean + 0.1 * loss.detach(), loss
+            self.kept.append(loss.detach())
+            return loss * self.steps
+
+    torch.manual_seed(0)
+    stock = UNet().double()
+    labels, found = torch.randint(CLASSES, (2, HEIGHT, WIDTH)), []
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=16)):
+        criterion, seen = Ramped(), []
+        for seed in range(3):
+            criterion = Ramped() if anew else criterion
+            torch.manual_seed(seed)
+            x = torch.randn(2, 2, HEIGHT, WIDTH, dtype=torch.float64)
+            loss = criterion(net(x), labels) if net is stock else dense_loss(net, x, labels, criterion)
+            loss.backward()
+            assert criterion.steps == (1 if anew else seed + 1)
+            seen += [loss.detach(), criterion.mean, criterion.latest.detach(), *criterion.kept]
+        found.append([*seen, *(p.grad for p in net.parameters())])
+    assert len(found[0]) == len(found[1])
+    for got, wanted in zip(*found, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-11)
+
+
 def test_a_part_of_the_steps_recomputed(monkeypatch):
     """Where little is stored, maps between the norms are computed again, with the labels at hand."""
     monkeypatch.setattr(PLAN, "strategies", lambda *a: list(strategies(*a))[-1:])

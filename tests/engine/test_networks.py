@@ -26,9 +26,9 @@ NETWORKS = {
 }
 
 
-def network(name: str, seed: int = 0, **more: Any) -> nn.Module:
+def network(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"num_classes": 5, **NETWORKS[name], **more}
+    options: dict[str, Any] = {"num_classes": 5, **NETWORKS[name]}
     if name == "vgg11_bn":  # without its classifier, which alone holds 120 million weights
         model = timm.create_model(name, pretrained=False, **options).features
         model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5))
@@ -37,11 +37,8 @@ def network(name: str, seed: int = 0, **more: Any) -> nn.Module:
     return randomize(model, seed).eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
-    ("size", "tile"),
-    [((97, 65), (24, 40)), ((64, 64), 512)],
-    ids=["97x65 in 24x40", "64x64 in one"],
+    ("name", "size", "tile"), [*((name, (97, 65), (24, 40)) for name in NETWORKS), ("resnet18", (64, 64), 512)]
 )
 def test_exact(name, size, tile):
     image = torch.randn(1, 3, *size, dtype=torch.float64)
@@ -97,29 +94,14 @@ def distance(truth: Step, got: Step) -> tuple[float, float]:
         ("resnet18", pure(torch.bfloat16), 3),
         ("resnet18", autocast, 3),
         ("convnext_atto", pure(torch.float32), 3),
-        pytest.param("resnet50", pure(torch.float32), 3, marks=pytest.mark.slow),
-        pytest.param("densenet121", pure(torch.float32), 3, marks=pytest.mark.slow),
     ],
-    ids=[
-        "resnet18 float32",
-        "resnet18 bfloat16",
-        "resnet18 autocast",
-        "convnext_atto float32",
-        "resnet50 float32",
-        "densenet121 float32",
-    ],
+    ids=["resnet18 float32", "resnet18 bfloat16", "resnet18 autocast", "convnext_atto float32"],
 )
 def test_error_no_larger_than_stock(name, run, seeds):
-    """Single runs scatter by a factor of two either way, so the median ratio over a few seeds is what counts.
-
-    DenseNet gets a smooth activation: with ReLU, whether one of its five million pre-activations near zero changes sign
-    between float32 and float64 decides the error of the gradient (2e-7 or 1e-5 to 1e-3), for stock PyTorch (in
-    channels-last) about as often as for us, in a third of all runs.
-    """
-    more = {"act_layer": "silu"} if name == "densenet121" else {}
+    """Single runs scatter by a factor of two either way, so the median ratio over a few seeds is what counts."""
     ratios: list[tuple[float, float]] = []
     for seed in range(seeds):
-        model = network(name, seed, **more)
+        model = network(name, seed)
         image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(seed))
         truth = step(copy.deepcopy(model).double(), image.double())
         stock = distance(truth, run(copy.deepcopy(model), image))

@@ -15,7 +15,7 @@ from gigamorph.engine.datasets.augment import Augment
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.parallel.process_group import ProcessGroup
-from gigamorph.engine.recipes.classify import ImageTask
+from gigamorph.engine.recipes.classify import ClassifierTask
 from gigamorph.engine.train.data import Data
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.inputs import training_data
@@ -125,7 +125,7 @@ def run_augmented(table: Path, augment: str, out: Path, options: TrainOptions) -
 def run_stage(out: Path, split: bool, batch: int, accumulate: int) -> Any:
     """The rows of a recipe's stage on whole images, or what it ended with."""
     torch.manual_seed(3)
-    task = ImageTask(normed(2, 1), images(13), images(5, 100), Target(("normal", "finding")), batch=2, split=split)
+    task = ClassifierTask(normed(2, 1), images(13), images(5, 100), Target(("normal", "finding")), batch=2, split=split)
     stage = Stage("all", 2, 3e-3, batch_size=batch, accumulate=accumulate)
     try:
         rows = run_stages(task, [stage], Run(out, seed=5, group=ProcessGroup.here(split))).rows

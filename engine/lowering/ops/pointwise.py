@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from ...capture.trace import Op
 from .base import (
@@ -177,5 +178,7 @@ def channel_dropout(op: Op, maps: Maps) -> Local:
 
 @rule("rand_like", "randn_like", "bernoulli", "rrelu")
 def noise(op: Op, maps: Maps) -> Local | list[Node]:
+    if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((op.args, op.kwargs))):
+        raise Refusal(f"'{op.name}' draws a map from a generator of its own; draw it from PyTorch's default generator")
     random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
     return _random(elementwise(op, maps), random)

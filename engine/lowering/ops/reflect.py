@@ -8,6 +8,7 @@ from torch import Tensor
 from ...capture.trace import Op
 from ..geometry import Mirror
 from .base import Block, Env, Local, Maps
+from .resample import select
 
 
 def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int], replicate: bool) -> Local:
@@ -29,4 +30,4 @@ def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int]) -> Tensor:
     sources = [access.source(o) - start for o in range(*span)]
     if sources == list(range(sources[0], sources[0] + len(sources))):
         return x.narrow(dim, sources[0], len(sources))
-    return x.index_select(dim, torch.tensor(sources, device=x.device))
+    return select(x, dim, torch.tensor(sources, device=x.device))

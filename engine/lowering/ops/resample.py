@@ -51,6 +51,13 @@ def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
     return (torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5 > size_in - 1
 
 
+def select(x: Tensor, dim: int, places: Tensor) -> Tensor:
+    """`x.index_select(dim, places)` in the memory order of x, which the next convolution need not change then."""
+    if x.dim() == 4 and dim >= 2 and x.stride(1) == 1:
+        return x.permute(0, 2, 3, 1).index_select(dim - 1, places).permute(0, 3, 1, 2)
+    return x.index_select(dim, places)
+
+
 class _Blend:
     """One axis: the two inputs of every output, and the weight of the second."""
 
@@ -72,7 +79,8 @@ class _Blend:
         )
         weight = torch.tensor(self.weights[these], device=x.device, dtype=x.dtype)
         weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
-        return x.index_select(dim, lower) * (1 - weight) + x.index_select(dim, upper) * weight
+        # In place: these maps are larger than any other here, and autograd asks for none of them.
+        return select(x, dim, lower).mul_(1 - weight).add_(select(x, dim, upper).mul_(weight))
 
 
 class _Weights:
@@ -113,7 +121,7 @@ class _Weights:
             for t in range(self.count):
                 places = (first + t).clamp_max(end - start - 1).to(x.device)
                 weight = weights[:, t].to(x.device, x.dtype).reshape([-1 if d == dim else 1 for d in range(x.dim())])
-                total = total + x.index_select(dim, places) * weight
+                total = total + x.index_select(dim, places).mul_(weight)
             return total
         matrix = torch.zeros(span[1] - span[0], end - start + self.count, dtype=torch.float64)
         matrix.scatter_(1, first[:, None] + torch.arange(self.count), weights)

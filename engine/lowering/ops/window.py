@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...capture.trace import Op, bind
 from ..geometry import Gather, Window
 from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, need_nchw, pair, replay, rule
-from .resample import INTERPOLATE, bilinear, positions, weighted
+from .resample import INTERPOLATE, bilinear, positions, select, weighted
 
 
 def _windows(
@@ -245,11 +245,7 @@ def interpolate(op: Op, maps: Maps) -> Local | Reduction:
 def _repeat(x: Tensor, dim: int, access: Gather, span: tuple[int, int]) -> Tensor:
     """Copy each input row as often as the outputs of `span` read it."""
     start, end = access.span(*span)
-    sources = access.sources[span[0] : span[1]]
-    counts = [0] * (end - start)
-    for source in sources:
-        counts[source - start] += 1
-    if all(count == 1 for count in counts):
+    places = [source - start for source in access.sources[slice(*span)]]
+    if places == list(range(end - start)):
         return x
-    repeats = torch.tensor(counts, device=x.device)
-    return torch.repeat_interleave(x, repeats, dim, output_size=len(sources))
+    return select(x, dim, torch.tensor(places, device=x.device))

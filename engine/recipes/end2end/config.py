@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...errors import GigamorphError
@@ -74,6 +74,12 @@ class Model:
     several that share backbone and weights has them."""
 
 
+_TUNED = Stage(
+    "all", 20, 1e-5, weight_decay=2e-2, undecayed=("features",), batch_size=2, patience=10, batch_norm="eval"
+)
+"""All layers of a network of whole images."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Shen's all convolutional design: patch network, whole-image network, ensemble, transfer."""
@@ -139,46 +145,13 @@ class Config:
             patience=10,
             batch_norm="trainable",
         ),
-        Stage(
-            "all",
-            20,
-            1e-5,
-            weight_decay=2e-2,
-            undecayed=("features",),
-            batch_size=2,
-            patience=10,
-            batch_norm="eval",
-        ),
+        _TUNED,
     )
-    native: tuple[Stage, ...] = (
-        Stage(
-            "native",
-            20,
-            1e-5,
-            weight_decay=2e-2,
-            undecayed=("features",),
-            batch_size=1,
-            accumulate=2,
-            patience=10,
-            batch_norm="eval",
-        ),
-    )
+    native: tuple[Stage, ...] = (replace(_TUNED, name="native", batch_size=1, accumulate=2),)
     """Of networks with a front."""
     start: str | None = None
     """The folder of a finished run on another data set: its whole-image networks are transferred, without patches."""
-    transfer: tuple[Stage, ...] = (
-        Stage(
-            "transfer",
-            50,
-            1e-6,
-            weight_decay=2e-2,
-            undecayed=("features",),
-            batch_size=2,
-            dropout=0.0,
-            patience=10,
-            batch_norm="eval",
-        ),
-    )
+    transfer: tuple[Stage, ...] = (replace(_TUNED, name="transfer", epochs=50, lr=1e-6, dropout=0.0),)
     patients: tuple[int, ...] = ()
     """Of the transfer's learning curve: numbers of training patients; empty for all of them."""
 

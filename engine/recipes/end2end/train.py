@@ -28,7 +28,7 @@ from ...train.stages import Stage
 from ...train.target import Target, batch_weights
 from ...train.task import Score, Task
 from ..card import recipe_card
-from ..classify import ImageTask, auc_of, classifier_record, read_target
+from ..classify import ClassifierTask, auc_of, classifier_record, read_target
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish
@@ -185,8 +185,8 @@ def _task(
     stages: Sequence[Stage],
     model: Model,
     **more: Any,
-) -> ImageTask:
-    return ImageTask(
+) -> ClassifierTask:
+    return ClassifierTask(
         net,
         whole_images(images["train"], config, augment=True, seed=run.seed),
         whole_images(images["val"], config),
@@ -211,7 +211,7 @@ def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def _results(
-    task: ImageTask, images: Parts, config: Config, run: Run, trained: Trained | None
+    task: ClassifierTask, images: Parts, config: Config, run: Run, trained: Trained | None
 ) -> tuple[dict[str, Any], Cases]:
     test = whole_images(images["test"], config)
     found: dict[str, Any] = {}

@@ -11,30 +11,20 @@ from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import Record
 from ...errors import DataError
-from ...images.affine import Map
-from ...images.pixels import Normalize, PixelSource, check_region, steps_of, to_original
+from ...images.derived import DerivedSource
+from ...images.pixels import Normalize, PixelSource, check_region
 from .config import Config
 
 
-class WholeCells:
+class WholeCells(DerivedSource):
     """An image without the rows and columns at its lower and right border that do not fill a cell of r x r pixels."""
 
     def __init__(self, source: PixelSource, r: int) -> None:
-        channels, height, width = source.shape
+        _, height, width = source.shape
         if height < r or width < r:
             raise DataError(f"{source.name}: {height} x {width} pixels hold no cell of {r} x {r}")
-        self.source, self.r, self.name = source, r, source.name
-        self.shape = (channels, height - height % r, width - width % r)
-
-    @property
-    def to_original(self) -> Map:
-        """From this image's coordinates to those of the file."""
-        return to_original(self.source)
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was applied, in order."""
-        return (*steps_of(self.source), f"cut to whole cells of {self.r} x {self.r} pixels")
+        super().__init__(source, height - height % r, width - width % r)
+        self.added = (f"cut to whole cells of {r} x {r} pixels",)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)

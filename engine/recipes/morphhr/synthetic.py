@@ -26,7 +26,7 @@ from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target
 from ..claims import Effect, Rule, Synthetic
-from ..classify import ImageTask
+from ..classify import ClassifierTask
 from .config import Config
 from .images import parent_images
 from .train import train
@@ -134,7 +134,7 @@ def _first_training(run: Run) -> Path:
     records = _write(run.out / "source", run.seed, "source", IMAGES["source"])
     torch.manual_seed(run.seed)
     images = parent_images(records, CONFIG)
-    task = ImageTask(SmallNet(), images, images, Target(("across", "upright")), batch=32)
+    task = ClassifierTask(SmallNet(), images, images, Target(("across", "upright")), batch=32)
     task.score = lambda: None  # all of its images are training images
     run_stages(task, _PARENT, run.part("source-run"))
     path = run.out / "parent.pt"

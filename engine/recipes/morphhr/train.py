@@ -27,7 +27,7 @@ from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target
 from ..card import recipe_card
-from ..classify import ImageTask, auc_of, classifier_record, read_target
+from ..classify import ClassifierTask, auc_of, classifier_record, read_target
 from ..recipe import begin, finish
 from ..tta import PLAIN, mirrorings
 from ..weights import find_weights, load_pretrained
@@ -46,9 +46,9 @@ class _Data:
     config: Config
     run: Run
 
-    def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ImageTask:
+    def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ClassifierTask:
         """`images`: `parent_images` or `child_images`, which a network without morphs may be given too."""
-        return ImageTask(
+        return ClassifierTask(
             net.network,
             images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
             images(self.parts["val"], self.config),
@@ -145,7 +145,7 @@ def _compare(data: _Data, parent: Grown, child: Grown) -> float:
     return worst
 
 
-def _results(data: _Data, task: ImageTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
+def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
     predictions = {}
     if data.parts["test"]:

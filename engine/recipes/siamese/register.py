@@ -93,7 +93,7 @@ def downsampled(source: PixelSource, factor: int) -> PixelSource:
         return _Canvas(downsampled(source.source, factor), (source.shape[1] // factor, source.shape[2] // factor))
     if isinstance(source, SampledSource):
         back = Affine.scale(1 / factor) @ source.back @ Affine.scale(factor)
-        return SampledSource(DownsampledSource(source.source, factor), back, source.what)
+        return SampledSource(DownsampledSource(source.source, factor), back, *source.added)
     return DownsampledSource(source, factor)
 
 

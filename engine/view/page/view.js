@@ -5,7 +5,15 @@ const byId = (id) => document.getElementById(id);
 const state = { at: 0, order: [], shown: [], maps: new Map() };
 
 function largest(exam) {
-  return Math.max(...exam.views.map((view) => main(view)[1]));
+  return Math.max(...exam.views.map((view) => (masked ? covered(view) : main(view)[1])));
+}
+
+// Masks are shown where any class of them has a colour.
+const masked = Object.keys(DATA.classes).length > 0;
+
+// The share of an image that all classes of its mask take together.
+function covered(view) {
+  return Object.values(view.predicted).reduce((sum, one) => sum + one, 0);
 }
 
 // The prediction that is told: of two classes the second, else the highest.
@@ -23,6 +31,24 @@ function sorted(how) {
 
 function told(view) {
   const lines = [`<div class="mark">${escaped([view.side, view.view].filter(Boolean).join(" ") || "image")}</div>`];
+  lines.push(...(masked ? toldMasks(view) : toldPredictions(view)));
+  if (view.split) lines.push(`<div>${escaped(view.split)}</div>`);
+  if (view.name) lines.push(`<div>${escaped(view.name)}</div>`);
+  return lines.join("");
+}
+
+function toldMasks(view) {
+  return Object.entries(DATA.classes).map(([name, colour]) => {
+    const share = view.predicted[name], dice = view.dice[name];
+    const parts = [];
+    if (share !== undefined) parts.push(`${(100 * share).toPrecision(3)} % of the image`);
+    if (dice !== undefined) parts.push(`<span class="${dice < 0.5 ? "wrong" : ""}">Dice ${dice.toFixed(3)}</span>`);
+    return `<div><span class="swatch" style="background: ${colour}"></span>${escaped(name)}: ${parts.join(", ") || "not known"}</div>`;
+  });
+}
+
+function toldPredictions(view) {
+  const lines = [];
   const names = Object.keys(view.predicted);
   const shown = view.numbers || names.length > 2 || main(view)[0] !== names[1] ? names : [names[1]];
   for (const name of shown) {
@@ -32,9 +58,7 @@ function told(view) {
     const known = truth === undefined ? "" : `, label ${truth}`;
     lines.push(`<div class="${wrong ? "wrong" : ""}">${escaped(name)}: ${number}${known}</div>`);
   }
-  if (view.split) lines.push(`<div>${escaped(view.split)}</div>`);
-  if (view.name) lines.push(`<div>${escaped(view.name)}</div>`);
-  return lines.join("");
+  return lines;
 }
 
 function escaped(text) {
@@ -47,7 +71,8 @@ function show() {
   for (const one of state.shown) one.viewer.destroy();
   const exam = DATA.exams[state.order[state.at]];
   byId("position").textContent = `${state.at + 1} / ${DATA.exams.length}`;
-  byId("name").textContent = exam.name + (exam.error === null ? "" : `, error ${exam.error.toFixed(3)}`);
+  const off = exam.error === null ? "" : masked ? `Dice ${(1 - exam.error).toFixed(3)}` : `error ${exam.error.toFixed(3)}`;
+  byId("name").textContent = [exam.name, off].filter(Boolean).join(", ");
   const root = byId("views");
   root.innerHTML = "";
   // Right breasts at the left, left ones at the right, a row for each view, as radiologists hang them.
@@ -68,8 +93,20 @@ function show() {
     root.append(cell);
     return cell;
   });
-  state.shown = exam.views.map((view, i) => ({ view, viewer: opened(cells[i].querySelector(".image"), view) }));
+  state.shown = exam.views.map((view, i) => ({ view, viewer: opened(cells[i].querySelector(".image"), view), masks: {} }));
   apply();
+}
+
+// Tiles of an image or of a mask over it, which has the same scales.
+function tiled(view, folder) {
+  return {
+    height: view.height,
+    width: view.width,
+    tileSize: DATA.tile,
+    maxLevel: view.levels,
+    minLevel: 0,
+    getTileUrl: (level, x, y) => `${folder}/${view.levels - level}/${x}_${y}.png`,
+  };
 }
 
 function opened(element, view) {
@@ -81,14 +118,7 @@ function opened(element, view) {
     animationTime: 0.3,
     imageSmoothingEnabled: false,
     gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
-    tileSources: {
-      height: view.height,
-      width: view.width,
-      tileSize: DATA.tile,
-      maxLevel: view.levels,
-      minLevel: 0,
-      getTileUrl: (level, x, y) => `tiles/${view.number}/${view.levels - level}/${x}_${y}.png`,
-    },
+    tileSources: tiled(view, `tiles/${view.number}`),
   });
   viewer.addHandler("open", () => {
     hang(viewer, view);
@@ -102,6 +132,17 @@ function opened(element, view) {
       viewer.addOverlay({ element: box, location: new OpenSeadragon.Rect(left / w, top / w, (right - left) / w, (bottom - top) / w) });
     }
     if (DATA.evidence) ask(view.number);
+    for (const which of view.masks) {
+      viewer.addTiledImage({
+        tileSource: tiled(view, `masks/${view.number}/${which}`),
+        opacity: 0,
+        success: ({ item }) => {
+          const one = state.shown.find((shown) => shown.viewer === viewer);
+          if (one) one.masks[which] = item;
+          apply();
+        },
+      });
+    }
     apply();
   });
   return viewer;
@@ -171,6 +212,8 @@ function apply() {
   byId("from").textContent = `${byId("threshold").value} %`;
   for (const one of state.shown) {
     for (const box of one.viewer.element.querySelectorAll(".box")) box.classList.toggle("hidden", !byId("boxes").checked);
+    one.masks.predicted?.setOpacity(byId("predicted").checked ? byId("opacity").value / 100 : 0);
+    one.masks.reference?.setOpacity(byId("reference").checked ? 1 : 0);
     if (!one.canvas) continue;
     painted(one);
     one.canvas.style.opacity = byId("opacity").value / 100;
@@ -193,16 +236,20 @@ byId("order").onchange = (event) => {
   event.target.blur();
   show();
 };
-for (const id of ["evidence", "boxes"]) byId(id).onchange = apply;
+const KEYS = { e: "evidence", m: "predicted", r: "reference", b: "boxes" };
+for (const id of Object.values(KEYS)) byId(id).onchange = apply;
 for (const id of ["opacity", "threshold"]) byId(id).oninput = apply;
-for (const node of document.querySelectorAll(".evidence")) node.classList.toggle("hidden", !DATA.evidence);
+for (const node of document.querySelectorAll(".evidence, .masks")) {
+  const { classList } = node;
+  classList.toggle("hidden", !((DATA.evidence && classList.contains("evidence")) || (masked && classList.contains("masks"))));
+}
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const steps = { ArrowRight: 1, n: 1, ArrowLeft: -1, p: -1 };
   if (event.target.type === "range" && event.key.startsWith("Arrow")) return;
   if (event.key in steps) go(steps[event.key]);
-  else if (event.key === "e" || event.key === "b") {
-    const box = byId(event.key === "e" ? "evidence" : "boxes");
+  else if (event.key in KEYS) {
+    const box = byId(KEYS[event.key]);
     box.checked = !box.checked;
     apply();
   } else if (event.key === "0") for (const one of state.shown) hang(one.viewer, one.view);

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from bench_results import everything, gpu_file
@@ -105,6 +106,18 @@ def test_the_headline_compares_with_what_kept_to_the_cap(tmp_path):
     made.write(tmp_path / "a.json")
     text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
     assert "At 2000 × 2000 gigamorph is 2 times as fast as stock PyTorch" in text and "At 3000" not in text
+
+
+def test_what_is_nearly_as_fast_is_not_told_as_equal_nor_no_difference_as_a_power(tmp_path):
+    made = comparison()
+    for row in made.steps:
+        if row.peer == "gigamorph" and row.seconds:
+            row.seconds = [0.97 * seconds * 2 for seconds in row.seconds]
+        if row.check is not None:
+            row.check = replace(row.check, outputs=0.0, gradients=0.0)
+    made.write(tmp_path / "a.json")
+    text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "gigamorph is 1.03 times as fast as stock PyTorch" in text and "0e+00" not in text
 
 
 def test_the_headline_is_of_the_fullest_run(tmp_path):

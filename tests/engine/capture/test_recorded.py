@@ -302,7 +302,11 @@ def test_the_same_as_stock(name):
 
 
 def with_options(net: Any, x: Tensor) -> Tensor:
-    return F.dropout(net.norm(x), getattr(net, "p", 0.0)) * getattr(net, "temperature", 1.0) + net.table * SETTING["x"]
+    return (
+        F.dropout(net.norm(x), getattr(net, "p", 0.0)) * getattr(net, "temperature", 1.0)
+        + net.table * SETTING["x"]
+        + net.table
+    )
 
 
 SETTING = {"x": 1.0}
@@ -328,6 +332,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "temperature": lambda net: setattr(net, "temperature", 3.0),
     "plain tensor": lambda net: setattr(net, "table", torch.ones(4, 1, 1, dtype=torch.float64) * 5),
     "plain tensor in place": lambda net: net.table.add_(1),
+    "plain tensor of another shape": lambda net: setattr(net.table, "data", torch.linspace(0, 1, 18).double()),
     "forward": other_forward,
     "class": other_class,
     "module": lambda net: setattr(net, "first", copy.deepcopy(net.first)),

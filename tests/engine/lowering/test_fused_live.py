@@ -135,10 +135,9 @@ def test_several_sizes(fused_with_stock_ops: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
-def test_with_triton_kernels(act: type[nn.Module]) -> None:
+def test_with_triton_kernels() -> None:
     with choice.override("triton"):
-        assert_exact(build(act), image(1, 1, 40, 33), tile=(24, 40))
+        assert_exact(build(nn.ReLU), image(1, 1, 40, 33), tile=(24, 40))
 
 
 def test_under_autocast(fused_with_stock_ops: None) -> None:

@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate
-from gigamorph.engine.capture.trace import Op, Program, Ref, Value
+from gigamorph.engine.capture.trace import Op, Program, Ref, Value, capture
 from gigamorph.engine.lowering.ops import Block, Local, Maps
 from gigamorph.engine.lowering.ops.window import interpolate
+from gigamorph.engine.lowering.stages import lower
+from gigamorph.engine.planning.simulate import tile_peak
+from gigamorph.engine.tiling.stage import TiledStage
 
 MODES = {
     "bicubic": {"mode": "bicubic"},
@@ -94,3 +97,17 @@ def test_low_precision(mode):
         tiled = (step(accelerate(net, tile=8), image().to(dtype)).outputs[0] - truth).norm()
         assert tiled <= max(1.5 * stock, torch.finfo(dtype).eps * truth.norm())
         net = net.double()
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_maps_keep_their_memory_order_and_are_made_once(mode: str) -> None:
+    """The next convolution would copy a map of another order; a blend of two maps holds no third one."""
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(16, 16, 1))
+    (stage,) = lower(capture(net.eval(), (1, 1, 256, 256), torch.float32, "cpu")).stages
+    (local,) = [local for local in stage.locals if local.op.name == "interpolate"]
+    peak, _ = tile_peak(stage, TiledStage(stage, (256, 256)), False, set())
+    assert peak < 2.9 * 16 * 512 * 512 * 4
+    x = torch.randn(1, 16, 256, 256).to(memory_format=torch.channels_last)
+    (y,) = local.run({local.op.inputs[0]: x}, Block((0, 512), (0, 512)))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(y, F.interpolate(x, scale_factor=2, mode=mode), atol=1e-6)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from exactness import LIMIT, errors, named
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gigamorph import Accelerated, GigamorphError, UnsupportedError, accelerate, dense_loss, plan, write_map
 
@@ -747,3 +748,42 @@ def test_memory_that_two_tensors_of_the_network_share():
 
     with pytest.raises(UnsupportedError, match="written to through another tensor"):
         accelerate(Shared(), tile=8)(torch.randn(1, 1, 20, 20))
+
+
+def test_torchscript_is_refused_by_name():
+    for model in (torch.jit.script(nn.Sequential(nn.Conv2d(1, 2, 3))), nn.Sequential(torch.jit.script(nn.ReLU()))):
+        with pytest.raises(UnsupportedError, match=r"(the model|module '0') is TorchScript"):
+            accelerate(model, tile=8)(torch.zeros(1, 1, 9, 9))
+
+
+def test_hooks_on_saved_tensors_see_those_of_the_step_alone():
+    """`torch.autograd.graph.save_on_cpu` and the like around a forward."""
+    torch.manual_seed(0)
+    stock, x = Own().double(), torch.randn(2, 1, 21, 18, dtype=torch.float64)
+    nets, seen = (stock, accelerate(copy.deepcopy(stock), tile=8)), []
+    for net in nets:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            loss = net(x).square().sum()
+        loss.backward()
+    assert seen and not any(isinstance(t, FakeTensor) for t in seen)
+    assert torch.allclose(nets[1].conv.weight.grad, stock.conv.weight.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_around_an_accelerated_network(use_reentrant, live):
+    """Running statistics change in both runs, as in stock PyTorch, or are refused where the second one stops early."""
+    torch.manual_seed(0)
+    stock, x = Own().double().train(), torch.randn(2, 1, 21, 18, dtype=torch.float64, requires_grad=True)
+    nets, grads = (stock, accelerate(copy.deepcopy(stock), tile=8)), []
+    for net in nets:
+        nn.Module.train(net.norm, live)
+        if live and not use_reentrant and net is not stock:
+            with pytest.raises(UnsupportedError, match="leave checkpointing out"):
+                checkpoint(net, x, use_reentrant=False)
+            return
+        checkpoint(net, x, use_reentrant=use_reentrant).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+        x.grad = None
+    for got, wanted in zip(*grads, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-11, atol=1e-12)

@@ -97,8 +97,12 @@ REAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", REAL if "GIGAMORPH_PROGRAMS" in os.environ else list(REAL)[:1])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in REAL for kind in ("sgd", "adamw")]
+    if "GIGAMORPH_PROGRAMS" in os.environ
+    else [("test_efficientnet", "adamw")],
+)
 def test_training_of_real_networks_commutes(name: str, kind: str) -> None:
     """Acceptance A4: SGD with momentum and decay, and AdamW."""
     timm, side = pytest.importorskip("timm"), 64

@@ -50,12 +50,11 @@ def test_a_step_costs_what_the_widened_network_costs_more(make, side):
 
 
 @pytest.mark.parametrize(("make", "side"), NETS)
-@pytest.mark.parametrize("factor", [1.5, 2])
-def test_prediction_of_a_widening(make, side, factor):
+def test_prediction_of_a_widening(make, side):
     torch.manual_seed(0)
     net, image = make(), torch.randn(1, 1, side, side)
-    _, report = widen(net, image, factor=factor)
-    predicted = plan_growth(net, image).predict(factor=factor)
+    _, report = widen(net, image, factor=1.5)
+    predicted = plan_growth(net, image).predict(factor=1.5)
     assert (predicted.parameters, predicted.flops) == (report.parameters[1], report.flops[1])
 
 

@@ -352,11 +352,10 @@ def test_a_network_on_a_gpu_stays_there() -> None:
 
 # -- networks -----------------------------------------------------------------------------------------------------
 
-# One per family of ops; the others of `benchmarks/morph_table.py` would repeat them, or are lattice networks below.
-FAST_NETWORKS = ["resnet18", "mobilenetv2_100", "regnetx_002"]
-NETWORKS = "convnextv2_atto hrnet_w18_small eca_resnet33ts dpn48b vit_tiny_patch16_224".split()
-MORE_NETWORKS = """regnety_002 efficientnet_b0 inception_v3 dla34 cspresnet50 res2net50_26w_4s skresnet18 ghostnet_100
-poolformer_s12 swin_tiny_patch4_window7_224""".split()
+# One per family of ops; the others would repeat them, or are lattice networks below.
+NETWORKS = "convnextv2_atto eca_resnet33ts vit_tiny_patch16_224".split()
+MORE_NETWORKS = """hrnet_w18_small dpn48b regnetx_002 regnety_002 efficientnet_b0 inception_v3 dla34 cspresnet50
+res2net50_26w_4s skresnet18 ghostnet_100 poolformer_s12 swin_tiny_patch4_window7_224""".split()
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -374,23 +373,14 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return randomize(model).eval(), torch.zeros(1, 3, size, size)
 
 
-def check_network(name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS + (MORE_NETWORKS if "GIGAMORPH_PROGRAMS" in os.environ else []))
+def test_networks(name: str) -> None:
     model, x = network(name)
     _, report = widen(model, x, factor=1.5)  # random channels get a copy; a LayerNorm's get one each
     assert report.changes
     assert report.difference.float64 <= 1e-12 and report.difference.float64_ratio < 8, report
     assert report.certificate is not None and report.certificate.violations == 0
-
-
-@pytest.mark.parametrize("name", FAST_NETWORKS)
-def test_networks(name: str) -> None:
-    check_network(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS + (MORE_NETWORKS if "GIGAMORPH_PROGRAMS" in os.environ else []))
-def test_more_networks(name: str) -> None:
-    check_network(name)
 
 
 def lattice(model: nn.Module) -> nn.Module:

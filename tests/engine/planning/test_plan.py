@@ -15,7 +15,7 @@ from gigamorph import BudgetError, GigamorphError, accelerate, plan
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
-from gigamorph.engine.planning import preview
+from gigamorph.engine.planning import preview, request
 from gigamorph.engine.planning.simulate import heaviest_tile, tile_peak, tile_weights
 from gigamorph.engine.tiling.memory import parse_bytes
 from gigamorph.engine.tiling.stage import TiledStage
@@ -86,16 +86,30 @@ def test_an_image_of_one_tile_is_computed_once():
 
 
 def test_without_a_budget_a_gpu_retains_what_fits(monkeypatch: pytest.MonkeyPatch):
-    """And a device that computes on the memory of its host, or a tile that is given, nothing."""
+    """And where a tile is given, nothing."""
     net = nn.Sequential(*small_net(), nn.Softmax(1)).float()
     size = (1, 1, 9000, 12000)
     roomy, small = (plan(net, size, device="cuda", tile=tile) for tile in (None, 1024))
     assert roomy.tiles == (3, 3) and roomy.retained == 9 and not roomy.replayed
-    assert small.retained == 0 and plan(net, size).retained == 0
+    assert small.retained == 0
     free = roomy.peak_bytes - 5.5 * roomy.retained_bytes / 8
     monkeypatch.setattr(preview, "ENDLESS", int(free / 0.8))  # of which a share is taken
     some = plan(net, size, device="cuda")
     assert some.retained in (3, 4) and some.peak_bytes <= free
+
+
+def test_without_a_budget_graphs_fill_a_part_of_the_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """A fifth of what is free, for others use it too; processes that train together share that."""
+    net, size = small_net().float(), (1, 1, 4096, 3000)
+    free = 40 << 30
+    monkeypatch.setattr(request, "available_bytes", lambda _: free)
+    roomy, tiled = plan(net, size), plan(net, size, tile=512)
+    assert roomy.retained == roomy.tiles[0] * roomy.tiles[1] and tiled.retained == 0
+    free = 5 * (roomy.peak_bytes - roomy.retained_bytes // 2)
+    some = plan(net, size)
+    assert 0 < some.retained < roomy.retained and some.peak_bytes <= free // 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert plan(net, size).retained == 0
 
 
 @pytest.mark.parametrize(("tiles", "retained"), [(3, 3), (2.9, 1), (2, 1), (1.5, 0), (0.5, 0)])

@@ -186,7 +186,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("name", ["unet", "plain", pytest.param("resnet18", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["unet", "plain"])
 def test_every_choice_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = randomize(NETS[name]()).double().train()
     image = torch.randn(2, 1, 65, 61, dtype=torch.float64)

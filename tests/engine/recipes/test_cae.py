@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killed import killed_at
 
 from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Record, write_table
@@ -191,20 +192,11 @@ def _stack(folder, name="last.ckpt"):
 
 
 @pytest.mark.parametrize("training", ["joint", "greedy"])
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch, training):
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, training):
     config = replace(SMALL, training=training, code_channels=(6, 6), feature="reconstruction")
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
     parts = [""] if training == "joint" else ["layer_1", "layer_2"]
-    loss, calls = Reconstruction.loss, []
-
-    def killed(self, batch):
-        calls.append(batch)
-        if len(calls) == 6 * len(parts) - 1:
-            raise RuntimeError("killed")
-        return loss(self, batch)
-
-    monkeypatch.setattr(Reconstruction, "loss", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    with killed_at(Reconstruction, 6 * len(parts) - 1):
         train(table, config, Run(tmp_path / "cut", seed=3))
     resumed = train(table, config, Run(tmp_path / "cut", seed=3, resume=True))
     for part in parts:

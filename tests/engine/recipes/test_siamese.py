@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from killed import killed_at
 from torch import nn
 
 from gigamorph.engine.config import parse_config
@@ -149,19 +150,10 @@ def test_single_patches_are_read_when_they_are_asked_for(table, tmp_path, monkey
     assert torch.equal(x[1], torch.from_numpy(PatchPairs(files)[0][0])) and torch.equal(patches[[0]][0], x[1])
 
 
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch):
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path):
     whole = train(table, SMALL, Run(tmp_path / "whole", seed=3))
     assert whole["pairs"] == {"train": 3, "val": 1, "test": 2} and len(whole["epochs"]) == 2
-    loss, calls = SiameseTask.loss, []
-
-    def killed(self, batch):
-        calls.append(batch)
-        if len(calls) == 2 * -(-len(self.pairs) // SMALL.batch_size) + 1:  # in the third epoch
-            raise RuntimeError("killed")
-        return loss(self, batch)
-
-    monkeypatch.setattr(SiameseTask, "loss", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    with killed_at(SiameseTask, lambda task: 2 * -(-len(task.pairs) // SMALL.batch_size) + 1):  # in the third epoch
         train(table, SMALL, Run(tmp_path / "cut", seed=3))
     resumed = train(table, SMALL, Run(tmp_path / "cut", seed=3, resume=True))
     assert resumed == whole == json.loads((tmp_path / "cut" / "metrics.json").read_text())
@@ -205,18 +197,8 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
     # A checkpoint after each step; killed inside the second epoch of both methods.
     monkeypatch.setattr("gigamorph.engine.train.callbacks.SAVE_EVERY", 0.0)
     for task in (BYOLTask, SimCLRTask):
-        loss, calls = task.loss, []
-
-        def killed(self, batch, loss=loss, calls=calls):
-            calls.append(batch)
-            if len(calls) == -(-len(self.pairs) // config.batch_size) + 3:
-                raise RuntimeError("killed")
-            return loss(self, batch)
-
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-            patch.setattr(task, "loss", killed)
+        with killed_at(task, lambda task: -(-len(task.pairs) // config.batch_size) + 3):
             train(table, config, Run(tmp_path / "cut", seed=3, resume=task is SimCLRTask))
-        assert len(calls) > 3
     assert train(table, config, Run(tmp_path / "cut", seed=3, resume=True)) == whole
     for name in ("byol", "simclr"):
         first, second = (torch.load(tmp_path / run / "starts" / name / "encoder.pt") for run in ("whole", "cut"))

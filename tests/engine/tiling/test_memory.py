@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -28,3 +29,17 @@ def test_freed_pages_are_kept_and_then_returned() -> None:
     with freed_pages_kept():
         assert grow_and_free() > 200 * MIB
     assert used_bytes() - before < 50 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts resident pages by process")
+def test_a_forked_process_counts_its_own_pages() -> None:
+    before = used_bytes()  # opens what the child must not read
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        first = used_bytes()
+        _grown = bytearray(os.urandom(1)) * (300 * MIB)
+        os.write(writing, str(used_bytes() - first).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert int(os.read(reading, 64)) > 200 * MIB and abs(used_bytes() - before) < 50 * MIB

@@ -26,6 +26,7 @@ class Machine:
         self.used, self.trimmed = 1000, []
         patch.setattr(module, "used_bytes", lambda: self.used)
         patch.setattr(module, "return_free_pages", lambda: self.trimmed.append(self.used))
+        patch.setattr(module, "_besides", module.Besides())
 
 
 def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +127,33 @@ def test_forwards_whose_backward_comes_together_share_a_limit(monkeypatch: pytes
     net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1)), memory_budget="64MiB")
     net([torch.randn(1, 50, 50), torch.randn(1, 60, 40), torch.randn(1, 40, 40)]).sum().backward()
     assert len(limits) == 2 and limits[0] is limits[1]
+
+
+def test_the_heap_stays_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes back before the first three, where something else has come or another network runs, and now and then."""
+    machine, live, trimmed = Machine(monkeypatch), 1000, []
+    limits: list[int] = []
+    for number in range(40):
+        live += 11 * (number == 10)
+        machine.used += 11 * (number == 10)
+
+        def give_back(number: int = number, live: int = live) -> None:
+            trimmed.append(number)
+            machine.used = live
+
+        monkeypatch.setattr(module, "return_free_pages", give_back)
+        limit = MemoryLimit(500, 310 if number == 20 else 300, work=100, page_pool=PagePool(), strict=True)
+        with limit.watched():
+            machine.used = live + 50  # what is freed, and stays in the heap
+        limits.append(limit.bytes)
+    assert trimmed == [0, 1, 2, 10, 20, 21, 22, 23]
+    assert limits == [1200] * 10 + [1211] * 10 + [1201] + [1211] * 19
+
+
+def test_what_else_goes_between_steps_is_not_the_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    limits = []
+    for machine.used in (1000, 1000, 1000, 700, 1000):  # of which 300 are held
+        limits.append(MemoryLimit(2000, held=300, work=100, page_pool=PagePool(), strict=True))
+        module._besides.after = machine.used + 400
+    assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2400, 2400]

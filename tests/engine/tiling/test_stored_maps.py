@@ -93,6 +93,7 @@ def test_maps_on_disk_are_exact_for_a_graph_that_is_kept(on_disk: list[str]) -> 
 def test_files_are_gone_after_a_step(on_disk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gc.collect()  # what earlier tests have left
+    others = set(maps_module._PAGES)  # of networks that other tests keep
     made: list[int] = []
     allocate = os.posix_fallocate
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, *a: (made.append(fd), allocate(fd, *a))[1])
@@ -100,9 +101,9 @@ def test_files_are_gone_after_a_step(on_disk: list[str], tmp_path: Path, monkeyp
     assert made and not list(tmp_path.glob("gigamorph*"))  # they have no name from the start
     loss.backward()
     del loss
-    assert not maps_module._PAGES
+    assert set(maps_module._PAGES) <= others
     names = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert not any("gigamorph-map" in name for name in names)
+    assert sum("gigamorph-map" in name for name in names) <= len(others)
 
 
 def test_a_full_disk_is_told_in_one_line(on_disk: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

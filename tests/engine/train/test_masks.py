@@ -22,7 +22,7 @@ from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.inputs import Labels, training_data
 from gigamorph.engine.train.mask_target import MaskLoss, MaskTarget, dice
-from gigamorph.engine.train.masks import Segmentation, mask_scores
+from gigamorph.engine.train.masks import Segmentation
 from gigamorph.engine.train.network import restore_network, target_of
 from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
 from gigamorph.engine.train.proposal import proposal
@@ -114,7 +114,7 @@ def test_dice_is_that_of_whole_masks_which_are_read_by_region(table, monkeypatch
     task = Segmentation(accelerate(model, tile=16), data.train, data.train, {}, data.target, Loss())
     task.module.eval()
     monkeypatch.setattr(FileMask, "read", watched)
-    found = mask_scores(task.measure(data.train, "test"), data.target)
+    found = task.measures(task.predict(data.train, "test"))
     predicted, true = [], []
     for item in (data.train[i] for i in range(len(data.train))):
         with torch.no_grad():

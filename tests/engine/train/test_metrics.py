@@ -1,14 +1,28 @@
 """Predictions of images and breasts, and the areas that a run is followed by."""
 
+import numpy as np
 import pytest
+import torch
 from scipy.special import expit, logit
 
+from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.datasets.views import DownsampledSource
+from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.train.classify import prediction
 from gigamorph.engine.train.metrics import Prediction, as_cases, auc_of, per_breast, scores
 
 
 def predicted(image, probability, *more) -> Prediction:
     z = float(logit(probability))
     return Prediction(image, (-z, z), *more)
+
+
+def test_the_header_is_read_whatever_was_made_of_the_image(write_dicom):
+    path = write_dicom(np.zeros((8, 6), np.uint16), ImageLaterality="L", ViewPosition="CC")
+    source = open_pixels(path)
+    for image in (source, DownsampledSource(source, 2)):
+        found = prediction({"image": image, "record": Record(path, -1, str(path))}, torch.zeros(2))
+        assert (found.patient, found.laterality, found.view) == ("P1", "L", "CC")
 
 
 def test_breast_is_the_mean_of_its_views():

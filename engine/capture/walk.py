@@ -1,0 +1,259 @@
+"""Everything that a forward may depend on besides its arguments and the process.
+
+The walk begins at a network and goes through attributes, containers, plain objects, classes, imported files and the
+functions (hooks, methods, closures) that the network's own code consists of. It stops at code of well-known libraries,
+whose objects count as one thing each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import gc
+import random
+import sys
+import types
+import weakref
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import holders
+from .holders import Holder
+
+_LIBRARIES = frozenset(
+    "torch torchvision torchaudio torchmetrics timm triton numpy scipy lightning pytorch_lightning logging threading "
+    "multiprocessing weakref ctypes functools inspect types typing collections random re os sys pathlib io abc enum "
+    "contextlib warnings gigamorph importlib copy math itertools operator dataclasses asyncio concurrent rich tqdm "
+    "PIL cv2 pandas sklearn matplotlib hypothesis pytest _pytest pluggy".split()
+)
+# Of a module's own attributes those that no forward reads.
+_BOOKKEEPING = frozenset(
+    "_state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks "
+    "_non_persistent_buffers_set _is_full_backward_hook _compiled_call_impl".split()
+)
+# Objects of Python's own whose attributes are what a forward reads of them.
+_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_ARRAY_BYTES = 2**20  # of a numpy array whose numbers are compared at each call
+_FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
+
+
+def mentioned(code: types.CodeType) -> Iterator[str]:
+    """The global names that a function and the functions inside it mention."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from mentioned(constant)
+
+
+def of_library(thing: Any) -> bool:
+    """Whether a function or an object's class belongs to Python or a well-known library."""
+    home = getattr(thing if isinstance(thing, (types.FunctionType, type)) else type(thing), "__module__", None)
+    return home is None or home == "builtins" or home.split(".")[0] in _LIBRARIES
+
+
+@dataclass
+class Found:
+    """What a walk has found.
+
+    Attributes:
+        holders: in the order in which they were met.
+        classes: the libraries' among the classes of the modules met and their bases.
+        functions: those met that are no library's, with what messages call them.
+        generators: of random numbers, other than the process's own and torch's.
+    """
+
+    holders: list[Holder] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    classes: dict[type, None] = field(default_factory=dict)
+    functions: dict[types.FunctionType, str] = field(default_factory=dict)
+    generators: list[Any] = field(default_factory=list)
+    ids: dict[int, Any] = field(default_factory=dict)  # everything that was there, kept so that ids stay unique
+
+
+def walk(network: nn.Module, extra: Sequence[Any] = ()) -> Found:
+    """Everything that the forward of a network may depend on, but for its arguments and the process.
+
+    Args:
+        extra: further functions or objects that the recorded call consists of.
+    """
+    way = _Walk()
+    names = {id(module): name for name, module in network.named_modules()}
+    for module in network.modules():
+        way.later(module, names[id(module)])
+    for thing in extra:
+        way.later(thing, getattr(thing, "__name__", type(thing).__name__))
+    while way.queue and len(way.found.holders) < _FEW:
+        way.visit(*way.queue.popleft())
+    return way.found
+
+
+class _Walk:
+    """What has been found, and what is to be looked at next: a thing, what messages call it, and where it was found."""
+
+    def __init__(self) -> None:
+        self.found = Found()
+        self.queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
+
+    def later(self, thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
+        if not isinstance(thing, _LEAVES) and id(thing) not in self.found.ids:
+            self.queue.append((thing, name, parent))
+
+    def visit(self, thing: Any, name: str, parent: tuple[Holder, Any] | None) -> None:
+        """Note what a thing holds, and put off what that leads to."""
+        if id(thing) in self.found.ids:
+            return
+        self.found.ids[id(thing)] = thing  # a torch.Generator has nothing more to it: calls draw from it again
+        if isinstance(thing, nn.Module):
+            self._module(thing, name)
+        elif isinstance(thing, types.FunctionType):
+            self._function(thing, name)
+        elif isinstance(thing, types.MethodType):
+            self.later(thing.__func__, name)
+            self.later(thing.__self__, name)
+        elif isinstance(thing, partial):
+            for part in (thing.func, *thing.args, *thing.keywords.values()):
+                self.later(part, name)
+        elif isinstance(thing, dict):
+            self._contents(holders.mapping(thing, name, parent))
+            if type(thing) is not dict and getattr(thing, "__dict__", None) and not of_library(thing):
+                self._contents(holders.attributes(thing, name, parent))
+        elif isinstance(thing, (list, deque)):
+            self._contents(holders.sequence(thing, name, parent))
+        elif isinstance(thing, set):
+            self._contents(holders.set_items(thing, name, parent))
+        elif isinstance(thing, (tuple, frozenset)):
+            for item in thing:
+                self.later(item, name, None)
+        elif isinstance(thing, type):
+            self._class(thing)
+        elif hasattr(thing, "__wrapped__"):
+            self.later(thing.__wrapped__, name)
+        elif isinstance(thing, np.ndarray):
+            if thing.nbytes <= _ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
+                self._contents(holders.array(thing, name, parent))
+        elif isinstance(thing, _GENERATORS):
+            self.found.generators.append(thing)
+        elif isinstance(thing, weakref.ref):
+            self.later(thing(), name)
+        elif isinstance(thing, types.MappingProxyType):
+            for inner in gc.get_referents(thing):
+                self.later(inner, name)
+        elif isinstance(thing, types.ModuleType):
+            if not _known(thing):
+                own = [key for key in vars(thing) if not key.startswith("__")]
+                self._contents(holders.file_names(own, vars(thing), f"the file {thing.__name__}"))
+        elif isinstance(thing, ContextVar):
+            self._contents(holders.context(thing))
+        elif isinstance(thing, _OPEN) or not of_library(thing):
+            self._object(thing, name, parent)
+
+    def _object(self, thing: Any, name: str, parent: tuple[Holder, Any] | None) -> None:
+        if hasattr(thing, "__dict__"):
+            self._contents(holders.attributes(thing, name, parent))
+        slots = holders.slots(thing, name, parent)
+        if slots is not None:
+            self._contents(slots)
+        self.later(type(thing), type(thing).__name__)
+
+    def _contents(self, holder: Holder, skip: frozenset[str] = frozenset()) -> None:
+        self.found.holders.append(holder)
+        for key, value in holder.read().items():
+            if key not in skip:
+                name = f"{holder.name}.{key}" if isinstance(key, str) else f"{holder.name}[...]"
+                self.later(value, name, (holder, key))
+
+    def _class(self, kind: type) -> None:
+        """What a class and its bases hold, and the code of their methods."""
+        for base in kind.__mro__:
+            if of_library(base) or (base is not kind and id(base) in self.found.ids):
+                continue
+            self.found.ids[id(base)] = base
+            holder = holders.class_attributes(base)
+            self.found.holders.append(holder)
+            for key, value in holder.read().items():
+                self.later(_inner_function(value), f"{base.__name__}.{key}", (holder, key))
+
+    def _module(self, module: nn.Module, name: str) -> None:
+        found = self.found
+        found.modules[name] = module
+        where = f"'{name}'" if name else "the model"
+        holder = holders.attributes(module, where, None)
+        self._contents(holder, _BOOKKEEPING | {"_parameters", "_buffers", "_modules"})
+        for kind in ("_parameters", "_buffers", "_modules"):
+            own = vars(module).get(kind)
+            if own is not None:
+                found.ids[id(own)] = own
+                found.holders.append(holders.mapping(own, where, (holder, kind), kind))
+        self.later(type(module), type(module).__name__)
+        found.classes.update((base, None) for base in type(module).__mro__[:-1] if of_library(base))
+
+    def _function(self, function: types.FunctionType, name: str) -> None:
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            self.later(wrapped, name)
+        if of_library(function) and wrapped is None:
+            return
+        self.found.functions[function] = name
+        for cell in function.__closure__ or ():
+            if id(cell) not in self.found.ids:
+                self.found.ids[id(cell)] = cell
+                self._contents(holders.cell(cell, f"a variable that '{function.__qualname__}' encloses"))
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.later(default, name)
+        if not of_library(function):
+            self._files(list(dict.fromkeys(mentioned(function.__code__))), function.__globals__, set())
+
+    def _files(self, names: Sequence[str], space: dict[str, Any], seen: set[int]) -> None:
+        """Those of a file that code mentions, and of the files that it has imported."""
+        seen.add(id(space))
+        files = {key: space[key] for key in names if isinstance(space.get(key), types.ModuleType)}
+        for file in files.values():
+            if not _known(file) and id(vars(file)) not in seen:
+                self._files(names, vars(file), seen)
+        own = [key for key in names if key in space and key not in files]
+        if own:
+            self._contents(holders.file_names(own, space, f"the globals of {space.get('__name__', 'a file')}"))
+
+
+def _known(file: types.ModuleType) -> bool:
+    """Whether a module belongs to Python or a well-known library."""
+    home = file.__name__.split(".")[0]
+    return home in _LIBRARIES or home in sys.stdlib_module_names
+
+
+_LEAVES = (
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    enum.Enum,
+    types.BuiltinFunctionType,
+    torch.device,
+    torch.dtype,
+    torch.Size,
+    range,
+    slice,
+    type(...),
+)
+
+
+def _inner_function(value: Any) -> Any:
+    """The function inside what a class has under a name."""
+    if isinstance(value, (classmethod, staticmethod)):
+        return value.__func__
+    if isinstance(value, property):
+        return value.fget
+    return getattr(value, "__wrapped__", value) if not isinstance(value, types.FunctionType) else value

@@ -1,0 +1,114 @@
+"""Frames of an instance in a DICOMweb store, each fetched when it is read: slides by tile, one slice of many."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from ..errors import DataError
+from . import codecs
+from .dicom_file import StoredFrames, quietly
+from .dicomweb import Instance
+
+_SOF = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLosslessSV1, 0xF7: JPEGLSLossless}
+
+
+@dataclass(frozen=True)
+class StoreFrames(StoredFrames):
+    """Frames of an instance in a store.
+
+    A store may send a frame as it is stored or uncompressed, and does not say which: the frame does.
+    """
+
+    @property
+    def by_region(self) -> bool:
+        return False
+
+    def _pixels(self, index: int) -> np.ndarray:
+        data, name = cast(Instance, self.path).frame(index + 1), f"{self.path}/frames/{index + 1}"
+        syntax = syntax_of(data, self.frame, name)
+        if syntax.is_encapsulated != self.compressed:
+            raise DataError(f"{name}: its store sends some frames compressed, others not; download the file")
+        if syntax.is_encapsulated:
+            return codecs.decode(data, syntax, self.frame, name)
+        pixels = np.frombuffer(data, self.stored_dtype, self.frame.nbytes // self.dtype.itemsize)
+        return self._shaped(pixels)
+
+
+def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> UID:
+    """The transfer syntax of a frame that comes without one, or one that its decoder takes as well.
+
+    Raises:
+        DataError: if it is none that is known, or of another size than the header says.
+    """
+    size = frame.rows, frame.columns, frame.samples
+    if data[:3] == b"\xff\xd8\xff" and codecs.jpeg_size(data) == size:
+        return _SOF.get(codecs.jpeg_process(data) or 0, JPEGLossless)
+    if (data[:4] == b"\xff\x4f\xff\x51" or data[4:8] == b"jP  ") and codecs.jpeg_2000_size(data) == size:
+        return JPEG2000Lossless
+    if frame.nbytes <= len(data) <= frame.nbytes + 1:
+        return ExplicitVRLittleEndian
+    if data[:8] == struct.pack("<2I", frame.samples * frame.bits_allocated // 8, 64):
+        return RLELossless
+    raise DataError(
+        f"{name}: {len(data)} bytes from its store are no frame of {frame.rows} x {frame.columns} pixels with "
+        f"{frame.samples} samples; download the file"
+    )
+
+
+def locate_in_store(instance: Instance) -> tuple[Dataset, StoreFrames]:
+    """The header of an instance of several frames, and the frames; the first is fetched, to see how they come.
+
+    Raises:
+        DataError: if the store does not say what is needed, or the frames cannot be had one by one.
+    """
+    ds = instance.header
+    with quietly():
+        try:
+            allocated, stored = int(ds.BitsAllocated), int(ds.BitsStored)
+            samples, high = int(ds.get("SamplesPerPixel", 1)), int(ds.get("HighBit", stored - 1))
+            photometric = str(ds.get("PhotometricInterpretation", ""))
+            frame = codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
+            planar, signed = int(ds.get("PlanarConfiguration") or 0), bool(ds.get("PixelRepresentation", 0))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(f"{instance}: its store does not say how large it is; download the file") from error
+    if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
+        raise DataError(f"{instance}: {stored} bits of {allocated}, high bit {high}, is not supported; convert it")
+    first = instance.frame(1)
+    syntax = syntax_of(first, frame, f"{instance}/frames/1")
+    lossy = syntax in (JPEGBaseline8Bit, JPEGExtended12Bit)
+    if lossy and (codecs.jpeg_bits(first) < stored or str(ds.get("LossyImageCompression", "")) == "00"):
+        raise DataError(f"{instance}: its store gives frames with a loss that the image has not; download the file")
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    frames = StoreFrames(
+        path=cast(Path, instance),
+        syntax=str(syntax),
+        frame=frame,
+        count=instance.frames,
+        planar=samples > 1 and planar == 1 and not syntax.is_encapsulated,
+        shift=high + 1 - stored,
+        bits=stored,
+        signed=signed,
+        offset=None,
+        deflated=None,
+        swapped=False,
+        ranges=None,
+    )
+    return ds, frames

@@ -1,0 +1,109 @@
+"""What a network says of the images of a study, as a DICOM structured report (TID 1500), through highdicom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import generate_uid
+
+from ..errors import DataError
+from ..images.dicom_results import MAKER, made_of, own_code, source_header
+from ..images.dicomweb import is_dicomweb, place_of
+from ..images.header import read_info
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said of an image.
+
+    Attributes:
+        key: of the result.
+        values: of each class or number, by name.
+        numbers: they are numbers, no probabilities.
+    """
+
+    key: str
+    row: Row
+    values: dict[str, float]
+    numbers: bool = False
+
+
+def study_of(row: Row) -> str:
+    """The UID of an image's study; of what is no DICOM image its name, which no other has."""
+    if is_dicomweb(row.url):
+        return place_of(row.url).study or row.name
+    try:
+        return (None if row.url else read_info(row.record.path).study_uid) or row.name
+    except DataError:
+        return row.name
+
+
+def report(said: Sequence[Said], uid: str, checkpoint: str, model: str) -> Dataset:
+    """A Comprehensive SR of the images of a study: of each a measurement group for each class, with its probability.
+
+    Classes have codes of their own, with their names as meanings: what they mean is the model's maker's to say.
+
+    Args:
+        uid: of the instance.
+        checkpoint: its name.
+        model: its SHA-256.
+
+    Raises:
+        DataError: if an image is no DICOM image, or its header lacks what a report must repeat.
+    """
+    import highdicom.sr as sr
+
+    headers = [source_header(one.row.place, "so that its result cannot be stored") for one in said]
+    with made_of(said[0].row.name, "a structured report"):
+        algorithm = sr.AlgorithmIdentification(
+            name=f"{MAKER} {checkpoint}"[:64], version=version("gigamorph"), parameters=[f"model SHA-256 {model}"]
+        )
+        groups = [
+            sr.MeasurementsAndQualitativeEvaluations(
+                tracking_identifier=sr.TrackingIdentifier(
+                    uid=generate_uid(entropy_srcs=[uid, one.key, name]), identifier=f"{one.key[:8]} {name}"[:64]
+                ),
+                finding_type=own_code(name),
+                algorithm_id=algorithm,
+                measurements=[
+                    sr.Measurement(
+                        name=own_code("value") if one.numbers else codes.DCM.Probability,
+                        value=value,
+                        unit=codes.UCUM.NoUnits,
+                    )
+                ],
+                source_images=[sr.SourceImageForMeasurementGroup.from_source_image(header)],
+            )
+            for one, header in zip(said, headers, strict=True)
+            for name, value in one.values.items()
+        ]
+        device = sr.DeviceObserverIdentifyingAttributes(
+            uid=generate_uid(entropy_srcs=["device", model]),
+            name=MAKER,
+            manufacturer_name=MAKER,
+            model_name=checkpoint[:64],
+        )
+        content = sr.MeasurementReport(
+            observation_context=sr.ObservationContext(
+                observer_device_context=sr.ObserverContext(
+                    observer_type=codes.DCM.Device, observer_identifying_attributes=device
+                )
+            ),
+            procedure_reported=codes.SCT.ImagingProcedure,
+            imaging_measurements=groups,
+        )
+        return sr.ComprehensiveSR(
+            evidence=headers,
+            content=content[0],
+            series_instance_uid=generate_uid(entropy_srcs=[uid, "series"]),
+            series_number=1,
+            sop_instance_uid=uid,
+            instance_number=1,
+            manufacturer=MAKER,
+            is_complete=True,
+        )

@@ -1,0 +1,335 @@
+"""What a forward finds outside of its network's attributes: classes, imported files, arrays, generators, iterators.
+
+Each case was once silently wrong: what had changed there was not noticed, or what the forward changes there was done in
+the first call alone.
+"""
+
+import argparse
+import collections
+import contextvars
+import copy
+import dataclasses
+import itertools
+import random
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigamorph import accelerate
+from gigamorph.engine.errors import UnsupportedError
+
+settings = types.ModuleType("settings_of_a_project")
+exec(
+    """
+TEMPERATURE, CALLS, LOSSES = 1.0, 0, []
+
+class Group:
+    temperature = 1.0
+
+def scaled(x):
+    return x * TEMPERATURE
+
+class Helper:
+    @staticmethod
+    def scaled(x):
+        return x * TEMPERATURE
+""",
+    vars(settings),
+)
+
+
+class Settings:
+    temperature, calls, losses = 1.0, 0, []
+
+
+class Slots:
+    __slots__ = ("temperature",)
+
+    def __init__(self) -> None:
+        self.temperature = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedData:
+    temperature: float = 1.0
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.epoch = 1.0
+
+
+TRAINER = Trainer()
+COUNTS, COUNTER = np.zeros(2), collections.Counter()
+
+
+class Network(nn.Module):
+    """A convolution, pooling and `last`, which reads or changes something besides."""
+
+    calls = 0
+
+    def __init__(self, last: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(1, 2, 3, stride=2), last
+        self.kind, self.slots, self.data, self.array = Settings, Slots(), SlottedData(), np.ones(2)
+        self.options, self.user = argparse.Namespace(temperature=1.0), collections.UserDict(temperature=1.0)
+        self.trainer = weakref.ref(TRAINER)
+        self.register_buffer("steps", torch.ones(2))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self, self.conv(x).mean((2, 3)))
+
+
+def outputs(net: Any, change: Callable[[], None] | None = None) -> list[Tensor]:
+    image, found = torch.linspace(0, 1, 21 * 17, dtype=torch.float64).reshape(1, 1, 21, 17), []
+    for number in range(3):
+        if number == 1 and change is not None:
+            change()
+        found.append(net(image).detach())
+    return found
+
+
+def agree(wanted: list[Tensor], got: list[Tensor]) -> None:
+    assert not torch.allclose(wanted[0], wanted[1])  # the case is one
+    for one, other in zip(wanted, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-11)
+
+
+Last = Callable[[Any, Tensor], Tensor]
+OPTIONS = {"temperature": 1.0}
+CONTEXT = contextvars.ContextVar("temperature", default=1.0)
+PROXY = types.MappingProxyType(OPTIONS)
+
+# What is read, and what a user sets between two calls.
+READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
+    "a class": (lambda net, x: x * Settings.temperature, lambda net, v: setattr(Settings, "temperature", v)),
+    "a class in an attribute": (
+        lambda net, x: x * net.kind.temperature,
+        lambda net, v: setattr(Settings, "temperature", v),
+    ),
+    "an imported file": (lambda net, x: x * settings.TEMPERATURE, lambda net, v: setattr(settings, "TEMPERATURE", v)),
+    "a class of an imported file": (
+        lambda net, x: x * settings.Group.temperature,
+        lambda net, v: setattr(settings.Group, "temperature", v),
+    ),
+    "a function of an imported file": (
+        lambda net, x: settings.scaled(x),
+        lambda net, v: setattr(settings, "TEMPERATURE", v),
+    ),
+    "a method of an imported class": (
+        lambda net, x: settings.Helper.scaled(x),
+        lambda net, v: setattr(settings, "TEMPERATURE", v),
+    ),
+    "slots": (lambda net, x: x * net.slots.temperature, lambda net, v: setattr(net.slots, "temperature", v)),
+    "a dataclass with slots": (
+        lambda net, x: x * net.data.temperature,
+        lambda net, v: setattr(net.data, "temperature", v),
+    ),
+    "an array": (lambda net, x: x * float(net.array[0]), lambda net, v: net.array.fill(v)),
+    "the array of a tensor": (
+        lambda net, x: x * float(net.steps.numpy()[0]) + float(np.asarray(net.steps)[1]),
+        lambda net, v: net.steps.fill_(v),
+    ),
+    "options of a command": (
+        lambda net, x: x * net.options.temperature,
+        lambda net, v: setattr(net.options, "temperature", v),
+    ),
+    "a UserDict": (lambda net, x: x * net.user["temperature"], lambda net, v: net.user.update(temperature=v)),
+    "a weak reference": (
+        lambda net, x: x * net.trainer().epoch,
+        lambda net, v: setattr(TRAINER, "epoch", v),
+    ),
+    "a context variable": (lambda net, x: x * CONTEXT.get(), lambda net, v: CONTEXT.set(v)),
+    "a proxy": (lambda net, x: x * PROXY["temperature"], lambda net, v: OPTIONS.update(temperature=v)),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_changed_between_calls_is_noticed(name):
+    last, change = READ[name]
+    torch.manual_seed(0)
+    stock = Network(last)
+    try:
+        wanted = outputs(stock, lambda: change(stock, 3.0))
+        change(stock, 1.0)
+        agree(wanted, outputs(accelerate(stock, tile=8), lambda: change(stock, 3.0)))
+    finally:
+        change(stock, 1.0)
+
+
+def counted(owner: Any, name: str) -> Last:
+    def last(net: Any, x: Tensor) -> Tensor:
+        setattr(owner, name, getattr(owner, name) + 1)
+        return x * getattr(owner, name)
+
+    return last
+
+
+def of_its_class(net: Any, x: Tensor) -> Tensor:
+    type(net).calls += 1
+    return x * type(net).calls
+
+
+def of_slots(net: Any, x: Tensor) -> Tensor:
+    net.slots.temperature += 1
+    return x * net.slots.temperature
+
+
+def of_an_array(net: Any, x: Tensor) -> Tensor:
+    COUNTS[0] += 1
+    return x * float(COUNTS[0])
+
+
+def of_a_counter(net: Any, x: Tensor) -> Tensor:
+    COUNTER["calls"] += 1
+    return x * COUNTER["calls"]
+
+
+CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
+    "a class": (counted(Settings, "calls"), lambda: setattr(Settings, "calls", 0)),
+    "its own class": (of_its_class, lambda: setattr(Network, "calls", 0)),
+    "an imported file": (counted(settings, "CALLS"), lambda: setattr(settings, "CALLS", 0)),
+    "slots": (of_slots, lambda: None),
+    "an array": (of_an_array, lambda: COUNTS.fill(0)),
+    "a Counter": (of_a_counter, COUNTER.clear),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_forward_changes_is_changed_by_each_call(name):
+    last, reset = CHANGED[name]
+    torch.manual_seed(0)
+    stock = Network(last)
+    twin = copy.deepcopy(stock)
+    try:
+        wanted = outputs(stock)
+        reset()
+        agree(wanted, outputs(accelerate(twin, tile=8)))
+    finally:
+        reset()
+
+
+@pytest.mark.parametrize("where", [Settings, settings])
+def test_losses_kept_in_a_list_outside(where):
+    """Each call appends its own, with its gradients."""
+    losses = vars(where)["losses" if where is Settings else "LOSSES"]
+
+    def last(net: Any, x: Tensor) -> Tensor:
+        (Settings.losses if where is Settings else settings.LOSSES).append(x.square().sum())
+        return x
+
+    stock = Network(last)
+    twin = copy.deepcopy(stock)
+    for net in (stock, accelerate(twin, tile=8)):
+        outputs(net)
+        assert len(losses) == 3
+        sum(losses).backward()
+        losses.clear()
+    torch.testing.assert_close(twin.conv.weight.grad, stock.conv.weight.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_an_argument_of_a_class_of_ones_own():
+    """What was changed in an object that every call gets is noticed."""
+
+    class Aged(Network):
+        def forward(self, x: Tensor, patient: Any) -> Tensor:
+            return self.conv(x).mean((2, 3)) * patient.age + patient.offset
+
+    stock = Aged(lambda net, x: x)
+    tiled, image = accelerate(copy.deepcopy(stock), tile=8), torch.rand(1, 1, 21, 17, dtype=torch.float64)
+    patient = types.SimpleNamespace(age=torch.tensor(2.0), offset=1.0)
+    for change in (
+        lambda: None,
+        lambda: setattr(patient, "age", torch.tensor(5.0)),
+        lambda: setattr(patient, "offset", 7.0),
+        lambda: patient.age.add_(1),
+    ):
+        change()
+        torch.testing.assert_close(tiled(image, patient), stock(image, patient), rtol=1e-11, atol=1e-11)
+
+
+DRAWS: dict[str, tuple[Callable[[], Any], Last]] = {
+    "Python's": (lambda: random.Random(0), lambda net, x: x * net.source.random()),
+    "numpy's": (lambda: np.random.default_rng(0), lambda net, x: x * float(net.source.random())),
+    "numpy's older": (lambda: np.random.RandomState(0), lambda net, x: x * float(net.source.uniform())),
+    "a cycle": (lambda: itertools.cycle([1.0, 2.0]), lambda net, x: x * next(net.source)),
+    "a count": (lambda: itertools.count(1), lambda net, x: x * next(net.source)),
+    "a generator": (lambda: (float(n) for n in range(9)), lambda net, x: x * next(net.source)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_gives_another_number_in_each_call_is_refused(name):
+    source, last = DRAWS[name]
+    net = Network(last)
+    net.source = source()
+    with pytest.raises(UnsupportedError, match=r"another program at each call|lasts from call to call"):
+        outputs(accelerate(net, tile=8))
+    if "'s" in name:
+        assert net.source.bytes(4) == source().bytes(4) if "numpy" in name else net.source.random() == source().random()
+
+
+def test_iterators_that_a_forward_makes_and_its_own_next():
+    def last(net: Any, x: Tensor) -> Tensor:
+        return x * next(net.parameters()).sum() + next(iter([2.0]), None)
+
+    stock = Network(last)
+    for one, other in zip(outputs(stock), outputs(accelerate(stock, tile=8)), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("by", ["attribute", "argument"])
+def test_a_generator_of_torch_that_lasts_is_drawn_from_in_each_call(by):
+    class Noisy(Network):
+        def forward(self, x: Tensor, generator: Any = None) -> Tensor:
+            x = self.conv(x).mean((2, 3))
+            return x + torch.randn(x.shape, generator=generator or self.source, dtype=x.dtype)
+
+    stock = Noisy(lambda net, x: x)
+    found = []
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8)):
+        source = torch.Generator().manual_seed(3)
+        net.source = source
+        found.append(outputs(net if by == "attribute" else lambda x, net=net, own=source: net(x, generator=own)))
+    agree(*found)
+
+
+def test_a_map_drawn_from_a_generator_of_its_own_is_refused():
+    class Noisy(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return (y * torch.bernoulli(y.sigmoid(), generator=self.source)).mean((2, 3))
+
+    net = Noisy(lambda net, x: x)
+    net.source = torch.Generator()
+    with pytest.raises(UnsupportedError, match="generator of its own"):
+        outputs(accelerate(net, tile=8))
+
+
+def test_a_plain_tensor_that_wants_a_gradient_now_and_then():
+    """A perturbation of the image, for one, that is learned in every other step."""
+
+    class Perturbed(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.delta)
+
+    torch.manual_seed(0)
+    stock = Perturbed(lambda net, x: x)
+    twin, image = copy.deepcopy(stock), torch.randn(1, 1, 21, 17, dtype=torch.float64)
+    tiled = accelerate(twin, tile=8)
+    for wanted in (False, True, False, True):
+        grads = []
+        for net, own in ((stock, stock), (tiled, twin)):
+            own.delta = own.__dict__.get("delta", torch.zeros(1, 1, 1, dtype=torch.float64))
+            own.delta.requires_grad_(wanted).grad = None
+            net(image).square().sum().backward()
+            grads.append(own.delta.grad)
+        assert (grads[0] is None) == (grads[1] is None) == (not wanted)
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11) if wanted else None
