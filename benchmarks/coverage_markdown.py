@@ -36,13 +36,13 @@ def page(result: dict[str, Any]) -> str:
 def _head(result: dict[str, Any]) -> str:
     wrong = sum(row["verdict"] == "wrong" for row in result["networks"])
     names = {row["network"] for row in result["networks"]}
-    tile = next(row["tile"] for row in result["networks"] if "tile" in row)
+    tiles = " or ".join(str(tile) for tile in sorted({row["tile"] for row in result["networks"] if "tile" in row}))
     return f"""# Which networks are exact
 
 Written by `python benchmarks/coverage.py --markdown` from `benchmarks/results/coverage_census.json`; do not edit.
 
 {len(names)} networks (timm {result["timm"]}, torchvision {result["torchvision"]}, and small U-Nets and a feature
-pyramid of our own), unmodified, in tiles of {tile} pixels: outputs, the gradient of every parameter and of the image,
+pyramid of our own), unmodified, in tiles of {tiles} pixels: outputs, the gradient of every parameter and of the image,
 and every buffer after one training step, against stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
 {_commits(result["networks"])}
 """
@@ -93,8 +93,9 @@ Verdicts:
 
 *Error* is the largest relative error of any output, gradient or buffer in float64, of a network that casts to float32
 itself with these casts made float64. The limit is {result["limit"]:.0e}. Where it is passed, stock PyTorch's own
-rounding decides: its step is repeated with the result of every operation changed in the last bit at random, and with
-maps in another memory order; a tensor may differ by four times what that moves it, and never by more than 1e-9.
+rounding decides: its step is repeated with the result of every operation changed in the last bit at random, with maps
+in another memory order, and with its live BatchNorm written out; a tensor may differ by four times what that moves it,
+and never by more than 1e-9.
 
 PyTorch's BatchNorm on the CPU computes wrong gradients for some memory orders of a single image
 (`engine/capture/corrected.py`). Where that happens in stock's step, it is stock that is given contiguous tensors, so
