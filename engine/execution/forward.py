@@ -97,7 +97,7 @@ class Forward:
             shared = every or together is not None
             limit = ((shared and plan.budget) or plan.peak_bytes) - plan.record_bytes
             if together is None:
-                self.memory_limit = MemoryLimit(limit, held, plan.tile_bytes, page_pool, strict)
+                self.memory_limit = MemoryLimit(limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

@@ -29,18 +29,21 @@ class Besides:
     To see it, the heap has to give back what a step has left, whose pages the next one then has to get again: for small
     networks a third of their time. So that is done before the first steps, where gradients and what an optimizer keeps
     come into being, and after that now and then, or where more has come since the last step.
+
+    Libraries keep some of what a step took, which is no less the step's for being there when the next one begins.
     """
 
     def __init__(self) -> None:
-        self.bytes = self.held = self.after = self.steps = 0
+        self.bytes = self.first = self.held = self.after = self.steps = 0
 
-    def before(self, limit: int, held: int, spare: int) -> int:
+    def before(self, limit: int, held: int, spare: int, left: int) -> int:
         """These bytes, at the beginning of a step.
 
         Args:
             limit: of the step.
             held: what it holds already.
             spare: bytes of pages of maps that are gone.
+            left: bytes of the limit that libraries keep from one step to the next, as far as they hold them yet.
         """
         if held != self.held:
             self.held, self.steps = held, 0
@@ -48,9 +51,10 @@ class Besides:
         if grown or self.steps < _FIRST or self.steps % _EVERY == 0:
             return_free_pages()
             self.bytes = used_bytes() - spare - held
-        self.steps += 1
         self.bytes = min(self.bytes, used_bytes() - spare - held)  # less, if something else has gone
-        return self.bytes
+        self.first = self.bytes if self.steps == 0 else min(self.first, self.bytes)
+        self.steps += 1
+        return max(self.first, self.bytes - left)
 
 
 _besides = Besides()
@@ -68,6 +72,7 @@ class MemoryLimit:
     Args:
         limit: bytes for `held` and all that is added from now on.
         held: bytes of the limit that are in use already.
+        left: bytes of the limit that are in use from the second step on.
         work: bytes that are allocated at a time between two calls of `keep`.
         page_pool: pages of maps that are gone.
         strict: whether the heap gives back what it has; else only the spare pages go.
@@ -77,10 +82,10 @@ class MemoryLimit:
         dropped: how many graphs had to go.
     """
 
-    def __init__(self, limit: int, held: int, work: int, page_pool: PagePool, strict: bool):
+    def __init__(self, limit: int, held: int, left: int, work: int, page_pool: PagePool, strict: bool):
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
         spare = page_pool.bytes
-        self._base = _besides.before(limit, held, spare) if strict else used_bytes() - spare - held
+        self._base = _besides.before(limit, held, spare, left) if strict else used_bytes() - spare - held
         self.bytes = self._base + limit
         self.dropped = 0
         self._alone = False

@@ -32,7 +32,7 @@ class Machine:
 def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     memory_limit = MemoryLimit(
-        500, held=300, work=100, page_pool=PagePool(), strict=True
+        500, held=300, left=0, work=100, page_pool=PagePool(), strict=True
     )  # to 1200 in all, of which a tile adds 70
     near = []
     for machine.used in (1000, 1031, 1100, 1130, 1131, 1050):
@@ -44,7 +44,7 @@ def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: 
 
 def test_a_ceiling_that_is_not_strict_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
-    memory_limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=False)
+    memory_limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=False)
     machine.used = 5000
     memory_limit.keep()
     assert not machine.trimmed and memory_limit.near
@@ -54,7 +54,7 @@ def test_spare_pages_go_first_and_no_more_of_them_than_must(monkeypatch: pytest.
     machine, page_pool = Machine(monkeypatch), PagePool()
     page_pool.pages = [Pages.make(size, on_disk=False) for size in (200, 100, 50)]
     memory_limit = MemoryLimit(
-        500, held=300, work=100, page_pool=page_pool, strict=True
+        500, held=300, left=0, work=100, page_pool=page_pool, strict=True
     )  # 350 of the 1000 are spare: to 850 in all
     assert memory_limit.bytes == 1000 - 350 - 300 + 500
     limit = memory_limit.bytes - 70
@@ -73,7 +73,7 @@ def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatc
     machine = Machine(monkeypatch)
     alone: list[bool] = []
     monkeypatch.setattr(module, "new_blocks_on_own_pages", alone.append)
-    limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=True)  # to 1200, of which an op adds 25
+    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200, of which an op adds 25
     with limit.watched():
         for machine.used in (1000, 1175, 1176, 1190, 1175, 1176):
             limit.watch()
@@ -85,7 +85,7 @@ def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatc
 def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that the backward needs last first, no more of them than must, and none of a backward that has begun."""
     machine = Machine(monkeypatch)
-    limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=True)
+    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)
     first, second = Graphs(), Graphs()
     limit.may_drop(first)
     limit.may_drop(second)
@@ -113,7 +113,7 @@ def test_a_tile_that_was_asked_for_without_a_budget_leaves_the_heap(monkeypatch:
 
 def test_forwards_whose_backward_comes_together_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, graphs = Machine(monkeypatch), [Graphs(), Graphs()]
-    limit = MemoryLimit(500, held=300, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
+    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
     limit.may_drop(graphs[0])
     machine.used = 1190  # of the first forward
     limit.share(600, work=50, strict=True)
@@ -142,7 +142,7 @@ def test_the_heap_stays_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             machine.used = live
 
         monkeypatch.setattr(module, "return_free_pages", give_back)
-        limit = MemoryLimit(500, 310 if number == 20 else 300, work=100, page_pool=PagePool(), strict=True)
+        limit = MemoryLimit(500, 310 if number == 20 else 300, 0, work=100, page_pool=PagePool(), strict=True)
         with limit.watched():
             machine.used = live + 50  # what is freed, and stays in the heap
         limits.append(limit.bytes)
@@ -154,6 +154,16 @@ def test_what_else_goes_between_steps_is_not_the_budgets(monkeypatch: pytest.Mon
     machine = Machine(monkeypatch)
     limits = []
     for machine.used in (1000, 1000, 1000, 700, 1000):  # of which 300 are held
-        limits.append(MemoryLimit(2000, held=300, work=100, page_pool=PagePool(), strict=True))
+        limits.append(MemoryLimit(2000, held=300, left=0, work=100, page_pool=PagePool(), strict=True))
         module._besides.after = machine.used + 400
     assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2400, 2400]
+
+
+def test_what_libraries_keep_of_a_step_stays_within_the_limit_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels and copies of weights, up to what was predicted; what comes besides is not the step's."""
+    machine = Machine(monkeypatch)
+    limits = []
+    for machine.used in (1000, 1060, 1060, 1300, 900, 1000):
+        limits.append(MemoryLimit(2000, held=300, left=80, work=100, page_pool=PagePool(), strict=True))
+        module._besides.after = machine.used - 60
+    assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2920, 2600, 2620]
