@@ -73,7 +73,9 @@ def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatc
     machine = Machine(monkeypatch)
     alone: list[bool] = []
     monkeypatch.setattr(module, "new_blocks_on_own_pages", alone.append)
-    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200, of which an op adds 25
+    limit = MemoryLimit(
+        500, held=300, left=0, work=100, page_pool=PagePool(), strict=True
+    )  # to 1200, of which an op adds 25
     with limit.watched():
         for machine.used in (1000, 1175, 1176, 1190, 1175, 1176):
             limit.watch()
