@@ -1,7 +1,7 @@
 """Whether budgets are kept, and predicted, on networks that no constant of the plan was fitted to, on the CPU.
 
     python benchmarks/budgets.py --json benchmarks/results/budgets_cpu.json
-    python benchmarks/budgets.py --json benchmarks/results/budgets_cpu.json --markdown docs/benchmarks/budgets.md
+    python benchmarks/budgets.py --json benchmarks/results/budgets_cpu.json --markdown
 
 Each row is three steps of one network in a process of its own, under a share of what stock PyTorch takes there:
 resident memory at most above what was there before the first step, parameters included, beside what `plan()` has said

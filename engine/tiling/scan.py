@@ -219,14 +219,13 @@ class Scan:
         return self.convert(pixels)
 
     def _on_device(self, source: int) -> bool:
-        """Whether a source is read where it is, by the stream that computes.
+        """Whether a source is read where it is, by what computes.
 
-        On the CPU an image's change of memory order is worth the thread that reads ahead.
+        A thread would save the CPU the wait for an image's change of memory order, some hundredths of a small network's
+        step, and takes memory for it in a part of the C library's heap that gives nothing back.
         """
-        stored = self.sources[source]
-        tensor = getattr(stored, "tensor", None)
-        here = tensor is not None and tensor.device.type == self.device.type
-        return here and (isinstance(stored, StoredMap) or self.device.type != "cpu")
+        tensor = getattr(self.sources[source], "tensor", None)
+        return tensor is not None and tensor.device.type == self.device.type
 
     @contextlib.contextmanager
     def reader(self, tiles: Iterable[tuple[int, int]]) -> Iterator[Reader]:

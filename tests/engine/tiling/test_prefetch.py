@@ -7,7 +7,9 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
+from gigamorph import accelerate
 from gigamorph.engine.execution.image_batch import ImageTensor
 from gigamorph.engine.tiling import prefetch
 from gigamorph.engine.tiling.prefetch import Prefetch
@@ -116,3 +118,12 @@ def test_what_is_on_the_device_is_read_by_the_stream_that_computes(kind):
     object.__setattr__(scan, "sources", {0: kind(OnGpu()), 1: ImageTensor(torch.zeros(1, 1, 4, 4))})
     object.__setattr__(scan, "device", GPU)
     assert scan._on_device(0) and not scan._on_device(1)
+
+
+def test_an_image_in_memory_is_read_on_the_cpu_without_a_thread(monkeypatch):
+    """Blocks of threads lie in heaps of their own, which stay: up to two tiles for each, beyond any budget."""
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", started.append)
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), memory_budget="64MiB", tile=32)
+    net(torch.rand(1, 1, 90, 70)).sum().backward()
+    assert not started
