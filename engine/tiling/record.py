@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -154,12 +155,19 @@ class Recorded:
         self.roots: list[GradientEdge] = []  # not the tensors, whose values nobody may need any more
         self.grads: list[Callable[[Consumers], Tensor | None]] = []
 
+        sources, holder = kept.sources, weakref.ref(kept)  # weak: it holds this graph, whose nodes lead here
+
         def pixels(source: int, rect: Rect) -> Tensor:
             window = read(source, rect)
-            return window.detach().requires_grad_() if source in kept.sources else window
+            return window.detach().requires_grad_() if source in sources else window
+
+        def sum_of(value: int, dtype: torch.dtype) -> Tensor:
+            held = holder()
+            assert held is not None
+            return held.sum_of(value, dtype)
 
         anchor = torch.zeros((), device=scan.device, requires_grad=True)
-        autograd = Autograd(kept.needs, anchor, kept.sum_of, SavedTensors())
+        autograd = Autograd(kept.needs, anchor, sum_of, SavedTensors())
         self.tile = Tile(scan.tiled, *place, pixels, kept.vectors, halos, autograd, second_pass=keep is None)
         wanted = consumers if keep is not None else {v for v, taken in consumers.items() if any(map(has_grad, taken))}
         reached, through = self.tile.reach(wanted)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from exactness import assert_exact, randomize
 from torch import Tensor, nn
 
-from gigamorph import plan
+from gigamorph import accelerate, plan
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
+from gigamorph.engine.tiling.record import Recorded
 
 
 class Squeezed(nn.Module):
@@ -71,3 +76,23 @@ def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory_limit, "_OP_SHARE", 2**40)
     assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
     assert alone and alone[0] and not alone[-1]
+
+
+@pytest.mark.parametrize("tile", [16, (16, 80)])
+def test_a_forward_that_is_dropped_leaves_no_graphs(
+    tile: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd's nodes, which no garbage collector sees through, lead to what a tile needs, but not to what holds it."""
+    graphs: list[weakref.ref[Recorded]] = []
+    init = Recorded.__init__
+
+    def noted(self: Recorded, *args: Any, **more: Any) -> None:
+        graphs.append(weakref.ref(self))
+        init(self, *args, **more)
+
+    monkeypatch.setattr(Recorded, "__init__", noted)
+    result = accelerate(network(), tile=tile, memory_budget="2GiB")(IMAGE)
+    assert any(graph() is not None for graph in graphs)
+    del result
+    gc.collect()
+    assert all(graph() is None for graph in graphs)
