@@ -82,7 +82,7 @@ def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -
 def test_a_forward_that_is_dropped_leaves_no_graphs(
     tile: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Autograd's nodes, which no garbage collector sees through, lead to what a tile needs, but not to what holds it."""
+    """Autograd's nodes, which no garbage collector sees through, lead to what a tile needs, not to what holds it."""
     graphs: list[weakref.ref[Recorded]] = []
     init = Recorded.__init__
 
