@@ -24,6 +24,8 @@ VERDICTS = {
     "wrong": "anything else",
 }
 
+LONG = 10  # times stock's step: rows that the page names
+
 Row = dict[str, Any]
 
 
@@ -121,8 +123,9 @@ def _slowest(rows: list[Row]) -> str:
         return "None was timed."
     slowest, row = max(timed, key=lambda pair: pair[0])
     median = statistics.median(ratio for ratio, _ in timed)
+    long = [f"{row['network']} {ratio:.1f} ({MODES[row['mode']]})" for ratio, row in timed if ratio >= LONG]
     return f"""Median {median:.1f}; the longest, {slowest:.1f}, is {row["network"]}'s
-with {MODES[row["mode"]]} norms."""
+with {MODES[row["mode"]]} norms.""" + (f"\nTen times and more: {', '.join(long)}." if long else "")
 
 
 def _gradients(rows: list[Row]) -> str:

@@ -171,7 +171,11 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 @click.option(
     "--callback", "callbacks", multiple=True, metavar="MODULE:NAME", help="A callback of Lightning. Repeatable."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --out exactly where it stopped; --epochs extends it.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in --out exactly where it stopped, or begin it; --epochs extends it.",
+)
 @click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
 @click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")
 @click.option("--verbose", is_flag=True, help="Print what is done as well: models, plans, kernels.")

@@ -80,7 +80,8 @@ def fit(
 
     A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
     More epochs than it was begun with extend it, also a complete one: from there on the learning rate is that of as
-    many epochs.
+    many epochs. Where there is no ``last.ckpt`` yet, the run begins: what starts jobs again need not know how far they
+    came.
 
     All processes of a group of `torch.distributed` train together when each of them calls this, see `run_stages`: with
     ``split_image`` they share each image, else each has one of its own. `gigamorph.engine.parallel.launch` starts such
@@ -100,12 +101,16 @@ def fit(
     out = Path(out)
     data.require_fit()
     group = ProcessGroup.here(options.split_image)
-    record = _begun(make_record(data, options, group), data, options, out / "last.ckpt" if resume else None)
+    last, watch = out / "last.ckpt", watch or Watch()
+    if resume and not last.exists():
+        resume = False
+        if watch.say is not None:
+            watch.say(f"{last}: not there yet, so the run begins")
+    record = _begun(make_record(data, options, group), data, options, last if resume else None)
     started = time.monotonic()
     net = _network(record, data, options, None if resume else options.weights, group)
     if options.patience is not None and not len(data.val):
         log.warning("patience has no effect: there are no validation images, and all epochs are trained")
-    watch = watch or Watch()
     if watch.say is not None:
         for line in proposal(net, data, options):
             watch.say(line)
