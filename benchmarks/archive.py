@@ -184,8 +184,7 @@ def kills_train(count: int, folder: Path) -> dict[str, Any]:
     while found["kills"] < count:
         out, own = folder / f"run{found['runs']}", 0
         while True:
-            begun = (out / "last.ckpt").exists()  # a kill before the first one leaves nothing to go on from
-            child = train_in_child([*words, str(out), *(["--resume"] if begun else [])])
+            child = train_in_child([*words, str(out), "--resume"])
             if found["kills"] + own < count:
                 time.sleep(drawn.uniform(0, 0.8 * took))
                 os.kill(child, signal.SIGKILL)
