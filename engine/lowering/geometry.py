@@ -252,7 +252,8 @@ class AxisSchedule:
 
     def block(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that become known in `step` (may be empty)."""
-        return self.known(value, step), self.frontier[value][step]
+        frontier = self.frontier[value]  # asked for many times by each tile
+        return frontier[step - 1] if step else self.start.get(value, 0), frontier[step]
 
     def halo_in(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that are handed to `step` from earlier ones."""
