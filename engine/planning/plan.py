@@ -46,7 +46,8 @@ class Plan:
         choice: which of them is taken.
         replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are computed op by op.
         budget: the budget, or None.
-        stock_bytes: the same step in stock PyTorch, or None where it was not asked for.
+        stock_bytes: the tensors of the same step in stock PyTorch, or None where it was not asked for. What its
+            libraries take besides is not counted: on the CPU ResNet-18's step takes 1.3 times as much, lesionnet's 2.4.
     """
 
     image: tuple[int, int, int, int]
@@ -150,6 +151,6 @@ class Plan:
             if len(self.sides) > 1:
                 lines.append(("kept", self.choices[self.choice].name))
         if self.stock_bytes is not None:
-            ratio = self.stock_bytes / self.peak_bytes
-            lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} ({ratio:.1f} times this)"))
+            times = f"{self.stock_bytes / self.peak_bytes:.1f} times this"
+            lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} of tensors alone ({times})"))
         return "\n".join(f"{name:<15} {text}" for name, text in lines)
