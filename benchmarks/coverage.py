@@ -52,6 +52,7 @@ OWN_SIZES = {"halonet26t": (512, 256), "flexivit_small": (240, 240)}
 TILES = {0: 48, 192: 96}  # by the image's smaller side, from which on
 LIMIT = 1e-12
 TIMEOUT = 3600  # seconds for one network in one mode
+NETWORKS_EACH = 20  # that a process checks
 RESULTS = ROOT / "benchmarks" / "results" / "coverage_census.json"
 
 
@@ -218,12 +219,17 @@ def _wrong(name: str, mode: str, message: str) -> dict[str, Any]:
 
 
 class Child:
-    """A process that checks networks; started again after a crash."""
+    """A process that checks networks; started again after a crash, and after some networks: PyTorch's cache of fake ops
+    grows by gigabytes, and networks that find too little memory free are refused."""
 
     def __init__(self) -> None:
         self.process: Process | None = None
+        self.checked = 0
 
     def check(self, name: str, mode: str) -> dict[str, Any]:
+        if self.checked and self.checked % NETWORKS_EACH == 0:
+            self.close()
+        self.checked += 1
         process = self.process = self.process or Process("coverage", TIMEOUT, folder=Path(__file__).parent)
         report = process.ask("check", name=name, mode=mode)
         if report.pop("status") == OK:

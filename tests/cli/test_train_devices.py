@@ -46,22 +46,30 @@ def processes() -> dict[int, int]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, tmp_path, capfd):
+def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     command = ["train", phantoms, *FAST, "--epochs", "8", "--out"]
     assert run(*command, tmp_path / "alone") == 0
     code = "from gigamorph.cli.main import main; main()"
     helpers = str(Path(__file__).parents[1] / "helpers")
+    (tmp_path / "slow.py").write_text(  # an epoch takes milliseconds, and this process may have to wait for longer
+        "import os, time\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Slow(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *others):\n"
+        "        time.sleep('SLOW' in os.environ and trainer.current_epoch > 0)\n"
+    )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "split"), *SPLIT],
+        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "split"), *SPLIT, "--callback", "slow:Slow"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": helpers},
+        env={**os.environ, "PYTHONPATH": helpers, "SLOW": "1"},
     )
     started: set[int] = set()
     last = tmp_path / "split" / "last.ckpt"
-    while not last.exists():  # seven epochs are left then
+    while not last.exists():  # seven slow epochs are left then
         assert child.poll() is None, child.communicate()
         if len(started) < 3:  # the look at all processes takes long where there are many
             started |= {number for number, parent in processes().items() if parent == child.pid}
