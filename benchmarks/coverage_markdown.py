@@ -73,7 +73,7 @@ def _counts(rows: list[Row]) -> str:
     names = dict.fromkeys(row["network"] for row in rows)
     for mode, name in MODES.items():
         missing = ", ".join(network for network in names if (network, mode) not in by)
-        lines += ["", f"Not measured yet with {name} norms: {missing}."] if missing else []
+        lines += ["", f"No verdict yet with {name} norms: {missing}."] if missing else []
     return "\n".join(lines) + "\n"
 
 
