@@ -221,8 +221,8 @@ class Scan:
     def _on_device(self, source: int) -> bool:
         """Whether a source is read where it is, by what computes.
 
-        A thread would save the CPU the wait for an image's change of memory order, some hundredths of a small network's
-        step, and takes memory for it in a part of the C library's heap that gives nothing back.
+        On the CPU, too: what a thread takes for an image's change of memory order lies in a part of the C library's
+        heap that gives nothing back.
         """
         tensor = getattr(self.sources[source], "tensor", None)
         return tensor is not None and tensor.device.type == self.device.type

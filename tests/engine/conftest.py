@@ -9,6 +9,7 @@ from typing import Any
 import image_files
 import numpy as np
 import pytest
+import stores
 
 from gigamorph import kernels
 from gigamorph.kernels import choice
@@ -30,3 +31,17 @@ def fused_with_stock_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)
     with choice.override("stock"):
         yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Mammograms of two patients."""
+    return stores.phantoms(tmp_path_factory.mktemp("p"))
+
+
+@pytest.fixture
+def store(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> stores.FolderStore:
+    """A DICOMweb store that has these files."""
+    found = stores.FolderStore(tmp_path / "store", monkeypatch)
+    found.put(files)
+    return found

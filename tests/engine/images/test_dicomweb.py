@@ -14,18 +14,6 @@ from gigamorph.engine.images.dicomweb import Instance, asked, place_of, search, 
 from gigamorph.engine.images.dicomweb_frames import syntax_of
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return stores.phantoms(tmp_path_factory.mktemp("p"))
-
-
-@pytest.fixture
-def store(files, tmp_path, monkeypatch):
-    found = stores.FolderStore(tmp_path / "store", monkeypatch)
-    found.put(files)
-    return found
-
-
 def whole(source):
     _, height, width = source.shape
     return source.read(0, height, 0, width)

@@ -32,18 +32,6 @@ HERE = Options("m" * 64, "best.ckpt", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return stores.phantoms(tmp_path_factory.mktemp("p"))
-
-
-@pytest.fixture
-def store(files, tmp_path, monkeypatch):
-    found = stores.FolderStore(tmp_path / "store", monkeypatch)
-    found.put(files)
-    return found
-
-
 def instances(store, modality):
     """Those of a modality, whole."""
     client = store._client
