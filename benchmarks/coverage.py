@@ -9,6 +9,7 @@ error against float64 is divided by stock PyTorch's own. The verdict is
     exact        computed tile by tile
     taken whole  exact, but only with fallback="whole": some op takes a whole map in the middle
     refused      with which message
+    unclear      differs by no more than stock itself does when its operations are rounded otherwise, which is beyond 1e-9
     wrong        anything else
 
 Networks run in child processes, so that one that crashes does not stop the others. Results are appended as they come,
@@ -44,7 +45,7 @@ from gigamorph.engine.bench.results import OK  # noqa: E402
 MODES = ("eval", "live")
 # A BatchNorm after a global pooling has one value per image: of two it makes plus and minus one, whatever they are.
 BATCH = {"eval": 1, "live": 4}
-VERDICTS = ("exact", "taken whole", "refused", "wrong")
+VERDICTS = ("exact", "taken whole", "refused", "unclear", "wrong")
 # The first that the network itself can take.
 # halonet's blocks need multiples of 256, more than one of them; flexivit has one size of its own.
 SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256), (299, 307)]
@@ -127,8 +128,9 @@ def check(name: str, mode: str) -> dict[str, Any]:
         found = judge(model, image, fast, casts=casts, limit=LIMIT)
     report |= found | {"steps": _times(model, image, fast)}
     del report["noise"], report["largest"]
+    good, unclear = report.pop("good"), report.pop("unclear")
     exact = "taken whole" if fallback else "exact"
-    report["verdict"] = exact if report.pop("good") else "wrong"
+    report["verdict"] = exact if good else "unclear" if unclear else "wrong"
     return report | {"seconds": time.perf_counter() - began}
 
 

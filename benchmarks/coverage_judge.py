@@ -11,7 +11,7 @@ The engine always runs as users run it; what is varied is stock. In this order, 
     backward, is changed in the last bit at random (Monte Carlo arithmetic: Parker, 1997), or its maps have another
     order in memory (other sums), or its live BatchNorm is written out (as in 4). A tensor may differ by four times its
     own noise: both sides round, and in a sum more is rounded than its result, which alone is changed. But nothing
-    beyond 1e-9 is rounding.
+    beyond 1e-9 is called rounding: where stock's own noise is beyond that, what differs by as much is unclear.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def judge(
     model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], casts: bool, limit: float
 ) -> dict[str, Any]:
-    """Whether all is well ("good"), the worst "error" and its tensor, "notes", and the "float32" errors.
+    """Whether all is well ("good") or "unclear", the worst "error" and its tensor, "notes", and the "float32" errors.
 
     Also the "largest" error of any tensor, which need not be the worst, and the largest "noise", 0 where it was not
     needed.
@@ -85,7 +85,7 @@ def judge(
                 )
                 truth, errors = written, others
         good = _worst(errors) <= limit
-        worst, rounding = max(errors, key=lambda name: errors[name]), 0.0
+        worst, rounding, unclear = max(errors, key=lambda name: errors[name]), 0.0, False
         if not good:
             noise = _noise(model, image, truth)
             times = {name: error / max(noise[name], 1e-300) for name, error in errors.items() if error > limit}
@@ -93,8 +93,9 @@ def judge(
             notes.append(f"{times[worst]:.1f} times stock's own noise, which is {noise[worst]:.1e}")
             rounding = max(noise.values())
             good = times[worst] <= _TIMES and _worst(errors) <= ROUNDING
+            unclear = times[worst] <= _TIMES and not good
     single = _float32(model, image, fast, truth, in_stock)
-    found = {"good": good, "error": errors[worst], "worst": worst, "float32": single}
+    found = {"good": good, "unclear": unclear, "error": errors[worst], "worst": worst, "float32": single}
     found |= {"noise": rounding, "largest": _worst(errors)}
     return found | ({"notes": "; ".join(notes)} if notes else {})
 

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 
@@ -250,10 +251,14 @@ class AxisSchedule:
         """The end of the indices of `value` that are known when `step` begins."""
         return self.frontier[value][step - 1] if step else self.start.get(value, 0)
 
+    @cached_property
+    def blocks(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        """The blocks of every value by step: each tile asks for each of them many times."""
+        return {v: list(pairwise([self.start.get(v, 0), *ends])) for v, ends in self.frontier.items()}
+
     def block(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that become known in `step` (may be empty)."""
-        frontier = self.frontier[value]  # asked for many times by each tile
-        return frontier[step - 1] if step else self.start.get(value, 0), frontier[step]
+        return self.blocks[value][step]
 
     def halo_in(self, value: int, step: int) -> tuple[int, int]:
         """The indices of `value` that are handed to `step` from earlier ones."""

@@ -36,8 +36,12 @@ Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
 
 def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
     """A view of the rows and columns of a map."""
-    top, bottom, left, right = rect
-    return tensor.narrow(axes[0], top, bottom - top).narrow(axes[1], left, right - left)
+    (rows, cols), (top, bottom, left, right) = axes, rect
+    if right - left == tensor.shape[cols]:  # halos mostly have all of one axis
+        return tensor.narrow(rows, top, bottom - top)
+    if bottom - top == tensor.shape[rows]:
+        return tensor.narrow(cols, left, right - left)
+    return tensor.narrow(rows, top, bottom - top).narrow(cols, left, right - left)
 
 
 def split(rect: Rect, block: Rect) -> tuple[Rect, Rect, Rect]:
@@ -81,6 +85,11 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
 
 def empty(pattern: Tensor, shape: Sequence[int], order: list[int] | None = None) -> Tensor:
     """An uninitialised tensor of another shape with the dtype, device and (or that given) memory order of `pattern`."""
+    if order is None and pattern.dim() == 4:  # at once, where PyTorch has a name for the order
+        if pattern.stride(1) == 1 and pattern.shape[1] > 1:
+            return torch.empty(shape, dtype=pattern.dtype, device=pattern.device, memory_format=torch.channels_last)
+        if pattern.is_contiguous():
+            return torch.empty(shape, dtype=pattern.dtype, device=pattern.device)
     order = memory_order(pattern) if order is None else order
     return unpermute(torch.empty([shape[d] for d in order], dtype=pattern.dtype, device=pattern.device), order)
 

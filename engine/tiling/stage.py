@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable
 
-from ..lowering.geometry import AxisSchedule, same, schedule_axis
+from ..lowering.geometry import Access, AxisSchedule, Window, same, schedule_axis
 from ..lowering.ops import Local
 from ..lowering.rewrites import in_place_runs, unvalued_runs
 from ..lowering.stages import Stage, readers_of
 from .halos import Rect, area, shift
 
 Schedules = dict[Hashable, AxisSchedule]
+_Reads = tuple[tuple[int, int], tuple[int, int]]  # along one axis: the span that is read, the padding around it
 
 
 class TiledStage:
@@ -44,6 +45,7 @@ class TiledStage:
         self.readers = readers_of(stage)
         self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
+        self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by output and value, then by step
 
     def _schedule(self, axis: int, tile: int) -> AxisSchedule:
         stage = self.stage
@@ -75,7 +77,7 @@ class TiledStage:
 
     def block(self, value: int, i: int, j: int) -> Rect:
         """The rectangle of `value` that tile (i, j) computes; may be empty."""
-        return (*self.rows.block(value, i), *self.cols.block(value, j))
+        return self.rows.blocks[value][i] + self.cols.blocks[value][j]
 
     def halo_sizes(self, value: int, i: int, j: int) -> list[tuple[str, int, int]]:
         """(side, height, width) of the halos of `value` that enter tile (i, j); for "above" in full width."""
@@ -91,10 +93,26 @@ class TiledStage:
         return sizes
 
     def reads(self, local: Local, value: int, i: int, j: int) -> Rect:
-        """The rectangle of `value` that an op reads in tile (i, j)."""
-        top, bottom, left, right = self.block(local.op.outputs[0], i, j)
-        height, width = local.reads[value]
-        return (*height.span(top, bottom), *width.span(left, right))
+        """The rectangle of `value` that an op reads in tile (i, j), which computes it."""
+        rows, cols = self._by_step(local, value)
+        return rows[i][0] + cols[j][0]
+
+    def padding(self, local: Local, value: int, i: int, j: int) -> Rect:
+        """(top, bottom, left, right): what an op that pads adds around that rectangle."""
+        rows, cols = self._by_step(local, value)
+        return rows[i][1] + cols[j][1]
+
+    def _by_step(self, local: Local, value: int) -> tuple[list[_Reads], list[_Reads]]:
+        """What an op reads of `value` in each step of rows and of columns: the same for all tiles of a row or column."""
+        output = local.op.outputs[0]
+        if (output, value) not in self._reads:
+            pads = all(isinstance(access, Window) for access in local.reads[value])
+            height, width = (
+                [_read(access, block, pads) for block in axis.blocks[output]]
+                for axis, access in zip((self.rows, self.cols), local.reads[value], strict=True)
+            )
+            self._reads[output, value] = height, width
+        return self._reads[output, value]
 
     def source_rects(self, source: int, i: int, j: int, own: bool) -> list[Rect]:
         """The rectangles of a source that tile (i, j) reads, and with `own` its own block of it."""
@@ -105,7 +123,8 @@ class TiledStage:
         return list(rects)
 
     def computes(self, value: int, i: int, j: int) -> bool:
-        top, bottom, left, right = self.block(value, i, j)
+        top, bottom = self.rows.blocks[value][i]
+        left, right = self.cols.blocks[value][j]
         return top < bottom and left < right
 
     def hands_on(self, value: int, i: int, j: int) -> list[tuple[str, Rect, Rect]]:
@@ -130,3 +149,10 @@ class TiledStage:
             if any(v in needs for v in local.reads) or any(v in wanted for v in local.op.inputs):
                 needs.update(v for v in local.op.outputs if values[v].takes_grad)
         return needs
+
+
+def _read(access: Access, block: tuple[int, int], pads: bool) -> _Reads:
+    """What the outputs of a block, which may be empty, read along an axis."""
+    if block[0] >= block[1]:
+        return (0, 0), (0, 0)
+    return access.span(*block), access.padding(*block) if pads and isinstance(access, Window) else (0, 0)

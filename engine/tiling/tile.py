@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..lowering.geometry import Window
 from ..lowering.ops import Block, Local, SumOf
 from .halos import Compose, Crop, Layout, Rect, area, cut, shift, split
 from .saved import SavedTensors
 from .stage import TiledStage
+
+_NONE = (0, 0, 0, 0)  # no padding
 
 
 @dataclass
@@ -103,6 +104,7 @@ class Tile:
         self.source_windows: dict[tuple[int, Rect], Tensor] = {}
         self.shares: dict[int, tuple[Tensor, ...]] = {}
         self.returned: Returned | None = None
+        self._hands_on: dict[int, list[tuple[str, Rect, Rect]]] = {}
         self._margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
 
     def window(
@@ -114,11 +116,13 @@ class Tile:
             if (value, rect) not in self.source_windows:
                 self.source_windows[value, rect] = self.pixels(value, rect)
             return self.source_windows[value, rect], pad
+        block = tiled.block(value, self.i, self.j)
+        if rect == block and value in self.blocks:  # without a halo, as most reads are
+            return self.blocks[value], pad
         if not area(rect):  # the outputs of this tile lie wholly in the padding
             info, shape = tiled.stage.program.values[value], list(tiled.stage.maps.shape(value))
             shape[tiled.axes(value)[0]], shape[tiled.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]
             return torch.empty(shape, dtype=info.dtype, device=info.device), pad
-        block = tiled.block(value, self.i, self.j)
         above, left, inside = split(rect, block)
         if area(inside) == area(rect):
             tensor = self.blocks[value]
@@ -140,7 +144,7 @@ class Tile:
                 parts.append((shift(part, rect[0], rect[2]), getattr(self.halos, side)[value], place))
                 sinks.append(partial(self._add_to_halo, side, value, source))
         own = (shift(inside, rect[0], rect[2]), shift(inside, block[0], block[2])) if area(inside) else None
-        padding, missing = ((0, 0, 0, 0), pad) if fill is None else (pad, (0, 0, 0, 0))
+        padding, missing = (_NONE, pad) if fill is None else (pad, _NONE)
         tensor = self.blocks[value] if own else None
         room = self._margins.get(value, (0, 0)) if own and fill is None else (0, 0)
         in_margin = room[0] >= block[0] - rect[0] and room[1] >= block[2] - rect[2] and value in self._margins
@@ -164,15 +168,15 @@ class Tile:
         """The output blocks of one op in this tile."""
         output = local.op.outputs[0]
         rows, cols = self.tiled.rows.block(output, self.i), self.tiled.cols.block(output, self.j)
-        pad = (0, 0, 0, 0)
+        pad = _NONE
         env = self.vectors
         windows = []
-        for value, (height, width) in local.reads.items():
-            lacks = (0, 0, 0, 0)
-            if isinstance(height, Window) and isinstance(width, Window):
-                lacks = (*height.padding(*rows), *width.padding(*cols))
-            env[value], lacks = self.window(value, self.tiled.reads(local, value, self.i, self.j), lacks, local.fill)
-            pad = (max(pad[0], lacks[0]), max(pad[1], lacks[1]), max(pad[2], lacks[2]), max(pad[3], lacks[3]))
+        for value in local.reads:
+            rect = self.tiled.reads(local, value, self.i, self.j)
+            lacks = self.tiled.padding(local, value, self.i, self.j)
+            env[value], lacks = self.window(value, rect, lacks, local.fill)
+            if lacks != _NONE:
+                pad = (max(pad[0], lacks[0]), max(pad[1], lacks[1]), max(pad[2], lacks[2]), max(pad[3], lacks[3]))
             windows.append(value)
         margin = self._margin(output) if local.leaves_room else (0, 0)
         run = self.tiled.in_place.get(output, local.run)
@@ -201,7 +205,9 @@ class Tile:
 
     def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
         """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the halo)."""
-        return self.tiled.hands_on(value, self.i, self.j)
+        if value not in self._hands_on:  # asked for in both passes, and to see what is differentiated
+            self._hands_on[value] = self.tiled.hands_on(value, self.i, self.j)
+        return self._hands_on[value]
 
     def add_handed_back(self, value: int, block: Tensor | None, grad: Tensor) -> None:
         """Add to a block's gradient what later tiles have handed back for it; the block where that wants a slope."""

@@ -30,12 +30,11 @@ def test_the_page_is_what_the_json_says(recorded: dict[str, Any]) -> None:
 
 
 def test_every_network_in_both_modes_at_one_commit(recorded: dict[str, Any]) -> None:
-    """But for one: stock's own rounding moves the gradients of frozen repvgg_d2se by more than 1e-9."""
+    """But for the one that is unclear, whose verdict came later."""
     found = [(row["network"], row["mode"]) for row in recorded["networks"]]
-    both = itertools.product(census.CLASSES, census.MODES)
-    assert found == [key for key in both if key != ("repvgg_d2se", "eval")]
+    assert found == list(itertools.product(census.CLASSES, census.MODES))
     assert recorded["counts"] == census.counts(recorded["networks"])
-    assert len({row["commit"] for row in recorded["networks"]}) == 1
+    assert len({row["commit"] for row in recorded["networks"] if row["verdict"] != "unclear"}) == 1
 
 
 def test_the_list_is_chosen_by_family() -> None:
@@ -57,8 +56,13 @@ def test_parts_of_models_are_built(name: str) -> None:
 
 
 def test_not_one_is_wrong(recorded: dict[str, Any]) -> None:
-    assert [(row["network"], row["mode"]) for row in recorded["networks"] if row["verdict"] == "wrong"] == []
+    """Of frozen repvgg_d2se stock's own rounding moves the gradients by more than 1e-9."""
+    by = {name: [(row["network"], row["mode"]) for row in recorded["networks"] if row["verdict"] == name]
+          for name in census.VERDICTS}
+    assert by["wrong"] == [] and by["unclear"] == [("repvgg_d2se", "eval")]
     for row in recorded["networks"]:
+        if row["verdict"] == "unclear":
+            continue
         assert row["error"] <= census.LIMIT or ("noise" in row.get("notes", "") and row["error"] <= ROUNDING), row[
             "network"
         ]
@@ -94,7 +98,7 @@ def test_counts_and_remarks_of_the_page() -> None:
     ]
     source = {"torch": "2", "timm": "1", "torchvision": "0", "limit": 1e-12}
     text = page({"networks": rows, **source})
-    assert "| a | frozen | 1 | 1 | 0 | 0 | 0 |\n" in text and "| all | live | 1 | 0 | 0 | 0 | 1 |\n" in text
+    assert "| a | frozen | 1 | 1 | 0 | 0 | 0 | 0 |\n" in text and "| all | live | 1 | 0 | 0 | 0 | 0 | 1 |\n" in text
     assert "No verdict yet with live norms: two." in text
     assert "| one | a | 8 x 9 | exact | 2e-13 | 1.00 | 2.5 | **wrong** [1](#remarks) |  |  |  |\n" in text
     assert "Median 2.5; the longest, 2.5, is one's\nwith frozen norms." in text
