@@ -90,10 +90,12 @@ def judge(
             noise = _noise(model, image, truth)
             times = {name: error / max(noise[name], 1e-300) for name, error in errors.items() if error > limit}
             worst = max(times, key=lambda name: times[name])
-            notes.append(f"{times[worst]:.1f} times stock's own noise, which is {noise[worst]:.1e}")
             rounding = max(noise.values())
             good = times[worst] <= _TIMES and _worst(errors) <= ROUNDING
             unclear = times[worst] <= _TIMES and not good
+            if unclear:
+                worst = max(errors, key=lambda name: errors[name])
+            notes.append(f"{times[worst]:.1f} times stock's own noise, which is {noise[worst]:.1e}")
     single = _float32(model, image, fast, truth, in_stock)
     found = {"good": good, "unclear": unclear, "error": errors[worst], "worst": worst, "float32": single}
     found |= {"noise": rounding, "largest": _worst(errors)}

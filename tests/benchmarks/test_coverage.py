@@ -57,8 +57,10 @@ def test_parts_of_models_are_built(name: str) -> None:
 
 def test_not_one_is_wrong(recorded: dict[str, Any]) -> None:
     """Of frozen repvgg_d2se stock's own rounding moves the gradients by more than 1e-9."""
-    by = {name: [(row["network"], row["mode"]) for row in recorded["networks"] if row["verdict"] == name]
-          for name in census.VERDICTS}
+    by = {
+        name: [(row["network"], row["mode"]) for row in recorded["networks"] if row["verdict"] == name]
+        for name in census.VERDICTS
+    }
     assert by["wrong"] == [] and by["unclear"] == [("repvgg_d2se", "eval")]
     for row in recorded["networks"]:
         if row["verdict"] == "unclear":
