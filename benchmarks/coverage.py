@@ -9,7 +9,7 @@ error against float64 is divided by stock PyTorch's own. The verdict is
     exact        computed tile by tile
     taken whole  exact, but only with fallback="whole": some op takes a whole map in the middle
     refused      with which message
-    unclear      differs by no more than stock itself does when its operations are rounded otherwise, which is beyond 1e-9
+    unclear      differs by no more than stock itself does when it rounds otherwise, which is beyond 1e-9
     wrong        anything else
 
 Networks run in child processes, so that one that crashes does not stop the others. Results are appended as they come,

@@ -103,7 +103,7 @@ class TiledStage:
         return rows[i][1] + cols[j][1]
 
     def _by_step(self, local: Local, value: int) -> tuple[list[_Reads], list[_Reads]]:
-        """What an op reads of `value` in each step of rows and of columns: the same for all tiles of a row or column."""
+        """What an op reads of `value` in each step of rows and of columns; all tiles of a row read the same rows."""
         output = local.op.outputs[0]
         if (output, value) not in self._reads:
             pads = all(isinstance(access, Window) for access in local.reads[value])
