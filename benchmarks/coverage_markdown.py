@@ -21,8 +21,8 @@ VERDICTS = {
     "exact": "computed tile by tile, and the same as stock PyTorch",
     "taken whole": 'the same, with `fallback="whole"`: an op in the middle takes a whole map',
     "refused": "an error that names the module and the line",
-    "unclear": "it differs by no more than four times what stock PyTorch itself does when it rounds otherwise, which is "
-    "more than 1e-9, so that an error could hide in it",
+    "unclear": "it differs by no more than four times what stock PyTorch itself does when it rounds otherwise, which "
+    "is more than 1e-9, so that an error could hide in it",
     "wrong": "anything else",
 }
 
