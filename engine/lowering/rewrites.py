@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,8 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
         image_grad: whether the image will want a gradient.
     """
     for stage in staged.stages:
+        # Copies: other stages, and other choices of stored maps, have the same ops.
+        stage.locals = [replace(local) for local in stage.locals]
         fold_batch_norm(stage)
         if kernels.enabled(stage.program.values[stage.image].device):
             from .fused import fuse  # needs Triton

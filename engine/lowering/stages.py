@@ -15,7 +15,7 @@ one function of its sources and vectors. A network whose only reduction is the l
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -239,26 +239,25 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     """
     level = levels(maps, nodes, cuts)
     whole = needed_whole(maps, nodes)
-    makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
+    makers = {v: (n, node) for n, node in enumerate(nodes) if isinstance(node, Local) for v in node.op.outputs}
     kept = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
     steps: list[Op | VectorOp | Stage] = []
     late, moment = _for_state_alone(maps, nodes), _moments(maps, nodes, level)
+    between: dict[int, list[Op | VectorOp]] = {}  # by level
+    for node in nodes:
+        if not isinstance(node, (Local, Reduction)) and id(node) not in late:
+            now = moment.get(id(node), level.get(next(iter(makes(node)), -1), 0))
+            between.setdefault(now, []).append(node.op if isinstance(node, Whole) else node)
     for now in range(last + 1):
-        for node in nodes:
-            if (
-                not isinstance(node, (Local, Reduction))
-                and id(node) not in late
-                and moment.get(id(node), level.get(next(iter(makes(node)), -1), 0)) == now
-            ):
-                steps.append(node.op if isinstance(node, Whole) else node)
+        steps += between.get(now, [])
         here = [r for r in reductions if level[r.value] == now]
         written = [v for v in kept if level[v] == now]
         if here or written:
             given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
             there = {*given, *(v for v in kept if level[v] < now)}
-            steps.append(_stage(maps, nodes, makers, here, written, there))
+            steps.append(_stage(maps, makers, here, written, there))
     steps += [node for node in nodes if isinstance(node, (Op, VectorOp)) and id(node) in late]
     staged = StagedProgram(maps.program, maps, steps)
     if not staged.stages:
@@ -318,25 +317,24 @@ def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
 def _stage(
     maps: Maps,
-    nodes: Sequence[Node | Op],
-    makers: dict[int, Local],
+    makers: dict[int, tuple[int, Local]],
     reductions: list[Reduction],
     written: list[int],
     there: set[int],
 ) -> Stage:
     """The local ops that reductions and stored maps need, back to maps that are there."""
     wanted = [*(r.value for r in reductions), *written]
-    needed: set[int] = set()
+    needed: dict[int, Local] = {}  # by place in the program
     sources: set[int] = set()
     while wanted:
         value = wanted.pop()
         if value in there:
             sources.add(value)
-        elif id(makers[value]) not in needed:
-            needed.add(id(makers[value]))
-            wanted.extend(makers[value].reads)
-    # Copies: a rewrite of one stage's ops must not change those of another.
-    own = [replace(node) for node in nodes if isinstance(node, Local) and id(node) in needed]
+        elif makers[value][0] not in needed:
+            place, local = makers[value]
+            needed[place] = local
+            wanted.extend(local.reads)
+    own = [needed[place] for place in sorted(needed)]  # which other stages may have as well
     stage = Stage(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
     stage.vectors = vector_inputs(stage)
     return stage

@@ -297,6 +297,7 @@ class _Lifetimes:
         # A shard's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
         self.held = {v for step in steps for v in _kept(step, values)}
         self.held.update(staged.program.results())
+        self.first_read = {v: self._first_read(v) for v in self.made}
 
     def forward(self, now: int, training: bool) -> int:
         """Bytes while a step is computed."""
@@ -307,17 +308,17 @@ class _Lifetimes:
             and (now <= self.last.get(v, self.end) or (training and v in self.held and v not in self.within))
         )
 
-    def _kept(self, v: int, now: int) -> bool:
-        """Whether the backward of a step, or one that comes after it, reads a map."""
+    def _first_read(self, v: int) -> float:
+        """The first step in whose backward, or in one that comes after it, a map is there because it is read."""
         if v not in self.stage_maps or v in self.unvalued:
-            return True
+            return -1
         part = self.maker.get(v)
         # What goes into a segment is kept by the segment as a whole.
         within = (next((p for p in self.segments if r in p), None) for r in self.readers.get(v, ()))
         reads = (
             p.start if p is not None and p != part else r for r, p in zip(self.readers.get(v, ()), within, strict=True)
         )
-        return any(read <= now for read in reads)
+        return min(reads, default=math.inf)
 
     def backward(self, now: int) -> int:
         """Bytes while the backward of a step is computed."""
@@ -329,7 +330,7 @@ class _Lifetimes:
             own = self.row_by_row and v in self.stage_maps and isinstance(self.steps[now], Stage)
             if v not in self.held:
                 steady += self.size[v] * (now <= self.last.get(v, self.end))
-            elif self._kept(v, now):
+            elif self.first_read[v] <= now:
                 ends = own and made == now and v in self.unvalued
                 dying, steady = dying + ends * self.size[v], steady + (not ends) * self.size[v]
             if v in self.held and v in self.wanted and self.last.get(v, self.end) >= now:
@@ -343,7 +344,7 @@ class _Lifetimes:
         total = 0
         for v, made in self.made.items():
             if made < part.start:
-                total += self.size[v] * (v in self.held and v not in self.within and self._kept(v, part.start))
+                total += self.size[v] * (v in self.held and v not in self.within and self.first_read[v] <= part.start)
             elif made in part:
                 total += self.size[v] * (v in self.held and (made < part.stop - 1 or v in self.unvalued))
             if v in self.held and v in self.wanted and made < part.stop <= self.last.get(v, self.end):
