@@ -7,6 +7,7 @@ does in every other thread, and would still do so if an interrupt came between t
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,7 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
     changes.put(torch.autograd.Function, "apply", function_apply)
     # A tensor without values has a `tolist` of its own, which takes it apart and asks for each value.
     changes.put(FakeTensor, "tolist", replaced(lambda _original: torch.Tensor.tolist))
+    changes.put(random, "_urandom", replaced(lambda _original: unseen.entropy))  # of SystemRandom and of secrets
     changes.put(torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array)))
     changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
     norm = nn.modules.batchnorm._BatchNorm

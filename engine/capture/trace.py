@@ -35,12 +35,13 @@ from .leaks import let_go
 from .program import Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
+from .reach import mentioned
 from .recorder import Recorder
 from .state import Snapshot, owner_now
 from .trees import taken_apart
 from .unseen import Unseen
 from .values import Values
-from .walk import mentioned, walk
+from .walk import walk
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
 

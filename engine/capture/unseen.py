@@ -100,6 +100,12 @@ class Unseen:
             "random numbers in each tile; draw fixed numbers once, in the constructor, and keep them in a buffer"
         )
 
+    def entropy(self, _size: int) -> bytes:
+        raise UnsupportedError(
+            f"{place(''.join(self.values.path[-1:]), line_of())} draws from the system's entropy, so it is another "
+            "program at each call; draw them outside of the forward and give them as arguments"
+        )
+
 
 def _active(mode: TorchFunctionMode) -> bool:
     from torch.overrides import _get_current_function_mode

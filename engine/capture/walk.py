@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import enum
 import gc
+import inspect
 import random
 import sys
 import types
 import weakref
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from . import holders
 from .holders import Holder
+from .reach import Reach, mentioned
 
 _LIBRARIES = frozenset(
     "torch torchvision torchaudio torchmetrics timm triton numpy scipy lightning pytorch_lightning logging threading "
@@ -44,14 +46,6 @@ _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _ARRAY_BYTES = 2**20  # of a numpy array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
-
-
-def mentioned(code: types.CodeType) -> Iterator[str]:
-    """The global names that a function and the functions inside it mention."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from mentioned(constant)
 
 
 def of_library(thing: Any) -> bool:
@@ -100,12 +94,16 @@ class _Walk:
     """What has been found, and what is to be looked at next: a thing, what messages call it, and where it was found."""
 
     def __init__(self) -> None:
-        self.found = Found()
+        self.found, self.reach = Found(), Reach()
         self.queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
 
     def later(self, thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
         if not isinstance(thing, _LEAVES) and id(thing) not in self.found.ids:
             self.queue.append((thing, name, parent))
+
+    def _all(self, things: Iterable[tuple[Any, ...]]) -> None:
+        for thing in things:
+            self.later(*thing)
 
     def visit(self, thing: Any, name: str, parent: tuple[Holder, Any] | None) -> None:
         """Note what a thing holds, and put off what that leads to."""
@@ -135,13 +133,14 @@ class _Walk:
                 self.later(item, name, None)
         elif isinstance(thing, type):
             self._class(thing)
-        elif hasattr(thing, "__wrapped__"):
-            self.later(thing.__wrapped__, name)
+        elif (wrapped := inspect.getattr_static(thing, "__wrapped__", None)) is not None:  # looking runs no code
+            self.later(wrapped, name)
         elif isinstance(thing, np.ndarray):
             if thing.nbytes <= _ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
                 self._contents(holders.array(thing, name, parent))
         elif isinstance(thing, _GENERATORS):
-            self.found.generators.append(thing)
+            if not isinstance(thing, random.SystemRandom):  # that has no state: see `process.py`
+                self.found.generators.append(thing)
         elif isinstance(thing, weakref.ref):
             self.later(thing(), name)
         elif isinstance(thing, types.MappingProxyType):
@@ -172,15 +171,24 @@ class _Walk:
                 self.later(value, name, (holder, key))
 
     def _class(self, kind: type) -> None:
-        """What a class and its bases hold, and the code of their methods."""
+        """What a class and its bases hold, and the code of those of their methods that are reached."""
+        files = {base.__module__ for base in kind.__mro__ if not of_library(base)}
+        libraries = [base for base in kind.__mro__ if of_library(base) and base not in (nn.Module, object)]
+        for library in libraries:  # which may call what it has a method for
+            self._all(self.reach.names(vars(library)))
         for base in kind.__mro__:
+            if not of_library(base):
+                self._all(self.reach.inherits(base, files))
             if of_library(base) or (base is not kind and id(base) in self.found.ids):
                 continue
             self.found.ids[id(base)] = base
             holder = holders.class_attributes(base)
             self.found.holders.append(holder)
             for key, value in holder.read().items():
-                self.later(_inner_function(value), f"{base.__name__}.{key}", (holder, key))
+                found = _inner_function(value), f"{base.__name__}.{key}", (holder, key)
+                code = isinstance(found[0], types.FunctionType)
+                if not code or not self.reach.waits(base, key, found):
+                    self.later(*found)
 
     def _module(self, module: nn.Module, name: str) -> None:
         found = self.found
@@ -203,6 +211,7 @@ class _Walk:
         if of_library(function) and wrapped is None:
             return
         self.found.functions[function] = name
+        self._all(self.reach.by(function))
         for cell in function.__closure__ or ():
             if id(cell) not in self.found.ids:
                 self.found.ids[id(cell)] = cell
@@ -256,4 +265,8 @@ def _inner_function(value: Any) -> Any:
         return value.__func__
     if isinstance(value, property):
         return value.fget
-    return getattr(value, "__wrapped__", value) if not isinstance(value, types.FunctionType) else value
+    if isinstance(value, cached_property):
+        return value.func
+    if isinstance(value, types.FunctionType):
+        return value
+    return inspect.getattr_static(value, "__wrapped__", value)

@@ -1,0 +1,166 @@
+"""engine/capture/walk.py: which code of a network's files a forward can reach, and things there that resist a look."""
+
+import collections
+import random
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigamorph import accelerate
+from gigamorph.engine.capture.walk import walk
+from gigamorph.engine.errors import UnsupportedError
+
+library = types.ModuleType("a_library_that_is_not_known")
+exec(
+    """
+import random
+
+CALLS, LOG, ENTROPY, SCALE = 0, [], random.SystemRandom(), 1.0
+
+class Missing:
+    def __getattr__(self, name):
+        raise ImportError(f"install what is missing to have {name}")
+
+missing = Missing()
+
+def download(name):
+    return missing.fetch(ENTROPY.random(), LOG, CALLS)
+
+def scaled(x):
+    return x * SCALE
+
+def scaled_by_three(x):
+    return x * SCALE * 3
+""",
+    vars(library),
+)
+
+
+class Mixin:
+    """As networks have it that are published on a hub."""
+
+    def push_to_hub(self, name: str) -> Any:
+        return library.download(name)
+
+
+class Published(Mixin, nn.Module):
+    """A convolution, pooling and `last`, beside methods that no forward calls."""
+
+    def __init__(self, last: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.last, self.kind = nn.Conv2d(1, 2, 3, stride=2), last, "three"
+        self.double()
+
+    def scale_three(self, x: Tensor) -> Tensor:
+        return library.scaled_by_three(x)
+
+    @property
+    def scale(self) -> float:
+        return library.SCALE
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self, self.conv(x).mean((2, 3)))
+
+
+IMAGE = torch.linspace(0, 1, 21 * 17, dtype=torch.float64).reshape(1, 1, 21, 17)
+
+
+def test_what_no_forward_reaches_may_be_anything() -> None:
+    """Lazy imports that raise at any look, the system's entropy, a log: they once ended the recording."""
+    torch.manual_seed(0)
+    net = Published(lambda _net, x: x)
+    found = walk(net)
+    assert not found.generators and not any(f.__name__ == "download" for f in found.functions)
+    torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
+
+
+def test_things_that_raise_at_any_look_are_passed_by() -> None:
+    """Also where the forward mentions them."""
+    torch.manual_seed(0)
+    net = Published(lambda _net, x: x if library.missing is not None else library.ENTROPY.random())
+    torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_of_the_systems_entropy_are_refused() -> None:
+    net = Published(lambda _net, x: x * library.ENTROPY.random())
+    with pytest.raises(UnsupportedError, match="system's entropy"):
+        accelerate(net, tile=8)(IMAGE)
+    assert 0 <= random.SystemRandom().random() < 1
+
+
+class OfALibrary(nn.TransformerEncoderLayer):
+    """PyTorch's own forward calls a method of this class, whose name no code of ours mentions."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1, 4, dropout=0.0, batch_first=True, norm_first=True)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return library.scaled(super()._ff_block(x))
+
+
+class Called:
+    def __call__(self, x: Tensor) -> Tensor:
+        return library.scaled(x)
+
+
+def by_a_composed_name(net: Any, x: Tensor) -> Tensor:
+    return getattr(net, f"scale_{net.kind}")(x)
+
+
+def by_a_constant_name(net: Any, x: Tensor) -> Tensor:
+    return getattr(net, "scale_three")(x)  # noqa: B009
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return library.scaled(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return library.scaled(grads[0])
+
+
+REACHED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a method": lambda net, x: net.scale_three(x),
+    "a property": lambda net, x: x * net.scale,
+    "a composed name": by_a_composed_name,
+    "a constant name": by_a_constant_name,
+    "an operator": lambda net, x: net.called(x),
+    "a constructor": lambda net, x: Made(x).value,
+    "a constructor under another name": lambda net, x: net.make(x).value,
+    "a method that a library calls": lambda net, x: net.layer(x[:, None])[:, 0],
+    "an autograd function": lambda net, x: Own.apply(x),
+}
+
+
+class Made:
+    def __init__(self, x: Tensor) -> None:
+        self.value = library.scaled(x)
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_what_a_forward_reaches_is_noticed(name: str) -> None:
+    """However it comes to a method: a number in the file that the method reads is changed between two calls."""
+    torch.manual_seed(0)
+    net = Published(REACHED[name])
+    net.called, net.make, net.layer = Called(), Made, OfALibrary().double()
+    fast, found = accelerate(net, tile=8), collections.defaultdict[str, list[Tensor]](list)
+    try:
+        for scale in (1.0, 2.0):
+            vars(library)["SCALE"] = scale
+            found["stock"].append(net(IMAGE).detach())
+            found["tiles"].append(fast(IMAGE).detach())
+    finally:
+        vars(library)["SCALE"] = 1.0
+    assert not torch.allclose(*found["stock"])
+    for one, other in zip(found["stock"], found["tiles"], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+sys.modules.setdefault(library.__name__, library)
