@@ -144,7 +144,7 @@ class _Sorting:
         elif isinstance(node, VectorOp):
             self.taken.check(op, node)
         elif isinstance(node, Whole):
-            self.taken.begin(node.op)
+            self.taken.begin(node.op, recorded=not set(op.outputs).isdisjoint(node.op.outputs))
         self.nodes.append(node)
 
 
@@ -189,10 +189,12 @@ class _TakenWhole:
         self.origin: dict[int, Op] = {}  # value -> the op that took a map whole
         self.sizes: set[tuple[int, int]] = set()
 
-    def begin(self, op: Op) -> None:
-        self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
+    def begin(self, op: Op, recorded: bool) -> None:
+        """An op that takes a map whole; what a rule has put in beside the `recorded` ones is a vector as it says."""
         self.origin.update(dict.fromkeys(op.outputs, op))
-        self._return(op)
+        if recorded:
+            self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
+            self._return(op)
 
     def follow(self, op: Op) -> None:
         """An op on vectors."""

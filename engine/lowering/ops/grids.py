@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op
+from ...capture.trace import Op, Ref
 from ..geometry import Cells, Window
-from .base import Block, Env, Local, Maps, Node, Reduction, VectorOp, Whole, need_nchw, rule
+from .base import RULES, Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, need_nchw, rule
 
 Grid = tuple[Cells, Cells]
 
@@ -55,6 +57,15 @@ def adaptive_pool2d(op: Op, maps: Maps) -> Local | Reduction | Whole | list[Node
     if first_only:
         return Reduction(op, value, "max", 1, (2, 3), True, first_only=True, grid=(rows, cols))
     return _means(op, maps, value, (rows, cols))
+
+
+@rule("adaptive_avg_pool1d")
+def adaptive_avg_pool1d(op: Op, maps: Maps) -> Any:
+    """The mean of all positions, (N, C, L) -> (N, C, 1); finer cuts of flattened positions are no cells of the image."""
+    if maps.shape(op.outputs[0])[-1] != 1:
+        raise Refusal("'adaptive_avg_pool1d' to more than one value cuts flattened positions; use adaptive_avg_pool2d")
+    mean = replace(op, func=torch.mean, name="mean", args=(Ref(op.inputs[0]), -1, True), kwargs={})
+    return RULES["mean"](mean, maps)
 
 
 def _windows(op: Op, maps: Maps, value: int, largest: bool) -> Local:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from exactness import assert_exact
-from hypothesis import given
+from exactness import assert_exact, step, step_errors
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gigamorph import accelerate
 from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.errors import UnsupportedError
 from gigamorph.engine.lowering.moves import _refined
 from gigamorph.engine.lowering.ops.base import Whole
 from gigamorph.engine.lowering.sorting import sort
@@ -80,3 +83,43 @@ def test_factors_of_two_shapes(factors, data):
 
 def test_shapes_without_common_factors():
     assert _refined([4, 6], [3, 8]) is None
+
+
+class Shifted(nn.Module):
+    """A shift in both axes, and then something that nothing is known of."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(1, 4, 4, stride=4), last
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).permute(0, 2, 3, 1)
+        y = torch.roll(y.sin(), (-2, -2), (1, 2))
+        return self.last(torch.roll(y.sin(), (2, 2), (1, 2)))
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.integers(4, 9), st.integers(4, 9), st.sampled_from([8, 12, 16]))
+def test_a_shift_where_another_op_takes_its_map_whole(height: int, width: int, tile: int) -> None:
+    """What goes round the ends was taken for a map of its own, and then was not there."""
+    torch.manual_seed(0)
+    model = Shifted(lambda y: y.sort(1).values.square().mean((1, 2)))
+    x = torch.randn(2, 1, 4 * height, 4 * width, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="sort"):
+        accelerate(model, tile=tile)(x)
+    wanted, got = step(model, x), step(accelerate(model, tile=tile, fallback="whole"), x)
+    assert max(step_errors(wanted, got).values()) < 1e-12
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.integers(4, 9), st.integers(4, 9), st.sampled_from([8, 12, 16]))
+def test_the_mean_of_flattened_positions_by_a_pooling(height: int, width: int, tile: int) -> None:
+    torch.manual_seed(0)
+    model = Shifted(lambda y: F.adaptive_avg_pool1d(y.flatten(1, 2).transpose(1, 2), 1).flatten(1))
+    x = torch.randn(2, 1, 4 * height, 4 * width, dtype=torch.float64)
+    wanted, got = step(model, x), step(accelerate(model, tile=tile), x)
+    assert max(step_errors(wanted, got).values()) < 1e-12
+    cut = Shifted(lambda y: F.adaptive_avg_pool1d(y.flatten(1, 2).transpose(1, 2), 2).flatten(1))
+    with pytest.raises(UnsupportedError, match="adaptive_avg_pool2d"):
+        accelerate(cut, tile=tile)(x)
