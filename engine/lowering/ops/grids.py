@@ -61,7 +61,7 @@ def adaptive_pool2d(op: Op, maps: Maps) -> Local | Reduction | Whole | list[Node
 
 @rule("adaptive_avg_pool1d")
 def adaptive_avg_pool1d(op: Op, maps: Maps) -> Any:
-    """The mean of all positions, (N, C, L) -> (N, C, 1); finer cuts of flattened positions are no cells of the image."""
+    """The mean of all positions, (N, C, L) -> (N, C, 1); finer cuts of flattened positions are no cells."""
     if maps.shape(op.outputs[0])[-1] != 1:
         raise Refusal("'adaptive_avg_pool1d' to more than one value cuts flattened positions; use adaptive_avg_pool2d")
     mean = replace(op, func=torch.mean, name="mean", args=(Ref(op.inputs[0]), -1, True), kwargs={})
