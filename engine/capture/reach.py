@@ -46,7 +46,7 @@ class Reach:
     """The methods that wait until something mentions them."""
 
     def __init__(self) -> None:
-        self._names = set(_BY_PYTORCH)
+        self._names = set[str](_BY_PYTORCH)
         self._inventive: set[str] = set()  # files whose code makes names up
         self._files: dict[type, set[str]] = {}  # by class: those that it and what inherits from it are from
         self._waiting: dict[str, list[tuple[type, Reached]]] = {}

@@ -158,7 +158,8 @@ def test_what_a_forward_reaches_is_noticed(name: str) -> None:
             found["tiles"].append(fast(IMAGE).detach())
     finally:
         vars(library)["SCALE"] = 1.0
-    assert not torch.allclose(*found["stock"])
+    first, second = found["stock"]
+    assert not torch.allclose(first, second)
     for one, other in zip(found["stock"], found["tiles"], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
