@@ -46,6 +46,7 @@ class SiameseConfig:
     warm_up: int = 5
     epochs: int = 50
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     weight_decay: float = 1e-4
 

@@ -56,7 +56,14 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     patches = PatchPairs(files["train"])
     networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
     task = SiameseTask(networks, patches, patches.patients, config, run.device)
-    stage = Stage("pairs", config.epochs, config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size)
+    stage = Stage(
+        "pairs",
+        config.epochs,
+        config.lr,
+        weight_decay=config.weight_decay,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+    )
     run_stages(task, [stage], run)
     _write_labels(run, task, patches)
     write_encoder(networks[0], run.out)
