@@ -58,6 +58,7 @@ class SiameseConfig:
     labelled: tuple[float, ...] = (0.01, 0.1, 1.0)
     probe_epochs: int = 30
     maps: bool = True
+    scores: bool = True
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.stride < 1 or not 0 <= self.tissue <= 1:
