@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_patches_half_a_patch_apart(table, tmp_path):
 
 
 def test_pairs_with_a_bright_mass_are_told_from_others_and_sides_are_not(table, tmp_path):
-    """Of four pairs of eight with a mass on one side: the areas follow from the scores alone."""
+    """Of eight pairs four have a mass on one side: the areas follow from that alone."""
     read = read_table(table)
     pairs, network = find_pairs(read.records), brightness()
     judges = judged(pairs, [network], tmp_path)
