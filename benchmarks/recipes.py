@@ -36,7 +36,8 @@ Every configuration names its file of weights and says where it is from. It is l
 torch.hub has fetched; the first digits of its SHA-256 are checked where its publisher gives them. A recipe that is
 meant to start from trained weights does not begin without them unless `weights = "random"` is written down; log and
 model card say then that nothing was trained before. Files of torchvision, timm, VISSL (SimCLR), SwAV and DINO are read
-as they are. With a published file, inputs of another scale than its own are refused. Keras' h5 files are not read."""
+as they are, and Keras' ResNet-50 and VGG in h5 (extra `[keras]`; [how](end2end.md#weights-of-keras)). With a published
+file, and with every h5 file, inputs of another scale than its own are refused."""
 ORDER = ("cae", "end2end", "dvme", "morphhr", "siamese")
 TIMEOUT = 3600  # seconds for one seed
 

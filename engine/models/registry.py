@@ -19,6 +19,7 @@ from .outputs import set_outputs
 from .own_code import imported, working_directory_on_path
 from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
+from .resnet_v1 import resnet50_v1
 from .results import Columns
 from .spec import Spec
 from .unet import UNet
@@ -31,6 +32,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "resnet50_v1": resnet50_v1,
     "unet": UNet,
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -53,6 +53,10 @@ class ProcessGroup:
         if split < 1 or size % split:
             raise GigamorphError(f"{size} processes cannot share images {split} at a time; take a multiple of {split}")
         return cls(rank, size, neighbours(split), split)
+
+    def undealt(self) -> ProcessGroup:
+        """The same processes, each of which computes every batch, as when they share each image."""
+        return replace(self, split=True)
 
     @property
     def leads(self) -> bool:

@@ -7,8 +7,9 @@ another scale without a word.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +22,21 @@ from ..models.folder import is_folder
 from ..models.registry import load_weights
 from ..models.weights import is_state, load_inert, sha256
 from ..train.run import Run
+from .keras_names import keras_state
+from .published_weights import PUBLISHED, Published, keras_weights
 
 RANDOM = "random"
 _FACTOR = 2.0  # between the scale of inputs and that which weights are used to
-_SHIFT = 3.0  # between the means, in standard deviations of the inputs that weights are used to
-_TORCHVISION = "https://download.pytorch.org/models/"
-_META = "https://dl.fbaipublicfiles.com/"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A file of weights trained on ImageNet.
-
-    Attributes:
-        source: where it is to be had.
-        sha256: its first digits, as its publisher gives them; empty where none does.
-        mean, std: of its training images, grey values from 0 to 1.
-    """
-
-    source: str
-    sha256: str = ""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-
-# torchvision's names end with the first digits of their SHA-256.
-PUBLISHED: dict[str, Published] = {
-    **{
-        name: Published(_TORCHVISION + name, name.removesuffix(".pth").rpartition("-")[2])
-        for name in (
-            "alexnet-owt-7be5be79.pth",
-            "densenet121-a639ec97.pth",
-            "resnet18-f37072fd.pth",
-            "resnet50-0676ba61.pth",
-            "resnet50-11ad3fa6.pth",
-            "vgg16-397923af.pth",
-            "vgg16_bn-6c64b313.pth",
-            "vgg19-dcbb9e9d.pth",
-        )
-    },
-    "model_final_checkpoint_phase999.torch": Published(
-        _META + "vissl/model_zoo/simclr_rn50_1000ep_simclr_8node_resnet_16_07_20.afe428c7/"
-        "model_final_checkpoint_phase999.torch"
-    ),
-    "swav_800ep_pretrain.pth.tar": Published(_META + "deepcluster/swav_800ep_pretrain.pth.tar"),
-    "dino_deitsmall8_pretrain.pth": Published(
-        _META + "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", "230cd5"
-    ),
-}
+_SHIFT = 3.0  # between the means, in standard deviations of grey values
+_SPREAD = 0.226  # of the grey values of ImageNet, from 0 to 1
+_H5 = (".h5", ".hdf5")
+_LISTED = 10
 
 
 def find_weights(weights: str, mean: Sequence[float], std: Sequence[float], run: Run | None = None) -> Path | None:
-    """The file that a configuration names, looked for as it is named and where torch keeps what it has fetched.
+    """The file that a configuration names, looked for as it is named and where torch and Keras keep what they fetch.
+
+    An h5 file that is not known is taken for one of Keras, whose ResNet-50 and VGG-16 have inputs from 0 to 255.
 
     Args:
         weights: a file, or "random".
@@ -93,7 +57,7 @@ def find_weights(weights: str, mean: Sequence[float], std: Sequence[float], run:
     path = Path(weights)
     known = PUBLISHED.get(path.name)
     if not path.exists():
-        path = Path(torch.hub.get_dir()) / "checkpoints" / path.name
+        path = next((folder / path.name for folder in _fetched() if (folder / path.name).exists()), path)
     if not path.exists():
         where = f"fetch it from {known.source}" if known else "name another"
         raise GigamorphError(f'weights {weights!r}: no such file; {where}, or write weights = "{RANDOM}"')
@@ -101,23 +65,39 @@ def find_weights(weights: str, mean: Sequence[float], std: Sequence[float], run:
     if path.is_file():
         digest = sha256(path)
         told += f", SHA-256 {digest[:8]}"
-        if known is not None and not digest.startswith(known.sha256):
-            raise DataError(
-                f"{path}: its SHA-256 begins with {digest[:8]}, not with {known.sha256} as that of {known.source}; "
-                "fetch it again, or give it another name"
-            )
+        if known is not None:
+            _check_digest(path, known, digest)
         known = known or next((k for k in PUBLISHED.values() if k.sha256 and digest.startswith(k.sha256)), None)
+        known = known or (keras_weights("") if path.suffix in _H5 else None)
     if known is not None:
         check_inputs(told, known, mean, std)
     if run is not None:
-        run.say(f"weights: {told}{f', {known.source}' if known else ''}")
+        run.say(f"weights: {told}{f', {known.source}' if known and known.source else ''}")
     return path
+
+
+def _fetched() -> tuple[Path, Path]:
+    keras = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+    return Path(torch.hub.get_dir()) / "checkpoints", keras / "models"
+
+
+def _check_digest(path: Path, known: Published, digest: str) -> None:
+    own, wanted, told = digest, (known.sha256,), "SHA-256"
+    if known.md5:
+        with path.open("rb") as file:
+            own = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        wanted, told = known.md5, "MD5"
+    if not own.startswith(wanted):
+        raise DataError(
+            f"{path}: its {told} begins with {own[:8]}, not with {' or '.join(wanted)} as that of {known.source}; "
+            "fetch it again, or give it another name"
+        )
 
 
 def check_inputs(name: str, known: Published, mean: Sequence[float], std: Sequence[float]) -> None:
     """Refuse inputs that are far from those which weights are used to."""
     ratio = float(np.mean(known.std) / np.mean(std))
-    shift = abs(float(np.mean(known.mean) - np.mean(mean))) / float(np.mean(known.std))
+    shift = abs(float(np.mean(known.mean) - np.mean(mean))) / _SPREAD
     if not 1 / _FACTOR <= ratio <= _FACTOR or shift > _SHIFT:
         what = f"{ratio:.3g} times as large as" if shift <= _SHIFT else "far from"
         raise GigamorphError(
@@ -134,7 +114,7 @@ _HEADS = ("projection_head.", "prototypes.", "head.", "fc.", "pre_logits.", "cla
 
 
 def load_pretrained(network: nn.Module, path: str | Path) -> list[str]:
-    """Load the weights of a backbone: safetensors, or torch files as torchvision, timm, VISSL, SwAV and DINO publish.
+    """Load the weights of a backbone: safetensors, torch files as torchvision, timm, VISSL, SwAV and DINO publish, h5.
 
     The last linear layer of the network stays as it is where the file has none of its shape. A folder of `gigamorph
     import` and checkpoints of ours serve too.
@@ -148,7 +128,7 @@ def load_pretrained(network: nn.Module, path: str | Path) -> list[str]:
     path = Path(path)
     if is_folder(path):
         return load_weights(network, path)
-    state = _strip(_unwrap(_read(path), path))
+    state = keras_state(path, network) if path.suffix in _H5 else _strip(_unwrap(_read(path), path))
     own = network.state_dict()
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     head = f"{linear[-1]}." if linear else "\0"
@@ -163,8 +143,8 @@ def load_pretrained(network: nn.Module, path: str | Path) -> list[str]:
     problems += [f"{name} is missing" for name in wanted if name not in state or name in left_out]
     problems += [f"{name} is not in the network" for name in state if name not in own and name not in left_out]
     if problems:
-        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise DataError(f"{path}: weights do not fit the network: {problems[0]}{rest}")
+        rest = f" (and {len(problems) - _LISTED} more)" if len(problems) > _LISTED else ""
+        raise DataError(f"{path}: weights do not fit the network: {'; '.join(problems[:_LISTED])}{rest}")
     network.load_state_dict({name: state[name] for name in fits}, strict=False)
     return left_out
 

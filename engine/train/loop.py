@@ -76,6 +76,8 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     record = {**task.record, "settings": _settings(stages, run, group.at_once)}
     task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
     task.module.to(run.device)
+    if run.precision == "fp16" and not run.device.startswith("cuda"):
+        task.meter.note("fp16 is a GPU's; bf16 is taken on the CPU")  # by Lightning
     state, goes_on = State(), run.resume and last.exists()
     if goes_on:
         state = _resumed(task, load_checkpoint(last), record, str(last))

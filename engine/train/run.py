@@ -41,6 +41,10 @@ class Run:
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that run it together: each does all of it but the training, which they share."""
 
+    def undealt(self) -> Run:
+        """The run of what is too small to be dealt to processes, or is one batch a step: each computes all of it."""
+        return replace(self, group=self.group.undealt())
+
     def part(self, name: str) -> Run:
         """The run of a part of the whole, in a folder of its own."""
         return replace(self, out=self.out / name)

@@ -40,6 +40,7 @@ class CaeConfig:
 
     epochs: int = 150
     batch_size: int = 16
+    accumulate: int = 1
     lr: float = 1e-3
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float = 0.0

@@ -83,6 +83,7 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
         optimizer=config.optimizer,
         momentum=config.momentum,
         batch_size=config.batch_size,
+        accumulate=config.accumulate,
         plateau=config.plateau,
     )
     if config.training == "joint":

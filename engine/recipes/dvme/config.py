@@ -64,6 +64,7 @@ class DvmeConfig:
 
     epochs: int = 50
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     plateau: int = 5
     patience: int = 10

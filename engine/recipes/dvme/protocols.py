@@ -87,7 +87,7 @@ def fit_head(
         (torch.cat(list(val[0]), 1), val[1]),
         measure(config.metric, classes),
     )
-    run_stages(task, [_stage(protocol, config)], run)
+    run_stages(task, [_stage(protocol, config)], run.undealt())
     return module
 
 
@@ -99,6 +99,7 @@ def _stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
         plateau=config.plateau,
         patience=config.patience,
         batch_size=config.transformer_batch if transformer else config.batch_size,
+        accumulate=config.accumulate,
     )
 
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import SiameseConfig
-from .network import Embedding
+from .network import Embedding, at_least_float32
 from .two_views import Projected, TwoViews
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     """Eq. 2, averaged over predictions p of targets z (n, dim), to which no gradient goes."""
-    return (2 - 2 * F.cosine_similarity(p, z.detach(), dim=1)).mean()
+    p, z = at_least_float32(p), at_least_float32(z).detach()
+    return (2 - 2 * F.cosine_similarity(p, z, dim=1)).mean()
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ class BYOLTask(TwoViews):
         self.projected = Projected(embedding.maps, _mlp(embedding.project.in_features, config))
         self.target, self.predictor = copy.deepcopy(self.projected), _mlp(config.dim, config)
         self.module = nn.ModuleDict({"online": self.projected, "target": self.target, "predictor": self.predictor})
-        self.step, self.steps = 0, config.epochs * -(-len(pairs) // config.batch_size)
+        self.step, self.steps = 0, config.epochs * -(-len(pairs) // (config.batch_size * config.accumulate))
 
     def loss(self, batch: Sequence[int]) -> Tensor:
         if self.step:

@@ -46,6 +46,7 @@ class SiameseConfig:
     warm_up: int = 5
     epochs: int = 50
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     weight_decay: float = 1e-4
 
@@ -57,6 +58,7 @@ class SiameseConfig:
     labelled: tuple[float, ...] = (0.01, 0.1, 1.0)
     probe_epochs: int = 30
     maps: bool = True
+    scores: bool = True
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.stride < 1 or not 0 <= self.tissue <= 1:

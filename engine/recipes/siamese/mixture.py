@@ -78,11 +78,14 @@ def fit_mixture(distances: ArrayLike, *, least: float = 0.01, most: float = 0.2)
     )
 
 
-def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture) -> Array:
+def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture, among: ArrayLike | None = None) -> Array:
     """Labels (n,) from 0 (alike) to 1 (different) of distances (n,).
 
     gmm: the mixture's posterior. hard: 1 where that is above 1/2. exp: 1 - exp(-D^2 / s^2), s the mixture's larger
     mean. rank: the share of smaller distances, to the power of 1 / share of the mixture, so that few are near 1.
+
+    Args:
+        among: the distances that rank goes by; these.
     """
     d = np.asarray(distances, np.float64)
     if rule == "gmm":
@@ -91,5 +94,6 @@ def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture) -> Array:
         return (mixture.posterior(d) > 0.5).astype(np.float64)
     if rule == "exp":
         return 1 - np.exp(-((d / max(mixture.means[1], 1e-12)) ** 2))
-    places = np.searchsorted(np.sort(d), d) / max(len(d) - 1, 1)
+    others = d if among is None else np.asarray(among, np.float64)
+    places = np.minimum(np.searchsorted(np.sort(others), d) / max(len(others) - 1, 1), 1)
     return places ** (1 / mixture.share)

@@ -46,7 +46,19 @@ class Embedding(nn.Module):
         return self.maps(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.project(self.features(x)), dim=1)
+        x = self.features(x)
+        with unrounded(x):
+            return F.normalize(self.project(x.to(self.project.weight)), dim=1)
+
+
+def unrounded(x: Tensor) -> torch.autocast:
+    """Without autocast: distances and cosines of what is alike are lost in bfloat16's rounding."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """What autocast has made of lower precision in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -82,6 +82,6 @@ def fine_tuned(
         batch_size=min(config.batch_size, 32),
         schedule="cosine",
     )
-    run_stages(task, [stage], run)
+    run_stages(task, [stage], run.undealt())
     logits = logits_of(task.module, test).double().numpy()
     return logits[:, 1] - logits[:, 0]

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import SiameseConfig
-from .network import Embedding
+from .network import Embedding, at_least_float32, unrounded
 from .two_views import Projected, TwoViews
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
     """Eq. 1, averaged over both orders of all pairs of views a, b (n, dim)."""
-    z = F.normalize(torch.cat([a, b]), dim=1)
+    z = F.normalize(at_least_float32(torch.cat([a, b])), dim=1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
+    with unrounded(z):
+        logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
 
 

@@ -89,9 +89,9 @@ def self_supervised(
         config.lr,
         trainable=task.trainable,
         weight_decay=config.weight_decay,
-        batch_size=2 * config.batch_size,
+        batch_size=2 * config.batch_size * config.accumulate,
     )
-    run_stages(task, [stage], run)
+    run_stages(task, [stage], run.undealt())
     task.look()
     return embedding
 

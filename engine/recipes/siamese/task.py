@@ -13,7 +13,8 @@ from ...errors import GigamorphError
 from ...train.task import Task
 from .augment import jittered, mirrored
 from .config import SiameseConfig
-from .mixture import Mixture, fit_mixture, soft_labels
+from .judge import Judge
+from .mixture import Mixture
 from .network import Embedding, distance, soft_contrastive
 
 _BATCH = 128
@@ -69,10 +70,9 @@ class SiameseTask(Task):
     def measure(self, network: Embedding) -> tuple[Tensor, dict[str, float]]:
         """Soft labels of all pairs by a network's distances, and their mixture; zeros where it has none."""
         d, deviation = self.distances(network)
-        mixture = fit_mixture(d, least=self.config.least_share, most=self.config.most_share)
-        row = {**_told(mixture), "embedding_std": deviation}
-        labels = soft_labels(d, self.config.labels, mixture) if mixture.separated else np.zeros(len(d))
-        return torch.from_numpy(labels).float(), row
+        judge = Judge.fit(d, self.config)
+        row = {**_told(judge.mixture), "embedding_std": deviation}
+        return torch.from_numpy(judge.labels(d)).float(), row
 
     @torch.no_grad()
     def distances(self, network: Embedding) -> tuple[np.ndarray, float]:

@@ -11,23 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...accelerate import accelerate
 from ...datasets.tables import SPLITS, Finding, Record, read_table
-from ...dense import write_map
 from ...evaluate.roc import auc
 from ...files import write_atomically
 from ...train.loop import run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ..card import recipe_card
-from ..features import evaluating
 from ..recipe import begin, finish
 from ..splits import split_records
 from ..weights import find_weights
 from .config import SiameseConfig
-from .network import AsymmetryMap, Embedding
-from .pairs import Pair, StackedSource, find_pairs
-from .patches import PatchFile, PatchPairs, SinglePatches, sources_of, write_patches
+from .full_images import classes_of, label_pairs, write_images
+from .judge import Judge
+from .network import Embedding
+from .pairs import find_pairs
+from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
 from .probe import fine_tuned, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
@@ -38,8 +37,8 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
 
     Writes the patches, the checkpoints, ``encoder.pt`` (a state_dict of the backbone, for `create_model`),
     ``model_card.md``, ``soft_labels.csv`` (a row for each pair of patches: place, distance, label), ``maps/NAME.tif``
-    (the distances over each pair of the test split, at native resolution, on the left breast's grid) and
-    ``metrics.json``.
+    (the distances over each pair of the test split, at native resolution, on the left breast's grid), ``images.csv``
+    (scores of the test split's full images) and ``metrics.json``.
 
     Raises:
         DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
@@ -56,9 +55,17 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     patches = PatchPairs(files["train"])
     networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
     task = SiameseTask(networks, patches, patches.patients, config, run.device)
-    stage = Stage("pairs", config.epochs, config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size)
+    stage = Stage(
+        "pairs",
+        config.epochs,
+        config.lr,
+        weight_decay=config.weight_decay,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+    )
     run_stages(task, [stage], run)
-    _write_labels(run, task, patches)
+    judges = [Judge.fit(task.distances(network)[0], config) for network in networks]
+    _write_labels(run, judges, patches)
     write_encoder(networks[0], run.out)
     metrics: dict[str, Any] = {
         "pairs": {name: len(own) for name, own in pairs.items()},
@@ -66,10 +73,12 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         "epochs": task.history,
         "probe": _downstream(files, patches, networks[0], config, run),
     }
+    scores = label_pairs(pairs["test"], networks, judges, config, run) if config.maps or config.scores else []
     if config.maps:
-        for number, pair in enumerate(pairs["test"] if run.group.leads else ()):
-            _write_map(networks[0], pair, config, run, run.out / "maps" / f"{number}.tif")
         metrics["maps"] = {f"maps/{number}.tif": pair.name for number, pair in enumerate(pairs["test"])}
+    if config.scores:
+        findings = any(record.findings for record in records)
+        metrics["images"] = write_images(pairs["test"], scores, classes_of(table), findings, run)
     recipe_card(
         run,
         "siamese",
@@ -77,7 +86,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         parameters=sum(p.numel() for p in networks[0].parameters()),
         records={name: [record for record in records if record.split == name] for name in SPLITS},
         output=f"maps of {config.layer}, their projection, and distances of pairs of patches",
-        measured=_told(metrics["probe"]),
+        measured=[*_told(metrics["probe"]), *_told_images(metrics.get("images", "not asked for"))],
     )
     return finish(run, metrics)
 
@@ -93,10 +102,21 @@ def _told(probe: Any) -> list[str]:
     ]
 
 
-def _write_labels(run: Run, task: SiameseTask, patches: PatchPairs) -> None:
-    networks: list[Embedding] = list(task.module)  # pyright: ignore[reportArgumentType, reportAssignmentType]
-    distances = np.mean([task.distances(network)[0] for network in networks], 0)
-    labels = torch.stack([task.measure(network)[0] for network in networks]).mean(0)
+def _told_images(images: Any) -> list[str]:
+    """The scores of full images, likewise."""
+    if isinstance(images, str):
+        return [f"- Full images were not measured: {images}."]
+    return [
+        f"- Full images of the test split by the pairs: {row['count']} {row['level']}s, {row['positive']} with a "
+        f"{row['truth']}: AUC {row['largest_soft_label']:.3f} by the largest soft label, {row['largest_distance']:.3f} "
+        "by the largest distance."
+        for row in images
+    ]
+
+
+def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchPairs) -> None:
+    distances = np.mean([judge.distances for judge in judges], 0)
+    labels = np.mean([judge.labels(judge.distances) for judge in judges], 0)
 
     def write(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -111,16 +131,6 @@ def _write_labels(run: Run, task: SiameseTask, patches: PatchPairs) -> None:
                 )
 
     write_atomically(run.out / "soft_labels.csv", write, "soft labels")
-
-
-def _write_map(network: Embedding, pair: Pair, config: SiameseConfig, run: Run, path: Path) -> None:
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    module = AsymmetryMap(network)
-    with evaluating(module):
-        net = accelerate(module, run.memory_budget)
-        write_map(net, StackedSource(*sources_of(pair, config)), path)
 
 
 def _downstream(

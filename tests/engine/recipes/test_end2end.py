@@ -112,6 +112,31 @@ def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path, task, nt
         assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def test_from_weights_of_keras(table, tmp_path):
+    """As the original began; its checkpoint knows eps and strides of Keras' network."""
+    pytest.importorskip("h5py")
+    import keras_layout
+
+    path, spec = tmp_path / "w.h5", "resnet50_v1?eps=0.001&pool_padding=0&width=2"
+    keras_layout.write(path, keras_layout.resnet50(2, False), "keras1")
+    own = replace(SMALL.models[0], name="keras", backbone=spec, weights=str(path))
+    stages = tuple(replace(stage, lr=1e-9) for stage in SMALL.patch), tuple(replace(s, lr=1e-9) for s in SMALL.whole)
+    config = replace(
+        SMALL, models=(own,), channels=3, mean=(52.18 / 255,), std=(1 / 255,), patch=stages[0], whole=stages[1]
+    )
+    said = []
+    train(table, config, Run(tmp_path / "run", say=said.append))
+    assert any("weights: w.h5, SHA-256" in line for line in said)
+    net = open_classifier(tmp_path / "run" / "keras" / "best.ckpt", memory_budget=None, device="cpu")[0]
+    layer = net.get_submodule("features.layer2.0")
+    assert layer.bn1.eps == 1e-3 and layer.conv1.stride == (2, 2) and layer.conv2.stride == (1, 1)
+    torch.testing.assert_close(
+        layer.conv1.weight.detach(), features(spec, 3, path).layer2[0].conv1.weight.detach(), rtol=0, atol=1e-6
+    )
+    with pytest.raises(GigamorphError, match=r"times as large as those that w\.h5"):
+        train(table, replace(config, std=(0.226,)), Run(tmp_path / "other"))
+
+
 def test_any_backbone_at_native_resolution_within_a_budget(table, tmp_path):
     own = replace(SMALL.models[0], name="any", backbone="lesionnet", layer="stages")
     config = replace(SMALL, models=(own,), resize=(), flips=False)

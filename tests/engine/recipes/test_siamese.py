@@ -215,7 +215,9 @@ def test_two_steps_on_real_images(real_data, tmp_path):
             link.symlink_to(path)
             own.append(Record(link, 0, patient, split, side, "CC"))
     table = write_table(tmp_path / "real.csv", own, ["0"])
-    config = replace(SMALL, mirror="table", patch=256, stride=1024, tissue=0.3, epochs=2, warm_up=1, batch_size=8)
+    config = replace(
+        SMALL, mirror="table", patch=256, stride=1024, tissue=0.3, epochs=2, warm_up=1, batch_size=8, scores=False
+    )
     found = train(table, config, Run(tmp_path / "run", memory_budget=200 * 2**20))
     assert found["patches"]["train"] >= 2 and found["probe"].startswith("the table has no findings")
     assert "- Patches were not classified: the table" in (tmp_path / "run" / "model_card.md").read_text()

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.models.compat import make_torchvision_importable
@@ -37,6 +38,20 @@ def numbers(seed, *shape):
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
+
+
+def test_distances_and_losses_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    embedding = Embedding(nn.Conv2d(1, 6, 3, 2), "", 4, 1, 8)
+    x = torch.randn(8, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, found = embedding.features(x), embedding(x)
+        a, b = torch.randn(2, 5, 4).bfloat16()
+        losses = nt_xent(a, b), byol_loss(a, b)
+    wanted = F.normalize(embedding.project(features.float()), dim=1)
+    assert features.dtype == torch.bfloat16 and torch.equal(found, wanted)
+    for loss, whole in zip(losses, (nt_xent(a.double(), b.double()), byol_loss(a.double(), b.double())), strict=True):
+        assert loss.dtype == torch.float32 and abs(float(loss) - float(whole)) < 1e-6
 
 
 @given(st.integers(1, 9), st.integers(1, 6), st.floats(0.05, 5), st.integers(0, 99))

@@ -1,0 +1,96 @@
+"""Weights in h5 files of Keras: of a model, or of its weights alone, as Keras 1 and 2 wrote them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, GigamorphError
+from ..models.weights import first_line
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Keras 1 called weights LAYER_W_1:0, Keras 2 LAYER/kernel:0. What Keras 1 called running_std is the variance.
+_PARAMETER = re.compile(
+    r"[_/](kernel|W|bias|b|gamma|beta|moving_mean|running_mean|moving_variance|running_std)(?:_\d+)?(?::\d+)?$"
+)
+_TODAY = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
+
+
+@dataclass(frozen=True)
+class KerasFile:
+    """What a file holds.
+
+    Attributes:
+        layers: the arrays of each layer by the names of Keras 2 (kernel, bias, gamma, ...).
+        beside: layers on top of a network that is itself one layer of the model; empty where all layers are the
+            model's own.
+    """
+
+    layers: dict[str, dict[str, Array]]
+    beside: dict[str, dict[str, Array]]
+
+
+def read_keras(path: Path) -> KerasFile:
+    """The layers of an h5 file.
+
+    Raises:
+        GigamorphError: h5py is not installed.
+        DataError: no file, a damaged one, or one that is laid out otherwise.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise GigamorphError(f"{path}: h5 files are read by h5py: pip install 'gigamorph[keras]'") from error
+    if not path.is_file():
+        raise DataError(f"{path}: no such weights file")
+    own: dict[str, dict[str, Array]] = {}
+    nested: dict[str, dict[str, Array]] = {}
+    try:
+        with h5py.File(path, "r") as file:
+            root: Any = file.get("model_weights", file)
+            if _text(root.attrs.get("backend", "")) == "theano":
+                raise DataError(
+                    f"{path}: was written by Keras on Theano, whose kernels are flipped; convert it in Keras"
+                )
+            for group in _names(root, "layer_names", path):
+                found = _layers(root[group], group, path)
+                (nested if len(found) > 1 else own).update(found)
+    except DataError:
+        raise
+    except Exception as error:  # h5py has many for damaged files
+        raise DataError(f"{path}: not a readable h5 file: {first_line(error)}") from error
+    return KerasFile(nested, own) if nested else KerasFile(own, {})
+
+
+def _layers(group: Any, name: str, path: Path) -> dict[str, dict[str, Array]]:
+    """The layers of one group: itself, or those of the network that it is."""
+    weights = _names(group, "weight_names", path)
+    found: dict[str, dict[str, Array]] = {}
+    for weight in weights:
+        match = _PARAMETER.search(weight)
+        if match is None:
+            raise DataError(f"{path}: weight {weight!r} of layer {name!r} is of no kind that ResNet-50 and VGG have")
+        parameter = _TODAY.get(match[1], match[1])
+        found.setdefault(weight[: match.start()].rpartition("/")[2], {})[parameter] = np.asarray(group[weight])
+    # TensorFlow numbers a layer of a second model anew (conv1_1/kernel:0): its group has its true name.
+    return {name: next(iter(found.values()))} if len(found) == 1 else found
+
+
+def _names(group: Any, attribute: str, path: Path) -> list[str]:
+    """A list of names; Keras cuts long ones into NAME0, NAME1, ..."""
+    attributes = group.attrs
+    parts = [attribute] if attribute in attributes else []
+    while f"{attribute}{len(parts)}" in attributes:
+        parts.append(f"{attribute}{len(parts)}")
+    if not parts:
+        raise DataError(f'{path}: has no {attribute}; write it by model.save_weights("NAME.h5") of Keras 2')
+    return [_text(name) for part in parts for name in attributes[part]]
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

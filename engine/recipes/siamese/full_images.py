@@ -1,0 +1,166 @@
+"""Labels of full images by the pairs: how different both breasts are at most, of each pair of the test split.
+
+The soft labels are of pairs of patches, and so is what an image gets: the largest label over overlapping patches, and a
+quantile near it, which one strange patch does not decide. Both images of a pair have the same numbers, for a distance
+says that two patches differ and not which of them is the ill one.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...accelerate import accelerate
+from ...datasets.tables import Record, read_table
+from ...dense import write_map
+from ...errors import DataError
+from ...evaluate.roc import auc
+from ...files import write_atomically
+from ...images.pixels import PixelSource
+from ...train.run import Run
+from ..features import evaluating
+from .config import SiameseConfig
+from .judge import Judge
+from .network import AsymmetryMap, Embedding, distance
+from .pairs import Pair, StackedSource
+from .patches import cells_of, sources_of
+
+SCORES = ("largest_soft_label", "upper_soft_label", "largest_distance", "upper_distance")
+_UPPER = 0.95  # the quantile
+_BATCH = 64  # pairs of patches
+
+Key = tuple[Path, int | None]
+"""Of an image: its file and frame."""
+
+
+def label_pairs(
+    pairs: Sequence[Pair], networks: Sequence[Embedding], judges: Sequence[Judge], config: SiameseConfig, run: Run
+) -> list[dict[str, Any]]:
+    """The scores of each pair; the maps of distances are written on the way. A collective of the process group.
+
+    The networks must be in evaluation mode.
+    """
+    group, found = run.group, []
+    writes = group.leads if group.at_once == 1 else group.rank % group.together == 0
+    for number in range(group.turn, len(pairs), group.at_once):
+        path = run.out / "maps" / f"{number}.tif"
+        wanted = config.maps and writes and not path.exists()
+        sources = sources_of(pairs[number], config) if wanted or config.scores else None
+        if sources is not None and wanted:
+            _write_map(networks[0], sources, run, path)
+        found.append(_scores(sources, networks, judges, config, run.device) if sources and config.scores else {})
+    return group.in_order(found)
+
+
+def _write_map(network: Embedding, sources: tuple[PixelSource, PixelSource], run: Run, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    module = AsymmetryMap(network)
+    with evaluating(module):
+        write_map(accelerate(module, run.memory_budget), StackedSource(*sources), path)
+
+
+@torch.no_grad()
+def _scores(
+    sources: tuple[PixelSource, PixelSource],
+    networks: Sequence[Embedding],
+    judges: Sequence[Judge],
+    config: SiameseConfig,
+    device: str,
+) -> dict[str, Any]:
+    """Of patches half a patch apart, as the map's cells are; None where both breasts share none."""
+    side = config.patch
+    cells = cells_of(*sources, replace(config, stride=max(1, side // 2))).tolist()
+    if not cells:
+        return {"patches": 0, **dict.fromkeys(SCORES)}
+    distances: list[list[np.ndarray[Any, Any]]] = [[] for _ in networks]
+    for first in range(0, len(cells), _BATCH):
+        places = cells[first : first + _BATCH]
+        x = torch.stack([source.read(top, top + side, x, x + side) for top, x in places for source in sources])
+        for network, own in zip(networks, distances, strict=True):
+            left, right = network(x.to(device)).unflatten(0, (-1, 2)).unbind(1)
+            own.append(distance(left, right).double().cpu().numpy())
+    d = [np.concatenate(own) for own in distances]
+    labels = np.mean([judge.labels(own) for judge, own in zip(judges, d, strict=True)], 0)
+    values = [value for of in (labels, np.mean(d, 0)) for value in (of.max(), np.quantile(of, _UPPER))]
+    return {"patches": len(cells), **dict(zip(SCORES, map(float, values), strict=True))}
+
+
+def classes_of(table: Path) -> dict[Key, int]:
+    """Of each image the table's label; of a table without labels, or of other than two classes, nothing."""
+    try:
+        read = read_table(table)
+    except DataError:  # the recipe needs no labels, and all else was read before
+        return {}
+    return {_key(r): r.label for r in read.records if r.label >= 0} if len(read.classes) == 2 else {}
+
+
+def write_images(
+    pairs: Sequence[Pair], scores: Sequence[Mapping[str, Any]], classes: Mapping[Key, int], findings: bool, run: Run
+) -> Any:
+    """``images.csv``, a row for each image; returns the areas under the ROC curves, or why there are none.
+
+    Args:
+        scores: of each pair, see `label_pairs`.
+        classes: see `classes_of`.
+        findings: whether the table has any, so that an image without is known to have none.
+    """
+    rows = []
+    for number, (pair, own) in enumerate(zip(pairs, scores, strict=True)):
+        for record in (pair.left, pair.right):
+            rows.append(
+                {
+                    "image": record.path.name,
+                    "patient_id": record.patient_id,
+                    "exam_id": record.exam_id or "",
+                    "laterality": record.laterality,
+                    "view": record.view,
+                    "pair": number,
+                    **own,
+                    "finding": int(bool(record.findings)) if findings else None,
+                    "label": classes.get(_key(record)),
+                }
+            )
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    if not rows:
+        return "the table has no pair in the test split"
+    write_atomically(run.out / "images.csv", write, "scores of images")
+    return _areas(rows) or "the test split has not both kinds of images, by findings or by labels of two classes"
+
+
+def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for what is true, by "finding" and by "label", of pairs (either image) and of images."""
+    scored, found = [row for row in rows if row["patches"]], []
+    for truth in ("finding", "label"):
+        by_pair: dict[int, list[Mapping[str, Any]]] = {}
+        for row in scored:
+            by_pair.setdefault(row["pair"], []).append(row)
+        both = [(own[0], _either([row[truth] for row in own])) for own in by_pair.values()]
+        for level, cases in (("pair", both), ("image", [(row, row[truth]) for row in scored])):
+            known = [(row, value) for row, value in cases if value is not None]
+            positive = sum(value for _, value in known)
+            if 0 < positive < len(known):
+                y = np.array([value for _, value in known])
+                areas = {name: auc(y, np.array([row[name] for row, _ in known])) for name in SCORES}
+                found.append({"truth": truth, "level": level, "count": len(known), "positive": positive, **areas})
+    return found
+
+
+def _either(values: Sequence[int | None]) -> int | None:
+    """1 if one of both is; unknown if one may be."""
+    return 1 if 1 in values else None if None in values else 0
+
+
+def _key(record: Record) -> Key:
+    return record.path, record.frame

@@ -1,0 +1,65 @@
+"""What holds of every recipe: several processes make the same networks as one, and reduced precision trains."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import small_recipes
+import torch
+from exactness import errors
+from processes import in_processes
+
+from gigamorph.engine.recipes import RECIPES
+from gigamorph.engine.train.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return small_recipes.write(tmp_path_factory.mktemp("table"))
+
+
+def numbers(found):
+    """All numbers of metrics by where they stand, the timings of no run among them."""
+    if isinstance(found, dict):
+        return {f"{key}.{name}": value for key, own in found.items() for name, value in numbers(own).items()}
+    if isinstance(found, list | tuple):
+        return numbers(dict(enumerate(found)))
+    return {"": found} if isinstance(found, int | float) else {}
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_devices_make_the_networks_of_one_process(name, table, tmp_path):
+    alone = small_recipes.run_recipe(name, table, tmp_path / "alone", 2)
+    tasks = [(small_recipes.run_recipe, name, table, tmp_path / "two", 2)]
+    [both] = in_processes(2, tmp_path, tasks)
+    for found in both:
+        assert not isinstance(found, str), found
+        assert numbers(found).keys() == numbers(alone).keys()
+        assert all(abs(a - b) < 1e-3 for a, b in zip(numbers(found).values(), numbers(alone).values(), strict=True))
+    checkpoints = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("last.ckpt"))
+    processes = set()
+    for path in checkpoints:
+        stored = [load_checkpoint(tmp_path / folder / path) for folder in ("alone", "two")]
+        assert max(errors(*(own["state_dict"] for own in stored)).values()) < 1e-5, path
+        processes.add(stored[1]["gigamorph"]["settings"]["processes"])
+    assert 2 in processes  # batches were dealt
+    files = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*.*")) for f in ("alone", "two")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_reduced_precision(name, precision, table, tmp_path):
+    """Autocast, for which Lightning takes bfloat16 on the CPU in both cases; the weights stay float32."""
+    found = small_recipes.run_recipe(name, table, tmp_path / "run", 1, precision)
+    assert not isinstance(found, str), found
+    assert all(math.isfinite(value) for value in numbers(found).values())
+    for path in (tmp_path / "run").rglob("last.ckpt"):
+        stored = load_checkpoint(path)
+        assert stored["gigamorph"]["settings"]["precision"] == precision
+        assert all(
+            value.dtype == torch.float32 and bool(value.isfinite().all())
+            for value in stored["state_dict"].values()
+            if value.is_floating_point()
+        )
