@@ -15,6 +15,7 @@ from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Wh
 from .ops.flat import unflatten
 from .ops.norms import norm_of_vector
 from .ops.rising import rise
+from .relative import Relative
 from .tokens import NotApart, Tokens
 
 # Calls that read a map only for its dtype and device.
@@ -87,9 +88,11 @@ def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> 
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
     tokens, moves, sorting = Tokens(maps), Moves(maps), _Sorting(maps, fallback == "whole", rising)
-    for op in live_ops(program):
+    ops = live_ops(program)
+    relative = Relative(ops, maps)
+    for op in ops:
         for part in tokens.apart(op) if apart else [op]:
-            for one in moves.merged(part):
+            for one in (own for call in relative.absolute(part) for own in moves.merged(call)):
                 sorting.add(one)
             tokens.check(part)
     for value in dict.fromkeys(program.results()):

@@ -24,6 +24,7 @@ from ..capture.trace import Op, Program, refs
 from ..errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
 from .sorting import apply_rule, makes, reads, sort
+from .spreading import before_spreading
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
 
 def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> list[int]:
-    """Maps that a later level reads, in program order: they are stored, or computed again there."""
+    """Maps that a later level reads, or is spread from, in program order: they are stored, or computed again there."""
     level = levels(maps, nodes, cuts)
     read_at: dict[int, int] = {}
     for node in nodes:
@@ -227,7 +228,7 @@ def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) 
             for value in node.reads:
                 read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
     made = [v for node in nodes if isinstance(node, Local) for v in node.op.outputs]
-    return [v for v in made if read_at.get(v, 0) > level[v]]
+    return before_spreading(maps, nodes, [v for v in made if read_at.get(v, 0) > level[v]])
 
 
 def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> StagedProgram:

@@ -142,3 +142,35 @@ class Parted(nn.Module):
         x = F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
         x = x.view(n, 2, 2, h // 2, w // 2, c).permute(0, 5, 3, 1, 4, 2)
         return x.reshape(n, c, h, w)
+
+
+def relative_logits(q: Tensor, keys: Tensor, repeats: int, order: tuple[int, ...]) -> Tensor:
+    """(N, H, W, C), (2K - 1, C) -> (N, H, repeats, W, K) in another order: logits of relative columns."""
+    n, h, w, _ = q.shape
+    offsets = len(keys)
+    size = (offsets + 1) // 2
+    x = (q @ keys.transpose(-1, -2)).reshape(-1, w, offsets)
+    x = F.pad(F.pad(x, [0, 1]).flatten(1), [0, offsets - w])
+    x = x.reshape(-1, w + 1, offsets)[:, :w, size - 1 :]
+    return x.reshape(n, h, 1, w, size).expand(-1, -1, repeats, -1, -1).permute(order)
+
+
+class Relative(nn.Module):
+    """Attention over all positions with logits for relative rows and columns (BoTNet: Srinivas et al., 2021)."""
+
+    def __init__(self, channels: int, height: int, width: int, heads: int = 2):
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Conv2d(channels, 3 * channels, 1)
+        self.rows = nn.Parameter(torch.randn(2 * height - 1, channels // heads))
+        self.cols = nn.Parameter(torch.randn(2 * width - 1, channels // heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(x).reshape(n, 3, self.heads, c // self.heads, h * w).unbind(1)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        q = q.transpose(1, 2)
+        grid = q.reshape(n * self.heads, h, w, -1)
+        bias = relative_logits(grid.transpose(1, 2), self.rows, w, (0, 3, 1, 4, 2))
+        bias = bias + relative_logits(grid, self.cols, h, (0, 1, 3, 2, 4))
+        scores = (q @ k + bias.reshape(n * self.heads, h * w, h * w)).softmax(-1)
+        return (v @ scores.transpose(1, 2)).reshape(n, c, h, w)

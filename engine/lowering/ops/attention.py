@@ -121,8 +121,10 @@ def asks_all(
         ranks: of the factors.
     """
     contracts = -1 in first, (-2 if ranks[1] > 1 else -1) in second
-    if contracts == (True, True) or maps.merged(left) or maps.merged(right):
-        return None
-    if any(contracts):
-        return left if contracts[0] else right
-    return right if first == (-2, -2) and second == (-1, -1) else None
+    if contracts != (True, True) and not (maps.merged(left) or maps.merged(right)):
+        if any(contracts):
+            return left if contracts[0] else right
+        if first == (-2, -2) and second == (-1, -1):
+            return right
+    single = [v for v in (left, right) if maps.size(v) == (1, 1)]
+    return single[0] if len(single) == 1 else None  # a window that is all of the map (HaloNet) has nothing to cut

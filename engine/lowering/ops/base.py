@@ -281,6 +281,13 @@ def need_nchw(op: Op, maps: Maps, value: int) -> None:
         raise Refusal(f"'{op.name}' is applied across the image axes of a permuted map")
 
 
+def each_window(op: Op, maps: Maps, value: int) -> Local | None:
+    """An op on images that are windows of a larger one, (N * windows, C, h, w): it does the same to each of them."""
+    if len(maps.shape(value)) != 4 or maps.axes[value] != (0, 0) or maps.inputs(op) != [value]:
+        return None
+    return Local(op, {value: maps.pointwise(value)}, ((0, 0),) * len(op.outputs), replay(op))
+
+
 def out_of_place(op: Op) -> Callable[..., Any]:
     """The op's function without its in-place effect, with the result's dtype kept as in-place calls keep it."""
     if op.kwargs.get("out") is not None:

@@ -158,15 +158,17 @@ def _take_moments(
 
 
 def _rows(op: Op, maps: Maps, value: int) -> Local | None:
-    """Of a map of rows (N*H*W, C), as BatchNorm1d takes it, the samples apart: (N, H*W, 1, C)."""
-    if value not in maps.flat or len(maps.shape(value)) != 2 or maps.axes[value] != (0, 0):
+    """Of a map of rows (N*H*W, C), as BatchNorm1d takes it, or of windows (N*H*W, C, h, w) the samples apart:
+    (N, H*W, 1, C, ...).
+    """
+    if value not in maps.flat or maps.axes[value] != (0, 0) or len(maps.shape(value)) < 2:
         return None
-    flat, channels = maps.flat[value], maps.shape(value)[1]
-    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, channels), like=value)
+    flat, kept = maps.flat[value], maps.shape(value)[1:]
+    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, *kept), like=value)
     maps.axes[made], maps.flat[made] = (1, 1), Flat(flat.height, flat.width)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (env[value].reshape(flat.ahead, -1, flat.behind, channels),)
+        return (env[value].reshape(flat.ahead, -1, flat.behind, *kept),)
 
     own = Op(op.func, "rows", (), {}, (value,), (made,), (), op.module)
     return Local(own, {value: maps.pointwise(value)}, ((1, 1),), run)

@@ -19,7 +19,6 @@ from .base import (
     Node,
     Refusal,
     VectorOp,
-    Whole,
     arguments,
     replay,
     rule,
@@ -130,18 +129,6 @@ def prelu(op: Op, maps: Maps) -> Local:
 @rule("local_response_norm")
 def local_response_norm(op: Op, maps: Maps) -> Local:
     return on_channels(op, maps, op.inputs[0])
-
-
-@rule("linear")
-def linear(op: Op, maps: Maps) -> Local | Whole:
-    given = arguments(op, "input weight bias")
-    value = given["input"].value
-    if value in maps.flat and len(maps.shape(value)) - 1 in maps.axes[value]:
-        return Whole(op)  # a classifier after a flatten: a weight for each position
-    if len(maps.shape(value)) - 1 in maps.axes[value]:
-        raise Refusal("'linear' contracts an image axis")
-    only_maps(op, maps, value)
-    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
 @rule("dropout", "alpha_dropout")

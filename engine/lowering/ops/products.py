@@ -1,4 +1,4 @@
-"""Rules of matrix products: matmul, @, bmm, baddbmm.
+"""Rules of matrix products: matmul, @, bmm, baddbmm, linear.
 
 (N, HW, C) @ (C, D)                 per pixel: a matrix for all positions, or one for each
 (N, C, HW) @ (N, HW, D)             a sum over the positions: Gram and covariance matrices, attention pooling
@@ -17,6 +17,7 @@ from ...capture.trace import Op
 from ..geometry import Cells
 from .attention import asks_all, take_whole
 from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
+from .pointwise import only_maps
 from .promote import promoted, spread_strip
 
 
@@ -73,6 +74,33 @@ def _product(
         axes = axes[0] + (axes[0] < -1), axes[1] + (axes[1] < -1)
     reads = {v: maps.pointwise(v) for v in (left, right) if v in maps}
     return Local(op, reads, ((axes[0] + rank, axes[1] + rank),), replay(op))
+
+
+@rule("linear")
+def linear(op: Op, maps: Maps) -> Local | Whole | list[Node]:
+    """Per pixel; along the positions of a flattened map (MLP-Mixer) a sum over them with a weight for each."""
+    given = arguments(op, "input weight bias")
+    value, weight, bias = given["input"].value, given["weight"].value, given["bias"]
+    rank = len(maps.shape(value))
+    if value not in maps or rank - 1 not in maps.axes[value]:
+        only_maps(op, maps, value)
+        return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    if value not in maps.flat:
+        raise Refusal("'linear' contracts an image axis")
+    if maps.merged(value) or rank < 2 or maps.inputs(op) != [value]:
+        return Whole(op)  # a classifier after a flatten: a weight for each element
+    output = op.outputs[0]
+    dtype = maps.program.values[output].dtype
+    turned = maps.new_value(maps.shape(weight)[::-1], like=weight)
+    product = output if bias is None else maps.new_value(like=output)
+    own = Op(torch.matmul, "matmul", (), {}, (value, turned), (product,), (), op.module, line=op.line)
+    nodes: list[Node] = [VectorOp(lambda env: (env[weight].t(),), (weight,), (turned,))]
+    nodes += _over_positions(own, maps, value, turned)
+    if bias is not None:
+        added = bias.value
+        plus = VectorOp(lambda env: ((env[product] + env[added]).to(dtype),), (product, added), op.outputs)
+        nodes.append(plus)
+    return nodes
 
 
 # -- over all positions of a flattened map ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...capture.trace import Op, bind
 from ..geometry import Gather, Window
-from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, need_nchw, pair, replay, rule
+from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule
 from .resample import INTERPOLATE, bilinear, positions, select, weighted
 
 
@@ -59,6 +59,9 @@ def conv2d(op: Op, maps: Maps) -> Local:
         plain = padding in ("same", "valid") or pair(padding) == (0, 0)
         if kernel == stride == (1, 1) and plain:  # a matrix for each pixel, wherever the pixels lie
             return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+    windows = each_window(op, maps, value)
+    if windows is not None:
+        return windows
     need_nchw(op, maps, value)
     if padding == "same":  # the odd row of an even kernel comes after
         pad = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
@@ -149,6 +152,9 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
         return_indices=False,
     )
     value = given["input"].value
+    windows = each_window(op, maps, value)
+    if windows is not None:
+        return windows
     need_nchw(op, maps, value)
     if given["return_indices"] or len(op.outputs) > 1:
         raise Refusal("max-pooling that returns indices (unpooling) is not possible tile by tile")
@@ -188,6 +194,9 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
         count_include_pad=True,
     )
     value = given["input"].value
+    windows = each_window(op, maps, value)
+    if windows is not None:
+        return windows
     need_nchw(op, maps, value)
     kernel = pair(given["kernel_size"])
     stride = pair(given["stride"]) if given["stride"] else kernel

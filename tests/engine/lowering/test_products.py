@@ -6,8 +6,14 @@ import pytest
 import torch
 from around import Around, image
 from exactness import assert_exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gigamorph import UnsupportedError, accelerate
+from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.lowering.stages import lower
 
 
 def ramp(n: int, x: Tensor, *shape: int) -> Tensor:
@@ -129,3 +135,71 @@ def all_with_all(x: Tensor) -> Tensor:
 def test_all_with_all():
     """A row of weights for each position, and what they give to all positions is a sum over the tiles."""
     assert_exact(Around(all_with_all).double(), image(), tile=(5, 4))
+
+
+class Mixer(nn.Module):
+    """Features mixed over all positions, with a weight for each pair (MLP-Mixer: Tolstikhin et al., 2021)."""
+
+    def __init__(self, positions: int, hidden: int, bias: bool = True):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.first, self.second = nn.Linear(positions, hidden, bias), nn.Linear(hidden, positions, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return x + self.second(F.gelu(self.first(y))).view_as(x)
+
+
+@settings(max_examples=8)
+@given(
+    height=st.integers(2, 12),
+    width=st.integers(2, 12),
+    hidden=st.integers(1, 7),
+    n=st.integers(1, 2),
+    bias=st.booleans(),
+    tile=st.tuples(st.integers(2, 14), st.integers(2, 14)),
+)
+def test_linear_over_positions(height, width, hidden, n, bias, tile):
+    torch.manual_seed(0)
+    mixers = Mixer(height * width, hidden, bias), Mixer(height * width, height * width, bias)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *mixers, nn.Conv2d(4, 3, 2)).double()
+    assert_exact(model, image(n, 2, height, width), tile=tile)
+
+
+def test_linear_over_positions_keeps_no_map():
+    """Its result is a sum over tiles; stored is the map that its result is added to."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), Mixer(63, 5), nn.Conv2d(4, 3, 2)).double()
+    staged = lower(capture(model, (1, 2, 7, 9), torch.float64, torch.device("cpu")))
+    assert [len(stage.reductions) for stage in staged.stages] == [1, 0]
+    assert len(staged.stages[0].stored) == 1
+
+
+def test_linear_over_positions_and_channels_takes_the_map():
+    """A classifier after a flatten, whose result meets the map again."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4 * 63, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gate(x.flatten(1))[..., None, None]
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), Gate(), nn.Conv2d(4, 3, 2)).double()
+    assert_exact(model, image(2, 2, 7, 9), tile=4)
+
+
+def test_linear_over_one_image_axis_is_refused():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Linear(9, 9), nn.Conv2d(4, 3, 2)).double()
+    with pytest.raises(UnsupportedError, match="contracts an image axis"):
+        accelerate(model, tile=4)(image(2, 2, 7, 9))
+
+
+def test_mixer():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = {"img_size": (96, 160), "num_classes": 3}
+    model = timm.create_model("mixer_s32_224", **sizes).double().eval()
+    model.blocks = model.blocks[:2]
+    nn.init.normal_(model.head.weight)
+    assert_exact(model, image(1, 3, 96, 160), tile=64)

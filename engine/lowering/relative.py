@@ -1,0 +1,144 @@
+"""Logits of relative positions, made absolute by padding and reshaping: each row of a matrix keeps a run of columns.
+
+    (N, H, W, 2W-1) -> (N*H, W, 2W-1) -> pad -> flatten -> pad -> (N*H, W+1, 2W-1) -> [:, :W, W-1:]      BoTNet, HaloNet
+
+On the way a row's values come to lie in other rows, so that no rule takes these calls one by one. All of them together
+only move values, of each matrix by itself: what they do to the numbers of its elements tells what they come to. Where
+row i of the result is columns start[i], start[i] + 1, ... of row i, one op stands in for them, per position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..capture.trace import Op, Program, Ref
+from .ops.base import Maps, arguments
+from .ops.runs import column_runs, is_per_position
+
+_RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})
+
+
+class Relative:
+    """What stands in for such calls, while rules are applied in program order.
+
+    Args:
+        ops: those of the program that will be given one by one.
+    """
+
+    def __init__(self, ops: Sequence[Op], maps: Maps) -> None:
+        self.maps = maps
+        self.readers = Counter(v for op in ops for v in dict.fromkeys(op.inputs))
+        self.readers.update(maps.program.results())
+        self.reader = {v: op for op in ops for v in op.inputs}
+        self.instead: dict[int, list[Op]] = {}  # by the output of a call that has gone
+
+    def absolute(self, op: Op) -> list[Op]:
+        """The ops that an op becomes: the last of such calls the one for all, those before it none."""
+        if op.inputs and is_per_position(self.maps, op.inputs[0]):
+            chain = _chain(op, self.reader, self.readers, self.maps.program)
+            made = _runs(chain, self.maps)
+            if made:
+                last = next(i for i, one in enumerate(chain) if one.outputs == made[-1].outputs)
+                self.instead.update((one.outputs[0], []) for one in chain[:last])
+                self.instead[made[-1].outputs[0]] = made
+        return self.instead.get(op.outputs[0], [op]) if op.outputs else [op]
+
+
+def _chain(first: Op, reader: dict[int, Op], readers: Counter[int], program: Program) -> list[Op]:
+    """A reshape to a batch of matrices, and the moves in each of them that follow; what is between has one reader."""
+    if first.name not in _RESHAPES or not _is_plain(first, program):
+        return []
+    before, after = (program.values[v].shape for v in (first.inputs[0], first.outputs[0]))
+    if len(after) != 3 or len(before) < 4 or after[1:] != before[-2:]:
+        return []
+    chain = [first]
+    while readers[chain[-1].outputs[0]] == 1:
+        following = reader.get(chain[-1].outputs[0])
+        if following is None or not _is_plain(following, program) or _moved(following, None, program) is None:
+            break
+        chain.append(following)
+    return chain
+
+
+def _is_plain(op: Op, program: Program) -> bool:
+    """Whether it has one input and one output, of one dtype, and does nothing besides."""
+    if len(op.inputs) != 1 or len(op.outputs) != 1 or op.mutated or op.autocast is not None:
+        return False
+    before, after = program.values[op.inputs[0]], program.values[op.outputs[0]]
+    return before.dtype == after.dtype and before.takes_grad == after.takes_grad
+
+
+def _moved(op: Op, numbers: np.ndarray[Any, Any] | None, program: Program) -> np.ndarray[Any, Any] | None:
+    """What an op makes of the elements of the first matrix, padding being -1; None if it looks at others.
+
+    Args:
+        numbers: without them any array says that the op is a move within each matrix.
+    """
+    before, after = (program.values[v].shape for v in (op.inputs[0], op.outputs[0]))
+    x = np.broadcast_to(np.int64(0), before[1:]) if numbers is None else numbers
+    if after[:1] != before[:1]:
+        return None
+    if op.name in _RESHAPES:
+        return x.reshape(after[1:])
+    if op.name == "contiguous":
+        return x
+    if op.name == "pad":
+        given = arguments(op, "input pad mode value", mode="constant")
+        amounts = [(given["pad"][i], given["pad"][i + 1]) for i in range(0, len(given["pad"]), 2)][::-1]
+        if given["mode"] != "constant" or len(amounts) >= len(before) or min(map(min, amounts)) < 0:
+            return None
+        return np.pad(x, [(0, 0)] * (len(before) - 1 - len(amounts)) + amounts, constant_values=-1)
+    if op.name == "__getitem__":
+        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+        if index[:1] != (slice(None),) or not all(isinstance(one, slice) and one.step in (None, 1) for one in index):
+            return None
+        return x[index[1:]]
+    return None
+
+
+def _runs(chain: Sequence[Op], maps: Maps) -> list[Op]:
+    """The ops in place of the longest part of a chain that keeps a run of each row; none if there is no such part."""
+    if not any(op.name == "pad" for op in chain):
+        return []
+    program = maps.program
+    source = chain[0].inputs[0]
+    shape = program.values[source].shape
+    rows, columns = shape[-2:]
+    numbers: np.ndarray[Any, Any] = np.arange(rows * columns).reshape(rows, columns)
+    found: tuple[Op, tuple[int, ...], int] | None = None
+    for op in chain[1:]:
+        moved = _moved(op, numbers, program)
+        assert moved is not None
+        numbers = moved
+        starts = _starts(numbers, rows, columns)
+        if starts is not None:
+            found = op, starts, numbers.shape[1]
+    if found is None:
+        return []
+    end, starts, length = found
+    output = end.outputs[0]
+    runs = maps.new_value((*shape[:-1], length), like=output)
+    program.values[runs].differentiable = program.values[output].differentiable
+    take = partial(column_runs, starts=starts, length=length)
+    first = replace(end, func=take, name="column_runs", args=(Ref(source),), kwargs={}, inputs=(source,))
+    batch = math.prod(shape[:-2])
+    second = replace(end, func=torch.reshape, name="reshape", args=(Ref(runs), (batch, rows, length)), kwargs={})
+    return [replace(first, outputs=(runs,)), replace(second, inputs=(runs,))]
+
+
+def _starts(numbers: np.ndarray[Any, Any], rows: int, columns: int) -> tuple[int, ...] | None:
+    """The first column of each row's run, if each row holds a run of its own columns."""
+    if numbers.ndim != 2 or len(numbers) != rows or not numbers.shape[1]:
+        return None
+    starts = numbers[:, 0] - np.arange(rows) * columns
+    expected = (np.arange(rows) * columns + starts)[:, None] + np.arange(numbers.shape[1])
+    inside = (starts >= 0) & (starts + numbers.shape[1] <= columns)
+    return tuple(int(one) for one in starts) if inside.all() and np.array_equal(numbers, expected) else None

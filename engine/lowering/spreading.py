@@ -1,0 +1,51 @@
+"""Maps that a later stage reads and that are made of smaller ones by copies and sums alone: the smaller ones are kept.
+
+    (N, H, W, 1, W) -> expand -> (N, H, W, H, W) + (N, H, W, H, W) -> (N, H, W, H * W)
+
+A bias for each pair of positions is as large as all scores; what it is spread from, and costs nothing to spread again
+tile by tile, has a row and a column for each position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..capture.trace import Op
+from .ops import Local, Maps, Node
+
+_COPIES = frozenset(
+    "expand expand_as broadcast_to permute transpose swapaxes reshape view flatten unflatten unsqueeze squeeze".split()
+)
+_SUMS = frozenset({"add", "__add__", "add_", "__iadd__"})
+
+
+def before_spreading(maps: Maps, nodes: Sequence[Node | Op], values: Sequence[int]) -> list[int]:
+    """The values in program order, with those that are at most half as large in place of each that they make."""
+    makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
+    kept = {one for value in values for one in _smallest(maps, makers, value)}
+    return [v for v in makers if v in kept]
+
+
+def _smallest(maps: Maps, makers: Mapping[int, Local], value: int) -> list[int]:
+    """The maps by which a map is made with the fewest elements in all; itself if none have half as many."""
+    best, front = [value], [value]
+    while True:
+        spread = [v for v in front if v in makers and _is_cheap(maps, makers[v])]
+        if not spread:
+            return best
+        largest = max(spread, key=lambda v: _elements(maps, [v]))
+        front = list(dict.fromkeys([*(v for v in front if v != largest), *makers[largest].reads]))
+        if 2 * _elements(maps, front) <= _elements(maps, best):
+            best = front
+
+
+def _elements(maps: Maps, values: Sequence[int]) -> int:
+    return sum(math.prod(maps.shape(v)) for v in values)
+
+
+def _is_cheap(maps: Maps, local: Local) -> bool:
+    """Whether a local op copies or adds maps, position by position."""
+    name = local.op.name.removeprefix("flat_")
+    inside = all(both == maps.pointwise(v) for v, both in local.reads.items())
+    return inside and (name in _COPIES or (name in _SUMS and set(local.op.inputs) <= set(local.reads)))
