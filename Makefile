@@ -21,7 +21,7 @@ ifneq ($(CONSTRAINTS),)
 	then echo "torch and torchvision: CPU builds of $(CPU_INDEX)"; \
 	else echo "torch and torchvision: of pip's own index, for $(CPU_INDEX) does not offer them here"; fi
 endif
-	$(BIN)/pip install --quiet $(CONSTRAINTS) -e '.[models,dev]'
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet $(CONSTRAINTS) -e '.[models,dev]'
 	@$(BIN)/python -c "import torch; print('torch', torch.__version__, torch.version.cuda and 'CUDA build' or 'CPU build')"
 	touch $@
 
@@ -40,7 +40,7 @@ types: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/installed
-	$(BIN)/pip install --quiet -e '.[docs]'
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gate: $(VENV)/installed

@@ -206,7 +206,7 @@ def _notes(one: dict[str, Any]) -> list[str]:
     for name, output in one["outputs"].items():
         if "undefined" not in output:
             reasons = [output["auc"].get("why"), output["auc"].get("delong_why")]
-            notes += [f"{name}: {reason}." for reason in reasons if reason]
+            notes += [f"Output {name}: {reason}." for reason in reasons if reason]
     return notes
 
 

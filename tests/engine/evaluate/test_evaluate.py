@@ -199,7 +199,8 @@ def test_one_patient_has_no_interval_but_a_reason(tmp_path):
     measure = found["levels"]["image"]["outputs"]["cancer"]["auc"]
     assert measure["bootstrap"] is None and measure["standard_error"] is None
     assert "all rows are of one patient" in headline(found)[0]
-    assert "all rows are of one patient" in write_report(tmp_path, images, found).read_text()
+    page = write_report(tmp_path, images, found).read_text()
+    assert "Output cancer: no interval: all rows are of one patient." in page
 
 
 def test_grouping_many_images_takes_no_loop_over_breasts():
