@@ -8,6 +8,7 @@ makes names up.
 
 from __future__ import annotations
 
+import dis
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,7 +19,10 @@ from torch import nn
 _BY_PYTORCH = frozenset(
     "forward backward setup_context jvp vjp vmap right_inverse _call_impl _wrapped_call_impl".split()
 )
-_MAKES_NAMES_UP = frozenset("getattr __getattribute__ attrgetter methodcaller vars __dict__ eval exec".split())
+# A module's are run where one is made, which a forward that does so says by the name of its class.
+_OF_MAKING = frozenset("__init__ __new__ __init_subclass__ __set_name__ __post_init__".split())
+_BY_A_FUNCTION = frozenset("getattr vars eval exec attrgetter methodcaller".split())
+_BY_AN_ATTRIBUTE = frozenset("__dict__ __getattribute__ attrgetter methodcaller".split())
 
 Reached = tuple[Any, ...]  # what the walk is to look at
 
@@ -42,6 +46,16 @@ def _strings(constant: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
+def _makes_names_up(code: types.CodeType) -> bool:
+    """Whether code asks for attributes by names that are not written in it; `net.eval()` does not."""
+    if not _BY_A_FUNCTION.union(_BY_AN_ATTRIBUTE).isdisjoint(code.co_names):
+        for step in dis.get_instructions(code):
+            asked = _BY_A_FUNCTION if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else _BY_AN_ATTRIBUTE
+            if step.argval in asked and step.opname.startswith("LOAD_"):
+                return True
+    return any(_makes_names_up(part) for part in code.co_consts if isinstance(part, types.CodeType))
+
+
 class Reach:
     """The methods that wait until something mentions them."""
 
@@ -56,10 +70,10 @@ class Reach:
         self._files.setdefault(base, set()).update(files)
         yield from self._of_inventive()
 
-    def waits(self, base: type, key: str, method: Reached) -> bool:
-        """Whether a method of a class is not reached yet."""
-        if key == "__init__" and issubclass(base, nn.Module):
-            key = base.__name__  # a forward that makes modules mentions their class
+    def waits(self, kind: type, base: type, key: str, method: Reached) -> bool:
+        """Whether a method that a class has from one of its bases, or from itself, is not reached yet."""
+        if key in _OF_MAKING and issubclass(kind, nn.Module):
+            key = kind.__name__
         elif key.startswith("__") and key.endswith("__"):
             return False
         if key in self._names or not self._inventive.isdisjoint(self._files[base]):
@@ -71,7 +85,7 @@ class Reach:
         """What waits no longer when a function is reached."""
         names = {*mentioned(function.__code__), *_strings(function.__code__)}
         yield from self.names(names)
-        if names & _MAKES_NAMES_UP and function.__module__ not in self._inventive:
+        if function.__module__ not in self._inventive and _makes_names_up(function.__code__):
             self._inventive.add(function.__module__)
             yield from self._of_inventive()
 

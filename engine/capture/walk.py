@@ -187,7 +187,7 @@ class _Walk:
             for key, value in holder.read().items():
                 found = _inner_function(value), f"{base.__name__}.{key}", (holder, key)
                 code = isinstance(found[0], types.FunctionType)
-                if not code or not self.reach.waits(base, key, found):
+                if not code or not self.reach.waits(kind, base, key, found):
                     self.later(*found)
 
     def _module(self, module: nn.Module, name: str) -> None:
