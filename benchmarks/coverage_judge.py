@@ -2,7 +2,8 @@
 
 The engine always runs as users run it; what is varied is stock. In this order, as far as needed:
 
-1.  Every tensor agrees to the limit.
+1.  Every tensor agrees to the limit. Gradients of which both sides are within the limit of the largest gradient are
+    zero (those of a bias in front of a norm).
 2.  Networks that cast to float32 themselves round there: both get float64 in place of float32.
 3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (`engine/capture/corrected.py`): stock
     gets plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
@@ -63,21 +64,21 @@ def judge(
                 return _run(copy.deepcopy(model), image)
 
         got, truth = ours(), stock()
-        errors = step_errors(truth, got)
+        errors = _errors(truth, got, limit)
         if casts and _worst(errors) > limit:
             notes.append("casts to float32 itself, for this comparison to float64")
             both.enter_context(double_casts())
             got, truth = ours(), stock()
-            errors = step_errors(truth, got)
+            errors = _errors(truth, got, limit)
         if _worst(errors) > limit:
             plain = stock(plain_order())
             if _worst(step_errors(truth, plain)) > 1000 * limit:
                 notes.append("stock's gradient is wrong unless its BatchNorm is given contiguous tensors, as here")
                 in_stock, truth = plain_order, plain
-                errors = step_errors(truth, got)
+                errors = _errors(truth, got, limit)
         if _worst(errors) > limit and all(e <= limit for name, e in errors.items() if name.endswith(_STATISTICS)):
             written = dataclasses.replace(stock(in_stock(), written_out()), buffers=truth.buffers)
-            others = step_errors(written, got)
+            others = _errors(written, got, limit)
             if _worst(others) <= limit:
                 moved = _worst(errors)
                 notes.append(
@@ -105,6 +106,18 @@ def judge(
 def _run(network: nn.Module, x: Tensor) -> Step:
     torch.manual_seed(1)
     return step(network, x)
+
+
+def _errors(truth: Step, got: Step, limit: float) -> dict[str, float]:
+    """The errors of a step, but for gradients that are zero."""
+    errors = step_errors(truth, got)
+    sizes = {name: 0.0 if grad is None else grad.abs().amax().item() for name, grad in truth.gradients.items()}
+    least = limit * max(sizes.values(), default=0.0)
+    for name, size in sizes.items():
+        grad = got.gradients[name]
+        if grad is not None and size <= least and grad.abs().amax().item() <= least:
+            errors[name] = 0.0
+    return errors
 
 
 def _worst(errors: dict[str, float]) -> float:
