@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ...capture.trace import Op, bind
 from ..geometry import Gather, Window
+from . import depthwise
 from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule
 from .resample import INTERPOLATE, bilinear, positions, select, weighted
 
@@ -74,7 +75,7 @@ def conv2d(op: Op, maps: Maps) -> Local:
         even, uneven = split_padding(block.pad)
         if any(uneven):
             x = F.pad(x, uneven)
-        return (F.conv2d(x, env[weight], bind(bias, env), stride, even, dilation, groups),)
+        return (depthwise.conv2d(x, env[weight], bind(bias, env), stride, even, dilation, groups),)
 
     def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]

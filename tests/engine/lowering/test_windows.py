@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from torch.nn import functional as F
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from coverage_judge import judge  # noqa: E402
 
 
 def swin(size: int, shift: int, **more: float) -> nn.Module:
@@ -197,9 +202,11 @@ def test_hieradet():
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_efficientvit(mode):
+    """With live norms stock's own rounding is near the limit, so that its noise is looked at."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     sizes = {"img_size": 128, "embed_dim": (16, 16, 16), "key_dim": (4, 4, 4), "num_heads": (2, 2, 2)}
     model = randomize(timm.create_model("efficientvit_m0", depth=(1, 1, 1), num_classes=3, **sizes)).double()
     x = torch.randn(2, 3, 141, 118, dtype=torch.float64)
-    assert_exact(model.train(mode == "train"), x, tile=64)
+    found = judge(model.train(mode == "train"), x, lambda twin: accelerate(twin, tile=64), casts=False, limit=1e-12)
+    assert found["good"], found
