@@ -20,7 +20,7 @@ from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from coverage_judge import judge  # noqa: E402
+from coverage_judge import judge
 
 
 def swin(size: int, shift: int, **more: float) -> nn.Module:
