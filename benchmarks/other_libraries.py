@@ -34,6 +34,8 @@ from gigamorph.engine.bench.machine import provenance  # noqa: E402
 from gigamorph.engine.models.compat import make_torchvision_importable  # noqa: E402
 
 TILE, LIMIT = 32, 1e-12
+SIZE, SQUARE = (128, 160), 128  # those that take squares alone are listed below
+SQUARES = ("transformers Pvt", "transformers Dinov2")
 Build = Callable[[], nn.Module]
 
 
@@ -54,7 +56,7 @@ def smp() -> Iterator[tuple[str, Build]]:
 def monai() -> Iterator[tuple[str, Build]]:
     import monai.networks.nets as nets
 
-    size, few, steps = (128, 160), (8, 16, 32), (2, 2)
+    few, steps = (8, 16, 32), (2, 2)
     yield "UNet", lambda: nets.UNet(2, 3, 2, few, steps, num_res_units=1)
     yield "UNet batch", lambda: nets.UNet(2, 3, 2, few, steps, num_res_units=2, norm="batch")
     yield "AttentionUnet", lambda: nets.AttentionUnet(2, 3, 2, few, steps)
@@ -70,9 +72,9 @@ def monai() -> Iterator[tuple[str, Build]]:
     yield "resnet18", lambda: nets.resnet18(spatial_dims=2, n_input_channels=3, num_classes=2)
     yield "EfficientNetBN", lambda: nets.EfficientNetBN("efficientnet-b0", False, True, 2, 3, 2)
     vit: dict[str, Any] = {"hidden_size": 96, "mlp_dim": 128, "num_heads": 4, "spatial_dims": 2}
-    yield "UNETR", lambda: nets.UNETR(3, 2, size, feature_size=8, **vit)
+    yield "UNETR", lambda: nets.UNETR(3, 2, SIZE, feature_size=8, **vit)
     yield "SwinUNETR", lambda: nets.SwinUNETR(3, 2, feature_size=12, spatial_dims=2)
-    yield "ViT", lambda: nets.ViT(3, size, 16, num_layers=2, classification=True, num_classes=2, **vit)
+    yield "ViT", lambda: nets.ViT(3, SIZE, 16, num_layers=2, classification=True, num_classes=2, **vit)
     yield "AutoEncoder", lambda: nets.AutoEncoder(2, 3, 2, (8, 16), steps)
 
 
@@ -82,7 +84,7 @@ def transformers() -> Iterator[tuple[str, Build]]:
     stages: dict[str, Any] = {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}
     heads = {"num_attention_heads": [1, 2, 4, 8]}
     tokens: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size = (128, 160)
+    size = SIZE
     windows: dict[str, Any] = {"image_size": size, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2]}
     settings: dict[str, dict[str, Any]] = {
         "ResNet": {**stages, "embedding_size": 8},
@@ -94,13 +96,13 @@ def transformers() -> Iterator[tuple[str, Build]]:
         "EfficientNet": {"width_coefficient": 0.35, "depth_coefficient": 0.5, "hidden_dim": 448},
         "PoolFormer": stages,
         "FocalNet": {"embed_dim": 12, "depths": [1, 1, 1, 1], "image_size": size},
-        "Pvt": {**stages, **heads, "image_size": size},
+        "Pvt": {**stages, **heads, "image_size": SQUARE},
         "PvtV2": {**stages, **heads},
         "Segformer": {**stages, "decoder_hidden_size": 32},
         "Swin": {**windows, "window_size": 4},
         "Swinv2": {**windows, "window_size": 4},
         "ViT": {**tokens, "image_size": size, "intermediate_size": 64},
-        "Dinov2": {**tokens, "image_size": size, "patch_size": 16},
+        "Dinov2": {**tokens, "image_size": SQUARE, "patch_size": 16},
         "Beit": {**tokens, "image_size": size, "intermediate_size": 64},
     }
 
@@ -128,12 +130,12 @@ def networks() -> Iterator[tuple[str, Build]]:
             yield from ((f"{source} {name}", build) for name, build in own())
 
 
-def check(build: Build, live: bool) -> dict[str, Any]:
+def check(build: Build, live: bool, size: tuple[int, int] = SIZE) -> dict[str, Any]:
     """The verdict on one network."""
     torch.manual_seed(0)
     model = randomize(build()).double().train(live)
     _without_random_numbers(model)
-    image = torch.randn(2 if live else 1, 3, 128, 160, dtype=torch.float64)
+    image = torch.randn(2 if live else 1, 3, *size, dtype=torch.float64)
     found: dict[str, Any] = {}
     for fallback in (None, "whole"):
         fast = lambda twin, fallback=fallback: accelerate(twin, tile=TILE, fallback=fallback)  # noqa: E731
@@ -169,19 +171,15 @@ def main() -> int:
             if (name, norms) in done or not any(part in name for part in options.only):
                 continue
             try:
-                row = check(build, norms == "live")
+                row = check(build, norms == "live", (SQUARE, SQUARE) if name in SQUARES else SIZE)
             except Exception as error:  # whatever a network raises is its verdict
                 row = {"verdict": "wrong", "message": f"{type(error).__name__}: {error}"}
             rows.append({"network": name, "norms": norms, **row})
-            print(
-                f"{name:32} {norms:6} {row['verdict']:11} {row.get('error', ''):<8.1e} "
-                if "error" in row
-                else f"{name:32} {norms:6} {row['verdict']}",
-                row.get("message", "")[:150],
-                flush=True,
-            )
+            error = f"{row['error']:.1e}" if "error" in row else ""
+            print(f"{name:32} {norms:6} {row['verdict']:11} {error:8} {row.get('message', '')[:150]}", flush=True)
             if options.json:
-                there = {package: version(package.replace("_", "-")) for package, _ in SOURCES.values()}
+                packages = (package for package, _ in SOURCES.values() if importlib.util.find_spec(package))
+                there = {package: version(package.replace("_", "-")) for package in packages}
                 what = {"what": "benchmarks/other_libraries.py", "libraries": there, "provenance": provenance()}
                 options.json.write_text(json.dumps({**what, "rows": rows}, indent=1) + "\n")
     return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
