@@ -50,7 +50,9 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
     monkeypatch.chdir(tmp_path)
     command = ["train", phantoms, *FAST, "--epochs", "8", "--out"]
     assert run(*command, tmp_path / "alone") == 0
-    code = "from gigamorph.cli.main import main; main()"
+    # A shell that runs tests in the background has switched Ctrl-C off for all that comes of it.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from gigamorph.cli.main import main; main()"
     helpers = str(Path(__file__).parents[1] / "helpers")
     (tmp_path / "slow.py").write_text(  # an epoch takes milliseconds, and this process may have to wait for longer
         "import os, time\n"
