@@ -12,7 +12,7 @@ import torch
 
 
 def random_state(generators: Sequence[Any] = ()) -> tuple[Any, ...]:
-    """Of Python, numpy and torch, and of further generators of Python's and numpy's."""
+    """Of Python, numpy and torch, and of further generators of theirs."""
     further = [_state_of(generator) for generator in generators]
     return random.getstate(), np.random.get_state(), torch.default_generator.get_state(), further
 
@@ -33,6 +33,8 @@ def put_back(state: tuple[Any, ...], generators: Sequence[Any] = ()) -> None:
 
 
 def _state_of(generator: Any) -> bytes:
+    if isinstance(generator, torch.Generator):  # a recording draws nothing from it, but a forward may seed it
+        return generator.get_state().numpy().tobytes()
     if isinstance(generator, random.Random):
         return pickle.dumps(generator.getstate())
     legacy = isinstance(generator, np.random.RandomState)
@@ -40,7 +42,9 @@ def _state_of(generator: Any) -> bytes:
 
 
 def _set_state(generator: Any, state: bytes) -> None:
-    if isinstance(generator, random.Random):
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    elif isinstance(generator, random.Random):
         generator.setstate(pickle.loads(state))
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(pickle.loads(state))

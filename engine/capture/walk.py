@@ -43,7 +43,7 @@ _BOOKKEEPING = frozenset(
 )
 # Objects of Python's own whose attributes are what a forward reads of them.
 _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _ARRAY_BYTES = 2**20  # of a numpy array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
 
@@ -62,7 +62,7 @@ class Found:
         holders: in the order in which they were met.
         classes: the libraries' among the classes of the modules met and their bases.
         functions: those met that are no library's, with what messages call them.
-        generators: of random numbers, other than the process's own and torch's.
+        generators: of random numbers, other than the process's own.
     """
 
     holders: list[Holder] = field(default_factory=list)
@@ -109,7 +109,7 @@ class _Walk:
         """Note what a thing holds, and put off what that leads to."""
         if id(thing) in self.found.ids:
             return
-        self.found.ids[id(thing)] = thing  # a torch.Generator has nothing more to it: calls draw from it again
+        self.found.ids[id(thing)] = thing
         if isinstance(thing, nn.Module):
             self._module(thing, name)
         elif isinstance(thing, types.FunctionType):

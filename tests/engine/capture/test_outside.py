@@ -301,6 +301,24 @@ def test_a_generator_of_torch_that_lasts_is_drawn_from_in_each_call(by):
     agree(*found)
 
 
+@pytest.mark.parametrize("by", ["attribute", "argument"])
+def test_a_generator_that_the_forward_seeds_is_refused(by):
+    """Its numbers are the same in each call; calls drew on from it."""
+
+    class Seeding(Network):
+        def forward(self, x: Tensor, generator: Any = None) -> Tensor:
+            x = self.conv(x).mean((2, 3))
+            return x + torch.randn(x.shape[1:], generator=(generator or self.source).manual_seed(3), dtype=x.dtype)
+
+    net = Seeding(lambda net, x: x)
+    net.source = own = torch.Generator().manual_seed(1)
+    before = own.get_state()
+    fast = accelerate(net, tile=8)
+    with pytest.raises(UnsupportedError, match="random numbers or seeds"):
+        outputs(fast if by == "attribute" else lambda x: fast(x, generator=own))
+    assert torch.equal(own.get_state(), before)
+
+
 def test_a_map_drawn_from_a_generator_of_its_own_is_refused():
     class Noisy(Network):
         def forward(self, x: Tensor) -> Tensor:
