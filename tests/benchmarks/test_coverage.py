@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ def test_the_page_is_what_the_json_says(recorded: dict[str, Any]) -> None:
     assert PAGE.read_text() == page(recorded)
 
 
-def test_every_network_in_both_modes_at_one_commit(recorded: dict[str, Any]) -> None:
-    """But for the one that is unclear, whose verdict came later."""
+def test_every_network_in_both_modes(recorded: dict[str, Any]) -> None:
+    """At one commit, but for those that were measured again after what they found was mended; the page counts them."""
     found = [(row["network"], row["mode"]) for row in recorded["networks"]]
     assert found == list(itertools.product(census.CLASSES, census.MODES))
     assert recorded["counts"] == census.counts(recorded["networks"])
-    assert len({row["commit"] for row in recorded["networks"] if row["verdict"] != "unclear"}) == 1
+    commits = Counter(row["commit"] for row in recorded["networks"])
+    assert commits.most_common(1)[0][1] >= 0.9 * len(found)
+    assert all(f"{number} of {commit}" in PAGE.read_text() for commit, number in commits.items())
 
 
 def test_the_list_is_chosen_by_family() -> None:
@@ -71,14 +74,16 @@ def test_not_one_is_wrong(recorded: dict[str, Any]) -> None:
         assert row["verdict"] == "exact" or row["message"], row["network"]
 
 
-def test_steps_of_ten_times_stocks_are_few_and_named(recorded: dict[str, Any]) -> None:
-    """There float64 convolutions of one channel cost the same for any tile, or all is Python's time for small ones."""
+def test_no_step_takes_ten_times_stocks(recorded: dict[str, Any]) -> None:
     times = {(row["network"], row["mode"]): slowdown(row) for row in recorded["networks"]}
     known = {key: ratio for key, ratio in times.items() if ratio is not None}
     assert len(known) >= len(times) - 7  # of some networks stock itself takes one step alone
-    slow = {key: ratio for key, ratio in known.items() if ratio >= LONG}
-    assert len(slow) <= 6 and max(known.values()) < 20
-    assert all(f"{name} {ratio:.1f} (" in PAGE.read_text() for (name, _), ratio in slow.items())
+    assert [key for key, ratio in known.items() if ratio >= LONG] == []
+
+
+def test_at_most_five_networks_take_a_map_whole(recorded: dict[str, Any]) -> None:
+    whole = {row["network"] for row in recorded["networks"] if row["verdict"] == "taken whole"}
+    assert whole == {"bat_resnext26ts", "csatv2", "gcvit_xxtiny", "sequencer2d_s", "volo_d1_224"}
 
 
 def test_classes_a_and_b_are_computed_tile_by_tile(recorded: dict[str, Any]) -> None:
