@@ -83,15 +83,14 @@ class Reach:
 
     def by(self, function: types.FunctionType) -> Iterator[Reached]:
         """What waits no longer when a function is reached."""
-        names = {*mentioned(function.__code__), *_strings(function.__code__)}
-        yield from self.names(names)
+        yield from self.names([*mentioned(function.__code__), *_strings(function.__code__)])
         if function.__module__ not in self._inventive and _makes_names_up(function.__code__):
             self._inventive.add(function.__module__)
             yield from self._of_inventive()
 
     def names(self, names: Iterable[str]) -> Iterator[Reached]:
         """What waits no longer when names are mentioned."""
-        for name in set(names) - self._names:
+        for name in dict.fromkeys(names):  # in their order, so that a walk is the same in each run
             self._names.add(name)
             yield from (method for _, method in self._waiting.pop(name, ()))
 

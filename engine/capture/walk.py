@@ -172,14 +172,14 @@ class _Walk:
 
     def _class(self, kind: type) -> None:
         """What a class and its bases hold, and the code of those of their methods that are reached."""
-        files = {base.__module__ for base in kind.__mro__ if not of_library(base)}
-        libraries = [base for base in kind.__mro__ if of_library(base) and base not in (nn.Module, object)]
-        for library in libraries:  # which may call what it has a method for
-            self._all(self.reach.names(vars(library)))
+        own = [base for base in kind.__mro__ if not of_library(base)]
+        files = {base.__module__ for base in own}
         for base in kind.__mro__:
-            if not of_library(base):
-                self._all(self.reach.inherits(base, files))
-            if of_library(base) or (base is not kind and id(base) in self.found.ids):
+            if of_library(base) and base not in (nn.Module, object):  # it may call what it has a method for
+                self._all(self.reach.names(vars(base)))
+        for base in own:
+            self._all(self.reach.inherits(base, files))
+            if base is not kind and id(base) in self.found.ids:
                 continue
             self.found.ids[id(base)] = base
             holder = holders.class_attributes(base)
