@@ -54,6 +54,11 @@ class Alias:
         """Whether it was made by `.data`, whose writes autograd does not notice."""
         return any(step.name == "data" for step in self.chain)
 
+    @property
+    def cut(self) -> bool:
+        """Whether what is written to it does not join the root's graph: `x.data.add_(y)` leaves `x` without gradient."""
+        return any(step.name in ("data", "detach") for step in self.chain)
+
 
 @dataclass
 class Aliases:

@@ -169,9 +169,10 @@ class Values:
                     continue
                 func, name, arguments = inverse(step, self.where())
                 number = self.emit(func, name, arguments(parent, number), step.parent, None)
-        if not tracked and root.requires_grad and self.program.values[old].differentiable:
+        joins = tracked and not alias.cut
+        if not joins and root.requires_grad and self.program.values[old].differentiable:
             number = self.emit(straight_through, "straight_through", (old, number), root, True)
-        elif not tracked and self.program.values[number].differentiable and not root.requires_grad:
+        elif not joins and self.program.values[number].differentiable and not root.requires_grad:
             number = self.emit(Tensor.detach, "detach", (number,), root, False)
         memory.version += 1
         root_alias = self.aliases.of[id(root)]

@@ -83,6 +83,10 @@ def own_statistics(how: str) -> Middle:
             net.mean.data.mul_(0.9).add_(new)
         elif how == "data assigned":
             net.mean.data = net.mean.data * 0.9 + new
+        elif how == "data with a gradient":
+            net.mean.data.mul_(0.9).add_(x.mean((0, 2, 3)))
+        elif how == "detached with a gradient":
+            net.mean.detach().mul_(0.9).add_(x.mean((0, 2, 3)))
         elif how == "view":
             net.flat[:4].lerp_(new, 0.1)
             net.flat.view(2, 4)[1] += 1
@@ -180,7 +184,10 @@ MIDDLES: dict[str, Middle] = {
     "the type of a tensor": asks_for_type,
     **{
         f"statistics, {how}": own_statistics(how)
-        for how in ("assigned", "data", "data assigned", "view", "flat", "norm of views")
+        for how in (
+            *("assigned", "data", "data assigned", "data with a gradient", "detached with a gradient"),
+            *("view", "flat", "norm of views"),
+        )
     },
     "a counter": counted,
     "losses and features": kept,
