@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -64,20 +70,34 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         last: module of the latest call, for errors that come to light after its hooks have run.
-        leak: what a scripted function hides when it wraps the error that is raised inside of it.
+        refusal: the first one; the network's own code may catch it, and a scripted function wraps it in another.
     """
 
     def __init__(self, values: Values, snapshot: Snapshot):
         self.values, self.snapshot = values, snapshot
         self.entry_inference = torch.is_inference_mode_enabled()
         self.last = ""
-        self.leak: UnsupportedError | None = None
+        self.refusal: UnsupportedError | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
         return self.call(func, args, kwargs or {})
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return self._call(func, args, kwargs)
+        except Exception as error:
+            told = as_refusal(error, self.last)
+            if not isinstance(told, UnsupportedError):
+                raise
+            raise self.refused(told) from (None if told is error else error)
+
+    def refused(self, error: UnsupportedError) -> UnsupportedError:
+        """The error, kept in case that the network's own code catches it."""
+        self.refusal = self.refusal or error
+        return error
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.last = self.values.where()
         name = getattr(func, "__name__", "")
         if name == "__set__":
@@ -174,7 +194,7 @@ class Recorder(TorchFunctionMode):
                 )
             raise UnsupportedError(
                 f"{self.values.where()} takes a Python value or a shape from the image or another tensor ('{name}'); "
-                "such data-dependent control flow cannot be recorded"
+                "such data-dependent control flow cannot be recorded; use torch.where, or do that outside of the forward"
             )
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
         program.reads.append((take, own()))
@@ -215,17 +235,16 @@ class Recorder(TorchFunctionMode):
 
         TorchScript runs in C++ and shows only these pieces: a garbage program, no error.
         """
-        frame = sys._getframe(3)
+        frame = sys._getframe(4)
         for _ in range(12):
             if frame is None:
                 return False
             if frame.f_code.co_filename.endswith(("_subclasses/fake_tensor.py", "_subclasses/fake_impls.py")):
                 if _harmless(frame):
                     return True
-                self.leak = UnsupportedError(
+                raise UnsupportedError(
                     f"{self.values.where()} runs TorchScript, whose calls cannot be seen; give the plain eager module"
                 )
-                raise self.leak
             frame = frame.f_back
         return False
 
@@ -332,3 +351,34 @@ def _harmless(frame: Any) -> bool:
             return name.split(".")[1] in ("detach", "lift_fresh", "alias", "lift")
         frame = frame.f_back if frame.f_code.co_filename.endswith("fake_tensor.py") else None
     return False
+
+
+def as_refusal(error: Exception, where: str) -> Exception:
+    """The network's own error as it is; one that only tensors without values raise as a refusal."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return UnsupportedError(
+            f"{where} takes a Python value or a shape from the image or another tensor ({error.func}); "
+            "such data-dependent control flow cannot be recorded; use torch.where, or do that outside of the forward"
+        )
+    text = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    if isinstance(error, (UnsupportedFakeTensorException, UnsupportedOperatorException)):
+        return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch")
+    if "functions with out=" in str(error):
+        return UnsupportedError(f"{where} writes to out= what gradients flow through; drop that argument")
+    if isinstance(error, UnsupportedError) or not any(word in str(error) for word in _FAKE):
+        return error
+    return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch ops")
+
+
+_FAKE = (
+    "FakeTensor",
+    "fake tensor",
+    "fake mode",
+    "Fake",
+    "meta tensor",
+    "Meta tensor",
+    "data_ptr",
+    "data pointer",
+    "doesn't have storage",
+    "numpy",
+)

@@ -19,13 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UnsupportedError
 from . import process
@@ -36,7 +30,7 @@ from .program import Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
 from .reach import mentioned
-from .recorder import Recorder
+from .recorder import Recorder, as_refusal
 from .state import Snapshot, owner_now
 from .trees import taken_apart
 from .unseen import Unseen
@@ -203,20 +197,13 @@ class _Recording:
         try:
             with around, module_paths(self.model, self.values.path), plain, saved, recorder:
                 result = (self.model if self.call is None else self.call)(image, *further)
+            if recorder.refusal is not None:  # the network's own code has caught it
+                raise recorder.refusal
             self._finish(program, result)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise UnsupportedError(
-                f"{recorder.last} takes a Python value or a shape from the image or another tensor ({error.func}); "
-                "such data-dependent control flow cannot be recorded"
-            ) from error
-        except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
-            raise UnsupportedError(
-                f"{recorder.last} calls what cannot be recorded ({str(error).splitlines()[0]}); use plain PyTorch"
-            ) from error
         except Exception as error:
-            if recorder.leak is not None:  # a scripted function wraps what is raised inside of it
-                raise recorder.leak from None
-            raise _own_error(error, recorder.last) from error
+            if recorder.refusal is not None:  # the network's own code, or a scripted function, raises another one
+                raise recorder.refusal from None
+            raise as_refusal(error, recorder.last) from error
         finally:
             torch.set_autocast_cache_enabled(caching)
             log.disabled = told
@@ -287,27 +274,3 @@ class _State:
 def _content(holder: Holder, key: Any) -> Tensor:
     owner = owner_now(holder)
     return owner[key] if isinstance(owner, (dict, list)) else holder.read()[key]
-
-
-def _own_error(error: Exception, where: str) -> Exception:
-    """The network's own error as it is; one that only tensors without values raise as a refusal."""
-    text = str(error).strip().splitlines()[:1] or [type(error).__name__]
-    if "functions with out=" in str(error):
-        return UnsupportedError(f"{where} writes to out= what gradients flow through; drop that argument")
-    if isinstance(error, UnsupportedError) or not any(word in str(error) for word in _FAKE):
-        return error
-    return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch ops")
-
-
-_FAKE = (
-    "FakeTensor",
-    "fake tensor",
-    "fake mode",
-    "Fake",
-    "meta tensor",
-    "Meta tensor",
-    "data_ptr",
-    "data pointer",
-    "doesn't have storage",
-    "numpy",
-)

@@ -72,7 +72,7 @@ class Unseen:
         before = self.values.updates(), self.recorder.snapshot.now()
         yield
         if torch.is_grad_enabled() and (self.values.updates(), self.recorder.snapshot.now()) != before:
-            raise UnsupportedError(
+            raise self._refused(
                 f"{where} checkpoints layers that change their state (running statistics), which stock PyTorch changes "
                 "again in the backward; leave checkpointing out, the memory budget does its work"
             )
@@ -86,22 +86,25 @@ class Unseen:
         finally:
             self.values.group = None
 
+    def _refused(self, message: str) -> UnsupportedError:
+        return self.recorder.refused(UnsupportedError(message))
+
     def following(self, iterator: Any) -> None:
         """Refuse `next` of a library's iterator that lasts from call to call: what it gave cannot be put back."""
         if of_library(iterator) and self.recorder.snapshot.was_there(iterator):
-            raise UnsupportedError(
+            raise self._refused(
                 f"{place(''.join(self.values.path[-1:]), line_of())} takes the next of a {type(iterator).__name__} "
                 "that lasts from call to call; keep a list and a counter in attributes instead"
             )
 
     def reseeded(self, name: str) -> None:
-        raise UnsupportedError(
+        raise self._refused(
             f"{place(''.join(self.values.path[-1:]), line_of())} calls '{name}' in the forward, which would give other "
             "random numbers in each tile; draw fixed numbers once, in the constructor, and keep them in a buffer"
         )
 
     def entropy(self, _size: int) -> bytes:
-        raise UnsupportedError(
+        raise self._refused(
             f"{place(''.join(self.values.path[-1:]), line_of())} draws from the system's entropy, so it is another "
             "program at each call; draw them outside of the forward and give them as arguments"
         )

@@ -610,12 +610,38 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     ),
     "a new layer": (lambda net, x: (setattr(net, "made", nn.ReLU()), x)[1], "in the forward"),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    **{
+        f"caught: {name}": (lambda net, x, call=call: x * _caught(call, x), told)
+        for name, call, told in (
+            ("an item", lambda x: x.mean().item(), "Python value"),
+            ("a shape", lambda x: len(x.nonzero()), "Python value or a shape"),
+            ("an array", lambda x: x.detach().numpy().sum(), "Python value"),
+            ("a hook", lambda x: x.register_hook(lambda g: g), "hook on a tensor"),
+            ("a seed", lambda x: torch.manual_seed(0), "manual_seed"),
+            ("another error", lambda x: _as_another_error(x), "Python value"),
+        )
+    },
 }
 
 
 def _fork() -> None:
     with torch.random.fork_rng():
         torch.rand(1)
+
+
+def _caught(call: Callable[[Tensor], Any], x: Tensor) -> float:
+    try:
+        call(x)
+    except Exception:
+        return 2.0
+    return 1.0
+
+
+def _as_another_error(x: Tensor) -> None:
+    try:
+        bool(x.sum() > 0)
+    except Exception as error:
+        raise ValueError("the image is empty") from error
 
 
 @pytest.mark.parametrize("name", REFUSED)
