@@ -56,7 +56,7 @@ class Alias:
 
     @property
     def cut(self) -> bool:
-        """Whether what is written to it does not join the root's graph: `x.data.add_(y)` leaves `x` without gradient."""
+        """Whether what is written to it does not join the root's graph, as after `x.data.add_(y)`."""
         return any(step.name in ("data", "detach") for step in self.chain)
 
 

@@ -91,26 +91,19 @@ class _Here:
 
 
 @contextmanager
-def recording(unseen: Unseen, asking: Iterable[tuple[dict[str, Any], str]] = ()) -> Iterator[None]:
+def recording(unseen: Unseen, asking: Iterable[dict[str, Any]] = ()) -> Iterator[None]:
     """One recording at a time in the process; calls that a function mode does not see are handed to `unseen`.
 
     Args:
-        asking: globals of the network's own code that call `type(x)`, which of a tensor without values is `Tensor`, or
-            `next(x)`, which would be called once and for all.
+        asking: globals of the network's own code that call `type(x)`, which of a tensor without values is `Tensor`.
     """
     here = _Here()
-
-    def following(*args: Any) -> Any:
-        if here():
-            unseen.following(args[0])
-        return next(*args)
-
     with LOCK:
         changes = Replacements()
         try:
             _replace_calls(changes, unseen, here)
-            for space, name in asking:
-                changes.add(space, name, _Type if name == "type" else following)
+            for space in asking:
+                changes.add(space, "type", _Type)
             yield
         finally:
             here.active = False

@@ -9,6 +9,7 @@ makes names up.
 from __future__ import annotations
 
 import dis
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -56,6 +57,17 @@ def _makes_names_up(code: types.CodeType) -> bool:
     return any(_makes_names_up(part) for part in code.co_consts if isinstance(part, types.CodeType))
 
 
+def imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
+    """The files that a function imports itself, or asks for by their names."""
+    names = [*mentioned(function.__code__), *_strings(function.__code__)]
+    package = str(function.__globals__.get("__package__") or "").split(".")
+    above = ["", *(".".join(package[:n]) + "." for n in range(1, len(package) + 1) if package[0])]
+    for name in dict.fromkeys(prefix + name for name in names for prefix in above):
+        file = sys.modules.get(name)
+        if isinstance(file, types.ModuleType):
+            yield file
+
+
 class Reach:
     """The methods that wait until something mentions them."""
 
@@ -93,6 +105,10 @@ class Reach:
         for name in dict.fromkeys(names):  # in their order, so that a walk is the same in each run
             self._names.add(name)
             yield from (method for _, method in self._waiting.pop(name, ()))
+
+    def mentions(self, name: str) -> bool:
+        """Whether code that is reached mentions a name."""
+        return name in self._names
 
     def _of_inventive(self) -> Iterator[Reached]:
         for name, waiting in self._waiting.items():

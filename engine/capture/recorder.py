@@ -194,7 +194,7 @@ class Recorder(TorchFunctionMode):
                 )
             raise UnsupportedError(
                 f"{self.values.where()} takes a Python value or a shape from the image or another tensor ('{name}'); "
-                "such data-dependent control flow cannot be recorded; use torch.where, or do that outside of the forward"
+                "such data-dependent control flow cannot be recorded; use torch.where, or do it outside of the forward"
             )
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
         program.reads.append((take, own()))
@@ -358,7 +358,7 @@ def as_refusal(error: Exception, where: str) -> Exception:
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return UnsupportedError(
             f"{where} takes a Python value or a shape from the image or another tensor ({error.func}); "
-            "such data-dependent control flow cannot be recorded; use torch.where, or do that outside of the forward"
+            "such data-dependent control flow cannot be recorded; use torch.where, or do it outside of the forward"
         )
     text = str(error).strip().splitlines()[:1] or [type(error).__name__]
     if isinstance(error, (UnsupportedFakeTensorException, UnsupportedOperatorException)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from .state import Snapshot, owner_now
 from .trees import taken_apart
 from .unseen import Unseen
 from .values import Values
-from .walk import walk
+from .walk import imports_of_others, walk
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
 
@@ -122,8 +123,11 @@ def capture(
             raise UnsupportedError(f"module '{name}' is lazy; run the model once before")
     with process.LOCK:
         for tries in range(3, 0, -1):
+            files = set(sys.modules)
             try:
-                return _Recording(model, torch.device(device), call).run(shape, dtype, inputs, vectors, image_grad)
+                program = _Recording(model, torch.device(device), call).run(shape, dtype, inputs, vectors, image_grad)
+                if tries == 1 or not imports_of_others(files):  # of which the walk has not seen what is read
+                    return program
             except _DrewError:  # or another thread did meanwhile
                 if tries == 1:
                     raise
@@ -140,6 +144,11 @@ class _Recording:
     def __init__(self, model: nn.Module, device: torch.device, call: Callable[..., Any] | None):
         self.model, self.call = model, call
         self.snapshot = Snapshot(walk(model, () if call is None else (call,)))
+        for name, iterator in self.snapshot.found.iterators.items():
+            raise UnsupportedError(
+                f"{name} is a {type(iterator).__name__} that lasts from call to call; keep a list and a counter in "
+                "attributes instead"
+            )
         self.generators = self.snapshot.found.generators
         self.random = random_state(self.generators)
         fake = FakeTensorMode(allow_non_fake_inputs=False)
@@ -209,11 +218,12 @@ class _Recording:
             log.disabled = told
             self.snapshot.restore()
 
-    def _asking(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """The globals of the network's own code in which `type` or `next` is Python's own, and is called."""
+    def _asking(self) -> Iterator[dict[str, Any]]:
+        """The globals of the network's own code in which `type` is Python's own, and is called."""
         for function in self.snapshot.found.functions:
-            space, names = function.__globals__, set(mentioned(function.__code__))
-            yield from ((space, name) for name in ("type", "next") if name in names and name not in space)
+            space = function.__globals__
+            if "type" in mentioned(function.__code__) and "type" not in space:
+                yield space
 
     def _finish(self, program: Program, result: Any) -> None:
         values, snapshot = self.values, self.snapshot

@@ -18,7 +18,6 @@ from .averages import CumulativeAverage
 from .lines import line_of
 from .program import CustomFunction, place
 from .recorder import Recorder
-from .walk import of_library
 
 
 class Unseen:
@@ -88,14 +87,6 @@ class Unseen:
 
     def _refused(self, message: str) -> UnsupportedError:
         return self.recorder.refused(UnsupportedError(message))
-
-    def following(self, iterator: Any) -> None:
-        """Refuse `next` of a library's iterator that lasts from call to call: what it gave cannot be put back."""
-        if of_library(iterator) and self.recorder.snapshot.was_there(iterator):
-            raise self._refused(
-                f"{place(''.join(self.values.path[-1:]), line_of())} takes the next of a {type(iterator).__name__} "
-                "that lasts from call to call; keep a list and a counter in attributes instead"
-            )
 
     def reseeded(self, name: str) -> None:
         raise self._refused(

@@ -11,15 +11,16 @@ import argparse
 import enum
 import gc
 import inspect
+import io
 import random
 import sys
 import types
 import weakref
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, partialmethod, singledispatchmethod
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from . import holders
 from .holders import Holder
-from .reach import Reach, mentioned
+from .reach import Reach, imported, mentioned
 
 _LIBRARIES = frozenset(
     "torch torchvision torchaudio torchmetrics timm triton numpy scipy lightning pytorch_lightning logging threading "
@@ -42,7 +43,8 @@ _BOOKKEEPING = frozenset(
     "_non_persistent_buffers_set _is_full_backward_hook _compiled_call_impl".split()
 )
 # Objects of Python's own whose attributes are what a forward reads of them.
-_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
+_WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, *_WEAK)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _ARRAY_BYTES = 2**20  # of a numpy array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
@@ -63,6 +65,7 @@ class Found:
         classes: the libraries' among the classes of the modules met and their bases.
         functions: those met that are no library's, with what messages call them.
         generators: of random numbers, other than the process's own.
+        iterators: that last from call to call, of Python or a library, with what messages call them.
     """
 
     holders: list[Holder] = field(default_factory=list)
@@ -70,6 +73,7 @@ class Found:
     classes: dict[type, None] = field(default_factory=dict)
     functions: dict[types.FunctionType, str] = field(default_factory=dict)
     generators: list[Any] = field(default_factory=list)
+    iterators: dict[str, Any] = field(default_factory=dict)
     ids: dict[int, Any] = field(default_factory=dict)  # everything that was there, kept so that ids stay unique
 
 
@@ -87,6 +91,9 @@ def walk(network: nn.Module, extra: Sequence[Any] = ()) -> Found:
         way.later(thing, getattr(thing, "__name__", type(thing).__name__))
     while way.queue and len(way.found.holders) < _FEW:
         way.visit(*way.queue.popleft())
+    for key, name, iterator in way.iterators:
+        if not isinstance(key, str) or way.reach.mentions(key):
+            way.found.iterators[name] = iterator
     return way.found
 
 
@@ -95,6 +102,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.found, self.reach = Found(), Reach()
+        self.iterators: list[tuple[Any, str, Any]] = []
         self.queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
 
     def later(self, thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
@@ -141,6 +149,10 @@ class _Walk:
         elif isinstance(thing, _GENERATORS):
             if not isinstance(thing, random.SystemRandom):  # that has no state: see `process.py`
                 self.found.generators.append(thing)
+        elif isinstance(thing, Iterator) and of_library(thing) and not isinstance(thing, io.IOBase):
+            self.iterators.append((None if parent is None else parent[1], name, thing))
+        elif isinstance(thing, Tensor):
+            self._contents(holders.attributes(thing, name, None))
         elif isinstance(thing, weakref.ref):
             self.later(thing(), name)
         elif isinstance(thing, types.MappingProxyType):
@@ -172,6 +184,8 @@ class _Walk:
 
     def _class(self, kind: type) -> None:
         """What a class and its bases hold, and the code of those of their methods that are reached."""
+        if not of_library(type(kind)):
+            self.later(type(kind), type(kind).__name__)
         own = [base for base in kind.__mro__ if not of_library(base)]
         files = {base.__module__ for base in own}
         for base in kind.__mro__:
@@ -201,6 +215,7 @@ class _Walk:
             if own is not None:
                 found.ids[id(own)] = own
                 found.holders.append(holders.mapping(own, where, (holder, kind), kind))
+                self._all((tensor, f"{where}.{key}") for key, tensor in own.items() if isinstance(tensor, Tensor))
         self.later(type(module), type(module).__name__)
         found.classes.update((base, None) for base in type(module).__mro__[:-1] if of_library(base))
 
@@ -208,7 +223,7 @@ class _Walk:
         wrapped = getattr(function, "__wrapped__", None)
         if wrapped is not None:
             self.later(wrapped, name)
-        if of_library(function) and wrapped is None:
+        if of_library(function) and wrapped is None and function.__module__ != "functools":  # whose closures hold ours
             return
         self.found.functions[function] = name
         self._all(self.reach.by(function))
@@ -219,7 +234,11 @@ class _Walk:
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.later(default, name)
         if not of_library(function):
-            self._files(list(dict.fromkeys(mentioned(function.__code__))), function.__globals__, set())
+            names, space = list(dict.fromkeys(mentioned(function.__code__))), function.__globals__
+            self._files([*space] if "globals" in names else names, space, set())
+            for file in imported(function):
+                if not _known(file):
+                    self._files(names, vars(file), set())
 
     def _files(self, names: Sequence[str], space: dict[str, Any], seen: set[int]) -> None:
         """Those of a file that code mentions, and of the files that it has imported."""
@@ -233,6 +252,12 @@ class _Walk:
             self._contents(holders.file_names(own, space, f"the globals of {space.get('__name__', 'a file')}"))
 
 
+def imports_of_others(before: set[str]) -> bool:
+    """Whether files other than Python's and well-known libraries' have been imported since."""
+    new = [sys.modules.get(name) for name in sys.modules.keys() - before]
+    return any(isinstance(file, types.ModuleType) and not _known(file) for file in new)
+
+
 def _known(file: types.ModuleType) -> bool:
     """Whether a module belongs to Python or a well-known library."""
     home = file.__name__.split(".")[0]
@@ -240,7 +265,6 @@ def _known(file: types.ModuleType) -> bool:
 
 
 _LEAVES = (
-    Tensor,
     str,
     bytes,
     int,
@@ -265,8 +289,10 @@ def _inner_function(value: Any) -> Any:
         return value.__func__
     if isinstance(value, property):
         return value.fget
-    if isinstance(value, cached_property):
+    if isinstance(value, (cached_property, partialmethod)):
         return value.func
+    if isinstance(value, singledispatchmethod):
+        return value.dispatcher
     if isinstance(value, types.FunctionType):
         return value
     return inspect.getattr_static(value, "__wrapped__", value)

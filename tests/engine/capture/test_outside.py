@@ -60,6 +60,14 @@ class SlottedData:
     temperature: float = 1.0
 
 
+class Meta(type):
+    temperature = 1.0
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
 class Trainer:
     def __init__(self) -> None:
         self.epoch = 1.0
@@ -105,6 +113,7 @@ def agree(wanted: list[Tensor], got: list[Tensor]) -> None:
 Last = Callable[[Any, Tensor], Tensor]
 OPTIONS = {"temperature": 1.0}
 CONTEXT = contextvars.ContextVar("temperature", default=1.0)
+WEAK = weakref.WeakKeyDictionary({TRAINER: 1.0})
 PROXY = types.MappingProxyType(OPTIONS)
 
 # What is read, and what a user sets between two calls.
@@ -147,6 +156,16 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         lambda net, v: setattr(TRAINER, "epoch", v),
     ),
     "a context variable": (lambda net, x: x * CONTEXT.get(), lambda net, v: CONTEXT.set(v)),
+    "a weak dictionary": (lambda net, x: x * WEAK[TRAINER], lambda net, v: WEAK.update({TRAINER: v})),
+    "a class's class": (lambda net, x: x * OfMeta.temperature, lambda net, v: setattr(Meta, "temperature", v)),
+    "an attribute of a parameter": (
+        lambda net, x: x * getattr(net.conv.weight, "temperature", 1.0),
+        lambda net, v: setattr(net.conv.weight, "temperature", v),
+    ),
+    "an attribute of a buffer": (
+        lambda net, x: x * getattr(net.steps, "temperature", 1.0),
+        lambda net, v: setattr(net.steps, "temperature", v),
+    ),
     "a proxy": (lambda net, x: x * PROXY["temperature"], lambda net, v: OPTIONS.update(temperature=v)),
 }
 
@@ -262,6 +281,15 @@ DRAWS: dict[str, tuple[Callable[[], Any], Last]] = {
     "a cycle": (lambda: itertools.cycle([1.0, 2.0]), lambda net, x: x * next(net.source)),
     "a count": (lambda: itertools.count(1), lambda net, x: x * next(net.source)),
     "a generator": (lambda: (float(n) for n in range(9)), lambda net, x: x * next(net.source)),
+    "a count in a loop": (
+        lambda: itertools.count(1),
+        lambda net, x: x * sum(n for n, _ in zip(net.source, "a", strict=False)),
+    ),
+    "a cycle, by its method": (lambda: itertools.cycle([1.0, 2.0]), lambda net, x: x * net.source.__next__()),
+    "an iterator of a list": (
+        lambda: iter([1.0, 2.0, 3.0, 4.0]),
+        lambda net, x: x * sum(itertools.islice(net.source, 1)),
+    ),
 }
 
 

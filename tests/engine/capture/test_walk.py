@@ -1,10 +1,12 @@
 """engine/capture/walk.py: which code of a network's files a forward can reach, and things there that resist a look."""
 
 import collections
+import functools
 import random
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ exec(
 import random
 
 CALLS, LOG, ENTROPY, SCALE = 0, [], random.SystemRandom(), 1.0
+FIRST = SECOND = THIRD = FOURTH = 1.0
 
 class Missing:
     def __getattr__(self, name):
@@ -112,6 +115,47 @@ def by_a_composed_name(net: Any, x: Tensor) -> Tensor:
     return getattr(net, f"scale_{net.kind}")(x)
 
 
+def imported_within(net: Any, x: Tensor) -> Tensor:
+    import a_library_that_is_not_known  # pyright: ignore[reportMissingImports]
+
+    return x * a_library_that_is_not_known.SCALE
+
+
+def imported_from(net: Any, x: Tensor) -> Tensor:
+    from a_library_that_is_not_known import SCALE  # pyright: ignore[reportMissingImports]
+
+    return x * SCALE
+
+
+def imported_by_name(net: Any, x: Tensor) -> Tensor:
+    return x * sys.modules["a_library_that_is_not_known"].FOURTH
+
+
+@functools.singledispatch
+def by_type(kind: Any, x: Tensor) -> Tensor:
+    return x
+
+
+@by_type.register
+def _(kind: nn.Module, x: Tensor) -> Tensor:
+    return x * library.FIRST
+
+
+class Parts:
+    def part(self, how: int, x: Tensor) -> Tensor:
+        return x * library.SECOND * how
+
+    twice = functools.partialmethod(part, 2)
+
+    @functools.singledispatchmethod
+    def by_type(self, kind: Any, x: Tensor) -> Tensor:
+        return x
+
+    @by_type.register
+    def _of_a_float(self, kind: float, x: Tensor) -> Tensor:
+        return x * library.THIRD
+
+
 def by_a_constant_name(net: Any, x: Tensor) -> Tensor:
     return getattr(net, "scale_three")(x)  # noqa: B009
 
@@ -136,6 +180,13 @@ REACHED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a constructor under another name": lambda net, x: net.make(x).value,
     "a method that a library calls": lambda net, x: net.layer(x[:, None])[:, 0],
     "an autograd function": lambda net, x: Own.apply(x),
+    "an import in the forward": imported_within,
+    "a name imported in the forward": imported_from,
+    "a file by its name": imported_by_name,
+    "a global by its name": lambda net, x: globals()["by_" + "type"](net, x),
+    "a partial method": lambda net, x: net.parts.twice(x),
+    "a function by type": lambda net, x: by_type(net, x),
+    "a method by type": lambda net, x: net.parts.by_type(1.0, x),
 }
 
 
@@ -149,19 +200,35 @@ def test_what_a_forward_reaches_is_noticed(name: str) -> None:
     """However it comes to a method: a number in the file that the method reads is changed between two calls."""
     torch.manual_seed(0)
     net = Published(REACHED[name])
-    net.called, net.make, net.layer = Called(), Made, OfALibrary().double()
+    net.called, net.parts, net.make, net.layer = Called(), Parts(), Made, OfALibrary().double()
     fast, found = accelerate(net, tile=8), collections.defaultdict[str, list[Tensor]](list)
     try:
         for scale in (1.0, 2.0):
-            vars(library)["SCALE"] = scale
+            vars(library).update(SCALE=scale, FIRST=scale, SECOND=scale, THIRD=scale, FOURTH=scale)
             found["stock"].append(net(IMAGE).detach())
             found["tiles"].append(fast(IMAGE).detach())
     finally:
-        vars(library)["SCALE"] = 1.0
+        vars(library).update(SCALE=1.0, FIRST=1.0, SECOND=1.0, THIRD=1.0, FOURTH=1.0)
     first, second = found["stock"]
     assert not torch.allclose(first, second)
     for one, other in zip(found["stock"], found["tiles"], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_imported_by_the_first_forward_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file_of_a_forward.py").write_text("SCALE = 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def last(_net: Any, x: Tensor) -> Tensor:
+        import file_of_a_forward  # pyright: ignore[reportMissingImports]
+
+        return x * file_of_a_forward.SCALE
+
+    torch.manual_seed(0)
+    fast = accelerate(Published(last), tile=8)
+    first = fast(IMAGE)
+    monkeypatch.setattr(sys.modules["file_of_a_forward"], "SCALE", 2.0)
+    torch.testing.assert_close(fast(IMAGE), 2 * first, rtol=1e-12, atol=1e-12)
 
 
 sys.modules.setdefault(library.__name__, library)
