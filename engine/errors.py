@@ -11,6 +11,10 @@ class UnsupportedError(GigamorphError):
     """The network holds something that cannot be computed exactly tile by tile."""
 
 
+class ChangedError(GigamorphError, RuntimeError):
+    """What the backward needs was changed in place after the forward; stock PyTorch raises a RuntimeError for it."""
+
+
 class BudgetError(GigamorphError):
     """No tile fits the memory budget."""
 

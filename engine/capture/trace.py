@@ -208,7 +208,7 @@ class _Recording:
                 result = (self.model if self.call is None else self.call)(image, *further)
             if recorder.refusal is not None:  # the network's own code has caught it
                 raise recorder.refusal
-            self._finish(program, result)
+            self._finish(program, result, [image, *further])
         except Exception as error:
             if recorder.refusal is not None:  # the network's own code, or a scripted function, raises another one
                 raise recorder.refusal from None
@@ -225,9 +225,20 @@ class _Recording:
             if "type" in mentioned(function.__code__) and "type" not in space:
                 yield space
 
-    def _finish(self, program: Program, result: Any) -> None:
+    def _finish(self, program: Program, result: Any, given: Sequence[Tensor]) -> None:
         values, snapshot = self.values, self.snapshot
-        leaf = lambda t: Ref(values.present(values.twin(t)))  # noqa: E731
+        usual = vars(torch.empty(()))
+
+        def leaf(tensor: Tensor) -> Ref:
+            own = [name for name in vars(tensor) if name not in usual and not name.startswith("_")]
+            if own and self.fake.is_our_fake(tensor):
+                raise UnsupportedError(
+                    f"the model sets an attribute '{own[0]}' of a tensor that it is given, returns or keeps; return it"
+                )
+            return Ref(values.present(values.twin(tensor)))
+
+        for tensor in given:
+            leaf(tensor)
         program.output = taken_apart(result, leaf, snapshot.was_there, "the result of the model")
         if not refs(program.output):
             raise UnsupportedError(

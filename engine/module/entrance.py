@@ -47,6 +47,7 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
     if method.__name__ == "forward":
         _refuse_hooks_within_a_wrapper(net)
     refuse_transforms(lambda: chain(_tensors((args, kwargs)), net.parameters(), net.buffers()))
+    _refuse_attributes((args, kwargs))
     image = next(_tensors((args, kwargs)), None)
     if image is not None and not image.numel() and method.__name__ == "forward":
         device = net._device()
@@ -67,6 +68,17 @@ def _refuse_hooks_within_a_wrapper(net: Any) -> None:
             "the forward of the accelerated network was replaced, and hooks on the network would run within it instead "
             "of around it; register the hooks on what accelerate() returned, or replace model.forward before accelerate"
         )
+
+
+def _refuse_attributes(given: Any) -> None:
+    """Refuse tensors that carry further values as attributes (`x.scale = 2`), which a recording does not see."""
+    for tensor in _tensors(given):
+        own = [name for name in vars(tensor) if not name.startswith("_")]
+        if own:
+            raise GigamorphError(
+                f"a tensor among the arguments has an attribute '{own[0]}' of its own, which the tiles have not; give "
+                "that as an argument, and x.detach() or another view in the tensor's place"
+            )
 
 
 def _name_the_valueless(net: Any, image: Tensor | None, error: RuntimeError) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from ..errors import UnsupportedError
+from ..errors import ChangedError, UnsupportedError
 from . import turns
 
 _REMEDY = "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
@@ -35,6 +39,12 @@ def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
         raise UnsupportedError(
             "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, "
             "torch.fx, ONNX, fake tensors); give the network itself, whose parameters it shares"
+        )
+    around = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    if around:
+        raise UnsupportedError(
+            f"a TorchFunctionMode ({type(around[-1]).__name__}) around an accelerated network would see the calls of "
+            "its tiles, not its own; leave the mode before, or enter it in the network's forward"
         )
     # One level at most can be entered; outside of it there are no tangents.
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors()):
@@ -82,9 +92,10 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "batched gradients (is_grads_batched, vectorize=True) do not go through tiles; "
                 "take one gradient after the other"
             )
-        came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
-        with turns.again(ctx.turn), torch.no_grad():
-            results = backward(ctx, *grads)
+        with _named(), turns.again(ctx.turn):
+            came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
+            with torch.no_grad():
+                results = backward(ctx, *grads)
         if came_from is None:  # the usual case, without create_graph
             return results
         tensors = [t for t in results if isinstance(t, Tensor)]
@@ -92,6 +103,22 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(next(ended) if isinstance(t, Tensor) else t for t in results)
 
     return run
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Name what PyTorch says of tensors that were changed, also of those that stock would not read a second time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        shape = re.search(r"\[torch\.\w+ (\[[\d, ]*\])\]", str(error))
+        what = f"a tensor of shape {shape[1]}" if shape else "a tensor"
+        raise ChangedError(
+            f"{what} was changed in place after the forward, and the backward computes tiles with it again; change "
+            "images, weights and buffers after the backward, or give a copy"
+        ) from error
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gigamorph import Accelerated, GigamorphError, UnsupportedError, accelerate, dense_loss, plan, write_map
+from gigamorph.engine.errors import ChangedError
 
 
 class Own(nn.Module):
@@ -787,3 +789,70 @@ def test_checkpoint_around_an_accelerated_network(use_reentrant, live):
         x.grad = None
     for got, wanted in zip(*grads, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+class Normalized(nn.Module):
+    """Neither the image nor the teacher's weights are kept by stock PyTorch for its backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher, self.conv = nn.Conv2d(1, 2, 3).requires_grad_(False), nn.Conv2d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x / 2 - 1
+        return self.conv(x).relu() - self.teacher(x).relu().detach()
+
+
+def test_what_is_changed_in_place_before_the_backward():
+    """Stock goes on: it keeps what was made of both. Tiles are computed again."""
+    model, net = pair(Normalized)
+    x = image()
+    for change in (lambda _net: x.mul_(2), lambda net: net.load_state_dict(net.state_dict())):
+        model(x).square().sum().backward()
+        out = net(x).square().sum()
+        change(net)
+        with pytest.raises(GigamorphError, match=r"changed in place after the forward.*; change"):
+            out.backward()
+    assert issubclass(ChangedError, RuntimeError)  # as stock's, where stock raises
+
+
+class Tanh(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return torch.tanh(*args) if func is Tensor.relu else func(*args, **(kwargs or {}))
+
+
+class Swapped(Normalized):
+    def forward(self, x: Tensor) -> Tensor:
+        with Tanh():
+            return super().forward(x)
+
+
+def test_function_modes():
+    """Within the forward they are recorded, around it refused; a device is a mode, too."""
+    model, net = pair(Swapped)
+    agree(model, net)
+    model, net = pair(Normalized)
+    with torch.device("cpu"):
+        agree(model, net)
+    with Tanh(), pytest.raises(UnsupportedError, match="TorchFunctionMode"):
+        net(image())
+
+
+class Tags(Normalized):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        (x if self.of_image else out).scale = 2
+        return out
+
+
+@pytest.mark.parametrize("of_image", [True, False])
+def test_attributes_of_tensors(of_image):
+    """What a tensor carries besides its values goes neither in nor out."""
+    model, net = pair(Tags)
+    model.of_image = net.of_image = of_image
+    with pytest.raises(UnsupportedError, match="sets an attribute 'scale' of a tensor"):
+        net(image())
+    x = image()
+    x.scale = 3
+    with pytest.raises(GigamorphError, match="'scale' of its own"):
+        pair(Normalized)[1](x)
