@@ -111,7 +111,8 @@ def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
     nodes: list[Node] = []
     vectors = len(maps.shape(left)) == 1, len(maps.shape(right)) == 1
     known = left if left in maps else right
-    if maps.merged(known):
+    merged = maps.merged(known)
+    if merged and (left not in maps or right not in maps):
         raise Refusal(f"'{op.name}' contracts a flattened map that holds more than the image")
     sides = []
     for value, behind in ((left, -1), (right, -1 if vectors[1] else -2)):
@@ -145,7 +146,7 @@ def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
         return (torch.cat([part.expand(*batch, *part.shape[-2:]).to(dtype) for part in (rows, cols)], -2),)
 
     def product(block: Tensor) -> Tensor:
-        x = block.flatten(-2).to(torch.promote_types(block.dtype, torch.float32))
+        x = block.flatten(-4 if merged else -2).to(torch.promote_types(block.dtype, torch.float32))
         with torch.autocast(block.device.type, enabled=False):
             return x[..., :c, :] @ x[..., c:, :].transpose(-1, -2)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...capture.trace import Op
-from .base import Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, dimensions, replay, rule
+from .base import Env, Local, Maps, Node, Reduction, VectorOp, Whole, arguments, dimensions, replay, rule
 from .grids import Grid, is_read, strip_grid
 from .pointwise import elementwise
 from .promote import over_resident, resident
@@ -43,8 +43,6 @@ def moments(
     With `dims`, over these dimensions, and in float64 whatever the map is in. With a grid it is over those of the
     image's axes that are among `dims`.
     """
-    if maps.merged(value):
-        raise Refusal(f"'{op.name}' of a flattened map that holds more than the image")
     info, pixels = maps.program.values[value], math.prod(maps.size(value))
     axes = dims or tuple(dict.fromkeys(maps.axes[value]))
     if grid is not None:

@@ -413,8 +413,23 @@ def windows(x: Tensor) -> Tensor:
     return out.contiguous().view(n, c, 18, w)
 
 
+def of_all_images(x: Tensor) -> Tensor:
+    """Mean and deviation of each channel, (C, N*H*W), as layers that are initialized by data take them."""
+    flat = x.transpose(0, 1).reshape(x.shape[1], -1)
+    mean, std, var = flat.mean(1), flat.std(1), flat.var(1, keepdim=True, unbiased=False)
+    return (x - mean[:, None, None]) / (std[:, None, None] + var[..., None])
+
+
+def codebook(x: Tensor) -> Tensor:
+    """Sums of the tokens that chose each entry, and how they vary together."""
+    tokens = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    chosen = F.one_hot(tokens.argmax(1), 5).to(x.dtype)
+    sums = (tokens.t() @ chosen).sum(1) + (tokens.t() @ tokens).mean(1)
+    return x + sums[:, None, None] / len(tokens)
+
+
 def test_tokens_of_all_images_in_one_dimension():
-    for function in (merged_tokens, windows):
+    for function in (merged_tokens, windows, of_all_images, codebook):
         net = Around(function).double()
         for x in (image(), image(1, 2, 19, 14)):
             assert_exact(net, x, tile=(5, 4))
