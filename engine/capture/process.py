@@ -144,6 +144,8 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
     changes.put(FakeTensor, "tolist", replaced(lambda _original: torch.Tensor.tolist))
     changes.put(random, "_urandom", replaced(lambda _original: unseen.entropy))  # of SystemRandom and of secrets
     changes.put(torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array)))
+    scripted = replaced(lambda original: lambda f, *args, **kwargs: unseen.scripted(original, f, args, kwargs))
+    changes.put(torch.jit.ScriptFunction, "__call__", scripted)
     changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
     norm = nn.modules.batchnorm._BatchNorm
     changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))

@@ -18,6 +18,7 @@ from .averages import CumulativeAverage
 from .lines import line_of
 from .program import CustomFunction, place
 from .recorder import Recorder
+from .walk import scripted_from
 
 
 class Unseen:
@@ -41,6 +42,11 @@ class Unseen:
             return plain(cls, *args, **kwargs)
         with _pop_mode_temporarily():
             return self.recorder.call(CustomFunction(cls), args, kwargs)
+
+    def scripted(self, original: Callable[..., Any], function: torch.jit.ScriptFunction, args: Any, kwargs: Any) -> Any:
+        """A scripted function runs in C++ and shows no calls: the Python function that it was made of does."""
+        plain = scripted_from(function)
+        return original(function, *args, **kwargs) if plain is None else plain(*args, **kwargs)
 
     def from_numpy(self, original: Callable[..., Any], array: Any) -> Tensor:
         """A real tensor on an array's memory; it is a constant where it is used."""

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit._state import _try_get_jit_cached_function
 
 from . import holders
 from .holders import Holder
@@ -153,6 +154,8 @@ class _Walk:
             self.iterators.append((None if parent is None else parent[1], name, thing))
         elif isinstance(thing, Tensor):
             self._contents(holders.attributes(thing, name, None))
+        elif isinstance(thing, torch.jit.ScriptFunction):
+            self.later(scripted_from(thing), name)
         elif isinstance(thing, weakref.ref):
             self.later(thing(), name)
         elif isinstance(thing, types.MappingProxyType):
@@ -250,6 +253,13 @@ class _Walk:
         own = [key for key in names if key in space and key not in files]
         if own:
             self._contents(holders.file_names(own, space, f"the globals of {space.get('__name__', 'a file')}"))
+
+
+def scripted_from(function: torch.jit.ScriptFunction) -> Any:
+    """The Python function that a scripted one was made of; None for a traced one, which took its branches before."""
+    plain = getattr(function, "_torchdynamo_inline", None)
+    cached = _try_get_jit_cached_function(plain) if plain is not None else None
+    return plain if cached is not None and cached.qualified_name == function.qualified_name else None
 
 
 def imports_of_others(before: set[str]) -> bool:

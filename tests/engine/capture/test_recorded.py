@@ -172,7 +172,20 @@ def cached(net: Any, x: Tensor) -> Tensor:
     return x + _table(x.shape[1])
 
 
+@torch.jit.script
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+@torch.jit.script
+def scripted(x: Tensor, power: float = 2.0) -> Tensor:
+    if x.dim() == 4:
+        x = swish(x)
+    return x.abs().pow(power)
+
+
 MIDDLES: dict[str, Middle] = {
+    "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "no_grad around a norm": silent_stem,
     "decorated": lambda net, x: x + teacher(net, x),
     "switched": switched_off,
