@@ -126,6 +126,8 @@ def inverse(step: Step, where: str) -> tuple[Callable[..., Any], str, Callable[[
         dims = step.args[1] if len(step.args) == 2 and not isinstance(step.args[1], int) else step.args[1:]
         dims = [d % parent.dim() for d in dims]
         return torch.permute, "permute", lambda _p, c: (c, tuple(dims.index(d) for d in range(len(dims))))
+    if name == "diagonal" and not step.kwargs:
+        return torch.diagonal_scatter, "diagonal_scatter", lambda p, c: (p, c, *step.args[1:])
     if name in _PIECES:
         where_in = _piece(step)
         return Tensor.__setitem__, "__setitem__", lambda p, c: (p, where_in, c)

@@ -6,6 +6,7 @@ cell of a closure, a context variable, those names of a Python file that a funct
 
 from __future__ import annotations
 
+import os
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -157,3 +158,11 @@ def context(thing: ContextVar[Any]) -> Holder:
             thing.set(contents["value"])
 
     return Holder(thing, f"the context variable {thing.name}", read, write)
+
+
+def environment() -> Holder:
+    def write(contents: dict[Any, Any]) -> None:
+        os.environ.clear()
+        os.environ.update(contents)
+
+    return Holder(os.environ, "the environment", lambda: dict(os.environ), write)

@@ -207,6 +207,8 @@ class Values:
         numbers = [a for a in args if type(a) is int]
         if name in ("reshape", "transpose", "permute"):
             own, rest = (Ref(args[0]),), args[1:]
+        elif name == "diagonal_scatter":
+            own, rest = (Ref(args[0]), Ref(args[1])), args[2:]
         elif name == "__setitem__":
             own, rest = (Ref(args[0]), tree_map(self.ref, args[1]), Ref(args[2])), ()
         else:

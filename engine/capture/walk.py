@@ -12,6 +12,7 @@ import enum
 import gc
 import inspect
 import io
+import os
 import random
 import sys
 import types
@@ -47,6 +48,7 @@ _BOOKKEEPING = frozenset(
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, *_WEAK)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_ENVIRONMENT = frozenset({"environ", "getenv"})
 _ARRAY_BYTES = 2**20  # of a numpy array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
 
@@ -238,6 +240,9 @@ class _Walk:
             self.later(default, name)
         if not of_library(function):
             names, space = list(dict.fromkeys(mentioned(function.__code__))), function.__globals__
+            if not _ENVIRONMENT.isdisjoint(names) and id(os.environ) not in self.found.ids:
+                self.found.ids[id(os.environ)] = os.environ
+                self._contents(holders.environment())
             self._files([*space] if "globals" in names else names, space, set())
             for file in imported(function):
                 if not _known(file):

@@ -10,6 +10,7 @@ import contextvars
 import copy
 import dataclasses
 import itertools
+import os
 import random
 import types
 import weakref
@@ -165,6 +166,12 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
     "an attribute of a buffer": (
         lambda net, x: x * getattr(net.steps, "temperature", 1.0),
         lambda net, v: setattr(net.steps, "temperature", v),
+    ),
+    "the environment": (
+        lambda net, x: (
+            x * float(os.environ.get("TEMPERATURE_OF_A_TEST", "1")) * float(os.getenv("TEMPERATURE_OF_A_TEST", "1"))
+        ),
+        lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
     ),
     "a proxy": (lambda net, x: x * PROXY["temperature"], lambda net, v: OPTIONS.update(temperature=v)),
 }

@@ -123,6 +123,14 @@ def averaged(net: Any, x: Tensor) -> Tensor:
     return x - net.average
 
 
+def redundancy(net: Any, x: Tensor) -> Tensor:
+    """As the loss of Barlow Twins is written."""
+    rows = x.mean((2, 3))
+    both = rows.T @ rows
+    on = torch.diagonal(both).add_(-1).pow_(2).sum()
+    return x * (on + both.pow(2).sum())
+
+
 def norm_in_reverse(net: Any, x: Tensor) -> Tensor:
     features = [x, x.relu(), x * x.mean((2, 3), keepdim=True).sigmoid()]
     return sum(net.norm(feature) for feature in reversed(features))
@@ -206,6 +214,7 @@ MIDDLES: dict[str, Middle] = {
     "losses and features": kept,
     "a list that is replaced": replaced_list,
     "a plain tensor that is replaced": averaged,
+    "a diagonal that is written": redundancy,
     "one norm in reverse order": norm_in_reverse,
     "a norm that nobody reads": norm_unused,
     "a norm that views the batch": ghost_norm,
