@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...kernels.precision import tf32_settings
 from .holders import Holder
@@ -150,7 +151,7 @@ class Guard:
             else:
                 self.slow.append(_Watched(holder, contents))
         self.empty = empty
-        self.classes = [vars(cls) for cls in found.classes]
+        self.classes = [*(vars(cls) for cls in found.classes), vars(functional)]  # libraries' calls are replaced there
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
         self.quick, self.fast = quick, [holder.fast for holder, _ in quick]

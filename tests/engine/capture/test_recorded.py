@@ -389,6 +389,15 @@ def test_changes_are_noticed(name):
         SETTING["x"] = 1.0
 
 
+def test_a_function_of_pytorch_that_is_replaced(monkeypatch):
+    stock = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()).double()
+    fast, x = accelerate(stock, tile=8), torch.randn(1, 1, 18, 21, dtype=torch.float64)
+    before = fast(x)
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: torch.tanh(x))
+    assert not torch.allclose(before, stock(x))
+    same(fast(x).detach(), stock(x).detach())
+
+
 class Tied(nn.Module):
     """One weight and one running mean under two names each."""
 
