@@ -116,8 +116,8 @@ def _named() -> Iterator[None]:
         shape = re.search(r"\[torch\.\w+ (\[[\d, ]*\])\]", str(error))
         what = f"a tensor of shape {shape[1]}" if shape else "a tensor"
         raise ChangedError(
-            f"{what} was changed in place after the forward, and the backward computes tiles with it again; change "
-            "images, weights and buffers after the backward, or give a copy"
+            f"{what} has been modified by an inplace operation after the forward, and the backward computes tiles with "
+            "it again; change images, weights and buffers after the backward, or give a copy"
         ) from error
 
 

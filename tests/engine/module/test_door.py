@@ -811,7 +811,7 @@ def test_what_is_changed_in_place_before_the_backward():
         model(x).square().sum().backward()
         out = net(x).square().sum()
         change(net)
-        with pytest.raises(GigamorphError, match=r"changed in place after the forward.*; change"):
+        with pytest.raises(GigamorphError, match=r"modified by an inplace operation after the forward.*; change"):
             out.backward()
     assert issubclass(ChangedError, RuntimeError)  # as stock's, where stock raises
 
