@@ -175,6 +175,15 @@ class Flat:
         """Whether dimensions besides the image's have gone into it."""
         return self.ahead * self.behind > 1
 
+    @property
+    def length(self) -> int:
+        """How many indices the axis has."""
+        return self.ahead * self.height * self.width * self.behind
+
+    def sizes(self, height: int, width: int) -> tuple[int, ...]:
+        """The dimensions that the axis is made of, for a block of this height and width."""
+        return (self.ahead, height, width, self.behind) if self.merged else (height, width)
+
 
 @dataclass
 class Maps:
