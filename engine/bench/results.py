@@ -163,6 +163,11 @@ class Try:
     seconds: float | None = None
     reason: str | None = None
 
+    def __str__(self) -> str:
+        peak = "" if self.peak_bytes is None else f"  {self.peak_bytes / 1e9:.2f} GB"
+        time = "" if self.seconds is None else f"  {self.seconds:.2f} s"
+        return f"{self.side} x {self.side}: {self.status}{peak}{time}  {self.reason or ''}".rstrip()
+
 
 @dataclass
 class LimitRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,15 +192,17 @@ def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> A
     # Two images: a batch of one would be written as always one.
     example = image.repeat(2, 1, 1, 1) if free else image
     try:
-        return torch.onnx.export(
-            network,
-            (example,),
-            dynamo=True,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=(shapes,) if free else None,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about PyTorch
+            return torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=(shapes,) if free else None,
+                verbose=False,
+            )
     except Exception as error:  # torch.onnx has many, with pages of text
         hint = "; with --size HxW it is written for images of one size" if free else ""
         raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(error)}{hint}") from error

@@ -150,7 +150,8 @@ def make_config(values: Mapping[str, Any], source: str, warn: Callable[[str], ob
         return from_plain(_of_timm(values, init, config.data.channels), TrainConfig, source)
     if Path(init).is_dir():
         return from_plain(_of_folder(values, init, warn), TrainConfig, source)
-    return from_plain({**_without(values, "init"), "weights": init}, TrainConfig, source)
+    own = _of_folder(values, config.model, warn) if is_folder(config.model) else _without(values, "init")
+    return from_plain({**own, "weights": init}, TrainConfig, source)
 
 
 def _of_timm(values: Mapping[str, Any], init: str, channels: int) -> dict[str, Any]:

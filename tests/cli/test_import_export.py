@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,31 @@ def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path,
     with torch.no_grad():
         logits = exported.network(seen(image))[0]
     assert float(one["log_odds_1"]) == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
+    capsys.readouterr()
+
+
+def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, phantoms, monkeypatch, capsys):
+    """The grown weights are a file beside a recipe: channels, mean, std and what builds the parent are the folder's."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "net", 2)
+    grown = ["--factor", 1.5, "--size", "64x64", "--out", "wide.safetensors"]
+    assert run("morph", "widen", "--model", "net", *grown) == 0
+    short = ["--epochs", 1, "--accumulate", 4, "--lr", 1e-12, "--out", "run"]
+    assert run("train", phantoms, "--model", "net", "--init", "wide.safetensors", *short) == 0
+    record = load_checkpoint(Path("run") / "last.ckpt")["gigamorph"]
+    assert record["options"]["model"] == "lesionnet" and record["preprocessing"]["normalize"]["mean"] == [0.3]
+    shutil.rmtree("net")
+    image = sorted((phantoms.parent / "images").iterdir())[0]
+    assert run("predict", Path("run") / "best.ckpt", image, "--out", "out") == 0
+    capsys.readouterr()
+
+
+def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
+    make(tmp_path / "net", 2)
+    short = ["--size", "96x80", "--peer", "stock", "--peer", "gigamorph", "--rounds", 1, "--box", 1]
+    assert run("bench", "step", "--model", tmp_path / "net", *short, "--json", tmp_path / "step.json") == 0
+    steps = json.loads((tmp_path / "step.json").read_text())["steps"]
+    assert {row["peer"] for row in steps} == {"stock", "gigamorph"} and {row["status"] for row in steps} == {"ok"}
     capsys.readouterr()
 
 

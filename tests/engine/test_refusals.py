@@ -37,9 +37,11 @@ class Call(nn.Module):
 
 
 class Double(torch.autograd.Function):
+    """Of the sum of all pixels too, which no tile has."""
+
     @staticmethod
     def forward(ctx, x):
-        return x * 2
+        return x * 2 + x.sum()
 
     @staticmethod
     def backward(ctx, grad):

@@ -21,11 +21,24 @@ def merge(x: Tensor, size: int, h: int, w: int) -> Tensor:
 
 
 class Windows(nn.Module):
-    """Attention in windows (Liu et al., 2021): padded to a multiple, shifted cyclically, what came round masked."""
+    """Attention in windows (Liu et al., 2021): padded to a multiple, shifted cyclically, what came round masked.
 
-    def __init__(self, channels: int, size: int, shift: int = 0, heads: int = 2, masked: float = -100.0):
+    Args:
+        form: how the mask, which has a value for each window of one image, meets the windows of all: "viewed", the
+            scores get an axis of images; "added", the mask is repeated for each image; "sdpa", so, and PyTorch's op.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        shift: int = 0,
+        heads: int = 2,
+        masked: float = -100.0,
+        form: str = "viewed",
+    ):
         super().__init__()
-        self.size, self.shift, self.heads, self.masked = size, shift, heads, masked
+        self.size, self.shift, self.heads, self.masked, self.form = size, shift, heads, masked, form
         self.norm = nn.LayerNorm(channels)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         self.bias = nn.Parameter(torch.randn(heads, size * size, size * size))
@@ -50,12 +63,18 @@ class Windows(nn.Module):
             x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
         x = partition(x, self.size)
         q, k, v = self.qkv(x).reshape(len(x), -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-2, -1) / c**0.5 + self.bias
-        if self.shift:
-            mask = self.mask(high, wide)
-            scores = scores.view(n, len(mask), self.heads, self.size**2, self.size**2) + mask[None, :, None]
-            scores = scores.view(-1, self.heads, self.size**2, self.size**2)
-        x = self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), -1, c))
+        bias, mask = self.bias, self.mask(high, wide) if self.shift else None
+        if mask is not None and self.form != "viewed":
+            bias = bias + mask[None, :, None].expand(n, -1, -1, -1, -1).reshape(-1, 1, *mask.shape[1:])
+        if self.form == "sdpa":
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            scores = q @ k.transpose(-2, -1) / c**0.5 + bias
+            if mask is not None and self.form == "viewed":
+                scores = scores.view(n, len(mask), self.heads, self.size**2, self.size**2) + mask[None, :, None]
+                scores = scores.view(-1, self.heads, self.size**2, self.size**2)
+            x = scores.softmax(-1) @ v
+        x = self.out(x.transpose(1, 2).reshape(len(x), -1, c))
         x = merge(x, self.size, high, wide)
         if self.shift:
             x = torch.roll(x, (self.shift, self.shift), (1, 2))

@@ -48,7 +48,7 @@ def unflatten(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
     maps.program.output = tree_map(give, maps.program.output)
     for value, where in place.items():
         info = maps.program.values[value]
-        sizes = where.sizes(where.flat.height, where.flat.width)
+        sizes = where.flat.sizes(where.flat.height, where.flat.width)
         info.shape = torch.Size([*info.shape[: where.axis], *sizes, *info.shape[where.axis + 1 :]])
         maps.axes[value] = where.axes
     maps.flat.clear()
@@ -71,9 +71,6 @@ class _Place:
         height = self.axis + self.flat.merged
         return height, height + 1
 
-    def sizes(self, height: int, width: int) -> tuple[int, ...]:
-        return (self.flat.ahead, height, width, self.flat.behind) if self.flat.merged else (height, width)
-
     def flatten(self, x: Tensor) -> Tensor:
         return x.flatten(self.axis, self.axis + self.count - 1)
 
@@ -91,7 +88,7 @@ def _local(local: Local, place: dict[int, _Place]) -> Local:
         size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
         made = plain(ChainMap(flattened, env), block)  # pyright: ignore[reportArgumentType]
         both = zip(made, outputs, strict=True)
-        return tuple(t if where is None else t.unflatten(where.axis, where.sizes(*size)) for t, where in both)
+        return tuple(t if where is None else t.unflatten(where.axis, where.flat.sizes(*size)) for t, where in both)
 
     # Rewrites that know ops by name must not take it for an op on both axes.
     return replace(local, op=replace(local.op, name=f"flat_{local.op.name}"), run=run)

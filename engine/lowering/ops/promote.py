@@ -43,9 +43,8 @@ def promoted(
         shape = [1] * (rank - len(maps.shape(value))) + list(maps.shape(value))
         if all(shape[axis] == 1 for axis in axes):
             continue
-        if over is not None and maps.merged(over):
-            raise Refusal(f"'{op.name}' combines a flattened map with a tensor that depends on the position in it")
-        for axis, own in zip(axes, size if axes[0] != axes[1] else (size[0] * size[1],) * 2, strict=True):
+        flat = None if axes[0] != axes[1] else Flat(*size) if over is None else maps.flat.get(over, Flat(*size))
+        for axis, own in zip(axes, size if flat is None else (flat.length,) * 2, strict=True):
             if shape[axis] not in (1, own):
                 raise Refusal(f"'{op.name}' combines a map with a tensor that has more rows or columns than the map")
         if over is not None and axes[0] != axes[1] and sorted(shape[axis] == 1 for axis in axes) == [False, True]:
@@ -59,8 +58,8 @@ def promoted(
             maps.axes[number] = axes
             nodes.append(spread(op, maps, source, over, number, axes))
         else:
-            number = _promote(maps, value, shape, axes, size)
-            nodes.append(VectorOp(_view(value, tuple(shape), axes, size), (value,), (number,)))
+            number = _promote(maps, value, shape, axes, flat or size)
+            nodes.append(VectorOp(_view(value, tuple(shape), axes, flat or size), (value,), (number,)))
         names[value] = number
     if not names:
         return op, nodes
@@ -139,26 +138,26 @@ def renamed(op: Op, names: dict[int, int]) -> Op:
     return replace(op, args=tree_map(swap, op.args), kwargs=tree_map(swap, op.kwargs), inputs=inputs)
 
 
-def _promote(maps: Maps, value: int, shape: Sequence[int], axes: Axes, size: tuple[int, int]) -> int:
+def _promote(maps: Maps, value: int, shape: Sequence[int], axes: Axes, extent: Flat | tuple[int, int]) -> int:
     full = list(shape)
-    if axes[0] == axes[1]:
-        full[axes[0]] = size[0] * size[1]
+    if isinstance(extent, Flat):
+        full[axes[0]] = extent.length
     else:
-        full[axes[0]], full[axes[1]] = size
+        full[axes[0]], full[axes[1]] = extent
     number = maps.new_value(full, like=value)
     maps.axes[number] = axes
-    if axes[0] == axes[1]:
-        maps.flat[number] = Flat(*size)
+    if isinstance(extent, Flat):
+        maps.flat[number] = extent
     return number
 
 
-def _view(value: int, shape: tuple[int, ...], axes: Axes, size: tuple[int, int]):
+def _view(value: int, shape: tuple[int, ...], axes: Axes, extent: Flat | tuple[int, int]):
     def run(env: Env) -> tuple[Tensor, ...]:
         x = env[value].reshape(shape)
-        if axes[0] == axes[1]:
-            return (x.unflatten(axes[0], size),)
+        if isinstance(extent, Flat):  # images and windows that a reshape has joined are axes of their own again
+            return (x.unflatten(axes[0], extent.sizes(extent.height, extent.width)),)
         full = list(shape)
-        full[axes[0]], full[axes[1]] = size
+        full[axes[0]], full[axes[1]] = extent
         return (x.expand(full),)
 
     return run

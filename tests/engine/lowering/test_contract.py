@@ -144,3 +144,30 @@ def ramps_product(x: Tensor) -> Tensor:
 )
 def test_labels(equation, ranks, expected):
     assert _labels(equation, ranks) == expected
+
+
+class OfEachPlace(nn.Module):
+    """Positions of all images as one axis, (N * H * W, C), and parameters with a value for each of them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function = nn.Conv2d(2, 4, 3, padding=1), function
+        self.weight = nn.Parameter(torch.randn(2 * 12 * 10, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.first(x).permute(0, 2, 3, 1).reshape(-1, 4), self.weight)
+
+
+OF_EACH_PLACE = {
+    "summed": lambda x, w: torch.einsum("nc,nk,nl->ckl", x, w, w[:, :2].sin()),
+    "product": lambda x, w: torch.einsum("nc,nk->nck", x, w).view(2, 12, 10, 16),
+    "where": lambda x, w: torch.where(w[:, :1] > 0, x.sin(), w * w[:, 1:2]).view(2, 12, 10, 4),
+    "cosine similarity": lambda x, w: torch.cosine_similarity(x, w, dim=1).view(2, 12, 10),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH_PLACE)
+def test_values_of_each_position_of_each_image(name):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 12, 10, dtype=torch.float64)
+    assert_exact(OfEachPlace(OF_EACH_PLACE[name]).double(), x, tile=(5, 4))

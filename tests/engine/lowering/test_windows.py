@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from attention_modules import Grid, Haloed, Windows
+from attention_modules import Grid, Haloed, Windows, merge, partition
 from exactness import assert_exact, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from coverage_judge import judge
 
 
-def swin(size: int, shift: int, **more: float) -> nn.Module:
+def swin(size: int, shift: int, **more: Any) -> nn.Module:
     """Convolution, two blocks of windows of which the second is shifted, patch merging, two further blocks."""
     torch.manual_seed(0)
     return nn.Sequential(
@@ -74,6 +75,42 @@ def test_what_comes_round_counts():
 )
 def test_any_size(size, shift, height, width, tile):
     assert_exact(swin(size, min(shift, size - 1)), image(height, width, 1), tile=tile)
+
+
+@settings(max_examples=6)
+@given(
+    size=st.integers(2, 5),
+    shift=st.integers(1, 4),
+    height=st.integers(20, 45),
+    width=st.integers(20, 45),
+    tile=st.tuples(st.integers(6, 30), st.integers(6, 30)),
+    n=st.integers(1, 3),
+    form=st.sampled_from(["added", "sdpa"]),
+    live=st.booleans(),
+)
+def test_mask_repeated_for_each_image(size, shift, height, width, tile, n, form, live):
+    """(windows, L, L) expanded to (N * windows, 1, L, L), and a bias for each pair added before: transformers' Swin."""
+    model = swin(size, min(shift, size - 1), form=form, masked=-2.0)
+    model.insert(1, randomize(nn.BatchNorm2d(4).double()))
+    assert_exact(model.train(live), image(height, width, n), tile=tile)
+
+
+class OwnMask(nn.Module):
+    """Windows whose mask is a parameter with a value for each window of each image, not the same for all images."""
+
+    def __init__(self, n: int, windows: int):
+        super().__init__()
+        self.mask = nn.Parameter(torch.randn(n * windows, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = partition(x.permute(0, 2, 3, 1), 2) * self.mask
+        return merge(y, 2, *x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def test_mask_of_each_image():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), OwnMask(3, 140), nn.Conv2d(4, 3, 3)).double()
+    assert_exact(model, image(20, 28, 3), tile=(6, 10))
 
 
 @pytest.mark.parametrize("tile", [(8, 12), 5])

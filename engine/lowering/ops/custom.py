@@ -1,0 +1,173 @@
+"""Custom `autograd.Function`s of one map that are arithmetic on each element, forward and backward.
+
+Both are recorded once, on tensors without values, as lists of PyTorch's own ops:
+
+    y = f(x) = op_n(... op_1(x))             each op pointwise, on tensors of x's shape and numbers
+    dx = b(x, y, saved, dy)                  likewise, whatever the function says that its gradient is
+
+A block is computed by these lists, not by the function: what its Python takes from a shape is of the whole map then.
+A function that uses anything besides torch (a list, a counter, a closure) may do what no list of ops shows; it is
+refused.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ...capture.trace import Op
+from .base import Block, Env, Local, Maps, Refusal, rule
+
+_COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like".split())
+_NAMES_APART = ("LOAD_DEREF", "LOAD_CLOSURE", "IMPORT_NAME", "STORE_GLOBAL", "MAKE_FUNCTION", "LOAD_NAME")
+
+
+@dataclass(frozen=True)
+class _Place:  # no tuple: those are looked into
+    """Where a recorded call takes a tensor from."""
+
+    number: int
+
+
+class _Call(NamedTuple):
+    func: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: int
+
+
+class _Recording(TorchDispatchMode):
+    """The pointwise calls on tensors of one shape; raises `Refusal` at any other."""
+
+    def __init__(self, shape: torch.Size, *known: Tensor):
+        super().__init__()
+        self.shape, self.calls, self.kept = shape, list[_Call](), list(known)
+        self.numbers = {_memory(t): n for n, t in enumerate(known)}
+
+    def know(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)  # or its memory would be another's
+        return self.numbers.setdefault(_memory(tensor), len(self.numbers))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name, tags = func._schema.name, func.tags
+        plain = torch.Tag.pointwise in tags or name in _COPIES
+        chance = torch.Tag.nondeterministic_seeded in tags
+        of_shape = isinstance(result, Tensor) and result.shape == self.shape
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        elsewhere = (kwargs or {}).get("device") is not None  # that of the recording
+        alike = of_shape and all(t.shape == self.shape for t in given)
+        if not plain or chance or func._schema.is_mutable or elsewhere or not alike:
+            raise Refusal(f"'{name}' in a custom function")
+        if all(_memory(t) in self.numbers for t in given):
+            swap = tree_map_only(Tensor, lambda t: _Place(self.numbers[_memory(t)]), (args, kwargs or {}))
+            if _memory(result) not in self.numbers:  # a detached tensor is the same one
+                self.calls.append(_Call(func, swap[0], swap[1], self.know(result)))
+            return result
+        raise Refusal("a custom function with a tensor of its own")
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _run(calls: Sequence[_Call], there: dict[int, Tensor]) -> dict[int, Tensor]:
+    for call in calls:
+        args, kwargs = tree_map_only(_Place, lambda p: there[p.number], (call.args, call.kwargs))
+        there[call.output] = call.func(*args, **kwargs)
+    return there
+
+
+class _Both(NamedTuple):
+    """The two lists, and which number is what: `saved` are of the forward and read by the backward."""
+
+    forward: list[_Call]
+    output: int
+    saved: list[int]
+    backward: list[_Call]
+    grad: int
+    result: int
+
+
+class _Recorded(torch.autograd.Function):
+    """y = f(x) and its gradient, by the lists."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, both: _Both) -> Tensor:
+        there = _run(both.forward, {0: x})
+        ctx.both = both
+        ctx.save_for_backward(*(there[n] for n in both.saved))
+        return there[both.output]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        both: _Both = ctx.both
+        there = dict(zip(both.saved, ctx.saved_tensors, strict=True))
+        return _run(both.backward, {**there, both.grad: grads[0]})[both.result], None
+
+
+@rule("autograd.Function")
+def custom(op: Op, maps: Maps) -> Local:
+    refusal = Refusal(f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
+    value = op.inputs[0]
+    info = maps.program.values[value]
+    plain = all(isinstance(leaf, int | float | str | None) for leaf in tree_leaves((op.args[1:], op.kwargs)))
+    if list(op.inputs) != [value] or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
+        raise refusal
+    cls: Any = op.func.cls  # pyright: ignore[reportFunctionMemberAccess]
+    if not (_of_torch_alone(cls.forward) and _of_torch_alone(cls.backward)):
+        raise refusal
+    try:
+        both = _recorded(lambda x: op.func(x, *op.args[1:], **op.kwargs), info.shape, info.dtype)
+    except Exception:  # whatever it raises on tensors without values
+        raise refusal from None
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (_Recorded.apply(env[value], both),)
+
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), run)
+
+
+def _recorded(function: Callable[[Tensor], Any], shape: torch.Size, dtype: torch.dtype) -> _Both:
+    x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+    with torch.enable_grad(), _Recording(shape, x) as seen:
+        y = function(x)
+        if not isinstance(y, Tensor) or y is x or not y.requires_grad or _memory(y) not in seen.numbers:
+            raise Refusal("another result")
+        forward, output = seen.calls, seen.numbers[_memory(y)]
+        seen.calls, made = [], len(seen.numbers)
+        with _disable_current_modes():
+            dy = torch.empty(shape, dtype=y.dtype, device="meta")
+        grad = seen.know(dy)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        backward = seen.calls
+    if dx.dtype != dtype:
+        raise Refusal("a gradient of another dtype")
+    asked = {p.number for call in backward for p in tree_leaves((call.args, call.kwargs), _is_place) if _is_place(p)}
+    saved = sorted(n for n in asked | {seen.numbers[_memory(dx)]} if n < made)
+    return _Both(forward, output, saved, backward, grad, seen.numbers[_memory(dx)])
+
+
+def _is_place(leaf: Any) -> bool:
+    return isinstance(leaf, _Place)
+
+
+def _of_torch_alone(function: Any) -> bool:
+    """Whether a function's code names nothing besides its arguments and torch."""
+    if not isinstance(function, FunctionType):
+        return False
+    for step in dis.get_instructions(function):
+        if step.opname in _NAMES_APART:
+            return False
+        if step.opname == "LOAD_GLOBAL" and function.__globals__.get(step.argval) not in (torch, F):
+            return False
+    return True

@@ -1,0 +1,135 @@
+"""Custom autograd functions on maps: arithmetic on each element goes by tile, all else is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from exactness import assert_exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gigamorph import UnsupportedError, accelerate
+
+calls: list[int] = []
+
+
+class Swish(torch.autograd.Function):
+    """As efficientnet_pytorch has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x * torch.sigmoid(x)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x = ctx.saved_tensors[0]
+        s = torch.sigmoid(x)
+        return grad * (s * (1 + x * (1 - s)))
+
+
+class OfItsOutput(torch.autograd.Function):
+    """Its gradient is not the derivative, hangs on its output, a number given, and the size of the whole image."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        y = (x * scale).tanh()
+        ctx.scale, ctx.count = scale, x.shape[2] * x.shape[3]
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y) * ctx.scale * (1 + 1 / ctx.count), None
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x.ceil(), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad - grad.mean()
+
+
+class Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        calls.append(1)
+        return grad * 2
+
+
+class Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * torch.rand_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Ramp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * torch.arange(x.shape[3], dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Any, *given: Any):
+        super().__init__()
+        self.function, self.given = function, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x, *self.given)
+
+
+def network(function: Any, *given: Any) -> nn.Module:
+    torch.manual_seed(0)
+    ends = nn.Conv2d(2, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3)
+    return nn.Sequential(*ends[:2], Apply(function, *given), ends[2]).double()
+
+
+@settings(max_examples=6)
+@given(
+    own=st.sampled_from([(Swish,), (OfItsOutput, 1.5), (StraightThrough,)]),
+    live=st.booleans(),
+    height=st.integers(12, 40),
+    width=st.integers(12, 40),
+    tile=st.tuples(st.integers(5, 30), st.integers(5, 30)),
+)
+def test_elementwise_functions_are_exact(own, live, height, width, tile):
+    x = torch.randn(2, 2, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_exact(network(*own).train(live), x, tile=tile)
+
+
+@pytest.mark.parametrize("function", [Centred, Counted, Noisy, Ramp])
+def test_others_are_refused(function):
+    before = list(calls)
+    with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):
+        accelerate(network(function), tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))
+    assert calls == before
