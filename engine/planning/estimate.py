@@ -13,6 +13,7 @@ last term is fitted to measurements (benchmarks/memory.py).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
 from .plan import Plan
 from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
-from .strategy import made_whole, stage_cost, stored_peak, value_bytes
+from .strategy import made_whole, stage_cost, stored_times, value_bytes
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:
@@ -116,7 +117,9 @@ class Estimate:
         self.known = known or Known()
         self.image = staged.program.values[staged.program.image]
         self.wanted = staged.wanted(image_grad)
-        self.stored_bytes = stored_peak(staged, training, self.wanted)
+        self._places = [number for number, step in enumerate(staged.steps) if isinstance(step, Stage)]
+        self._stored = stored_times(staged, training, self.wanted) or [(place, 0) for place in self._places]
+        self.stored_bytes = max(stored for _, stored in self._stored)
         self._count_vectors()
         if image_grad:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
@@ -282,28 +285,47 @@ class Estimate:
     ) -> Plan:
         """Retain tiles with what a plan leaves of `room`: the last ones of each stage.
 
-        The first of them in the backward is the tile in work itself. Of several stages, those come first that
-        recompute most for a byte.
+        Of several stages, those come first that recompute most for a byte.
         """
         if room is None or not counted.held or plan.peak_bytes > room:
             return plan
         left = room - plan.peak_bytes
-        numbers, total = [0] * len(stages), 0
+        numbers, graphs, works = [0] * len(stages), [0] * len(stages), [plan.tile_bytes] * len(stages)
         for n in self._retainable(stages, weights):
             own = counted if len(stages) == 1 else self._tile_peak(stages[n], int(weights[n].max()), exact)
-            in_work = weights[n].flat[-1] if len(stages) == 1 else 0
-            graphs = self._held_share(stages[n], own) * (np.cumsum(weights[n].flat[::-1]) - in_work)
-            numbers[n] = int(np.searchsorted(graphs, left - total, side="right"))
-            total += int(graphs[numbers[n] - 1]) if numbers[n] else 0
+            held = (self._held_share(stages[n], own) * np.cumsum(weights[n].flat[::-1])).astype(int)
+            works[n] = own.peak - int(held[0])  # the first graph that is differentiated is the tile in work itself
+            numbers[n] = int(np.searchsorted(held, left - self._added(plan, graphs, works, self._places[n]), "right"))
+            graphs[n], works[n] = (int(held[numbers[n] - 1]), works[n]) if numbers[n] else (0, plan.tile_bytes)
             if numbers[n] < stages[n].tiles:
                 break
-        return replace(plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=total)
+        added = max(0, self._added(plan, graphs, works))
+        return replace(plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=added)
+
+    def _added(self, plan: Plan, graphs: Sequence[int], works: Sequence[int], since: int = 0) -> int:
+        """What graphs of tiles add to a plan's peak, which has whole maps and the heaviest tile in work.
+
+        Most whole maps get their gradient when the graphs of later stages are gone already, and the heaviest tile is
+        often one of the first stage.
+
+        Args:
+            graphs: bytes of the tiles' graphs, by stage.
+            works: what a tile in work takes besides, by stage; in the calls between stages nothing is.
+            since: a place among the steps; what is added from there on, which may be less than nothing.
+        """
+        there = {place: sum(graphs[: n + 1]) + works[n] for n, place in enumerate(self._places)}
+        peak = max(
+            stored + there.get(now, sum(graphs[: bisect.bisect(self._places, now)]))
+            for now, stored in self._stored
+            if now >= since
+        )
+        return peak - max(stored for _, stored in self._stored) - plan.tile_bytes
 
     def _held_share(self, tiled: TiledStage, counted: TilePeak) -> float:
         """Bytes that a retained tile holds for a byte of its blocks."""
         values = self.staged.program.values
         blocks = sum(value_bytes(values[v]) for local in tiled.stage.locals for v in local.op.outputs)
-        again = sum(value_bytes(values[v]) for v in tiled.unvalued)  # which pass 2 does not compute, but pass 1 keeps
+        again = sum(value_bytes(values[v]) for v in tiled.reread)  # which pass 2 does not compute, but pass 1 keeps
         held = counted.held / max(1, counted.blocks) + again / max(1, blocks)
         return held * (1 + constants.HELD_SHARE * self.on_cpu)
 
@@ -314,8 +336,7 @@ class Estimate:
         if not self.on_cpu or self.staged.place != "device":
             return []
         again = {n for part in self.staged.segments for n in part}
-        places = (number for number, step in enumerate(self.staged.steps) if isinstance(step, Stage))
-        usable = [n for n, number in enumerate(places) if number not in again]
+        usable = [n for n, place in enumerate(self._places) if place not in again]
         return sorted(usable, key=lambda n: -stage_cost(self.staged, stages[n].stage) / max(1.0, weights[n].sum()))
 
     def _library(self, stages: list[TiledStage], tile_bytes: int) -> int:

@@ -32,7 +32,7 @@ class Plan:
         halo_bytes: halos kept between the passes, wherever they are.
         strip_bytes: halos of the strips in work and their gradients, on the device.
         tile_bytes: peak of one tile.
-        retained_bytes: graphs of retained tiles.
+        retained_bytes: what graphs of retained tiles add to the peak.
         retained_tiles: how many tiles each stage retains, its last ones; empty if none.
         stored_bytes: maps that exist whole, their gradients, and the ops after them.
         library_bytes: compiled kernels and the heap's slack on the CPU; on a GPU workspaces, and what trials of kernels

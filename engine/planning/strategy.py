@@ -353,7 +353,12 @@ class _Lifetimes:
 
 
 def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -> int:
-    """The most bytes of stored maps, of what calls make between stages, and of their gradients, at any time of a step.
+    """The most bytes of `stored_times`, at any time of a step."""
+    return max((held for _, held in stored_times(staged, training, wanted)), default=0)
+
+
+def stored_times(staged: StagedProgram, training: bool, wanted: Container[int]) -> list[tuple[int, int]]:
+    """Bytes of stored maps, of what calls make between stages, and of their gradients, through a step.
 
     A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
     backward of the first stage that reads it. Its gradient comes into being in the backward of its last reader, and
@@ -363,16 +368,20 @@ def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -
 
     Args:
         wanted: the values that want a gradient.
+
+    Returns:
+        (place among the steps, bytes): those places in the forward, then in the backward. Nothing without stored maps.
     """
     if not any(stage.stored for stage in staged.stages):
-        return 0
+        return []
     steps, lives = staged.steps, _Lifetimes(staged, wanted)
     fetched = set(lives.made.values()) if any(stage.offsets for stage in staged.stages) else set[int]()
     fetches = [n for n in fetched if isinstance(steps[n], VectorOp)]
     times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
-    peak = max(lives.forward(now, training) for now in times)
+    found = [(now, lives.forward(now, training)) for now in times]
     if training:
         # A call between stages keeps what it reads, and makes a gradient as large.
         backwards = sorted({*times[:-1], *(n for n, step in enumerate(steps) if isinstance(step, Op))})
-        peak = max(peak, *map(lives.backward, backwards), *map(lives.again, staged.segments))
-    return peak
+        found += [(now, lives.backward(now)) for now in backwards]
+        found += [(part.stop - 1, lives.again(part)) for part in staged.segments]
+    return found

@@ -10,8 +10,10 @@ import pytest
 import torch
 from exactness import assert_exact, randomize
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gigamorph import accelerate, plan
+from gigamorph.engine.planning.simulate import _Meter
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
 from gigamorph.engine.tiling.record import Recorded
@@ -96,3 +98,38 @@ def test_a_forward_that_is_dropped_leaves_no_graphs(
     del result
     gc.collect()
     assert all(graph() is None for graph in graphs)
+
+
+class Narrowing(nn.Module):
+    """The first stage at full resolution is the heaviest; behind each gate a stage at half the resolution begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies = nn.ModuleList(nn.Conv2d(n, 16, 3, 2, 1) for n in (24, 16, 16))
+        self.gates = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in self.bodies)
+        self.stem, self.head = nn.Sequential(nn.Conv2d(2, 24, 3, padding=1), nn.GELU()), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for body, gate in zip(self.bodies, self.gates, strict=True):
+            y = F.gelu(body(x))
+            x = y * gate(y.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_tensors_of_a_step_are_those_predicted(share: float) -> None:
+    """Where the graphs of late stages are at their most, the tile in work is one of theirs, not the heaviest."""
+    torch.manual_seed(0)
+    net, image = Narrowing().double(), torch.randn(1, 2, 192, 160, dtype=torch.float64)
+    most = plan(net, tuple(image.shape), 2**34, tile=32, dtype=torch.float64)
+    budget = int(most.peak_bytes - (1 - share) * most.retained_bytes)
+    made = plan(net, tuple(image.shape), budget, tile=32, dtype=torch.float64)
+    fast = accelerate(net, tile=32, memory_budget=budget)
+    fast(image).sum().backward()  # gradients, and what is kept from step to step
+    with _Meter() as meter:
+        meter.ignore(image, net.state_dict(), [p.grad for p in net.parameters()])
+        fast(image).sum().backward()
+    parameters = 2 * sum(p.nbytes for p in net.parameters())
+    predicted = made.peak_bytes - made.library_bytes - made.record_bytes - parameters
+    assert made.retained and predicted == pytest.approx(meter.peak, rel=0.1)
