@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from ..errors import DataError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
+from ..versions import versions as versions_of
 
 make_torchvision_importable()
 
@@ -51,8 +50,5 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of what the result of a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    packages = ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn")
+    return {"python": platform.python_version(), **versions_of(*packages)}
