@@ -11,6 +11,7 @@ import torch
 from ..errors import DataError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
+from ..models.weights import first_line
 from ..versions import versions as versions_of
 
 make_torchvision_importable()
@@ -42,7 +43,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has many errors for a damaged file
-        raise DataError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
     return checkpoint
