@@ -154,6 +154,8 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
         exams.setdefault(key, []).append(view)
     if not exams:
         raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
+    if known and not any(view.record.path.absolute() in known for views in exams.values() for view in views):
+        raise DataError(f"{table}: names none of the images of {path}; give the table that was predicted from")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
 
