@@ -10,7 +10,6 @@ from typing import Any
 
 import rich_click as click
 
-
 _OF_A_PROCESS = 300 * 2**20  # what a process holds that has imported PyTorch and Lightning
 
 

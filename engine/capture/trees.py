@@ -62,7 +62,7 @@ def _copied(value: Any) -> Any:
     try:
         return copy.copy(value)
     except TypeError:
-        return type(value).__new__(type(value))
+        return type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
 
 
 def realize(tree: Any) -> Any:

@@ -155,7 +155,7 @@ def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]
     for top in range(0, height, _ROWS):
         strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
         if not np.isfinite(strip).all():
-            raise DataError(f"holds pixels that are no numbers (NaN or infinite); save it without them")
+            raise DataError("holds pixels that are no numbers (NaN or infinite); save it without them")
         plain.update(np.ascontiguousarray(strip).data)
         mirrored.update(np.ascontiguousarray(strip[:, :, ::-1]).data)
         columns += strip.sum((0, 1), dtype=np.float64)

@@ -77,6 +77,7 @@ def test_a_step_by_keywords_is_stocks(pixels: bool) -> None:
         inside = x.clone().requires_grad_()
         out = network(pixel_values=inside, labels=labels)
         assert isinstance(out, Output) and list(out) == ["loss", "logits"] and out["loss"] is out.loss
+        assert out.loss is not None and out.logits is not None
         out.loss.backward()
         values = {"loss": out.loss.detach(), "logits": out.logits.detach(), "pixel_values": inside.grad}
         found.append(values | {n: p.grad for n, p in network.named_parameters()} | dict(network.named_buffers()))

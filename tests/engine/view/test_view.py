@@ -90,7 +90,7 @@ def test_a_table_of_other_images_is_refused(tmp_path):
     (tmp_path / "predictions.csv").write_text("image_path,patient_id,label,p_0,p_1\na.npy,P1,1,0.4,0.6\n")
     table = tmp_path / "table.csv"
     table.write_text("image_path,label,patient_id\nb.npy,0,P2\n")
-    with pytest.raises(DataError, match="table.csv: names none of the images of .*predictions.csv"):
+    with pytest.raises(DataError, match=r"table\.csv: names none of the images of .*predictions\.csv"):
         read_exams(tmp_path, table=table)
     table.write_text("image_path,label,patient_id\na.npy,1,P1\nb.npy,0,P2\n")
     assert len(read_exams(tmp_path, table=table)) == 1
