@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import functools
@@ -40,7 +41,7 @@ def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | No
 
 
 @click.command()
-@click.argument("predictions", type=click.Path(exists=True, dir_okay=False))
+@click.argument("predictions", type=click.Path(exists=True))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for metrics, plots and report.")
 @click.option(
     "--table",
@@ -136,10 +137,10 @@ def eval(
 ) -> None:
     """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
 
-    PREDICTIONS is the csv of gigamorph predict, or any with a column of scores and one of labels. An image is a row; a
-    breast is the mean probability of its views; an exam is the highest of its breasts. metrics.json, plots and
-    report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph predict
-    --calibration.
+    PREDICTIONS is the csv of gigamorph predict, its folder, or any csv with a column of scores and one of labels. An
+    image is a row; a breast is the mean probability of its views; an exam is the highest of its breasts. metrics.json,
+    plots and report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph
+    predict --calibration.
 
     Of masks, as gigamorph predict writes their table: the mean Dice of the images, with intervals over patients; with
     --table the images that are furthest off are drawn.
@@ -153,8 +154,10 @@ def eval(
     from ..engine.evaluate import read_cases
     from ..engine.evaluate.dice import read_dice
     from ..engine.evaluate.evaluate import Settings
+    from ..engine.evaluate.read import table_in
 
-    _make_room(Path(out), overwrite)
+    _refuse(Path(out), overwrite)
+    predictions = str(table_in(Path(predictions)))
 
     def read(path: str) -> Cases:
         return read_cases(path, table=table, label=label, score=score, split=split)
@@ -168,6 +171,8 @@ def eval(
         _tell(out, lines, as_json)
         return
     images = read(predictions)
+    if reader is None:
+        _warn_of_repeats(images)
     settings = Settings(
         levels=tuple(levels) or None,
         rates=rates,
@@ -205,16 +210,36 @@ def _tell(out: str, lines: list[str], as_json: bool) -> None:
 _WRITTEN = ("metrics.json", "report.html", "calibration.json")
 
 
-def _make_room(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds metrics, or remove what an evaluation before has written there."""
+def _refuse(out: Path, overwrite: bool) -> None:
+    """A folder that holds metrics, unless they may be replaced."""
     from ..engine.errors import GigamorphError
 
-    if not (out / "metrics.json").exists():
-        return
-    if not overwrite:
+    if (out / "metrics.json").exists() and not overwrite:
         raise GigamorphError(f"{out}: already holds metrics; name another --out, or give --overwrite")
-    for path in (*(out / name for name in _WRITTEN), *out.glob("*.png")):
-        path.unlink(missing_ok=True)
+
+
+def _clear(out: str) -> None:
+    """Remove what an evaluation before has written; only when the new one is computed, and no picture of others."""
+    if not (Path(out) / "metrics.json").exists():
+        return
+    page = Path(out) / "report.html"
+    held = page.read_text(encoding="utf-8") if page.exists() else ""  # the page holds its pictures
+    for path in Path(out).glob("*.png"):
+        if base64.b64encode(path.read_bytes()).decode() in held:
+            path.unlink()
+    for name in _WRITTEN:
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+def _warn_of_repeats(images: Cases) -> None:
+    """Each row counts, which of a table of its own may not be meant."""
+    seen: set[str] = set()
+    repeated = [name for name in images.names if name in seen or seen.add(name)]
+    if repeated:
+        told = (
+            f"{len(repeated)} of {len(images)} rows are of an image that is there before ({repeated[0]}); each counts"
+        )
+        click.echo(f"warning: {told}", err=True)
 
 
 def _measure(
@@ -230,6 +255,7 @@ def _measure(
     if marked is not None:
         found["froc"]["findings_without_place"] = without
     found |= notes
+    _clear(out)
     page = write_report(out, images, found)
     return [*headline(found), f"{page}, metrics.json and plots"]
 
@@ -248,6 +274,7 @@ def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[st
     from ..engine.evaluate.numbers import evaluate_numbers, numbers_headline, write_numbers_report
 
     found = evaluate_numbers(images, settings) | notes
+    _clear(out)
     page = write_numbers_report(out, images, found)
     return [*numbers_headline(found), f"{page}, metrics.json and plots"]
 
@@ -260,6 +287,7 @@ def _measure_dice(
     from ..engine.evaluate.dice_report import write_dice_report
 
     found = evaluate_dice(rows, resamples=resamples, seed=seed) | notes
+    _clear(out)
     page = write_dice_report(out, rows, found, table)
     return [*dice_headline(found), f"{page}, metrics.json and plots"]
 
@@ -270,6 +298,7 @@ def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any)
     from ..engine.evaluate.readers_report import reader_headline, write_reader_report
 
     study = study_of(images, **how)
+    _clear(out)
     page = write_reader_report(out, study, notes)
     return [*reader_headline(study), f"{page} and metrics.json"]
 

@@ -8,12 +8,11 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from .. import kernels
 from ..engine.tiling.memory import available_bytes, format_bytes
+from ..engine.versions import versions
 from ..kernels.choice import failures
 
 PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
@@ -59,13 +58,10 @@ def probe() -> Machine:
     """Look at the machine; imports torch, torchvision, timm and imagecodecs."""
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    installed = versions(*PACKAGES)
     errors = {}
     for name in ("torchvision", "timm", "imagecodecs", "triton", "lightning"):
-        if name in versions:
+        if name in installed:
             try:
                 importlib.import_module(name)
             except Exception as error:  # whatever it is, it is the answer
@@ -79,7 +75,7 @@ def probe() -> Machine:
     lacks = kernels.missing() if gpus else None
     failed = {} if lacks or not gpus else failures()
     return Machine(
-        versions=versions,
+        versions=installed,
         import_errors=errors,
         cuda_build=torch.version.cuda,
         gpus=tuple(gpus),

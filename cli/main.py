@@ -10,6 +10,8 @@ from typing import Any
 
 import rich_click as click
 
+from ..engine.versions import OWN
+
 _COMMANDS = {
     "bench": "Measure how large, how fast, in how much memory; against stock PyTorch and its remedies.",
     "data": "Index, check, split, convert and preview images and public data sets; make phantoms.",
@@ -41,7 +43,7 @@ class LazyCommand(click.RichCommand):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="gigamorph")
+@click.version_option(OWN)
 def cli() -> None:
     """Train and run ordinary ConvNets on gigapixel images, exactly, in the memory you have.
 

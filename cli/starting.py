@@ -10,6 +10,8 @@ from typing import Any
 
 import rich_click as click
 
+_OF_A_PROCESS = 300 * 2**20  # what a process holds that has imported PyTorch and Lightning
+
 
 class Teller:
     """What is printed of a run: all, or warnings alone."""
@@ -38,10 +40,15 @@ class Teller:
 def count_processes(devices: int | None, split_image: bool | int, per_image: int | None) -> int:
     """How many processes train together; a click error where that contradicts a launcher."""
     from ..engine.parallel import launch
+    from ..engine.tiling.memory import available_bytes, format_bytes
 
     there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
     if devices not in (None, there):
         raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
+    needed = there * _OF_A_PROCESS
+    if not launch.launched() and there > 1 and needed > available_bytes():
+        told = f"{format_bytes(needed)} before any work, and {format_bytes(available_bytes())} are free"
+        raise click.UsageError(f"--devices {there}: so many processes take {told}; give fewer")
     if split_image and there == 1 and not launch.launched():
         raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
     if split_image and per_image is not None:

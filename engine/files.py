@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -35,7 +36,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
     except (OSError, RuntimeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
         kept = "; the former one is kept" if path.exists() else ""
-        raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{kept}; free some space") from error
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "name a folder that can be written"
+        raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{kept}; {remedy}") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

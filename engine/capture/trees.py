@@ -34,7 +34,7 @@ class Made:
         self.like, self.items, self.attributes = like, items, attributes
 
     def build(self) -> Any:
-        made = copy.copy(self.like)
+        made = _copied(self.like)
         items = realize(self.items)
         if isinstance(made, dict):
             kind: Any = OrderedDict if isinstance(made, OrderedDict) else dict
@@ -55,6 +55,14 @@ pytree.register_pytree_node(
     lambda parts, like: Made(like, *parts),
     serialized_type_name="gigamorph.engine.capture.trees.Made",
 )
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy; without contents, where its class takes arguments that a copy does not give it."""
+    try:
+        return copy.copy(value)
+    except TypeError:
+        return type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
 
 
 def realize(tree: Any) -> Any:
@@ -99,9 +107,10 @@ def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any],
             children, context = node.flatten_fn(value)
             return node.unflatten_fn([visit(child) for child in children], context)
         if isinstance(value, (dict, list, set)):
-            like = copy.copy(value)
+            like = _copied(value)
             kind: Any = next(c for c in (OrderedDict, dict, list, set) if isinstance(value, c))
             kind.clear(like)
+            getattr(like, "__dict__", {}).clear()  # attributes may be tensors, as those of transformers' outputs
             items = dict(dict.items(value)) if isinstance(value, dict) else list(value)
             return Made(like, visit(items), _attributes(value, visit))
         fields = _attributes(value, visit)

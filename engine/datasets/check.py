@@ -93,7 +93,7 @@ def check_images(
         for record, fact in pairs
         if isinstance(fact, DataError)
     ]
-    problems += [Problem(r.path, "blank", f"all {_size(f)} pixels are equal") for r, f in good if f.blank]
+    problems += [Problem(r.path, "blank", f"all {_size(f)}pixels are equal") for r, f in good if f.blank]
     problems += [Problem(r.path, "grey", f.grey) for r, f in good if f.grey and not f.blank]
     problems += [Problem(r.path, "mask", text) for r, f in good for text in f.masks]
     problems += _duplicates(good)
@@ -154,6 +154,8 @@ def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]
     least, most = np.inf, -np.inf
     for top in range(0, height, _ROWS):
         strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
+        if not np.isfinite(strip).all():
+            raise DataError("holds pixels that are no numbers (NaN or infinite); save it without them")
         plain.update(np.ascontiguousarray(strip).data)
         mirrored.update(np.ascontiguousarray(strip[:, :, ::-1]).data)
         columns += strip.sum((0, 1), dtype=np.float64)
@@ -166,7 +168,7 @@ def _reason(error: DataError, path: Path) -> str:
 
 
 def _size(fact: _Facts) -> str:
-    return f"{fact.info.rows} x {fact.info.columns}" if fact.info else ""
+    return f"{fact.info.rows} x {fact.info.columns} " if fact.info else ""
 
 
 def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from ..datasets.masks import Classes
 from ..datasets.tables.cells import Rows, is_number
 from ..errors import DataError
+from ..versions import versions
 from .bootstrap import Array, Resamples
 from .read import read_rows_of
 from .report import format_value, no_interval
@@ -119,7 +119,7 @@ def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[s
         "quartiles": {name: _quartiles(values[there[:, n], n]) for n, name in enumerate(names)},
         "resamples": resamples,
         "seed": seed,
-        "versions": {name: version(name) for name in ("gigamorph", "numpy")},
+        "versions": versions("gigamorph", "numpy"),
     }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from ..errors import DataError
+from ..versions import versions
 from . import froc, odds
 from .bootstrap import Resamples
 from .cases import LEVELS, Cases, Level
@@ -88,7 +88,7 @@ def evaluate(
     if marked is not None:
         options = {"rates": settings.false_marks, "iou": settings.iou}
         found["froc"] = froc.measure(marked, count=settings.resamples, seed=settings.seed, **options)
-    found["versions"] = {name: version(name) for name in ("gigamorph", "numpy", "scipy", "scikit-learn")}
+    found["versions"] = versions("gigamorph", "numpy", "scipy", "scikit-learn")
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..report.figure import open_axes, png
 from ..report.page import Table, write_page
+from ..versions import versions
 from .bootstrap import Resamples
 from .cases import Cases
 from .evaluate import Settings, at_levels
@@ -88,7 +88,7 @@ def evaluate_numbers(images: Cases, settings: Settings | None = None) -> dict[st
         resamples = Resamples(labelled.clusters, settings.resamples, settings.seed)
         outputs = {name: _measure(labelled, column, resamples) for column, name in enumerate(images.outputs)}
         found["levels"][level] = {"rows": len(labelled), **labelled.counted_patients(), "outputs": outputs}
-    found["versions"] = {name: version(name) for name in ("gigamorph", "numpy", "scipy")}
+    found["versions"] = versions("gigamorph", "numpy", "scipy")
     return found
 
 

@@ -196,6 +196,22 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
     return boxes, without
 
 
+def table_in(path: Path) -> Path:
+    """A table of predictions, or that of a folder of `gigamorph predict` or of a cross-validation.
+
+    Raises:
+        DataError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("predictions.csv", "out_of_fold.csv", "val.csv"):
+        if (path / name).is_file():
+            return path / name
+    run = path / "best.ckpt"
+    hint = f"; make them: gigamorph predict {run} TABLE --out FOLDER" if run.exists() else ""
+    raise DataError(f"{path}: holds no predictions.csv{hint}")
+
+
 def _read(path: Path) -> Rows:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -241,6 +257,8 @@ def _join(rows: Rows, table: Path) -> None:
 
 def _choose_split(rows: Rows, split: str | None) -> None:
     """Keep the rows of the split; `DataError` for a patient in two, and for several splits at once."""
+    if not rows.rows:
+        raise DataError(f"{rows.path}: holds no predictions")
     if "split" not in rows.header:
         if split not in (None, "all"):
             raise DataError(f"{rows.path}: has no column split; leave --split out, or give the table with --table")

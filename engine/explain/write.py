@@ -29,7 +29,7 @@ from ..predict.delivery import Document
 from ..predict.index import Index
 from ..predict.job import Job, Result, Start, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, naming, open_one, renamed
+from ..predict.predictor import Classifier, Opener, check_numbers, naming, open_one, renamed
 from ..predict.rows import Row, Work
 from ..predict.runner import run
 from ..predict.tables import prediction_of
@@ -199,6 +199,7 @@ class Explaining:
         output = None if options.label is None else classes.index(options.label)
         with naming(image):
             found, logits, which = METHODS[options.method](self.net, source, output)
+        check_numbers(logits, image)
         outputs = outputs_of(self.net)
         log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
         said = caption(classes[which], log_odds, outputs is not None and outputs.numbers)

@@ -10,7 +10,6 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 from pydicom.valuerep import DA
 
 from ..errors import DataError
+from ..versions import OWN
 from .dicomweb import Instance, is_dicomweb
 
 MAKER = "gigamorph"
@@ -98,7 +98,7 @@ def segmentation(
             instance_number=1,
             manufacturer=MAKER,
             manufacturer_model_name=MAKER,
-            software_versions=version("gigamorph"),
+            software_versions=OWN,
             device_serial_number="0",
             content_description=content,
             transfer_syntax_uid=RLELossless if fractional else ExplicitVRLittleEndian,
@@ -117,7 +117,7 @@ def segment(number: int, label: str, category: Code, kind: Code) -> Any:
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=MAKER, version=version("gigamorph"), family=codes.cid7162.ArtificialIntelligence
+            name=MAKER, version=OWN, family=codes.cid7162.ArtificialIntelligence
         ),
     )
 

@@ -276,7 +276,9 @@ class ImageSource:
             grey.div_(self.full)
         if self.shape[0] == 1 and len(grey) == 3:
             if not (torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])):
-                raise DataError(f"{self.name}: is a colour image, but the model takes grey; convert it to grey first")
+                raise DataError(
+                    f"{self.name}: is a colour image, but the model takes grey; convert it, or take three channels"
+                )
             grey = grey[:1]
         if self.shape[0] == 3 and len(grey) == 1:
             grey = grey.repeat(3, 1, 1)

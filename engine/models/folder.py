@@ -147,6 +147,9 @@ def read_description(folder: str | Path) -> Description:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
+        run = Path(folder) / "best.ckpt"
+        if run.is_file():
+            raise DataError(f"{folder}: is the folder of a run; name its checkpoint, {run}") from error
         raise DataError(f"{folder}: has no {DESCRIPTION}; make such a folder with gigamorph import") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; import it again") from error
@@ -180,6 +183,13 @@ def check_weights(folder: str | Path, description: Description) -> Path:
 
 
 def digest_of(path: str | Path) -> str:
-    """SHA-256 of a checkpoint, or of the description of a folder, which has those of all its weights."""
+    """SHA-256 of a checkpoint, or of the description of a folder, which has those of all its weights.
+
+    Raises:
+        DataError: as `read_description`.
+    """
     path = Path(path)
-    return sha256(path / DESCRIPTION if path.is_dir() else path)
+    if not path.is_dir():
+        return sha256(path)
+    read_description(path)
+    return sha256(path / DESCRIPTION)

@@ -225,5 +225,7 @@ def sha256(path: str | Path) -> str:
 
 def first_line(error: BaseException) -> str:
     """An error in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # whose own text advises to run the code in the file
+        return "no file of torch, or one that holds more than tensors"
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

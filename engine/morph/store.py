@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import MorphError
+from ..models.weights import first_line
 
 # Names of dtypes in the safetensors format.
 _DTYPES = {
@@ -171,7 +172,7 @@ def read_torch(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise MorphError(f"{path}: no such file") from error
     except Exception as error:  # zip, pickle and torch have their own errors for a damaged file
-        raise MorphError(f"{path}: not a readable weights file: {_first_line(error)}") from error
+        raise MorphError(f"{path}: not a readable weights file: {first_line(error)}") from error
 
 
 def write_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

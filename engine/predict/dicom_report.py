@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
@@ -14,6 +13,7 @@ from ..errors import DataError
 from ..images.dicom_results import MAKER, made_of, own_code, source_header
 from ..images.dicomweb import is_dicomweb, place_of
 from ..images.header import read_info
+from ..versions import OWN
 from .rows import Row
 
 
@@ -61,7 +61,7 @@ def report(said: Sequence[Said], uid: str, checkpoint: str, model: str) -> Datas
     headers = [source_header(one.row.place, "so that its result cannot be stored") for one in said]
     with made_of(said[0].row.name, "a structured report"):
         algorithm = sr.AlgorithmIdentification(
-            name=f"{MAKER} {checkpoint}"[:64], version=version("gigamorph"), parameters=[f"model SHA-256 {model}"]
+            name=f"{MAKER} {checkpoint}"[:64], version=OWN, parameters=[f"model SHA-256 {model}"]
         )
         groups = [
             sr.MeasurementsAndQualitativeEvaluations(

@@ -14,7 +14,7 @@ import torch
 
 from ..accelerate import Accelerated
 from ..datasets.tables import Record
-from ..errors import BudgetError
+from ..errors import BudgetError, DataError
 from ..evaluate.recalibration import Calibration
 from ..images.pixels import as_stored
 from ..models.outputs import outputs_of
@@ -122,6 +122,7 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         else:
             with torch.no_grad():
                 explained, logits, which = None, net(source)[0], 0
+    check_numbers(logits, work.row.name)
     outputs = outputs_of(net)
     found = prediction(item, logits, outputs)
     record = work.row.record
@@ -169,6 +170,19 @@ def naming(image: str) -> Iterator[None]:
         raise BudgetError(
             f"{image}: the device ran out of memory ({str(error).splitlines()[0]}); give a --memory-budget"
         ) from error
+
+
+def check_numbers(logits: torch.Tensor, image: str) -> None:
+    """Of an image whose pixels are NaN, or that overflows, nothing is known; it must not spoil the tables.
+
+    Raises:
+        DataError: that names it.
+    """
+    if not logits.isfinite().all():
+        raise DataError(
+            f"{image}: the network gives no number ({', '.join(map(str, logits.tolist()))}); look at its pixels: "
+            "gigamorph data preview"
+        )
 
 
 def renamed(patient: str, secret: bytes | None) -> str:

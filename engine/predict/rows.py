@@ -94,9 +94,7 @@ def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Pa
             found = True
             yield Row(Record(path, -1, _printed(str(path)), patient_known=False))
         if not found:
-            raise DataError(
-                f"{source}: holds no images; expected rows below the header, or a sub-folder of images per class"
-            )
+            raise DataError(f"{source}: holds no images, nor do its sub-folders")
     else:
         yield Row(Record(Path(source), -1, _printed(str(source))))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import torch
 from ..errors import DataError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
+from ..models.weights import first_line
+from ..versions import versions as versions_of
 
 make_torchvision_importable()
 
@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has many errors for a damaged file
-        raise DataError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
     return checkpoint
@@ -51,8 +51,5 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of what the result of a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    packages = ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn")
+    return {"python": platform.python_version(), **versions_of(*packages)}

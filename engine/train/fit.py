@@ -109,8 +109,10 @@ def fit(
     record = _begun(make_record(data, options, group), data, options, last if resume else None)
     started = time.monotonic()
     net = _network(record, data, options, None if resume else options.weights, group)
-    if options.patience is not None and not len(data.val):
-        log.warning("patience has no effect: there are no validation images, and all epochs are trained")
+    if not len(data.val):
+        log.warning("there are no validation images: the last epoch is kept")
+        if options.patience is not None:
+            log.warning("patience has no effect: there are no validation images, and all epochs are trained")
     if watch.say is not None:
         for line in proposal(net, data, options):
             watch.say(line)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
     to the test stay there in all runs; its other splits are drawn anew.
 
     Raises:
-        DataError: there are fewer patients than folds.
+        DataError: there are fewer patients, or images of each class, than folds.
     """
     order = sorted(range(len(records)), key=lambda i: (str(records[i].path), records[i].frame or 0))
     drawn = [i for i in order if records[i].split != "test"]
@@ -38,9 +40,14 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
     labels = [records[i].label for i in drawn]
     kind = StratifiedGroupKFold if len(set(labels)) > 1 else GroupKFold
     fold_of: dict[int, int] = {}
-    for number, (_, held) in enumerate(
-        kind(count, shuffle=True, random_state=seed).split(np.zeros(len(drawn)), labels, patients)
-    ):
+    splitter = kind(count, shuffle=True, random_state=seed)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a class has fewer images than folds
+            shares = list(splitter.split(np.zeros(len(drawn)), labels, patients))
+    except ValueError as error:
+        most = max(Counter(labels).values())
+        raise DataError(f"{count} folds cannot be made: no class has more than {most} images; take fewer") from error
+    for number, (_, held) in enumerate(shares):
         fold_of.update((drawn[i], number) for i in held)
     return [
         [

@@ -58,8 +58,19 @@ class Batches:
         batches = range(state.batch, self.total)
         done = min(state.batch * size, len(order))
         self._task.meter.start(self._stage.name, len(order), state.within, self._stage.epochs, done, training=True)
-        for number in self._task.group.share(batches):
-            yield [examples[i] for i in order[number * size : (number + 1) * size]]
+        own = iter([order[number * size : (number + 1) * size] for number in self._task.group.share(batches)])
+        coming = self._announced(examples, next(own, None))
+        while (batch := coming) is not None:
+            coming = self._announced(examples, next(own, None))
+            yield batch
+
+    def _announced(self, examples: Sequence[Any], numbers: list[int] | None) -> list[Any] | None:
+        """A batch of which the task knows while it computes the one before."""
+        if numbers is None:
+            return None
+        batch = [examples[i] for i in numbers]
+        self._task.ahead(batch)
+        return batch
 
 
 class StageModule(pl.LightningModule):

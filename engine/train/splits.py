@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..datasets.splits import assign_splits
 from ..datasets.tables import SPLITS, Record
 from ..errors import DataError
+from .folds import draw_folds
+
+_FOLDS = 10  # of larger cross-validations it is not known
 
 
 def hash_of(parts: Mapping[str, Sequence[Record]]) -> str:
@@ -28,11 +32,22 @@ def with_splits(records: Sequence[Record], trained: Mapping[str, Any]) -> list[R
     Args:
         trained: what a checkpoint says of its network.
     """
-    try:
-        drawn = assign_splits(records, seed=trained["options"]["seed"])
-        parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
-        if hash_of(parts) == trained["split"]["sha256"]:
-            return drawn
-    except (DataError, KeyError):  # other images; a recipe's checkpoint, which keeps no hash
-        pass
+    with contextlib.suppress(DataError, KeyError):  # other images; a recipe's checkpoint, which keeps no hash
+        own, seed = trained["split"], trained["options"]["seed"]
+        if len(records) != sum(own.get(name, 0) for name in SPLITS):
+            return list(records)
+        for drawn in _draws(records, seed):
+            parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
+            # Counts first, for the hash of a large table takes long.
+            if all(len(part) == own.get(name, len(part)) for name, part in parts.items()) and (
+                hash_of(parts) == own["sha256"]
+            ):
+                return drawn
     return list(records)
+
+
+def _draws(records: Sequence[Record], seed: int) -> Iterator[list[Record]]:
+    """The split of a run by itself, and those of cross-validations."""
+    yield assign_splits(records, seed=seed)
+    for count in range(2, _FOLDS + 1):
+        yield from draw_folds(records, count, seed)

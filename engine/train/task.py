@@ -59,6 +59,9 @@ class Task:
         """The numbers of an epoch's examples, (count,), in the order in which they are taken."""
         return generator.permutation(count)
 
+    def ahead(self, batch: Sequence[Any]) -> None:
+        """The next batch but one of which `loss` will be asked: it may be read while that before it is computed."""
+
     def loss(self, batch: Sequence[Any]) -> Tensor:
         """The mean loss of a batch, a scalar."""
         raise NotImplementedError

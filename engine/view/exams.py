@@ -16,13 +16,12 @@ from ..datasets.tables.cells import Rows, read_rows
 from ..datasets.views import MirroredSource
 from ..errors import DataError
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
-from ..evaluate.read import LABEL, PROBABILITY, VALUE
+from ..evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ..images.affine import Map
 from ..images.pixels import PixelSource, as_stored, to_original
 
 _SIDES = {"R": 0, "L": 1}
 _VIEWS = {"CC": 0, "MLO": 1}
-_TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     Raises:
         DataError: if there are no predictions, or a table is wrong.
     """
-    path = _table_in(Path(source))
+    path = table_in(Path(source))
     rows = read_rows(path)
     rows.require("image_path")
     known = {} if table is None else {record.path.absolute(): record for record in _records(Path(table))}
@@ -155,22 +154,10 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
         exams.setdefault(key, []).append(view)
     if not exams:
         raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
+    if known and not any(view.record.path.absolute() in known for views in exams.values() for view in views):
+        raise DataError(f"{table}: names none of the images of {path}; give the table that was predicted from")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
-
-
-def _table_in(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in _TABLES:
-        if (path / name).is_file():
-            return path / name
-    hint = (
-        f"; make them: gigamorph predict {path / 'best.ckpt'} TABLE --out FOLDER"
-        if (path / "best.ckpt").exists()
-        else ""
-    )
-    raise DataError(f"{path}: holds no predictions.csv{hint}")
 
 
 def _records(table: Path) -> Sequence[Record]:

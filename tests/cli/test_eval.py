@@ -189,12 +189,17 @@ def test_overwriting_and_json(files, tmp_path, capsys):
     (tmp_path / "o").mkdir()
     assert run(*given) == 0
     (tmp_path / "o" / "own.txt").write_text("kept")
+    (tmp_path / "o" / "own.png").write_bytes(b"a picture of the user's own")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()}
     assert run(*given) == 2
     assert "or give --overwrite" in capsys.readouterr().err
+    assert run(*given, "--overwrite", "--score", "nope") == 2  # what failed has replaced nothing
+    assert {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()} == before
+    capsys.readouterr()
     assert run(*given, "--overwrite", "--json") == 0
     told = capsys.readouterr().out
     assert told == (tmp_path / "o" / "metrics.json").read_text() and json.loads(told)["levels"].keys() == {"image"}
-    assert (tmp_path / "o" / "own.txt").exists()
+    assert (tmp_path / "o" / "own.txt").exists() and (tmp_path / "o" / "own.png").exists()
 
 
 def test_numbers(tmp_path, capsys):
@@ -219,3 +224,23 @@ def test_numbers(tmp_path, capsys):
     assert "Lin" in page and "Spearman" in page
     assert run("eval", path, "--threshold", "0.5", "--out", tmp_path / "t") == 2
     assert "not of numbers" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_what_strangers_give(files, tmp_path, capsys):
+    """A table without rows, a folder of predictions, an image that is there twice."""
+    head = "image_path,label,patient_id,split,log_odds_1\n"
+    (tmp_path / "empty.csv").write_text(head)
+    assert run("eval", tmp_path / "empty.csv", "--out", tmp_path / "none") == 2
+    assert "empty.csv: holds no predictions" in capsys.readouterr().err
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    assert run("eval", folder, "--out", tmp_path / "none") == 2
+    assert "predictions: holds no predictions.csv" in capsys.readouterr().err
+    lines = [f"{n}.dcm,{n % 2},p{n},test,{n % 3}\n" for n in range(8)]
+    (folder / "predictions.csv").write_text(head + "".join(lines))
+    assert run("eval", folder, "--resamples", "20", "--out", tmp_path / "whole") == 0
+    out, err = capsys.readouterr()
+    assert "8 images" in out and "twice" not in err
+    (folder / "predictions.csv").write_text(head + "".join([*lines, lines[2]]))
+    assert run("eval", folder, "--resamples", "20", "--out", tmp_path / "twice") == 0
+    assert "warning: 1 of 9 rows are of an image that is there before (2.dcm)" in capsys.readouterr().err

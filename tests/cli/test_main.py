@@ -1,4 +1,6 @@
 import contextlib
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -6,7 +8,9 @@ import sys
 import pytest
 from commands import run
 
+import gigamorph
 from gigamorph.cli.main import _COMMANDS, cli, main
+from gigamorph.engine.train.checkpoint import versions
 
 
 @pytest.mark.parametrize("command", sorted(_COMMANDS))
@@ -85,3 +89,22 @@ def test_a_shell_completes_commands_and_their_options(monkeypatch, capsys):
 
     assert {"plan", "predict"} <= completed("gigamorph p")
     assert completed("gigamorph train --sk") == {"--skip-bad"}
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch, tmp_path, capsys):
+    found = importlib.metadata.Distribution.from_name
+
+    def without_us(name):
+        if name == "gigamorph":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", without_us)
+    assert run("--version") == 0
+    assert gigamorph.__version__ in capsys.readouterr().out
+    table = "image_path,label,patient_id,split,log_odds_1\n"
+    table += "".join(f"{n}.dcm,{n % 2},p{n},test,{n % 3}\n" for n in range(8))
+    (tmp_path / "predictions.csv").write_text(table)
+    assert run("eval", tmp_path / "predictions.csv", "--resamples", "20", "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["versions"]["gigamorph"] == gigamorph.__version__
+    assert versions()["gigamorph"] == gigamorph.__version__

@@ -134,3 +134,12 @@ def test_what_cannot_be(phantoms, tmp_path, capsys):
     assert run(*command, "--accumulate", "3", "--devices", "2") == 2
     error = capsys.readouterr().err
     assert "3 images per optimizer step cannot be dealt to 2 processes" in error and error.count("\n") == 1
+
+
+def test_more_processes_than_the_memory_has_room_for(phantoms, tmp_path, monkeypatch, capsys):
+    """Ninety-nine of them kept a machine busy for minutes before anything was said."""
+    monkeypatch.setattr("gigamorph.engine.tiling.memory.available_bytes", lambda: 8 * 2**30)
+    assert run("train", phantoms, "--devices", "99", "--out", tmp_path / "run") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--devices 99: so many processes take 29.0 GiB before any work, and 8.00 GiB are free" in told
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -417,3 +418,69 @@ def test_real_mammograms_train_two_steps_and_predict_at_native_resolution(real_d
 
     with Image.open(tmp_path / "out" / "heatmaps" / "mg_ge_jpeg_lossless.png") as picture:
         assert picture.size == (2394, 3062)
+
+
+# -- what strangers do ------------------------------------------------------------------------------------------------
+
+
+def one_line(capsys):
+    """The error of the last command, without the word."""
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("error: ") and len([line for line in told if not line.startswith("warning: ")]) == 1
+    return told[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_the_folder_of_a_run_is_no_network_but_holds_one(command, trained, phantoms, tmp_path, capsys):
+    assert run(command, trained, phantoms, "--out", tmp_path / "out") == 2
+    assert f"name its checkpoint, {trained / 'best.ckpt'}" in one_line(capsys)
+    (tmp_path / "other").mkdir()
+    assert run(command, tmp_path / "other", phantoms, "--out", tmp_path / "out") == 2
+    assert "gigamorph import" in one_line(capsys) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_pixels_that_are_no_numbers_cost_their_image_alone(command, trained, phantoms, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.full((160, 128), np.nan, np.float32))
+    images = [tmp_path / "a.npy", phantoms.parent / "images"]
+    assert run(command, trained / "best.ckpt", *images, "--out", tmp_path / "one") == 2
+    assert "a.npy: the network gives no number" in one_line(capsys)
+    assert run(command, trained / "best.ckpt", *images, "--skip-bad", "--out", tmp_path / "all") == 0
+    assert "16 images" in capsys.readouterr().out
+    assert [row["image_path"] for row in rows(tmp_path / "all" / "quarantine.csv")] == [str(tmp_path / "a.npy")]
+    assert not list((tmp_path / "all").rglob("a.png"))
+
+
+def test_a_text_is_neither_checkpoint_nor_weights(trained, phantoms, tmp_path, capsys):
+    assert run("predict", trained / "config.toml", phantoms, "--out", tmp_path / "out") == 2
+    told = one_line(capsys)
+    assert "config.toml: not a readable checkpoint" in told and "weights_only" not in told
+    assert run("train", phantoms, "--weights", phantoms, "--out", tmp_path / "run", *FAST) == 2
+    told = one_line(capsys)
+    assert "phantoms.csv: not a readable weights file" in told and "weights_only" not in told
+
+
+def test_a_folder_of_images_is_told_how_it_becomes_a_table(phantoms, tmp_path, capsys):
+    assert run("train", phantoms.parent / "images", "--out", tmp_path / "run", *FAST) == 2
+    told = one_line(capsys)
+    assert "holds no images in a sub-folder per class" in told and "gigamorph data index" in told
+
+
+def test_a_colour_image_is_told_of_channels(trained, tmp_path, capsys):
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    assert run("predict", trained / "best.ckpt", tmp_path / "c.npy", "--out", tmp_path / "out") == 2
+    assert "three channels" in one_line(capsys)
+
+
+def test_a_cell_without_a_label_is_told_what_to_do(phantoms, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    table.write_text("image_path,label,patient_id\na.dcm,,p\n")
+    assert run("train", table, "--out", tmp_path / "run", *FAST) == 2
+    assert "line 2: label is empty; fill it in, or leave the row out" in one_line(capsys)
+
+
+def test_a_run_without_validation_says_so(phantoms, tmp_path, caplog):
+    table = phantoms.parent / "train_only.csv"
+    table.write_text(re.sub(r",(val|test),", ",train,", phantoms.read_text()))
+    assert run("train", table, "--out", tmp_path / "run", *FAST) == 0
+    assert "no validation images: the last epoch is kept" in caplog.text

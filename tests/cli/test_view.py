@@ -3,6 +3,10 @@
 import csv
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.error import HTTPError
@@ -143,3 +147,20 @@ def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_the_command_serves_until_ctrl_c(predicted, tmp_path):
+    """A process of its own, as at a shell: it says where the page is, and ends with nothing but that said."""
+    command = [sys.executable, "-m", "gigamorph", "view", predicted / "predictions", "--no-browser", "--out", tmp_path]
+    process = subprocess.Popen([str(w) for w in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        told = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+/", told)[0]
+        assert told.startswith("3 exams, 12 images; ") and "Ctrl-C ends it" in told
+        for place, begin in (("", b"<!doctype html>"), ("data.js", b"const DATA"), ("tiles/0/0/0_0.png", b"\x89PNG")):
+            with urlopen(address + place, timeout=60) as answer:
+                assert answer.read().startswith(begin)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
+    finally:
+        process.kill()

@@ -65,7 +65,12 @@ def read_table(
     else:
         raise DataError(f"{path}: no such file or folder")
     if not rows:
-        raise DataError(f"{path}: holds no images; expected rows below the header, or a sub-folder of images per class")
+        if path.is_dir():
+            raise DataError(
+                f"{path}: holds no images in a sub-folder per class; gigamorph data index makes a table of a folder, "
+                "to which you add the column label"
+            )
+        raise DataError(f"{path}: holds no images: there are no rows below the header")
     names = _class_names([row["label"] for _, row in rows if row["label"]], classes, path) if labels else []
     numbers = {name: number for number, name in enumerate(names)}
     records = []
@@ -140,7 +145,7 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
     for place, row in zip(table.places, rows, strict=True):
         for name in needed:
             if not row[name]:
-                raise DataError(f"{path}, {place}: {name} is empty")
+                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or leave the row out")
         if labels:
             row["label"] = whole(row["label"] if label is None else row[LABEL_PREFIX + label])
     return list(zip(table.places, rows, strict=True))

@@ -36,7 +36,7 @@ def stream_table(path: Path, classes: Sequence[str] | None) -> Iterator[tuple[st
         row = dict(zip(header, cells.values(), strict=True))
         for name in needed:
             if not row[name]:
-                raise DataError(f"{path}, {place}: {name} is empty")
+                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or leave the row out")
         label = -1
         if classes is not None:
             name = whole(row["label"])

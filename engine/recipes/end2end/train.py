@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,22 @@ class PatchTask(Task):
     def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
         self.module, self.train, self.val, self.batch = module, train, val, batch
         self.readers = ThreadPoolExecutor(available_cpus(), "gigamorph-patches")
+        self._coming: dict[tuple[int, ...], list[Future[tuple[Tensor, int]]]] = {}
 
     def examples(self, epoch: int) -> Sequence[int]:
         self.train.epoch = epoch
+        self._coming.clear()  # of an epoch that was interrupted
         return range(len(self.train))
 
+    def ahead(self, batch: Sequence[int]) -> None:
+        self._coming[tuple(batch)] = [self.readers.submit(self.train.__getitem__, number) for number in batch]
+
     def loss(self, batch: Sequence[int]) -> Tensor:
-        logits, labels = self._logits(self.train, batch)
+        coming = self._coming.pop(tuple(batch), None)
+        if coming is None:
+            logits, labels = self._logits(self.train, batch)
+        else:
+            logits, labels = self._of([one.result() for one in coming])
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
     def score(self) -> Score | None:
@@ -71,8 +80,10 @@ class PatchTask(Task):
         return Score(right / len(self.val), stop=-loss / len(self.val))
 
     def _logits(self, patches: Patches, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self._of(list(self.readers.map(patches.__getitem__, numbers)))
+
+    def _of(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
-        batch = list(self.readers.map(patches.__getitem__, numbers))
         x = torch.stack([pixels for pixels, _ in batch])
         self.meter.image(len(x) * x.shape[-2] * x.shape[-1])
         return self.module(x.to(device)), torch.tensor([label for _, label in batch], device=device)

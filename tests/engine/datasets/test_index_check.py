@@ -310,3 +310,14 @@ def test_masks_are_looked_at(tmp_path: Path) -> None:
     assert [text in problem.message for text, problem in zip(list(masks.values())[1:], found, strict=True)] == [
         True
     ] * 4
+
+
+def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
+    pixels = np.ones((40, 30), np.float32)
+    pixels[0, 1] = np.nan
+    np.save(tmp_path / "nan.npy", pixels)
+    [found] = check_images([Record(tmp_path / "nan.npy", 0, "p")])
+    assert found.kind == "unreadable" and found.message.startswith("holds pixels that are no numbers")
+    np.save(tmp_path / "blank.npy", np.ones((40, 30), np.uint8))
+    [found] = check_images([Record(tmp_path / "blank.npy", 0, "p")])
+    assert found.message == "all pixels are equal"

@@ -3,8 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import SPLITS, Record
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.train.folds import draw_folds
 from gigamorph.engine.train.splits import hash_of, with_splits
 
 RECORDS = [Record(Path(f"/a/{n // 2}/{n}.dcm"), n // 2 % 2, f"p{n // 2}") for n in range(60)]
@@ -32,3 +36,21 @@ def test_of_other_images_it_is_what_their_table_says():
     mixed = [*given, RECORDS[5]]
     assert with_splits(mixed, trained(3)) == mixed
     assert with_splits(given, {"recipe": "morphhr"}) == given
+
+
+def test_the_splits_of_a_fold_are_its_own():
+    """Not those of the table, by which images that it learnt from would count as its validation."""
+    table = [
+        replace(record, split="test" if n < 6 else "val" if n < 12 else "train") for n, record in enumerate(RECORDS)
+    ]
+    for drawn in draw_folds(table, 3, 5):
+        parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
+        told = {"sha256": hash_of(parts), **{name: len(part) for name, part in parts.items()}}
+        found = with_splits(table, {"options": {"seed": 5}, "split": told})
+        assert [record.split for record in found] == [record.split for record in drawn]
+
+
+def test_folds_of_classes_with_too_few_images_are_one_line():
+    few = [Record(Path(f"/a/{n}.dcm"), n % 2, f"p{n}") for n in range(4)]
+    with pytest.raises(DataError, match="3 folds cannot be made: no class has more than 2 images"):
+        draw_folds(few, 3, 0)

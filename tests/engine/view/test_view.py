@@ -81,3 +81,16 @@ def test_exams_of_a_table_the_worst_first(tmp_path):
         read_exams(tmp_path, split="train")
     with pytest.raises(DataError, match=r"holds no predictions\.csv$"):
         read_exams(tmp_path.parent)
+
+
+def test_a_table_of_other_images_is_refused(tmp_path):
+    """Without a word there would be no findings, as if there were none to find."""
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((40, 30), np.uint8))
+    (tmp_path / "predictions.csv").write_text("image_path,patient_id,label,p_0,p_1\na.npy,P1,1,0.4,0.6\n")
+    table = tmp_path / "table.csv"
+    table.write_text("image_path,label,patient_id\nb.npy,0,P2\n")
+    with pytest.raises(DataError, match=r"table\.csv: names none of the images of .*predictions\.csv"):
+        read_exams(tmp_path, table=table)
+    table.write_text("image_path,label,patient_id\na.npy,1,P1\nb.npy,0,P2\n")
+    assert len(read_exams(tmp_path, table=table)) == 1

@@ -1,0 +1,20 @@
+"""The versions of what a result depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+# The door's, which is loaded before any room. What is installed may be other code than a checkout on Python's path, or
+# nothing at all.
+OWN: str = sys.modules[__name__.partition(".")[0]].__version__
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Those of the packages that are installed; of gigamorph that of the code which runs."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = OWN if name == "gigamorph" else version(name)
+    return found
