@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import types
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -132,16 +133,26 @@ def class_attributes(kind: type) -> Holder:
     return Holder(kind, f"the class {kind.__name__}", lambda: dict(own), write, fast=own)
 
 
-def array(thing: np.ndarray, name: str, parent: tuple[Holder, Any] | None) -> Holder:
-    latest = [thing.tobytes()]
+def numbers(thing: np.ndarray | array | bytearray, name: str, parent: tuple[Holder, Any] | None) -> Holder:
+    """Those of a numpy array or of one of Python's own; no view of its memory is kept, or it could not grow."""
+
+    def now() -> bytes:
+        return bytes(thing) if isinstance(thing, bytearray) else thing.tobytes()
+
+    latest = [now()]
 
     def read() -> dict[Any, Any]:  # the same object as long as the numbers are the same
-        now = thing.tobytes()
-        latest[0] = latest[0] if now == latest[0] else now
+        found = now()
+        latest[0] = latest[0] if found == latest[0] else found
         return {"numbers": latest[0]}
 
     def write(contents: dict[Any, Any]) -> None:
-        thing[...] = np.frombuffer(contents["numbers"], thing.dtype).reshape(thing.shape)
+        if isinstance(thing, np.ndarray):
+            thing[...] = np.frombuffer(contents["numbers"], thing.dtype).reshape(thing.shape)
+        elif isinstance(thing, bytearray):
+            thing[:] = contents["numbers"]
+        else:
+            thing[:] = array(thing.typecode, contents["numbers"])
 
     return Holder(thing, name, read, write, parent)
 

@@ -17,6 +17,7 @@ import random
 import sys
 import types
 import weakref
+from array import array
 from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -49,7 +50,7 @@ _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet
 _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, *_WEAK)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _ENVIRONMENT = frozenset({"environ", "getenv"})
-_ARRAY_BYTES = 2**20  # of a numpy array whose numbers are compared at each call
+_ARRAY_BYTES = 2**20  # of an array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
 
 
@@ -148,7 +149,10 @@ class _Walk:
             self.later(wrapped, name)
         elif isinstance(thing, np.ndarray):
             if thing.nbytes <= _ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
-                self._contents(holders.array(thing, name, parent))
+                self._contents(holders.numbers(thing, name, parent))
+        elif isinstance(thing, (array, bytearray)):
+            if len(memoryview(thing).cast("B")) <= _ARRAY_BYTES:
+                self._contents(holders.numbers(thing, name, parent))
         elif isinstance(thing, _GENERATORS):
             if not isinstance(thing, random.SystemRandom):  # that has no state: see `process.py`
                 self.found.generators.append(thing)

@@ -5,6 +5,7 @@ the first call alone.
 """
 
 import argparse
+import array
 import collections
 import contextvars
 import copy
@@ -76,6 +77,7 @@ class Trainer:
 
 TRAINER = Trainer()
 COUNTS, COUNTER = np.zeros(2), collections.Counter()
+PYTHONS_OWN, BYTES = array.array("d", [1.0]), bytearray()
 
 
 class Network(nn.Module):
@@ -143,6 +145,10 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         lambda net, v: setattr(net.data, "temperature", v),
     ),
     "an array": (lambda net, x: x * float(net.array[0]), lambda net, v: net.array.fill(v)),
+    "an array of Python's": (
+        lambda net, x: x * PYTHONS_OWN[0],
+        lambda net, v: PYTHONS_OWN.__setitem__(0, v),
+    ),
     "the array of a tensor": (
         lambda net, x: x * float(net.steps.numpy()[0]) + float(np.asarray(net.steps)[1]),
         lambda net, v: net.steps.fill_(v),
@@ -218,12 +224,18 @@ def of_a_counter(net: Any, x: Tensor) -> Tensor:
     return x * COUNTER["calls"]
 
 
+def of_bytes(net: Any, x: Tensor) -> Tensor:
+    BYTES.append(2 + len(BYTES))
+    return x * BYTES[-1]
+
+
 CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
     "a class": (counted(Settings, "calls"), lambda: setattr(Settings, "calls", 0)),
     "its own class": (of_its_class, lambda: setattr(Network, "calls", 0)),
     "an imported file": (counted(settings, "CALLS"), lambda: setattr(settings, "CALLS", 0)),
     "slots": (of_slots, lambda: None),
     "an array": (of_an_array, lambda: COUNTS.fill(0)),
+    "bytes": (of_bytes, BYTES.clear),
     "a Counter": (of_a_counter, COUNTER.clear),
 }
 
