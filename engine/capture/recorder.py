@@ -192,10 +192,7 @@ class Recorder(TorchFunctionMode):
                     f"{self.values.where()} takes a Python value of a random number ('{name}'), so it is another "
                     "program at each call; draw it outside of the forward, and give it as an argument"
                 )
-            raise UnsupportedError(
-                f"{self.values.where()} takes a Python value or a shape from the image or another tensor ('{name}'); "
-                "such data-dependent control flow cannot be recorded; use torch.where, or do it outside of the forward"
-            )
+            raise _data_dependent(self.values.where(), f"'{name}'")
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
         program.reads.append((take, own()))
         return own()
@@ -353,13 +350,21 @@ def _harmless(frame: Any) -> bool:
     return False
 
 
+def _data_dependent(where: str, call: str) -> UnsupportedError:
+    frame: Any = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith("torch/distributions/distribution.py"):
+        frame = frame.f_back
+    own = "use torch.where, or do it outside of the forward"
+    return UnsupportedError(
+        f"{where} takes a Python value or a shape from the image or another tensor ({call}); such data-dependent control "
+        f"flow cannot be recorded; {own if frame is None else 'give the distribution validate_args=False'}"
+    )
+
+
 def as_refusal(error: Exception, where: str) -> Exception:
     """The network's own error as it is; one that only tensors without values raise as a refusal."""
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-        return UnsupportedError(
-            f"{where} takes a Python value or a shape from the image or another tensor ({error.func}); "
-            "such data-dependent control flow cannot be recorded; use torch.where, or do it outside of the forward"
-        )
+        return _data_dependent(where, str(error.func))
     text = str(error).strip().splitlines()[:1] or [type(error).__name__]
     if isinstance(error, (UnsupportedFakeTensorException, UnsupportedOperatorException)):
         return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch")

@@ -58,8 +58,10 @@ class ImageBatch:
         parameter = next(network.parameters(), torch.empty(0))
         if isinstance(x, Tensor):
             if x.dim() != 4 or not x.is_floating_point():
+                remedy = "" if x.is_floating_point() else "; convert it before the network: x.float()"
                 raise GigamorphError(
                     f"the image batch must be a float tensor (N, C, H, W), not {x.dtype} of shape {tuple(x.shape)}"
+                    + remedy
                 )
             pixels, image, dtype = ImageTensor(x), x, x.dtype
         else:

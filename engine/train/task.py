@@ -60,7 +60,7 @@ class Task:
         return generator.permutation(count)
 
     def ahead(self, batch: Sequence[Any]) -> None:
-        """The next batch but one of which `loss` will be asked: it may be read while that before it is computed."""
+        """A batch of which `loss` will be asked after the one in work: it may be read while that is computed."""
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         """The mean loss of a batch, a scalar."""

@@ -102,6 +102,10 @@ CASES = {
     ),
     "custom autograd.Function": (Call(lambda m, x: Double.apply(x)), r"'odd'.*autograd.Function 'Double'"),
     "data-dependent branch": (Call(branch_on_value), r"'odd'.*data-dependent"),
+    "a distribution that checks its arguments": (
+        Call(lambda m, x: torch.distributions.Normal(x, x.exp()).rsample()),
+        r"'odd'.*data-dependent.*validate_args=False",
+    ),
     "boolean mask": (Call(lambda m, x: x * x[x > 0].mean()), r"'odd'.*data-dependent"),
     "python random": (Call(python_dice), r"random numbers"),
     "numpy random": (Call(numpy_dice), r"random numbers"),
