@@ -356,8 +356,8 @@ def _data_dependent(where: str, call: str) -> UnsupportedError:
         frame = frame.f_back
     own = "use torch.where, or do it outside of the forward"
     return UnsupportedError(
-        f"{where} takes a Python value or a shape from the image or another tensor ({call}); such data-dependent control "
-        f"flow cannot be recorded; {own if frame is None else 'give the distribution validate_args=False'}"
+        f"{where} takes a Python value or a shape from the image or another tensor ({call}); such data-dependent "
+        f"control flow cannot be recorded; {own if frame is None else 'give the distribution validate_args=False'}"
     )
 
 

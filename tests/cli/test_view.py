@@ -151,7 +151,10 @@ def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
 
 def test_the_command_serves_until_ctrl_c(predicted, tmp_path):
     """A process of its own, as at a shell: it says where the page is, and ends with nothing but that said."""
-    command = [sys.executable, "-m", "gigamorph", "view", predicted / "predictions", "--no-browser", "--out", tmp_path]
+    # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from gigamorph.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "view", predicted / "predictions", "--no-browser", "--out", tmp_path]
     process = subprocess.Popen([str(w) for w in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         told = process.stdout.readline()
