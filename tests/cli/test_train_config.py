@@ -3,6 +3,7 @@
 import csv
 import json
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ def options_of(folder):
 def test_the_command_line_and_the_file_have_the_same_defaults(phantoms, capsys):
     assert run("train", "--print-config") == 0
     plain = capsys.readouterr().out
+    assert f"```toml\n{plain.strip()}\n```" in (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     told = tomllib.loads(plain)
     assert told["optimizer"]["lr"] == 1e-3 and "# patience =" in plain and told["data"]["mean"] == 0.0
     every = [p for p in command.params if p.name in told and isinstance(p, click.Option) and not p.multiple]
