@@ -57,7 +57,9 @@ _FEW = 20_000  # holders; a network whose attributes lead to more has a whole pr
 def of_library(thing: Any) -> bool:
     """Whether a function or an object's class belongs to Python or a well-known library."""
     home = getattr(thing if isinstance(thing, (types.FunctionType, type)) else type(thing), "__module__", None)
-    return home is None or home == "builtins" or home.split(".")[0] in _LIBRARIES
+    if not isinstance(home, str):  # compiled; Cython's classes of classes have a descriptor there
+        return True
+    return home == "builtins" or home.split(".")[0] in _LIBRARIES
 
 
 @dataclass

@@ -89,6 +89,18 @@ def test_things_that_raise_at_any_look_are_passed_by() -> None:
     torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
 
 
+def test_a_compiled_class_of_classes_is_passed_by() -> None:
+    """Cython's has a descriptor where others have the name of their file; transformers leads to one."""
+
+    class Compiled(type):
+        pass
+
+    kind = Compiled("kind", (), {"SCALE": 2.0})
+    Compiled.__module__ = property(lambda _kind: __name__)  # pyright: ignore[reportAttributeAccessIssue]
+    net = Published(lambda _net, x: x * kind.SCALE)
+    torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
+
+
 def test_numbers_of_the_systems_entropy_are_refused() -> None:
     net = Published(lambda _net, x: x * library.ENTROPY.random())
     with pytest.raises(UnsupportedError, match="system's entropy"):
