@@ -22,7 +22,8 @@ from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, partial, partialmethod, singledispatchmethod
+from functools import cache, cached_property, partial, partialmethod, singledispatchmethod
+from importlib.metadata import packages_distributions
 from typing import Any
 
 import numpy as np
@@ -97,10 +98,30 @@ def walk(network: nn.Module, extra: Sequence[Any] = ()) -> Found:
         way.later(thing, getattr(thing, "__name__", type(thing).__name__))
     while way.queue and len(way.found.holders) < _FEW:
         way.visit(*way.queue.popleft())
-    for key, name, iterator in way.iterators:
-        if not isinstance(key, str) or way.reach.mentions(key):
+    own = {home for module in network.modules() if (home := _package(module))}
+    for parent, name, iterator in way.iterators:
+        owner, key = (None, None) if parent is None else (parent[0].owner, parent[1])
+        mentioned_there = not isinstance(key, str) or way.reach.mentions(key)
+        if mentioned_there and (_package(owner) in own or not _installed(_package(owner))):
             way.found.iterators[name] = iterator
     return way.found
+
+
+def _package(owner: Any) -> str:
+    """The package of a file, given by its names, of a class, or of an object's class."""
+    if isinstance(owner, dict) and "__name__" in owner:
+        home = owner["__name__"]
+    else:
+        home = getattr(owner if isinstance(owner, type) else type(owner), "__module__", "")
+    return home.split(".")[0] if isinstance(home, str) else ""
+
+
+def _installed(package: str) -> bool:
+    """Whether it is installed: most of what is reached there only has the name of something that a forward calls."""
+    return package in _distributions()
+
+
+_distributions = cache(packages_distributions)
 
 
 class _Walk:
@@ -108,7 +129,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.found, self.reach = Found(), Reach()
-        self.iterators: list[tuple[Any, str, Any]] = []
+        self.iterators: list[tuple[tuple[Holder, Any] | None, str, Any]] = []
         self.queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
 
     def later(self, thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
@@ -159,7 +180,7 @@ class _Walk:
             if not isinstance(thing, random.SystemRandom):  # that has no state: see `process.py`
                 self.found.generators.append(thing)
         elif isinstance(thing, Iterator) and of_library(thing) and not isinstance(thing, io.IOBase):
-            self.iterators.append((None if parent is None else parent[1], name, thing))
+            self.iterators.append((parent, name, thing))
         elif isinstance(thing, Tensor):
             self._contents(holders.attributes(thing, name, None))
         elif isinstance(thing, torch.jit.ScriptFunction):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph import accelerate
+from gigamorph.engine.capture import walk as engine_walk
 from gigamorph.engine.capture.walk import walk
 from gigamorph.engine.errors import UnsupportedError
 
@@ -98,6 +99,18 @@ def test_a_compiled_class_of_classes_is_passed_by() -> None:
     kind = Compiled("kind", (), {"SCALE": 2.0})
     Compiled.__module__ = property(lambda _kind: __name__)  # pyright: ignore[reportAttributeAccessIssue]
     net = Published(lambda _net, x: x * kind.SCALE)
+    torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
+
+
+def test_iterators_of_installed_packages_are_no_networks_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose code is reached by its names alone counts its locks (filelock, from transformers' hub client)."""
+    own = types.ModuleType("a_library_that_is_installed")
+    exec("import itertools\nTOKENS = itertools.count()\ndef fetch(name):\n    return next(TOKENS)", vars(own))
+    monkeypatch.setattr(library, "client", own, raising=False)
+    net = Published(lambda net, x: x if net.kind else library.client.fetch(net.kind))
+    with pytest.raises(UnsupportedError, match="TOKENS"):
+        accelerate(net, tile=8)(IMAGE)
+    monkeypatch.setattr(engine_walk, "_distributions", lambda: {own.__name__: ["of-it"]})
     torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
 
 
