@@ -103,7 +103,7 @@ CASES = {
     "custom autograd.Function": (Call(lambda m, x: Double.apply(x)), r"'odd'.*autograd.Function 'Double'"),
     "data-dependent branch": (Call(branch_on_value), r"'odd'.*data-dependent"),
     "a distribution that checks its arguments": (
-        Call(lambda m, x: torch.distributions.Normal(x, x.exp()).rsample()),
+        Call(lambda m, x: torch.distributions.Normal(x, x.exp(), validate_args=True).rsample()),
         r"'odd'.*data-dependent.*validate_args=False",
     ),
     "boolean mask": (Call(lambda m, x: x * x[x > 0].mean()), r"'odd'.*data-dependent"),
