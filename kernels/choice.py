@@ -39,6 +39,7 @@ TIE = 0.99  # ours must take less than this part of stock's time
 WARM_UPS = 2  # the first call compiles
 ROUNDS = 9
 HEAD_START = 1_000_000  # GPU cycles, about half a millisecond
+MOST_HEAD_START = 64_000_000
 
 log = logging.getLogger("gigamorph")
 
@@ -184,14 +185,23 @@ def measure(candidates: Candidates) -> tuple[Times, dict[str, Exception]]:
 
 
 def elapsed(run: Callable[[], object]) -> float:
-    """Milliseconds of GPU time of one call. The GPU is kept busy first, so that launching is not counted."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(HEAD_START)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    """Milliseconds of GPU time of one call.
+
+    The GPU is kept busy first, so that launching is not counted: if it was done with that before all was launched, the
+    call is made again after a longer wait.
+    """
+    head = HEAD_START
+    while True:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(head)
+        start.record()
+        run()
+        end.record()
+        launched_in_time = not start.query()
+        end.synchronize()
+        if launched_in_time or head >= MOST_HEAD_START:
+            return start.elapsed_time(end)
+        head *= 2
 
 
 def _measure(file: MeasurementFile, op: str, key: Any, candidates: Candidates, work: int) -> bool:

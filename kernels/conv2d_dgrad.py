@@ -56,23 +56,6 @@ def phases(kernel: int, stride: int, before: int, dilation: int) -> list[Phase]:
     return found
 
 
-def turned(weight: Tensor, groups: int, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
-    """The filters of one phase: (C, K / groups, taps, taps) in channels-last memory."""
-    k, depth, _, _ = weight.shape
-    # Taps of a phase descend evenly: slices and one flip, where index lists would cost several kernels.
-    w = weight[:, :, _ascending(rows), _ascending(cols)].flip(2, 3)
-    if groups > 1:
-        w = w.reshape(groups, k // groups, depth, len(rows), len(cols)).transpose(1, 2)
-        w = w.reshape(groups * depth, k // groups, len(rows), len(cols))
-    else:
-        w = w.transpose(0, 1)
-    return w.contiguous(memory_format=torch.channels_last)
-
-
-def _ascending(taps: Sequence[int]) -> slice:
-    return slice(taps[-1], taps[0] + 1, taps[0] - taps[1] if len(taps) > 1 else 1)
-
-
 def dgrad(
     dy: Tensor,
     weight: Tensor,
@@ -102,8 +85,12 @@ def dgrad(
     rows = phases(r, geometry.stride_h, geometry.top, geometry.dilation_h)
     cols = phases(s, geometry.stride_w, geometry.left, geometry.dilation_w)
     if not all(p.taps for p in (*rows, *cols)):  # inputs that no tap reaches
-        rest = torch.zeros_like(dx) if addend is None else addend
-        dx.copy_(rest if mask is None else rest * slope_reference(mask, mask_act))
+        if addend is None:
+            dx.zero_()
+        elif mask is None:
+            dx.copy_(addend)
+        else:
+            launch_act_grad(addend, mask, mask_act, dx)
     for row in rows:
         for col in cols:
             if not row.taps or not col.taps:
@@ -116,7 +103,7 @@ def dgrad(
             assert target is not None
             launch(
                 dy,
-                turned(weight, geometry.groups, row.taps, col.taps),
+                weight,
                 target,
                 ConvGeometry.of(
                     (1, 1), (row.padding, 0, col.padding, 0), (row.dilation, col.dilation), geometry.groups
@@ -125,6 +112,7 @@ def dgrad(
                 residual=window(addend),
                 mask=window(mask),
                 mask_act=mask_act,
+                taps=(row.taps, col.taps),
             )
 
 

@@ -17,6 +17,7 @@ it was rounded: statistics cost no pass over memory of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +26,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate_reference, slope_reference
-from .conv2d_kernels import Product, Steps, conv2d_descriptor_kernel, conv2d_pointer_kernel
+from .conv2d_kernels import Product, Steps, Turn, conv2d_descriptor_kernel, conv2d_pointer_kernel
 from .dtypes import sum_dtype
 from .moments import merge_parts
 from .stream import as_map
-from .tuning import Config, matmul_config
+from .tuning import Config, matmul_config, register_limit
 from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
 
 # Activations whose value and slope need neither exp nor erf.
 CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
+
+Taps = tuple[Sequence[int], Sequence[int]]  # of a filter's rows and columns
+
+
+def turned(weight: Tensor, groups: int, taps: Taps) -> Tensor:
+    """Filters with inputs and outputs exchanged and these taps, which descend evenly, in this order.
+
+    Args:
+        weight: (K, C / groups, R, S).
+
+    Returns:
+        (C, K / groups, taps, taps) in channels-last memory.
+    """
+    k, depth, _, _ = weight.shape
+    rows, cols = taps
+    # Slices and one flip, where index lists would cost several kernels.
+    w = weight[:, :, _ascending(rows), _ascending(cols)].flip(2, 3)
+    if groups > 1:
+        w = w.reshape(groups, k // groups, depth, len(rows), len(cols)).transpose(1, 2)
+        w = w.reshape(groups * depth, k // groups, len(rows), len(cols))
+    else:
+        w = w.transpose(0, 1)
+    return w.contiguous(memory_format=torch.channels_last)
+
+
+def _ascending(taps: Sequence[int]) -> slice:
+    return slice(taps[-1], taps[0] + 1, taps[0] - taps[1] if len(taps) > 1 else 1)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Filters (K, C, R, S) as rows, (K, R x S x C)."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
 def launch(
@@ -50,6 +83,7 @@ def launch(
     mask: Tensor | None = None,
     mask_act: str = "none",
     moments: bool = False,
+    taps: Taps | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Write y, and z if given (what the activation is applied to); see the formula above.
 
@@ -62,15 +96,18 @@ def launch(
         y: (N, K, OH, OW) window to be written.
         scale, shift: (K,).
         residual, z, mask: windows of y's size. `mask_act` says whose slope `mask` gives.
+        taps: w is `weight`, that of another convolution, turned: see `turned`.
     """
-    filters, depth, r, s = weight.shape
+    if taps is not None and (x.dtype.itemsize != 2 or geometry.groups > 1):  # tensor cores take others one way round
+        weight, taps = turned(weight, geometry.groups, taps), None
+    filters, depth, r, s = weight.shape if taps is None else (*weight.shape[1::-1], *map(len, taps))
     images, _, lines, run = y.shape
     pixels = images * lines * run
     if not y.numel():
         none = y.new_zeros(filters, dtype=sum_dtype(y.dtype))
         return (none, none.clone()) if moments else None
     maps = (x, y, residual, z, mask)
-    matrix = weight.permute(0, 2, 3, 1).reshape(filters, r * s * depth)
+    matrix = _matrix(weight)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     if described and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
@@ -87,6 +124,11 @@ def launch(
         not {act, mask_act} <= CHEAP,
         pixels // run,
     )
+    turn = None
+    if taps is not None and config.form == "descriptor":
+        turn = Turn.of(*taps, weight)
+    elif taps is not None:
+        matrix = _matrix(turned(weight, geometry.groups, taps))
     options = {
         "ACT": act,
         "MASK": mask_act,
@@ -94,15 +136,19 @@ def launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
+        # With one more, the assembler's own choice beside a residual, a multiprocessor holds one block instead of two.
+        options |= register_limit(x.device, 128 if residual is not None else None)
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
-    return run_form(_Work(x, matrix, residual, mask, y, z, scale, shift, depth, geometry, config, moments, options))
+    work = _Work(x, matrix, residual, mask, y, z, scale, shift, depth, turn, geometry, config, moments, options)
+    return run_form(work)
 
 
 class _Work(NamedTuple):
     """A convolution as both forms of the kernel take it; `launch` says what its parts are."""
 
     x: Tensor
-    matrix: Tensor  # filters [K, taps x channels]
+    matrix: Tensor  # filters [K, taps x channels], or what they are turned out of
     residual: Tensor | None
     mask: Tensor | None
     y: Tensor
@@ -110,6 +156,7 @@ class _Work(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     depth: int  # input channels of a group
+    turn: Turn | None
     geometry: ConvGeometry
     config: Config
     moments: bool
@@ -126,6 +173,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
     config, geometry, x = work.config, work.geometry, work.x
     images, filters, lines, run = work.y.shape
     box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
+    box_w = [config.block_n, config.block_k] if work.turn is None else [config.block_k, config.block_n]
     even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
     x_desc = describe(even, box_x, operand=True)
     segments = triton.cdiv(run, config.block_m)
@@ -133,7 +181,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
     conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
         x_desc,
         x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
-        describe(work.matrix, [config.block_n, config.block_k], operand=True),
+        describe(work.matrix, box_w, operand=True),
         *(None if t is None else describe(t, box_y) for t in (work.residual, work.mask, work.y, work.z)),
         work.scale,
         work.shift,
@@ -146,7 +194,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         geometry.dilation_h,
         shift_even,
         shift_odd,
-        STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w),
+        STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w, work.turn),
         **work.options,
     )
     return None if sums is None else merge_parts(sums, config.block_m, run)

@@ -11,11 +11,13 @@ else: groups, channels that are not a multiple of 16 bytes, other strides, older
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activations import activate, slope
 from .dtypes import accumulator
@@ -42,13 +44,34 @@ class Product(NamedTuple):
         return cls(*kernel, *blocks, dot_precision(dtype), accumulator(dtype))
 
 
+class Turn(NamedTuple):
+    """Filters of another convolution, read with inputs and outputs exchanged and their taps in descending order.
+
+    Tap (r, s) is tap (ROW - r*ROW_STEP, COL - s*COL_STEP) of the filters, whose rows hold WIDTH taps of COUT channels.
+    """
+
+    ROW: int
+    ROW_STEP: int
+    COL: int
+    COL_STEP: int
+    WIDTH: int
+    COUT: int
+
+    @classmethod
+    def of(cls, rows: Sequence[int], cols: Sequence[int], weight: Tensor) -> Turn:
+        """Of the taps, in descending order, of filters (CIN, COUT, rows, columns)."""
+        steps = [taps[0] - taps[1] if len(taps) > 1 else 1 for taps in (rows, cols)]
+        return cls(rows[0], steps[0], cols[0], steps[1], weight.shape[3], weight.shape[1])
+
+
 class Steps(NamedTuple):
-    """Known when compiled: input channels, and steps from one output or tap to the next."""
+    """Known when compiled: input channels, steps from one output or tap to the next, and how filters are turned."""
 
     CIN: int
     STRIDE_H: int
     STRIDE_W: int
     DIL_W: int
+    TURN: Turn | None = None
 
 
 @triton.jit
@@ -75,8 +98,12 @@ def _gemm_columns(
         r = t // KC // TAPS
         col_in = col + (s * STEPS.DIL_W - FIRST) // STEPS.STRIDE_W
         a = x_desc.load([n, row + r * dil_h, col_in, c0]).reshape(P.BM, P.BK)
-        w = w_desc.load([k0, (r * P.S + s) * STEPS.CIN + c0])
-        acc = tl.dot(a, w.T, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
+        if STEPS.TURN is None:
+            w = w_desc.load([k0, (r * P.S + s) * STEPS.CIN + c0]).T
+        else:
+            T: tl.constexpr = STEPS.TURN
+            w = w_desc.load([c0, ((T.ROW - r * T.ROW_STEP) * T.WIDTH + T.COL - s * T.COL_STEP) * T.COUT + k0])
+        acc = tl.dot(a, w, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
     return acc
 
 
@@ -84,7 +111,7 @@ def _gemm_columns(
 def gemm(
     x_desc,  # [N, H, W, C] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
-    w_desc,  # [COUT, R*S*CIN]
+    w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
     n,
     row,
     j0,
@@ -110,7 +137,7 @@ def gemm(
 def conv2d_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
-    w_desc,  # [COUT, R*S*CIN]
+    w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
     residual_desc,  # [N, OH, OW, COUT] window or None
     mask_desc,  # [N, OH, OW, COUT] window or None
     y_desc,  # [N, OH, OW, COUT] window

@@ -131,6 +131,7 @@ def _replace(stage: Stage, chain: ConvChain) -> None:
         chain.members[-1].axes,
         run,
         fill=first.fill,
+        spares=first.spares,
     )
     put_in_place(stage, chain, local)
 

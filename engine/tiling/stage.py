@@ -107,8 +107,12 @@ class TiledStage:
         output = local.op.outputs[0]
         if (output, value) not in self._reads:
             pads = all(isinstance(access, Window) for access in local.reads[value])
+            spares = local.spares and value not in self.stage.sources
             height, width = (
-                [_read(access, block, pads) for block in axis.blocks[output]]
+                [
+                    _read(access, block, pads, own[1] if spares else 0)
+                    for block, own in zip(axis.blocks[output], axis.blocks[value], strict=True)
+                ]
                 for axis, access in zip((self.rows, self.cols), local.reads[value], strict=True)
             )
             self._reads[output, value] = height, width
@@ -151,8 +155,11 @@ class TiledStage:
         return needs
 
 
-def _read(access: Access, block: tuple[int, int], pads: bool) -> _Reads:
-    """What the outputs of a block, which may be empty, read along an axis."""
+def _read(access: Access, block: tuple[int, int], pads: bool, end: int) -> _Reads:
+    """What the outputs of a block, which may be empty, read along an axis; up to `end` where that spares a cut."""
     if block[0] >= block[1]:
         return (0, 0), (0, 0)
-    return access.span(*block), access.padding(*block) if pads and isinstance(access, Window) else (0, 0)
+    span, padding = access.span(*block), access.padding(*block) if pads and isinstance(access, Window) else (0, 0)
+    if isinstance(access, Window) and not padding[1] and span[1] < end < span[1] + access.stride:
+        return (span[0], end), padding
+    return span, padding

@@ -12,6 +12,7 @@ from kernel_checks import Guarded, assert_close, assert_order_free, random_map
 from torch import Tensor
 
 from gigamorph.kernels import conv2d_dgrad as module
+from gigamorph.kernels import conv2d_forward as forward
 from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad, phases
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
@@ -198,22 +199,23 @@ def test_phases_hold_every_pair_of_tap_and_output_once(kernel, stride, before, d
     size=st.tuples(st.integers(1, 6), st.integers(1, 20)),
     padding=st.tuples(*[st.integers(0, 3)] * 4),
     groups=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_random(kernel, stride, dilation, size, padding, groups, seed) -> None:
+def test_random(kernel, stride, dilation, size, padding, groups, dtype, seed) -> None:
     oh = output_size(size[0], kernel[0], stride[0], dilation[0], padding[0], padding[1])
     ow = output_size(size[1], kernel[1], stride[1], dilation[1], padding[2], padding[3])
     if oh < 1 or ow < 1:
         return
     g = torch.Generator().manual_seed(seed)
-    dy = random_map(1, 8 * groups, oh, ow, torch.float64, g)
-    weight = random_map(8 * groups, 8, *kernel, torch.float64, g)
+    dy = random_map(1, 8 * groups, oh, ow, dtype, g)
+    weight = random_map(8 * groups, 8, *kernel, dtype, g)
     guard = Guarded()
-    dx = guard.empty(1, 8 * groups, *size, dtype=torch.float64)
+    dx = guard.empty(1, 8 * groups, *size, dtype=dtype)
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     dgrad(guard(dy), guard(weight), dx, geometry)
     guard.check()
-    assert_close("dx", dx, conv2d_dgrad_reference(dy, weight, size, geometry))
+    assert_close("dx", dx, conv2d_dgrad_reference(dy.double(), weight.double(), size, geometry))
 
 
 class TestPlantedErrors:
@@ -225,10 +227,12 @@ class TestPlantedErrors:
         case = Case(3, stride=2, padding=(1, 1, 1, 1))
         o = operands(case, dtype)
         oracle = reference(case, o.double)
-        right, found = module.turned, module.phases
+        found = module.phases
         if fault == "filters not turned":
-            turned_back = lambda *given: right(*given).flip(2, 3).contiguous(memory_format=torch.channels_last)  # noqa: E731
-            monkeypatch.setattr(module, "turned", turned_back)
+            turned, turn = forward.turned, forward.Turn.of  # a copy of the filters, and where they are read turned
+            turned_back = lambda *given: turned(*given).flip(2, 3).contiguous(memory_format=torch.channels_last)  # noqa: E731
+            monkeypatch.setattr(forward, "turned", turned_back)
+            monkeypatch.setattr(forward.Turn, "of", lambda rows, cols, weight: turn(rows[::-1], cols[::-1], weight))
         elif fault == "phase one pixel off":
             shifted = lambda *given: [p._replace(padding=p.padding + 1) for p in found(*given)]  # noqa: E731
             monkeypatch.setattr(module, "phases", shifted)

@@ -197,4 +197,5 @@ def _replace(stage: Stage, spec: ConvSpec) -> None:
     linear = spec.act == "none" and spec.residual is None
     unvalued = partial(run, valued=False) if linear else None
     op, axes = fused_op(spec, "fused_conv2d"), spec.members[-1].axes
-    put_in_place(stage, spec, Local(op, spec.reads(stage), axes, run, leaves_room=True, unvalued=unvalued))
+    made = Local(op, spec.reads(stage), axes, run, leaves_room=True, unvalued=unvalued, spares=True)
+    put_in_place(stage, spec, made)

@@ -47,16 +47,24 @@ def _masker(
 
 
 def _gather(stage: Stage, maker: ConvSpec, readers: list[Local], convs: dict[int, ConvSpec]) -> bool:
-    """Let the first reader of a map take the gradients of all, if there are several and it can."""
-    if len(readers) < 2:
+    """Let one reader of a map take the gradients of all, if there are several and one can; it becomes the first."""
+    value = maker.y
+    able = [local for local in readers if _can_gather(stage, convs.get(local.op.outputs[0]), value)]
+    if len(readers) < 2 or not able:
         return False
-    first, value = readers[0], maker.y
-    spec = convs.get(first.op.outputs[0])
-    if spec is None or spec.channels_last or not is_pixelwise(stage, spec, value):
-        return False
+    first, before = able[0], readers[0]
+    if first is not before:  # what it reads besides is there from the beginning
+        others = [local for local in stage.locals if local is not first]
+        place = next(n for n, local in enumerate(others) if local is before)
+        stage.locals = [*others[:place], first, *others[place:]]
+    spec = convs[first.op.outputs[0]]
     slope = None
     if maker.act in MASKS:
         maker.masked, spec.input_act = True, maker.act
         slope = partial(slope_reference, act=maker.act)
     spec.gathers, first.gathers = True, Gather(value, slope)
     return True
+
+
+def _can_gather(stage: Stage, spec: ConvSpec | None, value: int) -> bool:
+    return spec is not None and not spec.channels_last and is_pixelwise(stage, spec, value)

@@ -71,6 +71,8 @@ class Local:
     that is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
     `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
     With `gathers`, `run` gives the map of that once more after its outputs: what later ops of a tile read hangs on it.
+    `spares` says that a window may have more rows and columns at its end than are read, fewer than the stride: a block
+    is then read as it is, where a part of it would cost its gradient a copy.
     """
 
     op: Op
@@ -84,6 +86,7 @@ class Local:
     drawn: int | None = None
     unvalued: Run | None = None
     gathers: Gather | None = None
+    spares: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from gigamorph import accelerate, kernels
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import Stage, lower
+from gigamorph.engine.tiling import tile
 from gigamorph.kernels import choice, conv2d
 
 
@@ -38,7 +39,10 @@ class Bottleneck(nn.Module):
         self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.c(self.b(self.a(x))) + self.down(x))
+        skipped = self.down(x) if self.skips_first else None
+        return self.act(self.c(self.b(self.a(x))) + (self.down(x) if skipped is None else skipped))
+
+    skips_first = False
 
 
 class Net(nn.Module):
@@ -72,6 +76,13 @@ def stage_of(model: nn.Module) -> Stage:
     return stage
 
 
+@pytest.fixture(params=[False, True], ids=["", "skip first"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a block computes its shortcut, here and there with a stride, before the branch that can gather."""
+    monkeypatch.setattr(Bottleneck, "skips_first", request.param)
+
+
+@pytest.mark.usefixtures("order")
 def test_ends_of_blocks_are_gathered() -> None:
     """Of the five blocks' outputs four are read by several; without a slope of their own sums are gathered too."""
     for act, sloped in ((nn.ReLU, True), (nn.SiLU, False)):
@@ -80,6 +91,7 @@ def test_ends_of_blocks_are_gathered() -> None:
         assert all((gather.slope is not None) == sloped for gather in gathers)
 
 
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU])
 @pytest.mark.parametrize("tile", [16, 24, 200])
 def test_networks_are_exact(act: type[nn.Module], tile: int) -> None:
@@ -117,6 +129,14 @@ def test_slopes_take_no_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(conv2d, "act_grad", lambda dy, *rest: passes.append(tuple(dy.shape)) or act_grad(dy, *rest))
     step(accelerate(build(), tile=96), image(96, 96), image_gradient=False)
     assert passes == [(1, 8, 12, 12)]
+
+
+def test_a_stride_reads_blocks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filter of one pixel with a stride leaves a row and a column over: cut off, they cost the gradient a copy."""
+    cuts: list[Tensor] = []
+    monkeypatch.setattr(tile, "Crop", type("Crop", (), {"apply": lambda tensor, *part: cuts.append(tensor)}))
+    step(accelerate(build(), tile=96), image(96, 96), image_gradient=False)
+    assert not cuts
 
 
 def test_a_map_that_goes_on_in_another_way_is_left() -> None:
