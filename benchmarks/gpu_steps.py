@@ -265,13 +265,13 @@ def warm_ups(dry: bool) -> list[Step]:
     """Steps whose code is worth compiling ahead, in processes of their own: torch.compile's, and our kernels'."""
     if dry:
         return []
-    ours = [Step(model, True, 4096, "ours") for model in ("resnet50", "convnext_tiny", "vgg16", "resnet18")]
+    ours = [Step(model, True, 4096, "ours_auto") for model in ("resnet50", "convnext_tiny", "vgg16", "resnet18")]
     return [*ours, *(s for s in steps(dry) if s.how == "compile")]
 
 
 def warm_up(step: Step, tile: int) -> dict[str, Any]:
     """Compile what a step needs. Our kernels are forced: times taken beside other processes would be worthless."""
-    with choice.override("triton") if step.how == "ours" else contextlib.nullcontext():
+    with choice.override("triton") if step.how.startswith("ours") else contextlib.nullcontext():
         return measure(step, tile, 0.0, warm_only=True)
 
 
