@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from .activations import ACTIVATIONS, MASKS, activate, activate_reference, slope, slope_reference
 from .choice import run_fastest
@@ -137,6 +136,12 @@ def launch_normalize_act(
         )
 
 
+def _normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) * rstd * weight + bias by PyTorch's kernel; its function in torch.nn refuses an epsilon of zero."""
+    variance = rstd.square().reciprocal()
+    return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+
+
 @torch.library.custom_op("gigamorph::normalize_act", mutates_args=())
 def normalize_act(
     x: Tensor,
@@ -156,7 +161,7 @@ def normalize_act(
         return y
 
     def stock() -> Tensor:
-        y = nhwc(F.batch_norm(x, mean, rstd.square().reciprocal(), weight, bias, False, 0.0, 0.0))
+        y = nhwc(_normalize_stock(x, mean, rstd, weight, bias))
         return activate_reference(y if residual is None else y.add_(residual), act)
 
     return run_fastest("normalize_act", x, (weight is None, bias is None, residual is None, act), ours, stock)
@@ -277,7 +282,7 @@ def normalize_act_gradients(
         wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
         z = gate
         if z is None and act != "none":
-            z = F.batch_norm(x, mean, var, weight, bias, False, 0.0, 0.0)
+            z = _normalize_stock(x, mean, rstd, weight, bias)
         dz = dy if z is None else act_grad(dy, z, act)
         scale = torch.ones_like(mean) if weight is None else weight
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(

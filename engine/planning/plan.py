@@ -107,6 +107,8 @@ class Plan:
     def retained_within(self, free: int) -> int:
         """How many tiles may keep their graph where so many bytes are free: other forwards of a step keep theirs."""
         graph = self.retained_bytes // (self.retained - 1) if self.retained > 1 else self.tile_bytes
+        if not graph:  # of a tile that was asked for without a budget nothing is predicted
+            return self.retained
         fit = 1 + (free - self.tile_bytes) // graph
         return self.retained if fit >= self.retained else max(0, fit - 1)  # a later backward has a tile in work too
 

@@ -59,7 +59,7 @@ def test_replayed_frozen_network_is_equal_bit_for_bit(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     net = accelerate(copy.deepcopy(model), tile=128)
     replayed = [one_step(net, x, True) for _ in range(3)]  # the third is replayed throughout
-    ((prepared,),) = net._programs.kept.values()
+    (prepared,) = net._programs
     benches = [bench for replays in prepared.replays.values() for bench in replays.benches.values()]
     assert benches and all(recording.replay for bench in benches for recording in bench.recordings.values())
     monkeypatch.setattr(buffers, "executor", lambda device: None)

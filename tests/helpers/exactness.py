@@ -60,8 +60,8 @@ def step(model: nn.Module, image: Any, seed: int = 0, image_gradient: bool = Tru
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros((), dtype=torch.float64)
     for output in outputs:
-        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        loss = loss + (output.double() * weight).sum()
+        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+        loss = loss.to(output.device) + (output.double() * weight).sum()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)

@@ -120,6 +120,7 @@ def test_what_other_forwards_keep_leaves_room_for_fewer_graphs(tiles: float, ret
     assert made.retained_within(int(tiles * held)) == retained
     one = replace(made, retained=1, retained_bytes=0)
     assert one.retained_within(int(tiles * held)) == min(1, int(tiles))
+    assert replace(one, tile_bytes=0).retained_within(0) == 1  # a tile that was asked for: nothing is predicted
 
 
 def test_retained_tiles_survive_retain_graph():
