@@ -133,16 +133,20 @@ def _mode(step: Step) -> Iterator[None]:
         yield
 
 
-def once(step: Step, network: nn.Module, image: Any) -> dict[str, float]:
-    """One step; its loss, and the norm of the gradients."""
+def once(step: Step, network: nn.Module, image: Any) -> Tensor:
+    """One step; its loss."""
     network.zero_grad(set_to_none=True)
     with _mode(step):
         loss = loss_of(network(image))
-    if not step.training:
-        return {"loss": loss.item()}
-    loss.backward()
+    if step.training:
+        loss.backward()
+    return loss
+
+
+def outcome(network: nn.Module, loss: Tensor) -> dict[str, float]:
+    """What a step has come to: its loss, and the norm of the gradients."""
     norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
-    return {"loss": loss.item(), "gradient": torch.stack(norms).norm().item()}
+    return {"loss": loss.item()} | ({"gradient": torch.stack(norms).norm().item()} if norms else {})
 
 
 def synchronize() -> None:
@@ -156,16 +160,18 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
     The first step is not timed, of ours nor the second, in which whole passes are captured. Above 8192 pixels the
     first is taken on a smaller image, whose tiles are the same, and the large one's program is recorded ahead.
     `left_bytes` is what earlier entries have left in memory: not this one's.
-    `nvml_bytes` is what the GPU's memory in use grew by in the steps, by NVML.
+    `nvml_bytes` is what the GPU's memory in use was higher in the timed steps than before the network was made, by
+    NVML: with what the allocator and libraries keep.
     """
     if DEVICE.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
     began, left = time.perf_counter(), used_bytes(DEVICE)
+    nvml = NvmlPeak(DEVICE.type)
     network = prepare(step, tile)
     parameters = used_bytes(DEVICE) - left
     warm_side = min(step.side, 2 * tile) if step.how.startswith("ours") and step.side > ON_GPU else step.side
-    first = once(step, network, picture(step, warm_side))
+    once(step, network, picture(step, warm_side))
     if warm_only:
         return {"warm_up_seconds": time.perf_counter() - began}
     image = picture(step, step.side)
@@ -180,9 +186,11 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
     warm_up = time.perf_counter() - began
     reset_peak(DEVICE)
     seconds: list[float] = []
-    with NvmlPeak(DEVICE.type) as nvml:
+    losses: list[Tensor] = []
+    with nvml:
         while len(seconds) < 5 and (not seconds or sum(seconds) + seconds[-1] < box):
-            passed, _ = time_call(lambda: first.update(once(step, network, image)), DEVICE.type)
+            losses.clear()
+            passed, _ = time_call(lambda: losses.append(once(step, network, image)), DEVICE.type)
             seconds.append(passed)
     row = {
         "model": step.model,
@@ -198,7 +206,7 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
         "parameter_bytes": parameters,
         "image_bytes": image.nbytes if isinstance(image, Tensor) else 0,
         "warm_up_seconds": warm_up,
-        **first,
+        **outcome(network, losses[0]),
     }
     if step.how.startswith("ours"):
         with _mode(step):
@@ -206,7 +214,6 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
         row |= {
             "tile": planned.tile,
             "planned_bytes": planned.peak_bytes,
-            "stock_bytes": planned.stock_bytes,
             "retained": planned.retained,
             "replayed": planned.replayed,
             "carries": planned.halos,

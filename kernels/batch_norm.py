@@ -286,7 +286,16 @@ def normalize_act_gradients(
         dz = dy if z is None else act_grad(dy, z, act)
         scale = torch.ones_like(mean) if weight is None else weight
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dz, x, scale, mean, var, None, None, False, 0.0, [True, True, True]
+            dz,
+            x,
+            scale,
+            mean,
+            var,
+            mean,
+            rstd,
+            False,
+            0.0,
+            [True, True, True],  # a GPU takes the second two
         )
         kept = (dz.clone() if dz is dy else dz) if keep_dz else x.new_empty(0)
         return nhwc(dx), kept, dbias.to(wide), dweight.to(wide)

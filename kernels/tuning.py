@@ -167,7 +167,7 @@ def _pointer_config(
     scattered = depth * itemsize % 16 > 0 or channels_out * itemsize % 16 > 0
     block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
     block_m = power_of_two(pixels, 64, 64 if scattered else 128)
-    block_k = power_of_two(depth, 16, (64 if scattered else 128) // itemsize)
+    block_k = power_of_two(depth, 16, max(16, (64 if scattered else 128) // itemsize))
     full = block_m * block_n * itemsize >= 128 * 64 * 2
     wide = block_m * block_n * itemsize > 128 * 64 * 2 or (full and epilogue_maps > 1)
     num_warps = 8 if scattered or wide else 4

@@ -89,26 +89,23 @@ def repeatedly(call: Callable[[], object], every: float) -> Iterator[None]:
 
 
 class NvmlPeak(contextlib.ExitStack):
-    """How much the memory in use on the GPU grows while it is open, by NVML; None on the CPU."""
+    """How much more of the GPU's memory is in use while it is open than when it was made, by NVML; None on the CPU."""
 
     def __init__(self, device: str):
         super().__init__()
-        self.device, self.bytes = device, None if device == "cpu" else 0
-
-    def __enter__(self) -> NvmlPeak:
-        if self.device == "cuda":
+        self.bytes: int | None = None
+        if device == "cuda":
             import pynvml
 
             pynvml.nvmlInit()
             handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            self._used = lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+            self.bytes, self._before = 0, self._used()
 
-            def used() -> int:
-                return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-            before = used()
-
-            def look() -> None:
-                self.bytes = max(self.bytes or 0, used() - before)
-
-            self.enter_context(repeatedly(look, _NVML_EVERY))
+    def __enter__(self) -> NvmlPeak:
+        if self.bytes is not None:
+            self.enter_context(repeatedly(self._look, _NVML_EVERY))
         return self
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes or 0, self._used() - self._before)

@@ -172,7 +172,7 @@ class Values:
         joins = tracked and not alias.cut
         if not joins and root.requires_grad and self.program.values[old].differentiable:
             number = self.emit(straight_through, "straight_through", (old, number), root, True)
-        elif not joins and self.program.values[number].differentiable and not root.requires_grad:
+        elif self.entry_grad and not joins and self.program.values[number].differentiable and not root.requires_grad:
             number = self.emit(Tensor.detach, "detach", (number,), root, False)
         memory.version += 1
         root_alias = self.aliases.of[id(root)]

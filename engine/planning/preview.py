@@ -28,7 +28,7 @@ def plan(
     *,
     tile: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     training: bool = True,
     halos: str = "auto",
 ) -> Plan:
@@ -40,7 +40,7 @@ def plan(
         memory_budget: bytes (``"4GiB"``); None takes what is free, and of a GPU that is not here whatever is needed.
         tile: side or (height, width); None chooses.
         dtype: dtype of the image; None takes that of the parameters.
-        device: device the step would run on; it need not be here.
+        device: device the step would run on; it need not be here. None takes that of the parameters.
         training: with a backward, or inference.
         halos: "device", "host", "disk" or "auto".
 
@@ -65,7 +65,7 @@ def plan_each(
     image_size: tuple[int, ...],
     memory_budgets: Sequence[int],
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     training: bool = True,
 ) -> list[Plan | None]:
     """As `plan`, for several budgets in bytes; None where nothing fits. Stock PyTorch is not asked about."""
@@ -78,22 +78,30 @@ def plan_each(
 def _program(
     network: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, training: bool
 ) -> Program:
-    """The recorded forward, as on a device that need not be here."""
+    """The recorded forward, as on a device that need not be here: it is recorded where the network lies."""
+    lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
     with torch.set_grad_enabled(training):
-        program = capture(network, shape, dtype, device if is_here(device) else "cpu")
+        program = capture(network, shape, dtype, lies)
     for value in program.values:
         value.device = device
     return program
 
 
 def _asked(
-    model: nn.Module, image_size: Sequence[int], dtype: torch.dtype | None, device: torch.device | str
+    model: nn.Module, image_size: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[nn.Module, tuple[int, int, int, int], torch.dtype, torch.device]:
     """The network itself, the full shape, the image's dtype, the device."""
     shape = _full_shape(model, image_size)
     network = model.__dict__.get("_network", model)
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    return network, shape, own if dtype is None else dtype, torch.device(device)
+    place = device or _lies(network) or "cpu"
+    return network, shape, own if dtype is None else dtype, torch.device(place)
+
+
+def _lies(network: nn.Module) -> torch.device | None:
+    """The device of the network's tensors; None of one without any that has values."""
+    held = (t.device for t in (*network.parameters(), *network.buffers()) if not t.is_meta)
+    return next(held, None)
 
 
 def _full_shape(model: nn.Module, given: Sequence[int]) -> tuple[int, int, int, int]:

@@ -248,7 +248,7 @@ def stock_peak(
     state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
     def twin(tensor: Tensor) -> Tensor:
-        if not (tensor.is_meta or tensor.is_inference()):
+        if tensor.device.type == device.type and not tensor.is_inference():
             return fake.from_tensor(tensor, static_shapes=True)
         with fake, torch.inference_mode(False):
             like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -125,13 +125,25 @@ def _heap(thresholds: dict[int, int]) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes in use now: the allocator's figure on a GPU, the resident set of this process otherwise."""
+    """Bytes in use now: the allocator's figure and what captured graphs hold on a GPU, else this process's resident set."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) + _held_by_graphs(device)
     if sys.platform == "linux":
         return int(os.pread(_statm(), 128, 0).split()[1]) * mmap.PAGESIZE
     return peak_bytes(device)
+
+
+_COMMON = (0, 0)  # the pool of all that no graph has to itself
+
+
+def _held_by_graphs(device: torch.device) -> int:
+    """Bytes in which captured graphs work: the allocator calls them free as soon as a graph is captured."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    blocks = [
+        b for b in torch.cuda.memory_snapshot() if b["device"] == index and b.get("segment_pool_id", _COMMON) != _COMMON
+    ]
+    return sum(block["total_size"] - block["allocated_size"] for block in blocks)
 
 
 @functools.cache
@@ -148,7 +160,7 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
     """The largest figure of `used_bytes` since the process started or `reset_peak` was called."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + _held_by_graphs(device)
     if sys.platform == "linux":
         return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -201,10 +201,10 @@ class Normalize(torch.autograd.Function):
         x = _dense(x)
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         dy = grads[0].contiguous(memory_format=memory_format(x))
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, scale, mean, var, None, None, False, ctx.eps, [ctx.needs_input_grad[0], True, True]
-        )
         inverse = torch.rsqrt(var + ctx.eps)
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(  # a CPU takes the variance, a GPU the inverse
+            dy, x, scale, mean, var, mean, inverse, False, ctx.eps, [ctx.needs_input_grad[0], True, True]
+        )
         dmean = -scale * inverse * dbias
         dvar = -scale * inverse.square() * dweight / 2
         if weight is None:
