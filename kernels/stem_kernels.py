@@ -266,7 +266,7 @@ def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
     if not y.numel():
         return
     n, filters, rows, width = y.shape
-    tile = stem_tile(stem.weight, width)
+    tile = stem_tile(stem.weight, width, stem.normalises)
     segments, blocks = triton.cdiv(width, tile.pixels), triton.cdiv(filters, tile.filters)
     lines = stem_lines(rows, n * rows * segments * blocks)
     strips = triton.cdiv(rows, lines)
@@ -298,7 +298,7 @@ def stem_backward(
         return
     (k, c, r, s), (lines, width) = stem.weight.shape, stem.conv_size
     depth = c * r * s
-    tile = stem_backward_tile(stem.weight, width)
+    tile = stem_backward_tile(stem.weight, width, stem.normalises)
     segments = triton.cdiv(width, tile.pixels)
     tiles = len(dy) * lines * segments
     share = stem_share(tiles)

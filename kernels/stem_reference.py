@@ -73,6 +73,10 @@ class Stem:
         return self.low > -math.inf or self.high < math.inf
 
     @property
+    def normalises(self) -> bool:
+        return self.clamps or self.gain is not None
+
+    @property
     def conv_size(self) -> tuple[int, int]:
         """Rows and columns of conv outputs."""
         return self.geometry.output(self.x, self.weight.shape[2:])

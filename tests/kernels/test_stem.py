@@ -145,7 +145,7 @@ def test_other_activations_without_affine(act, form):
 
 def small_tiles(monkeypatch):
     for name in ("stem_tile", "stem_backward_tile"):
-        monkeypatch.setattr(stem_kernels, name, lambda weight, width: StemTile(16, 16, 16))
+        monkeypatch.setattr(stem_kernels, name, lambda *_: StemTile(16, 16, 16))
 
 
 def test_several_strips_and_splits(monkeypatch):

@@ -3,7 +3,8 @@
     y = maxpool(act(conv(x, w) + b))
 
 One line of convolution outputs between two tiles is computed twice; its halo, and everything between x and y, is not
-kept: a byte beside each element of y tells the backward where its gradient goes (`spots`). The image gets no gradient here: where one is wanted, the ops stay apart.
+kept: a byte beside each element of y tells the backward where its gradient goes (`spots`). The image gets no gradient
+here: where one is wanted, the ops stay apart.
 """
 
 from __future__ import annotations
