@@ -261,7 +261,7 @@ STREAMS = (
 def stem(side: int, which: str) -> Case:
     """uint16 pixels to the map behind the pooling, against the same in separate stock ops."""
     from gigamorph.kernels.stem import stem as fused
-    from gigamorph.kernels.stem import stem_gradients
+    from gigamorph.kernels.stem import stem_and_spots, stem_gradients
     from gigamorph.kernels.windows import ConvGeometry
 
     pixels = torch.randint(0, 2**15, (1, 1, side, side), device=DEVICE).to(torch.uint16)
@@ -287,8 +287,10 @@ def stem(side: int, which: str) -> Case:
         leaf = weight.detach().requires_grad_()
         return torch.autograd.grad(stock(leaf), leaf, dy)[0]
 
-    case = {"ours": forced_ours(lambda: stem_gradients(dy, pixels, weight, *rest)), "eager, forward and backward": step}
-    return Case(case, 2 * flops, bytes_)
+    _, spots = stem_and_spots(pixels, weight, *rest, True)
+    ours = forced_ours(lambda: stem_gradients(dy, spots, pixels, weight, *rest))
+    case = {"ours": ours, "eager, forward and backward": step}
+    return Case(case, 2 * flops, bytes_ + spots.nbytes)
 
 
 # Tiles to compare on a few shapes: form, pixels, channels, depth, warps, stages.

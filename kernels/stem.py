@@ -8,18 +8,22 @@ Pixels are uint8, uint16, or floating point, in any memory order, so a decoded i
 is padded with zeros after normalisation, the pooling with minus infinity, both only where the image ends: `padding` and
 `pool_padding` say how much of either the window lacks.
 
-Nothing but y is stored. At one gigapixel a stock ResNet keeps 34 GB of this stage's intermediates in bfloat16; here the
-backward computes them again from the pixels, which costs less time than reading them back would.
+Nothing but y is stored and, where gradients are wanted, one byte beside each element of y:
+
+    spot = 3 * row + column of the first position of its window, row by row, that holds the maximum, as PyTorch chooses
+           (0 without pooling); 255 where the slope of act is zero, so that no gradient passes
+
+At one gigapixel a stock ResNet keeps 34 GB of this stage's intermediates in bfloat16; the bytes are 4 GB.
 
 As a matrix product: rows are pixels of y, columns filters, depth is taps x channels (49 or 147). For pooling, a program
 walks down a strip of conv lines and keeps the running maximum; every conv line is shared by the two rows of y that
 need it, while of the columns every second is computed twice (1.5 times the arithmetic, none of the traffic).
 Activations never decrease, so they are applied to the maximum.
 
-Backward: each pixel of y sends its gradient to the first position, row by row, that holds the maximum, as PyTorch does.
-With g the gradient of y there, times the activation's slope,
+Backward: activations that never decrease and follow a maximum have the slopes 0 and 1 here, so with
 
-    G = sum of g^T patches,   dw = scale * G,   dshift = sum of g,   dscale = sum over taps of w * G
+    dz = sum of dy over the windows whose spot is this output of the convolution (four windows at most)
+    G = sum of dz^T patches,   dw = scale * G,   dshift = sum of dz,   dscale = sum over taps of w * G
 
 so neither the scale nor any division enters the sums. They are split over programs and added in order: two runs agree
 bit by bit. The image's gradient, which only saliency maps ask for, is left to `stem_reference`.
@@ -35,7 +39,7 @@ from torch import Tensor
 from .choice import run_fastest
 from .dtypes import sum_dtype
 from .stem_kernels import stem_backward, stem_forward
-from .stem_reference import Stem, stem_gradients_reference, stem_reference
+from .stem_reference import Stem, stem_gradients_reference, stem_reference, stem_spots_reference
 from .windows import ConvGeometry, empty_map, nhwc
 
 
@@ -44,7 +48,6 @@ def _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padd
     return Stem(x, weight, scale, shift, gain, offset, low, high, ConvGeometry(*geometry), pool_padding, act)
 
 
-@torch.library.custom_op("gigamorph::stem", mutates_args=())
 def stem(
     x: Tensor,
     weight: Tensor,
@@ -59,25 +62,54 @@ def stem(
     act: str,
 ) -> Tensor:
     """y of a `Stem`. Differentiable in weight, scale and shift."""
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, scale, shift))
+    return stem_and_spots(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act, keep)[0]
+
+
+@torch.library.custom_op("gigamorph::stem", mutates_args=())
+def stem_and_spots(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    low: float,
+    high: float,
+    geometry: Sequence[int],
+    pool_padding: Sequence[int] | None,
+    act: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and its spots for `stem_gradients` (empty unless `keep`)."""
     given = _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act)
 
-    def ours() -> Tensor:
-        y = empty_map(*given.shape, like=weight)
-        stem_forward(given, y)
-        return y
+    def ours() -> tuple[Tensor, Tensor]:
+        y, spots = _outputs(given, keep)
+        stem_forward(given, y, spots if keep else None)
+        return y, spots
 
-    return run_fastest("stem", x, given.settings, ours, lambda: nhwc(stem_reference(given)))
+    def stock() -> tuple[Tensor, Tensor]:
+        y, spots = stem_spots_reference(given) if keep else (stem_reference(given), _outputs(given, keep)[1])
+        return nhwc(y), spots
+
+    return run_fastest("stem", x, (*given.settings, keep), ours, stock)
 
 
-@stem.register_fake
-def _(*arguments) -> Tensor:
-    given = _given(*arguments)
-    return empty_map(*given.shape, like=given.weight)
+def _outputs(given: Stem, keep: bool) -> tuple[Tensor, Tensor]:
+    y, spots = empty_map(*given.shape, like=given.weight), given.x.new_empty(0, dtype=torch.uint8)
+    return y, torch.empty_like(y, dtype=torch.uint8) if keep else spots
+
+
+@stem_and_spots.register_fake
+def _(*arguments) -> tuple[Tensor, Tensor]:
+    return _outputs(_given(*arguments[:-1]), arguments[-1])
 
 
 @torch.library.custom_op("gigamorph::stem_gradients", mutates_args=())
 def stem_gradients(
     dy: Tensor,
+    spots: Tensor,
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -96,10 +128,10 @@ def stem_gradients(
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
         dweight, dscale, dshift = (t.zero_() for t in _buffers(weight))
-        stem_backward(given, dy, dweight, dscale=dscale, dshift=dshift)
+        stem_backward(given, dy, spots, dweight, dscale=dscale, dshift=dshift)
         return dweight, dscale, dshift
 
-    return run_fastest("stem_gradients", x, given.settings, ours, lambda: stem_gradients_reference(given, dy))
+    return run_fastest("stem_gradients", x, given.settings, ours, lambda: stem_gradients_reference(given, dy, spots))
 
 
 def _buffers(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,26 +141,28 @@ def _buffers(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @stem_gradients.register_fake
-def _(dy, x, weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy, spots, x, weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return _buffers(weight)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.arguments = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.mark_non_differentiable(output[1])
+    *ctx.arguments, ctx.keep = inputs[6:]
 
 
-def _differentiate(ctx, dy):
-    x, weight, scale, shift, *window = ctx.saved_tensors
-    inputs = (x, weight, scale, shift, *window, *ctx.arguments)
-    grads: list[Tensor | None] = [None] * len(inputs)
+def _differentiate(ctx, dy, _):
+    *tensors, spots = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 12
     if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:6]):
         raise ValueError("stem: pixels and their normalisation get no gradient here; use stem_reference for theirs")
     if any(ctx.needs_input_grad[1:4]):
-        dweight, dscale, dshift = stem_gradients(dy, *inputs)
-        for i, (leaf, grad) in enumerate(((weight, dweight), (scale, dscale), (shift, dshift)), 1):
+        if not ctx.keep:
+            raise ValueError("stem: the forward kept no spots; give keep=True where gradients are wanted")
+        sums = stem_gradients(dy, spots, *tensors, *ctx.arguments)
+        for i, (leaf, grad) in enumerate(zip(tensors[1:4], sums, strict=True), 1):
             grads[i] = grad.to(leaf.dtype) if ctx.needs_input_grad[i] else None
     return tuple(grads)
 
 
-stem.register_autograd(_differentiate, setup_context=_save)
+stem_and_spots.register_autograd(_differentiate, setup_context=_save)

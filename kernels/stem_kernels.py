@@ -10,12 +10,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import stem_reference
 from .activations import activate, slope
 from .dtypes import accumulator
 from .precision import dot_precision
 from .stem_reference import Stem
 from .stream import as_map
-from .tiles import StemTile, stem_lines, stem_share, stem_tile
+from .tiles import StemTile, stem_backward_tile, stem_lines, stem_share, stem_tile
+
+NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
 
 
 class Pixels(NamedTuple):
@@ -111,20 +114,19 @@ def _conv(image, x, w, at, ci, cj, k, FORM: tl.constexpr):
 
 
 @triton.jit
-def _shifted(z, w, k, FORM: tl.constexpr):
+def _store_row(y, spots, at_image, w, at, i, j, k, z, spot, FORM: tl.constexpr):
+    """Write act(z + shift) and its spots to row i, columns j of an image of y."""
+    ACT: tl.constexpr = FORM.ACT
     if w.shift is not None:
         z += tl.load(w.shift + k, mask=k < w.K, other=0.0).to(FORM.ACC)[None, :]
-    return z
-
-
-@triton.jit
-def _store_row(y, image, w, at, i, j, k, z, FORM: tl.constexpr):
-    """Write act(z + shift) to row i, columns j of an image of y."""
-    ACT: tl.constexpr = FORM.ACT
-    values = activate(_shifted(z, w, k, FORM), ACT)
-    pixels = i.to(tl.int64) * y.sh + j.to(tl.int64) * y.sw
     keep = (j < at.PW)[:, None] & (k < w.K)[None, :]
-    tl.store(image + pixels[:, None] + k[None, :], values.to(y.ptr.dtype.element_ty), mask=keep)
+    pixels = at_image * y.sn + i.to(tl.int64) * y.sh + j.to(tl.int64) * y.sw
+    tl.store(y.ptr + pixels[:, None] + k[None, :], activate(z, ACT).to(y.ptr.dtype.element_ty), mask=keep)
+    if spots.ptr is not None:
+        if ACT != "none":
+            spot = tl.where(slope(z, ACT) != 0.0, spot, NO_SPOT)
+        pixels = at_image * spots.sn + i.to(tl.int64) * spots.sh + j.to(tl.int64) * spots.sw
+        tl.store(spots.ptr + pixels[:, None] + k[None, :], spot.to(tl.uint8), mask=keep)
 
 
 @triton.jit(do_not_specialize=["lines", "strips", "segments"])
@@ -132,13 +134,14 @@ def _stem_forward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]
     y,  # map [N, K, PH, PW]
+    spots,  # map [N, K, PH, PW] of bytes, or None
     at,
     lines,  # rows of y of a program
     strips,  # programs of an image
     segments,  # programs of a row
     FORM: tl.constexpr,
 ):
-    """y in `lines` rows of BM pixels and BN filters."""
+    """y, and its spots, in `lines` rows of BM pixels and BN filters."""
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
     pid = tl.program_id(0)
@@ -147,150 +150,164 @@ def _stem_forward_kernel(
     j = (pid // blocks % segments) * BM + tl.arange(0, BM)
     i = pid // blocks // segments % strips * lines
     n = (pid // blocks // segments // strips).to(tl.int64)
-    image, made = x.ptr + n * x.sn, y.ptr + n * y.sn
+    image = x.ptr + n * x.sn
     rows = min(lines, at.PH - i)
 
+    best = tl.full((BM, BN), float("-inf"), FORM.ACC)
+    spot = tl.zeros((BM, BN), tl.int32)
     if FORM.POOL:
-        best = tl.full((BM, BN), float("-inf"), FORM.ACC)
         # Conv lines 2i, 2i + 1 and 2i + 2 make row i of y, and the last of them is also the first of row i + 1.
         for t in range(2 * rows + 1):
             line = tl.full((BM, BN), float("-inf"), FORM.ACC)
+            column = tl.zeros((BM, BN), tl.int32)
             for dj in range(3):
                 z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
+                column = tl.where(z > line, dj, column)  # an equal value later does not displace the first
                 line = tl.maximum(line, z)
+            spot = tl.where(line > best, column + 3 * (2 - t % 2), spot)
             best = tl.maximum(best, line)
             if t % 2 == 0:
                 if t > 0:
-                    _store_row(y, made, w, at, i + t // 2 - 1, j, k, best, FORM)
-                best = line
+                    _store_row(y, spots, n, w, at, i + t // 2 - 1, j, k, best, spot, FORM)
+                best, spot = line, column
     else:
         for t in range(rows):
-            _store_row(y, made, w, at, i + t, j, k, _conv(image, x, w, at, i + t, j, k, FORM), FORM)
+            best = _conv(image, x, w, at, i + t, j, k, FORM)
+            _store_row(y, spots, n, w, at, i + t, j, k, best, spot, FORM)
 
 
 @triton.jit(do_not_specialize=["tiles", "share", "segments"])
 def _stem_backward_kernel(
     x,  # pixels [N, C, H, W]
-    w,  # filters [taps x channels, K]
     dy,  # map [N, K, PH, PW]
-    g_ptr,  # [splits, K, depth], partial sums of g^T patches
-    s_ptr,  # [splits, K], partial sums of g
+    spots,  # map [N, K, PH, PW] of bytes
+    g_ptr,  # [splits, K, depth], partial sums of dz^T patches
+    s_ptr,  # [splits, K], partial sums of dz
     at,
-    tiles,  # segments of rows of y in all
+    K,
+    depth,  # taps x channels
+    tiles,  # segments of conv lines in all
     share,  # of one program
-    segments,  # of one row
+    segments,  # of one line
     FORM: tl.constexpr,
 ):
-    """The sums of `share` segments of BM pixels, for BN filters."""
+    """The sums of `share` segments of BM conv outputs, for BN filters and BK taps."""
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
-    ACT: tl.constexpr = FORM.ACT
-    SPOTS: tl.constexpr = 9 if FORM.POOL else 1  # conv outputs that one pixel of y chooses from
+    BK: tl.constexpr = FORM.BK
+    SIDE: tl.constexpr = 3 if FORM.POOL else 1  # of a pooling window
     STEP: tl.constexpr = 2 if FORM.POOL else 1
     pid = tl.program_id(0)
-    blocks = tl.cdiv(w.K, BN)
-    k = (pid % blocks) * BN + tl.arange(0, BN)
-    split = pid // blocks
+    parts = tl.cdiv(depth, BK)
+    blocks = tl.cdiv(K, BN)
+    d = (pid % parts) * BK + tl.arange(0, BK)
+    k = (pid // parts % blocks) * BN + tl.arange(0, BN)
+    split = pid // parts // blocks
 
-    sums = tl.zeros((BN,), FORM.ACC)
-    first = split * share
-    row = split.to(tl.int64) * w.K + k  # [BN] rows of partial sums
-    for tile in range(first, min(first + share, tiles)):
-        j = (tile % segments) * BM + tl.arange(0, BM)
-        i = tile // segments % at.PH
-        n = (tile // segments // at.PH).to(tl.int64)
-        image = x.ptr + n * x.sn
-        ci, cj = STEP * i - at.pool_top, STEP * j - at.pool_left
-        pixels = n * dy.sn + i.to(tl.int64) * dy.sh + j.to(tl.int64) * dy.sw
-        keep = (j < at.PW)[:, None] & (k < w.K)[None, :]
-        g = tl.load(dy.ptr + pixels[:, None] + k[None, :], mask=keep, other=0.0).to(FORM.ACC)
+    products = tl.zeros((BN, BK), FORM.ACC)
+    sums = tl.zeros((BM, BN), FORM.ACC)
+    for tile in range(split * share, min((split + 1) * share, tiles)):
+        # Lines first: the next line reads most of the pixels and half of the windows of this one, from the cache.
+        ci = tile % at.OH
+        cj = (tile // at.OH % segments) * BM + tl.arange(0, BM)
+        n = (tile // at.OH // segments).to(tl.int64)
+        dz = tl.zeros((BM, BN), FORM.ACC)
+        for r in range((ci + at.pool_top) % STEP, SIDE, STEP):  # this line is row r of windows i
+            i = (ci + at.pool_top - r) // STEP
+            for turn in tl.static_range(STEP):
+                s = (cj + at.pool_left) % STEP + turn * STEP  # [BM]
+                j = (cj + at.pool_left - s) // STEP
+                hit = (i >= 0) & (i < at.PH) & (cj < at.OW) & (s < SIDE) & (j >= 0) & (j < at.PW)
+                keep = hit[:, None] & (k < K)[None, :]
+                pixels = n * dy.sn + i.to(tl.int64) * dy.sh + j.to(tl.int64) * dy.sw
+                g = tl.load(dy.ptr + pixels[:, None] + k[None, :], mask=keep, other=0.0)
+                pixels = n * spots.sn + i.to(tl.int64) * spots.sh + j.to(tl.int64) * spots.sw
+                spot = tl.load(spots.ptr + pixels[:, None] + k[None, :], mask=keep, other=NO_SPOT)
+                dz += tl.where(spot.to(tl.int32) == (r * SIDE + s)[:, None], g.to(FORM.ACC), 0.0)
+        sums += dz
+        kind = dy.ptr.dtype.element_ty
+        row, columns = ci * at.stride_h - at.top, cj * at.stride_w - at.left
+        v = _patches(x.ptr + n * x.sn, x, row, columns, d, kind, FORM)
+        products = tl.dot(dz.to(kind).T, v, products, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
 
-        spot = tl.zeros((BM, BN), tl.int32)
-        if FORM.POOL or ACT != "none":
-            best = tl.full((BM, BN), float("-inf"), FORM.ACC)
-            for o in range(SPOTS):
-                z = _conv(image, x, w, at, ci + o // 3, cj + o % 3, k, FORM)
-                spot = tl.where(z > best, o, spot)  # an equal value later does not displace the first
-                best = tl.maximum(best, z)
-            if ACT != "none":
-                g *= slope(_shifted(best, w, k, FORM), ACT)
-        sums += tl.sum(g, 0)
-
-        # The products wait in memory (in L2, in fact) between tiles: with those of 147 taps registers would run out.
-        for b in range(tl.cdiv(w.depth, FORM.BK)):
-            d = b * FORM.BK + tl.arange(0, FORM.BK)
-            to = g_ptr + row[:, None] * w.depth + d[None, :]
-            owned = (k < w.K)[:, None] & (d < w.depth)[None, :]
-            products = tl.load(to, mask=owned & (tile > first), other=0.0)
-            for o in range(SPOTS):
-                here = tl.where(spot == o, g, 0.0).to(w.ptr.dtype.element_ty)
-                line, columns = (ci + o // 3) * at.stride_h - at.top, (cj + o % 3) * at.stride_w - at.left
-                v = _patches(image, x, line, columns, d, w.ptr.dtype.element_ty, FORM)
-                products = tl.dot(here.T, v, products, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
-            tl.store(to, products, mask=owned)
-
-    tl.store(s_ptr + row, sums, mask=k < w.K)
+    to = split.to(tl.int64) * K + k  # [BN] rows of partial sums
+    owned = (k < K)[:, None] & (d < depth)[None, :]
+    tl.store(g_ptr + to[:, None] * depth + d[None, :], products, mask=owned)
+    tl.store(s_ptr + to, tl.sum(sums, 0), mask=(k < K) & (pid % parts == 0))
 
 
-def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Filters, Places, Form]:
+def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Places, Form]:
     """What both kernels take."""
-    x, matrix, (k, c, r, s) = stem.pixels, stem.matrix, stem.weight.shape
-    depth = matrix.shape[0]
-    # Zeros up to whole tiles: filters are read in long words and without masks.
-    padded = F.pad(matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
-    bounds = (float(stem.low), float(stem.high)) if stem.clamps else (None, None)
+    x, geometry, kind = stem.pixels, stem.geometry, stem.weight.dtype
     top, _, left, _ = stem.pool_padding or (0, 0, 0, 0)
-    geometry, kind = stem.geometry, stem.weight.dtype
+    bounds = (float(stem.low), float(stem.high)) if stem.clamps else (None, None)
     return (
         Pixels(x, *x.stride(), *x.shape[2:], stem.gain, stem.offset, *bounds),
-        Filters(padded, stem.scale, stem.shift, k, depth, padded.shape[1]),
         Places(*stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left),
         Form(
-            *(c, r, s, tile.pixels, tile.filters, tile.taps),
+            *(*stem.weight.shape[1:], tile.pixels, tile.filters, tile.taps),
             *(stem.pool_padding is not None, stem.act, dot_precision(kind), accumulator(kind)),
         ),
     )
 
 
-def stem_forward(stem: Stem, y: Tensor) -> None:
-    """Write y, an (N, K, PH, PW) window; see the formula above."""
+def _filters(stem: Stem, tile: StemTile) -> Filters:
+    """With zeros up to whole tiles: filters are read in long words and without masks."""
+    depth, k = stem.matrix.shape
+    padded = F.pad(stem.matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
+    return Filters(padded, stem.scale, stem.shift, k, depth, padded.shape[1])
+
+
+def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
+    """Write y and, where they are wanted, its spots, (N, K, PH, PW) windows; see the formula of `stem.py`."""
     stem.check_map("y", y)
+    if spots is not None:
+        stem.check_map("spots", spots)
     if not y.numel():
         return
     n, filters, rows, width = y.shape
-    tile = stem_tile(stem.weight, width)
+    tile = stem_tile(stem.weight, width, stem.normalises)
     segments, blocks = triton.cdiv(width, tile.pixels), triton.cdiv(filters, tile.filters)
     lines = stem_lines(rows, n * rows * segments * blocks)
     strips = triton.cdiv(rows, lines)
-    x, w, at, form = _arguments(stem, tile)
+    x, at, form = _arguments(stem, tile)
     _stem_forward_kernel[(n * strips * segments * blocks,)](
-        x, w, as_map(y), at, lines, strips, segments, FORM=form, **tile.options
+        x, _filters(stem, tile), as_map(y), as_map(spots), at, lines, strips, segments, FORM=form, **tile.options
     )
 
 
 def stem_backward(
-    stem: Stem, dy: Tensor, dweight: Tensor, *, dscale: Tensor | None = None, dshift: Tensor | None = None
+    stem: Stem,
+    dy: Tensor,
+    spots: Tensor,
+    dweight: Tensor,
+    *,
+    dscale: Tensor | None = None,
+    dshift: Tensor | None = None,
 ) -> None:
     """Add the gradients of weight, scale and shift to the buffers given.
 
     Args:
         dy: (N, K, PH, PW) window in the dtype of weight, the gradient of y.
+        spots: such a window of bytes, from the forward.
         dweight, dscale, dshift: (K, C, R, S), (K,) and (K,), in float32 (float64 for weights in float64).
     """
     stem.check_map("dy", dy)
+    stem.check_map("spots", spots)
     if not dy.numel():
         return
-    n, filters, rows, width = dy.shape
-    tile = stem_tile(stem.weight, width)
-    segments, blocks = triton.cdiv(width, tile.pixels), triton.cdiv(filters, tile.filters)
-    tiles = n * rows * segments
+    (k, c, r, s), (lines, width) = stem.weight.shape, stem.conv_size
+    depth = c * r * s
+    tile = stem_backward_tile(stem.weight, width, stem.normalises)
+    segments = triton.cdiv(width, tile.pixels)
+    tiles = len(dy) * lines * segments
     share = stem_share(tiles)
     splits = triton.cdiv(tiles, share)
-    x, w, at, form = _arguments(stem, tile)
-    sums = torch.empty(splits, filters, w.depth, dtype=dweight.dtype, device=x.ptr.device)
-    shifts = torch.empty(splits, filters, dtype=dweight.dtype, device=x.ptr.device)
-    _stem_backward_kernel[(splits * blocks,)](
-        x, w, as_map(dy), sums, shifts, at, tiles, share, segments, FORM=form, **tile.options
+    sums = torch.empty(splits, k, depth, dtype=dweight.dtype, device=dy.device)
+    shifts = torch.empty(splits, k, dtype=dweight.dtype, device=dy.device)
+    x, at, form = _arguments(stem, tile)
+    _stem_backward_kernel[(splits * triton.cdiv(k, tile.filters) * triton.cdiv(depth, tile.taps),)](
+        x, as_map(dy), as_map(spots), sums, shifts, at, k, depth, tiles, share, segments, FORM=form, **tile.options
     )
     total = sums.sum(0)
     if dshift is not None:
@@ -299,5 +316,4 @@ def stem_backward(
         dscale += (stem.matrix.T.to(total.dtype) * total).sum(1)
     if stem.scale is not None:
         total *= stem.scale.to(total.dtype)[:, None]
-    k, c, r, s = stem.weight.shape
     dweight += total.reshape(k, r, s, c).permute(0, 3, 1, 2)

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from .activations import activate_reference, slope_reference
 from .dtypes import sum_dtype
-from .windows import ConvGeometry, output_size
+from .windows import ConvGeometry, empty_map, nhwc, output_size
 
 ACTIVATIONS = ("none", "relu", "relu6")  # those that never decrease
+NO_SPOT = 255  # of a pixel of y where the activation's slope is zero
+_WINDOW = [3, 3], [2, 2], [0, 0], [1, 1], False  # of the pooling, as PyTorch's ops take it
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,10 @@ class Stem:
     @property
     def clamps(self) -> bool:
         return self.low > -math.inf or self.high < math.inf
+
+    @property
+    def normalises(self) -> bool:
+        return self.clamps or self.gain is not None
 
     @property
     def conv_size(self) -> tuple[int, int]:
@@ -135,19 +141,38 @@ def stem_reference(stem: Stem) -> Tensor:
     return y if stem.pool_padding is None else F.max_pool2d(_pool_padded(stem, y), 3, 2)
 
 
-def stem_gradients_reference(stem: Stem, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, scale and shift with PyTorch's own ops, what they need computed again."""
-    wide, aten = sum_dtype(stem.weight.dtype), torch.ops.aten
-    v = _normalised(stem)
-    y = _activated(stem, v)
-    if stem.pool_padding is not None:
+def stem_spots_reference(stem: Stem) -> tuple[Tensor, Tensor]:
+    """y and its spots with PyTorch's own ops."""
+    y = _activated(stem, _normalised(stem))
+    if stem.pool_padding is None:
+        spots = torch.zeros_like(y, dtype=torch.uint8)
+    else:
         padded = _pool_padded(stem, y)
-        window = [3, 3], [2, 2], [0, 0], [1, 1], False
-        _, indices = aten.max_pool2d_with_indices(padded, *window)
-        dy = aten.max_pool2d_with_indices_backward(dy, padded, *window, indices)
-        top, _, left, _ = stem.pool_padding
-        dy = dy[:, :, top : top + y.shape[2], left : left + y.shape[3]]
-    dz = dy * slope_reference(y, stem.act)
+        y, places = torch.ops.aten.max_pool2d_with_indices(padded, *_WINDOW)
+        width = padded.shape[3]
+        rows, columns = _corners(y)
+        spots = ((places // width - rows) * 3 + places % width - columns).to(torch.uint8)
+    return y, nhwc(spots.masked_fill(slope_reference(y, stem.act) == 0, NO_SPOT))
+
+
+def _corners(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (PH, 1) and columns (PW,) of the padded map where windows begin."""
+    rows, columns = (2 * torch.arange(size, device=y.device) for size in y.shape[2:])
+    return rows[:, None], columns
+
+
+def stem_gradients_reference(stem: Stem, dy: Tensor, spots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, scale and shift with PyTorch's own ops."""
+    wide, aten = sum_dtype(stem.weight.dtype), torch.ops.aten
+    v, dz = _normalised(stem), dy.masked_fill(spots == NO_SPOT, 0)
+    if stem.pool_padding is not None:
+        top, bottom, left, right = stem.pool_padding
+        height, width = stem.conv_size
+        padded = empty_map(*dy.shape[:2], height + top + bottom, width + left + right, dy)  # only its shape is read
+        (rows, columns), spot = _corners(dy), spots.clamp(max=8).long()
+        places = (rows + spot // 3) * padded.shape[3] + columns + spot % 3
+        dz = aten.max_pool2d_with_indices_backward(dz, padded, *_WINDOW, places)
+        dz = dz[:, :, top : top + height, left : left + width]
     dshift = dz.sum((0, 2, 3), dtype=wide)
     stride, mask = list(stem.geometry.stride), [False, True, False]
     dweight = aten.convolution_backward(dz, v, stem.weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, mask)[1]

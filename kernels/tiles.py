@@ -127,7 +127,7 @@ def pool_tile(rows: int, cols: int, channels: int, itemsize: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class StemTile:
-    """Pixels of y, filters and taps of a tile; how it is compiled."""
+    """Pixels, filters and taps of a tile; how it is compiled."""
 
     pixels: int
     filters: int
@@ -135,17 +135,35 @@ class StemTile:
     options: Mapping[str, int | None] = field(default_factory=dict)
 
 
-def stem_tile(weight: Tensor, width: int) -> StemTile:
-    """A tile as large as maxima, places and sums fit in registers without spilling."""
-    filters, depth = weight.shape[0], weight[0].numel()
-    if interpreting():  # few large programs: a call costs more than its elements
-        return StemTile(power_of_two(width, 16, 128), power_of_two(filters, 16, 128), power_of_two(depth, 16, 64))
+def stem_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
+    """The forward's tile, as large as maxima, spots and sums fit in registers.
+
+    Args:
+        width: of y.
+        normalised: whether pixels are.
+    """
     side = 64 if weight.dtype.itemsize <= 2 else 32
+    return _stem_tile(weight, width, side, side, 32, normalised)
+
+
+def stem_backward_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
+    """The backward's tile; its pixels are outputs of the convolution, `width` in a line."""
+    return _stem_tile(weight, width, 64 if weight[0].numel() <= 64 else 32, 64, 64, normalised)
+
+
+def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int, normalised: bool) -> StemTile:
+    k, depth = weight.shape[0], weight[0].numel()
+    if interpreting():  # few large programs: a call costs more than its elements
+        return StemTile(power_of_two(width, 16, 128), power_of_two(k, 16, 128), power_of_two(depth, 16, 64))
     # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
-    # (triton-lang/triton#9433). Told no limit, the assembler spills a few registers to fit two programs per processor.
-    warps = 8 if capability(weight.device) else 4  # 256 threads: AMD's warps have 64
-    options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, 255)}
-    return StemTile(side, power_of_two(filters, 16, side), power_of_two(depth, 16, 32), options)
+    # (triton-lang/triton#9433).
+    chip = capability(weight.device)
+    warps = 8 if chip else 4  # 256 threads: AMD's warps have 64
+    # Two programs per processor, so that one gathers pixels while another multiplies; but where pixels are normalised,
+    # and without wgmma, some registers would spill.
+    limit = 128 if chip >= 90 and not normalised else 255
+    options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, limit)}
+    return StemTile(pixels, power_of_two(k, 16, filters), power_of_two(depth, 16, taps), options)
 
 
 def stem_lines(rows: int, tiles: int) -> int:

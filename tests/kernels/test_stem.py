@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
 
 from gigamorph.kernels import stem_kernels, stem_reference, tiles
-from gigamorph.kernels.stem import stem, stem_gradients
+from gigamorph.kernels.choice import override
+from gigamorph.kernels.stem import stem, stem_and_spots, stem_gradients
 from gigamorph.kernels.stem_kernels import stem_backward, stem_forward
 from gigamorph.kernels.stem_reference import Stem
 from gigamorph.kernels.tiles import StemTile
@@ -66,29 +67,41 @@ def reference(*arguments):
 
 
 def oracle(inputs, form, act):
-    """y, and the gradients of weight, scale and shift for a dy, in float64; dy in the inputs' dtype."""
+    """y, its spots, and the gradients of weight, scale and shift for a dy, in float64; dy in the inputs' dtype."""
     x, *leaves, gain, offset = inputs
     wide = [None if t is None else t.double().requires_grad_() for t in leaves]
     # Normalised as the kernel does it, in float32, and rounded to the dtype of the weights.
     v = x.to(torch.uint16) if x.dtype == torch.uint16 else x.view(torch.uint16) if x.dtype == torch.int16 else x
     v = (v.to(gain.dtype) * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)).clamp(*BOUNDS).to(leaves[0].dtype)
-    y = reference(v.double(), *wide, None, None, -math.inf, math.inf, *window(form), act)
+    call = (v.double(), *wide, None, None, -math.inf, math.inf, *window(form), act)
+    y = reference(*call)
     g = torch.Generator().manual_seed(1)
     dy = random_map(*y.shape, leaves[0].dtype, g)
     if dy.dtype == torch.float32:
         dy = dy.to(torch.float16).float()
     grads = torch.autograd.grad(y, [t for t in wide if t is not None], dy.double())
-    return y.detach(), dy.contiguous(memory_format=torch.channels_last), grads
+    spots = stem_reference.stem_spots_reference(Stem(*call))[1]
+    return y.detach(), spots, dy.contiguous(memory_format=torch.channels_last), grads
+
+
+def guarded_spots(shape):
+    """Room for spots amid bytes of 77, and all of it."""
+    around = torch.full((shape[0], shape[2] + 2, shape[3] + 2, shape[1]), 77, dtype=torch.uint8, device=DEVICE)
+    return around[:, 1:-1, 1:-1].permute(0, 3, 1, 2), around
 
 
 def check(inputs, form, act="relu"):
     x, weight, scale, shift, gain, offset = inputs
-    y_oracle, dy, grads = oracle(inputs, form, act)
+    y_oracle, spots_oracle, dy, grads = oracle(inputs, form, act)
     guarded = Guarded()
     given_ = (None if t is None else guarded(t) for t in (weight, scale, shift, gain, offset))
     whole = Stem(x, *given_, *BOUNDS, *window(form), act)
     y = guarded.empty(*y_oracle.shape, dtype=weight.dtype)
-    stem_forward(whole, y)
+    spots, around = guarded_spots(y.shape)
+    stem_forward(whole, y, spots)
+    if weight.dtype == torch.float64:  # with fewer bits, nearly equal positions may change places
+        assert torch.equal(spots, spots_oracle)
+    assert (around == 77).sum() == around.numel() - spots.numel()
     stock = reference(*inputs, *BOUNDS, *window(form), act)
     assert_close("y", y, y_oracle, tf32=weight.dtype == torch.float32, stock=stock)
 
@@ -97,7 +110,7 @@ def check(inputs, form, act="relu"):
         guarded(torch.ones(t.shape, dtype=wide, device=DEVICE))
         for t in (weight, weight[:, 0, 0, 0], weight[:, 0, 0, 0])
     ]
-    stem_backward(whole, guarded(dy), sums[0], dscale=sums[1], dshift=sums[2])
+    stem_backward(whole, guarded(dy), spots, sums[0], dscale=sums[1], dshift=sums[2])
     guarded.check()
     for name, total, grad in zip(("dweight", "dscale", "dshift"), sums, grads, strict=False):
         # What was in the buffer is still there; errors of the sum are those of its terms' magnitude.
@@ -130,10 +143,15 @@ def test_other_activations_without_affine(act, form):
     check(problem(FORMS[form], torch.float64, affine=False), FORMS[form], act)
 
 
+def small_tiles(monkeypatch):
+    for name in ("stem_tile", "stem_backward_tile"):
+        monkeypatch.setattr(stem_kernels, name, lambda *_: StemTile(16, 16, 16))
+
+
 def test_several_strips_and_splits(monkeypatch):
     """Tiles as on a GPU: many programs, ragged in every direction."""
-    monkeypatch.setattr(stem_kernels, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
-    form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
+    small_tiles(monkeypatch)
+    form = (2, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     check(problem(form, torch.float64, size=(9, 36)), form)
     monkeypatch.setattr(tiles, "interpreting", lambda: False)  # strips of one row, a split per tile
     check(problem(form, torch.float64, size=(9, 36)), form)
@@ -185,19 +203,41 @@ def test_gradient_goes_to_the_first_maximum():
     assert_close("dweight", mine, theirs)
 
 
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+def test_spots_of_equal_values(act):
+    """Windows in which many outputs are equal, at borders and inside; stock's spots are the same."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randint(-2, 8, (2, 1, 11, 14), generator=g).double().to(DEVICE)
+    weight = torch.tensor([1.0, -1.0], dtype=torch.float64, device=DEVICE).reshape(2, 1, 1, 1)
+    for pool in ((1, 1, 1, 0), None):
+        call = (x, weight, None, None, None, None, -math.inf, math.inf, ConvGeometry(), pool, act)
+        y, spots = stem_and_spots(*call, True)
+        expected = stem_reference.stem_spots_reference(Stem(*call))
+        assert torch.equal(y, expected[0]) and torch.equal(spots, expected[1])
+        assert act == "none" or (spots == stem_reference.NO_SPOT).any()
+        dy = random_map(*y.shape, torch.float64, g)
+        with override("stock"):
+            assert torch.equal(stem_and_spots(*call, True)[1], spots)
+            theirs = stem_gradients(dy, spots, *call)
+        for mine, their in zip(stem_gradients(dy, spots, *call), theirs, strict=True):
+            assert_close("gradient", mine, their)
+
+
 def test_order_of_programs(monkeypatch):
     form = (1, 20, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     inputs = problem(form, torch.float32)
-    _, dy, _ = oracle(inputs, form, "relu")
-    monkeypatch.setattr(stem_kernels, "stem_tile", lambda weight, width: StemTile(16, 16, 16))
+    _, _, dy, _ = oracle(inputs, form, "relu")
+    small_tiles(monkeypatch)
     call = (*inputs, *BOUNDS, *window(form), "relu")
-    assert_order_free(lambda: (stem(*call), *stem_gradients(dy, *call)))
+    y, spots = stem_and_spots(*call, True)
+    assert_order_free(lambda: (*stem_and_spots(*call, True), *stem_gradients(dy, spots, *call)))
+    assert torch.equal(stem(*call), y)  # nothing but y is written
 
 
 @pytest.mark.parametrize("mistake", ["offset", "padding", "pool", "pixel", "scale"])
 def test_mistakes_are_seen(mistake):
     inputs = list(problem(RESNET, torch.bfloat16))
-    y, dy, grads = oracle(inputs, RESNET, "relu")
+    y, _, dy, grads = oracle(inputs, RESNET, "relu")
     geometry, pool_padding = window(RESNET)
     if mistake == "offset":
         inputs[5] = inputs[5] + 0.01
@@ -216,9 +256,10 @@ def test_mistakes_are_seen(mistake):
     call = (*inputs, *BOUNDS, geometry, pool_padding, "relu")
     with pytest.raises(AssertionError):
         assert_close("y", stem(*call), y)
+    _, spots = stem_and_spots(*call, True)
     if mistake != "pool":
         with pytest.raises(AssertionError):
-            assert_close("dweight", stem_gradients(dy, *call)[0], grads[0], dtype=torch.bfloat16)
+            assert_close("dweight", stem_gradients(dy, spots, *call)[0], grads[0], dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("pool", [None, (1, 0, 0, 1)])
@@ -241,7 +282,13 @@ def test_operator():
     form = (1, 4, 3, 2, (1, 1, 1, 1), (1, 1, 1, 1))
     x, *leaves, gain, offset = problem(form, torch.float32, torch.float32, size=(9, 11))
     leaves = [t.requires_grad_() for t in leaves]
-    torch.library.opcheck(stem, (x, *leaves, gain, offset, *BOUNDS, *window(form), "relu"))
+    call = (x, *leaves, gain, offset, *BOUNDS, *window(form), "relu")
+    torch.library.opcheck(stem_and_spots, (*call, True))
+    with torch.no_grad():
+        y, spots = stem_and_spots(*call, False)
+        assert not spots.numel()
+        _, spots = stem_and_spots(*call, True)
+        torch.library.opcheck(stem_gradients, (y, spots, *call))
 
 
 def test_refusals():
@@ -256,5 +303,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="stem_reference"):
         image = torch.zeros(1, 1, 9, 9, device=DEVICE).requires_grad_()
         stem(image, *inputs[1:], *BOUNDS, geometry, pool_padding, "relu").sum().backward()
+    with pytest.raises(ValueError, match="keep=True"):
+        inputs[1].requires_grad_()
+        stem_and_spots(*inputs, *BOUNDS, geometry, pool_padding, "relu", False)[0].sum().backward()
     with pytest.raises(ValueError, match="channels of pixels"):
         stem(inputs[0].expand(-1, 3, -1, -1), *inputs[1:], *BOUNDS, geometry, pool_padding, "relu")

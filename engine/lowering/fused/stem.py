@@ -3,7 +3,8 @@
     y = maxpool(act(conv(x, w) + b))
 
 One line of convolution outputs between two tiles is computed twice; its halo, and everything between x and y, is not
-kept. The image gets no gradient here: where one is wanted, the ops stay apart.
+kept: a byte beside each element of y tells the backward where its gradient goes (`spots`). The image gets no gradient
+here: where one is wanted, the ops stay apart.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ....kernels.dtypes import sum_dtype
-from ....kernels.stem import stem, stem_gradients
+from ....kernels.stem import stem_and_spots, stem_gradients
 from ....kernels.stem_reference import ACTIVATIONS
 from ..geometry import Chain, Window
 from ..ops import Block, Env, Local
@@ -42,16 +43,19 @@ class FusedStem(torch.autograd.Function):
         pool_padding: list[int],
         block: Block,
     ):
-        ctx.save_for_backward(x, weight, bias)
+        needs = any(ctx.needs_input_grad)
         ctx.spec, ctx.sum_of = spec, block.sum_of
         ctx.settings = (*_WIDE_OPEN, spec.geometry(padding), pool_padding, spec.act)
-        return stem(x, weight, None, bias, None, None, *ctx.settings)
+        y, spots = stem_and_spots(x, weight, None, bias, None, None, *ctx.settings, needs)
+        if needs:
+            ctx.save_for_backward(spots, x, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, weight, bias = ctx.saved_tensors
-        dw, _, dbias = stem_gradients(grads[0], x, weight, None, bias, None, None, *ctx.settings)
+        spots, x, weight, bias = ctx.saved_tensors
+        dw, _, dbias = stem_gradients(grads[0], spots, x, weight, None, bias, None, None, *ctx.settings)
         wide = sum_dtype(weight.dtype)
         if ctx.needs_input_grad[1]:
             ctx.sum_of(ctx.spec.weight, wide).add_(dw)
