@@ -148,7 +148,7 @@ def stem_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
 
 def stem_backward_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
     """The backward's tile; its pixels are outputs of the convolution, `width` in a line."""
-    return _stem_tile(weight, width, 64 if weight[0].numel() <= 64 else 32, 64, 64, normalised)
+    return _stem_tile(weight, width, 32, 64, 64, normalised)
 
 
 def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int, normalised: bool) -> StemTile:
@@ -159,9 +159,9 @@ def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int,
     # (triton-lang/triton#9433).
     chip = capability(weight.device)
     warps = 8 if chip else 4  # 256 threads: AMD's warps have 64
-    # Two programs per processor, so that one gathers pixels while another multiplies; but where pixels are normalised,
-    # and without wgmma, some registers would spill.
-    limit = 128 if chip >= 90 and not normalised else 255
+    # Two programs per processor, so that one gathers pixels while another multiplies; but where pixels are normalised
+    # or float32, and without wgmma, some registers would spill (Triton 3.6 or 3.7).
+    limit = 128 if chip >= 90 and weight.dtype.itemsize <= 2 and not normalised else 255
     options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, limit)}
     return StemTile(pixels, power_of_two(k, 16, filters), power_of_two(depth, 16, taps), options)
 
