@@ -22,7 +22,7 @@ from .execution.forward import Forward
 from .execution.image_batch import ImageBatch
 from .execution.prepared import Prepared
 from .execution.programs import Form, Programs, Settings
-from .execution.run import run
+from .execution.run import compute, run
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
@@ -190,9 +190,7 @@ class Accelerated(Delegate):
         given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
     ) -> Any:
-        forward = self._open(x, form, given, vectors)
-        run([forward])
-        return forward.finish()
+        return compute(self._open(x, form, given, vectors))
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""

@@ -115,7 +115,7 @@ def matmul_config(
     A tile of m x n moves (m + n) / (2 m n) bytes of operands per multiply-add through L2, so long products take the
     largest tile whose accumulators fit in registers, 128 x 256 with eight warps. Short ones are bound by memory: two
     blocks of 128 x 128 per multiprocessor, or three of 128 x 64, so that one computes while another reads and writes
-    its maps; on an H200 four warps did that as fast as eight or up to a fifth faster (benchmarks/results/gpu_tiles.json).
+    its maps. On an H200 four warps did that as fast as eight, or up to a fifth faster.
     Nothing here may spill: `benchmarks/compile_gate.py` compiles what real networks get.
 
     Args:

@@ -25,13 +25,17 @@ Parts = Mapping[tuple[str, int], Rect]
 
 def settings(scan: Scan) -> Hashable:
     """What captured work was captured under."""
-    switches = (
+    return scan.device, scan.dtype, scan.autocast, switches()
+
+
+def switches() -> Hashable:
+    """The settings of the process that say how ops are computed."""
+    return (
         current_mode(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
         tf32_settings(),
     )
-    return scan.device, scan.dtype, scan.autocast, switches
 
 
 class Recording(GraphBuffers):

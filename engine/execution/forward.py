@@ -50,6 +50,7 @@ class Forward:
         on_tile: called after each tile.
         given: further maps from outside, read by region.
         targets: the tensors that `Program.updates` change, by the value that they come with.
+        alone: nothing is captured or replayed of it.
 
     Attributes:
         observers: by the number of a map that the network gives away as it is made, what gets its blocks.
@@ -66,8 +67,9 @@ class Forward:
         on_tile: Callable[[TileEvent], None] | None,
         given: Mapping[int, Pixels],
         targets: Mapping[int, Tensor] | None = None,
+        alone: bool = False,
     ):
-        self.given, self.targets = given, targets or {}
+        self.given, self.targets, self.alone = given, targets or {}, alone
         self.observers: dict[int, Observer] = {}
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
@@ -130,6 +132,8 @@ class Forward:
 
     def _captured(self, number: int) -> tuple[WholePasses | None, Replays | None]:
         """What has been captured of a stage: whole passes, or tiles that are alike."""
+        if self.alone:
+            return None, None
         whole = self.prepared.whole_passes(number, self.device)
         return whole, self.prepared.replay(number, self.device) if whole is None else None
 

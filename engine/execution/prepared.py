@@ -8,7 +8,8 @@ from functools import cached_property
 
 import torch
 
-from ..capture.trace import Op
+from ..capture.program import RANDOM
+from ..capture.trace import Op, refs
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
@@ -19,6 +20,7 @@ from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard
 from ..tiling.stage import TiledStage
+from . import whole_step
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class ProgramKey:
 class Prepared:
     """A network made ready for one image size: its steps, the tiling of each stage, and the plan.
 
-    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`, and `whole` whole passes.
+    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`, `whole` whole passes, and
+    `steps` the whole step, if that is captured.
     `shard` is this process's part of the image, if that is split.
     """
 
@@ -84,6 +87,7 @@ class Prepared:
     plan: Plan
     replays: dict[int, Replays] = field(default_factory=dict)
     whole: dict[int, WholePasses] = field(default_factory=dict)
+    steps: list[whole_step.WholeStep] = field(default_factory=list)
     arena: buffers.Arena = field(default_factory=buffers.Arena)
     shard: SpatialShard | None = None
 
@@ -123,6 +127,7 @@ class Prepared:
         """Forget what has been captured."""
         self.replays.clear()
         self.whole.clear()
+        self.steps.clear()
         self.arena.chunks.clear()
 
     def whole_passes(self, number: int, device: torch.device) -> WholePasses | None:
@@ -142,6 +147,32 @@ class Prepared:
         alone = len(self.stages) == 1 and self.shard is None and self.plan.budget is None
         return alone and self.staged.place == "device" and can_be_captured(self.stages[0])
 
+    def whole_step(self, device: torch.device) -> whole_step.WholeStep | None:
+        """The captured step of a network of several stages, where their tiles are few and memory is ample."""
+        executor = buffers.executor(device) if self._may_be_one_step else None
+        if executor is None or any(step.failed for step in self.steps):
+            return None
+        if not self.steps:
+            if self.plan.peak_bytes - self.plan.replay_bytes > MEMORY_SHARE * available_bytes(device):
+                return None
+            self.steps.append(whole_step.WholeStep(executor))
+        return self.steps[0]
+
+    @cached_property
+    def _may_be_one_step(self) -> bool:
+        """Whether a step is the same work on the device each time, and all that it leaves behind is known."""
+        program = self.staged.program
+        written = {v for pair in program.updates for v in pair}
+        return (
+            len(self.stages) > 1
+            and self.shard is None
+            and not (self.segments or program.inputs or program.vectors or program.effects or program.assigned)
+            and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
+            and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
+            and not any(op.group is not None or _draws(op) for op in program.ops)
+            and written.isdisjoint((program.image, *refs(program.output)))
+        )
+
     def replay(self, number: int, device: torch.device) -> Replays | None:
         """The replays of the stage at a place among the steps, if the plan has room for them."""
         index = self.stage_number[number]
@@ -151,6 +182,13 @@ class Prepared:
         if executor is not None and index not in self.replays:
             self.replays[index] = Replays(self.stages[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None
+
+
+def _draws(op: Op) -> bool:
+    """Whether an op draws random numbers; a dropout that is told not to does not."""
+    name = op.name.rstrip("_")
+    told = op.kwargs.get("training", op.args[2] if len(op.args) > 2 else True)
+    return name in RANDOM and not (name.endswith("dropout") and told is False)
 
 
 def makes(step: Op | VectorOp | Stage) -> list[int]:

@@ -1,14 +1,46 @@
-"""The steps of a network in order, segments as one function."""
+"""The steps of a network in order, segments as one function; or all of them from a capture."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..capture.trace import refs
 from .checkpoint import Checkpointed
 from .forward import Forward, step_together
+from .image_batch import ImageTensor
+
+
+def compute(forward: Forward) -> Any:
+    """What the network returns for one image batch, and what its call changes besides."""
+    step = forward.prepared.whole_step(forward.device)
+    if step is not None and step.serves(forward):
+        found = step.result(forward, partial(_alone, forward))
+        if found is not None:
+            return found[0]
+        forward.alone = not step.failed
+    run([forward])
+    return forward.finish()
+
+
+def _alone(
+    like: Forward, image: Tensor, state: Mapping[int, Tensor], targets: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """The results, by value number, of a forward on other tensors of which nothing is captured by itself."""
+    prepared = like.prepared
+    # What is written to at the end may be read in the backward.
+    kept = {v: t.clone() for v, t in state.items() if v in targets and v in prepared.kept_for_backward}
+    given = prepared, image, ImageTensor(image), like.device, like.dtype, {**state, **kept}, None, {}, targets
+    forward = Forward(*given, alone=True)
+    run([forward])
+    forward.finish()
+    wanted = dict.fromkeys(refs(prepared.staged.program.output))
+    return {v: forward.env[v] for v in wanted if v in forward.env}
 
 
 def run(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> None:

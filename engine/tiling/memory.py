@@ -125,7 +125,7 @@ def _heap(thresholds: dict[int, int]) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes in use now: on a GPU as the allocator says and captured graphs hold, else the resident set of this process."""
+    """Bytes in use now: of a GPU as the allocator says, and what captured graphs hold; else the resident set."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) + _held_by_graphs(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,3 +102,44 @@ def test_whole_passes_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch, til
     plain = one_step(accelerate(copy.deepcopy(model), tile=tile), x, autocast)
     for one in found:
         assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
+
+
+def test_whole_steps_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms that take the image's statistics: all stages in one graph; other forwards between, and two backwards."""
+    torch.manual_seed(0)
+    model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().train()
+    x = torch.rand(2, 1, 512, 448, device="cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    graphs = buffers.executor
+    nets = [accelerate(copy.deepcopy(model)) for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), 1e-2) for net in nets]
+
+    def both(act: Callable[[nn.Module], Any]) -> None:
+        found = []
+        for net, on in zip(nets, (False, True), strict=True):
+            monkeypatch.setattr(buffers, "executor", graphs if on else lambda device: None)
+            made = act(net)
+            found.append([*(made or []), *(b.clone() for b in net.buffers())])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    def twice(net: nn.Module) -> list[torch.Tensor]:
+        net.zero_grad(set_to_none=True)
+        output = net(x)
+        output.square().sum().backward(retain_graph=True)
+        output.sum().backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    def waiting(net: nn.Module) -> list[torch.Tensor]:
+        net.zero_grad(set_to_none=True)
+        first, second = net(x), net(x * 2)
+        (first.square().sum() + second.sum()).backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    for number in range(4):
+        both(lambda net, n=number: one_step(net, x * (1 + n), True))
+        for optimizer in optimizers:
+            optimizer.step()
+    (prepared,) = nets[1]._programs
+    assert prepared.steps and not prepared.steps[0].failed and prepared.steps[0]._work is not None
+    for act in (twice, waiting, twice):
+        both(act)

@@ -22,23 +22,23 @@ def test_a_chip_of_another_maker_has_no_descriptors(
 
 
 @pytest.mark.parametrize(
-    ("pixels", "rows", "tile"),
+    ("filters", "depth", "taps", "maps", "tile"),
     [
-        (512, 512, 256),
-        (256, 256, 256),
-        (258, 258, 128),
-        (130, 130, 256),
-        (386, 300, 256),
-        (131_072, 1, 256),
-        (16_500, 1, 128),
+        (64, 64, 9, 1, (128, 64, 4)),
+        (256, 64, 1, 2, (128, 128, 4)),
+        (192, 768, 1, 1, (128, 64, 4)),
+        (2048, 512, 1, 2, (128, 128, 4)),
+        (2048, 512, 1, 1, (128, 256, 8)),
+        (256, 256, 9, 2, (128, 256, 8)),
+        (256, 256, 9, 3, (128, 128, 4)),
     ],
 )
-def test_pixels_of_a_tile_follow_tails_and_waves(
-    monkeypatch: pytest.MonkeyPatch, pixels: int, rows: int, tile: int
+def test_tiles_that_were_fastest_on_an_h200(
+    monkeypatch: pytest.MonkeyPatch, filters: int, depth: int, taps: int, maps: int, tile: tuple[int, int, int]
 ) -> None:
-    """Of 64 filters: a row of 258 would leave nearly half of two tiles of 256 idle; 67 tiles half of the processors."""
+    """Pixels, filters and warps: 128 x 256 for long products of few maps, no filters for nothing."""
     monkeypatch.setattr(tuning, "interpreting", lambda: False)
     monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
     gpu = torch.device("cuda", 0)
-    config = tuning.matmul_config(gpu, torch.bfloat16, pixels, 64, 64, True, taps=9, rows=rows)
-    assert (config.block_m, config.block_n) == (tile, 64)
+    config = tuning.matmul_config(gpu, torch.bfloat16, 4096, filters, depth, True, maps, taps)
+    assert (config.block_m, config.block_n, config.num_warps) == tile

@@ -1,0 +1,238 @@
+"""A whole step captured: all stages and what is computed between them, and the backward of all.
+
+Where norms take the statistics of the image, a network has a stage for each of them, and what is captured stage by
+stage or tile by tile copies every stored map to and from fixed addresses. Where the tiles are few and memory is ample,
+the step is captured as it stands instead: its maps lie at fixed addresses because the graph has made them.
+
+    copy in    the image; in the backward the gradients of the results
+    replay     the steps in their order, and the updates of running statistics
+    copy out   the results; in the backward the gradients of the parameters
+
+Parameters and buffers are read, and buffers written, where they lie. The first step runs op by op, the second is
+captured; so it is again after one of them has moved. While a forward waits for its backward another runs op by op.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cuda_graphs.buffers import Executor, GraphBuffers, captured
+from ..cuda_graphs.recording import switches
+from ..images.batches import StoredBatch
+from ..module import turns
+from ..module.once import once
+from ..tiling.halos import copy_all
+from ..tiling.scan import Autocast, Pixels
+from .image_batch import as_uploaded
+
+MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
+
+
+class Step(Protocol):
+    """What is asked of a forward (forward.py)."""
+
+    env: dict[int, Tensor]
+    targets: Mapping[int, Tensor]
+    image: Tensor | None
+    pixels: Pixels
+    device: torch.device
+    dtype: torch.dtype
+    observers: Mapping[int, Any]
+    on_tile: Any
+
+    def output(self) -> Any: ...
+
+
+# (image, state, tensors that are written to) -> results by value number, computed op by op.
+Compute = Callable[[Tensor, Mapping[int, Tensor], Mapping[int, Tensor]], dict[int, Tensor]]
+
+
+class WholeStep:
+    """The step of a network on images of one size, captured as it was last asked for.
+
+    Attributes:
+        failed: it could not be: steps go another way from now on.
+    """
+
+    def __init__(self, executor: Executor):
+        self.executor, self.failed = executor, False
+        self._key: Hashable = None
+        self._work: _Captured | None = None
+
+    def serves(self, forward: Step) -> bool:
+        """Whether nobody looks on, and all that is read or written has a place of its own from step to step."""
+        image_grad = forward.image is not None and forward.image.requires_grad
+        moves = image_grad or any(t.is_inference() for t in forward.targets.values())
+        return not (moves or forward.observers or forward.on_tile)
+
+    def result(self, forward: Step, compute: Compute) -> tuple[Any] | None:
+        """What the network returns, in a tuple; None where it has to be computed in another way."""
+        if self._work is not None and self._work.failed:
+            self.failed, self._work = True, None
+            return None
+        key = _key(forward)
+        if key != self._key:
+            self._key, self._work = key, None
+            return None
+        if self._work is None:
+            self._work = _Captured(forward, compute, self.executor.apart())
+        return self._work.result(forward)
+
+
+def _key(forward: Step) -> Hashable:
+    """What a captured step holds for: settings, and where its tensors lie."""
+    places = tuple((v, t.data_ptr(), t.requires_grad) for v, t in _state(forward).items())
+    return places, torch.is_grad_enabled(), forward.dtype, Autocast.current(forward.device), switches()
+
+
+def _state(forward: Step) -> dict[int, Tensor]:
+    """Parameters, buffers and constants themselves, not copies of what will be written to."""
+    return {v: forward.targets.get(v, t) for v, t in forward.env.items()}
+
+
+class Waiting:
+    """A forward that was replayed.
+
+    Attributes:
+        over: there will be no backward any more.
+    """
+
+    over = False
+
+
+class _Captured:
+    """A step on fixed addresses, and the backwards that were asked for."""
+
+    def __init__(self, forward: Step, compute: Compute, executor: Executor):
+        self.compute, self.executor, self.failed = compute, executor, False
+        self.buffers = GraphBuffers()
+        self.autocast = Autocast.current(forward.device)
+        state = _state(forward)
+        # Aliases of the parameters: gradients are taken with respect to these, and given to those.
+        self.state = {v: t.detach().requires_grad_(t.requires_grad) for v, t in state.items()}
+        self.leaves = [v for v, t in state.items() if t.requires_grad and torch.is_grad_enabled()]
+        self.targets = {v: t.detach() for v, t in forward.targets.items()}
+        self.first: Callable[[], None] | None = None
+        self.second: dict[tuple[int, ...], Callable[[], None]] = {}
+        self.results: dict[int, Tensor] = {}
+        self.grads: dict[tuple[int, ...], dict[int, Tensor | None]] = {}
+        self.latest: weakref.ref[Waiting] | None = None
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def result(self, forward: Step) -> tuple[Any] | None:
+        """The output of a forward, if no earlier one waits for its backward."""
+        latest = None if self.latest is None else self.latest()
+        if latest is not None and not latest.over:
+            return None
+        self._load(forward)
+        if self.first is None:
+            self.first = self._capture(self._run_forward)
+        if self.first is None:
+            return None
+        if self.leaves:
+            parameters = [_state(forward)[v] for v in self.leaves]
+            made = CapturedStep.apply(self, *parameters)
+        else:
+            made = self.replay()
+        for target in forward.targets.values():
+            torch.autograd.graph.increment_version(target)  # a graph writes where PyTorch does not see it
+        forward.env.update(zip(self.results, made, strict=True))  # pyright: ignore[reportArgumentType]
+        return (forward.output(),)
+
+    def _load(self, forward: Step) -> None:
+        _, _, height, width = forward.pixels.shape
+        source = as_uploaded(forward.pixels, forward.device)
+        pixels = source.read(0, height, 0, width).to(forward.device, non_blocking=True)
+        image = source.develop(pixels) if isinstance(source, StoredBatch) else pixels
+        self.buffers.load({("image",): image.detach()})
+
+    def replay(self) -> tuple[Tensor, ...]:
+        assert self.first is not None
+        self.first()
+        return tuple(t.detach().clone() for t in self.results.values())
+
+    def _run_forward(self) -> None:
+        with torch.set_grad_enabled(bool(self.leaves)), self.autocast.enter():
+            self.results = self.compute(self.buffers.inputs["image",], self.state, self.targets)
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def backward(self, grads: Sequence[Tensor | None], again: bool) -> list[Tensor | None]:
+        """Gradients of the leaves, None where none leads there.
+
+        Args:
+            grads: of the results, None for zero.
+            again: this is not the first backward of the forward: what that has left was used up.
+        """
+        form = tuple(n for n, grad in enumerate(grads) if grad is not None)
+        if not form:
+            return [None for _ in self.leaves]
+        self.buffers.load({("grad", n): grads[n] for n in form})  # pyright: ignore[reportArgumentType]
+        if form not in self.second:
+            if self.second:  # its graph was let go by the backward that was captured
+                self.first = self._capture(self._run_forward) or self.first
+                again = True
+            work = self._capture(partial(self._run_backward, form))
+            if work is None:
+                raise RuntimeError("the backward of a captured step could not be captured; call the network again")
+            self.second[form] = work
+        if again:
+            self._replay_unnoticed()
+        self.second[form]()
+        made = self.grads[form]
+        found: dict[int, Tensor] = {v: torch.empty_like(t) for v, t in made.items() if t is not None}
+        copy_all((found[v], made[v]) for v in found)  # pyright: ignore[reportArgumentType]
+        return [found.get(v) for v in self.leaves]
+
+    def _replay_unnoticed(self) -> None:
+        """The forward once more, without its updates of buffers."""
+        assert self.first is not None
+        before = {v: t.clone() for v, t in self.targets.items()}
+        self.first()
+        copy_all((self.targets[v], t) for v, t in before.items())
+
+    def _run_backward(self, form: tuple[int, ...]) -> None:
+        results = list(self.results.values())
+        leaves = [self.state[v] for v in self.leaves]
+        given = [self.buffers.inputs["grad", n] for n in form]
+        grads = torch.autograd.grad([results[n] for n in form], leaves, given, allow_unused=True)
+        self.grads[form] = dict(zip(self.leaves, grads, strict=True))
+
+    def _capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        try:
+            work = captured(self.executor, run)
+        except torch.OutOfMemoryError:
+            work = None
+        self.failed = self.failed or work is None
+        return work
+
+
+class CapturedStep(torch.autograd.Function):
+    """parameters -> results of a captured step."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Captured, *parameters: Tensor):
+        ctx.work, ctx.turn, ctx.waiting, ctx.used = work, turns.current(), Waiting(), False
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*parameters)  # in the backward it is told if one of them has changed
+        made = work.replay()
+        work.latest = weakref.ref(ctx.waiting)
+        ctx.mark_non_differentiable(
+            *(t for t, of in zip(made, work.results.values(), strict=True) if not of.requires_grad)
+        )
+        return made
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grads: Tensor | None):
+        _ = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        found = ctx.work.backward(grads, ctx.used)
+        ctx.used, ctx.waiting.over = True, not torch._C._autograd._get_current_graph_task_keep_graph()
+        return None, *found
