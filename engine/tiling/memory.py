@@ -125,7 +125,7 @@ def _heap(thresholds: dict[int, int]) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes in use now: the allocator's figure and what captured graphs hold on a GPU, else this process's resident set."""
+    """Bytes in use now: on a GPU the allocator's and what captured graphs hold, else the resident set of this process."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) + _held_by_graphs(device)
