@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+from gigamorph.engine.bench import meter
 from gigamorph.engine.bench.meter import NvmlPeak, measure, repeatedly, time_call
 
 MIB = 2**20
@@ -57,5 +58,12 @@ def test_memory_of_the_gpu_counts_from_when_the_watch_was_made(monkeypatch):
             time.sleep(0.001)
     used.bytes = 900
     assert watch.bytes == 150
+    monkeypatch.setattr(meter, "used_bytes", lambda device: 0)
+    monkeypatch.setattr(meter, "peak_bytes", lambda device: 0)
+    monkeypatch.setattr(meter, "reset_peak", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for found in (800, 800):  # a second turn of the same process takes nothing that is new
+        cost = measure(lambda: time.sleep(0.05), "cuda", nvml=watch)
+        assert cost.nvml_bytes == found
     with NvmlPeak("cpu") as nothing:
         assert nothing.bytes is None
