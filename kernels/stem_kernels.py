@@ -159,16 +159,18 @@ def _stem_forward_kernel(
         # Conv lines 2i, 2i + 1 and 2i + 2 make row i of y, and the last of them is also the first of row i + 1.
         for t in range(2 * rows + 1):
             line = tl.full((BM, BN), float("-inf"), FORM.ACC)
-            column = tl.zeros((BM, BN), tl.int32)
+            # The column of the line's maximum stands in the same number, above the spot: registers are short.
+            spot = spot & 255
             for dj in range(3):
                 z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
-                column = tl.where(z > line, dj, column)  # an equal value later does not displace the first
+                spot = tl.where(z > line, (spot & 255) | (dj << 8), spot)  # an equal value displaces nothing
                 line = tl.maximum(line, z)
-            spot = tl.where(line > best, column + 3 * (2 - t % 2), spot)
+            column = spot >> 8
+            spot = tl.where(line > best, (column << 8) | (column + 3 * (2 - t % 2)), spot)
             best = tl.maximum(best, line)
             if t % 2 == 0:
                 if t > 0:
-                    _store_row(y, spots, n, w, at, i + t // 2 - 1, j, k, best, spot, FORM)
+                    _store_row(y, spots, n, w, at, i + t // 2 - 1, j, k, best, spot & 255, FORM)
                 best, spot = line, column
     else:
         for t in range(rows):

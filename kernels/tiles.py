@@ -143,15 +143,15 @@ def stem_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
         normalised: whether pixels are.
     """
     side = 64 if weight.dtype.itemsize <= 2 else 32
-    return _stem_tile(weight, width, side, side, 32, normalised)
+    return _stem_tile(weight, width, side, side, 32, roomy=normalised or weight.shape[1] > 1)
 
 
 def stem_backward_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
     """The backward's tile; its pixels are outputs of the convolution, `width` in a line."""
-    return _stem_tile(weight, width, 64 if weight[0].numel() <= 64 else 32, 64, 64, normalised)
+    return _stem_tile(weight, width, 32, 64, 64, roomy=normalised)
 
 
-def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int, normalised: bool) -> StemTile:
+def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int, roomy: bool) -> StemTile:
     k, depth = weight.shape[0], weight[0].numel()
     if interpreting():  # few large programs: a call costs more than its elements
         return StemTile(power_of_two(width, 16, 128), power_of_two(k, 16, 128), power_of_two(depth, 16, 64))
@@ -159,9 +159,9 @@ def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int,
     # (triton-lang/triton#9433).
     chip = capability(weight.device)
     warps = 8 if chip else 4  # 256 threads: AMD's warps have 64
-    # Two programs per processor, so that one gathers pixels while another multiplies; but where pixels are normalised,
-    # and without wgmma, some registers would spill.
-    limit = 128 if chip >= 90 and not normalised else 255
+    # Two programs per processor, so that one gathers pixels while another multiplies; but in these cases some registers
+    # would spill (Triton 3.6 or 3.7).
+    limit = 255 if roomy or chip < 90 or weight.dtype.itemsize > 2 else 128
     options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, limit)}
     return StemTile(pixels, power_of_two(k, 16, filters), power_of_two(depth, 16, taps), options)
 

@@ -109,14 +109,13 @@ def matmul_config(
     epilogue_maps: int = 1,
     taps: int = 1,
     costly: bool = False,
-    rows: int = 2**20,
 ) -> Config:
     """The tile of an implicit matrix product.
 
     A tile of m x n moves (m + n) / (2 m n) bytes of operands per multiply-add through L2, so long products take the
     largest tile whose accumulators fit in registers, 128 x 256 with eight warps. Short ones are bound by memory: two
-    blocks of 128 x 128 per multiprocessor, so that one computes while the other reads and writes its maps. Of few
-    filters twice as many pixels are a tile, unless the tail of a row or of the last wave makes that dearer.
+    blocks of 128 x 128 per multiprocessor, or three of 128 x 64, so that one computes while another reads and writes
+    its maps; on an H200 four warps did that as fast as eight or up to a fifth faster (benchmarks/results/gpu_tiles.json).
     Nothing here may spill: `benchmarks/compile_gate.py` compiles what real networks get.
 
     Args:
@@ -127,7 +126,6 @@ def matmul_config(
         epilogue_maps: maps of the tile's size that the epilogue reads or writes through shared memory.
         taps: of the filter.
         costly: whether exp or erf is computed for every element, which takes registers.
-        rows: runs of so many pixels that there are, of all images.
     """
     config = forced_config()
     if config is not None:
@@ -143,21 +141,16 @@ def matmul_config(
     if not described:
         return _pointer_config(device, itemsize, pixels, channels_out, depth, epilogue_maps)
     block_k = power_of_two(depth, 16, 128 // itemsize)
-    wide = half and taps * depth >= 512 and not costly and epilogue_maps <= 2
+    wide = half and taps * depth >= (512 if epilogue_maps == 1 else 2048) and not costly and epilogue_maps <= 2
     block_m, block_n = power_of_two(pixels, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
-    if block_n <= 64 and pixels > 128 and half and not costly:
-        block_m = min((256, 128), key=lambda m: _operand_loads(m, block_n, pixels, rows, channels_out))
-    num_warps = 8 if block_m * block_n > 128 * 64 else 4
-    blocks = 1 if block_n > 128 else 2
+    if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
+        block_n = 64
+    slim = half and not costly and block_n <= 128
+    num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
+    blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
     num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
     return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages)
-
-
-def _operand_loads(block_m: int, block_n: int, pixels: int, rows: int, channels_out: int) -> int:
-    """What the busiest multiprocessor loads of operands in tiles of a size, in elements for one channel of depth."""
-    tiles = rows * triton.cdiv(pixels, block_m) * triton.cdiv(channels_out, block_n)
-    return triton.cdiv(tiles, PROCESSORS) * (block_m + block_n)
 
 
 def _pointer_config(

@@ -42,12 +42,12 @@ class FusedStem(torch.autograd.Function):
         padding: list[int],
         pool_padding: list[int],
         block: Block,
+        keep: bool,
     ):
-        needs = any(ctx.needs_input_grad)
         ctx.spec, ctx.sum_of = spec, block.sum_of
         ctx.settings = (*_WIDE_OPEN, spec.geometry(padding), pool_padding, spec.act)
-        y, spots = stem_and_spots(x, weight, None, bias, None, None, *ctx.settings, needs)
-        if needs:
+        y, spots = stem_and_spots(x, weight, None, bias, None, None, *ctx.settings, keep)
+        if keep:
             ctx.save_for_backward(spots, x, weight, bias)
         return y
 
@@ -61,7 +61,7 @@ class FusedStem(torch.autograd.Function):
             ctx.sum_of(ctx.spec.weight, wide).add_(dw)
         if ctx.needs_input_grad[2]:
             ctx.sum_of(ctx.spec.bias, wide).add_(dbias)
-        return (None,) * 7
+        return (None,) * 8
 
 
 def fuse_stem(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
@@ -106,7 +106,8 @@ def _join(stage: Stage, conv: Local, pooling: Local, spec: ConvSpec) -> None:
         for chain, span in ((rows, block.rows), (cols, block.cols)):
             pool_padding += chain.second.padding(*span)
             padding += chain.first.padding(*chain.second.span(*span))
-        return (FusedStem.apply(env[spec.x], weight, bias, spec, padding, pool_padding, block),)  # pyright: ignore
+        keep = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        return (FusedStem.apply(env[spec.x], weight, bias, spec, padding, pool_padding, block, keep),)  # pyright: ignore
 
     op = replace(conv.op, name="fused_stem", outputs=pooling.op.outputs)
     stage.locals[next(i for i, other in enumerate(stage.locals) if other is pooling)] = Local(
