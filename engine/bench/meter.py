@@ -33,7 +33,7 @@ class Cost:
         seconds, cpu_seconds: of each timed call, as `time_call` has them.
         before_bytes: in use before the first.
         peak_bytes: in use at most during all, those that were not timed too.
-        nvml_bytes: growth of the GPU's memory in use, by NVML; None on the CPU.
+        nvml_bytes: growth of the GPU's memory in use since `nvml` was made, by NVML; None on the CPU.
         curve: (seconds since the first began, bytes above those before), if asked for.
     """
 
@@ -50,8 +50,16 @@ class Cost:
         return self.peak_bytes - self.before_bytes
 
 
-def measure(call: Callable[[], Any], device: str = "cpu", times: int = 1, warm: int = 0, curve: bool = False) -> Cost:
+def measure(
+    call: Callable[[], Any],
+    device: str = "cpu",
+    times: int = 1,
+    warm: int = 0,
+    curve: bool = False,
+    nvml: NvmlPeak | None = None,
+) -> Cost:
     """Call again and again, the first `warm` times untimed."""
+    nvml = nvml or NvmlPeak(device)
     cost = Cost(used_bytes(device))
     reset_peak(device)
     started = time.perf_counter()
@@ -60,7 +68,7 @@ def measure(call: Callable[[], Any], device: str = "cpu", times: int = 1, warm: 
         cost.curve.append((round(time.perf_counter() - started, 4), used_bytes(device) - cost.before_bytes))
 
     watch = repeatedly(look, _CURVE_EVERY) if curve else contextlib.nullcontext()
-    with NvmlPeak(device) as nvml, watch:
+    with nvml, watch:
         for number in range(warm + times):
             seconds, cpu_seconds = time_call(call, device)
             if number >= warm:

@@ -98,7 +98,7 @@ class StepRow:
         first_seconds: making the network ready, and of the first step: recording, compiling, planning.
         peak_bytes: parameters and what the steps added at most; the image is not counted.
         process_bytes: peak of the whole process, Python and libraries included (CPU).
-        nvml_bytes: growth of the GPU's memory in use during the steps, by NVML.
+        nvml_bytes: growth of the GPU's memory in use since before the network was made, by NVML.
         predicted_bytes: what `plan` says of `peak_bytes`.
         flops: of one step in stock PyTorch.
         roofline_seconds: of one step in stock PyTorch: the sum over its ops of max(flops / rate, bytes / bandwidth).

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,11 +109,13 @@ def count(network: nn.Module, task: Task) -> Work:
     fake = FakeTensorMode()
     state = {**dict(network.named_buffers()), **dict(network.named_parameters())}
     twins: dict[str, Tensor] = {name: fake.from_tensor(t, static_shapes=True) for name, t in state.items()}
+    lies = next((twin.device for twin in twins.values()), torch.device("cpu"))  # `task.device` need not be here
     with fake, torch.set_grad_enabled(task.training):
-        image = torch.empty(task.image, dtype=torch.float64 if task.precision == "fp64" else torch.float32)
+        dtype = torch.float64 if task.precision == "fp64" else torch.float32
+        image = torch.empty(task.image, dtype=dtype, device=lies)
         leaves = [t for t in twins.values() if t.requires_grad]
         with _Count() as counter:
-            with autocast(task):
+            with autocast(replace(task, device=lies.type)):
                 output = first_tensor(torch.func.functional_call(network, twins, (image,)))
             if task.training:
                 torch.autograd.grad(loss_of(output), leaves, allow_unused=True)

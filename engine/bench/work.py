@@ -16,7 +16,7 @@ from ..accelerate import accelerate, freeze_batch_norm
 from ..models import create_model
 from ..morph.origin import create_grown
 from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
-from .meter import measure
+from .meter import NvmlPeak, measure
 from .ordinary import loss_of
 from .peers import PEERS, Settings
 from .results import Task
@@ -63,6 +63,7 @@ class Work:
     def __init__(self, task: Task, peer: str, settings: Settings, cap: int | None):
         self.task, chosen = task, PEERS[peer]
         self.label = chosen.label
+        self.nvml = NvmlPeak(task.device)
         if task.device == "cuda" and cap is not None:
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
@@ -102,7 +103,7 @@ class Work:
             `seconds` and `cpu_seconds` of each timed step, and bytes as in `StepRow`.
         """
         device = self.task.device
-        cost = measure(self._step, device, times=steps, warm=warm)
+        cost = measure(self._step, device, times=steps, warm=warm, nvml=self.nvml)
         if device == "cuda":
             torch.cuda.empty_cache()  # for those who have the next turn
         else:

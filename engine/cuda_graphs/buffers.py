@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.choice import reason
 from ..tiling.halos import copy_all, memory_order
+from ..tiling.memory import note_capture
 
 log = logging.getLogger("gigamorph")
 
@@ -71,6 +72,7 @@ class CudaGraphs:
                     gc.enable()
             torch.cuda.current_stream().wait_stream(self.stream)
         self.graphs.add(graph)
+        note_capture(self.device)
         return graph.replay
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,12 +52,12 @@ def plan(
     check_network(model)
     check_choice("halos", halos, HALO_PLACES)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
-    program = _program(network, shape, dtype, device, training)
     limit = None if memory_budget is None else parse_bytes(memory_budget)
     request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
-    _, chosen = arrange(program, request)
-    held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-    stock = held + stock_peak(network, shape, dtype, device, training)
+    with _autocast_of(device, network):
+        _, chosen = arrange(_program(network, shape, dtype, device, training), request)
+        held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+        stock = held + stock_peak(network, shape, dtype, device, training)
     return replace(chosen, stock_bytes=stock)
 
 
@@ -71,8 +72,29 @@ def plan_each(
     """As `plan`, for several budgets in bytes; None where nothing fits. Stock PyTorch is not asked about."""
     check_network(model)
     network, shape, dtype, device = _asked(model, image_size, None, device)
-    program = _program(network, shape, dtype, device, training)
-    return arrange_each(program, Request(None, None, training), memory_budgets)
+    with _autocast_of(device, network):
+        program = _program(network, shape, dtype, device, training)
+        return arrange_each(program, Request(None, None, training), memory_budgets)
+
+
+@contextlib.contextmanager
+def _autocast_of(device: torch.device, network: nn.Module) -> Iterator[None]:
+    """Autocast as it is on a device, also on those that stand for it: where the network lies, and the CPU."""
+    kinds = {"cpu", (_lies(network) or device).type}
+    before = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+    wanted = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    try:
+        for kind in kinds:  # `torch.autocast` does nothing for a GPU that is not here
+            _set_autocast(kind, *wanted)
+        yield
+    finally:
+        for kind, state in before.items():
+            _set_autocast(kind, *state)
+
+
+def _set_autocast(kind: str, enabled: bool, dtype: torch.dtype) -> None:
+    torch.set_autocast_enabled(kind, enabled)
+    torch.set_autocast_dtype(kind, dtype)
 
 
 def _program(

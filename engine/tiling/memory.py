@@ -125,25 +125,34 @@ def _heap(thresholds: dict[int, int]) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes in use now: of a GPU as the allocator says, and what captured graphs hold; else the resident set."""
+    """Bytes in use now: on a GPU the allocator's and what captured graphs hold, else this process's resident set."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) + _held_by_graphs(device)
+        return torch.cuda.memory_allocated(device) + _held_by_graphs(_index(device))
     if sys.platform == "linux":
         return int(os.pread(_statm(), 128, 0).split()[1]) * mmap.PAGESIZE
     return peak_bytes(device)
 
 
-_COMMON = (0, 0)  # the pool of all that no graph has to itself
+_SHARED_POOL = (0, 0)  # of all that no graph has to itself
+_peak_at_capture: dict[int, int] = {}  # of GPUs on which graphs were captured: the allocator's peak after the latest
 
 
-def _held_by_graphs(device: torch.device) -> int:
-    """Bytes in which captured graphs work: the allocator calls them free as soon as a graph is captured."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    blocks = [
-        b for b in torch.cuda.memory_snapshot() if b["device"] == index and b.get("segment_pool_id", _COMMON) != _COMMON
-    ]
-    return sum(block["total_size"] - block["allocated_size"] for block in blocks)
+def note_capture(device: torch.device) -> None:
+    """A graph was captured on this GPU: from now on it holds memory that the allocator calls free."""
+    _peak_at_capture[_index(device)] = torch.cuda.max_memory_allocated(device)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _held_by_graphs(index: int) -> int:
+    """Bytes in which captured graphs work; every replay writes them."""
+    if index not in _peak_at_capture:  # the snapshot takes long, and progress asks often
+        return 0
+    segments = (s for s in torch.cuda.memory_snapshot() if s["device"] == index)
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if s["segment_pool_id"] != _SHARED_POOL)
 
 
 @functools.cache
@@ -157,10 +166,17 @@ if sys.platform == "linux":
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
-    """The largest figure of `used_bytes` since the process started or `reset_peak` was called."""
+    """The largest figure of `used_bytes` since the process started or `reset_peak` was called.
+
+    On a GPU, where graphs were captured meanwhile: at least this, for the allocator's peak is that of a capture, which
+    is of the memory that its graph holds.
+    """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + _held_by_graphs(device)
+        most, index = torch.cuda.max_memory_allocated(device), _index(device)
+        if most == _peak_at_capture.get(index):
+            return max(most, used_bytes(device))
+        return most + _held_by_graphs(index)
     if sys.platform == "linux":
         return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_layers  # noqa: E402
+import gpu_steps  # noqa: E402
 import gpu_summary  # noqa: E402
 import gpu_tests  # noqa: E402
 import gpu_worker  # noqa: E402
@@ -141,6 +142,7 @@ def test_summary_tells_what_is_wrong():
                 "loss": 1.0,
                 "image_bytes": 1,
             },
+            "resnet18 train 64 ours_auto": {"mpx_per_s": 4.0, "peak_bytes": 2**31, "left_bytes": 0, "loss": 2.0},
             "resnet18 train 64 channels_last": {"mpx_per_s": 2.0, "peak_bytes": 2**32, "left_bytes": 0, "loss": 2.0},
             "resnet18 train 64 eager": {"error": "out of memory"},
         },
@@ -148,7 +150,10 @@ def test_summary_tells_what_is_wrong():
     text = "\n".join(gpu_summary.summary(data))
     assert "checks: 1 of 3 hold" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
     assert "WRONG stem: timed out" in text and "FAILED 3x3: ours: OutOfResources" in text
-    assert "ours 3 (1.0), channels_last 2 (4.0), eager out of memory; 1.50 - -" in text and "LOSS DIFFERS" in text
+    found = (
+        "ours 3 (1.0), ours_auto 4 (2.0), channels_last 2 (4.0), eager out of memory; ours_auto 2.00 - -; ours 1.50 - -"
+    )
+    assert f"{found}  LOSS OF ours DIFFERS" in text and "LOSS OF ours_auto" not in text
     assert "skipped for want of time: 1" in text
 
 
@@ -188,6 +193,36 @@ def test_layers_are_those_of_the_networks():
     assert listed == seen
     layer = gpu_layers.Layer(64, 128, 3, 2, 512)
     assert layer.flops == 2 * 256**2 * 128 * 64 * 9 and layer.bytes == 2 * (512**2 * 64 + 256**2 * 128)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_step_is_timed_without_what_is_told_of_it(monkeypatch, training):
+    """Reading loss and gradients waits for the GPU, and a norm for each parameter is launched."""
+    timing, read = [], []
+
+    def time_call(call, device):
+        timing.append(True)
+        call()
+        timing.pop()
+        return 1.0, 1.0
+
+    def untimed(method):
+        def called(*given):
+            read.append(method.__name__)
+            assert not timing
+            return method(*given)
+
+        return called
+
+    monkeypatch.setattr(gpu_steps, "time_call", time_call)
+    for name in ("item", "norm"):
+        monkeypatch.setattr(torch.Tensor, name, untimed(getattr(torch.Tensor, name)))
+    row = gpu_steps.measure(gpu_steps.Step("small", training, 64, "ours_auto"), 48, 3.0)
+    other = gpu_steps.measure(gpu_steps.Step("small", training, 64, "channels_last"), 48, 3.0)
+    assert len(row["seconds"]) == 2 and row["mpx_per_s"] == 64**2 / 1e6 and set(read) <= {"item", "norm"}
+    assert "stock_bytes" not in row and ("gradient" in row) == training
+    for key in ("loss", "gradient") if training else ("loss",):
+        assert row[key] == pytest.approx(other[key], rel=0.03)
 
 
 def test_unknown_section_is_an_error(tmp_path):

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,63 @@ from gigamorph import kernels
 from gigamorph.kernels import choice, measurements
 
 KEY = ((1, 64, 32, 32), torch.bfloat16, None)
+
+
+class Clock:
+    """Stands for a GPU that works off what the host launches: both have a time, in cycles of the GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launches: Iterable[int], work: int):
+        self.host = self.gpu = 0
+        self.launches, self.work = iter(launches), work
+        self.heads: list[int] = []
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                assert enable_timing
+
+            def record(self) -> None:
+                self.time = clock.gpu = max(clock.gpu, clock.host)
+
+            def query(self) -> bool:
+                return self.time <= clock.host
+
+            def synchronize(self) -> None:
+                clock.host = max(clock.host, self.time)
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.time - self.time
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles: int) -> None:
+        self.heads.append(cycles)
+        self.gpu = max(self.gpu, self.host) + cycles
+
+    def run(self) -> None:
+        """An op whose kernel is launched after some time of the host's."""
+        self.host += next(self.launches)
+        self.gpu = max(self.gpu, self.host) + self.work
+
+
+@pytest.mark.parametrize(
+    ("launches", "heads"),
+    [
+        ([0.1], [1]),  # a fast host
+        ([2.5, 0.1], [1, 2]),  # slow once
+        ([5, 5, 5, 5], [1, 2, 4, 8]),  # always, but there is a head start that is longer
+        ([1000] * 7, [1, 2, 4, 8, 16, 32, 64]),  # longer than any
+    ],
+)
+def test_launching_is_not_timed(monkeypatch: pytest.MonkeyPatch, launches: list[float], heads: list[int]) -> None:
+    """A call whose launch outlasts the head start is measured again with a longer one, up to a limit."""
+    start, work = choice.HEAD_START, 1000
+    clock = Clock(monkeypatch, (int(launch * start) for launch in launches), work)
+    found = choice.elapsed(clock.run)
+    assert clock.heads == [head * start for head in heads] and heads[-1] * start <= choice.MOST_HEAD_START
+    assert not list(clock.launches), "each head start is tried once"
+    assert found == work if launches[-1] < heads[-1] else found > work
 
 
 class Gpu:

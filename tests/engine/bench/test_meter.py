@@ -1,11 +1,14 @@
 """The meter sees what a call allocates and how long it takes, and threads that watch end with what they watch."""
 
+import sys
 import threading
 import time
+from types import ModuleType, SimpleNamespace
 
 import torch
 
-from gigamorph.engine.bench.meter import measure, repeatedly, time_call
+from gigamorph.engine.bench import meter
+from gigamorph.engine.bench.meter import NvmlPeak, measure, repeatedly, time_call
 
 MIB = 2**20
 
@@ -37,3 +40,30 @@ def test_a_watching_thread_ends_with_the_block():
         while not seen:
             time.sleep(0.001)
     assert threading.active_count() == before
+
+
+def test_memory_of_the_gpu_counts_from_when_the_watch_was_made(monkeypatch):
+    """What the network takes before the steps is in it: captured graphs, workspaces, what the allocator keeps."""
+    used = SimpleNamespace(bytes=100)
+    nvml = ModuleType("pynvml")
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByIndex = lambda index: index
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=used.bytes)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    watch = NvmlPeak("cuda")
+    used.bytes = 250
+    with watch:
+        while not watch.bytes:
+            time.sleep(0.001)
+    used.bytes = 900
+    assert watch.bytes == 150
+    monkeypatch.setattr(meter, "used_bytes", lambda device: 0)
+    monkeypatch.setattr(meter, "peak_bytes", lambda device: 0)
+    monkeypatch.setattr(meter, "reset_peak", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for found in (800, 800):  # a second turn of the same process takes nothing that is new
+        cost = measure(lambda: time.sleep(0.05), "cuda", nvml=watch)
+        assert cost.nvml_bytes == found
+    with NvmlPeak("cpu") as nothing:
+        assert nothing.bytes is None

@@ -7,6 +7,8 @@ from torch import nn
 from gigamorph.engine.bench.results import Task
 from gigamorph.engine.bench.roofline import Work, count, measure_ceilings
 
+BF16 = {"precision": "bf16"}
+
 
 def test_a_convolution_and_its_gradients_are_counted_by_hand():
     net = nn.Conv2d(3, 8, 3, padding=1, bias=False)
@@ -16,6 +18,13 @@ def test_a_convolution_and_its_gradients_are_counted_by_hand():
     assert infer.flops == forward and train.flops == 2 * forward
     image, weight, output = 3 * 600 * 4, net.weight.nbytes, 8 * 600 * 4
     assert (forward, image + weight + output, 1) in infer.ops
+
+
+def test_a_step_of_a_gpu_in_16_bits_is_counted_on_the_network_of_the_cpu():
+    """`gigamorph bench` counts there; autocast of the GPU does not cast what is computed on the CPU."""
+    net = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    full, cpu, gpu = (count(net, Task("-", (1, 3, 20, 30), **more)) for more in ({}, BF16, BF16 | {"device": "cuda"}))
+    assert gpu == cpu != full
 
 
 def test_the_floor_is_the_larger_of_arithmetic_and_traffic_op_by_op():
