@@ -22,7 +22,7 @@ from .activations import ACTIVATIONS, MASKS, activate, activate_reference, slope
 from .choice import run_fastest
 from .dtypes import sum_dtype
 from .pointwise import act_grad
-from .stream import Stream, channel, load, step_pixels, store, whole
+from .stream import Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, nhwc
 
@@ -131,6 +131,7 @@ def launch_normalize_act(
     """
     if x.numel():
         s = _stream("normalize_act", act, x, residual, y)
+        mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
         _normalize_act_kernel[s.grid](
             *s.maps, mean, rstd, weight, bias, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )
@@ -244,6 +245,7 @@ def launch_normalize_act_gradients(
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
+    mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
     _normalize_act_gradients_kernel[s.grid](
         *s.maps, mean, rstd, weight, bias, sums, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
     )

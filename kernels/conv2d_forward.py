@@ -29,7 +29,7 @@ from .activations import activate_reference, slope_reference
 from .conv2d_kernels import Product, Steps, Turn, conv2d_descriptor_kernel, conv2d_pointer_kernel
 from .dtypes import sum_dtype
 from .moments import merge_parts
-from .stream import as_map
+from .stream import as_map, dense
 from .tuning import Config, matmul_config
 from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
 
@@ -108,6 +108,7 @@ def launch(
         return (none, none.clone()) if moments else None
     maps = (x, y, residual, z, mask)
     matrix = _matrix(weight)
+    scale, shift = dense(scale, shift)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     if described and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore

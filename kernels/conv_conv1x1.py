@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .activations import activate, activate_reference
 from .conv2d_kernels import Product, Steps, gemm
+from .stream import dense
 from .tuning import conv_conv1x1_config, most_mid_channels
 from .windows import ConvGeometry, can_describe, can_describe_product, column_phases, describe, empty_map
 
@@ -128,6 +129,7 @@ def conv_conv1x1_launch(
     even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
     box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
     segments = triton.cdiv(ow, config.block_m)
+    shift1, shift2 = dense(shift1, shift2)
     _conv_conv1x1_kernel[(n * oh * segments,)](
         describe(even, box_x, operand=True),
         describe(odd, box_x, operand=True),

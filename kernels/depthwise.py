@@ -29,7 +29,7 @@ from .activations import slope_reference
 from .conv2d_forward import conv2d_forward_reference
 from .depthwise_kernels import Block, Filter, Sizes, depthwise_kernel, depthwise_wgrad_kernel
 from .dtypes import accumulator
-from .stream import as_map, vector
+from .stream import as_map, dense, vector
 from .tiles import FILTER_ROWS, TAPS, depthwise_tile, depthwise_wgrad_splits, depthwise_wgrad_tile, equal_part
 from .windows import ConvGeometry
 
@@ -88,6 +88,7 @@ def _launch(
     if programs >= 2**31:
         raise ValueError(f"depthwise: an output of {n} x {oh} x {ow} pixels is too large; use smaller tiles")
     maps = x, gate, residual, mask, y, z
+    scale, shift = dense(scale, shift)
     depthwise_kernel[(programs,)](
         *map(as_map, maps),
         weight.reshape(channels, r * s).t().contiguous(),

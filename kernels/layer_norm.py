@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .choice import run_fastest
 from .dtypes import sum_dtype
-from .stream import Stream, channel, load, step_pixels, store, whole
+from .stream import Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_NORM_CHANNELS
 from .windows import empty_map, nhwc
 
@@ -121,6 +121,7 @@ def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     """
     if x.numel():
         s = _stream(x, y)
+        weight, bias = dense(weight, bias)
         _layer_norm_kernel[s.grid](*s.maps, weight, bias, s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps)
 
 
@@ -135,6 +136,7 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx
     s = _stream(x, dy, dx)
     sums = s.sums(x, 2)
     x_map, dy_map, dx_map = s.maps
+    (weight,) = dense(weight)
     _layer_norm_backward_kernel[s.grid](
         dy_map, x_map, dx_map, weight, sums, s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps
     )

@@ -26,7 +26,7 @@ from .dtypes import accumulator, sum_dtype
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_reference
 from .pointwise import act_grad
 from .precision import dot_precision
-from .stream import as_map, count_pixels, is_flat, pixel_offsets, vector
+from .stream import as_map, count_pixels, dense, is_flat, pixel_offsets, vector
 from .tuning import linear_columns, linear_config
 from .windows import ConvGeometry, empty_map, nhwc
 
@@ -122,6 +122,7 @@ def launch_linear_act(
     config = linear_config(x.device, weight.dtype, pixels, filters, channels)
     rows = triton.cdiv(pixels, config.block_m)
     columns = linear_columns(filters, rows, config.block_n)
+    ln_weight, ln_bias, bias = dense(ln_weight, ln_bias, bias)
     _layer_norm_linear_kernel[(rows, triton.cdiv(filters, columns))](
         as_map(x),
         as_map(y),

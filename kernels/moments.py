@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
-from .stream import Stream, channel, load, step_pixels, store, whole
+from .stream import Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS, merge_blocks
 from .windows import empty_map, nhwc
 
@@ -221,6 +221,7 @@ def launch_moments_backward(
     """Write dx = addend + dmean / count + 2 (x - mean) dvar / count; see `moments_backward`."""
     if x.numel():
         s = Stream("moments_backward", MOST_BLOCK_CHANNELS, x, addend, dx)
+        mean, dmean, dvar = dense(mean, dmean, dvar)
         _moments_backward_kernel[s.grid](*s.maps, mean, dmean, dvar, count, s.share, TILE=s.tile, num_warps=s.num_warps)
 
 

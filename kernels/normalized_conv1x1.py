@@ -25,7 +25,7 @@ from .conv2d import conv2d_forward, conv2d_moments
 from .dtypes import accumulator, sum_dtype
 from .moments import merge_parts, moments_of_each, tile_moments
 from .precision import dot_precision
-from .stream import as_map, count_pixels, is_flat, pixel_offsets, vector
+from .stream import as_map, count_pixels, dense, is_flat, pixel_offsets, vector
 from .tuning import linear_config
 from .windows import ConvGeometry, empty_map, nhwc
 
@@ -116,6 +116,7 @@ def launch(
     config = linear_config(x.device, x.dtype, pixels, filters, channels)
     tiles = triton.cdiv(pixels, config.block_m)
     parts = torch.empty(2, tiles, filters, dtype=sum_dtype(y.dtype), device=y.device) if moments else None
+    mean, rstd, weight, bias, shift = dense(mean, rstd, weight, bias, shift)
     _normalized_conv1x1_kernel[(tiles * triton.cdiv(filters, config.block_n),)](
         as_map(x),
         as_map(y),

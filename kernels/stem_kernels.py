@@ -15,7 +15,7 @@ from .activations import activate, slope
 from .dtypes import accumulator
 from .precision import dot_precision
 from .stem_reference import Stem
-from .stream import as_map
+from .stream import as_map, dense
 from .tiles import StemTile, stem_backward_tile, stem_lines, stem_share, stem_tile
 
 NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
@@ -244,7 +244,7 @@ def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Places, Form]:
     top, _, left, _ = stem.pool_padding or (0, 0, 0, 0)
     bounds = (float(stem.low), float(stem.high)) if stem.clamps else (None, None)
     return (
-        Pixels(x, *x.stride(), *x.shape[2:], stem.gain, stem.offset, *bounds),
+        Pixels(x, *x.stride(), *x.shape[2:], *dense(stem.gain, stem.offset), *bounds),
         Places(*stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left),
         Form(
             *(*stem.weight.shape[1:], tile.pixels, tile.filters, tile.taps),
@@ -257,7 +257,7 @@ def _filters(stem: Stem, tile: StemTile) -> Filters:
     """With zeros up to whole tiles: filters are read in long words and without masks."""
     depth, k = stem.matrix.shape
     padded = F.pad(stem.matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
-    return Filters(padded, stem.scale, stem.shift, k, depth, padded.shape[1])
+    return Filters(padded, *dense(stem.scale, stem.shift), k, depth, padded.shape[1])
 
 
 def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ the channels.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -98,6 +98,11 @@ def store(m, p, c, keep, values, share, TILE: tl.constexpr):
 def channel(ptr, c, C, ACC: tl.constexpr):
     """One number per channel, [1, BC]."""
     return tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
+
+
+def dense(*vectors: Tensor | None) -> tuple[Any, ...]:
+    """Vectors as kernels read them, number after number: what is a column of something else, or expanded, is copied."""
+    return tuple(None if t is None else t.contiguous() for t in vectors)
 
 
 def as_map(x: Tensor | None) -> Map:

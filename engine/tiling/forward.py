@@ -45,12 +45,24 @@ class Gathered:
         for number in tiled.reductions.get(value, ()):
             accumulator = self.accumulators[number]
             accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value), rect), rect, width)
-        if value in tiled.stage.stored:
+        if value in tiled.stage.stored and not self._takes(value, block):
             self.room_in_store(value, i, j, block).copy_(block)
         for observer in scan.observers.get(value, ()):
             observer(block, rect)
         for side, own, halo in tile.hands_on(value) if value in tiled.with_halo else ():
             self.room_in_halo(side, value, halo, i, j, block).copy_(cut(block, axes, own))
+
+    def _takes(self, value: int, block: Tensor) -> bool:
+        """Take a block for the stored map that it is, on a GPU; on a CPU a map has pages of its own."""
+        scan, stage = self.scan, self.scan.tiled.stage
+        whole = scan.tiled.tiles == 1 and block.shape == stage.maps.shape(value)
+        alone = block.untyped_storage().nbytes() == block.numel() * block.element_size()
+        here = block.device.type != "cpu" and scan.maps.place_of(value) == "device"
+        # A source may be the user's own, and what a graph keeps must not change with what the network returns.
+        if not (whole and alone and here) or value in stage.sources or scan.retained:
+            return False
+        self.stored[value] = block
+        return True
 
     def room_in_store(self, value: int, i: int, j: int, like: Tensor) -> Tensor:
         """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order."""

@@ -118,6 +118,15 @@ def test_strategies(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch,
     assert taken
 
 
+def test_several_images_by_the_kernels_themselves() -> None:
+    """The gradients of each image's moments come as columns."""
+    convs = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+    model = nn.Sequential(convs[0], nn.BatchNorm2d(8), nn.ReLU(), convs[1], nn.BatchNorm2d(8), nn.ReLU())
+    with choice.override("triton"):
+        assert_exact(randomize(nn.Sequential(model, nn.AdaptiveAvgPool2d(1))).double(), image(2, 1, 20, 17), tile=16)
+
+
+
 def test_several_sizes(fused_with_stock_ops: None) -> None:
     """Images side by side: the statistics are those of all of them, the tiles those of each."""
     model, images = build(), [image(1, 1, 64, 48), image(1, 1, 40, 72)]
