@@ -148,7 +148,7 @@ class Prepared:
         return alone and self.staged.place == "device" and can_be_captured(self.stages[0])
 
     def whole_step(self, device: torch.device) -> whole_step.WholeStep | None:
-        """The captured step of a network of several stages, where their tiles are few and memory is ample."""
+        """The captured step, where the tiles are few and memory is ample."""
         executor = buffers.executor(device) if self._may_be_one_step else None
         if executor is None or any(step.failed for step in self.steps):
             return None
@@ -164,8 +164,7 @@ class Prepared:
         program = self.staged.program
         written = {v for pair in program.updates for v in pair}
         return (
-            len(self.stages) > 1
-            and self.shard is None
+            self.shard is None
             and not (self.segments or program.inputs or program.vectors or program.effects or program.assigned)
             and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)

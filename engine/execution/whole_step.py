@@ -1,8 +1,9 @@
 """A whole step captured: all stages and what is computed between them, and the backward of all.
 
-Where norms take the statistics of the image, a network has a stage for each of them, and what is captured stage by
-stage or tile by tile copies every stored map to and from fixed addresses. Where the tiles are few and memory is ample,
-the step is captured as it stands instead: its maps lie at fixed addresses because the graph has made them.
+What is captured stage by stage or tile by tile (cuda_graphs/) leaves folded norms and heads to the host, and copies
+every stored map to and from fixed addresses: where norms take the statistics of the image, there is a stage for each of
+them. Where tiles are few and memory is ample, the step is captured as it stands instead: its maps lie at fixed
+addresses because the graph has made them.
 
     copy in    the image; in the backward the gradients of the results
     replay     the steps in their order, and the updates of running statistics

@@ -126,7 +126,6 @@ def test_several_images_by_the_kernels_themselves() -> None:
         assert_exact(randomize(nn.Sequential(model, nn.AdaptiveAvgPool2d(1))).double(), image(2, 1, 20, 17), tile=16)
 
 
-
 def test_several_sizes(fused_with_stock_ops: None) -> None:
     """Images side by side: the statistics are those of all of them, the tiles those of each."""
     model, images = build(), [image(1, 1, 64, 48), image(1, 1, 40, 72)]
