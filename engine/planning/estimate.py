@@ -24,6 +24,7 @@ import torch
 
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import buffer_bytes
+from ..cuda_graphs.whole import MOST_TILES
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import Schedules, TiledStage
@@ -240,17 +241,16 @@ class Estimate:
         plan = replace(plan, tile_bytes=counted.peak, library_bytes=library)
         if self.staged.place == "device" and buffers.executor(self.image.device):
             retained = self._retain(plan, stages, weights, counted, room, exact)
-            if stages[0].tiles <= retained.retained:
-                return retained
+            tiles = stages[0].tiles
+            if tiles <= retained.retained and (tiles == 1 or (tiles <= MOST_TILES and plan.budget is None)):
+                return retained  # all of it is captured as it stands, or there is nothing to replay
             buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
             arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
             replayed = replace(plan, replay_bytes=counted.peak + arena + copies if buffered else 0)
-            return (
-                self._retain(replayed, stages, weights, counted, room, exact)
-                if replayed.peak_bytes <= limit
-                else retained
-            )
+            # Tiles that keep their graph are computed op by op, which took an H200 five times as long as replaying them
+            # twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
+            return replayed if replayed.peak_bytes <= limit else retained
         return self._retain(self._loosen(plan, activations), stages, weights, counted, room, exact)
 
     @property
