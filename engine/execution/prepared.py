@@ -184,10 +184,12 @@ class Prepared:
 
 
 def _draws(op: Op) -> bool:
-    """Whether an op draws random numbers; a dropout that is told not to does not."""
+    """Whether an op draws random numbers; a dropout of nothing, or that is told not to, does not."""
     name = op.name.rstrip("_")
-    told = op.kwargs.get("training", op.args[2] if len(op.args) > 2 else True)
-    return name in RANDOM and not (name.endswith("dropout") and told is False)
+    if not name.endswith("dropout"):
+        return name in RANDOM
+    share = op.kwargs.get("p", op.args[1] if len(op.args) > 1 else 0.5)
+    return share != 0 and op.kwargs.get("training", op.args[2] if len(op.args) > 2 else True) is not False
 
 
 def makes(step: Op | VectorOp | Stage) -> list[int]:

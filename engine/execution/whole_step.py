@@ -39,13 +39,17 @@ class Step(Protocol):
     """What is asked of a forward (forward.py)."""
 
     env: dict[int, Tensor]
-    targets: Mapping[int, Tensor]
     image: Tensor | None
     pixels: Pixels
     device: torch.device
     dtype: torch.dtype
-    observers: Mapping[int, Any]
     on_tile: Any
+
+    @property
+    def targets(self) -> Mapping[int, Tensor]: ...
+
+    @property
+    def observers(self) -> Mapping[int, Any]: ...
 
     def output(self) -> Any: ...
 
@@ -235,5 +239,5 @@ class CapturedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None):
         _ = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         found = ctx.work.backward(grads, ctx.used)
-        ctx.used, ctx.waiting.over = True, not torch._C._autograd._get_current_graph_task_keep_graph()
+        ctx.used, ctx.waiting.over = True, not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
         return None, *found

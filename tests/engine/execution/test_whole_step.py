@@ -1,0 +1,199 @@
+"""Steps that are captured as a whole give what others give, and leave nothing in the memory of a graph.
+
+On the CPU a captured function is one that is called again. What an earlier call of it has made is poisoned before, as a
+graph writes over it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from captures import poison
+from exactness import LIMIT, errors, named, randomize, step, step_errors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigamorph import accelerate
+from gigamorph.engine.cuda_graphs import buffers
+from gigamorph.engine.errors import ChangedError
+from gigamorph.engine.execution import whole_step
+
+
+class Graphs:
+    """Captures by remembering the function; `refuse` is the capture that fails."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = self.refuse = 0
+
+    def apart(self) -> Graphs:
+        return self
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        if self.captured == self.refuse:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        work = run.__self__ if hasattr(run, "__self__") else run.func.__self__  # pyright: ignore
+
+        def again() -> None:
+            self.replayed += 1
+            forward = hasattr(run, "__self__")
+            made = (
+                list(work.results.values()) if forward else [g for form in work.grads.values() for g in form.values()]
+            )
+            for tensor in made:
+                if tensor is not None:
+                    poison(tensor.detach())
+            run()
+
+        return again
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    found = Graphs()
+    monkeypatch.setattr(buffers, "executor", lambda device: found)
+    return found
+
+
+class Net(nn.Module):
+    """Two outputs, of which one is a map; a residual block and a head."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.map, self.head, self.drop = nn.Conv2d(8, 2, 1), nn.Linear(8, 3), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        x = F.relu(self.block(x) + x)
+        return self.head(self.drop(x.mean((2, 3)))), self.map(x)
+
+
+def build(live: bool, drop: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(Net(drop)).double().train(live)
+
+
+def image(seed: int = 1) -> Tensor:
+    return torch.randn(2, 1, 41, 34, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def is_captured(net: nn.Module) -> bool:
+    return any(one._work is not None for prepared in net._programs for one in prepared.steps)  # pyright: ignore
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("tile", [None, (24, 40)])
+def test_steps_with_an_optimizer(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch, live: bool, tile: tuple[int, int] | None
+) -> None:
+    """Parameters and running statistics are read and written where they lie."""
+    monkeypatch.setattr(whole_step, "MOST_TILES", 8)
+    stock = build(live)
+    fast = accelerate(copy.deepcopy(stock), tile=tile)
+    optimizers = [torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9) for net in (stock, fast)]
+    for number in range(4):
+        made = [step(net, image(number), seed=number, image_gradient=False) for net in (stock, fast)]
+        assert max(step_errors(*made).values()) < LIMIT
+        for net, optimizer, one in zip((stock, fast), optimizers, made, strict=True):
+            for name, parameter in net.named_parameters():
+                parameter.grad = one.gradients[name]
+            optimizer.step()
+        assert is_captured(fast) == (number > 0)
+    assert graphs.captured == 2 and graphs.replayed == 6
+    with torch.no_grad():
+        for _ in range(3):
+            assert max(errors(named(stock(image())), named(fast(image()))).values()) < LIMIT
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_several_backwards_and_forwards(graphs: Graphs, live: bool) -> None:
+    """Two backwards of one forward, two forwards before a backward, losses of one output or the other."""
+    nets = [build(live)]
+    nets.append(accelerate(copy.deepcopy(nets[0])))
+
+    def twice(net: nn.Module) -> None:
+        score, maps = net(image())
+        (score.square().sum() + maps.sum()).backward(retain_graph=True)
+        score.sum().backward()
+
+    def together(net: nn.Module) -> None:
+        outputs = [net(image(seed)) for seed in (1, 2)]
+        sum(score.square().sum() * (1 + n) + maps.sum() for n, (score, maps) in enumerate(outputs)).backward()
+
+    def one_by_one(net: nn.Module) -> None:
+        for place in (0, 1, 0):
+            net(image())[place].square().sum().backward()
+
+    def left(net: nn.Module) -> None:
+        net(image())
+        net(image(3))[0].sum().backward()
+
+    for act in (twice, together, twice, one_by_one, left, twice):
+        found = []
+        for net in nets:
+            net.zero_grad(set_to_none=True)
+            act(net)
+            found.append({name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers()))
+        assert max(errors(*found).values()) < LIMIT, act.__name__
+    assert is_captured(nets[1])
+
+
+def test_parameters_that_move_are_captured_anew(graphs: Graphs) -> None:
+    stock = build(live=True)
+    fast = accelerate(copy.deepcopy(stock))
+    for number in range(6):
+        made = [step(net, image(), image_gradient=False) for net in (stock, fast)]
+        assert max(step_errors(*made).values()) < LIMIT
+        if number == 2:
+            for net in (stock, fast):
+                net.get_parameter("head.weight").data = 2 * net.get_parameter("head.weight").data
+    assert graphs.captured == 4
+
+
+def test_weights_changed_before_the_backward_are_told(graphs: Graphs) -> None:
+    fast = accelerate(build(live=False))
+    for _ in range(2):
+        step(fast, image(), image_gradient=False)
+    output = fast(image())[0].sum()
+    with torch.no_grad():
+        fast.get_parameter("head.weight").add_(1)
+    with pytest.raises(ChangedError):
+        output.backward()
+
+
+@pytest.mark.parametrize("refuse", [1, 2])
+def test_a_capture_that_fails(graphs: Graphs, refuse: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The forward's leaves the step to others; without its backward a step is lost, by an error that says so."""
+    graphs.refuse = refuse
+    stock = build(live=True)
+    fast = accelerate(copy.deepcopy(stock))
+    for number in range(4):
+        if number == 1 and refuse == 2:
+            with pytest.raises(RuntimeError, match="call the network again"):
+                step(fast, image(), image_gradient=False)
+            step(stock, image(), image_gradient=False)
+            continue
+        made = [step(net, image(), image_gradient=False) for net in (stock, fast)]
+        assert max(step_errors(*made).values()) < LIMIT
+    assert not is_captured(fast) and graphs.captured == refuse
+
+
+def test_what_draws_random_numbers_is_not_captured(graphs: Graphs) -> None:
+    for live, captured in ((True, False), (False, True)):
+        fast = accelerate(build(live, drop=0.5))
+        for _ in range(3):
+            step(fast, image(), image_gradient=False)
+        assert is_captured(fast) == captured
+
+
+def test_a_gradient_of_the_image_goes_another_way(graphs: Graphs) -> None:
+    stock = build(live=False)
+    fast = accelerate(copy.deepcopy(stock))
+    for _ in range(3):
+        assert max(step_errors(*(step(net, image()) for net in (stock, fast))).values()) < LIMIT
+    assert not any(one._work for prepared in fast._programs for one in prepared.steps)
