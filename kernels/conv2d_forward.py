@@ -30,7 +30,7 @@ from .conv2d_kernels import Product, Steps, Turn, conv2d_descriptor_kernel, conv
 from .dtypes import sum_dtype
 from .moments import merge_parts
 from .stream import as_map, dense
-from .tuning import Config, matmul_config
+from .tuning import Config, matmul_config, register_limit
 from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
 
 # Activations whose value and slope need neither exp nor erf.
@@ -136,6 +136,9 @@ def launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
+        # With one more, the assembler's own choice beside a residual, a multiprocessor holds one block instead of two.
+        options |= register_limit(x.device, 128 if residual is not None else None)
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
     work = _Work(x, matrix, residual, mask, y, z, scale, shift, depth, turn, geometry, config, moments, options)
     return run_form(work)

@@ -145,7 +145,7 @@ def matmul_config(
     block_m, block_n = power_of_two(pixels, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
     if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
         block_n = 64
-    slim = half and not costly and block_n <= 128
+    slim = half and not costly and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
     num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers

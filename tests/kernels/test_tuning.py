@@ -30,7 +30,7 @@ def test_a_chip_of_another_maker_has_no_descriptors(
         (2048, 512, 1, 2, (128, 128, 4)),
         (2048, 512, 1, 1, (128, 256, 8)),
         (256, 256, 9, 2, (128, 256, 8)),
-        (256, 256, 9, 3, (128, 128, 4)),
+        (256, 256, 9, 3, (128, 128, 8)),
     ],
 )
 def test_tiles_that_were_fastest_on_an_h200(
