@@ -111,8 +111,23 @@ class Waiting:
     over = False
 
 
+class _Pair:
+    """A forward, and the backward that goes on where it ends: they share what the forward leaves in memory.
+
+    Attributes:
+        form: of which results there are gradients; None while there is no backward yet.
+    """
+
+    def __init__(self) -> None:
+        self.first: Callable[[], None] | None = None
+        self.second: Callable[[], None] | None = None
+        self.form: tuple[int, ...] | None = None
+        self.results: dict[int, Tensor] = {}
+        self.grads: dict[int, Tensor] = {}
+
+
 class _Captured:
-    """A step on fixed addresses, and the backwards that were asked for."""
+    """A step on fixed addresses: a pair for each form of backward that was asked for."""
 
     def __init__(self, forward: Step, compute: Compute, executor: Executor):
         self.compute, self.executor, self.failed = compute, executor, False
@@ -123,10 +138,7 @@ class _Captured:
         self.state = {v: t.detach().requires_grad_(t.requires_grad) for v, t in state.items()}
         self.leaves = [v for v, t in state.items() if t.requires_grad and torch.is_grad_enabled()]
         self.targets = {v: t.detach() for v, t in forward.targets.items()}
-        self.first: Callable[[], None] | None = None
-        self.second: dict[tuple[int, ...], Callable[[], None]] = {}
-        self.results: dict[int, Tensor] = {}
-        self.grads: dict[tuple[int, ...], dict[int, Tensor | None]] = {}
+        self.pairs: list[_Pair] = []  # the one that was used last is the last, and serves the next forward
         self.latest: weakref.ref[Waiting] | None = None
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -137,9 +149,7 @@ class _Captured:
         if latest is not None and not latest.over:
             return None
         self._load(forward)
-        if self.first is None:
-            self.first = self._capture(self._run_forward)
-        if self.first is None:
+        if not self.pairs and self._new_pair() is None:
             return None
         if self.leaves:
             parameters = [_state(forward)[v] for v in self.leaves]
@@ -148,7 +158,7 @@ class _Captured:
             made = self.replay()
         for target in forward.targets.values():
             torch.autograd.graph.increment_version(target)  # a graph writes where PyTorch does not see it
-        forward.env.update(zip(self.results, made, strict=True))  # pyright: ignore[reportArgumentType]
+        forward.env.update(zip(self.pairs[-1].results, made, strict=True))  # pyright: ignore[reportArgumentType]
         return (forward.output(),)
 
     def _load(self, forward: Step) -> None:
@@ -159,13 +169,24 @@ class _Captured:
         self.buffers.load({("image",): image.detach()})
 
     def replay(self) -> tuple[Tensor, ...]:
-        assert self.first is not None
-        self.first()
-        return tuple(t.detach().clone() for t in self.results.values())
+        pair = self.pairs[-1]
+        assert pair.first is not None
+        pair.first()
+        return tuple(t.detach().clone() for t in pair.results.values())
 
-    def _run_forward(self) -> None:
+    def _new_pair(self) -> _Pair | None:
+        """A forward whose backward is still to come; of others the latest is kept, for each holds a step's memory."""
+        del self.pairs[:-1]
+        pair = _Pair()
+        pair.first = self._capture(partial(self._run_forward, pair))
+        if pair.first is None:
+            return None
+        self.pairs.append(pair)
+        return pair
+
+    def _run_forward(self, pair: _Pair) -> None:
         with torch.set_grad_enabled(bool(self.leaves)), self.autocast.enter():
-            self.results = self.compute(self.buffers.inputs["image",], self.state, self.targets)
+            pair.results = self.compute(self.buffers.inputs["image",], self.state, self.targets)
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -180,35 +201,39 @@ class _Captured:
         if not form:
             return [None for _ in self.leaves]
         self.buffers.load({("grad", n): grads[n] for n in form})  # pyright: ignore[reportArgumentType]
-        if form not in self.second:
-            if self.second:  # its graph was let go by the backward that was captured
-                self.first = self._capture(self._run_forward) or self.first
-                again = True
-            work = self._capture(partial(self._run_backward, form))
-            if work is None:
-                raise RuntimeError("the backward of a captured step could not be captured; call the network again")
-            self.second[form] = work
-        if again:
-            self._replay_unnoticed()
-        self.second[form]()
-        made = self.grads[form]
-        found: dict[int, Tensor] = {v: torch.empty_like(t) for v, t in made.items() if t is not None}
-        copy_all((found[v], made[v]) for v in found)  # pyright: ignore[reportArgumentType]
+        replayed = self.pairs[-1]
+        pair = self._pair(form)
+        if again or pair is not replayed:
+            self._replay_unnoticed(pair)
+        assert pair.second is not None
+        pair.second()
+        found = {v: torch.empty_like(t) for v, t in pair.grads.items()}
+        copy_all((found[v], t) for v, t in pair.grads.items())
         return [found.get(v) for v in self.leaves]
 
-    def _replay_unnoticed(self) -> None:
-        """The forward once more, without its updates of buffers."""
-        assert self.first is not None
+    def _pair(self, form: tuple[int, ...]) -> _Pair:
+        """The pair with a backward of this form, which is made if there is none; from now on it is the last."""
+        pair = next((pair for pair in self.pairs if pair.form in (form, None)), None) or self._new_pair()
+        if pair is not None and pair.form is None:
+            pair.second, pair.form = self._capture(partial(self._run_backward, pair, form)), form
+        if pair is None or pair.second is None:
+            raise RuntimeError("the backward of a captured step could not be captured; call the network again")
+        self.pairs = [*(one for one in self.pairs if one is not pair), pair]
+        return pair
+
+    def _replay_unnoticed(self, pair: _Pair) -> None:
+        """A forward once more, without its updates of buffers."""
+        assert pair.first is not None
         before = {v: t.clone() for v, t in self.targets.items()}
-        self.first()
+        pair.first()
         copy_all((self.targets[v], t) for v, t in before.items())
 
-    def _run_backward(self, form: tuple[int, ...]) -> None:
-        results = list(self.results.values())
+    def _run_backward(self, pair: _Pair, form: tuple[int, ...]) -> None:
+        results = list(pair.results.values())
         leaves = [self.state[v] for v in self.leaves]
         given = [self.buffers.inputs["grad", n] for n in form]
         grads = torch.autograd.grad([results[n] for n in form], leaves, given, allow_unused=True)
-        self.grads[form] = dict(zip(self.leaves, grads, strict=True))
+        pair.grads = {v: grad for v, grad in zip(self.leaves, grads, strict=True) if grad is not None}
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         try:
@@ -230,7 +255,7 @@ class CapturedStep(torch.autograd.Function):
         made = work.replay()
         work.latest = weakref.ref(ctx.waiting)
         ctx.mark_non_differentiable(
-            *(t for t, of in zip(made, work.results.values(), strict=True) if not of.requires_grad)
+            *(t for t, of in zip(made, work.pairs[-1].results.values(), strict=True) if not of.requires_grad)
         )
         return made
 

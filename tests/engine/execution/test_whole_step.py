@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,29 +24,30 @@ from gigamorph.engine.execution import whole_step
 
 
 class Graphs:
-    """Captures by remembering the function; `refuse` is the capture that fails."""
+    """Captures by remembering the function; `refuse` is the capture that fails.
+
+    A backward may only follow the forward that it was captured with: it reads what that has left.
+    """
 
     def __init__(self) -> None:
         self.captured = self.replayed = self.refuse = 0
+        self.left: Any = None
 
     def apart(self) -> Graphs:
         return self
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Any) -> Callable[[], None]:
         self.captured += 1
         if self.captured == self.refuse:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        work = run.__self__ if hasattr(run, "__self__") else run.func.__self__  # pyright: ignore
+        pair, forward = run.args[0], len(run.args) == 1
 
         def again() -> None:
             self.replayed += 1
-            forward = hasattr(run, "__self__")
-            made = (
-                list(work.results.values()) if forward else [g for form in work.grads.values() for g in form.values()]
-            )
-            for tensor in made:
-                if tensor is not None:
-                    poison(tensor.detach())
+            assert forward or self.left is pair, "a backward without its forward"
+            self.left = pair if forward else None
+            for tensor in (pair.results if forward else pair.grads).values():
+                poison(tensor.detach())
             run()
 
         return again
