@@ -248,8 +248,8 @@ class Estimate:
             arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
             copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
             replayed = replace(plan, replay_bytes=counted.peak + arena + copies if buffered else 0)
-            # Tiles that keep their graph are computed op by op, which took an H200 five times as long as replaying them
-            # twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
+            # Tiles that keep their graph are computed op by op, which took an H200 over four times as long as replaying
+            # them twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
             return replayed if replayed.peak_bytes <= limit else retained
         return self._retain(self._loosen(plan, activations), stages, weights, counted, room, exact)
 

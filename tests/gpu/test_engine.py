@@ -41,8 +41,9 @@ def test_float64(live: bool, kernels: str) -> None:
         assert_exact(network().double().train(live), torch.rand(2, 1, 200, 264, device="cuda").double(), tile=64)
 
 
-# Not live by PyTorch's own kernels: variances from them alone err 2.5 times as much as cuDNN's norm does on an H200.
-@pytest.mark.parametrize(("kernels", "live"), [("stock", False), ("triton", False), ("auto", False), ("triton", True)])
+# Live with "stock" and "auto" fails on an H200: over twice stock's own error, for a cause that is not known yet.
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("kernels", ["stock", "triton", "auto"])
 def test_float32_errs_no_more_than_stock(kernels: str, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, without TF32; twice stock's own error at most, which is of another order of sums."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
