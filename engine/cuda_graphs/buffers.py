@@ -97,6 +97,14 @@ def captured(executor: Executor, run: Callable[[], None]) -> Callable[[], None] 
         return None
 
 
+def captured_if_it_fits(executor: Executor, run: Callable[[], None]) -> Callable[[], None] | None:
+    """As `captured`; None also where memory is too small, for work that can go on by smaller parts."""
+    try:
+        return captured(executor, run)
+    except torch.OutOfMemoryError:
+        return None
+
+
 @functools.cache
 def warn_once(cause: str) -> None:
     log.warning("a tile cannot be captured as a CUDA graph and runs op by op: %s", cause)

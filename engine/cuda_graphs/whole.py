@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..tiling.backward import BackwardPass
@@ -28,7 +27,7 @@ from ..tiling.halos import copies
 from ..tiling.record import Kept
 from ..tiling.scan import Scan, StoredMap
 from ..tiling.stage import TiledStage
-from .buffers import Executor, GraphBuffers, captured
+from .buffers import Executor, GraphBuffers, captured_if_it_fits
 from .recording import settings
 from .signature import axis_signature, translates
 
@@ -157,10 +156,7 @@ class _Captured:
         return copies(self.sums[form])
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        try:
-            work = captured(self.executor, run)
-        except torch.OutOfMemoryError:
-            work = None
+        work = captured_if_it_fits(self.executor, run)
         self.failed = self.failed or work is None
         return work
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..cuda_graphs.buffers import Executor, GraphBuffers, captured
+from ..cuda_graphs.buffers import Executor, GraphBuffers, captured_if_it_fits
 from ..cuda_graphs.recording import switches
 from ..images.batches import StoredBatch
 from ..module import turns
@@ -236,10 +236,7 @@ class _Captured:
         pair.grads = {v: grad for v, grad in zip(self.leaves, grads, strict=True) if grad is not None}
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        try:
-            work = captured(self.executor, run)
-        except torch.OutOfMemoryError:
-            work = None
+        work = captured_if_it_fits(self.executor, run)
         self.failed = self.failed or work is None
         return work
 

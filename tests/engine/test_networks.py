@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import Step, assert_exact, randomize, step
+from exactness import Step, assert_exact, distance, randomize, step
 from torch import Tensor, nn
 
 from gigamorph import accelerate
@@ -72,36 +72,29 @@ def autocast(model: nn.Module, image: Tensor) -> Step:
     return Step(result.outputs, result.structure, gradients, result.image)
 
 
-def distance(truth: Step, got: Step) -> tuple[float, float]:
-    """Relative error of the outputs, and of all gradients taken as one vector."""
-
-    def flat(tensors: list[Tensor | None]) -> Tensor:
-        return torch.cat([t.double().flatten() for t in tensors if t is not None])
-
-    outputs, want = flat([*got.outputs]), flat([*truth.outputs])
-    gradients = flat([*got.gradients.values(), got.image])
-    expected = flat([*truth.gradients.values(), truth.image])
-    return (
-        ((outputs - want).norm() / want.norm()).item(),
-        ((gradients - expected).norm() / expected.norm()).item(),
-    )
-
-
 @pytest.mark.parametrize(
-    ("name", "run", "seeds"),
+    ("name", "run", "live", "seeds"),
     [
-        ("resnet18", pure(torch.float32), 7),
-        ("resnet18", pure(torch.bfloat16), 3),
-        ("resnet18", autocast, 3),
-        ("convnext_atto", pure(torch.float32), 3),
+        ("resnet18", pure(torch.float32), False, 7),
+        ("resnet18", pure(torch.float32), True, 7),
+        ("resnet18", pure(torch.bfloat16), False, 3),
+        ("resnet18", autocast, False, 3),
+        ("convnext_atto", pure(torch.float32), False, 3),
     ],
-    ids=["resnet18 float32", "resnet18 bfloat16", "resnet18 autocast", "convnext_atto float32"],
+    ids=[
+        "resnet18 float32",
+        "resnet18 live float32",
+        "resnet18 bfloat16",
+        "resnet18 autocast",
+        "convnext_atto float32",
+    ],
 )
-def test_error_no_larger_than_stock(name, run, seeds):
-    """Single runs scatter by a factor of two either way, so the median ratio over a few seeds is what counts."""
+def test_error_no_larger_than_stock(name, run, live, seeds):
+    """The median ratio over a few seeds is what counts: in a single run a value that is zero but for rounding may come
+    out on the other side of a ReLU, here or in stock PyTorch, which makes the ratio anything from 0.002 to 2,000."""
     ratios: list[tuple[float, float]] = []
     for seed in range(seeds):
-        model = network(name, seed)
+        model = network(name, seed).train(live)
         image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(seed))
         truth = step(copy.deepcopy(model).double(), image.double())
         stock = distance(truth, run(copy.deepcopy(model), image))

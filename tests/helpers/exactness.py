@@ -69,6 +69,21 @@ def step(model: nn.Module, image: Any, seed: int = 0, image_gradient: bool = Tru
     return Step([o.detach() for o in outputs], structure, gradients, image_grad, buffers(model))
 
 
+def distance(truth: Step, got: Step) -> tuple[float, float]:
+    """Relative error of the outputs, and of all gradients taken as one vector."""
+
+    def flat(tensors: list[Tensor | None]) -> Tensor:
+        return torch.cat([t.double().flatten() for t in tensors if t is not None])
+
+    outputs, want = flat([*got.outputs]), flat([*truth.outputs])
+    gradients = flat([*got.gradients.values(), got.image])
+    expected = flat([*truth.gradients.values(), truth.image])
+    return (
+        ((outputs - want).norm() / want.norm()).item(),
+        ((gradients - expected).norm() / expected.norm()).item(),
+    )
+
+
 def errors(expected: dict[str, Tensor | None], got: dict[str, Tensor | None]) -> dict[str, float]:
     """Relative error of every tensor of a group; a missing gradient counts as zero."""
     assert expected.keys() == got.keys()
