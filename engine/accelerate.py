@@ -243,7 +243,8 @@ class Accelerated(Delegate):
         together: MemoryLimit | None = None,
     ) -> list[Forward]:
         """A forward for each image batch, on the parameters and buffers as they are now."""
-        if prepared[0].staged.program.updates or prepared[0].staged.program.effects:
+        program = prepared[0].staged.program
+        if program.updates or program.effects or program.hooks:
             refuse_checkpoint()
         self._programs.keep_captures_of(prepared)
         return begin(self._network, images, prepared, self._page_pool, self.on_tile, given, vectors, together)

@@ -72,6 +72,7 @@ class Program:
         updates: tensors from outside (parameters, buffers, constants, arguments) that a call writes to, with the value
             that they have at its end; (before, after).
         effects: what else a call changes, see `state.Effect`.
+        hooks: those that it registers on its tensors, see `tensor_hooks.TensorHook`.
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
     """
 
@@ -85,13 +86,17 @@ class Program:
     updates: list[tuple[int, int]] = field(default_factory=list)
     assigned: set[int] = field(default_factory=set)
     effects: list[Any] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
     reads: list[Any] = field(default_factory=list)
     guard: Any = None
 
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes."""
-        left = [after for _, after in self.updates]
-        return [*refs(self.output), *left, *(v for effect in self.effects for v in refs(effect.tree))]
+        return [*self.handed_out(), *(after for _, after in self.updates)]
+
+    def handed_out(self) -> list[int]:
+        """The values that someone outside gets hold of: in the result, in attributes, by a hook."""
+        return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]
 
     def take_over(self, other: Program) -> bool:
         """Whether another recording is the same but for what calls change and depend on; that is taken from it."""
@@ -101,7 +106,7 @@ class Program:
         except (RuntimeError, ValueError):  # arrays or tensors among the arguments
             same = False
         if same:
-            self.effects, self.reads, self.guard = other.effects, other.reads, other.guard
+            self.effects, self.hooks, self.reads, self.guard = other.effects, other.hooks, other.reads, other.guard
             for value, new in zip(self.values, other.values, strict=False):
                 value.constant, value.find = new.constant, new.find
         return same
@@ -113,7 +118,7 @@ class Program:
             (v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable)
             for v in self.values[: last + 1]
         ]
-        results = [refs(effect.tree) for effect in self.effects]
+        results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
         return self.image, self.inputs, self.vectors, self.grad, self.ops, values, self.output, self.updates, results
 
     def state(self) -> list[int]:

@@ -27,6 +27,7 @@ from .corrected import CORRECTED
 from .lines import line_of
 from .program import Op, bind, given, known_values, name_of, refs
 from .state import Snapshot
+from .tensor_hooks import Registered
 from .values import Values
 
 # Python values of tensors. They are right where they come from the network's own state alone.
@@ -47,10 +48,8 @@ _TAKEN = frozenset(
     }
 )
 _REFUSED = {
-    "register_hook": "registers a hook on a tensor, which would see the gradients of tiles; use gigamorph explain, or "
-    "a hook on a parameter outside of the forward",
+    "register_hook": "registers a hook on a tensor that it has not made; do so outside of the forward",
     "register_post_accumulate_grad_hook": "registers a hook on a tensor; do so outside of the forward",
-    "retain_grad": "keeps the gradient of a tensor; return the tensor and differentiate with respect to it outside",
     "backward": "differentiates inside the forward; do so outside of it",
     "grad": "reads or takes a gradient inside the forward; do so outside of it",
     "set_": "puts another memory under a tensor; write values with copy_",
@@ -78,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self.entry_inference = torch.is_inference_mode_enabled()
         self.last = ""
         self.refusal: UnsupportedError | None = None
+        self.hooks = Registered(values, snapshot.was_there)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
@@ -108,6 +108,11 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.new and args[1:] and not isinstance(args[1], (list, Tensor)):
             func = Tensor.new_empty
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        if name in ("register_hook", "retain_grad") and tensors and tensors[0].requires_grad:
+            if not tensors[0].is_leaf:
+                return self.hooks.keep_grad(*tensors) if name == "retain_grad" else self.hooks.register(*args, **kwargs)
+            if name == "retain_grad":
+                return None  # a leaf does so in any case
         self._refuse(func, name, tensors, args, kwargs)
         if name in _TAKEN and tensors:
             return self._taken(func, name, args, kwargs)

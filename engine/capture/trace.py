@@ -78,8 +78,8 @@ def refuse_backward_hooks(model: nn.Module) -> None:
         if module._backward_hooks or module._backward_pre_hooks:
             where = f"module '{name}'" if name else "the model"
             raise UnsupportedError(
-                f"{where} has a backward hook, which would see no gradients of the whole image; remove it, or use "
-                "a hook on the parameter (Tensor.register_hook)"
+                f"{where} has a backward hook, which would see no gradients of the whole image; use a forward hook that "
+                "calls output.register_hook(...)"
             )
 
 
@@ -113,7 +113,7 @@ def capture(
 
     Raises:
         UnsupportedError: for what cannot be recorded or done again: TorchScript, Python random numbers, data-dependent
-            control flow, hooks on tensors, changes of parameters and layers, tensors left where nothing finds them.
+            control flow, changes of parameters and layers, tensors left where nothing finds them.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -246,6 +246,7 @@ class _Recording:
                 "return a tensor, or a tuple, list or dict of tensors"
             )
         program.effects = snapshot.effects(leaf, values.twins)
+        program.hooks = self.recorder.hooks.finish(leaf)
         program.updates = values.updates()
 
     def _guard(self, program: Program) -> Guard:

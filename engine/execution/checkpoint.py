@@ -36,7 +36,7 @@ class Checkpointed(torch.autograd.Function):
             tensors += [] if forward.image is None else [forward.image]
         results = iter(Checkpointed.apply(forwards, segments, inputs, *tensors))  # pyright: ignore[reportArgumentType]
         for forward, segment in zip(forwards, segments, strict=True):
-            forward.env.update((v, next(results)) for v in segment.outputs)
+            forward.take_over(segment.outputs, [next(results) for _ in segment.outputs])
             for value in segment.ends:
                 forward.env.pop(value, None)
 

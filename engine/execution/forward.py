@@ -34,7 +34,7 @@ from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMa
 from ..tiling.stored_maps import Gradients
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
-from .stage_function import StageFunction, Way
+from .stage_function import OwnNode, StageFunction, Way
 
 
 class Forward:
@@ -125,10 +125,17 @@ class Forward:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
             results = StageFunction.apply(scan, how, places, *tensors.values(), *vectors)
+            self.take_over(scan.tiled.stage.results, results)  # pyright: ignore[reportArgumentType]
         else:
             captured = None if how.whole is None else how.whole.forward(scan, vectors)
             results = ForwardPass(scan, vectors, replay=how.replay).run() if captured is None else captured[0]
-        self.env.update(zip(scan.tiled.stage.results, results, strict=True))  # pyright: ignore[reportArgumentType]
+            self.env.update(zip(scan.tiled.stage.results, results, strict=True))
+
+    def take_over(self, values: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """What one function for autograd has made; what the network hands out of it gets a node of its own."""
+        own = self.prepared.handed_out if len(tensors) > 1 else ()
+        nodes = (OwnNode.apply(t) if v in own and t.requires_grad else t for v, t in zip(values, tensors, strict=True))
+        self.env.update(zip(values, nodes, strict=True))  # pyright: ignore[reportArgumentType]
 
     def _captured(self, number: int) -> tuple[WholePasses | None, Replays | None]:
         """What has been captured of a stage: whole passes, or tiles that are alike."""
@@ -230,8 +237,8 @@ class Forward:
                 target.copy_(self.env[after])
             self.passed[after] = target
         result = self.output()
-        for effect in program.effects:
-            effect.apply(self._bound)
+        for each in (*program.effects, *program.hooks):
+            each.apply(self._bound)
         return result
 
 

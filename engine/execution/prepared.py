@@ -97,6 +97,11 @@ class Prepared:
         return _last_uses(self.staged)
 
     @cached_property
+    def handed_out(self) -> frozenset[int]:
+        """The values that someone outside gets hold of."""
+        return frozenset(self.staged.program.handed_out())
+
+    @cached_property
     def segments(self) -> dict[int, Segment]:
         """What is computed again, by the first step."""
         return {part.start: _segment(self.staged, part, self.last_use) for part in self.staged.segments}
@@ -165,7 +170,8 @@ class Prepared:
         written = {v for pair in program.updates for v in pair}
         return (
             self.shard is None
-            and not (self.segments or program.inputs or program.vectors or program.effects or program.assigned)
+            and not (self.segments or program.inputs or program.vectors or program.assigned)
+            and not (program.effects or program.hooks)
             and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
             and not any(op.group is not None or _draws(op) for op in program.ops)

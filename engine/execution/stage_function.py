@@ -119,6 +119,22 @@ class StageFunction(torch.autograd.Function):
         return None, None, None, *results
 
 
+class OwnNode(torch.autograd.Function):
+    """A tensor as it is, by a node of its own.
+
+    Hooks of a tensor belong to the node that has made it: where that has made others too, they would be called with
+    None when a gradient arrives at one of those alone.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
     """A gradient with a vector's strides also along axes of one element, where any stride will do but to DDP, which
     warns of them (1x1 kernels, depthwise kernels, one input channel)."""

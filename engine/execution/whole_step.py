@@ -31,6 +31,7 @@ from ..module.once import once
 from ..tiling.halos import copy_all
 from ..tiling.scan import Autocast, Pixels
 from .image_batch import as_uploaded
+from .stage_function import OwnNode
 
 MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
 
@@ -154,6 +155,8 @@ class _Captured:
         if self.leaves:
             parameters = [_state(forward)[v] for v in self.leaves]
             made = CapturedStep.apply(self, *parameters)
+            if len(made) > 1:
+                made = tuple(OwnNode.apply(t) if t.requires_grad else t for t in made)
         else:
             made = self.replay()
         for target in forward.targets.values():

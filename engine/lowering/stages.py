@@ -204,13 +204,25 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
         cuts: maps that local ops shall read in a later stage than the one that makes them.
     """
     level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
+    seams = handed_out(maps)
     for node in nodes:
         whole = isinstance(node, (Reduction, Whole))
         waits = [
-            level.get(v, 0) + (v in cuts if isinstance(node, Local) else whole and v in maps) for v in reads(node, maps)
+            level.get(v, 0)
+            + (v in cuts or v in seams if isinstance(node, Local) else whole and v in maps)
+            + (v in seams and isinstance(node, Reduction))
+            for v in reads(node, maps)
         ]
         level.update(dict.fromkeys(makes(node), max(waits, default=0)))
     return level
+
+
+def handed_out(maps: Maps) -> frozenset[int]:
+    """Maps that someone outside gets hold of, and may differentiate with respect to, or hook: what reads them has to
+    read that very tensor, in a later stage."""
+    program = maps.program
+    made = set(program.handed_out()) - {program.image, *program.inputs} if program.grad else set[int]()
+    return frozenset(v for v in made if v in maps and program.values[v].takes_grad)
 
 
 def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
@@ -238,7 +250,7 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
         stored: which of the `crossing` maps are stored; the others are computed again by each stage that reads them.
         cuts: see `levels`.
     """
-    level = levels(maps, nodes, cuts)
+    level, seams = levels(maps, nodes, cuts), handed_out(maps)
     whole = needed_whole(maps, nodes)
     makers = {v: (n, node) for n, node in enumerate(nodes) if isinstance(node, Local) for v in node.op.outputs}
     kept = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
@@ -253,7 +265,7 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
             between.setdefault(now, []).append(node.op if isinstance(node, Whole) else node)
     for now in range(last + 1):
         steps += between.get(now, [])
-        here = [r for r in reductions if level[r.value] == now]
+        here = [r for r in reductions if level[r.value] + (r.value in seams) == now]
         written = [v for v in kept if level[v] == now]
         if here or written:
             given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)

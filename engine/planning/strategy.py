@@ -24,7 +24,7 @@ from ..capture.trace import Op, Value
 from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
 from ..lowering.rewrites import unvalued_runs
-from ..lowering.stages import Stage, StagedProgram, crossing, levels, split
+from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
 from . import constants
 
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
@@ -138,14 +138,15 @@ def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
     for place, node in enumerate(order):
         last.update(dict.fromkeys(node.reads, place))
     last.update((v, len(order)) for v in maps.program.results())
-    level = levels(maps, nodes)
+    level, there = levels(maps, nodes), handed_out(maps)  # those are stored in any case
     live: set[int] = {maps.program.image}
     found: dict[int, int] = {}
     for place, node in enumerate(order):
         live |= set(node.op.outputs)
         live = {v for v in live if last.get(v, -1) > place}
-        if len(live) == 1 and not live & reduced:
-            (value,) = live
+        through = {v for v in live if v not in there or v in node.op.outputs}
+        if len(through) == 1 and not through & reduced:
+            (value,) = through
             if value in node.op.outputs and level[value] > 0:
                 found[level[value]] = value
     return list(found.values())
@@ -161,8 +162,14 @@ def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
 
 def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
-    """The steps between the stages that write two cuts; not those after the last, whose backward comes first."""
-    writers = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts)]
+    """The steps between the stages that write two cuts; not those after the last, whose backward comes first.
+
+    None goes on after a step that makes what the network hands out: what reads that has to read the very tensor.
+    """
+    end = max(n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts))
+    handed_out, values = set(staged.program.handed_out()), staged.program.values
+    ends = set(cuts) | {v for v in handed_out if values[v].takes_grad}
+    writers = [n for n, step in enumerate(staged.steps) if n <= end and not ends.isdisjoint(_makes(step))]
     first = next(n for n, step in enumerate(staged.steps) if isinstance(step, Stage))
     starts = [first, *(n + 1 for n in writers)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
@@ -216,6 +223,10 @@ def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
     if isinstance(step, Stage):
         return [*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)]
     return step.inputs
+
+
+def _makes(step: Op | VectorOp | Stage) -> Sequence[int]:
+    return step.results if isinstance(step, Stage) else step.outputs
 
 
 # What looks at a tensor's memory in another way; and what does so or copies all of it: autograd keeps nothing of what

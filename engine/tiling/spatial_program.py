@@ -35,7 +35,7 @@ def split_network(staged: StagedProgram, shard: SpatialShard) -> StagedProgram:
     """The network that computes this process's bands.
 
     Raises:
-        UnsupportedError: for random numbers drawn position by position.
+        UnsupportedError: for random numbers drawn position by position, and for hooks on maps.
     """
     return _Splitter(staged, shard).run()
 
@@ -46,6 +46,11 @@ class _Splitter:
         self.stored = {v for stage in staged.stages for v in stage.stored}
         self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later stages
         self.whole: set[int] = set(staged.program.results()) & self.stored  # those needed whole
+        if any(hook.value in staged.maps for hook in staged.program.hooks):
+            raise UnsupportedError(
+                "the forward registers a hook on a map, of which each process would have the gradient of its own band; "
+                "do not split the image over processes"
+            )
         for step in staged.steps:
             if isinstance(step, Op):
                 self.whole |= self.stored & set(step.inputs)

@@ -631,8 +631,9 @@ def test_nothing_stays_after_an_interrupted_recording(error):
 
 
 REFUSED: dict[str, tuple[Middle, str]] = {
-    "hook on a tensor": (lambda net, x: (x.register_hook(lambda g: g), x)[1], "hook on a tensor"),
-    "retained gradient": (lambda net, x: (x.retain_grad(), x)[1], "gradient of a tensor"),
+    "hook on a parameter": (lambda net, x: (net.scale.register_hook(lambda g: g), x)[1], "hook on a tensor"),
+    "a kept handle": (lambda net, x: (net.seen.append(x.register_hook(lambda g: g)), x)[1], "keeps the handle"),
+    "a list in a hook": (lambda net, x: _into_a_list(x), "holds a list made in the forward"),
     "seeded": (lambda net, x: (torch.manual_seed(0), x)[1], "manual_seed"),
     "forked": (lambda net, x: (_fork(), x)[1], "set_rng_state"),
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], "gradient inside the forward"),
@@ -648,12 +649,18 @@ REFUSED: dict[str, tuple[Middle, str]] = {
             ("an item", lambda x: x.mean().item(), "Python value"),
             ("a shape", lambda x: len(x.nonzero()), "Python value or a shape"),
             ("an array", lambda x: x.detach().numpy().sum(), "Python value"),
-            ("a hook", lambda x: x.register_hook(lambda g: g), "hook on a tensor"),
+            ("a gradient", lambda x: torch.autograd.grad(x.sum(), x), "gradient inside the forward"),
             ("a seed", lambda x: torch.manual_seed(0), "manual_seed"),
             ("another error", lambda x: _as_another_error(x), "Python value"),
         )
     },
 }
+
+
+def _into_a_list(x: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    x.register_hook(lambda grad: seen.append(grad))
+    return x
 
 
 def _fork() -> None:
