@@ -78,8 +78,8 @@ def refuse_backward_hooks(model: nn.Module) -> None:
         if module._backward_hooks or module._backward_pre_hooks:
             where = f"module '{name}'" if name else "the model"
             raise UnsupportedError(
-                f"{where} has a backward hook, which would see no gradients of the whole image; use a forward hook that "
-                "calls output.register_hook(...)"
+                f"{where} has a backward hook, which would see no gradients of the whole image; use a forward hook "
+                "that calls output.register_hook(...)"
             )
 
 

@@ -1,8 +1,11 @@
 """Custom `autograd.Function`s of one map that are arithmetic on each element, forward and backward.
 
+Besides the map they may take plain values, and tensors of one number without a gradient (the strength of a gradient
+reversal).
+
 Both are recorded once, on tensors without values, as lists of PyTorch's own ops:
 
-    y = f(x) = op_n(... op_1(x))             each op pointwise, on tensors of x's shape and numbers
+    y = f(x) = op_n(... op_1(x))             each op pointwise, on tensors of x's shape and single numbers
     dx = b(x, y, saved, dy)                  likewise, whatever the function says that its gradient is
 
 A block is computed by these lists, not by the function: what its Python takes from a shape is of the whole map then.
@@ -24,10 +27,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...capture.trace import Op
+from ...capture.trace import Op, Ref, bind
 from .base import Block, Env, Local, Maps, Refusal, rule
 
-_COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like".split())
+_COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like view expand".split())
 _NAMES_APART = ("LOAD_DEREF", "LOAD_CLOSURE", "IMPORT_NAME", "STORE_GLOBAL", "MAKE_FUNCTION", "LOAD_NAME")
 
 
@@ -46,7 +49,7 @@ class _Call(NamedTuple):
 
 
 class _Recording(TorchDispatchMode):
-    """The pointwise calls on tensors of one shape; raises `Refusal` at any other."""
+    """The pointwise calls on tensors of one shape and single numbers; raises `Refusal` at any other."""
 
     def __init__(self, shape: torch.Size, *known: Tensor):
         super().__init__()
@@ -62,10 +65,10 @@ class _Recording(TorchDispatchMode):
         name, tags = func._schema.name, func.tags
         plain = torch.Tag.pointwise in tags or name in _COPIES
         chance = torch.Tag.nondeterministic_seeded in tags
-        of_shape = isinstance(result, Tensor) and result.shape == self.shape
+        of_shape = isinstance(result, Tensor) and result.shape in (self.shape, ())
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         elsewhere = (kwargs or {}).get("device") is not None  # that of the recording
-        alike = of_shape and all(t.shape == self.shape for t in given)
+        alike = of_shape and all(t.shape in (self.shape, ()) for t in given)
         if not plain or chance or func._schema.is_mutable or elsewhere or not alike:
             raise Refusal(f"'{name}' in a custom function")
         if all(_memory(t) in self.numbers for t in given):
@@ -99,11 +102,11 @@ class _Both(NamedTuple):
 
 
 class _Recorded(torch.autograd.Function):
-    """y = f(x) and its gradient, by the lists."""
+    """y = f(x, numbers) and its gradient, by the lists."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, both: _Both) -> Tensor:
-        there = _run(both.forward, {0: x})
+    def forward(ctx: Any, both: _Both, *given: Tensor) -> Tensor:
+        there = _run(both.forward, dict(enumerate(given)))
         ctx.both = both
         ctx.save_for_backward(*(there[n] for n in both.saved))
         return there[both.output]
@@ -112,35 +115,42 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         both: _Both = ctx.both
         there = dict(zip(both.saved, ctx.saved_tensors, strict=True))
-        return _run(both.backward, {**there, both.grad: grads[0]})[both.result], None
+        dx = _run(both.backward, {**there, both.grad: grads[0]})[both.result]
+        return None, dx, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 @rule("autograd.Function")
 def custom(op: Op, maps: Maps) -> Local:
     refusal = Refusal(f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
-    value = op.inputs[0]
-    info = maps.program.values[value]
-    plain = all(isinstance(leaf, int | float | str | None) for leaf in tree_leaves((op.args[1:], op.kwargs)))
-    if list(op.inputs) != [value] or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
+    values = maps.program.values
+    value, *numbers = op.inputs
+    info = values[value]
+    leaves = tree_leaves((op.args[1:], op.kwargs))
+    plain = all(isinstance(leaf, int | float | str | Ref | None) for leaf in leaves)
+    single = all(v not in maps and values[v].shape == () and not values[v].takes_grad for v in numbers)
+    if op.args[0] != Ref(value) or not single or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
         raise refusal
     cls: Any = op.func.cls  # pyright: ignore[reportFunctionMemberAccess]
     if not (_of_torch_alone(cls.forward) and _of_torch_alone(cls.backward)):
         raise refusal
     try:
-        both = _recorded(lambda x: op.func(x, *op.args[1:], **op.kwargs), info.shape, info.dtype)
+        both = _recorded(op, [(v, values[v].shape, values[v].dtype) for v in op.inputs])
     except Exception:  # whatever it raises on tensors without values
         raise refusal from None
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (_Recorded.apply(env[value], both),)
+        return (_Recorded.apply(both, *(env[v] for v in op.inputs)),)
 
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), run)
 
 
-def _recorded(function: Callable[[Tensor], Any], shape: torch.Size, dtype: torch.dtype) -> _Both:
-    x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-    with torch.enable_grad(), _Recording(shape, x) as seen:
-        y = function(x)
+def _recorded(op: Op, given: Sequence[tuple[int, torch.Size, torch.dtype]]) -> _Both:
+    """The lists of a call, of what it takes: value, shape and dtype, the map first."""
+    tensors = {value: torch.empty(shape, dtype=dtype, device="meta") for value, shape, dtype in given}
+    x, shape, dtype = tensors[given[0][0]].requires_grad_(), *given[0][1:]
+    with torch.enable_grad(), _Recording(shape, *tensors.values()) as seen:
+        args, kwargs = bind((op.args, op.kwargs), tensors)
+        y = op.func(*args, **kwargs)
         if not isinstance(y, Tensor) or y is x or not y.requires_grad or _memory(y) not in seen.numbers:
             raise Refusal("another result")
         forward, output = seen.calls, seen.numbers[_memory(y)]

@@ -1,4 +1,4 @@
-"""Hooks on a forward's own tensors, and gradients with respect to maps that it hands out (Grad-CAM), as stock has them."""
+"""Hooks on a forward's own tensors, and gradients with respect to maps that it hands out (Grad-CAM)."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gigamorph import UnsupportedError, accelerate
 
 calls: list[int] = []
+STRENGTH = torch.tensor(0.7)
 
 
 class Swish(torch.autograd.Function):
@@ -56,6 +57,33 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+class Reversed(torch.autograd.Function):
+    """A gradient reversal, its strength a number; a view of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.neg() * ctx.strength, None
+
+
+class ReversedByTensor(torch.autograd.Function):
+    """Its strength a tensor of one number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strength: Tensor) -> Tensor:
+        ctx.save_for_backward(x, strength)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _, strength = ctx.saved_tensors
+        return -strength * grad if ctx.needs_input_grad[0] else None, None
 
 
 class Centred(torch.autograd.Function):
@@ -103,9 +131,11 @@ class Apply(nn.Module):
     def __init__(self, function: Any, *given: Any):
         super().__init__()
         self.function, self.given = function, given
+        if given and isinstance(given[0], Tensor):
+            self.register_buffer("strength", given[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function.apply(x, *self.given)
+        return self.function.apply(x, *([self.strength] if "strength" in self._buffers else self.given))
 
 
 def network(function: Any, *given: Any) -> nn.Module:
@@ -114,9 +144,12 @@ def network(function: Any, *given: Any) -> nn.Module:
     return nn.Sequential(*ends[:2], Apply(function, *given), ends[2]).double()
 
 
-@settings(max_examples=6)
+OWN = [(Swish,), (OfItsOutput, 1.5), (StraightThrough,), (Reversed, 0.3), (ReversedByTensor, STRENGTH)]
+
+
+@pytest.mark.parametrize("own", OWN, ids=lambda own: own[0].__name__)
+@settings(max_examples=3)
 @given(
-    own=st.sampled_from([(Swish,), (OfItsOutput, 1.5), (StraightThrough,)]),
     live=st.booleans(),
     height=st.integers(12, 40),
     width=st.integers(12, 40),
