@@ -127,7 +127,8 @@ def custom(op: Op, maps: Maps) -> Local:
     info = values[value]
     leaves = tree_leaves((op.args[1:], op.kwargs))
     plain = all(isinstance(leaf, int | float | str | Ref | None) for leaf in leaves)
-    single = all(v not in maps and values[v].shape == () and not values[v].takes_grad for v in numbers)
+    grads = maps.program.grad and any(values[v].takes_grad for v in numbers)
+    single = not grads and all(v not in maps and values[v].shape == () for v in numbers)
     if op.args[0] != Ref(value) or not single or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
         raise refusal
     cls: Any = op.func.cls  # pyright: ignore[reportFunctionMemberAccess]
