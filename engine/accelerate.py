@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .capture.arguments import Arguments, takes_a_list, write_back
 from .capture.program import takes_single_images
 from .errors import GigamorphError
 from .execution.begin import begin
+from .execution.branches import following
 from .execution.evidence import Evidence, Score, find_evidence
 from .execution.forward import Forward
 from .execution.image_batch import ImageBatch
@@ -122,10 +124,12 @@ class Accelerated(Delegate):
         if self.batch_norm == "frozen":  # the network itself may have been put in training mode, or got new layers
             freeze_batch_norm(self._network)
 
-    def _prepare(self, images: Sequence[ImageBatch], form: Form | None = None) -> tuple[Prepared, ...]:
+    def _prepare(
+        self, images: Sequence[ImageBatch], form: Form | None = None, branches: tuple[bool, ...] = ()
+    ) -> tuple[Prepared, ...]:
         self._keep_frozen()
         check = None if self._checked is None else self._check
-        return self._programs.prepare(self._network, images, self._settings, form, check)
+        return self._programs.prepare(self._network, images, self._settings, form, check, branches)
 
     def _check(self, channels: int, device: torch.device) -> None:
         """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
@@ -190,7 +194,7 @@ class Accelerated(Delegate):
         given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
     ) -> Any:
-        return compute(self._open(x, form, given, vectors))
+        return following(lambda branches: compute(self._open(x, form, given, vectors, branches=branches)))
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""
@@ -208,11 +212,17 @@ class Accelerated(Delegate):
         else:
             outputs, together = [], None
             for x in batches:
-                forward = self._open(x, together=together)
-                run([forward])
-                outputs.append(forward.finish())
-                together = forward.memory_limit
+                output, together = following(partial(self._alone, x, together))
+                outputs.append(output)
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
+
+    def _alone(
+        self, x: Tensor | PixelBatch, together: MemoryLimit | None, branches: tuple[bool, ...]
+    ) -> tuple[Any, MemoryLimit | None]:
+        """The output of one image batch of several, and the limit that the next one shares."""
+        forward = self._open(x, together=together, branches=branches)
+        run([forward])
+        return forward.finish(), forward.memory_limit
 
     def _open(
         self,
@@ -221,6 +231,7 @@ class Accelerated(Delegate):
         given: Sequence[Tensor | Pixels] = (),
         vectors: Sequence[Tensor] = (),
         together: MemoryLimit | None = None,
+        branches: tuple[bool, ...] = (),
     ) -> Forward:
         """The forward of an image batch, nothing of it computed yet.
 
@@ -229,9 +240,10 @@ class Accelerated(Delegate):
             given: the further maps that it takes.
             vectors: the further tensors without image axes.
             together: see `Forward.keep_to_plan`.
+            branches: those that the image is known to take.
         """
         images = [ImageBatch.of(self._network, x, (*given, *vectors))]
-        (forward,) = self._begin(images, self._prepare(images, form), given, vectors, together)
+        (forward,) = self._begin(images, self._prepare(images, form, branches), given, vectors, together)
         return forward
 
     def _begin(
@@ -281,12 +293,17 @@ class Accelerated(Delegate):
         """
         self.need_all_rows("evidence")
         with torch.inference_mode(False), torch.no_grad():
-            with torch.enable_grad():  # recorded without gradients, what is written in place would have none
+            with torch.enable_grad():
                 batch = ImageBatch.of(self._network, as_batch(x))
-                images = [replace(batch, training=False, image_grad=False)]
-                prepared = self._prepare(images)
-            (forward,) = self._begin(images, prepared)
-            return find_evidence(forward, score)
+            images = [replace(batch, training=False, image_grad=False)]
+
+            def found(branches: tuple[bool, ...]) -> Evidence:
+                with torch.enable_grad():  # recorded without gradients, what is written in place would have none
+                    prepared = self._prepare(images, branches=branches)
+                (forward,) = self._begin(images, prepared)
+                return find_evidence(forward, score)
+
+            return following(found)
 
     def need_all_rows(self, name: str) -> None:
         """Refuse, by the caller's name, what one process cannot give if images are split over several."""

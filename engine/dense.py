@@ -22,8 +22,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from .accelerate import Accelerated
 from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
+from .execution.branches import following
 from .execution.programs import Form
-from .execution.run import run
+from .execution.run import compute, run
 from .images.batches import PixelBatch, as_batch
 from .images.pixels import PixelSource
 from .module.entrance import entrance
@@ -71,9 +72,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, criterion, structure))
     with_loss = partial(_with_loss, net._network, criterion, structure)
     values = [each.values if isinstance(each.values, Tensor) else each for each in given]
-    forward = net._open(batch, Form(key, with_loss, specs), values)
-    run([forward])
-    return forward.finish()
+    return following(lambda branches: compute(net._open(batch, Form(key, with_loss, specs), values, branches=branches)))
 
 
 @entrance
@@ -113,8 +112,8 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
             raise GigamorphError(f"output {output} does not exist; the network has {len(found)}")
         return written(found[output])
 
-    with torch.no_grad():
-        forward = net._open(batch, Form(("written", output), with_output_written))
+    def attempt(branches: tuple[bool, ...]) -> None:
+        forward = net._open(batch, Form(("written", output), with_output_written), branches=branches)
         network = forward.prepared.staged
         value = next(op for op in network.program.ops if op.name == "written").inputs[0]
         if value not in network.maps:
@@ -122,7 +121,11 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         info, axes = network.program.values[value], network.maps.axes[value]
         with sink(out, tuple(info.shape), axes, info.dtype) as forward.observers[value]:
             run([forward])
+            forward.supposed.check(forward.env)  # else what was written is taken back
         forward.finish()
+
+    with torch.no_grad():
+        following(attempt)
 
 
 def written(x: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ def _outputs(net: Accelerated, shape: tuple[int, ...], dtype: torch.dtype, devic
     known = _OUTPUTS.setdefault(net, OrderedDict())
     key = (shape, dtype, device, torch.is_grad_enabled())
     if key not in known or not known[key][0].holds():
-        program = capture(net._network, shape, dtype, device)
+        program = capture(net._network, shape, dtype, device, branches=())
         values = program.values
         known[key] = (
             program.guard,

@@ -58,6 +58,20 @@ class Op:
         return f"{self.name} in {self.module or 'the model'}"
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A tensor whose truth the recording supposes.
+
+    Attributes:
+        taken: what it is supposed to be.
+        where: module and line, for messages.
+    """
+
+    value: int
+    taken: bool
+    where: str = field(compare=False)
+
+
 @dataclass
 class Program:
     """The recorded forward.
@@ -73,6 +87,7 @@ class Program:
             that they have at its end; (before, after).
         effects: what else a call changes, see `state.Effect`.
         hooks: those that it registers on its tensors, see `tensor_hooks.TensorHook`.
+        branches: truths of tensors that depend on the image, in the order in which the forward asks for them.
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
     """
 
@@ -87,12 +102,13 @@ class Program:
     assigned: set[int] = field(default_factory=set)
     effects: list[Any] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
     reads: list[Any] = field(default_factory=list)
     guard: Any = None
 
     def results(self) -> list[int]:
-        """All values that a call leaves: in its result, in tensors that it changes, in attributes."""
-        return [*self.handed_out(), *(after for _, after in self.updates)]
+        """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
+        return [*self.handed_out(), *(after for _, after in self.updates), *(branch.value for branch in self.branches)]
 
     def handed_out(self) -> list[int]:
         """The values that someone outside gets hold of: in the result, in attributes, by a hook."""
@@ -119,7 +135,8 @@ class Program:
             for v in self.values[: last + 1]
         ]
         results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
-        return self.image, self.inputs, self.vectors, self.grad, self.ops, values, self.output, self.updates, results
+        given = self.image, self.inputs, self.vectors, self.grad
+        return given, self.ops, values, self.output, self.updates, results, self.branches
 
     def state(self) -> list[int]:
         """The values that are there before a call: parameters, buffers, constants."""
@@ -229,6 +246,17 @@ def takes_single_images(program: Program) -> bool:
 
 def given(program: Program, wanted: Iterable[int]) -> bool:
     """Whether any of these values depends on what a call is given: the image, further maps, vectors."""
+    return not ancestors(program, wanted).isdisjoint((program.image, *program.inputs, *program.vectors))
+
+
+def by_chance(program: Program, wanted: Iterable[int]) -> bool:
+    """Whether any of these values depends on random numbers."""
+    found = ancestors(program, wanted)
+    return any(draws(op) for op in program.ops if not found.isdisjoint(op.outputs))
+
+
+def ancestors(program: Program, wanted: Iterable[int]) -> set[int]:
+    """The values that these are made of, and they themselves."""
     makers = {v: op for op in program.ops for v in op.outputs}
     left, seen = list(wanted), set[int]()
     while left:
@@ -237,7 +265,7 @@ def given(program: Program, wanted: Iterable[int]) -> bool:
             continue
         seen.add(number)
         left += makers[number].inputs if number in makers else ()
-    return not seen.isdisjoint((program.image, *program.inputs, *program.vectors))
+    return seen
 
 
 RANDOM = frozenset(
@@ -245,6 +273,15 @@ RANDOM = frozenset(
     "randperm rand_like randn_like randint_like bernoulli normal uniform exponential cauchy geometric log_normal "
     "random multinomial poisson rrelu gumbel_softmax empty empty_like new_empty empty_strided".split()
 )
+
+
+def draws(op: Op) -> bool:
+    """Whether an op draws random numbers; a dropout of nothing, or that is told not to, does not."""
+    name = op.name.rstrip("_")
+    if not name.endswith("dropout"):
+        return name in RANDOM
+    share = op.kwargs.get("p", op.args[1] if len(op.args) > 1 else 0.5)
+    return share != 0 and op.kwargs.get("training", op.args[2] if len(op.args) > 2 else True) is not False
 
 
 def wants(tensor: Any) -> bool | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from .aliases import Step
 from .averages import averaging
 from .corrected import CORRECTED
 from .lines import line_of
-from .program import Op, bind, given, known_values, name_of, refs
+from .program import Branch, Op, bind, by_chance, given, known_values, name_of, refs
 from .state import Snapshot
 from .tensor_hooks import Registered
 from .values import Values
@@ -66,14 +66,15 @@ class Recorder(TorchFunctionMode):
     Args:
         values: the program, and what its tensors hold.
         snapshot: what was there before the recording.
+        branches: the first truths of tensors that depend on the image, see `Program.branches`; None refuses to branch.
 
     Attributes:
         last: module of the latest call, for errors that come to light after its hooks have run.
         refusal: the first one; the network's own code may catch it, and a scripted function wraps it in another.
     """
 
-    def __init__(self, values: Values, snapshot: Snapshot):
-        self.values, self.snapshot = values, snapshot
+    def __init__(self, values: Values, snapshot: Snapshot, branches: Sequence[bool] | None = None):
+        self.values, self.snapshot, self.branches = values, snapshot, branches
         self.entry_inference = torch.is_inference_mode_enabled()
         self.last = ""
         self.refusal: UnsupportedError | None = None
@@ -197,10 +198,25 @@ class Recorder(TorchFunctionMode):
                     f"{self.values.where()} takes a Python value of a random number ('{name}'), so it is another "
                     "program at each call; draw it outside of the forward, and give it as an argument"
                 )
+            if self.branches is not None and _is_truth(name, args):
+                return self._supposed(args[0])
             raise _data_dependent(self.values.where(), f"'{name}'")
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
         program.reads.append((take, own()))
         return own()
+
+    def _supposed(self, tensor: Tensor) -> bool:
+        """The truth of a tensor that depends on the image, as far as it is known; unknown ones are supposed not to be.
+
+        Checks are the most common branches, and most of them look for what is wrong.
+        """
+        program, number = self.values.program, self.values.present(tensor)
+        if by_chance(program, [number]):
+            raise _data_dependent(self.values.where(), "a branch by random numbers")
+        known = list(self.branches or ())
+        taken = known[len(program.branches)] if len(program.branches) < len(known) else False
+        program.branches.append(Branch(number, taken, self.values.where()))
+        return taken
 
     def _assigned(self, func: Any, args: Any) -> None:
         """`tensor.data = value` and other assignments to a tensor's properties."""
@@ -338,6 +354,12 @@ _PROPERTIES = {
 
 def _ints(args: Any) -> tuple[int, ...]:
     return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
+
+
+def _is_truth(name: str, args: Any) -> bool:
+    """Whether a call asks whether a tensor of one element is true."""
+    truth = name in ("__bool__", "is_nonzero") or (name == "item" and args[0].dtype == torch.bool)
+    return truth and args[0].numel() == 1
 
 
 def _views(op: Op) -> bool:

@@ -96,6 +96,7 @@ def capture(
     inputs: Sequence[Spec] = (),
     vectors: Sequence[Spec] = (),
     image_grad: bool | str = False,
+    branches: Sequence[bool] | None = None,
 ) -> Program:
     """Record a call of the model, its own hooks included, on an image batch, in the gradient mode that is on.
 
@@ -110,6 +111,8 @@ def capture(
         inputs: shapes and dtypes of further maps, with the image axes last, and whether a gradient of them is wanted.
         vectors: the same of further tensors that have no image axes.
         image_grad: whether a gradient of the image is wanted; "made" if it is no leaf of the graph.
+        branches: which way the forward goes where it branches by the image's values, as far as that is known; behind
+            them a way is looked for that ends without an error. None refuses such branches.
 
     Raises:
         UnsupportedError: for what cannot be recorded or done again: TorchScript, Python random numbers, data-dependent
@@ -121,17 +124,42 @@ def capture(
             raise UnsupportedError(f"{where} is TorchScript; give the plain eager module")
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
             raise UnsupportedError(f"module '{name}' is lazy; run the model once before")
+    way, failed = branches, None
     with process.LOCK:
-        for tries in range(3, 0, -1):
-            files = set(sys.modules)
+        while True:
+            taken: list[bool] = []
+            make = functools.partial(_Recording, model, torch.device(device), call, way, taken)
             try:
-                program = _Recording(model, torch.device(device), call).run(shape, dtype, inputs, vectors, image_grad)
-                if tries == 1 or not imports_of_others(files):  # of which the walk has not seen what is read
-                    return program
-            except _DrewError:  # or another thread did meanwhile
-                if tries == 1:
+                return _recorded(lambda make=make: make().run(shape, dtype, inputs, vectors, image_grad))
+            except Exception as error:
+                failed = error if failed is None or isinstance(error, UnsupportedError) else failed
+                way = _turned(taken, len(branches or ()))
+                if way is None and failed is error:
                     raise
-        raise AssertionError
+                if way is None:
+                    raise failed from None
+
+
+def _recorded(record: Callable[[], Program]) -> Program:
+    """A recording, made anew where it has imported what the walk had not seen, or another thread has drawn numbers."""
+    for tries in range(3, 0, -1):
+        files = set(sys.modules)
+        try:
+            program = record()
+            if tries == 1 or not imports_of_others(files):
+                return program
+        except _DrewError:
+            if tries == 1:
+                raise
+    raise AssertionError
+
+
+def _turned(taken: list[bool], known: int) -> list[bool] | None:
+    """The next way behind the branches that are known: the last that was not taken is; None if there is no more."""
+    for last in reversed(range(known, len(taken))):
+        if not taken[last]:
+            return [*taken[:last], True]
+    return None
 
 
 class _DrewError(UnsupportedError):
@@ -139,10 +167,22 @@ class _DrewError(UnsupportedError):
 
 
 class _Recording:
-    """One recording: what was there before, the recorder, and putting everything back."""
+    """One recording: what was there before, the recorder, and putting everything back.
 
-    def __init__(self, model: nn.Module, device: torch.device, call: Callable[..., Any] | None):
-        self.model, self.call = model, call
+    Args:
+        way: see `capture`.
+        taken: gets the truths that the recording supposes, also if it fails.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        call: Callable[..., Any] | None,
+        way: Sequence[bool] | None,
+        taken: list[bool],
+    ):
+        self.model, self.call, self.taken = model, call, taken
         self.snapshot = Snapshot(walk(model, () if call is None else (call,)))
         for name, iterator in self.snapshot.found.iterators.items():
             raise UnsupportedError(
@@ -153,7 +193,7 @@ class _Recording:
         self.random = random_state(self.generators)
         fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.fake, self.values = fake, Values(model, fake, device)
-        self.recorder = Recorder(self.values, self.snapshot)
+        self.recorder = Recorder(self.values, self.snapshot, way)
 
     def run(
         self,
@@ -181,6 +221,7 @@ class _Recording:
                     "program at each call; draw them outside of the forward and give them as arguments, and seed there"
                 )
         except BaseException as error:
+            self.taken[:] = [branch.taken for branch in program.branches]
             put_back(self.random, self.generators)
             traceback.clear_frames(error.__traceback__)  # their variables would keep tensors without values
             values.forget()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..capture.program import RANDOM
 from ..module import turns
 from ..module.once import once
 from ..tiling.stored_maps import add_reader
 from .forward import Forward, step_together
 from .prepared import Segment
+from .random_numbers import as_they_were, generators_of, random_state, set_random_state, states_of
 from .stage_function import keeps_graph
 
 
@@ -53,8 +52,8 @@ class Checkpointed(torch.autograd.Function):
         ctx.outer = [one.part({}, None) for one in outer]
         inner = _inner_forwards(outer, inputs, ctx.images, tensors)
         with turns.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
-            ctx.generators = _generators(outer[0])
-            ctx.random_state = _random_state(outer[0].device), _states(ctx.generators)
+            ctx.generators = generators_of(outer[0].prepared.staged.program)
+            ctx.random_state = random_state(outer[0].device), states_of(ctx.generators)
             for number in segments[0].steps:
                 step_together(inner, number)
             ctx.drawn = turns.drawn()
@@ -72,8 +71,8 @@ class Checkpointed(torch.autograd.Function):
         device = inner[0].device
         gpus = [device] if device.type == "cuda" else []
         with torch.enable_grad(), turns.RANDOM, torch.random.fork_rng(devices=gpus):
-            _set_random_state(ctx.random_state[0], device)
-            with _as_they_were(ctx.generators, ctx.random_state[1]):
+            set_random_state(ctx.random_state[0], device)
+            with as_they_were(ctx.generators, ctx.random_state[1]):
                 for number in ctx.segments[0].steps:
                     step_together(inner, number, again=True)
             turns.check_drawn(ctx.drawn)
@@ -102,37 +101,3 @@ def _inner_forwards(
         env = {v: next(left) for v in values}
         inner.append(one.part(env, next(left) if has_image else None))
     return inner
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """The states of the random generators."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def _generators(forward: Forward) -> list[torch.Generator]:
-    """The generators of its own that a network draws from."""
-    ops = [op for op in forward.prepared.staged.program.ops if op.name.rstrip("_") in RANDOM]
-    return [leaf for op in ops for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, torch.Generator)]
-
-
-def _states(generators: list[torch.Generator]) -> list[Tensor]:
-    return [generator.get_state() for generator in generators]
-
-
-@contextlib.contextmanager
-def _as_they_were(generators: list[torch.Generator], states: list[Tensor]) -> Iterator[None]:
-    """For what is computed again: generators in earlier states; they have their own again afterwards."""
-    now = _states(generators)
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, now, strict=True):
-            generator.set_state(state)

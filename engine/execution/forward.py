@@ -32,6 +32,7 @@ from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
+from .branches import Supposed
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
 from .stage_function import OwnNode, StageFunction, Way
@@ -79,6 +80,7 @@ class Forward:
         self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
+        self.supposed = Supposed(program, device)
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
@@ -205,7 +207,15 @@ class Forward:
         return part
 
     def output(self) -> Any:
-        """What the network returns."""
+        """What the network returns; the hooks of its tensors are registered.
+
+        Raises:
+            BranchError: if the image takes another branch than the recording.
+        """
+        program = self.prepared.staged.program
+        self.supposed.check(self.env)
+        for hook in program.hooks:
+            hook.apply(self._bound)
         return realize(self._bound(self.prepared.staged.program.output))
 
     def _bound(self, tree: Any) -> Any:
@@ -222,6 +232,7 @@ class Forward:
     def finish(self) -> Any:
         """The result, after what a call changes besides: buffers, arguments that it writes to, attributes."""
         program = self.prepared.staged.program
+        self.supposed.check(self.env)
         for before, after in program.updates:
             target = self.targets.get(before)
             if target is None:
@@ -237,8 +248,8 @@ class Forward:
                 target.copy_(self.env[after])
             self.passed[after] = target
         result = self.output()
-        for each in (*program.effects, *program.hooks):
-            each.apply(self._bound)
+        for effect in program.effects:
+            effect.apply(self._bound)
         return result
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ..capture.program import RANDOM
+from ..capture.program import draws
 from ..capture.trace import Op, refs
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
@@ -171,10 +171,10 @@ class Prepared:
         return (
             self.shard is None
             and not (self.segments or program.inputs or program.vectors or program.assigned)
-            and not (program.effects or program.hooks)
+            and not (program.effects or program.hooks or program.branches)
             and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
-            and not any(op.group is not None or _draws(op) for op in program.ops)
+            and not any(op.group is not None or draws(op) for op in program.ops)
             and written.isdisjoint((program.image, *refs(program.output)))
         )
 
@@ -187,15 +187,6 @@ class Prepared:
         if executor is not None and index not in self.replays:
             self.replays[index] = Replays(self.stages[index], executor, self.arena)
         return self.replays.get(index) if executor is not None else None
-
-
-def _draws(op: Op) -> bool:
-    """Whether an op draws random numbers; a dropout of nothing, or that is told not to, does not."""
-    name = op.name.rstrip("_")
-    if not name.endswith("dropout"):
-        return name in RANDOM
-    share = op.kwargs.get("p", op.args[1] if len(op.args) > 1 else 0.5)
-    return share != 0 and op.kwargs.get("training", op.args[2] if len(op.args) > 2 else True) is not False
 
 
 def makes(step: Op | VectorOp | Stage) -> list[int]:

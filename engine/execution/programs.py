@@ -60,7 +60,7 @@ class Settings:
 
     def plan_for(self, network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
         """The plan of an image batch (N, C, H, W), in the gradient mode that is on."""
-        program = capture(network, shape, dtype, device)
+        program = capture(network, shape, dtype, device, branches=())
         return arrange(program, self.request(torch.is_grad_enabled()), shard=self.shard(program))[1]
 
     def request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:
@@ -102,19 +102,21 @@ class Programs:
         settings: Settings,
         form: Form | None = None,
         check: Callable[[int, torch.device], None] | None = None,
+        branches: tuple[bool, ...] = (),
     ) -> tuple[Prepared, ...]:
         """The network made ready for image batches: one alone, or several that go through it side by side.
 
         Args:
             form: what is computed instead of the network's call.
             check: called with the image's channels and the device before the network is recorded.
+            branches: those that the image is known to take; see `branches.py`.
         """
         form = form or Form((), network)
         key = _key(images, settings, form)
         known = self.kept.setdefault(key, [])
         self.kept.move_to_end(key)
         for place, ready in enumerate(known):
-            if ready[0].staged.program.guard.holds():
+            if _goes(ready, branches) and ready[0].staged.program.guard.holds():
                 known.insert(0, known.pop(place))
                 return ready
         if key.training:
@@ -122,7 +124,11 @@ class Programs:
         if check is not None:
             check(images[0].shape[1], key.device)
         programs = [
-            capture(network, one.shape, key.dtype, key.device, form.call, form.inputs, form.vectors, wants(one.image))
+            capture(
+                network,
+                *(one.shape, key.dtype, key.device, form.call, form.inputs, form.vectors, wants(one.image)),
+                branches=branches,
+            )
             for one in images
         ]
         for ready in known:  # what a call changes may differ (a counter), and all else be the same
@@ -139,6 +145,12 @@ class Programs:
         for other in self:
             if all(other is not one for one in prepared):
                 other.let_go()
+
+
+def _goes(together: Sequence[Prepared], branches: tuple[bool, ...]) -> bool:
+    """Whether programs follow branches that are known."""
+    taken = ([branch.taken for branch in one.staged.program.branches] for one in together)
+    return all(tuple(one[: len(branches)]) == branches for one in taken)
 
 
 def _key(images: Sequence[ImageBatch], settings: Settings, form: Form) -> ProgramKey:

@@ -103,7 +103,7 @@ def _program(
     """The recorded forward, as on a device that need not be here: it is recorded where the network lies."""
     lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
     with torch.set_grad_enabled(training):
-        program = capture(network, shape, dtype, lies)
+        program = capture(network, shape, dtype, lies, branches=())
     for value in program.values:
         value.device = device
     return program

@@ -36,6 +36,8 @@ def arrange_together(
         UnsupportedError: if the sizes lead the network through different steps, or it keeps something of each image.
     """
     arranged = [sort(program, request.fallback) for program in programs]
+    for branch in programs[0].branches:
+        raise UnsupportedError(f"{branch.where} branches by an image's values, and each may go another way{_APART}")
     for op in _writes_of_images(programs[0]):
         raise UnsupportedError(
             f"{trace.place(op.module, op.line)}: '{op.name}' writes what it has of an image to a buffer{_APART}"

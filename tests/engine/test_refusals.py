@@ -48,8 +48,8 @@ class Double(torch.autograd.Function):
         return grad * 3
 
 
-def branch_on_value(_net, x: Tensor) -> Tensor:
-    return x * 2 if x.mean() > 0 else x
+def _log_of_a_draw(law: torch.distributions.Distribution) -> Tensor:
+    return law.log_prob(law.rsample())
 
 
 def python_dice(_net, x: Tensor) -> Tensor:
@@ -101,9 +101,9 @@ CASES = {
         r"'odd'.*'grid_sample'",
     ),
     "custom autograd.Function": (Call(lambda m, x: Double.apply(x)), r"'odd'.*autograd.Function 'Double'"),
-    "data-dependent branch": (Call(branch_on_value), r"'odd'.*data-dependent"),
-    "a distribution that checks its arguments": (
-        Call(lambda m, x: torch.distributions.Normal(x, x.exp(), validate_args=True).rsample()),
+    "a branch by noise": (Call(lambda m, x: x * 2 if (x + torch.rand(1)).mean() > 0 else x), r"'odd'.*data-dependent"),
+    "a distribution that checks what it has drawn": (
+        Call(lambda m, x: _log_of_a_draw(torch.distributions.Normal(x, x.exp(), validate_args=True))),
         r"'odd'.*data-dependent.*validate_args=False",
     ),
     "boolean mask": (Call(lambda m, x: x * x[x > 0].mean()), r"'odd'.*data-dependent"),

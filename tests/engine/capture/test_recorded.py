@@ -678,7 +678,7 @@ def _caught(call: Callable[[Tensor], Any], x: Tensor) -> float:
 
 def _as_another_error(x: Tensor) -> None:
     try:
-        bool(x.sum() > 0)
+        float(x.sum())
     except Exception as error:
         raise ValueError("the image is empty") from error
 
