@@ -147,6 +147,8 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
     scripted = replaced(lambda original: lambda f, *args, **kwargs: unseen.scripted(original, f, args, kwargs))
     changes.put(torch.jit.ScriptFunction, "__call__", scripted)
     changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
+    hook = replaced(lambda original: lambda *args: unseen.backward_hook(original, *args))
+    changes.put(nn.modules.module, "BackwardHook", hook)
     norm = nn.modules.batchnorm._BatchNorm
     changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))
     changes.put(

@@ -69,17 +69,17 @@ def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:
-    """Hooks on a module's gradients would not run: the backward goes through tiles, not through modules.
+    """Hooks of the old kind, which PyTorch hangs on whatever node a module's output comes from.
 
     Raises:
         UnsupportedError: naming the module.
     """
     for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
+        if module._backward_hooks and not module._is_full_backward_hook:
             where = f"module '{name}'" if name else "the model"
             raise UnsupportedError(
-                f"{where} has a backward hook, which would see no gradients of the whole image; use a forward hook "
-                "that calls output.register_hook(...)"
+                f"{where} has a backward hook by register_backward_hook, which PyTorch has given up; use "
+                "register_full_backward_hook"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import UnsupportedError
 from ..parallel.processes import world
 from .averages import CumulativeAverage
 from .lines import line_of
+from .module_hooks import RecordedHook
 from .program import CustomFunction, place
 from .recorder import Recorder
 from .walk import scripted_from
@@ -42,6 +43,18 @@ class Unseen:
             return plain(cls, *args, **kwargs)
         with _pop_mode_temporarily():
             return self.recorder.call(CustomFunction(cls), args, kwargs)
+
+    def backward_hook(self, original: Callable[..., Any], *args: Any) -> Any:
+        """What a module's call hangs its backward hooks on."""
+        if not _active(self.recorder):
+            return original(*args)
+
+        def record(function: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            self.values.line = line_of()
+            with _pop_mode_temporarily():
+                return self.recorder.call(function, tuple(tensors), {})
+
+        return RecordedHook(record, *args)
 
     def scripted(self, original: Callable[..., Any], function: torch.jit.ScriptFunction, args: Any, kwargs: Any) -> Any:
         """A scripted function runs in C++ and shows no calls: the Python function that it was made of does."""

@@ -174,7 +174,7 @@ class Prepared:
             and not (program.effects or program.hooks or program.branches)
             and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
-            and not any(op.group is not None or draws(op) for op in program.ops)
+            and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
             and written.isdisjoint((program.image, *refs(program.output)))
         )
 

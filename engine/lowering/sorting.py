@@ -146,6 +146,8 @@ class _Sorting:
                     maps.flat[value] = maps.flat[next(iter(node.reads))]
         elif isinstance(node, VectorOp):
             self.taken.check(op, node)
+        elif isinstance(node, Whole) and node.axes:
+            maps.axes.update(node.axes)
         elif isinstance(node, Whole):
             self.taken.begin(node.op, recorded=not set(op.outputs).isdisjoint(node.op.outputs))
         self.nodes.append(node)

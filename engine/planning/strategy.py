@@ -89,6 +89,7 @@ PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"
 def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, StagedProgram]]:
     cuts = cut_maps(maps, nodes)
     fixed = _drawn_by_position(maps, nodes)
+    hooked = any(op.name == "module_hook" for op in maps.program.ops)  # of a segment they would see another graph
     read_later, level = crossing(maps, nodes), levels(maps, nodes)
     stored = [v for v in read_later if level[v] or v in fixed]
     if len(stored) < len(read_later):
@@ -110,7 +111,7 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                     stored = [v for v in read_later if v not in dropped]
                     kept = [v for v in chosen if v in stored]
                     staged = split(maps, nodes, stored, kept)
-                    if training and kept:
+                    if training and kept and not hooked:
                         staged.segments = segments_between(staged, kept)
                     yield name + (f"; of blocks 1 to {number} {text}" if number else ""), staged
                     if not number:

@@ -46,9 +46,10 @@ class _Splitter:
         self.stored = {v for stage in staged.stages for v in stage.stored}
         self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later stages
         self.whole: set[int] = set(staged.program.results()) & self.stored  # those needed whole
-        if any(hook.value in staged.maps for hook in staged.program.hooks):
+        hooked = any(op.name == "module_hook" for op in staged.program.ops)
+        if hooked or any(hook.value in staged.maps for hook in staged.program.hooks):
             raise UnsupportedError(
-                "the forward registers a hook on a map, of which each process would have the gradient of its own band; "
+                "there are backward hooks on maps, of which each process would have the gradient of its own band; "
                 "do not split the image over processes"
             )
         for step in staged.steps:

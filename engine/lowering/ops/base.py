@@ -159,9 +159,14 @@ class Reduction:
 
 @dataclass(slots=True)
 class Whole:
-    """An op that ordinary PyTorch runs on the assembled maps."""
+    """An op that ordinary PyTorch runs on the assembled maps.
+
+    Attributes:
+        axes: of its outputs that are maps again.
+    """
 
     op: Op
+    axes: Mapping[int, Axes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,132 @@
+"""Full backward hooks of modules see, and may change, the gradients that stock PyTorch has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from exactness import randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gigamorph import accelerate
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+LIMIT = 1e-12
+
+
+class Two(nn.Module):
+    """Several arguments, one of them no tensor, and several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, factor: float, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.conv(x) * factor + y, y * 2, x.detach()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.act, self.down = nn.SiLU(), nn.Conv2d(4, 4, 3, 2, 1, bias=False)
+        self.two, self.norm, self.head = Two(), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.act(self.stem(x)))
+        a, b, _ = self.two(y, 0.5, y.sin())
+        return self.head(self.act(self.norm(a + b)).mean((2, 3)))
+
+
+PLACES = ["", "stem", "stem.0", "act", "down", "two", "two.conv", "norm", "head"]
+
+
+def seen(module: nn.Module, log: list[Any]) -> None:
+    module.register_full_backward_hook(lambda _module, inside, outside: log.append((inside, outside)))
+
+
+def halved(module: nn.Module, log: list[Any]) -> None:
+    module.register_full_backward_pre_hook(lambda _module, outside: _each(outside, lambda grad: grad * 0.5))
+
+
+def clamped(module: nn.Module, log: list[Any]) -> None:
+    module.register_full_backward_hook(
+        lambda _module, inside, _outside: _each(inside, lambda grad: grad.clamp(max=1e-3))
+    )
+
+
+def _scaled(factor: float, _module: nn.Module, inside: Any, _outside: Any) -> Any:
+    return _each(inside, lambda grad: grad * factor)
+
+
+def _each(grads: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return tuple(None if grad is None else change(grad) for grad in grads)
+
+
+@settings(max_examples=24)
+@given(
+    hooks=st.lists(
+        st.tuples(st.sampled_from(PLACES), st.sampled_from([seen, halved, clamped])), min_size=1, max_size=3
+    ),
+    live=st.booleans(),
+    image_grad=st.booleans(),
+    tile=st.tuples(st.integers(6, 40), st.integers(6, 40)),
+)
+def test_hooks_on_modules(hooks, live: bool, image_grad: bool, tile: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    stock = randomize(Net()).double().train(live)
+    twin = copy.deepcopy(stock)
+    logs: list[list[Any]] = [[], []]
+    for net, log in ((stock, logs[0]), (twin, logs[1])):
+        for name, register in hooks:
+            register(net.get_submodule(name), log)
+    ours = accelerate(twin, tile=tile)
+    for size in ((33, 29), (21, 40), (33, 29)):
+        image = torch.randn(2, 1, *size, dtype=torch.float64)
+        found = []
+        for net in (stock, ours):
+            net.zero_grad(set_to_none=True)
+            leaf = image.clone().requires_grad_(image_grad)
+            net(leaf).square().sum().backward()
+            found.append([leaf.grad, *(p.grad for p in net.parameters())])
+        for log, grads in zip(logs, found, strict=True):
+            grads += [grad for inside, outside in log for grad in (*inside, *outside)]
+            log.clear()
+        assert len(found[0]) == len(found[1])
+        largest = max(grad.norm().item() for grad in found[0] if grad is not None)
+        for want, got in zip(*found, strict=True):
+            assert (want is None) == (got is None)
+            assert want is None or (got - want).norm() <= LIMIT * max(want.norm().item(), 1e-3 * largest)
+
+
+def test_a_write_in_place_behind_a_hook_fails_as_in_stock() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True)).double()
+    net[0].register_full_backward_hook(lambda *_: None)
+    image = torch.randn(1, 1, 20, 20, dtype=torch.float64)
+    for each in (net, accelerate(copy.deepcopy(net), tile=8)):
+        with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+            each(image)
+
+
+def test_hooks_that_come_and_go() -> None:
+    torch.manual_seed(0)
+    stock = Net().double()
+    ours = accelerate(copy.deepcopy(stock), tile=16)
+    image = torch.randn(1, 1, 30, 30, dtype=torch.float64)
+    for factor in (1.0, 3.0, 0.1):
+        grads = []
+        for net in (stock, ours):
+            net.zero_grad(set_to_none=True)
+            handle = net.down.register_full_backward_hook(partial(_scaled, factor))
+            net(image).sum().backward()
+            grads.append([p.grad for p in net.parameters()])
+            handle.remove()
+        largest = max(grad.norm().item() for grad in grads[0])
+        for want, got in zip(*grads, strict=True):
+            assert (got - want).norm() <= LIMIT * max(want.norm().item(), 1e-3 * largest)
