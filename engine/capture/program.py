@@ -88,6 +88,8 @@ class Program:
         effects: what else a call changes, see `state.Effect`.
         hooks: those that it registers on its tensors, see `tensor_hooks.TensorHook`.
         branches: truths of tensors that depend on the image, in the order in which the forward asks for them.
+        stands_in: by the number of a value that is handed out in another form than it is computed in, the one that is.
+        apart: values that are handed out, but that what goes on with them does not read.
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
     """
 
@@ -105,13 +107,23 @@ class Program:
     branches: list[Branch] = field(default_factory=list)
     reads: list[Any] = field(default_factory=list)
     guard: Any = None
+    stands_in: dict[int, int] = field(default_factory=dict)
+    apart: set[int] = field(default_factory=set)
 
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
-        return [*self.handed_out(), *(after for _, after in self.updates), *(branch.value for branch in self.branches)]
+        found = [*self._given_away(), *(after for _, after in self.updates), *(each.value for each in self.branches)]
+        return [self.stands_in.get(v, v) for v in found]
 
     def handed_out(self) -> list[int]:
         """The values that someone outside gets hold of: in the result, in attributes, by a hook."""
+        return [self.stands_in.get(v, v) for v in self._given_away()]
+
+    def returned(self) -> list[int]:
+        """The values of the result."""
+        return [self.stands_in.get(v, v) for v in refs(self.output)]
+
+    def _given_away(self) -> list[int]:
         return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]
 
     def take_over(self, other: Program) -> bool:

@@ -50,6 +50,7 @@ _TAKEN = frozenset(
 _REFUSED = {
     "register_hook": "registers a hook on a tensor that it has not made; do so outside of the forward",
     "register_post_accumulate_grad_hook": "registers a hook on a tensor; do so outside of the forward",
+    "grad_fn": "looks at the graph of a tensor (grad_fn), which is another one by tiles; register hooks on the tensor",
     "backward": "differentiates inside the forward; do so outside of it",
     "grad": "reads or takes a gradient inside the forward; do so outside of it",
     "set_": "puts another memory under a tensor; write values with copy_",
@@ -109,7 +110,9 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.new and args[1:] and not isinstance(args[1], (list, Tensor)):
             func = Tensor.new_empty
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        if name in ("register_hook", "retain_grad") and tensors and tensors[0].requires_grad:
+        if name in ("register_hook", "retain_grad") and tensors:
+            if not tensors[0].requires_grad:
+                return func(*args, **kwargs)  # which raises
             if not tensors[0].is_leaf:
                 return self.hooks.keep_grad(*tensors) if name == "retain_grad" else self.hooks.register(*args, **kwargs)
             if name == "retain_grad":
@@ -156,6 +159,8 @@ class Recorder(TorchFunctionMode):
         """What cannot be done again in later calls."""
         if name == "__get__" and func in (Tensor.grad.__get__,):  # pyright: ignore
             name = "grad"
+        if name == "__get__" and func == _GRAD_FN and tensors and tensors[0].grad_fn is not None:
+            name = "grad_fn"
         if func is torch.autograd.grad or func is torch.autograd.backward:
             name = "grad"
         if name == "resize_" and tensors and _ints(args[1:]) == tuple(tensors[0].shape):
@@ -350,6 +355,9 @@ _PROPERTIES = {
     for n in ("data", "grad", "requires_grad", "names", "real", "imag")
     if hasattr(getattr(Tensor, n, None), "__set__")
 }
+
+
+_GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _ints(args: Any) -> tuple[int, ...]:

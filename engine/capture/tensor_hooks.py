@@ -2,15 +2,17 @@
 
 Such a tensor becomes a result of the program, so that it is there whole, and what reads it reads the very tensor
 (`lowering.stages.handed_out`): once per call its hook is registered there, and is given the gradient that stock
-PyTorch would give it.
+PyTorch would give it. Tensors that the hook's function holds are those of the call.
 """
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,34 +23,74 @@ from ..errors import UnsupportedError
 from .program import Ref
 from .values import Values
 
-_VALUES = (int, float, complex, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType, torch.dtype)
+_VALUES = (int, float, complex, str, bytes, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Size)
+_EMPTY = object()  # of a variable that has no value yet
 
 
+@dataclass
 class TensorHook:
     """A hook of each call.
 
     Attributes:
         value: the tensor that it is registered on.
-        hook: what is called; None where the tensor keeps its gradient instead.
-        cells: tensors that the function has in its closure, by the variable's name.
+        hook: the function, taken apart; None where the tensor keeps its gradient instead.
+        held: the tensors that the function holds.
+        where: module and line, for messages.
     """
 
-    def __init__(self, value: int, hook: Callable[..., Any] | None = None, cells: Mapping[str, Ref] | None = None):
-        self.value, self.hook, self.cells = value, hook, cells or {}
+    value: int
+    hook: Any
+    held: list[Ref]
+    where: str
 
     @property
     def tree(self) -> Any:
-        return Ref(self.value), dict(self.cells)
+        return Ref(self.value), self.held
 
-    def apply(self, bind: Callable[[Any], Any]) -> None:
-        """Register it; `bind` puts tensors in the place of `Ref`s."""
-        tensor, cells = bind(self.tree)
+    def apply(self, bind: Callable[[Any], Any], order: HookOrder) -> None:
+        """Register it; `bind` puts tensors in the place of `Ref`s, `order` is that of the forward's hooks."""
+        tensor, held = bind(self.tree)
         if not tensor.requires_grad:
             return
         if self.hook is None:
             tensor.retain_grad()
         else:
-            tensor.register_hook(_filled(self.hook, cells))
+            hook = _built(self.hook, dict(zip(self.held, held, strict=True)))
+
+            def called(grad: Tensor) -> Any:
+                order.check(self)
+                return hook(grad)
+
+            tensor.register_hook(called)
+
+
+class HookOrder:
+    """The order in which the hooks of one forward are called: that of stock PyTorch, of later tensors first."""
+
+    def __init__(self) -> None:
+        self._last = -1, 0  # the backward, and the tensor
+
+    def check(self, hook: TensorHook) -> None:
+        """Raise an `UnsupportedError` where a later tensor's gradient comes after an earlier one's.
+
+        Where branches are parallel one pass over the tiles may need the one's to find the other's.
+        """
+        now = torch._C._current_graph_task_id()
+        backward, value = self._last
+        if now == backward and hook.value > value:
+            raise UnsupportedError(
+                f"{hook.where} has a hook that would be called after those of earlier tensors, other than in stock "
+                "PyTorch; take the gradients by torch.autograd.grad, or those of parallel branches one by one"
+            )
+        self._last = now, hook.value
+
+
+@dataclass
+class _Function:
+    """A function, partial or tuple taken apart."""
+
+    like: Any
+    parts: list[Any]
 
 
 class Registered:
@@ -57,7 +99,7 @@ class Registered:
     def __init__(self, values: Values, was_there: Callable[[Any], bool]):
         self.values, self.was_there = values, was_there
         self._hooks: list[tuple[int, Callable[..., Any], OrderedDict[int, Any], weakref.ref[RemovableHandle], str]] = []
-        self._keeping: list[Tensor] = []
+        self._keeping: list[tuple[Tensor, str]] = []
 
     def register(self, tensor: Tensor, hook: Callable[..., Any]) -> RemovableHandle:
         """`tensor.register_hook(hook)`; the handle takes it back as long as the forward lasts."""
@@ -69,7 +111,7 @@ class Registered:
 
     def keep_grad(self, tensor: Tensor) -> None:
         """`tensor.retain_grad()`."""
-        self._keeping.append(tensor)
+        self._keeping.append((tensor, self.values.where()))
 
     def finish(self, leaf: Callable[[Tensor], Ref]) -> list[TensorHook]:
         """The hooks that are left; nothing of the recording is held any more.
@@ -80,7 +122,7 @@ class Registered:
         Raises:
             UnsupportedError: for handles that are kept, and for functions that hold what the forward has made.
         """
-        found = [TensorHook(leaf(tensor).value) for tensor in self._keeping]
+        found = [TensorHook(leaf(tensor).value, None, [], where) for tensor, where in self._keeping]
         for value, hook, there, handle, where in self._hooks:
             if not there:
                 continue
@@ -88,57 +130,87 @@ class Registered:
                 raise UnsupportedError(
                     f"{where} keeps the handle of a hook on a tensor; the hook ends with the tensor, drop the handle"
                 )
-            found.append(TensorHook(value, *self._emptied(hook, leaf, where)))
+            held: dict[Ref, None] = {}
+            found.append(TensorHook(value, self._apart(hook, leaf, held, where), list(held), where))
         self._hooks.clear()
         self._keeping.clear()
         return found
 
-    def _emptied(
-        self, hook: Callable[..., Any], leaf: Callable[[Tensor], Ref], where: str
-    ) -> tuple[Callable[..., Any], dict[str, Ref]]:
-        """The function without the tensors of its closure, and those."""
-        if not isinstance(hook, types.FunctionType):
-            self._check(getattr(hook, "__self__", hook), where)
-            return hook, {}
-        contents = {name: cell.cell_contents for name, cell in _cells(hook).items()}
-        tensors = {name: leaf(each) for name, each in contents.items() if self._is_made(each)}
-        for part in (*contents.values(), *(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()):
-            if not (self._is_made(part) and any(part is contents[name] for name in tensors)):
-                self._check(part, where)
-        return _filled(hook, dict.fromkeys(tensors)), tensors
-
-    def _is_made(self, thing: Any) -> bool:
-        return isinstance(thing, Tensor) and self.values.fake.is_our_fake(thing)
-
-    def _check(self, thing: Any, where: str) -> None:
-        """Refuse what is the recording's own, and would be another object in each call."""
-        if isinstance(thing, _VALUES) or self.was_there(thing):
-            return
-        if isinstance(thing, Tensor) and not self._is_made(thing):
-            return
-        if isinstance(thing, tuple):
-            for part in thing:
-                self._check(part, where)
-            return
-        if isinstance(thing, types.FunctionType):
-            for cell in _cells(thing).values():
-                self._check(cell.cell_contents, where)
-            return
+    def _apart(
+        self, thing: Any, leaf: Callable[[Tensor], Ref], held: dict[Ref, None], where: str, above: tuple[int, ...] = ()
+    ) -> Any:
+        """A function and what it holds, with `Ref`s in the place of tensors; itself if there are none."""
+        if isinstance(thing, Tensor):
+            ref = leaf(thing)  # also of a buffer: the network may have another one then
+            held[ref] = None
+            return ref
+        if isinstance(thing, (types.FunctionType, functools.partial)) or type(thing) is tuple:
+            contents = _contents(thing) if id(thing) not in above else []
+            parts = [self._apart(each, leaf, held, where, (*above, id(thing))) for each in contents]
+            same = all(a is b for a, b in zip(parts, contents, strict=True))
+            return thing if same else _Function(_emptied(thing, parts), parts)
+        is_method = isinstance(thing, (types.MethodType, types.BuiltinFunctionType))
+        owner = thing.__self__ if is_method else thing
+        known = isinstance(owner, _VALUES) or owner is _EMPTY or self.was_there(owner)
+        if known and not isinstance(owner, Tensor):
+            return thing
+        kind = "tensor" if isinstance(owner, Tensor) else type(owner).__name__
         raise UnsupportedError(
-            f"{where} registers a hook on a tensor that holds a {type(thing).__name__} made in the forward; keep it in "
-            "an attribute of the module"
+            f"{where} registers a hook on a tensor that holds a {kind} made in the forward; make it in the "
+            "constructor, and keep it in an attribute of the module"
         )
 
 
-def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
-    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+def _contents(thing: Any) -> list[Any]:
+    """What a function, a partial or a tuple holds, in order."""
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, types.FunctionType):
+        cells = [_content(cell) for cell in thing.__closure__ or ()]
+        return [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+    return list(thing)
 
 
-def _filled(hook: Callable[..., Any], contents: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function with other contents of some variables of its closure."""
-    if not contents or not isinstance(hook, types.FunctionType):
-        return hook
-    cells = tuple(types.CellType(contents[name]) if name in contents else old for name, old in _cells(hook).items())
-    made = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
-    made.__kwdefaults__ = hook.__kwdefaults__
+def _emptied(thing: Any, parts: list[Any]) -> Any:
+    """What a function, a partial or a tuple is built from again: without what is another one in each call."""
+    if isinstance(thing, functools.partial):
+        return functools.partial(_content, *[None] * len(thing.args), **dict.fromkeys(thing.keywords))
+    if not isinstance(thing, types.FunctionType):
+        return ()
+    # A variable that holds no tensor stays the same one: the function may assign it.
+    old = thing.__closure__ or ()
+    cells = (types.CellType() if isinstance(p, (Ref, _Function)) else c for c, p in zip(old, parts, strict=False))
+    defaults = (None,) * len(thing.__defaults__ or ())
+    like = types.FunctionType(thing.__code__, thing.__globals__, thing.__name__, defaults, tuple(cells))
+    like.__kwdefaults__ = dict.fromkeys(thing.__kwdefaults__ or ())
+    return like
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
+
+
+def _built(thing: Any, tensors: dict[Ref, Tensor]) -> Any:
+    """The function again, with tensors in the place of `Ref`s."""
+    if isinstance(thing, Ref):
+        return tensors[thing]
+    if not isinstance(thing, _Function):
+        return thing
+    like, parts = thing.like, [_built(part, tensors) for part in thing.parts]
+    if isinstance(like, tuple):
+        return tuple(parts)
+    if isinstance(like, functools.partial):
+        count = 1 + len(like.args)
+        return functools.partial(parts[0], *parts[1:count], **dict(zip(like.keywords, parts[count:], strict=True)))
+    old = like.__closure__ or ()
+    first, second = len(old), len(old) + len(like.__defaults__)
+    cells = tuple(
+        types.CellType(new) if isinstance(part, (Ref, _Function)) else cell
+        for cell, part, new in zip(old, thing.parts[:first], parts[:first], strict=True)
+    )
+    made = types.FunctionType(like.__code__, like.__globals__, like.__name__, tuple(parts[first:second]), cells)
+    made.__kwdefaults__ = dict(zip(like.__kwdefaults__, parts[second:], strict=True))
     return made

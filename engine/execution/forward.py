@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import kernels
 from ..capture.program import call
+from ..capture.tensor_hooks import HookOrder
 from ..capture.trace import Op, bind, refs
 from ..capture.trees import realize
 from ..cuda_graphs.replay import Replays
@@ -81,6 +82,7 @@ class Forward:
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
         self.supposed = Supposed(program, device)
+        self._apart: dict[int, Tensor] = {}
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
@@ -214,9 +216,39 @@ class Forward:
         """
         program = self.prepared.staged.program
         self.supposed.check(self.env)
+        order = HookOrder()
         for hook in program.hooks:
-            hook.apply(self._bound)
+            hook.apply(self._bound, order)
+        self._order_hooks()
         return realize(self._bound(self.prepared.staged.program.output))
+
+    def _order_hooks(self) -> None:
+        """Hooks of tensors are called in the order of stock's backward: of those that are made later, first.
+
+        Autograd takes the node with the highest number among those that are ready. Here a tensor's node may have been
+        made before that of an earlier one, which a later stage has made.
+        """
+        tensors = [self.env.get(v) for v in sorted(self.prepared.handed_out)]
+        nodes = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+        last = -1
+        for node in dict.fromkeys(nodes):
+            number: int = max(node._sequence_nr(), last + 1)
+            if number > node._sequence_nr():
+                node._set_sequence_nr(number)
+            last = number
+
+    def _result(self, value: int) -> Tensor:
+        """A value as it is handed out; one that is not what others read by a node of its own.
+
+        A gradient with respect to it would have only a part: it is told that there is none.
+        """
+        program = self.prepared.staged.program
+        tensor = self.env[program.stands_in.get(value, value)]
+        if value not in program.apart or not tensor.requires_grad:
+            return tensor
+        if value not in self._apart:
+            self._apart[value] = OwnNode.apply(tensor)  # pyright: ignore[reportArgumentType]
+        return self._apart[value]
 
     def _bound(self, tree: Any) -> Any:
         """A tree of results with its tensors; those that no gradient flows through want none."""
@@ -224,7 +256,7 @@ class Forward:
         left: dict[int, Tensor] = {}
         for v in refs(tree):
             tensor = self.passed.get(v)
-            tensor = self.env[v] if tensor is None else tensor
+            tensor = self._result(v) if tensor is None else tensor
             cut = program.grad and tensor.requires_grad and not program.values[v].differentiable
             left[v] = tensor.detach() if cut else tensor
         return bind(tree, left)
@@ -238,14 +270,14 @@ class Forward:
             if target is None:
                 continue
             if before in program.assigned:
-                target.data = self.env[after].detach()
+                target.data = self._result(after).detach()
                 continue
             if target.is_inference() and not torch.is_inference_mode_enabled():
-                target.data.copy_(self.env[after].detach())  # PyTorch lets nobody but `.data` write to it here
+                target.data.copy_(self._result(after).detach())  # PyTorch lets nobody but `.data` write to it here
                 continue
             grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-                target.copy_(self.env[after])
+                target.copy_(self._result(after))
             self.passed[after] = target
         result = self.output()
         for effect in program.effects:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ..capture.program import draws
-from ..capture.trace import Op, refs
+from ..capture.trace import Op
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
@@ -175,7 +175,7 @@ class Prepared:
             and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
             and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
-            and written.isdisjoint((program.image, *refs(program.output)))
+            and written.isdisjoint((program.image, *program.returned()))
         )
 
     def replay(self, number: int, device: torch.device) -> Replays | None:

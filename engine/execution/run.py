@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.trace import refs
 from .checkpoint import Checkpointed
 from .forward import Forward, step_together
 from .image_batch import ImageTensor
@@ -39,7 +38,7 @@ def _alone(
     forward = Forward(*given, alone=True)
     run([forward])
     forward.finish()
-    wanted = dict.fromkeys(refs(prepared.staged.program.output))
+    wanted = dict.fromkeys(prepared.staged.program.returned())
     return {v: forward.env[v] for v in wanted if v in forward.env}
 
 

@@ -85,20 +85,48 @@ def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> 
         rising: whether vectors that are spread over the image become maps, made block by block.
         apart: whether tokens that are joined to positions are computed apart.
     """
+    program.stands_in, program.apart = {}, set()
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
     tokens, moves, sorting = Tokens(maps), Moves(maps), _Sorting(maps, fallback == "whole", rising)
     ops = live_ops(program)
     relative = Relative(ops, maps)
+    watched = {v for v in program.handed_out() if program.grad and program.values[v].takes_grad}
     for op in ops:
+        before = len(sorting.nodes)
         for part in tokens.apart(op) if apart else [op]:
             for one in (own for call in relative.absolute(part) for own in moves.merged(call)):
                 sorting.add(one)
             tokens.check(part)
+        read = {v for node in sorting.nodes[before:] for v in _inputs(node)}
+        program.apart |= (watched & set(op.inputs)) - read
     for value in dict.fromkeys(program.results()):
         for part in (*tokens.together(value), *moves.recorded(value)):
             sorting.add(part)
+    program.apart |= _of_no_pass(maps, sorting.nodes, watched & {v for op in ops for v in op.inputs})
+    for hook in program.hooks:
+        if hook.value in program.apart:
+            raise UnsupportedError(
+                f"{hook.where} has a hook on a tensor that is computed in another form (tokens, a vector that is "
+                "spread over the image); register it on a map (N, C, H, W), or on a vector"
+            )
     return maps, _live_nodes(maps, unflatten(maps, sorting.nodes))
+
+
+def _of_no_pass(maps: Maps, nodes: Sequence[Node | Op], read: set[int]) -> set[int]:
+    """Those of these values that are maps without being there as they are: flattened, or spread by each reader."""
+    there = {maps.program.image, *maps.program.inputs}
+    there.update(v for node in nodes if isinstance(node, (Local, Whole)) for v in makes(node))
+    return {v for v in read if v in maps and (v in maps.flat or v not in there)}
+
+
+def _inputs(node: Node | Op) -> Sequence[int]:
+    """All that a node reads by name."""
+    if isinstance(node, Reduction):
+        return [node.value]
+    if isinstance(node, Local):
+        return [*node.reads, *node.op.inputs]
+    return node.op.inputs if isinstance(node, Whole) else node.inputs
 
 
 class _Sorting:

@@ -20,7 +20,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ..capture.trace import Op, Program, refs
+from ..capture.trace import Op, Program
 from ..errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
 from .sorting import apply_rule, makes, reads, sort
@@ -317,7 +317,7 @@ def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
     They come last, in the order of the calls: no range of stages that is computed again has them inside.
     """
-    wanted = set(refs(maps.program.output))
+    wanted = set(maps.program.returned())
     late: set[int] = set()
     for node in reversed(nodes):
         alone = isinstance(node, (Op, VectorOp)) and not any(v in maps for v in (*node.inputs, *node.outputs))

@@ -94,11 +94,12 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     values = stage.program.values
     autocast = Autocast.current(values[stage.image].device)
     casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
-    if values[stage.image].device.type == "cpu" and not (casts or stage.packings):
-        with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta():
+    with torch.autograd.set_detect_anomaly(False):  # it would look at values
+        if values[stage.image].device.type == "cpu" and not (casts or stage.packings):
+            with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta():
+                return _tile_peak(stage, tiled, training, wanted, autocast)
+        with _on(None, values), FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
             return _tile_peak(stage, tiled, training, wanted, autocast)
-    with _on(None, values), FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
-        return _tile_peak(stage, tiled, training, wanted, autocast)
 
 
 def is_here(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..capture import trace
-from ..capture.trace import Op, Program, refs
+from ..capture.trace import Op, Program
 from ..errors import BudgetError, UnsupportedError
 from ..lowering.ops import VectorOp
 from ..lowering.sorting import sort
@@ -81,7 +81,7 @@ def _writes_of_images(program: Program) -> Iterator[Op]:
             made = op.outputs[:1] if op.name in ("batch_norm", "instance_norm") else op.outputs
             seen.update(made)
             makers.update(dict.fromkeys(made, op))
-    left = set(program.results()) - set(refs(program.output))
+    left = set(program.results()) - set(program.returned())
     yield from (makers[v] for v in sorted(left & seen) if v in makers)
 
 

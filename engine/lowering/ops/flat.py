@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ...capture.trace import Op, Ref
 from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Run, VectorOp, Whole
@@ -36,16 +35,9 @@ def unflatten(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
             result.append(Whole(renamed(node.op, names)))
         else:
             result.append(node)
-    outputs: dict[int, int] = {}
-
-    def give(leaf: object) -> object:
-        if isinstance(leaf, Ref) and leaf.value in place:
-            if leaf.value not in outputs:
-                outputs[leaf.value] = _flattened(maps, leaf.value, place[leaf.value], result)
-            return Ref(outputs[leaf.value])
-        return leaf
-
-    maps.program.output = tree_map(give, maps.program.output)
+    for value in dict.fromkeys(maps.program.results()):
+        if value in place:
+            maps.program.stands_in[value] = _flattened(maps, value, place[value], result)
     for value, where in place.items():
         info = maps.program.values[value]
         sizes = where.flat.sizes(where.flat.height, where.flat.width)

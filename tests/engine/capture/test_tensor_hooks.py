@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from exactness import randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph import accelerate
+from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.planning.strategy import strategies
@@ -247,3 +248,185 @@ def test_hooks_of_outputs_that_no_gradient_reaches() -> None:
     second.register_hook(calls.append)
     first.sum().backward()
     assert not calls and net.b.weight.grad is None
+
+
+# -- what a hook's function holds ------------------------------------------------------------------------------------
+
+
+def _factory(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda grad: grad * factor
+
+
+def _nested(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    def inner() -> Tensor:
+        return factor
+
+    return lambda grad: grad * inner()
+
+
+def by_closure(net: Any, x: Tensor) -> None:
+    factor = net.factor
+    x.register_hook(lambda grad: grad * factor)
+
+
+def by_pair(net: Any, x: Tensor) -> None:
+    pair = (net.factor, 2)
+    x.register_hook(lambda grad: grad * pair[0] * pair[1])
+
+
+def assigning(net: Any, x: Tensor) -> None:
+    def hook(grad: Tensor) -> Tensor:
+        net.factor = 0.9 * net.factor + 0.1
+        return grad * net.factor
+
+    x.register_hook(hook)
+
+
+HELD: dict[str, Callable[[Any, Tensor], Any]] = {
+    "closure": by_closure,
+    "pair": by_pair,
+    "assigning": assigning,
+    "default": lambda net, x: x.register_hook(lambda grad, factor=net.factor: grad * factor),
+    "made default": lambda net, x: x.register_hook(lambda grad, x=x: grad * (x > 0)),
+    "factory": lambda net, x: x.register_hook(_factory(net.factor)),
+    "nested": lambda net, x: x.register_hook(_nested(net.factor)),
+    "partial": lambda net, x: x.register_hook(functools.partial(torch.mul, net.factor)),
+    "method of a list": lambda net, x: x.register_hook(net.seen.append),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_functions_hold_the_tensors_of_their_call(name: str) -> None:
+    """Also those of the network, which may have others in the next call."""
+
+    def middle(net: Any, x: Tensor) -> Tensor:
+        HELD[name](net, x)
+        return x
+
+    torch.manual_seed(0)
+    stock = Net(middle).double().eval()
+    stock.register_buffer("factor", torch.ones((), dtype=torch.float64))
+    ours = accelerate(copy.deepcopy(stock), tile=9)
+    for factor in (1.0, 2.0, 3.0):
+        x = torch.randn(1, 1, 23, 19, dtype=torch.float64)
+        for net in (stock, ours):
+            net.zero_grad(set_to_none=True)
+            net.factor = torch.tensor(factor, dtype=torch.float64)
+            net(x).sum().backward()
+        assert all(close(a.grad, b.grad) for a, b in zip(ours.parameters(), stock.parameters(), strict=True))
+        assert close(ours.factor, stock.factor) and len(ours.seen) == len(stock.seen)
+
+
+# -- tensors that are computed in another form -----------------------------------------------------------------------
+
+
+class Flat(nn.Module):
+    """Keeps a flattened map, and hooks it if asked."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.conv, self.head, self.hooked, self.kept = nn.Conv2d(1, 4, 4, 4), nn.Linear(4, 2), hooked, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.kept = self.conv(x).flatten(2)
+        if self.hooked and torch.is_grad_enabled():
+            z.register_hook(lambda grad: grad / grad.norm(dim=-1, keepdim=True))
+        return self.head((z * z.softmax(-1)).sum(-1))
+
+
+class Tokens(nn.Module):
+    """A class token before the positions, as ViTs have it."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.conv, self.token, self.head = nn.Conv2d(1, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 2)
+        self.hooked, self.kept, self.attention, self.seen = hooked, None, None, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        x = self.kept = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        a = self.attention = (x @ x.transpose(1, 2)).softmax(-1)
+        if self.hooked and torch.is_grad_enabled():
+            x.register_hook(lambda grad: grad * 3)
+            a.register_hook(self.seen.append)
+        return self.head((x + a @ x)[:, 0])
+
+
+class Spread(nn.Module):
+    """A pooled vector that is spread over the image."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.conv, self.head, self.hooked, self.kept = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(8, 2, 1), hooked, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        pooled = self.kept = F.interpolate(F.adaptive_avg_pool2d(x, 1), size=x.shape[2:], mode="bilinear")
+        if self.hooked and torch.is_grad_enabled():
+            pooled.register_hook(lambda grad: 3 * grad)
+        return self.head(torch.cat([x, pooled], 1)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Flat, Tokens, Spread])
+def test_what_is_computed_in_another_form_is_never_half_differentiated(kind: type[nn.Module]) -> None:
+    """It is kept as it is in stock; its gradients are exact, or told not to be there; its hooks too."""
+    x = torch.randn(1, 1, 36, 28, dtype=torch.float64)
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        stock = kind(hooked).double()
+        ours = accelerate(copy.deepcopy(stock), tile=12)
+        with torch.no_grad():
+            wanted, got = stock(x), ours(x)
+        assert close(got, wanted) and close(ours.kept, stock.kept)
+        wanted = torch.autograd.grad(stock(x)[0, 0], [stock.kept, *stock.parameters()], allow_unused=True)
+        try:
+            output = ours(x)
+        except UnsupportedError as error:
+            assert hooked and "computed in another form" in str(error)
+            continue
+        got = torch.autograd.grad(output[0, 0], [ours.kept, *ours.parameters()], allow_unused=True)
+        assert all(close(a, b) for a, b in zip(got[1:], wanted[1:], strict=True))
+        assert got[0] is None or close(got[0], wanted[0])
+        assert len(getattr(ours, "seen", [])) == len(getattr(stock, "seen", []))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.down, self.head = nn.Conv2d(1, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.b(self.a(x).relu()) * self.down(x).sigmoid()).relu().mean((2, 3)))
+
+
+def test_hooks_in_another_order_than_in_stock_are_refused() -> None:
+    """Lists would pair one layer's map with another's gradient."""
+    torch.manual_seed(0)
+    stock = Branches().double()
+    ours = accelerate(copy.deepcopy(stock), tile=12)
+    x = torch.randn(1, 1, 30, 30, dtype=torch.float64)
+    cams = [GradCam(net, [net.a, net.b, net.down]) for net in (stock, ours)]
+    cams[0](x)
+    with pytest.raises(UnsupportedError, match="called after those of earlier tensors"):
+        cams[1](x)
+    for net in (stock, ours):
+        net.down._forward_hooks.clear()
+    assert all(close(a, b) for a, b in zip(cams[1](x), cams[0](x), strict=True))
+
+
+def test_the_graph_of_a_tensor_is_not_looked_at() -> None:
+    def middle(net: Any, x: Tensor) -> Tensor:
+        x.grad_fn.register_prehook(lambda grads: (grads[0] * 5,))
+        return x
+
+    with pytest.raises(UnsupportedError, match="grad_fn"):
+        accelerate(Net(middle).double(), tile=9)(torch.randn(1, 1, 23, 19, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomalies_may_be_looked_for() -> None:
+    net = accelerate(Net(lambda _net, x: x).double(), tile=9, memory_budget="300MiB")
+    with torch.autograd.detect_anomaly():
+        net(torch.randn(1, 1, 23, 19, dtype=torch.float64)).sum().backward()
+    assert net.first.weight.grad is not None
