@@ -120,6 +120,9 @@ class Recorder(TorchFunctionMode):
         self._refuse(func, name, tensors, args, kwargs)
         if name in _TAKEN and tensors:
             return self._taken(func, name, args, kwargs)
+        if func in _FILLED_AT and tensors:
+            args, kwargs = self._with_number(_FILLED_AT[func], args, kwargs)
+            tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         if not tensors and self._own_generator(args, kwargs):
             with unset_fake_temporarily(), self._no_inference():
                 return func(*args, **kwargs)  # a constant where it is used
@@ -209,6 +212,16 @@ class Recorder(TorchFunctionMode):
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
         program.reads.append((take, own()))
         return own()
+
+    def _with_number(self, place: int, args: Any, kwargs: Any) -> Any:
+        """The arguments of a call that takes a number out of a tensor to fill another with it."""
+        fill = args[place] if len(args) > place else kwargs.get("fill_value")
+        if not isinstance(fill, Tensor):
+            return args, kwargs
+        number = self._taken(Tensor.item, "item", (fill,), {})
+        if len(args) > place:
+            return (*args[:place], number, *args[place + 1 :]), kwargs
+        return args, {**kwargs, "fill_value": number}
 
     def _supposed(self, tensor: Tensor) -> bool:
         """The truth of a tensor that depends on the image, as far as it is known; unknown ones are supposed not to be.
@@ -357,6 +370,7 @@ _PROPERTIES = {
 }
 
 
+_FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
 _GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
