@@ -229,7 +229,7 @@ class Forward:
         made before that of an earlier one, which a later stage has made.
         """
         tensors = [self.env.get(v) for v in sorted(self.prepared.handed_out)]
-        nodes = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+        nodes: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
         last = -1
         for node in dict.fromkeys(nodes):
             number: int = max(node._sequence_nr(), last + 1)
