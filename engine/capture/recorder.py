@@ -371,7 +371,7 @@ _PROPERTIES = {
 
 
 _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
-_GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore[reportOptionalMemberAccess]
+_GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore
 
 
 def _ints(args: Any) -> tuple[int, ...]:
