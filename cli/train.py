@@ -218,6 +218,7 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     device = options.usable_device(config.device)
     count = count_processes(config.devices, config.split_image, config.devices_per_image)
     if config.data.folds is None:
+        _refuse_folds(out)
         start(_train, count, device, config.timeout, table, config, out, given["resume"], tell)
     else:
         _train_folds(table, config, out, given["resume"], tell, count, device)
@@ -292,7 +293,8 @@ def _train(
 
     def begun() -> None:
         text = to_toml(config)
-        write_atomically(out / SAVED, lambda path: path.write_text(text, encoding="utf-8"), "configuration")
+        for folder in (out,) if fold is None else (out, out.parent):  # so that all folds go on from their folder's name
+            write_atomically(folder / SAVED, lambda path: path.write_text(text, encoding="utf-8"), "configuration")
 
     try:
         with ProgressView(device=chosen.device, quiet=tell.quiet) as view:
@@ -311,6 +313,13 @@ def _train(
             tell.say(f"{part}: {scores_line(found.metrics[part])}")
     written = "best.ckpt, model_card.md, metrics.json, log.csv, curves.png, config.toml"
     tell.say(f"best epoch {found.metrics['best_epoch']}; {out}/{written}")
+
+
+def _refuse_folds(out: Path) -> None:
+    from ..engine.errors import GigamorphError
+
+    if (out / "fold1").is_dir():
+        raise GigamorphError(f"{out}: holds the runs of a cross-validation; give --folds, or name another folder")
 
 
 def _train_folds(

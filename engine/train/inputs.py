@@ -126,6 +126,21 @@ def _strange(records: Sequence[Record], train: ImageDataset) -> list[str]:
     return [text, *grey_warnings(train)]
 
 
+def _check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Callable[[str], object]) -> None:
+    """Refuse labels that are one but for their spelling; tell in which order names are taken for grades."""
+    spelt: dict[str, str] = {}
+    for name in names:
+        other = spelt.setdefault(" ".join(name.split()).casefold(), name)
+        if other != name:
+            raise DataError(
+                f"{table}: the labels {other!r} and {name!r} differ in case or blanks alone; write them alike, or name "
+                "all in data.classes"
+            )
+    if kind == "ordinal" and not all(name.isdigit() for name in names):
+        told = "[" + ", ".join(f'"{name}"' for name in names) + "]"
+        warn(f"the order taken is {' < '.join(names)}; another one is given by -o 'data.classes={told}'")
+
+
 def _read(
     table: str | Path, labels: Labels, check_files: bool, warn: Callable[[str], object]
 ) -> tuple[list[Record], Target]:
@@ -140,6 +155,8 @@ def _read(
         return read_masks(table, labels.classes, check_files=check_files, warn=warn)
     if labels.kind in ("classes", "ordinal"):
         read = read_table(table, classes=labels.classes or None, check_files=check_files)
+        if not labels.classes:
+            _check_names(table, read.classes, labels.kind, warn)
         return read.records, Target(tuple(read.classes), labels.kind, views=labels.views)
     read = read_table(table, labels=False, check_files=check_files)
     there = list(dict.fromkeys(name for record in read.records for name in record.labels))

@@ -165,8 +165,34 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     )
     assert run("train", table, *given) == 2 and "already holds a run" in capsys.readouterr().err
     assert run("train", table, *given, "--resume") == 0
+    capsys.readouterr()
+    assert run("train", table, "--out", tmp_path / "cv", "--resume") == 0  # no more than its folder
+    assert "fold 2 of 2" in capsys.readouterr().out
+    (tmp_path / "cv" / "config.toml").unlink()
+    assert run("train", table, "--out", tmp_path / "cv", "--resume") == 2
+    assert "holds the runs of a cross-validation" in capsys.readouterr().err
     evaluated = ["eval", tmp_path / "cv" / "out_of_fold.csv", "--split", "all", "--resamples", "20"]
     assert run(*evaluated, "--out", tmp_path / "measured") == 0
+
+
+def test_names_of_labels_are_looked_at(phantoms, tmp_path, capsys):
+    """One label in two spellings is no second class; the order of grades is told where sorting has made it."""
+    with phantoms.open(newline="") as file:
+        table = list(csv.DictReader(file))
+
+    def written(names):
+        for number, row in enumerate(table):
+            row["label"] = names[number // 2 % len(names)]
+        with (phantoms.parent / "named.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+        return phantoms.parent / "named.csv"
+
+    assert run("train", written(["malignant", "Malignant"]), *FAST, "--out", tmp_path / "spelt") == 2
+    assert "differ in case or blanks alone" in capsys.readouterr().err
+    assert run("train", written(["small", "large"]), *FAST, "--task", "ordinal", "--out", tmp_path / "grades") == 0
+    assert "the order taken is large < small" in capsys.readouterr().err
 
 
 def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path, capsys):
