@@ -167,11 +167,12 @@ def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
 
     None goes on after a step that makes what the network hands out: what reads that has to read the very tensor.
     """
-    end = max(n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts))
+    written = (n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts))
+    end = max(written, default=-1)
     handed_out, values = set(staged.program.handed_out()), staged.program.values
     ends = set(cuts) | {v for v in handed_out if values[v].takes_grad}
-    writers = [n for n, step in enumerate(staged.steps) if n <= end and not ends.isdisjoint(_makes(step))]
     first = next(n for n, step in enumerate(staged.steps) if isinstance(step, Stage))
+    writers = [n for n, step in enumerate(staged.steps) if first <= n <= end and not ends.isdisjoint(_makes(step))]
     starts = [first, *(n + 1 for n in writers)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
 
