@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import datetime
 import functools
 import hashlib
@@ -138,7 +137,8 @@ def eval(
     """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
 
     PREDICTIONS is the csv of gigamorph predict, its folder, or any csv with a column of scores and one of labels. An
-    image is a row; a breast is the mean probability of its views; an exam is the highest of its breasts. metrics.json,
+    image is a row; a breast is the mean probability of its views; an exam is the highest of its breasts; of the folder
+    of a network trained with --views exams are rows, combined as in the training. metrics.json,
     plots and report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph
     predict --calibration.
 
@@ -154,10 +154,10 @@ def eval(
     from ..engine.evaluate import read_cases
     from ..engine.evaluate.dice import read_dice
     from ..engine.evaluate.evaluate import Settings
-    from ..engine.evaluate.read import table_in
+    from ..engine.evaluate.read import note_of
 
     _refuse(Path(out), overwrite)
-    predictions = str(table_in(Path(predictions)))
+    predictions = str(_chosen(Path(predictions), levels))
 
     def read(path: str) -> Cases:
         return read_cases(path, table=table, label=label, score=score, split=split)
@@ -195,8 +195,22 @@ def eval(
         compared = None if other is None else read(other)
         lines = _measure(out, images, settings, notes, compared, None if marks is None else (marks, str(table)))
         if split != "train":
-            _keep_calibration(out, images, Path(predictions))
+            lines += _keep_calibration(out, images, note_of(Path(predictions)))
     _tell(out, lines, as_json)
+
+
+def _chosen(predictions: Path, levels: tuple[str, ...]) -> Path:
+    """The table to measure: of a network that takes the views of an exam as one sample that of exams, unless a level
+    below is asked for."""
+    from ..engine.evaluate.read import note_of, samples_in, table_in
+
+    below = set(levels) & {"image", "breast"}
+    chosen = table_in(predictions) if below else samples_in(predictions)
+    views = note_of(chosen).get("views")
+    if views is not None and chosen.name != "exams.csv" and not below:
+        told = f"{chosen}: the network takes an exam's views as one ({views}), which exams.csv has; here images count"
+        click.echo(f"warning: {told}", err=True)
+    return chosen
 
 
 def _tell(out: str, lines: list[str], as_json: bool) -> None:
@@ -260,13 +274,19 @@ def _measure(
     return [*headline(found), f"{page}, metrics.json and plots"]
 
 
-def _keep_calibration(out: str, images: Cases, predictions: Path) -> None:
-    """Unless the predictions are calibrated."""
+def _keep_calibration(out: str, images: Cases, note: dict[str, Any]) -> list[str]:
+    """Of two classes by a network that is known, unless the predictions are calibrated; lines for people."""
+    from ..engine.errors import DataError
     from ..engine.evaluate.recalibration import write_calibration
 
-    note = _checkpoint(predictions)
-    if "calibrated_on" not in note:
-        write_calibration(out, images, json.loads((Path(out) / "metrics.json").read_text()), note.get("sha256"))
+    sample = "exam" if "views" in note else "image"
+    if images.kind != "binary" or images.level != sample or "sha256" not in note or "calibrated_on" in note:
+        return []
+    try:
+        write_calibration(out, images, json.loads((Path(out) / "metrics.json").read_text()), note["sha256"])
+    except DataError as error:
+        return [f"no calibration.json: {error}"]
+    return []
 
 
 def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[str, Any]) -> list[str]:
@@ -303,17 +323,11 @@ def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any)
     return [*reader_headline(study), f"{page} and metrics.json"]
 
 
-def _checkpoint(predictions: Path) -> dict[str, str]:
-    """What gigamorph predict notes of the checkpoint; nothing of other predictions."""
-    with contextlib.suppress(OSError, ValueError):
-        note = json.loads(predictions.with_suffix(".json").read_text())
-        return note if isinstance(note, dict) else {}
-    return {}
-
-
 def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
     """What was evaluated, by names of files without their folders."""
-    note = _checkpoint(predictions)
+    from ..engine.evaluate.read import note_of
+
+    note = note_of(predictions)
     model = f"{note['checkpoint']}, SHA-256 {note['sha256']}" if {"checkpoint", "sha256"} <= note.keys() else None
     return {
         "predictions": predictions.name,

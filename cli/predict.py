@@ -10,6 +10,7 @@ import rich_click as click
 
 from . import runner
 from .predict_masks import predict_masks
+from .train import scores_line
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record
@@ -110,7 +111,8 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
             "written when the other shards are done"
         )
         return
-    click.echo(f"{found.done} images predicted, {found.failed} skipped; {out / 'predictions.csv'}, breasts.csv")
+    tables = f"{out / 'predictions.csv'}, breasts.csv, exams.csv"
+    click.echo(f"{found.done} images predicted, {found.failed} skipped; {tables}")
     runner.tell_stored(found, options.store)
     if found.failed:
         click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
@@ -118,13 +120,9 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
         rate = found.computed / max(found.seconds, 1e-9)
         click.echo(f"{rate:.3g} images/s; the device waited for images {found.idle:.1%} of the time")
     for split, note in _SPLITS.items():
-        labelled = found.scores.get(split, {})
-        if labelled.get("auc_image") is not None:
-            area = f"AUC per image {labelled['auc_image']:.4f} ({labelled['images']} images)"
-            breast = "undefined" if labelled["auc_breast"] is None else f"{labelled['auc_breast']:.4f}"
-            exam = labelled.get("auc_exam")
-            together = "" if exam is None else f", per exam {exam:.4f} ({labelled['exams']} exams)"
-            click.echo(f"{note}: {area}, per breast {breast} ({labelled['breasts']} breasts){together}")
+        measured = found.scores.get(split, {})
+        if any(measured.get(name) is not None for name in ("auc_image", "mae_image")):
+            click.echo(f"{note}: {scores_line(measured)}")
 
 
 def _grey(warn: Callable[[str], object], classifier: Classifier, records: Sequence[Record]) -> None:

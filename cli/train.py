@@ -267,6 +267,7 @@ def _train(
     from ..engine.config import to_toml
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
+    from ..engine.train.choices import check_choices
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data
@@ -277,6 +278,7 @@ def _train(
     group = ProcessGroup.here(config.split)
     chosen = replace(config.options(), device=options.usable_device(config.device))
     warn = tell.warn if group.leads else lambda text: None
+    check_choices(chosen, config.data.channels, config.log, config.callbacks)
     images = training_data(table, **config.data_arguments(), fold=fold, warn=warn)
     watch = Watch(loggers=config.log, callbacks=config.callbacks)
     if not group.leads:

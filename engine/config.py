@@ -37,7 +37,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); name a TOML or YAML file") from error
     return _parsed_yaml(text, str(path)) if path.suffix in (".yaml", ".yml") else _parsed(text, str(path))

@@ -192,6 +192,13 @@ def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
         if len(judged) < 2:
             only = f"value {judged[0]}" if len(judged) else "255, which is not judged,"
             raise DataError(f"all masks hold {only} alone; training needs another class")
+        absent = sorted(set(range(int(judged[-1]))) - {0, *judged.tolist()})
+        if absent:
+            last = next(path for path, found in counts.items() if found[judged[-1]])
+            raise DataError(
+                f"{last}: holds {judged[-1]}, and no mask holds {absent[0]}; correct it, or name all classes: "
+                "-o 'data.classes=[\"background\", ...]'"
+            )
         names = ["background", *(str(number) for number in range(1, int(judged[-1]) + 1))]
     classes = Classes(tuple(names))
     for path, found in counts.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import os
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from ..files import write_atomically
 from . import odds
 from .cases import Cases, Level
 from .froc import Marked
+from .join import KEYS, join, place_of
 
 Array = NDArray[np.float64]
 ODDS, PROBABILITY, SCORE, VALUE, LABEL = "log_odds_", "p_", "score_", "value_", "label_"
-_KEYS = ("patient_id", "exam_id", "laterality")
 _NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "exam"}
 """The column that names the rows, by which it is known what they are."""
 
@@ -44,8 +45,8 @@ def read_cases(
     at once. Columns value_NAME are predicted numbers, whose truth is label_NAME.
 
     Args:
-        table: csv of the images, joined by image_path: labels where the predictions have none, and columns by which
-            to make subgroups.
+        table: csv of the images, joined by image_path, or by patient, exam and side to breasts and exams: labels of
+            images whose predictions have none, and columns by which to make subgroups.
         label: column of the truth, 1 or 0, instead.
         score: column of the score instead: the probability of label 1 if all values are from 0 to 1, else any number
             that is larger for 1, which then only ranks.
@@ -57,7 +58,7 @@ def read_cases(
     path = Path(path)
     rows = _read(path)
     if table is not None:
-        _join(rows, Path(table))
+        join(rows, _read(Path(table)), Path(table))
     _choose_split(rows, split)
     if not rows.rows:
         raise DataError(f"{path}: holds no rows of split {split}" if split else f"{path}: holds no predictions")
@@ -66,10 +67,10 @@ def read_cases(
         kind, outputs, truth = "numbers", tuple(names), _measured(rows, label, names)
     else:
         kind, outputs, truth, scores = _truth(rows, label, names, scores)
-    keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in _KEYS}
+    keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in KEYS}
     levels: list[Level] = [level for level, column in _NAMES.items() if column in rows.header]
     level = levels[0] if levels else "image"
-    used = {*_NAMES.values(), *_KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE, VALUE)))}
+    used = {*_NAMES.values(), *KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE, VALUE)))}
     return Cases(
         outputs=outputs,
         truth=truth,
@@ -99,16 +100,16 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
         outputs, scores = [f"not_{outputs[0]}", outputs[0]], np.concatenate([-scores, scores], 1)
     several = cases.kind in ("labels", "numbers")
     label_columns = [LABEL + name for name in outputs] if several else ["label"]
-    further = [name for name in cases.columns if name not in (*_KEYS, *label_columns)]
+    further = [name for name in cases.columns if name not in (*KEYS, *label_columns)]
     prefix = VALUE if cases.kind == "numbers" else ODDS if cases.probable else SCORE
     score_columns = [prefix + name for name in outputs]
 
     def rows(file: Any) -> None:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([_NAMES[cases.level], *_KEYS, *label_columns, *score_columns, *further])
+        writer.writerow([_NAMES[cases.level], *KEYS, *label_columns, *score_columns, *further])
         labels = truth if several else cases.labels[:, None]
         for i, name in enumerate(cases.names):
-            known = ["" if np.isnan(v) or (v < 0 and not several) else _digits(v) for v in labels[i]]
+            known = ["" if np.isnan(v) or (v < 0 and not several) else digits(v) for v in labels[i]]
             keys = (cases.patients[i], cases.exams[i], cases.sides[i])
             values = [repr(float(value)) for value in scores[i]]
             writer.writerow([name, *keys, *known, *values, *(cases.columns[column][i] for column in further)])
@@ -121,7 +122,8 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
     return path
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """A number with all its digits, whole ones without a point."""
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
@@ -143,14 +145,14 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     boxes = {"top", "bottom", "left", "right"} <= set(found.header)
     if not boxes:
         found.require("row", "column")
-    wanted = {_place(name, Path()): number for number, name in enumerate(images.names)}
+    wanted = {place_of(name, Path()): number for number, name in enumerate(images.names)}
     if len(wanted) < len(images):
         raise DataError(f"{images.names[0]}: an image or its frames are there twice; marks are of images of one frame")
     places: list[list[tuple[float, float]]] = [[] for _ in wanted]
     outlines: list[list[list[float]]] = [[] for _ in wanted]
     scores: list[list[float]] = [[] for _ in wanted]
     for place, row in zip(found.places, found.rows, strict=True):
-        number = wanted.get(_place(row["image_path"], Path()))
+        number = wanted.get(place_of(row["image_path"], Path()))
         if number is None:
             continue  # of another split
         sides = [_number(row, name, found, place) for name in (("top", "bottom", "left", "right") if boxes else ())]
@@ -177,7 +179,7 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
     boxes: list[list[Sequence[float]]] = [[] for _ in wanted]
     without, seen = 0, set()
     for record in read_table(table, labels=False, check_files=False).records:
-        number = wanted.get(os.path.abspath(record.path))
+        number = wanted.get(place_of(str(record.path), Path()))
         if number is None:
             continue
         seen.add(number)
@@ -196,6 +198,30 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
     return boxes, without
 
 
+_PREDICTED = ("predictions.csv", "breasts.csv", "exams.csv")
+_TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
+
+
+def samples_in(path: Path) -> Path:
+    """As `table_in`; of a network that takes the views of an exam as one sample, the table of exams.
+
+    Raises:
+        DataError: see `table_in`.
+    """
+    table = table_in(path)
+    exams = table.with_name("exams.csv")
+    return exams if path.is_dir() and "views" in note_of(table) and exams.is_file() else table
+
+
+def note_of(predictions: Path) -> dict[str, Any]:
+    """What `gigamorph predict` notes of the network beside its tables; nothing of other predictions."""
+    if predictions.name in _PREDICTED:
+        with contextlib.suppress(OSError, ValueError):
+            note = json.loads(predictions.with_name("predictions.json").read_text())
+            return note if isinstance(note, dict) else {}
+    return {}
+
+
 def table_in(path: Path) -> Path:
     """A table of predictions, or that of a folder of `gigamorph predict` or of a cross-validation.
 
@@ -204,7 +230,7 @@ def table_in(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    for name in ("predictions.csv", "out_of_fold.csv", "val.csv"):
+    for name in _TABLES:
         if (path / name).is_file():
             return path / name
     run = path / "best.ckpt"
@@ -225,34 +251,6 @@ def read_rows_of(path: Path, split: str | None, *, only_with: str) -> Rows | Non
         return None
     _choose_split(rows, split)
     return rows
-
-
-def _place(name: str, folder: Path) -> str:
-    return os.path.abspath(folder / name)
-
-
-def _join(rows: Rows, table: Path) -> None:
-    """Add the table's columns to the rows; what a row has is kept, but who the patient is the table knows best."""
-    rows.require("image_path")
-    own = _read(table)
-    aliases = {"dicom_path": "image_path", "study_id": "exam_id"}
-    header = [aliases.get(name, name) for name in own.header]
-    if "image_path" not in header:
-        raise DataError(f"{table}: column image_path is missing; it has {', '.join(own.header)}")
-    by_place: dict[str, dict[str, str]] = {}
-    for row in own.rows:
-        named = dict(zip(header, row.values(), strict=True))
-        by_place[_place(named["image_path"], table.parent)] = named
-    for place, row in zip(rows.places, rows.rows, strict=True):
-        found = by_place.get(_place(row["image_path"], Path()))
-        if found is None:
-            raise DataError(
-                f"{rows.path}, {place}: {row['image_path']} is not in {table}; give the table it was predicted from"
-            )
-        for name in header:
-            if not row.get(name) or (name in _KEYS and found[name]):
-                row[name] = found[name]
-    rows.header.extend(name for name in header if name not in rows.header)
 
 
 def _choose_split(rows: Rows, split: str | None) -> None:
@@ -309,7 +307,8 @@ def _truth(rows: Rows, label: str | None, names: list[str], scores: Array) -> tu
     several = [LABEL + name for name in names]
     if label is None and len(names) > 1 and set(several) <= set(rows.header):
         return "labels", tuple(names), _numbers(rows, several), scores
-    column = label or ("label" if "label" in rows.header or len(names) != 1 else several[0])
+    single = len(names) == 1 and ("label" not in rows.header or any(row.get(several[0]) for row in rows.rows))
+    column = label or (several[0] if single else "label")
     rows.require(column)
     if len(names) == 1:
         return "binary", (names[0],), _numbers(rows, [column]), scores

@@ -44,25 +44,33 @@ class Calibration:
         return self.intercept + self.slope * log_odds
 
 
-def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str | None) -> Path | None:
-    """Write the calibration of evaluated images into a folder; None where there is none to be had.
+def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str) -> Path:
+    """Write the calibration of evaluated samples into a folder.
 
-    There is one of log-odds of two classes, by a checkpoint that is known, that rank better than chance and do not part
-    the classes. The threshold is that of the middle of the specificities that were evaluated.
+    There is one of log-odds of two classes that rank better than chance and do not part the classes. The threshold is
+    that of the middle of the specificities that were evaluated.
 
     Args:
+        images: what the network takes as one sample: images, or exams of several views.
         found: of `evaluate`, with the split that was evaluated.
         sha256: of the checkpoint.
+
+    Raises:
+        DataError: there is none; why.
     """
     known = images.labelled()
-    if images.kind != "binary" or not images.probable or images.level != "image" or sha256 is None or not len(known):
-        return None
+    if images.kind != "binary" or not images.probable:
+        raise DataError("it is of log-odds of two classes")
     [name] = images.outputs
-    points = found["levels"].get("image", {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
+    points = found["levels"].get(images.level, {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
     threshold = points[len(points) // 2].get("log_odds") if points else None
+    if threshold is None:
+        raise DataError(f"no threshold was measured of the {images.level}s")
     fitted = slope_and_intercept(known.truth[:, 0], known.scores[:, 0])
-    if fitted is None or fitted[0] <= 0 or threshold is None:
-        return None
+    if fitted is None:
+        raise DataError("the log-odds part the two classes, to which no slope can be fitted; more images may")
+    if fitted[0] <= 0:
+        raise DataError(f"the log-odds rank worse than chance (slope {fitted[0]:.3g})")
     one = Calibration(name, *fitted, float(threshold), len(known), found.get("split"), sha256)
     path = Path(out) / _FILE
     write_atomically(path, lambda p: p.write_text(json.dumps(asdict(one), indent=1) + "\n"), "calibration")

@@ -78,8 +78,13 @@ def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -
         own = ", ".join(sorted(MODELS))
         hint = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
         raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{hint}")
+    make = MODELS[spec.name]
+    for name, value in spec.arguments.items():
+        wanted = inspect.signature(make).parameters.get(name)
+        if wanted is not None and wanted.annotation == "int" and not isinstance(value, int):
+            raise GigamorphError(f"model {str(spec)!r}: {name} is {value!r}, no whole number")
     try:
-        return MODELS[spec.name](**{"num_classes": num_classes, "in_channels": in_channels, **spec.arguments})
+        return make(**{"num_classes": num_classes, "in_channels": in_channels, **spec.arguments})
     except TypeError as error:
         raise GigamorphError(f"model {str(spec)!r} cannot be built: {first_line(error)}") from error
 

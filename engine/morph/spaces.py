@@ -88,7 +88,7 @@ class Spaces:
         members = [s for s in self.spaces if any(key == f"{name}:{axis}" for name, axis in s.members)]
         if len(members) == 1:
             return members[0]
-        raise MorphError(f"no channel space '{key}'; see the table of find_spaces")
+        raise MorphError(f"no channel space '{key}'; see the table of find_spaces, or gigamorph morph spaces")
 
     def growable(self) -> list[Space]:
         """The spaces that can be widened."""

@@ -138,5 +138,7 @@ class _Predict(PredictJob):
         if options.calibration is not None:
             split = options.calibration.split or "not known"
             told["calibrated_on"] = f"{options.calibration.images} images, split {split}"
+        if outputs is not None and outputs.views is not None:
+            told["views"] = outputs.views
         self.write_note(out, **told)
         return scores

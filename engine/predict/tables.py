@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets.tables.cells import escape
-from ..evaluate.read import ODDS, PROBABILITY, VALUE
+from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically
 from ..models.outputs import Outputs
+from ..train.classify import truth_of
 from ..train.metrics import Prediction, per_breast, per_exam, scores
 from .index import Index, Level
 from .rows import Row
@@ -41,14 +43,15 @@ def write_tables(
         index: also holds what does not fit into memory.
         identifiers: header_patient is a name; otherwise it is numbered.
         outputs: what the network gives, see `outputs_of`. Numbers are in columns value_NAME, no probabilities; of
-            networks that were trained on several views as one, breasts and exams are combined as they do it.
+            numbers and labels the truth is in columns label_NAME as well; of networks that were trained on several
+            views as one, breasts and exams are combined as they do it.
 
     Returns:
         The measures (`scores`) of the labelled images of each split; nothing if they are more than `MEASURED`.
     """
     labelled: list[Prediction] = []
     exams: list[Prediction] = []
-    header = _header(classes, outputs is not None and outputs.numbers)
+    header = _header(classes, outputs)
     called = [] if calibration is None else ["called"]
     images = _noted(_images(index, results, calibration, identifiers, outputs), labelled)
     rows = ([*_row(one), *_called(one, calibration)] for one in images)
@@ -77,12 +80,12 @@ def _images(
     outputs: Outputs | None,
 ) -> Iterator[Prediction]:
     """Each image, kept for `_together`."""
-    numbers = outputs is not None and outputs.numbers
     joined = index.joined(results)
     while some := list(itertools.islice(joined, _TOGETHER)):
         found = [prediction_of(row, result, index, calibration, identifiers) for row, result in some]
-        if numbers:
-            found = [replace(one, numbers=True) for one in found]
+        if outputs is not None and not outputs.exclusive:
+            told = [truth_of(row.record, outputs.names) for row, _ in some]
+            found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, told, strict=True)]
         index.keep((_breast(one), _exam(one), one) for one in found)
         yield from found
 
@@ -107,7 +110,7 @@ def _together(
 def _noted(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:
     """The same; those with a label are noted, but for those beyond what is measured."""
     for one in found:
-        if one.label is not None and len(labelled) <= MEASURED:
+        if one.known and len(labelled) <= MEASURED:
             labelled.append(one)
         yield one
 
@@ -171,21 +174,26 @@ def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
     return [] if calibration is None else [int(found.log_odds[1] >= calibration(calibration.threshold))]
 
 
-def _header(classes: Sequence[str], numbers: bool) -> list[str]:
+def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
     keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "label"]
-    if numbers:
+    if outputs is not None and not outputs.exclusive:
+        keys += [LABEL + name for name in classes]
+    if outputs is not None and outputs.numbers:
         return [*keys, *(VALUE + name for name in classes)]
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
 def _row(found: Prediction) -> list[object]:
     label = "" if found.label is None else found.label
-    keys = (found.image, found.patient, found.exam, found.laterality, found.view, found.split)
+    keys: tuple[object, ...] = (found.image, found.patient, found.exam, found.laterality, found.view, found.split, label)
+    if not found.exclusive:
+        truth = found.truth or [math.nan] * len(found.log_odds)
+        keys += tuple("" if math.isnan(value) else digits(value) for value in truth)
     if found.numbers:
-        return [*keys, label, *(repr(value) for value in found.log_odds)]
+        return [*keys, *(repr(value) for value in found.log_odds)]
     # Probabilities are for reading; log-odds, with all digits, keep the order of images that the network is sure of.
     values = (*(f"{value:.6g}" for value in found.probabilities), *(repr(value) for value in found.log_odds))
-    return [*keys, label, *values]
+    return [*keys, *values]
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has many errors for a damaged file
+        if _is_cut_off(path):
+            raise DataError(f"{path}: is cut off, as by a full disk or a copy that stopped; copy it again") from error
         raise DataError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
     return checkpoint
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a zip archive, as torch writes it, lacks its directory, which stands at its end."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK" and not zipfile.is_zipfile(path)
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from ..images.pixels import Normalize
 from ..models.views import Views
 from .data import Data, samples_of
 from .folds import draw_folds
+from .labels import check_names, labels_told
 from .mask_target import read_masks
 from .survey import normalize_of, unreadable
 from .target import Kind, Target
@@ -100,7 +101,8 @@ def training_data(
         for name in ("train", "val", "test")
     ]
     train, val, test = (_samples(part, target) for part in parts)
-    for text in [*_unlearnable(target, samples_of(train), Path(table)), *_strange(records, parts[0])]:
+    told = labels_told(target, samples_of(train), samples_of(val), Path(table))
+    for text in [*told, *_strange(records, parts[0])]:
         warn(text)
     return Data(train, val, test, target.names, channels, preprocessing, target.measured_on(samples_of(train)))
 
@@ -126,21 +128,6 @@ def _strange(records: Sequence[Record], train: ImageDataset) -> list[str]:
     return [text, *grey_warnings(train)]
 
 
-def _check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Callable[[str], object]) -> None:
-    """Refuse labels that are one but for their spelling; tell in which order names are taken for grades."""
-    spelt: dict[str, str] = {}
-    for name in names:
-        other = spelt.setdefault(" ".join(name.split()).casefold(), name)
-        if other != name:
-            raise DataError(
-                f"{table}: the labels {other!r} and {name!r} differ in case or blanks alone; write them alike, or name "
-                "all in data.classes"
-            )
-    if kind == "ordinal" and not all(name.isdigit() for name in names):
-        told = "[" + ", ".join(f'"{name}"' for name in names) + "]"
-        warn(f"the order taken is {' < '.join(names)}; another one is given by -o 'data.classes={told}'")
-
-
 def _read(
     table: str | Path, labels: Labels, check_files: bool, warn: Callable[[str], object]
 ) -> tuple[list[Record], Target]:
@@ -156,7 +143,7 @@ def _read(
     if labels.kind in ("classes", "ordinal"):
         read = read_table(table, classes=labels.classes or None, check_files=check_files)
         if not labels.classes:
-            _check_names(table, read.classes, labels.kind, warn)
+            check_names(table, read.classes, labels.kind, warn)
         return read.records, Target(tuple(read.classes), labels.kind, views=labels.views)
     read = read_table(table, labels=False, check_files=check_files)
     there = list(dict.fromkeys(name for record in read.records for name in record.labels))
@@ -177,24 +164,6 @@ def _read(
                 if record.labels.get(name, 0) not in (0, 1):
                     raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty")
     return records, target
-
-
-def _unlearnable(target: Target, records: Sequence[Record], table: Path) -> list[str]:
-    """`DataError` if all training images, or exams, have one label; what else is to be told of label columns."""
-    if target.kind not in ("classes", "ordinal"):
-        return []
-    found = {record.label for record in records}
-    if len(found) == 1:
-        name, samples = target.names[found.pop()], "images" if target.views is None else "exams"
-        raise DataError(
-            f"{table}: all {len(records)} training {samples} have label {name}; training needs another class"
-        )
-    names = sorted({name for record in records for name in record.labels})
-    # A label that was made from a column is that column.
-    if any(all(r.labels.get(name) == r.label for r in records) for name in names):
-        return []
-    told = ", ".join(f"label_{name}" for name in names)
-    return [f"columns {told} are not learnt, label is (data convert --label makes another one it)"] if told else []
 
 
 def _without_bad(images: ImageDataset, warn: Callable[[str], object]) -> list[Record]:

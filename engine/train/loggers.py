@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -51,6 +52,34 @@ _MADE: dict[str, Callable[[Path], Logger]] = {
 }
 
 
+_LIBRARIES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+
+
+def require_loggers(names: Sequence[str]) -> None:
+    """Look whether `make_loggers` will find them, without making any.
+
+    Raises:
+        GigamorphError: see there.
+    """
+    for name in names:
+        if ":" in name:
+            _found(name, "logger")
+        elif name not in _MADE:
+            raise GigamorphError(f"log {name!r} is unknown; take {', '.join(_MADE)}, or module:name of your own")
+        elif name in _LIBRARIES and not any(map(importlib.util.find_spec, _LIBRARIES[name])):
+            raise GigamorphError(f"log {name!r} needs a library that is not installed: pip install {name}")
+
+
+def require_callbacks(names: Sequence[str]) -> None:
+    """Look whether `make_callbacks` will find them, without making any.
+
+    Raises:
+        GigamorphError: see there.
+    """
+    for name in names:
+        _found(name, "callback")
+
+
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
     """Loggers that write into a run's folder: csv, tensorboard, wandb, mlflow, or ``module:name`` of one's own.
 
@@ -59,13 +88,12 @@ def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
     Raises:
         GigamorphError: one that is unknown, or whose library is not installed.
     """
+    require_loggers(names)
     found = []
     for name in names:
         if ":" in name:
             found.append(_own(name, Logger, "logger", out))
             continue
-        if name not in _MADE:
-            raise GigamorphError(f"log {name!r} is unknown; take {', '.join(_MADE)}, or module:name of your own")
         try:
             found.append(_MADE[name](out))
         except (ImportError, ModuleNotFoundError) as error:
@@ -119,10 +147,15 @@ def make_callbacks(names: Sequence[str]) -> list[Callback]:
     return [_own(name, Callback, "callback") for name in names]
 
 
-def _own(name: str, kind: type, what: str, *arguments: Any) -> Any:
+def _found(name: str, what: str) -> Any:
     module, _, attribute = name.partition(":")
     with working_directory_on_path():
-        found = imported(f"{what} {name!r}", module, attribute)
+        return imported(f"{what} {name!r}", module, attribute)
+
+
+def _own(name: str, kind: type, what: str, *arguments: Any) -> Any:
+    found = _found(name, what)
+    with working_directory_on_path():
         if isinstance(found, kind):
             return found
         try:

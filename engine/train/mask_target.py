@@ -99,7 +99,7 @@ class MaskTarget(Target):
 def read_masks(
     table: str | Path, names: Sequence[str], *, check_files: bool, warn: Callable[[str], object]
 ) -> tuple[list[Record], MaskTarget]:
-    """The images of a table that have masks, all of which are read once, and the classes in them.
+    """The images of a table that have masks, all of which are read once, and the classes in them; others are left out.
 
     Args:
         names: of the classes, the background's first; none takes numbers, as many as the masks have.
@@ -108,9 +108,13 @@ def read_masks(
     Raises:
         DataError: what is wrong with the table, or a mask that is missing, of another size, or of other classes.
     """
-    records = read_table(table, labels=False, check_files=check_files).records
-    if not any(map(masks_of, records)):
+    read = read_table(table, labels=False, check_files=check_files).records
+    records = [record for record in read if masks_of(record)]
+    if not records:
         raise DataError(f"{table}: has no column mask_path, and no masks in findings; name each image's mask there")
+    if len(records) < len(read):
+        without = f"{len(read) - len(records)} of {len(read)} images have no mask, and are left out"
+        warn(f"{without}; where there is nothing to mark, a mask of zeros teaches that")
     counts: dict[Path, np.ndarray] = {}
     kept = []
     with ThreadPoolExecutor(available_cpus()) as pool:
@@ -126,6 +130,10 @@ def read_masks(
     if not kept:
         raise DataError(f"{table}: none of the {len(records)} masks can be used")
     classes = classes_of(counts, names)
+    there = np.sum(list(counts.values()), 0)
+    for number, name in enumerate(names if not classes.binary else ()):
+        if not there[number]:
+            warn(f"no mask holds {number}, the class {name}")
     if classes.binary:
         warn(f"the masks hold 0 and 255 alone: 255 is taken as class 1, {classes.names[1]}")
     return kept, MaskTarget(classes.names, binary=classes.binary)

@@ -132,7 +132,8 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
 
     Args:
         source: of gigamorph predict, or the folder of a cross-validation (out_of_fold.csv).
-        table: csv that was predicted from: findings, and labels that the predictions lack.
+        table: csv that was predicted from: findings, and labels that the predictions lack; of predicted exams their
+            images.
         split: keep only the images of this split.
 
     Raises:
@@ -140,6 +141,8 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     """
     path = table_in(Path(source))
     rows = read_rows(path)
+    if "exam" in rows.header and "image_path" not in rows.header:
+        _expand(rows, table)
     rows.require("image_path")
     known = {} if table is None else {record.path.absolute(): record for record in _records(Path(table))}
     classes = classes_of_masks(rows)
@@ -158,6 +161,25 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
         raise DataError(f"{table}: names none of the images of {path}; give the table that was predicted from")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
+
+
+def _expand(rows: Rows, table: str | Path | None) -> None:
+    """Rows of exams become those of their images, with what was predicted of the exam."""
+    if table is None:
+        raise DataError(f"{rows.path}: holds exams without their images; name the table of these: --table")
+    rows.require("patient_id", "exam_id")
+    images: dict[tuple[str, str], list[Record]] = {}
+    for record in _records(Path(table)):
+        images.setdefault((record.patient_id, record.exam_id or ""), []).append(record)
+    found = [
+        (place, {**row, "image_path": str(one.path), "laterality": one.laterality or "", "view": one.view or ""})
+        for place, row in zip(rows.places, rows.rows, strict=True)
+        for one in images.get((row["patient_id"], row["exam_id"]), ())
+    ]
+    if not found:
+        raise DataError(f"{table}: names none of the exams of {rows.path}; give the table that they are of")
+    rows.header.append("image_path")
+    rows.places[:], rows.rows[:] = map(list, zip(*found, strict=True))
 
 
 def _records(table: Path) -> Sequence[Record]:

@@ -51,7 +51,8 @@ def test_the_command_line_and_the_file_have_the_same_defaults(phantoms, capsys):
 
 def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(
-        yaml.safe_dump(
+        "\ufeff"  # as editors of Windows begin a file
+        + yaml.safe_dump(
             {
                 "model": "lesionnet",
                 "epochs": 7,
@@ -102,6 +103,8 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--mean", "auto", "--std", "1"], "make both auto"),
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
         (["--quiet", "--verbose"], "exclude each other"),
+        (["--std", "0"], "std [0.0] normalise nothing; std is above 0"),
+        (["--model", "unet?width=a"], "model 'unet?width=a': width is 'a', no whole number"),
         (["--log", "paper"], "log 'paper' is unknown; take csv"),
         (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: there is no module 'nowhere'"),
         (["--folds", "50"], "50 folds of 4 patients cannot be made; take from 2 to 4"),
@@ -175,6 +178,43 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     assert run(*evaluated, "--out", tmp_path / "measured") == 0
 
 
+def test_names_are_looked_up_before_images_are_read(tmp_path, capsys):
+    """These cannot be read, which is said last."""
+    lines = ["image_path,label,patient_id,split"]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_text("no image")
+        lines.append(f"{number}.png,{number % 2},p{number},{'train' if number < 2 else 'val'}")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    for options, message in (
+        (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
+        (["-o", "optimizer.options.speed=3"], "optimizer 'adamw' cannot be made with speed=3"),
+        (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
+        (["--log", "nothing"], "log 'nothing' is unknown"),
+        (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported"),
+        (["--freeze", "nothing"], "'nothing' names no parameter of the network"),
+        (["--lr-of", "nothing=1"], "'nothing' names no parameter of the network"),
+        (["-o", "data.classes=['no', 'yes']"], "label '0' is none of"),
+        ([], "none of the 4 images can be read"),
+    ):
+        assert run("train", tmp_path / "t.csv", *FAST, "--skip-bad", *options, "--out", tmp_path / "run") == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_classes_that_are_absent_are_told(phantoms, tmp_path, capsys):
+    lines = phantoms.read_text().splitlines()
+    table, at = phantoms.with_name("absent.csv"), lines[0].split(",").index("split")
+    for number, line in enumerate(lines[1:], 1):
+        cells = line.split(",")
+        cells[at] = "train" if number > 4 else "val" if cells[1] == lines[1].split(",")[1] else "test"
+        lines[number] = ",".join(cells)
+    table.write_text("\n".join(lines) + "\n")
+    given = ["train", table, *FAST, "-o", 'data.classes=["0", "1", "2"]', "--out", tmp_path / "run"]
+    assert run(*given) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no training image has label 2" in told
+    assert "validation images have label" in told and "the loss chooses the best epoch" in told
+
+
 def test_names_of_labels_are_looked_at(phantoms, tmp_path, capsys):
     """One label in two spellings is no second class; the order of grades is told where sorting has made it."""
     with phantoms.open(newline="") as file:
@@ -201,25 +241,45 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     for number, row in enumerate(table):
         row |= {"label_mass": str(number // 2 % 2), "label_calc": row["label"], "label_age": str(40 + number)}
         row["image_path"] = str(phantoms.parent / row["image_path"])
-    with (tmp_path / "t.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+
+    def write(table):
+        with (tmp_path / "t.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+
+    write(table)
     given = [*FAST, "--task", "labels", "--label", "mass", "--label", "calc"]
     assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "run") == 0
     assert "labels mass, calc" in capsys.readouterr().out
     assert run("predict", tmp_path / "run" / "best.ckpt", tmp_path / "t.csv", "--out", tmp_path / "p") == 0
     found = rows(tmp_path / "p" / "predictions.csv")
     assert {"p_mass", "p_calc", "log_odds_mass"} <= found[0].keys() and len(found) == 12
-    measured = ["eval", tmp_path / "p" / "predictions.csv", "--table", tmp_path / "t.csv", "--split", "all"]
+    assert [row["label_mass"] for row in found] == [str(number // 2 % 2) for number in range(12)]
+    assert "AUC per image" in capsys.readouterr().out
+    measured = ["eval", tmp_path / "p" / "exams.csv", "--split", "all"]
+    assert run(*measured, "--resamples", "20", "--out", tmp_path / "exams") == 0
+    measured = ["eval", tmp_path / "p", "--split", "all"]
     assert run(*measured, "--resamples", "20", "--out", tmp_path / "e") == 0
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert metrics["kind"] == "labels" and metrics["outputs"] == ["mass", "calc"]
+    for row in table:
+        row["label_all"] = "1"
+    write(table)
+    given = [*FAST, "--task", "labels", "--label", "all"]
+    assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "x") == 2
+    assert "label_all is 1 for all training images that have one; nothing is to learn" in capsys.readouterr().err
+    assert run("train", tmp_path / "t.csv", *given, "--label", "calc", "--out", tmp_path / "y") == 0
+    assert "label_all is 1 for all training images that have one; nothing is learnt" in capsys.readouterr().err
     assert run("train", tmp_path / "t.csv", *FAST, "--task", "labels", "--label", "age", "--out", tmp_path / "x") == 2
     assert "label_age of PHANTOM" in capsys.readouterr().err
     given = [*FAST, "--task", "numbers", "--label", "age"]
     assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "n") == 0
     assert "test: MAE per image" in capsys.readouterr().out
+    assert run("predict", tmp_path / "n" / "best.ckpt", tmp_path / "t.csv", "--out", tmp_path / "m") == 0
+    assert "MAE per image" in capsys.readouterr().out
+    assert run("eval", tmp_path / "m" / "exams.csv", "--split", "all", "--resamples", "20", "--out", tmp_path / "f") == 0
+    assert "exam level, age: MAE" in capsys.readouterr().out
     image = table[0]["image_path"]
     predicted = ["predict", tmp_path / "n" / "best.ckpt", image, "--heatmaps", "--out", tmp_path / "q"]
     assert run(*predicted) == 0

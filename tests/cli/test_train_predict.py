@@ -362,12 +362,14 @@ def test_predictions_are_not_overwritten(trained, phantoms, tmp_path, capsys):
     assert (tmp_path / "predictions.csv").read_text() == "dear\n"
 
 
-def test_a_file_that_is_no_checkpoint(phantoms, tmp_path, capsys):
+def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
     (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    (tmp_path / "cut.ckpt").write_bytes((trained / "best.ckpt").read_bytes()[:-999])
     torch.save({"weight": torch.zeros(2)}, tmp_path / "y.ckpt")
     for name, message in (
         ("x", "not a readable checkpoint"),
         ("y", "not written by gigamorph train"),
+        ("cut", "is cut off, as by a full disk"),
         ("z", "no such"),
     ):
         assert run("predict", tmp_path / f"{name}.ckpt", phantoms, "--out", tmp_path / "out") == 2

@@ -221,11 +221,16 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
         if found <= {"0", "1"}:  # one class may be absent from a small table
             return ["0", "1"]
         if absent or found - set(names):
+            there = json.dumps(sorted(found, key=int)) if len(found) <= _NAMED else "[...]"
             raise DataError(
-                f"{path}: labels {_few(sorted(found))} leave out {_few(absent)}; number classes from 0, or name them"
+                f"{path}: labels {_few(sorted(found))} leave out {_few(absent)}; number classes from 0, or name all "
+                f"that there are: -o 'data.classes={there}'"
             )
         return names
     return sorted(found)
+
+
+_NAMED = 12  # classes that a message names
 
 
 def whole(label: str) -> str:

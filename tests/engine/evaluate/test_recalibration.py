@@ -1,6 +1,7 @@
 """A calibration that was measured is kept, and applied to the checkpoint that it was measured on alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,11 +45,11 @@ def test_it_makes_probabilities_of_other_images_frequencies(tmp_path):
 
 
 def test_where_there_is_none_nothing_is_written(tmp_path):
-    cases = overconfident(200, 0)
-    found = evaluate(cases, FEW)
-    assert write_calibration(tmp_path, cases, found, None) is None  # not of a checkpoint that is known
     worse = overconfident(200, 0, flip=True)
-    assert write_calibration(tmp_path, worse, evaluate(worse, FEW), "abc") is None
+    parted = replace(worse, scores=worse.truth - 0.5)
+    for cases, why in ((worse, "rank worse than chance"), (parted, "part the two classes")):
+        with pytest.raises(DataError, match=why):
+            write_calibration(tmp_path, cases, evaluate(cases, FEW), "abc")
     assert not list(tmp_path.iterdir())
 
 

@@ -143,7 +143,20 @@ def test_a_run_from_table_to_tables(
         by_hand = float((logits[:, 1] - logits[:, 0]).max())
     assert by_hand == pytest.approx(float(exams.scores[0, 0]), rel=1e-5, abs=1e-6)
 
-    assert commands.run("eval", tmp_path / "p" / "exams.csv", "--split", "all", "--out", tmp_path / "e") == 0
+    # The folder's samples are its exams, with the columns that all their images share.
+    lines = table.read_text().splitlines()
+    graded = table.with_name("graded.csv")
+    graded.write_text("\n".join([f"{lines[0]},grade", *(f"{line},{'ab'[i % 8 > 3]}" for i, line in enumerate(lines[1:]))]))
+    evaluated = ["eval", tmp_path / "p", "--table", graded, "--by", "grade", "--split", "all", "--resamples", "20"]
+    assert commands.run(*evaluated, "--out", tmp_path / "e") == 0
+    measured = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert measured["levels"].keys() == {"exam"} and "grade" in json.dumps(measured)
+    capsys.readouterr()
+    named = ["eval", tmp_path / "p" / "predictions.csv", "--split", "all", "--resamples", "20"]
+    assert commands.run(*named, "--out", tmp_path / "images") == 0
+    assert f"takes an exam's views as one ({views}), which exams.csv has" in " ".join(capsys.readouterr().err.split())
+    assert commands.run(*named, "--level", "image", "--overwrite", "--out", tmp_path / "images") == 0
+    assert "takes an exam" not in capsys.readouterr().err
     assert commands.run("explain", checkpoint, own[exams.patients[0]][0], "--out", tmp_path / "x") == 0
     assert not (tmp_path / "x" / "exams.csv").exists()
     capsys.readouterr()

@@ -94,3 +94,20 @@ def test_a_table_of_other_images_is_refused(tmp_path):
         read_exams(tmp_path, table=table)
     table.write_text("image_path,label,patient_id\na.npy,1,P1\nb.npy,0,P2\n")
     assert len(read_exams(tmp_path, table=table)) == 1
+
+
+def test_exams_of_a_cross_validation_are_shown_by_their_images(tmp_path):
+    lines = ["image_path,patient_id,exam_id,laterality,view,label"]
+    for patient in "pq":
+        for view in ("CC", "MLO"):
+            np.save(tmp_path / f"{patient}{view}.npy", np.zeros((20, 20), np.uint8))
+            lines.append(f"{patient}{view}.npy,{patient},e,L,{view},{int(patient == 'q')}")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "out_of_fold.csv").write_text(
+        "exam,patient_id,exam_id,laterality,label,log_odds_0,log_odds_1,fold\np_e,p,e,L,0,1.0,-1.0,1\nq_e,q,e,L,1,2.0,-2.0,2\n"
+    )
+    with pytest.raises(DataError, match=r"out_of_fold\.csv: holds exams without their images; .* --table"):
+        read_exams(tmp_path)
+    worst, other = read_exams(tmp_path, table=tmp_path / "t.csv")
+    assert [view.record.path.name for view in worst.views] == ["qCC.npy", "qMLO.npy"] and len(other.views) == 2
+    assert worst.views[0].truth == {"0": 0.0, "1": 1.0} and worst.error == pytest.approx(1 / (1 + np.exp(-2.0)))

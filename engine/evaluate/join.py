@@ -1,0 +1,67 @@
+"""Columns of the table that was predicted from, joined to rows of images, breasts or exams."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..datasets.tables.cells import Rows
+from ..errors import DataError
+
+KEYS = ("patient_id", "exam_id", "laterality")
+"""Who and what a row is of; the table knows it best."""
+_ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
+
+
+def join(rows: Rows, own: Rows, table: Path) -> None:
+    """Add the table's columns to the rows; what a row has is kept, but for `KEYS`.
+
+    Breasts and exams take what all images of theirs say, texts that differ with a plus between them. Their truth is
+    their own: the table's labels are of images.
+
+    Args:
+        own: the table's rows.
+
+    Raises:
+        DataError: a row that the table does not have; no column to know it by.
+    """
+    header = [_ALIASES.get(name, name) for name in own.header]
+    named = [dict(zip(header, row.values(), strict=True)) for row in own.rows]
+    keys = _keys_of(rows)
+    missing = [name for name in keys if name not in header]
+    if missing:
+        raise DataError(f"{table}: column {', '.join(missing)} is missing; it has {', '.join(own.header)}")
+    images = "image_path" in keys
+    joined = [name for name in header if images or not (name == "image_path" or name.startswith("label"))]
+    groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in named:
+        groups.setdefault(_key(row, keys, table.parent), []).append(row)
+    for place, row in zip(rows.places, rows.rows, strict=True):
+        found = groups.get(_key(row, keys, Path()))
+        if found is None:
+            who = row["image_path"] if images else ", ".join(f"{name} {row[name]!r}" for name in keys)
+            raise DataError(f"{rows.path}, {place}: {who} is not in {table}; give the table it was predicted from")
+        for name in joined:
+            value = found[-1][name] if images else "+".join(sorted({one[name] for one in found} - {""}))
+            if not row.get(name) or (images and name in KEYS and value):
+                row[name] = value
+    rows.header.extend(name for name in joined if name not in rows.header)
+
+
+def place_of(image: str, folder: Path) -> str:
+    """The path of an image that a table in a folder names."""
+    return os.path.abspath(folder / image)
+
+
+def _keys_of(rows: Rows) -> tuple[str, ...]:
+    for level, keys in (("breast", KEYS), ("exam", KEYS[:2])):
+        if level in rows.header and "image_path" not in rows.header:
+            rows.require(*keys)
+            return keys
+    rows.require("image_path")
+    return ("image_path",)
+
+
+def _key(row: Mapping[str, str], keys: Sequence[str], folder: Path) -> tuple[str, ...]:
+    return tuple(place_of(row[name], folder) if name == "image_path" else row[name] for name in keys)
