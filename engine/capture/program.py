@@ -113,15 +113,19 @@ class Program:
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
         found = [*self._given_away(), *(after for _, after in self.updates), *(each.value for each in self.branches)]
-        return [self.stands_in.get(v, v) for v in found]
+        return list(map(self.form, found))
 
     def handed_out(self) -> list[int]:
         """The values that someone outside gets hold of: in the result, in attributes, by a hook."""
-        return [self.stands_in.get(v, v) for v in self._given_away()]
+        return list(map(self.form, self._given_away()))
 
     def returned(self) -> list[int]:
         """The values of the result."""
-        return [self.stands_in.get(v, v) for v in refs(self.output)]
+        return list(map(self.form, refs(self.output)))
+
+    def form(self, value: int) -> int:
+        """The value in the form in which it is handed out."""
+        return self.stands_in.get(value, value)
 
     def _given_away(self) -> list[int]:
         return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]

@@ -57,7 +57,7 @@ class Supposed:
         if self._before is None:
             return
         for number, branch in enumerate(self.program.branches):
-            if bool(env[self.program.stands_in.get(branch.value, branch.value)]) != branch.taken:
+            if bool(env[self.program.form(branch.value)]) != branch.taken:
                 set_random_state(self._before[0], self.device)
                 set_states(self._generators, self._before[1])
                 earlier = tuple(each.taken for each in self.program.branches[:number])

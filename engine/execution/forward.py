@@ -243,7 +243,7 @@ class Forward:
         A gradient with respect to it would have only a part: it is told that there is none.
         """
         program = self.prepared.staged.program
-        tensor = self.env[program.stands_in.get(value, value)]
+        tensor = self.env[program.form(value)]
         if value not in program.apart or not tensor.requires_grad:
             return tensor
         if value not in self._apart:
