@@ -198,7 +198,7 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
     return boxes, without
 
 
-_PREDICTED = ("predictions.csv", "breasts.csv", "exams.csv")
+_MERGED = ("breasts.csv", "exams.csv")  # of the images in predictions.csv
 _TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
 
 
@@ -215,10 +215,10 @@ def samples_in(path: Path) -> Path:
 
 def note_of(predictions: Path) -> dict[str, Any]:
     """What `gigamorph predict` notes of the network beside its tables; nothing of other predictions."""
-    if predictions.name in _PREDICTED:
-        with contextlib.suppress(OSError, ValueError):
-            note = json.loads(predictions.with_name("predictions.json").read_text())
-            return note if isinstance(note, dict) else {}
+    beside = "predictions.csv" if predictions.name in _MERGED else predictions.name
+    with contextlib.suppress(OSError, ValueError):
+        note = json.loads(predictions.with_name(beside).with_suffix(".json").read_text())
+        return note if isinstance(note, dict) else {}
     return {}
 
 

@@ -62,7 +62,9 @@ def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], 
     if images.kind != "binary" or not images.probable:
         raise DataError("it is of log-odds of two classes")
     [name] = images.outputs
-    points = found["levels"].get(images.level, {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
+    points = (
+        found["levels"].get(images.level, {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
+    )
     threshold = points[len(points) // 2].get("log_odds") if points else None
     if threshold is None:
         raise DataError(f"no threshold was measured of the {images.level}s")

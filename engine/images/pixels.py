@@ -63,7 +63,9 @@ class Normalize:
         if len(self.mean) != len(self.std) or not self.mean:
             raise DataError(f"normalisation needs as many means as stds, got {len(self.mean)} and {len(self.std)}")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(s) and s > 0 for s in self.std):
-            raise DataError(f"mean {list(self.mean)} and std {list(self.std)} normalise nothing; std is above 0, both are finite")
+            raise DataError(
+                f"mean {list(self.mean)} and std {list(self.std)} normalise nothing; std is above 0, both are finite"
+            )
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, for JSON and checkpoints; `from_dict` reads them back."""

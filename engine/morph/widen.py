@@ -333,7 +333,9 @@ def _factors(
     growable = spaces.growable()
     for pattern in [*ignore, *(by if isinstance(factor, Mapping) else [])]:
         if not any(_fits(pattern, s) for s in growable):
-            raise MorphError(f"'{pattern}' fits no module whose channels can grow; see the table of find_spaces, or gigamorph morph spaces")
+            raise MorphError(
+                f"'{pattern}' fits no module whose channels can grow; see find_spaces, or gigamorph morph spaces"
+            )
     kept = [s for s in growable if not any(_fits(pattern, s) for pattern in ignore)]
     pairs = [(s, next((v for pattern, v in by.items() if _fits(pattern, s)), None)) for s in kept]
     return [(s, value) for s, value in pairs if value is not None]

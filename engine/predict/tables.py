@@ -185,7 +185,15 @@ def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
 
 def _row(found: Prediction) -> list[object]:
     label = "" if found.label is None else found.label
-    keys: tuple[object, ...] = (found.image, found.patient, found.exam, found.laterality, found.view, found.split, label)
+    keys: tuple[object, ...] = (
+        found.image,
+        found.patient,
+        found.exam,
+        found.laterality,
+        found.view,
+        found.split,
+        label,
+    )
     if not found.exclusive:
         truth = found.truth or [math.nan] * len(found.log_odds)
         keys += tuple("" if math.isnan(value) else digits(value) for value in truth)

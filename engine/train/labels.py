@@ -50,8 +50,8 @@ def _of_classes(target: Target, train: Sequence[Record], val: Sequence[Record], 
     if len(seen) == 1:
         name = target.names[seen.pop()]
         told.append(
-            f"all {len(val)} validation {samples} have label {name}: their AUC is not defined, and the loss chooses the "
-            "best epoch"
+            f"all {len(val)} validation {samples} have label {name}: their AUC is not defined, and the loss chooses "
+            "the best epoch"
         )
     return told
 

@@ -278,7 +278,9 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     assert "test: MAE per image" in capsys.readouterr().out
     assert run("predict", tmp_path / "n" / "best.ckpt", tmp_path / "t.csv", "--out", tmp_path / "m") == 0
     assert "MAE per image" in capsys.readouterr().out
-    assert run("eval", tmp_path / "m" / "exams.csv", "--split", "all", "--resamples", "20", "--out", tmp_path / "f") == 0
+    assert (
+        run("eval", tmp_path / "m" / "exams.csv", "--split", "all", "--resamples", "20", "--out", tmp_path / "f") == 0
+    )
     assert "exam level, age: MAE" in capsys.readouterr().out
     image = table[0]["image_path"]
     predicted = ["predict", tmp_path / "n" / "best.ckpt", image, "--heatmaps", "--out", tmp_path / "q"]

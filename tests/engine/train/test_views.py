@@ -146,7 +146,9 @@ def test_a_run_from_table_to_tables(
     # The folder's samples are its exams, with the columns that all their images share.
     lines = table.read_text().splitlines()
     graded = table.with_name("graded.csv")
-    graded.write_text("\n".join([f"{lines[0]},grade", *(f"{line},{'ab'[i % 8 > 3]}" for i, line in enumerate(lines[1:]))]))
+    graded.write_text(
+        "\n".join([f"{lines[0]},grade", *(f"{line},{'ab'[i % 8 > 3]}" for i, line in enumerate(lines[1:]))])
+    )
     evaluated = ["eval", tmp_path / "p", "--table", graded, "--by", "grade", "--split", "all", "--resamples", "20"]
     assert commands.run(*evaluated, "--out", tmp_path / "e") == 0
     measured = json.loads((tmp_path / "e" / "metrics.json").read_text())
