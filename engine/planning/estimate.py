@@ -348,18 +348,21 @@ class Estimate:
         return gpu_libraries(stages, self.training)
 
     def _loosen(self, plan: Plan, activations: int) -> Plan:
-        """Let the heap take what it takes without a budget; under one, what makes it fast, if that is left."""
+        """Let the heap take what it takes without a budget; under one, what makes it fast, if that is left.
+
+        In training tiles that are retained save more with the rest. Inference has nothing else to do with it, but
+        for a part that is left to what no plan counts.
+        """
         if not self.on_cpu:
             return plan
-        tiles = plan.tiles[0] * plan.tiles[1]
-        if plan.budget is not None:
-            loose = constants.FREE_HEAP_SHARE
+        few = plan.tiles[0] * plan.tiles[1] <= constants.LOOSE_FEW_TILES
+        if plan.budget is None:
+            most, share = math.inf, constants.LOOSE_SHARE_FEW_TILES if few else constants.LOOSE_SHARE
+        elif self.training:
+            most, share = plan.budget, constants.FREE_HEAP_SHARE
         else:
-            few = tiles <= constants.LOOSE_FEW_TILES
-            loose = constants.LOOSE_SHARE_FEW_TILES if few else constants.LOOSE_SHARE
-        more = max(0, int((loose - constants.HEAP_SHARE) * activations))
-        if plan.budget is not None:
-            more = max(0, min(more, plan.budget - plan.peak_bytes))
+            most, share = constants.LOOSE_UNDER * plan.budget, constants.LOOSE_SHARE_INFERENCE
+        more = max(0, int(min((share - constants.HEAP_SHARE) * activations, most - plan.peak_bytes)))
         return replace(plan, library_bytes=plan.library_bytes + more)
 
 
