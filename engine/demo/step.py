@@ -19,7 +19,7 @@ from ..images.open import open_pixels
 from ..images.pixels import PixelSource
 from ..models import create_model
 
-_STEPS = 3
+_STEPS = 12  # the first ones of a process give the heap's pages back to see what there is besides
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StepCost:
     """What one training step took. Bytes are above what the process held before: network, libraries, image file.
 
     Attributes:
-        seconds: the fastest of three steps.
+        seconds: the fastest of `_STEPS` steps.
         curve: seconds since the step began, and bytes then.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from .estimate import Estimate, Known
 from .least import least_bytes, refuse_hopeless
 from .plan import Choice, Plan
 from .request import Request
-from .sides import sides_worth_trying
+from .sides import sides_for_narrow_maps, sides_worth_trying
 from .strategy import Strategy, stored_peak, strategies
 
 
@@ -222,6 +223,11 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     sides = sides_worth_trying(staged, request.tile)
     if len(staged.stages) > 1 and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
+    if request.tile is None and estimate.training:
+        for side in sides_for_narrow_maps(staged):
+            plan = estimate.plan(side, "device", request.budget, limit=limit, room=request.room(device))
+            if plan.peak_bytes <= limit and plan.retained == math.prod(plan.tiles):
+                return plan
     for place in request.halo_places(device):
         for side in sides:
             plan = estimate.plan(side, place, request.budget, count_tile=False)

@@ -32,6 +32,22 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
     return list(dict.fromkeys(tiles)) or [(height, width)]
 
 
+def sides_for_narrow_maps(staged: StagedProgram) -> list[tuple[int, int]]:
+    """Larger tiles than those worth trying, for a stage of the whole network on the CPU whose graphs are all kept.
+
+    Of maps with few values a pixel, what an op computes of a tile is little beside what it takes to begin it. They are
+    strips of whole rows, for the same reason; there are none for other maps.
+    """
+    image = staged.maps.program.image
+    height, width = staged.maps.size(image)
+    if len(staged.stages) > 1 or staged.program.values[image].device.type != "cpu":
+        return []
+    narrower = constants.WIDE_VALUES / max(1.0, _density(staged.stages[0]))
+    pixels = int(constants.PREFERRED["cpu"] ** 2 * min(narrower, constants.MOST_NARROWER))
+    strip = _strip(pixels, height, width)
+    return [strip] if narrower > 1 and strip is not None else []
+
+
 def _strip(pixels: int, height: int, width: int) -> tuple[int, int] | None:
     """About so many pixels as a strip of whole rows, if it is not too low."""
     rows = pixels // width
@@ -46,11 +62,6 @@ def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int,
     """
     strips = tile[1] == staged.maps.size(staged.program.image)[1]
 
-    def density(stage: Stage) -> float:
-        height, width = stage.extent
-        values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]
-        return max(math.prod(stage.maps.shape(v)) for v in values) / (height * width)
-
     first, *others = staged.stages
     sides = [tile]
     for stage in others:
@@ -58,11 +69,18 @@ def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int,
             sides.append(tile)
             continue
         height, width = stage.extent
-        factor = math.sqrt(density(first) / density(stage))
+        factor = math.sqrt(_density(first) / _density(stage))
         across = width if strips else max(1, min(width, rounded(tile[1] * factor)))
         down = tile[0] * tile[1] * factor**2 / across if strips else tile[0] * factor
         sides.append((max(1, min(height, rounded(down))), across))
     return sides
+
+
+def _density(stage: Stage) -> float:
+    """Values of a stage's widest block for a pixel of its largest source."""
+    height, width = stage.extent
+    values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]
+    return max(math.prod(stage.maps.shape(v)) for v in values) / (height * width)
 
 
 def rounded(side: float) -> int:
