@@ -1,9 +1,13 @@
-"""Reading ahead on a GPU, by what a double of PyTorch's streams is told: who waits for whom, and on which stream."""
+"""Reading ahead on a GPU, by what a double of PyTorch's streams is told: who waits for whom, and on which stream.
+
+And on a CPU: who reads.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 import pytest
 import torch
@@ -127,3 +131,46 @@ def test_an_image_in_memory_is_read_on_the_cpu_without_a_thread(monkeypatch):
     net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), memory_budget="64MiB", tile=32)
     net(torch.rand(1, 1, 90, 70)).sum().backward()
     assert not started
+
+
+def test_a_cpu_reads_ahead_from_the_first_read_on_that_takes_long():
+    """Until then the thread that computes reads; none is read twice, and no two read at once."""
+    read, busy = [], threading.Lock()
+
+    def fetch(source, rect):
+        assert busy.acquire(blocking=False), "two read at once"
+        time.sleep(0.03 if rect[0] == 2 else 0)
+        read.append((rect, threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        busy.release()
+        return torch.full((1,), float(rect[0]))
+
+    tiles = [[(0, (tile, part)) for part in range(2)] for tile in range(6)]
+    threads = torch.get_num_threads()
+    with Prefetch(fetch, lambda source, pixels: pixels, torch.device("cpu"), tiles) as pixels, torch.enable_grad():
+        for tile in range(6):
+            pixels.advance()
+            for part in range(2):
+                assert float(pixels(0, (tile, part))) == tile
+    assert [rect for rect, _, _ in read] == [rect for tile in tiles for _, rect in tile]
+    here = {rect: main for rect, main, _ in read}
+    assert all(here[tile, part] for tile in (0, 1) for part in (0, 1)) and here[2, 0]
+    assert not any(here[tile, part] for tile in (3, 4, 5) for part in (0, 1)) and not here[2, 1]
+    assert all(count == (threads if main else 1) for _, main, count in read)
+    assert torch.get_num_threads() == threads
+
+
+def test_pixels_are_read_in_the_modes_of_a_thread_of_its_own():
+    """Whatever is on where the step is computed."""
+    seen = []
+
+    def fetch(source, rect):
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return torch.zeros(1)
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        Prefetch(fetch, lambda s, p: p, torch.device("cpu"), [[(0, 0)]]) as here,
+    ):
+        here.advance()
+        here(0, 0)
+    assert seen == [(False, False)]
