@@ -11,14 +11,16 @@ are needed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .halos import Rect
 
@@ -90,7 +92,7 @@ class Prefetch:
     def _read_here(self, source: int, rect: Rect) -> Tensor:
         """In the modes that a thread of its own would read in; a read that takes long is the last one here."""
         began = time.perf_counter()
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with _no_modes(self.device):
             pixels, _ = self._read(source, rect)
         self.ahead = time.perf_counter() - began > _LONG
         return pixels
@@ -103,6 +105,19 @@ class Prefetch:
         with torch.cuda.stream(self.stream):
             pixels = self.convert(source, pixels if pixels.is_cuda else pixels.pin_memory())
             return pixels, self.stream.record_event()
+
+
+@contextlib.contextmanager
+def _no_modes(device: torch.device) -> Iterator[None]:
+    """As in a thread of its own, but without gradients: what a source makes, and may keep, is of no mode of others."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+    ):
+        yield
 
 
 def _reader() -> ThreadPoolExecutor:

@@ -160,17 +160,17 @@ def test_a_cpu_reads_ahead_from_the_first_read_on_that_takes_long():
 
 
 def test_pixels_are_read_in_the_modes_of_a_thread_of_its_own():
-    """Whatever is on where the step is computed."""
+    """Whatever is on where the step is computed: a source may keep what it makes."""
     seen = []
 
     def fetch(source, rect):
-        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
-        return torch.zeros(1)
+        made = torch.zeros(1)
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), made.is_inference(), made.device.type))
+        return made
 
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        Prefetch(fetch, lambda s, p: p, torch.device("cpu"), [[(0, 0)]]) as here,
-    ):
+    made = Prefetch(fetch, lambda source, pixels: pixels, torch.device("cpu"), [[(0, 0)]])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"), made as here:
         here.advance()
         here(0, 0)
-    assert seen == [(False, False)]
+        assert torch.is_inference_mode_enabled() and torch.zeros(1).is_meta
+    assert seen == [(False, False, False, "cpu")]
