@@ -68,7 +68,8 @@ def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None
     if samples != 1:
         raise DataError(f"{path}: is {info.photometric} with {samples} samples a pixel, not 1; correct the header")
     if frame is None and info.frames > 1:
-        raise DataError(f"{path}: has {info.frames} frames; say which one (frame=0 to {info.frames - 1})")
+        places = f"0 to {info.frames - 1}: frame=0, or the column frame of a table"
+        raise DataError(f"{path}: has {info.frames} frames; say which one, {places}")
     if frame is not None and not 0 <= frame < info.frames:
         raise DataError(f"{path}: frame {frame} is wanted, the file has 0 to {info.frames - 1}")
 
