@@ -27,9 +27,9 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
         DataError: a row that the table does not have; no column to know it by.
     """
     header = [_ALIASES.get(name, name) for name in own.header]
-    named = [dict(zip(header, row.values(), strict=True)) for row in own.rows]
+    named = [{"exam_id": ""} | dict(zip(header, row.values(), strict=True)) for row in own.rows]
     keys = _keys_of(rows)
-    missing = [name for name in keys if name not in header]
+    missing = [name for name in keys if name not in (*header, "exam_id")]
     if missing:
         raise DataError(f"{table}: column {', '.join(missing)} is missing; it has {', '.join(own.header)}")
     images = "image_path" in keys

@@ -158,3 +158,27 @@ def test_marks_and_lesions(predictions, tmp_path):
     table.write_text("image_path,findings\na.png,\n")
     with pytest.raises(DataError, match=r"has no row of .*b\.png"):
         read_marks(marks, table, read_cases(predictions))
+
+
+def test_exams_take_what_all_their_images_share(tmp_path):
+    write(
+        tmp_path / "exams.csv",
+        """exam,patient_id,exam_id,laterality,label,log_odds_0,log_odds_1
+        p,p,,L+R,1,-1,1
+        q,q,,L,0,2,-2
+        """,
+    )
+    table = write(
+        tmp_path / "t.csv",
+        """image_path,label,patient_id,density,scanner
+        a.png,0,p,B,x
+        b.png,1,p,B,y
+        c.png,1,q,C,x
+        """,
+    )
+    cases = read_cases(tmp_path / "exams.csv", table=table)
+    assert cases.level == "exam" and cases.truth[:, 0].tolist() == [1, 0]  # their own, not the images'
+    assert cases.columns["density"] == ("B", "C") and cases.columns["scanner"] == ("x+y", "x")
+    write(tmp_path / "t.csv", "image_path,label,patient_id\na.png,0,p\n")
+    with pytest.raises(DataError, match=r"line 3: patient_id 'q', exam_id '' is not in .*t\.csv"):
+        read_cases(tmp_path / "exams.csv", table=table)
