@@ -34,7 +34,8 @@ NOT_RUN = {
     r"dicomweb\+https://pacs/": "needs a hospital's store; tests/cli/test_dicomweb.py asks one of its own",
     r"downloads/|vindr/": "needs a data set that others give; tests/engine/datasets reads copies of its tables",
     r"^gigamorph view (?!.*--static)": "serves until Ctrl-C; tests/cli/test_view.py asks it",
-    r"study/graded|(masses|masks|exams)/|--out (exams|masks|masses|logged)": "half a minute each; tests/cli has them",
+    r"study/graded|(area|masses|masks|exams)/": "half a minute each; tests/cli has them",
+    r"--out (exams|masks|masses|logged)": "half a minute each; tests/cli has them",
     r"^gigamorph train table\.csv": "trains for twenty epochs; the README's own training runs",
 }
 GPU = "needs a GPU"

@@ -88,7 +88,8 @@ def test_predictions_say_their_split_and_are_measured_by_split(trained, phantoms
     said = capsys.readouterr().out
     assert "train (learnt from these, so this measures nothing): AUC per image" in said
     own = [r for r in images if r["split"] == "train"]
-    assert f"({len(own)} images), per breast" in next(line for line in said.splitlines() if line.startswith("train"))
+    (told,) = (line for line in said.splitlines() if line.startswith("train"))
+    assert f"({len(own)} images), AUC per breast" in told
     # A table of the same images that does not say the split.
     table = phantoms.parent / "labels.csv"
     with table.open("w") as file:

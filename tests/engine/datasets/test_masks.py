@@ -114,7 +114,9 @@ def test_what_the_values_mean(tmp_path):
         counts[list(values)] = 5
         return classes_of({tmp_path / "m.png": counts}, names)
 
-    assert classes(0, 2, 255).names == ("background", "1", "2")
+    assert classes(0, 1, 2, 255).names == classes(1, 2).names == ("background", "1", "2")
+    with pytest.raises(DataError, match=r"m\.png: holds 9, and no mask holds 2; correct it, or name all classes"):
+        classes(0, 1, 9, 255)
     assert classes(0, 1, names=("tissue", "mass", "cyst")).names == ("tissue", "mass", "cyst")
     assert classes(0, 255).binary and classes(0, 255, names=("no", "mass")).names == ("no", "mass")
     assert not classes(0, 1, 255).binary
