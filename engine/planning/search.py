@@ -225,7 +225,8 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
     if request.tile is None and estimate.training:
         for side in sides_for_narrow_maps(staged):
-            plan = estimate.plan(side, "device", request.budget, limit=limit, room=request.room(device))
+            place = request.halo_places(device)[0]
+            plan = estimate.plan(side, place, request.budget, limit=limit, room=request.room(device))
             if plan.peak_bytes <= limit and plan.retained == math.prod(plan.tiles):
                 return plan
     for place in request.halo_places(device):
