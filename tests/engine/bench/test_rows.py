@@ -10,7 +10,7 @@ from gigamorph.engine.errors import GigamorphError
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Steps that are not measured; gigamorph's status can be chosen."""
+    """Steps that are not measured, on a machine with memory for all of them; gigamorph's status can be chosen."""
     status = {"gigamorph": OK}
 
     def measure(task, options, ceilings, say):
@@ -21,6 +21,7 @@ def pretended(monkeypatch):
         ]
 
     monkeypatch.setattr(rows, "measure", measure)
+    monkeypatch.setattr(rows, "available_bytes", lambda device: 2**40)
     return status
 
 
