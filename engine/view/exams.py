@@ -141,10 +141,11 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     """
     path = table_in(Path(source))
     rows = read_rows(path)
+    records = () if table is None else _records(Path(table))
     if "exam" in rows.header and "image_path" not in rows.header:
-        _expand(rows, table)
+        _expand(rows, table, records)
     rows.require("image_path")
-    known = {} if table is None else {record.path.absolute(): record for record in _records(Path(table))}
+    known = {record.path.absolute(): record for record in records}
     classes = classes_of_masks(rows)
     exams: dict[tuple[str, ...], list[View]] = {}
     for place, row in zip(rows.places, rows.rows, strict=True):
@@ -163,13 +164,13 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
 
 
-def _expand(rows: Rows, table: str | Path | None) -> None:
-    """Rows of exams become those of their images, with what was predicted of the exam."""
+def _expand(rows: Rows, table: str | Path | None, records: Sequence[Record]) -> None:
+    """Rows of exams become those of their images, the table's records, with what was predicted of the exam."""
     if table is None:
         raise DataError(f"{rows.path}: holds exams without their images; name the table of these: --table")
     rows.require("patient_id", "exam_id")
     images: dict[tuple[str, str], list[Record]] = {}
-    for record in _records(Path(table)):
+    for record in records:
         images.setdefault((record.patient_id, record.exam_id or ""), []).append(record)
     found = [
         (place, {**row, "image_path": str(one.path), "laterality": one.laterality or "", "view": one.view or ""})
