@@ -132,20 +132,21 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
 
     from ..engine.datasets.check import KINDS, check_images
     from ..engine.datasets.tables.cells import escape
-    from ..engine.errors import DataError
+    from ..engine.files import write_atomically
     from .count import Count
 
     records = _open(source, dataset, check_files=False, labels=False).records
     with Count("images", len(records)) as count:
         problems = check_images(records, white=white, workers=workers, on_done=count.add)
     if out:
-        try:
-            with Path(out).open("w", newline="", encoding="utf-8") as file:
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["image_path", "kind", "problem"])
                 writer.writerows(map(escape, (p.path, p.kind, p.message)) for p in problems)
-        except OSError as error:
-            raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+        write_atomically(out, write, "table")
     serious = [problem for problem in problems if problem.kind != "flag"]
     for problem in serious[:_SHOWN]:
         click.echo(f"{problem.kind:<10}  {problem.path}: {problem.message}")

@@ -39,7 +39,11 @@ _SPLITS = {
     type=click.Path(dir_okay=False),
     help="calibration.json that gigamorph eval wrote of this checkpoint: calibrated probabilities, and who is called.",
 )
-@click.option("--identifiers", is_flag=True, help="Name patients by the PatientID of DICOM files, not by numbers.")
+@click.option(
+    "--identifiers",
+    is_flag=True,
+    help="Name patients and exams as DICOM files do (PatientID, StudyInstanceUID), not by numbers.",
+)
 @runner.over_images
 def predict(
     images: tuple[str, ...],
@@ -132,5 +136,5 @@ def _grey(warn: Callable[[str], object], classifier: Classifier, records: Sequen
 
     data = classifier.open_images(records)
     if isinstance(data, ImageDataset):
-        for text in grey_warnings(data):
+        for text in grey_warnings(data, option=""):
             warn(text)

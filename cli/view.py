@@ -54,12 +54,18 @@ def view(
 
     Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
     """
+    from ..engine.errors import DataError
+    from ..engine.evaluate.read import note_of, table_in
+    from ..engine.models.folder import digest_of
     from ..engine.view.evidence import Evidence
     from ..engine.view.exams import read_exams
     from ..engine.view.server import make_server
     from ..engine.view.site import Site
 
     exams = read_exams(source, table=table, split=split)[:most]
+    predicted_by = note_of(table_in(Path(source))).get("sha256")
+    if evidence is not None and predicted_by not in (None, digest_of(evidence)):
+        raise DataError(f"{evidence}: is another network than that whose predictions {source} has; name that")
     maps = None if evidence is None else Evidence(evidence, memory_budget=memory_budget, device=device)
     site = Site(exams, maps, identifiers=identifiers)
     folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"

@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .accelerate import Accelerated
+from .capture.program import Given
 from .capture.trace import Program, Ref, capture
 from .errors import GigamorphError
 from .execution.branches import following
@@ -64,7 +65,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     batch = as_batch(x)
     leaves, structure = tree_flatten(labels)
     given = [_Labels(leaf) for leaf in leaves]
-    specs = tuple((each.shape, each.dtype) for each in given)
+    specs = tuple(Given(each.shape, each.dtype) for each in given)
     device = net._device()
     dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
     shapes = _outputs(net, tuple(batch.shape), dtype, device)
@@ -213,7 +214,7 @@ def _loss_alone(criterion: Criterion, structure: TreeSpec, leaves: list[Any], fo
 
 def _fingerprint(
     outputs: Any,
-    labels: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    labels: Sequence[Given],
     device: torch.device,
     criterion: Criterion,
     structure: TreeSpec,
@@ -226,14 +227,14 @@ def _fingerprint(
     """
     leaves, form = tree_flatten(outputs)
     first, *others = [leaf for leaf in leaves if isinstance(leaf, _Shape)]
-    inputs = [(each.shape, each.dtype) for each in others] + list(labels)
+    inputs = [Given(each.shape, each.dtype) for each in others] + list(labels)
     call = partial(_loss_alone, criterion, structure, leaves, form)
     try:
         program = capture(nn.Module(), first.shape, first.dtype, device, call, inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise GigamorphError(
             f"the criterion does not take an output of shape {first.shape} and labels of "
-            f"{', '.join(str(shape) for shape, _ in labels)}: {str(error).splitlines()[0]}"
+            f"{', '.join(str(shape) for shape, *_ in labels)}: {str(error).splitlines()[0]}"
         ) from error
     changes = bool(program.effects or program.updates)
     return repr([_described(program), program.output, id(criterion) if changes else None])

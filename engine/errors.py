@@ -19,6 +19,10 @@ class BudgetError(GigamorphError):
     """No tile fits the memory budget."""
 
 
+class NoRoomError(BudgetError):
+    """Not even the parameters fit the memory budget, whatever the image is."""
+
+
 class DataError(GigamorphError):
     """An image, table or weights file cannot be used; the message names the file."""
 

@@ -17,9 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..errors import GigamorphError
 from ..images.batches import PixelBatch, as_batch
 from ..images.pixels import PixelSource
-from .program import spec
-
-Given = tuple[tuple[int, ...], torch.dtype, bool | str]
+from .program import Given
 
 
 class _Value:
@@ -59,11 +57,11 @@ class Arguments:
 
     @property
     def inputs(self) -> tuple[Given, ...]:
-        return spec(self.maps)
+        return tuple(map(Given.of, self.maps))
 
     @property
     def vectors(self) -> tuple[Given, ...]:
-        return spec(self.others)
+        return tuple(map(Given.of, self.others))
 
     @classmethod
     def of(cls, network: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
@@ -84,12 +82,14 @@ class Arguments:
         kinds: list[Any] = []
         maps: list[Tensor] = []
         others: list[Tensor] = []
-        for n, leaf in enumerate(leaves):
-            if n == first:
-                kinds.append(("image", 0))
+        known: dict[int, tuple[str, int]] = {id(leaves[first]): ("image", 0)}  # one tensor may be several arguments
+        for leaf in leaves:
+            if id(leaf) in known:
+                kinds.append(known[id(leaf)])
             elif isinstance(leaf, Tensor):
                 is_map = leaf.dim() >= 3 and tuple(leaf.shape[-2:]) == size
-                kinds.append(("map", len(maps)) if is_map else ("other", len(others)))
+                known[id(leaf)] = ("map", len(maps)) if is_map else ("other", len(others))
+                kinds.append(known[id(leaf)])
                 (maps if is_map else others).append(leaf)
             elif isinstance(leaf, (PixelSource, PixelBatch)):
                 raise GigamorphError("one argument can be a pixel source, the first image; give the others as tensors")

@@ -53,7 +53,8 @@ def process_state() -> tuple[Any, ...]:
 def _about(thing: Any) -> Any:
     """What a program depends on of a tensor besides its values."""
     if isinstance(thing, Tensor):
-        return thing.shape, thing.dtype, thing.device, thing.requires_grad, type(thing)
+        lies = thing.stride() if thing.layout == torch.strided else None
+        return thing.shape, thing.dtype, thing.device, thing.requires_grad, type(thing), lies
     return None if thing is None else (type(thing), id(thing))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Value:
     trainable: bool = False  # a parameter or constant that wants a gradient
     differentiable: bool = True  # whether a gradient flows through it, if the forward was recorded with gradients
     find: Callable[[], Tensor] | None = None  # where a constant is looked up that each call replaces
+    order: tuple[int, ...] | None = None  # see `order`, as in stock's memory
 
     @property
     def takes_grad(self) -> bool:
@@ -112,12 +113,12 @@ class Program:
 
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
-        found = [*self._given_away(), *(after for _, after in self.updates), *(each.value for each in self.branches)]
+        found = [*self.given_away(), *(after for _, after in self.updates), *(each.value for each in self.branches)]
         return list(map(self.form, found))
 
     def handed_out(self) -> list[int]:
         """The values that someone outside gets hold of: in the result, in attributes, by a hook."""
-        return list(map(self.form, self._given_away()))
+        return list(map(self.form, self.given_away()))
 
     def returned(self) -> list[int]:
         """The values of the result."""
@@ -127,7 +128,7 @@ class Program:
         """The value in the form in which it is handed out."""
         return self.stands_in.get(value, value)
 
-    def _given_away(self) -> list[int]:
+    def given_away(self) -> list[int]:
         return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]
 
     def take_over(self, other: Program) -> bool:
@@ -147,7 +148,7 @@ class Program:
         # Rules add values of their own behind those of the recording.
         last = max((v for op in self.ops for v in (*op.inputs, *op.outputs)), default=0)
         values = [
-            (v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable)
+            (v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable, v.order)
             for v in self.values[: last + 1]
         ]
         results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
@@ -307,6 +308,34 @@ def wants(tensor: Any) -> bool | str:
     return True if tensor.is_leaf else "made"
 
 
-def spec(values: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype, bool | str], ...]:
-    """Shape, dtype and whether a gradient is wanted, of tensors that are given from outside."""
-    return tuple((tuple(t.shape), t.dtype, wants(t)) for t in values)
+class Given(NamedTuple):
+    """What a recording depends on of a tensor that is given from outside.
+
+    Attributes:
+        grad: whether a gradient is wanted; "made" if it is no leaf of the graph.
+        strides: in elements; None for a tensor without gaps, in the order of its dimensions.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grad: bool | str = False
+    strides: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Given:
+        return cls(tuple(tensor.shape), tensor.dtype, wants(tensor), strides(tensor))
+
+
+def order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of a tensor as they lie in memory, slowest first; None if there are gaps or values repeat."""
+    if tensor.layout != torch.strided:
+        return None
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    found = sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] > 1, -tensor.stride(d)))
+    return tuple(found) if tensor.permute(found).is_contiguous() else None
+
+
+def strides(tensor: Any) -> tuple[int, ...] | None:
+    """The strides of a tensor that has gaps or another order than that of its dimensions; None of all else."""
+    return tensor.stride() if isinstance(tensor, Tensor) and not tensor.is_contiguous() else None

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -83,7 +84,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
-        return self.call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        return self.call(func, args, _with_weight(kwargs) if func is F.l1_loss else kwargs)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -102,6 +104,11 @@ class Recorder(TorchFunctionMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.last = self.values.where()
         name = getattr(func, "__name__", "")
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise UnsupportedError(
+                f"{self.values.where()} runs torch.func (vmap, grad, jvp) inside the forward; write the dimension that "
+                "it maps over into the ops"
+            )
         if name == "__set__":
             return self._assigned(func, args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
@@ -372,6 +379,15 @@ _PROPERTIES = {
 
 _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
 _GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore
+
+
+def _with_weight(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `l1_loss`, which does not pass its weight on to function modes (torch 2.11 to 2.13)."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return kwargs if weight is None or "weight" in kwargs else {**kwargs, "weight": weight}
 
 
 def _ints(args: Any) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from . import process
 from .guard import Guard, Read, inside_of, replaced
 from .holders import Holder
 from .leaks import let_go
-from .program import Op, Program, Ref, Value, bind, place, refs
+from .program import Given, Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
 from .reach import mentioned
@@ -39,8 +39,6 @@ from .values import Values
 from .walk import imports_of_others, walk
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
-
-Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool | str]
 
 
 @contextlib.contextmanager
@@ -83,20 +81,17 @@ def refuse_backward_hooks(model: nn.Module) -> None:
             )
 
 
-def _three(given: Spec) -> tuple[Sequence[int], torch.dtype, bool | str]:
-    return (given[0], given[1], given[2]) if len(given) == 3 else (given[0], given[1], False)
-
-
 def capture(
     model: nn.Module,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device | str,
     call: Callable[..., Any] | None = None,
-    inputs: Sequence[Spec] = (),
-    vectors: Sequence[Spec] = (),
+    inputs: Sequence[Given] = (),
+    vectors: Sequence[Given] = (),
     image_grad: bool | str = False,
     branches: Sequence[bool] | None = None,
+    strides: tuple[int, ...] | None = None,
 ) -> Program:
     """Record a call of the model, its own hooks included, on an image batch, in the gradient mode that is on.
 
@@ -113,6 +108,7 @@ def capture(
         image_grad: whether a gradient of the image is wanted; "made" if it is no leaf of the graph.
         branches: which way the forward goes where it branches by the image's values, as far as that is known; behind
             them a way is looked for that ends without an error. None refuses such branches.
+        strides: of the image, in elements, if it has gaps or another order than NCHW.
 
     Raises:
         UnsupportedError: for what cannot be recorded or done again: TorchScript, Python random numbers, data-dependent
@@ -130,7 +126,8 @@ def capture(
             taken: list[bool] = []
             make = functools.partial(_Recording, model, torch.device(device), call, way, taken)
             try:
-                return _recorded(lambda make=make: make().run(shape, dtype, inputs, vectors, image_grad))
+                image = Given(tuple(shape), dtype, image_grad, strides)
+                return _recorded(lambda make=make, image=image: make().run(image, inputs, vectors))
             except Exception as error:
                 failed = error if failed is None or isinstance(error, UnsupportedError) else failed
                 way = _turned(taken, len(branches or ()))
@@ -195,21 +192,14 @@ class _Recording:
         self.fake, self.values = fake, Values(model, fake, device)
         self.recorder = Recorder(self.values, self.snapshot, way)
 
-    def run(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        inputs: Sequence[Spec],
-        vectors: Sequence[Spec],
-        grad: bool | str,
-    ) -> Program:
+    def run(self, what: Given, inputs: Sequence[Given], vectors: Sequence[Given]) -> Program:
         values, program = self.values, self.values.program
         weak = values.weak
         try:
             with self.fake, enable_python_dispatcher():
-                image = values.given(shape, dtype, grad)
-                maps = [values.given(*_three(spec)) for spec in inputs]
-                rest = [values.given(*_three(spec)) for spec in vectors]
+                image = values.given(what)
+                maps = [values.given(spec) for spec in inputs]
+                rest = [values.given(spec) for spec in vectors]
                 program.image = values.numbers[id(image)]
                 program.inputs = tuple(values.numbers[id(t)] for t in maps)
                 program.vectors = tuple(values.numbers[id(t)] for t in rest)

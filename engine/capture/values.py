@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import UnsupportedError
 from .aliases import Alias, Aliases, Step, inverse, is_same
 from .modes import straight_through
-from .program import Op, Program, Ref, Value, place, refs
+from .program import Given, Op, Program, Ref, Value, order, place, refs
 
 
 class Values:
@@ -60,11 +60,15 @@ class Values:
     def where(self) -> str:
         return place(self.path[-1] if self.path else "", self.line)
 
-    def given(self, shape: Any, dtype: torch.dtype, grad: bool | str = False) -> Tensor:
-        """A tensor that comes from outside, without values; see `program.wants`."""
+    def given(self, what: Given) -> Tensor:
+        """A tensor that comes from outside, without values."""
         with torch.inference_mode(False), torch.enable_grad():
-            made = torch.empty(tuple(shape), dtype=dtype, device=self.device).requires_grad_(bool(grad))
-            made = made.clone() if grad == "made" else made
+            if what.strides is None:
+                made = torch.empty(what.shape, dtype=what.dtype, device=self.device)
+            else:
+                made = torch.empty_strided(what.shape, what.strides, dtype=what.dtype, device=self.device)
+            made = made.requires_grad_(bool(what.grad))
+            made = made.clone() if what.grad == "made" else made
         self.first[id(made)] = self.new_value(made)
         return made
 
@@ -86,7 +90,8 @@ class Values:
     def number(self, like: Tensor, differentiable: bool | None = None) -> int:
         wants = like.requires_grad if differentiable is None else differentiable
         wants = wants or not self.entry_grad
-        self.program.values.append(Value(like.shape, like.dtype, like.device, differentiable=wants))
+        lies = order(like)
+        self.program.values.append(Value(like.shape, like.dtype, like.device, differentiable=wants, order=lies))
         return len(self.program.values) - 1
 
     def twin(self, tensor: Tensor) -> Tensor:

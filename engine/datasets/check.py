@@ -173,23 +173,30 @@ def _size(fact: _Facts) -> str:
 
 def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
     groups: dict[bytes, list[Record]] = defaultdict(list)
+    facts = {id(record): fact for record, fact in good}
     for record, fact in good:
         if not fact.blank:
             groups[fact.digest].append(record)
     problems = []
     for group in groups.values():
         for record in group[1:]:
-            first = group[0]
+            first, fact = group[0], facts[id(record)]
             text = f"has the pixels of {first.path}"
             if record.split != first.split:
                 problems.append(
                     Problem(record.path, "leak", f"{text}, which is in {first.split}, this in {record.split}")
                 )
-            elif record.patient_id != first.patient_id:
+            elif _patient(record, fact) != _patient(first, facts[id(first)]):
                 problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
             else:
                 problems.append(Problem(record.path, "duplicate", text))
     return problems
+
+
+def _patient(record: Record, fact: _Facts) -> str:
+    """As the table says; of an image that stands for itself as the header does."""
+    own = fact.info.patient_id if fact.info and not record.patient_known else None
+    return own or record.patient_id
 
 
 def _leaks(records: Sequence[Record], good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:

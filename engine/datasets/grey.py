@@ -16,16 +16,18 @@ _LOOKED_AT = 4
 _BRIGHT = 1.5
 
 
-def odd_range(source: ImageSource, most: float) -> str:
+def odd_range(source: ImageSource, most: float, option: str = "--white {white}, or ") -> str:
     """What is odd about the range of an image whose largest grey value is `most`, and the remedy; empty if nothing is.
 
-    DICOM files say themselves what their values mean, and colour is not judged.
+    DICOM files say themselves what their values mean, and colour is not judged. option: of the command, which says
+    where white is besides a column of the table; empty if it has none.
     """
     if source.stored.self_describing or source.stored.shape[0] != 1:
         return ""
     value = float(f"{most * source.full:.5g}")  # as it is stored, without the rounding of what was done since
     remedy = next((f"{white:g}" for white in WHITES if white >= value), f"{value:g}")
-    remedy = f"say where white is: --white {remedy}, or a column white"
+    column = "a column white" if option else f"{remedy} in a column white of the table"
+    remedy = f"say where white is: {option.format(white=remedy)}{column}"
     if most > _BRIGHT:
         return f"grey values reach {value:g}, and white is {source.full:g}; {remedy}"
     if 0 < most <= DARK:
@@ -33,16 +35,16 @@ def odd_range(source: ImageSource, most: float) -> str:
     return ""
 
 
-def grey_warnings(images: ImageDataset) -> list[str]:
+def grey_warnings(images: ImageDataset, option: str = "--white {white}, or ") -> list[str]:
     """What a look at a few of the images tells about their grey scale, and about mean and std that do not fit it.
 
-    Read are some rows of up to four images that are spread over the table. Damaged ones are passed over: whoever uses
-    them names them.
+    Read are some rows of up to four images that are spread over the table. Those that are damaged or
+    hold no numbers are passed over: whoever uses them names them. option: see `odd_range`.
     """
     found = []
     chosen = sorted({round(number) for number in np.linspace(0, len(images) - 1, _LOOKED_AT)}) if len(images) else []
     ranges = [seen for number in chosen if (seen := _range(images, number))]
-    odd = [text for source, _, most in ranges if (text := odd_range(source, most))]
+    odd = [text for source, _, most in ranges if (text := odd_range(source, most, option))]
     if odd:
         number = next(n for n, (source, _, most) in enumerate(ranges) if odd_range(source, most))
         more = f" (and {len(odd) - 1} more of {len(ranges)} that were looked at)" if len(odd) > 1 else ""
@@ -61,7 +63,8 @@ def _range(images: ImageDataset, number: int) -> tuple[ImageSource, float, float
         strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height)]
     except DataError:
         return None
-    return source, min(float(strip.min()) for strip in strips), max(highest(strip) for strip in strips)
+    least, most = min(float(strip.min()) for strip in strips), max(highest(strip) for strip in strips)
+    return (source, least, most) if np.isfinite([least, most]).all() else None  # the network refuses it by name
 
 
 def _misfits(mean: Sequence[float], std: Sequence[float], least: float, most: float) -> list[str]:

@@ -81,11 +81,14 @@ def _numbered(records: Sequence[Record]) -> list[Record]:
     """Records whose patients and exams of DICOM headers are numbers."""
     known = [record for record in records if record.patient_known]
     patients = {name: f"P{number:05d}" for number, name in enumerate(dict.fromkeys(r.patient_id for r in known), 1)}
-    exams = {name: f"E{number:05d}" for number, name in enumerate(dict.fromkeys(r.exam_id for r in known), 1)}
+    named = dict.fromkeys(r.exam_id for r in records if r.exam_id)  # a study may be named where its patient is not
+    exams = {name: f"E{number:05d}" for number, name in enumerate(named, 1)}
     return [
-        replace(record, patient_id=patients[record.patient_id], exam_id=exams[record.exam_id])
-        if record.patient_known
-        else record
+        replace(
+            record,
+            patient_id=patients.get(record.patient_id, record.patient_id),
+            exam_id=record.exam_id and exams[record.exam_id],
+        )
         for record in records
     ]
 

@@ -28,6 +28,7 @@ from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning import constants
 from ..tiling.forward import ForwardPass
+from ..tiling.halos import unpermute
 from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
@@ -176,7 +177,7 @@ class Forward:
             retained=self._retained(prepared.stage_number[number]),
             on_tile=self.on_tile,
             memory_limit=self.memory_limit,
-            maps=MapKeeping(prepared.stage_maps, prepared.staged.place, self.gradients),
+            maps=MapKeeping(prepared.stage_maps, prepared.staged.place, self.gradients, prepared.orders),
             observers={v: [self.observers[v]] for v in observed},
             deferred=deferred,
         )
@@ -242,8 +243,10 @@ class Forward:
 
         A gradient with respect to it would have only a part: it is told that there is none.
         """
-        program = self.prepared.staged.program
+        program, order = self.prepared.staged.program, self.prepared.orders.get(value, ())
         tensor = self.env[program.form(value)]
+        if len(order) == tensor.dim() and not tensor.permute(order).is_contiguous():  # `pred.view(-1)` depends on it
+            tensor = self.env[program.form(value)] = unpermute(tensor.permute(order).contiguous(), order)
         if value not in program.apart or not tensor.requires_grad:
             return tensor
         if value not in self._apart:

@@ -65,6 +65,7 @@ class ProgramKey:
     training: bool
     image_grads: tuple[bool, ...]
     wanting: tuple[Hashable, ...]
+    strides: tuple[tuple[int, ...] | None, ...]
     modes: tuple[bool, bool]
     autocast: Autocast
     settings: tuple[Hashable, ...]
@@ -102,6 +103,13 @@ class Prepared:
         return frozenset(self.staged.program.handed_out())
 
     @cached_property
+    def orders(self) -> dict[int, tuple[int, ...]]:
+        """The dimensions of what is handed out as they lie in stock's memory, from the slowest to the fastest."""
+        program = self.staged.program
+        known = {v: program.values[v].order for v in program.given_away()}
+        return {form: order for v, order in known.items() if order is not None for form in (v, program.form(v))}
+
+    @cached_property
     def segments(self) -> dict[int, Segment]:
         """What is computed again, by the first step."""
         return {part.start: _segment(self.staged, part, self.last_use) for part in self.staged.segments}
@@ -109,8 +117,10 @@ class Prepared:
     @cached_property
     def kept_for_backward(self) -> set[int]:
         """The values that a step other than the updates of norms' statistics reads."""
+        updated = {after for _, after in self.staged.program.updates}
+        statistics = lambda step: isinstance(step, VectorOp) and updated.issuperset(step.outputs)  # noqa: E731
         found = {v for part in self.segments.values() for v in part.inputs}
-        return found.union(*(reads(step) for step in self.staged.steps if not isinstance(step, VectorOp)))
+        return found.union(*(reads(step) for step in self.staged.steps if not statistics(step)))
 
     @cached_property
     def stage_maps(self) -> dict[int, int]:

@@ -12,8 +12,8 @@ from torch import distributed as dist
 from torch import nn
 
 from ... import kernels
-from ..capture.program import wants
-from ..capture.trace import Program, Spec, capture, refuse_backward_hooks
+from ..capture.program import Given, strides, wants
+from ..capture.trace import Program, capture, refuse_backward_hooks
 from ..cuda_graphs import buffers
 from ..errors import GigamorphError
 from ..parallel.processes import check_same, world
@@ -44,8 +44,8 @@ class Form:
 
     key: Hashable
     call: Callable[..., Any]
-    inputs: tuple[Spec, ...] = ()
-    vectors: tuple[Spec, ...] = ()
+    inputs: tuple[Given, ...] = ()
+    vectors: tuple[Given, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Programs:
                 network,
                 *(one.shape, key.dtype, key.device, form.call, form.inputs, form.vectors, wants(one.image)),
                 branches=branches,
+                strides=strides(one.image),
             )
             for one in images
         ]
@@ -171,6 +172,7 @@ def _key(images: Sequence[ImageBatch], settings: Settings, form: Form) -> Progra
         training=first.training,
         image_grads=tuple(one.image_grad for one in images),
         wanting=tuple(wants(one.image) for one in images),
+        strides=tuple(strides(one.image) for one in images),
         modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         autocast=Autocast.current(first.device),
         settings=(settings.tile, settings.memory_budget, settings.halos),

@@ -21,7 +21,7 @@ from .affine import Affine
 from .dicom_file import DicomFile, StoredFrames, locate_frames, quietly, read_header
 from .dicomweb import Instance
 from .dicomweb_frames import locate_in_store
-from .header import MG_FOR_PRESENTATION, DicomInfo, describe, read_info
+from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
 from .rawfile import RawPixels, brief, one_line
 from .slide import SlidePixels
 
@@ -64,6 +64,8 @@ def _opened(
 
 def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None:
     if info.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        if info.photometric == UNDECLARED:
+            raise DataError(f"{path}: has no PhotometricInterpretation; add it: MONOCHROME1 or MONOCHROME2")
         raise DataError(f"{path}: is {brief(info.photometric)}, not grey; only MONOCHROME1 and MONOCHROME2 are read")
     if samples != 1:
         raise DataError(f"{path}: is {info.photometric} with {samples} samples a pixel, not 1; correct the header")

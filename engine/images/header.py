@@ -14,6 +14,7 @@ from .dicom_file import DicomFile, quietly, read_header
 from .rawfile import one_line
 
 MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
+UNDECLARED = "not declared"  # the photometric interpretation of a header that has none
 # Mammography, breast projections, digital X-ray.
 _FOR_PROCESSING = {"1.2.840.10008.5.1.4.1.1.1.2.1", "1.2.840.10008.5.1.4.1.1.13.1.5", "1.2.840.10008.5.1.4.1.1.1.1.1"}
 
@@ -88,7 +89,7 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             view=view,
             orientation=mammography.orientation(ds),
             spacing=mammography.spacing(ds),
-            photometric=_text(ds.get("PhotometricInterpretation")) or "not declared",
+            photometric=_text(ds.get("PhotometricInterpretation")) or UNDECLARED,
             for_processing=sop_class in _FOR_PROCESSING
             or mammography.text(ds.get("PresentationIntentType")) == "FOR PROCESSING",
             flags=mammography.flags(ds),

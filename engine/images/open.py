@@ -75,14 +75,14 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
-    if path.is_dir():
-        from .zarrs import MARKS, ZarrPixels
+    try:  # a folder that is closed, or a name that is too long, is an error of each of these
+        if path.is_dir():
+            from .zarrs import MARKS, ZarrPixels
 
-        if any((path / mark).is_file() for mark in MARKS):
-            return ZarrPixels(path, frame)
-    if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for its writer
-        raise DataError(f"{path}: is no regular file; name an image")
-    try:
+            if any((path / mark).is_file() for mark in MARKS):
+                return ZarrPixels(path, frame)
+        if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for its writer
+            raise DataError(f"{path}: is no regular file; name an image")
         with path.open("rb") as file:
             head = file.read(132)
     except OSError as error:

@@ -202,3 +202,19 @@ class Container:
 
     def __contains__(self, item: Any) -> bool:
         return item in self._network
+
+    def __add__(self, other: Any) -> Any:
+        return self._network + other
+
+    def __iadd__(self, other: Any) -> Self:
+        self._network += other
+        return self
+
+    def __mul__(self, other: Any) -> Any:
+        return self._network * other
+
+    __rmul__ = __mul__
+
+    def __imul__(self, other: Any) -> Self:
+        self._network *= other
+        return self

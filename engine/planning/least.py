@@ -8,7 +8,7 @@ import torch
 
 from ... import kernels
 from ..capture.trace import Op
-from ..errors import BudgetError
+from ..errors import BudgetError, NoRoomError
 from ..lowering.ops import Local, Maps, Node
 from ..tiling.memory import format_bytes
 from . import constants
@@ -32,7 +32,7 @@ def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, sh
     limit = format_bytes(request.budget)
     if request.budget < own:
         what = "parameters and their gradients alone need" if request.training else "the parameters alone need"
-        raise BudgetError(f"no tile fits: {what} {format_bytes(own)}, the budget is {limit}; give a larger budget")
+        raise NoRoomError(f"no tile fits: {what} {format_bytes(own)}, the budget is {limit}; give a larger budget")
     least = least_bytes(maps, nodes, request)
     if request.budget < least and not shared:
         height, width = maps.size(maps.program.image)

@@ -197,7 +197,8 @@ def _device(
     except Exception:
         said = f"the process of {multiprocessing.current_process().name} failed:\n{traceback.format_exc()}"
         last = "fault", "", said, 0.0
-    pipe.send(last)
+    with suppress(OSError):  # nobody is there any more to hear it
+        pipe.send(last)
     # At once: Python would wait for the processes that read, which wait for it.
     sys.stdout.flush()
     sys.stderr.flush()

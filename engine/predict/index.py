@@ -12,14 +12,16 @@ import heapq
 import itertools
 import pickle
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..datasets.tables import Record
+from ..datasets.tables.generic import is_absent
 from ..errors import DataError, GigamorphError
-from .rows import Row, Work, is_table, rows_of
+from .rows import Row, Work, rows_of
 
 _TABLES = """
 create table rows (number integer primary key, key text not null, row blob not null, pixels integer not null);
@@ -28,7 +30,8 @@ create table done (key text primary key) without rowid;
 create table failed (key text primary key, image text not null, reason text not null) without rowid;
 create table results (key text primary key, result blob) without rowid;
 create table items (number integer primary key, breast text, exam text, item blob);
-create table numbers (number integer primary key, name text unique);
+create table numbers (kind text, name text, number integer, primary key (kind, name)) without rowid;
+create unique index of_numbers on numbers (kind, number);
 create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
@@ -37,7 +40,8 @@ create table names (name text primary key collate nocase) without rowid;
 """
 Level = Literal["breast", "exam"]
 _CACHE_KIB = 16 * 1024
-_MISSING = 3  # that a message names
+_MISSING = 3  # files that a message names
+_NAMED = 5  # labels
 
 
 class Index:
@@ -73,8 +77,8 @@ class Index:
         *,
         check_files: bool,
         skip: Path | None = None,
-    ) -> None:
-        """Take the rows of all sources, in order; labels where a table has them for all its rows.
+    ) -> list[str]:
+        """Take the rows of all sources, in order; what there is to say of labels that are no classes.
 
         Args:
             check_files: refuse files that do not exist, before any work.
@@ -83,18 +87,17 @@ class Index:
         Raises:
             DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
         """
+        told: list[str] = []
         for source in sources:
-            known = not isinstance(source, Record) and is_table(source)
-            self._base.execute("savepoint source")
-            try:
-                self._add(rows_of(source, classes if known else None, skip))
-            except DataError:
-                # A table without labels is as good to predict from; one that is wrong otherwise fails here again.
-                self._base.execute("rollback to source")
-                if not known:
-                    raise
-                self._add(rows_of(source, None, skip))
-            self._base.execute("release source")
+            unknown = Counter[str]()
+            with self._together():
+                self._add(rows_of(source, classes, unknown, skip))
+            if unknown and classes is not None:
+                odd = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_NAMED))
+                told.append(
+                    f"{source}: the labels of {unknown.total()} images are none of the classes {', '.join(classes)} "
+                    f"and count as not known: {odd}"
+                )
         [self.rows] = self._one("select count(*) from rows")
         if not self.rows:
             raise DataError("no images to predict")
@@ -107,6 +110,7 @@ class Index:
         for (key,) in self._base.execute("select key from rows order by number"):
             digest.update(key.encode())
         self.sha256 = digest.hexdigest()
+        return told
 
     def resolve(self, change: Callable[[list[Record]], Sequence[Record]]) -> None:
         """Replace all records by what becomes of them together; of as many as are in memory at once."""
@@ -266,10 +270,11 @@ class Index:
         if group:
             yield group
 
-    def number_of(self, name: str) -> int:
-        """The place of a name among those that were asked for before, from 1."""
-        self._base.execute("insert or ignore into numbers (name) values (?)", (name,))
-        return self._one("select number from numbers where name = ?", name)[0]
+    def number_of(self, kind: str, name: str) -> int:
+        """The place of a name among those of its kind that were asked for before, from 1."""
+        count = "select ?, ?, 1 + coalesce(max(number), 0) from numbers where kind = ?"
+        self._base.execute(f"insert or ignore into numbers (kind, name, number) {count}", (kind, name, kind))
+        return self._one("select number from numbers where kind = ? and name = ?", kind, name)[0]
 
     def _add(self, rows: Iterable[Row]) -> None:
         told = ((self._key(row), pickle.dumps(row, 5), row.pixels) for row in rows)
@@ -279,7 +284,7 @@ class Index:
         missing: list[Path] = []
         count = 0
         for _, row in self.all_rows():
-            if not row.url and not row.record.path.exists():
+            if not row.url and is_absent(row.record.path):
                 count += 1
                 missing += [row.record.path] if count <= _MISSING else []
         if count == 1:

@@ -14,7 +14,7 @@ import torch
 
 from ..accelerate import Accelerated
 from ..datasets.tables import Record
-from ..errors import BudgetError, DataError
+from ..errors import BudgetError, DataError, GigamorphError, NoRoomError
 from ..evaluate.recalibration import Calibration
 from ..images.pixels import as_stored
 from ..models.outputs import outputs_of
@@ -28,7 +28,8 @@ from .rows import Work
 
 RESULTS = pa.schema(
     [
-        *texts("key", "model", "image_path", "patient_id", "header_patient", "exam_id", "laterality", "view", "split"),
+        *texts("key", "model", "image_path", "patient_id", "header_patient", "exam_id", "header_exam", "laterality"),
+        *texts("view", "split"),
         ("label", pa.int64()),
         ("log_odds", pa.list_(pa.float64())),
         ("exclusive", pa.bool_()),
@@ -38,7 +39,8 @@ RESULTS = pa.schema(
     ]
 )
 """Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient
-stands for a patient whom only a DICOM header names; row is what the network gave, where it combines views by that."""
+and header_exam stand for a patient and a study that only a DICOM header names; row is what the network gave, where it
+combines views by that."""
 OpenImages = Callable[[Sequence[Record]], Images]
 """Records -> their images."""
 
@@ -132,7 +134,8 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         "image_path": work.row.name,
         "patient_id": record.patient_id,
         "header_patient": None,
-        "exam_id": found.exam,
+        "exam_id": record.exam_id or "",
+        "header_exam": None,
         "laterality": found.laterality,
         "view": found.view,
         "split": found.split,
@@ -145,6 +148,8 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
     }
     if found.patient != record.patient_id:
         result["header_patient"] = renamed(found.patient, wanted.secret)
+        if found.exam != (record.exam_id or ""):
+            result["header_exam"] = renamed(found.exam, wanted.secret)
     if explained is not None:
         log_odds = found.log_odds[which]
         if wanted.calibration is not None:
@@ -160,9 +165,14 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
 
 @contextlib.contextmanager
 def naming(image: str) -> Iterator[None]:
-    """That nothing of an image fits is an error that names it: the larger images of a set may not fit."""
+    """That nothing of an image fits is an error that names it: the larger images of a set may not fit.
+
+    Where nothing of any image would, all of them are not tried.
+    """
     try:
         yield
+    except NoRoomError as error:
+        raise GigamorphError(str(error)) from error
     except BudgetError as error:
         raise BudgetError(f"{image}: {error}") from error
     except torch.OutOfMemoryError as error:

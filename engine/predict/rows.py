@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,11 +67,13 @@ class Work:
     """Of the files that are written of it, without the suffix."""
 
 
-def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Path | None = None) -> Iterator[Row]:
+def rows_of(
+    source: str | Path | Record, classes: Sequence[str] | None, unknown: Counter[str], skip: Path | None = None
+) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
 
     Args:
-        classes: as in `stream_table`.
+        classes, unknown: as in `stream_table`.
         skip: a folder whose files are no images.
 
     Raises:
@@ -83,7 +86,7 @@ def rows_of(source: str | Path | Record, classes: Sequence[str] | None, skip: Pa
     elif is_url(str(source)):
         yield from (_of_url(Record(Path(), -1, url, patient_known=False), url) for url in _listed(str(source)))
     elif is_table(source):
-        for cell, record in stream_table(Path(source), classes):
+        for cell, record in stream_table(Path(source), classes, unknown):
             yield _of_url(record, cell) if is_url(cell) else Row(record)
     elif Path(source).is_dir() and Path(source).suffix.lower() != ".zarr":
         found = False

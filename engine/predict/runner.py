@@ -63,7 +63,8 @@ def run(
         service_of(options.store)  # before any work
     job.open(options)
     with Index(lambda row: job.key(row, options.model)) as index:
-        index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path)
+        for text in index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path):
+            watch.warn(text)
         job.look(index, watch)
         with folder.held():
             return _Runner(job, folder, options, watch, index)()

@@ -128,8 +128,8 @@ def prediction_of(
     """What a row of the table says of an image, and the result of the image.
 
     Args:
-        result: has log_odds, exclusive, header_patient, laterality and view, see `RESULTS`.
-        index: numbers the patients that only headers name.
+        result: has log_odds, exclusive, header_patient, header_exam, laterality and view, see `RESULTS`.
+        index: numbers the patients and exams that only headers name.
         identifiers: see `write_tables`.
     """
     own = row.record
@@ -140,7 +140,7 @@ def prediction_of(
         patient=patient_of(row, result, index, identifiers),
         laterality=own.laterality or result["laterality"],
         view=own.view or result["view"],
-        exam=own.exam_id or "",
+        exam=exam_of(row, result, index, identifiers),
         split=own.split or "",
         exclusive=result["exclusive"],
         row=tuple(result.get("row") or ()),
@@ -157,7 +157,15 @@ def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool
     if Path(patient).name != row.record.path.name or not result["header_patient"]:
         return patient
     patient = result["header_patient"]
-    return patient if identifiers else f"P{index.number_of(patient):05d}"
+    return patient if identifiers else f"P{index.number_of('patient', patient):05d}"
+
+
+def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
+    """As the table says; where it names neither exam nor patient, the study of the header (`header_exam`)."""
+    exam = result.get("header_exam")
+    if row.record.exam_id or not exam:
+        return row.record.exam_id or ""
+    return exam if identifiers else f"E{index.number_of('exam', exam):05d}"
 
 
 def _breast(found: Prediction) -> tuple[str, ...] | None:

@@ -61,15 +61,19 @@ class Gathered:
         # A source may be the user's own, and what a graph keeps must not change with what the network returns.
         if not (whole and alone and here) or value in stage.sources or scan.retained:
             return False
+        if not block.permute(tuple(scan.maps.order_of(value, block))).is_contiguous():
+            return False
         self.stored[value] = block
         return True
 
     def room_in_store(self, value: int, i: int, j: int, like: Tensor) -> Tensor:
-        """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order."""
+        """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order, but of a
+        map that is handed out."""
         scan, tiled = self.scan, self.scan.tiled
         if value not in self.stored:
-            shape = tiled.stage.maps.shape(value)
-            self.stored[value] = new_map(like, shape, scan.maps.place_of(value), page_pool=scan.page_pool)
+            shape, maps = tiled.stage.maps.shape(value), scan.maps
+            order = maps.order_of(value, like)
+            self.stored[value] = new_map(like, shape, maps.place_of(value), page_pool=scan.page_pool, order=order)
         return cut(self.stored[value], tiled.axes(value), tiled.block(value, i, j))
 
     def room_in_halo(self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor) -> Tensor:

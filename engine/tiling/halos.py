@@ -68,7 +68,7 @@ def memory_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d) if tensor.shape[d] > 1 else -math.inf, d))
 
 
-def unpermute(dense: Tensor, order: list[int]) -> Tensor:
+def unpermute(dense: Tensor, order: Sequence[int]) -> Tensor:
     """A tensor whose dimensions lie in memory in this order, with its dimensions in their own order."""
     inverse = [0] * len(order)
     for position, d in enumerate(order):
@@ -83,7 +83,7 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
     return empty(pattern, shape)
 
 
-def empty(pattern: Tensor, shape: Sequence[int], order: list[int] | None = None) -> Tensor:
+def empty(pattern: Tensor, shape: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
     """An uninitialised tensor of another shape with the dtype, device and (or that given) memory order of `pattern`."""
     if order is None and pattern.dim() == 4:  # at once, where PyTorch has a name for the order
         if pattern.stride(1) == 1 and pattern.shape[1] > 1:

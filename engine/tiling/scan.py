@@ -27,7 +27,7 @@ from ... import kernels
 from ..images.batches import StoredBatch
 from ..lowering.stages import Stage
 from ..module import turns
-from .halos import Rect, area, copy_all, cut
+from .halos import Rect, area, copy_all, cut, memory_order
 from .memory_limit import MemoryLimit
 from .page_pool import PagePool
 from .prefetch import Prefetch
@@ -103,14 +103,21 @@ class MapKeeping:
         readers: stored maps that stages alone read, and how many stages do.
         place: where those are kept: "device", "host" or "disk".
         gradients: of those, one for all stages that read a map.
+        orders: of maps that the network hands out, the dimensions as they lie in memory, slowest first.
     """
 
     readers: Mapping[int, int] = field(default_factory=dict)
     place: str = "device"
     gradients: Gradients = field(default_factory=Gradients)
+    orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def place_of(self, value: int) -> str:
         return self.place if value in self.readers else "device"
+
+    def order_of(self, value: int, like: Tensor) -> Sequence[int]:
+        """The order in which a map like `like` is to lie in memory."""
+        order = self.orders.get(value, ())
+        return order if len(order) == like.dim() else memory_order(like)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def new_map(
     place: str = "device",
     zero: bool = False,
     page_pool: PagePool | None = None,
+    order: Sequence[int] | None = None,
 ) -> Tensor:
     """A tensor like `pattern` for a map that exists whole.
 
@@ -44,18 +45,21 @@ def new_map(
         place: "device", that of `pattern`; "host", pinned memory where there is a GPU; or "disk",
             a file that is mapped into memory.
         zero: filled with zeros; without it with anything.
-        spare: pages of maps that are gone, which it may take, and to which its own go one day.
+        page_pool: pages of maps that are gone, which it may take, and to which its own go one day.
+        order: of its dimensions in memory, slowest first, if not that of `pattern`.
 
     Raises:
         GigamorphError: if the disk is full.
     """
     # Not as a view of the memory that it takes: as the network's output it may be changed in place.
-    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, page_pool).data
+    order = memory_order(pattern) if order is None else order
+    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, page_pool, order).data
 
 
-def _new_map(pattern: Tensor, shape: list[int], place: str, zero: bool, page_pool: PagePool | None) -> Tensor:
+def _new_map(
+    pattern: Tensor, shape: list[int], place: str, zero: bool, page_pool: PagePool | None, order: Sequence[int]
+) -> Tensor:
     size = math.prod(shape) * pattern.element_size()
-    order = memory_order(pattern)
     here = pattern.device.type if place == "device" else "cpu"
     if place == "host" and torch.cuda.is_available():
         dense = torch.empty([shape[d] for d in order], dtype=pattern.dtype, pin_memory=True)

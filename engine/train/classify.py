@@ -90,7 +90,7 @@ def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
 def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = None) -> Prediction:
     """The prediction of one image, or of an exam of several views, from its logits (classes,).
 
-    Patient, laterality and view come from the table, else from the DICOM header.
+    Patient, exam (the study), laterality and view come from the table, else from the DICOM header.
 
     Args:
         outputs: what the logits are, where they are not those of one softmax, see `outputs_of`.
@@ -100,8 +100,10 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
     header = None if together else header_of(item["image"])
     # Tables without patients stand each image for itself.
     patient = record.patient_id
+    exam = record.exam_id or ""
     if Path(patient).name == record.path.name:
         patient = getattr(header, "patient_id", None) or patient
+        exam = exam or getattr(header, "study_uid", None) or ""
     values = logits.detach().double().cpu()
     log_odds = odds.of_logits(values.numpy()) if outputs is None else outputs.log_odds(values[None])[0].numpy()
     return Prediction(
@@ -114,7 +116,7 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
         patient=patient,
         laterality=record.laterality or getattr(header, "laterality", None) or "",
         view=record.view or getattr(header, "view", None) or "",
-        exam=record.exam_id or "",
+        exam=exam,
         split=record.split or "",
         level="exam" if together else "image",
     )

@@ -55,7 +55,7 @@ def test_training_and_prediction_tell_no_patients(secret, tmp_path, capfd):
     # Asked for, it is there: the test can fail.
     named = [tmp_path / "run" / "best.ckpt", secret.parent / "images", "--identifiers", "--out", tmp_path / "n"]
     assert run("predict", *named) == 0
-    assert told(tmp_path / "n") == ["MRN-4711"]
+    assert told(tmp_path / "n") == ["MRN-4711", "1.2.99.1"]  # the patient and the study
 
 
 def test_data_commands_tell_no_patients(secret, tmp_path, capfd):

@@ -52,6 +52,13 @@ def static(predicted):
     return predicted / "page"
 
 
+def test_evidence_is_of_the_network_that_predicted(predicted, tmp_path, capsys):
+    other = tmp_path / "other.ckpt"
+    other.write_bytes((predicted / "run" / "last.ckpt").read_bytes() + b"0")
+    assert run("view", predicted / "predictions", "--static", "--evidence", other, "--out", tmp_path / "page") == 2
+    assert "another network" in capsys.readouterr().err and not (tmp_path / "page").exists()
+
+
 def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
     text = (static / "data.js").read_text()
     assert "PHANTOM" not in text and '"P0' not in text and "Exam 1" in text

@@ -110,6 +110,11 @@ CRITERIA = {
     "binary": lambda z, y: F.binary_cross_entropy_with_logits(z[:, 0], (y == 1).to(z.dtype), pos_weight=WEIGHT[2]),
     "binary, by position": lambda z, y: F.binary_cross_entropy(z.sigmoid(), (y == 1)[:, None].expand_as(z).to(z.dtype)),
     "squares": lambda z, y: F.mse_loss(z, y[:, None].expand_as(z).to(z.dtype)),
+    "squares and distances by weights": lambda z, y: (
+        F.mse_loss(z[:, 0], (y == 1).to(z.dtype), weight=1.0 + (y == 2))
+        + F.l1_loss(z[:, 1], (y == 1).to(z.dtype), weight=z[:, 2].sigmoid())
+        + F.mse_loss(z[:, 2], (y == 0).to(z.dtype), weight=torch.ones_like(z[:, 2]), reduction="sum")
+    ),
     "smooth absolute": lambda z, y: F.smooth_l1_loss(z[:, 1], y.to(z.dtype), reduction="sum", beta=0.7),
     "absolute and divergence": lambda z, y: (
         F.l1_loss(z[:, 1], y.to(z.dtype))

@@ -97,7 +97,15 @@ def skip_absent(path: str | Path, records: Sequence[Record]) -> list[Record]:
 
 def missing_files(records: Sequence[Record]) -> list[Path]:
     """The paths of records whose file does not exist."""
-    return [record.path for record in records if not record.path.exists()]
+    return [record.path for record in records if is_absent(record.path)]
+
+
+def is_absent(path: Path) -> bool:
+    """Whether a file does not exist; one that cannot be asked for is there, and reading it tells why."""
+    try:
+        return not path.exists()
+    except OSError:
+        return False
 
 
 def missing_masks(records: Sequence[Record]) -> list[Path]:

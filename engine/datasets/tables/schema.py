@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...files import write_atomically
 from ...images.levels import White
 from .cells import escape
 
@@ -120,7 +121,7 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
 
     Columns that no record fills are left out; paths below the csv's folder are relative to it. Records with label -1
     get an empty label, with which `read_table` can only read them as images to predict.
-    Raises `DataError` if the file cannot be written.
+    Raises `GigamorphError` if the file cannot be written; a former one is kept.
     """
     path = Path(path)
     folder = Path(os.path.abspath(path)).parent
@@ -128,17 +129,18 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
     present = {name for row in rows for name, value in row.items() if value != ""}
     names = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
     columns = [name for name in names if name in present or name in ("image_path", "label", "patient_id")]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: escape(cell) for name, cell in row.items()} for row in rows)
+
+    try:
+        write_atomically(path, write, "table")
     except UnicodeEncodeError as error:
         odd = error.object[max(error.start - 40, 0) : error.end + 40].encode(errors="backslashreplace").decode().strip()
         raise DataError(f"{path}: cannot be written: {odd} is not in UTF-8; rename the file") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,20 @@ TABLES = (".csv", ".tsv", ".txt", ".csv.gz", ".parquet")
 _BATCH = 4096
 
 
-def stream_table(path: Path, classes: Sequence[str] | None) -> Iterator[tuple[str, Record]]:
+def stream_table(path: Path, classes: Sequence[str] | None, unknown: Counter[str]) -> Iterator[tuple[str, Record]]:
     """(cell image_path, record) of every row of a csv or Parquet file, with what `read_table` reads of a row.
 
     Unlike there an image may stand in several rows, and whether files exist is not looked at.
 
     Args:
-        classes: names of the classes, whose numbers the labels become; None reads no labels, which are -1.
+        classes: names of the classes, whose numbers the labels become, -1 where there is none; None reads no labels.
+        unknown: counts the labels that are none of the classes.
 
     Raises:
         DataError: what is wrong with the table, with file and line; also while the rows are taken.
     """
-    labels = classes is not None
     found, rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else stream_rows(path)
-    header, needed = columns_of(path, found, labels, None)
+    header, needed = columns_of(path, found, False, None)
     numbers = {name: number for number, name in enumerate(classes or ())}
     for place, cells in rows:
         row = dict(zip(header, cells.values(), strict=True))
@@ -38,11 +39,10 @@ def stream_table(path: Path, classes: Sequence[str] | None) -> Iterator[tuple[st
             if not row[name]:
                 raise DataError(f"{path}, {place}: {name} is empty; fill it in, or leave the row out")
         label = -1
-        if classes is not None:
-            name = whole(row["label"])
-            if name not in numbers:
-                raise DataError(f"{path}, {place}: label {name!r} is none of the classes {', '.join(classes)}")
-            label = numbers[name]
+        if classes is not None and row.get("label"):
+            label = numbers.get(whole(row["label"]), -1)
+            if label < 0:
+                unknown[row["label"]] += 1
         yield row["image_path"], to_record(path, place, row, label)
 
 

@@ -4,6 +4,8 @@ A mean of class losses divides by the weights of the labels that count, which is
 
     cross_entropy, mean    loss per pixel -> sum;  weight of its label -> sum;  their ratio
 
+So does one of `mse_loss` and `l1_loss`, by the weights of the pixels; all others divide by the number of pixels.
+
 What is made of labels on the way (one-hot codes, picked channels) is here as well.
 """
 
@@ -58,8 +60,23 @@ def elementwise_loss(op: Op, maps: Maps) -> Local | list[Node]:
     kwargs = {n: v for n, v in given.items() if v is not None and n not in ("size_average", "reduce")}
     own = Op(op.func, op.name, (), {**kwargs, "reduction": "none"}, op.inputs, (each,), (), op.module)
     made = elementwise(own, maps)
+    made = made if isinstance(made, list) else [made]
+    weight = given["weight"].value if isinstance(given.get("weight"), Ref) else None
+    if how == "mean" and weight is not None and op.name in ("mse_loss", "l1_loss"):
+        total, count = maps.new_value(like=output), maps.new_value(like=output)
+        dtype = maps.program.values[output].dtype
+        if weight in maps:
+            weights: Node = _total(op, maps, weight, count)
+        else:
+            weights = vector((weight,), count, lambda w: w.sum())
+        return [
+            *made,
+            _total(op, maps, each, total),
+            weights,
+            vector((total, count), output, lambda t, n: (t / n).to(dtype)),
+        ]
     counts = {"sum": 1, "mean": math.prod(maps.shape(each)), "batchmean": maps.shape(given["input"].value)[0]}
-    return [*(made if isinstance(made, list) else [made]), _total(op, maps, each, output, counts[how])]
+    return [*made, _total(op, maps, each, output, counts[how])]
 
 
 @rule("cross_entropy", "nll_loss")

@@ -192,7 +192,7 @@ class Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
         w, b = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
         ctx.save_for_backward(x, mean, var, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         return F.batch_norm(_dense(x), mean, var, w, b, False, 0.0, eps)
 
     @staticmethod
@@ -207,9 +207,9 @@ class Normalize(torch.autograd.Function):
         )
         dmean = -scale * inverse * dbias
         dvar = -scale * inverse.square() * dweight / 2
-        if weight is None:
-            return dx, dmean, dvar, None, None, None
-        return dx, dmean, dvar, dweight.to(weight.dtype), dbias.to(weight.dtype), None
+        weight_grad = None if weight is None else dweight.to(weight.dtype)
+        bias_grad = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+        return dx, dmean, dvar, weight_grad, bias_grad, None
 
 
 def _dense(x: Tensor) -> Tensor:

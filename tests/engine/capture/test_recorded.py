@@ -33,6 +33,7 @@ class Base(nn.Module):
         self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("flat", torch.zeros(8))
+        self.register_buffer("crop", torch.zeros(2, 4, 3, 5))
         self.scale, self.seen, self.calls = nn.Parameter(torch.ones(4, 1, 1)), [], 0
 
     def middle(self, x: Tensor) -> Tensor:
@@ -201,6 +202,7 @@ def scripted(x: Tensor, power: float = 2.0) -> Tensor:
 MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "no_grad around a norm": silent_stem,
+    "a buffer that takes a crop": lambda net, x: (net.crop.copy_(x[:, :, 2:5, 4:9].detach()), x)[1],
     "decorated": lambda net, x: x + teacher(net, x),
     "switched": switched_off,
     "a gate without gradients": lambda net, x: x * x.mean((2, 3), keepdim=True).detach().sigmoid(),
@@ -649,6 +651,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "again in the backward",
     ),
     "a new layer": (lambda net, x: (setattr(net, "made", nn.ReLU()), x)[1], "in the forward"),
+    "vmap": (lambda net, x: torch.vmap(lambda row: row * 2)(x), "torch.func"),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
     **{
         f"caught: {name}": (lambda net, x, call=call: x * _caught(call, x), told)

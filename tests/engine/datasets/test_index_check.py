@@ -55,6 +55,10 @@ def test_index(tmp_path: Path) -> None:
         "P L",
         "implant",
     )
+    nameless = lookalikes.dicom(tmp_path / "n" / "3.dcm", StudyInstanceUID="1.9")
+    [alone] = index_folder(nameless.parent).records
+    assert alone.exam_id == "E00001" and not alone.patient_known
+    shutil.rmtree(nameless.parent)
     assert found.records[0].extra == {"rows": "5", "columns": "7", "channels": "1"}
     named = index_folder(tmp_path, identifiers=True).records
     assert [record.patient_id for record in named[1:]] == ["B", "A", "B"]

@@ -1,6 +1,9 @@
 """Tables: csv files and folders, and every way in which they can be wrong."""
 
+import csv
+import errno
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
-from gigamorph.engine.errors import DataError
+from gigamorph.engine.errors import DataError, GigamorphError
 
 HEADER = "image_path,label,patient_id,split\n"
 
@@ -269,8 +272,21 @@ def test_written_tables_are_read_back(tmp_path: Path, rows: list) -> None:
 
 def test_table_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/t\.csv: cannot be written"):
+    with pytest.raises(GigamorphError, match=r"file/t\.csv: the table cannot be written"):
         write_table(tmp_path / "file" / "t.csv", [], [])
+
+
+def test_a_table_that_does_not_fit_the_disk_leaves_the_former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = write_table(tmp_path / "t.csv", [Record(Path("a.npy"), 0, "P")], ["0"])
+    before = written.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    with pytest.raises(GigamorphError, match="No space left on device; the former one is kept"):
+        write_table(tmp_path / "t.csv", [], [])
+    assert written.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
 def test_zarr_folders_are_one_image(tmp_path: Path) -> None:

@@ -480,3 +480,22 @@ def test_whole_maps_for_ops_without_a_rule(function):
     with pytest.raises(UnsupportedError):
         accelerate(copy.deepcopy(net), tile=5)(image())
     assert_exact(net, image(), tile=5, fallback="whole")
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("missing", ["weight", "bias", "both"])
+def test_live_norms_with_one_of_weight_and_bias(missing, pooled):
+    """BNNeck's norm has no bias; some norms of embeddings have no weight."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 5, 3), (nn.BatchNorm1d if pooled else nn.BatchNorm2d)(5)
+            for name in ("weight", "bias") if missing == "both" else (missing,):
+                self.norm.register_parameter(name, None)
+
+        def forward(self, x):
+            y = self.conv(x).relu()
+            return self.norm(y.mean((2, 3)) if pooled else y)
+
+    assert_exact(randomize(Net().double()).train(), image(4, 2, 30, 27), tile=12)

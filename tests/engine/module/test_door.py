@@ -204,6 +204,11 @@ def test_containers():
     agree(model, net)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert len(twin) == 2
+    sums = [(one + nn.Sequential(nn.Sigmoid())) * 2 for one in (model, net)]
+    assert str(sums[0]) == str(sums[1]) and len(2 * net) == 2 * len(net) == 4
+    model += nn.Sequential(nn.Flatten())
+    net += nn.Sequential(nn.Flatten())
+    agree(model, net)
     other = pair(Own)[1]
     assert bool(other) and not hasattr(other, "__len__")
     with pytest.raises(TypeError):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import archives
 import fsspec
+import lookalikes
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -306,6 +307,50 @@ def test_a_wrong_table_is_one_line_before_anything_is_written(tmp_path, text, me
     with pytest.raises(DataError, match=message):
         predict(archives.stub, [tmp_path / "t.csv"], tmp_path / "out", HERE)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_labels_count_where_they_are_known(table, tmp_path, kind):
+    text = table.read_text().splitlines()
+    cells = [line.split(",") for line in text[1:]]
+    for row, label in zip(cells, ["", "7", "true"], strict=False):
+        row[4] = label
+    names = text[0].split(",")
+    names[1] = "who"  # no patient is named, either
+    (table.parent / "some.csv").write_text("\n".join(map(",".join, [names, *cells])) + "\n")
+    given = table.parent / f"some.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.csv.read_csv(table.parent / "some.csv"), given)
+    told = []
+    predict(archives.stub, [given], tmp_path / "out", HERE, Watch(warn=told.append))
+    known = [row["label"] for row in rows(tmp_path / "out" / "predictions.csv")]
+    assert known == ["", "", "", *(row[4] for row in cells[3:])]
+    assert told == [
+        f"{given}: the labels of 2 images are none of the classes 0, 1 and count as not known: 7 (1), true (1)"
+    ]
+
+
+def test_the_study_of_a_header_is_the_exam(tmp_path):
+    for number, (patient, study) in enumerate([("A", "1.2"), ("A", "1.3"), ("B", "1.4"), ("A", "1.2")]):
+        place = tmp_path / "images" / f"{number}.dcm"
+        lookalikes.dicom(place, PatientID=patient, StudyInstanceUID=study, ImageLaterality="R", ViewPosition="CC")
+    for identifiers, exams in ((False, ["E00001", "E00002", "E00003", "E00001"]), (True, ["1.2", "1.3", "1.4", "1.2"])):
+        out = tmp_path / f"out{identifiers}"
+        predict(archives.stub, [tmp_path / "images"], out, replace(HERE, identifiers=identifiers))
+        assert [row["exam_id"] for row in rows(out / "predictions.csv")] == exams
+        assert [row["exam_id"] for row in rows(out / "exams.csv")] == exams[:3]
+        assert len(rows(out / "breasts.csv")) == 3
+    kept = pq.read_table(tmp_path / "outFalse" / "parts").to_pylist()
+    assert not any(row["header_exam"].startswith("1.") for row in kept)
+
+
+def test_a_name_that_cannot_be_asked_for_costs_its_image_alone(table, tmp_path):
+    given = tmp_path / "t.csv"
+    given.write_text(f"image_path\n{'a' * 300}.npy\n{table.parent / '0000.npy'}\n")
+    assert predict(archives.stub, [given], tmp_path / "out", FORGIVING).done == 1
+    assert "cannot be read (File name too long)" in (tmp_path / "out" / "quarantine.csv").read_text()
+    with pytest.raises(DataError, match="cannot be read"):
+        predict(archives.stub, [given], tmp_path / "strict", HERE)
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
