@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,6 +63,17 @@ _REFUSED = {
 }
 
 
+def _undispatched(func: Any) -> Callable[..., Any]:
+    """A function of torch.nn.functional that goes on to its parts, which are then seen, instead of being one call."""
+    names = {**vars(F), "has_torch_function": lambda _: False, "has_torch_function_unary": lambda _: False}
+    names["has_torch_function_variadic"] = lambda *_: False
+    return types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+
+
+# Written in Python of functions that are known.
+_OF_PARTS = {func: _undispatched(func) for func in (F.multi_head_attention_forward, F.gaussian_nll_loss, F.lp_pool2d)}
+
+
 class Recorder(TorchFunctionMode):
     """Records the calls of one forward.
 
@@ -85,6 +97,9 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
         kwargs = kwargs or {}
+        if func in _OF_PARTS:
+            with self:
+                return _OF_PARTS[func](*args, **kwargs)
         return self.call(func, args, _with_weight(kwargs) if func is F.l1_loss else kwargs)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:

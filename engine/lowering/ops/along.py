@@ -98,6 +98,22 @@ def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
     return [*made, Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (after,), replay(op))]
 
 
+@rule("cdist")
+def distances(op: Op, maps: Maps) -> Local:
+    """Of the channels at each position to the rows of a table (a codebook), (..., positions, C) and (..., rows, C)."""
+    given = arguments(op, "x1 x2 p compute_mode", p=2.0, compute_mode="use_mm_for_euclid_dist_if_necessary")
+    value, table = given["x1"], given["x2"]
+    rank = len(maps.shape(op.outputs[0]))
+    axes = (rank - 2, rank - 2)
+    if maps.axes.get(value.value) != axes or len(maps.shape(value.value)) != rank or table.value in maps:
+        raise Refusal("'cdist' takes distances between positions of the image; give it (N, positions, C) and a table")
+    if given["compute_mode"] == "use_mm_for_euclid_dist_if_necessary":  # as many rows as the whole has decide
+        many = max(maps.shape(value.value)[-2], maps.shape(table.value)[-2]) > 25
+        given["compute_mode"] = f"{'' if many else 'donot_'}use_mm_for_euclid_dist"
+    own = replace(op, args=(), kwargs=given)
+    return Local(own, {value.value: maps.pointwise(value.value)}, (axes,), replay(own))
+
+
 @rule("roll")
 def roll(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     """Of rows and columns: a circular padding on one side, of which the other side is cut off."""

@@ -14,6 +14,7 @@ from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
 
 H, W = 15, 22
+PLAIN = {"dim_feedforward": 8, "dropout": 0.0}  # of PyTorch's own transformer layers
 
 
 def network(*middle: nn.Module) -> nn.Module:
@@ -92,3 +93,68 @@ def test_scores_go_by_tile():
     assert scores
     assert all(staged.maps.size(v) == (H, W) for v in scores)
     assert not any(scores & {*stage.stored, *stage.sources} for stage in staged.stages)
+
+
+class Transformed(nn.Module):
+    """A convolution's map as tokens of PyTorch's own transformer modules, as DETR and its kin do.
+
+    Args:
+        kind: "attention", "encoder", "decoder", "both" or "classes".
+        first: the batch comes first.
+    """
+
+    def __init__(self, kind: str, first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.first, self.conv = kind, first, nn.Conv2d(2, 8, 3, 2)
+        self.queries = nn.Parameter(torch.randn(3, 1, 8))
+        if kind == "attention":
+            self.made = nn.MultiheadAttention(8, 2, batch_first=first)
+        elif kind == "decoder":
+            self.made = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, **PLAIN, batch_first=first), 2)
+        elif kind == "both":
+            self.made = nn.Transformer(8, 2, 1, 1, **PLAIN, batch_first=first)
+        else:
+            layer = nn.TransformerEncoderLayer(8, 2, **PLAIN, batch_first=first, norm_first=kind == "classes")
+            self.made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> object:
+        order = (lambda t: t.transpose(0, 1)) if self.first else (lambda t: t)
+        tokens = self.conv(x).flatten(2).permute(2, 0, 1)
+        queries = self.queries.expand(-1, len(x), -1)
+        if self.kind == "encoder":
+            return order(self.made(order(tokens))).mean(0)
+        if self.kind == "classes":
+            return order(self.made(order(torch.cat([queries, tokens]))))[:3]
+        if self.kind == "attention":
+            found, weights = self.made(order(queries), order(tokens), order(tokens))
+            return order(found), weights
+        given = (queries, tokens) if self.kind == "decoder" else (tokens, queries)
+        return order(self.made(*map(order, given)))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["attention", "encoder", "decoder", "both", "classes"])
+def test_transformers_of_pytorch(kind, first):
+    assert_exact(Transformed(kind, first).double(), image(), tile=(6, 7))
+
+
+class Quantised(nn.Module):
+    """The nearest of a codebook's rows at each position, gradients straight through (VQ-VAE)."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.conv, self.codes = nn.Conv2d(2, 4, 3), nn.Embedding(rows, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.conv(x)
+        distances = torch.cdist(z.flatten(2).transpose(1, 2), self.codes.weight[None])
+        found = self.codes(distances.argmin(-1)).transpose(1, 2).view(z.shape)
+        return z + (found - z).detach(), (found - z.detach()).square().mean() + distances.mean()
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_codebook(rows):
+    torch.manual_seed(0)
+    assert_exact(Quantised(rows).double(), image(), tile=(6, 7))
