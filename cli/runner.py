@@ -172,9 +172,13 @@ def watching(as_json: bool, device: str, look: Callable[..., object] | None = No
         lines = _Lines()
         yield Watch(Meter(lines), lines.warn, lines.failed, looked(lines.warn))
         return
-    with ProgressView(device=device) as view:
-        meter = Meter(view)
-        yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
+    try:
+        with ProgressView(device=device) as view:
+            meter = Meter(view)
+            yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
+    except KeyboardInterrupt:
+        click.echo("stopped; what is done is kept, and the same command with --resume goes on", err=True)
+        raise
 
 
 def tell_end(found: Summary) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import rich_click as click
 
 from . import options
+from .count import Count
 
 
 @click.command()
@@ -72,8 +73,8 @@ def view(
     page = site.write_page(folder)
     told = f"{len(exams)} exams, {len(site.views)} images"
     if static:
-        with click.progressbar(length=len(site.views), label="images", hidden=not browser) as bar:
-            site.write_all(folder, lambda number: bar.update(1))
+        with Count("images", len(site.views)) as count:
+            site.write_all(folder, lambda number: count.add())
         click.echo(f"{told}; {page}")
         return
     server = make_server(site, folder, port)

@@ -297,7 +297,9 @@ def _labels(path: Path, place: str, row: dict[str, str]) -> dict[str, float]:
         if name.startswith(LABEL_PREFIX) and cell:
             number = values.number(cell)
             if number is None:
-                raise DataError(f"{path}, {place}: {name} {cell!r} is no number; leave it empty where it is not known")
+                point = cell.replace(",", ".")
+                remedy = f"write {point}" if is_number(point) else "leave it empty where it is not known"
+                raise DataError(f"{path}, {place}: {name} {cell!r} is no number; {remedy}")
             found[name.removeprefix(LABEL_PREFIX)] = number
     return found
 
