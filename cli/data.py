@@ -128,25 +128,15 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
 
     Example: gigamorph data check table.csv --out problems.csv
     """
-    import csv
-
     from ..engine.datasets.check import KINDS, check_images
-    from ..engine.datasets.tables.cells import escape
-    from ..engine.files import write_atomically
+    from ..engine.predict.tables import write_csv
     from .count import Count
 
     records = _open(source, dataset, check_files=False, labels=False).records
     with Count("images", len(records)) as count:
         problems = check_images(records, white=white, workers=workers, on_done=count.add)
     if out:
-
-        def write(part: Path) -> None:
-            with part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(["image_path", "kind", "problem"])
-                writer.writerows(map(escape, (p.path, p.kind, p.message)) for p in problems)
-
-        write_atomically(out, write, "table")
+        write_csv(Path(out), ["image_path", "kind", "problem"], ((p.path, p.kind, p.message) for p in problems))
     serious = [problem for problem in problems if problem.kind != "flag"]
     for problem in serious[:_SHOWN]:
         click.echo(f"{problem.kind:<10}  {problem.path}: {problem.message}")

@@ -129,6 +129,7 @@ class Program:
         return self.stands_in.get(value, value)
 
     def given_away(self) -> list[int]:
+        """The same, as they were recorded."""
         return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]
 
     def take_over(self, other: Program) -> bool:

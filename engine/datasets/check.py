@@ -172,21 +172,20 @@ def _size(fact: _Facts) -> str:
 
 
 def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
-    groups: dict[bytes, list[Record]] = defaultdict(list)
-    facts = {id(record): fact for record, fact in good}
+    groups: dict[bytes, list[tuple[Record, _Facts]]] = defaultdict(list)
     for record, fact in good:
         if not fact.blank:
-            groups[fact.digest].append(record)
+            groups[fact.digest].append((record, fact))
     problems = []
     for group in groups.values():
-        for record in group[1:]:
-            first, fact = group[0], facts[id(record)]
+        first, its_fact = group[0]
+        for record, fact in group[1:]:
             text = f"has the pixels of {first.path}"
             if record.split != first.split:
                 problems.append(
                     Problem(record.path, "leak", f"{text}, which is in {first.split}, this in {record.split}")
                 )
-            elif _patient(record, fact) != _patient(first, facts[id(first)]):
+            elif _patient(record, fact) != _patient(first, its_fact):
                 problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
             else:
                 problems.append(Problem(record.path, "duplicate", text))

@@ -64,7 +64,6 @@ def elementwise_loss(op: Op, maps: Maps) -> Local | list[Node]:
     weight = given["weight"].value if isinstance(given.get("weight"), Ref) else None
     if how == "mean" and weight is not None and op.name in ("mse_loss", "l1_loss"):
         total, count = maps.new_value(like=output), maps.new_value(like=output)
-        dtype = maps.program.values[output].dtype
         if weight in maps:
             weights: Node = _total(op, maps, weight, count)
         else:
@@ -73,7 +72,7 @@ def elementwise_loss(op: Op, maps: Maps) -> Local | list[Node]:
             *made,
             _total(op, maps, each, total),
             weights,
-            vector((total, count), output, lambda t, n: (t / n).to(dtype)),
+            vector((total, count), output, torch.div),
         ]
     counts = {"sum": 1, "mean": math.prod(maps.shape(each)), "batchmean": maps.shape(given["input"].value)[0]}
     return [*made, _total(op, maps, each, output, counts[how])]
