@@ -26,6 +26,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ..errors import MorphError
 from .copies import ParameterMap
 from .copying import duplicate
+from .descent import descent, shared_prefix
 from .report import Report
 from .splits import kraft_lengths
 from .step import Step
@@ -77,7 +78,9 @@ def grow_optimizer(
             are in `initial_lr` too.
 
     Returns:
-        An optimizer of the same class. New parameters are in the group of the first one with as many axes.
+        An optimizer of the same class. A parameter that stands where one of the parent's stood (a grown head, the two
+        halves of a split layer) is in that one's group, or left out as that one was; a new one is in the group of the
+        nearest one with as many axes.
 
     Raises:
         MorphError: an optimizer with other state; a parameter that is not the parent's; "plain" where copies would
@@ -93,8 +96,7 @@ def grow_optimizer(
     powers = _powers(optimizer)
     parent, child = stock(parent), stock(child)
     names = _names(optimizer, parent)
-    targets = dict(child.named_parameters())
-    growth = _Growth.of(report.step, parent, targets)
+    growth = _Growth.of(report.step, parent, child)
     _require_rates(lr, report.step, growth.maps)
 
     groups: list[dict[str, Any]] = []
@@ -114,8 +116,8 @@ def grow_optimizer(
         for factors, members in (made or {_Factors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
-    _add_new(parent, targets, set(growth.heirs.values()), groups, origin)
-    return _construct(optimizer, groups, targets, state)
+    _add_new(growth, parent, groups, origin)
+    return _construct(optimizer, groups, growth.targets, state)
 
 
 def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
@@ -194,22 +196,26 @@ class _Growth:
         targets: the child's parameters by name.
         maps: of each that is widened, by name.
         heirs: the child's name of each that is still there.
+        origins: the parent's name of each of the child's that stands where another stood; empty for widening.
         split: of outgoing weights; empty for other morphs than widening.
     """
 
     targets: Mapping[str, Tensor]
     maps: Mapping[str, ParameterMap]
     heirs: Mapping[str, str]
+    origins: Mapping[str, str]
     split: str
 
     @classmethod
-    def of(cls, step: Step, parent: nn.Module, targets: Mapping[str, Tensor]) -> _Growth:
+    def of(cls, step: Step, parent: nn.Module, child: nn.Module) -> _Growth:
+        targets = dict(child.named_parameters())
         if isinstance(step, WidenStep):
             same_names = {name: name for name, _ in parent.named_parameters()}
             # The maps depend on the architecture alone; the recorded inputs are float32 on the CPU.
             maps = step.tensor_maps(duplicate(parent).float().cpu())
-            return cls(targets, maps, same_names, step.split)
-        return cls(targets, {}, _heirs(parent, targets), "")
+            return cls(targets, maps, same_names, {}, step.split)
+        found = descent(step, parent, child)
+        return cls(targets, {}, found.heirs, found.origins, "")
 
     def target(self, name: str, p: Tensor) -> Tensor:
         """The child's parameter that one of the parent's has become."""
@@ -233,25 +239,6 @@ def _require_rates(lr: Rates, step: Step, maps: Mapping[str, ParameterMap]) -> N
             "copies with equal powers of two would stay equal for good under lr='plain'; widen with split='sterbenz' "
             "or noise"
         )
-
-
-def _heirs(parent: nn.Module, targets: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of each parent's parameter that the child still has with its values, the child's name."""
-    result = {
-        name: name
-        for name, p in parent.named_parameters()
-        if name in targets and targets[name].shape == p.shape and torch.equal(targets[name].to(p), p)
-    }
-    taken = set(result.values())
-    rest = {name: p for name, p in parent.named_parameters() if name not in result}
-    for name, p in rest.items():
-        equal = [n for n, t in targets.items() if n not in taken and t.shape == p.shape and torch.equal(t.to(p), p)]
-        # A name that ends alike decides between equal values, as of norms that were never trained.
-        inside = [n for n in equal if n.startswith(f"{name.rpartition('.')[0]}.")]
-        if len(equal) == 1 or len(inside) == 1:
-            result[name] = equal[0] if len(equal) == 1 else inside[0]
-            taken.add(result[name])
-    return result
 
 
 def _factors(kind: type[Optimizer], group: Mapping[str, Any], made: ParameterMap | None, name: str) -> _Factors:
@@ -330,20 +317,36 @@ def _scaled(group: Mapping[str, Any], factors: _Factors) -> dict[str, Any]:
 
 
 def _add_new(
+    growth: _Growth,
     parent: nn.Module,
-    targets: Mapping[str, Tensor],
-    known: set[str],
     groups: list[dict[str, Any]],
     origin: list[dict[str, Any]],
 ) -> None:
-    """Put the child's new parameters beside the parent's trained ones with as many axes."""
-    trained = {id(p) for group in origin for p in group["params"]}
-    still = {name for name, p in parent.named_parameters() if id(p) not in trained}  # left out of training: stay so
-    for name, p in targets.items():
-        if name in known or name in still or not p.requires_grad:
+    """Put each parameter that is no heir into a group.
+
+    One that stands where a parent's stood belongs to that one's group, or to none if the optimizer had left that out.
+    Another is new: it goes to the nearest trained one of its kind, so that the rates of its part of the network hold for it.
+    """
+    names = {id(p): name for name, p in parent.named_parameters()}
+    trained = {names[id(p)]: (p, group) for group, old in zip(groups, origin, strict=True) for p in old["params"]}
+    heirs = set(growth.heirs.values())
+    for name, p in growth.targets.items():
+        if name in heirs:
             continue
-        alike = [g for g, old in zip(groups, origin, strict=True) if any(q.ndim == p.ndim for q in old["params"])]
-        (alike or groups)[0]["params"].append(name)
+        if name in growth.origins:
+            _, group = trained.get(growth.origins[name], (None, None))
+        elif p.requires_grad and trained:
+            _, group = min(trained.items(), key=lambda item: _distance(name, p, item[0], item[1][0]))[1]
+        else:
+            group = None
+        if group is not None:
+            group["params"].append(name)
+
+
+def _distance(name: str, p: Tensor, other: str, q: Tensor) -> tuple[bool, bool, int]:
+    """Of a new parameter from a trained one: as many axes, a vector or not, near in the network."""
+    vector = [sum(side > 1 for side in t.shape) <= 1 for t in (p, q)]
+    return p.ndim != q.ndim, vector[0] != vector[1], -shared_prefix(name, other)
 
 
 def _construct(

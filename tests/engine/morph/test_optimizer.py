@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from morph_networks import NETWORKS, X, build, doubled, outputs, relative, train
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.averages import grow_ema
+from gigamorph.engine.morph.decompose import decompose, insert_module, split_parallel
 from gigamorph.engine.morph.deepen import insert_identity
+from gigamorph.engine.morph.front import front
+from gigamorph.engine.morph.head import grow_head, split_class
+from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.optimizer import gradient_shares, grow_optimizer
+from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import find_spaces
 from gigamorph.engine.morph.widen import widen
 
@@ -300,6 +306,96 @@ def test_other_morphs_keep_the_state_of_what_is_still_there() -> None:
     train(child, grown, 1)
     with pytest.raises(MorphError, match="widening only"):
         grow_optimizer(optimizer, model, child, report, lr="commute")
+
+
+def small() -> nn.Module:
+    layers = OrderedDict(
+        stem=nn.Conv2d(3, 4, 3, padding=1),
+        bn=nn.BatchNorm2d(4),
+        act=nn.ReLU(),
+        block=nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flat=nn.Flatten(),
+        fc=nn.Linear(4, 3),
+    )
+    return nn.Sequential(layers)
+
+
+MORPHS: dict[str, Callable[[nn.Module], tuple[nn.Module, Report]]] = {
+    "head": lambda net: grow_head(net, X, "fc", 5),
+    "split_class": lambda net: split_class(net, X, "fc", 1),
+    "kernel": lambda net: grow_kernel(net, X, "block.0", 5),
+    "decompose": lambda net: decompose(net, X, "block.0", (1, 3), act="ReLU"),
+    "parallel": lambda net: split_parallel(net, X, "stem"),
+    "stages": lambda net: front(net, X, 2, act="ReLU"),
+    "residual": lambda net: front(net, X, 2, "residual"),
+    "identity": lambda net: insert_identity(net, X, "block"),
+    "module": lambda net: insert_module(net, X, "block.0"),
+}
+# These stand for nothing of the parent's: they are trained whatever the optimizer had left out.
+NEW = {
+    "stages": "stem.front.",
+    "residual": "stem.front.",
+    "identity": "block.1.",
+    "module": "block.0.1.",
+    "decompose": "block.0.1.",  # the activation between the two layers
+}
+
+
+@pytest.mark.parametrize("morph", MORPHS)
+@pytest.mark.parametrize("left_out", ["", "stem", "block", "fc"])
+def test_every_parameter_of_the_child_is_in_the_group_of_its_part(morph: str, left_out: str) -> None:
+    torch.manual_seed(0)
+    net = small()
+    parts = [part for part in ("stem", "bn", "block", "fc") if part != left_out]
+    groups = [
+        {"params": list(net.get_submodule(part).parameters()), "lr": 10.0 ** -(1 + number)}
+        for number, part in enumerate(parts)
+    ]
+    optimizer = SGD(groups, momentum=0.9)
+    net(X).square().mean().backward()
+    optimizer.step()
+    child, report = MORPHS[morph](net)
+    grown = grow_optimizer(optimizer, net, child, report)
+    rates = {id(p): group["lr"] for group in grown.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in grown.param_groups)
+    for name, p in child.named_parameters():
+        part = name.split(".")[0]
+        new = name.startswith(NEW.get(morph, "none"))
+        if part != left_out:
+            assert rates.get(id(p)) == 10.0 ** -(1 + parts.index(part)) or (new and p.ndim == 3), name
+        else:
+            assert (id(p) in rates) == new, name
+    unmoved = {n for n, p in net.named_parameters() if n in dict(child.named_parameters())}
+    for name in unmoved:
+        mine = child.get_parameter(name)
+        if mine in grown.state and mine.shape == net.get_parameter(name).shape:
+            momentum = optimizer.state[net.get_parameter(name)]["momentum_buffer"]
+            assert torch.equal(grown.state[mine]["momentum_buffer"], momentum)
+
+
+def test_a_front_before_the_whole_network_keeps_all_state() -> None:
+    class Upsampled(nn.Module):  # goes by the image's own size, so that the front stands before all of it
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(self.body(x), x.shape[2:])
+
+    net = Upsampled()
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(X).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():  # equal values, which alone do not tell one norm from the other
+        for norm in (net.body[1], net.body[2]):
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+    child, report = front(net, X, 2, "keep")
+    grown = grow_optimizer(optimizer, net, child, report)
+    for name, p in net.named_parameters():
+        mine = child.get_parameter(f"body.{name}")
+        assert torch.equal(grown.state[mine]["momentum_buffer"], optimizer.state[p]["momentum_buffer"]), name
 
 
 @pytest.mark.parametrize("split", ["kraft", "sterbenz"])
