@@ -284,7 +284,9 @@ class _Two:
 
 
 def _sizes(kernels: tuple[Size, Size]) -> Sizes:
-    first, second = (k if isinstance(k, int) else tuple(k) for k in kernels)
+    if not isinstance(kernels, Sequence) or len(kernels) != 2:
+        raise MorphError(f"kernels {kernels!r}: give two, one for each layer, such as (1, 3)")
+    first, second = (tuple(k) if isinstance(k, Sequence) else k for k in kernels)
     return first, second
 
 

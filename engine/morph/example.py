@@ -103,8 +103,16 @@ def as_inputs(example: Example) -> Inputs:
     Tensors may stand inside of lists and dicts, beside numbers, texts and None.
 
     Raises:
-        MorphError: anything else is among them, or no tensor.
+        MorphError: anything else is among them, or no tensor, or one without elements.
     """
+    found = _inputs_of(example)
+    for x in found.tensors:
+        if x.numel() == 0:
+            raise MorphError(f"the example has a tensor of {tuple(x.shape)}, without elements; give at least one image")
+    return found
+
+
+def _inputs_of(example: Example) -> Inputs:
     if isinstance(example, Inputs):
         return example
     if isinstance(example, Tensor):

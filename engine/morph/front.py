@@ -31,6 +31,7 @@ from .running import eval_mode, failures, output_tensors
 from .stem import Stem, View, find_stem, view
 from .step import Step
 from .stock import as_given, stock
+from .tensors import as_ordered
 from .verify import verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
@@ -178,7 +179,7 @@ class FrontStep(Step, op="front"):
                 model = _replace(model, conv, folded(conv, self.r, self.downsample))
             return model
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        layers = self._layers(like)
+        layers = as_ordered(self._layers(like), model)
         layers.train(model.training)
         if not self.at:
             whole = nn.Sequential(OrderedDict(front=layers, body=model))

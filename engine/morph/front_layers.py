@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activation import PAct, activation
+from .tensors import channels_last
 
 
 class Resize(nn.Module):
@@ -154,7 +155,8 @@ def add_zero_columns(conv: nn.Conv2d, count: int) -> None:
     """Let a convolution read `count` more channels, with weight zero."""
     weight = conv.weight.detach()
     zeros = weight.new_zeros(weight.shape[0], count, *weight.shape[2:])
-    conv.weight = nn.Parameter(torch.cat([weight, zeros], 1), requires_grad=conv.weight.requires_grad)
+    wider = torch.cat([weight, zeros], 1).contiguous(memory_format=channels_last(weight) or torch.contiguous_format)
+    conv.weight = nn.Parameter(wider, requires_grad=conv.weight.requires_grad)
     conv.in_channels += count
 
 

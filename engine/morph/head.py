@@ -40,6 +40,8 @@ def grow_head(
         MorphError: no plain layer, fewer outputs than now, or a network that does more with the outputs than select
             them, e.g. a softmax after an "independent" head.
     """
+    if not isinstance(outputs, int):
+        raise MorphError(f"outputs {outputs!r}: give a whole number")
     if kind not in KINDS:
         raise MorphError(f"a head of kind {kind!r}; one of {KINDS}")
     step = HeadStep(path, outputs, kind)

@@ -54,7 +54,7 @@ def grow_kernel(
             padding mode that cannot pad so much on the example's size.
     """
     names = (paths,) if isinstance(paths, str) else tuple(paths)
-    step = KernelStep(names, kernel if isinstance(kernel, int) else tuple(kernel))
+    step = KernelStep(names, tuple(kernel) if isinstance(kernel, Sequence) else kernel)
     return morphed(model, step, example, inplace=inplace)
 
 

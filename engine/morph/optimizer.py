@@ -88,6 +88,9 @@ def grow_optimizer(
             and AdamW, uneven copies, other splits than equal powers of two, new channels, Adam with coupled weight
             decay, other morphs).
     """
+    if not isinstance(optimizer, Optimizer) or not isinstance(report, Report):
+        kinds = f"{type(optimizer).__name__} and {type(report).__name__}"
+        raise MorphError(f"grow_optimizer got {kinds}; give the parent's optimizer and the morph's report")
     if lr not in ("plain", "commute"):
         raise MorphError(f"lr '{lr}' is unknown; take 'plain' or 'commute'")
     if lr == "commute" and type(optimizer) not in RATES:
@@ -325,7 +328,8 @@ def _add_new(
     """Put each parameter that is no heir into a group.
 
     One that stands where a parent's stood belongs to that one's group, or to none if the optimizer had left that out.
-    Another is new: it goes to the nearest trained one of its kind, so that the rates of its part of the network hold for it.
+    Another is new: it goes to the nearest trained one of its kind, so that the rates of its part of the network
+    hold for it.
     """
     names = {id(p): name for name, p in parent.named_parameters()}
     trained = {names[id(p)]: (p, group) for group, old in zip(groups, origin, strict=True) for p in old["params"]}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
@@ -188,7 +189,13 @@ def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
     fill(child, child, blank)
     counter = FlopCounterMode(display=False)
     with failures(f"the network cannot be run on images of {shape}"):
-        kept = activation_bytes(_Counted(child, counter), shape, example)  # pyright: ignore[reportArgumentType]
+        try:
+            kept = activation_bytes(_Counted(child, counter), shape, example)  # pyright: ignore[reportArgumentType]
+        except DataDependentOutputException as error:
+            raise MorphError(
+                "the forward goes by a value of a tensor (.item(), bool), so that its cost cannot be counted without "
+                "computing it; widen() does not need that"
+            ) from error
     return Cost(count_parameters(child), counter.get_total_flops(), kept)
 
 

@@ -194,6 +194,10 @@ def _require_eager(model: nn.Module) -> None:
             raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
             raise MorphError(f"module '{name}' is lazy; run the model once before")
+        if hasattr(module, "_orig_mod"):
+            raise MorphError("the model is compiled; give the network itself, model._orig_mod, and compile the child")
+        if "quantized" in type(module).__module__:
+            raise MorphError(f"module '{name}' is quantised; morph the network before it is quantised")
 
 
 def _elsewhere(model: nn.Module) -> bool:

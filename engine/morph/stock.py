@@ -12,8 +12,10 @@ def stock(model: nn.Module, inplace: bool = False) -> nn.Module:
     """The network itself, with its ordinary forward.
 
     Raises:
-        MorphError: an accelerated one is to be changed in place.
+        MorphError: no network, or an accelerated one is to be changed in place.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MorphError(f"the model is a {type(model).__name__}; give an nn.Module")
     if not isinstance(model, Accelerated):
         return model
     if inplace:

@@ -26,7 +26,7 @@ from .running import failures, output_tensors
 from .spaces import labelled_run
 from .step import Edit
 from .stock import as_given, stock
-from .tensors import named_tensors
+from .tensors import as_ordered, named_tensors
 from .verify import verified_report
 
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
@@ -185,9 +185,11 @@ def refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def placed(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
-    """`new` in dtype and on the device of the weights at `path`, or of the model's first weight."""
+    """`new` in dtype, memory format and on the device of the weights at `path`, or of the model's."""
     like = next((p for m in (module_at(model, path), model) for p in m.parameters() if p.is_floating_point()), None)
-    return new if like is None else new.to(device=like.device, dtype=like.dtype)
+    if like is None:
+        return new
+    return as_ordered(new.to(device=like.device, dtype=like.dtype), model)
 
 
 # -- channels ----------------------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def conv_class(dims: int) -> type[nn.Module]:
 
 def spatial(value: int | Iterable[int], dims: int, name: str) -> tuple[int, ...]:
     """One number, or one per image axis."""
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or any(v < 1 for v in values):
-        raise MorphError(f"{name} {value} does not fit {dims} image axes; give one positive number or one per axis")
+    values = tuple(value) if isinstance(value, Iterable) else (value,) * dims
+    if len(values) != dims or any(not isinstance(v, int) or v < 1 for v in values):
+        raise MorphError(f"{name} {value!r} does not fit {dims} image axes; give one positive number or one per axis")
     return values

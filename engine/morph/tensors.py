@@ -20,6 +20,20 @@ def of_kind(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
+def channels_last(tensor: Tensor) -> torch.memory_format | None:
+    """The memory format with channels last in which a convolution's weight lies, if it does."""
+    format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    lies = format is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=format)
+    return format if lies else None
+
+
+def as_ordered(new: nn.Module, model: nn.Module) -> nn.Module:
+    """`new` with channels last in memory where a weight of the model has them so."""
+    for order in dict.fromkeys(channels_last(p) for p in model.parameters()):
+        new = new if order is None else new.to(memory_format=order)  # pyright: ignore[reportCallIssue]
+    return new
+
+
 def fill(child: nn.Module, parent: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Put `make(t)` where the parent, of the same modules, has t; tensors that are shared there are shared here."""
     made: dict[int, Tensor] = {}

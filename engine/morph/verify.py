@@ -21,6 +21,7 @@ from .example import Example, Inputs, as_inputs
 from .network_runs import NetworkRuns, distance
 from .report import Certificate, Difference, Report, worst
 from .step import Step
+from .tensors import named_tensors
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
@@ -92,8 +93,11 @@ def verified_report(
 ) -> Report:
     """The report of a morph, after `require_equal`; `compare_train=False` runs no train mode at all."""
     if certificate is not None and certificate.violations:
+        _refuse_not_finite(parent)
         raise MorphError(f"{step.op}: {certificate}; the original is unchanged, report this")
     found = _check(parent, child, example, child_example, outputs, seed, compare_train)
+    if math.isnan(found.difference.float64):
+        _refuse_not_finite(parent)
     _require(found.difference, train)
     parameters = (count_parameters(parent), count_parameters(child))
     lines = [*(changes or []), *([f"train mode was not compared: {found.untrained}"] if found.untrained else [])]
@@ -170,6 +174,13 @@ def _run_parent(
         assert refused is not None
         raise refused
     return tried[0]
+
+
+def _refuse_not_finite(parent: nn.Module) -> None:
+    """Say which weights are no numbers, where that is why a check failed."""
+    for name, tensor in named_tensors(parent).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise MorphError(f"'{name}' of the network holds NaN or infinite numbers, so that nothing can be told")
 
 
 def _require(difference: Difference, train: bool = True) -> Difference:

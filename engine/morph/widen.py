@@ -29,7 +29,7 @@ from .splits import SPLITS, certify, split_columns
 from .standard import standard_name
 from .step import Step
 from .stock import as_given, stock
-from .tensors import fill, named_tensors
+from .tensors import channels_last, fill, named_tensors
 from .tracer import Mismatch
 from .verify import verified_report
 
@@ -87,6 +87,8 @@ def widen(
         raise MorphError("widen: give counts, a factor or free channels")
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
+    if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise MorphError(f"noise {noise!r}: give 0 or a positive number, relative to the weights' standard deviation")
     inputs = as_inputs(example)
     given, model = model, stock(model, inplace)
     spaces = find_spaces(model, inputs, groups=groups)
@@ -232,6 +234,7 @@ class WidenStep(Step, op="widen"):
             result = result.index_select(made.axis, made.parents)
             if bool(made.free.any()) and tensor.ndim > 1:  # vectors (norms, biases) keep those of the copied channel
                 _draw(result, made.axis, made.free, tensor, generator)
+        result = result.contiguous(memory_format=channels_last(tensor) or torch.contiguous_format)
         return result.to(tensor.device), certificate
 
 
@@ -370,6 +373,8 @@ def _must_grow(space: Space) -> None:
 def _copies(space: Space, value: int | Sequence[int], rng: np.random.Generator, is_factor: bool) -> list[int]:
     classes = len(space.order)
     if not isinstance(value, int | np.integer):
+        if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+            raise MorphError(f"space {space.key}: {value!r} is no width; give a whole number, or one for each class")
         copies = [int(v) for v in value]
         if len(copies) != classes or min(copies) < 1:
             raise MorphError(f"space {space.key} wants {classes} counts of at least 1, not {copies[:8]}")

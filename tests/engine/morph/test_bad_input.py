@@ -22,6 +22,7 @@ from gigamorph.engine.morph.head import grow_head
 from gigamorph.engine.morph.inputs import to_grey
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.merge import merge
+from gigamorph.engine.morph.planner import plan_growth
 from gigamorph.engine.morph.widen import widen
 
 X = torch.zeros(1, 3, 8, 8)
@@ -113,6 +114,12 @@ def and_back(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(m.a(x), m.a.weight.mT, padding=1)
 
 
+def broken() -> nn.Module:
+    made = net(conv())
+    made.mixer.weight.data[0, 0, 0, 0] = torch.inf
+    return made
+
+
 local = {"kernel": at(grow_kernel, "mixer", 5), "decompose": at(decompose, "mixer"), "add": at(split_parallel, "mixer")}
 stem: dict[str, Run] = {
     "fold": lambda m, inplace: front(m, X, 2, "fold", inplace=inplace),
@@ -131,6 +138,11 @@ case("a write into a view", mixer(write_to_view), "module 'mixer'", widen=wider,
 case("a smaller width", lambda: net(conv()), "space stem.weight:0 has width 4", widen=at(widen, {"stem.weight:0": 3}))
 case("a smaller kernel", lambda: net(conv()), "module 'mixer'", kernel=at(grow_kernel, "mixer", 1))
 case("a smaller head", lambda: net(conv()), "module 'fc'", head=at(grow_head, "fc", 1))
+case("infinity in a weight", broken, "mixer.weight' of the network holds NaN", widen=wider, head=at(grow_head, "fc", 5))
+case("one kernel for two layers", lambda: net(conv()), "kernels 3: give two", parts=at(decompose, "mixer", 3))
+case("half a width", lambda: net(conv()), "8.0 is no width", widen=at(widen, {"stem.weight:0": 8.0}))
+case("negative noise", lambda: net(conv()), "noise -1", widen=lambda m, i: widen(m, X, factor=2, noise=-1, inplace=i))
+case("no image", lambda: net(conv()), "(0, 3, 8, 8), without", widen=lambda m, i: widen(m, X[:0], factor=2, inplace=i))
 case("a module that is not there", lambda: net(conv()), "no module 'mixer.a'", deepen=at(insert_identity, "mixer.a"))
 
 
@@ -151,6 +163,23 @@ def test_refused_and_untouched(name: str, inplace: bool) -> None:
     assert all(a is b for a, b in zip(after.values(), tensors, strict=True))
     assert all(torch.equal(value, before[key]) for key, value in after.items())
     model(X)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("run", [wider, lambda m, _: merge(m, X), lambda m, _: plan_growth(m, X)])
+def test_what_stands_for_a_network_is_named(run: Run) -> None:
+    with pytest.raises(MorphError, match="is compiled; give the network itself"):
+        run(torch.compile(net(conv())), False)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(MorphError, match="module 'fc' is quantised"):
+        run(torch.ao.quantization.quantize_dynamic(net(conv()), {nn.Linear}), False)
+    with pytest.raises(MorphError, match="the model is a NoneType"):
+        run(None, False)  # pyright: ignore[reportArgumentType]
+
+
+def test_costs_of_a_forward_that_reads_a_value() -> None:
+    model = net(Call(lambda _, x: x * 2 if x.mean().item() > 1e9 else x))
+    with pytest.raises(MorphError, match=r"goes by a value of a tensor \(.item"):
+        plan_growth(model, X)
 
 
 def test_a_factor_for_a_network_of_which_nothing_can_grow() -> None:

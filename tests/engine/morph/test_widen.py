@@ -25,6 +25,10 @@ from morph_programs import BENIGN, LATTICE, Program, programs
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
+from gigamorph.engine.morph.decompose import decompose
+from gigamorph.engine.morph.deepen import insert_identity
+from gigamorph.engine.morph.front import front
+from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Recipe, apply
 from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
@@ -519,3 +523,19 @@ def test_a_discovery_that_unites_and_freezes_nothing_is_never_believed(
             continue
         assert compare(model, child, X).float64 < 1e-10
     assert refused
+
+
+@pytest.mark.parametrize("morph", ["widen", "kernel", "decompose", "identity", "front"])
+def test_channels_last_stays(morph: str) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    net = net.append(nn.Conv2d(4, 2, 1)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    child, _ = {
+        "widen": lambda: widen(net, x, factor=2),
+        "kernel": lambda: grow_kernel(net, x, "2", 5),
+        "decompose": lambda: decompose(net, x, "2"),
+        "identity": lambda: insert_identity(net, x, "2"),
+        "front": lambda: front(net, x, 2),
+    }[morph]()
+    weights = [p for p in child.parameters() if p.ndim == 4]
+    assert len(weights) > 2 and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
