@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -27,7 +20,9 @@ from .aliases import Step
 from .averages import averaging
 from .corrected import CORRECTED
 from .lines import line_of
+from .parts import OF_PARTS, with_weight
 from .program import Branch, Op, bind, by_chance, given, known_values, name_of, refs
+from .refusals import REFUSED, as_refusal, data_dependent
 from .state import Snapshot
 from .tensor_hooks import Registered
 from .values import Values
@@ -49,29 +44,6 @@ _TAKEN = frozenset(
         "__array__",
     }
 )
-_REFUSED = {
-    "register_hook": "registers a hook on a tensor that it has not made; do so outside of the forward",
-    "register_post_accumulate_grad_hook": "registers a hook on a tensor; do so outside of the forward",
-    "grad_fn": "looks at the graph of a tensor (grad_fn), which is another one by tiles; register hooks on the tensor",
-    "backward": "differentiates inside the forward; do so outside of it",
-    "grad": "reads or takes a gradient inside the forward; do so outside of it",
-    "set_": "puts another memory under a tensor; write values with copy_",
-    "resize_": "changes the size of a tensor in place; make a new one",
-    "resize_as_": "changes the size of a tensor in place; make a new one",
-    "native_group_norm": "calls native_group_norm with the image's size as numbers; use F.group_norm",
-    "share_memory_": "moves a tensor to shared memory; do so outside of the forward",
-}
-
-
-def _undispatched(func: Any) -> Callable[..., Any]:
-    """A function of torch.nn.functional that goes on to its parts, which are then seen, instead of being one call."""
-    names = {**vars(F), "has_torch_function": lambda _: False, "has_torch_function_unary": lambda _: False}
-    names["has_torch_function_variadic"] = lambda *_: False
-    return types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
-
-
-# Written in Python of functions that are known.
-_OF_PARTS = {F.multi_head_attention_forward: _undispatched(F.multi_head_attention_forward)}
 
 
 class Recorder(TorchFunctionMode):
@@ -97,10 +69,10 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
         kwargs = kwargs or {}
-        if func in _OF_PARTS:
+        if func in OF_PARTS:
             with self:
-                return _OF_PARTS[func](*args, **kwargs)
-        return self.call(func, args, _with_weight(kwargs) if func is F.l1_loss else kwargs)
+                return OF_PARTS[func](*args, **kwargs)
+        return self.call(func, args, with_weight(kwargs) if func is F.l1_loss else kwargs)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -190,8 +162,8 @@ class Recorder(TorchFunctionMode):
             name = "grad"
         if name == "resize_" and tensors and _ints(args[1:]) == tuple(tensors[0].shape):
             return
-        if name in _REFUSED and tensors:
-            raise UnsupportedError(f"{self.values.where()} {_REFUSED[name]}")
+        if name in REFUSED and tensors:
+            raise UnsupportedError(f"{self.values.where()} {REFUSED[name]}")
         if name == "requires_grad_" and tensors and tensors[0].requires_grad != (*args[1:], *kwargs.values(), True)[0]:
             raise UnsupportedError(
                 f"{self.values.where()} calls requires_grad_() on a tensor; do so outside of the forward"
@@ -230,7 +202,7 @@ class Recorder(TorchFunctionMode):
                 )
             if self.branches is not None and _is_truth(name, args):
                 return self._supposed(args[0])
-            raise _data_dependent(self.values.where(), f"'{name}'")
+            raise data_dependent(self.values.where(), f"'{name}'")
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
         program.reads.append((take, own()))
         return own()
@@ -252,7 +224,7 @@ class Recorder(TorchFunctionMode):
         """
         program, number = self.values.program, self.values.present(tensor)
         if by_chance(program, [number]):
-            raise _data_dependent(self.values.where(), "a branch by random numbers")
+            raise data_dependent(self.values.where(), "a branch by random numbers")
         known = list(self.branches or ())
         taken = known[len(program.branches)] if len(program.branches) < len(known) else False
         program.branches.append(Branch(number, taken, self.values.where()))
@@ -396,15 +368,6 @@ _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
 _GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore
 
 
-def _with_weight(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `l1_loss`, which does not pass its weight on to function modes (torch 2.11 to 2.13)."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code is not F.l1_loss.__code__:
-        frame = frame.f_back
-    weight = None if frame is None else frame.f_locals.get("weight")
-    return kwargs if weight is None or "weight" in kwargs else {**kwargs, "weight": weight}
-
-
 def _ints(args: Any) -> tuple[int, ...]:
     return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
 
@@ -428,42 +391,3 @@ def _harmless(frame: Any) -> bool:
             return name.split(".")[1] in ("detach", "lift_fresh", "alias", "lift")
         frame = frame.f_back if frame.f_code.co_filename.endswith("fake_tensor.py") else None
     return False
-
-
-def _data_dependent(where: str, call: str) -> UnsupportedError:
-    frame: Any = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith("torch/distributions/distribution.py"):
-        frame = frame.f_back
-    own = "use torch.where, or do it outside of the forward"
-    return UnsupportedError(
-        f"{where} takes a Python value or a shape from the image or another tensor ({call}); such data-dependent "
-        f"control flow cannot be recorded; {own if frame is None else 'give the distribution validate_args=False'}"
-    )
-
-
-def as_refusal(error: Exception, where: str) -> Exception:
-    """The network's own error as it is; one that only tensors without values raise as a refusal."""
-    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-        return _data_dependent(where, str(error.func))
-    text = str(error).strip().splitlines()[:1] or [type(error).__name__]
-    if isinstance(error, (UnsupportedFakeTensorException, UnsupportedOperatorException)):
-        return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch")
-    if "functions with out=" in str(error):
-        return UnsupportedError(f"{where} writes to out= what gradients flow through; drop that argument")
-    if isinstance(error, UnsupportedError) or not any(word in str(error) for word in _FAKE):
-        return error
-    return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch ops")
-
-
-_FAKE = (
-    "FakeTensor",
-    "fake tensor",
-    "fake mode",
-    "Fake",
-    "meta tensor",
-    "Meta tensor",
-    "data_ptr",
-    "data pointer",
-    "doesn't have storage",
-    "numpy",
-)

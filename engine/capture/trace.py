@@ -31,7 +31,8 @@ from .program import Given, Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
 from .reach import mentioned
-from .recorder import Recorder, as_refusal
+from .recorder import Recorder
+from .refusals import as_refusal
 from .state import Snapshot, owner_now
 from .trees import taken_apart
 from .unseen import Unseen
