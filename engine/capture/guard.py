@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ...kernels.precision import tf32_settings
 from .holders import Holder
+from .process import tracks
 from .state import Effect, Snapshot
 from .walk import Found
 
@@ -44,8 +45,8 @@ def process_state() -> tuple[Any, ...]:
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
         tf32_settings(),
-        tuple(module._global_forward_hooks.values()),
-        tuple(module._global_forward_pre_hooks.values()),
+        tuple(hook for hook in module._global_forward_hooks.values() if not tracks(hook)),
+        tuple(hook for hook in module._global_forward_pre_hooks.values() if not tracks(hook)),
         bool(module._global_backward_hooks or module._global_backward_pre_hooks),
     )
 

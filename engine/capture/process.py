@@ -17,6 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.module_tracker import ModuleTracker
 
 from .unseen import Unseen
 
@@ -147,6 +148,11 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
     scripted = replaced(lambda original: lambda f, *args, **kwargs: unseen.scripted(original, f, args, kwargs))
     changes.put(torch.jit.ScriptFunction, "__call__", scripted)
     changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
+
+    def replaced_hooks(hooks: Any) -> Any:
+        silent = replaced(lambda _hook: lambda *_: None)
+        return type(hooks)((key, silent(hook) if tracks(hook) else hook) for key, hook in hooks.items())
+
     hook = replaced(lambda original: lambda *args: unseen.backward_hook(original, *args))
     changes.put(nn.modules.module, "BackwardHook", hook)
     norm = nn.modules.batchnorm._BatchNorm
@@ -156,8 +162,15 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
         "_checkpoint_without_reentrant_generator",
         replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs)),
     )
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+        changes.put(nn.modules.module, name, replaced_hooks)
     for owner, name in _SEEDING:
         changes.put(owner, name, replaced(seeding))
+
+
+def tracks(hook: Callable[..., Any]) -> bool:
+    """Whether a global hook is of PyTorch's own tracker of modules, with which FlopCounterMode counts by module."""
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 # `fork_rng` puts a state back by these, too.

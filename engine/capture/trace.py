@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import process
@@ -197,7 +198,9 @@ class _Recording:
         values, program = self.values, self.values.program
         weak = values.weak
         try:
-            with self.fake, enable_python_dispatcher():
+            # A mode of the caller's, which counts FLOPs or logs calls, is shown what tiles compute, and no tensors
+            # without values.
+            with _disable_current_modes(), self.fake, enable_python_dispatcher():
                 image = values.given(what)
                 maps = [values.given(spec) for spec in inputs]
                 rest = [values.given(spec) for spec in vectors]
