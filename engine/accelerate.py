@@ -144,7 +144,7 @@ class Accelerated(Delegate):
         """The network's output for an image batch.
 
         Args:
-            args: what the network's own forward takes. The first image among them, a float tensor (N, C, H, W) on any
+            args: what the network's own forward takes. The first image among them, a tensor (N, C, H, W) on any
                 device or a pixel source, says the size; further tensors with these H and W as their last two axes
                 (images, masks) are read tile by tile as well, all other tensors (metadata) whole. Python values are
                 part of the recording.

@@ -57,11 +57,11 @@ class ImageBatch:
         """
         parameter = next(network.parameters(), torch.empty(0))
         if isinstance(x, Tensor):
-            if x.dim() != 4 or not x.is_floating_point():
-                remedy = "" if x.is_floating_point() else "; convert it before the network: x.float()"
+            if x.dim() != 4 or x.is_complex():
+                remedies = {3: "; give one image as x[None]", 5: "; give views or slices as images: x.flatten(0, 1)"}
                 raise GigamorphError(
-                    f"the image batch must be a float tensor (N, C, H, W), not {x.dtype} of shape {tuple(x.shape)}"
-                    + remedy
+                    f"the image batch must be a tensor (N, C, H, W) of real numbers, not {x.dtype} of shape "
+                    f"{tuple(x.shape)}{remedies.get(x.dim(), '')}"
                 )
             pixels, image, dtype = ImageTensor(x), x, x.dtype
         else:
