@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 
-# Where checkpoints keep weights; as timm does, averaged ones are preferred.
-_PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "model_state", "net", "network")
-_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # torch.compile, DDP, in either order
+# Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
+# tell, then those that may be of something else (the weights of classes).
+_AVERAGED = ("state_dict_ema", "model_ema", "params_ema")
+_USUAL = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
+_PLACES = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
+_DEPTH = 3  # of such places
+_COMPILED, _WRAPPED = "_orig_mod", "module."  # by torch.compile; by DDP and AveragedModel
+_COUNTER = "n_averaged"  # of AveragedModel, beside the names that it wraps
 _LISTED = 10
 
 
@@ -41,24 +46,31 @@ class State:
     """The weights of a file.
 
     Attributes:
-        tensors: by the names of the file, without the wrappers of DDP and torch.compile.
-        place: where in the file they stand, as in "state_dict_ema".
+        tensors: by the names of the file, after the prefix that was asked for.
+        place: where in the file they stand, as in "state_dict_ema" or "model.state_dict".
+        others: places of other weights that were passed over.
         rest: what else the checkpoint holds; objects of foreign classes are inert.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     place: str = ""
+    others: tuple[str, ...] = ()
     rest: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_state(path: str | Path) -> State:
+def read_state(path: str | Path, prefix: str = "") -> State:
     """The weights in a .safetensors file, or in anything that torch.save wrote: a state dict, or a checkpoint with one.
 
     Nothing in the file is executed: classes that a checkpoint names besides tensors are not imported.
 
+    Args:
+        prefix: take the sub-tree of names that begin so (`subtree`), with or without the wrappers of DDP and
+            torch.compile; or the weights of this place in the file, or a sub-tree of them, as in "generator.encoder".
+
     Raises:
-        DataError: the file is missing or damaged, holds no state dict, or a whole pickled module.
+        DataError: the file is missing or damaged, holds no state dict, or a whole pickled module; it holds several and
+            the prefix names none; no name begins with the prefix.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,23 +79,95 @@ def read_state(path: str | Path) -> State:
         from safetensors.torch import load_file
 
         try:
-            return State(path, load_file(path))
+            state = State(path, load_file(path))
         except Exception as error:  # the library's own error class, and those of the system
             raise DataError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
+        return replace(state, tensors=_chosen(state.tensors, prefix, path))
     loaded = load_inert(path)
-    place, rest = "", {}
-    if isinstance(loaded, dict) and not is_state(loaded):
-        for key in _PLACES:
-            if is_state(loaded.get(key)):
-                place, rest = key, {k: v for k, v in loaded.items() if k != key and k not in _PLACES}
-                loaded = loaded[key]
-                break
-    if not is_state(loaded):
-        held = [loaded, *loaded.values()] if isinstance(loaded, dict) else [loaded]
-        if any(isinstance(value, _Inert) for value in held):
-            raise DataError(_untrusted(path))
+    found = dict(_states(loaded))
+    place, prefix = _place(found, loaded, prefix, path)
+    others = tuple(other for other in found if other != place and _known(other))
+    rest = {k: v for k, v in loaded.items() if k != place.split(".")[0] and k not in _PLACES} if place else {}
+    return State(path, _chosen(found[place], prefix, path), place, others, rest)
+
+
+def _states(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All state dicts in what a file holds, with their places."""
+    if is_state(loaded):
+        yield place, loaded
+    elif isinstance(loaded, dict) and depth < _DEPTH:
+        for key, value in loaded.items():
+            if isinstance(key, str):
+                yield from _states(value, f"{place}.{key}" if place else key, depth + 1)
+
+
+def _known(place: str) -> bool:
+    return all(part in _PLACES for part in place.split("."))
+
+
+def _place(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: str, path: Path) -> tuple[str, str]:
+    """Which of the state dicts in a file is meant, and what of the prefix is left to choose in it.
+
+    It is the one in the place that is preferred, unless the prefix names another one.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    known = [place for place in found if not place or _known(place)]
+    for names in (_AVERAGED, _USUAL):
+        known = [place for place in known if any(part in names for part in place.split("."))] or known
+    named = [place for place in found if place and f"{prefix}.".startswith(f"{place}.")]
+    if len(known) == 1 and (not named or _form_with(found[known[0]], prefix)):
+        return known[0], prefix
+    if named:
+        return named[0], prefix.removeprefix(named[0]).removeprefix(".")
+    held = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
+    inert = [key for key, value in held if isinstance(value, _Inert)]
+    if inert and (not found or any(key in _PLACES for key in inert)):
+        raise DataError(_untrusted(path))
+    if not found:
         raise DataError(f"{path}: holds no state_dict; save one with torch.save(model.state_dict(), path)")
-    return State(path, {_unwrapped(name): value for name, value in loaded.items()}, place, rest)
+    places = known or list(found)
+    raise DataError(
+        f"{path}: holds weights in {_some(places)}; name the place of those that are meant, as in --prefix {places[0]}"
+    )
+
+
+def _chosen(state: dict[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
+    return subtree(_form_with(state, prefix) or unwrapped(state), prefix, path) if prefix else state
+
+
+def _form_with(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor] | None:
+    """The weights with as many wrappers as leave names that begin with a prefix."""
+    begin = prefix.removesuffix(".") + "."
+    return next((form for form in _forms(state) if any(name.startswith(begin) for name in form)), None)
+
+
+def unwrapped(state: Mapping[str, Tensor], own: Container[str] = ()) -> dict[str, Tensor]:
+    """Weights by their names without what torch.compile, DDP and AveragedModel put before them.
+
+    A wrapper is what all names have, and not part of the network's own names: a child of it may be called module.
+
+    Args:
+        own: the names of the network; if no wrapper more or less gives one of them, or they are not known, none is
+            left.
+    """
+    forms = list(_forms(state))
+    fitting = [sum(name in own for name in form) for form in forms]
+    return forms[fitting.index(max(fitting))] if any(fitting) else forms[-1]
+
+
+def _forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights as they are, then without one wrapper after the other."""
+    form = dict(state)
+    yield form
+    plain = {".".join(part for part in name.split(".") if part != _COMPILED): value for name, value in form.items()}
+    if plain.keys() != form.keys():  # it stands where a module was compiled, of a part of them only inside
+        yield plain
+    form = plain
+    while (names := [name for name in form if name != _COUNTER]) and all(n.startswith(_WRAPPED) for n in names):
+        form = {name.removeprefix(_WRAPPED): form[name] for name in names}
+        yield form
 
 
 def is_state(found: Any) -> bool:
@@ -121,12 +205,6 @@ def _untrusted(path: Path) -> str:
         f"{path}: holds a pickled module or other objects, and to open it runs the code in it; if you trust where it "
         "comes from, give --trust where its own code is installed, or save its state_dict()"
     )
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
 
 
 def subtree(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:

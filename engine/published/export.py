@@ -21,7 +21,7 @@ from ..models.weights import first_line, sha256
 from ..train.checkpoint import load_checkpoint, versions
 from ..train.network import outputs_of_record, restore_network
 from .importing import new_folder
-from .reference import LIMIT32, difference, fixed_image, ordinary
+from .reference import LIMIT32, difference, fixed_image, forward, ordinary
 
 _SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # ours, which timm calls the same
 
@@ -145,18 +145,19 @@ def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = 
 
     Args:
         size: (height, width) that images have; None leaves them free, which a network whose padding depends on the
-            size in ways that cannot be written so does not allow.
+            size in ways that cannot be written so does not allow. If the network takes few sizes, None is the one that
+            its images are brought to.
 
     Returns:
         As `export_hub`.
 
     Raises:
-        GigamorphError: a package is missing, the network cannot be written so, or ONNX Runtime gives other logits;
-            nothing was written.
+        GigamorphError: a package is missing, the network cannot be written so, takes few sizes and none is known, or
+            ONNX Runtime gives other logits; nothing was written.
     """
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise GigamorphError(f"writing ONNX needs {error.name}; pip install 'gigamorph[onnx]'") from error
@@ -164,26 +165,67 @@ def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = 
     if out.exists():
         raise GigamorphError(f"{out}: already exists; name another --out")
     name, network = source.description.model, copy.deepcopy(source.network).eval()
+    size = size or _needed_size(source, network)
     images = [source.image] if size is None else [fixed_image(source.description.preprocessing, size)]
-    if size is None:  # another size and number of images than it is written with
-        height, width = images[0].shape[2:]
-        images.append(fixed_image(source.description.preprocessing, (height + 64, width + 32)).repeat(2, 1, 1, 1))
+    if size is None:
+        images.append(_other_image(source))
     program = _onnx_program(network, images[0], name, free=size is None)
     program.model.metadata_props["gigamorph"] = json.dumps(source.description.to_json())
     with new_folder(out.with_name(f".{out.name}.folder"), keep=False) as folder:
         path = folder / out.name
         program.save(str(path))
         onnx.checker.check_model(str(path))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         far = 0.0
-        for image in images:
-            (given,) = session.run(["logits"], {"image": image.numpy()})
-            far = max(far, _same(torch.from_numpy(given), ordinary(network, image, name), "ONNX Runtime"))
+        for image, given in zip(images, _by_onnx_runtime(path, images, name, size is None), strict=True):
+            far = max(far, _same(given, ordinary(network, image, name), "ONNX Runtime"))
         out.parent.mkdir(parents=True, exist_ok=True)
         path.rename(out)
     return far
+
+
+def _other_image(source: Source) -> Tensor:
+    """Another size and number of images than a network is written with."""
+    height, width = source.image.shape[2:]
+    return fixed_image(source.description.preprocessing, (height + 64, width + 32)).repeat(2, 1, 1, 1)
+
+
+def _needed_size(source: Source, network: nn.Module) -> tuple[int, int] | None:
+    """The size that its images are brought to, of a network that does not take others; None if it does.
+
+    Raises:
+        GigamorphError: they are brought to none.
+    """
+    other = _other_image(source)
+    try:
+        forward(network, other, source.description.model)
+        return None
+    except GigamorphError as error:
+        size, known = source.description.preprocessing.size, source.description.reference.get("image")
+        if size is None:
+            hint = f", as in --size {known[2]}x{known[3]}" if known else ""
+            raise GigamorphError(
+                f"{source.path}: its network does not take images of any size ({other.shape[2]} x {other.shape[3]} is "
+                f"none); give --size HxW{hint}"
+            ) from error
+        return size
+
+
+def _by_onnx_runtime(path: Path, images: list[Tensor], name: str, free: bool) -> list[Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return [torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0]) for image in images]
+    except Exception as error:  # it has its own
+        raise GigamorphError(
+            f"model {name!r}: ONNX Runtime cannot run what was written: {first_line(error)}{_hint(free)}"
+        ) from error
+
+
+def _hint(free: bool) -> str:
+    return "; with --size HxW it is written for images of one size" if free else ""
 
 
 def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> Any:
@@ -204,8 +246,7 @@ def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> A
                 verbose=False,
             )
     except Exception as error:  # torch.onnx has many, with pages of text
-        hint = "; with --size HxW it is written for images of one size" if free else ""
-        raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(error)}{hint}") from error
+        raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(error)}{_hint(free)}") from error
 
 
 def _same(given: Tensor, wanted: Tensor, by: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,7 @@ class PreparedSource(DerivedSource):
         self.preprocessing, self.added = preprocessing, _steps(preprocessing)
         self._canvas = _canvas(*source.shape[1:], preprocessing)
         if preprocessing.size is not None:
-            top, left, _, _, y, x = self._canvas
-            self.back = Affine(xx=x, x0=-left * x, yy=y, y0=-top * y)
+            self.back = self._canvas.back
         self._whole: Tensor | None = None
         self._normalize: Normalize | None = None
 
@@ -61,11 +61,11 @@ class PreparedSource(DerivedSource):
     def _resized(self) -> Tensor:
         """Bilinear between the middles of pixels, without a filter, as OpenCV's and PyTorch's default."""
         _, height, width = self.source.shape
-        grey = self.source.read(0, height, 0, width)
-        top, left, inner_height, inner_width, _, _ = self._canvas
+        part, at = self.source.read(0, height, 0, width)[None], self._canvas
+        if at.beside != (0, 0):  # in the new rows, where it takes less memory; the two axes are resized one by one
+            part = F.pad(_bilinear(part, at.height, width), at.beside)
         out = torch.zeros(self.shape)
-        part = F.interpolate(grey[None], (inner_height, inner_width), mode="bilinear", align_corners=False)[0]
-        out[:, top : top + inner_height, left : left + inner_width] = part
+        out[:, at.top : at.top + at.height, at.left : at.left + at.width] = _bilinear(part, at.height, at.width)[0]
         return out
 
     def _own(self) -> Normalize:
@@ -96,21 +96,53 @@ def _steps(wanted: Preprocessing) -> tuple[str, ...]:
     return (*found, *(wanted.normalize.steps if wanted.per_image != "standard" else ()))
 
 
-def _canvas(height: int, width: int, wanted: Preprocessing) -> tuple[int, int, int, int, float, float]:
-    """Where an image lies in its new size: top, left, height, width, and source pixels per pixel (down, across)."""
-    if wanted.size is None:
-        return 0, 0, height, width, 1.0, 1.0
-    new_height, new_width = wanted.size
+def _bilinear(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """Where an image lies in its new size.
+
+    Attributes:
+        beside: columns of black, left and right, that widen the image before it is resized.
+        top, left, height, width: of what it is resized to.
+        down, across: its own pixels per pixel of that.
+    """
+
+    beside: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+    down: float
+    across: float
+
+    @property
+    def back(self) -> Affine:
+        """From the new size to the image."""
+        x0 = -self.left * self.across - self.beside[0]
+        return Affine(xx=self.across, x0=x0, yy=self.down, y0=-self.top * self.down)
+
+
+def _canvas(height: int, width: int, wanted: Preprocessing) -> _Canvas:
+    new_height, new_width = wanted.size or (height, width)
+    inner_height, inner_width, missing = new_height, new_width, 0
     if wanted.fit == "pad":
         scale = min(new_height / height, new_width / width)
         inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
-    else:
-        inner_height, inner_width = new_height, new_width
-        aspect = new_height / new_width
-        if wanted.fit == "widen" and height / width > aspect:
-            inner_width = max(1, round(new_width * width / round(height / aspect)))
+    elif wanted.fit == "widen":
+        missing = max(0, round(height / (new_height / new_width)) - width)
     top, left = (new_height - inner_height) // 2, (new_width - inner_width) // 2
-    return top, left, inner_height, inner_width, height / inner_height, width / inner_width
+    return _Canvas(
+        beside=(missing // 2, missing - missing // 2),
+        top=top,
+        left=left,
+        height=inner_height,
+        width=inner_width,
+        down=height / inner_height,
+        across=(width + missing) / inner_width,
+    )
 
 
 class PublishedImages:

@@ -19,13 +19,13 @@ from ..errors import GigamorphError
 from ..models import create_model
 from ..models.folder import Description, Preprocessing, read_description, write_description
 from ..models.spec import Spec
-from ..models.weights import State, read_state, sha256, subtree
+from ..models.weights import State, read_state, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from . import pickled
 from .layouts import parts_of
 from .layouts.layout import trained
-from .one import SIZE, Say, Wishes, import_state
-from .reference import fixed_image
+from .one import Say, Wishes, channels_in, import_state
+from .reference import Reference
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
 
@@ -49,7 +49,7 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
         if hub is not None:
             chosen = replace(wishes, classes=wishes.classes or hub.classes, licence=wishes.licence or hub.licence)
             with new_folder(out) as folder:
-                state = _read(hub.weights, chosen)
+                state = _read(hub.weights, chosen, say)
                 import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say, hub.outputs)
             return [Path(out)]
         return _import_layout(weights_in(path), out, wishes, say)
@@ -65,12 +65,9 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
         if wishes.trust and pickled.holds_module(weights):
             _import_pickled(spec, weights, folder, wishes, say)
         else:
-            channels = _channels_of(spec, read_state(weights).tensors, wishes)
-            wanted, licence, fixed = Preprocessing(channels), "", None
-            if spec.kind == "timm":
-                wanted, licence, fixed = timm_preprocessing(spec, channels)
-            chosen = replace(wishes, licence=wishes.licence or licence, size=wishes.size or fixed)
-            import_state(spec, _read(weights, wishes), wanted, (), folder, chosen, say)
+            state = _read(weights, wishes, say)
+            wanted, chosen = _wanted(spec, state.tensors, wishes)
+            import_state(spec, state, wanted, (), folder, chosen, say)
     return [Path(out)]
 
 
@@ -126,11 +123,13 @@ def _write_ensemble(
 
 
 def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> list[Path]:
-    state = read_state(path)
+    state = _read(path, wishes, say)
+    state = replace(state, tensors=unwrapped(state.tensors))
     own_part = trained(state) if wishes.layout is None else None
     name, parts = ("gigamorph train", [own_part]) if own_part else parts_of(state, wishes.layout)
     say(f"{path.name}: layout {name}, {len(parts)} network{'s' if len(parts) > 1 else ''}")
     with new_folder(out) as folder:
+        asked = wishes.prefix.removesuffix(".") + "." if wishes.prefix else ""
         targets = [folder / part.name if len(parts) > 1 else folder for part in parts]
         made = []
         for part, target in zip(parts, targets, strict=True):
@@ -142,43 +141,56 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
             one = import_state(
                 Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen, say, part.outputs
             )
-            made.append(replace(one, source={**one.source, "layout": name, "prefix": part.prefix}))
+            made.append(replace(one, source={**one.source, "layout": name, "prefix": asked + part.prefix}))
             write_description(target, made[-1])
         if len(parts) > 1:
             _write_ensemble(folder, [part.name for part in parts], made)
     return [Path(out) / part.name if len(parts) > 1 else Path(out) for part in parts]
 
 
+def _wanted(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> tuple[Preprocessing, Wishes]:
+    """What a network takes as its source says; and the wishes, with licence and fixed size where those say none."""
+    channels = _channels_of(spec, tensors, wishes)
+    if spec.kind != "timm":
+        return Preprocessing(channels), wishes
+    wanted, licence, fixed = timm_preprocessing(spec, channels)
+    if fixed is not None:  # or that of the network as its arguments have it, to which images are brought
+        fixed = (wishes.preprocessing or {}).get("size") or fixed
+    return wanted, replace(wishes, licence=wishes.licence or licence, size=wishes.size or fixed)
+
+
 def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> int:
-    """What is said, else what the first convolution in the file takes, else 1."""
+    """What is said, else what the network's first convolution takes in the file, else 1."""
     said = (wishes.preprocessing or {}).get("channels")
     for name in ("in_chans", "in_channels"):
         said = spec.arguments.get(name, said)
     if said is not None:
         return int(said)
-    first = next((value for value in tensors.values() if value.ndim == 4), None)
-    return int(first.shape[1]) if first is not None and first.shape[1] in (1, 3) else 1
+    return channels_in(spec, tensors) or 1
 
 
 def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say: Say) -> None:
     """A pickled module becomes a state dict in a process of its own; the spec's network must give the same logits."""
-    channels = int((wishes.preprocessing or {}).get("channels", spec.arguments.get("in_channels", 1)))
-    wanted = replace(Preprocessing(channels), **(wishes.preprocessing or {}))
-    image = fixed_image(wanted, wishes.size or SIZE)
-    found = pickled.extract(weights, image)
+    found = pickled.extract(weights, wishes.prefix)
     say(f"{weights.name}: a pickled {found.kind}, opened in a process of its own")
-    description = import_state(spec, found.state, wanted, (), folder, wishes, say)
+    wanted, chosen = _wanted(spec, found.state.tensors, wishes)
+    description = import_state(spec, found.state, wanted, (), folder, chosen, say)
+    image = Reference.read(folder).image
     network = create_model(str(folder)).eval()
     with torch.no_grad():
         given = network(image)
-    pickled.same_logits(found, given, str(spec))
+    if image.shape[1] == 1 and channels_in(spec, found.state.tensors) == 3:  # they were summed for grey images
+        image = image.expand(-1, 3, -1, -1)
+    pickled.same_logits(found, pickled.logits(weights, image, wishes.prefix), given, str(spec))
     source = {**description.source, "pickled": found.kind}
     write_description(folder, replace(description, source=source))
 
 
-def _read(path: Path, wishes: Wishes) -> State:
-    state = read_state(path)
-    return replace(state, tensors=subtree(state.tensors, wishes.prefix, path)) if wishes.prefix else state
+def _read(path: Path, wishes: Wishes, say: Say) -> State:
+    state = read_state(path, wishes.prefix)
+    if state.others:
+        say(f"{path.name}: takes the weights of {state.place}, not those of {', '.join(state.others)}")
+    return state
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ..models.folder import WEIGHTS, Description, Preprocessing, write_descripti
 from ..models.outputs import Activation, Head, Outputs
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
-from ..models.weights import State, load_exactly, renamed, sha256, subtree
+from ..models.weights import State, load_exactly, renamed, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from .reference import compute, fixed_image, forward, verified
 
@@ -67,9 +67,9 @@ def import_state(
     Args:
         known: its outputs, where the source says what they are.
     """
-    tensors = renamed(state.tensors, key_map)
     channels = preprocessing.channels
-    network, prefix, asked = _built(replace(spec, results=()), tensors, channels, known)
+    tensors = renamed(state.tensors, key_map)
+    network, tensors, prefix, asked = _built(replace(spec, results=()), tensors, channels, known)
     if prefix:
         say(f"{state.path.name}: all names begin with {prefix}, which the network's do not")
         tensors, key_map = subtree(tensors, prefix, state.path), ((prefix, ""), *key_map)
@@ -157,14 +157,16 @@ def _alone(spec: Spec, channels: int, asked: int, outputs: Outputs) -> Spec:
 
 def _built(
     spec: Spec, tensors: Mapping[str, Tensor], channels: int, known: Outputs | None
-) -> tuple[nn.Module, str, int]:
-    """The network as the weights have it; a prefix that all their names have before its; num_classes it is built with.
+) -> tuple[nn.Module, dict[str, Tensor], str, int]:
+    """The network as the weights have it; these without wrappers; a prefix that all their names have before its.
 
-    Which num_classes it was: where the first sides of tensors follow it, and the file's are others.
+    And num_classes that it is built with. Which that was: where the first sides of tensors follow it, and the file's
+    are others.
     """
     prefix, columns = "", None if known is None else known.columns if known.predicts else 0
+    own = create_model(str(spec), 2 if columns is None else columns, channels).state_dict()
+    tensors = unwrapped(tensors, own)
     if columns is None:
-        own = create_model(str(spec), 2, channels).state_dict()
         prefix = _common_prefix(own, tensors)
         theirs = {name: tensors[prefix + name].shape for name in own if prefix + name in tensors}
         follow = [
@@ -173,7 +175,21 @@ def _built(
             if shape and own[name].shape and own[name].shape[0] == 2 != shape[0] and shape[1:] == own[name].shape[1:]
         ]
         columns = int(spec.arguments.get("num_classes", follow[-1] if follow else 2))
-    return create_model(str(spec), columns, channels), prefix, columns
+    return create_model(str(spec), columns, channels), tensors, prefix, columns
+
+
+def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
+    """Channels of images that weights are for, 1 or 3; None if they do not tell.
+
+    They are those of the convolution that follows the number of channels; where none does, of the first one.
+    """
+    own, other = (create_model(str(replace(spec, results=())), 2, channels).state_dict() for channels in (1, 3))
+    tensors = unwrapped(tensors, own)
+    prefix = _common_prefix(own, tensors)
+    convs = [name for name, value in own.items() if value.ndim == 4 and prefix + name in tensors]
+    convs.sort(key=lambda name: own[name].shape == other[name].shape)  # stable: otherwise in the network's order
+    first = tensors[prefix + convs[0]].shape if convs else ()
+    return first[1] if len(first) == 4 and first[1] in (1, 3) else None
 
 
 def _common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:

@@ -19,14 +19,15 @@ from ..errors import DataError, GigamorphError
 from ..models.weights import State, read_state
 from .reference import LIMIT32, difference
 
+_STATE, _KIND, _IMAGE, _LOGITS = "state.safetensors", "kind.json", "image.safetensors", "logits.safetensors"
+
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was in a pickle: weights, the name of the module's class, and its logits of the image that was given."""
+    """What was in a pickle: weights, and the name of the module's class."""
 
     state: State
     kind: str
-    logits: Tensor
 
 
 def holds_module(path: Path) -> bool:
@@ -40,40 +41,57 @@ def holds_module(path: Path) -> bool:
     return False
 
 
-def extract(path: Path, image: Tensor) -> Extracted:
-    """Open a pickled module in a process of its own, and give an image (1, C, H, W) to it.
+def extract(path: Path, prefix: str = "") -> Extracted:
+    """Open a pickled module in a process of its own, for its weights.
+
+    Args:
+        prefix: of the sub-module that is taken.
 
     Raises:
-        DataError: it cannot be opened, its code is not installed, or it does not take the image.
+        DataError: it cannot be opened, its code is not installed, or it has no such sub-module.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as name:
+        _open(path, Path(name), prefix)
+        kind = json.loads((Path(name) / _KIND).read_text())
+        return Extracted(State(path, load_file(Path(name) / _STATE)), kind)
+
+
+def logits(path: Path, image: Tensor, prefix: str = "") -> Tensor:
+    """What a pickled module gives for an image (1, C, H, W), in a process of its own.
+
+    Raises:
+        DataError: it does not take the image, or gives no tensor.
     """
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file({"image": image}, folder / "image.safetensors")
-        command = [sys.executable, "-c", _CHILD, str(path.resolve()), name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        result = folder / "result.json"
-        if done.returncode or not result.is_file():
-            said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            raise DataError(f"{path}: the pickled module cannot be used: {said}; run this where its code is installed")
-        found = load_file(folder / "state.safetensors")
-        logits = found.pop("\0logits")
-        return Extracted(State(path, found), json.loads(result.read_text())["kind"], logits)
+        save_file({"image": image.contiguous()}, Path(name) / _IMAGE)
+        _open(path, Path(name), prefix)
+        return load_file(Path(name) / _LOGITS)["logits"]
 
 
-def same_logits(found: Extracted, given: Tensor, name: str) -> None:
+def _open(path: Path, folder: Path, prefix: str) -> None:
+    command = [sys.executable, "-c", _CHILD, str(path.resolve()), str(folder), prefix.removesuffix(".")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise DataError(f"{path}: the pickled module cannot be used: {said}; run this where its code is installed")
+
+
+def same_logits(found: Extracted, wanted: Tensor, given: Tensor, name: str) -> None:
     """Refuse a network that gives other logits than the pickled module gave."""
-    if found.logits.shape != given.shape or not difference(given, found.logits) <= LIMIT32:
-        far = "another shape" if found.logits.shape != given.shape else f"{difference(given, found.logits):.1e}"
+    if wanted.shape != given.shape or not difference(given, wanted) <= LIMIT32:
+        far = "another shape" if wanted.shape != given.shape else f"{difference(given, wanted):.1e}"
         raise GigamorphError(
             f"model {name!r} with the weights of the pickled {found.kind} does not give its logits: they differ by "
             f"{far}; name the factory and the arguments that it was made with"
         )
 
 
-def dump(path: str, folder: str) -> None:
-    """In the process of its own: what `extract` reads."""
+def dump(path: str, folder: str, prefix: str) -> None:
+    """In the process of its own: what `logits` reads where there is an image, else what `extract` reads."""
     from safetensors.torch import load_file, save_file
 
     sys.path.insert(0, str(Path.cwd()))
@@ -84,16 +102,18 @@ def dump(path: str, folder: str) -> None:
         raise SystemExit(f"it holds a {type(loaded).__name__}, not a torch.nn.Module")
     if isinstance(loaded, nn.DataParallel):
         loaded = loaded.module
-    network = loaded.float().eval()
-    image = load_file(Path(folder) / "image.safetensors")["image"]
+    network = loaded.get_submodule(prefix).float().eval()
+    if not (Path(folder) / _IMAGE).is_file():
+        state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+        save_file(state, Path(folder) / _STATE)
+        (Path(folder) / _KIND).write_text(json.dumps(f"{type(network).__module__}.{type(network).__qualname__}"))
+        return
+    image = load_file(Path(folder) / _IMAGE)["image"]
     with torch.no_grad():
-        logits = network(image)
-    if not isinstance(logits, Tensor):
-        raise SystemExit(f"it gives a {type(logits).__name__} for an image, not a tensor")
-    state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
-    save_file({**state, "\0logits": logits.contiguous()}, Path(folder) / "state.safetensors")
-    kind = f"{type(network).__module__}.{type(network).__qualname__}"
-    (Path(folder) / "result.json").write_text(json.dumps({"kind": kind}))
+        found = network(image)
+    if not isinstance(found, Tensor):
+        raise SystemExit(f"it gives a {type(found).__name__} for an image, not a tensor")
+    save_file({"logits": found.contiguous()}, Path(folder) / _LOGITS)
 
 
 _CHILD = (

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.models.weights import load_exactly, read_state, renamed, subtree
+from gigamorph.engine.models.weights import load_exactly, read_state, renamed, subtree, unwrapped
 
 
 def network():
@@ -43,10 +43,85 @@ def test_weights_are_found_in_checkpoints(tmp_path, legacy):
         assert all(torch.equal(found.tensors[name], value) for name, value in state.items())
 
 
-def test_wrappers_of_ddp_and_compile_are_dropped(tmp_path):
-    state = {f"_orig_mod.module.{name}": value for name, value in network().state_dict().items()}
-    torch.save(state, tmp_path / "w.pt")
-    assert list(read_state(tmp_path / "w.pt").tensors) == list(network().state_dict())
+def test_weights_are_found_in_nested_checkpoints(tmp_path):
+    state, path = network().state_dict(), tmp_path / "w.pt"
+    other = {name: value + 1 for name, value in state.items()}
+    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1}]}
+    for place, stored in {
+        "model.state_dict": {"model": {"state_dict": state, "args": {"width": 4}}, "optimizer": optimizer},
+        "checkpoint": {"checkpoint": state, "epoch": 3},
+        "weights": {"weights": state},
+        "params_ema": {"params": other, "params_ema": state},
+        "params": {"params": state},
+        "module": {"module": state, "optimizer": optimizer, "ds_version": "0.9"},
+        "state_dict": {"weights": {"malignant": torch.ones(1)}, "state_dict": state},
+        "state_dict.model_ema": {"state_dict": {"model": other, "model_ema": state}},
+    }.items():
+        torch.save(stored, path)
+        found = read_state(path)
+        assert found.place == place and torch.equal(found.tensors["conv.weight"], state["conv.weight"])
+        others = {"params_ema": "params", "state_dict.model_ema": "state_dict.model", "state_dict": "weights"}
+        assert found.others == ((others[place],) if place in others else ())
+
+
+def test_weights_in_several_places_are_named_and_the_prefix_chooses(tmp_path):
+    state, path = network().state_dict(), tmp_path / "w.pt"
+    other = {f"encoder.{name}": value + 1 for name, value in state.items()}
+    cases = (
+        ({"net": state, "model": other}, "net", "model.encoder"),
+        ({"generator": state, "discriminator": other, "epoch": 3}, "generator", "discriminator.encoder"),
+        ({"model_ema": state, "model": other}, "conv", "model.encoder"),
+        ({"model_ema": other, "other": state}, "other", "encoder"),
+    )
+    for stored, _, _ in cases[:2]:
+        torch.save(stored, path)
+        with pytest.raises(DataError, match=r"w\.pt: holds weights in \w+, \w+; name the place .* --prefix \w+$"):
+            read_state(path)
+    for stored, one, two in cases:
+        torch.save(stored, path)
+        assert read_state(path, one).tensors.keys() <= {*state, "weight", "bias"}
+        names = list(read_state(path, two).tensors)
+        assert names == list(state) and not any(name.startswith("encoder.") for name in names)
+    torch.save({"mine": state, "epoch": 3}, path)
+    with pytest.raises(DataError, match=r"w\.pt: holds weights in mine; .* --prefix mine$"):
+        read_state(path)
+    assert list(read_state(path, "mine").tensors) == list(state)
+    torch.save({"model": state, "model_ema": state}, path)
+    with pytest.raises(DataError, match=r"no weight begins with 'gone\.'"):
+        read_state(path, "gone")
+    assert read_state(path, "model").place == "model"  # which is not averaged
+
+
+@pytest.mark.parametrize("wrappers", ["_orig_mod.module.", "module._orig_mod.", "module.module.", "_orig_mod."])
+def test_wrappers_of_ddp_and_compile_are_dropped(wrappers):
+    own = network().state_dict()
+    state = {f"{wrappers}{name}": value for name, value in own.items()}
+    assert list(unwrapped(state)) == list(unwrapped(state, own)) == list(own)
+
+
+def test_a_compiled_part_loses_its_wrapper():
+    own = network().state_dict()
+    state = {f"conv._orig_mod.{n}" if (n := name.removeprefix("conv.")) != name else name: v for name, v in own.items()}
+    assert list(unwrapped(state, own)) == list(own)
+
+
+def test_an_averaged_model_counts_nothing(tmp_path):
+    made = network()
+    average = torch.optim.swa_utils.AveragedModel(made)
+    torch.save({"model": made.state_dict(), "model_ema": average.state_dict()}, tmp_path / "w.pt")
+    found = read_state(tmp_path / "w.pt")
+    assert found.place == "model_ema" and found.others == ("model",) and "n_averaged" in found.tensors
+    assert list(unwrapped(found.tensors, made.state_dict())) == list(made.state_dict())
+
+
+def test_what_the_networks_own_names_have_is_no_wrapper():
+    """A network whose child is called module, plain and in wrappers; one of which not every name has the wrapper."""
+    own = {"module.weight": torch.zeros(1), "module.bias": torch.zeros(1)}
+    for wrapper in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        assert list(unwrapped({wrapper + name: value for name, value in own.items()}, own)) == list(own)
+    own = {"module.weight": torch.zeros(1), "head.weight": torch.zeros(1)}
+    assert list(unwrapped(own)) == list(own)
+    assert list(unwrapped({f"module.{name}": value for name, value in own.items()}, own)) == list(own)
 
 
 def test_foreign_objects_in_a_checkpoint_are_inert(tmp_path):

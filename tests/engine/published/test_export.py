@@ -84,6 +84,37 @@ def test_onnx_runtime_gives_the_logits_at_any_size(folder, tmp_path):
         export_onnx(open_source(folder), path)
 
 
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224?img_size=64", "flexivit_small?img_size=64"])
+def test_a_network_of_one_size_is_written_for_the_size_that_its_images_are_brought_to(tmp_path, model):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = f"timm:{model}&depth=1&embed_dim=24&num_heads=2"
+    torch.save(create_model(model, 3, 3).state_dict(), tmp_path / "w.pt")
+    for name, taken in (("every", None), ("fixed", {"size": (64, 64)})):
+        import_network(model, tmp_path / name, Wishes(str(tmp_path / "w.pt"), preprocessing=taken, size=(64, 64)), str)
+    with pytest.raises(GigamorphError, match=r"every: its network .* give --size HxW, as in --size 64x64$") as caught:
+        export_onnx(open_source(tmp_path / "every"), tmp_path / "no.onnx")
+    assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == ["every", "fixed", "w.pt"]
+    for name, size in (("every", (64, 64)), ("fixed", None)):
+        assert export_onnx(open_source(tmp_path / name), tmp_path / f"{name}.onnx", size) <= 1e-5
+        session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].shape == [1, 3, 64, 64]
+
+
+def test_what_onnx_runtime_cannot_run_is_told_in_one_line(folder, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    def fails(*_, **__):
+        raise RuntimeError("Got invalid dimensions\n index: 2")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
+    with pytest.raises(GigamorphError, match=r"ONNX Runtime cannot run .*: RuntimeError: Got .*; with --size"):
+        export_onnx(open_source(folder), tmp_path / "net.onnx")
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_others_compute_otherwise_is_refused(folder, tmp_path, monkeypatch):
     source, plain = open_source(folder), create_model(str(folder))
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: nn.Sequential(plain, Off()))

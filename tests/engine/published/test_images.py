@@ -1,5 +1,8 @@
 """Images brought to the size and by the statistics that a published network was made with."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -31,19 +34,64 @@ def test_padded_to_a_size():
     assert to_original(prepared).boxes([6, 0, 14, 20]).tolist() == [0, 0, 16, 40]
 
 
-def test_widened_and_stretched():
-    """As two of mammoscreen's networks do: black beside a narrow image, then stretched; wide ones only stretched."""
-    given, grey = source(40, 10)
-    prepared = PreparedSource(given, Preprocessing(1, size=(20, 10), fit="widen"))
-    canvas = F.pad(grey, (5, 5))  # aspect 2
-    inner = F.interpolate(grey[None], (20, 5), mode="bilinear")[0]
-    assert canvas.shape == (1, 40, 20)
-    torch.testing.assert_close(whole(prepared)[:, :, 2:7].double(), inner, rtol=0, atol=1e-5)
-    assert not whole(prepared)[:, :, :2].any() and not whole(prepared)[:, :, 7:].any()
-    given, grey = source(20, 40)
-    prepared = PreparedSource(given, Preprocessing(1, size=(20, 10), fit="widen"))
-    wanted = F.interpolate(grey[None], (20, 10), mode="bilinear")[0]
-    torch.testing.assert_close(whole(prepared).double(), wanted, rtol=0, atol=1e-5)
+def widened(grey, height, width):
+    """As the authors write it: black beside the image itself, half of it (rounded down) at the left, then stretched."""
+    aspect = height / width
+    if grey.shape[1] / grey.shape[2] > aspect:
+        missing = round(grey.shape[1] / aspect) - grey.shape[2]
+        grey = F.pad(grey, (missing // 2, missing - missing // 2))
+    return F.interpolate(grey[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [
+        ((20, 10), (40, 10)),
+        ((20, 10), (20, 40)),  # a wide one is only stretched
+        ((30, 20), (97, 41)),  # round-offs: 65 columns, 12 of black at the left and as many at the right
+        ((64, 31), (333, 118)),
+        ((64, 31), (47, 12)),  # enlarged
+        ((64, 32), (500, 3)),
+        ((2, 2), (3, 1)),
+    ],
+)
+def test_widened_and_stretched(size, given, channels):
+    """As two of mammoscreen's networks do; the columns beside the image are of it and of black."""
+    pixels, grey = source(*given, channels)
+    prepared = PreparedSource(pixels, Preprocessing(channels, size=size, fit="widen"))
+    torch.testing.assert_close(whole(prepared), widened(grey.float(), *size), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fit", ["widen", "pad", "stretch"])
+@pytest.mark.parametrize("given", [(97, 41), (100, 40), (60, 90), (333, 118)])
+def test_a_pixel_of_an_image_that_was_brought_to_a_size_knows_where_it_was(fit, given):
+    """Grey values that tell column and row: what a pixel shows is where its middle comes from."""
+    height, width = given
+    ramps = np.stack([np.broadcast_to(np.arange(width), given), np.broadcast_to(np.arange(height)[:, None], given)])
+    prepared = PreparedSource(
+        open_pixels(np.ascontiguousarray(np.concatenate([ramps, ramps[:1]]).astype(np.uint16))),
+        Preprocessing(3, size=(30, 17), fit=fit),
+    )
+    rows, columns = np.mgrid[:30, :17] + 0.5
+    x, y = np.moveaxis(to_original(prepared).points(np.stack([columns, rows], -1)), -1, 0)
+    inside = (x >= 0.5) & (x <= width - 0.5) & (y >= 0.5) & (y <= height - 0.5)
+    assert inside.sum() > 100
+    shown = whole(prepared).numpy() * 65535
+    np.testing.assert_allclose(shown[0][inside], x[inside] - 0.5, rtol=0, atol=0.01)
+    np.testing.assert_allclose(shown[1][inside], y[inside] - 0.5, rtol=0, atol=0.01)
+
+
+def test_a_narrow_image_is_widened_in_the_rows_of_its_new_size():
+    """Black beside all of its own rows would take 600 MiB here."""
+    code = "from gigamorph import open_pixels; import numpy as np, resource, torch\n"
+    code += "from gigamorph.engine.published.images import PreparedSource, Preprocessing\n"
+    code += "source = open_pixels(np.ones((1, 12500, 2), np.uint16))\n"
+    code += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    code += "PreparedSource(source, Preprocessing(1, size=(64, 64), fit='widen')).read(0, 64, 0, 64)\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 100 * 1024
 
 
 @pytest.mark.parametrize("size", [None, (600, 300)])

@@ -290,6 +290,114 @@ def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here
         imported(here, "other", source="published_nets:Net?width=5", trust=True)
 
 
+def test_a_pickled_module_of_timm_keeps_the_preprocessing_of_timm(here):
+    """As its state dict does: mean, spread, licence, the size where it is fixed; channels by its weights."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    made = timm.create_model("test_efficientnet", num_classes=4).eval()
+    torch.save(made, here / "module.pt")
+    torch.save(made.state_dict(), here / "w.pt")
+    for number, source in enumerate(("timm:test_efficientnet", "timm:test_efficientnet?in_chans=3")):
+        pickled = read_description(imported(here, f"p{number}", source, weights=str(here / "module.pt"), trust=True))
+        plain = read_description(imported(here, f"s{number}", source))
+        assert pickled.preprocessing == plain.preprocessing and pickled.preprocessing.channels == 3
+        assert pickled.preprocessing.mean == made.pretrained_cfg["mean"] and pickled.licence == plain.licence != ""
+    grey = imported(here, "grey", "timm:test_efficientnet?in_chans=1", weights=str(here / "module.pt"), trust=True)
+    assert read_description(grey).preprocessing.channels == 1
+    fixed = "timm:vit_tiny_patch16_224?depth=1&embed_dim=24&num_heads=2"
+    torch.save(create_model(fixed, 2, 3), here / "module.pt")
+    import_network(fixed, here / "vit", Wishes(str(here / "module.pt"), trust=True), str)
+    assert read_description(here / "vit").reference["image"] == [1, 3, 224, 224]
+    small = f"{fixed}&img_size=64"
+    torch.save(create_model(small, 2, 3).state_dict(), here / "w.pt")
+    import_network(small, here / "small", Wishes(str(here / "w.pt"), preprocessing={"size": (64, 64)}), str)
+    assert read_description(here / "small").reference["image"] == [1, 3, 64, 64]
+
+
+def test_a_part_of_a_pickled_module_is_taken_by_its_prefix(here):
+    torch.save(nn.Sequential(nn.Identity(), network()), here / "w.pt")
+    folder = imported(here, trust=True, prefix="1")
+    with torch.no_grad():
+        image = torch.rand(1, 1, 60, 50)
+        assert torch.equal(create_model(str(folder)).eval()(image), network()(image))
+
+
+def test_channels_are_those_of_the_sub_tree_that_is_taken(here):
+    """Whatever comes before it in the file."""
+    state = {f"colour.{n}": v for n, v in network(channels=3).state_dict().items()}
+    state |= {f"grey.{n}": v for n, v in network(channels=1).state_dict().items()}
+    torch.save(state, here / "w.pt")
+    for prefix, channels in (("grey", 1), ("colour", 3)):
+        assert read_description(imported(here, prefix, prefix=prefix)).preprocessing.channels == channels
+
+
+def test_channels_do_not_depend_on_how_a_file_sorts_its_names(here):
+    """safetensors has a depthwise convolution of one channel before the stem."""
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_convnext", num_classes=2).state_dict(), here / "w.safetensors")
+    found = read_description(imported(here, source="timm:test_convnext", weights=str(here / "w.safetensors")))
+    assert found.preprocessing.channels == 3
+
+
+def test_channels_are_those_of_the_convolution_that_sees_the_image(here):
+    """Not of one that the network names before it."""
+    (here / "gated_nets.py").write_text(
+        "import published_nets\nfrom torch import nn\n"
+        "class Gated(nn.Module):\n"
+        "    def __init__(self, num_classes=2, in_channels=1):\n"
+        "        super().__init__()\n"
+        "        self.gate = nn.Conv2d(3, 3, 1)\n"
+        "        self.scale = nn.Conv2d(1, 1, 1)\n"
+        "        self.stem = nn.Conv2d(in_channels, 3, 3)\n"
+        "        self.fc = nn.Linear(3, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        x = self.stem(x)\n"
+        "        return self.fc((x * self.gate(x) * self.scale(x[:, :1])).mean((2, 3)))\n"
+    )
+    for channels in (1, 3):
+        torch.save(create_model("gated_nets:Gated", 2, channels).state_dict(), here / "w.pt")
+        folder = imported(here, str(channels), source="gated_nets:Gated")
+        assert read_description(folder).preprocessing.channels == channels
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+def test_a_child_called_module_is_no_wrapper(here, wrapper):
+    (here / "wrapping_nets.py").write_text(
+        "import published_nets\nfrom torch import nn\n"
+        "class Outer(nn.Module):\n"
+        "    def __init__(self, num_classes=2, in_channels=1):\n"
+        "        super().__init__()\n"
+        "        self.module = published_nets.Net(num_classes, in_channels)\n"
+        "    def forward(self, x):\n"
+        "        return self.module(x)\n"
+    )
+    made = create_model("wrapping_nets:Outer", 3).eval()
+    state = {wrapper + name: value for name, value in made.state_dict().items()}
+    torch.save(state, here / "w.pt")
+    image = torch.rand(1, 1, 60, 50)
+    for name, source, prefix in (("a", "wrapping_nets:Outer", ""), ("b", "published_nets:Net", "module")):
+        again = create_model(str(imported(here, name, source, prefix=prefix))).eval()
+        with torch.no_grad():
+            assert torch.equal(again(image), made(image))
+
+
+def test_averaged_weights_are_taken_and_told(here):
+    made = network()
+    average = torch.optim.swa_utils.AveragedModel(network(seed=1))
+    torch.save({"model": made.state_dict(), "model_ema": average.state_dict()}, here / "w.pt")
+    said = []
+    folder = imported(here, quiet=said)
+    assert said == ["w.pt: takes the weights of model_ema, not those of model"]
+    assert read_description(folder).source["place"] == "model_ema"
+    plain = imported(here, "plain", prefix="model")
+    image = torch.rand(1, 1, 60, 50)
+    with torch.no_grad():
+        assert torch.equal(create_model(str(folder)).eval()(image), network(seed=1)(image))
+        assert torch.equal(create_model(str(plain)).eval()(image), made(image))
+
+
 def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
     for name, classes in (("a", 2), ("b", 2), ("c", 3)):
         torch.save(network(classes=classes, seed=len(name)).state_dict(), here / "w.pt")

@@ -350,6 +350,19 @@ def test_a_gmic_file_under_another_name_is_refused(tmp_path):
         import_network(str(tmp_path / "mine.p"), tmp_path / "net", Wishes(), str)
 
 
+@pytest.mark.parametrize(("wrapper", "prefix"), [("module.", ""), ("mine.", "mine"), ("module.mine.", "mine.")])
+def test_a_layout_is_recognised_in_wrappers_and_under_a_prefix(tmp_path, wrapper, prefix):
+    path = tmp_path / "sample_model_4.p"
+    gmic_checkpoint(path)
+    state = read_state(path).tensors
+    torch.save({wrapper + name: value for name, value in state.items()}, path)
+    import_network(str(path), tmp_path / "net", Wishes(prefix=prefix, size=(96, 64)), str)
+    source = read_description(tmp_path / "net").source
+    assert source["layout"] == "gmic" and source["prefix"] == ("mine." if prefix else "")
+    loaded = create_model(str(tmp_path / "net")).state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded.keys() & state)
+
+
 def test_unknown_and_wrong_layouts_are_named(tmp_path):
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(GigamorphError, match=r"of none of the known layouts \(mammoscreen, rsna-2023, mammo-clip, gm"):
