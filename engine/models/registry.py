@@ -23,7 +23,7 @@ from .resnet_v1 import resnet50_v1
 from .results import Columns
 from .spec import Spec
 from .unet import UNet
-from .weights import first_line, load_exactly, read_state
+from .weights import common_prefix, first_line, load_exactly, read_state, subtree, unwrapped
 
 log = logging.getLogger("gigamorph")
 
@@ -192,7 +192,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     if str(path).startswith(TIMM):
         found = pretrained_state(str(path))
     else:
-        found = _start(Path(path), own, head) if is_folder(path) else _read(Path(path))
+        found = _start(Path(path), own, head) if is_folder(path) else _read(Path(path), own)
     state = _grey(found, own, path)
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
@@ -245,28 +245,14 @@ def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]
     return state
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such weights file") from error
-    except Exception as error:  # each reader has its own errors for a damaged file
-        raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
-    if isinstance(loaded, dict):
-        for key in ("state_dict", "model", "model_state_dict"):
-            if isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise DataError(f"{path}: holds no state_dict; save one with torch.save(model.state_dict(), path)")
-    for prefix in ("net.", "module."):  # our LightningModule's and DDP's
-        if loaded and all(key.startswith(prefix) for key in loaded):
-            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return loaded
+def _read(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in a file by the network's names: without what wrappers and a LightningModule put before them."""
+    state = read_state(path)
+    if state.others:
+        log.warning("%s: takes the weights of %s, not those of %s", path, state.place, ", ".join(state.others))
+    found = unwrapped(state.tensors, own)
+    prefix = common_prefix(own, found)
+    return subtree(found, prefix, path) if prefix else found
 
 
 def _head_prefix(state: dict[str, Tensor]) -> str:

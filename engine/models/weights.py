@@ -222,6 +222,17 @@ def subtree(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, T
     return found
 
 
+def common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What stands before all names of a file, where the names after it are the network's; "" otherwise."""
+    first = next(iter(tensors), "")
+    parts = first.split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        if first.removeprefix(prefix) in own and all(name.startswith(prefix) for name in tensors):
+            return prefix
+    return ""
+
+
 def renamed(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """Names with their beginning exchanged by the first rule (theirs, ours) that fits; others stay as they are."""
 

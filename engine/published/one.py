@@ -16,7 +16,7 @@ from ..models.folder import WEIGHTS, Description, Preprocessing, write_descripti
 from ..models.outputs import Activation, Head, Outputs
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
-from ..models.weights import State, load_exactly, renamed, sha256, subtree, unwrapped
+from ..models.weights import State, common_prefix, load_exactly, renamed, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from .reference import compute, fixed_image, forward, verified
 
@@ -167,7 +167,7 @@ def _built(
     own = create_model(str(spec), 2 if columns is None else columns, channels).state_dict()
     tensors = unwrapped(tensors, own)
     if columns is None:
-        prefix = _common_prefix(own, tensors)
+        prefix = common_prefix(own, tensors)
         theirs = {name: tensors[prefix + name].shape for name in own if prefix + name in tensors}
         follow = [
             shape[0]
@@ -185,22 +185,11 @@ def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
     """
     own, other = (create_model(str(replace(spec, results=())), 2, channels).state_dict() for channels in (1, 3))
     tensors = unwrapped(tensors, own)
-    prefix = _common_prefix(own, tensors)
+    prefix = common_prefix(own, tensors)
     convs = [name for name, value in own.items() if value.ndim == 4 and prefix + name in tensors]
     convs.sort(key=lambda name: own[name].shape == other[name].shape)  # stable: otherwise in the network's order
     first = tensors[prefix + convs[0]].shape if convs else ()
     return first[1] if len(first) == 4 and first[1] in (1, 3) else None
-
-
-def _common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """What stands before all names of a file, where the names after it are the network's; "" otherwise."""
-    first = next(iter(tensors), "")
-    parts = first.split(".")
-    for count in range(1, len(parts)):
-        prefix = ".".join(parts[:count]) + "."
-        if first.removeprefix(prefix) in own and all(name.startswith(prefix) for name in tensors):
-            return prefix
-    return ""
 
 
 def _load(

@@ -148,11 +148,26 @@ def test_weights_files_that_cannot_be_used(tmp_path):
         create_model("lesionnet", weights=tmp_path / "none.pt")
     for name in ("bad.pt", "bad.safetensors"):
         (tmp_path / name).write_bytes(b"not weights")
-        with pytest.raises(DataError, match=f"{name}: not a readable weights file"):
+        with pytest.raises(DataError, match=f"{name}: not a readable (weights|safetensors) file"):
             create_model("lesionnet", weights=tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(DataError, match="holds no state_dict"):
         create_model("lesionnet", weights=tmp_path / "list.pt")
+
+
+def test_weights_are_found_where_trainers_keep_them(tmp_path, caplog):
+    model, path = create_model("lesionnet"), tmp_path / "w.pt"
+    state = model.state_dict()
+    ddp = {f"module.{name}": value for name, value in state.items()}
+    for stored in (
+        {"model": {"state_dict": ddp}, "epoch": 3},
+        {"state_dict": {f"model.{name}": value for name, value in state.items()}},  # a LightningModule's
+        {"model": create_model("lesionnet").state_dict(), "model_ema": {**ddp, "n_averaged": torch.tensor(7)}},
+    ):
+        torch.save(stored, path)
+        other = create_model("lesionnet", weights=path)
+        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    assert "takes the weights of model_ema, not those of model" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
