@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..capture.program import given
 from ..capture.trace import Op, Program, place
 from ..errors import UnsupportedError
 from .moves import Moves
@@ -110,7 +111,31 @@ def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> 
                 f"{hook.where} has a hook on a tensor that is computed in another form (tokens, a vector that is "
                 "spread over the image); register it on a map (N, C, H, W), or on a vector"
             )
-    return maps, _live_nodes(maps, unflatten(maps, sorting.nodes))
+    return maps, _without_copies(program, _live_nodes(maps, unflatten(maps, sorting.nodes)))
+
+
+def _without_copies(program: Program, nodes: list[Node | Op]) -> list[Node | Op]:
+    """The nodes without `contiguous` of what comes of parameters and buffers alone and is read by our own nodes.
+
+    They take any order in memory, and a bias for each pair of positions would be there twice: CoAtNet's is as large as
+    all else. What an image gives stays as it is: keys are read by every tile.
+    """
+    results = set(program.results())
+
+    def is_copy(node: Node | Op) -> bool:
+        if not isinstance(node, Op) or node.name != "contiguous" or node.kwargs or len(node.args) != 1:
+            return False
+        if results & set(node.outputs) or given(program, node.inputs):
+            return False
+        readers = [other for other in nodes if set(node.outputs) & set(_inputs(other))]
+        return not any(isinstance(reader, Op) for reader in readers)
+
+    return [_same(node) if isinstance(node, Op) and is_copy(node) else node for node in nodes]
+
+
+def _same(op: Op) -> VectorOp:
+    (value,) = op.inputs
+    return VectorOp(lambda env: (env[value].view_as(env[value]),), (value,), op.outputs)
 
 
 def _of_no_pass(maps: Maps, nodes: Sequence[Node | Op], read: set[int]) -> set[int]:

@@ -43,6 +43,33 @@ def test_bias_for_each_pair(form):
     assert_exact(network(Global(4, form, bias=H * W)), image(), tile=(6, 7))
 
 
+class Looked(Global):
+    """A bias for each pair, looked up in a table with the heads last and then copied into order, as timm's is."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(4, form)
+        self.table = nn.Parameter(torch.randn(50, self.heads))
+        index = torch.randint(50, (H * W * H * W,), generator=torch.Generator().manual_seed(2))
+        self.register_buffer("index", index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.__dict__["bias"] = self.table[self.index].view(H * W, H * W, -1).permute(2, 0, 1).unsqueeze(0).contiguous()
+        try:
+            return super().forward(x)
+        finally:
+            del self.__dict__["bias"]
+
+
+@pytest.mark.parametrize("form", ["sdpa", "matmul"])
+def test_bias_that_is_looked_up(form):
+    net = network(Looked(form), nn.GELU(), Looked(form))
+    assert_exact(net, image(), tile=(6, 7))
+    staged = lower(capture(net, (1, 2, H, W), torch.float64, "cpu"))
+    copied = [step.outputs[0] for step in staged.steps if getattr(step, "name", "") == "contiguous"]
+    shapes = {tuple(staged.program.values[v].shape) for v in copied}
+    assert shapes and (1, 2, H * W, H * W) not in shapes  # keys are copied into order; the bias would be there twice
+
+
 def test_positions_in_another_order():
     assert_exact(network(nn.ConstantPad2d((0, 0, 1, 0), 0.0), Parted(4)), image(), tile=(6, 7))
 
