@@ -14,7 +14,6 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import write_atomically
-from .calibration import slope_and_intercept
 from .cases import Cases
 
 _FILE = "calibration.json"
@@ -58,6 +57,8 @@ def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], 
     Raises:
         DataError: there is none; why.
     """
+    from .calibration import slope_and_intercept  # whose libraries those who only apply one do without
+
     known = images.labelled()
     if images.kind != "binary" or not images.probable:
         raise DataError("it is of log-odds of two classes")

@@ -13,7 +13,6 @@ from ..datasets.tables import Record
 from ..evaluate.recalibration import Calibration
 from ..models.outputs import outputs_of
 from .delivery import Document
-from .dicom_report import Said, report, study_of
 from .index import Index
 from .job import PredictJob, Result, Start, Unit
 from .options import RunOptions, Scores, Summary, Watch
@@ -106,6 +105,8 @@ class _Predict(PredictJob):
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """A structured report for each study."""
+        from .dicom_report import Said, report, study_of  # whose code tables take half a second
+
         options, classes, outputs = self._options, self._network.classes, outputs_of(self._network.net)
         numbers = outputs is not None and outputs.numbers
 

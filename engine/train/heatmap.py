@@ -9,8 +9,6 @@ import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -135,6 +133,9 @@ class _Caption:
 
 def _ink(text: str, size: int, width: int) -> Tensor:
     """A line of text, `size` pixels high or what a picture's width allows: float32 (h, w), 1 where it is written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, for captions alone
+    from matplotlib.figure import Figure
+
     figure = Figure(dpi=72)  # so that points are pixels
     canvas = FigureCanvasAgg(figure)
     line = figure.text(0.5, 0.5, text, fontsize=size, ha="center", va="center", parse_math=False)

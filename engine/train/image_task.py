@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..accelerate import Accelerated
-from .curves import write_curves
 from .data import Images, tell_epoch
 from .metrics import COUNTS, SHOWN, SMALLER
 from .options import Loss
@@ -113,4 +112,6 @@ class TargetTask(ImageTask, Generic[Found]):
         return Score(score, -loss, {"val_loss": loss, "val_score": score, **columns}, shown)
 
     def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        from .curves import write_curves  # with matplotlib, which a prediction does without
+
         write_curves(folder, rows)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..evaluate import Cases, macro_auc
 from ..evaluate import odds as of
-from ..evaluate.cases import Level
-from ..evaluate.roc import labelwise_auc
+from ..evaluate.cases import Cases, Level
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,8 @@ def auc_of(predictions: Sequence[Prediction]) -> float | None:
     if not predictions:
         return None
     values = np.array([p.log_odds for p in predictions], np.float64)
+    from ..evaluate.roc import labelwise_auc, macro_auc  # whose libraries take a second, and a prediction needs none
+
     if not predictions[0].exclusive:
         return labelwise_auc([p.truth or [np.nan] * values.shape[1] for p in predictions], values)[0]
     return macro_auc([p.label for p in predictions if p.label is not None], values)
