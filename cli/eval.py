@@ -311,7 +311,9 @@ def _measure_dice(
     found = evaluate_dice(rows, resamples=resamples, seed=seed) | notes
     _clear(out)
     page = write_dice_report(out, rows, found, table)
-    return [*dice_headline(found), f"{page}, metrics.json and plots"]
+    undrawn = table is not None and "mask" not in rows.header
+    told = [f"{rows.path.name} has no column mask: no image is drawn"] if undrawn else []
+    return [*dice_headline(found), *told, f"{page}, metrics.json and plots"]
 
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:

@@ -67,19 +67,17 @@ def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
     return _as_toml(found)
 
 
-def _as_toml(values: dict[Any, Any]) -> dict[str, Any]:
+def _as_toml(value: Any) -> Any:
     """YAML's null is TOML's omitted key; 1e-3, which YAML takes for a text, is a number."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found[str(key)] = _as_toml(value)
-        elif value is not None:
-            found[str(key)] = _number_or_text(value) if isinstance(value, str) else value
-    return found
+    if isinstance(value, dict):
+        return {str(key): _as_toml(own) for key, own in value.items() if own is not None}
+    if isinstance(value, list):
+        return [_as_toml(own) for own in value]
+    return _number_or_text(value) if isinstance(value, str) else value
 
 
 def _number_or_text(text: str) -> float | str:
-    return float(text) if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", text) else text
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text) else text
 
 
 def parse_value(text: str) -> tuple[str, Any]:
@@ -127,13 +125,24 @@ def to_toml(config: Any) -> str:
     return _toml(asdict(config), "").lstrip("\n")
 
 
-def _toml(values: Mapping[str, Any], name: str) -> str:
-    tables = {key: value for key, value in values.items() if isinstance(value, dict) and value}
+def _toml(values: Mapping[str, Any], name: str, head: str = "[{}]") -> str:
+    # What follows the head of a table is the table's own: all of them come last.
+    tables = {key: value for key, value in values.items() if value and (isinstance(value, dict) or _has_tables(value))}
     plain = {key: _plain(value, ()) for key, value in values.items() if key not in tables}
-    text = f"\n[{name}]\n" if name else ""
+    text = f"\n{head.format(name)}\n" if name else ""
     for key, value in plain.items():
         text += f"# {key} =\n" if value is None else tomli_w.dumps({key: value}) if value != {} else f"{key} = {{}}\n"
-    return text + "".join(_toml(value, f"{name}.{key}" if name else key) for key, value in tables.items())
+    for key, value in tables.items():
+        place = f"{name}.{key}" if name else key
+        if isinstance(value, dict):
+            text += _toml(value, place)
+        else:
+            text += "".join(_toml(own, place, "[[{}]]") for own in value)
+    return text
+
+
+def _has_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(own, dict) for own in value)
 
 
 def from_plain(values: dict[str, Any], cls: type[T], source: str) -> T:

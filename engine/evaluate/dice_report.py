@@ -33,7 +33,8 @@ def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table:
     Args:
         rows: what was evaluated.
         found: what `evaluate_dice` returned of them, with where they came from under the keys of `SOURCES`.
-        table: csv that was predicted from; the images that are furthest off are drawn with the masks in it.
+        table: csv that was predicted from; the images that are furthest off are drawn with the masks in it, if the rows
+            name their own, which those of a cross-validation do not.
 
     Raises:
         DataError: an image or mask that cannot be read, or is not in the table. GigamorphError: if a file cannot be
@@ -43,7 +44,7 @@ def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table:
     means = _means(values)
     order = [int(n) for n in np.argsort(means, kind="stable") if not np.isnan(means[n])]
     pictures = {"dice": png(_figure(names, values, means, patients_of(rows)))}
-    if table is not None:
+    if table is not None and "mask" in rows.header:
         pictures |= _pictures(rows, order[:PICTURED], Path(table))
     out = Path(out)
     text = json.dumps(found, indent=1, allow_nan=False) + "\n"
@@ -109,7 +110,7 @@ def _percent(cell: str) -> str:
 
 
 def _pictures(rows: Rows, numbers: Sequence[int], table: Path) -> dict[str, bytes]:
-    rows.require("image_path", "mask")
+    rows.require("image_path")
     classes = classes_of_masks(rows)
     assert classes is not None
     known = {one.path.absolute(): one for one in read_table(table, labels=False, check_files=False).records}

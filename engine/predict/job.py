@@ -159,7 +159,9 @@ class PredictJob(Job):
 
     def look(self, index: Index, watch: Watch) -> None:
         network = self._network
-        if index.rows == network.trained_on:
+        # The training may have left images out, and its table still tells which split each was in; an archive is not
+        # held in memory to find that out.
+        if network.trained_on <= index.rows <= 2 * network.trained_on:
             index.resolve(lambda records: network.open_images(records).records)
         watch.looked(network, [row.record for row in index.sample(4) if not row.url])
 

@@ -18,7 +18,7 @@ from ..models.pretrained import pretrained_scale
 from ..models.views import Views
 from ..tiling.memory import parse_bytes
 from .inputs import Labels
-from .options import TrainOptions
+from .options import Loss, TrainOptions, require
 
 Numbers = float | tuple[float, ...]
 
@@ -76,11 +76,23 @@ class TrainConfig(TrainOptions):
     def __post_init__(self) -> None:
         if (self.data.mean == "auto") != (self.data.std == "auto"):
             raise GigamorphError("data.mean and data.std are taken of the images together; make both auto")
-        if self.data.downsample < 1:
-            raise GigamorphError(f"data.downsample is {self.data.downsample}; it is 1 or more")
-        for name in ("epochs", "accumulate"):
-            if getattr(self, name) < 1:
-                raise GigamorphError(f"{name} is {getattr(self, name)}; it is 1 or more")
+        super().__post_init__()
+        require("data.downsample", self.data.downsample, 1)
+        self._require_use()
+        for name in ("devices", "devices_per_image", "timeout"):
+            require(name, getattr(self, name), 1)
+
+    def _require_use(self) -> None:
+        """Refuse what would have no effect, and names that are there twice."""
+        of_numbers = self.data.task == "numbers"
+        for name in ("class_weights", "label_smoothing", "focal") if of_numbers else ("regression",):
+            if getattr(self.loss, name) != getattr(Loss(), name):
+                whose = "classes and labels; numbers have none" if of_numbers else "--task numbers; leave it out"
+                raise GigamorphError(f"loss.{name} is of {whose}")
+        for name in ("labels", "classes"):
+            given = getattr(self.data, name)
+            if twice := [one for number, one in enumerate(given) if one in given[:number]]:
+                raise GigamorphError(f"data.{name} names {twice[0]!r} twice; name each once")
 
     @property
     def split(self) -> bool | int:

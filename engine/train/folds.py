@@ -35,6 +35,8 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
     drawn = [i for i in order if records[i].split != "test"]
     patients = [records[i].patient_id for i in drawn]
     there = len(set(patients))
+    if there < 2:
+        raise DataError(f"{count} folds need two patients at least that are not in split test; there are {there}")
     if count < 2 or there < count:
         raise DataError(f"{count} folds of {there} patients cannot be made; take from 2 to {there}")
     labels = [records[i].label for i in drawn]
@@ -91,7 +93,8 @@ def summarise(out: Path, count: int) -> Iterator[str]:
     write_atomically(out / "out_of_fold.csv", table, "table")
     for name, one in found.items():
         yield f"{name}: {one['mean']:.4f} +- {one['std']:.4f} over {one['folds']} folds"
-    yield f"{out}/folds.json, out_of_fold.csv ({len(rows)} images); networks in {out}/fold1/best.ckpt ..."
+    samples = "exams" if "exam" in rows[0] else "images"
+    yield f"{out}/folds.json, out_of_fold.csv ({len(rows)} {samples}); networks in {out}/fold1/best.ckpt ..."
 
 
 def _rows(path: Path, fold: int) -> Iterator[dict[str, str]]:

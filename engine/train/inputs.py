@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from ..datasets.augment import Augment
 from ..datasets.dataset import ImageDataset
-from ..datasets.exams import ExamDataset, exam_of
+from ..datasets.exams import ExamDataset
 from ..datasets.grey import grey_warnings
 from ..datasets.splits import assign_splits, check_leaks
 from ..datasets.tables import Record, read_table
@@ -152,17 +153,16 @@ def _read(
         known = f"there are {', '.join(there)}" if there else "it has no columns label_NAME"
         raise DataError(f"{table}: has no column label_{(absent or ['NAME'])[0]}; {known}")
     target = Target(labels.names or tuple(there), labels.kind, views=labels.views)
-    records = [record for record in read.records if target.knows(record)]
-    if labels.views is not None:  # a view without labels is of an exam with some
-        known = set(map(exam_of, records))
-        records = [record for record in read.records if exam_of(record) in known]
+    records = target.known(read.records)
     if len(records) < len(read.records):
         warn(f"{len(read.records) - len(records)} of {len(read.records)} images have no label, and are left out")
-    if labels.kind == "labels":
-        for record in records:
-            for name in target.names:
-                if record.labels.get(name, 0) not in (0, 1):
-                    raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty")
+    for record in records:
+        for name in target.names:
+            value = record.labels.get(name, 0)
+            if labels.kind == "labels" and value not in (0, 1):
+                raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty")
+            if math.isinf(value):
+                raise DataError(f"{table}: label_{name} of {record.path.name} is {value}; leave it empty if not known")
     return records, target
 
 

@@ -100,7 +100,21 @@ def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
             raise GigamorphError(f"log {name!r} needs a library that is not installed: pip install {name}") from error
         except Exception as error:  # the library's own: a server that does not answer
             raise GigamorphError(f"log {name!r} cannot be begun: {first_line(error)}") from error
+    for logger in found:
+        logger.finalize = _guarded(logger.finalize)  # type: ignore[method-assign]
     return found
+
+
+def _guarded(finalize: Callable[[str], None]) -> Callable[[str], None]:
+    """Lightning ends loggers after each stage; what they cannot end ends no run."""
+
+    def guarded(status: str) -> None:
+        try:
+            finalize(status)
+        except Exception as error:  # the library's own: a server that has gone
+            log.warning("a log cannot be ended: %s", first_line(error))
+
+    return guarded
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -9,9 +10,24 @@ from ..errors import GigamorphError
 from .stages import Stage
 
 
+def require(name: str, value: float | None, least: float, below: float = math.inf) -> None:
+    """Refuse a number outside of a range; None is not set.
+
+    Raises:
+        GigamorphError: naming it; NaN and infinity are in no range.
+    """
+    if value is not None and not least <= value < below:
+        told = f"at least {least} and below {below}" if below < math.inf else f"{least} or more"
+        raise GigamorphError(f"{name} is {value}; it is {told}")
+
+
 @dataclass(frozen=True)
 class Optimizer:
-    """How weights are changed."""
+    """How weights are changed.
+
+    Raises:
+        GigamorphError: for values that no optimizer has.
+    """
 
     name: str = "adamw"
     """A class of `torch.optim`, in letters of any case, or ``timm:NAME``."""
@@ -29,10 +45,21 @@ class Optimizer:
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, as betas."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "clip", "layer_decay"):
+            require(f"optimizer.{name}", getattr(self, name), 0)
+        require("optimizer.momentum", self.momentum, 0, 1)
+        for name, rate in self.rates.items():
+            require(f"optimizer.rates.{name}", rate, 0)
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate goes; see `schedules.factor_of`."""
+    """How the learning rate goes; see `schedules.factor_of`.
+
+    Raises:
+        GigamorphError: for values that no schedule has.
+    """
 
     name: str = "cosine"
     warmup: float = 0.1
@@ -40,6 +67,10 @@ class Schedule:
     plateau: int | None = None
     """The rate is divided by ten after this many epochs without a better validation score."""
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require("schedule.warmup", self.warmup, 0, 1)
+        require("schedule.plateau", self.plateau, 1)
 
 
 @dataclass(frozen=True)
@@ -60,25 +91,35 @@ class Loss:
     """Of numbers, in units of their standard deviation."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise GigamorphError(f"loss.label_smoothing is {self.label_smoothing}; it is at least 0 and below 1")
-        if self.focal < 0:
-            raise GigamorphError(f"loss.focal is {self.focal}; the exponent is 0 or more")
+        require("loss.label_smoothing", self.label_smoothing, 0, 1)
+        require("loss.focal", self.focal, 0)
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """A stage of the training; what is not set is as the whole run has it."""
+    """A stage of the training; what is not set is as the whole run has it.
+
+    Raises:
+        GigamorphError: for values that no stage has.
+    """
 
     epochs: int
     name: str = ""
     lr: float | None = None
     freeze: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        require("stages.epochs", self.epochs, 1)
+        require("stages.lr", self.lr, 0)
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Everything that decides the result of a run besides the data; stored in the checkpoint."""
+    """Everything that decides the result of a run besides the data; stored in the checkpoint.
+
+    Raises:
+        GigamorphError: for values that no run has.
+    """
 
     model: str = "resnet18"
     weights: str | None = None
@@ -106,6 +147,12 @@ class TrainOptions:
     loss: Loss = field(default_factory=Loss)
     stages: tuple[StageOptions, ...] = ()
     """One after the other, in the place of a single one of ``epochs``."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulate", "patience"):
+            require(name, getattr(self, name), 1)
+        require("average", self.average, 0, 1)
+        require("seed", self.seed, 0, 2**32)  # scikit-learn, which draws folds, takes no other
 
     def made_stages(self, validated: bool) -> list[Stage]:
         """The stages as the training loop takes them.

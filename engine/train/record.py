@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DataError, GigamorphError
 from ..parallel.process_group import ProcessGroup
 from .checkpoint import versions
@@ -42,10 +44,17 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
     """Refuse to go on with a run as another one.
 
     Raises:
-        DataError: it has another split. GigamorphError: other options.
+        DataError: it has another split, or learns other labels. GigamorphError: other options.
     """
     if stored["split"]["sha256"] != record["split"]["sha256"]:
         raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
+    for name, value in stored.get("target", {}).items():
+        now = record["target"].get(name)
+        if not _equal(value, now):
+            raise DataError(
+                f"{path}: was begun to learn {name} {_TOLD.get(name, '')}{value}, not {now}; resume with the labels, "
+                "and the table, that it was begun with"
+            )
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
             f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "
@@ -63,6 +72,17 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
             )
     if stored["preprocessing"] != record["preprocessing"]:
         raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")
+
+
+_TOLD = {"center": "(the training images' mean) ", "spread": "(their standard deviation) "}
+
+
+def _equal(before: Any, now: Any) -> bool:
+    """Means and deviations up to the order of their sums."""
+    if before == now:
+        return True
+    numbers = all(isinstance(one, list) and one and isinstance(one[0], float) for one in (before, now))
+    return numbers and len(before) == len(now) and np.allclose(before, now, rtol=1e-9, atol=0)
 
 
 def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:

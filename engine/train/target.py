@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..datasets.exams import exam_of
 from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import odds
@@ -104,6 +105,14 @@ class Target:
     def knows(self, record: Record) -> bool:
         """Whether there is anything to learn from an image."""
         return not np.isnan(self.truth([record])).all()
+
+    def known(self, records: Sequence[Record]) -> list[Record]:
+        """The images from which there is anything to learn, with all views of an exam of which one is such."""
+        found = [record for record in records if self.knows(record)]
+        if self.views is None:
+            return found
+        exams = set(map(exam_of, found))
+        return [record for record in records if exam_of(record) in exams]
 
     def weights(self, records: Sequence[Record]) -> tuple[float, ...]:
         """By which classes count so that all count the same, with mean 1 over the images; of labels their positives."""

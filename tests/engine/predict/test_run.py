@@ -85,6 +85,24 @@ def test_the_rows_are_those_of_the_table_with_the_networks_outputs(table, whole)
     assert len(rows(whole / "breasts.csv")) == 6 and not (whole / "quarantine.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "told"), [(12, True), (10, True), (6, True), (5, False), (13, False), (0, False)]
+)
+def test_a_table_that_a_training_may_have_been_of_is_asked_for_its_splits(table, tmp_path, trained_on, told):
+    class Splits(ImageDataset):
+        def __init__(self, records):
+            super().__init__([replace(record, split="val") for record in records], channels=1)
+
+    def opener(*, device):
+        return Classifier(archives.Sum(), archives.CLASSES, Splits, trained_on)
+
+    table = shutil.copy(table, Path(table).with_name("no_splits.csv"))
+    lines = [row | {"split": ""} for row in rows(table)]
+    Path(table).write_text("\n".join([",".join(lines[0]), *(",".join(row.values()) for row in lines)]) + "\n")
+    predict(opener, [table], tmp_path / "out", HERE)
+    assert {row["split"] for row in rows(tmp_path / "out" / "predictions.csv")} == {"val" if told else ""}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_reading_ahead_changes_no_bit(table, whole, tmp_path, workers):
     predict(archives.tiny, [table], tmp_path / "out", replace(HERE, workers=workers))

@@ -1,0 +1,63 @@
+"""Configurations as files: what is written is read again, YAML means what TOML means, what cannot be is said."""
+
+import pytest
+
+from gigamorph.engine.config import load_config, parse_config, to_toml
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.train.config import TrainConfig
+from gigamorph.engine.train.options import StageOptions
+
+
+def test_stages_that_fill_more_than_a_line_are_read_again():
+    parts = tuple(f"encoder.blocks.{number}.attention" for number in range(6))
+    config = TrainConfig(stages=(StageOptions(2, "head", 1e-2, freeze=parts), StageOptions(5)), timeout=60.0)
+    assert parse_config(to_toml(config), TrainConfig, "file") == config
+
+
+def test_numbers_in_lists_of_a_yaml_file_are_numbers(tmp_path):
+    path = tmp_path / "my.yaml"
+    stages = "stages:\n- {epochs: 1, lr: 1e-2, name: null}\n"
+    path.write_text(stages + "timeout: 1.5e3\noptimizer: {options: {betas: [9e-1]}}\n")
+    config = load_config(path, TrainConfig)
+    assert config.stages == (StageOptions(1, lr=0.01),) and config.timeout == 1500
+    assert config.optimizer.options == {"betas": [0.9]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patience = 0", "patience is 0; it is 1 or more"),
+        ("average = 1.5", "average is 1.5; it is at least 0 and below 1"),
+        ("seed = -1", "seed is -1; it is at least 0 and below 4294967296"),
+        ("seed = 4294967296", "seed is 4294967296; it is at least 0 and below 4294967296"),
+        ("devices = 0", "devices is 0; it is 1 or more"),
+        ("timeout = -1", "timeout is -1.0; it is 1 or more"),
+        ("schedule.plateau = 0", "schedule.plateau is 0; it is 1 or more"),
+        ("schedule.warmup = 1", "schedule.warmup is 1.0; it is at least 0 and below 1"),
+        ("optimizer.clip = -1", "optimizer.clip is -1.0; it is 0 or more"),
+        ("optimizer.clip = nan", "optimizer.clip is nan; it is 0 or more"),
+        ("optimizer.lr = inf", "optimizer.lr is inf; it is 0 or more"),
+        ("optimizer.weight_decay = -1", "optimizer.weight_decay is -1.0; it is 0 or more"),
+        ("optimizer.momentum = 1", "optimizer.momentum is 1.0; it is at least 0 and below 1"),
+        ("optimizer.layer_decay = -1", "optimizer.layer_decay is -1.0; it is 0 or more"),
+        ("optimizer.rates = {stem = -1}", "optimizer.rates.stem is -1.0; it is 0 or more"),
+        ("loss.focal = nan", "loss.focal is nan; it is 0 or more"),
+        ("stages = [{epochs = 0}]", "stages.epochs is 0; it is 1 or more"),
+        ("stages = [{epochs = 1, lr = -1}]", "stages.lr is -1.0; it is 0 or more"),
+        ("loss.regression = 'huber'", "loss.regression is of --task numbers; leave it out"),
+        (
+            "loss.focal = 2.0\ndata.task = 'numbers'",
+            "loss.focal is of classes and labels; numbers have none",
+        ),
+        (
+            "loss.class_weights = true\ndata.task = 'numbers'",
+            "loss.class_weights is of classes and labels; numbers have none",
+        ),
+        ("data = {task = 'labels', labels = ['a', 'b', 'a']}", "data.labels names 'a' twice; name each once"),
+        ("data.classes = ['no', 'yes', 'no']", "data.classes names 'no' twice; name each once"),
+    ],
+)
+def test_what_is_out_of_range_or_without_effect_is_one_line(text, message):
+    with pytest.raises(GigamorphError) as told:
+        parse_config(text, TrainConfig, "file")
+    assert str(told.value) == f"file: {message}"

@@ -1,0 +1,45 @@
+"""A run goes on only with what it was begun to learn: the outputs of its network mean that, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+from training import Images, make_data
+
+from gigamorph.engine.errors import DataError
+from gigamorph.engine.train.data import Data
+from gigamorph.engine.train.fit import fit
+from gigamorph.engine.train.options import TrainOptions
+from gigamorph.engine.train.target import Target
+
+OPTIONS = TrainOptions(model="training:normed", epochs=1, accumulate=3)
+
+
+def labelled(target: Target) -> Data:
+    """Images with two labels besides their class."""
+
+    def part(images):
+        numbered = enumerate(images.records)
+        return Images([replace(r, labels={"a": float(r.label), "b": float(n % 2)}) for n, r in numbered])
+
+    data = make_data()
+    parts = {name: part(images) for name, images in data.parts.items()}
+    return replace(data, **parts, classes=target.names, target=target)
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)), r"begun to learn names \['a', 'b'\], not \['b', 'a'\]"),
+        (Target(("a", "b"), "labels"), "begun to learn kind numbers, not labels"),
+        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.6)), r"their standard deviation\) \[1.0, 0.5\], not"),
+        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "begun to learn views None, not mean"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_labels_alone(now, message, tmp_path):
+    begun = Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5))
+    fit(labelled(begun), OPTIONS, tmp_path)
+    with pytest.raises(DataError, match=message):
+        fit(labelled(now), replace(OPTIONS, epochs=2), tmp_path, resume=True)
+    rounded = replace(begun, center=(1.0 + 1e-15, 0.5))  # as of a sum in another order
+    fit(labelled(rounded), replace(OPTIONS, epochs=2), tmp_path, resume=True)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
