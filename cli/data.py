@@ -69,7 +69,8 @@ def data() -> None:
 def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers: int | None) -> None:
     """List all images below a folder with what their headers say: side, view, size, grey scale, maker, oddities.
 
-    The table has no labels; add a column label to train from it. Files that are no images are listed and passed over.
+    The table has no labels; add a column label to train from it. Files that are no images are listed and passed over;
+    masks, by their names (folder/masks/x.png, x_mask.png beside x.png), are left out.
     Of PNG and TIFF files patient, side and view are in the names: the command shows which pattern it went by.
 
     Example: gigamorph data index downloads/png --pattern "{patient}_{laterality}-{view}" --out index.csv
@@ -98,6 +99,11 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     known = [record for record in found.records if record.patient_known]
     patients = len({record.patient_id for record in known})
     click.echo(f"{len(found.records)} images of {patients} patients, {len(found.errors)} files passed over; {out}")
+    if found.masks:
+        click.echo(
+            f"{len(found.masks)} masks are left out, by their names, the first {found.masks[0]}; to list masks, name "
+            "their own folder"
+        )
     if found.pattern:
         first = known[0] if pattern else next(r for r in known if "modality" not in r.extra)
         told = ", ".join(part for part in (first.laterality, first.view) if part)

@@ -39,7 +39,8 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
     NAME is a recipe, or "list". Without --synthetic its configuration is printed: every published value with its
     source, as TOML, to be kept in a file, changed, and given to gigamorph train --recipe NAME --config FILE.
 
-    The exit code of --synthetic is 0 where the claim holds and 1 where it does not.
+    The exit code of --synthetic is 0 where the claim holds, and 1 where it does not or fewer than three seeds say
+    nothing.
 
     Example: gigamorph recipe morphhr --synthetic
     """
@@ -66,9 +67,15 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
     click.echo()
     show_rows(claim.judged)
     click.echo(_verdict(claim, folder))
-    return int(not claim.holds)
+    return 0 if claim.holds else 1
 
 
 def _verdict(claim: Claim, folder: Path) -> str:
-    result = f"{'holds' if claim.holds else 'does not hold'} ({claim.seconds:.0f} s); {folder / 'claim.json'}"
+    from ..engine.recipes.claims import FEWEST
+
+    seeds = len({row["seed"] for row in claim.rows})
+    told = "holds" if claim.holds else "does not hold"
+    if claim.holds is None:
+        told = f"not decided by {seeds} seed{'s'[: seeds > 1]}; a claim is judged over {FEWEST} or more"
+    result = f"{told} ({claim.seconds:.0f} s); {folder / 'claim.json'}"
     return f"claim   {claim.claim}\nrule    {claim.rule}\nresult  {result}"

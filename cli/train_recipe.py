@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 from click.core import ParameterSource
 
 from .starting import Teller, count_processes, goes_on, start
-
-if TYPE_CHECKING:
-    from ..engine.train.run import Run
 
 _OF_RECIPES = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
@@ -34,24 +32,25 @@ def begin_recipe(data: str, out: Path, given: dict[str, Any], tell: Teller) -> N
     """Train as a recipe does, by its own configuration."""
     from ..engine.config import load_config
     from ..engine.recipes import get_recipe
-    from ..engine.train.run import Run
 
     count = count_processes(given["devices"], given["split_image"], given["devices_per_image"])
     kind = get_recipe(given["recipe"]).config
     settings = kind() if given["config"] is None else load_config(given["config"], kind)
-    run = Run(out, given["seed"], given["device"], given["memory_budget"], given["resume"], given["precision"])
-    args = given["recipe"], settings, data, run, given["devices_per_image"] or given["split_image"], tell
+    # What a Run is made of, which cannot be sent to another process itself.
+    own = {"out": out, **{name: given[name] for name in ("seed", "device", "memory_budget", "resume", "precision")}}
+    args = given["recipe"], settings, data, own, given["devices_per_image"] or given["split_image"], tell
     start(_train_recipe, count, given["device"], given["timeout"], *args)
 
 
-def _train_recipe(name: str, config: Any, data: str, run: Run, split: bool | int, tell: Teller) -> None:
+def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split: bool | int, tell: Teller) -> None:
     """Run a recipe in this process, alone or as one of several, of which the first reports."""
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.recipes import get_recipe
+    from ..engine.train.run import Run
     from .progress import ProgressView
     from .table import show_rows
 
-    run = replace(run, group=ProcessGroup.here(split), resume=run.resume or goes_on(run.out))
+    run = Run(**{**own, "resume": own["resume"] or goes_on(own["out"])}, group=ProcessGroup.here(split))
     if not run.group.leads:
         get_recipe(name).train(Path(data), config, run)
         return
@@ -63,6 +62,14 @@ def _train_recipe(name: str, config: Any, data: str, run: Run, split: bool | int
         raise
     if tell.quiet:
         return
-    plain = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
-    show_rows([{"measure": key, "value": value} for key, value in plain.items()])
+    show_rows([{"measure": key, "value": value} for key, value in _plain(metrics) if not key.startswith("versions.")])
     click.echo(f"{run.out}/metrics.json has all of it")
+
+
+def _plain(metrics: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers and texts by where they stand, as rbf.test.auc; what is in lists is for metrics.json."""
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _plain(value, f"{above}{key}.")
+        elif isinstance(value, int | float | str):
+            yield above + key, value

@@ -14,10 +14,10 @@ import numpy as np
 from ..errors import DataError
 from ..images.affine import Affine
 from ..images.levels import White
-from ..images.open import open_pixels
 from ..images.pixels import ImageSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
 from .dataset import open_record
+from .masks import open_inside
 from .tables.schema import Box, Finding, Record
 
 Format = Literal["tiff", "png"]
@@ -127,8 +127,7 @@ def _write(source: ImageSource, target: Path, file_format: Format, white: int) -
 
 def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool, bool]) -> None:
     """The mask turned as its image was; 255 where it is not 0 (of lossy JPEG files, where it is above half)."""
-    source = open_pixels(mask, voi="none", flip=False)
-    level = 0.5 if source.steps[0].startswith("JPEG") else 0.0
+    source, level = open_inside(mask)
     _, height, width = source.shape
     if source.shape[1:] != image.shape[1:]:
         raise DataError(
@@ -155,6 +154,8 @@ def _moved(finding: Finding, back: Affine, mask: Path | None) -> Finding:
     return replace(finding, box=finding.box and _moved_box(finding.box, back), outline=outline, mask=mask)
 
 
-def _moved_box(box: Box, back: Affine) -> Box:
-    left, top, right, bottom = back.boxes([box[2], box[0], box[3], box[1]])
-    return round(float(top)), round(float(bottom)), round(float(left)), round(float(right))
+def _moved_box(box: Box, back: Affine) -> Box | None:
+    """None of a box beyond the border that is the upper or left one now."""
+    left, top, right, bottom = (round(float(side)) for side in back.boxes([box[2], box[0], box[3], box[1]]))
+    top, left = max(top, 0), max(left, 0)
+    return (top, bottom, left, right) if top < bottom and left < right else None

@@ -12,6 +12,7 @@ from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from .names import NamePattern, find_pattern
 from .tables.generic import image_files
+from .tables.mask_names import masks_among
 from .tables.schema import Record
 
 DICOM_MARK = b"DICM"
@@ -27,6 +28,8 @@ class Index:
     """Files that are no images or damaged, or whose names do not fit the pattern that was asked for, each named."""
     pattern: str | None
     """Of the file names from which patients, sides and views are; None if none are."""
+    masks: list[Path]
+    """Files that are left out, because they are masks by their names."""
 
 
 def index_folder(
@@ -53,6 +56,9 @@ def index_folder(
         raise DataError(f"{folder}: no such folder")
     wanted = None if pattern is None else NamePattern(pattern)
     paths = image_files(folder)
+    masks = masks_among(paths, folder)
+    left_out = set(masks)
+    paths = [path for path in paths if path not in left_out]
     if on_start is not None:
         on_start(len(paths))
     found: list[Record | DataError] = [DataError(f"{path}: was not read") for path in paths]
@@ -74,7 +80,7 @@ def index_folder(
             if new is None
         ]
         records = [record for record in named if record is not None]
-    return Index(records, errors, fitting.text if fitting else None)
+    return Index(records, errors, fitting.text if fitting else None, masks)
 
 
 def _numbered(records: Sequence[Record]) -> list[Record]:

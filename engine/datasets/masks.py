@@ -30,6 +30,18 @@ IGNORED = 255
 _STRIP = 512
 
 
+def read_inside(path: Path) -> np.ndarray:
+    """bool (rows, columns): which pixels lie in a finding whose mask the file is, in the file's own orientation."""
+    source, level = open_inside(path)
+    return (source.read(0, source.shape[1], 0, source.shape[2]).amax(0) > level).numpy()
+
+
+def open_inside(path: Path) -> tuple[ImageSource, float]:
+    """A mask of a finding, and the grey value above which pixels lie in it: 0; of lossy JPEG files half of white."""
+    source = open_pixels(path, voi="none", flip=False)
+    return source, 0.5 if source.steps[0].startswith("JPEG") else 0.0
+
+
 class Mask(Protocol):
     """Classes of pixels: `dense_loss` takes it as labels once it has its batch axis, see `Batched`."""
 

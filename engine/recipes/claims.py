@@ -24,7 +24,8 @@ HELD_OUT = (20, 21, 22, 23, 24, 25, 26)
 """Seeds that were not: they were run after task and rule were committed."""
 CEILING = 0.98
 WINS = 0.8
-FEWEST = 3  # seeds, below which nothing is said to hold
+FEWEST = 3
+"""Seeds, below which nothing is said to hold or not to."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     return mean - reach, mean + reach
 
 
-def judge(rule: Rule, rows: Sequence[Row]) -> tuple[bool, list[Row]]:
+def judge(rule: Rule, rows: Sequence[Row]) -> tuple[bool | None, list[Row]]:
     """Whether the rule holds of rows, and a line for each of its parts: what, mean, low, high, wins, seeds, holds.
 
-    A line of what stands beside the claim holds None.
+    None where too few seeds cannot tell. A line of what stands beside the claim holds None, too.
     """
     lines: list[Row] = []
     for column, least in rule.floors:
@@ -110,20 +111,20 @@ def judge(rule: Rule, rows: Sequence[Row]) -> tuple[bool, list[Row]]:
     for column in rule.chance:
         values = list(over_seeds(rows, column).values())
         line = _line(f"{column} at chance", values, False)
-        lines.append({**line, "holds": line["low"] is not None and line["low"] <= 0.5 <= line["high"]})
+        lines.append({**line, "holds": None if line["low"] is None else line["low"] <= 0.5 <= line["high"]})
     for effect in (*rule.effects, *rule.beside):
         ours, control = (over_seeds(rows, column, effect.where) for column in (effect.ours, effect.control))
         values = [ours[seed] - control[seed] for seed in ours]
         wins = sum(value > 0 for value in values)
         line = _line(effect.name, values, None, wins)
         if effect in rule.effects:
-            line["holds"] = line["low"] is not None and line["low"] > 0 and wins >= WINS * len(values)
+            line["holds"] = None if line["low"] is None else line["low"] > 0 and wins >= WINS * len(values)
         lines.append(line)
     compared = [(name, e.where) for e in rule.effects for name in (e.ours, e.control)]
     best = max(float(np.mean(list(over_seeds(rows, name, where).values()))) for name, where in compared)
     lines.append({"what": f"best mean below {rule.ceiling:g}", "mean": best, "holds": best < rule.ceiling})
     enough = len({row["seed"] for row in rows}) >= FEWEST
-    return enough and all(line["holds"] is not False for line in lines), lines
+    return all(line["holds"] is not False for line in lines) if enough else None, lines
 
 
 def _line(what: str, values: Sequence[float], holds: bool | None, wins: int | None = None) -> Row:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..datasets.dataset import ImageDataset
+from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..images.pixels import PixelSource
@@ -94,6 +95,12 @@ def image_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def record_digest(record: Record) -> str:
+    """A hash of an image's file, and what the table says of how it is to be read."""
+    told = record.frame, record.white, record.chest_wall, record.laterality
+    return " ".join([image_digest(record.path), *map(str, told)])
+
+
 class Features(Sequence[Array]):
     """Features of images in their order, each read from its file when it is asked for."""
 
@@ -144,7 +151,7 @@ def frozen_features(
     paths = []
     for record in images.records:
         own = key.copy()
-        own.update(f"{image_digest(record.path)} {record.frame}".encode())
+        own.update(record_digest(record).encode())
         name = own.hexdigest()
         paths.append(folder / name[:2] / f"{name}.npy")
     missing = [index for index, path in enumerate(paths) if not path.exists()]

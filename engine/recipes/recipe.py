@@ -33,8 +33,8 @@ class Claim:
     """What was measured: plain numbers and texts, one row or more of each seed."""
     judged: list[dict[str, Any]]
     """The parts of the rule, each with its mean and interval over the seeds; see `judge`."""
-    holds: bool
-    """The rule, applied to the rows."""
+    holds: bool | None
+    """The rule, applied to the rows; None where they are of too few seeds."""
     seconds: float
 
 

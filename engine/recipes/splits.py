@@ -40,6 +40,8 @@ def split_records(records: Sequence[Record], config: Splitting, run: Run, *, val
     if config.split == "drawn":
         records = [replace(record, split=None) for record in records]
     found = assign_splits(records, fractions=config.fractions, seed=run.seed)
+    if all(record.split != "test" for record in found):
+        run.say("there are no images in the split test, so nothing is measured")
     if not validation:
         return found
     filled = fill_validation(found, fractions=config.fractions, seed=run.seed)

@@ -58,6 +58,9 @@ def test_index(phantoms, tmp_path, capsys):
     assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"P{n:05d}" for n in range(1, 7)}
     assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv", "--identifiers") == 0
     assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"PHANTOM{n:04d}" for n in range(6)}
+    shutil.copytree(phantoms / "masks", tmp_path / "in" / "masks")
+    assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv") == 0
+    assert "masks are left out" in capsys.readouterr().out and len(rows(tmp_path / "i.csv")) == 24
     (tmp_path / "empty").mkdir()
     assert run("index", tmp_path / "empty", "--out", tmp_path / "e.csv") == 2
 

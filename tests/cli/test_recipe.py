@@ -1,6 +1,7 @@
 """``gigamorph recipe`` and ``gigamorph train --recipe``, with a recipe of two lines."""
 
 import json
+import pickle
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -28,7 +29,7 @@ def toy(monkeypatch):
         calls.append((table, config, run))
         if config.rate == 13:
             raise GigamorphError("no luck")
-        return {"auc": 0.75, "labelwise": {"a": 1.0}}
+        return {"auc": 0.75, "rbf": {"test": {"auc": 0.625}}, "rows": [{"a": 1}], "versions": {"torch": "2"}}
 
     def rows(run):
         return [{"seed": run.seed, "auc": 0.9 - run.seed / 10, "other": 0.5, "kind": "x"}]
@@ -59,6 +60,10 @@ def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
     assert stored["rows"][0] == {"seed": 0, "auc": 0.9, "other": 0.5, "kind": "x"} and stored["holds"] is True
     assert run("recipe", "toy", "--synthetic", "--seeds", "0,5,9", "--out", tmp_path / "b") == 1
     assert "does not hold" in capsys.readouterr().out
+    assert run("recipe", "toy", "--synthetic", "--seeds", "5", "--out", tmp_path / "c") == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "result not decided by 1 seed; a claim is judged over 3 or more (" in shown and "not hold" not in shown
+    assert json.loads((tmp_path / "c" / "claim.json").read_text())["holds"] is None
     assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "b") == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -76,13 +81,26 @@ def test_train_hands_the_configuration_on(toy, tmp_path, capsys):
     [(table, config, given)] = toy
     assert table == tmp_path and config == Config(2.0)
     assert (given.out, given.seed, given.memory_budget, given.precision) == (tmp_path / "o", 3, 2**30, "bf16")
-    assert "0.75" in capsys.readouterr().out
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["auc", "0.75"] in shown and ["rbf.test.auc", "0.625"] in shown and "versions.torch" not in str(shown)
     assert run("train", tmp_path, "--recipe", "toy", "--out", tmp_path / "o") == 0 and toy[1][1] == Config()
     file.write_text("rate = 13\n")
     assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
     file.write_text("lr = 1\n")
     assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
     assert "'lr' is unknown" in capsys.readouterr().err
+
+
+def test_what_goes_to_other_processes_can_be_pickled(toy, tmp_path, monkeypatch):
+    """`--devices 2` sends the run to processes that are begun anew."""
+
+    def launched(function, number, device, *args, timeout):
+        function(*pickle.loads(pickle.dumps(args)))
+
+    monkeypatch.setattr("gigamorph.engine.parallel.launch.launch", launched)
+    assert run("train", tmp_path, "--recipe", "toy", "--out", tmp_path / "o", "--devices", 2, "--seed", 4) == 0
+    [(_, config, given)] = toy
+    assert config == Config() and (given.out, given.seed) == (tmp_path / "o", 4)
 
 
 def test_what_the_configuration_says_is_no_option_too(toy, tmp_path, capsys):

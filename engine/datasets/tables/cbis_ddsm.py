@@ -39,6 +39,7 @@ _NAMES = {
 }
 _ENDINGS = (".dcm", ".jpg")
 """Of images as TCIA has them, and of Kaggle's release, which is JPEG of 8 bits: jpeg/SERIES UID/1-172.jpg."""
+_PATHOLOGIES = ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK")
 _NEEDED = ("patient_id", "left_or_right_breast", "image_view", "pathology", "image_file_path")
 
 
@@ -70,7 +71,12 @@ def _rows(table: Rows) -> list[dict[str, str]]:
     missing = [name for name in _NEEDED if name not in names]
     if missing:
         raise DataError(f"{table.path}: column {', '.join(missing)} is missing; it has {', '.join(table.header)}")
-    return [dict(zip(names, row.values(), strict=True)) for row in table.rows]
+    rows = [dict(zip(names, row.values(), strict=True)) for row in table.rows]
+    for place, row in zip(table.places, rows, strict=True):
+        if row["pathology"].upper() not in _PATHOLOGIES:
+            told = f"pathology {row['pathology']!r} is none of {', '.join(_PATHOLOGIES)}"
+            raise DataError(f"{table.path}, {place}: {told}; fetch the table again")
+    return [{**row, "pathology": row["pathology"].upper()} for row in rows]
 
 
 def _record(rows: Sequence[dict[str, str]], split: str, places: _Series) -> Record:

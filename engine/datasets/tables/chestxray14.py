@@ -64,11 +64,12 @@ def read(files: Files) -> list[Record]:
 
 
 def _splits(files: Files) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
         path = files.table(name) if files.path.is_dir() else None
-        if path is not None:
-            found |= dict.fromkeys(_lines(path), split)
+        for image in [] if path is None else _lines(path):
+            if found.setdefault(image, split) != split:
+                raise DataError(f"{path}: {image} is in train_val_list.txt too; fetch both again")
     return found
 
 

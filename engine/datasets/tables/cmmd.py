@@ -10,6 +10,7 @@ from .base import DataSet
 from .files import Files
 from .schema import Record
 
+_KINDS = ("normal", "benign", "malignant")
 _TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")
 
 
@@ -21,10 +22,12 @@ def read(files: Files) -> list[Record]:
     for place, row in zip(table.places, table.rows, strict=True):
         side = values.side(row["LeftRight"])
         kind = row["classification"].lower()
-        if side is None or kind not in ("benign", "malignant", "normal"):
+        if side is None or kind not in _KINDS:
             text = f"LeftRight {row['LeftRight']!r}, classification {row['classification']!r}"
             raise DataError(f"{table.path}, {place}: {text} are not those of CMMD; fetch the table again")
-        breasts[row["ID1"], side] = row
+        known = breasts.setdefault((row["ID1"], side), row)
+        if _KINDS.index(kind) > _KINDS.index(known["classification"].lower()):  # a row for each finding
+            breasts[row["ID1"], side] = row
     paths = files.matching([".dcm"]) if files.path.is_dir() else []
     records = []
     for path, info in zip(paths, read_headers(paths), strict=True):

@@ -30,7 +30,7 @@ def read(files: Files) -> list[Record]:
     records = []
     for row in table.rows:
         side = values.side(row["imagelaterality"])
-        case = values.number(row["x_case"]) == 1
+        cancer = _cancer(row, side)
         name = PurePosixPath(row["anon_filename"].replace("\\", "/")).name
         mask = files.find(f"{PurePosixPath(name).stem}_mask.png")
         records.append(
@@ -42,12 +42,19 @@ def read(files: Files) -> list[Record]:
                 view=row["viewposition"].upper(),
                 exam_id=f"{row['anon_patientid']}_{row.get('exam_year', '')}",
                 manufacturer=row.get("dicom_manufacturer") or None,
-                labels={"cancer": float(case and side == values.side(row["x_cancer_laterality"]))},
+                labels={} if cancer is None else {"cancer": cancer},
                 findings=(Finding(kind="tumour", mask=mask, pathology="malignant"),) if mask else (),
                 extra={name: row[name] for name in _KEPT if row.get(name)},
             )
         )
     return records
+
+
+def _cancer(row: dict[str, str], side: str | None) -> float | None:
+    case, ill = values.number(row["x_case"]), values.side(row["x_cancer_laterality"])
+    if case == 0:
+        return 0.0
+    return None if case is None or side is None or ill is None else float(side == ill)
 
 
 DATA_SET = DataSet(
@@ -56,7 +63,8 @@ DATA_SET = DataSet(
     tables=(_TABLE,),
     rules={
         "cancer": "1 for images of the breast in which a case (x_case 1) has or will have the cancer "
-        "(x_cancer_laterality; rad_timing says when), 0 for all others"
+        "(x_cancer_laterality; rad_timing says when), 0 for its other breast and for controls; where x_case or the "
+        "side is not known there is no label"
     },
     split="none",
     read=read,

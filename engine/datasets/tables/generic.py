@@ -13,6 +13,7 @@ from ...errors import DataError
 from ...images.levels import White, parse_white
 from . import values
 from .cells import is_number, read_rows
+from .mask_names import masks_among
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 SPLIT_NAMES = {
@@ -173,7 +174,12 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in folders:
         # A link to another class does not make its images this one's.
-        for file in _image_files(folder, {os.path.realpath(other) for other in (path, *folders)}):
+        files = list(_image_files(folder, {os.path.realpath(other) for other in (path, *folders)}))
+        masks = masks_among(files, folder)
+        if masks:
+            told = "1 file is a mask by its name" if len(masks) == 1 else f"{len(masks)} files are masks by their names"
+            raise DataError(f"{folder}: {told}, the first {masks[0]}; move masks out of the folders of classes")
+        for file in files:
             inside = file.relative_to(folder).parts
             # The same stem in two splits or classes is another patient, unless folders name the patients.
             patient = inside[0] if len(inside) > 1 else str(file)
@@ -294,7 +300,7 @@ def _white(path: Path, place: str, row: dict[str, str]) -> White | None:
 def _labels(path: Path, place: str, row: dict[str, str]) -> dict[str, float]:
     found = {}
     for name, cell in row.items():
-        if name.startswith(LABEL_PREFIX) and cell:
+        if name.startswith(LABEL_PREFIX) and cell and cell.lower() != "nan":
             number = values.number(cell)
             if number is None:
                 point = cell.replace(",", ".")

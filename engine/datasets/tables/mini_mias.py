@@ -72,6 +72,7 @@ def _finding(line: re.Match[str]) -> Finding:
         # y counts from the bottom of the film.
         x, y, radius = int(place[1]), _SIDE - 1 - int(place[2]), int(place[3] or 0)
         box = (max(y - radius, 0), min(y + radius + 1, _SIDE), max(x - radius, 0), min(x + radius + 1, _SIDE))
+        box = box if box[0] < box[1] and box[2] < box[3] else None
     return Finding(kind=_KINDS[line[4]], box=box, pathology={"M": "malignant", "B": "benign"}.get(line[5] or "", ""))
 
 

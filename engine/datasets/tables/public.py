@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ...errors import DataError
@@ -15,6 +16,8 @@ from .schema import Record, Table
 
 _MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, nyu, chestxray14)
 DATA_SETS: dict[str, DataSet] = {module.DATA_SET.name: module.DATA_SET for module in _MODULES}
+_TOLD = [field.name for field in fields(Record) if field.name not in ("extra", "patient_known")]
+"""What two rows of one image must agree on."""
 
 
 def read_data_set(
@@ -34,7 +37,7 @@ def read_data_set(
     label = label or next(iter(data_set.rules))
     if label not in data_set.rules:
         raise DataError(f"{data_set.title} has no label {label!r}; choose from {', '.join(data_set.rules)}")
-    records = [_labelled(record, label) for record in data_set.read(Files(path))]
+    records = [_labelled(record, label) for record in _once(path, data_set.read(Files(path)))]
     if not records:
         raise DataError(f"{path}: holds no images of {data_set.title}")
     nameless = [record for record in records if not record.patient_id]
@@ -62,6 +65,20 @@ def detect(path: str | Path) -> str | None:
 def _is_there(files: Files, data_set: DataSet) -> bool:
     path = files.table(*data_set.tables)
     return path is not None and (not data_set.columns or set(data_set.columns) <= set(read_rows(path).header))
+
+
+def _once(path: str | Path, records: Sequence[Record]) -> list[Record]:
+    """Each image, and each finding of it, once; `DataError` where two rows of an image say different things."""
+    found: dict[tuple[Path, int | None], Record] = {}
+    for record in records:
+        record = replace(record, findings=tuple(dict.fromkeys(record.findings)))
+        first = found.setdefault((record.path, record.frame), record)
+        told = [name for name in _TOLD if getattr(first, name) != getattr(record, name)]
+        if told:
+            raise DataError(
+                f"{path}: {record.path.name} is in two rows that disagree on {', '.join(told)}; leave one of them out"
+            )
+    return list(found.values())
 
 
 def _labelled(record: Record, label: str) -> Record:

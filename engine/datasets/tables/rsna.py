@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...errors import DataError
 from . import values
 from .base import DataSet
 from .files import Files
@@ -17,12 +18,8 @@ def read(files: Files) -> list[Record]:
     table.require("patient_id", "image_id", "laterality", "view")
     folder = f"{table.path.name.split('.')[0]}_images"
     records = []
-    for row in table.rows:
-        labels = {
-            name: values.number({"True": "1", "False": "0"}.get(row[name], row[name]))
-            for name in _LABELS
-            if row.get(name)
-        }
+    for place, row in zip(table.places, table.rows, strict=True):
+        labels = {name: _truth(row[name], name, f"{table.path}, {place}") for name in _LABELS if row.get(name)}
         records.append(
             Record(
                 path=files.expect(f"{folder}/{row['patient_id']}/{row['image_id']}.dcm"),
@@ -38,6 +35,13 @@ def read(files: Files) -> list[Record]:
             )
         )
     return records
+
+
+def _truth(cell: str, name: str, place: str) -> float | None:
+    try:
+        return values.truth(cell)
+    except ValueError as error:
+        raise DataError(f"{place}: {name} {error}; fetch the table again") from error
 
 
 DATA_SET = DataSet(

@@ -45,8 +45,17 @@ def box_around(top: float, bottom: float, left: float, right: float) -> Box:
 
 
 def number(text: str) -> float | None:
-    """The number that the text is; None if it is none."""
+    """The number that the text is; None if it is none, or nan."""
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
         return None
+    return None if math.isnan(found) else found
+
+
+def truth(text: str) -> float | None:
+    """1 or 0 of "1", "0.0", "True", ...; None where it is empty or nan. `ValueError` of anything else."""
+    value = number({"true": "1", "false": "0"}.get(text.lower(), text))
+    if value not in (0, 1, None) or (value is None and text and text.lower() != "nan"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return value

@@ -128,8 +128,8 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
     pool = _pool(config, records)
     weights = find_weights(config.weights, config.mean, config.std, run)
-    begin(run, "cae", config, [*records, *pool])
     backbone = UpTo(_network(config, len(read.classes), weights, run), config.layer)
+    begin(run, "cae", config, [*records, *pool])
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)
     features = {"raw": vectors(maps, config.pyramid), "cae": vectors(maps, config.pyramid, stack)}

@@ -53,9 +53,10 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     labels = {name: [r.label for r in own] for name, own in parts.items()}
     classes = len(read.classes)
     check_parts(labels, classes)
-    for own in config.extractors:
+    for number, own in enumerate(config.extractors):
         run.say(f"extractor {own.name}")
         find_weights(own.weights, config.mean, config.std, run)
+        _extractor(config, number, run)  # refused before any work
     begin(run, "dvme", config, records)
     embeddings = _embeddings(config, parts, run)
     known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}

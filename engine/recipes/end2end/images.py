@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...datasets.augment import Augment, augmented
 from ...datasets.dataset import ImageDataset, open_record
+from ...datasets.masks import read_inside
 from ...datasets.tables import Finding, Record
 from ...errors import DataError
 from ...files import write_atomically
@@ -53,6 +54,9 @@ def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
     """The lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
 
     A finding's mask is its mask file, else its box. Kinds that begin with calc are calcifications, others masses.
+
+    Raises:
+        DataError: a finding without mask and box, or of which nothing is in the image.
     """
     found = []
     for finding in record.findings:
@@ -61,21 +65,27 @@ def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
                 ("calc" if finding.kind.startswith("calc") else "mass")
                 + ("_mal" if finding.pathology.startswith("malignant") else "_ben")
             )
-            found.append(Lesion(_mask(finding, record, shape), label))
+            mask = _mask(finding, record, shape)
+            if not mask.any():
+                what = f"holds nothing of a lesion ({CLASSES[label]})"
+                raise DataError(f"{finding.mask or record.path}: {what}; leave the finding out")
+            found.append(Lesion(mask, label))
     return found
 
 
 def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     if finding.mask is not None:
-        source = open_pixels(finding.mask, flip=False, channels=1)
-        mask = source.read(0, source.shape[1], 0, source.shape[2])[None] > 0
+        mask = torch.from_numpy(read_inside(finding.mask))[None, None]
     elif finding.box is not None:
         source = open_pixels(record.path, flip=False, frame=record.frame)
         mask = torch.zeros(1, 1, *source.shape[1:], dtype=torch.bool)
         mask[..., finding.box[0] : finding.box[1], finding.box[2] : finding.box[3]] = True
     else:
         raise DataError(f"{record.path}: a finding has neither mask nor box; give one, or leave the finding out")
-    return F.interpolate(mask.to(torch.uint8), shape, mode="nearest")[0, 0].numpy().astype(bool)
+    small = F.interpolate(mask.to(torch.uint8), shape, mode="nearest")
+    if not small.any():  # a lesion smaller than a pixel
+        small = F.adaptive_max_pool2d(mask.float(), shape)
+    return small[0, 0].numpy().astype(bool)
 
 
 @dataclass(frozen=True)

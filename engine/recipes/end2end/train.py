@@ -110,13 +110,14 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
     for model in config.models if config.start is None else ():
         find_weights(model.weights, config.mean, config.std)  # refused before any work
+        features(model.backbone, config.channels, layer=model.layer)
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
     sized = iter(resized(everyone, config, run.out / "images"))
     images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
     if config.start is not None:
-        return finish(run, _transfer(images, target, config, run))
+        return finish(run, _transfer(images, parts, target, config, run))
     metrics: dict[str, Any] = {}
     patch_nets: dict[Any, PatchNet] = {}
     for model in config.models:
@@ -132,7 +133,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         task = _task(net, images, target, config, run, config.whole, model)
         trained = run_stages(task, config.whole, own)
         write_atomically(own.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
-        metrics[model.name], cases = _results(task, images, config, own, trained)
+        metrics[model.name], cases = _results(task, images, parts, config, own, trained)
         members.append(cases)
         if model.front:
             metrics[f"{model.name}-front"] = _with_front(net, parts, model, config, target, run)
@@ -154,7 +155,7 @@ def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, targe
     task = _task(child.network, images, target, larger, run, config.native, model, morphs=child.recipe.to_json())
     trained = run_stages(task, without_decay(config.native, child.network), own)
     save_network(own.out / "model.safetensors", child)
-    return _results(task, images, larger, own, trained)[0]
+    return _results(task, images, parts, larger, own, trained)[0]
 
 
 def _front(parent: Grown, model: Model, config: Config, seed: int) -> tuple[Grown, Any]:
@@ -222,8 +223,9 @@ def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def _results(
-    task: ClassifierTask, images: Parts, config: Config, run: Run, trained: Trained | None
+    task: ClassifierTask, images: Parts, parts: Parts, config: Config, run: Run, trained: Trained | None
 ) -> tuple[dict[str, Any], Cases]:
+    """What is in metrics.json, and the predictions, which name the images of the table (`parts`), not their copies."""
     test = whole_images(images["test"], config)
     found: dict[str, Any] = {}
     predictions: dict[str, Cases] = {}
@@ -235,6 +237,7 @@ def _results(
         found["auc_single"] = auc_of(cases)[0]
         if config.flips:
             cases = task.predict(test, mirrorings(config.augment))
+        cases = replace(cases, names=tuple(str(record.path) for record in parts["test"]))
         found["auc"], predictions["test"] = auc_of(cases)[0], cases
         if found["auc"] is None:
             run.say("split test has images of one class only, so its area under the ROC curve is not defined")
@@ -254,7 +257,7 @@ def _results(
     return found, cases
 
 
-def _transfer(images: Parts, target: Target, config: Config, run: Run) -> dict[str, Any]:
+def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: Run) -> dict[str, Any]:
     """Train the whole-image networks of a finished run on, at a small rate, with more and more patients."""
     assert config.start is not None
     metrics: dict[str, Any] = {"curve": []}
@@ -272,11 +275,11 @@ def _transfer(images: Parts, target: Target, config: Config, run: Run) -> dict[s
             task = _task(net, own, target, config, run, config.transfer, model)
             task.module.eval().to(run.device)
             if "before" not in metrics.get(model.name, {}):
-                metrics[model.name] = {"before": _results(task, images, config, part, None)[0]["auc"]}
+                metrics[model.name] = {"before": _results(task, images, parts, config, part, None)[0]["auc"]}
             run.say(f"{model.name}: transfer with {count} patients ({len(own['train'])} images)")
             trained = run_stages(task, config.transfer, part)
             write_atomically(part.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
-            found, cases = _results(task, images, config, part, trained)
+            found, cases = _results(task, images, parts, config, part, trained)
             row[f"auc_{model.name}"] = found["auc"]
             members.append(cases)
         row["auc"] = auc_of(averaged(members))[0] if len(members[0]) else None

@@ -92,12 +92,12 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
             "the labels are those of chest radiographs, none of which is upside down; say flip=left-right in augment"
         )
     weights = find_weights(config.weights, config.mean, config.std, run)
-    begin(run, "morphhr", config, [record for part in parts.values() for record in part])
-    data = _Data(parts, target, config, run)
     torch.manual_seed(run.seed)
     parent = Grown(create_model(config.model, len(target.names), config.channels), channels=config.channels)
     if weights is not None:
         load_pretrained(parent.network, weights)
+    begin(run, "morphhr", config, [record for part in parts.values() for record in part])
+    data = _Data(parts, target, config, run)
     run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
     task = data.task(parent, parent_images, config.low)
     trained = run_stages(task, config.low, run.part("parent"))
@@ -153,10 +153,10 @@ def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, f
         cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
         write_cases(data.run.out / folder / "test.csv", cases)
         found |= _scores(cases)
+        if found["auc"] is None:
+            data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
     else:
-        found["auc"] = trained.best_score
-    if found["auc"] is None:
-        data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
+        found["auc"] = None
     recipe_card(
         data.run.part(folder),
         "morphhr",

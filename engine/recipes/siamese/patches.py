@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import DataError
 from ...files import write_atomically
 from ...images.pixels import Normalize, PixelSource, to_original
-from ..features import image_digest
+from ..features import record_digest
 from .config import SiameseConfig
 from .pairs import Pair, open_side
 from .register import breast_mask, downsampled, registered
@@ -97,7 +97,7 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
     """
     names = ("mean", "std", "voi", "mirror", "registration", "patch", "stride", "tissue", "channels")
     key = json.dumps(["uint16", *(getattr(config, name) for name in names)])
-    digests = [f"{image_digest(record.path)} {record.frame}" for record in (pair.left, pair.right)]
+    digests = [record_digest(record) for record in (pair.left, pair.right)]
     path = folder / f"{hashlib.sha256(' '.join([key, *digests]).encode()).hexdigest()}.npy"
     places = path.with_suffix(".npz")
     if not places.exists() or not path.exists():

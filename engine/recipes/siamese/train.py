@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...datasets.tables import SPLITS, Finding, Record, read_table
+from ...datasets.masks import read_inside
+from ...datasets.tables import SPLITS, Record, read_table
 from ...evaluate.roc import auc
 from ...files import write_atomically
 from ...train.loop import run_stages
@@ -50,6 +51,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         pairs[str(pair.left.split)].append(pair)
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)
+    make_network(config, run, 0, weights=False)  # refused before any work
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
     patches = PatchPairs(files["train"])
@@ -167,20 +169,29 @@ def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _labelled(files: Sequence[PatchFile]) -> tuple[SinglePatches, Tensor]:
-    """Single patches of both breasts, and whether the middle of a finding's box is in them."""
+    """Single patches of both breasts, and whether the middle of a finding is in them."""
     patches = SinglePatches(files)
-    sides = [(file.pair.left, file.pair.right) for file in files]
+    sides = [(middles(file.pair.left), middles(file.pair.right)) for file in files]
     labels = [_has_finding(files[f].boxes[side][cell], sides[f][side]) for f, side, cell in patches.places]
     return patches, torch.tensor(labels, dtype=torch.int64)
 
 
-def _has_finding(box: np.ndarray, record: Record) -> int:
+def middles(record: Record) -> list[tuple[float, float]]:
+    """Row and column of the middle of each finding: of its box, else of what its outline or its mask fills."""
+    found = []
+    for finding in record.findings:
+        if finding.box is not None:
+            found.append(((finding.box[0] + finding.box[1]) / 2, (finding.box[2] + finding.box[3]) / 2))
+        elif finding.outline:
+            rows, columns = zip(*finding.outline, strict=True)
+            found.append(((min(rows) + max(rows)) / 2, (min(columns) + max(columns)) / 2))
+        elif finding.mask is not None:
+            rows, columns = np.nonzero(read_inside(finding.mask))
+            if len(rows):
+                found.append(((rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2))
+    return found
+
+
+def _has_finding(box: np.ndarray, places: Sequence[tuple[float, float]]) -> int:
     left, top, right, bottom = box
-
-    def inside(finding: Finding) -> bool:
-        if finding.box is None:
-            return False
-        y, x = (finding.box[0] + finding.box[1]) / 2, (finding.box[2] + finding.box[3]) / 2
-        return bool(top <= y < bottom and left <= x < right)
-
-    return int(any(inside(finding) for finding in record.findings))
+    return int(any(top <= y < bottom and left <= x < right for y, x in places))

@@ -80,6 +80,22 @@ def save_exams(folder: Path, name: str, patients: Sequence[str] = ("0", "1")) ->
                 path.write_bytes(imagecodecs.png_encode(np.zeros((5, 7), np.uint16)))
 
 
+MASKS = ("a_mask.png", "a_MASK_2.png", "masks/a.png", "x/roi_masks/b.png", "1.0-ROI mask images-7/1-1.png")
+IMAGES = ("a.png", "x/b.png", "c_mask.png", "no_mask/d.png", "unmasks/e.png")
+
+
+def test_masks_are_no_images(tmp_path: Path) -> None:
+    """By the names of their folders, and by their own where the image is there too; unless there is nothing else."""
+    for name in (*MASKS, *IMAGES):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(imagecodecs.png_encode(np.zeros((5, 7), np.uint8)))
+    found = index_folder(tmp_path)
+    assert {record.path.relative_to(tmp_path).as_posix() for record in found.records} == set(IMAGES)
+    assert {path.relative_to(tmp_path).as_posix() for path in found.masks} == set(MASKS)
+    alone = index_folder(tmp_path / "masks")
+    assert [record.path.name for record in alone.records] == ["a.png"] and not alone.masks
+
+
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [

@@ -155,6 +155,17 @@ def test_folder_per_class(tmp_path: Path) -> None:
         read_table(tmp_path / "malign" / "empty")
 
 
+def test_masks_beside_the_images_of_a_class_are_refused(tmp_path: Path) -> None:
+    """BUSI has them so; nothing is to be learnt from them as from images."""
+    for name in ("benign/benign (1).png", "benign/benign (1)_mask.png", "no_mask/a_mask.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 file is a mask by its name, the first .*\(1\)_mask.png; move"):
+        read_table(tmp_path)
+    (tmp_path / "benign" / "benign (1)_mask.png").unlink()
+    assert len(read_table(tmp_path).records) == 2
+
+
 def test_folder_per_split_and_class(tmp_path: Path) -> None:
     for name in ("train/0/a.png", "train/1/b.png", "val/1/c.png", "test/0/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,15 @@ def test_a_claim_needs_its_interval_its_wins_its_floor_and_room_above():
     few = GOOD - np.array([0.2] * 7 + [-0.001] * 3)
     holds, lines = verdict(RULE, rows(a=GOOD, b=few))
     assert lines["a - b"]["low"] > 0 and lines["a - b"]["wins"] == 7 and not holds
-    assert not judge(RULE, rows(a=[0.9, 0.9], b=[0.1, 0.2]))[0]  # two seeds say nothing
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("a", [0.9, 0.1])
+def test_one_seed_and_two_decide_nothing(seeds, a):
+    """Neither that a claim holds nor that it does not."""
+    holds, lines = verdict(RULE, rows(a=[a] * seeds, b=[0.2, 0.3][:seeds]))
+    assert holds is None
+    assert (lines["a - b"]["holds"] is None) == (seeds == 1)  # of one there is no interval
 
 
 def test_never_against_never_is_no_win():

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from gigamorph.cli.main import main
 from gigamorph.engine.accelerate import accelerate
-from gigamorph.engine.datasets.tables import Finding, Record, write_table
+from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.morph.files import Grown
 from gigamorph.engine.recipes.classify import ClassifierTask
 from gigamorph.engine.recipes.end2end.config import Block, Config, Model, Sampling
@@ -74,6 +75,13 @@ def test_both_variants_and_their_ensemble(whole):
     assert 0 <= metrics["patch_accuracy_a"] <= 1 and "patch_accuracy_b" not in metrics  # one backbone, learnt once
     assert np.load(out / "images" / "000000.npy").shape == (48, 40)
     assert (out / "ensemble.csv").exists() and json.loads((out / "metrics.json").read_text())["seed"] == 2
+
+
+def test_predictions_name_the_images_of_the_table(whole, table):
+    """By which they are joined to it, and not the copies that the recipe made."""
+    named = [str(record.path) for record in read_table(table).records if record.split == "test"]
+    for path in ("a/test.csv", "b/test.csv", "ensemble.csv"):
+        assert list(read_cases(whole[0] / path, table=table).names) == named
 
 
 def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,33 @@ def test_lesions_come_from_masks_and_boxes(tmp_path):
     assert found[1].mask.sum() == 2 * 5
     with pytest.raises(DataError, match="neither mask nor box"):
         lesions(Record(tmp_path / "image.npy", 1, "p", findings=(Finding("mass", pathology="benign"),)), (10, 15))
+
+
+def test_masks_of_jpeg_are_cut_at_half(tmp_path):
+    """Kaggle's CBIS-DDSM: what the codec leaves around a lesion is none of it."""
+    np.save(tmp_path / "image.npy", np.ones((96, 80), np.uint16))
+    mask = np.zeros((96, 80), np.uint8)
+    mask[29:51, 19:43] = 255
+    (tmp_path / "mask.jpg").write_bytes(imagecodecs.jpeg8_encode(mask, level=75))
+    finding = Finding("mass", mask=tmp_path / "mask.jpg", pathology="malignant")
+    [lesion] = lesions(Record(tmp_path / "image.npy", 1, "p", findings=(finding,)), (96, 80))
+    np.testing.assert_array_equal(lesion.mask, mask > 0)
+
+
+def test_a_lesion_smaller_than_a_pixel_stays(tmp_path):
+    np.save(tmp_path / "image.npy", np.ones((100, 80), np.uint16))
+    findings = tuple(Finding("calc", (top, top + 1, 33, 34), pathology="benign") for top in (44, 49))
+    found = lesions(Record(tmp_path / "image.npy", 1, "p", findings=findings), (10, 8))
+    assert [np.argwhere(lesion.mask).tolist() for lesion in found] == [[[4, 3]]] * 2
+
+
+def test_an_empty_mask_is_named(tmp_path):
+    for name in ("image", "mask"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((9, 8), np.uint16))
+    beyond = Finding("mass", (20, 30, 20, 30), pathology="benign")
+    for finding, name in ((replace(beyond, box=None, mask=tmp_path / "mask.npy"), "mask"), (beyond, "image")):
+        with pytest.raises(DataError, match=rf"{name}.npy: holds nothing of a lesion \(mass_ben\); leave the finding"):
+            lesions(Record(tmp_path / "image.npy", 1, "p", findings=(finding,)), (9, 8))
 
 
 def test_windows_are_black_beyond_the_image():

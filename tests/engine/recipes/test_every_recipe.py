@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import small_recipes
@@ -10,8 +11,13 @@ import torch
 from exactness import errors
 from processes import in_processes
 
-from gigamorph.engine.recipes import RECIPES
+from gigamorph.engine.datasets.tables import read_table, write_table
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.recipes import RECIPES, get_recipe
+from gigamorph.engine.recipes.dvme import ExtractorConfig
+from gigamorph.engine.recipes.end2end.config import Model
 from gigamorph.engine.train.checkpoint import load_checkpoint
+from gigamorph.engine.train.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,37 @@ def test_devices_make_the_networks_of_one_process(name, table, tmp_path):
     assert 2 in processes  # batches were dealt
     files = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*.*")) for f in ("alone", "two")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("cae", {"layer": "nowhere"}),
+        ("dvme", {"extractors": (ExtractorConfig("a", "nowhere"),)}),
+        ("end2end", {"models": (Model("a", "lesionnet", "random", layer="nowhere"),)}),
+        ("morphhr", {"model": "nowhere"}),
+        ("siamese", {"layer": "nowhere"}),
+    ],
+)
+def test_a_network_that_there_is_not_takes_no_folder(name, wrong, table, tmp_path):
+    """It is refused before any work, and the folder is free for the command that is mended."""
+    config = replace(small_recipes.configs(1)[name], **wrong)
+    with pytest.raises(GigamorphError, match="'nowhere'"):
+        get_recipe(name).train(table, config, Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["cae", "end2end", "morphhr"])
+def test_without_test_images_nothing_is_measured(name, table, tmp_path):
+    """What the best epoch was chosen by is no measure, and it is said."""
+    read, said = read_table(table), []
+    known = [record for record in read.records if record.split != "test"]
+    own = write_table(table.parent / "no_test.csv", known, read.classes)
+    found = get_recipe(name).train(own, small_recipes.configs(1)[name], Run(tmp_path / "run", say=said.append))
+    measures = [key for key in numbers(found) if "test" in key.split(".") or key.split(".")[-2:] == ["auc", ""]]
+    assert [key for key in measures if key != "images.test." and ".val." not in key] == []
+    assert found.get("auc") is None
+    assert sum("no images in the split test, so nothing is measured" in text for text in said) == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,5 +1,7 @@
 """Frozen features: equal to the network's, under keys that change with what they depend on, resumable."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,10 @@ def test_key_changes_with_weights_settings_and_image(images, tmp_path):
         keys(data=ImageDataset(images.records, voi="minmax")),
     ]
     assert all(not set(base) & set(names) for names in changed)
+    # What the table says of how a file is to be read.
+    for own in ({"white": 65535}, {"chest_wall": "right"}, {"laterality": "R"}):
+        told = [replace(images.records[0], **own), *images.records[1:]]
+        assert [a == b for a, b in zip(base, keys(data=ImageDataset(told)), strict=True)] == [False, True, True]
     np.save(images.records[1].path, np.zeros((33, 47), np.uint16))
     assert [a == b for a, b in zip(base, keys(), strict=True)] == [True, False, True]
 

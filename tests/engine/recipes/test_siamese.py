@@ -13,7 +13,7 @@ from torch import nn
 
 from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.phantom import write_phantoms
-from gigamorph.engine.datasets.tables import Record, read_table, write_table
+from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.recipes import default_text
@@ -25,6 +25,7 @@ from gigamorph.engine.recipes.siamese.patches import PatchFile, PatchPairs, Sing
 from gigamorph.engine.recipes.siamese.probe import probed
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
+from gigamorph.engine.recipes.siamese.train import middles
 from gigamorph.engine.train.run import Run
 
 SMALL = SiameseConfig(
@@ -133,6 +134,25 @@ def test_patches_are_those_of_the_images_and_are_kept(table, tmp_path, monkeypat
     np.testing.assert_array_equal(again.boxes, files[0].boxes)
     monkeypatch.setattr("gigamorph.engine.recipes.siamese.patches.sources_of", None)
     assert write_patches(pairs[1], SMALL, tmp_path).path == files[1].path
+
+
+@pytest.mark.parametrize("own", [{"white": 4095}, {"chest_wall": "right"}])
+def test_patches_are_kept_under_what_the_table_says_of_images(table, tmp_path, own):
+    """How their files are to be read, besides what is in them."""
+    pair = find_pairs(read_table(table, labels=False).records)[0]
+    other = replace(pair, right=replace(pair.right, **own))
+    assert write_patches(pair, SMALL, tmp_path).path != write_patches(other, SMALL, tmp_path).path
+
+
+@pytest.mark.parametrize("kind", ["box", "outline", "mask"])
+def test_a_finding_is_where_its_box_its_outline_or_its_mask_is(tmp_path, kind):
+    """A patch is one with a finding if the middle is in it, however the table says where that is."""
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:14, 20:30] = 255
+    np.save(tmp_path / "mask.npy", mask)
+    told = {"box": (10, 14, 20, 30), "outline": ((10, 20), (14, 20), (14, 30), (10, 30)), "mask": tmp_path / "mask.npy"}
+    record = Record(tmp_path / "a.npy", 1, "p", findings=(Finding(**{kind: told[kind]}), Finding("elsewhere")))
+    assert middles(record) == [(12, 25)]
 
 
 def test_single_patches_are_read_when_they_are_asked_for(table, tmp_path, monkeypatch):
