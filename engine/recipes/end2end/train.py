@@ -108,6 +108,8 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     parts, target = read_target(table, "classes", (), config, run)
     if len(target.names) != 2:
         raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
+    if config.start is None and not any(f.pathology for record in parts["train"] for f in record.findings):
+        raise DataError("no training image has a lesion with a pathology; patches need the column findings")
     for model in config.models if config.start is None else ():
         find_weights(model.weights, config.mean, config.std)  # refused before any work
         features(model.backbone, config.channels, layer=model.layer)
@@ -176,8 +178,6 @@ def _patch_network(
         counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
         told = ", ".join(f"{count} {name}" for name, count in zip(CLASSES, counts, strict=True))
         run.say(f"{model.name}: patches of {split}: {told}")
-        if split == "train" and not counts[1:].any():
-            raise DataError("no training image has a lesion with a pathology; patches need the column findings")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
     weights = find_weights(model.weights, config.mean, config.std, run)

@@ -205,6 +205,7 @@ def test_patients_of_the_curve_alternate_and_nest():
 def test_bad_tables(tmp_path):
     with pytest.raises(DataError, match="no training image has a lesion"):
         train(write(tmp_path / "a", [0, 1] * 4, findings=False), SMALL, Run(tmp_path / "ao"))
+    assert not (tmp_path / "ao").exists()  # before any image was resized
     with pytest.raises(DataError, match="split val has only images with"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 0, 1]), SMALL, Run(tmp_path / "bo"))
     table = write(tmp_path / "c", [0, 1] * 4)
