@@ -210,13 +210,3 @@ def test_an_unused_branch_is_no_reason_to_refuse():
 def test_arguments(options, pattern):
     with pytest.raises(GigamorphError, match=pattern):
         accelerate(nn.Conv2d(3, 4, 3), **options)
-
-
-@pytest.mark.parametrize(
-    "x",
-    [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8), torch.zeros(1, 1, 3, 8, 8)],
-    ids=["uint8", "three dimensions", "five dimensions"],
-)
-def test_image_batches(x):
-    with pytest.raises(GigamorphError, match="float tensor"):
-        accelerate(nn.Conv2d(3, 4, 3), tile=8)(x)

@@ -77,6 +77,8 @@ def test_a_budget_and_a_list_of_integers() -> None:
 
 
 def test_what_is_no_image_batch_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="should be the same"):  # PyTorch's own
+        accelerate(nn.Conv2d(3, 4, 3), tile=8)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     net = accelerate(Network("scaled"))
     with pytest.raises(GigamorphError, match=r"of real numbers, not torch.complex64 of shape \(1, 3, 8, 8\)$"):
         net(torch.zeros(1, 3, 8, 8, dtype=torch.complex64))
