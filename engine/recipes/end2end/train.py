@@ -108,11 +108,11 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     parts, target = read_target(table, "classes", (), config, run)
     if len(target.names) != 2:
         raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
-    if config.start is None and not any(f.pathology for record in parts["train"] for f in record.findings):
-        raise DataError("no training image has a lesion with a pathology; patches need the column findings")
     for model in config.models if config.start is None else ():
         find_weights(model.weights, config.mean, config.std)  # refused before any work
         features(model.backbone, config.channels, layer=model.layer)
+    if config.start is None and not any(f.pathology for record in parts["train"] for f in record.findings):
+        raise DataError("no training image has a lesion with a pathology; patches need the column findings")
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
