@@ -25,7 +25,8 @@ from .stem import activation_bytes
 from .tensors import fill
 from .tracer import Fault, Mismatch
 from .verify import count_parameters
-from .widen import Counts, check_counts, choose_counts
+from .widen import check_counts
+from .widths import Counts, choose_counts
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ from .copies import Copies, ParameterMap
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
 from .report import Certificate, Report
-from .spaces import OUTPUT, Space, Spaces, find_spaces
+from .spaces import OUTPUT, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
 from .standard import standard_name
 from .step import Step
@@ -32,8 +30,7 @@ from .stock import as_given, stock
 from .tensors import channels_last, fill, named_tensors
 from .tracer import Mismatch
 from .verify import verified_report
-
-Counts = Mapping[int | str, int | Sequence[int]]
+from .widths import Counts, choose_counts, width_after
 
 
 @torch.inference_mode(False)
@@ -98,7 +95,7 @@ def widen(
     step = WidenStep(inputs.shapes, chosen, new, split, noise, seed, groups, inputs.kinds, inputs.form)
     child, maps = step.check(spaces)
     changes = [
-        f"space {s.id} ({s.key}): {s.width} -> {_width(s, chosen.get(s.key), new.get(s.key))}"
+        f"space {s.id} ({s.key}): {s.width} -> {width_after(s, chosen.get(s.key), new.get(s.key))}"
         for s in spaces
         if s.key in chosen or s.key in new
     ]
@@ -276,129 +273,3 @@ def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torc
     deviation = float(like.detach().double().std(unbiased=False)) if like.is_floating_point() else 0.0
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation
     result.index_copy_(axis, places, drawn.to(result.dtype))
-
-
-def choose_counts(
-    spaces: Spaces,
-    counts: Counts,
-    factor: float | Mapping[str, float] | None,
-    free: Mapping[int | str, int],
-    seed: int,
-    *,
-    ignore: Sequence[str] = (),
-    round_to: int = 1,
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Copies and new ones per class, by key; arguments as of `widen`."""
-    if not isinstance(round_to, int) or round_to < 1:
-        raise MorphError(f"round_to={round_to!r} is no number of channels; give 1 or more")
-    wanted: dict[str, int | Sequence[int]] = {}
-    for s, by in _factors(spaces, factor, ignore):
-        unit = s.width // len(s.order)
-        wanted[s.key] = _rounded(s.width * by, unit, s.width, round_to) if _even(s) else max(1, round(by))
-    for key, value in counts.items():
-        wanted[spaces[key].key] = value
-    rng = np.random.default_rng(seed)
-    chosen = {}
-    for key, value in wanted.items():
-        space = spaces[key]
-        drawn = rng.integers(0, 1 << 62)
-        copies = _copies(space, value, np.random.default_rng(drawn), factor is not None and key not in counts)
-        if copies != [1] * len(copies):
-            _must_grow(space)
-            chosen[space.key] = tuple(copies)
-    new = {}
-    for key, number in free.items():
-        space = spaces[key]
-        _must_grow(space)
-        unit = space.width // len(space.order)
-        if number % unit or number < 0 or not _even(space):
-            raise MorphError(f"space {space.key} gets new channels in multiples of {unit}, not {number}")
-        new[space.key] = (*[0] * (len(space.order) - 1), number // unit)
-    return chosen, new
-
-
-def _factors(
-    spaces: Spaces, factor: float | Mapping[str, float] | None, ignore: Sequence[str]
-) -> list[tuple[Space, float]]:
-    """The spaces that a factor widens, each with its own.
-
-    Raises:
-        MorphError: a factor is no finite number of at least 1, or a pattern fits no space that can grow.
-    """
-    if factor is None:
-        return []
-    by = dict(factor) if isinstance(factor, Mapping) else {"*": factor}
-    for value in by.values():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MorphError(f"factor {value!r} is no finite number; give 1 or more")
-        if not value >= 1:
-            raise MorphError(f"factor {value} would make the network narrower; give 1 or more")
-    growable = spaces.growable()
-    for pattern in [*ignore, *(by if isinstance(factor, Mapping) else [])]:
-        if not any(_fits(pattern, s) for s in growable):
-            raise MorphError(
-                f"'{pattern}' fits no module whose channels can grow; see find_spaces, or gigamorph morph spaces"
-            )
-    kept = [s for s in growable if not any(_fits(pattern, s) for pattern in ignore)]
-    pairs = [(s, next((v for pattern, v in by.items() if _fits(pattern, s)), None)) for s in kept]
-    return [(s, value) for s, value in pairs if value is not None]
-
-
-def _fits(pattern: str, space: Space) -> bool:
-    """Whether it is the space's key, or the path of a module that makes its channels, or of one around that."""
-    if pattern in ("*", space.key):
-        return True
-    paths = [name.rpartition(".")[0] for name, axis in space.members if axis == 0]
-    parents = {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 2)}
-    return any(fnmatchcase(path, pattern) for path in parents)
-
-
-def _rounded(width: float, unit: int, least: int, round_to: int) -> int:
-    """The nearest multiple of the unit, and of `round_to` too, that is no less than `least`."""
-    step = math.lcm(unit, round_to)
-    near = round(width / step) * step
-    return max(near if near >= least else math.ceil(least / step) * step, least)
-
-
-def _even(space: Space) -> bool:
-    """Whether all classes have equally many channels."""
-    return len({space.classes.count(c) for c in space.order}) <= 1 if len(space.order) < space.width else True
-
-
-def _must_grow(space: Space) -> None:
-    if space.frozen:
-        raise MorphError(f"space {space.id} ({space.key}) cannot be widened: {space.frozen}")
-
-
-def _copies(space: Space, value: int | Sequence[int], rng: np.random.Generator, is_factor: bool) -> list[int]:
-    classes = len(space.order)
-    if not isinstance(value, int | np.integer):
-        if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-            raise MorphError(f"space {space.key}: {value!r} is no width; give a whole number, or one for each class")
-        copies = [int(v) for v in value]
-        if len(copies) != classes or min(copies) < 1:
-            raise MorphError(f"space {space.key} wants {classes} counts of at least 1, not {copies[:8]}")
-        return copies
-    if not _even(space):
-        if is_factor:
-            return [int(value)] * classes
-        if value % space.width or value < space.width:
-            raise MorphError(f"space {space.key} can only be widened from {space.width} to a multiple of that")
-        return [int(value) // space.width] * classes
-    unit = space.width // classes
-    if value < space.width:
-        raise MorphError(f"space {space.key} has width {space.width} already; {value} would make it narrower")
-    if value % unit:
-        raise MorphError(f"space {space.key} grows in steps of {unit} channels; {value} is no multiple of it")
-    total = int(value) // unit
-    copies = np.full(classes, total // classes)
-    copies[rng.permutation(classes)[: total % classes]] += 1
-    return copies.tolist()
-
-
-def _width(space: Space, copies: Sequence[int] | None, free: Sequence[int] | None) -> int:
-    size = dict.fromkeys(space.order, 0)
-    for c in space.classes:
-        size[c] += 1
-    copies, free = copies or [1] * len(size), free or [0] * len(size)
-    return sum(n * (c + f) for n, c, f in zip(size.values(), copies, free, strict=True))

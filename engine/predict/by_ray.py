@@ -12,7 +12,7 @@ import pickle
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -30,8 +30,11 @@ TOGETHER = 8
 """Images that go to an actor at a time, and come back together."""
 _LISTED = 10_000  # images of a file of the list
 _AT_ONCE = 200_000  # images that are listed together: the actors start anew for the next, and memory stays bounded
-_RETRIES = 5
-"""How often images are tried again whose actor has died, before one of them is held to be what kills it."""
+_RETRIES = 2
+"""How often Ray tries images again whose actor has died."""
+_FRUITLESS = 3
+"""Rounds in a row that end in a death and bring nothing: then one of the images is held to be what kills.
+Ray itself gives its work up when an actor or a node dies at a moment that it does not expect."""
 
 
 def compute_by_ray(
@@ -55,20 +58,32 @@ def compute_by_ray(
     work = chain([first], work)
     listed = Path(tempfile.mkdtemp(prefix=".work-", dir=shared))
     try:
-        with _connected(ray, address, actors, device):
-            while given := _list(islice(work, _AT_ONCE), listed):
-                data = _data(ray, listed, start, reading, actors, device)
-                try:
-                    for found in (pickle.loads(one) for batch in data for one in batch["outcome"].to_pylist()):
-                        one = given.pop(found[0], None)
-                        if one is not None:  # else an actor that died had done it, too
-                            yield Outcome(one, *found[1:])
-                except ray.exceptions.RayError as error:
-                    raise _told(error) from error
-                if given:
-                    raise GigamorphError(f"Ray has lost {len(given)} images; --resume does them")
+        while given := {one.key: one for one in islice(work, _AT_ONCE)}:
+            yield from _all_of(
+                ray, given, listed, lambda: _batches(ray, listed, start, reading, actors, device, address)
+            )
     finally:
         shutil.rmtree(listed, ignore_errors=True)
+
+
+def _all_of(ray: Any, given: dict[str, Work], listed: Path, deal: Callable[[], Iterator[Any]]) -> Iterator[Outcome]:
+    """What comes back, until all has; dealt anew where a death ends Ray's work, as long as rounds bring something."""
+    fruitless = 0
+    while given:
+        _list(given.values(), listed)
+        left = len(given)
+        try:
+            for found in (pickle.loads(one) for batch in deal() for one in batch["outcome"].to_pylist()):
+                one = given.pop(found[0], None)
+                if one is not None:  # else an actor that died had done it, too
+                    yield Outcome(one, *found[1:])
+        except ray.exceptions.RayError as error:
+            fruitless = 0 if len(given) < left else fruitless + 1
+            if isinstance(error, ray.exceptions.RayTaskError) or fruitless == _FRUITLESS:
+                raise _told(error) from error
+        else:
+            if given:
+                raise GigamorphError(f"Ray has lost {len(given)} images; --resume does them")
 
 
 def _ray() -> Any:
@@ -82,16 +97,15 @@ def _ray() -> Any:
     return ray
 
 
-def _list(work: Iterator[Work], folder: Path) -> dict[str, Work]:
-    """Some images to do, by their keys, and files of them that Ray reads as it goes."""
-    given: dict[str, Work] = {}
+def _list(images: Iterable[Work], folder: Path) -> None:
+    """Files of images to do, in place of others, that Ray reads as it goes."""
     for path in folder.iterdir():
         path.unlink()
-    while some := list(islice(work, _LISTED)):
+    waiting, number = iter(images), 0
+    while some := list(islice(waiting, _LISTED)):
         table = pa.table({"work": pa.array([pickle.dumps(one, 5) for one in some], pa.binary())})
-        pq.write_table(table, folder / f"{len(given):08d}.parquet", row_group_size=64 * TOGETHER)
-        given.update((one.key, one) for one in some)
-    return given
+        pq.write_table(table, folder / f"{number:08d}.parquet", row_group_size=64 * TOGETHER)
+        number += 1
 
 
 @contextlib.contextmanager
@@ -118,8 +132,19 @@ def _connected(ray: Any, address: str | None, actors: int, device: str) -> Itera
         ray.shutdown()
 
 
+def _batches(
+    ray: Any, listed: Path, start: Start, reading: Reading, actors: int, device: str, address: str | None
+) -> Iterator[Any]:
+    """Batches of outcomes, as they come.
+
+    Each time by a connection of its own: of work that has failed, Ray leaves actors alive that hold their CPUs until
+    the connection ends, and what comes next would wait for these for ever.
+    """
+    with _connected(ray, address, actors, device):
+        yield from _data(ray, listed, start, reading, actors, device)
+
+
 def _data(ray: Any, listed: Path, start: Start, reading: Reading, actors: int, device: str) -> Iterator[Any]:
-    """Batches of outcomes, as they come."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

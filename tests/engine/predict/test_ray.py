@@ -5,20 +5,27 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import archives
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gigamorph.cli.main import main
+from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.predict import by_ray
 from gigamorph.engine.predict.parts import read_parts
+from gigamorph.engine.predict.rows import Row, Work
 from gigamorph.engine.predict.run import Options, predict
 
 COUNT = 60
@@ -36,6 +43,56 @@ def test_an_address_is_rays(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "x.ckpt", "a.dcm", "--out", str(tmp_path / "o"), "--address", "auto"])
     assert "--address is a Ray cluster's; add --engine ray" in capsys.readouterr().err
+
+
+class RayError(Exception):
+    """A stand-in for Ray's."""
+
+
+class TaskError(RayError):
+    """A stand-in for what an actor has raised."""
+
+
+def rounds(monkeypatch, tmp_path, *endings):
+    """The outcomes of five images where Ray's rounds end so: after so many batches of two, with such an error."""
+    given = archives.make_archive(tmp_path / "images", 5).parent
+    work = [Work(str(n), Row(Record(given / f"{n:04d}.npy", -1, f"p{n}"))) for n in range(5)]
+    ended = iter(endings)
+    listings = []
+
+    def data(ray, listed, *_):
+        count, error = next(ended)
+        left = [pickle.loads(one) for one in pq.read_table(listed).column("work").to_pylist()]
+        listings.append([one.key for one in left])
+        for one in left[: 2 * count]:
+            yield pa.table({"outcome": pa.array([pickle.dumps((one.key, one.key, None, 0.0), 5)], pa.binary())})
+        if error is not None:
+            raise error("an actor has died")
+
+    fake = SimpleNamespace(
+        exceptions=SimpleNamespace(RayError=RayError, RayTaskError=TaskError), is_initialized=lambda: True
+    )
+    monkeypatch.setattr(by_ray, "_ray", lambda: fake)
+    monkeypatch.setattr(by_ray, "_data", data)
+    return listings, by_ray.compute_by_ray(None, None, iter(work), 2, "cpu", None, tmp_path)  # pyright: ignore
+
+
+def test_where_a_death_ends_rays_work_the_rest_is_dealt_anew(monkeypatch, tmp_path):
+    listings, found = rounds(monkeypatch, tmp_path, (1, RayError), (0, RayError), (1, RayError), (1, None))
+    assert [one.work.key for one in found] == list("01234")
+    assert listings == [list("01234"), list("234"), list("234"), list("4")]
+
+
+def test_rounds_that_bring_nothing_and_errors_of_actors_end_the_run(monkeypatch, tmp_path):
+    done = []
+    listings, found = rounds(monkeypatch, tmp_path, (1, RayError), *3 * [(0, RayError)])
+    with pytest.raises(GigamorphError, match=r"^Ray: .*an actor has died; what has come back is kept"):
+        done.extend(one.work.key for one in found)
+    assert len(listings) == 4 and not list(tmp_path.glob(".work-*"))
+    listings, found = rounds(monkeypatch, tmp_path, (1, TaskError))
+    with pytest.raises(GigamorphError, match=r"^Ray: "):
+        list(found)
+    assert len(listings) == 1
 
 
 @pytest.fixture
