@@ -186,7 +186,7 @@ def _print_one(seed: int, shrinks: bool) -> int:
     return int(verdict.kind in BAD)
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", type=int, default=2000, help="how many are drawn")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
@@ -199,88 +199,113 @@ def main() -> int:
     parser.add_argument("--only", default="", help="operations whose name has this in it")
     parser.add_argument("--first", type=int, default=40, help="how many reasons are printed")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def _chunks(given: argparse.Namespace) -> tuple[Any, list[list[Any]]]:
+    """What judges, and what is to be judged, in pieces for one process each."""
+    if given.opinfo:
+        from opinfo_modules import operations
+
+        return _samples, [[name] for name in operations() if given.only in name]
+    seeds = list(range(given.seed, given.seed + given.modules))
+    return _modules, [seeds[n : n + CHUNK] for n in range(0, len(seeds), CHUNK)]
+
+
+def _carry_out(
+    work: Any,
+    chunks: list[list[Any]],
+    workers: int,
+    console: Any,
+    *,
+    known: list[Found] | None = None,
+    log: Log | None = None,
+    shrinks: bool = False,
+) -> list[Found]:
+    """The verdicts of all chunks, with those that are known, shown as they come."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    texts = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[counts]}")
+    columns = BarColumn(), MofNCompleteColumn(), texts[0], TimeRemainingColumn(), texts[1]
+    found, before = list(known or ()), len(known or ())
+    names = {one.name for one in found}
+    chunks = [left for chunk in chunks if (left := [one for one in chunk if str(one) not in names])]
+    start = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
+        for count, result in _run(work, chunks, workers, shrinks):
+            found += result
+            if log is not None:
+                log.add(result)
+            rate = f"{(len(found) - before) / (time.perf_counter() - start):.1f}/s"
+            counts = Counter(one.kind for one in found)
+            told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
+            progress.update(task, advance=count, rate=rate, counts=told)
+    return found
+
+
+def _by_reason(found: list[Found]) -> list[list[Found]]:
+    """What is wrong or lenient by reasons, the most frequent first."""
+    groups: dict[str, list[Found]] = {}
+    for one in sorted(found, key=lambda one: int(one.name) if one.name.isdigit() else 0):
+        if one.kind in (*BAD, "lenient"):
+            groups.setdefault(one.group, []).append(one)
+    return sorted(groups.values(), key=lambda group: (-len(group), group[0].name))
+
+
+def _report(
+    given: argparse.Namespace, source: dict[str, Any], found: list[Found], groups: list[list[Found]], seconds: float
+) -> dict[str, Any]:
+    """What --json writes."""
+    counts = Counter(one.kind for one in found)
+    report: dict[str, Any] = {
+        "machine": source,
+        "modules": None if given.opinfo else {"first": given.seed, "count": given.modules},
+        "counts": {kind: counts[kind] for kind in KINDS},
+        "seconds": round(seconds, 1),
+        "refusals": dict(Counter(one.group for one in found if one.kind == "refused").most_common(100)),
+        "bad": [
+            {"name": g[0].name, "times": len(g), "kind": g[0].kind, "reason": g[0].reason, "spec": g[0].text}
+            for g in groups
+        ],
+    }
+    return report | ({"operations": _by_operation(found)} if given.opinfo else {})
+
+
+def main() -> int:
+    given = _arguments()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if given.seed_of is not None:
         return _print_one(given.seed_of, given.shrink)
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from gigamorph.engine.bench.machine import provenance
 
-    if given.opinfo:
-        from opinfo_modules import operations
-
-        names = [name for name in operations() if given.only in name]
-        work, chunks = _samples, [[name] for name in names]
-    else:
-        seeds = list(range(given.seed, given.seed + given.modules))
-        work, chunks = _modules, [seeds[n : n + CHUNK] for n in range(0, len(seeds), CHUNK)]
     console, began = Console(soft_wrap=True), time.perf_counter()
-    columns = [
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[counts]}"),
-    ]
-
-    def carry_out(chunks: list[list[Any]], known: list[Found], log: Log | None, shrinks: bool) -> list[Found]:
-        found, names = list(known), {one.name for one in known}
-        chunks = [left for chunk in chunks if (left := [one for one in chunk if str(one) not in names])]
-        start = time.perf_counter()
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
-            for count, result in _run(work, chunks, given.workers, shrinks):
-                found += result
-                if log is not None:
-                    log.add(result)
-                counts = Counter(one.kind for one in found)
-                rate = f"{(len(found) - len(known)) / (time.perf_counter() - start):.1f}/s"
-                told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
-                progress.update(task, advance=count, rate=rate, counts=told)
-        return found
-
     source, log = provenance(), None
     if given.json and not given.opinfo and not source["uncommitted_changes"]:
         name = f".{source['commit'][:12]}.{given.seed}.{given.modules}.jsonl"
         log = Log(given.json.with_suffix(name))
     known = log.read() if log is not None else []
-    found = carry_out(chunks, known, log, shrinks=False)
+    work, chunks = _chunks(given)
+    found = _carry_out(work, chunks, given.workers, console, known=known, log=log)
     seconds = time.perf_counter() - began
-    counts = Counter(one.kind for one in found)
-    groups: dict[str, list[Found]] = {}
-    for one in sorted(found, key=lambda one: int(one.name) if one.name.isdigit() else 0):
-        if one.kind in (*BAD, "lenient"):
-            groups.setdefault(one.group, []).append(one)
-    ordered = sorted(groups.values(), key=lambda group: (-len(group), group[0].name))
-    for group in ordered[: given.first]:
+    groups = _by_reason(found)
+    for group in groups[: given.first]:
         names = " ".join(one.name for one in group[:4])
         console.print(f"{len(group):>5}  {group[0].kind}: {group[0].reason[:150]}  [{names}]", markup=False)
     if given.shrink and not given.opinfo:
-        first = [int(group[0].name) for group in ordered[: given.first]]
-        for small in carry_out([[seed] for seed in first], [], None, shrinks=True):
+        first = [[int(group[0].name)] for group in groups[: given.first]]
+        for small in _carry_out(work, first, given.workers, console, shrinks=True):
             console.print(f"{small.text}\n  {small.kind}: {small.reason}\n", markup=False)
-    per_second = (len(found) - len(known)) / seconds
-    console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {per_second:.1f} per s")
+    counts = Counter(one.kind for one in found)
+    rate = (len(found) - len(known)) / seconds
+    console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {rate:.1f} per s")
     if given.json:
-        report: dict[str, Any] = {
-            "machine": source,
-            "modules": None if given.opinfo else {"first": given.seed, "count": given.modules},
-            "counts": {kind: counts[kind] for kind in KINDS},
-            "seconds": round(seconds, 1),
-            "refusals": dict(Counter(one.group for one in found if one.kind == "refused").most_common(100)),
-            "bad": [
-                {"name": g[0].name, "times": len(g), "kind": g[0].kind, "reason": g[0].reason, "spec": g[0].text}
-                for g in ordered
-            ],
-        }
-        if given.opinfo:
-            report["operations"] = _by_operation(found)
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
-        if log is not None:
-            log.path.unlink(missing_ok=True)
+        given.json.write_text(json.dumps(_report(given, source, found, groups, seconds), indent=1) + "\n")
+    if log is not None:
+        log.path.unlink(missing_ok=True)
     return int(any(counts[kind] for kind in BAD))
 
 
