@@ -30,10 +30,11 @@ from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import Schedules, TiledStage
 from . import constants
 from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
+from .lifetimes import made_whole, stored_times, value_bytes
 from .plan import Plan
 from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
-from .strategy import made_whole, stage_cost, stored_times, value_bytes
+from .strategy import stage_cost
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:

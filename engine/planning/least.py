@@ -13,8 +13,8 @@ from ..lowering.ops import Local, Maps, Node
 from ..tiling.memory import format_bytes
 from . import constants
 from .libraries import convolutions, least_cpu_libraries
+from .lifetimes import value_bytes
 from .request import Request
-from .strategy import value_bytes
 
 
 def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, shared: bool) -> None:

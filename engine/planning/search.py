@@ -21,10 +21,11 @@ from ..tiling.spatial_program import split_network
 from . import constants
 from .estimate import Estimate, Known
 from .least import least_bytes, refuse_hopeless
+from .lifetimes import stored_peak
 from .plan import Choice, Plan
 from .request import Request
 from .sides import sides_for_narrow_maps, sides_worth_trying
-from .strategy import Strategy, stored_peak, strategies
+from .strategy import Strategy, strategies
 
 
 class _Options:

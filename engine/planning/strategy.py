@@ -16,18 +16,15 @@ what they cost.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..capture.trace import Op, Value
+from ..capture.trace import Op
 from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
-from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
 from . import constants
-
-_GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
+from .lifetimes import stored_peaks, value_bytes
 
 
 @dataclass(frozen=True)
@@ -63,20 +60,19 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
 
 def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
     """All choices, that of keeping everything first; which there are does not depend on the image's size."""
-    unit = max(1, sum(_cost(maps, node) for node in nodes if isinstance(node, Local)))
+    known = {id(node): _cost(maps, node) for node in nodes if isinstance(node, Local)}
+    unit = max(1, sum(known.values()))
 
     kind = maps.program.values[maps.program.image].device.type
 
     def weigh(name: str, staged: StagedProgram) -> Iterator[Strategy]:
-        wanted, cost = staged.wanted(image_grad), program_cost(staged, training)
-        stored = stored_peak(staged, training, wanted)
+        cost = program_cost(staged, training, known)
+        stored, here = stored_peaks(staged, training, staged.wanted(image_grad))
         yield Strategy(name, staged, cost / unit, stored)
         moved = moved_bytes(staged, training) if staged.stage_maps() else 0
         for place, flops in constants.ELSEWHERE.get(kind, {}).items() if moved else ():
             away = replace(staged, place=place)
-            text = f"{name}; {PLACES[place]}"
-            here = stored_peak(away, training, wanted)
-            yield Strategy(text, away, (cost + flops * moved) / unit, here, stored - here)
+            yield Strategy(f"{name}; {PLACES[place]}", away, (cost + flops * moved) / unit, here, stored - here)
 
     yield from weigh("all maps that are read again", split(maps, nodes, crossing(maps, nodes)))
     for name, staged in _candidates(maps, nodes, training):
@@ -177,11 +173,6 @@ def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
 
 
-def value_bytes(value: Value) -> int:
-    """Bytes of a tensor of this shape and dtype."""
-    return math.prod(value.shape) * value.dtype.itemsize
-
-
 def _cost(maps: Maps, node: Local) -> float:
     """Arithmetic and moved bytes of an op, as arithmetic."""
     values = maps.program.values
@@ -200,14 +191,19 @@ def stage_cost(staged: StagedProgram, stage: Stage) -> float:
     return sum(_cost(staged.maps, local) for local in stage.locals)
 
 
-def program_cost(staged: StagedProgram, training: bool) -> float:
-    """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside segments."""
+def program_cost(staged: StagedProgram, training: bool, known: Mapping[int, float] | None = None) -> float:
+    """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside segments.
+
+    Args:
+        known: the costs of the program's ops, by identity, which all choices for it have in common.
+    """
     total = 0.0
+    known = known or {}
     inside = {n for part in staged.segments for n in part}
     for number, step in enumerate(staged.steps):
         if not isinstance(step, Stage):
             continue
-        costs = [_cost(staged.maps, local) for local in step.locals]
+        costs = [known[id(local)] if id(local) in known else _cost(staged.maps, local) for local in step.locals]
         total += sum(costs) * (1 if not training else 3 + (number in inside))
         if training:
             read = {v for local in step.locals for v in local.reads}
@@ -220,41 +216,8 @@ def program_cost(staged: StagedProgram, training: bool) -> float:
     return total
 
 
-def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
-    """What a step takes whole: maps and vectors."""
-    if isinstance(step, Stage):
-        return [*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)]
-    return step.inputs
-
-
 def _makes(step: Op | VectorOp | Stage) -> Sequence[int]:
     return step.results if isinstance(step, Stage) else step.outputs
-
-
-# What looks at a tensor's memory in another way; and what does so or copies all of it: autograd keeps nothing of what
-# these take but the places that they are told.
-_LOOKS = frozenset("view unflatten permute transpose unsqueeze squeeze expand".split())
-_COPIES = _LOOKS - {"expand"} | {"__getitem__", "index_select", "gather", "reshape", "flatten", "contiguous"}
-
-
-def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]:
-    """What of a step's reads is there until its backward."""
-    if isinstance(step, VectorOp):
-        return
-    # A part of a tensor that is told by numbers keeps all of it.
-    copies = (
-        isinstance(step, Op)
-        and step.name in _COPIES
-        and not step.mutated
-        and (step.name != "__getitem__" or len(step.inputs) > 1)
-    )
-    yield from (v for v in _reads(step) if not copies or not values[v].takes_grad)
-
-
-def made_whole(staged: StagedProgram) -> frozenset[int]:
-    """Vectors that recorded calls make between the stages; `stored_peak` counts them among the maps."""
-    steps = (step for step in staged.steps if isinstance(step, Op))
-    return frozenset(v for step in steps for v in step.outputs)
 
 
 def moved_bytes(staged: StagedProgram, training: bool) -> int:
@@ -270,131 +233,3 @@ def moved_bytes(staged: StagedProgram, training: bool) -> int:
             if training:  # sources and gradients; a gradient of a source is added to
                 total += 3 * read + written
     return total
-
-
-class _Lifetimes:
-    """When stored maps and their gradients are there; see `stored_peak`."""
-
-    def __init__(self, staged: StagedProgram, wanted: Container[int]):
-        steps, values = staged.steps, staged.program.values
-        self.steps, self.segments, self.wanted = steps, staged.segments, wanted
-        self.end = len(steps)
-        self.made: dict[int, int] = {}
-        self.last: dict[int, int] = dict.fromkeys(staged.program.results(), self.end)
-        self.readers: dict[int, list[int]] = {}
-        self.unvalued: set[int] = set()
-        state = set(staged.program.state())
-        for number, step in enumerate(steps):
-            outputs = step.stored if isinstance(step, Stage) else step.outputs
-            if isinstance(step, Op) and step.name in _LOOKS and state.issuperset(step.inputs):
-                state.update(outputs)  # the memory of a parameter or buffer
-                outputs = ()
-            if isinstance(step, Stage):
-                self.unvalued |= unvalued_runs(step, set()).keys()
-            if isinstance(step, VectorOp):
-                outputs = [v for v in outputs if v in staged.maps]
-            self.made.update((v, number) for v in outputs)
-            for v in _reads(step):
-                self.last[v] = max(self.last.get(v, 0), number)
-                self.readers.setdefault(v, []).append(number)
-        split = any(stage.offsets for stage in staged.stages)
-        self.stage_maps: Container[int] = () if split else staged.stage_maps()
-        self.size = {v: value_bytes(values[v]) for v in self.made}
-        if staged.place != "device":
-            self.size.update((v, 0) for v in self.made if v in self.stage_maps)
-        kind = values[staged.program.image].device.type
-        self.row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
-        within = {v: part for part in staged.segments for v in self.made if self.made[v] in part}
-        self.maker = within  # the segment that makes a map, and below the one that alone knows it
-        self.within = {v: part for v, part in within.items() if self.last.get(v, self.end) < part.stop}
-        # A shard's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
-        self.held = {v for step in steps for v in _kept(step, values)}
-        self.held.update(staged.program.results())
-        self.first_read = {v: self._first_read(v) for v in self.made}
-
-    def forward(self, now: int, training: bool) -> int:
-        """Bytes while a step is computed."""
-        return sum(
-            self.size[v]
-            for v, made in self.made.items()
-            if made <= now
-            and (now <= self.last.get(v, self.end) or (training and v in self.held and v not in self.within))
-        )
-
-    def _first_read(self, v: int) -> float:
-        """The first step in whose backward, or in one that comes after it, a map is there because it is read."""
-        if v not in self.stage_maps or v in self.unvalued:
-            return -1
-        part = self.maker.get(v)
-        # What goes into a segment is kept by the segment as a whole.
-        within = (next((p for p in self.segments if r in p), None) for r in self.readers.get(v, ()))
-        reads = (
-            p.start if p is not None and p != part else r for r, p in zip(self.readers.get(v, ()), within, strict=True)
-        )
-        return min(reads, default=math.inf)
-
-    def backward(self, now: int) -> int:
-        """Bytes while the backward of a step is computed."""
-        steady = growing = dying = 0
-        for v, made in self.made.items():
-            part = self.within.get(v)
-            if made > now or (part is not None and now not in part):
-                continue
-            own = self.row_by_row and v in self.stage_maps and isinstance(self.steps[now], Stage)
-            if v not in self.held:
-                steady += self.size[v] * (now <= self.last.get(v, self.end))
-            elif self.first_read[v] <= now:
-                ends = own and made == now and v in self.unvalued
-                dying, steady = dying + ends * self.size[v], steady + (not ends) * self.size[v]
-            if v in self.held and v in self.wanted and self.last.get(v, self.end) >= now:
-                ends, begins = own and made == now, own and self.last.get(v, self.end) == now
-                dying, growing = dying + ends * self.size[v], growing + (begins and not ends) * self.size[v]
-                steady += (not ends and not begins) * self.size[v]
-        return steady + max(growing, dying)
-
-    def again(self, part: range) -> int:
-        """Bytes at the end of the second computation of a segment, whose backward is about to begin."""
-        total = 0
-        for v, made in self.made.items():
-            if made < part.start:
-                total += self.size[v] * (v in self.held and v not in self.within and self.first_read[v] <= part.start)
-            elif made in part:
-                total += self.size[v] * (v in self.held and (made < part.stop - 1 or v in self.unvalued))
-            if v in self.held and v in self.wanted and made < part.stop <= self.last.get(v, self.end):
-                total += self.size[v]
-        return total
-
-
-def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -> int:
-    """The most bytes of `stored_times`, at any time of a step."""
-    return max((held for _, held in stored_times(staged, training, wanted)), default=0)
-
-
-def stored_times(staged: StagedProgram, training: bool, wanted: Container[int]) -> list[tuple[int, int]]:
-    """Bytes of stored maps, of what calls make between stages, and of their gradients, through a step.
-
-    A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
-    backward of the first stage that reads it. Its gradient comes into being in the backward of its last reader, and
-    goes in that of the stage that wrote it; on the CPU the one comes as the other goes, row by row. What only a segment
-    knows lives for the forward, and then again from the second computation of the segment. Maps that are kept elsewhere
-    do not count.
-
-    Args:
-        wanted: the values that want a gradient.
-
-    Returns:
-        (place among the steps, bytes): those places in the forward, then in the backward. Nothing without stored maps.
-    """
-    if not any(stage.stored for stage in staged.stages):
-        return []
-    steps, lives = staged.steps, _Lifetimes(staged, wanted)
-    fetched = set(lives.made.values()) if any(stage.offsets for stage in staged.stages) else set[int]()
-    fetches = [n for n in fetched if isinstance(steps[n], VectorOp)]
-    times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
-    found = [(now, lives.forward(now, training)) for now in times]
-    if training:
-        # A call between stages keeps what it reads, and makes a gradient as large.
-        backwards = sorted({*times[:-1], *(n for n, step in enumerate(steps) if isinstance(step, Op))})
-        found += [(now, lives.backward(now)) for now in backwards]
-        found += [(part.stop - 1, lives.again(part)) for part in staged.segments]
-    return found

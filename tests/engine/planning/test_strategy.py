@@ -24,13 +24,13 @@ from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.lowering.stages import Stage, crossing, split
 from gigamorph.engine.models.resnet import resnet18, resnet50
-from gigamorph.engine.planning import strategy as strategy_module
+from gigamorph.engine.planning import lifetimes
+from gigamorph.engine.planning.lifetimes import stored_peak
 from gigamorph.engine.planning.strategy import (
     Strategy,
     cut_maps,
     program_cost,
     segments_between,
-    stored_peak,
     strategies,
 )
 
@@ -217,7 +217,7 @@ def test_cuts_of_a_resnet_are_the_outputs_of_its_blocks() -> None:
 @pytest.mark.parametrize("row_by_row", [False, True])
 def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: two convolutions with live norms, both outputs of 8 x 8 x 4 in float64, 2048 bytes."""
-    monkeypatch.setattr(strategy_module, "_GIVES_ROWS_BACK", row_by_row)
+    monkeypatch.setattr(lifetimes, "_GIVES_ROWS_BACK", row_by_row)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
         nn.BatchNorm2d(4),
