@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import DataError
@@ -174,7 +174,11 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in folders:
         # A link to another class does not make its images this one's.
-        files = list(_image_files(folder, {os.path.realpath(other) for other in (path, *folders)}))
+        files = []
+        for entry in _image_files(folder, {os.path.realpath(other) for other in (path, *folders)}):
+            if isinstance(entry, _Unlisted):  # a training does not do without images in silence
+                raise entry.error
+            files.append(entry)
         masks = masks_among(files, folder)
         if masks:
             told = "1 file is a mask by its name" if len(masks) == 1 else f"{len(masks)} files are masks by their names"
@@ -189,30 +193,56 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Files that may be images, and zarr folders, which are one image each; sorted."""
+    """Files that may be images, and zarr folders, which are one image each; sorted. See `iter_image_files`."""
     return list(iter_image_files(folder))
 
 
 def iter_image_files(folder: Path) -> Iterator[Path]:
-    """The same one by one: what is held are the names of one folder, and of those above it."""
-    return _image_files(folder, set())
+    """The same one by one: what is held are the names of one folder, and of those above it.
+
+    A sub-folder that cannot be listed stands for its images: whoever reads it is told why. `DataError` if it is the
+    folder itself.
+    """
+    for entry in _image_files(folder, set()):
+        if isinstance(entry, Path):
+            yield entry
+        elif entry.folder == folder:
+            raise entry.error
+        else:
+            yield entry.folder
 
 
-def _image_files(folder: Path, seen: set[str]) -> Iterator[Path]:
+@dataclass(frozen=True)
+class _Unlisted:
+    folder: Path
+    error: DataError
+
+
+def _image_files(folder: Path, seen: set[str]) -> Iterator[Path | _Unlisted]:
     """The same without the folders whose real paths are in `seen`: links may lead in a circle."""
     seen.add(os.path.realpath(folder))
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+        yield _Unlisted(folder, DataError(f"{folder}: cannot be listed ({error.strerror or error})"))
+        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir() and entry.suffix.lower() != ".zarr":
+        directory = _is_folder(entry)
+        if directory and entry.suffix.lower() != ".zarr":
             if os.path.realpath(entry) not in seen:
                 yield from _image_files(entry, seen)
-        elif entry.suffix.lower() in SUFFIXES or entry.is_dir():
+        elif directory or entry.suffix.lower() in SUFFIXES:
             yield entry
+
+
+def _is_folder(entry: Path) -> bool:
+    """What may not be looked at is taken for a file, and reading it tells why."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -> list[str]:

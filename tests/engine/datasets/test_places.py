@@ -1,5 +1,6 @@
 """Odd places and odd tables: links, pipes, formulas, labels that are none, downloads in other layouts."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -292,3 +293,24 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(DataError, match=r"cannot be listed \(Permission denied\)"):
         index_folder(tmp_path)
+
+
+def test_a_sub_folder_that_cannot_be_listed_stands_for_its_images(tmp_path, monkeypatch):
+    for name in ("a", "closed", "z"):
+        (tmp_path / "benign" / name).mkdir(parents=True)
+        imagecodecs.imwrite(str(tmp_path / "benign" / name / "1.png"), np.zeros((8, 8), np.uint8))
+    closed, iterdir, listdir = tmp_path / "benign" / "closed", Path.iterdir, os.listdir
+
+    def refuse(path, ask):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return ask(path)
+
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path, iterdir))
+    monkeypatch.setattr(os, "listdir", lambda path=".": refuse(path, listdir))
+    found = index_folder(tmp_path, workers=1)
+    assert [record.path.parent.name for record in found.records] == ["a", "z"]
+    assert [str(error) for error in found.errors] == [f"{closed}: cannot be read (Permission denied)"]
+    assert [record.path.name for record in read_table(tmp_path, labels=False).records] == ["1.png", "closed", "1.png"]
+    with pytest.raises(DataError, match=r"closed: cannot be listed \(Permission denied\)"):
+        read_table(tmp_path)
