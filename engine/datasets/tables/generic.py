@@ -14,6 +14,7 @@ from ...images.levels import White, parse_white
 from . import values
 from .cells import is_number, read_rows
 from .mask_names import masks_among
+from .own_results import is_left_out
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 SPLIT_NAMES = {
@@ -161,17 +162,21 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
 
 
 def _folder_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not labels:
         return [(str(file), {"image_path": str(file)}) for file in image_files(path)]
+    folders = _sub_folders(path)
     if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
-        return [row for folder in folders for row in _class_rows(folder, folder.name)]
-    return _class_rows(path, "")
+        return [row for folder in folders for row in _class_rows(folder, _sub_folders(folder), folder.name)]
+    return _class_rows(path, folders, "")
 
 
-def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
+def _sub_folders(path: Path) -> list[Path]:
+    there = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [folder for folder in there if not is_left_out(folder)]
+
+
+def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, dict[str, str]]]:
     rows = []
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in folders:
         # A link to another class does not make its images this one's.
         files = []
@@ -231,7 +236,7 @@ def _image_files(folder: Path, seen: set[str]) -> Iterator[Path | _Unlisted]:
             continue
         directory = _is_folder(entry)
         if directory and entry.suffix.lower() != ".zarr":
-            if os.path.realpath(entry) not in seen:
+            if os.path.realpath(entry) not in seen and not is_left_out(entry):
                 yield from _image_files(entry, seen)
         elif directory or entry.suffix.lower() in SUFFIXES:
             yield entry
@@ -353,9 +358,9 @@ def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...
 
 
 def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], records: list[Record]) -> None:
-    seen: dict[tuple[Path, int | None], str] = {}
+    seen: dict[tuple[str, int | None], str] = {}
     for (place, _), record in zip(rows, records, strict=True):
-        image = record.path, record.frame
+        image = os.path.realpath(record.path), record.frame  # also where a link leads
         if image in seen:
             raise DataError(f"{path}, {place}: {record.path.name} is already in {seen[image]}; keep one of them")
         seen[image] = place

@@ -314,3 +314,30 @@ def test_a_sub_folder_that_cannot_be_listed_stands_for_its_images(tmp_path, monk
     assert [record.path.name for record in read_table(tmp_path, labels=False).records] == ["1.png", "closed", "1.png"]
     with pytest.raises(DataError, match=r"closed: cannot be listed \(Permission denied\)"):
         read_table(tmp_path)
+
+
+def test_results_among_the_images_are_no_images_of_a_class(tmp_path, caplog):
+    save(tmp_path / "benign" / "1.png", 1)
+    save(tmp_path / "malign" / "2.png", 2)
+    for folder, note, text in (
+        ("run", "last.ckpt", ""),
+        ("found", "run.json", '{"checkpoint": "best.ckpt"}'),
+        ("malign/maps", "run.json", '{"checkpoint": "best.ckpt", "kind": "explain"}'),
+    ):
+        save(tmp_path / folder / "heatmaps" / "3.png", 3)
+        (tmp_path / folder / note).write_text(text)
+    assert [record.path.name for record in read_table(tmp_path).records] == ["1.png", "2.png"]
+    assert f"{tmp_path / 'found'}: left out, because it holds what gigamorph predict wrote" in caplog.text
+    assert [record.path.name for record in index_folder(tmp_path, workers=1).records] == ["1.png", "2.png"]
+    assert len(index_folder(tmp_path / "run", workers=1).records) == 1  # who names it means it
+    (tmp_path / "found" / "run.json").write_text('{"checkpoint": "", "kind": "data convert"}')
+    assert read_table(tmp_path).classes == ["benign", "found", "malign"]
+
+
+def test_an_image_under_two_names_is_there_once(tmp_path):
+    save(tmp_path / "a.png", 1)
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    for other in ("b.png", tmp_path / "a.png", f"../{tmp_path.name}/a.png"):
+        (tmp_path / "t.csv").write_text(f"image_path,label,patient_id\na.png,0,p\n{other},1,q\n")
+        with pytest.raises(DataError, match=r"line 3: [ab].png is already in line 2; keep one of them"):
+            read_table(tmp_path / "t.csv")

@@ -371,24 +371,6 @@ def test_a_name_that_cannot_be_asked_for_costs_its_image_alone(table, tmp_path):
         predict(archives.stub, [given], tmp_path / "strict", HERE)
 
 
-def test_a_sub_folder_that_is_closed_is_quarantined_and_the_others_are_predicted(table, tmp_path, monkeypatch):
-    shutil.copytree(table.parent, tmp_path / "in")
-    closed, iterdir, listdir = tmp_path / "in" / "closed", Path.iterdir, os.listdir
-    closed.mkdir()
-
-    def refuse(path, ask):
-        if Path(path) == closed:
-            raise PermissionError(13, "Permission denied")
-        return ask(path)
-
-    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path, iterdir))
-    monkeypatch.setattr(os, "listdir", lambda path=".": refuse(path, listdir))
-    assert predict(archives.tiny, [tmp_path / "in"], tmp_path / "out", FORGIVING).failed == 1
-    assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
-    [row] = rows(tmp_path / "out" / "quarantine.csv")
-    assert row["reason"] == f"{closed}: cannot be read (Permission denied)"
-
-
 def test_a_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"t\.parquet: is not a readable Parquet file"):
