@@ -86,7 +86,7 @@ def _unlike(by_kind: Mapping[str, Sequence[tuple[ImageSource, float, float]]]) -
         return []
     told = ", ".join(f"{value:.2g} in {kind}" for kind, value in reach.items())
     return [
-        f"files of several kinds reach unlike grey values ({told}; 0 black to 1 white), by which the network tells them "
+        f"files of several kinds reach unlike grey values ({told}; 0 black to 1 white), by which a network tells them "
         "apart: bring them to one scale (--voi, --white, gigamorph data convert)"
     ]
 
