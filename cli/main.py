@@ -74,8 +74,13 @@ def _run(args: list[str] | None) -> int:
     try:
         code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        of = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        told = " ".join(error.format_message().split()).removesuffix(".")
+        print(f"error: {told}{f' ({of} --help)' if of else ''}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
