@@ -265,6 +265,7 @@ def _train(
 ) -> None:
     """Train in this process, alone or as one of several, of which the first reports."""
     from ..engine.config import to_toml
+    from ..engine.errors import GigamorphError
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.train.choices import check_choices
@@ -275,6 +276,8 @@ def _train(
     from .progress import ProgressView
 
     resume = resume or goes_on(out)
+    if not resume and (out / "last.ckpt").exists():  # said again where others may have begun it meanwhile
+        raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
     group = ProcessGroup.here(config.split)
     chosen = replace(config.options(), device=options.usable_device(config.device))
     warn = tell.warn if group.leads else lambda text: None

@@ -78,6 +78,15 @@ def test_tables_that_excel_saved(folder: Path, encoding: str, first: str, packed
     assert [record for _, record in stream_table(path, ["0", "1"], Counter())] == table.records
 
 
+def test_columns_are_known_however_they_are_capitalised(folder: Path) -> None:
+    path = write(folder, "Image_Path,LABEL,Patient_ID,Age,Study_ID\nimg/a.png,1,P1,50,E1\n")
+    [record] = read_table(path).records
+    assert (record.label, record.patient_id, record.exam_id, record.extra) == (1, "P1", "E1", {"Age": "50"})
+    path = write(folder, "image_path,label,patient_id,Label,exam_id,study_id\nimg/a.png,1,P1,x,E,S\n")
+    [record] = read_table(path).records
+    assert (record.label, record.exam_id, record.extra) == (1, "E", {"Label": "x", "study_id": "S"})
+
+
 def test_classes_of_a_trained_model_number_the_labels(folder: Path) -> None:
     path = write(folder, HEADER + "img/a.png,benign,P1,\n")
     assert read_table(path, classes=["malign", "benign"]).records[0].label == 1
