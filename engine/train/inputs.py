@@ -86,7 +86,10 @@ def training_data(
     }
     if skip_bad:
         read = _without_bad(images(read, channels, preprocessing), warn)
-    records = _split(read, fold, seed)
+    try:
+        records = _split(read, fold, seed)
+    except DataError as error:
+        raise DataError(f"{table}: {error}") from error
     _require_training(records, table)
     if normalize == "auto":
         learnt = images([record for record in records if record.split == "train"], channels, preprocessing)
