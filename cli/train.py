@@ -250,7 +250,10 @@ def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> Trai
             put(values, f"{table}.{name}" if table else name, _plain(name, value))
     for setting in given["settings"]:
         put(values, *parse_value(setting))
-    return make_config(values, source or "options", tell.warn)
+    config = make_config(values, source or "options", tell.warn)
+    if config.stages and ctx.get_parameter_source("epochs") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--epochs: each of the stages has its own; set stages in the file")
+    return config
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -311,7 +311,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     folder = Path() if path.is_dir() else path.parent
     patient = row.get("patient_id") or row["image_path"]
     return Record(
-        path=folder / row["image_path"],
+        path=_placed(folder, row["image_path"]),
         label=label,
         patient_id=patient,
         patient_known=patient != row["image_path"],
@@ -331,6 +331,12 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         white=_white(path, place, row),
         chest_wall=row.get("chest_wall", "").lower() or None,
     )
+
+
+def _placed(folder: Path, name: str) -> Path:
+    """A file that a table names, also as Windows writes it."""
+    path = folder / name
+    return folder / name.replace("\\", "/") if "\\" in name and is_absent(path) else path
 
 
 def _white(path: Path, place: str, row: dict[str, str]) -> White | None:
@@ -361,7 +367,7 @@ def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...
         except (TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, {place}: findings are not a JSON list of findings ({error})") from error
     if row.get("mask_path"):
-        found.append(Finding(mask=path.parent / row["mask_path"]))
+        found.append(Finding(mask=_placed(path.parent, row["mask_path"])))
     return tuple(found)
 
 

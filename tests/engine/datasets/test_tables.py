@@ -87,6 +87,14 @@ def test_columns_are_known_however_they_are_capitalised(folder: Path) -> None:
     assert (record.label, record.exam_id, record.extra) == (1, "E", {"Label": "x", "study_id": "S"})
 
 
+def test_paths_as_windows_writes_them(folder: Path) -> None:
+    (folder / "img" / "b\\c.png").write_bytes(b"x")
+    text = "image_path,label,patient_id,mask_path\nimg\\a.png,0,P1,img\\b.png\nimg/b\\c.png,1,P2,\n"
+    table = read_table(write(folder, text))
+    assert [record.path for record in table.records] == [folder / "img" / "a.png", folder / "img" / "b\\c.png"]
+    assert table.records[0].findings == (Finding(mask=folder / "img" / "b.png"),)
+
+
 def test_classes_of_a_trained_model_number_the_labels(folder: Path) -> None:
     path = write(folder, HEADER + "img/a.png,benign,P1,\n")
     assert read_table(path, classes=["malign", "benign"]).records[0].label == 1
