@@ -11,7 +11,7 @@ from ..images.header import DicomInfo, read_info
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from .names import NamePattern, find_pattern
-from .tables.generic import image_files
+from .tables.folders import image_files
 from .tables.mask_names import masks_among
 from .tables.schema import Record
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..datasets.tables import Record
-from ..datasets.tables.generic import SUFFIXES, iter_image_files
+from ..datasets.tables.folders import SUFFIXES, iter_image_files
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, place_of, search

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import DataError
 from ...images.levels import White, parse_white
 from . import values
 from .cells import is_number, read_rows
+from .folders import Unlisted, image_files, walk
+from .left_out import is_left_out, tell_unread
 from .mask_names import masks_among
-from .own_results import is_left_out
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 SPLIT_NAMES = {
@@ -25,8 +27,6 @@ SPLIT_NAMES = {
     "dev": "val",
     "testing": "test",
 }
-SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
-"""Of files that may be images; DICOM files often have none."""
 # What other tools call our columns.
 _ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
 _COLUMNS = {
@@ -187,11 +187,12 @@ def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, 
     rows = []
     for folder in folders:
         # A link to another class does not make its images this one's.
-        files = []
-        for entry in _image_files(folder, {os.path.realpath(other) for other in (path, *folders)}):
-            if isinstance(entry, _Unlisted):  # a training does not do without images in silence
+        files, unread = [], Counter[str]()
+        for entry in walk(folder, {os.path.realpath(other) for other in (path, *folders)}, unread):
+            if isinstance(entry, Unlisted):  # a training does not do without images in silence
                 raise entry.error
             files.append(entry)
+        tell_unread(folder, unread)
         masks = masks_among(files, folder)
         if masks:
             told = "1 file is a mask by its name" if len(masks) == 1 else f"{len(masks)} files are masks by their names"
@@ -203,59 +204,6 @@ def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, 
             row = {"image_path": str(file), "label": folder.name, "patient_id": patient, "split": split}
             rows.append((str(file), row))
     return rows
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Files that may be images, and zarr folders, which are one image each; sorted. See `iter_image_files`."""
-    return list(iter_image_files(folder))
-
-
-def iter_image_files(folder: Path) -> Iterator[Path]:
-    """The same one by one: what is held are the names of one folder, and of those above it.
-
-    A sub-folder that cannot be listed stands for its images: whoever reads it is told why. `DataError` if it is the
-    folder itself.
-    """
-    for entry in _image_files(folder, set()):
-        if isinstance(entry, Path):
-            yield entry
-        elif entry.folder == folder:
-            raise entry.error
-        else:
-            yield entry.folder
-
-
-@dataclass(frozen=True)
-class _Unlisted:
-    folder: Path
-    error: DataError
-
-
-def _image_files(folder: Path, seen: set[str]) -> Iterator[Path | _Unlisted]:
-    """The same without the folders whose real paths are in `seen`: links may lead in a circle."""
-    seen.add(os.path.realpath(folder))
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        yield _Unlisted(folder, DataError(f"{folder}: cannot be listed ({error.strerror or error})"))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        directory = _is_folder(entry)
-        if directory and entry.suffix.lower() != ".zarr":
-            if os.path.realpath(entry) not in seen and not is_left_out(entry):
-                yield from _image_files(entry, seen)
-        elif directory or entry.suffix.lower() in SUFFIXES:
-            yield entry
-
-
-def _is_folder(entry: Path) -> bool:
-    """What may not be looked at is taken for a file, and reading it tells why."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -> list[str]:

@@ -341,3 +341,14 @@ def test_an_image_under_two_names_is_there_once(tmp_path):
         (tmp_path / "t.csv").write_text(f"image_path,label,patient_id\na.png,0,p\n{other},1,q\n")
         with pytest.raises(DataError, match=r"line 3: [ab].png is already in line 2; keep one of them"):
             read_table(tmp_path / "t.csv")
+
+
+def test_formats_that_are_not_read_are_told(tmp_path, caplog):
+    for name in ("benign/1.png", "benign/2.BMP", "malign/p/3.bmp", "malign/4.png"):
+        save(tmp_path / Path(name).with_suffix(".png"), 1).rename(tmp_path / name)
+    assert len(read_table(tmp_path).records) == len(index_folder(tmp_path, workers=1).records) == 2
+    told = [text.partition(": ") for text in caplog.messages]
+    assert [(Path(folder).name, text) for folder, _, text in told] == [
+        (name, f"left out, because their format is not read: {count} .bmp; convert them to PNG or TIFF")
+        for name, count in (("benign", 1), ("malign", 1), (tmp_path.name, 2))
+    ]

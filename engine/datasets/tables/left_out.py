@@ -1,9 +1,10 @@
-"""Folders that commands of gigamorph wrote: in them are curves, maps and tiles, and no images of a data set."""
+"""What is left out of folders of images, and told: what commands of gigamorph wrote, and formats that are not read."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 log = logging.getLogger("gigamorph")
@@ -13,7 +14,16 @@ _MADE_BY = {
     "view": (("index.html", "data.js"),),
 }
 """Files that tell it, all of one of the groups."""
+UNREAD = {".bmp", ".gif", ".webp", ".jp2", ".jxl", ".nii", ".nrrd", ".mha", ".mhd", ".heic"}
+"""Of files that are images, too."""
 _MAPS = ("predict", "explain")  # data convert, which leaves the same note, makes images
+
+
+def tell_unread(folder: Path, found: Counter[str]) -> None:
+    """Say how many files of each suffix in `UNREAD` a folder has."""
+    if found:
+        told = ", ".join(f"{count} {suffix}" for suffix, count in found.items())
+        log.warning("%s: left out, because their format is not read: %s; convert them to PNG or TIFF", folder, told)
 
 
 def is_left_out(folder: Path) -> bool:
