@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
 from ..errors import DataError, GigamorphError
-from .rows import Row, Work, is_table, rows_of
+from .rows import Row, Work, is_folder, rows_of
 
 _TABLES = """
 create table rows (number integer primary key, key text not null, row blob not null, pixels integer not null);
@@ -90,8 +90,8 @@ class Index:
             DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
         """
         told: list[str] = []
-        # What a table says of an image counts before what its file alone does.
-        for source in sorted(sources, key=lambda one: not (isinstance(one, Record) or is_table(one))):
+        # What a table says of an image counts before what its folder does.
+        for source in sorted(sources, key=is_folder):
             unknown, again = Counter[str](), Counter[str]()
             rows = rows_of(source, classes, unknown, skip)
             with self._together():
@@ -287,8 +287,8 @@ class Index:
         self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
 
     def _new(self, rows: Iterable[Row], source: str | Path | Record, again: Counter[str]) -> Iterator[Row]:
-        """The rows whose image no source before has named; of a table all of them."""
-        own = isinstance(source, Record) or is_table(source)
+        """Of a folder the rows whose image no source before has; all of those that somebody named."""
+        own = not is_folder(source)
         for row in rows:
             place = row.url or os.path.realpath(row.record.path)
             new = self._base.execute("insert or ignore into places values (?)", (place,)).rowcount
