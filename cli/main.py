@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import rich_click as click
+from click import exceptions
 
 from ..engine.versions import OWN
 
@@ -55,6 +56,9 @@ for _name, _help in _COMMANDS.items():
     cli.add_command(LazyCommand(name=_name, help=_help), _name)
 
 
+_HELP = getattr(exceptions, "NoArgsIsHelpError", ())  # of click 8.2 and later
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors of gigamorph are one line and exit code 2, Ctrl-C is 130."""
     # Read when torch is first imported. By default idle OpenMP threads spin; where others use the same cores, that made
@@ -75,7 +79,12 @@ def _run(args: list[str] | None) -> int:
         code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, _HELP):
+            error.show()
+            return error.exit_code
+        of = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        told = " ".join(error.format_message().split()).removesuffix(".")
+        print(f"error: {told}{f' ({of} --help)' if of else ''}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)

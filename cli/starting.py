@@ -20,6 +20,8 @@ class Teller:
         if quiet and verbose:
             raise click.UsageError("--quiet and --verbose exclude each other")
         self.quiet = quiet
+        if quiet:
+            os.environ.setdefault("WANDB_SILENT", "true")  # it prints a summary of each run otherwise
         if verbose:
             from rich.logging import RichHandler
 

@@ -250,7 +250,10 @@ def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> Trai
             put(values, f"{table}.{name}" if table else name, _plain(name, value))
     for setting in given["settings"]:
         put(values, *parse_value(setting))
-    return make_config(values, source or "options", tell.warn)
+    config = make_config(values, source or "options", tell.warn)
+    if config.stages and ctx.get_parameter_source("epochs") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--epochs: each of the stages has its own; set stages in the file")
+    return config
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -265,6 +268,7 @@ def _train(
 ) -> None:
     """Train in this process, alone or as one of several, of which the first reports."""
     from ..engine.config import to_toml
+    from ..engine.errors import GigamorphError
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.train.choices import check_choices
@@ -275,6 +279,8 @@ def _train(
     from .progress import ProgressView
 
     resume = resume or goes_on(out)
+    if not resume and (out / "last.ckpt").exists():  # said again where others may have begun it meanwhile
+        raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
     group = ProcessGroup.here(config.split)
     chosen = replace(config.options(), device=options.usable_device(config.device))
     warn = tell.warn if group.leads else lambda text: None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -10,10 +12,12 @@ from ..errors import DataError
 from ..images.levels import DARK, WHITES, highest, sample_rows
 from ..images.pixels import ImageSource
 from .dataset import ImageDataset
+from .tables import Record
 
 _LOOKED_AT = 4
 # Rounding, and resampling with kernels that overshoot, make floats a little brighter than white.
 _BRIGHT = 1.5
+_UNLIKE = 2.0
 
 
 def odd_range(source: ImageSource, most: float, option: str = "--white {white}, or ") -> str:
@@ -38,21 +42,53 @@ def odd_range(source: ImageSource, most: float, option: str = "--white {white}, 
 def grey_warnings(images: ImageDataset, option: str = "--white {white}, or ") -> list[str]:
     """What a look at a few of the images tells about their grey scale, and about mean and std that do not fit it.
 
-    Read are some rows of up to four images that are spread over the table. Those that are damaged or
+    Read are some rows of up to four images of each kind of file, spread over the table. Those that are damaged or
     hold no numbers are passed over: whoever uses them names them. option: see `odd_range`.
     """
     found = []
-    chosen = sorted({round(number) for number in np.linspace(0, len(images) - 1, _LOOKED_AT)}) if len(images) else []
-    ranges = [seen for number in chosen if (seen := _range(images, number))]
+    by_kind = {kind: _looked_at(images, numbers) for kind, numbers in _kinds(images.records).items()}
+    ranges = [seen for some in by_kind.values() for seen in some]
     odd = [text for source, _, most in ranges if (text := odd_range(source, most, option))]
     if odd:
         number = next(n for n, (source, _, most) in enumerate(ranges) if odd_range(source, most))
         more = f" (and {len(odd) - 1} more of {len(ranges)} that were looked at)" if len(odd) > 1 else ""
         found.append(f"{ranges[number][0].name}{more}: {odd[0]}")
+    found += _unlike({kind: some for kind, some in by_kind.items() if some})
     if ranges and images.normalize is not None:
         least, most = min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
         found += _misfits(images.normalize.mean, images.normalize.std, least, most)
     return found
+
+
+def kind_of_file(path: Path) -> str:
+    """What a file is by its name: DICOM, PNG, ..."""
+    suffix = path.suffix.lower().removeprefix(".")
+    return {"dcm": "DICOM", "dicom": "DICOM", "": "DICOM", "jpeg": "JPG", "tif": "TIFF"}.get(suffix, suffix.upper())
+
+
+def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for number, record in enumerate(records):
+        found[kind_of_file(record.path)].append(number)
+    return found
+
+
+def _looked_at(images: ImageDataset, numbers: Sequence[int]) -> list[tuple[ImageSource, float, float]]:
+    """What `_range` says of some of these images."""
+    chosen = sorted({round(place) for place in np.linspace(0, len(numbers) - 1, _LOOKED_AT)})
+    return [seen for place in chosen if (seen := _range(images, numbers[place]))]
+
+
+def _unlike(by_kind: Mapping[str, Sequence[tuple[ImageSource, float, float]]]) -> list[str]:
+    """Whether the kinds of files, each on its own scale from black to white, use unlike shares of it."""
+    reach = {kind: float(np.median([most for _, _, most in some])) for kind, some in by_kind.items()}
+    if len(reach) < 2 or max(reach.values()) <= _UNLIKE * min(reach.values()):
+        return []
+    told = ", ".join(f"{value:.2g} in {kind}" for kind, value in reach.items())
+    return [
+        f"files of several kinds reach unlike grey values ({told}; 0 black to 1 white), by which a network tells them "
+        "apart: bring them to one scale (--voi, --white, gigamorph data convert)"
+    ]
 
 
 def _range(images: ImageDataset, number: int) -> tuple[ImageSource, float, float] | None:

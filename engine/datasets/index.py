@@ -11,7 +11,7 @@ from ..images.header import DicomInfo, read_info
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from .names import NamePattern, find_pattern
-from .tables.generic import image_files
+from .tables.folders import image_files
 from .tables.mask_names import masks_among
 from .tables.schema import Record
 
@@ -126,9 +126,9 @@ def _read(path: Path) -> Record:
 
 def is_dicom(path: Path) -> bool:
     """Whether the file has DICOM's mark; `DataError` if it cannot be read."""
-    if path.exists() and not path.is_file():
-        return False
     try:
+        if path.exists() and not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == DICOM_MARK
     except OSError as error:

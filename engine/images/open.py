@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import Literal, cast
 
@@ -81,6 +82,7 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
 
             if any((path / mark).is_file() for mark in MARKS):
                 return ZarrPixels(path, frame)
+            os.listdir(path)  # of a folder that is closed this is what it lacks
         if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for its writer
             raise DataError(f"{path}: is no regular file; name an image")
         with path.open("rb") as file:

@@ -188,7 +188,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         DataError: if the file cannot be read, or does not fit the network.
     """
     own = model.state_dict()
-    head = _head_prefix(own)
+    head = head_prefix(own)
     if str(path).startswith(TIMM):
         found = pretrained_state(str(path))
     else:
@@ -255,7 +255,7 @@ def _read(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return subtree(found, prefix, path) if prefix else found
 
 
-def _head_prefix(state: dict[str, Tensor]) -> str:
+def head_prefix(state: dict[str, Tensor]) -> str:
     """The last layer that has a weight, by the order of the state_dict: the classifier."""
     weights = [key for key, value in state.items() if key.endswith("weight") and value.ndim >= 2]
     return weights[-1].removesuffix("weight") if weights else "\0"

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import heapq
 import itertools
+import os
 import pickle
 import sqlite3
 from collections import Counter
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
 from ..errors import DataError, GigamorphError
-from .rows import Row, Work, rows_of
+from .rows import Row, Work, is_folder, rows_of
 
 _TABLES = """
 create table rows (number integer primary key, key text not null, row blob not null, pixels integer not null);
@@ -36,6 +37,7 @@ create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
 create table stored (key text primary key) without rowid;
+create table places (place text primary key) without rowid;
 create table names (name text primary key collate nocase) without rowid;
 """
 Level = Literal["breast", "exam"]
@@ -88,10 +90,14 @@ class Index:
             DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
         """
         told: list[str] = []
-        for source in sources:
-            unknown = Counter[str]()
+        # What a table says of an image counts before what its folder does.
+        for source in sorted(sources, key=is_folder):
+            unknown, again = Counter[str](), Counter[str]()
+            rows = rows_of(source, classes, unknown, skip)
             with self._together():
-                self._add(rows_of(source, classes, unknown, skip))
+                self._add(rows if len(sources) == 1 else self._new(rows, source, again))
+            if again:
+                told.append(f"{again.total()} of the images of {source} are given before, and count once")
             if unknown and classes is not None:
                 odd = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_NAMED))
                 told.append(
@@ -279,6 +285,17 @@ class Index:
     def _add(self, rows: Iterable[Row]) -> None:
         told = ((self._key(row), pickle.dumps(row, 5), row.pixels) for row in rows)
         self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
+
+    def _new(self, rows: Iterable[Row], source: str | Path | Record, again: Counter[str]) -> Iterator[Row]:
+        """Of a folder the rows whose image no source before has; all of those that somebody named."""
+        own = not is_folder(source)
+        for row in rows:
+            place = row.url or os.path.realpath(row.record.path)
+            new = self._base.execute("insert or ignore into places values (?)", (place,)).rowcount
+            if new or own:
+                yield row
+            else:
+                again["images"] += 1
 
     def _check_files(self) -> None:
         missing: list[Path] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..datasets.tables import Record
-from ..datasets.tables.generic import SUFFIXES, iter_image_files
+from ..datasets.tables.folders import SUFFIXES, iter_image_files
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, place_of, search
@@ -88,7 +88,7 @@ def rows_of(
     elif is_table(source):
         for cell, record in stream_table(Path(source), classes, unknown):
             yield _of_url(record, cell) if is_url(cell) else Row(record)
-    elif Path(source).is_dir() and Path(source).suffix.lower() != ".zarr":
+    elif is_folder(source):
         found = False
         below = "" if skip is None else os.path.join(os.path.abspath(skip), "")
         for path in iter_image_files(Path(source)):
@@ -100,6 +100,11 @@ def rows_of(
             raise DataError(f"{source}: holds no images, nor do its sub-folders")
     else:
         yield Row(Record(Path(source), -1, _printed(str(source))))
+
+
+def is_folder(source: str | Path | Record) -> bool:
+    """Whether the name is one of a folder of this machine, of which the images are meant."""
+    return not isinstance(source, Record) and Path(source).is_dir() and Path(source).suffix.lower() != ".zarr"
 
 
 def is_table(source: str | Path) -> bool:

@@ -42,15 +42,16 @@ class Classification(TargetTask[Prediction]):
         return scores(found)
 
     def loss_of(self, found: Prediction) -> float:
-        """-log p of the truth's probability p, whose log-odds are z: log(1 + exp(-z)); of numbers the squared error in
-        units of their spread."""
+        """-log p of the truth's probability p, whose log-odds are z: log(1 + exp(-z)), weighted as in training; of
+        numbers the squared error in units of their spread."""
         if self.target.kind in ("classes", "ordinal"):
             label = found.label or 0
             return (self.weights or [1.0] * len(found.log_odds))[label] * np.logaddexp(0.0, -found.log_odds[label])
         truth, values = np.array(found.truth), np.array(found.log_odds)
         if self.target.kind == "numbers":
             return float(np.nanmean(((values - truth) / np.array(self.target.spread)) ** 2))
-        return float(np.nanmean(np.logaddexp(0.0, np.where(truth > 0.5, -values, values)) + 0 * truth))
+        weights = np.where(truth > 0.5, self.weights or 1.0, 1.0)  # of positives alone, see `Target.weights`
+        return float(np.nanmean(weights * np.logaddexp(0.0, np.where(truth > 0.5, -values, values)) + 0 * truth))
 
 
 def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Outputs | None = None) -> Tensor:

@@ -84,6 +84,10 @@ class TrainConfig(TrainOptions):
 
     def _require_use(self) -> None:
         """Refuse what would have no effect, and names that are there twice."""
+        if self.stages and self.epochs != TrainOptions.epochs:
+            raise GigamorphError(
+                f"epochs is {self.epochs}, but each of the stages has its own; leave it out, or set those"
+            )
         of_numbers = self.data.task == "numbers"
         for name in ("class_weights", "label_smoothing", "focal") if of_numbers else ("regression",):
             if getattr(self.loss, name) != getattr(Loss(), name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,11 @@ def training_data(
     }
     if skip_bad:
         read = _without_bad(images(read, channels, preprocessing), warn)
-    records = _split(read, fold, seed)
+    try:
+        records = _split(read, fold, seed)
+    except DataError as error:
+        raise DataError(f"{table}: {error}") from error
+    _require_training(records, table)
     if normalize == "auto":
         learnt = images([record for record in records if record.split == "train"], channels, preprocessing)
         preprocessing["normalize"] = normalize_of(learnt).to_dict()
@@ -118,6 +123,15 @@ def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> li
     drawn = draw_folds(records, fold[1], seed)[fold[0] - 1]
     check_leaks(drawn)
     return drawn
+
+
+def _require_training(records: Sequence[Record], table: str | Path) -> None:
+    there = Counter(record.split for record in records)
+    if not there["train"]:
+        told = ", ".join(f"{count} {name}" for name, count in there.items())
+        raise DataError(
+            f"{table}: no images are in split train ({told}); give it to some patients, or leave the column out"
+        )
 
 
 def _strange(records: Sequence[Record], train: ImageDataset) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..accelerate import Accelerated, accelerate
 from ..errors import DataError, GigamorphError
-from ..models import create_model, load_weights
+from ..models import create_model
 from ..models.outputs import Outputs, set_outputs
 from ..morph.origin import Origin
+from .head_rows import start_from
 from .mask_target import MaskTarget
 from .target import Target
 
@@ -44,10 +45,10 @@ def build_network(record: dict[str, Any], weights: str | Path | None = None, spl
     options, target = record["options"], target_of(record)
     if "grown" in record:
         model = Origin.from_record(record["grown"]).build(options["model"], target.width)
-        if weights is not None:
-            load_weights(model, weights)
     else:
-        model = create_model(options["model"], target.width, record["channels"], weights)
+        model = create_model(options["model"], target.width, record["channels"])
+    if weights is not None:
+        start_from(model, weights, target)
     model = model.to(options["device"])
     net = accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
     if target.outputs is not None:

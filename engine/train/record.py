@@ -14,7 +14,7 @@ from ..parallel.process_group import ProcessGroup
 from .checkpoint import versions
 from .data import Data
 from .options import TrainOptions
-from .splits import hash_of
+from .splits import hash_of, hash_of_truth
 
 # Where and in how much memory a step is computed does not change what it computes.
 _FREE = ("memory_budget", "device", "weights", "split_image")
@@ -34,6 +34,7 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
         # A checkpoint is passed on: it tells whether a split is the same, not who is in it.
         "split": {
             "sha256": hash_of(parts),
+            "truth_sha256": hash_of_truth(parts, data.target),
             **{name: len(records) for name, records in parts.items()},
         },
         "versions": versions(),
@@ -55,6 +56,10 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
                 f"{path}: was begun to learn {name} {_TOLD.get(name, '')}{value}, not {now}; resume with the labels, "
                 "and the table, that it was begun with"
             )
+    truth = record["split"]["truth_sha256"]
+    if stored["split"].get("truth_sha256", truth) != truth:  # checkpoints of older versions do not say
+        what = "masks" if record["target"]["kind"] == "masks" else "labels"
+        raise DataError(f"{path}: was begun with other {what} of the same images; resume with those it was begun with")
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
             f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "

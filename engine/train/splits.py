@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ..datasets.masks import masks_of
 from ..datasets.splits import assign_splits
 from ..datasets.tables import SPLITS, Record
 from ..errors import DataError
+from ..images.parallel import available_cpus
 from .folds import draw_folds
 from .network import target_of
+from .target import Target
 
 _FOLDS = 10  # of larger cross-validations it is not known
 
@@ -23,6 +28,30 @@ def hash_of(parts: Mapping[str, Sequence[Record]]) -> str:
     # The last two parts of a path: the folder may have moved when a run is resumed.
     split = {name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in part] for name, part in parts.items()}
     return hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_truth(parts: Mapping[str, Sequence[Record]], target: Target) -> str:
+    """SHA-256 of what the table, and its masks, say of each image that is learnt."""
+    digest = hashlib.sha256()
+    for part in parts.values():
+        for record, truth in zip(part, _truths(part, target), strict=True):
+            digest.update(json.dumps(["/".join(record.path.parts[-2:]), record.frame, truth]).encode())
+    return digest.hexdigest()
+
+
+def _truths(records: Sequence[Record], target: Target) -> Iterable[list[Any]]:
+    """Plain values for each."""
+    if target.kind != "masks":
+        return target.truth(records).tolist()
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        return list(pool.map(lambda record: [_digest(path) for path in masks_of(record)], records))
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():  # a zarr folder
+        return "/".join(path.parts[-2:])
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_splits(records: Sequence[Record], trained: Mapping[str, Any]) -> list[Record]:

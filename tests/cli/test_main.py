@@ -37,6 +37,23 @@ def test_unknown_command_and_option(capsys):
     assert run("plan", "--nope") == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["nope"], "No such command 'nope'"),
+        (["plan", "--nope"], "--nope"),
+        (["train", "--lr", "0"], "Invalid value for '--lr': 0.0 is not in the range x>0 (gigamorph train --help)"),
+        (["train", "--task", "x"], "'x' is not one of 'classes', 'labels', 'ordinal', 'numbers', 'masks' (gigamorph "),
+        (["data", "index"], "Missing argument 'FOLDER' (gigamorph data index --help)"),
+        (["predict"], "Missing argument 'CHECKPOINT' (gigamorph predict --help)"),
+    ],
+)
+def test_what_an_option_cannot_be_is_one_line(args, told, capsys):
+    assert run(*args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and told in said and said.count("\n") == 1
+
+
 def test_ctrl_c_is_130_and_faults_of_ours_keep_their_trace(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -99,6 +99,8 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
         (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
         (["-o", "loss.focal=-1"], "loss.focal is -1"),
+        (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each of the stages has its own; leave it out"),
+        (["--epochs", "20", "--config", "stages.toml"], "--epochs: each of the stages has its own; set stages in"),
         (["-o", "epochs=0"], "epochs is 0; it is 1 or more"),
         (["--mean", "auto", "--std", "1"], "make both auto"),
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
@@ -111,7 +113,9 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--task", "labels", "--label", "mass"], "has no column label_mass; there are cluster"),
     ],
 )
-def test_what_cannot_be_is_one_line(phantoms, tmp_path, capsys, options, message):
+def test_what_cannot_be_is_one_line(phantoms, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("stages.toml").write_text("[[stages]]\nepochs = 2\n")
     assert run("train", phantoms, *FAST, *options, "--out", tmp_path / "run") == 2
     told = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in told and "Traceback" not in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import DataError
 
@@ -19,6 +21,8 @@ csv.field_size_limit(2**27)
 # What a spreadsheet takes for a formula, perhaps escaped already.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
+_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)
+_UTF16 = "utf-16"
 _BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
 
@@ -42,7 +46,8 @@ class Rows:
 def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "cp1252") -> Rows:
     """All rows of a csv (also .gz), .xlsx or .xls file; empty rows and columns without a name are dropped.
 
-    Separator (comma, semicolon, tab) and line ends are found out; text is UTF-8. Line breaks within a cell become
+    Separator (comma, semicolon, tab, or as a first line sep=; names it) and line ends are found out; text is UTF-8, or
+    UTF-16 with its mark. Line breaks within a cell become
     blanks. Whole numbers of Excel sheets lose their ".0".
 
     sheet: of an Excel file, else its first. fallback: the encoding of csv files that are not in UTF-8; None refuses.
@@ -128,37 +133,56 @@ def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
     """(number of the line where it ends, cells) of every row."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if b"\0" in data:
+        encoding = _encoding(data)
+        if encoding != _UTF16 and b"\0" in data:
             raise DataError(f"{path}: is not a csv file (it holds zero bytes); save it as csv in UTF-8")
-        text = data.decode("utf-8-sig")
+        text = data.decode(encoding)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except UnicodeDecodeError as error:
-        if fallback is None:
+        if fallback is None or encoding == _UTF16:
             raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error
         text = data.decode(fallback, errors="replace")
-    first = text.partition("\n")[0]
-    separator = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    lines = io.StringIO(text, newline="")
+    begun, reader = _reader(lines, lines.readline())
     try:
-        return [(reader.line_num, cells) for cells in reader]
+        return [(begun + reader.line_num, cells) for cells in reader]
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: is not a csv file ({error}); save it as one") from error
+        raise DataError(
+            f"{path}, line {begun + reader.line_num}: is not a csv file ({error}); save it as one"
+        ) from error
+
+
+def _encoding(start: bytes) -> str:
+    """Of a file that begins so: UTF-8 but for Excel's "Unicode text"."""
+    return _UTF16 if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
+    """A reader of the rows, from the first line on, and how many lines stand before them.
+
+    Excel writes, and obeys, a first line that names the separator: ``sep=;``.
+    """
+    if named := _SEPARATOR.fullmatch(first):
+        return 1, csv.reader(lines, delimiter=named[1], strict=True)
+    separator = max(",;\t", key=first.count)
+    return 0, csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """What `_csv` gives of a file in UTF-8, without holding it."""
+    """What `_csv` gives of a file in UTF-8 or UTF-16, without holding it."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # pyright: ignore[reportArgumentType]
-            first = text.readline()
-            separator = max(",;\t", key=first.count)
-            reader = csv.reader(_without_zeros(itertools.chain([first], text), path), delimiter=separator, strict=True)
+            encoding = _encoding(file.read(2))
+            file.seek(0)
+            text = io.TextIOWrapper(file, encoding=encoding, newline="")  # pyright: ignore[reportArgumentType]
+            lines = _without_zeros(text, path)
+            begun, reader = _reader(lines, next(lines, ""))
             try:
-                yield from ((reader.line_num, cells) for cells in reader)
+                yield from ((begun + reader.line_num, cells) for cells in reader)
             except csv.Error as error:
                 raise DataError(
-                    f"{path}, line {reader.line_num}: is not a csv file ({error}); save it as one"
+                    f"{path}, line {begun + reader.line_num}: is not a csv file ({error}); save it as one"
                 ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error

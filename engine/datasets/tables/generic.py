@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ...errors import DataError
 from ...images.levels import White, parse_white
 from . import values
 from .cells import is_number, read_rows
+from .folders import Unlisted, image_files, walk
+from .left_out import is_left_out, tell_unread
 from .mask_names import masks_among
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
@@ -24,8 +27,6 @@ SPLIT_NAMES = {
     "dev": "val",
     "testing": "test",
 }
-SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
-"""Of files that may be images; DICOM files often have none."""
 # What other tools call our columns.
 _ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
 _COLUMNS = {
@@ -123,9 +124,17 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
     ]
 
 
+def _column(name: str, found: Sequence[str]) -> str:
+    """A column by our name, however it is capitalised and whatever other tools call it; not where that is there too."""
+    own = name.lower() if name.lower() in _COLUMNS else name
+    own = _ALIASES.get(own.lower(), own)
+    others = [other.lower() for other in found if other != name]
+    return name if own.lower() in others else own
+
+
 def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:
     """A table's columns by our names, and those that no row may leave empty; `DataError` if one is missing."""
-    header = [_ALIASES.get(name, name) if _ALIASES.get(name) not in found else name for name in found]
+    header = [_column(name, found) for name in found]
     others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
     if label is not None and label not in others:
         raise DataError(f"{path}: has no column {LABEL_PREFIX}{label}; it has {', '.join(header)}")
@@ -161,20 +170,29 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
 
 
 def _folder_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not labels:
         return [(str(file), {"image_path": str(file)}) for file in image_files(path)]
+    folders = _sub_folders(path)
     if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
-        return [row for folder in folders for row in _class_rows(folder, folder.name)]
-    return _class_rows(path, "")
+        return [row for folder in folders for row in _class_rows(folder, _sub_folders(folder), folder.name)]
+    return _class_rows(path, folders, "")
 
 
-def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
+def _sub_folders(path: Path) -> list[Path]:
+    there = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [folder for folder in there if not is_left_out(folder)]
+
+
+def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, dict[str, str]]]:
     rows = []
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in folders:
         # A link to another class does not make its images this one's.
-        files = list(_image_files(folder, {os.path.realpath(other) for other in (path, *folders)}))
+        files, unread = [], Counter[str]()
+        for entry in walk(folder, {os.path.realpath(other) for other in (path, *folders)}, unread):
+            if isinstance(entry, Unlisted):  # a training does not do without images in silence
+                raise entry.error
+            files.append(entry)
+        tell_unread(folder, unread)
         masks = masks_among(files, folder)
         if masks:
             told = "1 file is a mask by its name" if len(masks) == 1 else f"{len(masks)} files are masks by their names"
@@ -186,33 +204,6 @@ def _class_rows(path: Path, split: str) -> list[tuple[str, dict[str, str]]]:
             row = {"image_path": str(file), "label": folder.name, "patient_id": patient, "split": split}
             rows.append((str(file), row))
     return rows
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Files that may be images, and zarr folders, which are one image each; sorted."""
-    return list(iter_image_files(folder))
-
-
-def iter_image_files(folder: Path) -> Iterator[Path]:
-    """The same one by one: what is held are the names of one folder, and of those above it."""
-    return _image_files(folder, set())
-
-
-def _image_files(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """The same without the folders whose real paths are in `seen`: links may lead in a circle."""
-    seen.add(os.path.realpath(folder))
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir() and entry.suffix.lower() != ".zarr":
-            if os.path.realpath(entry) not in seen:
-                yield from _image_files(entry, seen)
-        elif entry.suffix.lower() in SUFFIXES or entry.is_dir():
-            yield entry
 
 
 def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -> list[str]:
@@ -268,7 +259,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     folder = Path() if path.is_dir() else path.parent
     patient = row.get("patient_id") or row["image_path"]
     return Record(
-        path=folder / row["image_path"],
+        path=_placed(folder, row["image_path"]),
         label=label,
         patient_id=patient,
         patient_known=patient != row["image_path"],
@@ -288,6 +279,12 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         white=_white(path, place, row),
         chest_wall=row.get("chest_wall", "").lower() or None,
     )
+
+
+def _placed(folder: Path, name: str) -> Path:
+    """A file that a table names, also as Windows writes it."""
+    path = folder / name
+    return folder / name.replace("\\", "/") if "\\" in name and is_absent(path) else path
 
 
 def _white(path: Path, place: str, row: dict[str, str]) -> White | None:
@@ -318,14 +315,14 @@ def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...
         except (TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, {place}: findings are not a JSON list of findings ({error})") from error
     if row.get("mask_path"):
-        found.append(Finding(mask=path.parent / row["mask_path"]))
+        found.append(Finding(mask=_placed(path.parent, row["mask_path"])))
     return tuple(found)
 
 
 def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], records: list[Record]) -> None:
-    seen: dict[tuple[Path, int | None], str] = {}
+    seen: dict[tuple[str, int | None], str] = {}
     for (place, _), record in zip(rows, records, strict=True):
-        image = record.path, record.frame
+        image = os.path.realpath(record.path), record.frame  # also where a link leads
         if image in seen:
             raise DataError(f"{path}, {place}: {record.path.name} is already in {seen[image]}; keep one of them")
         seen[image] = place

@@ -1,5 +1,6 @@
 """Odd places and odd tables: links, pipes, formulas, labels that are none, downloads in other layouts."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -292,3 +293,62 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(DataError, match=r"cannot be listed \(Permission denied\)"):
         index_folder(tmp_path)
+
+
+def test_a_sub_folder_that_cannot_be_listed_stands_for_its_images(tmp_path, monkeypatch):
+    for name in ("a", "closed", "z"):
+        (tmp_path / "benign" / name).mkdir(parents=True)
+        imagecodecs.imwrite(str(tmp_path / "benign" / name / "1.png"), np.zeros((8, 8), np.uint8))
+    closed, iterdir, listdir = tmp_path / "benign" / "closed", Path.iterdir, os.listdir
+
+    def refuse(path, ask):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return ask(path)
+
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path, iterdir))
+    monkeypatch.setattr(os, "listdir", lambda path=".": refuse(path, listdir))
+    found = index_folder(tmp_path, workers=1)
+    assert [record.path.parent.name for record in found.records] == ["a", "z"]
+    assert [str(error) for error in found.errors] == [f"{closed}: cannot be read (Permission denied)"]
+    assert [record.path.name for record in read_table(tmp_path, labels=False).records] == ["1.png", "closed", "1.png"]
+    with pytest.raises(DataError, match=r"closed: cannot be listed \(Permission denied\)"):
+        read_table(tmp_path)
+
+
+def test_results_among_the_images_are_no_images_of_a_class(tmp_path, caplog):
+    save(tmp_path / "benign" / "1.png", 1)
+    save(tmp_path / "malign" / "2.png", 2)
+    for folder, note, text in (
+        ("run", "last.ckpt", ""),
+        ("found", "run.json", '{"checkpoint": "best.ckpt"}'),
+        ("malign/maps", "run.json", '{"checkpoint": "best.ckpt", "kind": "explain"}'),
+    ):
+        save(tmp_path / folder / "heatmaps" / "3.png", 3)
+        (tmp_path / folder / note).write_text(text)
+    assert [record.path.name for record in read_table(tmp_path).records] == ["1.png", "2.png"]
+    assert f"{tmp_path / 'found'}: left out, because it holds what gigamorph predict wrote" in caplog.text
+    assert [record.path.name for record in index_folder(tmp_path, workers=1).records] == ["1.png", "2.png"]
+    assert len(index_folder(tmp_path / "run", workers=1).records) == 1  # who names it means it
+    (tmp_path / "found" / "run.json").write_text('{"checkpoint": "", "kind": "data convert"}')
+    assert read_table(tmp_path).classes == ["benign", "found", "malign"]
+
+
+def test_an_image_under_two_names_is_there_once(tmp_path):
+    save(tmp_path / "a.png", 1)
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    for other in ("b.png", tmp_path / "a.png", f"../{tmp_path.name}/a.png"):
+        (tmp_path / "t.csv").write_text(f"image_path,label,patient_id\na.png,0,p\n{other},1,q\n")
+        with pytest.raises(DataError, match=r"line 3: [ab].png is already in line 2; keep one of them"):
+            read_table(tmp_path / "t.csv")
+
+
+def test_formats_that_are_not_read_are_told(tmp_path, caplog):
+    for name in ("benign/1.png", "benign/2.BMP", "malign/p/3.bmp", "malign/4.png"):
+        save(tmp_path / Path(name).with_suffix(".png"), 1).rename(tmp_path / name)
+    assert len(read_table(tmp_path).records) == len(index_folder(tmp_path, workers=1).records) == 2
+    told = [text.partition(": ") for text in caplog.messages]
+    assert [(Path(folder).name, text) for folder, _, text in told] == [
+        (name, f"left out, because their format is not read: {count} .bmp; convert them to PNG or TIFF")
+        for name, count in (("benign", 1), ("malign", 1), (tmp_path.name, 2))
+    ]

@@ -4,6 +4,7 @@ import csv
 import errno
 import gzip
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
+from gigamorph.engine.datasets.tables.stream import stream_table
 from gigamorph.engine.errors import DataError, GigamorphError
 
 HEADER = "image_path,label,patient_id,split\n"
@@ -55,6 +57,42 @@ def test_dialects_of_csv(folder: Path, separator: str, encoding: str, end: str) 
     assert [record.patient_id for record in table.records] == ["Müller", "P2"]
     assert {record.split for record in table.records} == {None}
     assert table.records[0].path == folder / "img" / "a.png"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("first", ["", "sep=;\r\n", '"sep=;"\r\n'])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_that_excel_saved(folder: Path, encoding: str, first: str, packed: bool) -> None:
+    text = first + "image_path;label;patient_id\r\nimg/a.png;1;Müller, A\r\nimg/b.png;0;P2;\r\nimg/c.dcm;1;P3;x\r\n"
+    path = folder / ("t.csv.gz" if packed else "t.csv")
+    path.write_bytes(gzip.compress(text.encode(encoding)) if packed else text.encode(encoding))
+    line = 5 if first else 4
+    with pytest.raises(DataError, match=f"line {line}: has 4 cells, the header 3"):
+        read_table(path)
+    with pytest.raises(DataError, match=f"line {line}: has 4 cells, the header 3"):
+        list(stream_table(path, ["0", "1"], Counter()))
+    text = text.removesuffix("img/c.dcm;1;P3;x\r\n")
+    path.write_bytes(gzip.compress(text.encode(encoding)) if packed else text.encode(encoding))
+    table = read_table(path)
+    assert [(r.label, r.patient_id) for r in table.records] == [(1, "Müller, A"), (0, "P2")]
+    assert [record for _, record in stream_table(path, ["0", "1"], Counter())] == table.records
+
+
+def test_columns_are_known_however_they_are_capitalised(folder: Path) -> None:
+    path = write(folder, "Image_Path,LABEL,Patient_ID,Age,Study_ID\nimg/a.png,1,P1,50,E1\n")
+    [record] = read_table(path).records
+    assert (record.label, record.patient_id, record.exam_id, record.extra) == (1, "P1", "E1", {"Age": "50"})
+    path = write(folder, "image_path,label,patient_id,Label,exam_id,study_id\nimg/a.png,1,P1,x,E,S\n")
+    [record] = read_table(path).records
+    assert (record.label, record.exam_id, record.extra) == (1, "E", {"Label": "x", "study_id": "S"})
+
+
+def test_paths_as_windows_writes_them(folder: Path) -> None:
+    (folder / "img" / "b\\c.png").write_bytes(b"x")
+    text = "image_path,label,patient_id,mask_path\nimg\\a.png,0,P1,img\\b.png\nimg/b\\c.png,1,P2,\n"
+    table = read_table(write(folder, text))
+    assert [record.path for record in table.records] == [folder / "img" / "a.png", folder / "img" / "b\\c.png"]
+    assert table.records[0].findings == (Finding(mask=folder / "img" / "b.png"),)
 
 
 def test_classes_of_a_trained_model_number_the_labels(folder: Path) -> None:

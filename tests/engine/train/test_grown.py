@@ -9,13 +9,15 @@ import pytest
 import torch
 from training import make_data
 
-from gigamorph.engine.errors import DataError, MorphError
+from gigamorph.engine.errors import DataError, GigamorphError, MorphError
+from gigamorph.engine.morph.deepen import deepen
 from gigamorph.engine.morph.files import Grown, add_morph, open_network, save_network
 from gigamorph.engine.morph.head import grow_head
 from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.origin import Origin, create_grown
 from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.checkpoint import load_checkpoint
+from gigamorph.engine.train.choices import check_choices
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.network import restore_network
 from gigamorph.engine.train.options import Optimizer, TrainOptions
@@ -102,3 +104,16 @@ def test_a_file_as_a_model():
     torch.save(create_grown("grown_nets:small", 2, 1).state_dict(), "plain.pt")
     with pytest.raises(MorphError, match="no recipe of a grown network"):
         create_grown("grown_nets:small+plain.pt", 2, 1)
+
+
+def test_parts_of_a_grown_network_are_looked_for_in_it():
+    """Not in the network that it began as, which does not have what was put between its layers."""
+    parent = open_network("grown_nets:small", None, 2)
+    grown = add_morph(parent, *deepen(parent.network, X, "0"))
+    save_network("deep.safetensors", grown)
+    own = {name for name, _ in grown.network.named_parameters()}
+    [new, *_] = sorted(own - {name for name, _ in parent.network.named_parameters()})
+    check_choices(replace(OPTIONS, weights="deep.safetensors", freeze=(new,)), 1, (), ())
+    with pytest.raises(GigamorphError, match="names no parameter"):
+        check_choices(replace(OPTIONS, freeze=(new,)), 1, (), ())
+    fit(make_data(), replace(OPTIONS, weights="deep.safetensors", freeze=(new,)), "run")

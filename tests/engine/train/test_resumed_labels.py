@@ -43,3 +43,14 @@ def test_a_run_goes_on_with_its_own_labels_alone(now, message, tmp_path):
     rounded = replace(begun, center=(1.0 + 1e-15, 0.5))  # as of a sum in another order
     fit(labelled(rounded), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
+def test_a_run_goes_on_only_with_the_values_of_its_labels(tmp_path):
+    data = labelled(Target(("a", "b"), "labels"))
+    fit(data, OPTIONS, tmp_path)
+    first, *others = data.train.records
+    mended = Images([replace(first, labels={**first.labels, "b": 1 - first.labels["b"]}), *others])
+    with pytest.raises(DataError, match="was begun with other labels of the same images; resume with those"):
+        fit(replace(data, train=mended), replace(OPTIONS, epochs=2), tmp_path, resume=True)
+    unused = Images([replace(first, labels={**first.labels, "c": 1.0}), *others])
+    fit(replace(data, train=unused), replace(OPTIONS, epochs=2), tmp_path, resume=True)

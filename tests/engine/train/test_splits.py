@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from gigamorph.engine.datasets.splits import assign_splits
-from gigamorph.engine.datasets.tables import SPLITS, Record
+from gigamorph.engine.datasets.tables import SPLITS, Finding, Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.train.folds import draw_folds
-from gigamorph.engine.train.splits import hash_of, with_splits
+from gigamorph.engine.train.mask_target import MaskTarget
+from gigamorph.engine.train.splits import hash_of, hash_of_truth, with_splits
 
 RECORDS = [Record(Path(f"/a/{n // 2}/{n}.dcm"), n // 2 % 2, f"p{n // 2}") for n in range(60)]
 
@@ -54,3 +55,13 @@ def test_folds_of_classes_with_too_few_images_are_one_line():
     few = [Record(Path(f"/a/{n}.dcm"), n % 2, f"p{n}") for n in range(4)]
     with pytest.raises(DataError, match="3 folds cannot be made: no class has more than 2 images"):
         draw_folds(few, 3, 0)
+
+
+def test_masks_that_are_mended_are_another_truth_and_those_that_moved_are_not(tmp_path):
+    def hashed(folder, content):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        mask = tmp_path / folder / "m.png"
+        mask.write_bytes(content)
+        return hash_of_truth({"train": [replace(RECORDS[0], findings=(Finding(mask=mask),))]}, MaskTarget(("0", "1")))
+
+    assert hashed("here", b"1") == hashed("there", b"1") != hashed("here", b"2")

@@ -1,0 +1,46 @@
+"""Where the images of a prediction come from: tables and folders together, folders that are closed."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import archives
+import pytest
+from commands import rows
+
+from gigamorph.engine.predict.run import Options, Watch, predict
+
+HERE = Options("m", workers=0)
+FORGIVING = replace(HERE, max_failures=1.0, resume=True)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return archives.make_archive(tmp_path_factory.mktemp("archive"), 12)
+
+
+def test_an_image_of_a_table_and_of_its_folder_counts_once_as_the_table_says(table, tmp_path):
+    said = []
+    predict(archives.tiny, [table], tmp_path / "whole", HERE)
+    predict(archives.tiny, [table.parent, table], tmp_path / "out", HERE, Watch(warn=said.append))
+    assert rows(tmp_path / "out" / "predictions.csv") == rows(tmp_path / "whole" / "predictions.csv")
+    assert said == [f"12 of the images of {table.parent} are given before, and count once"]
+
+
+def test_a_sub_folder_that_is_closed_is_quarantined_and_the_others_are_predicted(table, tmp_path, monkeypatch):
+    shutil.copytree(table.parent, tmp_path / "in")
+    closed, iterdir, listdir = tmp_path / "in" / "closed", Path.iterdir, os.listdir
+    closed.mkdir()
+
+    def refuse(path, ask):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied")
+        return ask(path)
+
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path, iterdir))
+    monkeypatch.setattr(os, "listdir", lambda path=".": refuse(path, listdir))
+    assert predict(archives.tiny, [tmp_path / "in"], tmp_path / "out", FORGIVING).failed == 1
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
+    [row] = rows(tmp_path / "out" / "quarantine.csv")
+    assert row["reason"] == f"{closed}: cannot be read (Permission denied)"
