@@ -58,8 +58,9 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
 
     The processes of ``run.group`` train together when each of them calls this: if they split each image, all of them
     compute every batch; else the batches of an optimizer step are dealt to them, whole, and the gradients are averaged,
-    so that a step is that of one process. The first of them reports and writes. BatchNorm's running statistics are
-    those of the first process, as ever in DDP. Sums over processes may be rounded otherwise in a run that was resumed.
+    so that a step is that of one process, and so are BatchNorm's running statistics; its statistics in training are
+    those of each batch, in one process as in several. The first of them reports and writes. Sums over processes may be
+    rounded otherwise in a run that was resumed.
 
     Raises:
         GigamorphError: a loss or gradient that is not finite (the last checkpoint is kept), a pattern that names no

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from gigamorph.engine.recipes.siamese import SiameseConfig
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 
-# Networks without running statistics, which are those of the first process's batches alone.
 _NET, _IMAGES = "lesionnet", {"channels": 1, "mean": (0.5,), "std": (0.25,)}
 _SPLITS = ("train", "train", "train", "train", "val", "val", "test", "test")
 
@@ -72,7 +72,7 @@ def configs(accumulate: int) -> dict[str, Any]:
                 ),
             ),
             patch=(stage,),
-            whole=(Stage("all", 1, 1e-3, **several, batch_norm="eval"),),
+            whole=(replace(stage, name="live"), replace(stage, batch_norm="eval")),
         ),
         "morphhr": MorphHRConfig(
             **_IMAGES,
