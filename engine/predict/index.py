@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
+from ..datasets.tables.without_masks import LeftOut
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, rows_of
 
@@ -78,7 +79,7 @@ class Index:
         check_files: bool,
         skip: Path | None = None,
     ) -> list[str]:
-        """Take the rows of all sources, in order; what there is to say of labels that are no classes.
+        """Take the rows of all sources, in order; what there is to say of labels that are no classes, and of masks.
 
         Args:
             check_files: refuse files that do not exist, before any work.
@@ -89,9 +90,11 @@ class Index:
         """
         told: list[str] = []
         for source in sources:
-            unknown = Counter[str]()
+            unknown, left = Counter[str](), LeftOut()
             with self._together():
-                self._add(rows_of(source, classes, unknown, skip))
+                self._add(rows_of(source, classes, unknown, left, skip))
+            if left.count:
+                told.append(f"{source}: {left}")
             if unknown and classes is not None:
                 odd = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_NAMED))
                 told.append(

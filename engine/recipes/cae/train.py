@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
+from ...datasets.tables.without_masks import LeftOut
 from ...errors import DataError
 from ...evaluate import Cases, odds
 from ...evaluate.read import write_cases
@@ -126,7 +128,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
     if len({records[i].label for i in parts["train"]}) < 2:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
-    pool = _pool(config, records)
+    pool = _pool(config, records, run)
     weights = find_weights(config.weights, config.mean, config.std, run)
     backbone = UpTo(_network(config, len(read.classes), weights, run), config.layer)
     begin(run, "cae", config, [*records, *pool])
@@ -226,17 +228,25 @@ def _cases(model: Any, features: NDArray[Any], records: Sequence[Record], classe
     return replace(found, probable=False)
 
 
-def _pool(config: CaeConfig, records: Sequence[Record]) -> list[Record]:
+def _pool(config: CaeConfig, records: Sequence[Record], run: Run) -> list[Record]:
     """The images without labels, none of a patient who is measured on."""
     if config.unlabelled is None:
         return []
-    pool = read_table(config.unlabelled, labels=False).records
-    measured = {record.patient_id for record in records if record.split != "train"}
+    table = read_table(config.unlabelled, labels=False)
+    pool = table.records
+    if table.masks:
+        run.say(f"{config.unlabelled}: {LeftOut(len(table.masks), table.masks[0])}")
+    own = [record for record in records if record.split != "train"]
+    measured, images = {record.patient_id for record in own}, {os.path.realpath(record.path) for record in own}
     for record in pool:
         if record.patient_id in measured:
             raise DataError(
                 f"{config.unlabelled}: patient {record.patient_id} is in the val or test split of the labelled table; "
                 "leave that patient out"
+            )
+        if os.path.realpath(record.path) in images:  # of a folder, which names no patients
+            raise DataError(
+                f"{config.unlabelled}: {record.path} is in the val or test split of the labelled table; leave it out"
             )
     return pool
 
