@@ -24,7 +24,7 @@ from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.pixels import Normalize
 from ...models import create_model
-from ...train.loop import run_stages
+from ...train.loop import check_stages, run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
 from ...train.target import Target
@@ -68,6 +68,7 @@ class Reconstruction(Task):
 def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
     """A stack of auto-encoders, trained on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
+    stage = _stage(config)
     stack = Stack(
         maps[0].shape[0],
         config.code_channels,
@@ -78,7 +79,17 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
         tied=config.tied,
         pool=config.pool,
     )
-    stage = Stage(
+    if config.training == "joint":
+        run_stages(Reconstruction(stack, maps, run.device), [stage], run)
+        return stack
+    for layer in range(len(config.code_channels)):
+        own = replace(stage, name=f"layer {layer + 1}", trainable=(f"layers.{layer}",))
+        run_stages(Reconstruction(stack, maps, run.device, layer), [own], run.part(f"layer_{layer + 1}"))
+    return stack
+
+
+def _stage(config: CaeConfig) -> Stage:
+    return Stage(
         "joint",
         config.epochs,
         config.lr,
@@ -88,13 +99,6 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
         accumulate=config.accumulate,
         plateau=config.plateau,
     )
-    if config.training == "joint":
-        run_stages(Reconstruction(stack, maps, run.device), [stage], run)
-        return stack
-    for layer in range(len(config.code_channels)):
-        own = replace(stage, name=f"layer {layer + 1}", trainable=(f"layers.{layer}",))
-        run_stages(Reconstruction(stack, maps, run.device, layer), [own], run.part(f"layer_{layer + 1}"))
-    return stack
 
 
 @torch.no_grad()
@@ -130,7 +134,10 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
     pool = _pool(config, records, run)
     weights = find_weights(config.weights, config.mean, config.std, run)
-    backbone = UpTo(_network(config, len(read.classes), weights, run), config.layer)
+    network = _network(config, len(read.classes), weights, run)
+    check_stages([_stage(config)], run.group)
+    check_stages(config.finetune, run.group, network)
+    backbone = UpTo(network, config.layer)
     begin(run, "cae", config, [*records, *pool])
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)

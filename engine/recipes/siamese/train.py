@@ -15,7 +15,7 @@ from ...datasets.masks import read_inside
 from ...datasets.tables import SPLITS, Record, read_table
 from ...evaluate.roc import auc
 from ...files import write_atomically
-from ...train.loop import run_stages
+from ...train.loop import check_stages, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ..card import recipe_card
@@ -52,11 +52,6 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)
     make_network(config, run, 0, weights=False)  # refused before any work
-    begin(run, "siamese", config, records)
-    files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
-    patches = PatchPairs(files["train"])
-    networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
-    task = SiameseTask(networks, patches, patches.patients, config, run.device)
     stage = Stage(
         "pairs",
         config.epochs,
@@ -65,6 +60,12 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         batch_size=config.batch_size,
         accumulate=config.accumulate,
     )
+    check_stages([stage], run.group)
+    begin(run, "siamese", config, records)
+    files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
+    patches = PatchPairs(files["train"])
+    networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
+    task = SiameseTask(networks, patches, patches.patients, config, run.device)
     run_stages(task, [stage], run)
     judges = [Judge.fit(task.distances(network)[0], config) for network in networks]
     _write_labels(run, judges, patches)
