@@ -157,7 +157,7 @@ def size(row: Row, shrink: int, measure: bool) -> dict[str, Any]:
     }
     if measure:
         found["cpu_seconds_of_a_step"] = _measured(network, image, row.training)
-    return {**found, "provenance": provenance()}
+    return found
 
 
 def _measured(network: nn.Module, image: tuple[int, ...], training: bool) -> float:
@@ -208,9 +208,10 @@ def main() -> None:
     if given.write:
         PAGE.write_text(page(stored))
         return
+    machine = provenance()  # before the first row is written, which is a change that is not committed
     for row in every:
         if not given.only or row.name in given.only:
-            stored[row.name] = size(row, given.shrink, given.measure)
+            stored[row.name] = {**size(row, given.shrink, given.measure), "provenance": machine}
             print(page({row.name: stored[row.name]}).splitlines()[-1], flush=True)
             if given.shrink == 1:
                 order = [each.name for each in every if each.name in stored]
