@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,10 @@ def configs(accumulate: int) -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> Path:
-    """A table of two breasts of each of eight patients; every second patient has a mass in the left one."""
+def write(folder: Path, splits: Sequence[str] = _SPLITS) -> Path:
+    """A table of two breasts of patients; every second one has a mass in the left one."""
     records = []
-    for number, split in enumerate(_SPLITS):
+    for number, split in enumerate(splits):
         for side in "LR":
             rng = np.random.default_rng([number, side == "L"])
             image, ill = rng.integers(20000, 30000, (48, 40), dtype=np.uint16), number % 2 == 1 and side == "L"
