@@ -35,7 +35,7 @@ from ..recipe import begin, finish
 from ..tta import PLAIN, averaged, mirrorings
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
-from .images import Patches, resized, sample_all, sized_images, whole_images
+from .images import Patches, check_findings, resized, sample_all, sized_images, whole_images
 from .network import PatchNet, WholeNet, convert, features, width_of
 
 Parts = dict[str, list[Record]]
@@ -112,6 +112,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         _check(model, config, run)
     if config.start is None and not any(f.pathology for record in parts["train"] for f in record.findings):
         raise DataError("no training image has a lesion with a pathology; patches need the column findings")
+    check_findings(parts["train"] + parts["val"] if config.start is None else ())
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
