@@ -115,7 +115,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
 
 
 def _tell_masks(masks: list[Path]) -> None:
-    from ..engine.datasets.tables.without_masks import LeftOut
+    from ..engine.datasets.tables.left_out import LeftOut
 
     if masks:
         click.echo(LeftOut(len(masks), masks[0]))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
-from ..datasets.tables.without_masks import LeftOut
+from ..datasets.tables.left_out import LeftOut
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, rows_of
 

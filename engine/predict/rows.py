@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from ..datasets.tables import Record
 from ..datasets.tables.generic import SUFFIXES, iter_image_files
+from ..datasets.tables.left_out import LeftOut, images_alone
 from ..datasets.tables.mask_names import masks_among
 from ..datasets.tables.stream import TABLES, stream_table
-from ..datasets.tables.without_masks import LeftOut, without_masks
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, place_of, search
 from ..images.remote import is_url, said, tried
@@ -104,7 +104,7 @@ def rows_of(
                 if not below or not os.path.abspath(path).startswith(below):
                     yield path
 
-        for path in without_masks(files, Path(source), left):
+        for path in images_alone(files, Path(source), left):
             found = True
             yield Row(Record(path, -1, _printed(str(path)), patient_known=False))
         if not found:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
-from ...datasets.tables.without_masks import LeftOut
+from ...datasets.tables.left_out import LeftOut
 from ...errors import DataError
 from ...evaluate import Cases, odds
 from ...evaluate.read import write_cases

@@ -17,7 +17,7 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.datasets.tables.generic import iter_image_files
-from gigamorph.engine.datasets.tables.without_masks import LeftOut, without_masks
+from gigamorph.engine.datasets.tables.left_out import LeftOut, images_alone
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 
@@ -98,13 +98,13 @@ def test_masks_are_no_images(tmp_path: Path) -> None:
     read, left = read_table(tmp_path, labels=False), LeftOut()
     assert {record.path for record in read.records} == {record.path for record in found.records}
     assert read.masks == found.masks
-    one_by_one = without_masks(partial(iter_image_files, tmp_path), tmp_path, left)
+    one_by_one = images_alone(partial(iter_image_files, tmp_path), tmp_path, left)
     assert set(one_by_one) == {record.path for record in found.records} and left.count == len(MASKS)
     for folder in ("masks", "x/roi_masks"):
         alone = index_folder(tmp_path / folder)
         assert len(alone.records) == 1 and not alone.masks
         below = tmp_path / folder
-        files = list(without_masks(partial(iter_image_files, below), below, left))
+        files = list(images_alone(partial(iter_image_files, below), below, left))
         assert len(files) == 1 and left.count == len(MASKS)
 
 

@@ -23,7 +23,7 @@ class LeftOut:
         return f"{masks} left out, by their names, the first {self.first}; for masks, name their own folder"
 
 
-def without_masks(files: Callable[[], Iterable[Path]], below: Path, left: LeftOut) -> Iterator[Path]:
+def images_alone(files: Callable[[], Iterable[Path]], below: Path, left: LeftOut) -> Iterator[Path]:
     """`files`, which are taken twice, but for masks; all of them where nothing else is there.
 
     As `masks_among`, in the memory of the names of one folder: a file that is called after an image is its mask if the
